@@ -1,0 +1,57 @@
+"""What every config class shares: frozen, unknown keys refused, all errors at once. Read `errors.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from luthier.core.errors import RecipeError, nearest
+
+
+class Config(BaseModel):
+    """A small frozen bundle of settings that stands beside what it configures."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], where: str = "") -> Self:
+        """`raw` as this config. Raises one `RecipeError` that names every fault, each with its place."""
+        try:
+            return cls.model_validate(dict(raw))
+        except ValidationError as error:
+            raise RecipeError("\n".join(faults(error, cls, where)),
+                              "mend the settings named above; `luthier schema` prints every one there is") from None
+
+
+def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> list[str]:
+    """One line for each fault: where it stands, what was given, what the rule is."""
+    lines = []
+    for fault in error.errors(include_url=False):
+        place = ".".join([where, *map(str, fault["loc"])]).strip(".")
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown setting {place!r}: {nearest(str(fault['loc'][-1]), _fields(model, fault['loc'][:-1]))}")
+        elif fault["type"] == "missing":
+            lines.append(f"{place}: this setting is required")
+        else:
+            message = fault["msg"].removeprefix("Value error, ")
+            lines.append(f"{place}: {message} (got {fault['input']!r})")
+    return lines
+
+
+def _fields(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+    """The settings known at `path` below `model`, for the nearest-neighbour hint."""
+    for key in path:
+        field = model.model_fields.get(str(key))
+        inner = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
+        if inner:
+            model = inner[0]
+    return list(model.model_fields)
+
+
+def _types(annotation: Any) -> list[type]:
+    """The classes inside an annotation such as ``A | tuple[B, ...] | None``."""
+    if isinstance(annotation, type):
+        return [annotation]
+    return [found for part in get_args(annotation) for found in _types(part)]
