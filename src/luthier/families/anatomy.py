@@ -1,0 +1,86 @@
+"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (Anatomy) first.
+
+One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM and their like; a linear map whose
+ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
+asks for "all linear maps".
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Anatomy, Block, Site
+
+# Ending of a module's path -> role. The longest ending that fits wins, so `attn.c_proj` goes before `c_proj`.
+ROLES = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
+    "query": "q", "key": "k", "value": "v", "attention.output.dense": "o",
+    "qkv_proj": "qkv", "query_key_value": "qkv", "attn.c_attn": "qkv", "attn.c_proj": "o", "self_attention.dense": "o",
+    "attention.dense": "o", "Wqkv": "qkv",
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up",
+    "mlp.c_fc": "up", "mlp.c_proj": "down", "fc1": "up", "fc2": "down", "w1": "gate", "w3": "up", "w2": "down",
+    "dense_h_to_4h": "up", "dense_4h_to_h": "down", "intermediate.dense": "up", "output.dense": "down",
+    "gate": "router", "router": "router",
+}
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+
+
+def anatomy(model: nn.Module) -> Anatomy:
+    """The parts of a causal language model of Transformers. Raises `BaseError` where no stack of blocks is found."""
+    backbone = model.base_model if model.base_model is not model else model
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
+    path, stack = _stack(backbone)
+    blocks = tuple(_block(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    sizes = {
+        "hidden": config.hidden_size, "layers": len(blocks), "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "vocabulary": embedding.weight.shape[0],
+        "context": getattr(config, "max_position_embeddings", None) or 1_000_000,
+    }
+    sites = tuple(site for block in blocks for site in _sites(block))
+    tied = head is not None and head.weight is embedding.weight
+    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes)
+
+
+def role_of(path: str) -> str:
+    """What a linear map is for, by the ending of its path; `other` where the table does not know it."""
+    fitting = [ending for ending in ROLES if path == ending or path.endswith("." + ending)]
+    return ROLES[max(fitting, key=len)] if fitting else "other"
+
+
+def _stack(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The blocks: the longest list of alike modules."""
+    lists = [(name, module) for name, module in backbone.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1]
+    if not lists:
+        raise BaseError(f"{type(backbone).__name__} has no stack of like layers, so its parts cannot be found",
+                        "use a transformer of the Transformers library")
+    # Outermost before innermost at equal length: an MoE block's experts are a list too.
+    return max(lists, key=lambda pair: (len(pair[1]) if pair[0].count(".") < 3 else 0, -pair[0].count(".")))
+
+
+def _block(index: int, name: str, layer: nn.Module) -> Block:
+    children = dict(layer.named_children())
+    attention = next((children[key] for key in ATTENTION if key in children), layer)
+    mlp = next((children[key] for key in MLP if key in children), layer)
+    norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
+    return Block(index, name, layer, attention, mlp, norms)
+
+
+def _sites(block: Block) -> list[Site]:
+    found = []
+    for name, module in block.module.named_modules():
+        if isinstance(module, Conv1D):
+            rows, columns = module.weight.shape
+            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index, rows, columns, transposed=True))
+        elif isinstance(module, nn.Linear):
+            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index,
+                              module.in_features, module.out_features))
+    return found

@@ -1,0 +1,124 @@
+"""The causal language model family: one packed row in, what the objective asked for out.
+
+Read `anatomy.py` (the parts), `forest.py` (attention) and `head.py` (the loss's end) first; this file joins them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from luthier.core.protocols import Generated, Sampling
+from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.families import forest as _forest
+from luthier.families.anatomy import anatomy
+from luthier.families.generate import generate, stream
+from luthier.families.head import log_probs
+
+Layout = Literal["packed", "padded"]
+
+
+class CausalLM:
+    """A decoder of Transformers behind the family's contract.
+
+    Args:
+        model: an `AutoModelForCausalLM` model.
+        tokenizer: its tokenizer.
+        layout: `packed` runs a row as a forest; `padded` is its slow twin, one row for each leaf with a mask. Left out:
+            packed where the model proves, on a probe of a few tokens, that its segments do not see one another.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, layout: Layout | None = None) -> None:
+        model.set_attn_implementation(_forest.NAME)
+        model.config.use_cache = False
+        self.model, self.tokenizer = model, tokenizer
+        self.anatomy = anatomy(model)
+        self.layout: Layout = layout or self._proven_layout()
+        config = model.config.get_text_config()
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def device(self) -> torch.device:
+        return self.anatomy.embedding.weight.device
+
+    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+        states = self.states(inputs)[target.at]
+        if not needs & {"token_logps", "token_hits"}:
+            return Outputs(states=states)
+        head = self.anatomy.head
+        assert head is not None
+        logps, hits = log_probs(head, states, target.tokens, self._softcap, self._scale)
+        return Outputs(token_logps=logps, token_hits=hits, states=states if "states" in needs else None)
+
+    def states(self, inputs: Inputs) -> Tensor:
+        """[T, D] last hidden states of the row."""
+        return self._packed(inputs) if self.layout == "packed" else self._padded(inputs)
+
+    def _packed(self, inputs: Inputs) -> Tensor:
+        # A mask that is already four-dimensional is handed through untouched; it is empty, so that a model which
+        # would use it instead of the forest fails loudly.
+        placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
+        result = self.anatomy.backbone(input_ids=inputs.tokens[None], position_ids=inputs.positions[None],
+                                       attention_mask=placeholder, forest=inputs.forest, use_cache=False)
+        return result.last_hidden_state[0]
+
+    def _padded(self, inputs: Inputs) -> Tensor:
+        """Every leaf of the forest with all its ancestors as one padded row; shared prompts are computed repeatedly."""
+        runs, home = _leaves(inputs.forest)
+        rows = pad_sequence([inputs.tokens[run] for run in runs], batch_first=True)
+        positions = pad_sequence([inputs.positions[run] for run in runs], batch_first=True)
+        mask = pad_sequence([torch.ones_like(inputs.tokens[run]) for run in runs], batch_first=True)
+        result = self.anatomy.backbone(input_ids=rows, position_ids=positions, attention_mask=mask, use_cache=False)
+        return result.last_hidden_state.flatten(0, 1)[home(rows.shape[1]).to(rows.device)]
+
+    @torch.no_grad()
+    def _proven_layout(self) -> Layout:
+        """Two segments in one row must give the second what it has alone; some architectures leak or cannot."""
+        device, was = self.device, self.model.training
+        self.model.eval()
+        tokens = torch.tensor([1, 2, 3, 4, 2, 3], device=device)
+        place = torch.tensor([0, 1, 2, 0, 1, 2], device=device)
+        try:
+            both = self._packed(Inputs(tokens, place, Forest((3, 3), (-1, -1))))
+            alone = self._packed(Inputs(tokens[3:], place[3:], Forest((3,), (-1,))))
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # the model took the mask, not the forest
+            return "padded"
+        finally:
+            self.model.train(was)
+        close = torch.allclose(both[3:].float(), alone.float(), rtol=1e-2, atol=1e-2 * float(alone.float().abs().max()))
+        return "packed" if close else "padded"
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+        return generate(self.model, prompts, sampling, eos=self.stops, pad=0, device=self.device)
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """One answer token by token."""
+        return stream(self.model, prompt, sampling, eos=self.stops)
+
+    @property
+    def stops(self) -> set[int]:
+        """Tokens that end an answer: the tokenizer's and those of the model's generation settings."""
+        given = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        listed = given if isinstance(given, list) else [given]
+        return {token for token in [*listed, self.tokenizer.eos_token_id] if token is not None}
+
+
+def _leaves(forest: Forest) -> tuple[list[Tensor], Any]:
+    """For each leaf the row's indices that make up its path, and a map of each token to its first place there."""
+    parents = set(forest.parents)
+    starts = forest.starts
+    spans = [torch.arange(start, start + n) for start, n in zip(starts, forest.lengths, strict=True)]
+    runs = [torch.cat([spans[a] for a in forest.path(i)]) for i in range(len(spans)) if i not in parents]
+
+    def home(width: int) -> Tensor:
+        found = torch.full((sum(forest.lengths),), -1)
+        for row, run in reversed(list(enumerate(runs))):
+            found[run] = torch.arange(len(run)) + row * width
+        return found
+
+    return runs, home

@@ -1,0 +1,145 @@
+"""Attention over a packed row that is a forest of segments. Read `core/types.py` (Forest) first.
+
+A segment attends to itself causally and to all of its ancestors; that is all. It is installed by name through
+Transformers' attention and mask registries; a model carries `forest=` along with its other keyword arguments to the
+place where this function is called. Calls without a forest (generation, padded batches) go to fused attention with
+the ordinary mask.
+
+Three ways to compute one thing, the first two fast, the last the slow twin that tests compare with:
+    per segment  fused attention for each segment (CPU, MPS: no wasted work, no mask for roots)
+    one kernel   variable-length attention for plain packing, flex attention for trees (CUDA)
+    padded       one row a segment with a mask, in `causal.py`
+
+Shapes: query [1, H, T, d], key and value [1, G, T, d] with H heads, G key-value heads of width d; result [1, T, H, d].
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from luthier.core.types import Forest
+
+NAME = "luthier"
+
+
+def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+              scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
+              sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
+    """What Transformers' attention modules call in place of their own."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if forest is None:
+        causal = attention_mask is None and query.shape[2] > 1 and bool(getattr(module, "is_causal", True))
+        out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
+    elif query.is_cuda and softcap is None and dropout == 0:
+        out = _one_kernel(query, key, value, forest, scale, sliding_window)
+    else:
+        out = _per_segment(query, key, value, forest, scale, dropout, sliding_window, softcap)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
+                 window: int | None, softcap: float | None) -> Tensor:
+    # `split`, not slices: its backward is one concatenation, where each slice's would be a full row of zeros.
+    queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
+    outs = []
+    for i, q in enumerate(queries):
+        path = forest.path(i)
+        k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
+                                                           torch.cat([values[a] for a in path], 2))
+        mask = _band(q.shape[2], k.shape[2], window, q.device)
+        outs.append(_attend(q, k, v, mask, mask is None, scale, dropout, softcap))
+    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+
+@lru_cache(maxsize=256)
+def _band(q: int, k: int, window: int | None, device: torch.device) -> Tensor | None:
+    """[q, k] which keys each of the last q of k tokens sees; None where the plain causal flag says it all."""
+    if q == k and (window is None or k <= window):
+        return None
+    behind = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
+    seen = behind >= 0
+    return seen if window is None else seen & (behind < window)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float,
+            softcap: float | None) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
+                                              scale=scale, enable_gqa=grouped)
+    if grouped:  # Gemma 2's soft cap on the scores has no fused kernel
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
+    if causal:
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
+    return F.dropout(weights, dropout) @ v
+
+
+def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None) -> Tensor:
+    if forest.flat and query.dtype in (torch.bfloat16, torch.float16):
+        from torch.nn.attention.varlen import varlen_attn
+        bounds = _bounds(forest.lengths, query.device)
+        longest = max(forest.lengths)
+        repeat = query.shape[1] // key.shape[1]
+        k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
+        q, k, v = (x[0].transpose(0, 1) for x in (query, k, v))
+        # (window - 1, 0): that many keys to the left besides itself and none to the right; (-1, 0) is plain causal.
+        left = -1 if window is None else window - 1
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0))
+        return out.transpose(0, 1)[None]
+    from torch.nn.attention.flex_attention import flex_attention
+    compiled = _compiled(flex_attention)
+    mask = _block_mask(forest, window, query.device)
+    return compiled(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
+
+
+@lru_cache(maxsize=1)
+def _compiled(flex: Any) -> Any:
+    return torch.compile(flex, dynamic=True)
+
+
+@lru_cache(maxsize=4)  # every layer of a step asks for the same one
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return edges.to(device, non_blocking=True)
+
+
+@lru_cache(maxsize=4)
+def _block_mask(forest: Forest, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+    segment, place, related = (x.to(device) for x in describe(forest))
+
+    def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        kept = related[segment[q], segment[k]] & (place[k] <= place[q])
+        return kept if window is None else kept & (place[q] - place[k] < window)
+
+    total = segment.shape[0]
+    return create_block_mask(sees, None, None, total, total, device=device)
+
+
+def describe(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
+    """A forest as tensors: [T] segment of each token, [T] its place in its document, [S, S] whether i may see j."""
+    count = len(forest.lengths)
+    related = torch.zeros(count, count, dtype=torch.bool)
+    offsets = [0] * count
+    for i in range(count):
+        path = forest.path(i)
+        related[i, list(path)] = True
+        offsets[i] = sum(forest.lengths[a] for a in path[:-1])
+    segment = torch.repeat_interleave(torch.arange(count), torch.tensor(forest.lengths))
+    place = torch.cat([torch.arange(offset, offset + n) for offset, n in zip(offsets, forest.lengths, strict=True)])
+    return segment, place, related
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,0 +1,106 @@
+"""Log-probabilities of chosen tokens without ever holding [positions, vocabulary]. Read `core/types.py` first.
+
+For one position with state h, head W and next token t, with z = W h::
+
+    log p(t) = z_t - log sum_v exp(z_v)          d log p(t) / dh = W_t - sum_v p_v W_v
+
+The derivative belongs to its position alone. So where the head is frozen, the forward pass computes it chunk by chunk
+while the logits are at hand and keeps [P, D]; the backward pass is one product by the incoming gradient: two matrix
+products instead of the three that recomputing takes. Where the head itself trains (or is tied to a training
+embedding), its gradient needs the incoming one, so the logits are recomputed in the backward pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2 ** 23  # logits held at once: 32 MB in float32, small enough for a big cache, large enough for the products
+
+
+class _LogProbs(torch.autograd.Function):
+    """(states [P, D], weight [V, D], tokens [P]) -> (log-probabilities [P], hits [P])."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(states.dtype, torch.float32)
+        logps = torch.empty(states.shape[0], dtype=wide, device=states.device)
+        hits = torch.empty(states.shape[0], dtype=torch.bool, device=states.device)
+        needs_state, needs_weight, _ = ctx.needs_input_grad
+        slopes = torch.empty_like(states) if needs_state and not needs_weight else None
+        for rows in _chunks(states.shape[0], weight.shape[0]):
+            target = tokens[rows]
+            logits = (states[rows] @ weight.T).to(wide)
+            best = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, target[:, None])
+            hits[rows] = (chosen >= best)[:, 0]
+            mass = logits.sub_(best).exp_()
+            total = mass.sum(-1, keepdim=True)
+            logps[rows] = (chosen - best - total.log())[:, 0]
+            if slopes is not None:
+                slopes[rows] = weight[target] - ((mass.to(weight.dtype) @ weight).to(wide) / total).to(weight.dtype)
+        if slopes is not None:
+            ctx.save_for_backward(slopes)
+        else:
+            ctx.save_for_backward(states, weight, tokens, logps)
+        ctx.mark_non_differentiable(hits)
+        return logps, hits
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _hits: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        if len(ctx.saved_tensors) == 1:
+            (slopes,) = ctx.saved_tensors
+            return (grad[:, None] * slopes).to(slopes.dtype), None, None
+        states, weight, tokens, _ = ctx.saved_tensors
+        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight)
+        for rows in _chunks(states.shape[0], weight.shape[0]):
+            logits = (states[rows] @ weight.T).to(grad.dtype)
+            push = logits.softmax(-1).mul_(-grad[rows, None])
+            push.scatter_add_(1, tokens[rows, None], grad[rows, None])
+            push = push.to(weight.dtype)
+            if grad_states is not None:
+                grad_states[rows] = push @ weight
+            grad_weight.addmm_(push.T, states[rows])
+        return grad_states, grad_weight, None
+
+
+def log_probs(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None = None,
+              scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """log p(tokens | states) and whether each was the most probable token, both [P]; see the module's formula.
+
+    Args:
+        head: maps [P, D] to logits [P, V].
+        states: [P, D].
+        tokens: [P] token ids.
+        softcap: Gemma 2's c in z <- c tanh(z / c).
+        scale: factor on the logits (Cohere, Granite).
+    """
+    if type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _hooked(head):
+        logps, hits = _LogProbs.apply(states, head.weight, tokens)
+        return logps, hits
+    parts = [_chunk(head, states[rows], tokens[rows], softcap, scale) if not torch.is_grad_enabled() else
+             checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, use_reentrant=False)
+             for rows in _chunks(states.shape[0], head.weight.shape[0])]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+    logits = head(states)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
+    if softcap is not None:
+        logits = torch.tanh(logits / softcap) * softcap
+    logps = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return logps, logits.gather(1, tokens[:, None])[:, 0] >= logits.amax(-1)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _chunks(positions: int, vocabulary: int) -> list[slice]:
+    size = max(16, CHUNK // vocabulary)
+    return [slice(i, min(i + size, positions)) for i in range(0, positions, size)] or [slice(0, 0)]

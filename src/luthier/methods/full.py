@@ -1,0 +1,86 @@
+"""Full fine-tuning: every weight of the base trains. The simplest method; read this one first.
+
+Learning rate 2e-5: every weight moves, so each must move little; an order of magnitude below LoRA's, which has to
+reach the same change through few parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import NotMergeable, RunError
+from luthier.core.protocols import Anatomy
+from luthier.methods.hooks import load_into
+
+
+class FullConfig(Config):
+    """Settings of full fine-tuning."""
+
+    default_rate: ClassVar[float] = 2e-5
+
+    name: Literal["full"] = "full"
+    keep_base: bool = Field(False, description="keep a copy of the base's weights, so that it can be switched back to "
+                                               "(the reference of DPO and PPO); costs one copy in memory")
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
+        return Full(anatomy.model, self.keep_base)
+
+
+class Full:
+    """Every parameter of the model, by its own name."""
+
+    def __init__(self, model: nn.Module, keep_base: bool) -> None:
+        self._parameters = dict(model.named_parameters())  # tied weights are named once
+        for parameter in self._parameters.values():
+            parameter.requires_grad_(True)
+        self._base = {n: p.detach().clone() for n, p in self._parameters.items()} if keep_base else None
+        self._off = 0
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        if self._base is None:
+            raise RunError("full fine-tuning has overwritten the base, so it cannot be switched back to",
+                           "set method.keep_base: true, which costs one copy of the weights")
+        self._off += 1
+        if self._off == 1:
+            self._swap()
+        try:
+            yield
+        finally:
+            self._off -= 1
+            if not self._off:
+                self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        assert self._base is not None
+        for name, parameter in self._parameters.items():
+            parameter.data, self._base[name] = self._base[name], parameter.data
+
+    def merge(self) -> None:
+        raise NotMergeable("a fully tuned model has nothing to merge: its weights are the model",
+                           "use the run folder itself; it holds the whole model")
+
+    unmerge = merge
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self._parameters.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        load_into(self._parameters, state)
+
+    def peft(self) -> dict[str, Any] | None:
+        return None

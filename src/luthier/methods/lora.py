@@ -1,0 +1,240 @@
+"""LoRA and its variants: a change of low rank beside each frozen linear map. Read `full.py` and `hooks.py` first.
+
+    y = W x + s B A x          A: [R, in]   B: [out, R]   s = alpha / R   (rsLoRA: alpha / sqrt R)
+
+B starts at zero, so the model starts as the base. Variants, each a few lines below:
+
+    DoRA    y = m / |W + s B A| * (W x + s B A x), the norm of each output row, without a gradient; m starts as |W|
+    PiSSA   A and B start as the largest singular directions A0, B0 of W, and y = W x + s (B A - B0 A0) x, so that the
+            model still starts as the base, and the base's weights are never touched
+    LoRA+   B learns at a multiple of A's rate
+    rsLoRA  keeps the size of the change when the rank grows
+
+Papers: LoRA, Hu et al. 2021 (arXiv:2106.09685) eq. 3; rsLoRA, Kalajdzievski 2023 (2312.03732) section 3; DoRA, Liu et
+al. 2024 (2402.09353) eqs. 5, 11; PiSSA, Meng et al. 2024 (2404.02948) eqs. 2-4; LoRA+, Hayou et al. 2024 (2402.12354).
+
+Learning rate 2e-4: LoRA wants about ten times full fine-tuning's, whatever its rank, since A's product with a B that
+starts at zero moves the weights slowly; small models (below a billion parameters) take up to 1e-3.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError
+from luthier.core.protocols import Anatomy, Site
+from luthier.methods.hooks import Hooks, load_into
+
+PREFIX = "base_model.model."  # PEFT's files put this before a module's path
+
+
+class LoraConfig(Config):
+    """Settings of LoRA, rsLoRA, DoRA, LoRA+ and PiSSA."""
+
+    default_rate: ClassVar[float] = 2e-4
+
+    name: Literal["lora"] = "lora"
+    rank: int = Field(8, ge=1, description="rank R of the change; more holds more, costs more")
+    alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / rank")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="roles (q, k, v, o, gate, up, down), endings of module names, or regular expressions")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    dora: bool = Field(False, description="learn each output row's length apart from its direction")
+    init: Literal["default", "gaussian", "pissa"] = Field("default", description="how A starts (with B zero), or PiSSA")
+    plus: float = Field(1.0, gt=0, description="LoRA+: factor on B's learning rate; 16 in the paper")
+    rank_pattern: dict[str, int] = Field({}, description="other ranks: role, ending or expression -> rank")
+    alpha_pattern: dict[str, float] = Field({}, description="other alphas, likewise")
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
+        sites = chosen(anatomy.sites, self.targets)
+        generator = torch.Generator().manual_seed(seed)
+        return Lora(self, [Layer(site, self, generator) for site in sites])
+
+
+def matches(site: Site, pattern: str) -> bool:
+    """Whether `pattern` names the site: its role, the end of its path, or an expression that fits the whole path."""
+    return (pattern == site.role or site.name == pattern or site.name.endswith("." + pattern)
+            or re.fullmatch(pattern, site.name) is not None)
+
+
+def chosen(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site]:
+    """The sites that `targets` names. A target that matches nothing is an error."""
+    if targets == "all-linear":
+        return [site for site in sites if site.role != "router"]
+    assert not isinstance(targets, str)
+    for target in targets:
+        if not any(matches(site, target) for site in sites):
+            roles = sorted({site.role for site in sites} | {site.name.rsplit(".", 1)[-1] for site in sites})
+            raise RecipeError(f"method.targets: {target!r} matches no linear map of this model",
+                              f"use all-linear, or some of: {', '.join(roles)}")
+    return [site for site in sites if any(matches(site, target) for target in targets)]
+
+
+class Layer:
+    """The change beside one linear map."""
+
+    def __init__(self, site: Site, config: LoraConfig, generator: torch.Generator) -> None:
+        self.site, self.p = site, config.dropout
+        self.rank = next((r for k, r in config.rank_pattern.items() if matches(site, k)), config.rank)
+        alpha = next((a for k, a in config.alpha_pattern.items() if matches(site, k)), config.alpha)
+        self.scale = alpha / (self.rank ** 0.5 if config.rslora else self.rank)
+        weight = site.weight
+        # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
+        options = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        a, b = self._start(config.init, generator)
+        self.a, self.b = nn.Parameter(a.to(**options)), nn.Parameter(b.to(**options))
+        self.start = (self.a.detach().clone(), self.b.detach().clone()) if config.init == "pissa" else None
+        self.length = self._norms().sqrt() if config.dora else None  # |W| of each output row
+        self.m = nn.Parameter(self.length.clone()) if self.length is not None else None
+
+    def _start(self, init: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        shape = (self.rank, self.site.inputs)
+        if init == "pissa":
+            u, s, v = torch.linalg.svd(self.matrix().float(), full_matrices=False)
+            root = (s[:self.rank] / self.scale).sqrt()
+            return root[:, None] * v[:self.rank], u[:, :self.rank] * root
+        if init == "gaussian":
+            a = torch.randn(shape, generator=generator) / self.rank
+        else:  # Kaiming's uniform with a = sqrt 5, as in the paper's code
+            a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.inputs ** 0.5
+        return a, torch.zeros(self.site.outputs, self.rank)
+
+    def matrix(self) -> Tensor:
+        """The frozen W, [out, in]."""
+        weight = self.site.weight.detach()
+        return weight.T if self.site.transposed else weight
+
+    def change(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [..., out] with the change added, from x [..., in]."""
+        if self.p:
+            x = F.dropout(x, self.p, self.site.module.training)
+        a, b = self.factors()
+        low = F.linear(x, a.to(x.dtype))
+        moved = y.flatten(0, -2).addmm(low.flatten(0, -2), b.to(x.dtype).T, alpha=self.scale).view(y.shape)
+        if self.m is None or self.length is None:
+            return moved
+        # The bias stands outside of the weight's length.
+        bias = self.site.module.bias
+        stretch = (self.m / self.lengths()).to(y.dtype)
+        return moved * stretch if bias is None else (moved - bias) * stretch + bias
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The A and B whose product is the change; PiSSA's start is taken away by a second half."""
+        if self.start is None:
+            return self.a, self.b
+        return torch.cat([self.a, self.start[0]]), torch.cat([self.b, -self.start[1]], dim=1)
+
+    @torch.no_grad()
+    def lengths(self) -> Tensor:
+        """|W + s B A| of each output row, [out]."""
+        assert self.length is not None
+        a, b = self.factors()
+        cross = (self.matrix().to(a.dtype) @ a.T * b).sum(1)
+        own = (b @ (a @ a.T) * b).sum(1)
+        return (self.length ** 2 + 2 * self.scale * cross + self.scale ** 2 * own).clamp_min(0).sqrt()
+
+    def _norms(self) -> Tensor:
+        weight = self.matrix()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
+
+    @torch.no_grad()
+    def merged(self) -> Tensor:
+        """The weight, as the module keeps it, that gives the same outputs alone."""
+        a, b = self.factors()
+        weight = self.matrix().to(a.dtype) + self.scale * (b @ a)
+        if self.m is not None:
+            weight = weight * (self.m / self.lengths())[:, None]
+        return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
+
+
+class Lora:
+    """LoRA on a model."""
+
+    def __init__(self, config: LoraConfig, layers: list[Layer]) -> None:
+        self.config, self.layers, self.hooks = config, layers, Hooks()
+        self._originals: list[Tensor] = []
+        for layer in layers:
+            self.hooks.after(layer.site.module, layer.change)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        found = {}
+        for layer in self.layers:
+            path = PREFIX + layer.site.name
+            found[f"{path}.lora_A.weight"] = layer.a
+            found[f"{path}.lora_B.weight"] = layer.b
+            if layer.m is not None:
+                found[f"{path}.lora_magnitude_vector"] = layer.m
+        return found
+
+    def rate(self, name: str) -> float:
+        return self.config.plus if name.endswith("lora_B.weight") else 1.0
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return self.hooks.disabled()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        assert not self._originals, "merged already"
+        for layer in self.layers:
+            self._originals.append(layer.site.weight.detach().clone())
+            layer.site.weight.copy_(layer.merged())
+        self.hooks._off += 1
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        assert self._originals, "not merged"
+        for layer, weight in zip(self.layers, self._originals, strict=True):
+            layer.site.weight.copy_(weight)
+        self._originals.clear()
+        self.hooks._off -= 1
+
+    def state(self) -> dict[str, Tensor]:
+        """PEFT's names and shapes; a PiSSA change is written as an ordinary LoRA of twice the rank on the same base."""
+        state = {name: parameter.detach() for name, parameter in self.parameters().items()}
+        for layer in self.layers:
+            if layer.start is not None:
+                a, b = layer.factors()
+                path = PREFIX + layer.site.name
+                state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.detach(), b.detach()
+        return state
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        state = dict(state)
+        for layer in self.layers:
+            if layer.start is not None:
+                path = PREFIX + layer.site.name
+                a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
+                layer.start = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
+                state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a[:layer.rank], b[:, :layer.rank]
+        load_into(self.parameters(), state)
+
+    def peft(self) -> dict[str, Any] | None:
+        twice = 2 if self.config.init == "pissa" else 1
+        stretch = twice ** 0.5 if self.config.rslora else twice
+        return {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.config.rank * twice,
+            "lora_alpha": self.config.alpha * stretch, "lora_dropout": self.config.dropout,
+            "target_modules": sorted({layer.site.name for layer in self.layers}),
+            "use_rslora": self.config.rslora, "use_dora": self.config.dora, "bias": "none",
+            "fan_in_fan_out": any(layer.site.transposed for layer in self.layers),
+            "rank_pattern": {la.site.name: la.rank * twice for la in self.layers if la.rank != self.config.rank},
+            "alpha_pattern": self._alphas(stretch), "init_lora_weights": True, "inference_mode": True,
+        }
+
+    def _alphas(self, stretch: float) -> dict[str, float]:
+        found = {}
+        for layer in self.layers:
+            alpha = layer.scale * (layer.rank ** 0.5 if self.config.rslora else layer.rank)
+            if alpha != self.config.alpha:
+                found[layer.site.name] = alpha * stretch
+        return found

@@ -1,0 +1,63 @@
+"""Weighted token cross-entropy: what instruction tuning and continued pretraining minimise.
+
+    total = - sum_p w_p log p(t_p | what stands before it)          count = sum_p w_p
+
+`sft` and `pretrain` are the same function; they differ in the data they are given (answers with a weight, or whole
+documents) and so in what their perplexity means. See docs/metrics.md for each metric.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal
+
+from luthier.core.config import Config
+from luthier.core.types import Loss, Outputs, Target
+
+
+class TokensConfig(Config):
+    """Weighted token cross-entropy.
+
+    Requires: `token_logps` and `token_hits` of the family.
+    Metrics: `nll` (weighted, per unit of weight), `token_accuracy` (unweighted), `bits_per_byte` (unweighted).
+
+    Example:
+        >>> import torch
+        >>> from luthier.core.types import Outputs, Target
+        >>> target = Target(at=torch.tensor([0, 1]), tokens=torch.tensor([5, 6]), weights=torch.tensor([1.0, 3.0]),
+        ...                 owners=torch.tensor([0, 0]), examples=1, bytes=2)
+        >>> logps = torch.tensor([-2.0, -1.0])
+        >>> loss = SftConfig()(Outputs(token_logps=logps, token_hits=torch.tensor([False, True])), target)
+        >>> float(loss.total), loss.count
+        (5.0, 4.0)
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
+    coupled: ClassVar[bool] = False
+
+    def count(self, target: Target) -> float:
+        return float(target.weights.double().sum())
+
+    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+        assert outputs.token_logps is not None
+        assert outputs.token_hits is not None
+        logps = outputs.token_logps
+        total = -(target.weights.to(logps.dtype) * logps).sum()
+        plain = logps.detach().sum()
+        return Loss(total, self.count(target), {
+            "nll": (total.detach(), self.count(target)),
+            "token_accuracy": (outputs.token_hits.sum(), float(logps.shape[0])),
+            "bits_per_byte": (-plain / math.log(2), float(target.bytes)),
+        })
+
+
+class SftConfig(TokensConfig):
+    """Instruction tuning: the weight is on the assistant's words."""
+
+    name: Literal["sft"] = "sft"
+
+
+class PretrainConfig(TokensConfig):
+    """Continued pretraining: the weight is on every token of a document."""
+
+    name: Literal["pretrain"] = "pretrain"
