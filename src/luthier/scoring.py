@@ -1,0 +1,271 @@
+"""How right an answer is: pure functions of an answer and its reference, in one dict. Read `core/errors.py` first.
+
+An answer is whatever the model wrote, so nothing in it is an error: at worst it scores 0. A reference is the user's, so
+one that its scorer cannot read is a `DataError`. `docs/metrics.md` has an entry for every name in `SCORERS`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from decimal import Decimal, InvalidOperation
+from typing import Any, NoReturn
+
+from luthier.core.errors import DataError
+
+Scorer = Callable[[str, str], float]
+
+_MISSING = object()
+
+
+def exact(answer: str, reference: str) -> float:
+    """Whether the two texts are the same but for whitespace.
+
+    Definition: 1 if equal after every run of whitespace becomes one space and the ends are stripped, else 0.
+    Range: 0 or 1. Case and punctuation count.
+    Source: exact match as in Rajpurkar et al. 2016 (SQuAD), without its removal of articles, case and punctuation.
+
+    >>> exact("Paris \\n", "Paris"), exact("paris", "Paris")
+    (1.0, 0.0)
+    """
+    return float(_spaced(answer) == _spaced(reference))
+
+
+def contains(answer: str, reference: str) -> float:
+    """Whether the reference stands somewhere in the answer.
+
+    Definition: 1 if the reference is a substring of the answer, both with whitespace as in `exact`, else 0.
+    Range: 0 or 1. It looks at characters, not words: "art" is in "part".
+    Source: the usual lenient twin of exact match, e.g. Mallen et al. 2023 (PopQA).
+
+    Raises:
+        DataError: the reference is empty, and so would stand in every answer.
+
+    >>> contains("It is Paris, I think.", "Paris")
+    1.0
+    """
+    wanted = _spaced(reference)
+    if not wanted:
+        raise DataError("the reference is empty: `contains` would find it in every answer",
+                        "give the row an answer to look for, or score it with `exact`")
+    return float(wanted in _spaced(answer))
+
+
+def json_equal(answer: str, reference: str) -> float:
+    """Whether the answer holds the same JSON value as the reference.
+
+    Definition: 1 if both parse and are equal as JSON values, else 0. Numbers are compared by value (1 = 1.0), the order
+    of keys is ignored, that of a list is not, and true is not 1. What is parsed is the whole text, or else a fenced
+    block, or else the first balanced object in it.
+    Range: 0 or 1.
+    Source: RFC 8259; NaN and Infinity are no JSON.
+
+    Raises:
+        DataError: the reference holds no JSON.
+
+    >>> json_equal('Here you are: {"b": 2, "a": 1.0}', '{"a":1,"b":2}')
+    1.0
+    """
+    wanted = _reference_json(reference)
+    return float(_same(_find_json(answer), wanted))
+
+
+def json_fields(answer: str, reference: str) -> float:
+    """The share of the reference's fields that the answer has right.
+
+    Definition: |{k : answer[k] = reference[k]}| / |reference| over the top-level fields of the reference's object,
+    found and compared as in `json_equal`. Fields that only the answer has cost nothing.
+    Range: 0 to 1; an answer that is no object scores 0.
+    Source: our own; the partial credit of `json_equal`.
+
+    Raises:
+        DataError: the reference is no JSON object, or an empty one.
+
+    >>> json_fields('{"a": 1, "b": 3}', '{"a": 1, "b": 2}')
+    0.5
+    """
+    wanted, found = _reference_json(reference), _find_json(answer)
+    if not isinstance(wanted, dict) or not wanted:
+        raise DataError(f"the reference {_short(reference)} is no JSON object with fields, which `json_fields` counts",
+                        "score these rows with `json_equal`")
+    if not isinstance(found, dict):
+        return 0.0
+    return sum(_same(found.get(key, _MISSING), value) for key, value in wanted.items()) / len(wanted)
+
+
+def number(answer: str, reference: str) -> float:
+    """Whether the answer ends on the right number.
+
+    Definition: 1 if the two texts' final numbers are equal as decimals, else 0. The final number is the first one after
+    ``####`` where that mark stands, else the last of the text; thousands commas, currency and percent signs fall away.
+    Range: 0 or 1. 18, 18.00 and $18 are one number; 50% is 50; a fraction 3/4 ends on 4.
+    Source: Cobbe et al. 2021 (GSM8K), whose references end on ``#### N``.
+
+    Raises:
+        DataError: the reference has no number.
+
+    >>> number("She pays $1,250.00 in all.", "... #### 1250")
+    1.0
+    """
+    wanted = _final_number(reference)
+    if wanted is None:
+        raise DataError(f"the reference {_short(reference)} has no number",
+                        "score these rows with another scorer, or mend the row")
+    return float(_final_number(answer) == wanted)
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """How much of the two texts is common, in order.
+
+    Definition: with L the length of the longest common subsequence of tokens, P = L / |answer| and R = L / |reference|,
+    the score is F = 2PR / (P + R). Tokens are lower-cased words; punctuation is left out; each Chinese character or
+    Japanese kana is a token by itself.
+    Range: 0 to 1. Two texts without any token score 1, one without against one with scores 0.
+    Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", equations 2-4, beta = 1, unstemmed.
+
+    >>> rouge_l("police kill the gunman", "police killed the gunman")
+    0.75
+    """
+    left, right = _tokens(answer), _tokens(reference)
+    if not left or not right:
+        return float(left == right)
+    return 2 * _common(left, right) / (len(left) + len(right))
+
+
+SCORERS: dict[str, Scorer] = {
+    "exact": exact,
+    "contains": contains,
+    "json_equal": json_equal,
+    "json_fields": json_fields,
+    "number": number,
+    "rouge_l": rouge_l,
+}
+
+
+def _spaced(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+# ---------------------------------------------------------------- JSON
+
+_FENCE = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL | re.IGNORECASE)
+_BRACES = re.compile(r'"(?:\\.|[^"\\])*"|[{}]', re.DOTALL)
+
+
+def _reference_json(reference: str) -> Any:
+    value = _find_json(reference)
+    if value is _MISSING:
+        raise DataError(f"the reference {_short(reference)} holds no JSON",
+                        "score these rows with another scorer, or mend the row")
+    return value
+
+
+def _find_json(text: str) -> Any:
+    """The first thing in the text that parses, numbers as decimals; `_MISSING` where nothing does."""
+    for candidate in _candidates(text):
+        value = _parse(candidate)
+        if value is not _MISSING:
+            return value
+    return _MISSING
+
+
+def _candidates(text: str) -> Iterator[str]:
+    """The whole text, then what stands in fences, then every outermost balanced object."""
+    yield text
+    yield from _FENCE.findall(text)
+    start = text.find("{")
+    while start >= 0:
+        end = _closing(text, start)
+        if end < 0:  # cut off: what nests inside is a part of an answer, never the answer
+            return
+        yield text[start:end]
+        start = text.find("{", end)
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the object that opens at `start` ends, braces inside strings left aside; -1 if it does not."""
+    depth = 0
+    for mark in _BRACES.finditer(text, start):
+        depth += {"{": 1, "}": -1}.get(mark.group(), 0)
+        if depth == 0 and mark.group() == "}":
+            return mark.end()
+    return -1
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, parse_float=Decimal, parse_int=Decimal, parse_constant=_refuse)
+    except (ValueError, RecursionError, InvalidOperation):  # models do write "[[[[[..." and "9e999999..." without end
+        return _MISSING
+
+
+def _refuse(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _same(left: Any, right: Any) -> bool:
+    """Equality of JSON values, in which Python's True == 1 has no place."""
+    if type(left) is not type(right):
+        return False
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    if isinstance(left, list):
+        return len(left) == len(right) and all(map(_same, left, right))
+    return bool(left == right)
+
+
+# ---------------------------------------------------------------- numbers
+
+# A minus belongs to the number unless something countable stands before it: 10-3 ends on 3, "is -3" on -3.
+_NUMBER = re.compile(
+    r"((?<![\w.)%])[-−](?=[$€£¥]?\.?\d))?"
+    r"[$€£¥]?"
+    r"((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+
+
+def _final_number(text: str) -> Decimal | None:
+    marked = _NUMBER.search(text, text.index("####")) if "####" in text else None
+    found = marked or _last(_NUMBER, text)
+    if found is None:
+        return None
+    sign, digits = found.groups()
+    value = Decimal(digits.replace(",", ""))
+    return -value if sign else value
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = None
+    for found in pattern.finditer(text):  # noqa: B007
+        pass
+    return found
+
+
+# ---------------------------------------------------------------- common subsequences
+
+_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+
+
+def _tokens(text: str) -> list[str]:
+    return _TOKEN.findall(text.lower())
+
+
+def _common(left: list[str], right: list[str]) -> int:
+    """Length of the longest common subsequence, one whole row of the usual table in the bits of one integer.
+
+    Hyyrö 2004, "Bit-parallel LCS-length computation revisited": a bit of `row` is 0 where the table steps up.
+    """
+    places: dict[str, int] = {}
+    for index, token in enumerate(left):
+        places[token] = places.get(token, 0) | 1 << index
+    full = (1 << len(left)) - 1
+    row = full
+    for token in right:
+        hits = row & places.get(token, 0)
+        row = ((row + hits) | (row - hits)) & full
+    return len(left) - row.bit_count()
