@@ -32,6 +32,7 @@ class Tokenizer(Protocol):
     eos_token_id: int | None
     bos_token_id: int | None
     chat_template: str | None
+    is_fast: bool  # whether it can say which characters a token stands for
 
     def __call__(self, text: str, **options: Any) -> Any: ...
     def decode(self, ids: Sequence[int], **options: Any) -> str: ...
@@ -113,6 +114,10 @@ class Family(Protocol):
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         """What the objective asked for (names of `Outputs`' fields), at the target's positions."""
+        ...
+
+    def train(self, mode: bool) -> None:
+        """Dropout and the like on or off."""
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:

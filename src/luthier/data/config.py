@@ -1,0 +1,90 @@
+"""The `data:` part of a recipe. Read `formats.py` first for what the files may hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, field_validator
+
+from luthier.core.config import Config
+from luthier.core.errors import nearest
+from luthier.data.formats import COLUMNS, FormatName
+
+
+class Source(Config):
+    """One place that rows come from."""
+
+    path: str = Field(description="a file, a folder of files, or the owner/name of a data set on the hub")
+    weight: float = Field(1.0, gt=0, description="times that its rows are seen in an epoch: 2 twice, 0.5 half of them")
+    split: str = Field("train", description="which split, of a data set on the hub or saved by `datasets`")
+    subset: str | None = Field(None, description="which configuration of a data set on the hub")
+    document: Literal["auto", "line", "file"] = Field("auto", description=(
+        "what one document is in plain text: a line or the whole file; auto: a line in .txt, the file in .md"))
+
+
+class DataConfig(Config):
+    """What is trained and evaluated on, and how rows become tokens."""
+
+    train: tuple[Source, ...] = Field(description="what to train on: a path, a hub name, or a list of them")
+    eval: float | Source | None = Field(None, description=(
+        "what to evaluate on while training: a path, or a fraction of the train rows to hold out by the seed"))
+    test: Source | None = Field(None, description="what to evaluate on at the end")
+    format: Literal["auto"] | FormatName = Field("auto", description=(
+        "how rows are written; auto goes by the columns. prompt and completion are put into the base's chat template "
+        "if it has one, unless the format is `completion`, which joins them bare"))
+    columns: Mapping[str, str | int] = Field(default_factory=dict, description=(
+        "standard column: the file's own column, where they differ; numbers from 0 mean a table without a header"))
+    max_length: int = Field(1024, ge=2, description="the most tokens that one example may have")
+    overlong: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
+        "what happens to longer ones; split cuts a text into several examples without loss, and refuses chats"))
+    system: str | None = Field(None, description="system prompt for the chats that have none")
+    train_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
+        "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight wins"))
+    shuffle: bool = Field(True, description="whether every epoch has its own order")
+    limit: int | None = Field(None, ge=1, description="read at most this many rows of every source, for a quick try")
+    streaming: bool = Field(False, description=(
+        "read the train rows anew in every epoch instead of keeping them; shuffled in blocks, not as a whole"))
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _several(cls, raw: Any) -> Any:
+        return [_source(item) for item in (raw if isinstance(raw, (list, tuple)) else [raw])]
+
+    @field_validator("train")
+    @classmethod
+    def _some(cls, sources: tuple[Source, ...]) -> tuple[Source, ...]:
+        if not sources:
+            raise ValueError("name at least one file to train on")
+        return sources
+
+    @field_validator("eval", "test", mode="before")
+    @classmethod
+    def _one(cls, raw: Any) -> Any:
+        return _source(raw)
+
+    @field_validator("eval")
+    @classmethod
+    def _fraction(cls, value: float | Source | None) -> float | Source | None:
+        if isinstance(value, float) and not 0 < value < 1:
+            raise ValueError("a fraction to hold out lies between 0 and 1")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
+        for column in columns:
+            if column not in COLUMNS:
+                raise ValueError(f"unknown standard column {column!r}: {nearest(column, COLUMNS)}")
+        if len({isinstance(theirs, int) for theirs in columns.values()}) > 1:
+            raise ValueError("give names for all columns, or numbers for all of a table without a header")
+        return columns
+
+    @property
+    def header(self) -> bool:
+        """Whether tables have a header line."""
+        return not any(isinstance(theirs, int) for theirs in self.columns.values())
+
+
+def _source(raw: Any) -> Any:
+    return {"path": raw} if isinstance(raw, str) else raw

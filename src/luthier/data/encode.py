@@ -1,0 +1,195 @@
+"""Examples to tokens and weights. Read `chat.py` first, for which words of a chat are trained.
+
+    Example -> spell -> Spelled (all its tokens) -> cut -> Encoded (at most max_length tokens each)
+
+A token is trained if any of its characters is: its weight is that of the span it reaches into.
+
+`bytes` counts the UTF-8 bytes of the words that are predicted, without the end mark: bits per byte can then be compared
+between tokenizers.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from dataclasses import dataclass
+from itertools import pairwise
+
+from luthier.core.protocols import Tokenizer
+from luthier.core.types import ChatExample, CompletionExample, Encoded, Example, Message, Origin, Piece, TextExample
+from luthier.data.chat import Rendered, RenderError, Span, prompt_and_answer, rendered
+from luthier.data.config import DataConfig
+from luthier.data.sources import Refusal
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """All tokens of one text, before anything is cut.
+
+    Args:
+        ends: for each token, where its characters end in `text`.
+        divisible: whether it may be cut into several examples (documents may, chats may not).
+    """
+
+    text: str
+    ids: list[int]
+    weights: list[float]
+    ends: list[int]
+    origin: Origin
+    divisible: bool = False
+
+
+def encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[Encoded] | Refusal:
+    """The example as tokens and weights: one `Encoded`, or several where it was split, or why there is none."""
+    texts = spell(example, tokenizer, config)
+    if isinstance(texts, Refusal):
+        return texts
+    found: list[Encoded] = []
+    for text in texts:
+        pieces = cut(text, config, tokenizer.eos_token_id)
+        if isinstance(pieces, Refusal):
+            return pieces
+        found += pieces
+    return found
+
+
+# ---------------------------------------------------------------- spelling
+
+
+def spell(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
+    """The example's texts, uncut: one, but for chats under a template that rewrites history."""
+    if isinstance(example, TextExample):
+        return [_spelled(Rendered(example.text, rest=1.0), tokenizer, example, closed=True)]
+    if isinstance(example, CompletionExample) and not templated(tokenizer, config):
+        return [_spelled(_bare(example), tokenizer, example, closed=True)]
+    chat = as_chat(example) if isinstance(example, CompletionExample) else example
+    try:
+        texts = rendered(chat, tokenizer, system=config.system, train_on=config.train_on)
+    except RenderError as fault:
+        return Refusal(example.origin, "the chat template refuses it", str(fault))
+    return [_spelled(text, tokenizer, example, closed=False) for text in texts]
+
+
+def templated(tokenizer: Tokenizer, config: DataConfig) -> bool:
+    """Whether a prompt and its completion are put into the chat template, or joined bare."""
+    return bool(tokenizer.chat_template) and config.format != "completion"
+
+
+def as_chat(example: CompletionExample) -> ChatExample:
+    """A prompt and its completion as one exchange."""
+    return ChatExample((Message("user", example.prompt), Message("assistant", example.completion)),
+                       example.origin, example.weight)
+
+
+def _bare(example: CompletionExample) -> Rendered:
+    text = example.prompt + example.completion
+    return Rendered(text, (Span(len(example.prompt), len(text), 1.0),))
+
+
+def _spelled(text: Rendered, tokenizer: Tokenizer, example: Example, *, closed: bool) -> Spelled:
+    """`closed`: the tokenizer's own opening and the end mark are put around it (a template brings its own)."""
+    if tokenizer.is_fast:
+        ids, starts, ends = _whole(text.text, tokenizer, closed)
+    else:
+        ids, starts, ends = _by_parts(text, tokenizer, closed)
+    weights = [text.rest * example.weight] * len(ids)
+    for span in text.spans:
+        first, last = bisect_right(ends, span.start), bisect_left(starts, span.end)
+        weights[first:last] = [span.weight * example.weight] * (last - first)
+    if closed and tokenizer.eos_token_id is not None:
+        if not ids or ids[-1] != tokenizer.eos_token_id:
+            ids, weights, ends = [*ids, tokenizer.eos_token_id], [*weights, 0.0], [*ends, len(text.text)]
+        weights[-1] = example.weight
+    return Spelled(text.text, ids, weights, ends, example.origin, divisible=isinstance(example, TextExample))
+
+
+def _whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
+    """Ids, and where each token's characters start and end; both never fall."""
+    out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+    starts, ends, at = [], [], 0
+    for start, end in out["offset_mapping"]:
+        if end < at:  # an end mark of the tokenizer's own, which stands for no characters
+            start = end = at
+        elif start == end:  # white space, where the tokenizer trims it from the offsets
+            start = min(start, at)
+        starts.append(start)
+        ends.append(end)
+        at = end
+    return out["input_ids"], starts, ends
+
+
+def _by_parts(text: Rendered, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
+    """The same for a tokenizer that keeps no offsets: each part between the ends of spans is tokenised alone."""
+    bounds = sorted({0, len(text.text), *(s.start for s in text.spans), *(s.end for s in text.spans)})
+    ids: list[int] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    for start, end in pairwise(bounds):
+        part = tokenizer(text.text[start:end], add_special_tokens=special and start == 0, verbose=False)["input_ids"]
+        ids += part
+        starts += [start] * len(part)
+        ends += [end] * len(part)
+    return ids, starts, ends
+
+
+# ---------------------------------------------------------------- cutting
+
+
+def cut(text: Spelled, config: DataConfig, end_mark: int | None) -> list[Encoded] | Refusal:
+    """`text` in at most `max_length` tokens.
+
+    Split parts share one token: the first token of a part is never predicted, so it is the last of the part before,
+    and every token but the document's first is predicted exactly once.
+    """
+    length, most = len(text.ids), config.max_length
+    if length <= most or config.overlong == "truncate":
+        ranges = [(0, min(length, most))]
+    elif config.overlong == "split" and text.divisible:
+        ranges = [(start, min(start + most, length)) for start in range(0, length - 1, most - 1)]
+    else:
+        only = "; only a text can be split" if config.overlong == "split" else ""
+        return Refusal(text.origin, "longer than max_length", f"{length} tokens, at most {most}{only}")
+    found = [_encoded(text, start, stop, end_mark) for start, stop in ranges if any(text.weights[start + 1:stop])]
+    if not found:
+        cutoff = f"none within max_length={most} of {length} tokens" if length > most else f"{length} tokens"
+        return Refusal(text.origin, "nothing to train on", cutoff)
+    return found
+
+
+def _encoded(text: Spelled, start: int, stop: int, end_mark: int | None) -> Encoded:
+    piece = Piece(tuple(text.ids[start:stop]), tuple(text.weights[start:stop]))
+    return Encoded((piece,), text.origin, _predicted_bytes(text, start, stop, end_mark))
+
+
+def _predicted_bytes(text: Spelled, start: int, stop: int, end_mark: int | None) -> int:
+    """Bytes behind each run of predicted tokens; the part's first token is never predicted."""
+    total, opened, ends = 0, -1, text.ends
+    for i in range(start + 1, stop):
+        counts = text.weights[i] != 0 and text.ids[i] != end_mark
+        if counts and opened < 0:
+            opened = ends[i - 1]
+        elif not counts and opened >= 0:
+            total += len(text.text[opened:ends[i - 1]].encode())
+            opened = -1
+    return total + (len(text.text[opened:ends[stop - 1]].encode()) if opened >= 0 else 0)
+
+
+# ---------------------------------------------------------------- for generation
+
+
+def prompt_of(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[int], str]:
+    """What a sampler continues, as token ids, and the reference answer.
+
+    A chat is asked up to the assistant's last turn, a completion up to its prompt; a text is cut in half.
+    """
+    if isinstance(example, CompletionExample) and templated(tokenizer, config):
+        example = as_chat(example)
+    if isinstance(example, ChatExample):
+        prompt, answer = prompt_and_answer(example, tokenizer, config.system)
+        return list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]), answer
+    if isinstance(example, CompletionExample):
+        prompt, answer = example.prompt, example.completion
+    else:
+        middle = (len(example.text) + 1) // 2
+        prompt, answer = example.text[:middle], example.text[middle:]
+    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids, answer

@@ -1,0 +1,84 @@
+"""Encoded examples to batches: rows without padding. Read `core/types.py` first, then nothing else.
+
+Shape letters: T tokens in a row, P predictions in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from luthier.core.types import Batch, Encoded, Forest, Inputs, Target
+
+
+def pack(encoded: Sequence[Encoded], micro_tokens: int | None) -> list[Batch]:
+    """The examples in as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: in one row.
+
+    An example longer than `micro_tokens` has a row of its own. What is predicted, with which weight, does not depend on
+    `micro_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
+    """
+    if micro_tokens is None:
+        return [batch(encoded)] if encoded else []
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].tokens, i)):
+        tokens = encoded[index].tokens
+        row = next((r for r, free in enumerate(room) if free >= tokens), None)
+        if row is None:
+            rows.append([index])
+            room.append(micro_tokens - tokens)
+        else:
+            rows[row].append(index)
+            room[row] -= tokens
+    return [batch([encoded[i] for i in sorted(row)]) for row in rows]
+
+
+def eval_batches(encoded: Sequence[Encoded], micro_tokens: int | None, group: int = 512) -> list[Batch]:
+    """Batches to go through once. Packs `group` examples at a time, which keeps packing fast for many; `micro_tokens`
+    None: rows of up to 8192 tokens."""
+    return [row for at in range(0, len(encoded), group) for row in pack(encoded[at:at + group], micro_tokens or 8192)]
+
+
+def batch(encoded: Sequence[Encoded]) -> Batch:
+    """All the examples as one row.
+
+    A position counts on from its parent piece. The prediction of a child's first token is made at its parent's last
+    token; the first token of a root follows nothing and is not predicted.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    parents: list[int] = []
+    at: list[int] = []
+    goals: list[int] = []
+    weights: list[float] = []
+    owners: list[int] = []
+    for owner, example in enumerate(encoded):
+        first = len(lengths)  # segment of the example's first piece
+        spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
+        for piece in example.pieces:
+            start, before, depth = len(tokens), -1, 0
+            if piece.parent >= 0:
+                before, depth = spans[piece.parent]
+            length = len(piece.ids)
+            tokens += piece.ids
+            positions += range(depth, depth + length)
+            lengths.append(length)
+            parents.append(first + piece.parent if piece.parent >= 0 else -1)
+            spans.append((start + length - 1, depth + length))
+            for i, weight in enumerate(piece.weights):
+                state = start + i - 1 if i else before
+                if weight and state >= 0:
+                    at.append(state)
+                    goals.append(piece.ids[i])
+                    weights.append(weight)
+                    owners.append(owner)
+    inputs = Inputs(_long(tokens), _long(positions), Forest(tuple(lengths), tuple(parents)))
+    target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), _long(owners),
+                    len(encoded), sum(example.bytes for example in encoded))
+    return Batch(inputs, target, tuple(example.origin for example in encoded))
+
+
+def _long(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)

@@ -1,0 +1,138 @@
+"""Training on rows that do not fit in memory. Read `loader.py` first: this is its twin that keeps nothing.
+
+Every epoch reads the sources anew, a row of each in turn. Examples are shuffled in blocks. The cursor is the number of
+rows before the current block, and of examples taken from it: who resumes skips the former and reads the latter again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from luthier.core.errors import DataError
+from luthier.core.protocols import Tokenizer
+from luthier.core.types import Batch, Encoded, Example
+from luthier.data.config import DataConfig, Source
+from luthier.data.load import encoded, rows
+from luthier.data.loader import changed
+from luthier.data.pack import pack
+from luthier.data.report import Tally
+from luthier.data.sources import Refusal
+
+
+class Stream:
+    """An endless run of steps over rows that are read anew in every epoch; a `core.protocols.Feed`.
+
+    Args:
+        block: examples that are shuffled together, and kept in memory.
+
+    `steps_per_epoch` is 0: how many rows there are is not known. `tally` counts the rows of the first epoch.
+    """
+
+    steps_per_epoch = 0
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, micro_tokens: int | None,
+                 seed: int = 0, block: int = 4096) -> None:
+        self.config, self.tokenizer, self.seed, self.block = config, tokenizer, seed, block
+        self.batch_size, self.micro_tokens = batch_size, micro_tokens
+        self.tally = Tally()
+        self._begin(0, 0)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings, and of name and size of the files; their rows are not read for it."""
+        sizes = [file.stat().st_size for source in self.config.train for file in sorted(Path(source.path).rglob("*"))
+                 or [Path(source.path)] if file.is_file()]
+        said = repr((self.config.model_dump_json(), sizes, self.seed, self.block))
+        return hashlib.blake2b(said.encode(), digest_size=12).hexdigest()
+
+    def _begin(self, epoch: int, row: int) -> None:
+        """Stand before row `row` of an epoch, with an empty block."""
+        self.epoch, self.row, self.next_row, self.taken = epoch, row, row, 0
+        self.queue: list[Encoded] = []
+        self._rows = islice(self._epoch(epoch), row, None)
+
+    def _epoch(self, epoch: int) -> Iterator[Example | Refusal]:
+        """The rows of an epoch, one of each source in turn, each as often as its weight says."""
+        open_ = [self._source(source, np.random.default_rng([self.seed, epoch, index]))
+                 for index, source in enumerate(self.config.train)]
+        while open_:
+            for source in list(open_):
+                row = next(source, None)
+                if row is None:
+                    open_.remove(source)
+                else:
+                    yield row
+
+    def _source(self, source: Source, chance: np.random.Generator) -> Iterator[Example | Refusal]:
+        whole = int(source.weight)
+        for _ in range(whole):
+            yield from rows(source, self.config)
+        if source.weight > whole:
+            yield from (row for row in rows(source, self.config) if chance.random() < source.weight - whole)
+
+    def _refill(self) -> None:
+        """The next block, shuffled by the seed and its place alone; an empty one at the end of the epoch."""
+        self.row, self.taken, self.queue = self.next_row, 0, []
+        for example in self._rows:
+            self.next_row += 1
+            found = example if isinstance(example, Refusal) else encoded(example, self.tokenizer, self.config)
+            if isinstance(found, Refusal):
+                self._count(found)
+            else:
+                self._count(found[1])
+                self.queue += found[0]
+            if len(self.queue) >= self.block:
+                break
+        if self.config.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch, self.row]).permutation(len(self.queue))
+            self.queue = [self.queue[i] for i in order]
+
+    def _count(self, outcome: Refusal | bool) -> None:
+        if self.epoch == 0 and self.tally.read < self.next_row:
+            if isinstance(outcome, Refusal):
+                self.tally.refuse(outcome)
+            else:
+                self.tally.keep(outcome)
+
+    def _batch(self) -> list[Encoded]:
+        """Up to `batch_size` examples of this epoch."""
+        chosen: list[Encoded] = []
+        while len(chosen) < self.batch_size:
+            if self.taken >= len(self.queue):
+                self._refill()
+                if not self.queue:
+                    break
+            more = self.queue[self.taken:self.taken + self.batch_size - len(chosen)]
+            self.taken += len(more)
+            chosen += more
+        return chosen
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> list[Batch]:
+        chosen = self._batch()
+        if not chosen:
+            self._begin(self.epoch + 1, 0)
+            chosen = self._batch()
+        if not chosen:
+            first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
+            raise DataError(f"none of the train rows can be used; the first:\n{first}",
+                            "mend the rows, or say with `format:` and `columns:` how they are written")
+        return pack(chosen, self.micro_tokens)
+
+    def state(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "row": self.row, "taken": self.taken, "data": self.fingerprint}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        if state["data"] != self.fingerprint:
+            raise changed(state["data"], self.fingerprint)
+        self._begin(state["epoch"], state["row"])
+        self._refill()
+        self.taken = state["taken"]
