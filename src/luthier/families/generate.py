@@ -1,0 +1,168 @@
+"""Answers from a causal language model: batches with a cache, rows that leave when they are done. Read `load.py` first.
+
+One loop (`_decode`) serves everything that generates: `generate` collects its tokens into answers, `stream` hands them
+on one by one. An answer depends on its prompt, its index and the settings, never on its neighbours in a batch.
+
+Shape letters: B rows of a batch, L columns so far (left padding, prompt, answer), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence, Set
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from luthier.core.errors import BaseError, DataError, NotFinite
+from luthier.core.protocols import Generated, Sampling
+
+CROWDED = 0.75  # rows leave together, once at most this share still runs: each leaving copies the whole cache
+
+
+def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+    """Every token that ends an answer: those of the model's generation config, and the tokenizer's own."""
+    settings = getattr(model, "generation_config", None)
+    named = settings.eos_token_id if settings is not None else None
+    listed = named if isinstance(named, list) else [named]
+    return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
+
+
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
+             device: torch.device | str) -> Iterator[Generated]:
+    """Answer every prompt; each answer is yielded as soon as it is done, with the index of its prompt.
+
+    Args:
+        model: a Transformers causal language model in evaluation mode, on `device`.
+        prompts: token ids; prompts of similar length share a batch, the longest first.
+        eos: tokens that end an answer, as those of `sampling.stop` do; neither is part of it.
+        pad: any token; it fills places that no one attends to.
+
+    Raises:
+        BaseError: a prompt fills the model's context.
+        DataError: a prompt is empty.
+        NotFinite: the model's output is not a number.
+    """
+    limits = _limits(model, prompts, sampling)
+    stops = eos | set(sampling.stop)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), sampling.batch_size):
+        batch = {index: prompts[index] for index in order[start:start + sampling.batch_size]}
+        answers: dict[int, list[int]] = {index: [] for index in batch}
+        for index, token in _decode(model, batch, limits, sampling, stops, pad, device):
+            if token in stops:
+                yield Generated(index, tuple(answers[index]), True)
+                continue
+            answers[index].append(token)
+            if len(answers[index]) == limits[index]:
+                yield Generated(index, tuple(answers[index]), False)
+
+
+def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set[int]) -> Iterator[int]:
+    """The answer to one prompt, token by token: the same tokens that `generate` gives it as its only prompt."""
+    device = next(model.parameters()).device
+    stops = eos | set(sampling.stop)
+    for _, token in _decode(model, {0: prompt}, _limits(model, [prompt], sampling), sampling, stops, 0, device):
+        if token in stops:
+            return
+        yield token
+
+
+def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
+    """How many tokens each answer may have: what was asked for, or what the context leaves."""
+    assert sampling.max_new_tokens > 0, sampling
+    assert sampling.batch_size > 0, sampling
+    context = _context(model)
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {index} has no tokens, and a model can only go on from something",
+                            "give the prompt at least one token, such as the one that begins a text")
+        if len(prompt) >= context:
+            raise BaseError(f"prompt {index} has {len(prompt)} tokens, and the base's context of {context} must hold "
+                            "the answer too", "shorten the prompt, or choose a base with a longer context")
+    return [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+
+
+def _context(model: nn.Module) -> int:
+    """Positions that the model knows; endless where its config does not say."""
+    described: Any = model.config
+    return int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62)
+
+
+@torch.inference_mode()
+def _decode(model: nn.Module, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: Sampling,
+            stops: Set[int], pad: int, device: torch.device | str) -> Iterator[tuple[int, int]]:
+    """(index, token) for every prompt of one batch and every step, until it has met a stop token or its limit."""
+    assert not model.training, "dropout would fall on the answers: call model.eval() first"
+    tokens, mask = _padded(list(prompts.values()), pad, device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    last = _context(model) - 1
+    described: Any = model.config
+    cache = DynamicCache(config=described)
+    rows = list(prompts)  # rows[i]: the prompt that row i of the tensors belongs to
+    left = {index: limits[index] for index in rows}
+    dice = {index: Random(f"{sampling.seed} {index}") for index in rows}
+    while True:
+        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1]
+        if lost := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
+            raise NotFinite(f"the model's output for prompts {lost[:5]} is not a number, so there is no next token",
+                            "set the base's dtype to float32; if it is, the weights or the run are damaged")
+        chosen = choose(logits, sampling, [dice[index].random() for index in rows])
+        for index, token in zip(rows, chosen.tolist(), strict=True):
+            if index in left:
+                left[index] -= 1
+                if token in stops or not left[index]:
+                    del left[index]
+                yield index, token
+        if not left:
+            return
+        if len(left) <= CROWDED * len(rows):
+            kept = torch.tensor([i for i, index in enumerate(rows) if index in left], device=device)
+            rows = [index for index in rows if index in left]
+            cache.batch_select_indices(kept)
+            chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
+        tokens = chosen[:, None]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        # Only a row that is done, and waits for others to leave with it, can meet the end of the context.
+        positions = (positions[:, -1:] + 1).clamp(max=last)
+
+
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """[B, L] token ids with padding on the left, and [B, L] 1 where there is a token."""
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    return tokens, mask
+
+
+def choose(logits: Tensor, sampling: Sampling, dice: Sequence[float]) -> Tensor:
+    """The next token of each row, [B].
+
+    Greedy at temperature 0. Else the row's die u in [0, 1) picks the token at which the cumulative probability passes
+    u, after temperature, then the `top_k` most probable, then the fewest of those that hold `top_p` of the rest.
+
+    Args:
+        logits: [B, V].
+        dice: one number for each row.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS knows no float64
+    logits = logits.to(wide) / sampling.temperature
+    order = None
+    if sampling.top_k:
+        logits, order = logits.topk(min(sampling.top_k, logits.shape[-1]))
+    elif sampling.top_p < 1:
+        logits, order = logits.sort(descending=True)
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        before = probabilities.cumsum(-1) - probabilities
+        before[:, 0] = 0  # exactly: the most probable token stays, whatever was rounded
+        probabilities = probabilities.where(before < sampling.top_p, 0)
+    reached = probabilities.cumsum(-1)
+    thrown = torch.tensor(dice, dtype=wide, device=logits.device)[:, None] * reached[:, -1:]
+    picked = torch.searchsorted(reached, thrown, right=True).clamp(max=logits.shape[-1] - 1)
+    return (picked if order is None else order.gather(-1, picked))[:, 0]
