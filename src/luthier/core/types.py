@@ -230,10 +230,10 @@ class Loss:
 
     Args:
         total: scalar with a gradient.
-        count: what `total` is to be divided by, summed over all micro-batches and ranks.
-        metrics: name -> (sum, count), both without a gradient.
+        count: what `total` is to be divided by, once summed over all micro-batches and ranks.
+        metrics: name -> (sum, count), both without a gradient. Tensors stay on their device: reading one is a wait.
     """
 
     total: Tensor
-    count: float
-    metrics: Mapping[str, tuple[Tensor, float]]
+    count: Tensor
+    metrics: Mapping[str, tuple[Tensor, Tensor | float]]

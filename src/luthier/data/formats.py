@@ -188,8 +188,9 @@ def _from_alpaca(values: Mapping[str, Any], origin: Origin) -> Example:
     if not asked:
         raise UnfitError("empty instruction")
     messages: list[Message] = []
-    for pair in _parsed(values.get("history") or [], "history"):
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+    history = _parsed(values.get("history") or [], "history")
+    for pair in history if isinstance(history, list) else [history]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
             raise UnfitError("history is not a list of [question, answer]")
         messages += [Message("user", pair[0]), Message("assistant", pair[1])]
     messages += [Message("user", asked), Message("assistant", _words(values, "output"))]

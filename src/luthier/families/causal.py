@@ -6,6 +6,7 @@ Read `anatomy.py` (the parts), `forest.py` (attention) and `head.py` (the loss's
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,7 +17,7 @@ from luthier.core.protocols import Generated, Sampling
 from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.families import forest as _forest
 from luthier.families.anatomy import anatomy
-from luthier.families.generate import generate, stream
+from luthier.families.generate import eos_tokens, generate, stream
 from luthier.families.head import log_probs
 
 Layout = Literal["packed", "padded"]
@@ -34,7 +35,6 @@ class CausalLM:
 
     def __init__(self, model: nn.Module, tokenizer: Any, layout: Layout | None = None) -> None:
         model.set_attn_implementation(_forest.NAME)
-        model.config.use_cache = False
         self.model, self.tokenizer = model, tokenizer
         self.anatomy = anatomy(model)
         self.layout: Layout = layout or self._proven_layout()
@@ -46,8 +46,15 @@ class CausalLM:
     def device(self) -> torch.device:
         return self.anatomy.embedding.weight.device
 
+    def train(self, mode: bool) -> None:
+        self.model.train(mode)
+
+    def checkpointing(self) -> None:
+        """From now on recompute every block in the backward pass instead of keeping its activations."""
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        states = self.states(inputs)[target.at]
+        states = self.states(inputs).index_select(0, target.at)
         if not needs & {"token_logps", "token_hits"}:
             return Outputs(states=states)
         head = self.anatomy.head
@@ -102,10 +109,12 @@ class CausalLM:
 
     @property
     def stops(self) -> set[int]:
-        """Tokens that end an answer: the tokenizer's and those of the model's generation settings."""
-        given = self.model.generation_config.eos_token_id if self.model.generation_config else None
-        listed = given if isinstance(given, list) else [given]
-        return {token for token in [*listed, self.tokenizer.eos_token_id] if token is not None}
+        return eos_tokens(self.model, self.tokenizer)
+
+    def save(self, path: Path) -> None:
+        """Write the whole model as a Transformers folder, tokenizer included."""
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
 
 
 def _leaves(forest: Forest) -> tuple[list[Tensor], Any]:

@@ -30,7 +30,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.core.config import Config
-from luthier.core.errors import RecipeError
+from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
 from luthier.methods.hooks import Hooks, load_into
 
@@ -54,6 +54,22 @@ class LoraConfig(Config):
     plus: float = Field(1.0, gt=0, description="LoRA+: factor on B's learning rate; 16 in the paper")
     rank_pattern: dict[str, int] = Field({}, description="other ranks: role, ending or expression -> rank")
     alpha_pattern: dict[str, float] = Field({}, description="other alphas, likewise")
+
+    @classmethod
+    def from_peft(cls, adapter: Mapping[str, Any]) -> LoraConfig:
+        """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
+        strange = {"bias": "none", "modules_to_save": None, "layers_to_transform": None, "use_qalora": False,
+                   "trainable_token_indices": None, "lora_bias": False, "target_parameters": None}
+        for key, plain in strange.items():
+            if adapter.get(key, plain) not in (plain, [], {}):
+                raise RunError(f"the adapter was made with {key}={adapter[key]!r}, which is not read here",
+                               f"train it with {key}={plain!r}")
+        targets = adapter["target_modules"]
+        return cls(
+            rank=adapter["r"], alpha=adapter["lora_alpha"], dropout=adapter.get("lora_dropout") or 0.0,
+            targets="all-linear" if targets == "all-linear" else (targets,) if isinstance(targets, str) else tuple(targets),
+            rslora=adapter.get("use_rslora") or False, dora=adapter.get("use_dora") or False,
+            rank_pattern=adapter.get("rank_pattern") or {}, alpha_pattern=adapter.get("alpha_pattern") or {})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
         sites = chosen(anatomy.sites, self.targets)

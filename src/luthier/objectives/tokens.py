@@ -28,7 +28,7 @@ class TokensConfig(Config):
         ...                 owners=torch.tensor([0, 0]), examples=1, bytes=2)
         >>> logps = torch.tensor([-2.0, -1.0])
         >>> loss = SftConfig()(Outputs(token_logps=logps, token_hits=torch.tensor([False, True])), target)
-        >>> float(loss.total), loss.count
+        >>> float(loss.total), float(loss.count)
         (5.0, 4.0)
     """
 
@@ -44,8 +44,9 @@ class TokensConfig(Config):
         logps = outputs.token_logps
         total = -(target.weights.to(logps.dtype) * logps).sum()
         plain = logps.detach().sum()
-        return Loss(total, self.count(target), {
-            "nll": (total.detach(), self.count(target)),
+        weight = target.weights.sum()
+        return Loss(total, weight, {
+            "nll": (total.detach(), weight),
             "token_accuracy": (outputs.token_hits.sum(), float(logps.shape[0])),
             "bits_per_byte": (-plain / math.log(2), float(target.bytes)),
         })

@@ -1,0 +1,276 @@
+"""Names to objects: the only module that sees every axis. Assembly is a straight line; each line feeds the next.
+
+    recipe -> base -> family -> method attached -> data -> feed
+
+Read `core/protocols.py` first. A verb calls these functions; nothing here trains, prints or writes.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from importlib import metadata
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import torch
+import yaml
+from pydantic import Field, SerializeAsAny, field_validator
+from safetensors.torch import load_file, save_file
+
+from luthier import data as rows
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.protocols import Attached, Feed
+from luthier.core.types import Batch, ChatExample, CompletionExample, Example, Message, Origin
+from luthier.data import DataConfig, Datasets, Loader, Stream
+from luthier.families import BaseConfig, CausalLM, folder, load, resolve
+from luthier.measure import EvaluateConfig, Question
+from luthier.methods import METHODS, LoraConfig
+from luthier.objectives import OBJECTIVES
+from luthier.runtime.loop import TrainingConfig
+from luthier.runtime.optim import OptimizerConfig
+from luthier.runtime.run import Run, digest
+
+AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+
+
+class Recipe(Config):
+    """A whole run as data; one-to-one with a YAML file. `data: file.jsonl`, `method: lora` and the like are short for
+    `data: {train: file.jsonl}` and `method: {name: lora}`."""
+
+    base: BaseConfig = Field(BaseConfig(), description="the pretrained model")
+    method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
+    objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="what is minimised")
+    data: DataConfig = Field(description="what is trained and evaluated on")
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = Field(0, ge=0, description="of everything random")
+    run: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
+
+    @field_validator("base", "method", "objective", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _by_path(cls, given: Any) -> Any:
+        return {"train": given} if isinstance(given, (str, list, tuple)) else given
+
+
+# ---------------------------------------------------------------- recipes
+
+
+def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a file, a mapping or nothing, with `settings` (nested, or dotted keys) laid over it.
+
+    Raises one `RecipeError` that names every fault.
+    """
+    if isinstance(source, Recipe):
+        source = dump(source)
+    raw = _read(Path(source)) if isinstance(source, (str, Path)) else dict(source or {})
+    for key, value in (settings or {}).items():
+        if value is not None:
+            raw = _laid(raw, key.split("."), value)
+    return Recipe.parse(raw)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}", "mend the YAML at the place named") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"the recipe {str(path)!r} holds a {type(raw).__name__}, not settings",
+                          "write lines such as `method: lora`")
+    return {key: value for key, value in raw.items() if key != "provenance"}
+
+
+def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out."""
+    first, *rest = path
+    old = raw.get(first, {})
+    if isinstance(old, (str, list)) and (rest or isinstance(value, dict)):
+        old = {"train" if first == "data" else "name": old}
+    if rest:
+        return {**raw, first: _laid(old, rest, value)}
+    if isinstance(value, dict) and isinstance(old, dict):
+        for key, inner in value.items():
+            old = _laid(old, [key], inner)
+        return {**raw, first: old}
+    if first == "data" and isinstance(old, dict) and isinstance(value, (str, list)):
+        return {**raw, first: {**old, "train": value}}
+    return {**raw, first: value}
+
+
+def dump(made: Recipe) -> dict[str, Any]:
+    """A recipe as YAML can hold it, every setting spelt out."""
+    return made.model_dump(mode="json")
+
+
+def idle(made: Recipe) -> list[str]:
+    """Settings that were given and have no effect, each with the reason."""
+    training, found = made.training, []
+    evaluates = made.data.eval is not None
+    if training.patience and not evaluates:
+        found.append("training.patience has no effect: there is nothing to evaluate on (data.eval)")
+    if training.eval_every and not evaluates:
+        found.append("training.eval_every has no effect: there is nothing to evaluate on (data.eval)")
+    if training.steps and "epochs" in training.model_fields_set and training.epochs != 1.0:
+        found.append("training.epochs has no effect: training.steps is given")
+    if made.evaluate.metrics and not evaluates and made.data.test is None:
+        found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
+    if made.data.train_on != "assistant" and made.objective.name == "pretrain":
+        found.append("data.train_on has no effect on documents (objective pretrain)")
+    return found
+
+
+def provenance(made: Recipe) -> dict[str, Any]:
+    """What the recipe alone does not say: versions and the digests of the data files."""
+    named = [*made.data.train, made.data.eval, made.data.test]
+    paths = [Path(s.path) for s in named if s is not None and not isinstance(s, float)]
+    packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
+    return {
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "data_sha256": {str(path): digest(path) for path in paths if path.exists()},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "from source"
+
+
+# ---------------------------------------------------------------- objects
+
+
+def family(config: BaseConfig) -> CausalLM:
+    """The base, loaded."""
+    model, tokenizer = load(config)
+    return CausalLM(model, tokenizer)
+
+
+def attach(base: CausalLM, method: AnyMethod, seed: int) -> Attached:
+    """The method on the base; everything that it does not train is frozen."""
+    base.model.requires_grad_(False)
+    return method.attach(base.anatomy, seed=seed)
+
+
+def check(made: Recipe, base: CausalLM) -> None:
+    """What can only be known once the base is loaded. Raises `RecipeError`."""
+    if made.data.streaming and not made.training.steps:
+        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
+    context = base.anatomy.sizes["context"]
+    if made.data.max_length > context:
+        raise RecipeError(f"data.max_length {made.data.max_length} is longer than this base's context of {context} tokens",
+                          f"set data.max_length to {context} or less")
+
+
+def datasets(made: Recipe, base: CausalLM, progress: Any = None) -> Datasets:
+    """Everything the recipe trains and evaluates on."""
+    return rows.load(made.data, base.tokenizer, seed=made.seed, progress=progress)
+
+
+def micro_tokens(made: Recipe, device: torch.device) -> int:
+    """Tokens in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products."""
+    return made.training.micro_tokens or (8192 if device.type == "cuda" else 1024)
+
+
+def feed(made: Recipe, base: CausalLM, found: Datasets) -> Feed:
+    """The batches of the run."""
+    micro = micro_tokens(made, base.device)
+    if made.data.streaming:
+        return Stream(made.data, base.tokenizer, made.training.batch_size, micro, seed=made.seed)
+    return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
+
+
+def held_out(made: Recipe, base: CausalLM, found: Datasets) -> list[Batch]:
+    """The rows to evaluate on while training."""
+    return rows.eval_batches(found.eval, micro_tokens(made, base.device))
+
+
+def questions(made: Recipe, base: CausalLM, examples: Sequence[Example]) -> list[Question]:
+    """Prompts and right answers of test rows."""
+    found = []
+    for example in examples[:made.evaluate.limit]:
+        ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
+        found.append(Question(tuple(ids), _asked(example), reference))
+    return found
+
+
+def _asked(example: Example) -> str:
+    """What a person would say was asked."""
+    if isinstance(example, ChatExample):
+        return next((m.content for m in reversed(example.messages) if m.role != "assistant"), "")
+    return example.prompt if isinstance(example, CompletionExample) else example.text
+
+
+def chat_prompt(base: CausalLM, messages: Sequence[Message], system: str | None) -> list[int]:
+    """Token ids of a conversation that ends with the user's turn, up to where the answer begins."""
+    opened = ([Message("system", system)] if system and messages[0].role != "system" else []) + list(messages)
+    example = ChatExample((*opened, Message("assistant", "")), Origin("chat", 1))
+    return rows.prompt_of(example, base.tokenizer, DataConfig.parse({"train": "-"}))[0]
+
+
+# ---------------------------------------------------------------- runs
+
+
+def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
+    """What a run folder holds: its recipe, its base, and the method with its trained weights.
+
+    The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
+    (then there is no method to attach).
+    """
+    run.existing()
+    made = _recipe_of(run)
+    if run.adapter is None:
+        base = family(made.base.model_copy(update={"name": str(run.path)}))
+        return made, base, None
+    base = family(made.base)
+    attached = attach(base, made.method, made.seed)
+    attached.load(_adapter_weights(run))
+    return made, base, attached
+
+
+def _recipe_of(run: Run) -> Recipe:
+    if raw := run.recipe:
+        return Recipe.parse(raw)
+    if (adapter := run.adapter) is not None:
+        if adapter.get("peft_type") != "LORA":
+            raise RunError(f"{str(run.path)!r} holds a {adapter.get('peft_type')} adapter of PEFT, and only LORA can be read",
+                           "give a run of Luthier, or a LoRA of PEFT")
+        base = BaseConfig(name=adapter["base_model_name_or_path"] or "")
+        return Recipe(base=base, method=LoraConfig.from_peft(adapter), data=DataConfig.parse({"train": "-"}))
+    return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+
+
+def _adapter_weights(run: Run) -> dict[str, torch.Tensor]:
+    file = run.path / "adapter_model.safetensors"
+    if not file.exists():
+        raise RunError(f"{str(run.path)!r} has an adapter_config.json but no adapter_model.safetensors",
+                       "resume the run (--resume) so that it ends, or convert adapter_model.bin to safetensors")
+    return load_file(file)
+
+
+def save_tuned(run: Run, made: Recipe, base: CausalLM, attached: Attached) -> None:
+    """Write the trained weights as Transformers and PEFT read them, and the tokenizer."""
+    config = attached.peft()
+    if config is None:
+        base.save(run.path)
+        return
+    state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()}
+    save_file(state, run.path / "adapter_model.safetensors", metadata={"format": "pt"})
+    # PEFT loads the base by this name: a hub id as it is, anything else as the Transformers folder that it became.
+    name = made.base.name if isinstance(resolve(made.base.name), str) else str(folder(made.base))
+    run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
+    base.tokenizer.save_pretrained(run.path)

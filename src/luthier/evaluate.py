@@ -1,0 +1,63 @@
+"""The verb `evaluate`: how good a run is on rows it has not seen. Works on any run folder. Read `train.py` first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from luthier import build
+from luthier.core.errors import RecipeError
+from luthier.measure import score
+from luthier.runtime.progress import Progress, status
+from luthier.runtime.run import Run
+from luthier.runtime.step import measure
+
+
+def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
+             limit: int | None = None, base: bool = False, max_new_tokens: int | None = None, quiet: bool = False,
+             **settings: Any) -> dict[str, float]:
+    """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
+
+    Args:
+        run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
+        data: rows to use in place of the recipe's test (or held-out) rows.
+        metrics: scores of generated answers; left out: the recipe's.
+        limit: only the first so many rows.
+        base: measure the bare base instead.
+        settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
+
+    Returns:
+        metric -> value; docs/metrics.md defines each.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    with status("loading the run", quiet=quiet):
+        recorded, family, attached = build.open_run(run)
+    wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
+              "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
+    if data:
+        wanted |= {"data.train": data, "data.test": data, "data.eval": None}
+    made = build.recipe(recorded, wanted)
+    found = build.datasets(made, family)
+    encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
+    if not encoded:
+        raise RecipeError(f"{str(run.path)!r} was trained without test or held-out rows",
+                          "name some: luthier evaluate RUN --data FILE")
+    if made.evaluate.limit:
+        encoded = encoded[:made.evaluate.limit]
+    if base and attached is None:
+        raise RecipeError("the run holds a whole model, so the bare base is not in it",
+                          f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
+    family.train(False)
+    with attached.disabled() if base and attached else nullcontext():
+        batches = build.rows.eval_batches(encoded, build.micro_tokens(made, family.device))
+        results = measure(family, made.objective, batches)
+        results["perplexity"] = math.exp(min(results["nll"], 700.0))
+        if made.evaluate.metrics:
+            asked = build.questions(made, family, examples)
+            with Progress(len(asked), title="answering", quiet=quiet) as bar:
+                scored = score(family, asked, made.evaluate, tick=lambda done, total: bar.update(done))
+            results |= scored.scores
+    return results | {"examples": len(encoded)}

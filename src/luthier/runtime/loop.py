@@ -1,0 +1,225 @@
+"""The loop around the step: evaluate, keep the best, save, stop early, go on where a run was killed. Read `step.py` first.
+
+Everything that decides the next step is in a checkpoint: the trained weights, the optimiser's moments, the data
+cursor, every random state, and the best evaluation so far. So a run that was killed and resumed ends with the same
+bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+
+from luthier.core.config import Config
+from luthier.core.errors import RunError
+from luthier.core.protocols import Attached, Family, Feed, Objective
+from luthier.core.types import Batch
+from luthier.runtime import checkpoint, random, ranks
+from luthier.runtime.memory import peak_gb
+from luthier.runtime.optim import Optimizer, OptimizerConfig
+from luthier.runtime.step import Stepped, measure, step
+
+
+class TrainingConfig(Config):
+    """How long to train, in what portions, and what to keep."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data")
+    steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
+    batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
+    micro_tokens: int | None = Field(None, ge=1, description="most tokens in memory at once; never changes the result. "
+                                     "Left out: 1024 on a CPU, 8192 on a GPU")
+    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast")
+    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; left out: only on a signal")
+    keep: int = Field(2, ge=1, description="checkpoints kept, besides the best one")
+    patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better one")
+    keep_best: bool = Field(True, description="end with the weights of the best evaluation, not the last")
+    trackers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
+
+
+@dataclass
+class Job:
+    """The objects of one training, chosen elsewhere.
+
+    Args:
+        log: told (step, metrics) for every line of metrics.jsonl.
+        show: told (step, metrics) for the progress display.
+        stop: asked between steps whether a signal wants the run to end; its name, or an empty string.
+    """
+
+    family: Family
+    attached: Attached
+    objective: Objective
+    feed: Feed
+    held_out: list[Batch]
+    training: TrainingConfig
+    optimizer: OptimizerConfig
+    rate: float
+    folder: Path
+    log: Callable[[int, Mapping[str, float]], None]
+    show: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+    stop: Callable[[], str] = lambda: ""
+
+
+@dataclass
+class Summary:
+    """How a training ended. `stopped` names the signal or the reason of an early end, empty for a full run."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    stopped: str = ""
+    best: dict[str, float] = field(default_factory=dict)
+
+
+def total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
+    return training.steps or max(1, math.ceil(training.epochs * steps_per_epoch))
+
+
+def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
+    """Train to the end, or to the signal; a signal leaves a checkpoint. Raises `NotFinite` on a broken loss."""
+    total = total_steps(job.training, job.feed.steps_per_epoch)
+    optimizer = Optimizer(job.attached.parameters(), job.attached.rate, job.rate, job.optimizer, total)
+    summary = Summary(0, 0.0, 0)
+    bad_evaluations = _restore(job, optimizer, summary, resume) if resume else 0
+    eval_every = job.training.eval_every or job.feed.steps_per_epoch
+    job.family.train(True)
+    waiting: _Line | None = None  # on a GPU a step's numbers are read one step late, so that nobody waits for them
+    late = job.family.device.type == "cuda"
+    while summary.steps < total and not summary.stopped:
+        began = _Clock()
+        rate = optimizer.set_rate(summary.steps)
+        stepped = step(job.family, job.objective, next(job.feed), optimizer, _autocast(job))
+        summary.steps += 1
+        summary.tokens += stepped.tokens
+        line = _Line(summary.steps, stepped, rate, summary.steps / job.feed.steps_per_epoch, began)
+        if waiting:
+            _report(job, waiting)
+        waiting = line
+        at_end = summary.steps == total
+        evaluates = bool(job.held_out) and (summary.steps % eval_every == 0 or at_end)
+        saves = at_end or bool(job.training.save_every and summary.steps % job.training.save_every == 0)
+        summary.stopped = _agreed(job)
+        if not late or evaluates or saves or summary.stopped:
+            _report(job, waiting)
+            waiting = None
+        summary.seconds += began.wall()
+        if evaluates:
+            better = _evaluate(job, summary)
+            bad_evaluations = 0 if better else bad_evaluations + 1
+            if job.training.patience and bad_evaluations >= job.training.patience and not at_end:
+                summary.stopped = summary.stopped or f"no better evaluation in {bad_evaluations} of them"
+            saves = saves or better
+        if saves or summary.stopped:
+            _save(job, optimizer, summary, bad_evaluations)
+    if job.training.keep_best and summary.best and summary.best["step"] != summary.steps:
+        best = checkpoint.load(job.folder / f"step-{int(summary.best['step'])}")
+        job.attached.load(best.tensors["method"])
+    job.family.train(False)
+    return summary
+
+
+# ---------------------------------------------------------------- what surrounds a step
+
+
+class _Clock:
+    """Wall and user-CPU seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+    def wall(self) -> float:
+        return time.perf_counter() - self._wall
+
+    def user(self) -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_utime - self._user
+
+
+@dataclass
+class _Line:
+    """A line of metrics.jsonl before its numbers are read."""
+
+    step: int
+    stepped: Stepped
+    rate: float
+    epoch: float
+    clock: _Clock
+
+
+def _report(job: Job, line: _Line) -> None:
+    numbers = line.stepped.numbers()  # waits for the device
+    seconds = line.clock.wall()
+    metrics = {
+        **numbers, "learning_rate": line.rate, "epoch": line.epoch, "tokens": line.stepped.tokens,
+        "examples": line.stepped.examples, "micro_batches": line.stepped.micro_batches, "step_seconds": seconds,
+        "user_seconds": line.clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
+        "peak_memory_gb": peak_gb(job.family.device),
+    }
+    if ranks.rank() == 0:
+        job.log(line.step, metrics)
+        job.show(line.step, metrics)
+
+
+def _evaluate(job: Job, summary: Summary) -> bool:
+    """Measure the held-out batches; whether this was the best so far."""
+    job.family.train(False)
+    metrics = {f"eval_{name}": value for name, value in measure(job.family, job.objective, job.held_out).items()}
+    job.family.train(True)
+    if "eval_nll" in metrics:
+        metrics["eval_perplexity"] = math.exp(min(metrics["eval_nll"], 700.0))
+    if ranks.rank() == 0:
+        job.log(summary.steps, metrics)
+        job.show(summary.steps, metrics)
+    better = metrics["eval_loss"] < summary.best.get("eval_loss", math.inf)
+    if better:
+        summary.best = {"step": summary.steps, **metrics}
+    return better
+
+
+def _agreed(job: Job) -> str:
+    """Whether to stop; all ranks must say the same at the same step."""
+    asked = job.stop()
+    if ranks.world() > 1 and ranks.total([1.0 if asked else 0.0], job.family.device)[0]:
+        return asked or "another process was told to stop"
+    return asked
+
+
+def _save(job: Job, optimizer: Optimizer, summary: Summary, bad_evaluations: int) -> None:
+    if ranks.rank() != 0:
+        return
+    state = {"feed": job.feed.state(), "random": random.capture(job.family.device), "summary": vars(summary),
+             "bad_evaluations": bad_evaluations, "total_steps": optimizer.total}
+    best = int(summary.best["step"]) if summary.best and job.training.keep_best else None
+    checkpoint.save(job.folder, summary.steps, {"method": job.attached.state(), "optimizer": optimizer.state()},
+                    state, keep=job.training.keep, protect=best)
+
+
+def _restore(job: Job, optimizer: Optimizer, summary: Summary, saved: checkpoint.Checkpoint) -> int:
+    """Put everything back as it was; returns the count of evaluations without a better one."""
+    if saved.state["total_steps"] != optimizer.total:
+        raise RunError(f"the run was planned for {saved.state['total_steps']} steps, now for {optimizer.total}: its "
+                       "learning rate would not be what it was", "resume with the recipe that it was started with")
+    job.attached.load(saved.tensors["method"])
+    optimizer.load(saved.tensors["optimizer"])
+    job.feed.load(saved.state["feed"])
+    for name, value in saved.state["summary"].items():
+        vars(summary)[name] = value
+    summary.stopped = ""
+    random.restore(saved.state["random"])
+    return int(saved.state["bad_evaluations"])
+
+
+def _autocast(job: Job) -> AbstractContextManager[Any]:
+    if job.training.precision == "bf16":
+        return torch.autocast(job.family.device.type, torch.bfloat16)
+    return nullcontext()

@@ -1,0 +1,120 @@
+"""The optimiser and its learning rate over time. Independent of everything else in the runtime; read it in any order.
+
+The schedule's factor at step k of n, after a linear warm-up of w steps, with u = (k - w) / (n - w):
+
+    constant 1        linear 1 - u (1 - f)        cosine f + (1 - f) (1 + cos pi u) / 2
+    wsd      1 until the last fifth, then linear to f         (f: `floor`)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import RunError
+
+Schedule = Literal["linear", "cosine", "constant", "wsd"]
+
+
+class OptimizerConfig(Config):
+    """AdamW and its schedule."""
+
+    learning_rate: float | None = Field(None, gt=0, description="peak rate; left out: the method's own default")
+    schedule: Schedule = Field("linear", description="how the rate falls after the warm-up")
+    warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; from 1 up: number of steps")
+    floor: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the end")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed")
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    clip: float | None = Field(1.0, gt=0, description="longest gradient over all that trains; null: no clipping")
+
+
+def factor(config: OptimizerConfig, step: int, total: int) -> float:
+    """Share of the peak rate for the step with this index (from 0) of `total`."""
+    warm = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    done = min(1.0, (step - warm) / max(1, total - warm))
+    fall = 1.0 - config.floor
+    match config.schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1.0 - fall * done
+        case "cosine":
+            return config.floor + fall * (1 + math.cos(math.pi * done)) / 2
+        case "wsd":
+            return 1.0 - fall * max(0.0, done - 0.8) / 0.2
+
+
+class Optimizer:
+    """AdamW over named parameters, each group with its own factor on the rate.
+
+    Args:
+        parameters: what trains, by name.
+        rate: factor on the learning rate for a name.
+        peak: peak learning rate.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], rate: Callable[[str], float], peak: float,
+                 config: OptimizerConfig, total_steps: int) -> None:
+        assert parameters, "a method that trains nothing"
+        self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in parameters.items():
+            decay = config.weight_decay if parameter.ndim > 1 else 0.0
+            groups.setdefault((rate(name), decay), []).append(parameter)
+        self.parameters = dict(parameters)
+        self.device = next(iter(parameters.values())).device
+        self.adam = torch.optim.AdamW(
+            [{"params": list(ps), "weight_decay": decay, "factor": times} for (times, decay), ps in groups.items()],
+            lr=peak, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=self.device.type in ("cuda", "cpu"))
+
+    def set_rate(self, step: int) -> float:
+        """Set the rate for the step with this index; returns that of a plain parameter."""
+        rate = self.peak * factor(self.config, step, self.total)
+        for group in self.adam.param_groups:
+            group["lr"] = rate * group["factor"]
+        return rate
+
+    def clip(self) -> Tensor:
+        """Shorten the gradient to `config.clip`; returns its length before, a scalar on the device."""
+        limit = math.inf if self.config.clip is None else self.config.clip
+        return nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+
+    def step(self, norm: Tensor) -> None:
+        """Update, unless `norm` is not finite. On a GPU the kernel itself looks at `norm`: nobody waits."""
+        if self.device.type == "cuda":
+            self.adam.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+            self.adam.grad_scale = None  # type: ignore[attr-defined]
+            self.adam.step()
+        elif bool(norm.isfinite()):
+            self.adam.step()
+        self.adam.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Tensor]:
+        """Every moment, as ``<parameter>.<moment>``."""
+        found = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.adam.state.get(parameter, {}).items():
+                found[f"{name}.{key}"] = value
+        return found
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        moments: dict[str, dict[str, Any]] = {}
+        for key, value in state.items():
+            name, moment = key.rsplit(".", 1)
+            moments.setdefault(name, {})[moment] = value
+        if unknown := moments.keys() - self.parameters.keys():
+            raise RunError(f"the checkpoint's optimiser holds a parameter that does not train here: {min(unknown)!r}",
+                           "resume with the recipe that the run was started with")
+        for name, found in moments.items():
+            self.adam.state[self.parameters[name]] = {
+                k: v.clone() if k == "step" else v.to(self.parameters[name].device).clone() for k, v in found.items()}

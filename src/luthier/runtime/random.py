@@ -1,0 +1,74 @@
+"""Random states of a process: seeded together, caught and given back bit for bit. Nothing simpler to read first.
+
+Covered: Python's `random`, NumPy's global generator, torch on the CPU, on every CUDA device and on MPS. Generators that
+somebody made for himself are his to save.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def seed_everything(seed: int) -> None:
+    """Start every global generator at `seed`; torch seeds all its devices at once."""
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)  # it takes no more bits
+    torch.manual_seed(seed)
+
+
+def capture(device: torch.device | str) -> dict[str, Any]:
+    """Every global random state that a run on `device` can draw from, as JSON holds it."""
+    version, words, normal = random.getstate()
+    state: dict[str, Any] = {"python": [version, list(words), normal], "cpu": _text(torch.get_rng_state())}
+    if numpy := sys.modules.get("numpy"):
+        name, words, *rest = numpy.random.get_state(legacy=True)
+        state["numpy"] = [name, words.tolist(), *rest]
+    if torch.device(device).type == "cuda":
+        state["cuda"] = [_text(each) for each in torch.cuda.get_rng_state_all()]
+    if torch.device(device).type == "mps":
+        state["mps"] = _text(torch.mps.get_rng_state())
+    return state
+
+
+def restore(state: Mapping[str, Any]) -> list[str]:
+    """Go on where `capture` was; a sentence on each state that this machine has no place for.
+
+    A run that moves from a GPU to a CPU is let go on, but draws other numbers than it would have: hence the sentence.
+    """
+    version, words, normal = state["python"]
+    random.setstate((version, tuple(words), normal))
+    torch.set_rng_state(_state(state["cpu"]))
+    if "numpy" in state:
+        import numpy  # where it was in use when the state was caught, it will be again
+
+        name, words, *rest = state["numpy"]
+        numpy.random.set_state((name, numpy.array(words, dtype=numpy.uint32), *rest))
+    lost = []
+    saved, here = state.get("cuda", []), torch.cuda.device_count()
+    for index, text in enumerate(saved[:here]):
+        torch.cuda.set_rng_state(_state(text), index)
+    if len(saved) > here:
+        lost.append(f"random states of {len(saved)} CUDA devices were saved and {here} are here: "
+                    "the run goes on with other random numbers than it would have drawn")
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(_state(state["mps"]))
+    elif "mps" in state:
+        lost.append("a random state of MPS was saved and there is none here: "
+                    "the run goes on with other random numbers than it would have drawn")
+    return lost
+
+
+def _text(state: Tensor) -> str:
+    return base64.b64encode(bytes(state.tolist())).decode("ascii")
+
+
+def _state(text: str) -> Tensor:
+    return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)

@@ -1,0 +1,47 @@
+"""Several processes that train one model: plain data parallelism, as much of it as the step needs.
+
+Each rank takes its share of a step's micro-batches; counts and gradients are summed. Started by `torchrun`; alone,
+every function here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start() -> None:
+    """Join the group that `torchrun` describes in the environment, if it does."""
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(numbers: list[float], device: torch.device) -> list[float]:
+    """Each number summed over all ranks."""
+    if world() == 1:
+        return numbers
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return [float(x) for x in tensor.tolist()]
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Add up the gradients of all ranks, in place. A rank that had no micro-batch adds zeros."""
+    if world() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)

@@ -1,0 +1,184 @@
+"""The verb `train`: a recipe in, a run folder out. Read `build.py` first; the loop itself is `runtime/loop.py`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier import build
+from luthier.core.errors import RunError
+from luthier.core.protocols import Attached
+from luthier.data import length_picture
+from luthier.measure import Question, Scored, score
+from luthier.runtime import checkpoint, ranks
+from luthier.runtime.loop import Job, Summary, fit, total_steps
+from luthier.runtime.memory import peak_gb, settle_allocator
+from luthier.runtime.progress import Progress, status
+from luthier.runtime.random import seed_everything
+from luthier.runtime.run import Run, loss_picture
+from luthier.runtime.signals import interruptible
+from luthier.runtime.track import JsonLines, open_trackers
+
+
+def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *, resume: bool = False,
+          quiet: bool = False, **settings: Any) -> Run:
+    """Fine-tune a model. Returns the run folder.
+
+    Args:
+        recipe: a YAML file, a mapping, or nothing where `settings` say it all.
+        resume: go on with the run folder from its newest whole checkpoint.
+        quiet: no progress on the terminal.
+        settings: laid over the recipe: ``base="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
+
+    Raises:
+        LuthierError: with everything that is wrong, before any work where it can be known.
+    """
+    made = build.recipe(recipe, settings)
+    settle_allocator()
+    ranks.start()
+    run = Run(made.run or _fresh_name(made))
+    if resume:
+        run.existing()
+    trackers = open_trackers(made.training.trackers, run.path, build.dump(made), resume)
+    for warning in build.idle(made):
+        _say(quiet, f"warning: {warning}")
+    with status("loading the base", quiet=quiet):
+        seed_everything(made.seed)
+        base = build.family(made.base)
+        build.check(made, base)
+        attached = build.attach(base, made.method, made.seed)
+        if made.training.gradient_checkpointing:
+            base.checkpointing()
+    with status("reading the data", quiet=quiet):
+        found = build.datasets(made, base)
+    saved = _checkpoint(run, quiet) if resume else None
+    if not resume:
+        run.begin(build.dump(made), build.provenance(made))
+        run.write("data_report.json", found.report.to_json())
+        length_picture(found.report, run.path / "lengths.png")
+    for line in found.report.lines():
+        _say(quiet, line)
+    share = trainable_share(base, attached)
+    _say(quiet, f"{made.method.name} trains {share['trainable']:,} of {share['parameters']:,} parameters "
+                f"({share['trainable_share']:.2%})")
+    asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
+    results: dict[str, Any] = run.results if resume else {**share}
+    if asked and made.evaluate.before and "before" not in results:
+        before = _score("the base answers", base, asked, made, quiet)
+        results |= {"before": before.scores, "metric": made.evaluate.metrics[0]}
+        run.write_lines("answers_before.jsonl", _answers(asked, before))
+    run.write("results.json", results)
+    log = JsonLines(run.path / "metrics.jsonl", resume_at=saved.step if saved else None)
+    if not saved:
+        log.log(0, share)
+    job = Job(base, attached, made.objective, build.feed(made, base, found), build.held_out(made, base, found),
+              made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
+              log=lambda step, metrics: [t.log(step, metrics) for t in (log, *trackers)] and None)
+    summary = _fit(job, saved, quiet, made)
+    for tracker in (log, *trackers):
+        tracker.close()
+    if summary.stopped.startswith("SIG"):
+        raise Interrupted(run, summary)
+    _finish(run, made, base, attached, summary, asked, results, quiet)
+    return run
+
+
+class Interrupted(RunError):
+    """A signal ended the run early; it can be resumed."""
+
+    def __init__(self, run: Run, summary: Summary) -> None:
+        self.run = run
+        super().__init__(f"{summary.stopped} at step {summary.steps}; a checkpoint is in {run.checkpoints}",
+                         f"go on with: luthier train {run.path}/recipe.yaml run={run.path} --resume")
+
+
+def trainable_share(base: Any, attached: Attached) -> dict[str, float]:
+    """How many parameters train, of how many, counting both the base's and the method's own."""
+    trained = attached.parameters()
+    own = {id(p) for p in base.model.parameters()}
+    whole = sum(p.numel() for p in base.model.parameters()) + sum(p.numel() for p in trained.values() if id(p) not in own)
+    count = sum(p.numel() for p in trained.values())
+    return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
+
+
+def _fit(job: Job, saved: checkpoint.Checkpoint | None, quiet: bool, made: build.Recipe) -> Summary:
+    total = total_steps(job.training, job.feed.steps_per_epoch)
+    with interruptible() as signal, Progress(total, start=saved.step if saved else 0, quiet=quiet) as bar:
+        job.stop = lambda: signal.requested or ""
+        job.show = lambda step, metrics: bar.update(step, **metrics)
+        return fit(job, saved)
+
+
+def _finish(run: Run, made: build.Recipe, base: Any, attached: Attached, summary: Summary, asked: Sequence[Question],
+            results: dict[str, Any], quiet: bool) -> None:
+    """Save what was trained, measure it, and write down what came out."""
+    build.save_tuned(run, made, base, attached)
+    results |= {"train_seconds": round(summary.seconds, 2), "steps": summary.steps, "train_tokens": summary.tokens,
+                "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device)}
+    if asked:
+        after = _score("the tuned model answers", base, asked, made, quiet)
+        results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "examples": len(asked)}
+        run.write_lines("answers.jsonl", _answers(asked, after))
+        results["before"] = _plain(results.get("before"), results["metric"])
+        results["after"] = _plain(results["after"], results["metric"])
+        results["scores"] = after.scores
+    run.write("results.json", results)
+    loss_picture(run.metrics, run.path / "loss.png")
+    run.write("README.md", card(run, made))
+
+
+def _plain(scores: Any, metric: str) -> Any:
+    return scores.get(metric) if isinstance(scores, dict) else scores
+
+
+def _score(what: str, base: Any, asked: Sequence[Question], made: build.Recipe, quiet: bool) -> Scored:
+    base.train(False)
+    with Progress(len(asked), title=what, quiet=quiet) as bar:
+        return score(base, asked, made.evaluate, tick=lambda done, total: bar.update(done))
+
+
+def _answers(asked: Sequence[Question], scored: Scored) -> list[dict[str, str]]:
+    return [{"prompt": q.text, "reference": q.reference, "answer": a} for q, a in zip(asked, scored.answers, strict=True)]
+
+
+def _checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
+    """The newest whole checkpoint, with a word about every damaged one."""
+    saved, words = checkpoint.latest(run.checkpoints)
+    for word in words:
+        _say(quiet, f"warning: {word}")
+    if saved is None:
+        _say(quiet, f"{run.path} has no checkpoint yet; starting from the beginning")
+    return saved
+
+
+def _fresh_name(made: build.Recipe) -> Path:
+    """runs/<method>-<base>, numbered where that is taken."""
+    stem = f"{made.method.name}-{Path(made.base.name).stem}"
+    taken = {p.name for p in Path("runs").glob(f"{stem}*")}
+    return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
+
+
+def _say(quiet: bool, line: str) -> None:
+    if not quiet and ranks.rank() == 0:
+        print(line, file=sys.stderr)
+
+
+def card(run: Run, made: build.Recipe) -> str:
+    """The run's README.md: a model card."""
+    results = run.results
+    rows = [f"| {name} | {value} |" for name, value in results.items() if isinstance(value, int | float | str) and value != ""]
+    kind = "adapter" if run.adapter else "model"
+    load = ("from transformers import AutoModelForCausalLM\n"
+            + (f"from peft import PeftModel\n\nbase = AutoModelForCausalLM.from_pretrained({run.adapter['base_model_name_or_path']!r})\n"
+               f"model = PeftModel.from_pretrained(base, {str(run.path)!r})" if run.adapter else
+               f"\nmodel = AutoModelForCausalLM.from_pretrained({str(run.path)!r})"))
+    data = ", ".join(source.path for source in made.data.train)
+    return "\n".join([
+        "---", "library_name: peft" if run.adapter else "library_name: transformers", "tags: [luthier]", "---", "",
+        f"# {run.path.name}", "",
+        f"A {kind} that Luthier made from `{made.base.name}` by `{made.method.name}` with the objective "
+        f"`{made.objective.name}` on {data}. `recipe.yaml` holds every setting, version and data digest.", "",
+        "| result | value |", "|---|---|", *rows, "", "![loss](loss.png)", "", "```python", load, "```", "",
+    ])
