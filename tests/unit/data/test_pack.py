@@ -1,0 +1,107 @@
+"""A batch predicts the same whatever the rows; trees hang together; rows are full."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from luthier.core.types import Batch, Encoded, Origin, Piece
+from luthier.data.pack import eval_batches, pack
+
+TREES = st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=6),
+                           st.integers(-1, 3)), min_size=1, max_size=4)
+
+
+def tree(number: int, pieces) -> Encoded:
+    """Pieces as drawn; each continues an earlier one, or none."""
+    made = tuple(Piece(tuple(t for t, _ in run), tuple(w for _, w in run), min(parent, index - 1) if index else -1)
+                 for index, (run, parent) in enumerate(pieces))
+    return Encoded(made, Origin("f", number), bytes=number)
+
+
+EXAMPLES = st.lists(TREES, min_size=1, max_size=8).map(lambda drawn: [tree(i, pieces) for i, pieces in enumerate(drawn)])
+
+
+def predictions(batches: list[Batch]) -> Counter:
+    """Each prediction as (example, the tokens that it is made from, the token, its weight), from the batches alone."""
+    found: Counter = Counter()
+    for batch in batches:
+        inputs, target = batch.inputs, batch.target
+        starts = inputs.forest.starts
+        for at, token, weight, owner in zip(target.at.tolist(), target.tokens.tolist(), target.weights.tolist(), target.owners.tolist(), strict=True):
+            segment = max(i for i, start in enumerate(starts) if start <= at)
+            before = [inputs.tokens[starts[s]:starts[s] + inputs.forest.lengths[s]].tolist() for s in inputs.forest.path(segment)[:-1]]
+            before.append(inputs.tokens[starts[segment]:at + 1].tolist())
+            found[batch.origins[owner].line, tuple(chain(*before)), token, weight] += 1
+    return found
+
+
+def expected(examples: list[Encoded]) -> Counter:
+    """The same, from the definition of a piece."""
+    found: Counter = Counter()
+    for example in examples:
+        for piece in example.pieces:
+            before, parent = [], piece.parent
+            while parent >= 0:
+                before = [*example.pieces[parent].ids, *before]
+                parent = example.pieces[parent].parent
+            for i, (token, weight) in enumerate(zip(piece.ids, piece.weights, strict=True)):
+                context = (*before, *piece.ids[:i])
+                if weight and context:
+                    found[example.origin.line, context, token, weight] += 1
+    return found
+
+
+@settings(deadline=None)
+@given(EXAMPLES, st.one_of(st.none(), st.integers(1, 60)))
+def test_what_is_predicted_does_not_depend_on_the_rows(examples, micro_tokens) -> None:
+    batches = pack(examples, micro_tokens)
+    assert predictions(batches) == expected(examples)
+    assert sorted(o.line for b in batches for o in b.origins) == list(range(len(examples)))
+    assert sum(b.target.bytes for b in batches) == sum(e.bytes for e in examples)
+    for batch in batches:
+        size = len(batch.inputs.tokens)
+        assert size == sum(batch.inputs.forest.lengths) == len(batch.inputs.positions)
+        assert micro_tokens is None or size <= micro_tokens or len(batch.origins) == 1
+        assert len(batch.origins) == batch.target.examples
+
+
+@settings(deadline=None)
+@given(EXAMPLES, st.integers(1, 60))
+def test_positions_count_on_from_the_parent(examples, micro_tokens) -> None:
+    for batch in pack(examples, micro_tokens):
+        forest = batch.inputs.forest
+        for segment, start in enumerate(forest.starts):
+            depth = sum(forest.lengths[s] for s in forest.path(segment)[:-1])
+            got = batch.inputs.positions[start:start + forest.lengths[segment]].tolist()
+            assert got == list(range(depth, depth + forest.lengths[segment]))
+
+
+def lengths(*sizes: int) -> list[Encoded]:
+    return [tree(i, [([(1, 1.0)] * size, -1)]) for i, size in enumerate(sizes)]
+
+
+def test_rows_are_filled_first_fit_decreasing_and_keep_order() -> None:
+    rows = pack(lengths(3, 7, 5, 2, 12), 10)
+    assert [[o.line for o in row.origins] for row in rows] == [[4], [0, 1], [2, 3]]
+
+
+def test_kinds_of_numbers() -> None:
+    (row,) = pack(lengths(3), None)
+    integers = (row.inputs.tokens, row.inputs.positions, row.target.at, row.target.tokens, row.target.owners)
+    assert {t.dtype for t in integers} == {torch.int64}
+    assert row.target.weights.dtype == torch.float32
+
+
+def test_nothing_makes_no_batch() -> None:
+    assert pack([], None) == pack([], 5) == eval_batches([], 5) == []
+
+
+def test_evaluation_goes_once_through_everything() -> None:
+    examples = lengths(*range(1, 20))
+    for micro_tokens in (5, 30, None):
+        assert predictions(eval_batches(examples, micro_tokens, group=4)) == expected(examples)
