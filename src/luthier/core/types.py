@@ -115,8 +115,8 @@ class Encoded:
 class Movable:
     """A frozen dataclass whose tensors move to a device together; everything else stays as it is."""
 
-    def to(self, device: torch.device | str) -> Self:
-        moved = {f.name: v.to(device, non_blocking=True)
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        moved = {f.name: v.to(device, non_blocking=non_blocking)
                  for f in fields(self)  # type: ignore[arg-type]
                  if isinstance(v := self.__dict__[f.name], Tensor | Movable)}
         return replace(self, **moved)  # type: ignore[type-var]
