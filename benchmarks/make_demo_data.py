@@ -18,8 +18,8 @@ import yaml
 HERE = Path(__file__).parent
 DEMO = HERE.parent / "src/luthier/demo"
 SYSTEM = "Repair desk."
-FIELDS = ("part", "action", "hours", "price_eur", "desk")
-TIMES = {"train": 2, "test": 1}  # rows made of each phrasing
+FIELDS = ("part", "action", "days", "eur", "desk")
+TIMES = {"train": 3, "test": 1}  # rows made of each phrasing
 TYPO, LOWER = 0.15, 0.15  # shares of messages with a misspelt word, and all in small letters
 
 

@@ -27,13 +27,13 @@ def test_files_are_what_the_seed_gives() -> None:
 
 def test_splits_are_apart_and_know_the_same_facts() -> None:
     train, test = rows("train"), rows("test")
-    assert (len(train), len(test)) == (336, 72)
+    assert (len(train), len(test)) == (360, 60)
     assert {roles for row in train + test for roles in [tuple(m["role"] for m in row)]} == {("system", "user", "assistant")}
     users = Counter(row[1]["content"].lower() for row in train + test)
     assert max(users.values()) == 1
     answers = [{row[2]["content"] for row in split} for split in (train, test)]
     assert answers[0] == answers[1]
-    assert len(answers[0]) == 24
+    assert len(answers[0]) == 12
 
 
 def test_whole_phrasings_openings_and_closings_are_held_out() -> None:
@@ -49,5 +49,5 @@ def test_every_answer_is_one_of_the_facts_in_one_form() -> None:
     for row in rows("train") + rows("test"):
         answer = row[2]["content"]
         value = json.loads(answer)
-        assert list(value) == ["part", "action", "hours", "price_eur", "desk"]
+        assert list(value) == ["part", "action", "days", "eur", "desk"]
         assert answer == json.dumps(value, separators=(",", ":"))
