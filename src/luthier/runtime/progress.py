@@ -1,0 +1,93 @@
+"""What a person sees while waiting, on stderr: a bar on a terminal, a line now and then elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+EVERY = 10.0  # seconds between two lines where there is no terminal
+
+
+class Progress:
+    """A run's progress; use as a context manager and call `update` after each step.
+
+    Args:
+        total: the last step's number.
+        start: the step that a resumed run stands at; the time left is judged by the steps made since.
+        title: what is counted.
+        quiet: show nothing.
+        console, clock: for tests.
+    """
+
+    def __init__(self, total: int, *, start: int = 0, title: str = "step", quiet: bool = False,
+                 console: Console | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._start, self._title, self._quiet, self._clock = total, start, title, quiet, clock
+        self._console = console or Console(stderr=True)
+        self._bar = Bar(TextColumn(title), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[numbers]}"),
+                        TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, disable=quiet)
+
+    def __enter__(self) -> Self:
+        self._began = self._said = self._clock()
+        if self._console.is_terminal:
+            self._task = self._bar.add_task("", total=self._total, completed=self._start, numbers="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+    def update(self, step: int, **numbers: float) -> None:
+        """Show `step` and the numbers by their names: ``update(3, loss=2.1, **{"tokens/s": 812.0})``."""
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, numbers=shown)
+            return
+        now = self._clock()
+        if self._quiet or (now - self._said < EVERY and step != self._total):
+            return
+        self._said = now
+        elapsed = now - self._began
+        left = elapsed / max(1, step - self._start) * (self._total - step)
+        line = f"{self._title} {step}/{self._total}  {shown}  {_span(elapsed)} elapsed, {_span(left)} left"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def status(text: str, *, quiet: bool = False, console: Console | None = None) -> Iterator[None]:
+    """A spinner beside `text` while something loads; one plain line where there is no terminal."""
+    console = console or Console(stderr=True)
+    if quiet:
+        yield
+    elif console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        yield
+
+
+def _short(value: float) -> str:
+    """Four digits that matter; thousands with commas.
+
+    >>> _short(2.34567), _short(81234.5), _short(0.0002), _short(float("nan"))
+    ('2.346', '81,234', '0.0002', 'nan')
+    """
+    return f"{value:,.0f}" if 1000 <= abs(value) < float("inf") else f"{value:.4g}"
+
+
+def _span(seconds: float) -> str:
+    """
+    >>> _span(3725.6)
+    '1:02:05'
+    """
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
