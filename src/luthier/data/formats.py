@@ -290,7 +290,7 @@ def _renamed(values: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:
     if not columns:
         return values
     claimed = {str(theirs) for theirs in columns.values()}
-    kept = {name: value for name, value in values.items() if name not in claimed and name not in columns}
+    kept = {name: value for name, value in values.items() if name not in claimed}
     return {**kept, **{ours: values.get(str(theirs)) for ours, theirs in columns.items()}}
 
 

@@ -94,7 +94,10 @@ def _take(source: Source, config: DataConfig, tokenizer: Tokenizer, part: _Part,
     for count, example in enumerate(rows(source, config), 1):
         if progress and count % TICK == 0:
             progress(part.name, count)
-        found = example if isinstance(example, Refusal) else encoded(example, tokenizer, config)
+        if isinstance(example, Refusal):
+            part.tally.refuse(example)
+            continue
+        found = encoded(example, tokenizer, config)
         if isinstance(found, Refusal):
             part.tally.refuse(found)
         else:

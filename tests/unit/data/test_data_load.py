@@ -62,6 +62,12 @@ def test_eval_and_test_files_and_their_overlap_with_train(write, letters) -> Non
     assert (len(found.train), len(found.eval), len(found.test), len(found.test_examples)) == (2, 2, 2, 2)
 
 
+def test_a_system_prompt_does_not_hide_an_overlap(write, letters) -> None:
+    plain, led = {"instruction": "Who?", "output": "a"}, {"instruction": "who", "output": "b", "system": "Be brief."}
+    paths = [write(f"{i}.json", json.dumps([row])) for i, row in enumerate((plain, led))]
+    assert load(config(train=paths[0], eval=paths[1]), letters, seed=0).report.overlaps["eval"].count == 1
+
+
 def test_several_sources_keep_their_weights(write, letters) -> None:
     first, second = write("a.txt", "one\ntwo\nthree\n"), write("b.txt", "four\nfive\n")
     found = load(config(train=[first, {"path": second, "weight": 2}], eval=0.34), letters, seed=0)

@@ -11,7 +11,7 @@ from luthier.core.types import ChatExample, CompletionExample, Message, Origin, 
 from luthier.data.config import DataConfig
 from luthier.data.encode import encode, prompt_of
 from luthier.data.sources import Refusal
-from tiny import END_OF_TEXT, IM_END
+from tiny import END_OF_TEXT, IM_END, IM_START
 
 HERE = Origin("f", 1)
 
@@ -48,6 +48,10 @@ def test_a_tokenizers_own_marks_are_kept_and_not_doubled(letters) -> None:
     (found,) = encode(TextExample("ab", HERE), letters, config())
     assert found.pieces[0].ids == (END_OF_TEXT, *b"ab", IM_END)
     assert found.bytes == 2
+    letters.eos_token = "<|im_start|>"  # now the closing mark is not the end mark, and still stands for no bytes
+    (found,) = encode(TextExample("ab", HERE), letters, config())
+    assert (found.pieces[0].ids, found.bytes) == ((END_OF_TEXT, *b"ab", IM_END, IM_START), 2)
+    letters.eos_token = "<|im_end|>"
     (found,) = encode(CompletionExample("a", "b", HERE), letters, config(format="completion"))
     assert found.pieces[0].ids == (END_OF_TEXT, *b"ab", IM_END)
     assert found.pieces[0].weights == (0, 0, 1, 1)
@@ -63,6 +67,12 @@ def test_a_completion_is_joined_bare_where_the_format_says_so(letters, words, tr
         assert found.bytes == 4
         tokenizer.chat_template = None
         assert encode(CompletionExample("the answer is", " yes", HERE, 2.0), tokenizer, config()) == [found]
+
+
+def test_white_space_that_the_tokenizer_trims_from_its_offsets_is_trained(words, trained) -> None:
+    (found,) = encode(CompletionExample("one", " two  ", HERE), words, config(format="completion"))
+    assert trained(found, words) == [" two  <|im_end|>"]
+    assert found.bytes == 6
 
 
 def test_a_token_across_the_border_is_trained(words, trained) -> None:

@@ -67,6 +67,10 @@ def test_columns_rename() -> None:
     assert become(swapped, columns={"prompt": "completion", "completion": "prompt"}) == [CompletionExample("q", "a", HERE)]
 
 
+def test_a_column_that_is_renamed_is_not_found_under_its_own_name_too() -> None:
+    assert become({"messages": "plain words"}, columns={"text": "messages"}) == [TextExample("plain words", HERE)]
+
+
 def test_a_given_format_goes_before_recognition() -> None:
     both = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "text": "t"}
     assert become(both, format="text") == [TextExample("t", HERE)]

@@ -129,6 +129,18 @@ def test_an_unshuffled_stream_takes_the_sources_in_turn(texts, letters) -> None:
     assert sorted(names(next(stream))) == [("a.jsonl", 1), ("a.jsonl", 2), ("b.jsonl", 1)]
 
 
+def test_a_fraction_of_a_streamed_source_is_another_each_epoch(texts, letters) -> None:
+    stream = streamed(texts, letters, second={"weight": 0.5})
+    epochs: dict[int, set[int]] = {0: set(), 1: set(), 2: set()}
+    while True:
+        step = names(next(stream))
+        if stream.epoch > 2:
+            break
+        epochs[stream.epoch] |= {line for file, line in step if file == "b.jsonl"}
+    assert len({frozenset(seen) for seen in epochs.values()}) > 1
+    assert all(seen < {line for file, line in EVERY if file == "b.jsonl"} for seen in epochs.values())
+
+
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=st.integers(0, 24), block=st.integers(1, 30), shuffle=st.booleans(), weight=st.sampled_from([1.0, 0.5, 2.0]))
 def test_a_streams_cursor_goes_on_exactly(texts, letters, steps, block, shuffle, weight) -> None:

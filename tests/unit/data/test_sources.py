@@ -120,6 +120,12 @@ def test_a_broken_row_is_refused_and_reading_goes_on(name, write) -> None:
     assert {row.origin.line: row.reason for row in found if isinstance(row, Refusal)} == refused
 
 
+def test_where_reading_cannot_go_on_the_refusal_says_so(write) -> None:
+    *_, last = every(write("cut.json", BROKEN["cut.json"][0]))
+    assert "the rest of the file could not be read" in last.detail
+    assert "the rest" not in every(write("array.json", BROKEN["array.json"][0]))[1].detail
+
+
 HOPELESS = {
     "empty.jsonl": (b"", "is empty"),
     "blank.txt": (b"\n  \n", "is empty"),
