@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from luthier import build
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached
+from luthier.core.types import Encoded
 from luthier.data import length_picture
 from luthier.measure import Question, Scored, score
 from luthier.runtime import checkpoint, ranks
@@ -19,7 +22,8 @@ from luthier.runtime.progress import Progress, status
 from luthier.runtime.random import seed_everything
 from luthier.runtime.run import Run, loss_picture
 from luthier.runtime.signals import interruptible
-from luthier.runtime.track import JsonLines, open_trackers
+from luthier.runtime.step import measure
+from luthier.runtime.track import JsonLines, Tracker, open_trackers
 
 
 def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *, resume: bool = False,
@@ -39,9 +43,10 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     settle_allocator()
     ranks.start()
     run = Run(made.run or _fresh_name(made))
-    if resume:
-        run.existing()
-    trackers = open_trackers(made.training.trackers, run.path, build.dump(made), resume)
+    run.existing() if resume else run.vacant()
+    saved = _checkpoint(run, quiet) if resume else None
+    at = saved.step if saved else None
+    trackers = open_trackers(made.training.trackers, run.path, build.dump(made), at)  # a missing one ends it here
     for warning in build.idle(made):
         _say(quiet, f"warning: {warning}")
     with status("loading the base", quiet=quiet):
@@ -53,7 +58,6 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
             base.checkpointing()
     with status("reading the data", quiet=quiet):
         found = build.datasets(made, base)
-    saved = _checkpoint(run, quiet) if resume else None
     if not resume:
         run.begin(build.dump(made), build.provenance(made))
         run.write("data_report.json", found.report.to_json())
@@ -64,24 +68,22 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     _say(quiet, f"{made.method.name} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_share']:.2%})")
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
-    results: dict[str, Any] = run.results if resume else {**share}
-    if asked and made.evaluate.before and "before" not in results:
-        before = _score("the base answers", base, asked, made, quiet)
-        results |= {"before": before.scores, "metric": made.evaluate.metrics[0]}
-        run.write_lines("answers_before.jsonl", _answers(asked, before))
+    results: dict[str, Any] = share | (run.results if resume else {})
+    if made.evaluate.before and not {"before", "perplexity_before"} & results.keys():
+        results |= _before(run, made, base, found.test, asked, quiet)
     run.write("results.json", results)
-    log = JsonLines(run.path / "metrics.jsonl", resume_at=saved.step if saved else None)
+    log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
         log.log(0, share)
     job = Job(base, attached, made.objective, build.feed(made, base, found), build.held_out(made, base, found),
               made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
-              log=lambda step, metrics: [t.log(step, metrics) for t in (log, *trackers)] and None)
+              log=_to_all(log, *trackers))
     summary = _fit(job, saved, quiet, made)
     for tracker in (log, *trackers):
         tracker.close()
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
-    _finish(run, made, base, attached, summary, asked, results, quiet)
+    _finish(run, made, base, attached, summary, found.test, asked, results, quiet)
     return run
 
 
@@ -90,33 +92,55 @@ class Interrupted(RunError):
 
     def __init__(self, run: Run, summary: Summary) -> None:
         self.run = run
+        self.exit_code = 128 + signal.Signals[summary.stopped].value
         super().__init__(f"{summary.stopped} at step {summary.steps}; a checkpoint is in {run.checkpoints}",
-                         f"go on with: luthier train {run.path}/recipe.yaml run={run.path} --resume")
+                         f"go on with: luthier train --resume {run.path}")
 
 
 def trainable_share(base: Any, attached: Attached) -> dict[str, float]:
     """How many parameters train, of how many, counting both the base's and the method's own."""
     trained = attached.parameters()
     own = {id(p) for p in base.model.parameters()}
-    whole = sum(p.numel() for p in base.model.parameters()) + sum(p.numel() for p in trained.values() if id(p) not in own)
+    whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
     count = sum(p.numel() for p in trained.values())
     return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
 
 
+def _to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        for tracker in trackers:
+            tracker.log(step, metrics)
+    return log
+
+
 def _fit(job: Job, saved: checkpoint.Checkpoint | None, quiet: bool, made: build.Recipe) -> Summary:
     total = total_steps(job.training, job.feed.steps_per_epoch)
-    with interruptible() as signal, Progress(total, start=saved.step if saved else 0, quiet=quiet) as bar:
-        job.stop = lambda: signal.requested or ""
-        job.show = lambda step, metrics: bar.update(step, **metrics)
+    with interruptible() as interruption, Progress(total, start=saved.step if saved else 0, quiet=quiet) as bar:
+        job.stop = lambda: interruption.requested or ""
+        shown = {"loss": "loss", "eval_loss": "eval loss", "tokens_per_second": "tokens/s"}
+        job.show = lambda step, metrics: bar.update(step, **{shown[k]: v for k, v in metrics.items() if k in shown})
         return fit(job, saved)
 
 
-def _finish(run: Run, made: build.Recipe, base: Any, attached: Attached, summary: Summary, asked: Sequence[Question],
-            results: dict[str, Any], quiet: bool) -> None:
+def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked: Sequence[Question],
+            quiet: bool) -> dict[str, Any]:
+    """What the base is worth, before anything is trained."""
+    results: dict[str, Any] = {"perplexity_before": _perplexity(made, base, test)} if test else {}
+    if asked:
+        before = _score("the base answers", base, asked, made, quiet)
+        results |= {"before": before.scores, "metric": made.evaluate.metrics[0]}
+        run.write_lines("answers_before.jsonl", _answers(asked, before))
+    return results
+
+
+def _finish(run: Run, made: build.Recipe, base: Any, attached: Attached, summary: Summary, test: list[Encoded],
+            asked: Sequence[Question], results: dict[str, Any], quiet: bool) -> None:
     """Save what was trained, measure it, and write down what came out."""
     build.save_tuned(run, made, base, attached)
     results |= {"train_seconds": round(summary.seconds, 2), "steps": summary.steps, "train_tokens": summary.tokens,
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device)}
+    if test:
+        results["perplexity"] = _perplexity(made, base, test)
     if asked:
         after = _score("the tuned model answers", base, asked, made, quiet)
         results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "examples": len(asked)}
@@ -127,6 +151,12 @@ def _finish(run: Run, made: build.Recipe, base: Any, attached: Attached, summary
     run.write("results.json", results)
     loss_picture(run.metrics, run.path / "loss.png")
     run.write("README.md", card(run, made))
+
+
+def _perplexity(made: build.Recipe, base: Any, test: list[Encoded]) -> float:
+    base.train(False)
+    batches = build.rows.eval_batches(test[:made.evaluate.limit], build.micro_tokens(made, base.device))
+    return math.exp(min(measure(base, made.objective, batches)["nll"], 700.0))
 
 
 def _plain(scores: Any, metric: str) -> Any:
@@ -140,7 +170,8 @@ def _score(what: str, base: Any, asked: Sequence[Question], made: build.Recipe, 
 
 
 def _answers(asked: Sequence[Question], scored: Scored) -> list[dict[str, str]]:
-    return [{"prompt": q.text, "reference": q.reference, "answer": a} for q, a in zip(asked, scored.answers, strict=True)]
+    return [{"prompt": q.text, "reference": q.reference, "answer": a}
+            for q, a in zip(asked, scored.answers, strict=True)]
 
 
 def _checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
@@ -168,17 +199,20 @@ def _say(quiet: bool, line: str) -> None:
 def card(run: Run, made: build.Recipe) -> str:
     """The run's README.md: a model card."""
     results = run.results
-    rows = [f"| {name} | {value} |" for name, value in results.items() if isinstance(value, int | float | str) and value != ""]
-    kind = "adapter" if run.adapter else "model"
-    load = ("from transformers import AutoModelForCausalLM\n"
-            + (f"from peft import PeftModel\n\nbase = AutoModelForCausalLM.from_pretrained({run.adapter['base_model_name_or_path']!r})\n"
-               f"model = PeftModel.from_pretrained(base, {str(run.path)!r})" if run.adapter else
-               f"\nmodel = AutoModelForCausalLM.from_pretrained({str(run.path)!r})"))
+    rows = [f"| {name} | {value} |" for name, value in results.items()
+            if isinstance(value, int | float | str) and value != ""]
+    kind = "An adapter" if run.adapter else "A model"
+    whole = run.adapter["base_model_name_or_path"] if run.adapter else str(run.path)
+    load = ["from transformers import AutoModelForCausalLM", "",
+            f"model = AutoModelForCausalLM.from_pretrained({whole!r})"]
+    if run.adapter:
+        load[1:1] = ["from peft import PeftModel"]
+        load += [f"model = PeftModel.from_pretrained(model, {str(run.path)!r})"]
     data = ", ".join(source.path for source in made.data.train)
     return "\n".join([
         "---", "library_name: peft" if run.adapter else "library_name: transformers", "tags: [luthier]", "---", "",
         f"# {run.path.name}", "",
-        f"A {kind} that Luthier made from `{made.base.name}` by `{made.method.name}` with the objective "
+        f"{kind} that Luthier made from `{made.base.name}` by `{made.method.name}` with the objective "
         f"`{made.objective.name}` on {data}. `recipe.yaml` holds every setting, version and data digest.", "",
-        "| result | value |", "|---|---|", *rows, "", "![loss](loss.png)", "", "```python", load, "```", "",
+        "| result | value |", "|---|---|", *rows, "", "![loss](loss.png)", "", "```python", *load, "```", "",
     ])

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -37,7 +36,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
@@ -132,7 +132,7 @@ def _packaged(alias: str, where: Packaged) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     try:
-        with _quiet():
+        with quiet():
             # Top level only: repositories keep other formats of the same weights in folders below.
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED),
                                           ignore_patterns=["*/*"]))
@@ -162,10 +162,10 @@ def _check(path: Path, config: BaseConfig) -> None:
                         "give a Transformers model folder")
     described = _json(path / "config.json")
     kind = described.get("model_type")
-    if kind not in transformers.CONFIG_MAPPING and not ("auto_map" in described and config.trust_remote_code):
+    if kind not in CONFIG_MAPPING and not ("auto_map" in described and config.trust_remote_code):
         if "auto_map" in described:
             raise _needs_code(config.name)
-        raise BaseError(f"base {config.name!r}: transformers {transformers.__version__} knows no model type {kind!r}",
+        raise BaseError(f"base {config.name!r}: the installed transformers knows no model type {kind!r}",
                         "upgrade transformers, or choose another base")
     if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
         if pickles := sorted(found.name for pattern in PICKLES for found in path.glob(pattern)):
@@ -244,31 +244,25 @@ def _converted(gguf: Path) -> Path:
 
 def _convert(gguf: Path, to: Path) -> None:
     """Write a GGUF file as a Transformers folder: float32 safetensors, config, tokenizer, chat template."""
-    if find_spec("accelerate") is None:
-        raise BaseError("transformers reads GGUF files with the help of accelerate, which is not installed",
-                        "pip install accelerate")
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        with _quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        with quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
             config = AutoConfig.from_pretrained(**source)
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            read: Any = AutoModelForCausalLM.from_pretrained(
-                **source, config=config, dtype=torch.float32, output_loading_info=True,
-                quantization_config=transformers.GgufConfig(dequantize=True))
+            config.dtype = torch.float32
+            with torch.device("meta"):
+                bare = AutoModelForCausalLM.from_config(config)
+            # The parser itself, since `from_pretrained` would ask for one more package and mark the model as quantised.
+            tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=bare)["tensors"]
+            missing, unexpected = bare.load_state_dict(tensors, strict=False, assign=True)
+            bare.tie_weights()
     except Exception as error:  # the parser trusts the file, so a damaged one can fail in any way
         raise BaseError(f"{gguf} cannot be read as a causal language model ({_short(error)})",
                         "copy or download it again; if whole, it is a kind that transformers does not know") from error
-    loaded, info = read
-    _complete(str(gguf), info)
-    # What was loaded remembers that it was quantised and will not be saved; a bare model of the same config will.
-    config.dtype = torch.float32
-    with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(config)
-    bare.load_state_dict(loaded.state_dict(), assign=True)
-    bare.tie_weights()
-    bare.generation_config = loaded.generation_config
-    with _quiet():
-        bare.save_pretrained(to)
+    empty = {name for name in missing if bare.get_parameter(name).is_meta}  # a tied head is not
+    _complete(str(gguf), {"missing_keys": empty, "unexpected_keys": unexpected, "mismatched_keys": ()})
+    with quiet():
+        bare.float().save_pretrained(to)
         tokenizer.save_pretrained(to)
 
 
@@ -284,7 +278,7 @@ def load(config: BaseConfig) -> tuple[nn.Module, Any]:
     path = folder(config)
     trust = {"trust_remote_code": config.trust_remote_code}
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(path, **trust)
             described = AutoConfig.from_pretrained(path, **trust)
             if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.trust_remote_code:
@@ -305,6 +299,19 @@ def load(config: BaseConfig) -> tuple[nn.Module, Any]:
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
     return model.to(device), tokenizer
+
+
+def load_tokenizer(config: BaseConfig) -> Any:
+    """The base's tokenizer, without its weights."""
+    path = folder(config)
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise _needs_code(config.name) from error
+        raise BaseError(f"base {config.name!r} has no tokenizer that can be loaded from {path} ({_short(error)})",
+                        "mend or replace the folder") from error
 
 
 def device_of(name: str) -> torch.device:
@@ -339,7 +346,7 @@ def _short(error: BaseException) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no chatter of Transformers: what is wrong is raised, what is not is not said."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -51,13 +51,18 @@ class Hooks:
 
 def load_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
     """Copy `state` into `parameters`, bit for bit. Raises `RunError` for missing, unknown or misshapen entries."""
-    missing, unknown = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
-    misshapen = [f"{name} {list(state[name].shape)} instead of {list(p.shape)}"
-                 for name, p in parameters.items() if name in state and state[name].shape != p.shape]
+    refuse_misfits(parameters, state)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def refuse_misfits(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises `RunError` where `state` has not the names and shapes of `wanted`."""
+    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    misshapen = [f"{name} {list(state[name].shape)} instead of {list(t.shape)}"
+                 for name, t in wanted.items() if name in state and state[name].shape != t.shape]
     for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)):
         if names:
             raise RunError(f"the saved weights do not fit this method on this base: {len(names)} {kind}, "
                            f"the first {names[0]!r}", "use the base and the settings that they were trained with")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(state[name])

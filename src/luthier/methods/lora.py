@@ -20,8 +20,8 @@ starts at zero moves the weights slowly; small models (below a billion parameter
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,9 +32,17 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.hooks import Hooks, load_into
+from luthier.methods.hooks import Hooks, load_into, refuse_misfits
 
 PREFIX = "base_model.model."  # PEFT's files put this before a module's path
+# Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
+PEFT_READ = frozenset({
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "bias", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "megatron_core", "layers_pattern", "qalora_group_size",
+})
+PEFT_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraConfig(Config):
@@ -58,18 +66,23 @@ class LoraConfig(Config):
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> LoraConfig:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        strange = {"bias": "none", "modules_to_save": None, "layers_to_transform": None, "use_qalora": False,
-                   "trainable_token_indices": None, "lora_bias": False, "target_parameters": None}
-        for key, plain in strange.items():
-            if adapter.get(key, plain) not in (plain, [], {}):
-                raise RunError(f"the adapter was made with {key}={adapter[key]!r}, which is not read here",
-                               f"train it with {key}={plain!r}")
+        strange = {key: value for key, value in adapter.items() if value and key not in PEFT_READ}
+        if adapter.get("bias", "none") != "none":
+            strange["bias"] = adapter["bias"]
+        if str(adapter.get("init_lora_weights")).startswith(PEFT_MOVES_BASE):
+            strange["init_lora_weights"] = adapter["init_lora_weights"]  # its A and B fit a base that was changed
+        for key, value in strange.items():
+            raise RunError(f"the adapter was made with {key}={value!r}, which is not read here",
+                           "let PEFT convert it to a plain LoRA (path_initial_model_for_weight_conversion)"
+                           if key == "init_lora_weights" else f"train it without {key}")
         targets = adapter["target_modules"]
-        return cls(
-            rank=adapter["r"], alpha=adapter["lora_alpha"], dropout=adapter.get("lora_dropout") or 0.0,
-            targets="all-linear" if targets == "all-linear" else (targets,) if isinstance(targets, str) else tuple(targets),
-            rslora=adapter.get("use_rslora") or False, dora=adapter.get("use_dora") or False,
-            rank_pattern=adapter.get("rank_pattern") or {}, alpha_pattern=adapter.get("alpha_pattern") or {})
+        return cls.parse({
+            "rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter.get("lora_dropout") or 0.0,
+            "targets": [targets] if isinstance(targets, str) and targets != "all-linear" else targets,
+            "rslora": adapter.get("use_rslora") or False, "dora": adapter.get("use_dora") or False,
+            # PEFT fits an expression to the end of a path, from a dot on.
+            "rank_pattern": {rf"(.*\.)?({key})": r for key, r in (adapter.get("rank_pattern") or {}).items()},
+            "alpha_pattern": {rf"(.*\.)?({key})": a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
         sites = chosen(anatomy.sites, self.targets)
@@ -106,9 +119,9 @@ class Layer:
         self.scale = alpha / (self.rank ** 0.5 if config.rslora else self.rank)
         weight = site.weight
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
-        options = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        a, b = self._start(config.init, generator)
-        self.a, self.b = nn.Parameter(a.to(**options)), nn.Parameter(b.to(**options))
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        a, b = (half.to(weight.device, dtype) for half in self._start(config.init, generator))
+        self.a, self.b = nn.Parameter(a), nn.Parameter(b)
         self.start = (self.a.detach().clone(), self.b.detach().clone()) if config.init == "pissa" else None
         self.length = self._norms().sqrt() if config.dora else None  # |W| of each output row
         self.m = nn.Parameter(self.length.clone()) if self.length is not None else None
@@ -140,7 +153,7 @@ class Layer:
         if self.m is None or self.length is None:
             return moved
         # The bias stands outside of the weight's length.
-        bias = self.site.module.bias
+        bias: Any = self.site.module.bias
         stretch = (self.m / self.lengths()).to(y.dtype)
         return moved * stretch if bias is None else (moved - bias) * stretch + bias
 
@@ -195,8 +208,18 @@ class Lora:
     def rate(self, name: str) -> float:
         return self.config.plus if name.endswith("lora_B.weight") else 1.0
 
-    def disabled(self) -> AbstractContextManager[None]:
-        return self.hooks.disabled()
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        if self._originals:
+            self.unmerge()
+            try:
+                with self.disabled():
+                    yield
+            finally:
+                self.merge()
+        else:
+            with self.hooks.disabled():
+                yield
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -225,6 +248,7 @@ class Lora:
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
+        refuse_misfits(self.state(), state)
         state = dict(state)
         for layer in self.layers:
             if layer.start is not None:

@@ -37,6 +37,15 @@ def total(numbers: list[float], device: torch.device) -> list[float]:
     return [float(x) for x in tensor.tolist()]
 
 
+def union(names: Iterable[str]) -> list[str]:
+    """The names that any rank has, in one order on all of them; a rank that had no micro-batch has none of its own."""
+    if world() == 1:
+        return list(names)
+    gathered: list[list[str]] = [[] for _ in range(world())]
+    dist.all_gather_object(gathered, list(names))
+    return list(dict.fromkeys(name for found in gathered for name in found))
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Add up the gradients of all ranks, in place. A rank that had no micro-batch adds zeros."""
     if world() == 1:

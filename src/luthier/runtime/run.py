@@ -66,11 +66,16 @@ class Run:
                            "config.json", "name the folder that `luthier train` printed")
         return self
 
-    def begin(self, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Write recipe.yaml. Raises `RunError` where the folder already holds a run or cannot be written."""
+    def vacant(self) -> Run:
+        """Itself, or a `RunError` where the folder already holds a run."""
         if (self.path / "recipe.yaml").exists():
             raise RunError(f"{str(self.path)!r} already holds a run",
                            "go on with it (--resume), or name another folder (run=NAME)")
+        return self
+
+    def begin(self, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Write recipe.yaml. Raises `RunError` where the folder already holds a run or cannot be written."""
+        self.vacant()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.write("recipe.yaml", yaml.safe_dump({**recipe, "provenance": dict(provenance)}, sort_keys=False,

