@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from tiny import BYTES, tiny, tiny_tokenizer
 from torch import Tensor
 
 from luthier import build
@@ -15,6 +14,7 @@ from luthier.core.types import Batch, Encoded, Origin, Piece
 from luthier.families import CausalLM
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
+from tiny import BYTES, tiny, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 SFT = OBJECTIVES["sft"]()

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lab import SFT, TREES, apart, attach, base, documents, measured, paths, trees
-from tiny import KINDS
 from torch import nn
 from transformers import AttentionInterface
 
 from luthier.core.types import Encoded, Origin, Piece
 from luthier.data.pack import batch, pack
 from luthier.families import forest, head
+from tiny import KINDS
 
 pytestmark = pytest.mark.usefixtures("double")
 

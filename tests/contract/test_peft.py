@@ -13,13 +13,13 @@ import pytest
 import torch
 from lab import TOKENIZER, apart, attach, base, digest, logits
 from safetensors.torch import load_file
-from tiny import save_tiny, tiny
 
 from luthier import build
 from luthier.core.errors import RunError
 from luthier.families import CausalLM
 from luthier.methods import LoraConfig
 from luthier.runtime.run import Run
+from tiny import save_tiny, tiny
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("double")

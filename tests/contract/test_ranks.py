@@ -1,0 +1,85 @@
+"""Two processes give the weights that one gives. Read `runtime/ranks.py` first."""
+
+from __future__ import annotations
+
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from lab import SFT, attach, base, documents
+from torch import multiprocessing
+
+from luthier.core.errors import NotFinite
+from luthier.data.pack import pack
+from luthier.runtime.optim import Optimizer, OptimizerConfig
+from luthier.runtime.step import step
+
+CASES = [("full", 20), ("lora", None)]  # several micro-batches a step; one, so that a rank has none
+
+
+def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[str, Any]:
+    """Weights and metrics after three steps; `alone` breaks the law: every rank keeps to its own gradients."""
+    torch.set_num_threads(1)
+    family = base("llama")
+    attached = attach(family, method)
+    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3)
+    for i in range(3):
+        adam.set_rate(i)
+        rows = pack(documents(seed=i), micro_tokens)
+        stepped = step(family, SFT, rows[:1] if alone else rows, adam)
+    return {"numbers": stepped.numbers(), "weights": {n: t.clone() for n, t in attached.state().items()},
+            "micro_batches": stepped.micro_batches}
+
+
+def broken() -> str:
+    """What every rank says when one of them alone has a loss that is not finite."""
+    family = base("llama")
+    attached = attach(family, "lora")
+    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3)
+    before = {n: t.clone() for n, t in attached.state().items()}
+
+    class Infinite:
+        needs, count = SFT.needs, SFT.count
+
+        def __call__(self, outputs: Any, target: Any) -> Any:
+            loss = SFT(outputs, target)
+            return type(loss)(loss.total * (math.inf if dist.get_rank() == 1 else 1), loss.count, loss.metrics)
+
+    stepped = step(family, Infinite(), pack(documents(), 20), adam)
+    with pytest.raises(NotFinite, match="lab:0"):
+        stepped.numbers()
+    assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
+    return "refused"
+
+
+def work(rank: int, port: int, place: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    found = [trained(*case) for case in CASES]
+    torch.save([*found, broken()], f"{place}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A fork inherits what is imported, so it starts at once; nothing here has threads or a GPU that it could not inherit.
+    multiprocessing.start_processes(work, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for i, case in enumerate(CASES):
+        alone = trained(*case)
+        assert (alone["micro_batches"] > 2) == (case[1] is not None)
+        for rank in ranks:
+            found = rank[i]
+            assert found["numbers"] == pytest.approx(alone["numbers"], rel=1e-9)
+            assert list(found["numbers"]) == list(alone["numbers"])
+            for name, weight in alone["weights"].items():
+                assert (found["weights"][name] - weight).abs().max() < 1e-12
+        assert all(torch.equal(t, ranks[1][i]["weights"][n]) for n, t in ranks[0][i]["weights"].items())
+    assert [rank[-1] for rank in ranks] == ["refused", "refused"]
+    part = trained(*CASES[0], alone=True)["weights"]  # what a rank that heard of no other would have
+    assert max(float((part[n] - t).abs().max()) for n, t in ranks[0][0]["weights"].items()) > 1e-3
