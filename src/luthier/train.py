@@ -13,7 +13,6 @@ from luthier import build
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded
-from luthier.data import length_picture
 from luthier.measure import Question, Scored, score
 from luthier.runtime import checkpoint, ranks
 from luthier.runtime.loop import Job, Summary, fit, total_steps
@@ -61,7 +60,7 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     if not resume:
         run.begin(build.dump(made), build.provenance(made))
         run.write("data_report.json", found.report.to_json())
-        length_picture(found.report, run.path / "lengths.png")
+        build.rows.length_picture(found.report, run.path / "lengths.png")
     for line in found.report.lines():
         _say(quiet, line)
     share = trainable_share(base, attached)
