@@ -17,7 +17,7 @@ from typing import Annotated, Any, TypeAlias
 
 import torch
 import yaml
-from pydantic import Field, SerializeAsAny, field_validator
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 from safetensors.torch import load_file, save_file
 
 from luthier import data as rows
@@ -26,13 +26,18 @@ from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Attached, Feed
 from luthier.core.types import Batch, ChatExample, CompletionExample, Example, Message, Origin
 from luthier.data import DataConfig, Datasets, Loader, Stream
-from luthier.families import BaseConfig, CausalLM, folder, load, resolve
+from luthier.families import ALIASES, BaseConfig, CausalLM, cache, folder, load, load_tokenizer, resolve
 from luthier.measure import EvaluateConfig, Question
-from luthier.methods import METHODS, LoraConfig
+from luthier.methods import METHODS
+from luthier.methods.lora import LoraConfig
 from luthier.objectives import OBJECTIVES
 from luthier.runtime.loop import TrainingConfig
 from luthier.runtime.optim import OptimizerConfig
 from luthier.runtime.run import Run, digest
+
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Recipe", "Run", "attach", "cache", "chat_prompt", "check", "datasets",
+           "dump", "family", "feed", "held_out", "idle", "micro_tokens", "open_run", "provenance", "questions",
+           "recipe", "resolve", "rows", "save_tuned", "tokenizer", "version"]
 
 AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
@@ -54,7 +59,9 @@ class Recipe(Config):
 
     @field_validator("base", "method", "objective", mode="before")
     @classmethod
-    def _by_name(cls, given: Any) -> Any:
+    def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, dict):  # settings without a name are those of the default
+            return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
         return {"name": given} if isinstance(given, str) else given
 
     @field_validator("data", mode="before")
@@ -87,7 +94,8 @@ def _read(path: Path) -> dict[str, Any]:
         near = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
         raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}", "mend the YAML at the place named") from None
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}",
+                          "mend the YAML at the place named") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"the recipe {str(path)!r} holds a {type(raw).__name__}, not settings",
                           "write lines such as `method: lora`")
@@ -139,12 +147,13 @@ def provenance(made: Recipe) -> dict[str, Any]:
     paths = [Path(s.path) for s in named if s is not None and not isinstance(s, float)]
     packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
     return {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
         "data_sha256": {str(path): digest(path) for path in paths if path.exists()},
     }
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """Of an installed package."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -160,6 +169,11 @@ def family(config: BaseConfig) -> CausalLM:
     return CausalLM(model, tokenizer)
 
 
+def tokenizer(config: BaseConfig) -> Any:
+    """The base's tokenizer, without its weights."""
+    return load_tokenizer(config)
+
+
 def attach(base: CausalLM, method: AnyMethod, seed: int) -> Attached:
     """The method on the base; everything that it does not train is frozen."""
     base.model.requires_grad_(False)
@@ -172,7 +186,7 @@ def check(made: Recipe, base: CausalLM) -> None:
         raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
     context = base.anatomy.sizes["context"]
     if made.data.max_length > context:
-        raise RecipeError(f"data.max_length {made.data.max_length} is longer than this base's context of {context} tokens",
+        raise RecipeError(f"data.max_length {made.data.max_length} is longer than the base's context, {context} tokens",
                           f"set data.max_length to {context} or less")
 
 
@@ -191,7 +205,8 @@ def feed(made: Recipe, base: CausalLM, found: Datasets) -> Feed:
     micro = micro_tokens(made, base.device)
     if made.data.streaming:
         return Stream(made.data, base.tokenizer, made.training.batch_size, micro, seed=made.seed)
-    return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
+    return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
+                  mix=found.mix)
 
 
 def held_out(made: Recipe, base: CausalLM, found: Datasets) -> list[Batch]:
@@ -229,11 +244,17 @@ def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
     """What a run folder holds: its recipe, its base, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
-    (then there is no method to attach).
+    (then there is no method to attach). The name of a base in place of a folder is such a whole model.
     """
+    if _names_base(run.path):
+        bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+        return bare, family(bare.base), None
     run.existing()
     made = _recipe_of(run)
     if run.adapter is None:
+        if not (run.path / "config.json").exists():
+            raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
+                           f"go on with it: luthier train --resume {run.path}")
         base = family(made.base.model_copy(update={"name": str(run.path)}))
         return made, base, None
     base = family(made.base)
@@ -242,12 +263,20 @@ def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
     return made, base, attached
 
 
+def _names_base(path: Path) -> bool:
+    """Whether this is a base's name: an alias, a file, or owner/name where no folder `owner` is (a run, else)."""
+    if path.is_dir():
+        return False
+    return str(path) in ALIASES or path.is_file() or (len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~")
+                                                      and not path.parent.is_dir())
+
+
 def _recipe_of(run: Run) -> Recipe:
     if raw := run.recipe:
         return Recipe.parse(raw)
     if (adapter := run.adapter) is not None:
         if adapter.get("peft_type") != "LORA":
-            raise RunError(f"{str(run.path)!r} holds a {adapter.get('peft_type')} adapter of PEFT, and only LORA can be read",
+            raise RunError(f"{str(run.path)!r} holds PEFT's {adapter.get('peft_type')} adapter; only LORA can be read",
                            "give a run of Luthier, or a LoRA of PEFT")
         base = BaseConfig(name=adapter["base_model_name_or_path"] or "")
         return Recipe(base=base, method=LoraConfig.from_peft(adapter), data=DataConfig.parse({"train": "-"}))
@@ -269,7 +298,9 @@ def save_tuned(run: Run, made: Recipe, base: CausalLM, attached: Attached) -> No
         base.save(run.path)
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()}
-    save_file(state, run.path / "adapter_model.safetensors", metadata={"format": "pt"})
+    file = run.path / "adapter_model.safetensors"
+    save_file(state, file, metadata={"format": "pt"})
+    file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
     # PEFT loads the base by this name: a hub id as it is, anything else as the Transformers folder that it became.
     name = made.base.name if isinstance(resolve(made.base.name), str) else str(folder(made.base))
     run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})

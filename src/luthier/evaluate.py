@@ -37,9 +37,10 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         recorded, family, attached = build.open_run(run)
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
+    raw = build.dump(recorded)
     if data:
-        wanted |= {"data.train": data, "data.test": data, "data.eval": None}
-    made = build.recipe(recorded, wanted)
+        raw["data"] |= {"train": data, "test": data, "eval": None}
+    made = build.recipe(raw, wanted)
     found = build.datasets(made, family)
     encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
     if not encoded:

@@ -31,7 +31,8 @@ def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> l
     for fault in error.errors(include_url=False):
         place = ".".join([where, *map(str, fault["loc"])]).strip(".")
         if fault["type"] == "extra_forbidden":
-            lines.append(f"unknown setting {place!r}: {nearest(str(fault['loc'][-1]), _fields(model, fault['loc'][:-1]))}")
+            known = _fields(model, fault["loc"][:-1])
+            lines.append(f"unknown setting {place!r}: {nearest(str(fault['loc'][-1]), known)}")
         elif fault["type"] == "missing":
             lines.append(f"{place}: this setting is required")
         else:
@@ -42,12 +43,13 @@ def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> l
 
 def _fields(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     """The settings known at `path` below `model`, for the nearest-neighbour hint."""
+    choices = [model]
     for key in path:
-        field = model.model_fields.get(str(key))
+        named = [c for c in choices if len(choices) > 1 and c.model_fields["name"].default == key]  # a union's branch
+        field = choices[0].model_fields.get(str(key))
         inner = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
-        if inner:
-            model = inner[0]
-    return list(model.model_fields)
+        choices = named or inner or choices
+    return list(choices[0].model_fields)
 
 
 def _types(annotation: Any) -> list[type]:

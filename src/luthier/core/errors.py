@@ -1,6 +1,6 @@
 """The errors a user can cause, each with the value, the rule and the remedy. Read this first: it imports nothing.
 
-A `LuthierError` is the user's to mend: the command line prints it without a traceback and exits with 2.
+A `LuthierError` is the user's to mend: the command line prints it without a traceback and exits with its `exit_code`.
 Programmer's mistakes are `assert`s and never come here.
 """
 
@@ -17,6 +17,8 @@ class LuthierError(ValueError):
         what: the value met and the rule that it breaks, in one sentence.
         remedy: what to do about it, in one sentence.
     """
+
+    exit_code = 2  # of the command line
 
     def __init__(self, what: str, remedy: str = "") -> None:
         self.what, self.remedy = what, remedy

@@ -5,6 +5,6 @@ Reading order: `anatomy.py` (the parts), `forest.py` (attention in packed rows),
 """
 
 from luthier.families.causal import CausalLM
-from luthier.families.load import ALIASES, BaseConfig, folder, load, resolve
+from luthier.families.load import ALIASES, BaseConfig, cache, folder, load, load_tokenizer, resolve
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "folder", "load", "resolve"]
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "cache", "folder", "load", "load_tokenizer", "resolve"]

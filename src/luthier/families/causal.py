@@ -19,6 +19,7 @@ from luthier.families import forest as _forest
 from luthier.families.anatomy import anatomy
 from luthier.families.generate import eos_tokens, generate, stream
 from luthier.families.head import log_probs
+from luthier.families.load import quiet
 
 Layout = Literal["packed", "padded"]
 
@@ -113,8 +114,11 @@ class CausalLM:
 
     def save(self, path: Path) -> None:
         """Write the whole model as a Transformers folder, tokenizer included."""
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        with quiet():
+            self.model.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+        for file in path.glob("*.safetensors"):  # the library makes its files readable to their owner alone
+            file.chmod(path.stat().st_mode & 0o666)
 
 
 def _leaves(forest: Forest) -> tuple[list[Tensor], Any]:
