@@ -1,0 +1,90 @@
+"""The verb `chat`: a conversation with a run, a bare base, or both side by side. Read `build.py` (open_run) first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from luthier import build
+from luthier.core.errors import RecipeError
+from luthier.core.protocols import Attached, Sampling
+from luthier.core.types import Message
+from luthier.runtime.progress import status
+from luthier.runtime.run import Run
+
+UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a letter whose last are still to come
+
+
+@dataclass
+class Talk:
+    """A conversation that remembers what was said.
+
+    Args:
+        bare: speak with the base, the method switched off.
+        said: the turns so far, without the system prompt.
+    """
+
+    base: build.CausalLM
+    attached: Attached | None
+    system: str | None
+    sampling: Sampling
+    bare: bool = False
+    said: list[Message] = field(default_factory=list)
+
+    def say(self, text: str) -> Iterator[str]:
+        """The answer to `text`, bit by bit. A conversation that is broken off forgets this turn."""
+        turns = [*self.said, Message("user", text)]
+        prompt = build.chat_prompt(self.base, turns, self.system)
+        answer = ""
+        with self.attached.disabled() if self.bare and self.attached else nullcontext():
+            for bit in bits(self.base.stream(prompt, self.sampling), self.base.tokenizer.decode):
+                answer += bit
+                yield bit
+        self.said = [*turns, Message("assistant", answer)]
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.said = []
+
+
+def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | None = None, temperature: float = 0.0,
+              max_new_tokens: int = 256, quiet: bool = False) -> list[Talk]:
+    """Conversations with a run folder or a base: one, or with `compare` two, the bare base's and the tuned model's.
+
+    Args:
+        system: system prompt; left out: the one that the run's data was given, if any.
+        temperature: 0 always takes the most probable word.
+    """
+    if temperature < 0 or max_new_tokens < 1:
+        raise RecipeError(f"temperature {temperature}, max_new_tokens {max_new_tokens}: the first is at least 0, "
+                          "the second at least 1", "leave them out, or give such numbers")
+    with status("loading the model", quiet=quiet):
+        made, base, attached = build.open_run(run if isinstance(run, Run) else Run(run))
+    if compare and attached is None:
+        raise RecipeError(f"{str(run)!r} is a whole model without an adapter, so there are not two to compare",
+                          "leave out --compare, or name a run that trained an adapter")
+    base.train(False)
+    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    return [Talk(base, attached, system or made.data.system, sampling, bare)
+            for bare in ((True, False) if compare else (False,))]
+
+
+def bits(tokens: Iterator[int], decode: Callable[..., str]) -> Iterator[str]:
+    """The text of a stream of tokens, as it becomes certain.
+
+    >>> list(bits(iter([72, 105, 195, 164]), lambda ids, **_: bytes(ids).decode(errors="replace")))
+    ['H', 'i', 'ä']
+    """
+    ids: list[int] = []
+    shown = ""
+    for token in tokens:
+        ids.append(token)
+        text = decode(ids, skip_special_tokens=True)
+        if text != shown and text.startswith(shown) and not text.endswith(UNFINISHED):
+            yield text[len(shown):]
+            shown = text
+    text = decode(ids, skip_special_tokens=True)
+    if text != shown:
+        yield text[len(shown):]

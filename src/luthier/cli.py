@@ -1,0 +1,279 @@
+"""The command line: parses, calls a verb, prints. How results look stands in `screen.py`; `train.py` is a verb to read.
+
+Results go to stdout, and with --json nothing but JSON; progress and errors go to stderr. Exit codes: 0 done, 2 the
+user's to mend, 130 and 143 ended by a signal. Verbs are imported where they are called, so that --help is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from luthier import __version__, screen
+from luthier.core.errors import LuthierError, RecipeError, nearest
+
+SETTING = re.compile(r"[A-Za-z_][\w.]*=")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+PIPE_CLOSED = 141  # as a shell reports a process that SIGPIPE ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in words
+    try:
+        options = parse(words)
+        code = COMMANDS[options.command].run(options)
+        sys.stdout.flush()
+        return code
+    except LuthierError as error:
+        return _fail(type(error).__name__, error.what, error.remedy, as_json, error.exit_code)
+    except BrokenPipeError:
+        # Whoever read has gone. Python would complain once more when it closes stdout: give it somewhere to write.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        return _fail("DiskFull", f"the disk is full{f': {error.filename}' if error.filename else ''}",
+                     "free some space, or let the run write to another disk (--run DIR); then --resume", as_json)
+    except KeyboardInterrupt:
+        return _fail("Interrupted", "interrupted", "", as_json, 130)
+
+
+def _fail(kind: str, what: str, remedy: str, as_json: bool, code: int = 2) -> int:
+    print(f"error: {what}" + (f"\n  -> {remedy}" if remedy else ""), file=sys.stderr)
+    if as_json:
+        screen.as_json({"error": {"kind": kind, "what": what, "remedy": remedy, "exit_code": code}})
+    return code
+
+
+# ---------------------------------------------------------------- parsing
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are errors like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RecipeError(message, f"see: {self.prog} --help")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The options of a command line, with `command` and, where the command takes settings, `settings`."""
+    parser = _Parser(prog="luthier", description="Fine-tunes pretrained models.",
+                     epilog="luthier COMMAND --help tells more about each.")
+    parser.add_argument("--version", action="version", version=f"luthier {__version__}")
+    branches = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        branch = branches.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        for flags, described in command.arguments:
+            branch.add_argument(*flags, **described)
+    if words and not words[0].startswith("-") and words[0] not in COMMANDS:
+        raise RecipeError(f"unknown command {words[0]!r}", f"{nearest(words[0], COMMANDS)}; see: luthier --help")
+    options, rest = parser.parse_known_args(words)
+    # argparse takes positionals in one run only, so those that stand behind an option come back as rest.
+    for word in rest:
+        if word.startswith("-"):
+            known = [flag for flags, _ in COMMANDS[options.command].arguments for flag in flags if flag.startswith("-")]
+            raise RecipeError(f"luthier {options.command} has no option {word!r}",
+                              f"{nearest(word.partition('=')[0], known)}; see: luthier {options.command} --help")
+    given = vars(options)
+    if "words" in given:
+        given["words"] = [*options.words, *rest]
+        given["settings"] = dict(_setting(word) for word in given["words"] if SETTING.match(word))
+        given["words"] = [word for word in given["words"] if not SETTING.match(word)]
+    elif rest:
+        raise RecipeError(f"luthier {options.command} does not know what to do with {rest[0]!r}",
+                          f"see: luthier {options.command} --help")
+    return options
+
+
+def _setting(word: str) -> tuple[str, Any]:
+    """A key and its value, read as YAML: ``method.rank=16``, ``evaluate.metrics=[exact,number]``."""
+    import yaml
+    key, _, value = word.partition("=")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{word!r}: the value is not YAML ({str(error).splitlines()[0]})",
+                          "quote it, for example 'data.system=\"You are: a clerk\"'") from None
+
+
+def _only(options: argparse.Namespace, what: str) -> str:
+    """The one word that a command was given besides settings."""
+    if len(options.words) != 1:
+        raise RecipeError(f"luthier {options.command} takes one {what}, not {len(options.words)}",
+                          f"see: luthier {options.command} --help")
+    return str(options.words[0])
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _train(options: argparse.Namespace) -> int:
+    from luthier.train import train
+    if len(options.words) > 1:
+        raise RecipeError(f"luthier train takes one recipe, not {len(options.words)}: {' '.join(options.words)}",
+                          "settings are written key=value")
+    source = options.words[0] if options.words else None
+    folder = options.run or options.settings.get("run")
+    if options.resume and (source is None or Path(source).is_dir()):
+        folder = source or folder
+        if folder is None:
+            raise RecipeError("--resume: which run?", "luthier train --resume RUN")
+        source = _recorded(Path(folder))
+    named = {"base.name": options.model, "data": options.data, "method": options.method, "objective": options.objective,
+             "run": str(folder) if folder else None}
+    run = train(source, resume=options.resume, quiet=options.quiet,
+                **{key: value for key, value in named.items() if value is not None} | options.settings)
+    return screen.trained(run.path, run.results, options.json)
+
+
+def _recorded(folder: Path) -> str:
+    if not (folder / "recipe.yaml").exists():
+        raise RecipeError(f"there is no run in {str(folder)!r} to go on with (no recipe.yaml)",
+                          "name the folder of a run that was started")
+    return str(folder / "recipe.yaml")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from importlib.resources import as_file, files
+
+    from luthier.train import train
+    if options.words:
+        raise RecipeError(f"luthier demo takes settings (key=value) only, not {options.words[0]!r}",
+                          "train on your own rows: luthier train --data FILE")
+    with as_file(files("luthier") / "demo") as folder:
+        shipped = {"data.train": str(folder / "train.jsonl"), "data.test": str(folder / "test.jsonl"),
+                   "run": options.run}
+        run = train(folder / "recipe.yaml", quiet=options.quiet, **shipped | options.settings)
+    return screen.trained(run.path, run.results, options.json)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from luthier.evaluate import evaluate
+    results = evaluate(_only(options, "run"), data=options.data, metrics=options.metric, limit=options.limit,
+                       base=options.base, max_new_tokens=options.max_new_tokens, quiet=options.quiet,
+                       **options.settings)
+    return screen.table(results, options.json)
+
+
+def _chat(options: argparse.Namespace) -> int:
+    from luthier.chat import open_talk
+    talks = open_talk(options.run, compare=options.compare, system=options.system, temperature=options.temperature,
+                      max_new_tokens=options.max_new_tokens, quiet=options.quiet)
+    if options.message is not None:
+        screen.answer(talks, options.message)
+        return 0
+    screen.say("/reset forgets the conversation, /exit ends it")
+    while (line := screen.ask()) is not None and line != "/exit":
+        if line == "/reset":
+            for talk in talks:
+                talk.reset()
+        elif line:
+            try:
+                screen.answer(talks, line)
+            except LuthierError as error:  # a conversation that outgrew the context can be reset
+                screen.say(f"error: {error}")
+    return 0
+
+
+def _data(options: argparse.Namespace) -> int:
+    from luthier.check import check
+    if options.words[:1] != ["check"]:
+        given = f" {options.words[0]!r}" if options.words else ""
+        raise RecipeError(f"luthier data has no command{given}", f"{nearest((options.words or [''])[0], ['check'])}: "
+                          "luthier data check FILE")
+    if len(options.words) != 2:
+        raise RecipeError("luthier data check takes one file", "luthier data check FILE [key=value ...]")
+    found = check(options.words[1], model=options.model, evaluated=options.eval, settings=options.settings,
+                  out=options.out, quiet=options.quiet)
+    return screen.checked(found.report.to_json(), found.report.lines(), found.previews,
+                          (found.report_file, found.picture), options.json)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from luthier.export import export
+    folder = export(options.run, options.to, options.out)
+    return screen.table({"folder": str(folder)}, options.json)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from luthier.doctor import doctor
+    return screen.sections(doctor(), options.json)
+
+
+def _schema(options: argparse.Namespace) -> int:
+    from luthier.schema import schema
+    print(json.dumps(schema(), indent=2, ensure_ascii=False))
+    return 0
+
+
+# ---------------------------------------------------------------- what there is
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what it is for, what it takes, what it does."""
+
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: tuple[Argument, ...] = ()
+
+
+def _option(*flags: str, **described: Any) -> Argument:
+    return flags, described
+
+
+QUIET = _option("--quiet", action="store_true", help="no progress on the terminal")
+JSON = _option("--json", action="store_true", help="print JSON and nothing else")
+RUN = _option("--run", metavar="DIR", help="the run folder to make")
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("fine-tune a base and leave a run folder", _train, (
+        _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
+        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (base.name)"),
+        _option("--data", metavar="FILE", help="rows to train on (data.train)"),
+        _option("--method", help="which parameters train: lora, full"),
+        _option("--objective", help="what is minimised: sft, pretrain"),
+        RUN, _option("--resume", action="store_true", help="go on with the run named, from its newest checkpoint"),
+        QUIET, JSON)),
+    "evaluate": Command("measure a run on rows that it has not seen", _evaluate, (
+        _option("words", nargs="*", metavar="RUN | key=value", help="a run folder, and settings laid over its recipe"),
+        _option("--data", metavar="FILE", help="rows to measure on; left out: the recipe's"),
+        _option("--metric", action="append", default=[], help="score of generated answers; may be given several times"),
+        _option("--limit", type=int, metavar="N", help="only the first N rows"),
+        _option("--base", action="store_true", help="measure the bare base instead"),
+        _option("--max-new-tokens", type=int, metavar="N", help="longest answer"), QUIET, JSON)),
+    "chat": Command("talk with a run or a base", _chat, (
+        _option("run", metavar="RUN", help="a run folder, or a base"),
+        _option("--compare", action="store_true", help="the base's and the tuned model's answers side by side"),
+        _option("--message", metavar="TEXT", help="say this, print the answer and end"),
+        _option("--system", metavar="TEXT", help="system prompt"),
+        _option("--temperature", type=float, default=0.0, help="0 (as it comes): always the most probable word"),
+        _option("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer"), QUIET)),
+    "data": Command("`data check FILE`: what would become of every row", _data, (
+        _option("words", nargs="*", metavar="check FILE | key=value", help="`check`, a file, and settings of `data`"),
+        _option("--model", metavar="BASE", help="whose tokenizer and chat template; left out: smollm2"),
+        _option("--eval", metavar="FILE", help="rows to evaluate on: are some of them in FILE too?"),
+        _option("--out", metavar="DIR", help="where the report and the picture go"), QUIET, JSON)),
+    "export": Command("write a run as a folder for other tools", _export, (
+        _option("run", metavar="RUN", help="a run folder"),
+        _option("--to", choices=("merged", "adapter"), default="merged", help="a whole model, or PEFT's adapter files"),
+        _option("--out", metavar="DIR", help="the folder to write; left out: inside the run's"), JSON)),
+    "demo": Command("train the embedded base on the embedded rows: a few minutes on a laptop", _demo, (
+        _option("words", nargs="*", metavar="key=value", help="settings laid over the demo's recipe"),
+        RUN, QUIET, JSON)),
+    "doctor": Command("tell what this machine has", _doctor, (JSON,)),
+    "schema": Command("print the JSON schema of a recipe", _schema),
+}

@@ -1,0 +1,84 @@
+"""The verb `export`: a run as a folder that other tools load. Read `build.py` (open_run) first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from luthier import build
+from luthier.core.errors import RunError
+from luthier.core.protocols import Attached
+from luthier.core.types import Forest, Inputs, Target
+from luthier.runtime.run import Run
+
+FORMS = ("merged", "adapter")
+PROBE = 16  # tokens of the check that merging changed nothing
+# Most that a log-probability of the probe may move. In sixteen bits the merged weights themselves are rounded.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+def export(run: Run | Path | str, to: Literal["merged", "adapter"] = "merged", out: Path | str | None = None) -> Path:
+    """Write a run as a folder of its own, whole or not at all, and return the folder.
+
+    Args:
+        to: `merged`, a model like any other, the method's change folded into its weights (of a full run, a copy);
+            or `adapter`, the files that PEFT loads beside the base.
+        out: the folder; left out: `merged` or `adapter` inside the run's folder.
+
+    Raises:
+        RunError: `out` holds something, the run has no adapter, or merging changed what the model says.
+        NotMergeable: the method cannot be folded in; the error says why.
+    """
+    if to not in FORMS:
+        raise RunError(f"a run cannot be exported to {to!r}", f"one of: {', '.join(FORMS)}")
+    run = run if isinstance(run, Run) else Run(run)
+    out = Path(out) if out else run.path / to
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{str(out)!r} already holds something, and nothing is overwritten",
+                       "remove it, or name another folder with --out")
+    made, base, attached = build.open_run(run)
+    if to == "adapter" and (attached is None or attached.peft() is None):
+        raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
+    if to == "merged" and attached is not None:
+        merge(base, attached)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    temporary.mkdir()
+    try:
+        if to == "adapter" and attached is not None:
+            build.save_tuned(Run(temporary), made, base, attached)
+        else:
+            base.save(temporary)
+        temporary.replace(out)
+    finally:  # gone already where all went well
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def merge(base: build.CausalLM, attached: Attached) -> None:
+    """Fold the method into the base's weights. Raises `RunError` where the model then says something else."""
+    base.train(False)
+    before = _probe(base)
+    attached.merge()
+    moved = float((_probe(base) - before).abs().max())
+    allowed = TOLERANCE[base.anatomy.embedding.weight.dtype]  # type: ignore[index]
+    if not moved <= allowed:
+        raise RunError(f"merging moved a log-probability by {moved:.2g}, and rounding explains {allowed} at most",
+                       "train and export with base.dtype: float32, or use the adapter as it is")
+
+
+@torch.no_grad()
+def _probe(base: build.CausalLM) -> torch.Tensor:
+    """Log-probabilities of some tokens, each after the ones before it."""
+    tokens = torch.arange(1, PROBE + 1) * 7 % base.anatomy.sizes["vocabulary"]
+    place = torch.arange(PROBE)
+    inputs = Inputs(tokens, place, Forest((PROBE,), (-1,)))
+    target = Target(place[:-1], tokens[1:], torch.ones(PROBE - 1), torch.zeros(PROBE - 1, dtype=torch.long), 1)
+    found = base.forward(inputs.to(base.device), target.to(base.device), frozenset({"token_logps"})).token_logps
+    assert found is not None
+    return found
+
