@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from tiny import save_tiny
 from transformers import AutoModelForCausalLM
 
 import luthier
 from luthier import screen
 from luthier.chat import bits
 from luthier.cli import COMMANDS, main
+from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
 Output = tuple[int, str, str]
