@@ -244,8 +244,8 @@ COMMANDS: dict[str, Command] = {
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
         _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (base.name)"),
         _option("--data", metavar="FILE", help="rows to train on (data.train)"),
-        _option("--method", help="which parameters train: lora, full"),
-        _option("--objective", help="what is minimised: sft, pretrain"),
+        _option("--method", help="which parameters train (method.name); a wrong name lists them all"),
+        _option("--objective", help="what is minimised (objective.name); a wrong name lists them all"),
         RUN, _option("--resume", action="store_true", help="go on with the run named, from its newest checkpoint"),
         QUIET, JSON)),
     "evaluate": Command("measure a run on rows that it has not seen", _evaluate, (
