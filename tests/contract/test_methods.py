@@ -251,6 +251,20 @@ def test_the_rates_of_lora_plus_reach_the_optimiser() -> None:
     assert {group["factor"] for group in optimizer(plain).adam.param_groups} == {1.0}
 
 
+def test_a_pissa_state_brings_its_own_start() -> None:
+    """Singular vectors have no sign of their own: elsewhere they come out otherwise."""
+    settings = {"init": "pissa", "rank": 4}
+    family = base("llama")
+    wanted, state = logits(family), attach(family, "lora", **settings).state()
+    fresh = base("llama")
+    other = attach(fresh, "lora", stirred=False, **settings)
+    for layer in other.layers:
+        layer.start = (-1.5 * layer.start[0], layer.start[1])
+    other.load(state)
+    assert torch.equal(logits(fresh), logits(family))
+    assert not torch.equal(logits(fresh), wanted)
+
+
 def test_dropout_acts_in_training_only() -> None:
     family = base("llama")
     attached = attach(family, "lora", dropout=0.5)
