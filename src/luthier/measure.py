@@ -1,4 +1,7 @@
-"""Quality of generated answers, measured: what `train` does before and after, and what `evaluate` does. Read `scoring.py` first."""
+"""Quality of generated answers: what `train` measures before and after, and `evaluate` on demand.
+
+Read `scoring.py` first.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ class EvaluateConfig(Config):
 
     metrics: tuple[str, ...] = Field((), description=f"scores of generated answers: {', '.join(SCORERS)}")
     max_new_tokens: int = Field(256, ge=1, description="longest answer")
-    batch_size: int = Field(16, ge=1, description="answers generated at once")
+    batch_size: int = Field(32, ge=1, description="answers generated at once")
     limit: int | None = Field(None, ge=1, description="use only the first so many rows")
     before: bool = Field(True, description="measure the base too, before training")
 

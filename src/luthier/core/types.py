@@ -124,7 +124,9 @@ class Movable:
 
 @dataclass(frozen=True)
 class Forest:
-    """Segments of a packed row, in order and without gaps. A segment attends to itself causally and to all its ancestors.
+    """Segments of a packed row, in order and without gaps.
+
+    A segment attends to itself causally and to all its ancestors.
 
     Args:
         lengths: tokens of each segment; they sum to T.

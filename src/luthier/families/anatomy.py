@@ -7,6 +7,8 @@ asks for "all linear maps".
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -28,7 +30,7 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
-def anatomy(model: nn.Module) -> Anatomy:
+def anatomy(model: Any) -> Anatomy:
     """The parts of a causal language model of Transformers. Raises `BaseError` where no stack of blocks is found."""
     backbone = model.base_model if model.base_model is not model else model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
@@ -79,7 +81,8 @@ def _sites(block: Block) -> list[Site]:
     for name, module in block.module.named_modules():
         if isinstance(module, Conv1D):
             rows, columns = module.weight.shape
-            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index, rows, columns, transposed=True))
+            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index, rows, columns,
+                              transposed=True))
         elif isinstance(module, nn.Linear):
             found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index,
                               module.in_features, module.out_features))

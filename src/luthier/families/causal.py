@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.protocols import Generated, Sampling
@@ -19,6 +19,7 @@ from luthier.families import forest as _forest
 from luthier.families.anatomy import anatomy
 from luthier.families.generate import eos_tokens, generate, stream
 from luthier.families.head import log_probs
+from luthier.families.lean import Lean, slim
 from luthier.families.load import quiet
 
 Layout = Literal["packed", "padded"]
@@ -34,18 +35,25 @@ class CausalLM:
             packed where the model proves, on a probe of a few tokens, that its segments do not see one another.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, layout: Layout | None = None) -> None:
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None) -> None:
         model.set_attn_implementation(_forest.NAME)
         self.model, self.tokenizer = model, tokenizer
+        self._lean = Lean()
+        slim(model, self._lean)
         self.anatomy = anatomy(model)
+        self._lean.watch(self.anatomy.blocks)
+        self._checkpointing = False
         self.layout: Layout = layout or self._proven_layout()
         config = model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
-        self._scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+        times, over = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        self._scale = float(times) / float(over)
 
     @property
     def device(self) -> torch.device:
-        return self.anatomy.embedding.weight.device
+        weight = self.anatomy.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
 
     def train(self, mode: bool) -> None:
         self.model.train(mode)
@@ -53,6 +61,7 @@ class CausalLM:
     def checkpointing(self) -> None:
         """From now on recompute every block in the backward pass instead of keeping its activations."""
         self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._checkpointing = True
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         states = self.states(inputs).index_select(0, target.at)
@@ -65,7 +74,11 @@ class CausalLM:
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] last hidden states of the row."""
-        return self._packed(inputs) if self.layout == "packed" else self._padded(inputs)
+        run = self._packed if self.layout == "packed" else self._padded
+        if not torch.is_grad_enabled() or self._checkpointing:
+            return run(inputs)
+        with self._lean():
+            return run(inputs)
 
     def _packed(self, inputs: Inputs) -> Tensor:
         # A mask that is already four-dimensional is handed through untouched; it is empty, so that a model which

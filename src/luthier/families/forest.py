@@ -55,7 +55,8 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scal
                                                            torch.cat([values[a] for a in path], 2))
         mask = _band(q.shape[2], k.shape[2], window, q.device)
         outs.append(_attend(q, k, v, mask, mask is None, scale, dropout, softcap))
-    return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+    # The fused kernel writes [L, H, d] and shows it as [H, L, d]; joined as written, nothing is copied twice.
+    return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
 
 @lru_cache(maxsize=256)
@@ -80,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        # Not minus infinity: a padding token further than the window from all that counts would see nothing, and be NaN.
+        # Not minus infinity: padding further than the window from all that counts sees nothing, and would be NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     return F.dropout(weights, dropout) @ v
@@ -96,7 +97,7 @@ def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale
         q, k, v = (x[0].transpose(0, 1) for x in (query, k, v))
         # (window - 1, 0): that many keys to the left besides itself and none to the right; (-1, 0) is plain causal.
         left = -1 if window is None else window - 1
-        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0))
+        out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0))
         return out.transpose(0, 1)[None]
     from torch.nn.attention.flex_attention import flex_attention
     compiled = _compiled(flex_attention)

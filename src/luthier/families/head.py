@@ -68,7 +68,7 @@ class _LogProbs(torch.autograd.Function):
         return grad_states, grad_weight, None
 
 
-def log_probs(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None = None,
+def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None,
               scale: float = 1.0) -> tuple[Tensor, Tensor]:
     """log p(tokens | states) and whether each was the most probable token, both [P]; see the module's formula.
 
@@ -88,7 +88,8 @@ def log_probs(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | 
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None, scale: float) -> tuple[Tensor, Tensor]:
+def _chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None,
+           scale: float) -> tuple[Tensor, Tensor]:
     logits = head(states)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:

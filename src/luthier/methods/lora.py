@@ -149,7 +149,7 @@ class Layer:
             x = F.dropout(x, self.p, self.site.module.training)
         a, b = self.factors()
         low = F.linear(x, a.to(x.dtype))
-        moved = y.flatten(0, -2).addmm(low.flatten(0, -2), b.to(x.dtype).T, alpha=self.scale).view(y.shape)
+        moved = _add_product(y, low, b.to(x.dtype), self.scale)
         if self.m is None or self.length is None:
             return moved
         # The bias stands outside of the weight's length.
@@ -184,6 +184,14 @@ class Layer:
         if self.m is not None:
             weight = weight * (self.m / self.lengths())[:, None]
         return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
+
+
+def _add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale * low b^T, in one matrix product. A single row is added to where it stands: a linear map's gradient
+    does not need its output, and the copy would cost as much as a norm."""
+    if y.ndim == 3 and y.shape[0] == 1:
+        return y.baddbmm_(low, b.T[None], alpha=scale)
+    return y.flatten(0, -2).addmm(low.flatten(0, -2), b.T, alpha=scale).view(y.shape)
 
 
 class Lora:
