@@ -17,7 +17,6 @@ One process writes a run. A `.writing` folder whose process is gone is litter, a
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -34,12 +33,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.core.errors import RunError
+from luthier.runtime.disk import REMEDIES, of_the_system
 
 STATE, MANIFEST, SUFFIX = "state.json", "manifest.json", ".safetensors"
-FULL = "free some space there, keep fewer checkpoints, or let the run write to another disk; then resume"
-DENIED = "give this user the right to write there, or let the run write to another folder; then resume"
-REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
-            errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED}
 
 
 @dataclass(frozen=True)
@@ -112,9 +108,8 @@ def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
     try:
         save_file(plain, path)
     except SafetensorError as error:
-        # The library puts the system's error into words; out of them comes the number again.
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+        if number := of_the_system(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
         raise
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
 

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from luthier.core.errors import RunError
+from luthier.runtime.disk import explained
 
 
 class Run:
@@ -85,11 +86,15 @@ class Run:
                            "free some space, or name another folder (run=NAME)") from error
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
-        """Write a text or JSON file of the run, whole or not at all."""
+        """Write a text or JSON file of the run, whole or not at all. Raises `RunError` where the disk is full."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         file, temporary = self.path / name, self.path / f".{name}.{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(file)
+        with explained(file):
+            try:
+                temporary.write_text(text, encoding="utf-8")
+                temporary.replace(file)
+            finally:
+                temporary.unlink(missing_ok=True)
         return file
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from luthier.core.errors import MissingExtra, RecipeError, RunError, nearest
+from luthier.runtime.disk import explained
 
 
 class Tracker(Protocol):
@@ -30,13 +31,17 @@ class JsonLines:
     """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
-        _keep(path, resume_at)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        with explained(path):
+            _keep(path, resume_at)
+            self._file = path.open("ab", buffering=0)  # what a full disk refused is not tried again at the close
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         assert "step" not in metrics
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        with explained(self._path):
+            while line:
+                line = line[self._file.write(line):]
 
     def close(self) -> None:
         self._file.close()
@@ -136,15 +141,20 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Tracker]] = 
 }
 
 
-def open_trackers(names: Iterable[str], folder: Path, config: Mapping[str, Any],
-                  resume_at: int | None = None) -> list[Tracker]:
-    """The trackers named, besides `JsonLines`. All names and packages are checked before any is opened."""
-    names = list(dict.fromkeys(names))
+def demand(names: Iterable[str]) -> None:
+    """An error where a tracker is not known or its package not installed. Opens nothing."""
     for name in names:
         if name not in TRACKERS:
             raise RecipeError(f"unknown tracker {name!r}: {nearest(name, TRACKERS)}",
                               "metrics.jsonl is always written and needs no name")
         _require(name)
+
+
+def open_trackers(names: Iterable[str], folder: Path, config: Mapping[str, Any],
+                  resume_at: int | None = None) -> list[Tracker]:
+    """The trackers named, besides `JsonLines`. All names and packages are checked before any is opened."""
+    names = list(dict.fromkeys(names))
+    demand(names)
     if names:
         folder.mkdir(parents=True, exist_ok=True)
     return [TRACKERS[name](folder, config, resume_at) for name in names]

@@ -1,0 +1,37 @@
+"""What the disk refuses, as errors that say what to do. Read `core/errors.py` first."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from luthier.core.errors import RunError
+
+FULL = "free some space there, keep fewer checkpoints, or let the run write to another disk; then resume"
+DENIED = "give this user the right to write there, or let the run write to another folder; then resume"
+REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
+            errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED}
+
+
+@contextmanager
+def explained(place: Path) -> Iterator[None]:
+    """A full or closed disk, met while writing to `place`, as one `RunError`. Other errors stay what they are."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else of_the_system(error)
+        if number not in REMEDIES:
+            raise
+        raise RunError(f"cannot write {place}: {os.strerror(number or 0)}", REMEDIES[number or 0]) from error
+
+
+def of_the_system(error: SafetensorError) -> int | None:
+    """The number of the system's error that safetensors has put into words, if it was one."""
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
