@@ -7,7 +7,7 @@ from luthier.data.chat import FALLBACK_TEMPLATE, prompt_and_answer, render, turn
 from luthier.data.config import DataConfig, Source
 from luthier.data.encode import encode, prompt_of
 from luthier.data.formats import FORMATS, examples
-from luthier.data.load import Datasets, load
+from luthier.data.load import Datasets, demand, load
 from luthier.data.loader import Loader
 from luthier.data.pack import batch, eval_batches, pack
 from luthier.data.report import DataReport, Overlap, Part, length_picture, preview
@@ -16,6 +16,6 @@ from luthier.data.stream import Stream
 
 __all__ = [
     "DataConfig", "DataReport", "Datasets", "FALLBACK_TEMPLATE", "FORMATS", "Loader", "Overlap", "Part",
-    "Refusal", "Row", "Source", "Stream", "batch", "encode", "eval_batches", "examples", "length_picture",
+    "Refusal", "Row", "Source", "Stream", "batch", "demand", "encode", "eval_batches", "examples", "length_picture",
     "load", "pack", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
 ]

@@ -72,6 +72,13 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, progress: Progr
                     report, tuple(mix))
 
 
+def demand(config: DataConfig) -> None:
+    """A `DataError` where a file that `config` names is not there; nothing is read."""
+    for source in (*config.train, config.eval, config.test):
+        if isinstance(source, Source):
+            sources.demand(source.path)
+
+
 class _Part:
     """Train, eval or test while it is read."""
 

@@ -83,7 +83,9 @@ class DataReport:
         for name, part in self.parts.items():
             share = f", {100 * part.trained / part.tokens:.0f}% of {part.tokens} tokens trained" if part.tokens else ""
             said.append(f"{name}: {part.kept} of {part.read} rows kept, {part.truncated} truncated{share}")
-            said += [f"{name}: {count} refused: {reason}" for reason, count in part.reasons.items()]
+            where = {r["reason"]: f", the first {r['file']}:{r['line']}" for r in reversed(part.refused)}
+            said += [f"{name}: {count} refused: {reason}{where.get(reason, '')}"
+                     for reason, count in part.reasons.items()]
             if part.duplicates:
                 first, second = part.duplicate_pairs[0]
                 said.append(f"{name}: {part.duplicates} exact duplicates kept, the first {second} of {first}")

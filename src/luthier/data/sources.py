@@ -90,6 +90,13 @@ def read(path: str, *, split: str = "train", subset: str | None = None, document
     elif HUB_NAME.fullmatch(path) and not _kind(place):
         yield path, _hub(path, split, subset, streaming)
     else:
+        demand(path)
+
+
+def demand(path: str) -> None:
+    """A `DataError` where `path` names no file, no folder, and cannot be a data set's name on the hub."""
+    place = Path(path).expanduser()
+    if not place.exists() and not (HUB_NAME.fullmatch(path) and not _kind(place)):
         raise _missing(place)
 
 
