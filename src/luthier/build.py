@@ -35,12 +35,16 @@ from luthier.runtime.loop import TrainingConfig
 from luthier.runtime.optim import OptimizerConfig
 from luthier.runtime.run import Run, digest
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Recipe", "Run", "attach", "cache", "chat_prompt", "check", "datasets",
-           "dump", "family", "feed", "held_out", "idle", "micro_tokens", "open_run", "provenance", "questions",
-           "recipe", "resolve", "rows", "save_tuned", "tokenizer", "version"]
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Recipe", "Run", "attach", "cache", "changed", "chat_prompt", "check",
+           "datasets", "dump", "family", "feed", "held_out", "idle", "micro_tokens", "open_run", "provenance",
+           "questions", "recipe", "resolve", "rows", "save_tuned", "tokenizer", "version"]
 
 AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+
+# The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
+FREE = ("run", "evaluate.", "base.device", "data.test", "training.micro_tokens", "training.gradient_checkpointing",
+        "training.save_every", "training.keep", "training.trackers")
 
 
 class Recipe(Config):
@@ -138,6 +142,21 @@ def idle(made: Recipe) -> list[str]:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
     if made.data.train_on != "assistant" and made.objective.name == "pretrain":
         found.append("data.train_on has no effect on documents (objective pretrain)")
+    return found
+
+
+def changed(old: Recipe, new: Recipe) -> list[str]:
+    """The settings that differ, each as ``optimizer.learning_rate: 0.001, now 0.01``, but for those in `FREE`."""
+    before, now = _flat(dump(old)), _flat(dump(new))
+    return [f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(FREE)]
+
+
+def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return found
 
 

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from luthier.core.protocols import Attached
 from luthier.core.types import Encoded
 from luthier.measure import Question, Scored, score
 from luthier.runtime import checkpoint, ranks
+from luthier.runtime.disk import explained
 from luthier.runtime.loop import Job, Summary, fit, total_steps
 from luthier.runtime.memory import peak_gb, settle_allocator
 from luthier.runtime.progress import Progress, status
@@ -22,7 +24,7 @@ from luthier.runtime.random import seed_everything
 from luthier.runtime.run import Run, loss_picture
 from luthier.runtime.signals import interruptible
 from luthier.runtime.step import measure
-from luthier.runtime.track import JsonLines, Tracker, open_trackers
+from luthier.runtime.track import JsonLines, Tracker, demand, open_trackers
 
 
 def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *, resume: bool = False,
@@ -42,10 +44,14 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     settle_allocator()
     ranks.start()
     run = Run(made.run or _fresh_name(made))
-    run.existing() if resume else run.vacant()
+    if not resume:
+        run.vacant()
+    elif _finished(run.existing(), made):
+        _say(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
+        return run
+    build.rows.demand(made.data)
+    demand(made.training.trackers)
     saved = _checkpoint(run, quiet) if resume else None
-    at = saved.step if saved else None
-    trackers = open_trackers(made.training.trackers, run.path, build.dump(made), at)  # a missing one ends it here
     for warning in build.idle(made):
         _say(quiet, f"warning: {warning}")
     with status("loading the base", quiet=quiet):
@@ -59,8 +65,8 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
         found = build.datasets(made, base)
     if not resume:
         run.begin(build.dump(made), build.provenance(made))
-        run.write("data_report.json", found.report.to_json())
-        build.rows.length_picture(found.report, run.path / "lengths.png")
+    if not saved:
+        _report(run, found.report)
     for line in found.report.lines():
         _say(quiet, line)
     share = trainable_share(base, attached)
@@ -71,18 +77,15 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     if made.evaluate.before and not {"before", "perplexity_before"} & results.keys():
         results |= _before(run, made, base, found.test, asked, quiet)
     run.write("results.json", results)
-    log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
-    if not saved:
-        log.log(0, share)
+    trackers = _trackers(run, made, saved, share)
     job = Job(base, attached, made.objective, build.feed(made, base, found), build.held_out(made, base, found),
               made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
-              log=_to_all(log, *trackers))
-    summary = _fit(job, saved, quiet, made)
-    for tracker in (log, *trackers):
-        tracker.close()
+              log=_to_all(*trackers), warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
+    summary = _fit(job, trackers, saved, quiet)
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
-    _finish(run, made, base, attached, summary, found.test, asked, results, quiet)
+    with explained(run.path):
+        _finish(run, made, base, attached, summary, found.test, asked, results, quiet)
     return run
 
 
@@ -105,6 +108,34 @@ def trainable_share(base: Any, attached: Attached) -> dict[str, float]:
     return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
 
 
+def _finished(run: Run, made: build.Recipe) -> bool:
+    """Whether the run has ended. Raises `RunError` where it is not a run of this recipe."""
+    if not run.recipe:
+        raise RunError(f"{str(run.path)!r} has no recipe.yaml, so nothing there can go on",
+                       "name the folder of a run that `luthier train` began")
+    if changed := build.changed(build.Recipe.parse(run.recipe), made):
+        raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
+                       f"go on with its own (luthier train --resume {run.path}), or name another folder (run=NAME)")
+    return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
+
+
+def _report(run: Run, report: build.rows.DataReport) -> None:
+    run.write("data_report.json", report.to_json())
+    if report.parts:  # of a stream nothing is known yet
+        with explained(run.path):
+            build.rows.length_picture(report, run.path / "lengths.png")
+
+
+def _trackers(run: Run, made: build.Recipe, saved: checkpoint.Checkpoint | None,
+              share: Mapping[str, float]) -> list[Tracker]:
+    """metrics.jsonl, and what the recipe names besides."""
+    at = saved.step if saved else None
+    log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
+    if not saved:
+        log.log(0, share)
+    return [log, *open_trackers(made.training.trackers, run.path, build.dump(made), at)]
+
+
 def _to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
     def log(step: int, metrics: Mapping[str, float]) -> None:
         for tracker in trackers:
@@ -112,9 +143,12 @@ def _to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
     return log
 
 
-def _fit(job: Job, saved: checkpoint.Checkpoint | None, quiet: bool, made: build.Recipe) -> Summary:
+def _fit(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | None, quiet: bool) -> Summary:
     total = total_steps(job.training, job.feed.steps_per_epoch)
-    with interruptible() as interruption, Progress(total, start=saved.step if saved else 0, quiet=quiet) as bar:
+    start = saved.step if saved else 0
+    with ExitStack() as closing, interruptible() as interruption, Progress(total, start=start, quiet=quiet) as bar:
+        for tracker in trackers:
+            closing.callback(tracker.close)
         job.stop = lambda: interruption.requested or ""
         shown = {"loss": "loss", "eval_loss": "eval loss", "tokens_per_second": "tokens/s"}
         job.show = lambda step, metrics: bar.update(step, **{shown[k]: v for k, v in metrics.items() if k in shown})

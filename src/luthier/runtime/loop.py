@@ -1,4 +1,6 @@
-"""The loop around the step: evaluate, keep the best, save, stop early, go on where a run was killed. Read `step.py` first.
+"""The loop around the step: evaluate, keep the best, save, stop early, go on where a run was killed.
+
+Read `step.py` first.
 
 Everything that decides the next step is in a checkpoint: the trained weights, the optimiser's moments, the data
 cursor, every random state, and the best evaluation so far. So a run that was killed and resumed ends with the same
@@ -54,6 +56,7 @@ class Job:
     Args:
         log: told (step, metrics) for every line of metrics.jsonl.
         show: told (step, metrics) for the progress display.
+        warn: told a sentence that the user should read.
         stop: asked between steps whether a signal wants the run to end; its name, or an empty string.
     """
 
@@ -68,6 +71,7 @@ class Job:
     folder: Path
     log: Callable[[int, Mapping[str, float]], None]
     show: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+    warn: Callable[[str], None] = lambda sentence: None
     stop: Callable[[], str] = lambda: ""
 
 
@@ -92,7 +96,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
     optimizer = Optimizer(job.attached.parameters(), job.attached.rate, job.rate, job.optimizer, total)
     summary = Summary(0, 0.0, 0)
     bad_evaluations = _restore(job, optimizer, summary, resume) if resume else 0
-    eval_every = job.training.eval_every or job.feed.steps_per_epoch
+    eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch
     job.family.train(True)
     waiting: _Line | None = None  # on a GPU a step's numbers are read one step late, so that nobody waits for them
     late = job.family.device.type == "cuda"
@@ -102,7 +106,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
         stepped = step(job.family, job.objective, next(job.feed), optimizer, _autocast(job))
         summary.steps += 1
         summary.tokens += stepped.tokens
-        line = _Line(summary.steps, stepped, rate, summary.steps / job.feed.steps_per_epoch, began)
+        line = _Line(summary.steps, stepped, rate, began)
         if waiting:
             _report(job, waiting)
         waiting = line
@@ -117,14 +121,13 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
         if evaluates:
             better = _evaluate(job, summary)
             bad_evaluations = 0 if better else bad_evaluations + 1
-            if job.training.patience and bad_evaluations >= job.training.patience and not at_end:
-                summary.stopped = summary.stopped or f"no better evaluation in {bad_evaluations} of them"
+            if not at_end:
+                summary.stopped = summary.stopped or _given_up(job.training, bad_evaluations)
             saves = saves or better
         if saves or summary.stopped:
             _save(job, optimizer, summary, bad_evaluations)
     if job.training.keep_best and summary.best and summary.best["step"] != summary.steps:
-        best = checkpoint.load(job.folder / f"step-{int(summary.best['step'])}")
-        job.attached.load(best.tensors["method"])
+        job.attached.load(_best(job, summary).tensors["method"])
     job.family.train(False)
     return summary
 
@@ -152,7 +155,6 @@ class _Line:
     step: int
     stepped: Stepped
     rate: float
-    epoch: float
     clock: _Clock
 
 
@@ -160,11 +162,13 @@ def _report(job: Job, line: _Line) -> None:
     numbers = line.stepped.numbers()  # waits for the device
     seconds = line.clock.wall()
     metrics = {
-        **numbers, "learning_rate": line.rate, "epoch": line.epoch, "tokens": line.stepped.tokens,
+        **numbers, "learning_rate": line.rate, "tokens": line.stepped.tokens,
         "examples": line.stepped.examples, "micro_batches": line.stepped.micro_batches, "step_seconds": seconds,
         "user_seconds": line.clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
         "peak_memory_gb": peak_gb(job.family.device),
     }
+    if job.feed.steps_per_epoch:
+        metrics["epoch"] = line.step / job.feed.steps_per_epoch
     if ranks.rank() == 0:
         job.log(line.step, metrics)
         job.show(line.step, metrics)
@@ -184,6 +188,12 @@ def _evaluate(job: Job, summary: Summary) -> bool:
     if better:
         summary.best = {"step": summary.steps, **metrics}
     return better
+
+
+def _given_up(training: TrainingConfig, bad_evaluations: int) -> str:
+    """Why to stop early, or an empty string."""
+    given_up = training.patience and bad_evaluations >= training.patience
+    return f"no better evaluation in {bad_evaluations} of them" if given_up else ""
 
 
 def _agreed(job: Job) -> str:
@@ -214,9 +224,21 @@ def _restore(job: Job, optimizer: Optimizer, summary: Summary, saved: checkpoint
     job.feed.load(saved.state["feed"])
     for name, value in saved.state["summary"].items():
         vars(summary)[name] = value
-    summary.stopped = ""
-    random.restore(saved.state["random"])
-    return int(saved.state["bad_evaluations"])
+    bad_evaluations = int(saved.state["bad_evaluations"])
+    # A signal's stop ends with this; a stop for want of better evaluations does not, or the run would go on beyond it.
+    summary.stopped = _given_up(job.training, bad_evaluations) if summary.steps < optimizer.total else ""
+    for sentence in random.restore(saved.state["random"]):
+        job.warn(sentence)
+    return bad_evaluations
+
+
+def _best(job: Job, summary: Summary) -> checkpoint.Checkpoint:
+    try:
+        return checkpoint.load(job.folder / f"step-{int(summary.best['step'])}")
+    except RunError as error:
+        raise RunError(f"{error.what}; it holds the weights of the best evaluation",
+                       "end with the last weights instead: "
+                       f"luthier train --resume {job.folder.parent} training.keep_best=false") from error
 
 
 def _autocast(job: Job) -> AbstractContextManager[Any]:
