@@ -1,0 +1,131 @@
+"""Writes `docs/recipe.md`: every setting of a recipe with its type, default and meaning, read off the config classes.
+
+    PYTHONPATH=src python docs/recipe.py
+
+A test holds the page against what this makes. Read `src/luthier/build.py` (Recipe) first.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from luthier.build import Recipe
+from luthier.core.config import Config
+from luthier.data import DataConfig, Source
+from luthier.families import BaseConfig
+from luthier.measure import EvaluateConfig
+from luthier.methods import METHODS
+from luthier.objectives import OBJECTIVES
+from luthier.runtime.loop import TrainingConfig
+from luthier.runtime.optim import OptimizerConfig
+
+PAGE = Path(__file__).with_suffix(".md")
+SECTIONS: dict[str, type[Config]] = {
+    "Top level": Recipe, "`base`": BaseConfig,
+    **{f"`method`: {name}": config for name, config in METHODS.items()},
+    **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
+    "`data`": DataConfig, "a source of `data`": Source,
+    "`training`": TrainingConfig, "`optimizer`": OptimizerConfig, "`evaluate`": EvaluateConfig,
+}
+MEANT = {  # what no description in the code says
+    "training": "how long to train, in what portions, and what to keep",
+    "optimizer": "AdamW and its schedule",
+    "evaluate": "how generated answers are measured",
+    "beta1": "AdamW: decay of the gradient's running mean",
+    "beta2": "AdamW: decay of the squared gradient's running mean",
+    "epsilon": "AdamW: added to the root in the denominator",
+}
+HEAD = """# The recipe
+
+<!-- Made by docs/recipe.py from the config classes; change them, not this page. -->
+
+A recipe is a whole run as data: a YAML file, a mapping in Python, or settings on the command line. Every setting stands
+below with its type, its default and its meaning. `luthier schema` prints the same as a JSON schema, for editors.
+
+```yaml
+base: smollm2
+method: {name: lora, rank: 16}
+objective: sft
+data: {train: mine.jsonl, eval: 0.05, max_length: 512}
+training: {epochs: 2, batch_size: 8}
+optimizer: {learning_rate: 2.0e-4, schedule: cosine}
+evaluate: {metrics: [exact], limit: 100}
+run: runs/mine
+```
+
+Only `data` is required. Short forms: `base: smollm2` for `base: {name: smollm2}`, likewise `method` and `objective`;
+`data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or a source.
+
+Settings are laid over a recipe as `key=value`, dots for depth, values read as YAML:
+
+```bash
+luthier train recipes/demo.yaml method.rank=16 training.steps=20 'evaluate.metrics=[exact,contains]'
+```
+
+An unknown key is refused with its nearest neighbour, and all of a recipe's errors come at once. A setting that can have
+no effect is warned of. The run folder keeps the recipe with every setting spelt out.
+"""
+NOTES = {
+    "`data`": "The columns that `columns` may name, and what the formats are: [data.md](data.md).",
+    "`training`": "`batch_size` changes what is learned; `micro_tokens`, the memory a step takes, never does.",
+    "`evaluate`": "What each metric means: [metrics.md](metrics.md).",
+}
+
+
+def page() -> str:
+    parts = [HEAD]
+    for title, config in SECTIONS.items():
+        parts += [f"## {title}\n", *([NOTES[title] + "\n"] if title in NOTES else []),
+                  "| setting | type | default | meaning |\n|---|---|---|---|\n" + "\n".join(rows(config)) + "\n"]
+    return "\n".join(parts)
+
+
+def rows(config: type[Config]) -> Iterator[str]:
+    """One line of the table for each setting."""
+    told = dict(re.findall(r"^ {8}(\w+): (.+)$", inspect.getdoc(config) or "", re.MULTILINE)
+                or re.findall(r"^ {4}(\w+): (.+)$", inspect.getdoc(config) or "", re.MULTILINE))
+    for name, field in config.model_fields.items():
+        meaning = field.description or told.get(name) or MEANT.get(name) or "which one this is"
+        default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))
+        cells = (f"`{name}`", typed(field.annotation), default, meaning.rstrip("."))
+        yield "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |"
+
+
+def shown(default: Any) -> str:
+    """A default as YAML would have it."""
+    if isinstance(default, Config):
+        return f"`{vars(default)['name']}`" if "name" in type(default).model_fields else "of its own"
+    if default is None:
+        return "none"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, (tuple, dict)):
+        return "empty" if not default else f"`{list(default)}`"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def typed(annotation: Any) -> str:
+    """A type in words."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return typed(parts[0])
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(typed(part) for part in parts if part is not type(None)))
+    if origin is Literal:
+        return ", ".join(f"`{part}`" for part in parts)
+    if origin is tuple:
+        return f"list of {typed(parts[0])}"
+    if origin is not None:
+        return f"{typed(parts[0])} to {typed(parts[1])}"
+    if issubclass(annotation, Config):
+        return "source" if annotation is Source else "section"
+    return {str: "text", int: "whole number", float: "number", bool: "yes or no"}[annotation]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
