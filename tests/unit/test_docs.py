@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from test_surface import settings as surface
 
 from luthier import build
 from luthier.cli import parse
@@ -23,6 +22,7 @@ from luthier.runtime import loop
 from luthier.runtime.step import Stepped
 from luthier.scoring import SCORERS
 from luthier.train import trainable_share
+from test_surface import settings as surface
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
