@@ -7,6 +7,7 @@ backward pass is of total / count; so the result does not depend on how a batch 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -64,12 +65,9 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     sums: dict[str, tuple[Tensor, Tensor | float]] = {}
     for batch in (b.to(device) for b in mine):
-        with autocast or nullcontext():
-            outputs = family.forward(batch.inputs, batch.target, objective.needs)
-            part = objective(outputs, batch.target)
-        (part.total / count).backward()
-        loss += part.total.detach() / count
-        for name, (total, n) in part.metrics.items():
+        part_loss, metrics = _backward(family, objective, batch, count, autocast or nullcontext())
+        loss += part_loss
+        for name, (total, n) in metrics.items():
             old = sums.get(name, (0.0, 0.0))
             sums[name] = (old[0] + total, old[1] + n)
     ranks.sum_gradients(optimizer.parameters.values())
@@ -77,6 +75,17 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     optimizer.step(norm)
     return Stepped(count, loss, norm, sums, sum(b.inputs.tokens.shape[0] for b in batches),
                    sum(b.target.examples for b in batches), len(batches), tuple(o for b in batches for o in b.origins))
+
+
+def _backward(family: Family, objective: Objective, batch: Batch, count: float,
+              autocast: AbstractContextManager[None]) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor | float]]]:
+    """Forward and backward of one micro-batch. A function of its own, so that nothing of its graph outlives it: what
+    is still named while the next one runs is memory that both hold at once."""
+    with autocast:
+        outputs = family.forward(batch.inputs, batch.target, objective.needs)
+        part = objective(outputs, batch.target)
+    (part.total / count).backward()
+    return part.total.detach() / count, part.metrics
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 import subprocess
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from luthier.core.errors import BaseError
-from luthier.families import load as loading
 from luthier.families.load import BaseConfig, fingerprint, folder, load, resolve
 from tiny import CHATML, IM_END, IM_START, KINDS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
+
+loading = importlib.import_module("luthier.families.load")  # the room exports a function of the same name
 
 
 def base(path: Path, **options: str | bool) -> BaseConfig:
