@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2 ** 22  # logits held at once: 16 MB in float32, small beside a row's activations
+CHUNK = 2 ** 21  # logits held at once: 8 MB in float32, small beside a row's activations
 
 
 class _LogProbs(torch.autograd.Function):

@@ -26,7 +26,7 @@ from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family, Feed, Objective
 from luthier.core.types import Batch
 from luthier.runtime import checkpoint, random, ranks
-from luthier.runtime.memory import peak_gb
+from luthier.runtime.memory import peak_gb, release
 from luthier.runtime.optim import Optimizer, OptimizerConfig
 from luthier.runtime.step import Stepped, measure, step
 
@@ -98,6 +98,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
     bad_evaluations = _restore(job, optimizer, summary, resume) if resume else 0
     eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch
     job.family.train(True)
+    release(job.family.device)
     waiting: _Line | None = None  # on a GPU a step's numbers are read one step late, so that nobody waits for them
     late = job.family.device.type == "cuda"
     while summary.steps < total and not summary.stopped:

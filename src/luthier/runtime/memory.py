@@ -56,3 +56,14 @@ def settle_allocator() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     kept = mallopt(M_MMAP_THRESHOLD, KEPT) or mallopt(M_MMAP_THRESHOLD, KEPT_BEFORE)
     return bool(kept and mallopt(M_TRIM_THRESHOLD, NEVER) and mallopt(M_TOP_PAD, GROWTH))
+
+
+def release(device: torch.device | str) -> None:
+    """Give holes between live blocks back to the kernel. Call it where little is live: after a backward pass.
+
+    Blocks of another micro-batch's sizes do not fit into the holes that the last one left, so without this a run grows
+    to more than any one of its micro-batches needs. Measured on SmolLM2-135M with rows of up to 513 tokens: a peak of
+    1.80 GB instead of 1.89, at the same tokens per second.
+    """
+    if torch.device(device).type == "cpu" and sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names:
+        ctypes.CDLL(None).malloc_trim(0)

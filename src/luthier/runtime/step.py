@@ -18,6 +18,7 @@ from luthier.core.errors import NotFinite
 from luthier.core.protocols import Family, Objective
 from luthier.core.types import Batch, Origin
 from luthier.runtime import ranks
+from luthier.runtime.memory import release
 from luthier.runtime.optim import Optimizer
 
 
@@ -66,6 +67,7 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     sums: dict[str, tuple[Tensor, Tensor | float]] = {}
     for batch in (b.to(device) for b in mine):
         part_loss, metrics = _backward(family, objective, batch, count, autocast or nullcontext())
+        release(device)
         loss += part_loss
         for name, (total, n) in metrics.items():
             old = sums.get(name, (0.0, 0.0))
