@@ -86,20 +86,17 @@ def ratios(ours: Figures, theirs: Figures) -> dict[str, Any]:
 
 def results(accounts: Mapping[str, Sequence[Account]], setting: Setting, config: Mapping[str, Any],
             rate: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything that one comparison found. `ratio` is the headline: speed and user CPU time against the fastest kind
-    of the first peer, memory against that peer as it comes; `ratios` has each peer and each pair of runs."""
+    """Everything that one comparison found. `ratio` is against the first peer as it comes, with its own defaults;
+    `ratios` has each peer (the same with other settings may be faster, or smaller) and each pair of runs."""
     shape = Shape.read(config)
     sides = {side: summary(runs, [figures(run, setting, shape, rate["gflops"]) for run in runs])
              for side, runs in accounts.items()}
     peers = [side for side in sides if side != "luthier"]
     between = {peer: ratios(sides["luthier"], sides[peer]) for peer in peers}
-    kin = [peer for peer in peers if peer.split("-")[0] == peers[0].split("-")[0]]
-    fastest = max(kin, key=lambda peer: sides[peer]["tokens_per_second"])
-    plain = min(kin, key=len)
-    against = {name: fastest if name in ("tokens_per_second", "user_cpu") else plain for name in RATIOS}
+    plain = min((peer for peer in peers if peer.split("-")[0] == peers[0].split("-")[0]), key=len)
     return {
         **sides,
-        "ratio": {name: between[peer][name]["median"] for name, peer in against.items()} | {"against": against},
+        "ratio": {name: between[plain][name]["median"] for name in RATIOS} | {"against": plain},
         "ratios": between,
         "first_loss_difference": {peer: max(same_work(ours, theirs, setting) for ours, theirs
                                             in zip(accounts["luthier"], accounts[peer], strict=True)) for peer in peers},
