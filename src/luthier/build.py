@@ -216,7 +216,7 @@ def datasets(made: Recipe, base: CausalLM, progress: Any = None) -> Datasets:
 
 def micro_tokens(made: Recipe, device: torch.device) -> int:
     """Tokens in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products."""
-    return made.training.micro_tokens or (8192 if device.type == "cuda" else 512)
+    return made.training.micro_tokens or (8192 if device.type == "cuda" else 384)
 
 
 def feed(made: Recipe, base: CausalLM, found: Datasets) -> Feed:

@@ -59,8 +59,7 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
         base = build.family(made.base)
         build.check(made, base)
         attached = build.attach(base, made.method, made.seed)
-        if made.training.gradient_checkpointing:
-            base.checkpointing()
+        base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base.device))
     with status("reading the data", quiet=quiet):
         found = build.datasets(made, base)
     if not resume:

@@ -6,12 +6,15 @@ Read `anatomy.py` (the parts), `forest.py` (attention) and `head.py` (the loss's
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 from luthier.core.protocols import Generated, Sampling
 from luthier.core.types import Forest, Inputs, Outputs, Target
@@ -42,7 +45,7 @@ class CausalLM:
         slim(model, self._lean)
         self.anatomy = anatomy(model)
         self._lean.watch(self.anatomy.blocks)
-        self._checkpointing = False
+        self._recompute_over: int | None = None
         self.layout: Layout = layout or self._proven_layout()
         config = model.config.get_text_config()
         self._softcap = getattr(config, "final_logit_softcapping", None)
@@ -58,10 +61,12 @@ class CausalLM:
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 
-    def checkpointing(self) -> None:
-        """From now on recompute every block in the backward pass instead of keeping its activations."""
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._checkpointing = True
+    def checkpointing(self, over: int = 0) -> None:
+        """From now on, in rows of more than `over` tokens, recompute every block in the backward pass instead of keeping
+        its activations. The one long document of a data set then does not set the memory of the whole run."""
+        self._recompute_over = over
+        for block in self.anatomy.blocks:
+            block.module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         states = self.states(inputs).index_select(0, target.at)
@@ -75,9 +80,12 @@ class CausalLM:
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] last hidden states of the row."""
         run = self._packed if self.layout == "packed" else self._padded
-        if not torch.is_grad_enabled() or self._checkpointing:
+        if not torch.is_grad_enabled():
             return run(inputs)
-        with self._lean():
+        recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
+        for block in self.anatomy.blocks:
+            block.module.gradient_checkpointing = recompute  # type: ignore[assignment]
+        with nullcontext() if recompute else self._lean():
             return run(inputs)
 
     def _packed(self, inputs: Inputs) -> Tensor:

@@ -38,11 +38,13 @@ class TrainingConfig(Config):
     steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
     batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
     micro_tokens: int | None = Field(None, ge=1, description="most tokens in memory at once; never changes the result. "
-                                     "Left out: 512 on a CPU, 8192 on a GPU")
+                                     "Left out: 384 on a CPU, 8192 on a GPU")
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast")
-    gradient_checkpointing: bool = Field(False, description="recompute blocks in the backward pass to save memory")
+    gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
+                                         "memory; if not, only in rows that are longer than micro_tokens")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; left out: only on a signal")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides those at the "
+                                   "best evaluation, at the end and on a signal")
     keep: int = Field(2, ge=1, description="checkpoints kept, besides the best one")
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better one")
     keep_best: bool = Field(True, description="end with the weights of the best evaluation, not the last")
