@@ -23,28 +23,34 @@ from safetensors.torch import load_file, save_file
 from luthier import data as rows
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Attached, Feed
-from luthier.core.types import Batch, ChatExample, CompletionExample, Example, Message, Origin
+from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
+from luthier.core.protocols import Attached, Family, Feed, Objective
+from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
 from luthier.families import ALIASES, BaseConfig, CausalLM, cache, folder, load, load_tokenizer, resolve
 from luthier.measure import EvaluateConfig, Question
 from luthier.methods import METHODS
 from luthier.methods.lora import LoraConfig
+from luthier.methods.several import Several
 from luthier.objectives import OBJECTIVES
 from luthier.runtime.loop import TrainingConfig
 from luthier.runtime.optim import OptimizerConfig
 from luthier.runtime.run import Run, digest
 
 __all__ = ["ALIASES", "BaseConfig", "CausalLM", "Recipe", "Run", "attach", "cache", "changed", "chat_prompt", "check",
-           "datasets", "dump", "family", "feed", "held_out", "idle", "micro_tokens", "open_run", "provenance",
-           "questions", "recipe", "resolve", "rows", "save_tuned", "tokenizer", "version"]
+           "datasets", "dump", "family", "feed", "fitted", "held_out", "idle", "micro_tokens", "open_run", "provenance",
+           "questions", "recipe", "resolve", "rows", "save_tuned", "tokenizer", "version",
+           "with_heads"]
 
 AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
 # The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
 FREE = ("run", "evaluate.", "base.device", "data.test", "training.micro_tokens", "training.gradient_checkpointing",
-        "training.save_every", "training.keep", "training.trackers")
+        "training.save_every", "training.keep", "training.trackers",
+        "objective.labels")  # the last is read off the data, whose own fingerprint is compared
+
+HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
 
 
 class Recipe(Config):
@@ -199,6 +205,23 @@ def attach(base: CausalLM, method: AnyMethod, seed: int) -> Attached:
     return method.attach(base.anatomy, seed=seed)
 
 
+def with_heads(base: Family, attached: Attached, objective: Objective, seed: int) -> Attached:
+    """The method together with what the objective adds to the base's states."""
+    return Several([attached, base.add(objective.heads, seed)]) if objective.heads else attached
+
+
+def fitted(made: Recipe, found: Datasets) -> Recipe:
+    """The recipe with its objective made for the classes in the training rows. Raises `RecipeError` where the rows mean
+    nothing to it."""
+    strange = found.kinds - made.objective.reads
+    if strange:
+        raise RecipeError(f"objective {made.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it reads "
+                          f"{', '.join(sorted(made.objective.reads))}",
+                          "choose an objective for these rows: " + ", ".join(
+                              name for name, known in OBJECTIVES.items() if found.kinds <= known.reads))
+    return made.model_copy(update={"objective": made.objective.fitted(found.labels)})
+
+
 def check(made: Recipe, base: CausalLM) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
     if made.data.streaming and not made.training.steps:
@@ -246,7 +269,9 @@ def _asked(example: Example) -> str:
     """What a person would say was asked."""
     if isinstance(example, ChatExample):
         return next((m.content for m in reversed(example.messages) if m.role != "assistant"), "")
-    return example.prompt if isinstance(example, CompletionExample) else example.text
+    if isinstance(example, CompletionExample):
+        return example.prompt
+    return example.text if isinstance(example, TextExample) else ""
 
 
 def chat_prompt(base: CausalLM, messages: Sequence[Message], system: str | None) -> list[int]:
@@ -275,9 +300,11 @@ def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
         base = family(made.base.model_copy(update={"name": str(run.path)}))
+        if made.objective.heads:
+            base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
         return made, base, None
     base = family(made.base)
-    attached = attach(base, made.method, made.seed)
+    attached = with_heads(base, attach(base, made.method, made.seed), made.objective, made.seed)
     attached.load(_adapter_weights(run))
     return made, base, attached
 
@@ -315,6 +342,8 @@ def save_tuned(run: Run, made: Recipe, base: CausalLM, attached: Attached) -> No
     config = attached.peft()
     if config is None:
         base.save(run.path)
+        if heads := base.heads.state():
+            save_file(heads, run.path / HEADS, metadata={"format": "pt"})
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()}
     file = run.path / "adapter_model.safetensors"

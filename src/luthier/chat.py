@@ -9,8 +9,8 @@ from pathlib import Path
 
 from luthier import build
 from luthier.core.errors import RecipeError
+from luthier.core.examples import Message
 from luthier.core.protocols import Attached, Sampling
-from luthier.core.types import Message
 from luthier.runtime.progress import status
 from luthier.runtime.run import Run
 

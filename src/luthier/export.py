@@ -77,7 +77,7 @@ def _probe(base: build.CausalLM) -> torch.Tensor:
     tokens = torch.arange(1, PROBE + 1) * 7 % base.anatomy.sizes["vocabulary"]
     place = torch.arange(PROBE)
     inputs = Inputs(tokens, place, Forest((PROBE,), (-1,)))
-    target = Target(place[:-1], tokens[1:], torch.ones(PROBE - 1), torch.zeros(PROBE - 1, dtype=torch.long), 1)
+    target = Target(place[:-1], tokens[1:], torch.ones(PROBE - 1), 1)
     found = base.forward(inputs.to(base.device), target.to(base.device), frozenset({"token_logps"})).token_logps
     assert found is not None
     return found

@@ -58,10 +58,11 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
         seed_everything(made.seed)
         base = build.family(made.base)
         build.check(made, base)
-        attached = build.attach(base, made.method, made.seed)
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base.device))
     with status("reading the data", quiet=quiet):
         found = build.datasets(made, base)
+        made = build.fitted(made, found)
+    attached = build.with_heads(base, build.attach(base, made.method, made.seed), made.objective, made.seed)
     if not resume:
         run.begin(build.dump(made), build.provenance(made))
     if not saved:
@@ -79,7 +80,8 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     trackers = _trackers(run, made, saved, share)
     job = Job(base, attached, made.objective, build.feed(made, base, found), build.held_out(made, base, found),
               made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
-              log=_to_all(*trackers), warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
+              reference=attached.disabled, log=_to_all(*trackers),
+              warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
     summary = _fit(job, trackers, saved, quiet)
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)

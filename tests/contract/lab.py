@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from luthier import build
+from luthier.core.examples import Origin
 from luthier.core.protocols import Attached
-from luthier.core.types import Batch, Encoded, Origin, Piece
+from luthier.core.types import Batch, Encoded, Piece
 from luthier.families import CausalLM
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES

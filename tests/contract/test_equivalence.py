@@ -12,7 +12,8 @@ from lab import SFT, TREES, apart, attach, base, documents, measured, paths, tre
 from torch import nn
 from transformers import AttentionInterface
 
-from luthier.core.types import Encoded, Origin, Piece
+from luthier.core.examples import Origin
+from luthier.core.types import Encoded, Piece
 from luthier.data.pack import batch, pack
 from luthier.families import forest, head
 from tiny import KINDS
@@ -173,7 +174,7 @@ def test_log_probs_are_those_of_the_whole_logits(case: str, monkeypatch: pytest.
         slopes = torch.autograd.grad((logps * slope).sum(), list(trained.values()))
         return {"loss": logps.detach(), **dict(zip(trained, slopes, strict=True))}
 
-    logps, hits = head.log_probs(linear, states, tokens, softcap, scale)
+    logps, hits, _ = head.log_probs(linear, states, tokens, softcap, scale)
     found, best = outcome(logps), whole().argmax(-1)
     assert torch.equal(hits, best == tokens)
     assert 0 < int(hits.sum()) < positions

@@ -27,7 +27,7 @@ def case(dtype: torch.dtype = torch.float64, predictions: int = 40) -> tuple[tor
     tokens = torch.randint(11, (predictions,), generator=generator)
     tokens[::4] = logits.argmax(-1)[::4]
     weights = torch.rand(predictions, generator=generator) + 0.1
-    return logits, Target(torch.arange(predictions), tokens, weights, torch.arange(predictions) // 10, predictions // 10, 99)
+    return logits, Target(torch.arange(predictions), tokens, weights, predictions // 10, 99)
 
 
 def outputs(logits: torch.Tensor, target: Target) -> Outputs:
@@ -70,7 +70,7 @@ def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
     parts = []
     for rows in (slice(0, 10), slice(10, 40)):
         part = replace(target, at=target.at[rows], tokens=target.tokens[rows], weights=target.weights[rows],
-                       owners=target.owners[rows], bytes=9 if rows.start == 0 else 90)
+                       bytes=9 if rows.start == 0 else 90)
         parts.append(objective(outputs(logits[rows], part), part))
     assert float(sum(p.total for p in parts)) == pytest.approx(float(whole.total), rel=1e-9)
     assert float(sum(p.count for p in parts)) == pytest.approx(float(whole.count), rel=1e-6)

@@ -72,7 +72,7 @@ def broken(page: Path) -> list[str]:
 
 def line_names() -> set[str]:
     """What metrics.jsonl holds."""
-    target = Target(torch.tensor([0]), torch.tensor([0]), torch.ones(1), torch.tensor([0]), 1, 1)
+    target = Target(torch.tensor([0]), torch.tensor([0]), torch.ones(1), 1, 1)
     outputs = Outputs(token_logps=torch.zeros(1), token_hits=torch.ones(1, dtype=torch.bool))
     reported = {name for objective in OBJECTIVES.values() for name in objective()(outputs, target).metrics}
     written = "".join(inspect.getsource(function) for function in (loop._report, Stepped.numbers))

@@ -5,8 +5,11 @@
 | Tokenizer  | families    | text to ids and back, and the base's chat template                 |
 | Site       | families    | one linear map of the model and what it is for (`q`, `up`, ...)    |
 | Anatomy    | families    | where the model's parts are                                        |
+| Ports      | families    | where virtual tokens enter                                         |
+| Head       | families    | a small map over the states that an objective asked for            |
 | Family     | families    | how to call the model                                              |
 | Method     | methods     | which parameters train, and how they enter the forward pass        |
+| Scope      | methods     | whether, where and how strongly an attached method acts            |
 | Attached   | methods     | a method on a model: its parameters, its off switch, its merge     |
 | Objective  | objectives  | what is minimised                                                  |
 | Feed       | data        | the batches of a run, with a cursor                                |
@@ -14,10 +17,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +75,14 @@ class Site:
 
 @dataclass(frozen=True)
 class Block:
-    """One layer of the stack."""
+    """One layer of the stack.
+
+    Args:
+        attention: the attention module, the one that attention functions are called with.
+        attention_out: the module whose output is the attention's part of the residual sum.
+        mlp_in, mlp_out: the modules whose input and whose output are the MLP's (often one and the same).
+        norms: every norm in the block.
+    """
 
     index: int
     name: str
@@ -79,6 +90,26 @@ class Block:
     attention: nn.Module
     mlp: nn.Module
     norms: tuple[nn.Module, ...]
+    attention_out: nn.Module
+    mlp_in: nn.Module
+    mlp_out: nn.Module
+
+
+class Ports(Protocol):
+    """Where virtual tokens enter a model. What is put in is computed anew at every call, so that it can train; every
+    caller of the model gets its own tokens' states back and nothing else. A method's `Scope` switches it."""
+
+    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+        """`make() -> [N, D]`: N virtual tokens before every document, seen by all of it, computed once a row."""
+        ...
+
+    def prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: Scope) -> None:
+        """`make() -> one (keys, values) a block, each [G, N, d]`: seen by every token. Positions move on by N."""
+        ...
+
+    def keys_values(self, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The bare base's own keys and values of some tokens, [G, N, d] both, for each block: a start for `prefix`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,6 +122,9 @@ class Anatomy:
         head: the output projection [D -> V], or None.
         tied: whether the head's weight is the embedding's.
         sizes: hidden, layers, heads, kv_heads, head_dim, vocabulary, context.
+        task: PEFT's name of what the model is for: CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION.
+        tokenizer: of the base, for methods that start from words.
+        ports: where virtual tokens enter; None where the family has no place for them.
     """
 
     model: nn.Module
@@ -101,6 +135,28 @@ class Anatomy:
     head: nn.Module | None
     tied: bool
     sizes: Mapping[str, int] = field(default_factory=dict)
+    task: str = "CAUSAL_LM"
+    tokenizer: Any = None
+    ports: Ports | None = None
+
+
+@dataclass(frozen=True)
+class Head:
+    """A small map over the states that the family adds for an objective. It trains under every method and is saved
+    with it. The output layer starts small, so that the loss starts as that of a coin.
+
+    Args:
+        name: of the module in the saved files.
+        kind: `item` (over `pooled`, gives `scores`), `token` (over `states`, gives `token_scores`), or `scalar` (a
+            number that trains, in `scalars`).
+        width: C.
+        start: the value that a scalar starts at.
+    """
+
+    name: str
+    kind: Literal["item", "token", "scalar"]
+    width: int = 1
+    start: float = 0.0
 
 
 class Family(Protocol):
@@ -112,12 +168,27 @@ class Family(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def training(self) -> bool: ...
+
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         """What the objective asked for (names of `Outputs`' fields), at the target's positions."""
         ...
 
+    def add(self, heads: Sequence[Head], seed: int) -> Attached:
+        """Put heads on the states; what comes back trains and is saved like a method."""
+        ...
+
     def train(self, mode: bool) -> None:
         """Dropout and the like on or off."""
+        ...
+
+    def checkpointing(self, over: int = 0) -> None:
+        """Recompute blocks in the backward pass, in rows of more than `over` tokens."""
+        ...
+
+    def save(self, path: Path) -> None:
+        """Write the whole model as a Transformers folder, tokenizer included."""
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
@@ -150,8 +221,37 @@ class Generated:
 # ---------------------------------------------------------------- methods
 
 
+class Scope:
+    """Whether, where and how strongly an attached method acts: the one switch that methods read and banks turn.
+
+    Args of the object, all plain attributes:
+        off: how many times it was switched off; it acts at 0.
+        weight: factor on the change, for weighted stacks of several methods.
+        part: (dimension, index) of the tokens that it acts on, for batches that mix several adapters; None for all.
+    """
+
+    def __init__(self) -> None:
+        self.off = 0
+        self.weight = 1.0
+        self.part: tuple[int, Tensor] | None = None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """While open, the method does not act. Nests."""
+        self.off += 1
+        try:
+            yield
+        finally:
+            self.off -= 1
+
+
 class Attached(Protocol):
     """A method on a model. Same call in, same shapes out: no objective can notice it."""
+
+    @property
+    def scope(self) -> Scope | None:
+        """Its switch, which a bank turns; None where the method has changed the base's own weights."""
+        ...
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by its name in the adapter file."""
@@ -201,19 +301,36 @@ class Objective(Protocol):
     """Pure: no rank, no device move, no model.
 
     Args:
+        reads: the kinds of example that mean something to it, by the names of their types.
         needs: the fields of `Outputs` that it reads.
-        coupled: whether examples of a batch meet in the loss (in-batch negatives); such a batch is never split.
+        heads: what the family must add to its states.
+        coupled: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be computed in
+            parts, but its loss is always of the whole.
+        judged: whether `quality` says something about held-out rows.
     """
 
     name: str
+    reads: frozenset[str]
     needs: frozenset[str]
     coupled: bool
+    judged: bool
+
+    @property
+    def heads(self) -> tuple[Head, ...]: ...
+
+    def fitted(self, labels: tuple[str, ...]) -> Objective:
+        """The objective for these classes, as found in the training rows; itself where it has none."""
+        ...
 
     def count(self, target: Target) -> float:
         """What the sum over this micro-batch will be divided by, known before the forward pass."""
         ...
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss: ...
+
+    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+        """Measures that no sum over batches gives (F1, rank correlations), over all held-out rows at once."""
+        ...
 
 
 # ---------------------------------------------------------------- data

@@ -1,4 +1,4 @@
-"""The words of the house as types: examples, pieces, segments, batches, outputs, losses. Imports torch only.
+"""The words of the house as types: pieces, segments, batches, outputs, losses. Read `examples.py` first.
 
 Data flows one way through them::
 
@@ -7,72 +7,21 @@ Data flows one way through them::
 Shape letters used everywhere:
     T  tokens in a packed row          S  segments in it
     P  positions where something is predicted (trained or scored)
-    D  hidden size      V  vocabulary      R  rank
+    A  items: pieces that are judged as a whole (a text with a class, an answer among others)
+    D  hidden size      V  vocabulary      R  rank      C  width of a head
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-# ---------------------------------------------------------------- examples: typed by their kind
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a row came from, for every word said about it: ``train.jsonl:17``."""
-
-    file: str
-    line: int
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a chat. `weight` is that of its tokens in the loss; None: 1 for the assistant, 0 for others."""
-
-    role: str
-    content: str
-    weight: float | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # tool_calls, name, ...: handed to the chat template
-
-
-@dataclass(frozen=True)
-class TextExample:
-    """A document; every token of it is predicted."""
-
-    text: str
-    origin: Origin
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class CompletionExample:
-    """A bare prompt and its completion, joined without a chat template; the completion is predicted."""
-
-    prompt: str
-    completion: str
-    origin: Origin
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class ChatExample:
-    """A conversation, put into words by the base's own chat template."""
-
-    messages: tuple[Message, ...]
-    origin: Origin
-    weight: float = 1.0
-    tools: tuple[Mapping[str, Any], ...] = ()
-
-
-Example = TextExample | CompletionExample | ChatExample
+from luthier.core.examples import Origin
 
 # ---------------------------------------------------------------- encoded examples
 
@@ -97,12 +46,38 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Item:
+    """A piece that is judged as a whole.
+
+    Args:
+        piece: its index in the example.
+        label: a class's number, one flag for each class (multi-label), a rank (0 best), 1 or 0 for good or bad, a
+            likeness: the objective knows which.
+    """
+
+    piece: int
+    label: float | tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Encoded:
-    """One example as tokens: one piece for a text or a chat; a tree of pieces for answers that share a prompt."""
+    """One example as tokens: one piece for a text or a chat; a tree of pieces for answers that share a prompt; several
+    roots for texts that are compared.
+
+    Args:
+        bytes: UTF-8 length of the predicted words, for bits per byte.
+        items: the pieces that are judged as a whole.
+        images: one picture for each piece, [channels, height, width], where the pieces are pictures; the pieces then
+            hold one placeholder token each.
+        facts: what a reward function is told about a prompt.
+    """
 
     pieces: tuple[Piece, ...]
     origin: Origin
-    bytes: int = 0  # UTF-8 length of the predicted words, for bits per byte
+    bytes: int = 0
+    items: tuple[Item, ...] = ()
+    images: tuple[Any, ...] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -116,9 +91,12 @@ class Movable:
     """A frozen dataclass whose tensors move to a device together; everything else stays as it is."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        moved = {f.name: v.to(device, non_blocking=non_blocking)
-                 for f in fields(self)  # type: ignore[arg-type]
-                 if isinstance(v := self.__dict__[f.name], Tensor | Movable)}
+        def there(value: Any) -> Any:
+            if isinstance(value, Tensor | Movable):
+                return value.to(device, non_blocking=non_blocking)
+            return {key: there(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+        moved = {f.name: there(self.__dict__[f.name]) for f in fields(self)}  # type: ignore[arg-type]
         return replace(self, **moved)  # type: ignore[type-var]
 
 
@@ -170,33 +148,65 @@ class Inputs(Movable):
     Args:
         tokens: [T] token ids.
         positions: [T] each token's place in its own document; a child goes on where its parent ends.
-        forest: the row's segments.
+        forest: the row's segments. A sequence-to-sequence family reads roots as sources and children as their answers.
+        images: [S, channels, height, width] where every segment is a picture (and one placeholder token); else None.
     """
 
     tokens: Tensor
     positions: Tensor
     forest: Forest
+    images: Tensor | None = None
+
+
+def _none() -> Tensor:
+    return torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
 class Target(Movable):
-    """What the objective sees: predictions, as a flat list of P.
+    """What the objective sees: predictions, a flat list of P, and items, a flat list of A.
 
     Args:
         at: [P] index into the row of the state that predicts.
-        tokens: [P] the token that should come next.
+        tokens: [P] the token that should come next (for tagged words: the number of the tag of the token at `at`).
         weights: [P] float32 weight of each prediction; never 0.
-        owners: [P] which example of the batch each prediction belongs to.
         examples: how many examples the batch holds.
         bytes: UTF-8 bytes of what is predicted.
+        items: [A] the segment that each item is.
+        labels: [A] or [A, C] float32, what is known about each item (see `Item`).
+        groups: [A] which example of the batch each item belongs to; items of one group are compared with one another.
+        item_of: [P] the item that each prediction belongs to, -1 for none.
+        known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
     """
 
     at: Tensor
     tokens: Tensor
     weights: Tensor
-    owners: Tensor
     examples: int
     bytes: int = 0
+    items: Tensor = field(default_factory=_none)
+    labels: Tensor = field(default_factory=lambda: torch.zeros(0))
+    groups: Tensor = field(default_factory=_none)
+    item_of: Tensor = field(default_factory=_none)
+    known: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def joined(targets: Sequence[Target]) -> Target:
+        """Several batches' targets as one list; `at` and `items` keep pointing into their own rows."""
+        examples = _offsets(t.examples for t in targets)
+        items = _offsets(t.items.shape[0] for t in targets)
+        return Target(
+            torch.cat([t.at for t in targets]), torch.cat([t.tokens for t in targets]),
+            torch.cat([t.weights for t in targets]), sum(t.examples for t in targets), sum(t.bytes for t in targets),
+            torch.cat([t.items for t in targets]), torch.cat([t.labels for t in targets]),
+            torch.cat([t.groups + start for t, start in zip(targets, examples, strict=True)]),
+            torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
+                       for t, start in zip(targets, items, strict=True)]),
+            {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known})
+
+
+def _offsets(sizes: Iterable[int]) -> list[int]:
+    return [0, *accumulate(sizes)][:-1]
 
 
 @dataclass(frozen=True)
@@ -213,17 +223,40 @@ class Batch(Movable):
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the family computed at the target's positions, as far as the objective asked for it; None for the rest.
+    """What the family computed at the target's places, as far as the objective asked for it; None for the rest.
 
     Args:
         token_logps: [P] log-probability of each target token (natural logarithm), float32 or wider.
         token_hits: [P] bool, whether the target token was the most probable one.
+        token_entropies: [P] entropy of the prediction, in nats.
         states: [P, D] last hidden states, after the final norm.
+        token_scores: [P, C] the objective's token head on `states`: values, tags.
+        pooled: [A, D] one state for each item, pooled as the base does it: the last token's, the first's, or the mean.
+        scores: [A, C] the objective's item head on `pooled`: classes, rewards.
+        reference_logps: [P] `token_logps` of the reference model, without a gradient.
+        scalars: name -> [], the objective's trained numbers (a temperature).
     """
 
     token_logps: Tensor | None = None
     token_hits: Tensor | None = None
+    token_entropies: Tensor | None = None
     states: Tensor | None = None
+    token_scores: Tensor | None = None
+    pooled: Tensor | None = None
+    scores: Tensor | None = None
+    reference_logps: Tensor | None = None
+    scalars: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields that were computed, but for the scalars."""
+        return {f.name: v for f in fields(self) if isinstance(v := self.__dict__[f.name], Tensor)}
+
+    @staticmethod
+    def joined(parts: Sequence[Outputs]) -> Outputs:
+        """Several batches' outputs as one, in the order of `Target.joined`."""
+        found = [part.tensors() for part in parts]
+        return Outputs(**{name: torch.cat([tensors[name] for tensors in found]) for name in found[0]},
+                       scalars=parts[0].scalars)
 
 
 @dataclass(frozen=True)

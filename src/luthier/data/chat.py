@@ -19,8 +19,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from luthier.core.examples import ChatExample, Message
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import ChatExample, Message
 
 FALLBACK_TEMPLATE = (
     "{% for message in messages %}"

@@ -14,8 +14,9 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
+from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample, Worded
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import ChatExample, CompletionExample, Encoded, Example, Message, Origin, Piece, TextExample
+from luthier.core.types import Encoded, Piece
 from luthier.data.chat import Rendered, RenderError, Span, prompt_and_answer, rendered
 from luthier.data.config import DataConfig
 from luthier.data.sources import Refusal
@@ -40,6 +41,7 @@ class Spelled:
 
 def encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[Encoded] | Refusal:
     """The example as tokens and weights: one `Encoded`, or several where it was split, or why there is none."""
+    assert isinstance(example, Worded), "only words are predicted so far"
     texts = spell(example, tokenizer, config)
     if isinstance(texts, Refusal):
         return texts
@@ -55,7 +57,7 @@ def encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[E
 # ---------------------------------------------------------------- spelling
 
 
-def spell(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
+def spell(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
     """The example's texts, uncut: one, but for chats under a template that rewrites history."""
     if isinstance(example, TextExample):
         return [_spelled(Rendered(example.text, rest=1.0), tokenizer, example, closed=True)]
@@ -85,7 +87,7 @@ def _bare(example: CompletionExample) -> Rendered:
     return Rendered(text, (Span(len(example.prompt), len(text), 1.0),))
 
 
-def _spelled(text: Rendered, tokenizer: Tokenizer, example: Example, *, closed: bool) -> Spelled:
+def _spelled(text: Rendered, tokenizer: Tokenizer, example: Worded, *, closed: bool) -> Spelled:
     """`closed`: the tokenizer's own opening and the end mark are put around it (a template brings its own)."""
     if tokenizer.is_fast:
         ids, starts, ends = _whole(text.text, tokenizer, closed)
@@ -189,6 +191,7 @@ def prompt_of(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tup
     if isinstance(example, CompletionExample):
         prompt, answer = example.prompt, example.completion
     else:
+        assert isinstance(example, TextExample), "only words can be gone on with"
         middle = (len(example.text) + 1) // 2
         prompt, answer = example.text[:middle], example.text[middle:]
     ids = list(tokenizer(prompt, verbose=False)["input_ids"])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from luthier.core.errors import DataError, nearest
-from luthier.core.types import ChatExample, CompletionExample, Example, Message, Origin, TextExample
+from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
 from luthier.data.sources import Refusal, Row
 
 Columns = Mapping[str, str | int]

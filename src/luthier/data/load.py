@@ -9,8 +9,9 @@ from itertools import islice
 import numpy as np
 
 from luthier.core.errors import DataError
+from luthier.core.examples import Example, Worded
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Encoded, Example
+from luthier.core.types import Encoded
 from luthier.data import sources
 from luthier.data.config import DataConfig, Source
 from luthier.data.encode import cut, spell
@@ -32,6 +33,8 @@ class Datasets:
         eval_examples, test_examples: what those were made of, to generate answers from their prompts.
         report: what became of every row.
         mix: for consecutive runs of `train`, how many and how often they are seen in an epoch; for `Loader`.
+        labels: the classes of the train rows, by the order of their numbers.
+        kinds: the names of the types of all examples.
     """
 
     train: list[Encoded]
@@ -41,6 +44,8 @@ class Datasets:
     test_examples: list[Example]
     report: DataReport
     mix: Mix = ()
+    labels: tuple[str, ...] = ()
+    kinds: frozenset[str] = frozenset()
 
 
 def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, progress: Progress | None = None) -> Datasets:
@@ -69,7 +74,8 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, progress: Progr
     report = DataReport({name: part.tally.part(part.encoded) for name, part in parts.items()},
                         _overlaps(train, evaluated, tested))
     return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples,
-                    report, tuple(mix))
+                    report, tuple(mix), kinds=frozenset(type(example).__name__ for part in parts.values()
+                                                        for example in part.examples))
 
 
 def demand(config: DataConfig) -> None:
@@ -135,6 +141,7 @@ def rows(source: Source, config: DataConfig) -> Iterator[Example | Refusal]:
 
 def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
     """`encode`, and whether the end was cut off."""
+    assert isinstance(example, Worded), "only words are predicted so far"
     texts = spell(example, tokenizer, config)
     if isinstance(texts, Refusal):
         return texts

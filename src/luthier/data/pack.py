@@ -53,11 +53,20 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     at: list[int] = []
     goals: list[int] = []
     weights: list[float] = []
-    owners: list[int] = []
+    items: list[int] = []
+    labels: list[float | tuple[float, ...]] = []
+    groups: list[int] = []
+    item_of: list[int] = []
+    images: list[torch.Tensor] = []
     for owner, example in enumerate(encoded):
         first = len(lengths)  # segment of the example's first piece
+        judged = {item.piece: len(items) + i for i, item in enumerate(example.items)}
+        items += [first + item.piece for item in example.items]
+        labels += [item.label for item in example.items]
+        groups += [owner] * len(example.items)
+        images += example.images
         spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
-        for piece in example.pieces:
+        for number, piece in enumerate(example.pieces):
             start, before, depth = len(tokens), -1, 0
             if piece.parent >= 0:
                 before, depth = spans[piece.parent]
@@ -73,10 +82,12 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
                     at.append(state)
                     goals.append(piece.ids[i])
                     weights.append(weight)
-                    owners.append(owner)
-    inputs = Inputs(_long(tokens), _long(positions), Forest(tuple(lengths), tuple(parents)))
-    target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), _long(owners),
-                    len(encoded), sum(example.bytes for example in encoded))
+                    item_of.append(judged.get(number, -1))
+    inputs = Inputs(_long(tokens), _long(positions), Forest(tuple(lengths), tuple(parents)),
+                    torch.stack(images) if images else None)
+    target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
+                    sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
+                    _long(groups), _long(item_of))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.core.examples import ChatExample, CompletionExample, Example, TextExample
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import ChatExample, CompletionExample, Encoded, Example
+from luthier.core.types import Encoded
 from luthier.data.sources import Refusal
 
 if TYPE_CHECKING:
@@ -162,8 +163,12 @@ def question(example: Example) -> str:
         last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=len(example.messages))
         words = " ".join(m.content for m in example.messages[:last] if m.role != "system")
     else:
-        words = example.prompt if isinstance(example, CompletionExample) else example.text
+        words = example.prompt if isinstance(example, CompletionExample) else _words(example)
     return " ".join(re.sub(r"[^\w\s]", " ", words.casefold()).split())
+
+
+def _words(example: Example) -> str:
+    return example.text if isinstance(example, TextExample) else ""
 
 
 # ---------------------------------------------------------------- pictures

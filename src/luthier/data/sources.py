@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from luthier.core.errors import DataError
-from luthier.core.types import Origin
+from luthier.core.examples import Origin
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from typing import Any, Self
 import numpy as np
 
 from luthier.core.errors import DataError
+from luthier.core.examples import Example
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Batch, Encoded, Example
+from luthier.core.types import Batch, Encoded
 from luthier.data.config import DataConfig, Source
 from luthier.data.load import encoded, rows
 from luthier.data.loader import changed

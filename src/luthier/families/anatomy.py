@@ -30,7 +30,7 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
 
 
-def anatomy(model: Any) -> Anatomy:
+def anatomy(model: Any, tokenizer: Any = None) -> Anatomy:
     """The parts of a causal language model of Transformers. Raises `BaseError` where no stack of blocks is found."""
     backbone = model.base_model if model.base_model is not model else model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
@@ -48,7 +48,7 @@ def anatomy(model: Any) -> Anatomy:
     }
     sites = tuple(site for block in blocks for site in _sites(block))
     tied = head is not None and head.weight is embedding.weight
-    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes)
+    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, tokenizer=tokenizer)
 
 
 def role_of(path: str) -> str:
@@ -73,7 +73,11 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
     attention = next((children[key] for key in ATTENTION if key in children), layer)
     mlp = next((children[key] for key in MLP if key in children), layer)
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
-    return Block(index, name, layer, attention, mlp, norms)
+    outs = {role: module for path, module in layer.named_modules() for role in ("o", "down")
+            if isinstance(module, (nn.Linear, Conv1D)) and role_of(f"{name}.{path}") == role}
+    single = sum(role_of(path) == "down" for path, _ in layer.named_modules()) == 1
+    return Block(index, name, layer, attention, mlp, norms, attention_out=outs.get("o", attention), mlp_in=mlp,
+                 mlp_out=outs["down"] if single else mlp)
 
 
 def _sites(block: Block) -> list[Site]:

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from luthier.core.protocols import Generated, Sampling
+from luthier.core.protocols import Attached, Generated, Head, Sampling
 from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.families import forest as _forest
 from luthier.families.anatomy import anatomy
 from luthier.families.generate import eos_tokens, generate, stream
 from luthier.families.head import log_probs
+from luthier.families.heads import Heads, Pooling
 from luthier.families.lean import Lean, slim
 from luthier.families.load import quiet
 
@@ -38,13 +39,16 @@ class CausalLM:
             packed where the model proves, on a probe of a few tokens, that its segments do not see one another.
     """
 
+    pooling: Pooling = "last"
+
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None) -> None:
         model.set_attn_implementation(_forest.NAME)
         self.model, self.tokenizer = model, tokenizer
         self._lean = Lean()
         slim(model, self._lean)
-        self.anatomy = anatomy(model)
+        self.anatomy = anatomy(model, tokenizer)
         self._lean.watch(self.anatomy.blocks)
+        self.add((), 0)
         self._recompute_over: int | None = None
         self.layout: Layout = layout or self._proven_layout()
         config = model.config.get_text_config()
@@ -58,24 +62,30 @@ class CausalLM:
         assert isinstance(weight, Tensor)
         return weight.device
 
+    @property
+    def training(self) -> bool:
+        return bool(self.model.training)
+
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 
     def checkpointing(self, over: int = 0) -> None:
-        """From now on, in rows of more than `over` tokens, recompute every block in the backward pass instead of keeping
-        its activations. The one long document of a data set then does not set the memory of the whole run."""
+        """From now on, in rows of more than `over` tokens, recompute every block in the backward pass instead of
+        keeping its activations. The one long document of a data set then does not set the memory of the whole run."""
         self._recompute_over = over
         for block in self.anatomy.blocks:
-            block.module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+            block.module._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
+
+    def add(self, heads: Sequence[Head], seed: int) -> Attached:
+        self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task)
+        return self.heads
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        states = self.states(inputs).index_select(0, target.at)
-        if not needs & {"token_logps", "token_hits"}:
-            return Outputs(states=states)
-        head = self.anatomy.head
-        assert head is not None
-        logps, hits = log_probs(head, states, target.tokens, self._softcap, self._scale)
-        return Outputs(token_logps=logps, token_hits=hits, states=states if "states" in needs else None)
+        return self.heads.outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
+
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        assert self.anatomy.head is not None
+        return log_probs(self.anatomy.head, states, tokens, self._softcap, self._scale, entropies)
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] last hidden states of the row."""

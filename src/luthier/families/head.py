@@ -68,9 +68,10 @@ class _LogProbs(torch.autograd.Function):
         return grad_states, grad_weight, None
 
 
-def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None,
-              scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """log p(tokens | states) and whether each was the most probable token, both [P]; see the module's formula.
+def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None, scale: float = 1.0,
+              entropies: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """log p(tokens | states), whether each was the most probable token, and where asked for the entropy of each
+    prediction, - sum_v p_v log p_v; all [P]. See the module's formula.
 
     Args:
         head: maps [P, D] to logits [P, V].
@@ -79,23 +80,25 @@ def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None =
         softcap: Gemma 2's c in z <- c tanh(z / c).
         scale: factor on the logits (Cohere, Granite).
     """
-    if type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _hooked(head):
+    plain = type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _hooked(head)
+    if plain and not entropies:
         logps, hits = _LogProbs.apply(states, head.weight, tokens)
-        return logps, hits
+        return logps, hits, None
     parts = [_chunk(head, states[rows], tokens[rows], softcap, scale) if not torch.is_grad_enabled() else
              checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, use_reentrant=False)
              for rows in _chunks(states.shape[0], head.weight.shape[0])]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
 
 
 def _chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None,
-           scale: float) -> tuple[Tensor, Tensor]:
+           scale: float) -> tuple[Tensor, Tensor, Tensor]:
     logits = head(states)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
-    logps = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    return logps, logits.gather(1, tokens[:, None])[:, 0] >= logits.amax(-1)
+    every = logits.log_softmax(-1)
+    hits = logits.gather(1, tokens[:, None])[:, 0] >= logits.amax(-1)
+    return every.gather(1, tokens[:, None])[:, 0], hits, -(every.exp() * every).sum(-1)
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -36,6 +36,8 @@ class FullConfig(Config):
 class Full:
     """Every parameter of the model, by its own name."""
 
+    scope = None
+
     def __init__(self, model: nn.Module, keep_base: bool) -> None:
         self._parameters = dict(model.named_parameters())  # tied weights are named once
         for parameter in self._parameters.values():

@@ -1,4 +1,4 @@
-"""How a method enters a model: small functions on the outputs of the modules that it chose, with one switch.
+"""How a method enters a model: small functions on the inputs or outputs of the modules that it chose, with one switch.
 
 Every method with parameters of its own is built on this. The base's modules, weights and names stay as they are, so
 several methods can sit on one model, and switching one off leaves the base bit for bit.
@@ -6,41 +6,63 @@ several methods can sit on one model, and switching one off leaves the base bit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import RunError
+from luthier.core.protocols import Scope
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
 
 
 class Hooks:
-    """The hooks of one attached method, and whether they act."""
+    """The hooks of one attached method. `scope` says whether, where and how strongly they act."""
 
     def __init__(self) -> None:
-        self._off = 0
+        self.scope = Scope()
         self._handles: list[Any] = []
 
     def after(self, module: nn.Module, change: Change) -> None:
-        """From now on `module` returns ``change(input, output)``."""
+        """From now on `module` returns ``change(input, output)``. Where it returns a tuple, its first entry changes.
+        `change` may write into the output."""
 
-        def hook(_module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            return change(args[0], output) if not self._off else None
+        def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self.scope.off:
+                return None
+            if isinstance(output, tuple):
+                return self._scoped(change, args[0], output[0]), *output[1:]
+            return self._scoped(change, args[0], output)
 
         self._handles.append(module.register_forward_hook(hook))
 
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
+    def before(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        """From now on `module` gets ``change(input)``, of the same shape, as its first argument. `change` must not
+        write into its argument."""
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if self.scope.off:
+                return None
+            return self._scoped(lambda x, _: change(x), args[0], args[0]), *args[1:]
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def _scoped(self, change: Change, x: Tensor, y: Tensor) -> Tensor:
+        """``change(x, y)``, as strongly as `scope.weight` says, for the tokens of `scope.part` alone."""
+        scope = self.scope
+        if scope.part is None:
+            return change(x, y) if scope.weight == 1 else y + scope.weight * (change(x, y.clone()) - y)
+        dim, index = scope.part
+        some = y.index_select(dim, index)
+        new = change(x.index_select(dim, index), some.clone())
+        return y.index_copy(dim, index, new if scope.weight == 1 else some + scope.weight * (new - some))
+
+    def disabled(self) -> AbstractContextManager[None]:
         """While open, nothing is changed. Nests."""
-        self._off += 1
-        try:
-            yield
-        finally:
-            self._off -= 1
+        return self.scope.disabled()
 
     def detach(self) -> None:
         """Take the hooks away for good."""

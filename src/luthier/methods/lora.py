@@ -199,6 +199,7 @@ class Lora:
 
     def __init__(self, config: LoraConfig, layers: list[Layer]) -> None:
         self.config, self.layers, self.hooks = config, layers, Hooks()
+        self.scope = self.hooks.scope
         self._originals: list[Tensor] = []
         for layer in layers:
             self.hooks.after(layer.site.module, layer.change)
@@ -235,7 +236,7 @@ class Lora:
         for layer in self.layers:
             self._originals.append(layer.site.weight.detach().clone())
             layer.site.weight.copy_(layer.merged())
-        self.hooks._off += 1
+        self.hooks.scope.off += 1
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -243,7 +244,7 @@ class Lora:
         for layer, weight in zip(self.layers, self._originals, strict=True):
             layer.site.weight.copy_(weight)
         self._originals.clear()
-        self.hooks._off -= 1
+        self.hooks.scope.off -= 1
 
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; a PiSSA change is written as an ordinary LoRA of twice the rank on the same base."""

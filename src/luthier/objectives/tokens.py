@@ -11,11 +11,11 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
-from luthier.core.config import Config
 from luthier.core.types import Loss, Outputs, Target
+from luthier.objectives.base import ObjectiveConfig
 
 
-class TokensConfig(Config):
+class TokensConfig(ObjectiveConfig):
     """Weighted token cross-entropy.
 
     Requires: `token_logps` and `token_hits` of the family.
@@ -25,15 +25,15 @@ class TokensConfig(Config):
         >>> import torch
         >>> from luthier.core.types import Outputs, Target
         >>> target = Target(at=torch.tensor([0, 1]), tokens=torch.tensor([5, 6]), weights=torch.tensor([1.0, 3.0]),
-        ...                 owners=torch.tensor([0, 0]), examples=1, bytes=2)
+        ...                 examples=1, bytes=2)
         >>> logps = torch.tensor([-2.0, -1.0])
         >>> loss = SftConfig()(Outputs(token_logps=logps, token_hits=torch.tensor([False, True])), target)
         >>> float(loss.total), float(loss.count)
         (5.0, 4.0)
     """
 
+    reads: ClassVar[frozenset[str]] = frozenset({"ChatExample", "CompletionExample", "TextExample"})
     needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
-    coupled: ClassVar[bool] = False
 
     def count(self, target: Target) -> float:
         return float(target.weights.double().sum())

@@ -28,7 +28,7 @@ from luthier.core.types import Batch
 from luthier.runtime import checkpoint, random, ranks
 from luthier.runtime.memory import peak_gb, release
 from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import Stepped, measure, step
+from luthier.runtime.step import Reference, Stepped, measure, step
 
 
 class TrainingConfig(Config):
@@ -56,6 +56,7 @@ class Job:
     """The objects of one training, chosen elsewhere.
 
     Args:
+        reference: makes the context in which the model is the reference of the objective; None where there is none.
         log: told (step, metrics) for every line of metrics.jsonl.
         show: told (step, metrics) for the progress display.
         warn: told a sentence that the user should read.
@@ -72,6 +73,7 @@ class Job:
     rate: float
     folder: Path
     log: Callable[[int, Mapping[str, float]], None]
+    reference: Reference | None = None
     show: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
     warn: Callable[[str], None] = lambda sentence: None
     stop: Callable[[], str] = lambda: ""
@@ -106,7 +108,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
     while summary.steps < total and not summary.stopped:
         began = _Clock()
         rate = optimizer.set_rate(summary.steps)
-        stepped = step(job.family, job.objective, next(job.feed), optimizer, _autocast(job))
+        stepped = step(job.family, job.objective, next(job.feed), optimizer, lambda: _autocast(job), job.reference)
         summary.steps += 1
         summary.tokens += stepped.tokens
         line = _Line(summary.steps, stepped, rate, began)
@@ -180,7 +182,8 @@ def _report(job: Job, line: _Line) -> None:
 def _evaluate(job: Job, summary: Summary) -> bool:
     """Measure the held-out batches; whether this was the best so far."""
     job.family.train(False)
-    metrics = {f"eval_{name}": value for name, value in measure(job.family, job.objective, job.held_out).items()}
+    metrics = {f"eval_{name}": value for name, value in measure(job.family, job.objective, job.held_out,
+                                                                          job.reference).items()}
     job.family.train(True)
     if "eval_nll" in metrics:
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_nll"], 700.0))

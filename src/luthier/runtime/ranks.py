@@ -8,10 +8,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from luthier.core.types import Movable
+
+T = TypeVar("T")
 
 
 def start() -> None:
@@ -54,3 +59,21 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(parameter.grad)
+
+
+def others(mine: list[T], device: torch.device) -> list[T]:
+    """What the other ranks hold, in the order of ranks; tensors arrive on `device`."""
+    if world() == 1:
+        return []
+    gathered: list[list[T]] = [[] for _ in range(world())]
+    dist.all_gather_object(gathered, [_moved(each, "cpu") for each in mine])
+    return [_moved(each, device) for i, found in enumerate(gathered) if i != rank() for each in found]
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    """The same with every tensor inside on `device`."""
+    if isinstance(value, Tensor | Movable):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_moved(inner, device) for inner in value)
+    return {key: _moved(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value

@@ -7,19 +7,25 @@ backward pass is of total / count; so the result does not depend on how a batch 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from luthier.core.errors import NotFinite
+from luthier.core.examples import Origin
 from luthier.core.protocols import Family, Objective
-from luthier.core.types import Batch, Origin
+from luthier.core.types import Batch, Outputs, Target
 from luthier.runtime import ranks
+from luthier.runtime.coupled import Metrics, backward
 from luthier.runtime.memory import release
 from luthier.runtime.optim import Optimizer
+
+Sums = dict[str, tuple[Tensor | float, Tensor | float]]
+Reference = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Stepped:
     count: float
     loss: Tensor
     norm: Tensor
-    sums: dict[str, tuple[Tensor, Tensor | float]]
+    sums: Sums
     tokens: int
     examples: int
     micro_batches: int
@@ -51,27 +57,29 @@ class Stepped:
 
 
 def step(family: Family, objective: Objective, batches: list[Batch], optimizer: Optimizer,
-         autocast: AbstractContextManager[None] | None = None) -> Stepped:
+         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+         reference: Reference | None = None) -> Stepped:
     """Forward and backward through every micro-batch, then one update.
 
     Args:
         batches: the micro-batches of one optimiser step; this rank takes its share of them.
         optimizer: its rate is already set.
-        autocast: a context for mixed precision, entered anew for each forward pass.
+        autocast: makes a context for mixed precision, entered anew for each forward pass.
+        reference: makes the context in which the model is the reference, for objectives that need one.
     """
     device = family.device
-    mine = batches[ranks.rank()::ranks.world()]
+    mine = [batch.to(device) for batch in batches[ranks.rank()::ranks.world()]]
     count = sum(objective.count(batch.target) for batch in batches)
     assert count > 0, "an encoded example always has a weight above 0"
     loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-    sums: dict[str, tuple[Tensor, Tensor | float]] = {}
-    for batch in (b.to(device) for b in mine):
-        part_loss, metrics = _backward(family, objective, batch, count, autocast or nullcontext())
+    sums: Sums = {}
+    # Where rows meet in the loss, the micro-batches are parts of one sum; elsewhere each is a sum of its own.
+    for part in [mine] if objective.coupled else [[batch] for batch in mine]:
+        part_loss, metrics = backward(partial(forward, family, objective, reference=reference), objective, part, count,
+                                      device, autocast)
         release(device)
         loss += part_loss
-        for name, (total, n) in metrics.items():
-            old = sums.get(name, (0.0, 0.0))
-            sums[name] = (old[0] + total, old[1] + n)
+        _add(sums, metrics)
     ranks.sum_gradients(optimizer.parameters.values())
     norm = optimizer.clip()
     optimizer.step(norm)
@@ -79,24 +87,48 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
                    sum(b.target.examples for b in batches), len(batches), tuple(o for b in batches for o in b.origins))
 
 
-def _backward(family: Family, objective: Objective, batch: Batch, count: float,
-              autocast: AbstractContextManager[None]) -> tuple[Tensor, Mapping[str, tuple[Tensor, Tensor | float]]]:
-    """Forward and backward of one micro-batch. A function of its own, so that nothing of its graph outlives it: what
-    is still named while the next one runs is memory that both hold at once."""
-    with autocast:
-        outputs = family.forward(batch.inputs, batch.target, objective.needs)
-        part = objective(outputs, batch.target)
-    (part.total / count).backward()
-    return part.total.detach() / count, part.metrics
+def forward(family: Family, objective: Objective, batch: Batch, reference: Reference | None = None) -> Outputs:
+    """What the objective needs of one micro-batch; the reference's log-probabilities from a pass of its own, unless
+    they were computed before."""
+    if "reference_logps" not in objective.needs:
+        return family.forward(batch.inputs, batch.target, objective.needs)
+    logps = batch.target.known.get("reference_logps")
+    if logps is None:
+        assert reference is not None, "whoever trains with a reference says what it is"
+        training = family.training
+        family.train(False)  # the reference has no dropout
+        with torch.no_grad(), reference():
+            logps = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
+        family.train(training)
+    return replace(family.forward(batch.inputs, batch.target, objective.needs - {"reference_logps"}),
+                   reference_logps=logps)
+
+
+def _add(sums: Sums, metrics: Metrics) -> None:
+    for name, (total, n) in metrics.items():
+        old = sums.get(name, (0.0, 0.0))
+        sums[name] = (old[0] + total, old[1] + n)
 
 
 @torch.no_grad()
-def measure(family: Family, objective: Objective, batches: list[Batch]) -> dict[str, float]:
-    """The objective's metrics over held-out batches: each sum divided once, at the end."""
-    sums: dict[str, tuple[Tensor, Tensor | float]] = {}
+def measure(family: Family, objective: Objective, batches: list[Batch],
+            reference: Reference | None = None) -> dict[str, float]:
+    """The objective's metrics over held-out batches: each sum divided once, at the end; and its `quality`."""
+    sums: Sums = {}
+    kept: list[tuple[Outputs, Target]] = []
+    whole = objective.coupled or objective.judged
     for batch in (b.to(family.device) for b in batches):
-        part = objective(family.forward(batch.inputs, batch.target, objective.needs), batch.target)
-        for name, (total, n) in {**part.metrics, "loss": (part.total, part.count)}.items():
-            old = sums.get(name, (0.0, 0.0))
-            sums[name] = (old[0] + total, old[1] + n)
-    return {name: float(total) / float(n) for name, (total, n) in sums.items() if float(n)}
+        outputs = forward(family, objective, batch, reference)
+        if whole:
+            kept.append((outputs, batch.target))
+        if not objective.coupled:
+            part = objective(outputs, batch.target)
+            _add(sums, {**part.metrics, "loss": (part.total, part.count)})
+    found: dict[str, float] = {}
+    if kept:
+        outputs, target = Outputs.joined([o for o, _ in kept]), Target.joined([t for _, t in kept])
+        if objective.coupled:
+            part = objective(outputs, target)
+            _add(sums, {**part.metrics, "loss": (part.total, part.count)})
+        found = objective.quality(outputs, target)
+    return {name: float(total) / float(n) for name, (total, n) in sums.items() if float(n)} | found

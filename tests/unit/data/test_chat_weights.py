@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from luthier.core.types import ChatExample, CompletionExample, Message, Origin
+from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
 from luthier.data.chat import FALLBACK_TEMPLATE
 from luthier.data.config import DataConfig
 from luthier.data.encode import encode, prompt_of

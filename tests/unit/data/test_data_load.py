@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.core.types import Encoded, Origin, Piece
+from luthier.core.examples import Origin
+from luthier.core.types import Encoded, Piece
 from luthier.data import DataConfig, Loader, length_picture, load, preview
 from luthier.data.formats import COLUMNS, FORMATS
 

@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from luthier.core.types import ChatExample, CompletionExample, Message, Origin, TextExample
+from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
 from luthier.data.config import DataConfig
 from luthier.data.encode import encode, prompt_of
 from luthier.data.sources import Refusal

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from luthier.core.errors import DataError
-from luthier.core.types import ChatExample, CompletionExample, Message, Origin, TextExample
+from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
 from luthier.data.formats import FORMATS, examples
 from luthier.data.sources import Refusal, Row
 

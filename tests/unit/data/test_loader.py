@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.core.types import Batch, Encoded, Origin, Piece
+from luthier.core.examples import Origin
+from luthier.core.types import Batch, Encoded, Piece
 from luthier.data.config import DataConfig
 from luthier.data.loader import Loader
 from luthier.data.stream import Stream

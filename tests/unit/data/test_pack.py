@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from luthier.core.types import Batch, Encoded, Origin, Piece
+from luthier.core.examples import Origin
+from luthier.core.types import Batch, Encoded, Piece
 from luthier.data.pack import eval_batches, pack
 
 TREES = st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=6),

@@ -1,0 +1,123 @@
+"""From a row of states to what an objective asked for: pooling, heads, the loss's end. Read `head.py` first.
+
+Shape letters: T tokens of the row, P predictions, A items, S segments, D hidden size, C width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core.errors import RunError
+from luthier.core.protocols import Head
+from luthier.core.types import Forest, Outputs, Target
+from luthier.families.forest import describe
+
+Pooling = Literal["last", "first", "mean"]
+PREFIX = "base_model.model."  # PEFT's files put this before the path of a module that is saved whole
+LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
+
+
+class Heads:
+    """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
+
+    scope = None
+
+    def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str) -> None:
+        self.heads, self.task = tuple(heads), task
+        self.modules: dict[str, nn.Linear] = {}
+        self.scalars: dict[str, nn.Parameter] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for head in heads:
+            if head.kind == "scalar":
+                self.scalars[head.name] = nn.Parameter(torch.tensor(head.start, device=device))
+                continue
+            module = nn.Linear(hidden, head.width)
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
+                module.bias.zero_()
+            self.modules[head.name] = module.to(device)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        found = {f"{PREFIX}{name}.{part}": parameter for name, module in self.modules.items()
+                 for part, parameter in module.named_parameters()}
+        return found | {f"{PREFIX}{name}": parameter for name, parameter in self.scalars.items()}
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Heads change nothing in the base, so there is nothing to switch off."""
+        yield
+
+    def merge(self) -> None:
+        """Heads stand beside the base's weights, so there is nothing to fold in."""
+
+    unmerge = merge
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        mine = self.parameters()
+        wrong = sorted(name for name in mine.keys() | state.keys()
+                       if name not in mine or name not in state or state[name].shape != mine[name].shape)
+        if wrong:
+            kind = ("missing" if wrong[0] not in state else "unknown" if wrong[0] not in mine else "misshapen")
+            raise RunError(f"the saved heads do not fit this objective: {len(wrong)} {kind}, the first {wrong[0]!r}",
+                           "use the objective and the classes that they were trained with")
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
+
+    def peft(self) -> dict[str, Any] | None:
+        return {"peft_type": None, "task_type": self.task, "modules_to_save": sorted({*self.modules, *self.scalars})}
+
+    def _of(self, kind: str, states: Tensor) -> Tensor:
+        name = next(head.name for head in self.heads if head.kind == kind)
+        module = self.modules[name]
+        return module(states.to(module.weight.dtype))
+
+    def outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
+                log_probs: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
+        """What is asked for of a row of states.
+
+        Args:
+            row: [T, D].
+            log_probs: (states [P, D], tokens [P], entropies too?) -> log-probabilities, hits, entropies, each [P].
+        """
+        made: dict[str, Any] = {"scalars": dict(self.scalars)}
+        if needs & (LOG_PROBS | {"states", "token_scores"}):
+            made["states"] = states = row.index_select(0, target.at)
+            if needs & LOG_PROBS:
+                logps, hits, entropies = log_probs(states, target.tokens, "token_entropies" in needs)
+                made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
+            if "token_scores" in needs:
+                made["token_scores"] = self._of("token", states)
+        if needs & {"pooled", "scores"}:
+            made["pooled"] = pooled = pool(row, forest, target.items, pooling)
+            if "scores" in needs:
+                made["scores"] = self._of("item", pooled)
+        return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
+
+
+def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
+    """[A, D] one state for each item: its last token's, that of its root's first token, or the mean over its path."""
+    starts = torch.tensor(forest.starts, device=row.device)
+    lengths = torch.tensor(forest.lengths, device=row.device)
+    if how == "last":
+        return row.index_select(0, (starts + lengths - 1)[items])
+    if how == "first":
+        roots = torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))], device=row.device)
+        return row.index_select(0, starts[roots[items]])
+    owner = torch.repeat_interleave(torch.arange(len(forest.lengths), device=row.device), lengths)
+    sums = row.new_zeros(len(forest.lengths), row.shape[1]).index_add(0, owner, row)
+    if not forest.flat:
+        related = describe(forest)[2].to(row.device)
+        sums, lengths = related.to(sums.dtype) @ sums, related.to(lengths.dtype) @ lengths
+    return sums[items] / lengths[items, None]
