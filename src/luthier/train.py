@@ -60,8 +60,7 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
         build.check(made, base)
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base.device))
     with status("reading the data", quiet=quiet):
-        found = build.datasets(made, base)
-        made = build.fitted(made, found)
+        made = build.fitted(made, found := build.datasets(made, base))
     attached = build.with_heads(base, build.attach(base, made.method, made.seed), made.objective, made.seed)
     if not resume:
         run.begin(build.dump(made), build.provenance(made))

@@ -43,7 +43,7 @@ def broken() -> str:
     before = {n: t.clone() for n, t in attached.state().items()}
 
     class Infinite:
-        needs, count = SFT.needs, SFT.count
+        needs, count, coupled = SFT.needs, SFT.count, False
 
         def __call__(self, outputs: Any, target: Any) -> Any:
             loss = SFT(outputs, target)

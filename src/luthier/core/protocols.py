@@ -318,6 +318,11 @@ class Objective(Protocol):
     @property
     def heads(self) -> tuple[Head, ...]: ...
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """The names of its classes by their numbers; empty where the training rows decide; None: labels are numbers."""
+        ...
+
     def fitted(self, labels: tuple[str, ...]) -> Objective:
         """The objective for these classes, as found in the training rows; itself where it has none."""
         ...

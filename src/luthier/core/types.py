@@ -53,10 +53,12 @@ class Item:
         piece: its index in the example.
         label: a class's number, one flag for each class (multi-label), a rank (0 best), 1 or 0 for good or bad, a
             likeness: the objective knows which.
+        margin: by how much it is better than the rest of its group, where the data say so.
     """
 
     piece: int
     label: float | tuple[float, ...]
+    margin: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Target(Movable):
         bytes: UTF-8 bytes of what is predicted.
         items: [A] the segment that each item is.
         labels: [A] or [A, C] float32, what is known about each item (see `Item`).
+        margins: [A] float32, by how much an item is better than the rest of its group; 0 where nobody said.
         groups: [A] which example of the batch each item belongs to; items of one group are compared with one another.
         item_of: [P] the item that each prediction belongs to, -1 for none.
         known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
@@ -186,6 +189,7 @@ class Target(Movable):
     bytes: int = 0
     items: Tensor = field(default_factory=_none)
     labels: Tensor = field(default_factory=lambda: torch.zeros(0))
+    margins: Tensor = field(default_factory=lambda: torch.zeros(0))
     groups: Tensor = field(default_factory=_none)
     item_of: Tensor = field(default_factory=_none)
     known: Mapping[str, Tensor] = field(default_factory=dict)
@@ -199,6 +203,7 @@ class Target(Movable):
             torch.cat([t.at for t in targets]), torch.cat([t.tokens for t in targets]),
             torch.cat([t.weights for t in targets]), sum(t.examples for t in targets), sum(t.bytes for t in targets),
             torch.cat([t.items for t in targets]), torch.cat([t.labels for t in targets]),
+            torch.cat([t.margins for t in targets]),
             torch.cat([t.groups + start for t, start in zip(targets, examples, strict=True)]),
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),

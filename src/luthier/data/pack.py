@@ -55,6 +55,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     weights: list[float] = []
     items: list[int] = []
     labels: list[float | tuple[float, ...]] = []
+    margins: list[float] = []
     groups: list[int] = []
     item_of: list[int] = []
     images: list[torch.Tensor] = []
@@ -63,6 +64,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
         judged = {item.piece: len(items) + i for i, item in enumerate(example.items)}
         items += [first + item.piece for item in example.items]
         labels += [item.label for item in example.items]
+        margins += [item.margin for item in example.items]
         groups += [owner] * len(example.items)
         images += example.images
         spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
@@ -87,7 +89,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
                     torch.stack(images) if images else None)
     target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
                     sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
-                    _long(groups), _long(item_of))
+                    torch.tensor(margins, dtype=torch.float32), _long(groups), _long(item_of))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
 

@@ -21,6 +21,10 @@ class ObjectiveConfig(Config):
     def heads(self) -> tuple[Head, ...]:
         return ()
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return None
+
     def fitted(self, labels: tuple[str, ...]) -> Self:
         return self
 

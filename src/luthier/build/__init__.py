@@ -1,0 +1,33 @@
+"""Names to objects: the only room that sees every axis. Assembly is a straight line; each line feeds the next.
+
+    recipe -> base -> family -> method attached -> data -> feed
+
+Read `core/protocols.py` first, then `recipe.py`, `objects.py`, `runs.py`. A verb calls these functions; nothing here
+trains or prints.
+"""
+
+from luthier import data as rows
+from luthier.build.objects import (
+    attach,
+    chat_prompt,
+    check,
+    datasets,
+    family,
+    feed,
+    fitted,
+    held_out,
+    micro_tokens,
+    questions,
+    tokenizer,
+    with_heads,
+)
+from luthier.build.recipe import Recipe, changed, dump, idle, provenance, recipe, version
+from luthier.build.runs import open_run, save_tuned
+from luthier.data import DataConfig
+from luthier.families import ALIASES, BaseConfig, CausalLM, cache, resolve
+from luthier.runtime.run import Run
+
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "DataConfig", "Recipe", "Run", "attach", "cache", "changed",
+           "chat_prompt", "check", "datasets", "dump", "family", "feed", "fitted", "held_out", "idle", "micro_tokens",
+           "open_run", "provenance", "questions", "recipe", "resolve", "rows", "save_tuned", "tokenizer", "version",
+           "with_heads"]

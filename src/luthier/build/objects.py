@@ -1,0 +1,113 @@
+"""A recipe to objects, one function for each: base, method, data, feed. Read `recipe.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from luthier import data as rows
+from luthier.build.recipe import AnyMethod, Recipe
+from luthier.core.errors import RecipeError
+from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
+from luthier.core.protocols import Attached, Family, Feed, Objective
+from luthier.core.types import Batch
+from luthier.data import DataConfig, Datasets, Loader, Stream
+from luthier.families import BaseConfig, CausalLM, load, load_tokenizer
+from luthier.measure import Question
+from luthier.methods.several import Several
+from luthier.objectives import OBJECTIVES
+
+
+def family(config: BaseConfig) -> CausalLM:
+    """The base, loaded."""
+    model, tokenizer = load(config)
+    return CausalLM(model, tokenizer)
+
+
+def tokenizer(config: BaseConfig) -> Any:
+    """The base's tokenizer, without its weights."""
+    return load_tokenizer(config)
+
+
+def attach(base: CausalLM, method: AnyMethod, seed: int) -> Attached:
+    """The method on the base; everything that it does not train is frozen."""
+    base.model.requires_grad_(False)
+    return method.attach(base.anatomy, seed=seed)
+
+
+def with_heads(base: Family, attached: Attached, objective: Objective, seed: int) -> Attached:
+    """The method together with what the objective adds to the base's states."""
+    return Several([attached, base.add(objective.heads, seed)]) if objective.heads else attached
+
+
+def fitted(made: Recipe, found: Datasets) -> Recipe:
+    """The recipe with its objective made for the classes in the training rows. Raises `RecipeError` where the rows mean
+    nothing to it."""
+    strange = found.kinds - made.objective.reads
+    if strange:
+        raise RecipeError(f"objective {made.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it reads "
+                          f"{', '.join(sorted(made.objective.reads))}",
+                          "choose an objective for these rows: " + ", ".join(
+                              name for name, known in OBJECTIVES.items() if found.kinds <= known.reads))
+    return made.model_copy(update={"objective": made.objective.fitted(found.labels)})
+
+
+def check(made: Recipe, base: CausalLM) -> None:
+    """What can only be known once the base is loaded. Raises `RecipeError`."""
+    if made.data.streaming and not made.training.steps:
+        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
+    context = base.anatomy.sizes["context"]
+    if made.data.max_length > context:
+        raise RecipeError(f"data.max_length {made.data.max_length} is longer than the base's context, {context} tokens",
+                          f"set data.max_length to {context} or less")
+
+
+def datasets(made: Recipe, base: CausalLM, progress: Any = None) -> Datasets:
+    """Everything the recipe trains and evaluates on."""
+    return rows.load(made.data, base.tokenizer, seed=made.seed, progress=progress)
+
+
+def micro_tokens(made: Recipe, device: torch.device) -> int:
+    """Tokens in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products."""
+    return made.training.micro_tokens or (8192 if device.type == "cuda" else 384)
+
+
+def feed(made: Recipe, base: CausalLM, found: Datasets) -> Feed:
+    """The batches of the run."""
+    micro = micro_tokens(made, base.device)
+    if made.data.streaming:
+        return Stream(made.data, base.tokenizer, made.training.batch_size, micro, seed=made.seed)
+    return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
+                  mix=found.mix)
+
+
+def held_out(made: Recipe, base: CausalLM, found: Datasets) -> list[Batch]:
+    """The rows to evaluate on while training."""
+    return rows.eval_batches(found.eval, micro_tokens(made, base.device))
+
+
+def questions(made: Recipe, base: CausalLM, examples: Sequence[Example]) -> list[Question]:
+    """Prompts and right answers of test rows."""
+    found = []
+    for example in examples[:made.evaluate.limit]:
+        ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
+        found.append(Question(tuple(ids), _asked(example), reference))
+    return found
+
+
+def _asked(example: Example) -> str:
+    """What a person would say was asked."""
+    if isinstance(example, ChatExample):
+        return next((m.content for m in reversed(example.messages) if m.role != "assistant"), "")
+    if isinstance(example, CompletionExample):
+        return example.prompt
+    return example.text if isinstance(example, TextExample) else ""
+
+
+def chat_prompt(base: CausalLM, messages: Sequence[Message], system: str | None) -> list[int]:
+    """Token ids of a conversation that ends with the user's turn, up to where the answer begins."""
+    opened = ([Message("system", system)] if system and messages[0].role != "system" else []) + list(messages)
+    example = ChatExample((*opened, Message("assistant", "")), Origin("chat", 1))
+    return rows.prompt_of(example, base.tokenizer, DataConfig.parse({"train": "-"}))[0]

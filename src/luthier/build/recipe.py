@@ -1,0 +1,167 @@
+"""A whole run as data: the recipe, how it is read, and what can be said about it before anything is loaded.
+
+Read `core/config.py` first.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from importlib import metadata
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError
+from luthier.data import DataConfig
+from luthier.families import BaseConfig
+from luthier.measure import EvaluateConfig
+from luthier.methods import METHODS
+from luthier.methods.lora import LoraConfig
+from luthier.objectives import OBJECTIVES
+from luthier.runtime.loop import TrainingConfig
+from luthier.runtime.optim import OptimizerConfig
+from luthier.runtime.run import digest
+
+AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+
+# The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
+FREE = ("run", "evaluate.", "base.device", "data.test", "training.micro_tokens", "training.gradient_checkpointing",
+        "training.save_every", "training.keep", "training.trackers",
+        "objective.labels")  # the last is read off the data, whose own fingerprint is compared
+
+
+
+class Recipe(Config):
+    """A whole run as data; one-to-one with a YAML file. `data: file.jsonl`, `method: lora` and the like are short for
+    `data: {train: file.jsonl}` and `method: {name: lora}`."""
+
+    base: BaseConfig = Field(BaseConfig(), description="the pretrained model")
+    method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
+    objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="what is minimised")
+    data: DataConfig = Field(description="what is trained and evaluated on")
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = Field(0, ge=0, description="of everything random")
+    run: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
+
+    @field_validator("base", "method", "objective", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
+        if isinstance(given, dict):  # settings without a name are those of the default
+            return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
+        return {"name": given} if isinstance(given, str) else given
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _by_path(cls, given: Any) -> Any:
+        return {"train": given} if isinstance(given, (str, list, tuple)) else given
+
+
+def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a file, a mapping or nothing, with `settings` (nested, or dotted keys) laid over it.
+
+    Raises one `RecipeError` that names every fault.
+    """
+    if isinstance(source, Recipe):
+        source = dump(source)
+    raw = _read(Path(source)) if isinstance(source, (str, Path)) else dict(source or {})
+    for key, value in (settings or {}).items():
+        if value is not None:
+            raw = _laid(raw, key.split("."), value)
+    return Recipe.parse(raw)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}",
+                          "mend the YAML at the place named") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"the recipe {str(path)!r} holds a {type(raw).__name__}, not settings",
+                          "write lines such as `method: lora`")
+    return {key: value for key, value in raw.items() if key != "provenance"}
+
+
+def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out."""
+    first, *rest = path
+    old = raw.get(first, {})
+    if isinstance(old, (str, list)) and (rest or isinstance(value, dict)):
+        old = {"train" if first == "data" else "name": old}
+    if rest:
+        return {**raw, first: _laid(old, rest, value)}
+    if isinstance(value, dict) and isinstance(old, dict):
+        for key, inner in value.items():
+            old = _laid(old, [key], inner)
+        return {**raw, first: old}
+    if first == "data" and isinstance(old, dict) and isinstance(value, (str, list)):
+        return {**raw, first: {**old, "train": value}}
+    return {**raw, first: value}
+
+
+def dump(made: Recipe) -> dict[str, Any]:
+    """A recipe as YAML can hold it, every setting spelt out."""
+    return made.model_dump(mode="json")
+
+
+def idle(made: Recipe) -> list[str]:
+    """Settings that were given and have no effect, each with the reason."""
+    training, found = made.training, []
+    evaluates = made.data.eval is not None
+    if training.patience and not evaluates:
+        found.append("training.patience has no effect: there is nothing to evaluate on (data.eval)")
+    if training.eval_every and not evaluates:
+        found.append("training.eval_every has no effect: there is nothing to evaluate on (data.eval)")
+    if training.steps and "epochs" in training.model_fields_set and training.epochs != 1.0:
+        found.append("training.epochs has no effect: training.steps is given")
+    if made.evaluate.metrics and not evaluates and made.data.test is None:
+        found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
+    if made.data.train_on != "assistant" and made.objective.name == "pretrain":
+        found.append("data.train_on has no effect on documents (objective pretrain)")
+    return found
+
+
+def changed(old: Recipe, new: Recipe) -> list[str]:
+    """The settings that differ, each as ``optimizer.learning_rate: 0.001, now 0.01``, but for those in `FREE`."""
+    before, now = _flat(dump(old)), _flat(dump(new))
+    return [f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(FREE)]
+
+
+def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+def provenance(made: Recipe) -> dict[str, Any]:
+    """What the recipe alone does not say: versions and the digests of the data files."""
+    named = [*made.data.train, made.data.eval, made.data.test]
+    paths = [Path(s.path) for s in named if s is not None and not isinstance(s, float)]
+    packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "data_sha256": {str(path): digest(path) for path in paths if path.exists()},
+    }
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "from source"

@@ -1,0 +1,90 @@
+"""Run folders to objects and back. Read `objects.py` first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.build.objects import attach, family, with_heads
+from luthier.build.recipe import Recipe
+from luthier.core.errors import RunError
+from luthier.core.protocols import Attached
+from luthier.data import DataConfig
+from luthier.families import ALIASES, BaseConfig, CausalLM, folder, resolve
+from luthier.methods.lora import LoraConfig
+from luthier.runtime.run import Run
+
+HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
+
+
+def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
+    """What a run folder holds: its recipe, its base, and the method with its trained weights.
+
+    The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
+    (then there is no method to attach). The name of a base in place of a folder is such a whole model.
+    """
+    if _names_base(run.path):
+        bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+        return bare, family(bare.base), None
+    run.existing()
+    made = _recipe_of(run)
+    if run.adapter is None:
+        if not (run.path / "config.json").exists():
+            raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
+                           f"go on with it: luthier train --resume {run.path}")
+        base = family(made.base.model_copy(update={"name": str(run.path)}))
+        if made.objective.heads:
+            base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
+        return made, base, None
+    base = family(made.base)
+    attached = with_heads(base, attach(base, made.method, made.seed), made.objective, made.seed)
+    attached.load(_adapter_weights(run))
+    return made, base, attached
+
+
+def _names_base(path: Path) -> bool:
+    """Whether this is a base's name: an alias, a file, or owner/name where no folder `owner` is (a run, else)."""
+    if path.is_dir():
+        return False
+    return str(path) in ALIASES or path.is_file() or (len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~")
+                                                      and not path.parent.is_dir())
+
+
+def _recipe_of(run: Run) -> Recipe:
+    if raw := run.recipe:
+        return Recipe.parse(raw)
+    if (adapter := run.adapter) is not None:
+        if adapter.get("peft_type") != "LORA":
+            raise RunError(f"{str(run.path)!r} holds PEFT's {adapter.get('peft_type')} adapter; only LORA can be read",
+                           "give a run of Luthier, or a LoRA of PEFT")
+        base = BaseConfig(name=adapter["base_model_name_or_path"] or "")
+        return Recipe(base=base, method=LoraConfig.from_peft(adapter), data=DataConfig.parse({"train": "-"}))
+    return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+
+
+def _adapter_weights(run: Run) -> dict[str, torch.Tensor]:
+    file = run.path / "adapter_model.safetensors"
+    if not file.exists():
+        raise RunError(f"{str(run.path)!r} has an adapter_config.json but no adapter_model.safetensors",
+                       "resume the run (--resume) so that it ends, or convert adapter_model.bin to safetensors")
+    return load_file(file)
+
+
+def save_tuned(run: Run, made: Recipe, base: CausalLM, attached: Attached) -> None:
+    """Write the trained weights as Transformers and PEFT read them, and the tokenizer."""
+    config = attached.peft()
+    if config is None:
+        base.save(run.path)
+        if heads := base.heads.state():
+            save_file(heads, run.path / HEADS, metadata={"format": "pt"})
+        return
+    state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()}
+    file = run.path / "adapter_model.safetensors"
+    save_file(state, file, metadata={"format": "pt"})
+    file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
+    # PEFT loads the base by this name: a hub id as it is, anything else as the Transformers folder that it became.
+    name = made.base.name if isinstance(resolve(made.base.name), str) else str(folder(made.base))
+    run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
+    base.tokenizer.save_pretrained(run.path)
