@@ -1,16 +1,19 @@
-"""Answers from a causal language model: batches with a cache, rows that leave when they are done. Read `load.py` first.
+"""Answers from a language model: batches with a cache, rows that leave when they are done. Read `load.py` first.
 
-One loop (`_decode`) serves everything that generates: `generate` collects its tokens into answers, `stream` hands them
-on one by one. An answer depends on its prompt, its index and the settings, never on its neighbours in a batch.
+One loop (`_decode`) serves everything that generates: `answers` collects its tokens into answers, `stream` hands them
+on one by one. What differs between families is how a batch is begun and gone on with (`Open`): here a causal language
+model's, in `seq2seq.py` an encoder with a decoder. An answer depends on its prompt, its index and the settings, never
+on its neighbours in a batch.
 
 Shape letters: B rows of a batch, L columns so far (left padding, prompt, answer), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from functools import partial
 from random import Random
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,21 @@ from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import Generated, Sampling
 
 CROWDED = 0.75  # rows leave together, once at most this share still runs: each leaving copies the whole cache
+
+
+class Open(Protocol):
+    """A batch of answers that are being written, one row each."""
+
+    def logits(self) -> Tensor:
+        """[B, V] of every row's next token."""
+        ...
+
+    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+        """Put `chosen` [B] at the end of the rows; those at `kept` stay, None for all."""
+        ...
+
+
+Begin = Callable[[Sequence[Sequence[int]]], Open]  # prompts -> their batch
 
 
 def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -45,26 +63,38 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         DataError: a prompt is empty.
         NotFinite: the model's output is not a number.
     """
-    limits = _limits(model, prompts, sampling)
-    stops = eos | set(sampling.stop)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), sampling.batch_size):
-        batch = {index: prompts[index] for index in order[start:start + sampling.batch_size]}
-        answers: dict[int, list[int]] = {index: [] for index in batch}
-        for index, token in _decode(model, batch, limits, sampling, stops, pad, device):
-            if token in stops:
-                yield Generated(index, tuple(answers[index]), True)
-                continue
-            answers[index].append(token)
-            if len(answers[index]) == limits[index]:
-                yield Generated(index, tuple(answers[index]), False)
+    begin = partial(_Causal, model, pad, device)
+    return answers(begin, prompts, _limits(model, prompts, sampling), sampling, eos)
 
 
 def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set[int]) -> Iterator[int]:
     """The answer to one prompt, token by token: the same tokens that `generate` gives it as its only prompt."""
-    device = next(model.parameters()).device
+    begin = partial(_Causal, model, 0, next(model.parameters()).device)
+    return answer(begin, prompt, _limits(model, [prompt], sampling), sampling, eos)
+
+
+def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: Sampling,
+            eos: Set[int]) -> Iterator[Generated]:
+    """`generate` for any family. `limits`: how many tokens each answer may have."""
     stops = eos | set(sampling.stop)
-    for _, token in _decode(model, {0: prompt}, _limits(model, [prompt], sampling), sampling, stops, 0, device):
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for start in range(0, len(order), sampling.batch_size):
+        batch = {index: prompts[index] for index in order[start:start + sampling.batch_size]}
+        found: dict[int, list[int]] = {index: [] for index in batch}
+        for index, token in _decode(begin, batch, limits, sampling, stops):
+            if token in stops:
+                yield Generated(index, tuple(found[index]), True)
+                continue
+            found[index].append(token)
+            if len(found[index]) == limits[index]:
+                yield Generated(index, tuple(found[index]), False)
+
+
+def answer(begin: Begin, prompt: Sequence[int], limits: Sequence[int], sampling: Sampling,
+           eos: Set[int]) -> Iterator[int]:
+    """`stream` for any family."""
+    stops = eos | set(sampling.stop)
+    for _, token in _decode(begin, {0: prompt}, limits, sampling, stops):
         if token in stops:
             return
         yield token
@@ -92,21 +122,15 @@ def _context(model: nn.Module) -> int:
 
 
 @torch.inference_mode()
-def _decode(model: nn.Module, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: Sampling,
-            stops: Set[int], pad: int, device: torch.device | str) -> Iterator[tuple[int, int]]:
+def _decode(begin: Begin, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: Sampling,
+            stops: Set[int]) -> Iterator[tuple[int, int]]:
     """(index, token) for every prompt of one batch and every step, until it has met a stop token or its limit."""
-    assert not model.training, "dropout would fall on the answers: call model.eval() first"
-    tokens, mask = _padded(list(prompts.values()), pad, device)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    last = _context(model) - 1
-    described: Any = model.config
-    cache = DynamicCache(config=described)
-    rows = list(prompts)  # rows[i]: the prompt that row i of the tensors belongs to
+    batch = begin(list(prompts.values()))
+    rows = list(prompts)  # rows[i]: the prompt that row i of the batch belongs to
     left = {index: limits[index] for index in rows}
     dice = {index: Random(f"{sampling.seed} {index}") for index in rows}
     while True:
-        logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = batch.logits()
         if lost := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
             raise NotFinite(f"the model's output for prompts {lost[:5]} is not a number, so there is no next token",
                             "set the base's dtype to float32; if it is, the weights or the run are damaged")
@@ -119,18 +143,42 @@ def _decode(model: nn.Module, prompts: Mapping[int, Sequence[int]], limits: Sequ
                 yield index, token
         if not left:
             return
+        kept = None
         if len(left) <= CROWDED * len(rows):
-            kept = torch.tensor([i for i, index in enumerate(rows) if index in left], device=device)
+            kept = torch.tensor([i for i, index in enumerate(rows) if index in left], device=logits.device)
             rows = [index for index in rows if index in left]
-            cache.batch_select_indices(kept)
-            chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
-        tokens = chosen[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        batch.go_on(chosen, kept)
+
+
+class _Causal:
+    """Prompts and the answers that go on from them, with the keys and values of all but their last tokens."""
+
+    def __init__(self, model: nn.Module, pad: int, device: torch.device | str,
+                 prompts: Sequence[Sequence[int]]) -> None:
+        assert not model.training, "dropout would fall on the answers: call model.eval() first"
+        self.model = model
+        self.tokens, self.mask = padded(prompts, pad, device)
+        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
+        self.last = _context(model) - 1
+        described: Any = model.config
+        self.cache = DynamicCache(config=described)
+
+    def logits(self) -> Tensor:
+        found: Tensor = self.model(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions,
+                                   past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        return found
+
+    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+        if kept is not None:
+            self.cache.batch_select_indices(kept)
+            chosen, self.mask, self.positions = chosen[kept], self.mask[kept], self.positions[kept]
+        self.tokens = chosen[:, None]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
         # Only a row that is done, and waits for others to leave with it, can meet the end of the context.
-        positions = (positions[:, -1:] + 1).clamp(max=last)
+        self.positions = (self.positions[:, -1:] + 1).clamp(max=self.last)
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """[B, L] token ids with padding on the left, and [B, L] 1 where there is a token."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
