@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier import build
@@ -43,15 +44,25 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     made = build.recipe(recipe, settings)
     settle_allocator()
     ranks.start()
-    run = Run(made.run or _fresh_name(made))
+    quiet = quiet or ranks.rank() > 0
+    run = Run(ranks.agreed(made.run or str(_fresh_name(made))))
     if not resume:
-        run.vacant()
+        run.vacant() if ranks.rank() == 0 else None
     elif _finished(run.existing(), made):
         _say(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
     build.rows.demand(made.data)
     demand(made.training.trackers)
     saved = _checkpoint(run, quiet) if resume else None
+    with _written(run) as out:
+        _train(made, run, out, saved, resume, quiet)
+    ranks.wait()
+    return run
+
+
+def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
+           quiet: bool) -> None:
+    """What `train` does once there is something to do; `out` is the folder that this rank writes to."""
     for warning in build.idle(made):
         _say(quiet, f"warning: {warning}")
     with status("loading the base", quiet=quiet):
@@ -62,10 +73,10 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
     attached = build.with_heads(base, build.attach(base, made.method, made.seed), made.objective, made.seed)
-    if not resume:
-        run.begin(build.dump(made), build.provenance(made))
+    if not resume or ranks.rank() > 0:
+        out.begin(build.dump(made), build.provenance(made))
     if not saved:
-        _report(run, found.report)
+        _report(out, found.report)
     for line in found.report.lines():
         _say(quiet, line)
     share = trainable_share(base, attached)
@@ -74,9 +85,9 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     results: dict[str, Any] = share | (run.results if resume else {})
     if made.evaluate.before and not {"before", "perplexity_before"} & results.keys():
-        results |= _before(run, made, base, found.test, asked, quiet)
-    run.write("results.json", results)
-    trackers = _trackers(run, made, saved, share)
+        results |= _before(out, made, base, found.test, asked, quiet)
+    out.write("results.json", results)
+    trackers = _trackers(out, made, saved, share)
     job = Job(base, attached, made.objective, build.feed(made, base, found), build.held_out(made, base, found),
               made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
               reference=attached.disabled, log=_to_all(*trackers),
@@ -85,8 +96,17 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with explained(run.path):
-        _finish(run, made, base, attached, summary, found.test, asked, results, quiet)
-    return run
+        _finish(out, made, base, attached, summary, found.test, asked, results, quiet)
+
+
+@contextmanager
+def _written(run: Run) -> Iterator[Run]:
+    """The folder that this process writes to: the run's for the first rank, one to throw away for the others."""
+    if ranks.rank() == 0:
+        yield run
+        return
+    with TemporaryDirectory() as folder:
+        yield Run(Path(folder) / "run")
 
 
 class Interrupted(RunError):

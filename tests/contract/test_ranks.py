@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +15,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from lab import SFT, attach, base, documents
+from safetensors.torch import load_file
 from torch import multiprocessing
 
+import luthier
 from luthier.core.errors import NotFinite
 from luthier.data.pack import pack
 from luthier.runtime.optim import Optimizer, OptimizerConfig
 from luthier.runtime.step import step
+from tiny import save_tiny
 
 CASES = [("full", 20), ("lora", None)]  # several micro-batches a step; one, so that a rank has none
 
@@ -83,3 +90,25 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert [rank[-1] for rank in ranks] == ["refused", "refused"]
     part = trained(*CASES[0], alone=True)["weights"]  # what a rank that heard of no other would have
     assert max(float((part[n] - t).abs().max()) for n, t in ranks[0][0]["weights"].items()) > 1e-3
+
+
+def test_torchrun_leaves_the_run_of_one_process(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", "llama")
+    rows = [{"prompt": f"Say {word}.", "completion": word * 3} for word in ("one", "two", "three", "four", "five", "six")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = ["--model", "base", "--data", "rows.jsonl", "base.dtype=float64", "data.eval=rows.jsonl", "data.max_length=256",
+                "training.steps=4", "training.batch_size=4", "training.micro_tokens=40", "training.eval_every=2",
+                "training.save_every=1"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(luthier.__file__).parents[1])}
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, launcher in (("alone", []), ("both", several)):
+        done = subprocess.run([sys.executable, *launcher, "-m", "luthier", "train", *settings, f"run={name}"], cwd=tmp_path,
+                              env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    alone, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "both"))
+    assert alone.keys() == both.keys()
+    assert all(torch.allclose(both[n], alone[n], rtol=1e-5, atol=1e-7) for n in alone)
+    lines = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+             for name in ("alone", "both")]
+    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
+    assert {p.name for p in (tmp_path / "alone").iterdir()} == {p.name for p in (tmp_path / "both").iterdir()}

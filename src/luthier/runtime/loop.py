@@ -212,12 +212,14 @@ def _agreed(job: Job) -> str:
 
 def _save(job: Job, optimizer: Optimizer, summary: Summary, bad_evaluations: int) -> None:
     if ranks.rank() != 0:
+        ranks.wait()  # a later step reads what the first rank writes here
         return
     state = {"feed": job.feed.state(), "random": random.capture(job.family.device), "summary": vars(summary),
              "bad_evaluations": bad_evaluations, "total_steps": optimizer.total}
     best = int(summary.best["step"]) if summary.best and job.training.keep_best else None
     checkpoint.save(job.folder, summary.steps, {"method": job.attached.state(), "optimizer": optimizer.state()},
                     state, keep=job.training.keep, protect=best)
+    ranks.wait()
 
 
 def _restore(job: Job, optimizer: Optimizer, summary: Summary, saved: checkpoint.Checkpoint) -> int:

@@ -22,6 +22,8 @@ T = TypeVar("T")
 def start() -> None:
     """Join the group that `torchrun` describes in the environment, if it does."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what the device `cuda` then means in this process
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -31,6 +33,21 @@ def rank() -> int:
 
 def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def agreed(value: T) -> T:
+    """The first rank's value, on all of them."""
+    if world() == 1:
+        return value
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def wait() -> None:
+    """Until every rank is here."""
+    if world() > 1:
+        dist.barrier()
 
 
 def total(numbers: list[float], device: torch.device) -> list[float]:
