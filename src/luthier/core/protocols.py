@@ -10,6 +10,7 @@
 | Family     | families    | how to call the model                                              |
 | Method     | methods     | which parameters train, and how they enter the forward pass        |
 | Scope      | methods     | whether, where and how strongly an attached method acts            |
+| Router     | methods     | who sends each token through its own adapter                       |
 | Attached   | methods     | a method on a model: its parameters, its off switch, its merge     |
 | Objective  | objectives  | what is minimised                                                  |
 | Feed       | data        | the batches of a run, with a cursor                                |
@@ -56,6 +57,7 @@ class Site:
         role: q, k, v, qkv, o, gate, up, down, or other.
         block: index of the block that it stands in.
         transposed: whether `weight` is [in, out] (Conv1D) instead of [out, in].
+        expand: for a map that is kept in few bits, the [out, in] weight that it stands for; nothing can be written to it.
     """
 
     name: str
@@ -65,6 +67,14 @@ class Site:
     inputs: int
     outputs: int
     transposed: bool = False
+    expand: Callable[[], Tensor] | None = None
+
+    def matrix(self) -> Tensor:
+        """The frozen weight, [out, in], however the module keeps it."""
+        if self.expand is not None:
+            return self.expand()
+        weight = self.weight.detach()
+        return weight.T if self.transposed else weight
 
     @property
     def weight(self) -> nn.Parameter:
@@ -228,12 +238,16 @@ class Scope:
         off: how many times it was switched off; it acts at 0.
         weight: factor on the change, for weighted stacks of several methods.
         part: (dimension, index) of the tokens that it acts on, for batches that mix several adapters; None for all.
+        among: how many there are along that dimension, for a method to be sure that it sees all of them in their order.
+        whole: whether it can only act as a whole, on all tokens and at full strength, as virtual tokens do.
     """
 
     def __init__(self) -> None:
         self.off = 0
         self.weight = 1.0
         self.part: tuple[int, Tensor] | None = None
+        self.among = 0
+        self.whole = False
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -243,6 +257,19 @@ class Scope:
             yield
         finally:
             self.off -= 1
+
+
+class Router(Protocol):
+    """Who sends each token through its own adapter, or none; a bank. A family that has one asks it."""
+
+    def routed(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
+        """While open, the i-th place along dimension `dim` of every hidden state (0: rows of a batch, 1: tokens of a
+        row) goes through the adapter `places[i]`, an index into the bank; through none at -1."""
+        ...
+
+    def moment(self) -> AbstractContextManager[None]:
+        """The setting of now, to be entered once more later: by what is recomputed in the backward pass."""
+        ...
 
 
 class Attached(Protocol):

@@ -11,6 +11,7 @@ Shape letters: B rows of a batch, L columns so far (left padding, prompt, answer
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from random import Random
 from typing import Any, Protocol
@@ -38,6 +39,11 @@ class Open(Protocol):
 
 
 Begin = Callable[[Sequence[Sequence[int]]], Open]  # prompts -> their batch
+Routed = Callable[[Sequence[int]], AbstractContextManager[None]]
+
+
+def _straight(rows: Sequence[int]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -49,7 +55,7 @@ def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
 
 
 def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
-             device: torch.device | str) -> Iterator[Generated]:
+             device: torch.device | str, routed: Routed = _straight) -> Iterator[Generated]:
     """Answer every prompt; each answer is yielded as soon as it is done, with the index of its prompt.
 
     Args:
@@ -57,6 +63,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         prompts: token ids; prompts of similar length share a batch, the longest first.
         eos: tokens that end an answer, as those of `sampling.stop` do; neither is part of it.
         pad: any token; it fills places that no one attends to.
+        routed: the prompts that a batch's rows belong to -> a context in which each row goes through its own adapter.
 
     Raises:
         BaseError: a prompt fills the model's context.
@@ -64,7 +71,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         NotFinite: the model's output is not a number.
     """
     begin = partial(_Causal, model, pad, device)
-    return answers(begin, prompts, _limits(model, prompts, sampling), sampling, eos)
+    return answers(begin, prompts, _limits(model, prompts, sampling), sampling, eos, routed)
 
 
 def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set[int]) -> Iterator[int]:
@@ -74,14 +81,14 @@ def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set
 
 
 def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: Sampling,
-            eos: Set[int]) -> Iterator[Generated]:
+            eos: Set[int], routed: Routed = _straight) -> Iterator[Generated]:
     """`generate` for any family. `limits`: how many tokens each answer may have."""
     stops = eos | set(sampling.stop)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for start in range(0, len(order), sampling.batch_size):
         batch = {index: prompts[index] for index in order[start:start + sampling.batch_size]}
         found: dict[int, list[int]] = {index: [] for index in batch}
-        for index, token in _decode(begin, batch, limits, sampling, stops):
+        for index, token in _decode(begin, batch, limits, sampling, stops, routed):
             if token in stops:
                 yield Generated(index, tuple(found[index]), True)
                 continue
@@ -123,14 +130,16 @@ def _context(model: nn.Module) -> int:
 
 @torch.inference_mode()
 def _decode(begin: Begin, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: Sampling,
-            stops: Set[int]) -> Iterator[tuple[int, int]]:
+            stops: Set[int], routed: Routed = _straight) -> Iterator[tuple[int, int]]:
     """(index, token) for every prompt of one batch and every step, until it has met a stop token or its limit."""
-    batch = begin(list(prompts.values()))
     rows = list(prompts)  # rows[i]: the prompt that row i of the batch belongs to
+    with routed(rows):
+        batch = begin(list(prompts.values()))
     left = {index: limits[index] for index in rows}
     dice = {index: Random(f"{sampling.seed} {index}") for index in rows}
     while True:
-        logits = batch.logits()
+        with routed(rows):  # not around a `yield`: whoever takes the answer works outside of it
+            logits = batch.logits()
         if lost := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
             raise NotFinite(f"the model's output for prompts {lost[:5]} is not a number, so there is no next token",
                             "set the base's dtype to float32; if it is, the weights or the run are damaged")

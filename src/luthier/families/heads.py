@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import RunError
-from luthier.core.protocols import Head
+from luthier.core.protocols import Head, Scope
 from luthier.core.types import Forest, Outputs, Target
 from luthier.families.forest import describe
 
@@ -25,10 +25,9 @@ LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
 class Heads:
     """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
 
-    scope = None
-
     def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str) -> None:
         self.heads, self.task = tuple(heads), task
+        self.scope = Scope()  # nobody reads it: heads change nothing in the base
         self.modules: dict[str, nn.Linear] = {}
         self.scalars: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)

@@ -6,15 +6,15 @@ several methods can sit on one model, and switching one off leaves the base bit 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from luthier.core.errors import RunError
-from luthier.core.protocols import Scope
+from luthier.core.errors import NotMergeable, RunError
+from luthier.core.protocols import Scope, Site
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
 
@@ -55,9 +55,10 @@ class Hooks:
         scope = self.scope
         if scope.part is None:
             return change(x, y) if scope.weight == 1 else y + scope.weight * (change(x, y.clone()) - y)
-        dim, index = scope.part
+        index = scope.part[1]
+        dim = _dimension(scope.part[0], scope.among, y.shape)
         some = y.index_select(dim, index)
-        new = change(x.index_select(dim, index), some.clone())
+        new = change(x.index_select(dim, index), some if scope.weight == 1 else some.clone())
         return y.index_copy(dim, index, new if scope.weight == 1 else some + scope.weight * (new - some))
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -69,6 +70,25 @@ class Hooks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+
+def _dimension(dim: int, among: int, shape: torch.Size) -> int:
+    """Which dimension of a hidden state holds the tokens of a row (`dim` 1) or the rows of a batch (0), `among` many:
+    some norms see [1, heads, T, d]. Raises `RunError` where that cannot be told: a mixture sorts tokens by expert."""
+    among = among or shape[dim]
+    fitting = [d for d in ((1, 2) if dim == 1 and len(shape) > 3 else (dim,)) if shape[d] == among]
+    if len(shape) < 3 or len(fitting) != 1:
+        raise RunError(f"a part of the model works on {list(shape)}, where it cannot be told which of {among} tokens "
+                       "or rows are which, so they cannot go through different adapters",
+                       "let the method change other parts, or run each adapter's rows by themselves (bank.using)")
+    return fitting[0]
+
+
+def refuse_quantized(sites: Iterable[Site]) -> None:
+    """Raises `NotMergeable` where a weight that would be written to is kept in few bits."""
+    if any(site.expand is not None for site in sites):
+        raise NotMergeable("the base is kept in few bits, and a merged weight would be rounded to them",
+                           "merge into the whole base: luthier export RUN --to merged opens it so")
 
 
 def load_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:

@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Attached, Scope
 
 
 class Several:
-    """Parts that train, are switched and are saved together.
+    """Parts that train, are switched and are saved together. It has no switch of its own: see `scopes`.
 
     Args:
         parts: attached methods, in the order in which they were attached.
@@ -88,3 +88,11 @@ class Several:
             return {**methods[0], **({"modules_to_save": kept} if kept else {})}
         return {"peft_type": "LUTHIER", "task_type": forms[0]["task_type"], "parts": methods,
                 **({"modules_to_save": kept} if kept else {})}
+
+
+def scopes(attached: Attached) -> tuple[Scope, ...] | None:
+    """The switches of an attached method and of all its parts; None where one of them has none."""
+    if not isinstance(attached, Several):
+        return None if attached.scope is None else (attached.scope,)
+    found = [scopes(part) for part in attached.parts]
+    return None if None in found else tuple(scope for inner in found if inner for scope in inner)
