@@ -1,0 +1,152 @@
+"""Classes, flags or a number for a text or a picture, and tags for words. Read `tokens.py` and `base.py` first.
+
+With scores s of an item (or of a tagged token), its label y, and a weight u_c for each class, 1 where none is given:
+
+    single       - sum_i u_(y_i) log softmax(s_i)_(y_i)                                count = sum_i u_(y_i)
+    multi        - sum_(i,c) u_c (y_ic log sigmoid(s_ic) + (1 - y_ic) log sigmoid(-s_ic))   count = sum_(i,c) u_c
+    regression   sum_i (s_i - y_i)^2                                                   count = items
+    tokens       as single, over the tokens that carry a tag, each with its own weight besides
+
+Shape letters: A items, P predictions, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from luthier.core.errors import RecipeError, nearest
+from luthier.core.protocols import Head
+from luthier.core.types import Loss, Outputs, Target
+from luthier.objectives import measures
+from luthier.objectives.base import ObjectiveConfig, sums, wide
+
+
+class ClassifyConfig(ObjectiveConfig):
+    """Classification and regression, the losses of Transformers' models for it.
+
+    Requires: `scores` [A, C] of the head `score`, or for tags `token_scores` [P, C].
+    Metrics: `accuracy`, for a regression `squared_error`. Of held-out rows: `f1_macro`, `f1_micro`, `mcc` and the
+    confusion matrix (`confusion_i_j`: how often class i was taken for class j); for a regression `pearson`, `spearman`.
+
+    Example:
+        >>> target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.tensor([0]),
+        ...                 labels=torch.tensor([1.0]))
+        >>> made = ClassifyConfig(labels=("bad", "good"), class_weights={"good": 3.0})
+        >>> loss = made(Outputs(scores=torch.tensor([[0.0, 0.0]])), target)
+        >>> round(float(loss.total), 4), float(loss.count)  # 3 log 2
+        (2.0794, 3.0)
+    """
+
+    name: Literal["classify"] = "classify"
+    reads: ClassVar[frozenset[str]] = frozenset({"LabelledExample", "TaggedExample", "ImageExample"})
+    judged: ClassVar[bool] = True
+
+    task: Literal["single", "multi", "regression", "tokens"] = Field("single", description=(
+        "what a label is: one class, any number of classes, a number, or a class for each word"))
+    labels: tuple[str, ...] = Field((), description="the classes by their numbers; left out: those in the train rows")
+    class_weights: Mapping[str, float] = Field(default_factory=dict, description=(
+        "class: how much its examples count; 1 for those not named"))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("a class is named once")
+        if self.task == "regression" and (self.labels or self.class_weights):
+            raise ValueError("a regression has no classes: leave out labels and class_weights")
+        if any(weight <= 0 for weight in self.class_weights.values()):
+            raise ValueError("class_weights lie above 0")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"token_scores" if self.task == "tokens" else "scores"})
+
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        width = 1 if self.task == "regression" else len(self.labels)
+        if not width:
+            raise RecipeError("objective.labels: nothing says which classes there are",
+                              "train on rows that have labels, or name the classes in objective.labels")
+        return (Head("score", "token" if self.task == "tokens" else "item", width),)
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return None if self.task == "regression" else self.labels
+
+    def fitted(self, labels: tuple[str, ...]) -> Self:
+        """With the classes of the train rows where the recipe names none. Raises `RecipeError` if they do not fit."""
+        if self.task == "regression":
+            return self
+        names = self.labels or labels
+        if strange := [name for name in labels if name not in names]:
+            raise RecipeError(f"the train rows have the class {strange[0]!r}, which objective.labels does not name: "
+                              f"{nearest(strange[0], names)}", "name every class, or leave objective.labels out")
+        if strange := [name for name in self.class_weights if name not in names]:
+            raise RecipeError(f"objective.class_weights names {strange[0]!r}, which is no class: "
+                              f"{nearest(strange[0], names)}", "name classes of the train rows")
+        if len(names) < (1 if self.task == "multi" else 2):
+            raise RecipeError(f"the train rows have {len(names)} class: {', '.join(names)}",
+                              "there is nothing to tell apart; give rows of at least two classes")
+        return self.model_copy(update={"labels": names})
+
+    def count(self, target: Target) -> float:
+        return float(self._counts(target).sum())
+
+    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+        scores = self._scores(outputs)
+        counts = self._counts(target)
+        if self.task == "regression":
+            errors = (scores[:, 0] - target.labels.to(scores.dtype)).square()
+            return Loss(errors.sum(), counts.sum(), sums(squared_error=errors))
+        if self.task == "multi":
+            each = F.binary_cross_entropy_with_logits(scores, target.labels.to(scores.dtype), reduction="none")
+            right = ((scores > 0) == (target.labels > 0)).all(-1)
+        else:
+            truth = self._truth(target)
+            each, right = F.cross_entropy(scores, truth, reduction="none"), scores.argmax(-1) == truth
+        return Loss((counts.to(scores.dtype) * each).sum(), counts.sum(), sums(accuracy=right))
+
+    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+        scores = self._scores(outputs)
+        if not scores.shape[0]:
+            return {}
+        if self.task == "regression":
+            found, truth = scores[:, 0], target.labels
+            return {"pearson": measures.pearson(found, truth), "spearman": measures.spearman(found, truth)}
+        if self.task == "multi":
+            flags, wanted = scores > 0, target.labels > 0
+            macro, micro = measures.f1((flags & wanted).sum(0), wanted.sum(0), flags.sum(0))
+            return {"f1_macro": macro, "f1_micro": micro}
+        matrix = measures.confusion(self._truth(target), scores.argmax(-1), scores.shape[1])
+        macro, micro = measures.f1(matrix.diagonal(), matrix.sum(1), matrix.sum(0))
+        cells = {f"confusion_{i}_{j}": float(matrix[i, j]) for i, j in matrix.nonzero().tolist()}
+        return {"f1_macro": macro, "f1_micro": micro, "mcc": measures.mcc(matrix), **cells}
+
+    def _scores(self, outputs: Outputs) -> Tensor:
+        scores = outputs.token_scores if self.task == "tokens" else outputs.scores
+        assert scores is not None
+        return wide(scores)
+
+    def _truth(self, target: Target) -> Tensor:
+        """[A] or [P] class numbers."""
+        truth = target.tokens if self.task == "tokens" else target.labels.long()
+        assert bool(((truth >= 0) & (truth < len(self.labels))).all()), "a class that no train row has: data refuses it"
+        return truth
+
+    def _counts(self, target: Target) -> Tensor:
+        """[A], [A, C] or [P] how much each label counts."""
+        if self.task == "regression":
+            return torch.ones_like(target.labels)
+        weights = torch.tensor([self.class_weights.get(name, 1.0) for name in self.labels],
+                               device=target.weights.device)
+        if self.task == "multi":
+            assert target.labels.shape[1:] == weights.shape, "one flag for each class"
+            return weights.expand_as(target.labels)
+        counts = weights[self._truth(target)]
+        return counts * target.weights if self.task == "tokens" else counts
