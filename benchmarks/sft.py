@@ -62,10 +62,10 @@ def probe(base: str) -> dict[str, Any]:
     return found
 
 
-def run(job: Job, python: str, file: Path) -> dict[str, Any]:
+def run(job: Job, python: str, file: Path, module: str = "") -> dict[str, Any]:
     """One side in a fresh process; its progress on stderr, its account as the answer."""
     job.write(file)
-    command = [python, "-m", f"benchmarks.peers.{SIDES[job.side]}", str(file)]
+    command = [python, "-m", f"benchmarks.peers.{module or SIDES[job.side]}", str(file)]
     log: deque[str] = deque(maxlen=60)
     with subprocess.Popen(command, env=environment(), cwd=job.work, text=True, errors="replace",
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:

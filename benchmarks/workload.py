@@ -7,6 +7,7 @@ conversations, which TRL, Unsloth and Luthier all read, so no side needs a conve
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
@@ -34,6 +35,7 @@ class Setting:
     max_length: int = 1024
     seed: int = 0
     data: str = "mix"
+    objective: str = "sft"
     steps: int = 4
     warmup: int = 1
 
@@ -87,6 +89,36 @@ def rows(data: str, count: int, folder: Path) -> list[dict[str, Any]]:
     if len(taken) < count:
         raise SystemExit(f"--data {data} has {len(taken)} rows, and {count} are needed: take fewer steps")
     return taken
+
+
+def pairs(data: str, count: int, folder: Path) -> list[dict[str, Any]]:
+    """The first `count` pairs of HH-RLHF's harmless test rows, as prompt, chosen and rejected conversations.
+
+    Args:
+        data: `hh` in natural order, or only those whose prompt has a share of all their words that is `hh-short` (below
+            0.4), `hh-middle` or `hh-long` (from 0.7 on); the prompt's words are counted once for each answer.
+    """
+    low, high = {"hh": (0.0, 1.0), "hh-short": (0.0, 0.4), "hh-middle": (0.4, 0.7), "hh-long": (0.7, 1.0)}[data]
+    taken = []
+    with (folder / "hh_rlhf_harmless.jsonl").open(encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            chosen, rejected = _turns(row["chosen"]), _turns(row["rejected"])
+            if not (chosen[:-1] == rejected[:-1] and len(chosen) > 1 and chosen[-1] != rejected[-1]
+                    and all(turn["content"] for turn in (*chosen, rejected[-1]))):
+                continue
+            asked = 2 * sum(len(turn["content"].split()) for turn in chosen[:-1])
+            share = asked / (asked + sum(len(turn["content"].split()) for turn in (chosen[-1], rejected[-1])))
+            if low <= share < high:
+                taken.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
+            if len(taken) == count:
+                return taken
+    raise SystemExit(f"--data {data} has {len(taken)} pairs, and {count} are needed: take fewer steps")
+
+
+def _turns(transcript: str) -> list[dict[str, str]]:
+    said = re.split(r"\n\n(Human|Assistant): ?", transcript)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": words.strip()} for who, words in zip(said[::2], said[1::2], strict=True)]
 
 
 def _alpaca(folder: Path) -> Iterator[tuple[str, str]]:

@@ -29,6 +29,7 @@ class Watch:
     """Clock, memory and documents of one side, from the start of its process to the end of its last step."""
 
     job: Job
+    per_example: int = 1  # documents: a pair is two
     steps: list[Account] = field(default_factory=list)
     documents: list[Account] = field(default_factory=list)
     setup_seconds: float | None = None
@@ -61,7 +62,7 @@ class Watch:
 
     def account(self, losses: Sequence[float]) -> None:
         """Write what was measured, a step's own documents beside its times."""
-        size, peak = self.job.setting.batch_size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        size, peak = self.job.setting.batch_size * self.per_example, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         disturbed = (others() - self._quiet[1]) / (time.perf_counter() - self._quiet[0])
         assert len(self.steps) == len(losses) == self.job.steps, (len(self.steps), len(losses), self.job.steps)
         for index, (step, loss) in enumerate(zip(self.steps, losses, strict=True)):
