@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.core.config import Config
-from luthier.core.errors import NotMergeable, RunError
+from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import load_into
 
@@ -30,19 +30,27 @@ class FullConfig(Config):
                                                "(the reference of DPO and PPO); costs one copy in memory")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        return Full(anatomy.model, self.keep_base)
+        return Full(dict(anatomy.model.named_parameters()), self.keep_base)  # tied weights are named once
 
 
 class Full:
-    """Every parameter of the model, by its own name."""
+    """The base's own parameters, all or some, by their own names.
+
+    Args:
+        parameters: what trains.
+        keep_base: whether to keep a copy of what these parameters were, which `disabled` needs.
+    """
 
     scope = None
 
-    def __init__(self, model: nn.Module, keep_base: bool) -> None:
-        self._parameters = dict(model.named_parameters())  # tied weights are named once
-        for parameter in self._parameters.values():
+    def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool) -> None:
+        if few := [name for name, parameter in parameters.items() if not parameter.is_floating_point()]:
+            raise RecipeError(f"{few[0]!r} is kept in few bits, which no gradient can move",
+                              "keep the base whole, or use a method that adds weights of its own (lora, bitfit)")
+        self._parameters = parameters
+        for parameter in parameters.values():
             parameter.requires_grad_(True)
-        self._base = {n: p.detach().clone() for n, p in self._parameters.items()} if keep_base else None
+        self._base = {n: p.detach().clone() for n, p in parameters.items()} if keep_base else None
         self._off = 0
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -70,10 +78,11 @@ class Full:
     def _swap(self) -> None:
         assert self._base is not None
         for name, parameter in self._parameters.items():
-            parameter.data, self._base[name] = self._base[name], parameter.data
+            # A model that was moved has left its copy behind.
+            parameter.data, self._base[name] = self._base[name].to(parameter.device), parameter.data
 
     def merge(self) -> None:
-        raise NotMergeable("a fully tuned model has nothing to merge: its weights are the model",
+        raise NotMergeable("what trained are the base's own weights, so there is nothing to merge into them",
                            "use the run folder itself; it holds the whole model")
 
     unmerge = merge
@@ -85,4 +94,5 @@ class Full:
         load_into(self._parameters, state)
 
     def peft(self) -> dict[str, Any] | None:
+        """None: the run folder holds the whole model."""
         return None

@@ -1,0 +1,141 @@
+"""BitFit: biases alone. Read `full.py`, `hooks.py` and `merging.py` first.
+
+    y = W x + c + b          c: the bias that the module has, if any          b: [out], trained, starts at 0
+
+b is added beside the module, so that the base's bytes never change and no weight has a gradient. Where an architecture
+has biases, training b and training c are the same thing, since their gradients are. Where it has none, as in most
+decoders of today, b is a bias that is created; norms without a bias (root-mean-square norms) get none, because nothing
+in such a norm could hold it once it is merged.
+
+Ben Zaken et al. 2022 (arXiv:2106.10199): section 3 and table 2; `which: paper` is their smaller set, the biases of the
+query and of the MLP's first map.
+
+Learning rate 1e-3: a bias enters every token directly, with no product before it, and there are few of them; the paper
+searched 1e-4 to 1e-3 for encoders, and what starts at zero wants the upper end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError
+from luthier.core.protocols import Anatomy, Site
+from luthier.methods.form import own_form
+from luthier.methods.freeze import norms
+from luthier.methods.hooks import Hooks, load_into
+from luthier.methods.lora import PREFIX, chosen
+from luthier.methods.merging import Merging, own
+
+
+class BitfitConfig(Config):
+    """Settings of BitFit."""
+
+    default_rate: ClassVar[float] = 1e-3
+
+    name: Literal["bitfit"] = "bitfit"
+    which: Literal["all", "paper", "norms"] | tuple[str, ...] = Field(
+        "all", description="all: linear maps of the blocks, and norms that have a bias; paper: the query's and that of "
+                           "the MLP's first map; norms; or roles (q, k, v, o, gate, up, down), endings or expressions")
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Bitfit:
+        return Bitfit(self, places(anatomy, self.which), anatomy.task)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A module and those of its outputs, from `start` up to `end`, that get a bias."""
+
+    name: str
+    module: nn.Module
+    start: int
+    end: int
+    outputs: int
+    norm: bool = False
+
+
+def places(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[Place]:
+    """What `which` names. Raises `RecipeError` where that is nothing."""
+    biased = [Place(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
+              for name, module in norms(anatomy).items() if (bias := own(module, "bias")) is not None]
+    if which == "norms" and not biased:
+        raise RecipeError("method.which: the norms of this model have no biases",
+                          "use all (biases of the linear maps), or the method ln (weights of the norms)")
+    if which == "paper":
+        maps = [_query(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
+        if not maps:
+            raise RecipeError("method.which: no query and no first map of an MLP was found in this model",
+                              "use all, or name the maps by their endings")
+        return maps
+    maps = [] if which == "norms" else [
+        Place(site.name, site.module, 0, site.outputs, site.outputs)
+        for site in chosen(anatomy.sites, "all-linear" if which == "all" else which)]
+    return maps + (biased if which in ("all", "norms") else [])
+
+
+def _query(anatomy: Anatomy, site: Site) -> Place:
+    """A fused map's query part: its first outputs."""
+    end = anatomy.sizes["heads"] * anatomy.sizes["head_dim"] if site.role == "qkv" else site.outputs
+    return Place(site.name, site.module, 0, end, site.outputs)
+
+
+class Bitfit(Merging):
+    """BitFit on a model."""
+
+    def __init__(self, config: BitfitConfig, found: list[Place], task: str) -> None:
+        super().__init__()
+        self.config, self.places, self.task, self.hooks = config, found, task, Hooks()
+        self.scope = self.hooks.scope
+        self._biases = {}
+        for place in found:
+            like = next(p for p in place.module.parameters())
+            # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
+            dtype = torch.promote_types(like.dtype, torch.float32)
+            bias = nn.Parameter(torch.zeros(place.end - place.start, dtype=dtype, device=like.device))
+            self._biases[f"{PREFIX}{place.name}.bitfit"] = bias
+            self.hooks.after(place.module, _adding(place, bias))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._biases
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Every module's bias with the change in it; one is created where there is none."""
+        for place, change in zip(self.places, self._biases.values(), strict=True):
+            old, weight = own(place.module, "bias"), own(place.module, "weight")
+            like = old if old is not None else weight
+            assert like is not None
+            whole = change.new_zeros(place.outputs) if old is None else old.to(change.dtype).clone()
+            whole[place.start:place.end] += change
+            yield place.module, "bias", whole.to(like.dtype if like.is_floating_point() else change.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: bias.detach() for name, bias in self._biases.items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        load_into(self._biases, state)
+
+    def peft(self) -> dict[str, Any] | None:
+        return own_form(self.config, self.task)
+
+
+def _adding(place: Place, bias: nn.Parameter) -> Any:
+    """The change of one place: y [..., out] -> y with the bias added."""
+    def whole(_x: Tensor, y: Tensor) -> Tensor:
+        # A linear map's gradient does not need its output, so it may be written into. A norm's output is another
+        # matter: the family may make it again from the norm's input, by its storage.
+        return y + bias.to(y.dtype) if place.norm else y.add_(bias.to(y.dtype))
+
+    def part(_x: Tensor, y: Tensor) -> Tensor:
+        y[..., place.start:place.end] += bias.to(y.dtype)
+        return y
+
+    return whole if place.end - place.start == place.outputs else part

@@ -1,0 +1,18 @@
+"""The form of our own in which a method is saved that PEFT does not have: the same two files, with the settings inside.
+
+    adapter_config.json         {"peft_type": "LUTHIER", "task_type": ..., "method": {the settings, as in the recipe}}
+    adapter_model.safetensors   what trained, each under `base_model.model.` and the path of the module that it changes
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.core.config import Config
+
+OWN = "LUTHIER"
+
+
+def own_form(config: Config, task: str) -> dict[str, Any]:
+    """The content of adapter_config.json for these settings; `task` is PEFT's name of what the model is for."""
+    return {"peft_type": OWN, "task_type": task, "method": config.model_dump(mode="json"), "inference_mode": True}

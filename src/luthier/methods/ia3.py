@@ -1,0 +1,162 @@
+"""(IA)^3: learned scales on the keys, the values and the inside of the MLP.
+
+Read `full.py`, `hooks.py` and `merging.py` first.
+
+    k <- l_k * k      v <- l_v * v      y = W_down (l_ff * x)          l: one number a feature, starts at 1
+
+The fewest parameters of the methods that change every block. A scale of a linear map's outputs or inputs is a scale of
+its weight's rows or columns (and of its bias), so it merges exactly.
+
+Liu et al. 2022 (arXiv:2205.05638), section 3.3. Where q, k and v are one map, the paper's choice scales its k and v
+parts; a map that is named in `targets` is scaled whole, as PEFT does.
+
+Learning rate 3e-3, the paper's: a scale is about one in size, and must move by tenths to matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.protocols import Anatomy, Site
+from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
+from luthier.methods.lora import PREFIX, chosen, matches
+from luthier.methods.merging import Merging, own
+
+# Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
+PEFT_READ = frozenset({"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+                       "inference_mode", "target_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
+
+
+class Ia3Config(Config):
+    """Settings of (IA)^3."""
+
+    default_rate: ClassVar[float] = 3e-3
+
+    name: Literal["ia3"] = "ia3"
+    targets: Literal["paper"] | tuple[str, ...] = Field(
+        "paper", description="maps whose outputs are scaled: k and v as in the paper, or roles, endings, expressions")
+    feedforward: tuple[str, ...] = Field(("down",), description="linear maps whose inputs are scaled instead, likewise")
+
+    @classmethod
+    def from_peft(cls, adapter: Mapping[str, Any]) -> Ia3Config:
+        """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
+        for key, value in adapter.items():
+            if value and key not in PEFT_READ:
+                raise RunError(f"the adapter was made with {key}={value!r}, which is not read here",
+                               f"train it without {key}")
+        inner = _listed(adapter["feedforward_modules"])
+        outer = [name for name in _listed(adapter["target_modules"]) if name not in inner]
+        return cls.parse({"targets": outer, "feedforward": inner})
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Ia3:
+        if self.targets == "paper":
+            outer = [site for site in anatomy.sites if site.role in ("k", "v", "qkv")]
+            # Where experts share one tensor, the MLP has no map of its own to scale.
+            inner = [site for site in anatomy.sites if any(matches(site, pattern) for pattern in self.feedforward)]
+            if not outer:
+                raise RecipeError("method.targets: no keys and values were found in this model, as maps of their own "
+                                  "or one after another in one map", "name the maps to scale: targets: [ending]")
+        else:
+            inner = chosen(anatomy.sites, self.feedforward)
+            outer = [site for site in chosen(anatomy.sites, self.targets) if site not in inner]
+        skip = anatomy.sizes["heads"] * anatomy.sizes["head_dim"]
+        layers = [Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.targets == "paper" else 0)
+                  for site in outer]
+        return Ia3(layers + [Layer(site, inputs=True) for site in inner], anatomy.task)
+
+
+def _listed(named: str | list[str]) -> list[str]:
+    return [named] if isinstance(named, str) else sorted(named)
+
+
+class Layer:
+    """The scale of one linear map's outputs, all but the first `skip`, or of its inputs."""
+
+    def __init__(self, site: Site, inputs: bool, skip: int = 0) -> None:
+        self.site, self.inputs, self.skip = site, inputs, skip
+        # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
+        dtype = torch.promote_types(site.weight.dtype, torch.float32)
+        size = site.inputs if inputs else site.outputs - skip
+        self.l = nn.Parameter(torch.ones(size, dtype=dtype, device=site.weight.device))
+
+    def scaled(self, x: Tensor) -> Tensor:
+        """x [..., features] scaled, as x + x (l - 1): near one, sixteen bits would round l itself away."""
+        change = (self.l - 1).to(x.dtype)
+        if self.skip:
+            change = torch.cat([change.new_zeros(self.skip), change])
+        return torch.addcmul(x, x, change)
+
+    def after(self, _x: Tensor, y: Tensor) -> Tensor:
+        return self.scaled(y)
+
+    def whole(self) -> Tensor:
+        """The scale of every feature, [features]."""
+        found = self.l.detach()
+        return torch.cat([found.new_ones(self.skip), found]) if self.skip else found
+
+    def saved(self) -> Tensor:
+        """As PEFT keeps it: [1, in] or [out, 1]."""
+        return self.whole()[None] if self.inputs else self.whole()[:, None]
+
+
+class Ia3(Merging):
+    """(IA)^3 on a model."""
+
+    def __init__(self, layers: list[Layer], task: str) -> None:
+        super().__init__()
+        self.layers, self.task, self.hooks = layers, task, Hooks()
+        self.scope = self.hooks.scope
+        for layer in layers:
+            if layer.inputs:
+                self.hooks.before(layer.site.module, layer.scaled)
+            else:
+                self.hooks.after(layer.site.module, layer.after)
+
+    def _named(self) -> dict[str, Layer]:
+        return {f"{PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: layer.l for name, layer in self._named().items()}
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Weights with their rows or columns scaled, and the biases of scaled outputs."""
+        refuse_quantized(layer.site for layer in self.layers)
+        for layer in self.layers:
+            site, scale = layer.site, layer.whole()
+            rows = layer.inputs == site.transposed
+            weight = site.weight.to(scale.dtype) * (scale[:, None] if rows else scale[None])
+            yield site.module, "weight", weight.to(site.weight.dtype)
+            if not layer.inputs and (bias := own(site.module, "bias")) is not None:
+                yield site.module, "bias", (bias.to(scale.dtype) * scale).to(bias.dtype)
+
+    def state(self) -> dict[str, Tensor]:
+        """PEFT's names and shapes; the part of a fused map that is not scaled as ones."""
+        return {name: layer.saved() for name, layer in self._named().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        refuse_misfits(self.state(), state)
+        for name, layer in self._named().items():
+            if not bool((state[name].flatten()[:layer.skip] == 1).all()):
+                raise RunError(f"the saved scales of {layer.site.name!r} change its queries too, as the paper's do not",
+                               "name the map to have it scaled whole: method.targets")
+        for name, layer in self._named().items():
+            layer.l.copy_(state[name].flatten()[layer.skip:])
+
+    def peft(self) -> dict[str, Any] | None:
+        return {
+            "peft_type": "IA3", "task_type": self.task, "target_modules": sorted({la.site.name for la in self.layers}),
+            "feedforward_modules": sorted({layer.site.name for layer in self.layers if layer.inputs}),
+            "fan_in_fan_out": any(layer.site.transposed for layer in self.layers), "init_ia3_weights": True,
+            "inference_mode": True,
+        }

@@ -1,0 +1,66 @@
+"""Merging for methods whose change fits into weights and biases that modules already keep. Read `hooks.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from luthier.methods.hooks import Hooks
+
+
+class Merging:
+    """`merge`, `unmerge` and `disabled` of a method that stands on hooks and says what its merged weights are."""
+
+    hooks: Hooks
+
+    def __init__(self) -> None:
+        self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
+
+    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """(module, name of its parameter, its value with the change in it), one by one as they are put in place."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        assert not self._originals, "merged already"
+        for module, name, value in self.merged():
+            old = own(module, name)
+            self._originals.append((module, name, None if old is None else old.detach().clone()))
+            if old is None:  # a bias where the module had none
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
+            else:
+                old.copy_(value)
+        self.hooks.scope.off += 1
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        assert self._originals, "not merged"
+        for module, name, value in reversed(self._originals):
+            old = own(module, name)
+            if value is None or old is None:
+                module.register_parameter(name, None)
+            else:
+                old.copy_(value)
+        self._originals.clear()
+        self.hooks.scope.off -= 1
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        if self._originals:
+            self.unmerge()
+            try:
+                with self.disabled():
+                    yield
+            finally:
+                self.merge()
+        else:
+            with self.hooks.disabled():
+                yield
+
+
+def own(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A parameter that stands directly in the module."""
+    return dict(module.named_parameters(recurse=False)).get(name)

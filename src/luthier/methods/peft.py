@@ -1,0 +1,207 @@
+"""A bridge to PEFT's own tuners, for those that are not written here: LoHa, LoKr, VeRA, OFT, BOFT, HRA and their like.
+
+Read `full.py` first. The tuner is PEFT's, by its own config; this file only keeps the promises of a method for it:
+
+    method: {name: peft, type: LOHA, config: {r: 8, alpha: 16}}
+
+PEFT puts a module of its own in the place of each one that it changes. While the method is switched off, or merged, the
+base's own modules stand there again, so that the base is the base bit for bit and is saved under its own names. What a
+bank does (part of the tokens, a weight) PEFT's modules cannot, hence `scope` is None.
+
+Learning rate 2e-4, LoRA's, since most of these are its kin. Each tuner has a rate of its own; VeRA, which trains
+vectors alone, wants ten times more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from enum import Enum
+from importlib.util import find_spec
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, nearest
+from luthier.core.protocols import Anatomy
+from luthier.methods.hooks import refuse_misfits
+
+# Tuners that want something of the training loop or of the model's caller which nobody gives them here.
+REFUSED = {
+    "ADALORA": "it must be told of every step, to move its ranks; use lora",
+    "POLY": "it must be told the task of every row",
+    "XLORA": "it is a mixture of adapters that were trained before",
+}
+WHERE_FROM = frozenset({"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
+                        "auto_mapping", "peft_version"})
+
+
+class PeftConfig(Config):
+    """Which of PEFT's tuners, and its settings."""
+
+    default_rate: ClassVar[float] = 2e-4
+
+    name: Literal["peft"] = "peft"
+    type: str = Field("LOHA", description="PEFT's name of the tuner, such as LOHA, LOKR, VERA, OFT")
+    config: dict[str, Any] = Field({}, description="the fields of PEFT's config for it; target_modules: all linear "
+                                                   "maps where left out")
+
+    @field_validator("type")
+    @classmethod
+    def _installed(cls, given: str) -> str:
+        if find_spec("peft") is None:
+            raise MissingExtra("peft", "peft", f"the tuner {given}")
+        return given.upper()
+
+    @classmethod
+    def from_peft(cls, adapter: Mapping[str, Any]) -> PeftConfig:
+        """The tuner that PEFT's adapter_config.json describes."""
+        return cls.parse({"type": adapter["peft_type"], "config": {
+            key: value for key, value in adapter.items() if key not in WHERE_FROM and value is not None}})
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Peft:
+        return Peft(self.theirs(anatomy.task), anatomy, seed)
+
+    def theirs(self, task: str) -> Any:
+        """PEFT's config. Raises `RecipeError` for a tuner or field that PEFT does not know or that cannot work here."""
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KNOWN
+        names = {kind.value: made for kind, made in KNOWN.items()}
+        if self.type not in names:
+            raise RecipeError(f"method.type: PEFT has no tuner {self.type!r}", nearest(self.type, names))
+        if self.type in REFUSED:
+            raise RecipeError(f"method.type: {self.type} cannot be trained here: {REFUSED[self.type]}",
+                              "choose another tuner")
+        if self.config.get("modules_to_save"):
+            raise RecipeError("method.config.modules_to_save: heads come from the objective here", "leave it out")
+        fields = names[self.type].__dataclass_fields__
+        given = dict(self.config)
+        if "target_modules" in fields:
+            given.setdefault("target_modules", "all-linear")
+        if unknown := sorted(given.keys() - fields.keys()):
+            raise RecipeError(f"method.config: {self.type} has no field {unknown[0]!r}", nearest(unknown[0], fields))
+        made = names[self.type](task_type=task, **given)
+        if made.is_prompt_learning:
+            raise RecipeError(f"method.type: {self.type} wraps the call of the model, which stays as it is here",
+                              "use the methods prompt, prefix or ptuning")
+        return made
+
+
+class Peft:
+    """One of PEFT's tuners on a model."""
+
+    scope = None
+
+    def __init__(self, config: Any, anatomy: Anatomy, seed: int) -> None:
+        from peft import get_peft_model
+        self.config, self.base = config, anatomy.model
+        before = dict(self.base.named_modules())
+        with torch.random.fork_rng(devices=[]):  # PEFT draws from the one generator that all share
+            torch.manual_seed(seed)
+            try:
+                self.model: Any = get_peft_model(self.base, config)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                raise RecipeError(f"PEFT cannot put {config.peft_type.value} on this model: {error}",
+                                  "choose other target_modules, or another tuner") from error
+        now = dict(self.base.named_modules())
+        # Path -> the base's own module, and PEFT's in its place.
+        self._own = {name: module for name, module in before.items() if name and now.get(name, module) is not module}
+        self._theirs = {name: now[name] for name in self._own}
+        if anatomy.head is not None and any(module is anatomy.head for module in self._own.values()):
+            raise RecipeError("method.config.target_modules: the output projection's weight is used without a call of "
+                              "its module, where PEFT's would have no effect", "leave it out")
+        self._parameters = {name.replace(".default", ""): parameter
+                            for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        self._off = 0
+        self._originals: dict[str, Tensor] = {}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return self._parameters
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        for path, module in modules.items():
+            parent, _, name = path.rpartition(".")
+            setattr(self.base.get_submodule(parent), name, module)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        if self._originals:
+            self.unmerge()
+            try:
+                with self.disabled():
+                    yield
+            finally:
+                self.merge()
+            return
+        self._off += 1
+        self._put(self._own)
+        try:
+            yield
+        finally:
+            self._off -= 1
+            if not self._off:
+                self._put(self._theirs)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        assert not self._originals, "merged already"
+        originals = {f"{path}.{name}": parameter.detach().clone() for path, module in self._own.items()
+                     for name, parameter in module.named_parameters() if not name.startswith("base_layer")}
+        try:
+            self.model.base_model.merge_adapter()
+        except (ValueError, NotImplementedError, AttributeError) as error:
+            raise NotMergeable(f"PEFT cannot merge {self.config.peft_type.value}: {error}",
+                               "use the adapter as it is") from error
+        self._originals = originals
+        self._put({path: module.get_base_layer() for path, module in self._theirs.items()})
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        assert self._originals, "not merged"
+        self._put(self._theirs)
+        self.model.base_model.unmerge_adapter()
+        for path, module in self._own.items():  # PEFT takes off what it added, which rounding does not undo
+            for name, parameter in module.named_parameters():
+                parameter.copy_(self._originals[f"{path}.{name}"])
+        self._originals = {}
+
+    def state(self) -> dict[str, Tensor]:
+        from peft import get_peft_model_state_dict
+        with self._in_place():
+            return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        from peft import set_peft_model_state_dict
+        refuse_misfits(self.state(), state)
+        with self._in_place():
+            set_peft_model_state_dict(self.model, dict(state))
+
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """PEFT finds its weights in its own modules alone."""
+        assert not self._originals, "merged"
+        self._put(self._theirs)
+        try:
+            yield
+        finally:
+            if self._off:
+                self._put(self._own)
+
+    def peft(self) -> dict[str, Any] | None:
+        return {**_plain(self.config.to_dict()), "inference_mode": True}
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(inner) for inner in value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value.value if isinstance(value, Enum) else value
