@@ -17,7 +17,7 @@ from luthier.core.types import Outputs, Target
 from luthier.objectives import OBJECTIVES
 
 TOKENS = ("sft", "pretrain")
-NAME = pytest.mark.parametrize("name", OBJECTIVES)
+NAME = pytest.mark.parametrize("name", TOKENS)  # the laws of all others: test_objectives_laws.py
 
 
 def case(dtype: torch.dtype = torch.float64, predictions: int = 40) -> tuple[torch.Tensor, Target]:

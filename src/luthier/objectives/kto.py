@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.core.errors import DataError
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import ObjectiveConfig, sums, wide
+from luthier.objectives.base import ObjectiveConfig, sums
 from luthier.objectives.preference import answer_logps
 
 
@@ -48,10 +48,10 @@ class KtoConfig(ObjectiveConfig):
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
         assert outputs.token_logps is not None
         assert outputs.reference_logps is not None
-        logps = answer_logps(wide(outputs.token_logps), target, mean=False)
+        logps = answer_logps(outputs.token_logps, target, mean=False)
         # Detached: where a batch is computed in parts, the reference's parts have no graph to take a gradient back.
-        reference = answer_logps(wide(outputs.reference_logps.detach()), target, mean=False)
-        ratios = logps - reference.to(logps.dtype)
+        reference = answer_logps(outputs.reference_logps.detach(), target, mean=False)
+        ratios = logps - reference
         good, bad, other = target.labels == 1, target.labels == 0, target.labels < 0
         if not bool(other.any()):
             raise DataError("kto: no answer of this batch stands beside another prompt, so the divergence from the "

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import Metrics, ObjectiveConfig, ranked, sums, wide
+from luthier.objectives.base import Metrics, ObjectiveConfig, ranked, sums
 
 
 @dataclass(frozen=True)
@@ -145,11 +145,11 @@ class PreferenceConfig(ObjectiveConfig):
     def pairs(self, outputs: Outputs, target: Target) -> Logps:
         """Every pair of the batch."""
         assert outputs.token_logps is not None
-        policy = answer_logps(wide(outputs.token_logps), target, self.mean)
+        policy = answer_logps(outputs.token_logps, target, self.mean)
         reference = torch.zeros_like(policy)
         if "reference_logps" in self.needs:
             assert outputs.reference_logps is not None
-            reference = answer_logps(wide(outputs.reference_logps).to(policy.dtype), target, self.mean).detach()
+            reference = answer_logps(outputs.reference_logps, target, self.mean).detach()
         table, better = ranked(target)
         group, i, j = better.nonzero(as_tuple=True)
         best, worst = table[group, i], table[group, j]
