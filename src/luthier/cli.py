@@ -206,6 +206,13 @@ def _export(options: argparse.Namespace) -> int:
     return screen.table({"folder": str(folder)}, options.json)
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from luthier.compare import compare
+    run = compare(_only(options, "recipe"), options.methods.split(","), general=options.general, out=options.out,
+                  quiet=options.quiet, **options.settings)
+    return screen.compared(run.path, options.json)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from luthier.doctor import doctor
     return screen.sections(doctor(), options.json)
@@ -271,6 +278,11 @@ COMMANDS: dict[str, Command] = {
         _option("run", metavar="RUN", help="a run folder"),
         _option("--to", choices=("merged", "adapter"), default="merged", help="a whole model, or PEFT's adapter files"),
         _option("--out", metavar="DIR", help="the folder to write; left out: inside the run's"), JSON)),
+    "compare": Command("train one recipe with many methods and set what they gave and cost side by side", _compare, (
+        _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
+        _option("--methods", required=True, metavar="A,B,A+B", help="names of methods; a+b is both together"),
+        _option("--general", metavar="FILE", help="rows of other text, for what was forgotten"),
+        _option("--out", metavar="DIR", help="the folder for the runs and the comparison"), QUIET, JSON)),
     "demo": Command("train the embedded base on the embedded rows: a few minutes on a laptop", _demo, (
         _option("words", nargs="*", metavar="key=value", help="settings laid over the demo's recipe"),
         RUN, QUIET, JSON)),

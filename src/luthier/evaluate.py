@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from luthier import build
 from luthier.core.errors import RecipeError
-from luthier.measure import score
+from luthier.measure import score, with_perplexity
 from luthier.runtime.progress import Progress, status
 from luthier.runtime.run import Run
 from luthier.runtime.step import measure
@@ -54,8 +53,8 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
         batches = build.rows.eval_batches(encoded, build.micro_tokens(made, family.device))
-        results = measure(family, made.objective, batches)
-        results["perplexity"] = math.exp(min(results["nll"], 700.0))
+        results = with_perplexity(measure(family, made.objective, batches,
+                                          attached.disabled if attached else nullcontext))
         if made.evaluate.metrics:
             asked = build.questions(made, family, examples)
             with Progress(len(asked), title="answering", quiet=quiet) as bar:

@@ -5,7 +5,8 @@ Read `scoring.py` first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,6 +39,12 @@ class EvaluateConfig(Config):
             if name not in SCORERS:
                 raise ValueError(f"unknown metric {name!r}: {nearest(name, SCORERS)}")
         return names
+
+
+def with_perplexity(measured: Mapping[str, float]) -> dict[str, float]:
+    """The measures, and e to the power of the mean negative log-likelihood where they have one."""
+    known = {"perplexity": math.exp(min(measured["nll"], 700.0))} if "nll" in measured else {}
+    return {**measured, **known}
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,16 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def compared(folder: Path, json_wanted: bool) -> int:
+    """A comparison of methods."""
+    if json_wanted:
+        print((folder / "comparison.json").read_text(encoding="utf-8"))
+        return 0
+    print((folder / "comparison.md").read_text(encoding="utf-8"))
+    print(f"written: {folder / 'comparison.md'}, comparison.json and comparison.png")
+    return 0
+
+
 # ---------------------------------------------------------------- train
 
 
@@ -96,9 +106,9 @@ def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     if "after" in results:
         before = f"{results['before']:.4g} -> " if results.get("before") is not None else ""
         yield str(results["metric"]), f"{before}{results['after']:.4g}  ({results['examples']} unseen examples)"
-    if "perplexity" in results:
-        before = f"{results['perplexity_before']:.4g} -> " if "perplexity_before" in results else ""
-        yield "perplexity", f"{before}{results['perplexity']:.4g}  (test rows)"
+    if "perplexity" in (tested := results.get("test") or {}) and results.get("metric") != "perplexity":
+        before = f"{results['test_before']['perplexity']:.4g} -> " if "test_before" in results else ""
+        yield "perplexity", f"{before}{tested['perplexity']:.4g}  (test rows)"
     elif perplexity := (results.get("best") or {}).get("eval_perplexity"):
         yield "perplexity", f"{perplexity:.4g} at step {int(results['best']['step'])}"
     share = f"{results['trainable']:,} of {results['parameters']:,} parameters ({results['trainable_share']:.2%})"
