@@ -1,0 +1,238 @@
+"""Preferences and KTO against TRL's own trainers on the same numbers: value and gradient, in float64. Read `cases.py` first.
+
+TRL's methods are called on objects that were never set up; only its model is replaced, by one that returns given numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import replace
+from itertools import permutations
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cases import Case, answers, cases
+from luthier.core.errors import DataError
+from luthier.core.types import Outputs
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.preference import answer_logps, log1mexp
+
+trl = pytest.importorskip("trl")
+RANKS = [[0, 1], [2, 0, 1], [1, 0], [3, 1, 0, 2]]
+
+
+def made(name: str, labels: Any = RANKS, **settings: Any) -> Case:
+    return answers(name, torch.Generator().manual_seed(5), labels, **settings)
+
+
+def pairs(case: Case) -> tuple[list[int], list[int]]:
+    """Every (better, worse) pair of items of one group, found by looking at all of them."""
+    target, items = case.target, range(len(case.target.items))
+    found = [(i, j) for i, j in permutations(items, 2)
+             if target.groups[i] == target.groups[j] and target.labels[i] < target.labels[j]]
+    return [i for i, _ in found], [j for _, j in found]
+
+
+def rows(case: Case, logps: Tensor, items: list[int]) -> tuple[Tensor, Tensor]:
+    """Each item's token log-probabilities as a padded row, and the mask of its tokens with a first column for a prompt."""
+    own = [(case.target.item_of == i).nonzero()[:, 0] for i in items]
+    width = max(len(points) for points in own)
+    values = torch.stack([F.pad(logps[points], (0, width - len(points))) for points in own])
+    mask = torch.stack([F.pad(torch.ones(len(points), dtype=torch.int64), (1, width - len(points))) for points in own])
+    return values, mask
+
+
+def trainer(kind: Any, **settings: Any) -> Any:
+    """A trainer of TRL that knows only what its loss reads."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"), gather=lambda x: x, gather_for_metrics=lambda x: x)
+    bare = kind.__new__(kind)
+    bare.__dict__.update(model=SimpleNamespace(training=True), accelerator=accelerator, aux_loss_enabled=False, _tp_size=1,
+                         _total_train_tokens=0, _metrics=defaultdict(lambda: defaultdict(list)), **settings)
+    return bare
+
+
+def answering(log_probs: Tensor) -> Any:
+    """What TRL's models return where they are asked for log-probabilities."""
+    return SimpleNamespace(log_probs=log_probs, entropy=torch.zeros_like(log_probs), mean_logits=torch.zeros_like(log_probs),
+                           is_top1=torch.ones_like(log_probs, dtype=torch.bool))
+
+
+def trl_dpo(case: Case, loss_type: str) -> tuple[Tensor, dict[str, float]]:
+    """TRL's mean loss over the pairs, and its metrics."""
+    from trl import DPOTrainer
+    best, worst = pairs(case)
+    settings = case.objective
+    made = trainer(DPOTrainer, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
+                   loss_types=[loss_type], loss_weights=[1.0], use_weighting=False, beta=settings.beta,
+                   label_smoothing=dict(settings).get("flipped", 0.0))
+    policy, mask = rows(case, case.outputs.token_logps, best + worst)
+    reference = rows(case, case.outputs.reference_logps, best + worst)[0].sum(1)
+    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
+              "ref_chosen_logps": reference[:len(best)], "ref_rejected_logps": reference[len(best):]}
+    loss = made._compute_loss(lambda **_: answering(policy), inputs, False)
+    return loss, {name: values[-1] for name, values in made._metrics["train"].items()}
+
+
+def trl_cpo(case: Case, loss_type: str, reference: bool, mean: bool) -> Tensor:
+    from trl.experimental.cpo import CPOTrainer
+    made = trainer(CPOTrainer, alpha=0.0, loss_type=loss_type, beta=case.objective.beta,
+                   simpo_gamma=dict(case.objective).get("gamma"), label_smoothing=dict(case.objective).get("flipped", 0.0))
+    logps = case.outputs.token_logps - (case.outputs.reference_logps if reference else 0)
+    sides = [rows(case, logps, items) for items in pairs(case)]
+    return made.cpo_loss(*(values.sum(1) / (mask.sum(1) if mean else 1) for values, mask in sides))[0].mean()
+
+
+def trl_orpo(case: Case) -> Tensor:
+    """TRL's odds ratio; and as the paper has it, the mean over each better answer's tokens."""
+    from trl.experimental.orpo import ORPOTrainer
+    made = trainer(ORPOTrainer, beta=case.objective.beta)
+    best, worst = (values.sum(1) / mask.sum(1) for values, mask in
+                   (rows(case, case.outputs.token_logps, items) for items in pairs(case)))
+    return (-best - made.odds_ratio_loss(best, worst)[0]).mean()
+
+
+ORACLES = {
+    "dpo": lambda case: trl_dpo(case, "sigmoid")[0],
+    "ipo": lambda case: trl_dpo(case, "ipo")[0],
+    "hinge": lambda case: trl_dpo(case, "hinge")[0],
+    "robust": lambda case: trl_dpo(case, "robust")[0],
+    "cdpo": lambda case: trl_cpo(case, "sigmoid", reference=True, mean=False),
+    "simpo": lambda case: trl_cpo(case, "simpo", reference=False, mean=True),
+    "orpo": trl_orpo,
+}
+
+
+def same(case: Case, wanted: Tensor) -> None:
+    """Ours, divided as the step divides it, is `wanted`, and so is its gradient on every token."""
+    loss = case.loss()
+    found = loss.total / case.objective.count(case.target)
+    torch.testing.assert_close(found, wanted.double(), rtol=1e-10, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(x, case.outputs.token_logps)[0] for x in (found, wanted))
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+    assert theirs.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.5])
+@pytest.mark.parametrize("name", ORACLES)
+def test_it_is_trls(name: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "float", Tensor.double)  # TRL rounds ORPO's to float32
+    case = made(name, beta=beta)
+    same(case, ORACLES[name](case))
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_no_two_of_them_are_the_same(name: str) -> None:
+    """The control: another name's formula on the same numbers is far away."""
+    case = made(name, beta=0.5)
+    value = float(case.loss().total / case.loss().count)
+    for other in ORACLES.keys() - {name}:
+        assert abs(value - float(ORACLES[other](made(other, beta=0.5)))) > 1e-3, other
+
+
+@pytest.mark.parametrize("name", ["dpo", "robust"])
+def test_its_metrics_are_trls(name: str) -> None:
+    case = made(name, beta=0.3)
+    theirs = trl_dpo(case, {"dpo": "sigmoid"}.get(name, name))[1]
+    ours = {metric: float(total) / float(n) for metric, (total, n) in case.loss().metrics.items()}
+    names = {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected", "reward_margin": "rewards/margins",
+             "pair_accuracy": "rewards/accuracies", "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected"}
+    assert ours == pytest.approx({name: theirs[other] for name, other in names.items()}, rel=1e-6)
+
+
+def test_weights_scale_log_probabilities_and_prompts_are_nobodys() -> None:
+    case = made("dpo")
+    target = replace(case.target, weights=torch.where(case.target.item_of < 0, 7.0, 2.0))
+    twice = answer_logps(case.outputs.token_logps, target, mean=False)
+    once = answer_logps(case.outputs.token_logps, case.target, mean=False)
+    torch.testing.assert_close(twice, 2 * once)
+    torch.testing.assert_close(answer_logps(case.outputs.token_logps, target, mean=True),
+                               answer_logps(case.outputs.token_logps, case.target, mean=True))
+    assert float(once.sum()) == pytest.approx(float(case.outputs.token_logps[case.target.item_of >= 0].sum()))
+    gradient = torch.autograd.grad(case.loss().total, case.outputs.token_logps)[0]
+    assert not gradient[case.target.item_of < 0].any()
+
+
+def test_a_robust_mean_over_flips_is_dpo() -> None:
+    """What the name promises: over pairs of which a share is flipped, the mean loss is that of the true ones."""
+    right, wrong = made("robust", [[0, 1]], flipped=0.2), made("robust", [[1, 0]], flipped=0.2)
+    flipped = 0.8 * right.loss().total + 0.2 * wrong.loss().total
+    assert float(flipped) == pytest.approx(float(made("dpo", [[0, 1]]).loss().total), rel=1e-12)
+
+
+def test_log1mexp_is_exact_at_both_ends() -> None:
+    x = [-1e-12, -0.5, -0.7, -30.0]
+    wanted = [math.log1p(-math.exp(v)) if v < -0.1 else math.log(-math.expm1(v)) for v in x]
+    torch.testing.assert_close(log1mexp(torch.tensor(x, dtype=torch.float64)), torch.tensor(wanted, dtype=torch.float64),
+                               rtol=1e-12, atol=2e-16)
+    assert log1mexp(torch.zeros(1)).isfinite()
+
+
+@pytest.mark.parametrize("name", [*ORACLES, "reward"])
+def test_an_answer_alone_is_refused(name: str) -> None:
+    case = made("dpo", [[0, 1], [0]])
+    objective, outputs = OBJECTIVES[name](), replace(case.outputs, scores=torch.zeros(3, 1))
+    for call in (lambda: objective.count(case.target), lambda: objective(outputs, case.target)):
+        with pytest.raises(DataError, match="at least two"):
+            call()
+    tied = replace(case.target, labels=torch.zeros(3))
+    with pytest.raises(DataError, match="same rank"):
+        objective.count(tied)
+
+
+# ---------------------------------------------------------------- kto
+
+
+def trl_kto(case: Case) -> Tensor:
+    from trl import KTOTrainer
+    settings, labels = case.objective, case.target.labels
+    made = trainer(KTOTrainer, calculate_KL=True, loss_type="kto", precompute_ref_logps=True, beta=settings.beta,
+                   desirable_weight=settings.good_weight, undesirable_weight=settings.bad_weight)
+    judged, other = ((labels >= 0).nonzero()[:, 0].tolist(), (labels < 0).nonzero()[:, 0].tolist())
+    given: dict[str, Any] = {"label": labels[judged] == 1}
+    runs = []
+    for prefix, items in (("", judged), ("KL_", other)):
+        values, mask = rows(case, case.outputs.token_logps, items)
+        runs.append((mask, values))
+        given |= {f"{prefix}input_ids": torch.full_like(mask, len(runs)), f"{prefix}completion_mask": mask,
+                  f"{prefix}attention_mask": torch.ones_like(mask),
+                  f"ref_{prefix}logps": rows(case, case.outputs.reference_logps, items)[0].sum(1)}
+
+    def model(input_ids: Tensor, **_: Any) -> Any:
+        return answering(runs[int(input_ids[0, 0]) - 1][1])
+
+    return made._compute_loss(model, given, False)
+
+
+@pytest.mark.parametrize(("labels", "lifted"), [([[1, -1], [0, -1], [0, -1], [1, -1], [0, -1]], 0.0), ([[1, -1], [0, -1]], 2.0),
+                                                ([[0, -1], [0, -1]], 2.0)])
+def test_kto_is_trls(labels: Any, lifted: float) -> None:
+    case = made("kto", labels, good_weight=1.5, bad_weight=0.7, beta=0.4)
+    below = case.outputs.reference_logps - 1.0 * (lifted == 0.0)  # z0 above 0, or clamped to it
+    case = replace(case, outputs=replace(case.outputs, reference_logps=below + lifted))
+    same(case, trl_kto(case))
+    z0 = float(case.loss().metrics["kl_estimate"][0])
+    assert (z0 > 0) == (lifted == 0.0)
+    gradient = torch.autograd.grad(case.loss().total, case.outputs.token_logps)[0]
+    judged = (case.target.labels[case.target.item_of] >= 0) & (case.target.item_of >= 0)
+    assert not gradient[~judged].any(), "z0 has no gradient"
+    assert gradient[judged].all()
+
+
+def test_kto_without_a_mismatched_answer_is_refused() -> None:
+    with pytest.raises(DataError, match="another prompt"):
+        made("kto", [[1], [0]]).loss()
+
+
+def test_kto_s_reference_asks_for_no_gradient() -> None:
+    """A batch that is computed in parts has leaves for all outputs; the reference's have no graph behind them."""
+    case = cases()["kto"]
+    leaves = {name: t.detach().requires_grad_() for name, t in case.outputs.tensors().items()}
+    case.objective(Outputs(**leaves), case.target).total.backward()
+    assert leaves["token_logps"].grad is not None
+    assert leaves["reference_logps"].grad is None
