@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -51,12 +51,25 @@ class TrainingConfig(Config):
     trackers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
 
 
+class Rolling(Protocol):
+    """A feed whose batches are made by the model that learns; it has a word to say about them."""
+
+    def heard(self, numbers: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
+        """Told after each step how to learn what it measured; what it answers joins the step's line."""
+        ...
+
+    def judged(self) -> Mapping[str, float]:
+        """Its own measures on held-out rows, `loss` among them; empty where it holds none out."""
+        ...
+
+
 @dataclass
 class Job:
     """The objects of one training, chosen elsewhere.
 
     Args:
         reference: makes the context in which the model is the reference of the objective; None where there is none.
+        rolling: the feed once more, if it makes its batches with the model.
         log: told (step, metrics) for every line of metrics.jsonl.
         show: told (step, metrics) for the progress display.
         warn: told a sentence that the user should read.
@@ -74,6 +87,7 @@ class Job:
     folder: Path
     log: Callable[[int, Mapping[str, float]], None]
     reference: Reference | None = None
+    rolling: Rolling | None = None
     show: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
     warn: Callable[[str], None] = lambda sentence: None
     stop: Callable[[], str] = lambda: ""
@@ -111,7 +125,8 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
         stepped = step(job.family, job.objective, next(job.feed), optimizer, lambda: _autocast(job), job.reference)
         summary.steps += 1
         summary.tokens += stepped.tokens
-        line = _Line(summary.steps, stepped, rate, began)
+        said = job.rolling.heard(stepped.numbers) if job.rolling else {}
+        line = _Line(summary.steps, stepped, rate, began, said)
         if waiting:
             _report(job, waiting)
         waiting = line
@@ -161,13 +176,14 @@ class _Line:
     stepped: Stepped
     rate: float
     clock: _Clock
+    said: Mapping[str, float]
 
 
 def _report(job: Job, line: _Line) -> None:
     numbers = line.stepped.numbers()  # waits for the device
     seconds = line.clock.wall()
     metrics = {
-        **numbers, "learning_rate": line.rate, "tokens": line.stepped.tokens,
+        **numbers, **line.said, "learning_rate": line.rate, "tokens": line.stepped.tokens,
         "examples": line.stepped.examples, "micro_batches": line.stepped.micro_batches, "step_seconds": seconds,
         "user_seconds": line.clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
         "peak_memory_gb": peak_gb(job.family.device),
@@ -182,8 +198,8 @@ def _report(job: Job, line: _Line) -> None:
 def _evaluate(job: Job, summary: Summary) -> bool:
     """Measure the held-out batches; whether this was the best so far."""
     job.family.train(False)
-    metrics = {f"eval_{name}": value for name, value in measure(job.family, job.objective, job.held_out,
-                                                                          job.reference).items()}
+    found = job.rolling.judged() if job.rolling else measure(job.family, job.objective, job.held_out, job.reference)
+    metrics = {f"eval_{name}": value for name, value in found.items()}
     job.family.train(True)
     if "eval_nll" in metrics:
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_nll"], 700.0))

@@ -1,0 +1,199 @@
+"""What an answer is worth: built-in rewards, a user's function, an HTTP endpoint. Read `scoring.py` first.
+
+A reward is a function of several answers at once to as many numbers. Whatever goes wrong in one is a `RunError` that
+names the prompt: a run that learned from a broken reward would be worse than one that stopped.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib import error as http
+from urllib import request
+
+from luthier.core.errors import DataError, LuthierError, RecipeError, RunError, nearest
+from luthier.core.examples import Origin
+from luthier.rollout.sandbox import Limits, passed
+from luthier.scoring import SCORERS
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, as a reward sees it.
+
+    Args:
+        prompt, text: decoded, without special tokens.
+        facts: what the row of the prompt said besides: `reference`, `tests`, ...
+        ids: tokens of the prompt; `tokens`: of the answer, the one that ended it included.
+        finished: whether it ended by itself.
+    """
+
+    prompt: str
+    text: str
+    origin: Origin
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    ids: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    finished: bool = True
+
+
+Reward = Callable[[Sequence[Answer]], Sequence[float]]
+Judge = Callable[[str, Mapping[str, Any], float], float]  # (answer, facts, seconds) -> reward
+
+
+def judged(answers: Sequence[Answer], rewards: Sequence[tuple[Reward, float]]) -> list[float]:
+    """The weighted sum of several rewards for each answer. Raises `RunError` for one that is no finite number."""
+    totals = [0.0] * len(answers)
+    for reward, weight in rewards:
+        found = list(reward(answers))
+        if len(found) != len(answers):
+            raise RunError(f"the reward gave {len(found)} numbers for {len(answers)} answers, the first to "
+                           f"{_shown(answers[0])}", "give one number for each answer, in their order")
+        for i, (answer, value) in enumerate(zip(answers, found, strict=True)):
+            if isinstance(value, bool | int | float) and math.isfinite(value):
+                totals[i] += weight * value
+                continue
+            raise RunError(f"the reward of an answer to {_shown(answer)} is {value!r}, not a finite number; the answer "
+                           f"was {answer.text[:80]!r}", "mend the reward so that every answer, however odd, has one")
+    return totals
+
+
+def _shown(answer: Answer) -> str:
+    return f"{answer.prompt[-80:]!r} ({answer.origin})"
+
+
+# ---------------------------------------------------------------- built in
+
+
+def named(name: str, timeout: float) -> Reward:
+    """A built-in reward, or a user's ``module:name`` or ``file.py:name``. Raises `RecipeError` where there is none."""
+    if name in BUILT_IN:
+        judge = BUILT_IN[name]
+
+        def each(answers: Sequence[Answer]) -> list[float]:
+            return [_told(judge, answer, name, timeout) for answer in answers]
+        return each
+    if ":" not in name:
+        raise RecipeError(f"there is no reward {name!r}", f"{nearest(name, BUILT_IN)}; or write module:function")
+    return from_function(_imported(name), name)
+
+
+def _told(judge: Judge, answer: Answer, name: str, timeout: float) -> float:
+    try:
+        return judge(answer.text, answer.facts, timeout)
+    except DataError as error:
+        raise RunError(f"the reward {name!r} cannot judge answers to {_shown(answer)}: {error.what}",
+                       error.remedy) from error
+
+
+def _fact(facts: Mapping[str, Any], name: str) -> Any:
+    if name not in facts:
+        raise DataError(f"the row has no {name!r}, only {', '.join(facts) or 'a prompt'}",
+                        f"give every row a column {name!r}, or choose a reward that needs none")
+    return facts[name]
+
+
+def _scored(name: str) -> Judge:
+    return lambda text, facts, _: SCORERS[name](text, str(_fact(facts, "reference")))
+
+
+def _length(text: str, facts: Mapping[str, Any], _: float) -> float:
+    """1 at the row's `length` in words, falling to 0 at none and at twice as many."""
+    wanted = _fact(facts, "length")
+    if not isinstance(wanted, int | float) or wanted <= 0:
+        raise DataError(f"`length` is {wanted!r}, and the reward of that name wants a number of words above 0",
+                        "mend the row")
+    return max(0.0, 1 - abs(len(text.split()) - wanted) / wanted)
+
+
+def _code_tests(text: str, facts: Mapping[str, Any], timeout: float) -> float:
+    """The share of the row's `tests` (one Python text or a list of them) that pass on the code in the answer."""
+    tests = _fact(facts, "tests")
+    listed = [tests] if isinstance(tests, str) else list(tests)
+    if not listed:
+        raise DataError("`tests` is empty", "give the row tests, such as `assert double(2) == 4`")
+    return sum(passed(code_in(text), test, Limits(seconds=timeout)) for test in listed) / len(listed)
+
+
+def code_in(text: str) -> str:
+    """The first fenced block of an answer, or all of it."""
+    _, fence, rest = text.partition("```")
+    if not fence:
+        return text
+    first, _, block = rest.partition("\n")
+    return (block if first.strip().isalnum() or not first.strip() else rest).partition("```")[0]
+
+
+BUILT_IN: dict[str, Judge] = {**{name: _scored(name) for name in SCORERS}, "length": _length, "code_tests": _code_tests}
+
+
+# ---------------------------------------------------------------- a user's own
+
+
+def from_function(function: Callable[..., Any], name: str) -> Reward:
+    """``function(prompts, answers, facts) -> rewards`` as a reward; what it raises becomes a `RunError`."""
+
+    def reward(answers: Sequence[Answer]) -> Sequence[float]:
+        try:
+            found = function([a.prompt for a in answers], [a.text for a in answers], [dict(a.facts) for a in answers])
+            return [float(value) for value in found]
+        except LuthierError:
+            raise
+        except Exception as error:
+            raise RunError(f"the reward {name!r} raised {type(error).__name__}: {error}; its first prompt was "
+                           f"{_shown(answers[0])}", "mend it so that it gives a number to every answer") from error
+    return reward
+
+
+def _imported(name: str) -> Callable[..., Any]:
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            found = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert found is not None
+            assert found.loader is not None
+            module = importlib.util.module_from_spec(found)
+            found.loader.exec_module(module)
+        else:
+            sys.path.insert(0, str(Path.cwd()))
+            try:
+                module = importlib.import_module(place)
+            finally:
+                sys.path.pop(0)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise RecipeError(f"the reward {name!r} cannot be imported: {error}",
+                          "name a module that Python finds from here, or a file: rewards.py:function") from error
+    if not callable(function := vars(module).get(attribute)):
+        raise RecipeError(f"{place!r} defines no function {attribute!r}", nearest(attribute, [
+            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]))
+    return function
+
+
+def endpoint(url: str, timeout: float) -> Reward:
+    """An address sent ``{"prompts": [...], "answers": [...], "facts": [...]}`` to give ``{"rewards": [...]}``."""
+    if not url.startswith(("http://", "https://")):
+        raise RecipeError(f"reward.url: {url!r} is no http:// or https:// address", "write it out whole")
+
+    def reward(answers: Sequence[Answer]) -> Sequence[float]:
+        said = {"prompts": [a.prompt for a in answers], "answers": [a.text for a in answers],
+                "facts": [dict(a.facts) for a in answers]}
+        asked = request.Request(url, json.dumps(said, default=str).encode(), {"Content-Type": "application/json"})
+        try:
+            with request.urlopen(asked, timeout=timeout) as response:
+                return [float(value) for value in json.load(response)["rewards"]]
+        except http.HTTPError as error:
+            why = f"it answered {error.code} {error.reason}"
+        except OSError as error:  # refused, unknown, too late
+            why = str(error) or type(error).__name__
+        except (ValueError, KeyError, TypeError) as error:
+            why = f"its answer is not {{\"rewards\": [numbers]}} ({type(error).__name__}: {error})"
+        raise RunError(f"the reward at {url} could not be had for {_shown(answers[0])}: {why}",
+                       "look after that service, then go on with --resume")
+    return reward
