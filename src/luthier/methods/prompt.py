@@ -1,0 +1,172 @@
+"""Prompt tuning: N virtual tokens before every text, whose embeddings alone train. Read `full.py` first.
+
+    rows of embeddings  [e(x_1), ..., e(x_L)]  ->  [p_1, ..., p_N, e(x_1), ..., e(x_L)]          p: [N, D], trained
+
+Lester et al. 2021 (arXiv:2104.08691), section 2. The p start as the embeddings of real words (section 3.2): a random
+start lies where no word ever was, and what the layers make of such a place hardly depends on it, so that it learns late
+or not at all.
+
+Learning rate 0.05, in units of the embeddings: `rate` is the root mean square of the base's embeddings, since Adam
+moves every entry by about the rate at each step, whatever the gradient's size. A base whose embeddings are of size 0.1
+thus learns at 0.005, one of size 2 at 0.1, and both go the same way relative to their words: a twentieth of a word's
+size a step, for prompts must go far (the paper's 0.3, with Adafactor, is of the same kind) and nothing else helps them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import NotMergeable, RecipeError
+from luthier.core.protocols import Anatomy, Ports, Scope
+from luthier.methods.hooks import load_into
+
+EMBEDDINGS = "prompt_embeddings"  # PEFT's name of all that it keeps of virtual tokens
+COMMON = 5000  # words to start from are drawn from so many first entries of the vocabulary, the most frequent ones
+Init = Literal["words", "random"]
+TEXT = "start from this text, repeated or cut to length, instead of words that are drawn"
+
+
+class Words(Config):
+    """Settings that all virtual tokens share."""
+
+    tokens: int = Field(20, ge=1, description="how many virtual tokens; each takes a place of the context")
+    init: Init = Field("words", description="start as real words, or at random (learns late)")
+    text: str | None = Field(None, min_length=1, description=TEXT)
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if self.text is not None and self.init == "random":
+            raise ValueError("text is a start from words: set init: words, or leave the text out")
+        return self
+
+
+class PromptConfig(Words):
+    """Settings of prompt tuning."""
+
+    default_rate: ClassVar[float] = 0.05
+
+    name: Literal["prompt"] = "prompt"
+
+    @classmethod
+    def from_peft(cls, adapter: Mapping[str, Any]) -> PromptConfig:
+        """The settings that PEFT's adapter_config.json describes."""
+        return cls(tokens=adapter["num_virtual_tokens"])
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Prompt:
+        start, scale = embedded_words(anatomy, self, seed)
+        return Prompt(anatomy, start, scale)
+
+
+# ---------------------------------------------------------------- where virtual tokens start
+
+
+def ports_of(anatomy: Anatomy) -> Ports:
+    """Where virtual tokens enter. Raises `RecipeError` where they cannot."""
+    if anatomy.ports is None:
+        raise RecipeError("this base has no place for virtual tokens: its family computes positions or pictures that "
+                          "nothing can be put before", "use lora or another method that changes its layers")
+    return anatomy.ports
+
+
+def word_ids(anatomy: Anatomy, config: Words, seed: int) -> list[int]:
+    """N token ids to start from: those of the text, or frequent words drawn without repetition while they last."""
+    n, tokenizer = config.tokens, anatomy.tokenizer
+    if config.text is not None:
+        ids = list(tokenizer(config.text, add_special_tokens=False)["input_ids"])
+        if not ids:
+            raise RecipeError(f"method.text {config.text!r} has no tokens", "give words to start from")
+        return (ids * (n // len(ids) + 1))[:n]
+    special = set(tokenizer.all_special_ids)
+    common = [i for i in range(min(anatomy.sizes["vocabulary"], COMMON)) if i not in special]
+    found = [i for i in common if tokenizer.decode([i]).strip().isalpha()] or common
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [found[i] for i in (order * (n // len(order) + 1))[:n]]
+
+
+@torch.no_grad()
+def embedded_words(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, float]:
+    """[N, D] embeddings to start from, and the root mean square of an entry of real words' embeddings."""
+    weight = next(anatomy.embedding.parameters())
+    ids = torch.tensor(word_ids(anatomy, config, seed), device=weight.device)
+    real = wide(anatomy.embedding(ids))
+    scale = rms(real)
+    if config.init == "random":
+        real = scale * noise(real.shape, seed).to(real)
+    return real, scale
+
+
+def wide(x: Tensor) -> Tensor:
+    """A copy to train: in float32 or wider, whatever the base is kept in; small updates vanish in sixteen bits."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
+
+
+def rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
+
+
+def noise(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
+    """Standard normal numbers, the same on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---------------------------------------------------------------- on a model
+
+
+class Standing:
+    """What all virtual tokens on a model share: their switch, and that they cannot be folded into weights."""
+
+    def __init__(self) -> None:
+        self.scope = Scope()
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return self.scope.disabled()
+
+    def merge(self) -> None:
+        raise NotMergeable("virtual tokens stand beside the words, in no weight of the base that could hold them",
+                           "use the run folder as it is (PEFT loads it), or tune with lora for a model of its own")
+
+    unmerge = merge
+
+
+class Prompt(Standing):
+    """Prompt tuning on a model."""
+
+    def __init__(self, anatomy: Anatomy, start: Tensor, scale: float) -> None:
+        super().__init__()
+        self.embeddings, self._scale = nn.Parameter(start), scale
+        self._form = peft_form(anatomy, len(start))
+        ports_of(anatomy).prompt(self.virtual, self.scope)
+
+    def virtual(self) -> Tensor:
+        """[N, D] the virtual tokens' embeddings."""
+        return self.embeddings
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {EMBEDDINGS: self.embeddings}
+
+    def rate(self, name: str) -> float:
+        return self._scale
+
+    def state(self) -> dict[str, Tensor]:
+        return {EMBEDDINGS: self.embeddings.detach()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        load_into(self.parameters(), state)
+
+    def peft(self) -> dict[str, Any] | None:
+        return {"peft_type": "PROMPT_TUNING", **self._form, "prompt_tuning_init": "RANDOM"}
+
+
+def peft_form(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
+    """What PEFT's adapter_config.json says of all virtual tokens."""
+    sizes = anatomy.sizes
+    return {"task_type": anatomy.task, "num_virtual_tokens": tokens, "token_dim": sizes["hidden"],
+            "num_transformer_submodules": 1, "num_attention_heads": sizes["heads"], "num_layers": sizes["layers"],
+            "inference_mode": True}

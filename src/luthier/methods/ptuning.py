@@ -1,0 +1,159 @@
+"""P-tuning: a prompt that an encoder makes, so that its virtual tokens move together. Read `prompt.py` first.
+
+    p = w + s F(z)          z: [N, D] trained   F: an encoder, trained   w: [N, D] words' embeddings, fixed
+
+F is a bidirectional LSTM with an MLP on it (Liu et al. 2021, arXiv:2103.10385, equation 3), or the MLP of three maps
+that PEFT and NeMo use. Where the paper starts with an untrained F alone (`init: random`, w = 0), here its last map
+starts at zero: p starts as real words, for the reason given in `prompt.py`. s is the size of the base's embeddings, so
+that F's weights have the size that any network's have.
+
+Only p counts once training is over: the saved file holds p, as PEFT's does. What training needs besides is kept in
+the checkpoints, under names that begin with `training.`, which are left out of the file.
+
+Learning rate 1e-3: that of any small network under Adam. The encoder multiplies each step (its last map alone moves an
+entry of p by about the rate times the square root of its width times s), so it needs far less than a bare prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.core.protocols import TRAINING, Anatomy
+from luthier.methods.hooks import load_into, refuse_misfits
+from luthier.methods.prompt import EMBEDDINGS, Standing, Words, embedded_words, peft_form, ports_of
+
+
+class PTuningConfig(Words):
+    """Settings of P-tuning."""
+
+    default_rate: ClassVar[float] = 1e-3
+
+    name: Literal["ptuning"] = "ptuning"
+    encoder: Literal["mlp", "lstm"] = Field("mlp", description="what makes the virtual tokens: three maps, or an LSTM")
+    hidden: int | None = Field(None, ge=1, description="width of the encoder; left out: the base's own")
+
+    @classmethod
+    def from_peft(cls, adapter: Mapping[str, Any]) -> PTuningConfig:
+        """The settings that PEFT's adapter_config.json describes; its file holds the encoder's result alone."""
+        kind = str(adapter.get("encoder_reparameterization_type") or "MLP").rsplit(".", 1)[-1].lower()
+        return cls.parse({"tokens": adapter["num_virtual_tokens"], "encoder": kind,
+                          "hidden": adapter.get("encoder_hidden_size")})
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> PTuning:
+        words, scale = embedded_words(anatomy, self, seed)
+        encoder = seeded(seed, lambda: Encoder(self.encoder, words.shape, self.hidden or words.shape[1], self.init))
+        return PTuning(anatomy, self, encoder.to(words), torch.zeros_like(words) if self.init == "random" else words,
+                       torch.tensor(scale).to(words))
+
+
+def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+    """What `make` draws from the global generator at this seed; the generator itself stays where it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+class Encoder(nn.Module):
+    """F(z): [N, D], with PEFT's names for its parts."""
+
+    def __init__(self, kind: str, shape: torch.Size, hidden: int, init: str) -> None:
+        super().__init__()
+        tokens, width = shape
+        self.embedding = nn.Embedding(tokens, width)
+        if kind == "lstm":
+            self.lstm_head = nn.LSTM(width, hidden, num_layers=2, bidirectional=True, batch_first=True)
+            self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+        else:
+            self.mlp_head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                                          nn.Linear(hidden, width))
+        self.kind = kind
+        if init == "words":
+            last = self.mlp_head[-1]
+            assert isinstance(last, nn.Linear)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self) -> Tensor:
+        z: Tensor = self.embedding.weight
+        made: Tensor = self.mlp_head(self.lstm_head(z[None])[0][0] if self.kind == "lstm" else z)
+        return made
+
+
+class Folding(Standing):
+    """Virtual tokens that a network makes while they train: ``start + scale * encoder()``, any shape.
+
+    After `load` of a saved file, which holds the result alone, that result is all there is, and would train as such.
+
+    Args:
+        encoder: makes the change.
+        start: what it is added to.
+        scale: broadcasts over the result.
+    """
+
+    def __init__(self, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.encoder, self.start, self.scale = encoder, start, scale
+        self.folded: nn.Parameter | None = None
+
+    def virtual(self) -> Tensor:
+        if self.folded is not None:
+            return self.folded
+        made: Tensor = self.start + self.scale * self.encoder()
+        return made
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        if self.folded is not None:
+            return {EMBEDDINGS: self.folded}
+        return {TRAINING + name: parameter for name, parameter in self.encoder.named_parameters()}
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    def state(self) -> dict[str, Tensor]:
+        with torch.no_grad():
+            made = {EMBEDDINGS: self.flat(self.virtual()).detach()}
+        return made if self.folded is not None else made | self._training()
+
+    def _training(self) -> dict[str, Tensor]:
+        """What going on needs besides the result."""
+        own = {TRAINING + name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
+        return {**own, f"{TRAINING}start": self.start, f"{TRAINING}scale": self.scale}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        wanted = {EMBEDDINGS: self.flat(self.start)}
+        if state.keys() == wanted.keys():
+            refuse_misfits(wanted, state)
+            self.folded = nn.Parameter(self.unflat(state[EMBEDDINGS].to(self.start, copy=True)))
+            return
+        refuse_misfits(wanted | self._training(), state)
+        self.folded, self.start, self.scale = None, *(state[TRAINING + n].to(self.start, copy=True)
+                                                      for n in ("start", "scale"))
+        load_into(self.parameters(), {name: state[name] for name in self.parameters()})
+
+    def flat(self, virtual: Tensor) -> Tensor:
+        """As PEFT's file has them: one row for each virtual token."""
+        return virtual
+
+    def unflat(self, rows: Tensor) -> Tensor:
+        """`flat` undone."""
+        return rows
+
+
+class PTuning(Folding):
+    """P-tuning on a model."""
+
+    def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
+                 scale: Tensor) -> None:
+        super().__init__(encoder, start, scale)
+        self._form = peft_form(anatomy, len(start)) | {
+            "encoder_hidden_size": config.hidden or start.shape[1],
+            "encoder_reparameterization_type": config.encoder.upper()}
+        ports_of(anatomy).prompt(self.virtual, self.scope)
+
+    def peft(self) -> dict[str, Any] | None:
+        return {"peft_type": "P_TUNING", **self._form}
