@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,7 +14,7 @@ from luthier import build
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded
-from luthier.measure import Question, Scored, score
+from luthier.measure import Question, Scored, score, with_perplexity
 from luthier.runtime import checkpoint, ranks
 from luthier.runtime.disk import explained
 from luthier.runtime.loop import Job, Summary, fit, total_steps
@@ -24,7 +23,7 @@ from luthier.runtime.progress import Progress, status
 from luthier.runtime.random import seed_everything
 from luthier.runtime.run import Run, loss_picture
 from luthier.runtime.signals import interruptible
-from luthier.runtime.step import measure
+from luthier.runtime.step import Reference, measure
 from luthier.runtime.track import JsonLines, Tracker, demand, open_trackers
 
 
@@ -72,7 +71,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base.device))
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
-    attached = build.with_heads(base, build.attach(base, made.method, made.seed), made.objective, made.seed)
+    attached, reference = build.begin(made, base)
     if not resume or ranks.rank() > 0:
         out.begin(build.dump(made), build.provenance(made))
     if not saved:
@@ -80,23 +79,24 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     for line in found.report.lines():
         _say(quiet, line)
     share = trainable_share(base, attached)
-    _say(quiet, f"{made.method.name} trains {share['trainable']:,} of {share['parameters']:,} parameters "
+    _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_share']:.2%})")
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     results: dict[str, Any] = share | (run.results if resume else {})
-    if made.evaluate.before and not {"before", "perplexity_before"} & results.keys():
-        results |= _before(out, made, base, found.test, asked, quiet)
+    if made.evaluate.before and not {"before", "test_before"} & results.keys():
+        with _untrained(reference):
+            results |= _before(out, made, base, found.test, asked, reference, quiet)
     out.write("results.json", results)
     trackers = _trackers(out, made, saved, share)
     job = Job(base, attached, made.objective, build.feed(made, base, found), build.held_out(made, base, found),
               made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
-              reference=attached.disabled, log=_to_all(*trackers),
+              reference=reference, log=_to_all(*trackers),
               warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
     summary = _fit(job, trackers, saved, quiet)
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with explained(run.path):
-        _finish(out, made, base, attached, summary, found.test, asked, results, quiet)
+        _finish(out, made, job, summary, found.test, asked, results, quiet)
 
 
 @contextmanager
@@ -107,6 +107,10 @@ def _written(run: Run) -> Iterator[Run]:
         return
     with TemporaryDirectory() as folder:
         yield Run(Path(folder) / "run")
+
+
+# Measures of an objective on rows that it has not seen, the first that it has standing for the rest in results.json.
+HEADLINES = ("perplexity", "spearman", "accuracy", "mrr", "pair_accuracy", "nll")
 
 
 class Interrupted(RunError):
@@ -175,10 +179,23 @@ def _fit(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | N
         return fit(job, saved)
 
 
+@contextmanager
+def _untrained(reference: Reference) -> Iterator[None]:
+    """The model that the training starts from. A full run without a copy of its base cannot be switched to it, and
+    before its first step need not be."""
+    with ExitStack() as stack:
+        with suppress(RunError):
+            stack.enter_context(reference())
+        yield
+
+
 def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked: Sequence[Question],
-            quiet: bool) -> dict[str, Any]:
-    """What the base is worth, before anything is trained."""
-    results: dict[str, Any] = {"perplexity_before": _perplexity(made, base, test)} if test else {}
+            reference: Reference, quiet: bool) -> dict[str, Any]:
+    """What the model is worth, before anything is trained."""
+    results: dict[str, Any] = {}
+    if test:
+        results["test_before"] = measured = _measured(made, base, test, nullcontext)
+        results |= _headline("before", measured)
     if asked:
         before = _score("the base answers", base, asked, made, quiet)
         results |= {"before": before.scores, "metric": made.evaluate.metrics[0]}
@@ -186,14 +203,17 @@ def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked:
     return results
 
 
-def _finish(run: Run, made: build.Recipe, base: Any, attached: Attached, summary: Summary, test: list[Encoded],
-            asked: Sequence[Question], results: dict[str, Any], quiet: bool) -> None:
+def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list[Encoded], asked: Sequence[Question],
+            results: dict[str, Any], quiet: bool) -> None:
     """Save what was trained, measure it, and write down what came out."""
-    build.save_tuned(run, made, base, attached)
+    base: Any = job.family
+    build.save_tuned(run, made, base, job.attached)
     results |= {"train_seconds": round(summary.seconds, 2), "steps": summary.steps, "train_tokens": summary.tokens,
-                "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device)}
+                "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device),
+                "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results["perplexity"] = _perplexity(made, base, test)
+        results["test"] = measured = _measured(made, base, test, job.reference or nullcontext)
+        results |= _headline("after", measured) | {"examples": len(test)}
     if asked:
         after = _score("the tuned model answers", base, asked, made, quiet)
         results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "examples": len(asked)}
@@ -206,10 +226,17 @@ def _finish(run: Run, made: build.Recipe, base: Any, attached: Attached, summary
     run.write("README.md", card(run, made))
 
 
-def _perplexity(made: build.Recipe, base: Any, test: list[Encoded]) -> float:
+def _measured(made: build.Recipe, base: Any, test: list[Encoded], reference: Reference) -> dict[str, float]:
+    """The objective's own measures of test rows."""
     base.train(False)
     batches = build.rows.eval_batches(test[:made.evaluate.limit], build.micro_tokens(made, base.device))
-    return math.exp(min(measure(base, made.objective, batches)["nll"], 700.0))
+    return with_perplexity(measure(base, made.objective, batches, reference))
+
+
+def _headline(when: str, measured: Mapping[str, float]) -> dict[str, Any]:
+    """The one measure that stands for the rest where no answers are scored."""
+    name = next((name for name in HEADLINES if name in measured), "loss")
+    return {when: measured[name], "metric": name} if measured else {}
 
 
 def _plain(scores: Any, metric: str) -> Any:
@@ -239,7 +266,7 @@ def _checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
 
 def _fresh_name(made: build.Recipe) -> Path:
     """runs/<method>-<base>, numbered where that is taken."""
-    stem = f"{made.method.name}-{Path(made.base.name).stem}"
+    stem = f"{build.method_name(made)}-{Path(made.base.name).stem}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
 
@@ -258,14 +285,17 @@ def card(run: Run, made: build.Recipe) -> str:
     whole = run.adapter["base_model_name_or_path"] if run.adapter else str(run.path)
     load = ["from transformers import AutoModelForCausalLM", "",
             f"model = AutoModelForCausalLM.from_pretrained({whole!r})"]
-    if run.adapter:
+    own = run.adapter is not None and run.adapter.get("peft_type") == "LUTHIER"  # a form that PEFT does not know
+    if own:
+        load = ["from luthier import build", "", f"recipe, base, method = build.open_run(build.Run({str(run.path)!r}))"]
+    elif run.adapter:
         load[1:1] = ["from peft import PeftModel"]
         load += [f"model = PeftModel.from_pretrained(model, {str(run.path)!r})"]
     data = ", ".join(source.path for source in made.data.train)
     return "\n".join([
-        "---", "library_name: peft" if run.adapter else "library_name: transformers", "tags: [luthier]", "---", "",
+        "---", f"library_name: {'luthier' if own else 'peft' if run.adapter else 'transformers'}", "tags: [luthier]", "---", "",
         f"# {run.path.name}", "",
-        f"{kind} that Luthier made from `{made.base.name}` by `{made.method.name}` with the objective "
+        f"{kind} that Luthier made from `{made.base.name}` by `{build.method_name(made)}` with the objective "
         f"`{made.objective.name}` on {data}. `recipe.yaml` holds every setting, version and data digest.", "",
         "| result | value |", "|---|---|", *rows, "", "![loss](loss.png)", "", "```python", *load, "```", "",
     ])

@@ -19,6 +19,8 @@ from luthier.measure import Question
 from luthier.methods.several import Several
 from luthier.objectives import OBJECTIVES
 
+HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
+
 
 def family(config: BaseConfig) -> CausalLM:
     """The base, loaded."""
@@ -37,9 +39,16 @@ def attach(base: CausalLM, method: AnyMethod, seed: int) -> Attached:
     return method.attach(base.anatomy, seed=seed)
 
 
-def with_heads(base: Family, attached: Attached, objective: Objective, seed: int) -> Attached:
-    """The method together with what the objective adds to the base's states."""
-    return Several([attached, base.add(objective.heads, seed)]) if objective.heads else attached
+def with_heads(base: Family, attached: Attached, objective: Objective, seed: int,
+               default_rate: float = HEAD_RATE) -> Attached:
+    """The method together with what the objective adds to the base's states.
+
+    Heads start from nothing, so they train at `HEAD_RATE` whatever the method's own `default_rate`; where a recipe
+    gives another learning rate than the default, theirs moves with it.
+    """
+    if not objective.heads:
+        return attached
+    return Several([attached, base.add(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
 
 
 def fitted(made: Recipe, found: Datasets) -> Recipe:
@@ -59,14 +68,27 @@ def check(made: Recipe, base: CausalLM) -> None:
     if made.data.streaming and not made.training.steps:
         raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
     context = base.anatomy.sizes["context"]
-    if made.data.max_length > context:
+    if made.data.max_length and made.data.max_length > context:
         raise RecipeError(f"data.max_length {made.data.max_length} is longer than the base's context, {context} tokens",
                           f"set data.max_length to {context} or less")
 
 
 def datasets(made: Recipe, base: CausalLM, progress: Any = None) -> Datasets:
-    """Everything the recipe trains and evaluates on."""
-    return rows.load(made.data, base.tokenizer, seed=made.seed, progress=progress)
+    """Everything the recipe trains and evaluates on, as far as this base can read it."""
+    objective, sees = made.objective, "channels" in base.anatomy.sizes
+    reads = frozenset(kind for kind in objective.reads if (kind == "ImageExample") == sees)
+    if not reads:
+        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base takes "
+                          f"{'pictures' if sees else 'text'}", "choose another objective, or another base")
+    return rows.load(_data(made, base), base.tokenizer, seed=made.seed, reads=reads, classes=objective.classes,
+                     flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
+                     others={name: known.reads for name, known in OBJECTIVES.items()}, progress=progress)
+
+
+def _data(made: Recipe, base: CausalLM) -> DataConfig:
+    """The settings of the data; without a `max_length`, that of the base where it is the smaller."""
+    most = min(made.data.most, base.anatomy.sizes["context"])
+    return made.data.model_copy(update={"max_length": made.data.max_length or most})
 
 
 def micro_tokens(made: Recipe, device: torch.device) -> int:
@@ -78,7 +100,8 @@ def feed(made: Recipe, base: CausalLM, found: Datasets) -> Feed:
     """The batches of the run."""
     micro = micro_tokens(made, base.device)
     if made.data.streaming:
-        return Stream(made.data, base.tokenizer, made.training.batch_size, micro, seed=made.seed)
+        return Stream(_data(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
+                      use=found.use)
     return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
                   mix=found.mix)
 

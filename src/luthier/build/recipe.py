@@ -21,14 +21,18 @@ from luthier.core.errors import RecipeError
 from luthier.data import DataConfig
 from luthier.families import BaseConfig
 from luthier.measure import EvaluateConfig
-from luthier.methods import METHODS
+from luthier.methods import METHODS, READERS
+from luthier.methods.form import OWN
 from luthier.methods.lora import LoraConfig
+from luthier.methods.peft import PeftConfig
+from luthier.methods.several import SeveralConfig, parts_of
 from luthier.objectives import OBJECTIVES
 from luthier.runtime.loop import TrainingConfig
 from luthier.runtime.optim import OptimizerConfig
-from luthier.runtime.run import digest
+from luthier.runtime.run import Run, digest
 
-AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), SeveralConfig),  # type: ignore[valid-type]
+                                 Field(discriminator="name")]
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
 # The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
@@ -40,7 +44,7 @@ FREE = ("run", "evaluate.", "base.device", "data.test", "training.micro_tokens",
 
 class Recipe(Config):
     """A whole run as data; one-to-one with a YAML file. `data: file.jsonl`, `method: lora` and the like are short for
-    `data: {train: file.jsonl}` and `method: {name: lora}`."""
+    `data: {train: file.jsonl}` and `method: {name: lora}`; `method: [bitfit, {name: lora, rank: 4}]` is both."""
 
     base: BaseConfig = Field(BaseConfig(), description="the pretrained model")
     method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
@@ -50,11 +54,17 @@ class Recipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = Field(0, ge=0, description="of everything random")
+    start: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is the "
+                                                "reference; base and method are that run's")
     run: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
 
     @field_validator("base", "method", "objective", mode="before")
     @classmethod
     def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "method" and isinstance(given, list | tuple):
+            if not given:
+                raise ValueError("an empty list trains nothing; name a method")
+            given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
         if isinstance(given, dict):  # settings without a name are those of the default
             return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
         return {"name": given} if isinstance(given, str) else given
@@ -76,7 +86,42 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
     for key, value in (settings or {}).items():
         if value is not None:
             raw = _laid(raw, key.split("."), value)
-    return Recipe.parse(raw)
+    return Recipe.parse(_started(raw))
+
+
+def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe that starts from a run takes from it the base and the method that it does not name itself."""
+    start = raw.get("start")
+    if start is None or {"base", "method"} <= raw.keys():
+        return raw
+    found = dump(recorded(adapted(Run(str(start)))))
+    return {"base": found["base"], "method": found["method"], **raw}
+
+
+def adapted(run: Run) -> Run:
+    """Itself, or a `RecipeError` where nothing can start from it."""
+    if run.existing().adapter is None:
+        raise RecipeError(f"start: {str(run.path)!r} holds a whole model (or has not ended), not an adapter to start "
+                          "from", f"a whole model is a base like any other: base.name={run.path}")
+    return run
+
+
+def recorded(run: Run) -> Recipe:
+    """The recipe of a run; what is known of it where PEFT or Transformers made the folder."""
+    if raw := run.recipe:
+        return Recipe.parse(raw)
+    adapter = run.adapter
+    if adapter is None:
+        return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+    base = BaseConfig(name=adapter["base_model_name_or_path"] or "", revision=adapter.get("revision"))
+    return Recipe.parse({"base": base.model_dump(), "method": _method_of(adapter), "data": "-"})
+
+
+def _method_of(form: Mapping[str, Any]) -> Any:
+    """The settings that an adapter_config.json describes: PEFT's of a tuner, or our own of any method or list."""
+    if form.get("peft_type") == OWN:
+        return form["method"] if "method" in form else [_method_of(part) for part in form["parts"]]
+    return READERS.get(str(form.get("peft_type")), PeftConfig).from_peft(form).model_dump()
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -98,6 +143,8 @@ def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, 
     """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out."""
     first, *rest = path
     old = raw.get(first, {})
+    if first == "method" and isinstance(old, list):
+        return {**raw, first: _laid_in_list(old, rest, value) if rest else value}
     if isinstance(old, (str, list)) and (rest or isinstance(value, dict)):
         old = {"train" if first == "data" else "name": old}
     if rest:
@@ -109,6 +156,21 @@ def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, 
     if first == "data" and isinstance(old, dict) and isinstance(value, (str, list)):
         return {**raw, first: {**old, "train": value}}
     return {**raw, first: value}
+
+
+def _laid_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[Any]:
+    """A list of methods with `value` at ``<method>.<setting>``."""
+    spelt = [{"name": part} if isinstance(part, str) else dict(part) for part in methods]
+    names = [str(part.get("name", LoraConfig().name)) for part in spelt]
+    if path[0] not in names or len(path) < 2:
+        raise RecipeError(f"method.{'.'.join(path)}: this recipe has a list of methods, {', '.join(names)}",
+                          f"say whose setting it is, such as method.{names[0]}.{path[-1]}")
+    return [_laid(part, path[1:], value) if name == path[0] else part for name, part in zip(names, spelt, strict=True)]
+
+
+def method_name(made: Recipe) -> str:
+    """What the run's method is called: ``lora``, or ``bitfit+lora`` for a list."""
+    return "+".join(part.name for part in parts_of(made.method))
 
 
 def dump(made: Recipe) -> dict[str, Any]:
@@ -144,6 +206,8 @@ def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Dotted keys to values."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
+        if path + key == "method" and isinstance(value, list):
+            value = {part["name"]: part for part in value}
         found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return found
 

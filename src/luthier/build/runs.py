@@ -8,12 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier.build.objects import attach, family, with_heads
-from luthier.build.recipe import Recipe
+from luthier.build.recipe import Recipe, recorded
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached
 from luthier.data import DataConfig
 from luthier.families import ALIASES, BaseConfig, CausalLM, folder, resolve
-from luthier.methods.lora import LoraConfig
 from luthier.runtime.run import Run
 
 HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
@@ -29,7 +28,7 @@ def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
         bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
         return bare, family(bare.base), None
     run.existing()
-    made = _recipe_of(run)
+    made = recorded(run)
     if run.adapter is None:
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
@@ -40,7 +39,7 @@ def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
         return made, base, None
     base = family(made.base)
     attached = with_heads(base, attach(base, made.method, made.seed), made.objective, made.seed)
-    attached.load(_adapter_weights(run))
+    attached.load(adapter_weights(run))
     return made, base, attached
 
 
@@ -52,19 +51,8 @@ def _names_base(path: Path) -> bool:
                                                       and not path.parent.is_dir())
 
 
-def _recipe_of(run: Run) -> Recipe:
-    if raw := run.recipe:
-        return Recipe.parse(raw)
-    if (adapter := run.adapter) is not None:
-        if adapter.get("peft_type") != "LORA":
-            raise RunError(f"{str(run.path)!r} holds PEFT's {adapter.get('peft_type')} adapter; only LORA can be read",
-                           "give a run of Luthier, or a LoRA of PEFT")
-        base = BaseConfig(name=adapter["base_model_name_or_path"] or "")
-        return Recipe(base=base, method=LoraConfig.from_peft(adapter), data=DataConfig.parse({"train": "-"}))
-    return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
-
-
-def _adapter_weights(run: Run) -> dict[str, torch.Tensor]:
+def adapter_weights(run: Run) -> dict[str, torch.Tensor]:
+    """What a run trained, by its names in the file."""
     file = run.path / "adapter_model.safetensors"
     if not file.exists():
         raise RunError(f"{str(run.path)!r} has an adapter_config.json but no adapter_model.safetensors",

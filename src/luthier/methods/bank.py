@@ -58,7 +58,7 @@ class Bank:
             raise RecipeError(f"the bank has an adapter {name!r} already", "give this one another name")
         found = scopes(attached)
         if found is None:
-            raise RunError(f"{name!r} has changed the base's own weights, so nothing else can share this base with it",
+            raise RunError(f"{name!r} works inside the base's own parts, so nothing else can share this base with it",
                            "use a method that stands beside the weights, such as lora, or load that run by itself")
         for scope in found:
             scope.off += 1

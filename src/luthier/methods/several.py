@@ -1,18 +1,76 @@
 """Several methods on one model as one: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
 
-Read `full.py` first. Every part keeps the names of its parameters, which must not meet.
+Read `full.py` first. Every part keeps the names of its parameters, which must not meet, and its own learning rate: with
+the first part's default d_1 and rate r, part i trains at r d_i / d_1. Where parts change the output of one module, they
+do so in the order of the list.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal, TypeAlias
 
+from pydantic import Field, SerializationInfo, SerializeAsAny, field_validator, model_serializer
 from torch import Tensor, nn
 
-from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Scope
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.protocols import Anatomy, Attached, Scope
+from luthier.methods import METHODS
+from luthier.methods.lora import LoraConfig
+
+OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+
+
+class SeveralConfig(Config):
+    """A list of methods, as one."""
+
+    name: Literal["several"] = "several"
+    parts: tuple[SerializeAsAny[OneMethod], ...] = Field(min_length=2)
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return [{"name": part} if isinstance(part, str) else part for part in given]
+
+    @field_validator("parts")
+    @classmethod
+    def _fitting(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [part.name for part in parts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]} stands in the list twice, and their parameters would have the same names; "
+                             "one with a larger size (rank) holds what two of them would")
+        if any(isinstance(part, LoraConfig) and part.dora for part in parts[1:]):
+            raise ValueError("lora with dora must be the first of the list: it stretches the whole output of a linear "
+                             "map, what others added to it too, and could then not be merged")
+        return parts
+
+    @model_serializer
+    def _as_list(self, info: SerializationInfo) -> list[Any]:
+        return [part.model_dump(mode=info.mode) for part in self.parts]
+
+    @property
+    def default_rate(self) -> float:
+        """The first part's."""
+        return float(self.parts[0].default_rate)
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Several:
+        """Every part, in this order. Raises `RecipeError` where the result could not be saved."""
+        found: list[Attached] = []
+        for i, part in enumerate(self.parts):
+            found.append(part.attach(anatomy, seed=seed + i))
+            if found[-1].peft() is None:
+                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model without "
+                                  "room for another method", f"use {part.name} alone, or leave it out of the list")
+        return Several(found, [part.default_rate / self.default_rate for part in self.parts])
+
+
+def parts_of(method: Config) -> tuple[Any, ...]:
+    """The methods of a list, or the one."""
+    return method.parts if isinstance(method, SeveralConfig) else (method,)
 
 
 class Several:
