@@ -121,6 +121,10 @@ class Ports(Protocol):
         """The bare base's own keys and values of some tokens, [G, N, d] both, for each block: a start for `prefix`."""
         ...
 
+    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
+        """[n, G d] the first block's key of each of n tokens, as if each stood at `place` of a text of its own."""
+        ...
+
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -221,11 +225,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer: which prompt, its token ids without the stop token, and whether it ended by itself."""
+    """One answer: which prompt, its token ids without the stop token, whether it ended by itself, and on which token."""
 
     index: int
     tokens: tuple[int, ...]
     finished: bool
+    end: int | None = None
 
 
 # ---------------------------------------------------------------- methods
@@ -272,6 +277,9 @@ class Router(Protocol):
         ...
 
 
+TRAINING = "training."  # begins the names in a method's state that going on needs and the saved adapter does not
+
+
 class Attached(Protocol):
     """A method on a model. Same call in, same shapes out: no objective can notice it."""
 
@@ -301,7 +309,8 @@ class Attached(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Only what trained, named as in PEFT's file where PEFT has the format."""
+        """Only what trained, named as in PEFT's file where PEFT has the format. What only going on needs is named
+        `TRAINING` and more, and stays in the checkpoints."""
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import Generated, Sampling
+from luthier.families import virtual
 
 CROWDED = 0.75  # rows leave together, once at most this share still runs: each leaving copies the whole cache
 
@@ -90,7 +91,7 @@ def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int
         found: dict[int, list[int]] = {index: [] for index in batch}
         for index, token in _decode(begin, batch, limits, sampling, stops, routed):
             if token in stops:
-                yield Generated(index, tuple(found[index]), True)
+                yield Generated(index, tuple(found[index]), True, token)
                 continue
             found[index].append(token)
             if len(found[index]) == limits[index]:
@@ -123,9 +124,9 @@ def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampli
 
 
 def _context(model: nn.Module) -> int:
-    """Positions that the model knows; endless where its config does not say."""
+    """Positions that the model knows and virtual tokens leave; endless where its config does not say."""
     described: Any = model.config
-    return int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62)
+    return int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62) - virtual.length(model)
 
 
 @torch.inference_mode()
