@@ -25,9 +25,11 @@ def f1(hits: Tensor, truths: Tensor, finds: Tensor) -> tuple[float, float]:
 
     Macro: the mean over classes that are there or were found; micro: of the sums over classes.
     """
-    seen = (truths + finds) > 0
-    each = 2 * hits[seen].double() / (truths + finds)[seen]
-    return float(each.mean()), float(2 * hits.sum() / (truths + finds).sum())
+    over, under = 2 * hits.double(), (truths + finds).double()
+    seen = under > 0
+    if not bool(seen.any()):
+        return 0.0, 0.0
+    return float((over[seen] / under[seen]).mean()), float(over.sum() / under.sum())
 
 
 def mcc(matrix: Tensor) -> float:
