@@ -292,8 +292,9 @@ def card(run: Run, made: build.Recipe) -> str:
         load[1:1] = ["from peft import PeftModel"]
         load += [f"model = PeftModel.from_pretrained(model, {str(run.path)!r})"]
     data = ", ".join(source.path for source in made.data.train)
+    library = "luthier" if own else "peft" if run.adapter else "transformers"
     return "\n".join([
-        "---", f"library_name: {'luthier' if own else 'peft' if run.adapter else 'transformers'}", "tags: [luthier]", "---", "",
+        "---", f"library_name: {library}", "tags: [luthier]", "---", "",
         f"# {run.path.name}", "",
         f"{kind} that Luthier made from `{made.base.name}` by `{build.method_name(made)}` with the objective "
         f"`{made.objective.name}` on {data}. `recipe.yaml` holds every setting, version and data digest.", "",

@@ -3,6 +3,8 @@
 A new method is one file and one line here; the recipe, the command line and the contract tests read this table.
 """
 
+from typing import Any
+
 from luthier.core.config import Config
 from luthier.methods.adapter import AdapterConfig
 from luthier.methods.bitfit import BitfitConfig
@@ -11,6 +13,10 @@ from luthier.methods.full import FullConfig
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
 from luthier.methods.peft import PeftConfig
+from luthier.methods.prefix import PrefixConfig
+from luthier.methods.prompt import PromptConfig
+from luthier.methods.ptuning import PTuningConfig
+from luthier.methods.ptuning_v2 import PTuningV2Config
 
 METHODS: dict[str, type[Config]] = {
     "full": FullConfig,
@@ -20,5 +26,18 @@ METHODS: dict[str, type[Config]] = {
     "bitfit": BitfitConfig,
     "ia3": Ia3Config,
     "ln": LnConfig,
+    "prompt": PromptConfig,
+    "ptuning": PTuningConfig,
+    "prefix": PrefixConfig,
+    "ptuning_v2": PTuningV2Config,
     "peft": PeftConfig,
+}
+
+# PEFT's types of adapter that a method here reads; all others go over the bridge to PEFT itself.
+READERS: dict[str, Any] = {
+    "IA3": Ia3Config,
+    "LORA": LoraConfig,
+    "PREFIX_TUNING": PrefixConfig,
+    "PROMPT_TUNING": PromptConfig,
+    "P_TUNING": PTuningConfig,
 }

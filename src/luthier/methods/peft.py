@@ -25,7 +25,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from luthier.core.config import Config
-from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, nearest
+from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, RunError, nearest
 from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import refuse_misfits
 
@@ -58,7 +58,10 @@ class PeftConfig(Config):
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> PeftConfig:
-        """The tuner that PEFT's adapter_config.json describes."""
+        """The tuner that PEFT's adapter_config.json describes. Raises `RunError` where it is none of PEFT's."""
+        if "peft_type" not in adapter:
+            raise RunError("the adapter_config.json names no peft_type, so nobody knows what was trained",
+                           "give a run of Luthier, or an adapter of PEFT")
         return cls.parse({"type": adapter["peft_type"], "config": {
             key: value for key, value in adapter.items() if key not in WHERE_FROM and value is not None}})
 
