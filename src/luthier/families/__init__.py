@@ -1,10 +1,16 @@
 """Where a model's parts are, and how to call it. The only room that imports transformers.
 
 Reading order: `anatomy.py` (the parts), `forest.py` (attention in packed rows), `head.py` (log-probabilities),
-`causal.py` (joins them); `load.py` and `generate.py` stand alone.
+`packed.py` (what families share), `causal.py` (the first of them); `load.py` and `generate.py` stand alone.
+`encoder.py`, `vision.py` and `seq2seq.py` are the other families, and `open.py` chooses.
 """
 
 from luthier.families.causal import CausalLM
-from luthier.families.load import ALIASES, BaseConfig, cache, folder, load, load_tokenizer, resolve
+from luthier.families.encoder import Encoder
+from luthier.families.gguf import cache
+from luthier.families.load import ALIASES, BaseConfig, folder, load, load_tokenizer, resolve
+from luthier.families.open import open_family
+from luthier.families.vision import Vision
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "cache", "folder", "load", "load_tokenizer", "resolve"]
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "folder", "load", "load_tokenizer",
+           "open_family", "resolve"]

@@ -1,7 +1,7 @@
 """Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (Anatomy) first.
 
-One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM and their like; a linear map whose
-ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
+One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM, BERT, ViT and their like; a linear map
+whose ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
 asks for "all linear maps".
 """
 
@@ -14,41 +14,51 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Anatomy, Block, Site
+from luthier.families.quant import expander
 
 # Ending of a module's path -> role. The longest ending that fits wins, so `attn.c_proj` goes before `c_proj`.
 ROLES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
     "query": "q", "key": "k", "value": "v", "attention.output.dense": "o",
     "qkv_proj": "qkv", "query_key_value": "qkv", "attn.c_attn": "qkv", "attn.c_proj": "o", "self_attention.dense": "o",
-    "attention.dense": "o", "Wqkv": "qkv",
+    "attention.dense": "o", "Wqkv": "qkv", "attn.Wo": "o",
+    "q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o", "ffn.lin1": "up", "ffn.lin2": "down",
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up",
     "mlp.c_fc": "up", "mlp.c_proj": "down", "fc1": "up", "fc2": "down", "w1": "gate", "w3": "up", "w2": "down",
     "dense_h_to_4h": "up", "dense_4h_to_h": "down", "intermediate.dense": "up", "output.dense": "down",
     "gate": "router", "router": "router",
+    "SelfAttention.q": "q", "SelfAttention.k": "k", "SelfAttention.v": "v", "SelfAttention.o": "o",  # T5
+    "EncDecAttention.q": "q", "EncDecAttention.k": "k", "EncDecAttention.v": "v", "EncDecAttention.o": "o",
+    "DenseReluDense.wi": "up", "DenseReluDense.wi_0": "gate", "DenseReluDense.wi_1": "up", "DenseReluDense.wo": "down",
 }
 ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
 
 
-def anatomy(model: Any, tokenizer: Any = None) -> Anatomy:
-    """The parts of a causal language model of Transformers. Raises `BaseError` where no stack of blocks is found."""
+def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anatomy:
+    """The parts of a model of Transformers. Raises `BaseError` where no stack of blocks is found.
+
+    Besides what `Anatomy` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a token,
+    and for a picture its patches and their common token.
+    """
     backbone = model.base_model if model.base_model is not model else model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
     path, stack = _stack(backbone)
     blocks = tuple(_block(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding = getattr(embedding, "projection", embedding)  # of pictures: the map of their patches
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     sizes = {
         "hidden": config.hidden_size, "layers": len(blocks), "heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "vocabulary": embedding.weight.shape[0],
-        "context": getattr(config, "max_position_embeddings", None) or 1_000_000,
+        "vocabulary": embedding.weight.shape[0] if hasattr(config, "vocab_size") else 0,
+        "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    sites = tuple(site for block in blocks for site in _sites(block))
+    sites = tuple(site for block in blocks for site in linear_sites(block))
     tied = head is not None and head.weight is embedding.weight
-    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, tokenizer=tokenizer)
+    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer)
 
 
 def role_of(path: str) -> str:
@@ -70,7 +80,7 @@ def _stack(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
 
 def _block(index: int, name: str, layer: nn.Module) -> Block:
     children = dict(layer.named_children())
-    attention = next((children[key] for key in ATTENTION if key in children), layer)
+    attention = _home(layer) or next((children[key] for key in ATTENTION if key in children), layer)
     mlp = next((children[key] for key in MLP if key in children), layer)
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
     outs = {role: module for path, module in layer.named_modules() for role in ("o", "down")
@@ -80,7 +90,14 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
                  mlp_out=outs["down"] if single else mlp)
 
 
-def _sites(block: Block) -> list[Site]:
+def _home(layer: nn.Module) -> nn.Module | None:
+    """The module that the queries are made in, which is the one that attention functions are called with."""
+    found = next((path for path, _ in layer.named_modules() if role_of(path) in ("q", "qkv")), None)
+    return None if found is None or "." not in found else layer.get_submodule(found.rpartition(".")[0])
+
+
+def linear_sites(block: Block) -> list[Site]:
+    """Every linear map in a block."""
     found = []
     for name, module in block.module.named_modules():
         if isinstance(module, Conv1D):
@@ -89,5 +106,6 @@ def _sites(block: Block) -> list[Site]:
                               transposed=True))
         elif isinstance(module, nn.Linear):
             found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index,
-                              module.in_features, module.out_features))
+                              module.in_features, module.out_features,
+                              expand=expander(module)))
     return found

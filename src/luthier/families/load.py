@@ -11,14 +11,10 @@ folder (weights there, no pickle, nothing missing) is checked about every base.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import os
 import re
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,17 +31,18 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging as transformers_logging
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from luthier.core.config import Config
 from luthier.core.errors import BaseError, nearest
+from luthier.families import kinds
+from luthier.families.gguf import converted
+from luthier.families.kinds import Kind, kind_of
+from luthier.families.pictures import Pictures
+from luthier.families.report import complete, quiet, short
 
-CONVERTER = "1"  # raise it when `_convert` writes something else: folders made by older ones are then left unused
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+POOLING = "1_Pooling/config.json"  # how sentence encoders make one state of many
 DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", WEIGHTS, "model-*-of-*.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SAMPLES, SAMPLE_BYTES = 64, 4096
@@ -60,6 +57,8 @@ class BaseConfig(Config):
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether Python that comes with the base may run.
         device: `auto` takes a GPU if there is one.
+        pooling: which state stands for a whole text: of its last token, its first, or the mean; `auto` is what the base
+            was trained with (a decoder: last; an encoder: as its folder says, else first).
     """
 
     name: str = "smollm2"
@@ -67,6 +66,7 @@ class BaseConfig(Config):
     revision: str | None = None
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    pooling: Literal["auto", "last", "first", "mean"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -110,14 +110,9 @@ def folder(config: BaseConfig) -> Path:
     if isinstance(found, str):
         found = _download(found, config.revision)
     elif found.is_file():
-        found = _converted(found)
+        found = converted(found)
     _check(found, config)
     return found
-
-
-def cache() -> Path:
-    """Where folders made from GGUF files are kept: `$LUTHIER_CACHE`, or `~/.cache/luthier`."""
-    return Path(os.environ.get("LUTHIER_CACHE") or "~/.cache/luthier").expanduser()
 
 
 def _packaged(alias: str, where: Packaged) -> Path:
@@ -134,8 +129,8 @@ def _download(name: str, revision: str | None) -> Path:
     try:
         with quiet():
             # Top level only: repositories keep other formats of the same weights in folders below.
-            return Path(snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED),
-                                          ignore_patterns=["*/*"]))
+            snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
+            return Path(snapshot_download(name, revision=revision, allow_patterns=POOLING))
     except GatedRepoError as error:
         raise BaseError(f"base {name!r}: the hub lets only approved accounts have it",
                         "ask for access on its page, then log in with `hf auth login`") from error
@@ -145,7 +140,7 @@ def _download(name: str, revision: str | None) -> Path:
         raise BaseError(f"base {name!r}: no file, folder, alias or public hub model has this name",
                         f"mend the name ({nearest(name, ALIASES)})") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise BaseError(f"base {name!r} is not on this machine, and the hub cannot be reached ({_short(error)})",
+        raise BaseError(f"base {name!r} is not on this machine, and the hub cannot be reached ({short(error)})",
                         "connect (and unset HF_HUB_OFFLINE), give a local folder or .gguf file, or use the alias "
                         f"{next(iter(ALIASES))!r}") from error
 
@@ -178,7 +173,7 @@ def _check(path: Path, config: BaseConfig) -> None:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, FileNotFoundError) as error:
-            raise BaseError(f"base {config.name!r}: {shard} is missing or damaged ({_short(error)})",
+            raise BaseError(f"base {config.name!r}: {shard} is missing or damaged ({short(error)})",
                             "copy or download the file again") from error
 
 
@@ -216,86 +211,28 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------- GGUF
-
-
-def _converted(gguf: Path) -> Path:
-    """The folder made from this GGUF file: found in the cache by the file's content, or made now."""
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BaseError(f"{gguf} is not a GGUF file", "give a .gguf file or a Transformers folder")
-        file.seek(0)
-        key = hashlib.file_digest(file, "sha256").hexdigest()
-    made = cache() / f"{gguf.stem}-{key[:32]}-{CONVERTER}"
-    if made.is_dir():
-        return made
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
-        ready = Path(temporary) / "model"
-        _convert(gguf, ready)
-        try:
-            os.replace(ready, made)
-        except OSError:
-            # Another process was first. Its folder came from the same content, so either will do.
-            if not made.is_dir():
-                raise
-    return made
-
-
-def _convert(gguf: Path, to: Path) -> None:
-    """Write a GGUF file as a Transformers folder: float32 safetensors, config, tokenizer, chat template."""
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-    try:
-        with quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
-            config = AutoConfig.from_pretrained(**source)
-            tokenizer = AutoTokenizer.from_pretrained(**source)
-            config.dtype = torch.float32
-            with torch.device("meta"):
-                bare = AutoModelForCausalLM.from_config(config)
-            # The parser itself, since `from_pretrained` would ask for one more package and mark the model as quantised.
-            tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=bare)["tensors"]
-            missing, unexpected = bare.load_state_dict(tensors, strict=False, assign=True)
-            bare.tie_weights()
-    except Exception as error:  # the parser trusts the file, so a damaged one can fail in any way
-        raise BaseError(f"{gguf} cannot be read as a causal language model ({_short(error)})",
-                        "copy or download it again; if whole, it is a kind that transformers does not know") from error
-    empty = {name for name in missing if bare.get_parameter(name).is_meta}  # a tied head is not
-    _complete(str(gguf), {"missing_keys": empty, "unexpected_keys": unexpected, "mismatched_keys": ()})
-    with quiet():
-        bare.float().save_pretrained(to)
-        tokenizer.save_pretrained(to)
-
-
 # ---------------------------------------------------------------- from a folder to a model
 
 
-def load(config: BaseConfig) -> tuple[nn.Module, Any]:
-    """The base as a causal language model in evaluation mode, and its tokenizer, on the config's device.
+def load(config: BaseConfig) -> tuple[Any, Any]:
+    """The base in evaluation mode on the config's device, and its tokenizer (of pictures: `Pictures`).
 
     Memory peaks near one copy of the weights: they are mapped from the file and copied tensor by tensor.
     """
     device = device_of(config.device)
     path = folder(config)
-    trust = {"trust_remote_code": config.trust_remote_code}
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(path, **trust)
-            described = AutoConfig.from_pretrained(path, **trust)
-            if type(described) not in MODEL_FOR_CAUSAL_LM_MAPPING and not config.trust_remote_code:
-                raise BaseError(f"base {config.name!r} ({described.model_type}) is not a causal language model",
-                                "choose a base that writes text, such as 'smollm2'")
-            read: Any = AutoModelForCausalLM.from_pretrained(
-                path, config=described, dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-                use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True, **trust)
-    except BaseError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if "trust_remote_code" in str(error):
-            raise _needs_code(config.name) from error
-        raise BaseError(f"base {config.name!r} cannot be loaded from {path} ({_short(error)})",
-                        "mend or replace the folder") from error
+    with _explained(config, path):
+        described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        kind = _kind(config, described)
+        tokenizer = _tokenizer(config, path, kind)
+        read: Any = kinds.LOADERS[kind].from_pretrained(
+            path, config=described, dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
+            trust_remote_code=config.trust_remote_code, **kinds.options(described, kind))
     model, info = read
-    _complete(config.name, info)
+    if kind in ("encoder", "vision"):
+        info["unexpected_keys"] = {k for k in info["unexpected_keys"] if not kinds.spare(k, model.base_model_prefix)}
+    complete(config.name, info)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
     return model.to(device), tokenizer
@@ -304,13 +241,37 @@ def load(config: BaseConfig) -> tuple[nn.Module, Any]:
 def load_tokenizer(config: BaseConfig) -> Any:
     """The base's tokenizer, without its weights."""
     path = folder(config)
+    with _explained(config, path):
+        described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        return _tokenizer(config, path, _kind(config, described))
+
+
+def _kind(config: BaseConfig, described: Any) -> Kind:
+    kind = kind_of(described)
+    if kind is None:
+        raise BaseError(f"base {config.name!r} ({described.model_type}) is neither a causal language model nor an "
+                        "encoder, a sequence-to-sequence or a vision model", "choose another base, such as 'smollm2'")
+    return kind
+
+
+def _tokenizer(config: BaseConfig, path: Path, kind: Kind) -> Any:
+    if kind == "vision":
+        return Pictures.of(path)
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+
+
+@contextmanager
+def _explained(config: BaseConfig, path: Path) -> Iterator[None]:
+    """Transformers' silence, and its errors as ours."""
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+            yield
+    except BaseError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
             raise _needs_code(config.name) from error
-        raise BaseError(f"base {config.name!r} has no tokenizer that can be loaded from {path} ({_short(error)})",
+        raise BaseError(f"base {config.name!r} cannot be loaded from {path} ({short(error)})",
                         "mend or replace the folder") from error
 
 
@@ -324,38 +285,6 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _complete(name: str, info: Mapping[str, Any]) -> None:
-    """Refuse weights that do not fit their model exactly. Transformers would fill the gaps with random numbers."""
-    faults = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
-              for what in ("missing", "unexpected", "mismatched")
-              if (keys := sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
-                                 for key in info[f"{what}_keys"]))]
-    if faults:
-        raise BaseError(f"base {name!r}: the weights do not fit the model of config.json; {'; '.join(faults)}",
-                        "give the folder its own config.json and weights, both from the same model")
-
-
 def _needs_code(name: str) -> BaseError:
     return BaseError(f"base {name!r} brings its own Python code, and remote code is off",
                      "read that code, then set `trust_remote_code: true`, or choose another base")
-
-
-def _short(error: BaseException) -> str:
-    """The first line of an error, without a full stop."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no chatter of Transformers: what is wrong is raised, what is not is not said."""
-    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-        if bars:
-            transformers_logging.enable_progress_bar()

@@ -20,6 +20,7 @@ from luthier.families.load import BaseConfig, fingerprint, folder, load, resolve
 from tiny import CHATML, IM_END, IM_START, KINDS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
 loading = importlib.import_module("luthier.families.load")  # the room exports a function of the same name
+converting = importlib.import_module("luthier.families.gguf")
 
 
 def base(path: Path, **options: str | bool) -> BaseConfig:
@@ -174,9 +175,15 @@ def test_unknown_architecture(llama: Path) -> None:
         load(base(llama))
 
 
-def test_not_a_causal_model(llama: Path) -> None:
-    edit(llama / "config.json", model_type="t5", architectures=["T5ForConditionalGeneration"])
-    with pytest.raises(BaseError, match="not a causal language model"):
+def test_a_model_of_no_known_kind(llama: Path) -> None:
+    edit(llama / "config.json", model_type="wav2vec2", architectures=["Wav2Vec2Model"])
+    with pytest.raises(BaseError, match="neither a causal language model nor an encoder"):
+        load(base(llama))
+
+
+def test_weights_of_another_kind_are_refused(llama: Path) -> None:
+    edit(llama / "config.json", model_type="bert", architectures=["BertModel"])
+    with pytest.raises(BaseError, match=r"missing: embeddings.LayerNorm.*unexpected: model.embed_tokens"):
         load(base(llama))
 
 
@@ -284,22 +291,22 @@ def test_a_gguf_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: pytes
     same_as_straight_from(file, model, tokenizer)
     model.save_pretrained(tmp_path / "again")  # what was quantised once is an ordinary model now
 
-    monkeypatch.setattr(loading, "_convert", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(converting, "convert", lambda *_: pytest.fail("converted twice"))
     moved = file.rename(tmp_path / "renamed.gguf").rename(tmp_path / "tiny.gguf")
     assert list((tmp_path / "cache").iterdir()) == [folder(base(moved))]
 
 
 def test_whoever_converts_second_takes_the_first_ones_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), loading._convert
+    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), converting.convert
 
     def overtaken(source: Path, to: Path) -> None:
         convert(source, to)
-        monkeypatch.setattr(loading, "_convert", convert)
+        monkeypatch.setattr(converting, "convert", convert)
         first.append(folder(base(file)))
 
     first: list[Path] = []
-    monkeypatch.setattr(loading, "_convert", overtaken)
+    monkeypatch.setattr(converting, "convert", overtaken)
     assert [folder(base(file))] == first == list((tmp_path / "cache").iterdir())
 
 

@@ -1,0 +1,149 @@
+"""The encoder family: BERT and its like, whose tokens see their whole text. Read `causal.py` and `packed.py` first.
+
+Three things differ from a decoder: attention is not causal (`forest.py`), some architectures count positions from
+elsewhere than 0, and BERT's own tell the second of two texts from the first by a type.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Generated, Sampling
+from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.families.forest import describe
+from luthier.families.heads import LOG_PROBS, Pooling
+from luthier.families.packed import Layout, Packed
+
+POOLING = "1_Pooling/config.json"
+MODES: dict[str, Pooling] = {"cls": "first", "mean": "mean", "lasttoken": "last"}  # by Sentence Transformers' names
+OLD_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken",
+             "pooling_mode_max_tokens": "max", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
+             "pooling_mode_weightedmean_tokens": "weightedmean"}
+
+
+class Encoder(Packed):
+    """An encoder of Transformers behind the family's contract.
+
+    Args:
+        model: an `AutoModel` model without a pooler.
+        tokenizer: its tokenizer.
+        layout: see `Packed`.
+        pooling: of items: `first` is BERT's [CLS], sentence encoders take the `mean`.
+
+    Raises:
+        BaseError: the model places its tokens in a way that is not known here, which a probe of a few tokens shows.
+    """
+
+    task: ClassVar[str] = "FEATURE_EXTRACTION"
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None, pooling: Pooling = "first") -> None:
+        self.pooling = pooling
+        self._separator = _separator(tokenizer) if getattr(model.config, "type_vocab_size", 0) > 1 else None
+        self._offset = _offset(model)
+        super().__init__(model, tokenizer, layout)
+        context = self.anatomy.sizes["context"] - self._offset
+        self.anatomy = replace(self.anatomy, sizes={**self.anatomy.sizes, "context": context})
+
+    def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
+        columns = {"input_ids": inputs.tokens, "position_ids": inputs.positions + self._offset}
+        if self._separator is not None:
+            columns["token_type_ids"] = types(inputs.tokens, inputs.forest, self._separator)
+        return columns
+
+    def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
+        if forest.flat:
+            return super()._mask(forest, runs)
+        # An ancestor does not see its descendants, although they stand in one padded row.
+        segment, _, related = describe(forest)
+        rows = pad_sequence([segment[run] for run in runs], batch_first=True, padding_value=-1)
+        sees = related[rows[:, :, None], rows[:, None, :]] & (rows >= 0)[:, None, :]
+        return (sees | torch.eye(rows.shape[1], dtype=torch.bool))[:, None]
+
+    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+        if needs & LOG_PROBS:
+            raise BaseError("an encoder sees the very token that it should predict, so it gives no log-probabilities",
+                            "choose an objective that judges texts or words, or a base that writes text")
+        return super().forward(inputs, target, needs)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+        raise BaseError("an encoder reads text and cannot write any",
+                        "choose a base that writes text, such as 'smollm2'")
+
+    def save(self, path: Path) -> None:
+        """Write the whole model as a Transformers folder, with the files by which Sentence Transformers loads it."""
+        super().save(path)
+        mode = next(name for name, pooling in MODES.items() if pooling == self.pooling)
+        (path / POOLING).parent.mkdir(exist_ok=True)
+        (path / POOLING).write_text(json.dumps(
+            {"word_embedding_dimension": self.anatomy.sizes["hidden"],
+             **{old: name == mode for old, name in OLD_MODES.items()}}, indent=2) + "\n", encoding="utf-8")
+        (path / "modules.json").write_text(json.dumps(
+            [{"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+             for i, (folder, kind) in enumerate((("", "Transformer"), (POOLING.partition("/")[0], "Pooling")))],
+            indent=2) + "\n", encoding="utf-8")
+
+
+def pooling_of(path: Path) -> Pooling:
+    """How the encoder in a folder makes one state of many: as Sentence Transformers' file says, else the first."""
+    if not (path / POOLING).is_file():
+        return "first"
+    told = json.loads((path / POOLING).read_text(encoding="utf-8"))
+    named = told.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if told.get(old)] or "mean"
+    modes = [named] if isinstance(named, str) else list(named)
+    if len(modes) != 1 or modes[0] not in MODES:
+        raise BaseError(f"{path / POOLING}: pooling by {' and '.join(modes)}; known are {', '.join(MODES)}",
+                        "set base.pooling to last, first or mean")
+    return MODES[modes[0]]
+
+
+def types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:
+    """[T] 1 for what stands behind the first separator of its document, 0 for the rest: `[CLS] a [SEP]` is of type 0, a
+    second text and its own `[SEP]` of type 1. A `[SEP]` written inside a text counts like any other."""
+    found = (tokens == separator).long()
+    owner = torch.repeat_interleave(torch.arange(len(forest.lengths)), torch.tensor(forest.lengths)).to(tokens.device)
+    own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
+    before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # separators before it in its own segment
+    if not forest.flat:
+        related = describe(forest)[2].to(tokens.device)
+        before = before + ((related * own).sum(1) - own)[owner]
+    return (before > 0).long()
+
+
+def _separator(tokenizer: Any) -> int | None:
+    """The token that parts two texts, where the tokenizer gives types as `types` does; else None, and all are 0."""
+    separator = getattr(tokenizer, "sep_token_id", None)
+    if separator is None:
+        return None
+    pair = tokenizer("a", "a b")
+    ids, told = torch.tensor(pair["input_ids"]), pair.get("token_type_ids")
+    return separator if told == types(ids, Forest((len(ids),), (-1,)), separator).tolist() else None
+
+
+@torch.no_grad()
+def _offset(model: Any) -> int:
+    """The position of a text's first token: 0, or behind the padding's (RoBERTa); whichever gives the model's own."""
+    was, device = model.training, model.get_input_embeddings().weight.device
+    model.eval()
+    tokens = torch.tensor([[5, 6, 7]], device=device)  # no padding among them
+    plain = model(input_ids=tokens).last_hidden_state.float()
+    found = None
+    for offset in (0, (model.config.pad_token_id or 0) + 1):
+        place = torch.arange(3, device=device)[None] + offset
+        placed = model(input_ids=tokens, position_ids=place).last_hidden_state.float()
+        if torch.allclose(placed, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
+            found = offset
+            break
+    model.train(was)
+    if found is None:
+        raise BaseError(f"a {model.config.model_type} counts its tokens' places in a way that is not known here",
+                        "choose another encoder, such as 'minilm'")
+    return found

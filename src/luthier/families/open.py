@@ -1,0 +1,31 @@
+"""From a name to a family: the base is loaded, and its own config says of which kind it is. Read `kinds.py` first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Family
+from luthier.families.causal import CausalLM
+from luthier.families.encoder import Encoder, pooling_of
+from luthier.families.kinds import kind_of
+from luthier.families.load import BaseConfig, load
+from luthier.families.seq2seq import Seq2Seq
+from luthier.families.vision import Vision
+
+
+def open_family(config: BaseConfig) -> Family:
+    """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why."""
+    model, tokenizer = load(config)
+    kind = kind_of(model.config)
+    if kind == "vision":
+        if config.pooling not in ("auto", "first"):
+            raise BaseError(f"base.pooling: {config.pooling!r}; a picture's state is that of its first token, [CLS]",
+                            "leave base.pooling out")
+        return Vision(model, tokenizer)
+    if kind == "encoder":
+        auto = pooling_of(Path(model.name_or_path)) if config.pooling == "auto" else config.pooling
+        return Encoder(model, tokenizer, pooling=auto)
+    if kind == "seq2seq":
+        return Seq2Seq(model, tokenizer)
+    return CausalLM(model, tokenizer, pooling="last" if config.pooling == "auto" else config.pooling)

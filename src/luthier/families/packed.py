@@ -1,0 +1,190 @@
+"""What the families share: `Loaded`, a base behind the contract, and `Packed`, one that takes rows of segments.
+
+Read `anatomy.py` (the parts), `forest.py` (attention) and `heads.py` (what becomes of the states) first. `causal.py`
+and `encoder.py` go on from here, each with what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+from luthier.core.protocols import Attached, Head, Router
+from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.families import forest as _forest
+from luthier.families import virtual
+from luthier.families.anatomy import anatomy
+from luthier.families.biases import settle_biases
+from luthier.families.heads import Heads, Pooling
+from luthier.families.lean import Lean, slim
+from luthier.families.report import quiet
+from luthier.families.routes import as_now, routed
+
+Layout = Literal["packed", "padded"]
+
+
+class Loaded:
+    """A model of Transformers behind the family's contract; a subclass says how a row runs (`_run`).
+
+    Args:
+        model: as Transformers loads it.
+        tokenizer: what turns rows into its inputs; written beside it.
+    """
+
+    task: ClassVar[str]
+    divided: ClassVar[bool] = False
+    pooling: Pooling
+    layout: Layout = "padded"
+    router: Router | None = None  # who sends segments and rows through adapters of their own
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        model.set_attn_implementation(_forest.NAME)
+        self.model, self.tokenizer = model, tokenizer
+        self._lean = Lean()
+        slim(model, self._lean)
+        self.anatomy = anatomy(model, tokenizer, self.task)
+        self._lean.watch(self.anatomy.blocks)
+        self._recompute_over: int | None = None
+        self.add((), 0)
+
+    @property
+    def device(self) -> torch.device:
+        weight = self.anatomy.embedding.weight
+        assert isinstance(weight, Tensor)
+        return weight.device
+
+    @property
+    def training(self) -> bool:
+        return bool(self.model.training)
+
+    def train(self, mode: bool) -> None:
+        self.model.train(mode)
+
+    def checkpointing(self, over: int = 0) -> None:
+        """From now on, in rows of more than `over` tokens, recompute every block in the backward pass instead of
+        keeping its activations. The one long document of a data set then does not set the memory of the whole run."""
+        self._recompute_over = over
+        for block in self.anatomy.blocks:
+            block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
+                checkpoint, use_reentrant=False, context_fn=lambda: as_now(self.router))
+
+    def add(self, heads: Sequence[Head], seed: int) -> Attached:
+        self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task)
+        return self.heads
+
+    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+        return self.heads.outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
+
+    def states(self, inputs: Inputs) -> Tensor:
+        """[T, D] last hidden states of the row."""
+        with routed(self.router, inputs.forest, self.layout == "packed"):
+            return self._states(inputs)
+
+    def _states(self, inputs: Inputs) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._run(inputs)
+        tokens = inputs.tokens.shape[0] * self.anatomy.sizes["unit"]
+        recompute = self._recompute_over is not None and tokens > self._recompute_over
+        for block in self.anatomy.blocks:
+            block.module.gradient_checkpointing = recompute  # type: ignore[assignment]
+        with nullcontext() if recompute else self._lean():
+            return self._run(inputs)
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        raise NotImplementedError
+
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        raise NotImplementedError
+
+    def save(self, path: Path) -> None:
+        """Write the whole model as a Transformers folder, tokenizer included."""
+        settle_biases(self.model)
+        with quiet():
+            self.model.save_pretrained(path)
+            self.tokenizer.save_pretrained(path)
+        for file in path.glob("*.safetensors"):  # the library makes its files readable to their owner alone
+            file.chmod(path.stat().st_mode & 0o666)
+
+
+class Packed(Loaded):
+    """A stack that takes rows of tokens.
+
+    Args:
+        layout: `packed` runs a row as a forest; `padded` is its slow twin, one row for each leaf with a mask. Left out:
+            packed where the model proves, on a probe of a few tokens, that both give the same.
+    """
+
+    options: ClassVar[Mapping[str, Any]] = {}  # of every call of the backbone
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None) -> None:
+        super().__init__(model, tokenizer)
+        self.anatomy = virtual.installed(self.anatomy)
+        self.layout = layout or self._proven_layout()
+
+    def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
+        """What the backbone is told about each token, by its argument's name, each [T]."""
+        return {"input_ids": inputs.tokens, "position_ids": inputs.positions}
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        return self._packed(inputs) if self.layout == "packed" else self._padded(inputs)
+
+    def _packed(self, inputs: Inputs) -> Tensor:
+        # A mask that is already four-dimensional is handed through untouched; it is empty, so that a model which
+        # would use it instead of the forest fails loudly.
+        placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
+        columns = {name: column[None] for name, column in self._columns(inputs).items()}
+        result = self.anatomy.backbone(**columns, attention_mask=placeholder, forest=inputs.forest, **self.options)
+        return result.last_hidden_state[0]
+
+    def _padded(self, inputs: Inputs) -> Tensor:
+        """Every leaf of the forest with all its ancestors as one padded row; shared prompts are computed repeatedly."""
+        runs, home = leaves(inputs.forest)
+        columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
+                   for name, column in self._columns(inputs).items()}
+        mask = self._mask(inputs.forest, runs).to(inputs.tokens.device)
+        result = self.anatomy.backbone(**columns, attention_mask=mask, **self.options)
+        return result.last_hidden_state.flatten(0, 1)[home(columns["input_ids"].shape[1]).to(inputs.tokens.device)]
+
+    def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
+        """Of the padded rows: [rows, L] which tokens count, or [rows, 1, L, L] which token sees which."""
+        return pad_sequence([torch.ones_like(run) for run in runs], batch_first=True)
+
+    @torch.no_grad()
+    def _proven_layout(self) -> Layout:
+        """Two segments in one row must get what they have alone; some architectures leak or cannot."""
+        device, was = self.device, self.model.training
+        self.model.eval()
+        inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),
+                        torch.tensor([0, 1, 2, 0, 1, 2], device=device), Forest((3, 3), (-1, -1)))
+        try:
+            packed, padded = self._packed(inputs).float(), self._padded(inputs).float()
+        except (RuntimeError, TypeError, ValueError, AttributeError):  # the model took the mask, not the forest
+            return "padded"
+        finally:
+            self.model.train(was)
+        close = torch.allclose(packed, padded, rtol=1e-2, atol=1e-2 * float(padded.abs().max()))
+        return "packed" if close else "padded"
+
+
+def leaves(forest: Forest) -> tuple[list[Tensor], Callable[[int], Tensor]]:
+    """For each leaf the row's indices that make up its path, and a map of each token to its first place there."""
+    parents = set(forest.parents)
+    starts = forest.starts
+    spans = [torch.arange(start, start + n) for start, n in zip(starts, forest.lengths, strict=True)]
+    runs = [torch.cat([spans[a] for a in forest.path(i)]) for i in range(len(spans)) if i not in parents]
+
+    def home(width: int) -> Tensor:
+        found = torch.full((sum(forest.lengths),), -1)
+        for row, run in reversed(list(enumerate(runs))):
+            found[run] = torch.arange(len(run)) + row * width
+        return found
+
+    return runs, home

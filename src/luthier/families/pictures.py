@@ -1,0 +1,118 @@
+"""Pictures as a vision base wants them: resized, scaled, normalised. Stands where a tokenizer stands for texts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from luthier.core.errors import BaseError
+
+FILE = "preprocessor_config.json"
+FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # numbered as Pillow does
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """pixels -> (resized / 255 - mean) / deviation, by the base's own settings.
+
+    Args:
+        channels: of the model; grey pictures are repeated, coloured ones turned grey.
+        size: [height, width] that the model takes.
+        resized: [height, width] before the middle of `size` is cut out; (edge,) is the length of the shorter side.
+        mean, deviation: one for each channel.
+        scale: factor on the bytes.
+        filter: of `torch.nn.functional.interpolate`.
+        source: the settings as they were read, to be written beside a tuned model.
+    """
+
+    channels: int
+    size: tuple[int, int]
+    resized: tuple[int, ...]
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    scale: float
+    filter: str
+    source: str
+
+    @classmethod
+    def of(cls, path: Path) -> Pictures:
+        """As the files of a Transformers folder say; without a `preprocessor_config.json`, ViT's own defaults."""
+        model = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        source = (path / FILE).read_text(encoding="utf-8") if (path / FILE).is_file() else "{}"
+        try:
+            told: dict[str, Any] = json.loads(source)
+        except ValueError as error:
+            raise BaseError(f"{path / FILE} is not valid JSON ({error})", "copy or download the file again") from error
+        # Transformers leaves out of config.json what is as it would be by itself.
+        channels, side = model.get("num_channels", 3), _pair(model.get("image_size", 224))
+        resized = _sides(told.get("size") or side)
+        size = _sides(told.get("crop_size") or side) if told.get("do_center_crop") else resized
+        if len(size) != 2 or size != side:
+            raise BaseError(f"{path / FILE}: pictures of {size}, and the model takes {side}",
+                            "give both files of one model: size (or crop_size) is config.json's image_size")
+        number = told.get("resample", 2)
+        if number not in FILTERS or not told.get("do_resize", True):
+            raise BaseError(f"{path / FILE}: resample {number}, do_resize {told.get('do_resize', True)}; known is "
+                            f"resizing by {FILTERS}", "set one of them")
+        plain = not told.get("do_normalize", True)
+        mean, deviation = (_each([other] if plain else told.get(name, [0.5]), channels, path)
+                           for name, other in (("image_mean", 0.0), ("image_std", 1.0)))
+        scale = told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 1.0
+        return cls(channels, (size[0], size[1]), resized, mean, deviation, scale, FILTERS[number], source)
+
+    def __call__(self, pixels: Any) -> Tensor:
+        """[channels, height, width] float32 of a picture of bytes, [H, W] or [H, W, 3], as a tensor or an array."""
+        picture = torch.as_tensor(pixels)
+        assert picture.dtype == torch.uint8, picture.dtype
+        assert picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3)), tuple(picture.shape)
+        planes = (picture[None] if picture.ndim == 2 else picture.permute(2, 0, 1)).float()
+        if self.channels == 1 and planes.shape[0] == 3:
+            planes = torch.einsum("chw,c->hw", planes, torch.tensor(LUMA))[None].round()
+        elif planes.shape[0] == 1:
+            planes = planes.expand(self.channels, -1, -1)
+        planes = self._resize(planes)
+        mean, deviation = (torch.tensor(x)[:, None, None] for x in (self.mean, self.deviation))
+        return (planes * self.scale - mean) / deviation
+
+    def _resize(self, planes: Tensor) -> Tensor:
+        height, width = planes.shape[1:]
+        if len(self.resized) == 1:
+            (edge,) = self.resized
+            shorter = min(height, width)
+            wanted = (edge * height // shorter, edge * width // shorter)
+        else:
+            wanted = (self.resized[0], self.resized[1])
+        if wanted != (height, width):
+            smooth = self.filter in ("bilinear", "bicubic")
+            planes = F.interpolate(planes[None], wanted, mode=self.filter, antialias=smooth)[0]
+            planes = planes.round().clamp(0, 255)  # bytes again, as programs for pictures keep them
+        top, left = ((have - want) // 2 for have, want in zip(wanted, self.size, strict=True))
+        return planes[:, top:top + self.size[0], left:left + self.size[1]]
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write the settings beside a model, as they were read."""
+        (Path(path) / FILE).write_text(self.source, encoding="utf-8")
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _sides(size: Any) -> tuple[int, ...]:
+    """Height and width, or the shorter edge alone, from the ways that such files write it."""
+    if isinstance(size, dict):
+        return (size["shortest_edge"],) if "shortest_edge" in size else (size["height"], size["width"])
+    return _pair(size)
+
+
+def _each(values: list[float], channels: int, path: Path) -> tuple[float, ...]:
+    if len(values) not in (1, channels):
+        raise BaseError(f"{path / FILE}: {len(values)} numbers for {channels} channels", "give one for each channel")
+    return tuple(float(v) for v in (values * channels if len(values) == 1 else values))

@@ -1,0 +1,70 @@
+"""The vision family: ViT and its like. A picture is a segment of one placeholder token. Read `packed.py` first.
+
+The stack sees each picture's patches and one common token, [CLS]; that token's last state, after the final norm, is the
+state of the segment's only token. So heads, pooling and objectives work as they do for texts.
+
+Shape letters: S pictures of a batch, C channels, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Generated, Sampling
+from luthier.core.types import Inputs, Outputs, Target
+from luthier.families.heads import LOG_PROBS, Pooling
+from luthier.families.packed import Loaded
+from luthier.families.pictures import Pictures
+
+
+class Vision(Loaded):
+    """A vision transformer of Transformers behind the family's contract.
+
+    Args:
+        model: an `AutoModel` model without a pooler.
+        tokenizer: turns pixels into its inputs.
+
+    Raises:
+        BaseError: the model has no common token, which a probe shows.
+    """
+
+    task: ClassVar[str] = "FEATURE_EXTRACTION"
+    pooling: Pooling = "first"
+
+    def __init__(self, model: Any, tokenizer: Pictures) -> None:
+        super().__init__(model, tokenizer)
+        config = model.config
+        if not isinstance(getattr(getattr(self.anatomy.backbone, "embeddings", None), "cls_token", None), Tensor):
+            raise BaseError(f"a {config.model_type} has no common token of all patches, whose state could stand for a "
+                            "picture", "choose a ViT, or another with a [CLS] token")
+        height, width = tokenizer.size
+        with torch.no_grad():
+            unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
+        self.anatomy = replace(self.anatomy, sizes={**self.anatomy.sizes, "unit": unit, "channels": tokenizer.channels,
+                                                    "height": height, "width": width})
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        assert inputs.images is not None, "a vision base takes pictures"
+        assert inputs.images.shape[0] == inputs.tokens.shape[0] == len(inputs.forest.lengths), "one token each"
+        return self._run_images(inputs.images)[:, 0]
+
+    def _run_images(self, images: Tensor) -> Tensor:
+        """[S, patches + 1, D]."""
+        states: Tensor = self.anatomy.backbone(pixel_values=images).last_hidden_state
+        return states
+
+    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+        if needs & LOG_PROBS:
+            raise BaseError("a vision base predicts no tokens, so it gives no log-probabilities",
+                            "choose an objective that judges pictures, such as classify or contrastive")
+        return super().forward(inputs, target, needs)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+        raise BaseError("a vision base looks at pictures and cannot write", "choose a base that writes text, such as "
+                        "'smollm2'")
