@@ -297,14 +297,6 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
         bank.add("a", build.attach(family, METHODS["lora"](), 3))
     with pytest.raises(RunError, match="base's own parts"):
         bank.add("full", build.attach(family, METHODS["full"](), 3))
-    whole = build.attach(family, METHODS["lora"](), 3)
-    assert whole.scope is not None
-    whole.scope.whole = True
-    bank.add("whole", whole)
-    with pytest.raises(RunError, match="virtual tokens"):
-        bank.numbers(["a", "whole"])
-    with pytest.raises(RunError, match="virtual tokens are seen or not"), bank.using({"whole": 0.5}):
-        pass
     row = mixed(bank)
     family.router = None
     with pytest.raises(RunError, match="no bank"):

@@ -244,7 +244,6 @@ class Scope:
         weight: factor on the change, for weighted stacks of several methods.
         part: (dimension, index) of the tokens that it acts on, for batches that mix several adapters; None for all.
         among: how many there are along that dimension, for a method to be sure that it sees all of them in their order.
-        whole: whether it can only act as a whole, on all tokens and at full strength, as virtual tokens do.
     """
 
     def __init__(self) -> None:
@@ -252,7 +251,6 @@ class Scope:
         self.weight = 1.0
         self.part: tuple[int, Tensor] | None = None
         self.among = 0
-        self.whole = False
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -9,7 +9,8 @@
 
 A setting is a handful of numbers on each adapter's `Scope`: no weight is copied or moved, so turning it costs
 microseconds. A family that knows the bank (`family.router = bank`) also sends every segment of a packed row, or every
-row of a padded batch, through an adapter of its own (`Forest.adapters`).
+row of a padded batch, through an adapter of its own (`Forest.adapters`). Methods that put virtual tokens in are
+chosen as a whole: every position of a row moves with them.
 """
 
 from __future__ import annotations
@@ -78,14 +79,7 @@ class Bank:
         """From now on that adapter acts alone (None: the bare base), or several, each change by its weight."""
         weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
         self._known(weights)
-        for name, weight in weights.items():
-            if weight != 1 and self._whole(name):
-                raise RunError(f"{name!r} cannot act with weight {weight}: virtual tokens are seen or not seen",
-                               "give it the weight 1")
         self._set({name: Acts(weight) for name, weight in weights.items()})
-
-    def _whole(self, name: str) -> bool:
-        return any(scope.whole for scope in self._scopes[name])
 
     @contextmanager
     def using(self, choice: Choice) -> Iterator[None]:
@@ -123,10 +117,6 @@ class Bank:
         """Adapters as `Forest.adapters` and `generate` name them: each one's index, -1 for None."""
         names = list(names)
         self._known(name for name in names if name is not None)
-        for name in names:
-            if name is not None and self._whole(name):
-                raise RunError(f"{name!r} puts virtual tokens into the model, which every row of a batch would see, so "
-                               "it cannot act on some rows alone", "run its rows by themselves (bank.using)")
         order = list(self.members)
         return tuple(-1 if name is None else order.index(name) for name in names)
 
