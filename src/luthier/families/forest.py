@@ -1,6 +1,7 @@
 """Attention over a packed row that is a forest of segments. Read `core/types.py` (Forest) first.
 
-A segment attends to itself causally and to all of its ancestors; that is all. It is installed by name through
+A segment attends to itself causally and to all of its ancestors; that is all. Where the model's attention is not causal
+(encoders), it sees the whole of itself, and of its ancestors still all. It is installed by name through
 Transformers' attention and mask registries; a model carries `forest=` along with its other keyword arguments to the
 place where this function is called. Calls without a forest (generation, padded batches) go to fused attention with
 the ordinary mask.
@@ -8,13 +9,14 @@ the ordinary mask.
 Three ways to compute one thing, the first two fast, the last the slow twin that tests compare with:
     per segment  fused attention for each segment (CPU, MPS: no wasted work, no mask for roots)
     one kernel   variable-length attention for plain packing, flex attention for trees (CUDA)
-    padded       one row a segment with a mask, in `causal.py`
+    padded       one row a segment with a mask, in `packed.py`
 
 Shapes: query [1, H, T, d], key and value [1, G, T, d] with H heads, G key-value heads of width d; result [1, T, H, d].
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -27,25 +29,46 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from luthier.core.types import Forest
 
 NAME = "luthier"
+Pair = tuple[Tensor, Tensor]  # keys and values
+Virtual = Callable[[nn.Module, Tensor, Tensor], Pair | None]  # what stands before keys and values: `virtual.py`
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
-              sliding_window: int | None = None, softcap: float | None = None, **_: Any) -> tuple[Tensor, None]:
+              sliding_window: int | None = None, softcap: float | None = None, virtual: Virtual | None = None,
+              **_: Any) -> tuple[Tensor, None]:
     """What Transformers' attention modules call in place of their own."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    causal = bool(getattr(module, "is_causal", True))
+    before = None if virtual is None else virtual(module, key, value)
     if forest is None:
-        causal = attention_mask is None and query.shape[2] > 1 and bool(getattr(module, "is_causal", True))
+        causal = causal and attention_mask is None and query.shape[2] > 1
+        if before is not None:
+            key, value, attention_mask = _behind(before, key, value, attention_mask, query.shape[2] if causal else 0)
+            causal = False
         out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
-    elif query.is_cuda and softcap is None and dropout == 0:
-        out = _one_kernel(query, key, value, forest, scale, sliding_window)
+    elif sliding_window is not None and not causal:
+        raise NotImplementedError("a window to both sides has no packed form; such a model runs padded")
+    elif query.is_cuda and softcap is None and dropout == 0 and before is None:
+        out = _one_kernel(query, key, value, forest, scale, sliding_window, causal)
     else:
-        out = _per_segment(query, key, value, forest, scale, dropout, sliding_window, softcap)
+        out = _per_segment(query, key, value, forest, scale, dropout, sliding_window, softcap, causal, before)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _behind(before: Pair, key: Tensor, value: Tensor, mask: Tensor | None,
+            last: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask of a batch with what stands before every row, which all of it sees. Without a mask the
+    `last` tokens look back alone; 0: all see all."""
+    n = before[0].shape[2]
+    key, value = (torch.cat([b.expand(len(x), -1, -1, -1), x], 2) for b, x in zip(before, (key, value), strict=True))
+    if mask is None:
+        return key, value, _band(last, key.shape[2], None, key.device) if last else None
+    return key, value, F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
+
+
 def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
-                 window: int | None, softcap: float | None) -> Tensor:
+                 window: int | None, softcap: float | None, causal: bool, before: Pair | None = None) -> Tensor:
     # `split`, not slices: its backward is one concatenation, where each slice's would be a full row of zeros.
     queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
     outs = []
@@ -53,8 +76,10 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scal
         path = forest.path(i)
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
                                                            torch.cat([values[a] for a in path], 2))
-        mask = _band(q.shape[2], k.shape[2], window, q.device)
-        outs.append(_attend(q, k, v, mask, mask is None, scale, dropout, softcap))
+        mask = _band(q.shape[2], k.shape[2], window, q.device) if causal else None
+        if before is not None:
+            k, v, mask = _behind(before, k, v, mask, q.shape[2] if causal else 0)
+        outs.append(_attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
     # The fused kernel writes [L, H, d] and shows it as [H, L, d]; joined as written, nothing is copied twice.
     return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
@@ -87,7 +112,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return F.dropout(weights, dropout) @ v
 
 
-def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None) -> Tensor:
+def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None,
+                causal: bool) -> Tensor:
     if forest.flat and query.dtype in (torch.bfloat16, torch.float16):
         from torch.nn.attention.varlen import varlen_attn
         bounds = _bounds(forest.lengths, query.device)
@@ -95,13 +121,14 @@ def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale
         repeat = query.shape[1] // key.shape[1]
         k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, k, v))
-        # (window - 1, 0): that many keys to the left besides itself and none to the right; (-1, 0) is plain causal.
-        left = -1 if window is None else window - 1
-        out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0))
+        # (window - 1, 0): that many keys to the left besides itself and none to the right; (-1, 0) is plain causal, and
+        # (-1, -1) sees everything.
+        left, right = -1 if window is None else window - 1, 0 if causal else -1
+        out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, right))
         return out.transpose(0, 1)[None]
     from torch.nn.attention.flex_attention import flex_attention
     compiled = _compiled(flex_attention)
-    mask = _block_mask(forest, window, query.device)
+    mask = _block_mask(forest, window, causal, query.device)
     return compiled(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
@@ -117,12 +144,14 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=4)
-def _block_mask(forest: Forest, window: int | None, device: torch.device) -> Any:
+def _block_mask(forest: Forest, window: int | None, causal: bool, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
     segment, place, related = (x.to(device) for x in describe(forest))
 
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        kept = related[segment[q], segment[k]] & (place[k] <= place[q])
+        kept = related[segment[q], segment[k]]
+        if causal:
+            kept = kept & (place[k] <= place[q])
         return kept if window is None else kept & (place[q] - place[k] < window)
 
     total = segment.shape[0]
