@@ -1,0 +1,271 @@
+"""Contrastive losses against sentence-transformers' and the papers' formulas; parts and ranks against the whole batch.
+
+Read `cases.py` and `runtime/coupled.py` first. Its losses are called with the embeddings themselves: they need no model.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from lab import Dice, attach, base
+from torch import Tensor, multiprocessing
+
+from cases import Case, cases
+from luthier import build
+from luthier.core.errors import DataError
+from luthier.core.examples import Origin
+from luthier.core.types import Encoded, Item, Outputs, Target
+from luthier.data.pack import pack
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.contrastive import HOTTEST, SCALE
+from luthier.runtime import coupled
+from luthier.runtime.optim import Optimizer, OptimizerConfig
+from luthier.runtime.step import forward, step
+
+
+def made(labels: list[list[float]], **settings: object) -> Case:
+    flat = torch.tensor([label for group in labels for label in group])
+    states = torch.randn(len(flat), 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.int64)
+    target = Target(nothing, nothing, torch.zeros(0), len(labels), items=torch.arange(len(flat)), labels=flat,
+                    groups=torch.tensor([g for g, group in enumerate(labels) for _ in group]))
+    return Case(OBJECTIVES["contrastive"](**settings), Outputs(pooled=(3 * states).requires_grad_()), target, nothing)
+
+
+def columns(case: Case, count: int) -> list[Tensor]:
+    """Anchors, positives, first negatives, ...: what sentence-transformers takes."""
+    return [case.outputs.pooled[case.target.labels == i] for i in range(count)]
+
+
+def same(case: Case, wanted: Tensor) -> None:
+    found = case.loss().total / case.objective.count(case.target)
+    torch.testing.assert_close(found, wanted.double(), rtol=1e-6, atol=1e-9)
+    mine, theirs = (torch.autograd.grad(x, case.outputs.pooled)[0] for x in (found, wanted))
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    assert theirs.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("negatives", [0, 1, 2])
+def test_pairs_are_multiple_negatives_ranking(both: bool, negatives: int) -> None:
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    case = made([[0, 1, *range(2, 2 + negatives)]] * 5, temperature=0.1, both=both)
+    directions = ("query_to_doc", "doc_to_query") if both else ("query_to_doc",)
+    theirs = losses.MultipleNegativesRankingLoss(None, scale=10.0, directions=directions, partition_mode="per_direction")
+    same(case, theirs.compute_loss_from_embeddings(columns(case, 2 + negatives), None))
+    other = replace(case, objective=OBJECTIVES["contrastive"](temperature=0.1, both=not both))
+    assert abs(float(other.loss().total - case.loss().total)) > 1e-3
+
+
+def test_scores_are_cosent() -> None:
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    case = made([[x, x] for x in (0.1, 0.9, 0.5, 0.5, 0.3, 1.0)], kind="scores")
+    pooled = case.outputs.pooled
+    same(case, losses.CoSENTLoss(None, scale=20.0).compute_loss_from_embeddings([pooled[::2], pooled[1::2]], case.target.labels[::2]))
+
+
+def test_triplets_are_triplet_loss() -> None:
+    losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
+    case = made([[0, 1, 2]] * 6, kind="triplet", margin=0.4)
+    cosine = losses.TripletDistanceMetric.COSINE
+    same(case, losses.TripletLoss(None, distance_metric=cosine, triplet_margin=0.4)
+         .compute_loss_from_embeddings(columns(case, 3), None))
+    several = made([[0, 1, 2, 3], [0, 1, 1, 2]], kind="triplet", margin=0.4)
+    z = F.normalize(several.outputs.pooled, dim=1)
+    triples = [(0, 1, 2), (0, 1, 3), (4, 5, 7), (4, 6, 7)]
+    same(several, sum(torch.relu(z[a] @ z[n] - z[a] @ z[p] + 0.4) for a, p, n in triples) / 4)
+
+
+def test_classes_are_supervised_contrastive() -> None:
+    """Khosla et al. 2020, eq. 2, in loops; the only one of its class adds nothing."""
+    labels = [[0], [1], [0], [2], [0], [1]]
+    case = made(labels, kind="labels", temperature=0.2)
+    z = F.normalize(case.outputs.pooled, dim=1)
+    wanted = torch.zeros((), dtype=torch.float64)
+    for i in range(6):
+        mates = [p for p in range(6) if p != i and labels[p] == labels[i]]
+        under = sum(torch.exp(z[i] @ z[a] / 0.2) for a in range(6) if a != i)
+        wanted = wanted - sum(torch.log(torch.exp(z[i] @ z[p] / 0.2) / under) for p in mates) / max(len(mates), 1) / 6
+    same(case, wanted)
+
+
+def test_several_positives_share_an_anchor_and_are_no_negatives_of_one_another() -> None:
+    case = made([[0, 1, 1], [0, 1, 2]], temperature=0.3)
+    z = F.normalize(case.outputs.pooled, dim=1)
+    e = torch.exp(z @ z.T / 0.3)
+    wanted = -(torch.log(e[0, 1] / (e[0, 1] + e[0, 4] + e[0, 5])) + torch.log(e[0, 2] / (e[0, 2] + e[0, 4] + e[0, 5]))) / 2
+    wanted = wanted - torch.log(e[3, 4] / (e[3, 1] + e[3, 2] + e[3, 4] + e[3, 5]))
+    same(case, wanted / 2)
+
+
+def test_match_accuracy_is_of_the_nearest() -> None:
+    case = made([[0, 1], [0, 1], [0, 1]])
+    states = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [-0.1, 1], [1, 1], [-1, 0]])
+    hits, n = replace(case, outputs=Outputs(pooled=states)).loss().metrics["match_accuracy"]
+    assert (float(hits), float(n)) == (2.0, 3.0)
+
+
+# ---------------------------------------------------------------- the temperature
+
+
+def test_a_learned_temperature_is_clips() -> None:
+    case = cases()["contrastive-both"]
+    fixed = replace(case, objective=OBJECTIVES["contrastive"](both=True), outputs=replace(case.outputs, scalars={}))
+    assert float(case.loss().total) == pytest.approx(float(fixed.loss().total), rel=1e-12)
+    head, = case.objective.heads
+    assert (head.name, head.kind) == (SCALE, "scalar")
+    assert head.start == pytest.approx(math.log(20))
+    total, n = case.loss().metrics["temperature"]
+    assert float(total) / n == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(("good", "moves"), [(False, True), (True, False)])
+def test_the_scale_stops_at_a_hundred_and_may_turn_back(good: bool, moves: bool) -> None:
+    """Beyond the limit the value is the limit's; a gradient that would lead further out is 0, one that leads back stays."""
+    case = made([[0, 1], [0, 1]], learned=True)
+    near = torch.eye(4, 6, dtype=torch.float64)[[0, 0, 1, 1]] + 0.1 * torch.arange(24, dtype=torch.float64).view(4, 6).sin()
+    states = near if good else near[[0, 2, 1, 3]]  # each anchor beside its positive, or beside the other's
+    beyond = torch.tensor(HOTTEST + 1, dtype=torch.float64, requires_grad=True)
+    found = case.objective(Outputs(pooled=states, scalars={SCALE: beyond}), case.target).total
+    limit = case.objective(Outputs(pooled=states, scalars={SCALE: torch.tensor(HOTTEST, dtype=torch.float64)}), case.target)
+    assert float(found) == float(limit.total)
+    gradient, = torch.autograd.grad(found, beyond)
+    assert (float(gradient) > 0) == moves
+    assert float(gradient) >= 0
+
+
+# ---------------------------------------------------------------- held-out rows
+
+
+def test_retrieval_counts_by_hand() -> None:
+    case = made([[0, 1], [0, 1], [0, 1, 2]])
+    states = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.9], [1, 1], [0.1, 1], [1, 1.1]])
+    # anchor 0: its positive is first; anchor 2: behind (0.1, 1) and (1, 1.1); anchor 4: behind both (1, 0.9) and (1, 1.1),
+    # and before (1, 0.1) by less than nothing: their cosines with (1, 1) are equal, which counts half.
+    found = case.objective.quality(Outputs(pooled=states), case.target)
+    assert found == pytest.approx({"mrr": (1 + 1 / 3 + 1 / 3.5) / 3, "recall_at_1": 1 / 3, "recall_at_5": 1.0, "recall_at_10": 1.0})
+
+
+def test_of_classes_the_nearest_other_counts() -> None:
+    case = made([[0], [0], [1], [1], [2]], kind="labels")
+    states = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.3], [-1, 0]])
+    found = case.objective.quality(Outputs(pooled=states), case.target)  # 2 is nearest to 3, its mate; 3 is behind 0 and 1
+    assert found == pytest.approx({"mrr": (1 + 1 + 1 + 1 / 3) / 4, "recall_at_1": 0.75, "recall_at_5": 1.0, "recall_at_10": 1.0})
+
+
+def test_likeness_is_spearmans() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    case = cases()["contrastive-scores"]
+    z = F.normalize(case.outputs.pooled.detach(), dim=1)
+    cosines, scores = (z[::2] * z[1::2]).sum(1), case.target.labels[::2]
+    found = case.objective.quality(case.outputs, case.target)
+    assert found == pytest.approx({"spearman": stats.spearmanr(cosines, scores)[0], "pearson": stats.pearsonr(cosines, scores)[0]})
+
+
+# ---------------------------------------------------------------- what cannot be
+
+
+@pytest.mark.parametrize(("kind", "labels", "match"), [
+    ("pairs", [[0, 1], [0]], "one anchor and at least one positive"), ("pairs", [[1, 1]], "one anchor"),
+    ("pairs", [[0, 0, 1]], "one anchor"), ("triplet", [[0, 1, 2], [0, 1]], "no hard negative"),
+    ("scores", [[0.5, 0.5], [0.2]], "two texts"), ("scores", [[0.5] * 3], "two texts")])
+def test_an_example_without_its_items_is_refused(kind: str, labels: list, match: str) -> None:
+    case = made(labels, kind=kind)
+    for call in (lambda: case.objective.count(case.target), case.loss):
+        with pytest.raises(DataError, match=match):
+            call()
+
+
+# ---------------------------------------------------------------- in parts, and over ranks
+
+
+def rows(objective: str, kind: str) -> list[Encoded]:
+    """Random examples for an objective whose rows meet, of several lengths."""
+    dice = Dice(7)
+    labels = {"labels": [[0], [1], [0], [1], [0]], "scores": [[x, x] for x in (0.1, 0.8, 0.4, 1.0)],
+              "kto": [[1, -1], [0, -1], [0, -1], [1, -1]]}.get(kind, [[0, 1, 2], [0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 3]])
+    found = []
+    for number, group in enumerate(labels):
+        prompt = [dice.piece(3 + number, masked=3 + number)] if objective == "kto" else []
+        pieces = [*prompt, *(dice.piece(4 + (3 * number + i) % 5, len(prompt) - 1) for i in range(len(group)))]
+        items = tuple(Item(len(prompt) + i, float(label)) for i, label in enumerate(group))
+        found.append(Encoded(tuple(pieces), Origin("lab", number), items=items))
+    return found
+
+
+COUPLED = [("contrastive", kind, {"kind": kind}) for kind in ("labels", "scores", "triplet")]
+COUPLED += [("contrastive", "pairs", {"learned": True, "both": True}), ("kto", "kto", {})]
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("name", "kind", "settings"), COUPLED)
+def test_a_batch_in_parts_is_the_whole_batch(name: str, kind: str, settings: dict[str, Any]) -> None:
+    """Loss and every gradient by gradient caching, against one row; the control: parts that know nothing of one another."""
+    objective, examples = OBJECTIVES[name](**settings), rows(name, kind)
+    family = base("llama")
+    attached = build.with_heads(family, attach(family, "lora"), objective, 3)
+
+    def measured(micro: int | None, apart: bool = False) -> dict[str, Tensor]:
+        for parameter in attached.parameters().values():
+            parameter.grad = None
+        batches = pack(examples, micro)
+        assert (len(batches) > 2) == (micro is not None)
+        count = sum(objective.count(batch.target) for batch in batches)
+        run = partial(forward, family, objective, reference=attached.disabled)
+        losses = [coupled.backward(run, objective, part, count, family.device, nullcontext)[0]
+                  for part in ([[batch] for batch in batches] if apart else [batches])]
+        return {"loss": sum(losses), **{n: p.grad for n, p in attached.parameters().items()}}
+
+    def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+        assert a.keys() == b.keys()
+        return max(float((a[n] - b[n]).abs().max()) / max(float(b[n].abs().max()), 1e-6) for n in a)
+
+    whole = measured(None)
+    assert distance(measured(12), whole) < 1e-9
+    assert kind == "triplet" or distance(measured(12, apart=True), whole) > 1e-4
+
+
+def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
+    """Weights and metrics after two steps of a contrastive tuning with a learned temperature; `alone`: of one part only."""
+    torch.set_num_threads(1)
+    objective, examples = OBJECTIVES["contrastive"](learned=True, both=True), rows("contrastive", "pairs")
+    family = base("llama")
+    attached = build.with_heads(family, attach(family, "lora"), objective, 3)
+    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
+    for i in range(2):
+        adam.set_rate(i)
+        batches = pack(examples, micro_tokens)
+        stepped = step(family, objective, batches[:1] if alone else batches, adam)
+    return {"numbers": stepped.numbers(), "weights": {n: t.clone() for n, t in attached.state().items()}}
+
+
+def work(rank: int, port: int, place: str) -> None:
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.save([trained(24), trained(1000)], f"{place}/{rank}.pt")  # several parts a rank; one part, so that a rank has none
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.start_processes(work, (port, str(tmp_path)), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone = trained(24)
+    for rank in ranks:
+        for found in rank:
+            assert found["numbers"] == pytest.approx(alone["numbers"], rel=1e-9)
+            assert max(float((found["weights"][n] - t).abs().max()) for n, t in alone["weights"].items()) < 1e-9
+    assert all(torch.equal(t, ranks[1][0]["weights"][n]) for n, t in ranks[0][0]["weights"].items())
+    part = trained(24, alone=True)["weights"]  # what a rank that heard of no other would have
+    assert max(float((part[n] - t).abs().max()) for n, t in alone["weights"].items()) > 1e-3
