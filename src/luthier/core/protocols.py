@@ -180,6 +180,11 @@ class Family(Protocol):
     tokenizer: Any
 
     @property
+    def divided(self) -> bool:
+        """Whether it reads a source and writes its answer, each a piece of tokens with an end mark of its own."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     @property
