@@ -19,6 +19,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "luthier"
 ROOMS: dict[str, set[str]] = {
     "core": set(),
     "scoring": {"core"},
+    "pictures": set(),
     "measure": {"core", "scoring"},
     "data": {"core"},
     "families": {"core"},
@@ -27,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "runtime": {"core"},
     "rollout": {"core", "data", "measure", "scoring"},
     "build": {"core", "data", "families", "methods", "objectives", "runtime", "rollout", "measure", "scoring"},
-    "verb": {"build", "runtime", "core", "measure", "scoring"},
+    "verb": {"build", "runtime", "core", "measure", "scoring", "pictures"},
     "cli": {"verb", "core", "root"},
     "root": {"build", "runtime", "core", "verb"},  # luthier/__init__.py: the public names
 }
