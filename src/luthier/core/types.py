@@ -35,14 +35,25 @@ class Piece:
         weights: as long as `ids`; entry i weighs the prediction of token i from all that stands before it, in its
             ancestors too. The very first token of a root follows nothing, so its weight is never used.
         parent: the piece that it continues, -1 for none.
+        tags: empty, or as long as `ids`: what is predicted is the number of each token's own tag, not the token, and
+            the weights are those of the tags; -1 for tokens without one.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     parent: int = -1
+    tags: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.weights) > 0, (len(self.ids), len(self.weights))
+        assert len(self.tags) in (0, len(self.ids)), (len(self.tags), len(self.ids))
+
+    @property
+    def predicted(self) -> tuple[int, ...]:
+        """Indices of the tokens that are predicted with a weight, or whose tags are."""
+        if self.tags:
+            return tuple(i for i, tag in enumerate(self.tags) if tag >= 0 and self.weights[i])
+        return tuple(i for i, weight in enumerate(self.weights) if weight and (i or self.parent >= 0))
 
 
 @dataclass(frozen=True)

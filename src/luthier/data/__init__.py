@@ -1,21 +1,26 @@
 """Rows to examples to tokens and weights to batches. The only room that imports `datasets`.
 
-Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `pack.py`, `loader.py`; `load.py` puts them together.
+Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `items.py`, `settle.py`, `pack.py`, `loader.py`;
+`load.py` puts them together.
 """
 
+from luthier.data.augment import PictureAugment, WordsAugment, augmented, paraphrased
 from luthier.data.chat import FALLBACK_TEMPLATE, prompt_and_answer, render, turns
 from luthier.data.config import DataConfig, Source
-from luthier.data.encode import encode, prompt_of
-from luthier.data.formats import FORMATS, examples
-from luthier.data.load import Datasets, demand, load
+from luthier.data.encode import prompt_of
+from luthier.data.formats import FORMATS, Reader, examples
+from luthier.data.items import encode
+from luthier.data.load import Datasets, Use, demand, load
 from luthier.data.loader import Loader
-from luthier.data.pack import batch, eval_batches, pack
+from luthier.data.pack import batch, eval_batches, first_fit, pack
+from luthier.data.pictures import Picture
 from luthier.data.report import DataReport, Overlap, Part, length_picture, preview
-from luthier.data.sources import Refusal, Row
+from luthier.data.rows import Refusal, Row
 from luthier.data.stream import Stream
 
 __all__ = [
-    "DataConfig", "DataReport", "Datasets", "FALLBACK_TEMPLATE", "FORMATS", "Loader", "Overlap", "Part",
-    "Refusal", "Row", "Source", "Stream", "batch", "demand", "encode", "eval_batches", "examples", "length_picture",
-    "load", "pack", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
+    "DataConfig", "DataReport", "Datasets", "FALLBACK_TEMPLATE", "FORMATS", "Loader", "Overlap", "Part", "Picture",
+    "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream", "Use", "WordsAugment", "augmented", "batch",
+    "demand", "encode", "eval_batches", "examples", "first_fit", "length_picture", "load", "pack", "paraphrased", "preview",
+    "prompt_and_answer", "prompt_of", "render", "turns",
 ]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from luthier.core.config import Config
 from luthier.core.errors import nearest
+from luthier.data.augment import Augment
 from luthier.data.formats import COLUMNS, FormatName
+
+LENGTH = 1024  # tokens, where nobody says
 
 
 class Source(Config):
@@ -26,6 +29,8 @@ class Source(Config):
 class DataConfig(Config):
     """What is trained and evaluated on, and how rows become tokens."""
 
+    divided: ClassVar[bool] = False
+
     train: tuple[Source, ...] = Field(description="what to train on: a path, a hub name, or a list of them")
     eval: float | Source | None = Field(None, description=(
         "what to evaluate on while training: a path, or a fraction of the train rows to hold out by the seed"))
@@ -35,12 +40,20 @@ class DataConfig(Config):
         "if it has one, unless the format is `completion`, which joins them bare"))
     columns: Mapping[str, str | int] = Field(default_factory=dict, description=(
         "standard column: the file's own column, where they differ; numbers from 0 mean a table without a header"))
-    max_length: int = Field(1024, ge=2, description="the most tokens that one example may have")
+    max_length: int | None = Field(None, ge=2, description=(
+        "the most tokens that one example may have; left out: 1024, or the base's context where that is shorter"))
     overlong: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
-        "what happens to longer ones; split cuts a text into several examples without loss, and refuses chats"))
+        "what happens to longer ones: truncate cuts the end off, or of a prompt with answers to compare the beginning; "
+        "split cuts a text into several examples without loss, and refuses all else"))
     system: str | None = Field(None, description="system prompt for the chats that have none")
     train_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
         "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight wins"))
+    share_prompt: Literal["auto"] | bool = Field("auto", description=(
+        "whether a prompt is computed once for all its answers; the result is the same; auto: where that saves much"))
+    score_scale: float | None = Field(None, gt=0, description=(
+        "the score of texts that mean the same; left out: 1, 5, 10 or 100, the first that no training row exceeds"))
+    augment: tuple[Augment, ...] = Field((), description=(
+        "changes to what is read: deletion, swap and synonyms of words; crop, flip and noise of pictures"))
     shuffle: bool = Field(True, description="whether every epoch has its own order")
     limit: int | None = Field(None, ge=1, description="read at most this many rows of every source, for a quick try")
     streaming: bool = Field(False, description=(
@@ -80,10 +93,32 @@ class DataConfig(Config):
             raise ValueError("give names for all columns, or numbers for all of a table without a header")
         return columns
 
+    @field_validator("augment", mode="before")
+    @classmethod
+    def _changes(cls, raw: Any) -> Any:
+        listed = raw if isinstance(raw, (list, tuple)) else [raw]
+        return [{"name": change} if isinstance(change, str) else change for change in listed]
+
+    @property
+    def most(self) -> int:
+        """Tokens that one example may have."""
+        return self.max_length or LENGTH
+
     @property
     def header(self) -> bool:
         """Whether tables have a header line."""
         return not any(isinstance(theirs, int) for theirs in self.columns.values())
+
+
+class DividedConfig(DataConfig):
+    """The same settings, for a base that reads a source and writes its answer, each of at most `max_length` tokens."""
+
+    divided: ClassVar[bool] = True
+
+    @classmethod
+    def of(cls, config: DataConfig) -> DividedConfig:
+        """Several answers always share their source."""
+        return cls.model_construct(config.model_fields_set, **{**dict(config), "share_prompt": True})
 
 
 def _source(raw: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Examples to tokens and weights. Read `chat.py` first, for which words of a chat are trained.
+"""Words to tokens and weights. Read `chat.py` first, for which words of a chat are trained; `items.py` goes on.
 
     Example -> spell -> Spelled (all its tokens) -> cut -> Encoded (at most max_length tokens each)
 
@@ -14,12 +14,21 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from itertools import pairwise
 
-from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample, Worded
+from luthier.core.examples import (
+    ChatExample,
+    CompletionExample,
+    Example,
+    Message,
+    Origin,
+    TextExample,
+    Worded,
+)
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Piece
 from luthier.data.chat import Rendered, RenderError, Span, prompt_and_answer, rendered
 from luthier.data.config import DataConfig
-from luthier.data.sources import Refusal
+from luthier.data.labelled import asked_of
+from luthier.data.rows import Refusal
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,8 @@ class Spelled:
     Args:
         ends: for each token, where its characters end in `text`.
         divisible: whether it may be cut into several examples (documents may, chats may not).
+        source: how many tokens are a source, which is read and not gone on with: a piece of its own.
+        shortened: whether some of the source was cut off.
     """
 
     text: str
@@ -37,11 +48,12 @@ class Spelled:
     ends: list[int]
     origin: Origin
     divisible: bool = False
+    source: int = 0
+    shortened: bool = False
 
 
-def encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[Encoded] | Refusal:
-    """The example as tokens and weights: one `Encoded`, or several where it was split, or why there is none."""
-    assert isinstance(example, Worded), "only words are predicted so far"
+def encode_words(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
+    """The example as tokens and weights (several where it was split), and whether its end was cut off."""
     texts = spell(example, tokenizer, config)
     if isinstance(texts, Refusal):
         return texts
@@ -51,7 +63,8 @@ def encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[E
         if isinstance(pieces, Refusal):
             return pieces
         found += pieces
-    return found
+    return found, config.overlong == "truncate" and any(text.shortened or len(text.ids) - text.source > config.most
+                                                        for text in texts)
 
 
 # ---------------------------------------------------------------- spelling
@@ -59,6 +72,8 @@ def encode(example: Example, tokenizer: Tokenizer, config: DataConfig) -> list[E
 
 def spell(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
     """The example's texts, uncut: one, but for chats under a template that rewrites history."""
+    if config.divided:
+        return _divided(example, tokenizer, config)
     if isinstance(example, TextExample):
         return [_spelled(Rendered(example.text, rest=1.0), tokenizer, example, closed=True)]
     if isinstance(example, CompletionExample) and not templated(tokenizer, config):
@@ -89,10 +104,7 @@ def _bare(example: CompletionExample) -> Rendered:
 
 def _spelled(text: Rendered, tokenizer: Tokenizer, example: Worded, *, closed: bool) -> Spelled:
     """`closed`: the tokenizer's own opening and the end mark are put around it (a template brings its own)."""
-    if tokenizer.is_fast:
-        ids, starts, ends = _whole(text.text, tokenizer, closed)
-    else:
-        ids, starts, ends = _by_parts(text, tokenizer, closed)
+    ids, starts, ends = tokens(text, tokenizer, special=closed)
     weights = [text.rest * example.weight] * len(ids)
     for span in text.spans:
         first, last = bisect_right(ends, span.start), bisect_left(starts, span.end)
@@ -104,8 +116,12 @@ def _spelled(text: Rendered, tokenizer: Tokenizer, example: Worded, *, closed: b
     return Spelled(text.text, ids, weights, ends, example.origin, divisible=isinstance(example, TextExample))
 
 
-def _whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
+def tokens(text: Rendered, tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[int], list[int]]:
     """Ids, and where each token's characters start and end; both never fall."""
+    return _whole(text.text, tokenizer, special) if tokenizer.is_fast else _by_parts(text, tokenizer, special)
+
+
+def _whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
     out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     starts, ends, at = [], [], 0
     for start, end in out["offset_mapping"]:
@@ -133,6 +149,59 @@ def _by_parts(text: Rendered, tokenizer: Tokenizer, special: bool) -> tuple[list
     return ids, starts, ends
 
 
+# ---------------------------------------------------------------- sources and their answers
+
+
+def _divided(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
+    """`spell` for a base that reads a source and writes its answer: everything before the first trained word, and what
+    follows it, each tokenised alone and with an end mark of its own."""
+    if isinstance(example, TextExample):
+        return Refusal(example.origin, "nothing is asked", "the base answers a source: give a prompt and a completion")
+    bare = isinstance(example, CompletionExample) and not templated(tokenizer, config)
+    if bare:
+        assert isinstance(example, CompletionExample)
+        texts = [_bare(example)]
+    else:
+        chat = as_chat(example) if isinstance(example, CompletionExample) else example
+        try:
+            texts = rendered(chat, tokenizer, system=config.system, train_on=config.train_on)
+        except RenderError as fault:
+            return Refusal(example.origin, "the chat template refuses it", str(fault))
+    found = []
+    for text in texts:
+        if text.rest or not text.spans or not text.text[:text.spans[0].start].strip():
+            return Refusal(example.origin, "nothing is asked", "a source is read, never trained, so there must be one")
+        halves = _halves(text, tokenizer, example, config, bare)
+        if isinstance(halves, Refusal):
+            return halves
+        found.append(halves)
+    return found
+
+
+def _halves(text: Rendered, tokenizer: Tokenizer, example: Worded, config: DataConfig,
+            bare: bool) -> Spelled | Refusal:
+    """Source and answer, spelt alone and put one behind the other."""
+    start, end_mark = text.spans[0].start, tokenizer.eos_token_id
+    source = Rendered(text.text[:start])
+    ids, _, ends = tokens(source, tokenizer, special=bare)
+    closing = [] if end_mark is None else [end_mark]
+    if closing and ids and ids[-1] == end_mark:
+        ids, ends = ids[:-1], ends[:-1]
+    room = config.most - len(closing)
+    shortened = len(ids) > room
+    if shortened and config.overlong != "truncate":
+        return Refusal(example.origin, "longer than max_length", f"{len(ids)} tokens of source, at most {room}")
+    ids, ends = ids[:room] + closing, ends[:room] + [start] * len(closing)
+    said = text.text[start:]
+    if not bare:  # a template's own end mark, and what it puts behind it
+        said = said.rstrip().removesuffix(tokenizer.eos_token or "")
+    spans = tuple(Span(s.start - start, min(s.end - start, len(said)), s.weight) for s in text.spans)
+    answer = _spelled(Rendered(said, spans), tokenizer, example, closed=True)
+    weights = [answer.weights[0] or example.weight * text.spans[0].weight, *answer.weights[1:]]  # an opening mark
+    return Spelled(source.text + said, ids + answer.ids, [0.0] * len(ids) + weights,
+                   ends + [start + end for end in answer.ends], example.origin, source=len(ids), shortened=shortened)
+
+
 # ---------------------------------------------------------------- cutting
 
 
@@ -142,7 +211,7 @@ def cut(text: Spelled, config: DataConfig, end_mark: int | None) -> list[Encoded
     Split parts share one token: the first token of a part is never predicted, so it is the last of the part before,
     and every token but the document's first is predicted exactly once.
     """
-    length, most = len(text.ids), config.max_length
+    length, most = len(text.ids), config.most + text.source
     if length <= most or config.overlong == "truncate":
         ranges = [(0, min(length, most))]
     elif config.overlong == "split" and text.divisible:
@@ -158,11 +227,13 @@ def cut(text: Spelled, config: DataConfig, end_mark: int | None) -> list[Encoded
 
 
 def _encoded(text: Spelled, start: int, stop: int, end_mark: int | None) -> Encoded:
-    piece = Piece(tuple(text.ids[start:stop]), tuple(text.weights[start:stop]))
-    return Encoded((piece,), text.origin, _predicted_bytes(text, start, stop, end_mark))
+    first = start + text.source
+    pieces = [Piece(tuple(text.ids[start:first]), tuple(text.weights[start:first]))] if text.source else []
+    pieces.append(Piece(tuple(text.ids[first:stop]), tuple(text.weights[first:stop]), len(pieces) - 1))
+    return Encoded(tuple(pieces), text.origin, predicted_bytes(text, start, stop, end_mark))
 
 
-def _predicted_bytes(text: Spelled, start: int, stop: int, end_mark: int | None) -> int:
+def predicted_bytes(text: Spelled, start: int, stop: int, end_mark: int | None) -> int:
     """Bytes behind each run of predicted tokens; the part's first token is never predicted."""
     total, opened, ends = 0, -1, text.ends
     for i in range(start + 1, stop):
@@ -179,20 +250,30 @@ def _predicted_bytes(text: Spelled, start: int, stop: int, end_mark: int | None)
 
 
 def prompt_of(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[int], str]:
-    """What a sampler continues, as token ids, and the reference answer.
+    """What a sampler continues, as token ids, and the reference answer: the best one, where several were compared.
 
     A chat is asked up to the assistant's last turn, a completion up to its prompt; a text is cut in half.
     """
-    if isinstance(example, CompletionExample) and templated(tokenizer, config):
-        example = as_chat(example)
+    if isinstance(example, TextExample):
+        middle = (len(example.text) + 1) // 2
+        return _opened(example.text[:middle], tokenizer), example.text[middle:]
     if isinstance(example, ChatExample):
         prompt, answer = prompt_and_answer(example, tokenizer, config.system)
-        return list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"]), answer
-    if isinstance(example, CompletionExample):
-        prompt, answer = example.prompt, example.completion
-    else:
-        assert isinstance(example, TextExample), "only words can be gone on with"
-        middle = (len(example.text) + 1) // 2
-        prompt, answer = example.text[:middle], example.text[middle:]
-    ids = list(tokenizer(prompt, verbose=False)["input_ids"])
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids, answer
+        return _plain(prompt, tokenizer), answer
+    asked, answer = asked_of(example)
+    if isinstance(asked, str) and not templated(tokenizer, config):
+        return _opened(asked, tokenizer), answer
+    said = (Message("user", asked),) if isinstance(asked, str) else asked
+    prompt, _ = prompt_and_answer(ChatExample((*said, Message("assistant", "")), example.origin), tokenizer,
+                                  config.system)
+    return _plain(prompt, tokenizer), answer
+
+
+def _plain(text: str, tokenizer: Tokenizer) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
+    """With the tokenizer's own opening and without its end mark."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids

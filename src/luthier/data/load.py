@@ -1,27 +1,61 @@
-"""From the `data:` part of a recipe to encoded examples and a report. Read `encode.py` and `report.py` first."""
+"""From the `data:` part of a recipe to encoded examples and a report. Read `items.py` and `settle.py` first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.core.examples import Example, Worded
+from luthier.core.examples import Example, ImageExample, LabelledExample, TaggedExample
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
 from luthier.data import sources
+from luthier.data.augment import WordsAugment, augmented
 from luthier.data.config import DataConfig, Source
-from luthier.data.encode import cut, spell
-from luthier.data.formats import examples
+from luthier.data.formats import Reader, examples
+from luthier.data.items import encoded
 from luthier.data.loader import Mix
-from luthier.data.report import DataReport, Overlap, Tally, overlap
-from luthier.data.sources import Refusal
+from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
+from luthier.data.rows import Refusal
+from luthier.data.settle import Known, beside_others, class_counts, known, settled
 
 Progress = Callable[[str, int], None]
 TICK = 200  # rows between two words of progress
+CLASSED = {LabelledExample, TaggedExample, ImageExample}  # kinds of example that have classes
+
+
+@dataclass(frozen=True)
+class Use:
+    """What rows are read for.
+
+    Args:
+        reads: names of the types of example that the objective reads; None for any.
+        classes: see `settle.known`.
+        flat: whether the base cannot compute a prompt once for several answers.
+        room: tokens that a prompt must leave for its answer.
+        others: for each objective, what it reads, for the remedy where this one cannot read the rows.
+    """
+
+    reads: frozenset[str] | None = None
+    classes: tuple[str, ...] | None = ()
+    flat: bool = False
+    room: int = 1
+    others: Mapping[str, Collection[str]] = field(default_factory=dict)
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.reads, self.others)
+
+    def fitted(self, config: DataConfig) -> DataConfig:
+        """The settings as this use allows."""
+        return config.model_copy(update={"share_prompt": False}) if self.flat else config
+
+
+ANY_USE = Use()
 
 
 @dataclass(frozen=True)
@@ -35,6 +69,7 @@ class Datasets:
         mix: for consecutive runs of `train`, how many and how often they are seen in an epoch; for `Loader`.
         labels: the classes of the train rows, by the order of their numbers.
         kinds: the names of the types of all examples.
+        use: what they were read for, with the classes found; for `Stream`.
     """
 
     train: list[Encoded]
@@ -46,36 +81,47 @@ class Datasets:
     mix: Mix = ()
     labels: tuple[str, ...] = ()
     kinds: frozenset[str] = frozenset()
+    use: Use = ANY_USE
 
 
-def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, progress: Progress | None = None) -> Datasets:
+def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozenset[str] | None = None,
+         classes: tuple[str, ...] | None = (), flat: bool = False, room: int = 1,
+         others: Mapping[str, Collection[str]] | None = None, progress: Progress | None = None) -> Datasets:
     """Read, encode and report all that `config` names. With `streaming`, `train` stays empty: `Stream` reads it.
 
     Args:
-        seed: decides which rows are held out where `eval` is a fraction.
+        tokenizer: of the base; for pictures, what makes a tensor of pixels.
+        seed: decides which rows are held out where `eval` is a fraction, and how rows are augmented.
+        reads, classes, flat, room, others: see `Use`.
         progress: told (part, rows read so far) now and then.
     """
+    use = Use(reads, classes, flat, room, others or {})
+    config = use.fitted(config)
+    reading = _Reading(config, tokenizer, seed, use, progress)
     train, evaluated, tested = _Part("train"), _Part("eval"), _Part("test")
     if config.streaming and isinstance(config.eval, float):
         raise DataError(f"eval: {config.eval} holds out a part of rows that are streamed, never known all at once",
                         "give a file to evaluate on, or do not stream")
-    mix: list[tuple[int, float]] = []
-    for source in () if config.streaming else config.train:
-        before = len(train.encoded)
-        held = config.eval if isinstance(config.eval, float) else 0.0
-        _take(source, config, tokenizer, train, evaluated, held, seed + len(mix), progress)
-        mix.append((len(train.encoded) - before, source.weight))
+    held = config.eval if isinstance(config.eval, float) else 0.0
+    for number, source in enumerate(() if config.streaming else config.train):
+        reading.take(source, number, train, evaluated, held, seed + number)
+    if not config.streaming:
+        reading.augment(train)
     for part, given in ((evaluated, config.eval), (tested, config.test)):
         if isinstance(given, Source):
-            _take(given, config, tokenizer, part, part, 0.0, seed, progress)
-    parts = {part.name: part for part in (train, evaluated, tested) if part.tally.read}
+            reading.take(given, 0, part, part, 0.0, seed)
+    parts = {part.name: part for part in (train, evaluated, tested) if part.tally.read or part.kept}
+    what = known(train.examples or evaluated.examples + tested.examples, use.classes, config)
     for part in parts.values():
+        reading.settle(part, what)
         part.demand()
-    report = DataReport({name: part.tally.part(part.encoded) for name, part in parts.items()},
-                        _overlaps(train, evaluated, tested))
-    return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples,
-                    report, tuple(mix), kinds=frozenset(type(example).__name__ for part in parts.values()
-                                                        for example in part.examples))
+    report = DataReport({name: part.report() for name, part in parts.items()}, _overlaps(train, evaluated, tested))
+    kinds = {type(example) for part in parts.values() for example in part.examples}
+    mix = [(sum(len(kept.encoded) for kept in train.kept if kept.source == number), source.weight)
+           for number, source in enumerate(config.train)]
+    return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples, report,
+                    () if config.streaming else tuple(mix), what.classes or () if kinds & CLASSED else (),
+                    frozenset(kind.__name__ for kind in kinds), replace(use, classes=what.classes))
 
 
 def demand(config: DataConfig) -> None:
@@ -85,42 +131,107 @@ def demand(config: DataConfig) -> None:
             sources.demand(source.path)
 
 
+@dataclass(frozen=True)
+class _Kept:
+    """A row that became an example, and its tokens.
+
+    Args:
+        cut: whether some of it was cut off.
+        source: the number of the source that it comes from.
+        change: by which augmentation it was changed.
+        added: whether it is a copy that an augmentation added.
+    """
+
+    example: Example
+    encoded: list[Encoded]
+    cut: bool
+    source: int
+    change: str = ""
+    added: bool = False
+
+
 class _Part:
     """Train, eval or test while it is read."""
 
     def __init__(self, name: str) -> None:
         self.name, self.tally = name, Tally()
-        self.encoded: list[Encoded] = []
-        self.examples: list[Example] = []
+        self.kept: list[_Kept] = []
+
+    @property
+    def encoded(self) -> list[Encoded]:
+        return [one for kept in self.kept for one in kept.encoded]
+
+    @property
+    def examples(self) -> list[Example]:
+        return [kept.example for kept in self.kept]
+
+    def report(self) -> Part:
+        """What became of its rows."""
+        return replace(self.tally.part(self.encoded),
+                       labels=class_counts(kept.example for kept in self.kept if not kept.added),
+                       augmented=dict(Counter(kept.change for kept in self.kept if kept.change)))
 
     def demand(self) -> None:
-        if self.tally.refused and not self.encoded:
+        if self.tally.refused and not self.kept:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the {self.tally.read} {self.name} rows can be used; the first:\n{first}",
                             "mend the rows, or say with `format:` and `columns:` how they are written")
 
 
-def _take(source: Source, config: DataConfig, tokenizer: Tokenizer, part: _Part, held_part: _Part, held: float,
-          seed: int, progress: Progress | None) -> None:
-    """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
-    usable: list[tuple[Example, list[Encoded], bool]] = []
-    for count, example in enumerate(rows(source, config), 1):
-        if progress and count % TICK == 0:
-            progress(part.name, count)
-        if isinstance(example, Refusal):
-            part.tally.refuse(example)
-            continue
-        found = encoded(example, tokenizer, config)
-        if isinstance(found, Refusal):
-            part.tally.refuse(found)
-        else:
-            usable.append((example, *found))
-    out = _held_out(len(usable), held, seed)
-    for index, (example, pieces, truncated) in enumerate(usable):
-        to = held_part if index in out else part
-        to.tally.keep(truncated)
-        to.examples.append(example)
-        to.encoded += pieces
+@dataclass(frozen=True)
+class _Reading:
+    """One `load`: what all of its steps need."""
+
+    config: DataConfig
+    tokenizer: Tokenizer
+    seed: int
+    use: Use
+    progress: Progress | None
+
+    def take(self, source: Source, number: int, part: _Part, held_part: _Part, held: float, seed: int) -> None:
+        """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
+        usable: list[_Kept] = []
+        for count, example in enumerate(rows(source, self.config, self.use.reader), 1):
+            if self.progress and count % TICK == 0:
+                self.progress(part.name, count)
+            if isinstance(example, Refusal):
+                part.tally.refuse(example)
+                continue
+            found = self.encode(example)
+            if isinstance(found, Refusal):
+                part.tally.refuse(found)
+            else:
+                usable.append(_Kept(example, *found, number))
+        out = _held_out(len(usable), held, seed)
+        for index, kept in enumerate(usable):
+            (held_part if index in out else part).kept.append(kept)
+
+    def encode(self, example: Example) -> tuple[list[Encoded], bool] | Refusal:
+        return encoded(example, self.tokenizer, self.config, self.use.room)
+
+    def augment(self, part: _Part) -> None:
+        """Change and copy the rows. What cannot be encoded once changed stays as it was read, or is not added."""
+        changes = [change for change in self.config.augment if isinstance(change, WordsAugment)]
+        read, part.kept = part.kept, []
+        for number, kept in enumerate(read):
+            for index, (change, example) in enumerate(augmented(kept.example, number, changes, self.seed)):
+                found = self.encode(example) if change else None
+                if found is None or (isinstance(found, Refusal) and not index):
+                    part.kept.append(kept)
+                elif not isinstance(found, Refusal):
+                    part.kept.append(_Kept(example, *found, kept.source, change, added=index > 0))
+
+    def settle(self, part: _Part, what: Known) -> None:
+        """Put in what only all the training rows say, and count what became of every row."""
+        beside = beside_others(part.examples, self.tokenizer, self.config)
+        read, part.kept = part.kept, []
+        for place, kept in enumerate(read):
+            made = [settled(kept.example, beside.get(place, one), what) for one in kept.encoded]
+            refused = next((one for one in made if isinstance(one, Refusal)), None)
+            if refused is None:
+                part.kept.append(replace(kept, encoded=[one for one in made if isinstance(one, Encoded)]))
+            if not kept.added:
+                part.tally.refuse(refused) if refused else part.tally.keep(kept.cut)
 
 
 def _held_out(count: int, share: float, seed: int) -> set[int]:
@@ -131,27 +242,12 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
     return set(chosen.tolist())
 
 
-def rows(source: Source, config: DataConfig) -> Iterator[Example | Refusal]:
+def rows(source: Source, config: DataConfig, reader: Reader) -> Iterator[Example | Refusal]:
     """Every row of `source` as an example or a refusal, in order, at most `limit` of them."""
     files = sources.read(source.path, split=source.split, subset=source.subset, document=source.document,
                          header=config.header, streaming=config.streaming)
-    found = (example for _, lines in files for example in examples(lines, config.format, config.columns))
+    found = (example for _, lines in files for example in examples(lines, config.format, config.columns, reader))
     return islice(found, config.limit)
-
-
-def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
-    """`encode`, and whether the end was cut off."""
-    assert isinstance(example, Worded), "only words are predicted so far"
-    texts = spell(example, tokenizer, config)
-    if isinstance(texts, Refusal):
-        return texts
-    found: list[Encoded] = []
-    for text in texts:
-        pieces = cut(text, config, tokenizer.eos_token_id)
-        if isinstance(pieces, Refusal):
-            return pieces
-        found += pieces
-    return found, config.overlong == "truncate" and any(len(text.ids) > config.max_length for text in texts)
 
 
 def _overlaps(train: _Part, *others: _Part) -> dict[str, Overlap]:

@@ -17,17 +17,23 @@ import numpy as np
 from luthier.core.errors import DataError
 from luthier.core.types import Batch, Encoded
 from luthier.data.pack import pack
+from luthier.data.pictures import drawn
 
 Mix = Sequence[tuple[int, float]]
 
 
 def digest(example: Encoded) -> bytes:
-    """What the example trains, whatever its origin: 16 bytes over its ids, weights and parents."""
+    """What the example trains, whatever its origin: 16 bytes over all else that it holds."""
     found = hashlib.blake2b(digest_size=16)
     for piece in example.pieces:
         found.update(array("q", (piece.parent, len(piece.ids))).tobytes())
         found.update(array("q", piece.ids).tobytes())
         found.update(array("d", piece.weights).tobytes())
+        found.update(array("q", piece.tags).tobytes())
+    if example.items or example.facts:
+        found.update(repr((example.items, example.facts)).encode())
+    for image in example.images:
+        found.update(image.digest)
     return found.digest()
 
 
@@ -90,7 +96,7 @@ class Loader:
             self.epoch, self.row = self.epoch + 1, 0
         chosen = self._order[self.row:self.row + self.batch_size]
         self.row += len(chosen)
-        return pack([self.encoded[i] for i in chosen], self.micro_tokens)
+        return pack([drawn(self.encoded[i], self.seed, self.epoch, int(i)) for i in chosen], self.micro_tokens)
 
     @property
     def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from luthier.core.types import Batch, Encoded, Forest, Inputs, Target
+from luthier.data.pictures import Picture
 
 
 def pack(encoded: Sequence[Encoded], micro_tokens: int | None) -> list[Batch]:
@@ -20,6 +21,11 @@ def pack(encoded: Sequence[Encoded], micro_tokens: int | None) -> list[Batch]:
     """
     if micro_tokens is None:
         return [batch(encoded)] if encoded else []
+    return [batch([encoded[i] for i in row]) for row in first_fit(encoded, micro_tokens)]
+
+
+def first_fit(encoded: Sequence[Encoded], micro_tokens: int) -> list[list[int]]:
+    """Which examples share a row; see `pack`."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].tokens, i)):
@@ -31,7 +37,7 @@ def pack(encoded: Sequence[Encoded], micro_tokens: int | None) -> list[Batch]:
         else:
             rows[row].append(index)
             room[row] -= tokens
-    return [batch([encoded[i] for i in sorted(row)]) for row in rows]
+    return [sorted(row) for row in rows]
 
 
 def eval_batches(encoded: Sequence[Encoded], micro_tokens: int | None, group: int = 512) -> list[Batch]:
@@ -44,7 +50,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     """All the examples as one row.
 
     A position counts on from its parent piece. The prediction of a child's first token is made at its parent's last
-    token; the first token of a root follows nothing and is not predicted.
+    token; the first token of a root follows nothing and is not predicted. A tag is predicted at its own token.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -66,7 +72,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
         labels += [item.label for item in example.items]
         margins += [item.margin for item in example.items]
         groups += [owner] * len(example.items)
-        images += example.images
+        images += [image.tensor() if isinstance(image, Picture) else image for image in example.images]
         spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
         for number, piece in enumerate(example.pieces):
             start, before, depth = len(tokens), -1, 0
@@ -78,13 +84,11 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
             lengths.append(length)
             parents.append(first + piece.parent if piece.parent >= 0 else -1)
             spans.append((start + length - 1, depth + length))
-            for i, weight in enumerate(piece.weights):
-                state = start + i - 1 if i else before
-                if weight and state >= 0:
-                    at.append(state)
-                    goals.append(piece.ids[i])
-                    weights.append(weight)
-                    item_of.append(judged.get(number, -1))
+            for i in piece.predicted:
+                at.append(start + i if piece.tags else start + i - 1 if i else before)
+                goals.append(piece.tags[i] if piece.tags else piece.ids[i])
+                weights.append(piece.weights[i])
+                item_of.append(judged.get(number, -1))
     inputs = Inputs(_long(tokens), _long(positions), Forest(tuple(lengths), tuple(parents)),
                     torch.stack(images) if images else None)
     target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),

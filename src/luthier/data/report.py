@@ -2,26 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from luthier.core.examples import ChatExample, CompletionExample, Example, TextExample
+from luthier.core.examples import (
+    ChatExample,
+    ComparedExample,
+    CompletionExample,
+    Example,
+    ImageExample,
+    JudgedExample,
+    LabelledExample,
+    Message,
+    PromptExample,
+    TaggedExample,
+    TextExample,
+    TextsExample,
+)
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Encoded
-from luthier.data.sources import Refusal
+from luthier.core.types import Encoded, Item, Piece
+from luthier.data.pictures import Picture
+from luthier.data.rows import Refusal
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 LISTED = 1000  # refusals named one by one; all of them are counted
 PAIRS = 20  # duplicates and overlaps named one by one
+LABELS = 20  # counted in a sentence; more are in the file
 BINS = 20
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
@@ -42,6 +59,8 @@ class Part:
         trained: tokens that are predicted with a weight, out of `tokens`.
         lengths: quantiles of the tokens of an encoded example.
         histogram: `edges` (one more than `counts`) and `counts` of the same.
+        labels: how many rows (words, where words have tags) have each label.
+        augmented: how many rows each augmentation changed or added; the added ones are not among `read` and `kept`.
     """
 
     read: int = 0
@@ -56,6 +75,8 @@ class Part:
     trained: int = 0
     lengths: Mapping[str, float] = field(default_factory=dict)
     histogram: Mapping[str, list[int]] = field(default_factory=dict)
+    labels: Mapping[str, int] = field(default_factory=dict)
+    augmented: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,11 +103,15 @@ class DataReport:
         """The report in a few sentences."""
         said = []
         for name, part in self.parts.items():
-            share = f", {100 * part.trained / part.tokens:.0f}% of {part.tokens} tokens trained" if part.tokens else ""
+            share = f", {100 * part.trained / part.tokens:.0f}% of {part.tokens} tokens trained" if part.trained else ""
             said.append(f"{name}: {part.kept} of {part.read} rows kept, {part.truncated} truncated{share}")
             where = {r["reason"]: f", the first {r['file']}:{r['line']}" for r in reversed(part.refused)}
             said += [f"{name}: {count} refused: {reason}{where.get(reason, '')}"
                      for reason, count in part.reasons.items()]
+            if part.labels and len(part.labels) <= LABELS:
+                told = sorted(part.labels.items(), key=lambda pair: (-pair[1], pair[0]))
+                said.append(f"{name}: labels {', '.join(f'{label} {count}' for label, count in told)}")
+            said += [f"{name}: {count} rows changed or added by {change}" for change, count in part.augmented.items()]
             if part.duplicates:
                 first, second = part.duplicate_pairs[0]
                 said.append(f"{name}: {part.duplicates} exact duplicates kept, the first {second} of {first}")
@@ -130,8 +155,7 @@ class Tally:
 
 
 def _trained(example: Encoded) -> int:
-    return sum(1 for piece in example.pieces for i, weight in enumerate(piece.weights)
-               if weight and (i or piece.parent >= 0))
+    return sum(len(piece.predicted) for piece in example.pieces)
 
 
 def _duplicates(encoded: Sequence[Encoded]) -> tuple[int, tuple[tuple[str, str], ...]]:
@@ -139,7 +163,8 @@ def _duplicates(encoded: Sequence[Encoded]) -> tuple[int, tuple[tuple[str, str],
     count = 0
     pairs: list[tuple[str, str]] = []
     for example in encoded:
-        before = seen.setdefault(example.pieces, example)
+        pictures = tuple(image.digest if isinstance(image, Picture) else image for image in example.images)
+        before = seen.setdefault((example.pieces, example.items, pictures), example)
         if before is not example:
             count += 1
             if len(pairs) < PAIRS:
@@ -158,43 +183,82 @@ def overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap:
 
 
 def question(example: Example) -> str:
-    """What is asked, without case, punctuation and extra space: all but the system prompt before the last answer."""
-    if isinstance(example, ChatExample):
-        last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=len(example.messages))
-        words = " ".join(m.content for m in example.messages[:last] if m.role != "system")
-    else:
-        words = example.prompt if isinstance(example, CompletionExample) else _words(example)
+    """What is asked, without case, punctuation and extra space: all but the system prompt before the last answer. Of a
+    picture, a digest of its pixels."""
+    if isinstance(example, ImageExample):
+        return hashlib.blake2b(np.ascontiguousarray(example.pixels).tobytes(), digest_size=16).hexdigest()
+    words = ASKS[type(example)](example)
+    if not isinstance(words, str):
+        words = " ".join(m.content for m in words if m.role != "system")
     return " ".join(re.sub(r"[^\w\s]", " ", words.casefold()).split())
 
 
-def _words(example: Example) -> str:
-    return example.text if isinstance(example, TextExample) else ""
+def _before_last(example: ChatExample) -> tuple[Message, ...]:
+    last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=len(example.messages))
+    return example.messages[:last]
+
+
+ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
+    ChatExample: _before_last,
+    CompletionExample: lambda example: example.prompt,
+    ComparedExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
+    JudgedExample: lambda example: example.prompt,
+    PromptExample: lambda example: example.prompt,
+    TextExample: lambda example: example.text,
+    LabelledExample: lambda example: f"{example.text} {example.second or ''}",
+    TaggedExample: lambda example: " ".join(example.words),
+    TextsExample: lambda example: " ".join(example.texts[:2]),
+}
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def preview(encoded: Encoded, tokenizer: Tokenizer) -> Text:
-    """The example's words as the model meets them: what is trained in green, the rest dim."""
+def preview(encoded: Encoded, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
+    """The example's words as the model meets them: what is trained in green, the rest dim; before each piece what it
+    continues and how it is judged, behind each tagged word its tag.
+
+    Args:
+        labels: the names of the classes.
+    """
     from rich.text import Text
 
     shown = Text()
+    judged = {item.piece: item for item in encoded.items}
     for index, piece in enumerate(encoded.pieces):
-        if index:
-            shown.append(f"\n--- continues piece {piece.parent}\n", style="dim italic")
-        flags = [bool(weight) and (i > 0 or piece.parent >= 0) for i, weight in enumerate(piece.weights)]
-        for trained, ids in _runs(piece.ids, flags):
-            shown.append(tokenizer.decode(ids), style="green" if trained else "dim")
+        item = judged.get(index)
+        said = [*([f"continues piece {piece.parent}"] if piece.parent >= 0 else []),
+                *([f"piece {index}"] if index and piece.parent < 0 else []), *([_told(item, labels)] if item else [])]
+        if said:
+            shown.append(("\n" if index else "") + f"--- {', '.join(said)}\n", style="dim italic")
+        if encoded.images:
+            shown.append(f"[picture, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
+            continue
+        for trained, start, stop in _runs(piece):
+            shown.append(tokenizer.decode(piece.ids[start:stop]), style="green" if trained else "dim")
+            if trained and piece.tags:
+                shown.append(f"/{_named(piece.tags[start], labels)}", style="italic")
     return shown
 
 
-def _runs(ids: Sequence[int], flags: Sequence[bool]) -> list[tuple[bool, list[int]]]:
-    runs: list[tuple[bool, list[int]]] = []
-    for token, flag in zip(ids, flags, strict=True):
-        if not runs or runs[-1][0] != flag:
-            runs.append((flag, []))
-        runs[-1][1].append(token)
-    return runs
+def _told(item: Item, labels: Sequence[str]) -> str:
+    """How a piece is judged."""
+    if isinstance(item.label, tuple):
+        flagged = [_named(i, labels) for i, flag in enumerate(item.label) if flag]
+        return f"labels {', '.join(flagged) or 'none'}"
+    return f"label {_named(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
+
+
+def _named(number: float, labels: Sequence[str]) -> str:
+    return labels[int(number)] if labels else f"{number:g}"
+
+
+def _runs(piece: Piece) -> list[tuple[bool, int, int]]:
+    """Runs of tokens that are all predicted, or none; where each starts and stops. A tag is a run of its own."""
+    predicted = set(piece.predicted)
+    starts = [i for i in range(len(piece.ids))
+              if not i or (i in predicted) != (i - 1 in predicted) or (piece.tags and i in predicted)]
+    return [(start in predicted, start, stop) for start, stop in pairwise([*starts, len(piece.ids)])]
 
 
 def length_picture(report: DataReport, path: str | Path) -> None:

@@ -14,63 +14,31 @@ A row that cannot be read is a `Refusal` with its reason, and reading goes on. A
 | `.parquet`                   | its rows                                                                   |
 | `.txt`                       | one document a line; blank lines are no documents                          |
 | `.md`                        | the whole file is one document                                             |
+| a folder of pictures         | pictures; the subfolder is the class                                       |
+| `*images-idx3-ubyte`         | pictures as MNIST keeps them, with their labels from the file beside it    |
 
 `.gz`, `.bz2`, `.xz` and `.zst` behind any of the text suffixes are unpacked while reading.
 """
 
 from __future__ import annotations
 
-import bz2
-import csv
 import difflib
-import gzip
-import importlib.util
-import io
-import json
-import lzma
 import re
-import sys
-import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from luthier.core.errors import DataError
 from luthier.core.examples import Origin
-
-
-@dataclass(frozen=True)
-class Row:
-    """What one row of a file says, by column."""
-
-    values: Mapping[str, Any]
-    origin: Origin
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A row that is not trained on. `reason` is one of few, to count by; `detail` is about this row alone."""
-
-    origin: Origin
-    reason: str
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.origin}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
-
-
-Rows = Iterator[Row | Refusal]
+from luthier.data.pictures import IDX, in_folder, read_idx, read_pictures
+from luthier.data.readers import READERS, as_row
+from luthier.data.rows import OPENERS, Rows, opened
 
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
          b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"%PDF": "PDF",
          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x89PNG": "PNG", b"SQLite format 3": "SQLite"}
 BESIDE_DATA = ("readme", "license", "licence", "dataset_info", "notice")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-NOT_UTF8 = "not UTF-8"
-BROKEN_JSON = "broken JSON"
 
 
 # ---------------------------------------------------------------- from a path to rows
@@ -82,9 +50,16 @@ def read(path: str, *, split: str = "train", subset: str | None = None, document
     place = Path(path).expanduser()
     if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
         yield path, _saved(place, split)
+    elif place.is_dir() and not _data_in(place) and (pictures := in_folder(place)):
+        yield path, read_pictures(place, pictures)
+    elif place.is_dir() and not _data_in(place) and (pictures := _idx_in(place, split)):
+        for file in pictures:
+            yield str(file), read_idx(file)
     elif place.is_dir():
         for file in _inside(place):
             yield str(file), read_file(file, document=document, header=header)
+    elif place.exists() and IDX.search(place.name):
+        yield str(path), read_idx(place)
     elif place.exists():
         yield str(path), read_file(place, document=document, header=header)
     elif HUB_NAME.fullmatch(path) and not _kind(place):
@@ -126,12 +101,25 @@ def _kind(file: Path) -> str:
 
 
 def _inside(folder: Path) -> list[Path]:
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and _kind(file)
-             and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-             and not file.name.lower().startswith(BESIDE_DATA)]
+    files = _data_in(folder)
     if not files:
-        raise DataError(f"the folder {folder} holds no data file", f"known suffixes: {' '.join(READERS)}")
+        raise DataError(f"the folder {folder} holds no data file", f"known suffixes: {' '.join(READERS)}; or pictures")
     return files
+
+
+def _data_in(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.rglob("*")) if file.is_file() and _kind(file)
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+            and not file.name.lower().startswith(BESIDE_DATA)]
+
+
+def _idx_in(folder: Path, split: str) -> list[Path]:
+    """IDX files of pictures of a split: MNIST's own name for the test split is t10k."""
+    there = [file for file in sorted(folder.iterdir()) if IDX.search(file.name)]
+    named = [file for file in there if file.name.startswith((split, "t10k") if split == "test" else split)]
+    if there and not named:
+        raise DataError(f"{folder} has no split {split!r}", f"it has: {', '.join(file.name for file in there)}")
+    return named
 
 
 def _missing(place: Path) -> DataError:
@@ -145,35 +133,8 @@ def _missing(place: Path) -> DataError:
     return DataError(f"there is no file {place}", hint)
 
 
-# ---------------------------------------------------------------- opening
-
-
-def _zstd(file: Path) -> IO[bytes]:
-    if importlib.util.find_spec("zstandard") is None:
-        raise DataError(f"{file} is packed with zstandard, which needs the package 'zstandard'",
-                        "pip install zstandard, or unpack the file first")
-    import zstandard
-
-    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True))
-
-
-OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[io.BufferedReader]:
-    """The unpacked bytes of `file`. Whatever unpacking complains about becomes one `DataError`."""
-    opener = OPENERS.get(file.suffix.lower())
-    try:
-        with (opener(file) if opener else file.open("rb")) as raw:
-            yield io.BufferedReader(raw)
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as fault:
-        raise DataError(f"{file} cannot be read: {fault}",
-                        "it is damaged, or not what its suffix says: get it anew, or mend the suffix") from fault
-
-
 def _unpacked(file: Path, kind: str, header: bool) -> Rows:
-    with _opened(file) as stream:
+    with opened(file) as stream:
         head = stream.peek(16)[:16]
         found = next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
         if found:
@@ -182,149 +143,6 @@ def _unpacked(file: Path, kind: str, header: bool) -> Rows:
         if not head.strip() and not stream.peek().strip():
             raise DataError(f"{file} is empty", "give a file with rows in it")
         yield from READERS[kind](stream, str(file), header)
-
-
-# ---------------------------------------------------------------- one reader for each way of writing rows
-
-
-def _json_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
-    for number, line in enumerate(stream, 1):
-        if not line.strip():
-            continue
-        origin = Origin(name, number)
-        text = _decoded(line)
-        if text is None:
-            yield Refusal(origin, NOT_UTF8)
-            continue
-        try:
-            value = json.loads(text)
-        except (ValueError, RecursionError) as fault:
-            if number == 1 and text.strip() == "[":
-                yield from _json(io.BytesIO(line + stream.read()), name, header)
-                return
-            yield Refusal(origin, BROKEN_JSON, str(fault))
-            continue
-        if number == 1 and isinstance(value, list) and all(isinstance(item, dict) for item in value):
-            for item in value:
-                yield _object(item, origin)
-        else:
-            yield _object(value, origin)
-
-
-def _json(stream: IO[bytes], name: str, header: bool) -> Rows:
-    """Elements of an array, or objects in a run. Behind a broken one, the next that is indented alike is read."""
-    raw = stream.read()
-    text = raw.decode("utf-8-sig", errors="surrogateescape")
-    decoder, skip = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at = skip.match(text).end()  # type: ignore[union-attr]
-    array = text.startswith("[", at)
-    if not array and not text.startswith("{", at):
-        raise DataError(f"{name} is not JSON: it begins with {text[at:at + 20]!r}",
-                        "give an array of objects, or another suffix")
-    at = skip.match(text, at + array).end()  # type: ignore[union-attr]
-    line, counted = 1, 0
-    while at < len(text) and not (array and text[at] == "]"):
-        line, counted = line + text.count("\n", counted, at), at
-        origin = Origin(name, line)
-        try:
-            value, end = decoder.raw_decode(text, at)
-            yield _object(value, origin)
-        except (ValueError, RecursionError) as fault:
-            resumed = _next_alike(text, at)
-            rest = "" if resumed else "; the rest of the file could not be read"
-            yield Refusal(origin, BROKEN_JSON, f"{fault}{rest}")
-            end = resumed or len(text)
-        at = skip.match(text, end).end()  # type: ignore[union-attr]
-
-
-def _next_alike(text: str, at: int) -> int | None:
-    """Where the next line begins that opens an object with the same indent as the line of `at`."""
-    indent = text[text.rfind("\n", 0, at) + 1:at]
-    found = re.compile(rf"^{indent}(?=\{{)", re.MULTILINE).search(text, at + 1) if not indent.strip() else None
-    return found.end() if found else None
-
-
-def _csv(stream: IO[bytes], name: str, header: bool) -> Rows:
-    yield from _table(stream, name, header, {"delimiter": ","})
-
-
-def _tsv(stream: IO[bytes], name: str, header: bool) -> Rows:
-    for row in _table(stream, name, header, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}):
-        yield row if isinstance(row, Refusal) else Row({k: _unquoted(v) for k, v in row.values.items()}, row.origin)
-
-
-def _table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str, Any]) -> Rows:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    reader = csv.reader(lines, **dialect)
-    names = next(reader) if header else []
-    repeated = {column for column in names if names.count(column) > 1}
-    if repeated:
-        raise DataError(f"{name} has the column {repeated.pop()!r} twice", "give every column its own name")
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as fault:
-            yield Refusal(Origin(name, line), "broken table row", str(fault))
-            continue
-        if not cells:
-            continue
-        names = names or [str(number) for number in range(len(cells))]
-        if len(cells) != len(names):
-            yield Refusal(Origin(name, line), "broken table row", f"{len(cells)} cells under {len(names)} columns")
-        else:
-            yield _object(dict(zip(names, cells, strict=True)), Origin(name, line))
-
-
-def _unquoted(cell: str) -> str:
-    inner = cell[1:-1].replace('""', "")
-    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner else cell
-
-
-def _text_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
-    for number, line in enumerate(stream, 1):
-        text = _decoded(line)
-        if text is None:
-            yield Refusal(Origin(name, number), NOT_UTF8)
-        elif text.strip():
-            yield Row({"text": text.rstrip("\r\n")}, Origin(name, number))
-
-
-def _text_file(stream: IO[bytes], name: str, header: bool) -> Rows:
-    text = _decoded(stream.read())
-    yield Refusal(Origin(name, 1), NOT_UTF8) if text is None else Row({"text": text}, Origin(name, 1))
-
-
-READERS: dict[str, Callable[[IO[bytes], str, bool], Rows]] = {
-    ".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".tsv": _tsv, ".txt": _text_lines, ".md": _text_file,
-    ".parquet": lambda stream, name, header: iter(())}  # Parquet is read by name, not as a stream
-
-
-def _object(value: Any, origin: Origin) -> Row | Refusal:
-    if not isinstance(value, dict):
-        return Refusal(origin, "not an object", f"a row is a mapping of columns, this is {type(value).__name__}")
-    if _undecodable(value):
-        return Refusal(origin, NOT_UTF8)
-    return Row(value, origin)
-
-
-def _undecodable(value: Any) -> bool:
-    """Whether a string in it holds half of a surrogate pair: a byte that was not UTF-8, or a broken JSON escape."""
-    if isinstance(value, str):
-        return not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
-    if isinstance(value, dict):
-        return any(_undecodable(inner) for inner in chain(value.keys(), value.values()))
-    return isinstance(value, list) and any(map(_undecodable, value))
-
-
-def _decoded(raw: bytes) -> str | None:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
 
 
 # ---------------------------------------------------------------- through `datasets`, which is slow to import
@@ -367,4 +185,4 @@ def _hub(name: str, split: str, subset: str | None, streaming: bool) -> Rows:
 
 def _numbered(rows: Any, name: str) -> Rows:
     for number, row in enumerate(rows, 1):
-        yield _object(row, Origin(name, number))
+        yield as_row(row, Origin(name, number))

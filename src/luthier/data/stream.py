@@ -18,12 +18,16 @@ from luthier.core.errors import DataError
 from luthier.core.examples import Example
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Batch, Encoded
+from luthier.data.augment import WordsAugment
 from luthier.data.config import DataConfig, Source
-from luthier.data.load import encoded, rows
+from luthier.data.items import encoded
+from luthier.data.load import ANY_USE, Use, rows
 from luthier.data.loader import changed
 from luthier.data.pack import pack
+from luthier.data.pictures import drawn
 from luthier.data.report import Tally
-from luthier.data.sources import Refusal
+from luthier.data.rows import Refusal
+from luthier.data.settle import known, settled, whole_needed
 
 
 class Stream:
@@ -38,8 +42,11 @@ class Stream:
     steps_per_epoch = 0
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, micro_tokens: int | None,
-                 seed: int = 0, block: int = 4096) -> None:
-        self.config, self.tokenizer, self.seed, self.block = config, tokenizer, seed, block
+                 seed: int = 0, block: int = 4096, use: Use = ANY_USE) -> None:
+        if any(isinstance(change, WordsAugment) for change in config.augment):
+            raise DataError("data.augment: rows that are streamed are neither changed nor copied", "do not stream")
+        self.config, self.tokenizer, self.seed, self.block, self.use = use.fitted(config), tokenizer, seed, block, use
+        self.known = known((), use.classes or None, config)
         self.batch_size, self.micro_tokens = batch_size, micro_tokens
         self.tally = Tally()
         self._begin(0, 0)
@@ -73,16 +80,17 @@ class Stream:
     def _source(self, source: Source, chance: np.random.Generator) -> Iterator[Example | Refusal]:
         whole = int(source.weight)
         for _ in range(whole):
-            yield from rows(source, self.config)
+            yield from rows(source, self.config, self.use.reader)
         if source.weight > whole:
-            yield from (row for row in rows(source, self.config) if chance.random() < source.weight - whole)
+            again = rows(source, self.config, self.use.reader)
+            yield from (row for row in again if chance.random() < source.weight - whole)
 
     def _refill(self) -> None:
         """The next block, shuffled by the seed and its place alone; an empty one at the end of the epoch."""
         self.row, self.taken, self.queue = self.next_row, 0, []
         for example in self._rows:
             self.next_row += 1
-            found = example if isinstance(example, Refusal) else encoded(example, self.tokenizer, self.config)
+            found = example if isinstance(example, Refusal) else self._encoded(example)
             if isinstance(found, Refusal):
                 self._count(found)
             else:
@@ -93,6 +101,17 @@ class Stream:
         if self.config.shuffle:
             order = np.random.default_rng([self.seed, self.epoch, self.row]).permutation(len(self.queue))
             self.queue = [self.queue[i] for i in order]
+
+    def _encoded(self, example: Example) -> tuple[list[Encoded], bool] | Refusal:
+        reason = whole_needed(example, self.use.classes, self.config)
+        if reason:
+            raise DataError(f"{example.origin}: such rows cannot be streamed: {reason}", "do not stream")
+        made = encoded(example, self.tokenizer, self.config, self.use.room)
+        if isinstance(made, Refusal):
+            return made
+        found = [settled(example, one, self.known) for one in made[0]]
+        refused = next((one for one in found if isinstance(one, Refusal)), None)
+        return refused or ([one for one in found if isinstance(one, Encoded)], made[1])
 
     def _count(self, outcome: Refusal | bool) -> None:
         if self.epoch == 0 and self.tally.read < self.next_row:
@@ -110,8 +129,8 @@ class Stream:
                 if not self.queue:
                     break
             more = self.queue[self.taken:self.taken + self.batch_size - len(chosen)]
+            chosen += [drawn(one, self.seed, self.epoch, self.row, self.taken + i) for i, one in enumerate(more)]
             self.taken += len(more)
-            chosen += more
         return chosen
 
     def __iter__(self) -> Self:

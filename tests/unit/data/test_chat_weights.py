@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
 from luthier.data.chat import FALLBACK_TEMPLATE
 from luthier.data.config import DataConfig
-from luthier.data.encode import encode, prompt_of
-from luthier.data.sources import Refusal
+from luthier.data.encode import prompt_of
+from luthier.data.items import encode
+from luthier.data.rows import Refusal
 from tiny import CHATML
 
 HERE = Origin("f", 1)

@@ -9,8 +9,9 @@ from tokenizers.processors import TemplateProcessing
 
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
 from luthier.data.config import DataConfig
-from luthier.data.encode import encode, prompt_of
-from luthier.data.sources import Refusal
+from luthier.data.encode import prompt_of
+from luthier.data.items import encode
+from luthier.data.rows import Refusal
 from tiny import END_OF_TEXT, IM_END, IM_START
 
 HERE = Origin("f", 1)

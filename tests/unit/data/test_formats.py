@@ -6,8 +6,8 @@ import pytest
 
 from luthier.core.errors import DataError
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
-from luthier.data.formats import FORMATS, examples
-from luthier.data.sources import Refusal, Row
+from luthier.data.formats import FORMATS, Reader, examples
+from luthier.data.rows import Refusal, Row
 
 HERE = Origin("f", 1)
 ASK, ANSWER = Message("user", "q"), Message("assistant", "a")
@@ -50,7 +50,7 @@ CASES = {
                              "completion": [{"role": "assistant", "content": "a"}]},
                             chat(Message("user", "q", 0.0), Message("assistant", "a", 0.0), Message("user", "q", 0.0), ANSWER)),
     "prompt of turns": ({"prompt": [{"role": "user", "content": "q"}], "completion": "a"}, chat(Message("user", "q", 0.0), ANSWER)),
-    "text": ({"text": " words ", "label": 1}, TextExample(" words ", HERE)),
+    "text": ({"text": " words ", "id": 1}, TextExample(" words ", HERE)),
 }
 
 
@@ -152,5 +152,6 @@ def test_a_file_of_strangers_is_given_up_early() -> None:
 
 
 def test_preference_pairs_are_not_imitated() -> None:
-    with pytest.raises(DataError, match="preference pairs"):
-        become({"conversations": [{"from": "human", "value": "q"}], "chosen": {}, "rejected": {}})
+    reader = Reader(frozenset({"ChatExample", "TextExample"}), {"dpo": ["ComparedExample"], "sft": ["ChatExample"]})
+    with pytest.raises(DataError, match=r"'sharegpt_pair' \(ComparedExample\).*\n.*an objective that reads them: dpo;"):
+        become({"conversations": [{"from": "human", "value": "q"}], "chosen": "a", "rejected": "b"}, reader=reader)

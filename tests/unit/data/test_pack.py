@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.examples import Origin
-from luthier.core.types import Batch, Encoded, Piece
+from luthier.core.types import Batch, Encoded, Item, Piece
 from luthier.data.pack import eval_batches, pack
 
 TREES = st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=6),
@@ -21,7 +21,7 @@ def tree(number: int, pieces) -> Encoded:
     """Pieces as drawn; each continues an earlier one, or none."""
     made = tuple(Piece(tuple(t for t, _ in run), tuple(w for _, w in run), min(parent, index - 1) if index else -1)
                  for index, (run, parent) in enumerate(pieces))
-    return Encoded(made, Origin("f", number), bytes=number)
+    return Encoded(made, Origin("f", number), number, tuple(Item(i, 0.0) for i in range(len(made))))
 
 
 EXAMPLES = st.lists(TREES, min_size=1, max_size=8).map(lambda drawn: [tree(i, pieces) for i, pieces in enumerate(drawn)])
@@ -33,7 +33,8 @@ def predictions(batches: list[Batch]) -> Counter:
     for batch in batches:
         inputs, target = batch.inputs, batch.target
         starts = inputs.forest.starts
-        for at, token, weight, owner in zip(target.at.tolist(), target.tokens.tolist(), target.weights.tolist(), target.owners.tolist(), strict=True):
+        for at, token, weight, item in zip(target.at.tolist(), target.tokens.tolist(), target.weights.tolist(), target.item_of.tolist(), strict=True):
+            owner = target.groups.tolist()[item]
             segment = max(i for i, start in enumerate(starts) if start <= at)
             before = [inputs.tokens[starts[s]:starts[s] + inputs.forest.lengths[s]].tolist() for s in inputs.forest.path(segment)[:-1]]
             before.append(inputs.tokens[starts[segment]:at + 1].tolist())
@@ -93,7 +94,7 @@ def test_rows_are_filled_first_fit_decreasing_and_keep_order() -> None:
 
 def test_kinds_of_numbers() -> None:
     (row,) = pack(lengths(3), None)
-    integers = (row.inputs.tokens, row.inputs.positions, row.target.at, row.target.tokens, row.target.owners)
+    integers = (row.inputs.tokens, row.inputs.positions, row.target.at, row.target.tokens, row.target.items, row.target.groups, row.target.item_of)
     assert {t.dtype for t in integers} == {torch.int64}
     assert row.target.weights.dtype == torch.float32
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import DataError
-from luthier.data.sources import Refusal, Row, read
+from luthier.data.rows import Refusal, Row
+from luthier.data.sources import read
 
 ROWS = [{"text": "one"}, {"text": "two, \"quoted\""}, {"text": "dreißig 三十 🙂"}]
 

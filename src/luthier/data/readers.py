@@ -1,0 +1,159 @@
+"""One reader for each way of writing rows as text: JSON, JSON lines, tables, plain text. Read `rows.py` first."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping
+from itertools import chain
+from typing import IO, Any
+
+from luthier.core.errors import DataError
+from luthier.core.examples import Origin
+from luthier.data.rows import Refusal, Row, Rows
+
+NOT_UTF8 = "not UTF-8"
+BROKEN_JSON = "broken JSON"
+
+
+def _json_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
+    for number, line in enumerate(stream, 1):
+        if not line.strip():
+            continue
+        origin = Origin(name, number)
+        text = _decoded(line)
+        if text is None:
+            yield Refusal(origin, NOT_UTF8)
+            continue
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as fault:
+            if number == 1 and text.strip() == "[":
+                yield from _json(io.BytesIO(line + stream.read()), name, header)
+                return
+            yield Refusal(origin, BROKEN_JSON, str(fault))
+            continue
+        if number == 1 and isinstance(value, list) and all(isinstance(item, dict) for item in value):
+            for item in value:
+                yield as_row(item, origin)
+        else:
+            yield as_row(value, origin)
+
+
+def _json(stream: IO[bytes], name: str, header: bool) -> Rows:
+    """Elements of an array, or objects in a run. Behind a broken one, the next that is indented alike is read."""
+    raw = stream.read()
+    text = raw.decode("utf-8-sig", errors="surrogateescape")
+    decoder, skip = json.JSONDecoder(), re.compile(r"[\s,]*")
+    at = skip.match(text).end()  # type: ignore[union-attr]
+    array = text.startswith("[", at)
+    if not array and not text.startswith("{", at):
+        raise DataError(f"{name} is not JSON: it begins with {text[at:at + 20]!r}",
+                        "give an array of objects, or another suffix")
+    at = skip.match(text, at + array).end()  # type: ignore[union-attr]
+    line, counted = 1, 0
+    while at < len(text) and not (array and text[at] == "]"):
+        line, counted = line + text.count("\n", counted, at), at
+        origin = Origin(name, line)
+        try:
+            value, end = decoder.raw_decode(text, at)
+            yield as_row(value, origin)
+        except (ValueError, RecursionError) as fault:
+            resumed = _next_alike(text, at)
+            rest = "" if resumed else "; the rest of the file could not be read"
+            yield Refusal(origin, BROKEN_JSON, f"{fault}{rest}")
+            end = resumed or len(text)
+        at = skip.match(text, end).end()  # type: ignore[union-attr]
+
+
+def _next_alike(text: str, at: int) -> int | None:
+    """Where the next line begins that opens an object with the same indent as the line of `at`."""
+    indent = text[text.rfind("\n", 0, at) + 1:at]
+    found = re.compile(rf"^{indent}(?=\{{)", re.MULTILINE).search(text, at + 1) if not indent.strip() else None
+    return found.end() if found else None
+
+
+def _csv(stream: IO[bytes], name: str, header: bool) -> Rows:
+    yield from _table(stream, name, header, {"delimiter": ","})
+
+
+def _tsv(stream: IO[bytes], name: str, header: bool) -> Rows:
+    for row in _table(stream, name, header, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}):
+        yield row if isinstance(row, Refusal) else Row({k: _unquoted(v) for k, v in row.values.items()}, row.origin)
+
+
+def _table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str, Any]) -> Rows:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    reader = csv.reader(lines, **dialect)
+    names = next(reader) if header else []
+    repeated = {column for column in names if names.count(column) > 1}
+    if repeated:
+        raise DataError(f"{name} has the column {repeated.pop()!r} twice", "give every column its own name")
+    while True:
+        line = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as fault:
+            yield Refusal(Origin(name, line), "broken table row", str(fault))
+            continue
+        if not cells:
+            continue
+        names = names or [str(number) for number in range(len(cells))]
+        if len(cells) != len(names):
+            yield Refusal(Origin(name, line), "broken table row", f"{len(cells)} cells under {len(names)} columns")
+        else:
+            yield as_row(dict(zip(names, cells, strict=True)), Origin(name, line))
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1].replace('""', "")
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner else cell
+
+
+def _text_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
+    for number, line in enumerate(stream, 1):
+        text = _decoded(line)
+        if text is None:
+            yield Refusal(Origin(name, number), NOT_UTF8)
+        elif text.strip():
+            yield Row({"text": text.rstrip("\r\n")}, Origin(name, number))
+
+
+def _text_file(stream: IO[bytes], name: str, header: bool) -> Rows:
+    text = _decoded(stream.read())
+    yield Refusal(Origin(name, 1), NOT_UTF8) if text is None else Row({"text": text}, Origin(name, 1))
+
+
+READERS: dict[str, Callable[[IO[bytes], str, bool], Rows]] = {
+    ".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".tsv": _tsv, ".txt": _text_lines, ".md": _text_file,
+    ".parquet": lambda stream, name, header: iter(())}  # Parquet is read by name, not as a stream
+
+
+def as_row(value: Any, origin: Origin) -> Row | Refusal:
+    if not isinstance(value, dict):
+        return Refusal(origin, "not an object", f"a row is a mapping of columns, this is {type(value).__name__}")
+    if _undecodable(value):
+        return Refusal(origin, NOT_UTF8)
+    return Row(value, origin)
+
+
+def _undecodable(value: Any) -> bool:
+    """Whether a string in it holds half of a surrogate pair: a byte that was not UTF-8, or a broken JSON escape."""
+    if isinstance(value, str):
+        return not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
+    if isinstance(value, dict):
+        return any(_undecodable(inner) for inner in chain(value.keys(), value.values()))
+    return isinstance(value, list) and any(map(_undecodable, value))
+
+
+def _decoded(raw: bytes) -> str | None:
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None

@@ -1,0 +1,65 @@
+"""A row with its origin, a row that cannot be used, and how a file is opened. Read `core/examples.py` first."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import importlib.util
+import io
+import lzma
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from luthier.core.errors import DataError
+from luthier.core.examples import Origin
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one row of a file says, by column."""
+
+    values: Mapping[str, Any]
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A row that is not trained on. `reason` is one of few, to count by; `detail` is about this row alone."""
+
+    origin: Origin
+    reason: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.origin}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+Rows = Iterator[Row | Refusal]
+
+
+def _zstd(file: Path) -> IO[bytes]:
+    if importlib.util.find_spec("zstandard") is None:
+        raise DataError(f"{file} is packed with zstandard, which needs the package 'zstandard'",
+                        "pip install zstandard, or unpack the file first")
+    import zstandard
+
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True))
+
+
+OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[io.BufferedReader]:
+    """The unpacked bytes of `file`. Whatever unpacking complains about becomes one `DataError`."""
+    opener = OPENERS.get(file.suffix.lower())
+    try:
+        with (opener(file) if opener else file.open("rb")) as raw:
+            yield io.BufferedReader(raw)
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as fault:
+        raise DataError(f"{file} cannot be read: {fault}",
+                        "it is damaged, or not what its suffix says: get it anew, or mend the suffix") from fault

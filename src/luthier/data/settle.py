@@ -1,0 +1,153 @@
+"""What only all the training rows together say: the classes, the scale of scores, other rows' answers.
+
+Read `items.py` first, which leaves these open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from luthier.core.errors import DataError, nearest
+from luthier.core.examples import Example, ImageExample, JudgedExample, LabelledExample, TaggedExample, TextsExample
+from luthier.core.protocols import Tokenizer
+from luthier.core.types import Encoded
+from luthier.data.config import DataConfig
+from luthier.data.rows import Refusal
+from luthier.data.trees import judged
+from luthier.data.values import Label, UnfitError, name, number
+
+SCALES = (1.0, 5.0, 10.0, 100.0)
+SHOWN = 12  # classes named in a message
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the training rows settle.
+
+    Args:
+        classes: names by their numbers; None where labels are numbers to regress to.
+        several: whether a row may have several classes; its label is then one flag for each.
+        scale: what scores are divided by.
+    """
+
+    classes: tuple[str, ...] | None = None
+    several: bool = False
+    scale: float = 1.0
+
+
+def known(examples: Sequence[Example], classes: tuple[str, ...] | None, config: DataConfig) -> Known:
+    """From the training rows. `classes` as the objective has them: None, their names, or () to find them here."""
+    labels = [label for example in examples for label in _labels(example)]
+    if classes == ():
+        names = {name(inner) for label in labels for inner in (label if isinstance(label, tuple) else (label,))}
+        whole = all(one.lstrip("-").isdecimal() for one in names)
+        classes = tuple(sorted(names, key=int if whole else None))
+    scores = [e.score for e in examples if isinstance(e, TextsExample) and e.score is not None]
+    scale = config.score_scale or next((s for s in SCALES if s >= max(scores, default=0.0)), max(scores, default=1.0))
+    return Known(classes, any(isinstance(label, tuple) for label in labels), scale)
+
+
+def _labels(example: Example) -> tuple[Label, ...]:
+    if isinstance(example, TaggedExample):
+        return example.tags
+    labelled = isinstance(example, LabelledExample | ImageExample) and example.label is not None
+    return (example.label,) if labelled else ()  # type: ignore[union-attr,return-value]
+
+
+def settled(example: Example, encoded: Encoded, what: Known) -> Encoded | Refusal:
+    """The example with its labels as numbers, or why its row is refused."""
+    try:
+        if isinstance(example, TaggedExample):
+            return _with_tags(example, encoded, what)
+        labels = _labels(example)
+        if labels:
+            told = _numbers(labels[0], what)
+        elif isinstance(example, TextsExample) and example.score is not None:
+            told = _scaled(example.score, what.scale)
+        else:
+            return encoded
+    except UnfitError as unfit:
+        return Refusal(example.origin, unfit.reason, unfit.detail)
+    return replace(encoded, items=tuple(replace(item, label=told) for item in encoded.items))
+
+
+def _with_tags(example: TaggedExample, encoded: Encoded, what: Known) -> Encoded:
+    (piece,) = encoded.pieces
+    numbers = [_number(tag, what) for tag in example.tags]
+    tags = tuple(int(numbers[word]) if word >= 0 else -1 for word in piece.tags)
+    return replace(encoded, pieces=(replace(piece, tags=tags),))
+
+
+def _scaled(score: float, scale: float) -> float:
+    if score > scale:
+        raise UnfitError("score above the scale", f"{score:g}, and {scale:g} means the same (data.score_scale)")
+    return score / scale
+
+
+def _numbers(label: Label, what: Known) -> float | tuple[float, ...]:
+    """A class's number, one flag for each class, or the number itself."""
+    if what.classes is None and isinstance(label, tuple):
+        raise UnfitError("several labels where one number is wanted", ", ".join(label))
+    if what.classes is None or not what.several:
+        assert not isinstance(label, tuple), "`several` says whether there are any"
+        return _number(label, what)
+    flagged = {_number(one, what) for one in (label if isinstance(label, tuple) else (label,))}
+    return tuple(float(i in flagged) for i in range(len(what.classes)))
+
+
+def _number(label: str | float, what: Known) -> float:
+    """A class's number by its name; by its number where no class has a number for a name."""
+    if what.classes is None:
+        return number(label, "label")
+    named = name(label)
+    if named in what.classes:
+        return float(what.classes.index(named))
+    if named.isdecimal() and int(named) < len(what.classes) and not any(one.isdecimal() for one in what.classes):
+        return float(named)
+    there = what.classes if len(what.classes) <= SHOWN else ()
+    raise UnfitError("a label that no training row has",
+                     f"{named!r}; " + (f"known: {', '.join(there)}" if there else nearest(named, what.classes)))
+
+
+def beside_others(examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig) -> dict[int, Encoded]:
+    """KTO's rows, by their places, each with the answer of the next row that has another one, behind its own prompt.
+
+    Ethayarajh et al. 2024 (arXiv:2402.01306) section 4.1 estimate how far the policy has gone from its reference on
+    such mismatched pairs. Raises `DataError` where all answers are the same.
+    """
+    rows = [(place, example) for place, example in enumerate(examples) if isinstance(example, JudgedExample)]
+    found = {}
+    for turn, (place, example) in enumerate(rows):
+        others = (rows[(turn + step) % len(rows)][1].answer for step in range(1, len(rows)))
+        other = next((answer for answer in others if answer != example.answer), None)
+        if other is None:
+            raise DataError(f"{example.origin}: a row with a verdict is compared with other rows' answers; there is "
+                            "none", "give at least two rows with different answers")
+        made = judged(example, tokenizer, config, other)
+        assert not isinstance(made, Refusal), f"{example.origin} was encoded before"
+        found[place] = made[0][0]
+    return found
+
+
+def whole_needed(example: Example, what: tuple[str, ...] | None, config: DataConfig) -> str:
+    """Why this kind of example cannot be streamed; empty where it can."""
+    if isinstance(example, JudgedExample):
+        return "rows with a verdict need another row's answer beside them"
+    if _labels(example) and what == ():
+        return "the classes are found by reading all training rows (or name them in the objective)"
+    if any(isinstance(label, tuple) for label in _labels(example)):
+        return "only all rows together say whether a row may have several classes"
+    if isinstance(example, TextsExample) and example.score is not None and config.score_scale is None:
+        return "the scale of the scores is found by reading all training rows (or say it: data.score_scale)"
+    return ""
+
+
+def class_counts(examples: Iterable[Example]) -> dict[str, int]:
+    """How many rows, or words, have each label."""
+    counts: dict[str, int] = {}
+    for example in examples:
+        for label in _labels(example):
+            for one in label if isinstance(label, tuple) else (label,):
+                counts[name(one)] = counts.get(name(one), 0) + 1
+    return counts
