@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from lab import SFT, TOKENIZER, apart, attach, base, digest, documents, logits, measured, stir
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -20,9 +21,14 @@ from transformers import AutoModelForCausalLM
 from luthier import build
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import Sampling
+from luthier.core.types import Forest, Inputs
 from luthier.data.pack import batch
 from luthier.export import export
 from luthier.families import CausalLM
+from luthier.families.encoder import Encoder
+from luthier.families.pictures import Pictures
+from luthier.families.seq2seq import Seq2Seq
+from luthier.families.vision import Vision
 from luthier.methods import READERS
 from luthier.methods.freeze import fits
 from luthier.methods.several import Several
@@ -508,3 +514,90 @@ def test_the_bridge_works_packed_recomputed_and_in_answers() -> None:
     for token in answer.tokens:
         assert int(logits(family, prompt)[-1].argmax()) == token
         prompt.append(token)
+
+
+# ---------------------------------------------------------------- encoders, sequence to sequence, pictures
+
+STACK = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bert() -> Any:
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=264, max_position_embeddings=64, type_vocab_size=1, **STACK),
+                                   add_pooling_layer=False)
+    return Encoder(shaken(model), TOKENIZER)
+
+
+def t5() -> Any:
+    return Seq2Seq(shaken(transformers.T5ForConditionalGeneration(transformers.T5Config(
+        vocab_size=264, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=256, pad_token_id=256,
+        eos_token_id=258))), TOKENIZER)
+
+
+def vit() -> Any:
+    model = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **STACK),
+                                  add_pooling_layer=False)
+    return Vision(shaken(model), Pictures(1, (8, 8), (8, 8), (0.5,), (0.5,), 1 / 255, "bilinear", "{}"))
+
+
+def alike(make: Any) -> Any:
+    """The same family every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def shaken(model: Any) -> Any:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn(parameter.shape, generator=generator)
+    return model.to(torch.float64).eval()
+
+
+def row(family: Any) -> Inputs:
+    """Two roots and a child each (of pictures, four roots)."""
+    if isinstance(family, Vision):
+        pictures = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return Inputs(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), Forest((1,) * 4, (-1,) * 4), pictures)
+    forest = Forest((7, 5, 4, 6), (-1, 0, -1, 2) if isinstance(family, Seq2Seq) else (-1,) * 4)
+    places = [torch.arange(n) + (forest.lengths[p] if p >= 0 else 0) for n, p in zip(forest.lengths, forest.parents, strict=True)]
+    return Inputs(torch.arange(22) * 5 % 250, torch.cat(places), forest)
+
+
+@pytest.mark.parametrize("make", [bert, t5, vit])
+@pytest.mark.parametrize(("name", "settings"), [*WAYS, ("adapter", {}), ("bitfit", {"which": "paper"})],
+                         ids=lambda v: v if isinstance(v, str) else "+".join(map(str, v.values())))
+def test_every_family_takes_them(name: str, settings: dict[str, Any], make: Any) -> None:
+    family, fresh = alike(make), alike(make)
+    inputs = row(family)
+
+    @torch.no_grad()
+    def states(of: Any = family) -> Tensor:
+        return of.states(inputs)
+
+    bare, weights = states(), digest(family)
+    attached = attach(family, name, stirred=False, **settings)
+    assert (states() - bare).abs().max() < 1e-6
+    stir(attached)
+    found = family.states(inputs)
+    slope = torch.sin(torch.arange(found.numel(), dtype=torch.float64)).view_as(found)
+    (found * slope).sum().backward()
+    trained = {id(p) for p in attached.parameters().values()}
+    assert all((p.grad is not None) == (id(p) in trained) for p in family.model.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in attached.parameters().values())
+    tuned = states()
+    assert (tuned - bare).abs().max() > 0.01
+    with attached.disabled():
+        assert torch.equal(states(), bare)
+        assert digest(family) == weights
+    other = attach(fresh, name, seed=7, stirred=False, **settings)
+    other.load(attached.state())
+    assert torch.equal(states(fresh), tuned)
+    if name in ("bitfit", "ia3"):
+        attached.merge()
+        assert (states() - tuned).abs().max() < 1e-6
+        attached.unmerge()
+        assert digest(family) == weights
+    else:
+        with pytest.raises(NotMergeable):
+            attached.merge()
