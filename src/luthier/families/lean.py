@@ -132,7 +132,8 @@ def slim(model: Any, lean: Lean) -> None:
             if {n for n, _ in child.named_children()} == GATED and not isinstance(child, GatedMLP):
                 lean_mlp = GatedMLP(child, lean)
                 weight = child.gate_proj.weight
-                probe = torch.linspace(-1, 1, 2 * weight.shape[1], dtype=weight.dtype, device=weight.device)
+                dtype = weight.dtype if weight.is_floating_point() else torch.float32  # few bits are expanded to this
+                probe = torch.linspace(-1, 1, 2 * child.gate_proj.in_features, dtype=dtype, device=weight.device)
                 probe = probe.view(1, 2, -1)
                 if torch.equal(lean_mlp.train(child.training)(probe), child(probe)):
                     setattr(parent, name, lean_mlp)

@@ -39,6 +39,7 @@ from luthier.families import kinds
 from luthier.families.gguf import converted
 from luthier.families.kinds import Kind, kind_of
 from luthier.families.pictures import Pictures
+from luthier.families.quant import Bits, quantize
 from luthier.families.report import complete, quiet, short
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -59,6 +60,8 @@ class BaseConfig(Config):
         device: `auto` takes a GPU if there is one.
         pooling: which state stands for a whole text: of its last token, its first, or the mean; `auto` is what the base
             was trained with (a decoder: last; an encoder: as its folder says, else first).
+        quantize: keep the linear maps of the blocks in four (nf4) or eight (int8) bits, for QLoRA and whatever else
+            adds to a frozen base; see `quant.py`.
     """
 
     name: str = "smollm2"
@@ -67,6 +70,7 @@ class BaseConfig(Config):
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     pooling: Literal["auto", "last", "first", "mean"] = "auto"
+    quantize: Bits = "none"
 
 
 @dataclass(frozen=True)
@@ -235,7 +239,9 @@ def load(config: BaseConfig) -> tuple[Any, Any]:
     complete(config.name, info)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
-    return model.to(device), tokenizer
+    model = model.to(device)
+    quantize(model, config.quantize)
+    return model, tokenizer
 
 
 def load_tokenizer(config: BaseConfig) -> Any:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.hooks import Hooks, load_into, refuse_misfits
+from luthier.methods.hooks import Hooks, load_into, refuse_misfits, refuse_quantized
 
 PREFIX = "base_model.model."  # PEFT's files put this before a module's path
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
@@ -87,7 +87,7 @@ class LoraConfig(Config):
     def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
         sites = chosen(anatomy.sites, self.targets)
         generator = torch.Generator().manual_seed(seed)
-        return Lora(self, [Layer(site, self, generator) for site in sites])
+        return Lora(self, [Layer(site, self, generator) for site in sites], anatomy.task)
 
 
 def matches(site: Site, pattern: str) -> bool:
@@ -140,8 +140,7 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """The frozen W, [out, in]."""
-        weight = self.site.weight.detach()
-        return weight.T if self.site.transposed else weight
+        return self.site.matrix()
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., out] with the change added, from x [..., in]."""
@@ -197,8 +196,8 @@ def _add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
 class Lora:
     """LoRA on a model."""
 
-    def __init__(self, config: LoraConfig, layers: list[Layer]) -> None:
-        self.config, self.layers, self.hooks = config, layers, Hooks()
+    def __init__(self, config: LoraConfig, layers: list[Layer], task: str = "CAUSAL_LM") -> None:
+        self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
         self.scope = self.hooks.scope
         self._originals: list[Tensor] = []
         for layer in layers:
@@ -233,6 +232,7 @@ class Lora:
     @torch.no_grad()
     def merge(self) -> None:
         assert not self._originals, "merged already"
+        refuse_quantized(layer.site for layer in self.layers)
         for layer in self.layers:
             self._originals.append(layer.site.weight.detach().clone())
             layer.site.weight.copy_(layer.merged())
@@ -271,7 +271,7 @@ class Lora:
         twice = 2 if self.config.init == "pissa" else 1
         stretch = twice ** 0.5 if self.config.rslora else twice
         return {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": self.config.rank * twice,
+            "peft_type": "LORA", "task_type": self.task, "r": self.config.rank * twice,
             "lora_alpha": self.config.alpha * stretch, "lora_dropout": self.config.dropout,
             "target_modules": sorted({layer.site.name for layer in self.layers}),
             "use_rslora": self.config.rslora, "use_dora": self.config.dora, "bias": "none",
