@@ -17,7 +17,7 @@ from luthier.core.types import Encoded
 from luthier.measure import Question, Scored, score, with_perplexity
 from luthier.runtime import checkpoint, ranks
 from luthier.runtime.disk import explained
-from luthier.runtime.loop import Job, Summary, fit, total_steps
+from luthier.runtime.loop import Job, Rolling, Summary, fit, total_steps
 from luthier.runtime.memory import peak_gb, settle_allocator
 from luthier.runtime.progress import Progress, status
 from luthier.runtime.random import seed_everything
@@ -68,7 +68,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         seed_everything(made.seed)
         base = build.family(made.base)
         build.check(made, base)
-        base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base.device))
+        base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base))
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
     attached, reference = build.begin(made, base)
@@ -81,16 +81,18 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     share = trainable_share(base, attached)
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_share']:.2%})")
+    feed = build.feed(made, base, found, attached, reference, out.path, lambda line: _say(quiet, f"warning: {line}"))
+    rolling = feed if isinstance(feed, build.Rollouts) else None
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     results: dict[str, Any] = share | (run.results if resume else {})
     if made.evaluate.before and not {"before", "test_before"} & results.keys():
         with _untrained(reference):
-            results |= _before(out, made, base, found.test, asked, reference, quiet)
+            results |= _before(out, made, base, found.test, asked, reference, rolling, quiet)
     out.write("results.json", results)
     trackers = _trackers(out, made, saved, share)
-    job = Job(base, attached, made.objective, build.feed(made, base, found), build.held_out(made, base, found),
+    job = Job(base, attached, made.objective, feed, build.held_out(made, base, found),
               made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
-              reference=reference, log=_to_all(*trackers),
+              reference=reference, rolling=rolling, log=_to_all(*trackers),
               warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
     summary = _fit(job, trackers, saved, quiet)
     if summary.stopped.startswith("SIG"):
@@ -110,7 +112,7 @@ def _written(run: Run) -> Iterator[Run]:
 
 
 # Measures of an objective on rows that it has not seen, the first that it has standing for the rest in results.json.
-HEADLINES = ("perplexity", "spearman", "accuracy", "mrr", "pair_accuracy", "nll")
+HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "pair_accuracy", "nll")
 
 
 class Interrupted(RunError):
@@ -174,7 +176,7 @@ def _fit(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | N
         for tracker in trackers:
             closing.callback(tracker.close)
         job.stop = lambda: interruption.requested or ""
-        shown = {"loss": "loss", "eval_loss": "eval loss", "tokens_per_second": "tokens/s"}
+        shown = {"loss": "loss", "reward": "reward", "eval_loss": "eval loss", "tokens_per_second": "tokens/s"}
         job.show = lambda step, metrics: bar.update(step, **{shown[k]: v for k, v in metrics.items() if k in shown})
         return fit(job, saved)
 
@@ -190,11 +192,11 @@ def _untrained(reference: Reference) -> Iterator[None]:
 
 
 def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked: Sequence[Question],
-            reference: Reference, quiet: bool) -> dict[str, Any]:
+            reference: Reference, rolling: Rolling | None, quiet: bool) -> dict[str, Any]:
     """What the model is worth, before anything is trained."""
     results: dict[str, Any] = {}
     if test:
-        results["test_before"] = measured = _measured(made, base, test, nullcontext)
+        results["test_before"] = measured = _measured(made, base, test, nullcontext, rolling)
         results |= _headline("before", measured)
     if asked:
         before = _score("the base answers", base, asked, made, quiet)
@@ -212,7 +214,7 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results["test"] = measured = _measured(made, base, test, job.reference or nullcontext)
+        results["test"] = measured = _measured(made, base, test, job.reference or nullcontext, job.rolling)
         results |= _headline("after", measured) | {"examples": len(test)}
     if asked:
         after = _score("the tuned model answers", base, asked, made, quiet)
@@ -226,10 +228,13 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list
     run.write("README.md", card(run, made))
 
 
-def _measured(made: build.Recipe, base: Any, test: list[Encoded], reference: Reference) -> dict[str, float]:
+def _measured(made: build.Recipe, base: Any, test: list[Encoded], reference: Reference,
+              rolling: Rolling | None) -> dict[str, float]:
     """The objective's own measures of test rows."""
     base.train(False)
-    batches = build.rows.eval_batches(test[:made.evaluate.limit], build.micro_tokens(made, base.device))
+    if rolling:
+        return rolling.judged(test[:made.evaluate.limit])
+    batches = build.rows.eval_batches(test[:made.evaluate.limit], build.micro_tokens(made, base))
     return with_perplexity(measure(base, made.objective, batches, reference))
 
 

@@ -10,15 +10,17 @@ from safetensors.torch import load_file, save_file
 from luthier.build.objects import attach, family, with_heads
 from luthier.build.recipe import Recipe, recorded
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import TRAINING, Attached, Family, Objective
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, CausalLM, folder, resolve
+from luthier.families import ALIASES, BaseConfig, folder, resolve
+from luthier.methods.several import Several
+from luthier.objectives.rolls import RollsConfig
 from luthier.runtime.run import Run
 
 HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
 
 
-def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
+def open_run(run: Run) -> tuple[Recipe, Family, Attached | None]:
     """What a run folder holds: its recipe, its base, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
@@ -34,13 +36,20 @@ def open_run(run: Run) -> tuple[Recipe, CausalLM, Attached | None]:
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
         base = family(made.base.model_copy(update={"name": str(run.path)}))
-        if made.objective.heads:
+        if kept_heads(made.objective):
             base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
         return made, base, None
     base = family(made.base)
-    attached = with_heads(base, attach(base, made.method, made.seed), made.objective, made.seed)
+    attached = attach(base, made.method, made.seed)
+    if kept_heads(made.objective):
+        attached = with_heads(base, attached, made.objective, made.seed)
     attached.load(adapter_weights(run))
     return made, base, attached
+
+
+def kept_heads(objective: Objective) -> bool:
+    """Whether a run is saved with its objective's heads. A critic has done its work when the policy is trained."""
+    return bool(objective.heads) and not isinstance(objective, RollsConfig)
 
 
 def _names_base(path: Path) -> bool:
@@ -60,15 +69,19 @@ def adapter_weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
-def save_tuned(run: Run, made: Recipe, base: CausalLM, attached: Attached) -> None:
+def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None:
     """Write the trained weights as Transformers and PEFT read them, and the tokenizer."""
+    if isinstance(made.objective, RollsConfig) and made.objective.heads:
+        assert isinstance(attached, Several), "the critic stands beside the method"
+        attached = attached.parts[0]
     config = attached.peft()
     if config is None:
         base.save(run.path)
-        if heads := base.heads.state():
+        if kept_heads(made.objective) and (heads := base.heads.state()):
             save_file(heads, run.path / HEADS, metadata={"format": "pt"})
         return
-    state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()}
+    state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
+             if not name.startswith(TRAINING)}
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone

@@ -69,7 +69,7 @@ class _LogProbs(torch.autograd.Function):
 
 
 def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None, scale: float = 1.0,
-              entropies: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+              entropies: bool = False, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(tokens | states), whether each was the most probable token, and where asked for the entropy of each
     prediction, - sum_v p_v log p_v; all [P]. See the module's formula.
 
@@ -79,23 +79,26 @@ def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None =
         tokens: [P] token ids.
         softcap: Gemma 2's c in z <- c tanh(z / c).
         scale: factor on the logits (Cohere, Granite).
+        temperature: the probabilities are those of sampling at this temperature: the logits are divided by it.
     """
     plain = type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _hooked(head)
     if plain and not entropies:
-        logps, hits = _LogProbs.apply(states, head.weight, tokens)
+        logps, hits = _LogProbs.apply(states if temperature == 1 else states / temperature, head.weight, tokens)
         return logps, hits, None
-    parts = [_chunk(head, states[rows], tokens[rows], softcap, scale) if not torch.is_grad_enabled() else
-             checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, use_reentrant=False)
+    parts = [_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
+             checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)
              for rows in _chunks(states.shape[0], head.weight.shape[0])]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
 
 
 def _chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None,
-           scale: float) -> tuple[Tensor, Tensor, Tensor]:
+           scale: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     logits = head(states)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap
+    if temperature != 1:
+        logits = logits / temperature
     every = logits.log_softmax(-1)
     hits = logits.gather(1, tokens[:, None])[:, 0] >= logits.amax(-1)
     return every.gather(1, tokens[:, None])[:, 0], hits, -(every.exp() * every).sum(-1)

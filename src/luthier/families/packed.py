@@ -7,7 +7,8 @@ and `encoder.py` go on from here, each with what is its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -44,6 +45,7 @@ class Loaded:
     pooling: Pooling
     layout: Layout = "padded"
     router: Router | None = None  # who sends segments and rows through adapters of their own
+    critic: Callable[[], AbstractContextManager[None]] | None = None  # where values are read; None: on the same states
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         model.set_attn_implementation(_forest.NAME)
@@ -81,6 +83,13 @@ class Loaded:
         return self.heads
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+        if self.critic is None or "token_scores" not in needs:
+            return self._outputs(inputs, target, needs)
+        with self.critic():
+            values = self._outputs(inputs, target, frozenset({"token_scores"})).token_scores
+        return replace(self._outputs(inputs, target, needs - {"token_scores"}), token_scores=values)
+
+    def _outputs(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         return self.heads.outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
 
     def states(self, inputs: Inputs) -> Tensor:
@@ -91,8 +100,7 @@ class Loaded:
     def _states(self, inputs: Inputs) -> Tensor:
         if not torch.is_grad_enabled():
             return self._run(inputs)
-        tokens = inputs.tokens.shape[0] * self.anatomy.sizes["unit"]
-        recompute = self._recompute_over is not None and tokens > self._recompute_over
+        recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
         for block in self.anatomy.blocks:
             block.module.gradient_checkpointing = recompute  # type: ignore[assignment]
         with nullcontext() if recompute else self._lean():

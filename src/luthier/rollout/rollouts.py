@@ -34,16 +34,24 @@ SHOWN = 4  # answers of a round that are written down
 class Rolls(Protocol):
     """What a rollout asks of its objective; see `objectives/rolls.py`."""
 
-    answers: int
-    max_new_tokens: int
-    temperature: float
-    at_once: int
-    epochs: int
-    minibatches: int
-    unfinished: float
-    target_kl: float | None
-    kl_weight: float
-
+    @property
+    def answers(self) -> int: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def at_once(self) -> int: ...
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def minibatches(self) -> int: ...
+    @property
+    def unfinished(self) -> float: ...
+    @property
+    def target_kl(self) -> float | None: ...
+    @property
+    def kl_weight(self) -> float: ...
     @property
     def asks(self) -> frozenset[str]: ...
     def columns(self, rewards: Tensor, lengths: Tensor, found: Mapping[str, Tensor],
@@ -185,13 +193,15 @@ class Rollouts:
         return Round(chosen, tuple(answer.tokens for answer in answers), tuple(rewards),
                      {name: column.to(dtype) for name, column in {**found, **columns}.items()})
 
-    def judged(self) -> Mapping[str, float]:
-        """What the policy earns on prompts that it does not learn from: one answer each, always by the same dice.
-        `loss` is the reward with its sign turned, so that the best evaluation is the lowest here too."""
-        if not self.held:
+    def judged(self, prompts: Sequence[Encoded] | None = None) -> dict[str, float]:
+        """What the policy earns on prompts that it does not learn from (left out: those held out): one answer each,
+        always by the same dice. `loss` is the reward with its sign turned, so that the best evaluation is the lowest
+        here too."""
+        prompts = self.held if prompts is None else prompts
+        if not prompts:
             return {}
         asks = self.objective.asks & {"reference_logps"}
-        answers, rewards, found = self._answered(self.held, 1, self.seed, asks | ({"token_logps"} if asks else set()))
+        answers, rewards, found = self._answered(prompts, 1, self.seed, asks | ({"token_logps"} if asks else set()))
         said = self._said(answers, rewards, found)
         return {"loss": -said["reward"], **said}
 
@@ -215,7 +225,7 @@ class Rollouts:
                             batch_size=self.objective.at_once, seed=seed)
         said = sorted(self.family.generate(asked, sampling), key=lambda answer: answer.index)
         words = self.family.tokenizer
-        texts = [words.decode(prompt.pieces[0].ids, skip_special_tokens=True) for prompt in prompts]
+        texts = [_read(prompt, words) for prompt in prompts]
         return [Answer(texts[i // times], words.decode(one.tokens, skip_special_tokens=True),
                        prompts[i // times].origin, prompts[i // times].facts, asked[i],
                        one.tokens + ((one.end,) if one.end is not None else ()), one.finished)
@@ -256,6 +266,13 @@ class Rollouts:
 
     def _batches(self, drawn: Round, chosen: Sequence[int]) -> list[tuple[Batch, Tensor]]:
         return _trees([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens)
+
+
+def _read(prompt: Encoded, words: Any) -> str:
+    """What was asked, as a person reads it: the prompt, or the last thing said before the answer."""
+    said = prompt.facts.get("prompt", "")
+    return (said if isinstance(said, str) else str(said[-1]["content"])) or \
+        str(words.decode(prompt.pieces[0].ids, skip_special_tokens=True))
 
 
 def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from pydantic import Field
 from luthier.core.config import Config
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family, Feed, Objective
-from luthier.core.types import Batch
+from luthier.core.types import Batch, Encoded
 from luthier.runtime import checkpoint, random, ranks
 from luthier.runtime.memory import peak_gb, release
 from luthier.runtime.optim import Optimizer, OptimizerConfig
@@ -58,8 +58,8 @@ class Rolling(Protocol):
         """Told after each step how to learn what it measured; what it answers joins the step's line."""
         ...
 
-    def judged(self) -> Mapping[str, float]:
-        """Its own measures on held-out rows, `loss` among them; empty where it holds none out."""
+    def judged(self, prompts: Sequence[Encoded] | None = None) -> dict[str, float]:
+        """Its own measures of these rows, left out: of those held out; `loss` is among them."""
         ...
 
 

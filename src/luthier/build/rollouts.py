@@ -1,0 +1,228 @@
+"""PPO's and GRPO's parts: policy, reference, critic and reward on one base, and the feed that rolls. Read `starts.py`.
+
+| role      | what it is                                                                                    |
+|-----------|-----------------------------------------------------------------------------------------------|
+| policy    | the recipe's method, training                                                                 |
+| reference | the bare base, or the adapter of `start`, frozen                                              |
+| critic    | a value head on the policy's states, or on those of a second adapter (`critic: adapter`)      |
+| reward    | a reward run's adapter and head, silent but when it judges; a function; an address            |
+
+All adapters stand in one bank on one copy of the weights. What cannot stand there (a method that changes the base
+itself, a reward on another base) costs a second model, and is said to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier import data as rows
+from luthier.build import objects, starts
+from luthier.build.recipe import Recipe, recorded
+from luthier.build.runs import adapter_weights, open_run
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.examples import ComparedExample, Message
+from luthier.core.protocols import Attached, Family, Feed
+from luthier.core.types import Encoded
+from luthier.data import DataConfig, Datasets, Loader
+from luthier.families import CausalLM
+from luthier.methods.bank import Bank
+from luthier.methods.named import Named
+from luthier.methods.several import Several, scopes
+from luthier.objectives.grpo import GrpoConfig
+from luthier.objectives.ppo import PpoConfig
+from luthier.objectives.rolls import WorthConfig
+from luthier.rollout import Answer, Reward, Rollouts, endpoint, named
+from luthier.runtime.run import Run
+from luthier.runtime.track import JsonLines
+
+Warn = Callable[[str], None]
+Reference = Callable[[], AbstractContextManager[None]]
+CRITIC, REWARD = "critic", "reward"
+
+
+def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
+    """What trains, the critic included; and what makes the context in which the model is the reference."""
+    attached, reference = starts.begin(made, base)
+    if not (isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter"):
+        return attached, reference
+    assert isinstance(attached, Several), "PPO has a value head"
+    assert isinstance(base, CausalLM), "other bases read no prompts"
+    policy, heads = attached.parts
+    bank = _bank(base, policy)
+    critic = made.method.attach(base.anatomy, seed=made.seed + 1)
+    if made.start is not None:
+        critic.load(policy.state())
+    bank.add(CRITIC, critic)
+    base.critic = partial(bank.using, CRITIC)
+    return Several([policy, Named(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
+
+
+def feed(made: Recipe, base: Family, found: Datasets, attached: Attached, reference: Reference,
+         folder: Path | None = None, warn: Warn = lambda sentence: None) -> Feed:
+    """The batches of the run: read from files, or the policy's own answers."""
+    if not isinstance(made.objective, PpoConfig | GrpoConfig):
+        return objects.feed(made, base, found)
+    if not isinstance(base, CausalLM):
+        raise RecipeError(f"objective {made.objective.name!r} needs a causal language model to answer its prompts, and "
+                          f"{made.base.name!r} is none", "choose another base")
+    return rolling(made, base, found, attached, reference, folder, warn)
+
+
+def rolling(made: Recipe, base: CausalLM, found: Datasets, attached: Attached, reference: Reference,
+            folder: Path | None = None, warn: Warn = lambda sentence: None) -> Rollouts:
+    """The feed that rolls.
+
+    Args:
+        folder: of the run; some answers of every round are written to samples.jsonl there.
+        warn: told what costs a second model.
+
+    Raises:
+        RecipeError: for settings that cannot be, before anything is generated.
+    """
+    objective, training = made.objective, made.training
+    assert isinstance(objective, PpoConfig | GrpoConfig)
+    if not objective.reward:
+        raise RecipeError(f"objective.reward: {objective.name} needs to know what an answer is worth",
+                          "objective.reward=number, or {run: FOLDER}, {function: module:name}, {url: http://...}")
+    if made.data.streaming:
+        raise RecipeError("data.streaming: prompts of a rollout are kept in memory", "leave out data.streaming")
+    if objective.minibatches > training.batch_size:
+        raise RecipeError(f"objective.minibatches {objective.minibatches}: a round has only training.batch_size "
+                          f"{training.batch_size} prompts", "a minibatch has at least one prompt: set it lower")
+    if "reference_logps" in objective.asks and not made.start and scopes(attached) is None:
+        _keeps_base(made)
+    base.temperature = objective.temperature
+    cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
+    return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
+                                                   for one in objective.reward],
+                    cursor, objects.micro_tokens(made, base), made.seed, reference,
+                    partial(_autocast, made, base), found.eval, _noted(folder))
+
+
+def _keeps_base(made: Recipe) -> None:
+    if not made.method.model_dump().get("keep_base", False):
+        raise RecipeError(f"method {made.method.name!r} changes the base's own weights, and the KL needs the base "
+                          "as it was", "set method.keep_base: true, which costs one copy of the weights; or train an "
+                          "adapter (method: lora); or set objective.kl_weight: 0")
+
+
+def _autocast(made: Recipe, base: CausalLM) -> AbstractContextManager[Any]:
+    if made.training.precision == "bf16":
+        return torch.autocast(base.device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
+    """Writes samples.jsonl, from the step on that the run stands at."""
+    files: list[JsonLines] = []
+
+    def note(step: int, said: list[dict[str, Any]]) -> None:
+        if folder is None:
+            return
+        if not files:
+            files.append(JsonLines(folder / "samples.jsonl", resume_at=step - 1))
+        for one in said:
+            files[0].log(step, one)
+    return note
+
+
+# ---------------------------------------------------------------- rewards
+
+
+def _reward(config: WorthConfig, made: Recipe, base: CausalLM, attached: Attached, warn: Warn) -> Reward:
+    if config.url is not None:
+        return endpoint(config.url, config.timeout)
+    if config.function is not None:
+        return named(config.function, config.timeout)
+    return _of_run(Run(str(config.run)), made, base, attached, warn)
+
+
+def _of_run(run: Run, made: Recipe, base: CausalLM, attached: Attached, warn: Warn) -> Reward:
+    """A reward run on this base, or on a base of its own."""
+    found = recorded(run.existing())
+    if found.objective.name != "reward":
+        raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
+                          f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
+    if run.adapter is None or scopes(attached) is None or not starts.same_base(found.base, made.base):
+        found, judge, _ = open_run(run)
+        judge.train(False)
+        count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())
+        warn(f"the reward {str(run.path)!r} cannot share the policy's base, so a second model of {count:,} parameters "
+             "is in memory")
+        return _scored(run, found, judge, nullcontext)
+    bank = _bank(base, attached)
+    adapter, before = found.method.attach(base.anatomy, seed=found.seed), base.heads
+    base.add(found.objective.heads, found.seed)
+    heads, base.heads = base.heads, before
+    saved = adapter_weights(run)
+    adapter.load({name: saved[name] for name in adapter.state() if name in saved})
+    heads.load({name: saved[name] for name in heads.state() if name in saved})
+    name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in bank.members)
+    bank.add(name, adapter)
+    bank.frozen(name)
+    for parameter in heads.parameters().values():
+        parameter.requires_grad_(False)
+
+    @contextmanager
+    def acting() -> Iterator[None]:
+        before, base.heads = base.heads, heads
+        try:
+            with bank.using(name):
+                yield
+        finally:
+            base.heads = before
+    return _scored(run, found, base, acting)
+
+
+def _bank(base: CausalLM, attached: Attached) -> Bank:
+    """The bank on this base; a new one holds what trains, acting."""
+    if isinstance(base.router, Bank):
+        return base.router
+    bank = Bank(base.anatomy)
+    bank.add(starts.POLICY, attached)
+    bank.choose(starts.POLICY)
+    base.router = bank
+    return bank
+
+
+def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:
+    """Answers put into words as the reward's own training rows were, and its scores of them."""
+    config = found.data.model_copy(update={"max_length": min(found.data.most, judge.anatomy.sizes["context"])})
+    if judge.anatomy.task != "CAUSAL_LM":
+        config = config.model_copy(update={"share_prompt": False})
+    micro = objects.micro_tokens(found, judge)
+
+    def reward(answers: Sequence[Answer]) -> list[float]:
+        groups = [list(group) for _, group in groupby(answers, key=lambda answer: (answer.ids, str(answer.origin)))]
+        encoded = [_compared(run, group, judge, config) for group in groups]
+        scores: list[list[float]] = [[] for _ in groups]
+        with torch.no_grad(), acting():
+            for row in rows.first_fit(encoded, micro):
+                there = rows.batch([encoded[i] for i in row]).to(judge.device)
+                outputs = judge.forward(there.inputs, there.target, frozenset({"scores"}))
+                assert outputs.scores is not None
+                given = iter(outputs.scores[:, 0].tolist())
+                for i in row:
+                    scores[i] = [next(given) for _ in groups[i]]
+        return [score for group in scores for score in group]
+    return reward
+
+
+def _compared(run: Run, answers: Sequence[Answer], judge: Family, config: DataConfig) -> Encoded:
+    """Answers to one prompt as a row of comparisons."""
+    raw = answers[0].facts.get("prompt", answers[0].prompt)
+    prompt = raw if isinstance(raw, str) else tuple(Message(m["role"], m["content"]) for m in raw)
+    example = ComparedExample(prompt, tuple(answer.text for answer in answers), tuple(range(len(answers))),
+                              answers[0].origin)
+    found = rows.encode(example, judge.tokenizer, config)
+    if isinstance(found, list):
+        return found[0]
+    raise RunError(f"the reward {str(run.path)!r} cannot read an answer to {answers[0].prompt[-80:]!r}: {found}",
+                   "train the reward with a longer data.max_length, or let answers be shorter")
