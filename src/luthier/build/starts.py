@@ -15,15 +15,15 @@ from luthier.build.objects import attach, with_heads
 from luthier.build.recipe import Recipe, adapted, changed, recorded
 from luthier.build.runs import adapter_weights
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Attached
-from luthier.families import BaseConfig, CausalLM, folder
+from luthier.core.protocols import Attached, Family
+from luthier.families import BaseConfig, folder
 from luthier.methods.bank import Bank
 from luthier.runtime.run import Run
 
 POLICY, REFERENCE = "policy", "reference"
 
 
-def begin(made: Recipe, base: CausalLM) -> tuple[Attached, Callable[[], AbstractContextManager[None]]]:
+def begin(made: Recipe, base: Family) -> tuple[Attached, Callable[[], AbstractContextManager[None]]]:
     """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
 
     Raises:
@@ -40,7 +40,7 @@ def begin(made: Recipe, base: CausalLM) -> tuple[Attached, Callable[[], Abstract
     return whole(attached), partial(bank.using, REFERENCE)
 
 
-def _started(made: Recipe, base: CausalLM, policy: Attached, start: Run) -> Bank:
+def _started(made: Recipe, base: Family, policy: Attached, start: Run) -> Bank:
     """A bank with the policy as the run left it, acting, and beside it the same once more, silent and frozen."""
     found = recorded(adapted(start))
     other = [line for line in changed(found, made) if line.startswith("method.")]

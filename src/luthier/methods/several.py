@@ -1,8 +1,11 @@
 """Several methods on one model as one: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
 
 Read `full.py` first. Every part keeps the names of its parameters, which must not meet, and its own learning rate: with
-the first part's default d_1 and rate r, part i trains at r d_i / d_1. Where parts change the output of one module, they
-do so in the order of the list.
+the first part's default d_1 and rate r, part i trains at r d_i / d_1.
+
+Where parts change one module they do so in the order of the list, but for a LoRA, which comes first wherever it stands:
+its change is one of the map itself, and what others add or scale is then the changed map's. So a list can be merged
+part by part.
 """
 
 from __future__ import annotations
@@ -43,9 +46,6 @@ class SeveralConfig(Config):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{twice[0]} stands in the list twice, and their parameters would have the same names; "
                              "one with a larger size (rank) holds what two of them would")
-        if any(isinstance(part, LoraConfig) and part.dora for part in parts[1:]):
-            raise ValueError("lora with dora must be the first of the list: it stretches the whole output of a linear "
-                             "map, what others added to it too, and could then not be merged")
         return parts
 
     @model_serializer
@@ -58,14 +58,19 @@ class SeveralConfig(Config):
         return float(self.parts[0].default_rate)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Several:
-        """Every part, in this order. Raises `RecipeError` where the result could not be saved."""
+        """Every part. Raises `RecipeError` where the result could not be saved."""
         found: list[Attached] = []
-        for i, part in enumerate(self.parts):
+        order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig))
+        for i, part in order:
             found.append(part.attach(anatomy, seed=seed + i))
             if found[-1].peft() is None:
                 raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model without "
                                   "room for another method", f"use {part.name} alone, or leave it out of the list")
-        return Several(found, [part.default_rate / self.default_rate for part in self.parts])
+            before = {name for earlier in found[:-1] for name in earlier.state()}
+            if meet := sorted(before & found[-1].state().keys()):
+                raise RecipeError(f"{part.name} keeps what it trains as {meet[0]!r}, and so does another of the list: "
+                                  "one file cannot hold both", "leave one of them out")
+        return Several(found, [part.default_rate / self.default_rate for _, part in order])
 
 
 def parts_of(method: Config) -> tuple[Any, ...]:
