@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import TRAINING, Anatomy
+from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import refuse_misfits
 from luthier.methods.prompt import EMBEDDINGS, Standing, Words, noise, peft_form, ports_of, rms, wide, word_ids
 from luthier.methods.ptuning import Folding, seeded
@@ -152,13 +152,12 @@ class Projection(nn.Module):
 class ProjectedPrefix(Folding):
     """Prefix tuning through an MLP, on a model."""
 
+    network = NETWORK
+
     def __init__(self, anatomy: Anatomy, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
         self._form = prefix_form(anatomy, start)
         ports_of(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
-
-    def rate(self, name: str) -> float:
-        return NETWORK if name.startswith(TRAINING) else float(self.scale.mean())
 
     def flat(self, virtual: Tensor) -> Tensor:
         return flat(virtual).contiguous()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from luthier.core.protocols import TRAINING, Anatomy
 from luthier.methods.hooks import load_into, refuse_misfits
-from luthier.methods.prompt import EMBEDDINGS, Standing, Words, embedded_words, peft_form, ports_of
+from luthier.methods.prompt import EMBEDDINGS, PromptConfig, Standing, Words, embedded_words, peft_form, ports_of
 
 
 class PTuningConfig(Words):
@@ -93,7 +93,12 @@ class Folding(Standing):
         encoder: makes the change.
         start: what it is added to.
         scale: broadcasts over the result.
+
+    Attributes:
+        network, bare: factors on the learning rate: of the encoder's weights, and of a bare result in units of `scale`.
     """
+
+    network, bare = 1.0, 1.0
 
     def __init__(self, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__()
@@ -112,7 +117,7 @@ class Folding(Standing):
         return {TRAINING + name: parameter for name, parameter in self.encoder.named_parameters()}
 
     def rate(self, name: str) -> float:
-        return 1.0
+        return self.network if self.folded is None else self.bare * float(self.scale.mean())
 
     def state(self) -> dict[str, Tensor]:
         with torch.no_grad():
@@ -128,7 +133,10 @@ class Folding(Standing):
         wanted = {EMBEDDINGS: self.flat(self.start)}
         if state.keys() == wanted.keys():
             refuse_misfits(wanted, state)
-            self.folded = nn.Parameter(self.unflat(state[EMBEDDINGS].to(self.start, copy=True)))
+            result = self.unflat(state[EMBEDDINGS].to(self.start, copy=True))
+            if self.folded is None:
+                self.folded = nn.Parameter(result)
+            self.folded.data.copy_(result)  # an optimiser may hold it already
             return
         refuse_misfits(wanted | self._training(), state)
         self.folded, self.start, self.scale = None, *(state[TRAINING + n].to(self.start, copy=True)
@@ -146,6 +154,8 @@ class Folding(Standing):
 
 class PTuning(Folding):
     """P-tuning on a model."""
+
+    bare = PromptConfig.default_rate / PTuningConfig.default_rate
 
     def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:
