@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lab import apart, attach, base, documents, logits, measured, paths, stir, trees
+from lab import TOKENIZER, apart, attach, base, documents, logits, measured, paths, stir, trees
 from safetensors.torch import load_file
-from transformers import DynamicCache
+from transformers import AutoConfig, AutoModel, DynamicCache
 
 from luthier import build
 from luthier.core.errors import BaseError, RecipeError, RunError
+from luthier.core.examples import Origin
 from luthier.core.protocols import TRAINING, Sampling
+from luthier.core.types import Encoded, Piece
 from luthier.data.pack import batch, pack
 from luthier.families import CausalLM
+from luthier.families.encoder import Encoder
 from luthier.methods import METHODS, READERS
 from luthier.methods.prompt import EMBEDDINGS
 from luthier.runtime.optim import Optimizer, OptimizerConfig
@@ -235,6 +238,81 @@ def test_what_has_no_meaning_is_refused() -> None:
         logits(family)
     with pytest.raises(RecipeError, match="no place for virtual tokens"):
         METHODS["prefix"]().attach(replace(family.anatomy, ports=None), seed=0)
+
+
+# ---------------------------------------------------------------- encoders: what is put in sees what follows it
+
+SMALL = {"vocab_size": 264, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "max_position_embeddings": 70, "initializer_range": 0.15, "hidden_dropout_prob": 0.0,
+         "attention_probs_dropout_prob": 0.0}
+READS = pytest.mark.parametrize("kind", ["bert", "roberta"])  # the second counts positions from 2
+
+
+def reader(kind: str, layout: Any = None) -> Encoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **SMALL, pad_token_id=1 if kind == "roberta" else 0)
+        model = AutoModel.from_config(config, dtype=torch.float64, add_pooling_layer=False).eval()
+    return Encoder(model, TOKENIZER, layout)
+
+
+def states(family: Encoder, attached: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
+    """States of a packed row, and the gradients of an odd function of them."""
+    found = family.states(batch(examples).inputs)
+    slope = torch.sin(torch.arange(found.numel(), dtype=torch.float64)).view_as(found)
+    named = attached.parameters()
+    return {"states": found.detach(),
+            **dict(zip(named, torch.autograd.grad((found * slope).sum(), list(named.values())), strict=True))}
+
+
+def behind(family: Encoder, attached: Any, ids: torch.Tensor, deep: bool) -> torch.Tensor:
+    """[L, D] states of one text behind the virtual tokens, by the bare model. A prefix is played by N more tokens whose
+    keys and values are exchanged for it in every layer: what else becomes of them, nobody sees."""
+    embeds = family.anatomy.embedding(torch.cat([torch.full((N,), 9), ids]))[None]
+    with attached.disabled():
+        if not deep:
+            embeds = torch.cat([attached.virtual()[None], embeds[:, N:]], dim=1)
+            return family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
+        handles = []
+        for site in family.anatomy.sites:
+            if site.role in ("k", "v"):
+                rows = attached.virtual()[site.block, int(site.role == "v")].transpose(0, 1).flatten(1)
+                handles.append(site.module.register_forward_hook(
+                    lambda _m, _a, out, rows=rows: torch.cat([rows[None], out[:, N:]], dim=1)))
+        found = family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
+        for handle in handles:
+            handle.remove()
+        return found
+
+
+@READS
+@METHOD
+def test_an_encoders_packed_row_is_padded_and_each_text_by_itself(kind: str, method: str) -> None:
+    family = reader(kind, "packed")
+    attached = attach(family, method, **SETTINGS[method])
+    examples = [Encoded((Piece(tuple(range(20 + n, 20 + 2 * n)), (1.0,) * n),), Origin("lab", n)) for n in (7, 2, 12)]
+    found = states(family, attached, examples)
+    single = torch.cat([behind(family, attached, torch.tensor(e.pieces[0].ids), method in DEEP) for e in examples])
+    assert (found["states"] - single).abs().max() < SAME
+    plain = torch.cat([family.model(input_ids=torch.tensor([e.pieces[0].ids])).last_hidden_state[0] for e in examples])
+    assert (plain - single).abs().max() < SAME  # without positions
+    with torch.no_grad(), attached.disabled():
+        assert (family.states(batch(examples).inputs) - single).abs().max() > FAR
+    for rows in (examples, [*examples, *trees()]):
+        other = reader(kind, "padded")
+        wanted = states(other, attach(other, method, **SETTINGS[method]), rows)
+        assert apart(states(family, attached, rows), wanted) < SAME
+
+
+@READS
+def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
+    family = reader(kind)
+    attach(family, "prefix", tokens=N)
+    last = family.anatomy.sizes["context"] - N
+    with torch.no_grad():
+        family.model(input_ids=torch.full((1, last), 7))
+        with pytest.raises(BaseError, match="virtual"):
+            family.model(input_ids=torch.full((1, last + 1), 7))
 
 
 # ---------------------------------------------------------------- where they start

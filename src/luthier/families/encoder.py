@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Generated, Sampling
 from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.families import virtual
 from luthier.families.forest import describe
 from luthier.families.heads import LOG_PROBS, Pooling
 from luthier.families.packed import Layout, Packed
@@ -51,7 +52,8 @@ class Encoder(Packed):
         self._offset = _offset(model)
         super().__init__(model, tokenizer, layout)
         context = self.anatomy.sizes["context"] - self._offset
-        self.anatomy = replace(self.anatomy, sizes={**self.anatomy.sizes, "context": context})
+        self.anatomy = virtual.installed(replace(self.anatomy, sizes={**self.anatomy.sizes, "context": context}),
+                                         self._offset)
 
     def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
         columns = {"input_ids": inputs.tokens, "position_ids": inputs.positions + self._offset}
@@ -133,7 +135,7 @@ def _offset(model: Any) -> int:
     """The position of a text's first token: 0, or behind the padding's (RoBERTa); whichever gives the model's own."""
     was, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
-    tokens = torch.tensor([[5, 6, 7]], device=device)  # no padding among them
+    tokens = torch.tensor([[t for t in range(5, 9) if t != model.config.pad_token_id][:3]], device=device)
     plain = model(input_ids=tokens).last_hidden_state.float()
     found = None
     for offset in (0, (model.config.pad_token_id or 0) + 1):

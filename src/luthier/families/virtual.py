@@ -34,9 +34,10 @@ Pair = tuple[Tensor, Tensor]
 ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
 
 
-def installed(anatomy: Anatomy) -> Anatomy:
-    """The anatomy with `ports`. Nothing is hung into the model before a method asks for it."""
-    ports = VirtualPorts(anatomy)
+def installed(anatomy: Anatomy, first: int = 0) -> Anatomy:
+    """The anatomy with `ports`, of a model that counts positions from `first`. Nothing is hung into the model before a
+    method asks for it."""
+    ports = VirtualPorts(anatomy, first)
     _PORTS[anatomy.model] = ref(ports)
     return replace(anatomy, ports=ports)
 
@@ -106,7 +107,8 @@ class Catch:
 class VirtualPorts:
     """See `core.protocols.Ports`. One for each loaded model."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, first: int) -> None:
+        self._first = first
         self._backbone, self._embedding = anatomy.backbone, anatomy.embedding
         self._layers, self._context = len(anatomy.blocks), anatomy.sizes["context"]
         self._both_ways = anatomy.task == "FEATURE_EXTRACTION"
@@ -163,12 +165,12 @@ class VirtualPorts:
         device = self._device
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
         catch, was = Catch(most), self._backbone.training
-        positions = torch.arange(place, place + tokens.shape[1], device=device).expand(tokens.shape)
-        options = {"position_ids": positions} if place else {}
+        start = self._first + place
+        positions = torch.arange(start, start + tokens.shape[1], device=device).expand(tokens.shape)
         self._backbone.eval()
         try:
             with self._alone():
-                self._backbone(input_ids=tokens, virtual=catch, **options)
+                self._backbone(input_ids=tokens, position_ids=positions, virtual=catch)
         except _Enough:
             pass  # a signal, no error
         finally:
@@ -242,7 +244,8 @@ class VirtualPorts:
         rows, width = _shape(given)
         positions = given.get("position_ids")
         if positions is None:
-            positions = torch.arange(seen, seen + width, device=self._device).expand(rows, -1)
+            start = self._first + seen
+            positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
         return {**given, "position_ids": positions + n}
 
     # ------------------------------------------------------------ a prompt
