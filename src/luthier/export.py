@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -11,13 +12,14 @@ import torch
 
 from luthier import build
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
 from luthier.runtime.run import Run
 
 FORMS = ("merged", "adapter")
 PROBE = 16  # tokens of the check that merging changed nothing
-# Most that a log-probability of the probe may move. In sixteen bits the merged weights themselves are rounded.
+# Most that a log-probability of the probe (or a number in a state) may move. In sixteen bits the merged weights
+# themselves are rounded.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
@@ -25,7 +27,8 @@ def export(run: Run | Path | str, to: Literal["merged", "adapter"] = "merged", o
     """Write a run as a folder of its own, whole or not at all, and return the folder.
 
     Args:
-        to: `merged`, a model like any other, the method's change folded into its weights (of a full run, a copy);
+        to: `merged`, a model like any other, the method's change folded into its weights (of a full run, a copy; of a
+            run on a base in few bits, into the base as it was before);
             or `adapter`, the files that PEFT loads beside the base.
         out: the folder; left out: `merged` or `adapter` inside the run's folder.
 
@@ -40,7 +43,7 @@ def export(run: Run | Path | str, to: Literal["merged", "adapter"] = "merged", o
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{str(out)!r} already holds something, and nothing is overwritten",
                        "remove it, or name another folder with --out")
-    made, base, attached = build.open_run(run)
+    made, base, attached = build.open_run(run, whole=to == "merged")
     if to == "adapter" and (attached is None or attached.peft() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
     if to == "merged" and attached is not None:
@@ -59,7 +62,7 @@ def export(run: Run | Path | str, to: Literal["merged", "adapter"] = "merged", o
     return out
 
 
-def merge(base: build.CausalLM, attached: Attached) -> None:
+def merge(base: Family, attached: Attached) -> None:
     """Fold the method into the base's weights. Raises `RunError` where the model then says something else."""
     base.train(False)
     before = _probe(base)
@@ -67,18 +70,25 @@ def merge(base: build.CausalLM, attached: Attached) -> None:
     moved = float((_probe(base) - before).abs().max())
     allowed = TOLERANCE[base.anatomy.embedding.weight.dtype]  # type: ignore[index]
     if not moved <= allowed:
-        raise RunError(f"merging moved a log-probability by {moved:.2g}, and rounding explains {allowed} at most",
+        raise RunError(f"merging moved an output by {moved:.2g}, and rounding explains {allowed} at most",
                        "train and export with base.dtype: float32, or use the adapter as it is")
 
 
 @torch.no_grad()
-def _probe(base: build.CausalLM) -> torch.Tensor:
-    """Log-probabilities of some tokens, each after the ones before it."""
-    tokens = torch.arange(1, PROBE + 1) * 7 % base.anatomy.sizes["vocabulary"]
-    place = torch.arange(PROBE)
-    inputs = Inputs(tokens, place, Forest((PROBE,), (-1,)))
-    target = Target(place[:-1], tokens[1:], torch.ones(PROBE - 1), 1)
-    found = base.forward(inputs.to(base.device), target.to(base.device), frozenset({"token_logps"})).token_logps
-    assert found is not None
-    return found
-
+def _probe(base: Family) -> torch.Tensor:
+    """Log-probabilities of some tokens, each after the ones before it; the states of a base that predicts none."""
+    sizes = base.anatomy.sizes
+    if "channels" in sizes:
+        place, forest = torch.arange(2), Forest((1, 1), (-1, -1))
+        shape = (2, sizes["channels"], sizes["height"], sizes["width"])
+        inputs = Inputs(place, place * 0, forest, torch.linspace(-1, 1, math.prod(shape)).view(shape))
+        target = Target(place, place, torch.ones(2), 2)
+    else:
+        half = PROBE // 2  # a source and its answer
+        place = torch.arange(PROBE)
+        tokens = (place + 1) * 7 % sizes["vocabulary"]
+        inputs = Inputs(tokens, place, Forest((half, PROBE - half), (-1, 0)))
+        target = Target(place[half - 1:-1], tokens[half:], torch.ones(PROBE - half), 1)
+    need = "states" if base.anatomy.task == "FEATURE_EXTRACTION" else "token_logps"
+    outputs = base.forward(inputs.to(base.device), target.to(base.device), frozenset({need}))
+    return outputs.tensors()[need]

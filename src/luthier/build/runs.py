@@ -20,17 +20,22 @@ from luthier.runtime.run import Run
 HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
 
 
-def open_run(run: Run) -> tuple[Recipe, Family, Attached | None]:
+def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | None]:
     """What a run folder holds: its recipe, its base, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
     (then there is no method to attach). The name of a base in place of a folder is such a whole model.
+
+    Args:
+        whole: keep the base in its own numbers, also where the run was trained on one in few bits.
     """
     if _names_base(run.path):
         bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
         return bare, family(bare.base), None
     run.existing()
     made = recorded(run)
+    if whole and made.base.quantize != "none":
+        made = made.model_copy(update={"base": made.base.model_copy(update={"quantize": "none"})})
     if run.adapter is None:
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
