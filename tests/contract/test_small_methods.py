@@ -160,6 +160,16 @@ def test_of_a_fused_map_the_keys_and_values_alone_are_scaled() -> None:
         attached.load({n: torch.full_like(t, 2.0) for n, t in attached.state().items()})
 
 
+def test_a_map_that_mixes_queries_and_keys_head_by_head_is_not_taken_apart() -> None:
+    config = transformers.BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4)
+    family = CausalLM(transformers.BloomForCausalLM(config).to(torch.float64).eval(), TOKENIZER)
+    for name, settings in (("ia3", {}), ("bitfit", {"which": "paper"})):
+        with pytest.raises(RecipeError, match="found in this model"):
+            attach(family, name, **settings)
+    named = attach(family, "ia3", targets=("query_key_value",), feedforward=("down",))
+    assert {t.shape for n, t in named.state().items() if "query_key_value" in n} == {(96, 1)}
+
+
 def test_ia3_says_what_it_does_not_find_or_read() -> None:
     with pytest.raises(RecipeError, match="'qq' matches no linear map"):
         attach(base("llama"), "ia3", targets=("qq",))

@@ -16,13 +16,16 @@ from luthier.core.errors import BaseError
 from luthier.core.protocols import Anatomy, Block, Site
 from luthier.families.quant import expander
 
-# Ending of a module's path -> role. The longest ending that fits wins, so `attn.c_proj` goes before `c_proj`.
+# Ending of a module's path -> role. `qkv` holds queries, keys and values one after another, `qkv_mixed` head by head.
+# The longest ending that fits wins, so `attn.c_proj` goes before `c_proj`.
 ROLES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
     "query": "q", "key": "k", "value": "v", "attention.output.dense": "o",
-    "qkv_proj": "qkv", "query_key_value": "qkv", "attn.c_attn": "qkv", "attn.c_proj": "o", "self_attention.dense": "o",
-    "attention.dense": "o", "Wqkv": "qkv", "attn.Wo": "o",
+    "qkv_proj": "qkv", "query_key_value": "qkv_mixed", "attn.c_attn": "qkv", "attn.c_proj": "o",
+    "self_attention.dense": "o", "attention.dense": "o", "Wqkv": "qkv", "attn.Wo": "o",
     "q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o", "ffn.lin1": "up", "ffn.lin2": "down",
+    "query_proj": "q", "key_proj": "k", "value_proj": "v", "attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.o": "o",
+    "ffn": "up", "ffn_output": "down", "mlp.Wi": "gate_up", "mlp.Wo": "down",
     "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up",
     "mlp.c_fc": "up", "mlp.c_proj": "down", "fc1": "up", "fc2": "down", "w1": "gate", "w3": "up", "w2": "down",
     "dense_h_to_4h": "up", "dense_4h_to_h": "down", "intermediate.dense": "up", "output.dense": "down",
@@ -92,7 +95,7 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
 
 def _home(layer: nn.Module) -> nn.Module | None:
     """The module that the queries are made in, which is the one that attention functions are called with."""
-    found = next((path for path, _ in layer.named_modules() if role_of(path) in ("q", "qkv")), None)
+    found = next((path for path, _ in layer.named_modules() if role_of(path) in ("q", "qkv", "qkv_mixed")), None)
     return None if found is None or "." not in found else layer.get_submodule(found.rpartition(".")[0])
 
 

@@ -69,9 +69,9 @@ def places(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[Place]:
                           "use all (biases of the linear maps), or the method ln (weights of the norms)")
     if which == "paper":
         maps = [_query(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
-        if not maps:
-            raise RecipeError("method.which: no query and no first map of an MLP was found in this model",
-                              "use all, or name the maps by their endings")
+        if not any(site.role in ("q", "qkv") for site in anatomy.sites):
+            raise RecipeError("method.which: no query was found in this model, as a map of its own or as the first "
+                              "part of one", "use all, or name the maps by their endings")
         return maps
     maps = [] if which == "norms" else [
         Place(site.name, site.module, 0, site.outputs, site.outputs)
