@@ -122,6 +122,8 @@ def typed(annotation: Any) -> str:
         return f"list of {typed(parts[0])}"
     if origin is not None:
         return f"{typed(parts[0])} to {typed(parts[1])}"
+    if annotation is Any:
+        return "anything"
     if issubclass(annotation, Config):
         return "source" if annotation is Source else "section"
     return {str: "text", int: "whole number", float: "number", bool: "yes or no"}[annotation]
