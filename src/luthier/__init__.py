@@ -12,9 +12,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LuthierError", "Recipe", "Run", "__version__", "evaluate", "export", "train"]
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "evaluate", "export", "open_bank", "train"]
 
 if TYPE_CHECKING:
+    from luthier.bank import open_bank
     from luthier.build import Recipe
     from luthier.core.errors import LuthierError
     from luthier.evaluate import evaluate
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from luthier.train import train
 
 _HOMES = {"Recipe": "luthier.build", "LuthierError": "luthier.core.errors", "Run": "luthier.runtime.run",
-          "train": "luthier.train", "evaluate": "luthier.evaluate", "export": "luthier.export"}
+          "train": "luthier.train", "evaluate": "luthier.evaluate", "export": "luthier.export",
+          "open_bank": "luthier.bank"}
 
 
 def __getattr__(name: str) -> Any:

@@ -50,11 +50,13 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if base and attached is None:
         raise RecipeError("the run holds a whole model, so the bare base is not in it",
                           f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
+    reference = attached.disabled if attached else nullcontext
+    if attached and "reference_logps" in made.objective.needs:
+        reference = build.beside(made, family, attached)
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
-        batches = build.rows.eval_batches(encoded, build.micro_tokens(made, family.device))
-        results = with_perplexity(measure(family, made.objective, batches,
-                                          attached.disabled if attached else nullcontext))
+        batches = build.rows.eval_batches(encoded, build.micro_tokens(made, family))
+        results = with_perplexity(measure(family, made.objective, batches, reference))
         if made.evaluate.metrics:
             asked = build.questions(made, family, examples)
             with Progress(len(asked), title="answering", quiet=quiet) as bar:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from luthier import build
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Head
+from luthier.core.protocols import Head, Sampling
 from luthier.data.pack import batch
 from luthier.families import CausalLM
 from luthier.methods import METHODS
@@ -40,7 +40,7 @@ def settings(parts: Any) -> Any:
     return build.recipe({"data": "-", "method": parts}).method
 
 
-def attached(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
+def put(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
     found = build.attach(family, settings(parts), 3)
     if stirred:
         stir(found)
@@ -89,7 +89,7 @@ def test_a_setting_of_a_list_says_whose_it_is() -> None:
 ])
 def test_parts_that_no_file_could_hold_are_refused(parts: Any, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        attached(base("llama"), parts)
+        put(base("llama"), parts)
 
 
 # ---------------------------------------------------------------- rates
@@ -140,7 +140,7 @@ def test_heads_train_at_a_rate_of_their_own(name: str) -> None:
 def test_a_list_is_a_method(parts: list[Any]) -> None:
     family = base("llama")
     bare, before = logits(family), digest(family)
-    found = attached(family, parts, stirred=False)
+    found = put(family, parts, stirred=False)
     if "prompt" not in parts:  # which starts as words
         assert (logits(family) - bare).abs().max() < 1e-9
     stir(found)
@@ -166,7 +166,7 @@ def test_a_list_is_a_method(parts: list[Any]) -> None:
 @pytest.mark.parametrize("parts", MERGED, **NAMED)
 def test_merged_is_unmerged(parts: list[Any]) -> None:
     family = base("qwen2")
-    before, found = digest(family), attached(family, parts)
+    before, found = digest(family), put(family, parts)
     tuned = logits(family)
     found.merge()
     assert (logits(family) - tuned).abs().max() < 1e-9
@@ -247,6 +247,14 @@ def test_a_started_run_goes_on_from_there_and_stands_alone(folder: Path) -> None
     one, two = (run.metrics for run in (first, second))
     assert two[1]["loss"] < one[1]["loss"]
     assert second.recipe["method"]["rank"] == 4
+    wanted = logits(build.open_run(first)[1])
+    made, family, attached = build.open_run(second)
+    assert attached is not None
+    own = logits(family)
+    with build.beside(made, family, attached)():
+        assert torch.equal(logits(family), wanted)
+    assert torch.equal(logits(family), own)
+    assert not torch.equal(own, wanted)
     first.path.rename(folder / "elsewhere")  # a finished run needs its start no more
     assert build.open_run(second)[2] is not None
 
@@ -263,3 +271,30 @@ def test_a_start_that_does_not_fit_is_refused_with_a_remedy(folder: Path) -> Non
     with pytest.raises(RecipeError, match="holds a whole model") as caught:
         trained(folder, "fourth", start=str(whole.path))
     assert f"base.name={whole.path}" in caught.value.remedy
+
+
+# ---------------------------------------------------------------- several runs in one process
+
+
+def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
+    import luthier
+    runs = {"a": trained(folder, "a", method=LORA), "b": trained(folder, "b", method=["bitfit", LORA], seed=5)}
+    tuned = luthier.open_bank(str(folder / "base"), runs)
+    bare = logits(tuned.family)
+    for name, run in runs.items():
+        with tuned.using(name) as family:
+            assert torch.equal(logits(family), logits(build.open_run(run)[1]))
+    with tuned.using({"a": 0.5, "b": 0.5}):
+        assert not torch.equal(logits(tuned.family), bare)
+    assert torch.equal(logits(tuned.family), bare)
+    sampling = Sampling(max_new_tokens=12)
+    prompts, names = ["1 and 1?", "2 and 2?", "3?"], ["a", None, "b"]
+    alone = [tuned.answer([prompt], name, sampling)[0] for prompt, name in zip(prompts, names, strict=True)]
+    assert tuned.answer(prompts, names, sampling) == alone
+    assert len(set(tuned.answer(prompts[:1] * 3, names, sampling))) == 3
+    with pytest.raises(RecipeError, match="no adapter 'c'"):
+        tuned.answer(prompts, ["a", "b", "c"])
+    with pytest.raises(RecipeError, match="2 adapters"):
+        tuned.answer(prompts, ["a", "b"])
+    with pytest.raises(RecipeError, match="holds a whole model"):
+        luthier.open_bank(str(folder / "base"), {"w": trained(folder, "w", method="full")})

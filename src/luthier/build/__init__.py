@@ -20,18 +20,19 @@ from luthier.build.objects import (
     tokenizer,
     with_heads,
 )
-from luthier.build.recipe import Recipe, changed, dump, idle, method_name, provenance, recipe, version
+from luthier.build.recipe import Recipe, changed, dump, idle, method_name, provenance, recipe, recorded, version
 from luthier.build.rollouts import begin, feed, rolling
 from luthier.build.runs import open_run, save_tuned
-from luthier.build.starts import same_base
+from luthier.build.starts import banked, beside, same_base
 from luthier.data import DataConfig
 from luthier.families import ALIASES, BaseConfig, CausalLM, cache, resolve
 from luthier.methods import METHODS
+from luthier.methods.bank import Bank
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "METHODS", "BaseConfig", "CausalLM", "DataConfig", "Recipe", "Rollouts", "Run", "attach",
-           "begin", "cache", "changed", "chat_prompt", "check", "datasets", "dump", "family", "feed",
-           "fitted", "held_out", "idle", "method_name", "micro_tokens", "open_run", "provenance",
-           "questions", "recipe", "resolve", "rolling", "rows", "same_base", "save_tuned", "tokenizer",
-           "version", "with_heads"]
+__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Recipe", "Rollouts", "Run", "attach",
+           "banked", "begin", "beside", "cache", "changed", "chat_prompt", "check", "datasets", "dump", "family",
+           "feed", "fitted", "held_out", "idle", "method_name", "micro_tokens", "open_run", "provenance", "questions",
+           "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "tokenizer", "version",
+           "with_heads"]

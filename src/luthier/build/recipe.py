@@ -101,8 +101,8 @@ def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 def adapted(run: Run) -> Run:
     """Itself, or a `RecipeError` where nothing can start from it."""
     if run.existing().adapter is None:
-        raise RecipeError(f"start: {str(run.path)!r} holds a whole model (or has not ended), not an adapter to start "
-                          "from", f"a whole model is a base like any other: base.name={run.path}")
+        raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
+                          f"a whole model is a base like any other: base.name={run.path}")
     return run
 
 

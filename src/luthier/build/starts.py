@@ -7,9 +7,11 @@ bare base.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+
+from torch import Tensor
 
 from luthier.build.objects import attach, with_heads
 from luthier.build.recipe import Recipe, adapted, changed, recorded
@@ -20,28 +22,58 @@ from luthier.families import BaseConfig, folder
 from luthier.methods.bank import Bank
 from luthier.runtime.run import Run
 
+Reference = Callable[[], AbstractContextManager[None]]
 POLICY, REFERENCE = "policy", "reference"
 
 
-def begin(made: Recipe, base: Family) -> tuple[Attached, Callable[[], AbstractContextManager[None]]]:
+def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
 
     Raises:
         RecipeError: the recipe starts from a run with another base or method than its own.
         RunError: that run, or what it trained, cannot be read.
     """
-    def whole(attached: Attached) -> Attached:
-        return with_heads(base, attached, made.objective, made.seed, made.method.default_rate)
+    policy = attach(base, made.method, made.seed)
+    if made.start is not None:
+        _load(policy, _fitting(made, Run(made.start)))
+    reference = beside(made, base, policy)
+    return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
-    attached = attach(base, made.method, made.seed)
+
+def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
+    """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
+    starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
     if made.start is None:
-        return whole(attached), attached.disabled
-    bank = _started(made, base, attached, Run(made.start))
-    return whole(attached), partial(bank.using, REFERENCE)
+        return policy.disabled
+    bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
+    _load(reference, _fitting(made, Run(made.start)))
+    bank.add(POLICY, policy)
+    bank.add(REFERENCE, reference)
+    bank.frozen(REFERENCE)
+    bank.choose(POLICY)
+    base.router = bank
+    return partial(bank.using, REFERENCE)
 
 
-def _started(made: Recipe, base: Family, policy: Attached, start: Run) -> Bank:
-    """A bank with the policy as the run left it, acting, and beside it the same once more, silent and frozen."""
+def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
+    """The adapters of several runs on one base, silent until one is chosen. Heads stay behind: what answers needs none.
+
+    Raises:
+        RecipeError: a run holds a whole model, or was made on another base.
+        RunError: a run's method cannot share its base.
+    """
+    bank = Bank(base.anatomy)
+    for name, run in runs.items():
+        found = recorded(adapted(run))
+        attached = attach(base, found.method, found.seed)
+        _load(attached, adapter_weights(run))
+        bank.add(name, attached)
+    base.router = bank
+    return bank
+
+
+def _fitting(made: Recipe, start: Run) -> dict[str, Tensor]:
+    """What the run trained that the recipe starts from."""
     found = recorded(adapted(start))
     other = [line for line in changed(found, made) if line.startswith("method.")]
     if not same_base(found.base, made.base):
@@ -49,16 +81,12 @@ def _started(made: Recipe, base: Family, policy: Attached, start: Run) -> Bank:
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other), "leave base and method out of the recipe: they are taken from that run")
-    saved = adapter_weights(start)
-    bank = Bank(base.anatomy)
-    for name, attached in ((POLICY, policy), (REFERENCE, attach(base, made.method, made.seed))):
-        # Heads that an objective added there stay behind: this one has its own.
-        attached.load({name: saved[name] for name in attached.state() if name in saved})
-        bank.add(name, attached)
-    bank.frozen(REFERENCE)
-    bank.choose(POLICY)
-    base.router = bank
-    return bank
+    return adapter_weights(start)
+
+
+def _load(attached: Attached, saved: dict[str, Tensor]) -> None:
+    """Take the method's own; heads that the run's objective added stay behind."""
+    attached.load({name: saved[name] for name in attached.state() if name in saved})
 
 
 def same_base(one: BaseConfig, other: BaseConfig) -> bool:

@@ -24,6 +24,7 @@ from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Attached, Scope
 from luthier.methods import METHODS
 from luthier.methods.lora import LoraConfig
+from luthier.methods.named import Named
 
 OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
@@ -155,6 +156,8 @@ class Several:
 
 def scopes(attached: Attached) -> tuple[Scope, ...] | None:
     """The switches of an attached method and of all its parts; None where one of them has none."""
+    if isinstance(attached, Named):
+        return scopes(attached.inner)
     if not isinstance(attached, Several):
         return None if attached.scope is None else (attached.scope,)
     found = [scopes(part) for part in attached.parts]

@@ -1,0 +1,80 @@
+"""The verb `open_bank`: several runs on one copy of their base, answering side by side. Read `methods/bank.py` first.
+
+    tuned = luthier.open_bank("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
+    tuned.answer(["Who may sue?", "What is a fever?", "Hello"], adapters=["law", "medicine", None])
+    with tuned.using("law"):
+        ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from luthier import build
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.examples import Message
+from luthier.core.protocols import Sampling
+from luthier.runtime.run import Run
+
+
+class Tuned:
+    """A base and the runs tuned on it.
+
+    Attributes:
+        family: the base; what acts on it is what `using` says.
+        bank: the adapters by name; none acts until one is chosen.
+    """
+
+    def __init__(self, family: build.CausalLM, bank: build.Bank, systems: Mapping[str, str | None]) -> None:
+        self.family, self.bank, self.systems = family, bank, systems
+
+    @contextmanager
+    def using(self, choice: str | Mapping[str, float] | None) -> Iterator[build.CausalLM]:
+        """While open, the base speaks as that run, as several of them by their weights, or (None) as itself."""
+        with self.bank.using(choice):
+            yield self.family
+
+    def answer(self, prompts: Sequence[str], adapters: Sequence[str | None] | str | None = None,
+               sampling: Sampling | None = None) -> list[str]:
+        """Answers to users' messages, in one batch, each through its own adapter.
+
+        Args:
+            adapters: one for each prompt, None for the bare base; or one for all.
+            sampling: how to generate; left out: greedily, 256 tokens at most.
+        """
+        through = [adapters] * len(prompts) if isinstance(adapters, str) or adapters is None else list(adapters)
+        if len(through) != len(prompts):
+            raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
+        numbers = self.bank.numbers(through)  # refuses unknown names, before any work
+        ids = [build.chat_prompt(self.family, [Message("user", prompt)], self.systems.get(name or ""))
+               for prompt, name in zip(prompts, through, strict=True)]
+        self.family.train(False)
+        found = {made.index: made.tokens for made in self.family.generate(ids, sampling or Sampling(), numbers)}
+        return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
+
+
+def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
+    """Load a base once and the adapters of several runs beside one another.
+
+    Args:
+        base: the name of the base, as in the runs' recipes.
+        runs: a name for each run folder.
+
+    Raises:
+        RunError: a run that holds a whole model, or a method that cannot share its base.
+        RecipeError: a run of another base.
+    """
+    config = build.BaseConfig(name=base)
+    family = build.family(config)
+    if not isinstance(family, build.CausalLM):
+        raise RunError(f"{base!r} is no causal language model, so it answers nothing",
+                       "open its runs one by one: luthier evaluate RUN")
+    folders = {name: run if isinstance(run, Run) else Run(run) for name, run in runs.items()}
+    made = {name: build.recorded(run.existing()) for name, run in folders.items()}
+    for name, recipe in made.items():
+        if not build.same_base(recipe.base, config):
+            raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}",
+                              "open it with the runs of its own base")
+    return Tuned(family, build.banked(family, folders), {name: recipe.data.system for name, recipe in made.items()})
