@@ -19,14 +19,26 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.models.t5 import modeling_t5
 
+import luthier
+from luthier import build
 from luthier.core.errors import BaseError, DataError
-from luthier.core.examples import Origin
+from luthier.core.examples import (
+    ChatExample,
+    ComparedExample,
+    CompletionExample,
+    Message,
+    Origin,
+    PromptExample,
+    TextExample,
+)
 from luthier.core.protocols import Head, Sampling
 from luthier.core.types import Encoded, Item, Piece
+from luthier.data import DataConfig, DividedConfig, encode
 from luthier.data.pack import batch, pack
 from luthier.families import seq2seq
 from luthier.families.seq2seq import Seq2Seq
-from tiny import END_OF_TEXT, IM_END, VOCABULARY, tiny_tokenizer
+from luthier.runtime.run import Run
+from tiny import END_OF_TEXT, IM_END, IM_START, VOCABULARY, tiny_tokenizer
 
 SAME, FAR = 1e-9, 1e-3
 KINDS: dict[str, dict[str, Any]] = {
@@ -61,10 +73,10 @@ def tokenizer() -> Any:
 
 def t5(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random T5 whose decoder is deeper than its encoder; its buckets of distance are few, so that all are used."""
-    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_decoder_layers=3, num_heads=4,
+    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
                       relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.0,
                       decoder_start_token_id=END_OF_TEXT, pad_token_id=END_OF_TEXT, eos_token_id=IM_END,
-                      **{**KINDS[kind], **settings})
+                      **{"num_decoder_layers": 3, **KINDS[kind], **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = T5ForConditionalGeneration(config).to(dtype)
@@ -308,6 +320,108 @@ def test_every_linear_map_has_its_role() -> None:
             assert block.attention_out is inside[0].SelfAttention.o
             assert block.mlp is block.mlp_in is block.mlp_out is inside[-1].DenseReluDense
             assert len(block.norms) == len(inside)
+
+
+# ---------------------------------------------------------------- rows of a file
+
+
+def encoded(example: Any, **settings: Any) -> Any:
+    config = DividedConfig.of(DataConfig.parse({"train": "-", **settings}))
+    return encode(example, tokenizer(), config)
+
+
+def spelt(ids: Sequence[int]) -> str:
+    return "".join("$" if i == IM_END else chr(i) for i in ids)
+
+
+ROW = CompletionExample("say it", " twice", Origin("lab", 1), 0.5)
+
+
+def test_source_and_answer_are_two_pieces_with_an_end_mark_each() -> None:
+    (found,) = encoded(ROW)
+    source, answer = found.pieces
+    assert (spelt(source.ids), source.weights, source.parent) == ("say it$", (0.0,) * 7, -1)
+    assert (spelt(answer.ids), answer.weights, answer.parent) == (" twice$", (0.5,) * 7, 0)
+    assert found.bytes == len(" twice")
+    row = batch([found])
+    assert row.target.tokens.tolist() == list(answer.ids)  # the first one too, and the end mark
+    assert row.target.at.tolist() == [6, *range(7, 13)]
+
+
+def test_each_of_the_two_has_max_length_to_itself() -> None:
+    (found,) = encoded(ROW, max_length=4)
+    assert [spelt(piece.ids) for piece in found.pieces] == ["say$", " twi"]
+    assert found.bytes == 4
+    refused = encoded(ROW, max_length=6, overlong="refuse")
+    assert refused.reason == "longer than max_length"
+    assert "source" in refused.detail
+    assert len(encoded(ROW, max_length=7, overlong="refuse")) == 1
+
+
+def test_a_chat_is_asked_up_to_the_first_answer() -> None:
+    chat = ChatExample((Message("user", "Hi"), Message("assistant", "Ho")), Origin("lab", 1))
+    (found,) = encoded(chat)
+    assert [spelt(piece.ids) for piece in found.pieces] == ["### User:\nHi\n\n### Assistant:\n$", "Ho$"]
+    assert found.pieces[1].weights == (1.0,) * 3
+
+
+def test_what_asks_nothing_is_refused() -> None:
+    for example in (TextExample("only text", Origin("lab", 1)), CompletionExample(" ", "an answer", Origin("lab", 1))):
+        assert encoded(example).reason == "nothing is asked"
+    chat = ChatExample((Message("user", "Hi"), Message("assistant", "Ho")), Origin("lab", 1))
+    assert encoded(chat, train_on="all").reason == "nothing is asked"
+
+
+def test_answers_that_are_compared_share_their_source() -> None:
+    (found,) = encoded(ComparedExample("which", ("this", "that"), (0, 1), Origin("lab", 1)))
+    assert [(spelt(p.ids), p.parent) for p in found.pieces] == [("which$", -1), ("this$", 0), ("that$", 0)]
+    assert [item.piece for item in found.items] == [1, 2]
+    (alone,) = encoded(PromptExample("which", Origin("lab", 1)))
+    assert spelt(alone.pieces[0].ids) == "which$"
+
+
+def test_an_opening_mark_belongs_to_its_half() -> None:
+    """BART's tokenizer puts one before every text; the decoder learns to write it."""
+    opened = tokenizer()
+    opened.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", IM_START), ("<|im_end|>", IM_END)])
+    found = encode(ROW, opened, DividedConfig.of(DataConfig.parse({"train": "-"})))
+    source, answer = found[0].pieces
+    assert source.ids[0] == answer.ids[0] == IM_START
+    assert source.ids[-1] == answer.ids[-1] == IM_END
+    assert answer.weights == (0.5,) * 8
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_learns_a_task_and_opens_again(method: str, tmp_path: Path) -> None:
+    """From a folder and a file to a trained run that answers, reads its own file again and goes to Transformers."""
+    # As many layers in both halves: the cache of Transformers' own `generate` has as many as the encoder.
+    t5("gated", torch.float32, num_decoder_layers=2).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    rows = [{"prompt": f"{word}:", "completion": word[0] * 2} for word in ("apple", "berry", "cherry", "date")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = luthier.train(base={"name": str(tmp_path / "base"), "dtype": "float64"}, method=method, quiet=True,
+                        run=str(tmp_path / "run"),
+                        data={"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl")},
+                        optimizer={"learning_rate": 3e-2 if method == "lora" else 1e-2},
+                        training={"epochs": 40, "batch_size": 4, "micro_tokens": 24},
+                        evaluate={"metrics": "exact", "max_new_tokens": 4})
+    assert run.results["before"] == 0.0
+    assert run.results["after"] == 1.0
+    assert run.results["test"]["nll"] < 0.4 < run.results["test_before"]["nll"]
+    _, family, _ = build.open_run(Run(tmp_path / "run"))
+    assert isinstance(family, Seq2Seq)
+    family.train(False)
+    asked = tuple(b"cherry:")
+    assert said(family, [asked]) == [tuple(b"cc")]
+    if method == "lora":
+        peft = pytest.importorskip("peft")
+        plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float64)
+        plain = peft.PeftModel.from_pretrained(plain, tmp_path / "run")
+    else:
+        plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "run", dtype=torch.float64)
+    answer = plain.generate(input_ids=torch.tensor([[*asked, IM_END]]), max_new_tokens=4)[0].tolist()
+    assert answer == [END_OF_TEXT, *b"cc", IM_END]
 
 
 # ---------------------------------------------------------------- answers

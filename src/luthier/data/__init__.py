@@ -6,7 +6,7 @@ Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `items.py`, `
 
 from luthier.data.augment import PictureAugment, WordsAugment, augmented, paraphrased
 from luthier.data.chat import FALLBACK_TEMPLATE, prompt_and_answer, render, turns
-from luthier.data.config import DataConfig, Source
+from luthier.data.config import DataConfig, DividedConfig, Source
 from luthier.data.encode import prompt_of
 from luthier.data.formats import FORMATS, Reader, examples
 from luthier.data.items import encode
@@ -19,8 +19,8 @@ from luthier.data.rows import Refusal, Row
 from luthier.data.stream import Stream
 
 __all__ = [
-    "DataConfig", "DataReport", "Datasets", "FALLBACK_TEMPLATE", "FORMATS", "Loader", "Overlap", "Part", "Picture",
-    "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream", "Use", "WordsAugment", "augmented", "batch",
-    "demand", "encode", "eval_batches", "examples", "first_fit", "length_picture", "load", "pack", "paraphrased", "preview",
-    "prompt_and_answer", "prompt_of", "render", "turns",
+    "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Loader", "Overlap",
+    "Part", "Picture", "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream", "Use", "WordsAugment",
+    "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit", "length_picture", "load",
+    "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
 ]

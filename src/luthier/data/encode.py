@@ -72,18 +72,26 @@ def encode_words(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> t
 
 def spell(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
     """The example's texts, uncut: one, but for chats under a template that rewrites history."""
+    bare = isinstance(example, CompletionExample) and not templated(tokenizer, config)
     if config.divided:
-        return _divided(example, tokenizer, config)
+        return _divided(example, tokenizer, config, bare)
+    texts = _texts(example, tokenizer, config, bare)
+    if isinstance(texts, Refusal):
+        return texts
+    closed = bare or isinstance(example, TextExample)
+    return [_spelled(text, tokenizer, example, closed=closed) for text in texts]
+
+
+def _texts(example: Worded, tokenizer: Tokenizer, config: DataConfig, bare: bool) -> list[Rendered] | Refusal:
     if isinstance(example, TextExample):
-        return [_spelled(Rendered(example.text, rest=1.0), tokenizer, example, closed=True)]
-    if isinstance(example, CompletionExample) and not templated(tokenizer, config):
-        return [_spelled(_bare(example), tokenizer, example, closed=True)]
+        return [Rendered(example.text, rest=1.0)]
+    if isinstance(example, CompletionExample) and bare:
+        return [_bare(example)]
     chat = as_chat(example) if isinstance(example, CompletionExample) else example
     try:
-        texts = rendered(chat, tokenizer, system=config.system, train_on=config.train_on)
+        return rendered(chat, tokenizer, system=config.system, train_on=config.train_on)
     except RenderError as fault:
         return Refusal(example.origin, "the chat template refuses it", str(fault))
-    return [_spelled(text, tokenizer, example, closed=False) for text in texts]
 
 
 def templated(tokenizer: Tokenizer, config: DataConfig) -> bool:
@@ -152,25 +160,17 @@ def _by_parts(text: Rendered, tokenizer: Tokenizer, special: bool) -> tuple[list
 # ---------------------------------------------------------------- sources and their answers
 
 
-def _divided(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
+def _divided(example: Worded, tokenizer: Tokenizer, config: DataConfig, bare: bool) -> list[Spelled] | Refusal:
     """`spell` for a base that reads a source and writes its answer: everything before the first trained word, and what
     follows it, each tokenised alone and with an end mark of its own."""
-    if isinstance(example, TextExample):
-        return Refusal(example.origin, "nothing is asked", "the base answers a source: give a prompt and a completion")
-    bare = isinstance(example, CompletionExample) and not templated(tokenizer, config)
-    if bare:
-        assert isinstance(example, CompletionExample)
-        texts = [_bare(example)]
-    else:
-        chat = as_chat(example) if isinstance(example, CompletionExample) else example
-        try:
-            texts = rendered(chat, tokenizer, system=config.system, train_on=config.train_on)
-        except RenderError as fault:
-            return Refusal(example.origin, "the chat template refuses it", str(fault))
+    texts = _texts(example, tokenizer, config, bare)
+    if isinstance(texts, Refusal):
+        return texts
     found = []
     for text in texts:
         if text.rest or not text.spans or not text.text[:text.spans[0].start].strip():
-            return Refusal(example.origin, "nothing is asked", "a source is read, never trained, so there must be one")
+            return Refusal(example.origin, "nothing is asked",
+                           "the base reads a source, which is never trained, and writes its answer")
         halves = _halves(text, tokenizer, example, config, bare)
         if isinstance(halves, Refusal):
             return halves

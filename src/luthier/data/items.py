@@ -146,6 +146,8 @@ def _prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig, ro
         return Refusal(example.origin, "the chat template refuses it", str(fault))
     if not ids:
         return Refusal(example.origin, "the tokenizer makes no tokens of it")
+    if config.divided and tokenizer.eos_token_id not in (None, ids[-1]):
+        ids = [*ids, tokenizer.eos_token_id]  # as every source ends
     if len(ids) + room > config.most:
         return Refusal(example.origin, "the prompt leaves no room to answer",
                        f"{len(ids)} tokens and {room} for the answer, at most {config.most}")
