@@ -22,7 +22,7 @@ from torch import Tensor, multiprocessing
 
 from cases import Case, cases
 from luthier import build
-from luthier.core.errors import DataError
+from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import Origin
 from luthier.core.types import Encoded, Item, Outputs, Target
 from luthier.data.pack import pack
@@ -142,6 +142,11 @@ def test_the_scale_stops_at_a_hundred_and_may_turn_back(good: bool, moves: bool)
     gradient, = torch.autograd.grad(found, beyond)
     assert (float(gradient) > 0) == moves
     assert float(gradient) >= 0
+
+
+def test_a_triplet_has_no_temperature_to_learn() -> None:
+    with pytest.raises(RecipeError, match="leave out learned"):
+        OBJECTIVES["contrastive"].parse({"kind": "triplet", "learned": True})
 
 
 # ---------------------------------------------------------------- held-out rows

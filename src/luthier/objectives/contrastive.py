@@ -18,11 +18,11 @@ Shape letters: A items, D hidden size, N anchors, M others (positives and hard n
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from luthier.core.errors import DataError
@@ -116,6 +116,12 @@ class ContrastiveConfig(ObjectiveConfig):
     learned: bool = Field(False, description="whether the temperature trains; it stays above 0.01")
     both: bool = Field(False, description="pairs: whether a positive is to find its anchor, too")
     margin: float = Field(0.5, gt=0, le=2, description="triplet: by how much the positive's cosine is to be larger")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.kind == "triplet" and self.learned:
+            raise ValueError("a triplet has no temperature to learn: leave out learned")
+        return self
 
     @property
     def heads(self) -> tuple[Head, ...]:
