@@ -21,7 +21,7 @@ from transformers.models.t5 import modeling_t5
 
 import luthier
 from luthier import build
-from luthier.core.errors import BaseError, DataError
+from luthier.core.errors import BaseError, DataError, RunError
 from luthier.core.examples import (
     ChatExample,
     ComparedExample,
@@ -37,6 +37,7 @@ from luthier.data import DataConfig, DividedConfig, encode
 from luthier.data.pack import batch, pack
 from luthier.families import seq2seq
 from luthier.families.seq2seq import Seq2Seq
+from luthier.methods.bank import Bank
 from luthier.runtime.run import Run
 from tiny import END_OF_TEXT, IM_END, IM_START, VOCABULARY, tiny_tokenizer
 
@@ -545,6 +546,37 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
     stir(attached)
     assert (logits(other) - logits(family.model)).abs().max() > FAR
     assert attached.peft()["task_type"] == "SEQ_2_SEQ_LM"
+
+
+def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
+    family = base()
+    bank = Bank(family.anatomy)
+    for i, name in enumerate("ab"):
+        bank.add(name, attach(family, "lora", seed=i))
+        stir(bank.members[name], seed=10 + i)
+    family.router = bank
+    names = ["a", "b", None, "a", "b", None]
+
+    def total(who: str | None, examples: list[Encoded]) -> Tensor:
+        with bank.using(who):
+            row = batch(examples)
+            return SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+
+    examples = pairs()
+    apart_ = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", None))
+    row = batch(examples)
+    inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
+    assert (SFT(family.forward(inputs, row.target, SFT.needs), row.target).total - apart_).abs() < SAME
+    assert (total("a", examples) - apart_).abs() > FAR
+
+    found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
+    for i, who in enumerate(["a", "b", None, "a", "b"]):
+        with bank.using(who):
+            assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].tokens]
+
+    tree = batch([forest()])
+    with pytest.raises(RunError, match="another adapter"):
+        family.forward(bank.through(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.needs)
 
 
 def test_a_saved_base_is_the_same_base(tmp_path: Path) -> None:
