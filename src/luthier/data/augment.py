@@ -79,9 +79,10 @@ VIEWS = (PictureAugment(name="crop", chance=1.0), PictureAugment(name="flip"),
 
 
 def _deleted(units: Sequence[str], rate: float, chance: np.random.Generator) -> list[str]:
-    """Each word is left out with probability `rate`; one of them always stays."""
+    """Each word is left out with probability `rate`; if all would be, one stays."""
     kept = chance.random(len(units)) >= rate
-    kept[chance.integers(len(units))] = True
+    if not kept.any():
+        kept[chance.integers(len(units))] = True
     return [unit for unit, stays in zip(units, kept, strict=True) if stays]
 
 
@@ -153,8 +154,8 @@ def _noisy(pixels: Pixels, amount: float, chance: np.random.Generator) -> Pixels
 
 
 def _labelled(example: Any, change: Callable[[str], str]) -> Example:
-    second = None if example.second is None else change(example.second)
-    return replace(example, text=change(example.text), second=second)
+    first = change(example.text)
+    return replace(example, text=first, second=None if example.second is None else change(example.second))
 
 
 def _chat(example: Any, change: Callable[[str], str]) -> Example:

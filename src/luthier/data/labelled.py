@@ -81,10 +81,15 @@ def _pixels(raw: Any, origin: Origin) -> Any:
         return opened_picture(raw)
     if isinstance(raw, PictureFile):
         return raw.checked()
-    found = np.asarray(raw, dtype=np.uint8)
+    try:
+        found = np.asarray(raw)
+    except ValueError as fault:
+        raise UnfitError("pixels are no table of bytes", str(fault)) from fault
+    if not np.issubdtype(found.dtype, np.integer) or found.size == 0 or found.min() < 0 or found.max() > 255:
+        raise UnfitError("pixels are no table of bytes", "give whole numbers from 0 to 255")
     if found.ndim not in (2, 3) or (found.ndim == 3 and found.shape[2] not in (1, 3)):
         raise UnfitError("pixels are not [height, width] or [height, width, 3]", f"their shape is {found.shape}")
-    return found
+    return found.astype(np.uint8, copy=False)
 
 
 # ---------------------------------------------------------------- prompts

@@ -19,6 +19,7 @@ from luthier.data.config import DataConfig, Source
 from luthier.data.formats import Reader, examples
 from luthier.data.items import encoded
 from luthier.data.loader import Mix
+from luthier.data.pictures import unchanged
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
 from luthier.data.rows import Refusal
 from luthier.data.settle import Known, beside_others, class_counts, known, settled
@@ -52,7 +53,7 @@ class Use:
 
     def fitted(self, config: DataConfig) -> DataConfig:
         """The settings as this use allows."""
-        return config.model_copy(update={"share_prompt": False}) if self.flat else config
+        return config.model_copy(update={"share_prompt": False}) if self.flat and not config.divided else config
 
 
 ANY_USE = Use()
@@ -226,7 +227,8 @@ class _Reading:
         beside = beside_others(part.examples, self.tokenizer, self.config)
         read, part.kept = part.kept, []
         for place, kept in enumerate(read):
-            made = [settled(kept.example, beside.get(place, one), what) for one in kept.encoded]
+            own = kept.encoded if part.name == "train" else [unchanged(one) for one in kept.encoded]
+            made = [settled(kept.example, beside.get(place, one), what) for one in own]
             refused = next((one for one in made if isinstance(one, Refusal)), None)
             if refused is None:
                 part.kept.append(replace(kept, encoded=[one for one in made if isinstance(one, Encoded)]))

@@ -17,7 +17,7 @@ import numpy as np
 from luthier.core.errors import DataError
 from luthier.core.types import Batch, Encoded
 from luthier.data.pack import pack
-from luthier.data.pictures import drawn
+from luthier.data.pictures import Picture, drawn
 
 Mix = Sequence[tuple[int, float]]
 
@@ -33,7 +33,7 @@ def digest(example: Encoded) -> bytes:
     if example.items or example.facts:
         found.update(repr((example.items, example.facts)).encode())
     for image in example.images:
-        found.update(image.digest)
+        found.update(image.digest if isinstance(image, Picture) else image.numpy().tobytes())
     return found.digest()
 
 

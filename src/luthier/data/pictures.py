@@ -153,6 +153,13 @@ class Picture:
         return found.digest()
 
 
+def unchanged(example: Encoded) -> Encoded:
+    """A single picture as it is, for held-out rows; two views of one need their changes."""
+    if len(example.images) != 1:
+        return example
+    return replace(example, images=(replace(example.images[0], changes=()),))
+
+
 def drawn(example: Encoded, *draw: int) -> Encoded:
     """The example with its pictures' changes drawn anew; itself where it has none."""
     if not any(isinstance(image, Picture) and image.changes for image in example.images):

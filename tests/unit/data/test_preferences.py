@@ -1,0 +1,244 @@
+"""Compared and judged answers: every way to write them, every bad row, and two forms of tokens that train the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from luthier.core.errors import DataError
+from luthier.core.examples import ComparedExample, JudgedExample, Message, Origin, PromptExample
+from luthier.core.types import Encoded
+from luthier.data import DataConfig, Reader, Refusal, Row, encode, examples, load
+from luthier.data.pack import batch
+from luthier.families import CausalLM
+from tiny import tiny
+
+SHARED = Path(__file__).parents[4] / "shared" / "data"
+HERE = Origin("f", 1)
+ASK, GOOD, BAD = Message("user", "q"), Message("assistant", "a"), Message("assistant", "b")
+PAIR = ComparedExample((ASK,), ((GOOD,), (BAD,)), (0, 1), HERE)
+
+
+def become(*rows: dict, kinds: str | None = None, **options: object) -> list:
+    reader = Reader(frozenset({f"{kinds}Example"}) if kinds else None)
+    return list(examples([Row(row, Origin("f", line)) for line, row in enumerate(rows, 1)], reader=reader, **options))
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+def config(**options: object) -> DataConfig:
+    return DataConfig.parse({"train": "x", **options})
+
+
+CASES = {
+    "strings": ({"prompt": "q", "chosen": "a", "rejected": "b"}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
+    "margin": ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"}, ComparedExample("q", ("a", "b"), (0, 1), HERE, 0.5)),
+    "turns": ({"prompt": [turn("user", "q")], "chosen": [turn("assistant", "a")], "rejected": "b"}, PAIR),
+    "a system prompt": ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"},
+                        ComparedExample((Message("system", "s"), ASK), ((GOOD,), (BAD,)), (0, 1), HERE)),
+    "whole chats behind a prompt": ({"prompt": "q", "chosen": [turn("user", "q"), turn("assistant", "a")],
+                                     "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
+    "whole chats": ({"chosen": [turn("user", "q"), turn("assistant", "a")], "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
+    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
+    "transcripts that part early": ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
+                                    ComparedExample((ASK,), ((GOOD, Message("user", "r"), GOOD), (BAD,)), (0, 1), HERE)),
+    "a rejected response": ({"messages": [turn("user", "q"), turn("assistant", "a")], "rejected_response": "b"}, PAIR),
+    "sharegpt": ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}, PAIR),
+    "openai": ({"input": {"messages": [turn("user", "q")]}, "preferred_output": [turn("assistant", "a")],
+                "non_preferred_output": [turn("assistant", "b")]}, PAIR),
+    "ranks": ({"prompt": "q", "answers": [{"text": "c", "rank": 3}, {"content": "a", "rank": 1}, {"text": "b", "rank": 2}]},
+              ComparedExample("q", ("a", "b", "c"), (0, 1, 2), HERE)),
+    "ranks from 0 as JSON": ({"prompt": "q", "answers": '[{"text": "b", "rank": 1}, {"text": "a", "rank": 0}]'}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
+    "best first": ({"prompt": "q", "answers": ["a", "b"]}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
+    "a verdict": ({"prompt": "q", "completion": "a", "label": "true"}, JudgedExample("q", "a", True, HERE)),
+    "a judged chat": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": False}, JudgedExample((ASK,), (BAD,), False, HERE)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_row_becomes_its_example(name) -> None:
+    row, expected = CASES[name]
+    assert become(row) == [expected]
+
+
+REFUSED = {
+    "tied ranks": ({"prompt": "q", "answers": [{"text": "a", "rank": 1}, {"text": "b", "rank": 1}]}, "ranks are tied"),
+    "a gap": ({"prompt": "q", "answers": [{"text": "a", "rank": 1}, {"text": "b", "rank": 3}]}, "ranks have a gap"),
+    "ranks from 2": ({"prompt": "q", "answers": [{"text": "a", "rank": 2}, {"text": "b", "rank": 3}]}, "ranks have a gap"),
+    "half a rank": ({"prompt": "q", "answers": [{"text": "a", "rank": 0}, {"text": "b", "rank": 0.5}]}, "ranks have a gap"),
+    "one without a rank": ({"prompt": "q", "answers": [{"text": "a", "rank": 1}, {"text": "b"}]}, "an answer has no rank"),
+    "one answer": ({"prompt": "q", "answers": ["a"]}, "one answer alone cannot be compared"),
+    "no answers": ({"prompt": "q", "answers": []}, "answers is empty"),
+    "a rank in words": ({"prompt": "q", "answers": [{"text": "a", "rank": "best"}, {"text": "b", "rank": "1"}]}, "rank is not a number"),
+    "the same twice": ({"prompt": "q", "chosen": "a", "rejected": "a \n"}, "chosen and rejected are the same"),
+    "the same transcript": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: a"}, "chosen and rejected are the same"),
+    "two alike of three": ({"prompt": "q", "answers": ["a", "b", "a"]}, "two answers are the same"),
+    "an empty answer": ({"prompt": "q", "chosen": " ", "rejected": "b"}, "empty chosen"),
+    "an empty turn": ({"chosen": "\n\nHuman: q\n\nAssistant:", "rejected": "\n\nHuman: q\n\nAssistant: a"}, "a turn of the transcript is empty"),
+    "no transcript": ({"chosen": "a", "rejected": "b"}, "chosen is no transcript"),
+    "the user answers": ({"prompt": "q", "chosen": [turn("assistant", "a"), turn("user", "x")], "rejected": "b"}, "an answer does not end with the assistant's turn"),
+    "an odd verdict": ({"prompt": "q", "completion": "a", "label": "so-so"}, "label is neither good nor bad"),
+    "nothing answered": ({"messages": [turn("user", "q")], "label": True}, "the last turn is not the assistant's"),
+    "a margin in words": ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "much"}, "margin is not a number"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_row_is_refused_with_its_reason(name) -> None:
+    row, reason = REFUSED[name]
+    (found,) = become(row)
+    assert isinstance(found, Refusal)
+    assert (found.reason, str(found.origin)) == (reason, "f:1")
+
+
+PROMPTS = {
+    "alone": ({"prompt": "q"}, "q", {}),
+    "with facts": ({"prompt": "q", "answer": "4", "tests": ["x"]}, "q", {"reference": "4", "tests": ["x"]}),
+    "completion": ({"prompt": "q", "completion": "a"}, "q", {"reference": "a"}),
+    "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", {"chosen": "a", "rejected": "b"}),
+    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
+    "a chat": ({"messages": [turn("user", "q"), turn("assistant", "a")], "id": 3}, (ASK,), {"reference": "a", "id": 3}),
+    "a bad answer is no reference": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": 0}, (ASK,), {"label": 0}),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_whoever_reads_prompts_gets_them_from_any_row_that_holds_one(name) -> None:
+    row, prompt, facts = PROMPTS[name]
+    (found,) = become(row, kinds="Prompt")
+    assert isinstance(found, PromptExample)
+    assert found.prompt == prompt
+    assert facts.items() <= found.facts.items()
+    assert ("reference" in found.facts) == ("reference" in facts)
+
+
+def test_the_kinds_that_are_read_decide_between_formats() -> None:
+    row = {"messages": [turn("user", "q"), turn("assistant", "a")], "label": True}
+    assert [type(become(row, kinds=kind)[0]).__name__ for kind in ("Chat", "Judged")] == ["ChatExample", "JudgedExample"]
+    with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads ComparedExample"):
+        become({"text": "t"}, kinds="Compared")
+    with pytest.raises(DataError, match="format: pair: rows with prompt, chosen, rejected"):
+        become({"prompt": "q", "chosen": "a", "rejected": "b"}, kinds="Text", format="pair")
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def paths(encoded: Encoded) -> list[tuple[list[int], list[float]]]:
+    """Ids and weights of each answer from its root down."""
+    found = []
+    for item in encoded.items:
+        piece = encoded.pieces[item.piece]
+        above = [encoded.pieces[piece.parent]] if piece.parent >= 0 else []
+        found.append(([t for p in (*above, piece) for t in p.ids], [w for p in (*above, piece) for w in p.weights]))
+    return found
+
+
+ANSWERS = st.lists(st.text(st.sampled_from("ab ö"), min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=4, unique_by=str.strip)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.text(st.sampled_from("ab ö"), max_size=20), ANSWERS, st.booleans(), st.integers(40, 120))
+def test_both_forms_hold_the_same_tokens(letters, words, prompt, answers, bare, most) -> None:
+    for tokenizer in (letters, words):
+        given_ = ComparedExample("q" + prompt, tuple(answers), tuple(range(len(answers))), HERE, 0.5)
+        options = {"max_length": most, **({"format": "completion"} if bare else {})}
+        shared, repeated = (encode(given_, tokenizer, config(share_prompt=share, **options)) for share in (True, False))
+        assert isinstance(shared, Refusal) == isinstance(repeated, Refusal)
+        if isinstance(shared, Refusal):
+            continue
+        (tree,), (roots,) = shared, repeated
+        assert paths(tree) == paths(roots)
+        assert tree.bytes == roots.bytes
+        assert [p.parent for p in tree.pieces] == [-1] + [0] * len(answers)
+        assert not any(tree.pieces[0].weights)
+        assert all(p.parent == -1 and len(p.ids) <= most for p in roots.pieces)
+        assert [(i.label, i.margin) for i in tree.items] == [(i.label, i.margin) for i in roots.items] == \
+            [(float(rank), 0.5 if rank == 0 else 0.0) for rank in range(len(answers))]
+
+
+def test_both_forms_give_the_same_loss_and_gradients(letters) -> None:
+    family = CausalLM(tiny("gpt2"), letters)  # its norms are of float64, Llama's are not
+    example = ComparedExample("a long question", ("aab", "aac and more", "z"), (0, 1, 2), HERE)
+    sums, grads = [], []
+    for change in ({"share_prompt": True}, {"share_prompt": False}, {"share_prompt": False, "system": "other"}):
+        one = batch(encode(example, letters, config(max_length=200, **change)))
+        family.model.zero_grad()
+        out = family.forward(one.inputs, one.target, frozenset({"token_logps"}))
+        each = torch.zeros(3, dtype=torch.float64).index_add(0, one.target.item_of, out.token_logps.double())
+        (each * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
+        sums.append(each.detach())
+        grads.append(torch.cat([p.grad.flatten() for p in family.model.parameters()]).clone())
+    torch.testing.assert_close(sums[0], sums[1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-9)
+    assert (sums[0] - sums[2]).abs().max() > 1e-3
+
+
+def test_a_prompt_is_shared_where_that_saves_a_sixth(letters) -> None:
+    def pieces(prompt: int, answer: int) -> int:
+        given_ = ComparedExample("q" * prompt, ("a" * answer, "b" * answer), (0, 1), HERE)
+        (found,) = encode(given_, letters, config(format="completion", max_length=10**4))
+        return len(found.pieces)
+
+    assert pieces(128, 64) == 3
+    assert pieces(32, 128) == 2
+
+
+def test_too_long_loses_the_prompts_beginning_for_all_answers_alike(letters) -> None:
+    example = ComparedExample("0123456789", ("aaa", "b"), (0, 1), HERE)
+    bare = {"format": "completion", "max_length": 8}
+    (found,) = encode(example, letters, config(**bare, share_prompt=True))
+    end = letters.eos_token_id
+    assert [bytes(ids[:-1]) for ids, _ in paths(found)] == [b"6789aaa", b"6789b"]
+    assert all(ids[-1] == end for ids, _ in paths(found))
+    refused = encode(example, letters, config(**bare, overlong="refuse"))
+    assert (refused.reason, refused.detail) == ("longer than max_length", "14 tokens, at most 8")
+    assert encode(ComparedExample("q", ("a" * 20, "b"), (0, 1), HERE), letters, config(**bare)).reason == "an answer leaves no room for its prompt"
+
+
+def test_a_verdict_stands_beside_another_rows_answer(write, letters) -> None:
+    rows = [{"prompt": "p1", "completion": "a", "label": True}, {"prompt": "p2", "completion": "a", "label": False},
+            {"prompt": "p3", "completion": "c", "label": True}]
+    path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    found = load(config(train=path, format="judged", share_prompt=False), letters, seed=0).train
+    said = [[letters.decode(ids).split("assistant\n")[1].split("<|")[0] for ids, _ in paths(one)] for one in found]
+    asked = [{letters.decode(ids).split("user\n")[1].split("<|")[0] for ids, _ in paths(one)} for one in found]
+    assert said == [["a", "c"], ["a", "c"], ["c", "a"]]
+    assert asked == [{"p1"}, {"p2"}, {"p3"}]
+    assert [[i.label for i in one.items] for one in found] == [[1.0, -1.0], [0.0, -1.0], [1.0, -1.0]]
+    with pytest.raises(DataError, match="at least two rows"):
+        load(config(train=write("b.jsonl", json.dumps(rows[0]))), letters, seed=0)
+
+
+def test_a_prompt_keeps_its_facts_and_must_leave_room(letters) -> None:
+    example = PromptExample("ab", HERE, {"reference": "4"})
+    (found,) = encode(example, letters, config())
+    assert letters.decode(found.pieces[0].ids) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+    assert found.facts == {"prompt": "ab", "reference": "4"}
+    assert found.pieces[0].predicted == ()
+    size = len(found.pieces[0].ids)
+    assert encode(example, letters, config(max_length=size + 5), 5) == [found]
+    refused = encode(example, letters, config(max_length=size + 4), 5)
+    assert refused.reason == "the prompt leaves no room to answer"
+
+
+REAL = {"hh_rlhf_harmless.jsonl": ("Compared", 40, {}), "dpo_en_demo.json": ("Compared", 40, {}),
+        "kto_en_demo.json": ("Judged", 40, {})}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_files_are_read(name, letters) -> None:
+    if not SHARED.is_dir():
+        pytest.skip("the shared data is not here")
+    kind, count, reasons = REAL[name]
+    found = load(config(train=str(SHARED / name), max_length=10**6, limit=40), letters, seed=0, reads=frozenset({f"{kind}Example"}))
+    part = found.report.parts["train"]
+    assert (part.read, part.kept, part.reasons) == (count, count - sum(reasons.values()), reasons)
+    assert found.kinds == {f"{kind}Example"}
