@@ -176,6 +176,37 @@ def answer(speakers: Sequence[Speaker], line: str) -> None:
                 live.refresh()
 
 
+# ---------------------------------------------------------------- inspect
+
+
+def inspected(found: Mapping[str, Any], json_wanted: bool) -> int:
+    """Virtual tokens by their nearest words, and changed linear maps by size and rank."""
+    if json_wanted:
+        as_json(found)
+        return 0
+    for reading in found["readings"]:
+        print(f"{found['method']}: {reading['about']}")
+        shown = Table()
+        for title in next(iter(reading["rows"])):
+            shown.add_column(title, overflow="fold")
+        for row in reading["rows"]:
+            shown.add_row(*(Text(_cell(value)) for value in row.values()))
+        Console().print(shown)
+    if found["picture"]:
+        print(f"written: {found['picture']}")
+    return 0
+
+
+def _cell(place: Any) -> str:
+    """``'word' 0.12, 'other' 0.40 (size 1.1)`` for a virtual token."""
+    if place is None:
+        return "not known"
+    if not isinstance(place, Mapping):
+        return _number(place)
+    words = ", ".join(f"{near['word']!r} {near['distance']:.2f}" for near in place["nearest"])
+    return f"{words} (size {place['size']:.2g})"
+
+
 # ---------------------------------------------------------------- data check
 
 
