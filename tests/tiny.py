@@ -14,6 +14,17 @@
 | gemma2      | soft caps on scores and logits, window on every other layer     |
 | gemma3      | q and k norms, a window layer with rotary frequencies of its own |
 | mixtral     | mixture of 4 experts, 2 used                                    |
+
+Encoders and vision transformers stand in tables of their own, and are built as stacks without heads:
+
+| kind        | what is special about it                                        |
+|-------------|-----------------------------------------------------------------|
+| bert        | attention to both sides, types of the two texts of a pair       |
+| roberta     | positions counted from behind the padding's, no types           |
+| distilbert  | names of its own for every part, no types                       |
+| vit         | pictures of 8 x 8 in four patches and [CLS]                     |
+
+    tokenizer = pair_tokenizer()              # 256 bytes + [CLS] [SEP] [PAD] [MASK], joins two texts as BERT does
 """
 
 from __future__ import annotations
@@ -22,9 +33,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 BYTES = 256
 END_OF_TEXT, IM_START, IM_END = BYTES, BYTES + 1, BYTES + 2
@@ -56,15 +67,35 @@ KINDS: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", **_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2,
                 "experts_implementation": "eager"},  # the grouped product of experts knows no float64
 }
+CLS, SEP, PAD, MASK = range(BYTES, BYTES + 4)
+_BERT: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": PAD,
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+}
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {"model_type": "bert", **_BERT},
+    "roberta": {"model_type": "roberta", **_BERT, "pad_token_id": 1, "type_vocab_size": 1},
+    "distilbert": {"model_type": "distilbert", "vocab_size": VOCABULARY, "dim": 32, "hidden_dim": 48, "n_layers": 2,
+                   "n_heads": 4, "max_position_embeddings": 128, "initializer_range": 0.15, "pad_token_id": PAD,
+                   "dropout": 0.0, "attention_dropout": 0.0},
+}
+VISIONS: dict[str, dict[str, Any]] = {
+    "vit": {"model_type": "vit", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_size": 8, "patch_size": 4, "num_channels": 3, "initializer_range": 0.15,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+}
 
 
 def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> nn.Module:
     """A random model of `kind`; `overrides` are fields of its Transformers config. Leaves the global generator alone."""
-    settings = {**KINDS[kind], **overrides}
+    settings = {**(KINDS | ENCODERS | VISIONS)[kind], **overrides}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    built = AutoModelForCausalLM if kind in KINDS else AutoModel
+    pooler = {"add_pooling_layer": False} if kind in ("bert", "roberta", "vit") else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = built.from_config(config, dtype=dtype, **pooler)
         with torch.no_grad():
             # Biases start at 0 and norms at 1: a test of code that forgot them could not fail.
             for parameter in model.parameters():
@@ -86,10 +117,25 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """Every byte is a token; `[CLS] a [SEP]`, and `[CLS] a [SEP] b [SEP]` with types for two texts."""
+    words = ("[CLS]", "[SEP]", "[PAD]", "[MASK]")
+    backend = Tokenizer(models.BPE(vocab={char: byte for byte, char in _byte_letters().items()}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in words])
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+
+
 def save_tiny(path: Path, kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> Path:
     """Write `tiny(...)` and its tokenizer as a Transformers folder at `path`, and give the path back."""
     tiny(kind, seed, dtype, **overrides).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
+    if kind not in VISIONS:
+        (pair_tokenizer() if kind in ENCODERS else tiny_tokenizer()).save_pretrained(path)
     return path
 
 

@@ -62,6 +62,9 @@ def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | Non
                           "the second at least 1", "leave them out, or give such numbers")
     with status("loading the model", quiet=quiet):
         made, base, attached = build.open_run(run if isinstance(run, Run) else Run(run))
+    if not isinstance(base, build.CausalLM):
+        raise RecipeError(f"{str(run)!r} stands on {made.base.name!r}, which holds no conversations",
+                          "chat with a causal language model, such as 'smollm2'")
     if compare and attached is None:
         raise RecipeError(f"{str(run)!r} is a whole model without an adapter, so there are not two to compare",
                           "leave out --compare, or name a run that trained an adapter")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from luthier import build
 from luthier.core.examples import Origin
-from luthier.core.protocols import Attached
-from luthier.core.types import Batch, Encoded, Piece
+from luthier.core.protocols import Attached, Head
+from luthier.core.types import Batch, Encoded, Item, Piece
 from luthier.families import CausalLM
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
@@ -121,3 +122,35 @@ def digest(family: CausalLM) -> dict[str, bytes]:
     """The bytes of every weight and buffer of the base."""
     return {name: tensor.detach().contiguous().view(torch.uint8).numpy().tobytes()
             for name, tensor in family.model.state_dict().items() if tensor.dim()}
+
+
+# ---------------------------------------------------------------- items: what is judged as a whole
+
+SCORE = Head("score", "item", 2)
+
+
+def scored(family: Any, attached: Attached, batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Loss and every gradient, the head's too, of the batches together: the squared distance of an item's scores from
+    its labels (`judged`), summed over all items and divided once by their number."""
+    batches = list(batches)
+    heads = family.add((SCORE,), 7)
+    family.heads.modules["score"].double()
+    trained = {**attached.parameters(), **heads.parameters()}
+    items = sum(len(batch.target.items) for batch in batches)
+    loss = torch.zeros((), dtype=torch.float64)
+    for parameter in trained.values():
+        parameter.grad = None
+    for batch in batches:
+        found = family.forward(batch.inputs, batch.target, frozenset({"scores"})).scores
+        total = (found - batch.target.labels.double()).square().sum() / items
+        total.backward()
+        loss += total.detach()
+    gradients = {name: p.grad for name, p in trained.items()}
+    assert all(g is not None for g in gradients.values())
+    return {"loss": loss, **gradients}
+
+
+def judged(examples: Iterable[Encoded]) -> list[Encoded]:
+    """The examples, the last piece of each an item with two odd numbers as its label."""
+    return [replace(e, items=(Item(len(e.pieces) - 1, (0.1 + 0.37 * i % 1, 0.9 - 0.23 * i % 1)),))
+            for i, e in enumerate(examples)]

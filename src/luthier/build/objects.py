@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from luthier import data as rows
 from luthier.build.recipe import AnyMethod, Recipe
 from luthier.core.errors import RecipeError
@@ -14,7 +12,7 @@ from luthier.core.examples import ChatExample, CompletionExample, Example, Messa
 from luthier.core.protocols import Attached, Family, Feed, Objective
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
-from luthier.families import BaseConfig, CausalLM, load, load_tokenizer
+from luthier.families import BaseConfig, load_tokenizer, open_family
 from luthier.measure import Question
 from luthier.methods.several import Several
 from luthier.objectives import OBJECTIVES
@@ -22,10 +20,9 @@ from luthier.objectives import OBJECTIVES
 HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
-def family(config: BaseConfig) -> CausalLM:
+def family(config: BaseConfig) -> Family:
     """The base, loaded."""
-    model, tokenizer = load(config)
-    return CausalLM(model, tokenizer)
+    return open_family(config)
 
 
 def tokenizer(config: BaseConfig) -> Any:
@@ -33,9 +30,9 @@ def tokenizer(config: BaseConfig) -> Any:
     return load_tokenizer(config)
 
 
-def attach(base: CausalLM, method: AnyMethod, seed: int) -> Attached:
+def attach(base: Family, method: AnyMethod, seed: int) -> Attached:
     """The method on the base; everything that it does not train is frozen."""
-    base.model.requires_grad_(False)
+    base.anatomy.model.requires_grad_(False)
     return method.attach(base.anatomy, seed=seed)
 
 
@@ -63,7 +60,7 @@ def fitted(made: Recipe, found: Datasets) -> Recipe:
     return made.model_copy(update={"objective": made.objective.fitted(found.labels)})
 
 
-def check(made: Recipe, base: CausalLM) -> None:
+def check(made: Recipe, base: Family) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
     if made.data.streaming and not made.training.steps:
         raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
@@ -73,32 +70,35 @@ def check(made: Recipe, base: CausalLM) -> None:
                           f"set data.max_length to {context} or less")
 
 
-def datasets(made: Recipe, base: CausalLM, progress: Any = None) -> Datasets:
+def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     """Everything the recipe trains and evaluates on, as far as this base can read it."""
     objective, sees = made.objective, "channels" in base.anatomy.sizes
     reads = frozenset(kind for kind in objective.reads if (kind == "ImageExample") == sees)
     if not reads:
-        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base takes "
-                          f"{'pictures' if sees else 'text'}", "choose another objective, or another base")
+        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
+                          f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
     return rows.load(_data(made, base), base.tokenizer, seed=made.seed, reads=reads, classes=objective.classes,
                      flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
                      others={name: known.reads for name, known in OBJECTIVES.items()}, progress=progress)
 
 
-def _data(made: Recipe, base: CausalLM) -> DataConfig:
+def _data(made: Recipe, base: Family) -> DataConfig:
     """The settings of the data; without a `max_length`, that of the base where it is the smaller."""
     most = min(made.data.most, base.anatomy.sizes["context"])
-    return made.data.model_copy(update={"max_length": made.data.max_length or most})
+    found = made.data.model_copy(update={"max_length": made.data.max_length or most})
+    return rows.DividedConfig.of(found) if base.divided else found
 
 
-def micro_tokens(made: Recipe, device: torch.device) -> int:
-    """Tokens in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products."""
-    return made.training.micro_tokens or (8192 if device.type == "cuda" else 384)
+def micro_tokens(made: Recipe, base: Family) -> int:
+    """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
+    A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
+    tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 384)
+    return max(1, tokens // base.anatomy.sizes.get("unit", 1))
 
 
-def feed(made: Recipe, base: CausalLM, found: Datasets) -> Feed:
+def feed(made: Recipe, base: Family, found: Datasets) -> Feed:
     """The batches of the run."""
-    micro = micro_tokens(made, base.device)
+    micro = micro_tokens(made, base)
     if made.data.streaming:
         return Stream(_data(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
                       use=found.use)
@@ -106,12 +106,12 @@ def feed(made: Recipe, base: CausalLM, found: Datasets) -> Feed:
                   mix=found.mix)
 
 
-def held_out(made: Recipe, base: CausalLM, found: Datasets) -> list[Batch]:
+def held_out(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
     """The rows to evaluate on while training."""
-    return rows.eval_batches(found.eval, micro_tokens(made, base.device))
+    return rows.eval_batches(found.eval, micro_tokens(made, base))
 
 
-def questions(made: Recipe, base: CausalLM, examples: Sequence[Example]) -> list[Question]:
+def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Question]:
     """Prompts and right answers of test rows."""
     found = []
     for example in examples[:made.evaluate.limit]:
@@ -129,7 +129,7 @@ def _asked(example: Example) -> str:
     return example.text if isinstance(example, TextExample) else ""
 
 
-def chat_prompt(base: CausalLM, messages: Sequence[Message], system: str | None) -> list[int]:
+def chat_prompt(base: Family, messages: Sequence[Message], system: str | None) -> list[int]:
     """Token ids of a conversation that ends with the user's turn, up to where the answer begins."""
     opened = ([Message("system", system)] if system and messages[0].role != "system" else []) + list(messages)
     example = ChatExample((*opened, Message("assistant", "")), Origin("chat", 1))

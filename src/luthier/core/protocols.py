@@ -174,10 +174,12 @@ class Head:
 
 
 class Family(Protocol):
-    """A loaded base and the knowledge of how to call it."""
+    """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Attached`)."""
 
     anatomy: Anatomy
     tokenizer: Any
+    heads: Any
+    router: Router | None
 
     @property
     def divided(self) -> bool:

@@ -36,6 +36,7 @@ SPARE = {
     "head": "ModernBERT's head for masked words, two parts",
     "decoder": "its second part; ViT's map from states back to pixels",
     "classifier": "the head of a classification, of texts or pictures",
+    "pre_classifier": "DistilBERT's, its first part",
     "qa_outputs": "the head of a search for answers in a text",
 }
 

@@ -48,7 +48,8 @@ class Loaded:
     critic: Callable[[], AbstractContextManager[None]] | None = None  # where values are read; None: on the same states
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        model.set_attn_implementation(_forest.NAME)
+        with quiet():  # whoever knows no registry keeps its own attention, and its rows are padded
+            model.set_attn_implementation(_forest.NAME)
         self.model, self.tokenizer = model, tokenizer
         self._lean = Lean()
         slim(model, self._lean)
