@@ -58,5 +58,5 @@ def check(file: str, *, model: str | None = None, evaluated: str | None = None,
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise RunError(f"the report cannot be written to {str(folder)!r}: {error.strerror}",
                        "name another folder with --out") from error
-    shown = tuple(build.rows.preview(example, tokenizer) for example in found.train[:previews])
+    shown = tuple(build.rows.preview(example, tokenizer, found.labels) for example in found.train[:previews])
     return Checked(found.report, shown, report_file, folder / "lengths.png")
