@@ -206,6 +206,17 @@ def _export(options: argparse.Namespace) -> int:
     return screen.table({"folder": str(folder)}, options.json)
 
 
+def _inspect(options: argparse.Namespace) -> int:
+    from luthier.inspect import inspect
+    return screen.inspected(inspect(options.run, quiet=options.quiet), options.json)
+
+
+def _combine(options: argparse.Namespace) -> int:
+    from luthier.combine import combine
+    return screen.table(combine(options.runs, options.out, weights=options.weights, how=options.how,
+                                rank=options.rank), options.json)
+
+
 def _compare(options: argparse.Namespace) -> int:
     from luthier.compare import compare
     run = compare(_only(options, "recipe"), options.methods.split(","), general=options.general, out=options.out,
@@ -278,11 +289,20 @@ COMMANDS: dict[str, Command] = {
         _option("run", metavar="RUN", help="a run folder"),
         _option("--to", choices=("merged", "adapter"), default="merged", help="a whole model, or PEFT's adapter files"),
         _option("--out", metavar="DIR", help="the folder to write; left out: inside the run's"), JSON)),
+    "inspect": Command("show what a run learned: virtual tokens as words, LoRA's changes by size and rank", _inspect, (
+        _option("run", metavar="RUN", help="a run folder, or an adapter of PEFT"), QUIET, JSON)),
     "compare": Command("train one recipe with many methods and set what they gave and cost side by side", _compare, (
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
         _option("--methods", required=True, metavar="A,B,A+B", help="names of methods; a+b is both together"),
         _option("--general", metavar="FILE", help="rows of other text, for what was forgotten"),
         _option("--out", metavar="DIR", help="the folder for the runs and the comparison"), QUIET, JSON)),
+    "combine": Command("several LoRA runs of one base into one", _combine, (
+        _option("runs", nargs="+", metavar="RUN", help="run folders"),
+        _option("--weights", nargs="+", type=float, default=[], metavar="W", help="one for each run; left out: 1"),
+        _option("--how", choices=("sum", "concatenation", "svd"), default="sum",
+                help="sum and concatenation are exact; svd brings the sum to a rank"),
+        _option("--rank", type=int, metavar="R", help="of the result, for svd"),
+        _option("--out", metavar="DIR", required=True, help="the run folder to make"), JSON)),
     "demo": Command("train the embedded base on the embedded rows: a few minutes on a laptop", _demo, (
         _option("words", nargs="*", metavar="key=value", help="settings laid over the demo's recipe"),
         RUN, QUIET, JSON)),

@@ -7,6 +7,7 @@ trains or prints.
 """
 
 from luthier import data as rows
+from luthier.build.combined import combined
 from luthier.build.objects import (
     attach,
     chat_prompt,
@@ -28,11 +29,12 @@ from luthier.data import DataConfig
 from luthier.families import ALIASES, BaseConfig, CausalLM, cache, resolve
 from luthier.methods import METHODS
 from luthier.methods.bank import Bank
+from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Recipe", "Rollouts", "Run", "attach",
-           "banked", "begin", "beside", "cache", "changed", "chat_prompt", "check", "datasets", "dump", "family",
-           "feed", "fitted", "held_out", "idle", "method_name", "micro_tokens", "open_run", "provenance", "questions",
-           "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "tokenizer", "version",
-           "with_heads"]
+__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts", "Run",
+           "attach", "banked", "begin", "beside", "cache", "changed", "chat_prompt", "check", "combined", "datasets",
+           "describe", "dump", "family", "feed", "fitted", "held_out", "idle", "method_name", "micro_tokens",
+           "open_run", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base",
+           "save_tuned", "tokenizer", "version", "with_heads"]

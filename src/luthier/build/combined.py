@@ -1,0 +1,50 @@
+"""Several LoRA runs as one run folder. Read `starts.py` (banked) and `methods/combine.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from luthier.build.objects import attach, family
+from luthier.build.recipe import adapted, dump, provenance, recorded
+from luthier.build.runs import kept_heads, save_tuned
+from luthier.build.starts import banked, same_base
+from luthier.core.errors import RecipeError
+from luthier.methods.combine import How, combine
+from luthier.methods.lora import Lora
+from luthier.runtime.run import Run
+
+
+def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None) -> dict[str, float]:
+    """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
+
+    Raises:
+        RecipeError: the runs have different bases, are no LoRAs, or have heads.
+        RunError: a run cannot be read, or `out` holds one.
+    """
+    out.vacant()
+    recipes = [recorded(adapted(run)) for run in runs]
+    first = recipes[0]
+    for run, made in zip(runs, recipes, strict=True):
+        if not same_base(made.base, first.base):
+            raise RecipeError(f"{str(run.path)!r} was made on {made.base.name!r}, and {str(runs[0].path)!r} on "
+                              f"{first.base.name!r}", "combine runs of one base")
+        if kept_heads(made.objective):
+            raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
+                              "runs have no sum", "use them side by side: luthier.open_bank")
+    base = family(first.base)
+    bank = banked(base, {str(i): run for i, run in enumerate(runs)})
+    loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
+    if len(loras) < len(runs):
+        raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
+            f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
+            "stack others by their weights: luthier.open_bank and using({...})")
+    found = combine(loras, weights, how, rank)
+    made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
+    out.begin(dump(made), {**provenance(made), "combined": {str(run.path): float(weight)
+                                                            for run, weight in zip(runs, weights, strict=True)}})
+    attached = attach(base, made.method, made.seed)
+    attached.load(found.state)
+    save_tuned(out, made, base, attached)
+    results = {"rank": found.config.rank, "relative_error": found.error}
+    out.write("results.json", {**results, "how": how})
+    return results
