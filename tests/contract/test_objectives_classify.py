@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import Case, cases
-from luthier.core.errors import RecipeError
+from luthier.core.errors import DataError, RecipeError
 from luthier.core.types import Outputs, Target
 from luthier.objectives import OBJECTIVES, measures
 
@@ -167,3 +167,14 @@ def test_a_class_that_no_train_row_has_is_caught(label: int) -> None:
         case.objective.count(case.target)
     with pytest.raises(AssertionError, match="no train row"):
         case.loss()
+
+
+@pytest.mark.parametrize(("task", "labels", "match"), [
+    ("single", torch.zeros(2, 3), "task is single, and the rows have a list of labels"),
+    ("multi", torch.zeros(2), "set objective.task to single"), ("regression", torch.zeros(2, 3), "set objective.task to multi"),
+    ("single", torch.zeros(0), "set objective.task to tokens"), ("tokens", torch.zeros(2), "a tag for each word")])
+def test_labels_of_another_task_are_told(task: str, labels: Tensor, match: str) -> None:
+    case = made(task, labels, dice(len(labels), 3))
+    for call in (lambda: case.objective.count(case.target), case.loss):
+        with pytest.raises(DataError, match=match):
+            call()

@@ -191,6 +191,12 @@ def test_an_example_without_its_items_is_refused(kind: str, labels: list, match:
             call()
 
 
+def test_only_of_labels_are_there_classes() -> None:
+    bare = OBJECTIVES["contrastive"](kind="labels")
+    assert (bare.classes, bare.fitted(("cat", "dog")).classes) == ((), ("cat", "dog"))
+    assert OBJECTIVES["contrastive"]().fitted(("cat", "dog")).classes is None
+
+
 # ---------------------------------------------------------------- in parts, and over ranks
 
 

@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from luthier.core.errors import RecipeError, nearest
+from luthier.core.errors import DataError, RecipeError, nearest
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
 from luthier.objectives.base import ObjectiveConfig, sums, wide
+
+SHAPES = {"single": "one label each", "multi": "a list of labels each", "tokens": "a tag for each word"}
 
 
 class ClassifyConfig(ObjectiveConfig):
@@ -33,6 +35,7 @@ class ClassifyConfig(ObjectiveConfig):
     Requires: `scores` [A, C] of the head `score`, or for tags `token_scores` [P, C].
     Metrics: `accuracy`, for a regression `squared_error`. Of held-out rows: `f1_macro`, `f1_micro`, `mcc` and the
     confusion matrix (`confusion_i_j`: how often class i was taken for class j); for a regression `pearson`, `spearman`.
+    Raises: `DataError` where the rows' labels are not what `task` is about.
 
     Example:
         >>> target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.tensor([0]),
@@ -99,8 +102,8 @@ class ClassifyConfig(ObjectiveConfig):
         return float(self._counts(target).sum())
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
-        scores = self._scores(outputs)
         counts = self._counts(target)
+        scores = self._scores(outputs)
         if self.task == "regression":
             errors = (scores[:, 0] - target.labels.to(scores.dtype)).square()
             return Loss(errors.sum(), counts.sum(), sums(squared_error=errors))
@@ -140,7 +143,12 @@ class ClassifyConfig(ObjectiveConfig):
         return truth
 
     def _counts(self, target: Target) -> Tensor:
-        """[A], [A, C] or [P] how much each label counts."""
+        """[A], [A, C] or [P] how much each label counts. Raises `DataError` where the labels are not the task's."""
+        found = "tokens" if not target.labels.shape[0] else "multi" if target.labels.dim() == 2 else "single"
+        wanted = "single" if self.task == "regression" else self.task
+        if found != wanted:
+            raise DataError(f"objective.task is {self.task}, and the rows have {SHAPES[found]}",
+                            f"set objective.task to {found}, or give rows with {SHAPES[wanted]}")
         if self.task == "regression":
             return torch.ones_like(target.labels)
         weights = torch.tensor([self.class_weights.get(name, 1.0) for name in self.labels],

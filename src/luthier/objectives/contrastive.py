@@ -117,6 +117,8 @@ class ContrastiveConfig(ObjectiveConfig):
     both: bool = Field(False, description="pairs: whether a positive is to find its anchor, too")
     margin: float = Field(0.5, gt=0, le=2, description="triplet: by how much the positive's cosine is to be larger")
 
+    labels: tuple[str, ...] = Field((), description="the classes by their numbers; left out: those in the train rows")
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.kind == "triplet" and self.learned:
@@ -126,6 +128,13 @@ class ContrastiveConfig(ObjectiveConfig):
     @property
     def heads(self) -> tuple[Head, ...]:
         return (Head(SCALE, "scalar", start=-math.log(self.temperature)),) if self.learned else ()
+
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        return self.labels if self.kind == "labels" else None
+
+    def fitted(self, labels: tuple[str, ...]) -> Self:
+        return self.model_copy(update={"labels": self.labels or labels}) if self.kind == "labels" else self
 
     def count(self, target: Target) -> float:
         if self.kind == "labels":
