@@ -1,0 +1,466 @@
+"""Rollouts as a feed: what it says of every token is true, resumes to the bit, and learns problems with a known optimum."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lab import attach, base
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from luthier import build
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.examples import Origin
+from luthier.core.protocols import Attached
+from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
+from luthier.data.loader import Loader
+from luthier.families import CausalLM
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.grpo import GrpoConfig
+from luthier.objectives.ppo import PpoConfig
+from luthier.rollout import Answer, Rollouts
+from luthier.runtime.optim import Optimizer, OptimizerConfig
+from luthier.runtime.run import Run
+from luthier.runtime.step import forward, step
+from luthier.train import train
+from tiny import save_tiny
+
+PROMPTS = [Encoded((Piece(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), facts={"number": i})
+           for i, n in enumerate((3, 7, 5, 4))]
+
+
+def letters(answers: Sequence[Answer]) -> list[float]:
+    """The share of an answer's tokens that are P, Q, ... W: countable, and best at 1."""
+    return [sum(80 <= token < 88 for token in answer.tokens) / len(answer.tokens) for answer in answers]
+
+
+def rolls(objective: Any, family: CausalLM, attached: Attached, seed: int = 0, micro: int = 1000, rounds: int = 4,
+          reward: Callable[[Sequence[Answer]], Sequence[float]] = letters, **named: Any) -> Rollouts:
+    return Rollouts(family, PROMPTS, objective, [(reward, 1.0)], Loader(PROMPTS, rounds, None, seed=seed), micro, seed,
+                    attached.disabled, **named)
+
+
+def set_up(objective: Any, kind: str = "llama", seed: int = 3, stirred: bool = True,
+           **model: Any) -> tuple[CausalLM, Attached]:
+    family = base(kind, **model)
+    family.temperature = objective.temperature
+    attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)
+    return family, build.with_heads(family, attached, objective, seed)
+
+
+def alone(family: CausalLM, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+    """log p of each token of an answer behind its prompt, from Transformers' own logits."""
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logits = family.model(input_ids=ids).logits[0, len(prompt) - 1:-1] / family.temperature
+    return logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0]
+
+
+def gradients(family: CausalLM, objective: Any, attached: Attached, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    count = sum(objective.count(batch.target) for batch in batches)
+    for parameter in attached.parameters().values():
+        parameter.grad = None
+    for batch in batches:
+        (objective(forward(family, objective, batch, attached.disabled), batch.target).total / count).backward()
+    return {name: p.grad.clone() for name, p in attached.parameters().items() if p.grad is not None}
+
+
+# ---------------------------------------------------------------- what is said of a token
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None:
+    objective = PpoConfig(answers=3, max_new_tokens=6, temperature=temperature, kl_weight=0.2, minibatches=2)
+    family, attached = set_up(objective, kind)
+    feed = rolls(objective, family, attached, micro=25)
+    seen: list[tuple[int, ...]] = []
+    for batches in (next(feed), next(feed)):
+        for batch in batches:
+            forest, target = batch.inputs.forest, batch.target
+            for item, segment in enumerate(target.items.tolist()):
+                parent = forest.parents[segment]
+                prompt, answer = (tuple(batch.inputs.tokens[forest.starts[s]:][:forest.lengths[s]].tolist())
+                                  for s in (parent, segment))
+                mine = target.item_of == item
+                assert target.tokens[mine].tolist() == list(answer)
+                wanted = alone(family, prompt, answer)
+                torch.testing.assert_close(target.known["old_logps"][mine], wanted, rtol=1e-4, atol=1e-5)
+                with attached.disabled():
+                    reference = alone(family, prompt, answer)
+                torch.testing.assert_close(target.known["reference_logps"][mine], reference, rtol=1e-4, atol=1e-5)
+                assert (wanted - reference).abs().max() > 1e-3
+                seen.append((*prompt, -1, *answer))
+    assert len(seen) == 12
+    assert len(set(seen)) > 8
+
+
+def test_micro_tokens_change_nothing_but_the_rows() -> None:
+    for objective in (PpoConfig(answers=3, max_new_tokens=6, kl_in="loss"),
+                      GrpoConfig(answers=3, max_new_tokens=6, kl_weight=0.1)):
+        found = []
+        for micro in (1000, 14):
+            family, attached = set_up(objective)
+            batches = next(rolls(objective, family, attached, micro=micro))
+            found.append((len(batches), gradients(family, objective, attached, batches)))
+        assert found[0][0] == 1
+        assert found[1][0] > 4
+        assert found[0][1].keys() == found[1][1].keys()
+        for name, wanted in found[0][1].items():
+            torch.testing.assert_close(found[1][1][name], wanted, rtol=1e-3, atol=1e-6)
+        assert max(float(g.abs().max()) for g in found[0][1].values()) > 1e-3
+
+
+def test_a_round_is_learned_from_as_often_as_it_says() -> None:
+    objective = GrpoConfig(answers=2, max_new_tokens=4, epochs=3, minibatches=2)
+    family, attached = set_up(objective)
+    feed = rolls(objective, family, attached, rounds=3)
+    assert feed.steps_per_epoch == 3 * 2 + 3 * 1  # a round of three prompts, and one of the fourth alone
+    steps = [next(feed) for _ in range(6)]
+    assert feed.rounds == 1
+    for epoch in range(3):
+        origins = [o.line for batches in steps[2 * epoch:2 * epoch + 2] for b in batches for o in b.origins]
+        assert len(set(origins)) == 3
+    next(feed)
+    assert feed.rounds == 2
+    assert len({line for batches in steps for b in batches for line in [o.line for o in b.origins]}
+               | {o.line for b in next(feed) for o in b.origins}) == 4
+
+
+def test_the_first_step_is_on_policy_and_its_kl_is_none() -> None:
+    objective = PpoConfig(answers=2, max_new_tokens=5, kl_weight=0.1)
+    family, attached = set_up(objective)
+    batch, = next(rolls(objective, family, attached))
+    loss = objective(forward(family, objective, batch, attached.disabled), batch.target)
+    assert abs(float(loss.metrics["kl_old"][0])) < 1e-9
+    assert float(loss.metrics["clip_share"][0]) == 0
+
+
+def test_a_round_ends_early_where_the_policy_has_moved_too_far() -> None:
+    objective = GrpoConfig(answers=2, max_new_tokens=4, epochs=5, target_kl=0.1)
+    family, attached = set_up(objective)
+    feed = rolls(objective, family, attached)
+    next(feed)
+    said = feed.heard(lambda: {"kl_old": 0.05})
+    assert {"reward", "answer_tokens", "finished_share"} <= said.keys()
+    next(feed)
+    assert feed.rounds == 1
+    assert not feed.heard(lambda: {"kl_old": 0.2})  # said once a round
+    next(feed)
+    assert feed.rounds == 2
+
+
+def test_rewards_reach_their_answers_and_unfinished_ones_pay() -> None:
+    objective = GrpoConfig(answers=2, max_new_tokens=4, unfinished=0.25, advantage="dr_grpo")
+    family, attached = set_up(objective)
+    told: list[Answer] = []
+
+    def reward(answers: Sequence[Answer]) -> list[float]:
+        told.extend(answers)
+        return [float(i) for i in range(len(answers))]
+    noted: list[Any] = []
+    feed = rolls(objective, family, attached, reward=reward, note=lambda at, said: noted.append((at, said)))
+    batch, = next(feed)
+    assert [answer.facts["number"] for answer in told] == [n for o in batch.origins for n in (o.line, o.line)]
+    wanted = [i - 0.25 * (not answer.finished) for i, answer in enumerate(told)]
+    assert batch.target.labels.tolist() == pytest.approx(wanted)
+    assert noted == [(1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
+                          for a, r in zip(told[:4], wanted[:4], strict=True)])]
+
+
+# ---------------------------------------------------------------- problems with a known optimum
+
+
+def learn(objective: Any, seed: int, steps: int, rate: float = 0.05, **settings: Any) -> list[dict[str, float]]:
+    """What every round said, over so many steps. 88 tokens, and a head whose logits can come near certainty."""
+    family, attached = set_up(objective, seed=seed, stirred=False, dtype=torch.float32, num_hidden_layers=1,
+                              vocab_size=88, initializer_range=0.3, eos_token_id=None)
+    feed = rolls(objective, family, attached, seed, **settings)
+    optimizer = Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(schedule="constant", warmup=0.0),
+                          steps)
+    said = []
+    family.train(True)
+    for number in range(steps):
+        optimizer.set_rate(number)
+        found = step(family, objective, next(feed), optimizer, reference=attached.disabled)
+        said.append(dict(feed.heard(found.numbers)))
+    return [one for one in said if one]
+
+
+OPTIMISED = {
+    "ppo": PpoConfig(answers=16, max_new_tokens=3, kl_weight=0.0, epochs=2),
+    **{kind: GrpoConfig(answers=16, max_new_tokens=3, advantage=kind) for kind in ("grpo", "rloo", "dr_grpo")},
+}
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("name", OPTIMISED)
+def test_a_countable_reward_reaches_its_optimum(name: str, seed: int) -> None:
+    said = learn(OPTIMISED[name], seed, 40 if name == "ppo" else 20)
+    assert said[0]["reward"] < 0.2
+    assert sum(one["reward"] for one in said[-5:]) / 5 > 0.95, [round(one["reward"], 2) for one in said]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_bandit_finds_its_best_arm(seed: int) -> None:
+    """Half of the tokens pay 1, a tenth pays 2: the best that can be is 2, and 1 is the trap."""
+    def pay(answers: Sequence[Answer]) -> list[float]:
+        return [2.0 if a.tokens[0] >= 80 else 1.0 if a.tokens[0] >= 36 else 0.0 for a in answers]
+    said = learn(PpoConfig(answers=32, max_new_tokens=1, kl_weight=0.0, epochs=2), seed, 50, reward=pay)
+    assert sum(one["reward"] for one in said[-3:]) / 3 > 1.9, [round(one["reward"], 2) for one in said]
+
+
+@pytest.mark.parametrize("where", ["reward", "loss"])
+def test_a_large_price_of_kl_holds_the_policy_and_none_lets_it_drift(where: Any) -> None:
+    kl = {weight: learn(PpoConfig(answers=16, max_new_tokens=3, kl_weight=weight, kl_in=where, epochs=2),
+                        0, 30, rate=0.01)[-1]["kl"]
+          for weight in (1e-9, 0.1, 10.0)}  # the smallest is no price at all, but measures
+    assert kl[1e-9] > 5
+    assert abs(kl[10.0]) < 0.1 * kl[0.1]
+    assert kl[0.1] < 0.95 * kl[1e-9]
+
+
+# ---------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rollouts")
+    save_tiny(folder / "base", "llama", dtype=torch.float32, num_hidden_layers=1)
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"{w}?", "length": i + 1}) + "\n"
+                                                  for i, w in enumerate(("one", "two", "three", "four", "five"))))
+    (folder / "held.jsonl").write_text(json.dumps({"prompt": "six?", "length": 2}) + "\n")
+    rows = [{"prompt": f"p{i}?", "chosen": "a" * (1 + i % 3), "rejected": "zz" * (1 + i % 2)} for i in range(12)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sft = [{"prompt": f"p{i}?", "completion": "a" * (1 + i % 4)} for i in range(12)]
+    (folder / "sft.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sft))
+    return folder
+
+
+def recipe(home: Path, name: str, **objective: Any) -> dict[str, Any]:
+    return {"base": str(home / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.2},
+            "data": {"train": str(home / "prompts.jsonl"), "eval": str(home / "held.jsonl")},
+            "objective": {"name": name, "reward": "length", "answers": 2, "max_new_tokens": 4, **objective},
+            "training": {"steps": 9, "batch_size": 2, "micro_tokens": 60, "save_every": 1, "keep": 20,
+                         "eval_every": 4, "keep_best": False},
+            "optimizer": {"learning_rate": 0.01}, "evaluate": {"before": False}, "seed": 5}
+
+
+def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
+    timed = ("seconds", "per_second", "memory")
+    lines = [{k: v for k, v in line.items() if not any(word in k for word in timed)} for line in run.metrics]
+    return load_file(run.path / "adapter_model.safetensors"), lines, (run.path / "samples.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("name", "settings"), [
+    ("ppo", {"epochs": 2, "minibatches": 2, "kl_target": 0.5}), ("grpo", {"epochs": 2, "kl_weight": 0.1}), ("grpo", {})])
+def test_a_resumed_run_ends_with_the_same_bits(home: Path, tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
+    made = recipe(home, name, **settings)
+    whole = train(made, run=str(tmp_path / "whole"), quiet=True)
+    tensors, lines, samples = outcome(whole)
+    assert any("eval_reward" in line for line in lines)
+    assert samples.count("\n") >= 4
+    assert all("value" not in key and "critic" not in key for key in tensors)  # what is kept is the policy
+    for at in (1, 3, 4):
+        killed = tmp_path / f"killed-{at}"
+        shutil.copytree(whole.path, killed)
+        (killed / "README.md").unlink()
+        for folder in (killed / "checkpoints").glob("step-*"):
+            if int(folder.name[5:]) > at:
+                shutil.rmtree(folder)
+        again = outcome(train(made, run=str(killed), resume=True, quiet=True))
+        assert all(torch.equal(again[0][key], tensors[key]) for key in tensors), at
+        assert again[1:] == (lines, samples), at
+
+
+def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> None:
+    reward = train({"base": str(home / "base"), "method": {"name": "lora", "rank": 2}, "objective": "reward",
+                    "data": str(home / "pairs.jsonl"), "training": {"steps": 6, "batch_size": 6},
+                    "optimizer": {"learning_rate": 0.01}, "run": str(tmp_path / "reward")}, quiet=True)
+    start = train({"base": str(home / "base"), "method": {"name": "lora", "rank": 3}, "objective": "sft",
+                   "data": str(home / "sft.jsonl"), "training": {"steps": 6, "batch_size": 6},
+                   "optimizer": {"learning_rate": 0.01}, "run": str(tmp_path / "sft")}, quiet=True)
+    raw = recipe(home, "ppo", reward={"run": str(reward.path)}, kl_weight=0.1)
+    made = build.recipe({key: raw[key] for key in raw if key not in ("base", "method")} | {"start": str(start.path)})
+    family = build.family(made.base)
+    assert isinstance(family, CausalLM)
+    found = build.datasets(made, family)
+    attached, reference = build.begin(made, family)
+    warned: list[str] = []
+    feed = build.feed(made, family, found, attached, reference, None, warned.append)
+    assert isinstance(feed, Rollouts)
+    assert not warned  # one copy of the weights
+    assert not any("reward" in name for name in attached.parameters())
+
+    answers = [Answer("p1?", text, Origin("x", 1), {"prompt": "p1?"}) for text in ("aa", "zz", "")]
+    mine = feed.rewards[0][0](answers)
+    _, judge, _ = build.open_run(reward)  # the same run, opened by itself
+    judge.train(False)
+    scores = []
+    for answer in answers:
+        words = judge.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "p1?"}, {"role": "assistant", "content": answer.text}], tokenize=True)
+        ids = torch.tensor(words["input_ids"] if not isinstance(words, list) else words)
+        target = Target(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([0]))
+        inputs = Inputs(ids, torch.arange(len(ids)), Forest((len(ids),), (-1,)))
+        with torch.no_grad():
+            found_scores = judge.forward(inputs, target, frozenset({"scores"})).scores
+        assert found_scores is not None
+        scores.append(float(found_scores))
+    assert mine == pytest.approx(scores, rel=1e-4, abs=1e-5)
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+    batch = next(feed)[0]
+    said = feed.heard(dict)
+    assert said["kl"] == pytest.approx(0, abs=1e-4)  # the policy is still what it started from
+    with attached.disabled(), torch.no_grad():
+        bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
+    assert bare is not None
+    assert (batch.target.known["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
+
+
+def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path, tmp_path: Path) -> None:
+    save_tiny(tmp_path / "other", "gpt2", seed=8, dtype=torch.float32)
+    reward = train({"base": str(tmp_path / "other"), "method": "lora", "objective": "reward",
+                    "data": str(home / "pairs.jsonl"), "training": {"steps": 1, "batch_size": 4},
+                    "run": str(tmp_path / "reward")}, quiet=True)
+    made = build.recipe(recipe(home, "grpo", reward={"run": str(reward.path)}))
+    family = build.family(made.base)
+    found = build.datasets(made, family)
+    warned: list[str] = []
+    feed = build.feed(made, family, found, *build.begin(made, family), None, warned.append)
+    assert "second model of" in warned[0]
+    assert len(next(feed)) > 0
+
+
+def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
+    made = build.recipe(recipe(home, "ppo", critic="adapter", kl_weight=0.1, value_weight=1.0))
+    found: list[dict[str, Tensor]] = []
+    for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the bank stands elsewhere
+        family = build.family(made.base)
+        assert isinstance(family, CausalLM)
+        data = build.datasets(made, family)
+        attached, reference = build.begin(made, family)
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(0)
+            for parameter in attached.parameters().values():
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        feed = build.feed(made, family, data, attached, reference)
+        family.checkpointing(over)
+        found.append(gradients(family, made.objective, attached, next(feed)))
+    first, second = found
+    assert first.keys() == second.keys()
+    for name, wanted in first.items():
+        torch.testing.assert_close(second[name], wanted, rtol=1e-3, atol=1e-5)
+    for part in ("critic/", "value"):
+        assert any(part in name and float(g.abs().max()) > 1e-6 for name, g in first.items()), part
+    # The policy's own gradient knows nothing of the critic's error.
+    quiet = made.objective.model_copy(update={"value_weight": 0.0})
+    again = gradients(family, quiet, attached, next(feed_of(made, family, data, attached, reference)))
+    assert all(float(g.abs().max()) == 0 for name, g in again.items() if "critic/" in name)
+
+
+def feed_of(made: Any, family: Any, data: Any, attached: Any, reference: Any) -> Any:
+    return build.feed(made, family, data, attached, reference)
+
+
+def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> None:
+    made = recipe(home, "ppo", critic="adapter")
+    made["training"] |= {"steps": 3}
+    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    tensors = load_file(run.path / "adapter_model.safetensors")
+    assert tensors
+    assert not any("critic" in name or "value" in name for name in tensors)
+    saved = load_file(run.path / "checkpoints" / "step-3" / "method.safetensors")
+    assert any("critic/" in name for name in saved)
+    _, _, attached = build.open_run(run)
+    assert attached is not None
+
+
+@pytest.mark.parametrize(("change", "word"), [
+    ({"objective": {"name": "ppo"}}, "objective.reward"),
+    ({"objective": {"name": "ppo", "reward": "numbr"}}, "did you mean 'number'"),
+    ({"objective": {"name": "ppo", "reward": "nowhere:f"}}, "cannot be imported"),
+    ({"objective": {"name": "ppo", "reward": "math:nothing"}}, "defines no function"),
+    ({"objective": {"name": "ppo", "reward": {"url": "ftp://x"}}}, "http"),
+    ({"objective": {"name": "ppo", "reward": {"url": "http://x", "run": "y"}}}, "one of"),
+    ({"objective": {"name": "ppo", "reward": "length", "minibatches": 9}}, "minibatches"),
+    ({"objective": {"name": "ppo", "reward": "length"}, "method": "full"}, "keep_base"),
+    ({"objective": {"name": "grpo", "reward": "length", "answers": 1}}, "answers"),
+    ({"objective": {"name": "ppo", "reward": "length", "kl_weight": 0, "kl_target": 1}}, "kl_target"),
+])
+def test_a_recipe_that_cannot_be_is_refused(home: Path, tmp_path: Path, change: dict[str, Any], word: str) -> None:
+    with pytest.raises(RecipeError, match=word):
+        train({**recipe(home, "ppo"), "run": str(tmp_path / "run"), **change}, quiet=True)
+
+
+def test_a_reward_that_lacks_its_fact_names_the_prompt(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"prompts.jsonl.*'reference'"):
+        train(recipe(home, "grpo", reward="number"), run=str(tmp_path / "run"), quiet=True)
+
+
+def test_a_full_policy_trains_with_a_copy_of_its_base(home: Path, tmp_path: Path) -> None:
+    made = recipe(home, "ppo", kl_weight=0.1) | {"method": {"name": "full", "keep_base": True}}
+    made["training"] |= {"steps": 3, "keep": 1}
+    made["optimizer"] = {"learning_rate": 0.001}
+    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    rounds = [line for line in run.metrics if "kl" in line]
+    assert abs(rounds[0]["kl"]) < 1e-4
+    assert abs(rounds[-1]["kl"]) > 1e-4
+
+
+# ---------------------------------------------------------------- memory
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if not isinstance(tensor, Tensor) or (storage := tensor.untyped_storage()).data_ptr() in self.known:
+                continue
+            key, size = storage.data_ptr(), storage.nbytes()
+            if size:
+                self.known.add(key)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, key, size)
+        return made
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def test_the_four_roles_of_ppo_cost_at_most_half_more_memory_than_sft() -> None:
+    objective = PpoConfig(answers=8, max_new_tokens=24, kl_weight=0.1, at_once=8)
+    peaks = {}
+    for name in ("sft", "ppo"):
+        family, attached = set_up(objective, dtype=torch.float32, num_hidden_layers=4)
+        family.checkpointing(384)
+        optimizer = Optimizer(attached.parameters(), attached.rate, 0.01, OptimizerConfig(), 2)
+        optimizer.set_rate(0)
+        feed = rolls(objective, family, attached, micro=384)
+        family.train(True)
+        batches = next(feed) if name == "sft" else None
+        counted = OBJECTIVES["sft"]() if name == "sft" else objective
+        with Live() as live:
+            step(family, counted, batches or next(feed), optimizer, reference=attached.disabled)
+        peaks[name] = live.peak
+    assert peaks["sft"] > 1_000_000
+    assert peaks["ppo"] <= 1.5 * peaks["sft"], peaks
