@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny import KINDS, tiny
+from tiny import ENCODERS, KINDS, VISIONS, tiny
 
 
 class _Wide:
@@ -26,7 +26,7 @@ class _Wide:
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in KINDS:
+    for kind in (*KINDS, *ENCODERS, *VISIONS):
         home = sys.modules[type(tiny(kind)).__module__]
         monkeypatch.setattr(home, "torch", _Wide())
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)

@@ -89,10 +89,10 @@ class Pictures:
             wanted = (edge * height // shorter, edge * width // shorter)
         else:
             wanted = (self.resized[0], self.resized[1])
-        if wanted != (height, width):
-            smooth = self.filter in ("bilinear", "bicubic")
-            planes = F.interpolate(planes[None], wanted, mode=self.filter, antialias=smooth)[0]
-            planes = planes.round().clamp(0, 255)  # bytes again, as programs for pictures keep them
+        smooth = self.filter in ("bilinear", "bicubic")
+        for size in ((height, wanted[1]), wanted):  # width first, and bytes after each, as Pillow does
+            if size != planes.shape[1:]:
+                planes = F.interpolate(planes[None], size, mode=self.filter, antialias=smooth)[0].round().clamp(0, 255)
         top, left = ((have - want) // 2 for have, want in zip(wanted, self.size, strict=True))
         return planes[:, top:top + self.size[0], left:left + self.size[1]]
 
