@@ -115,6 +115,16 @@ def test_match_accuracy_is_of_the_nearest() -> None:
     assert (float(hits), float(n)) == (2.0, 3.0)
 
 
+@pytest.mark.parametrize("name", sorted(name for name in cases() if name.startswith("contrastive")))
+def test_mixed_precision_does_not_reach_the_cosines(name: str) -> None:
+    """A batch that is computed in parts has its loss outside of autocast, so inside it must be the same."""
+    case = cases()[name]
+    single = Outputs(pooled=case.outputs.pooled.detach().float(), scalars=case.outputs.scalars)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = case.objective(single, case.target).total
+    torch.testing.assert_close(inside, case.objective(single, case.target).total, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------- the temperature
 
 

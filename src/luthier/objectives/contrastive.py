@@ -152,13 +152,13 @@ class ContrastiveConfig(ObjectiveConfig):
         scale = self._scale(outputs, states)
         metrics: Metrics = {"temperature": (scale.detach().reciprocal(), 1.0)} if self.learned else {}
         if self.kind == "labels":
-            each = supervised(scale * (states @ states.T), target.labels)
+            each = supervised(scale * _products(states, states), target.labels)
             return Loss(each.sum(), each.new_tensor(each.shape[0]), metrics)
         if self.kind == "scores":
             cosines, scores = self._cosines(states, target)
             return Loss(cosines.shape[0] * cosent(scale * cosines, scores), scores.new_tensor(scores.shape[0]), metrics)
         anchors, others = _roles(target)
-        cosines = states[anchors] @ states[others].T
+        cosines = _products(states[anchors], states[others])
         positive, negative = _own(anchors, others, target)
         if self.kind == "triplet":
             group, near, far = (positive[:, :, None] & self._hard(negative)[:, None, :]).nonzero(as_tuple=True)
@@ -177,10 +177,10 @@ class ContrastiveConfig(ObjectiveConfig):
         if self.kind == "labels":
             same = target.labels[:, None] == target.labels[None, :]
             others = ~torch.eye(same.shape[0], dtype=torch.bool, device=same.device)
-            return measures.retrieval(states @ states.T, same, others)
+            return measures.retrieval(_products(states, states), same, others)
         anchors, others = _roles(target)
         positive, _ = _own(anchors, others, target)
-        return measures.retrieval(states[anchors] @ states[others].T, positive, torch.ones_like(positive))
+        return measures.retrieval(_products(states[anchors], states[others]), positive, torch.ones_like(positive))
 
     def _states(self, outputs: Outputs) -> Tensor:
         assert outputs.pooled is not None
@@ -202,6 +202,12 @@ class ContrastiveConfig(ObjectiveConfig):
             raise DataError("contrastive (kind: triplet): an example has no hard negative",
                             "give anchor, positive and negative in every row, or use kind: pairs")
         return negative
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """[N, M] of [N, D] and [M, D], in full precision: divided by the temperature, sixteen bits would be too coarse."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b.T
 
 
 def _two(target: Target) -> Tensor:
