@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from luthier.build import Recipe
 from luthier.core.config import Config
-from luthier.data import DataConfig, Source
+from luthier.data import DataConfig, PictureAugment, Source, WordsAugment
 from luthier.families import BaseConfig
 from luthier.measure import EvaluateConfig
 from luthier.methods import METHODS
@@ -30,6 +30,7 @@ SECTIONS: dict[str, type[Config]] = {
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
     "`data`": DataConfig, "a source of `data`": Source,
+    "`data.augment`: words": WordsAugment, "`data.augment`: pictures": PictureAugment,
     "`training`": TrainingConfig, "`optimizer`": OptimizerConfig, "`evaluate`": EvaluateConfig,
 }
 MEANT = {  # what no description in the code says
