@@ -225,7 +225,7 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list
         results["scores"] = after.scores
     run.write("results.json", results)
     loss_picture(run.metrics, run.path / "loss.png")
-    run.write("README.md", card(run, made))
+    run.write("README.md", card(run, made, base.anatomy.task))
 
 
 def _measured(made: build.Recipe, base: Any, test: list[Encoded], reference: Reference,
@@ -281,15 +281,18 @@ def _say(quiet: bool, line: str) -> None:
         print(line, file=sys.stderr)
 
 
-def card(run: Run, made: build.Recipe) -> str:
-    """The run's README.md: a model card."""
+CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}  # others are loaded bare
+
+
+def card(run: Run, made: build.Recipe, task: str) -> str:
+    """The run's README.md: a model card. `task`: the base's (see `Anatomy`)."""
     results = run.results
     rows = [f"| {name} | {value} |" for name, value in results.items()
             if isinstance(value, int | float | str) and value != ""]
     kind = "An adapter" if run.adapter else "A model"
     whole = run.adapter["base_model_name_or_path"] if run.adapter else str(run.path)
-    load = ["from transformers import AutoModelForCausalLM", "",
-            f"model = AutoModelForCausalLM.from_pretrained({whole!r})"]
+    loader = CLASSES.get(task, "AutoModel")
+    load = [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({whole!r})"]
     own = run.adapter is not None and run.adapter.get("peft_type") == "LUTHIER"  # a form that PEFT does not know
     if own:
         load = ["from luthier import build", "", f"recipe, base, method = build.open_run(build.Run({str(run.path)!r}))"]
