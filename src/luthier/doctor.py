@@ -7,7 +7,6 @@ import platform
 import shutil
 import sys
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ EXTRAS = {  # extra -> what it brings; a test holds it against pyproject.toml
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
+    "vision": ("pillow",),
     "bench": ("trl", "peft"),
 }
 ALLOCATOR = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD", "PYTORCH_ALLOC_CONF",
@@ -90,9 +90,10 @@ def _base(alias: str) -> str:
 
 
 def _extra(extra: str, packages: tuple[str, ...]) -> str:
-    if any(find_spec(package) is None for package in packages):
+    try:
+        return "installed: " + ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    except metadata.PackageNotFoundError:
         return f"missing: pip install 'luthier[{extra}]'"
-    return "installed: " + ", ".join(f"{package} {metadata.version(package)}" for package in packages)
 
 
 def _size_gb(folder: Path) -> float:
