@@ -87,7 +87,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     results: dict[str, Any] = share | (run.results if resume else {})
     if made.evaluate.before and not {"before", "test_before"} & results.keys():
         with _untrained(reference):
-            results |= _before(out, made, base, found.test, asked, reference, rolling, quiet)
+            results |= _before(out, made, base, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
     trackers = _trackers(out, made, saved, share)
     job = Job(base, attached, made.objective, feed, build.held_out(made, base, found),
@@ -98,7 +98,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with explained(run.path):
-        _finish(out, made, job, summary, found.test, asked, results, quiet)
+        _finish(out, made, job, summary, found.test or found.eval, asked, results, quiet)
 
 
 @contextmanager
