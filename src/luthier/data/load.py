@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -113,8 +114,9 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
             reading.take(given, 0, part, part, 0.0, seed)
     parts = {part.name: part for part in (train, evaluated, tested) if part.tally.read or part.kept}
     what = known(train.examples or evaluated.examples + tested.examples, use.classes, config)
+    everything = [example for part in parts.values() for example in part.examples]
     for part in parts.values():
-        reading.settle(part, what)
+        reading.settle(part, what, everything)
         part.demand()
     report = DataReport({name: part.report() for name, part in parts.items()}, _overlaps(train, evaluated, tested))
     kinds = {type(example) for part in parts.values() for example in part.examples}
@@ -222,9 +224,9 @@ class _Reading:
                 elif not isinstance(found, Refusal):
                     part.kept.append(_Kept(example, *found, kept.source, change, added=index > 0))
 
-    def settle(self, part: _Part, what: Known) -> None:
+    def settle(self, part: _Part, what: Known, everything: Sequence[Example]) -> None:
         """Put in what only all the training rows say, and count what became of every row."""
-        beside = beside_others(part.examples, self.tokenizer, self.config)
+        beside = beside_others(part.examples, everything, self.tokenizer, self.config)
         read, part.kept = part.kept, []
         for place, kept in enumerate(read):
             own = kept.encoded if part.name == "train" else [unchanged(one) for one in kept.encoded]
@@ -248,8 +250,13 @@ def rows(source: Source, config: DataConfig, reader: Reader) -> Iterator[Example
     """Every row of `source` as an example or a refusal, in order, at most `limit` of them."""
     files = sources.read(source.path, split=source.split, subset=source.subset, document=source.document,
                          header=config.header, streaming=config.streaming)
-    found = (example for _, lines in files for example in examples(lines, config.format, config.columns, reader))
-    return islice(found, config.limit)
+    left = config.limit or sys.maxsize
+    for _, lines in files:
+        for example in examples(islice(lines, left), config.format, config.columns, reader):
+            left -= 1
+            yield example
+        if not left:
+            return
 
 
 def _overlaps(train: _Part, *others: _Part) -> dict[str, Overlap]:

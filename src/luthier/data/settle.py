@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from luthier.core.errors import DataError, nearest
 from luthier.core.examples import Example, ImageExample, JudgedExample, LabelledExample, TaggedExample, TextsExample
@@ -110,8 +111,10 @@ def _number(label: str | float, what: Known) -> float:
                      f"{named!r}; " + (f"known: {', '.join(there)}" if there else nearest(named, what.classes)))
 
 
-def beside_others(examples: Sequence[Example], tokenizer: Tokenizer, config: DataConfig) -> dict[int, Encoded]:
-    """KTO's rows, by their places, each with the answer of the next row that has another one, behind its own prompt.
+def beside_others(examples: Sequence[Example], everything: Sequence[Example], tokenizer: Tokenizer,
+                  config: DataConfig) -> dict[int, Encoded]:
+    """KTO's rows, by their places, each with the answer of the next row that has another one, behind its own prompt; if
+    none of `examples` has, of the first of `everything`.
 
     Ethayarajh et al. 2024 (arXiv:2402.01306) section 4.1 estimate how far the policy has gone from its reference on
     such mismatched pairs. Raises `DataError` where all answers are the same.
@@ -119,8 +122,9 @@ def beside_others(examples: Sequence[Example], tokenizer: Tokenizer, config: Dat
     rows = [(place, example) for place, example in enumerate(examples) if isinstance(example, JudgedExample)]
     found = {}
     for turn, (place, example) in enumerate(rows):
-        others = (rows[(turn + step) % len(rows)][1].answer for step in range(1, len(rows)))
-        other = next((answer for answer in others if answer != example.answer), None)
+        near = (rows[(turn + step) % len(rows)][1] for step in range(1, len(rows)))
+        far = (one for one in everything if isinstance(one, JudgedExample))
+        other = next((one.answer for one in chain(near, far) if one.answer != example.answer), None)
         if other is None:
             raise DataError(f"{example.origin}: a row with a verdict is compared with other rows' answers; there is "
                             "none", "give at least two rows with different answers")

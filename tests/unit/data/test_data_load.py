@@ -84,6 +84,15 @@ def test_limit_and_progress(write, letters) -> None:
     assert told == [("train", 200), ("train", 400)]
 
 
+def test_a_limit_does_not_hide_columns_that_fit_nothing(write, letters) -> None:
+    path = write("a.jsonl", '{"x": 1}\n' * 5)
+    with pytest.raises(DataError, match="fit no known format"):
+        load(config(train=path, limit=3), letters, seed=0)
+    both = [write(name, rows("one", "two")) for name in ("f/a.jsonl", "f/b.jsonl")]
+    found = load(config(train=str(Path(both[0]).parent), limit=3), letters, seed=0)
+    assert [str(one.origin) for one in found.train] == [f"{both[0]}:1", f"{both[0]}:2", f"{both[1]}:1"]
+
+
 def test_nothing_usable_is_one_error_with_the_first_reasons(write, letters) -> None:
     with pytest.raises(DataError, match=r"none of the 2 train rows.*\n.*:1: no text"):
         load(config(train=write("a.jsonl", '{"a": 1}\n{"a": 2}\n'), format="text"), letters, seed=0)
