@@ -200,10 +200,19 @@ def _data(options: argparse.Namespace) -> int:
                           (found.report_file, found.picture), options.json)
 
 
+def _rlhf(options: argparse.Namespace) -> int:
+    from luthier.rlhf import rlhf
+    named = {"run": options.run} if options.run else {}
+    folder = rlhf(_only(options, "recipe"), quiet=options.quiet or options.json, **named | options.settings)
+    report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
+    shown = {f"reward {role}": one["reward"] for role, one in report["policies"].items()}
+    return screen.table({"folder": str(folder.path), **(report if options.json else shown)}, options.json)
+
+
 def _export(options: argparse.Namespace) -> int:
     from luthier.export import export
-    folder = export(options.run, options.to, options.out)
-    return screen.table({"folder": str(folder)}, options.json)
+    written = export(options.run, options.to, options.out, options.dtype)
+    return screen.table({"folder" if written.is_dir() else "file": str(written)}, options.json)
 
 
 def _inspect(options: argparse.Namespace) -> int:
@@ -266,6 +275,10 @@ COMMANDS: dict[str, Command] = {
         _option("--objective", help="what is minimised (objective.name); a wrong name lists them all"),
         RUN, _option("--resume", action="store_true", help="go on with the run named, from its newest checkpoint"),
         QUIET, JSON)),
+    "rlhf": Command("SFT, then a reward model, then PPO: three runs in one folder, and what each gained", _rlhf, (
+        _option("words", nargs="*", metavar="RECIPE.yaml | key=value",
+                help="a recipe with the parts sft, reward and ppo; given again, it goes on where it was interrupted"),
+        RUN, QUIET, JSON)),
     "evaluate": Command("measure a run on rows that it has not seen", _evaluate, (
         _option("words", nargs="*", metavar="RUN | key=value", help="a run folder, and settings laid over its recipe"),
         _option("--data", metavar="FILE", help="rows to measure on; left out: the recipe's"),
@@ -285,10 +298,12 @@ COMMANDS: dict[str, Command] = {
         _option("--model", metavar="BASE", help="whose tokenizer and chat template; left out: smollm2"),
         _option("--eval", metavar="FILE", help="rows to evaluate on: are some of them in FILE too?"),
         _option("--out", metavar="DIR", help="where the report and the picture go"), QUIET, JSON)),
-    "export": Command("write a run as a folder for other tools", _export, (
+    "export": Command("write a run as a folder or file for other tools", _export, (
         _option("run", metavar="RUN", help="a run folder"),
-        _option("--to", choices=("merged", "adapter"), default="merged", help="a whole model, or PEFT's adapter files"),
-        _option("--out", metavar="DIR", help="the folder to write; left out: inside the run's"), JSON)),
+        _option("--to", choices=("merged", "adapter", "gguf", "gguf-adapter"), default="merged",
+                help="a whole model, or PEFT's adapter files; for llama.cpp the one or the other as a file"),
+        _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
+        _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"), JSON)),
     "inspect": Command("show what a run learned: virtual tokens as words, LoRA's changes by size and rank", _inspect, (
         _option("run", metavar="RUN", help="a run folder, or an adapter of PEFT"), QUIET, JSON)),
     "compare": Command("train one recipe with many methods and set what they gave and cost side by side", _compare, (

@@ -56,7 +56,8 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
         batches = build.rows.eval_batches(encoded, build.micro_tokens(made, family))
-        results = with_perplexity(measure(family, made.objective, batches, reference))
+        results = (build.judged(made, family, attached, found, encoded) if made.objective.rolls
+                   else with_perplexity(measure(family, made.objective, batches, reference)))
         if made.evaluate.metrics:
             asked = build.questions(made, family, examples)
             with Progress(len(asked), title="answering", quiet=quiet) as bar:

@@ -8,6 +8,7 @@ trains or prints.
 
 from luthier import data as rows
 from luthier.build.combined import combined
+from luthier.build.gguf import gguf_adapter, gguf_model
 from luthier.build.objects import (
     attach,
     chat_prompt,
@@ -22,7 +23,7 @@ from luthier.build.objects import (
     with_heads,
 )
 from luthier.build.recipe import Recipe, changed, dump, idle, method_name, provenance, recipe, recorded, version
-from luthier.build.rollouts import begin, feed, rolling
+from luthier.build.rollouts import begin, feed, judged, rolling, standing
 from luthier.build.runs import open_run, save_tuned
 from luthier.build.starts import banked, beside, same_base
 from luthier.data import DataConfig
@@ -33,8 +34,9 @@ from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts", "Run",
-           "attach", "banked", "begin", "beside", "cache", "changed", "chat_prompt", "check", "combined", "datasets",
-           "describe", "dump", "family", "feed", "fitted", "held_out", "idle", "method_name", "micro_tokens",
-           "open_run", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base",
-           "save_tuned", "tokenizer", "version", "with_heads"]
+__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts",
+           "Run", "attach", "banked", "begin", "beside", "cache", "changed", "chat_prompt", "check",
+           "combined", "datasets", "describe", "dump", "family", "feed", "fitted", "gguf_adapter", "gguf_model",
+           "held_out", "idle", "judged", "method_name", "micro_tokens", "open_run", "provenance", "questions", "recipe",
+           "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "standing", "tokenizer",
+           "version", "with_heads"]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -33,6 +34,7 @@ from luthier.core.types import Encoded
 from luthier.data import DataConfig, Datasets, Loader
 from luthier.families import CausalLM
 from luthier.methods.bank import Bank
+from luthier.methods.full import FullConfig
 from luthier.methods.named import Named
 from luthier.methods.several import Several, scopes
 from luthier.objectives.grpo import GrpoConfig
@@ -104,6 +106,39 @@ def rolling(made: Recipe, base: CausalLM, found: Datasets, attached: Attached, r
                                                    for one in objective.reward],
                     cursor, objects.micro_tokens(made, base), made.seed, reference,
                     partial(_autocast, made, base), found.eval, _noted(folder))
+
+
+def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,
+           prompts: list[Encoded]) -> dict[str, float]:
+    """What a trained policy earns on prompts. There is no KL in it: its reference is not in the run folder."""
+    free = {"kl_weight": 0.0, "kl_target": None}
+    assert isinstance(made.objective, PpoConfig | GrpoConfig)
+    made = made.model_copy(update={"objective": made.objective.model_copy(update=free)})
+    # A whole model has no switch, so its reward run cannot share it.
+    here = attached if attached is not None else FullConfig().attach(base.anatomy, seed=0)
+    rolled = feed(made, base, found if found.train else replace(found, train=prompts, mix=()), here, nullcontext)
+    assert isinstance(rolled, Rollouts)
+    return rolled.judged(prompts)
+
+
+def standing(run: Run) -> dict[str, dict[str, float]]:
+    """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
+    rows (or held-out, or train rows where there are none), and how far each is from the start."""
+    made = recorded(run.existing())
+    base = objects.family(made.base)
+    assert isinstance(base, CausalLM), "the run was trained on it"
+    found = objects.datasets(made, base)
+    attached, reference = begin(made, base)
+    policy = attached.parts[0] if isinstance(attached, Several) and made.objective.heads else attached
+    rolled = rolling(made, base, found, attached, reference)
+    prompts = found.test or found.eval or found.train
+    told = {}
+    with attached.disabled():
+        told["base"] = rolled.judged(prompts)
+    told["start"] = rolled.judged(prompts)
+    policy.load(adapter_weights(run))
+    told["tuned"] = rolled.judged(prompts)
+    return {role: {name: value for name, value in one.items() if name != "loss"} for role, one in told.items()}
 
 
 def _keeps_base(made: Recipe) -> None:
