@@ -315,6 +315,24 @@ def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
             family.model(input_ids=torch.full((1, last + 1), 7))
 
 
+def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="prompt and prefix are all virtual tokens"):
+        build.recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
+    origin = save_tiny(tmp_path / "base", "llama")
+    made = build.recipe({"base": str(origin), "data": "-", "method": [{"name": "ptuning", "tokens": N}, "bitfit"],
+                         "run": str(tmp_path / "run")})
+    run = Run(tmp_path / "run")
+    run.begin(build.dump(made), {})
+    family = build.family(made.base)
+    attached = build.attach(family, made.method, 0)
+    stir(attached)
+    build.save_tuned(run, made, family, attached)
+    _, other, again = build.open_run(run)
+    assert (logits(other) - logits(family)).abs().max() < 1e-5  # the base was loaded in float32
+    with again.disabled():
+        assert (logits(other) - logits(family)).abs().max() > FAR
+
+
 # ---------------------------------------------------------------- where they start
 
 

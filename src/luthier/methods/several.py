@@ -25,6 +25,7 @@ from luthier.core.protocols import Anatomy, Attached, Scope
 from luthier.methods import METHODS
 from luthier.methods.lora import LoraConfig
 from luthier.methods.named import Named
+from luthier.methods.prompt import Words
 
 OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
@@ -47,6 +48,9 @@ class SeveralConfig(Config):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{twice[0]} stands in the list twice, and their parameters would have the same names; "
                              "one with a larger size (rank) holds what two of them would")
+        virtual = [name for name, part in zip(names, parts, strict=True) if isinstance(part, Words)]
+        if len(virtual) > 1:
+            raise ValueError(f"{' and '.join(virtual)} are all virtual tokens, and a saved run holds one kind of them")
         return parts
 
     @model_serializer
