@@ -18,14 +18,13 @@ def open_family(config: BaseConfig) -> Family:
     """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why."""
     model, tokenizer = load(config)
     kind = kind_of(model.config)
-    if kind == "vision":
-        if config.pooling not in ("auto", "first"):
-            raise BaseError(f"base.pooling: {config.pooling!r}; a picture's state is that of its first token, [CLS]",
-                            "leave base.pooling out")
-        return Vision(model, tokenizer)
     if kind == "encoder":
         auto = pooling_of(Path(model.name_or_path)) if config.pooling == "auto" else config.pooling
         return Encoder(model, tokenizer, pooling=auto)
-    if kind == "seq2seq":
-        return Seq2Seq(model, tokenizer)
+    if kind in ("vision", "seq2seq"):
+        made = Vision(model, tokenizer) if kind == "vision" else Seq2Seq(model, tokenizer)
+        if config.pooling not in ("auto", made.pooling):
+            raise BaseError(f"base.pooling: {config.pooling!r}; with this base it is always {made.pooling!r}",
+                            "leave base.pooling out")
+        return made
     return CausalLM(model, tokenizer, pooling="last" if config.pooling == "auto" else config.pooling)
