@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from luthier.core.experts import Experts
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
 
 
@@ -139,6 +140,7 @@ class Anatomy:
         task: PEFT's name of what the model is for: CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION.
         tokenizer: of the base, for methods that start from words.
         ports: where virtual tokens enter; None where the family has no place for them.
+        experts: the maps of mixtures that are one parameter for all experts.
     """
 
     model: nn.Module
@@ -152,6 +154,7 @@ class Anatomy:
     task: str = "CAUSAL_LM"
     tokenizer: Any = None
     ports: Ports | None = None
+    experts: tuple[Experts, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Anatomy, Block, Site
+from luthier.families.experts import experts_in
 from luthier.families.quant import expander
 
 # Ending of a module's path -> role. `qkv` holds queries, keys and values one after another, `qkv_mixed` head by head.
@@ -61,7 +62,8 @@ def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anato
     }
     sites = tuple(site for block in blocks for site in linear_sites(block))
     tied = head is not None and head.weight is embedding.weight
-    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer)
+    experts = tuple(found for block in blocks for found in experts_in(block.name, block.module, block.index))
+    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer, experts=experts)
 
 
 def role_of(path: str) -> str:
@@ -90,7 +92,7 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
             if isinstance(module, (nn.Linear, Conv1D)) and role_of(f"{name}.{path}") == role}
     single = sum(role_of(path) == "down" for path, _ in layer.named_modules()) == 1
     return Block(index, name, layer, attention, mlp, norms, attention_out=outs.get("o", attention), mlp_in=mlp,
-                 mlp_out=outs["down"] if single else mlp)
+                 mlp_out=outs.get("down", mlp) if single else mlp)
 
 
 def _home(layer: nn.Module) -> nn.Module | None:

@@ -20,7 +20,7 @@ starts at zero moves the weights slowly; small models (below a billion parameter
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
 
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
+from luthier.methods.experts import ExpertLayer, chosen_experts, expert_layers, named
 from luthier.methods.hooks import Hooks, load_into, refuse_misfits, refuse_quantized
 
 PREFIX = "base_model.model."  # PEFT's files put this before a module's path
@@ -40,7 +41,7 @@ PEFT_READ = frozenset({
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "bias", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "megatron_core", "layers_pattern", "qalora_group_size",
+    "megatron_core", "layers_pattern", "qalora_group_size", "target_parameters",
 })
 PEFT_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -54,7 +55,7 @@ class LoraConfig(Config):
     rank: int = Field(8, ge=1, description="rank R of the change; more holds more, costs more")
     alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / rank")
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="roles (q, k, v, o, gate, up, down), endings of module names, or regular expressions")
+        "all-linear", description="roles (q, k, v, o, gate, up, down, experts), endings of names, regular expressions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
     rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
     dora: bool = Field(False, description="learn each output row's length apart from its direction")
@@ -76,6 +77,8 @@ class LoraConfig(Config):
                            "let PEFT convert it to a plain LoRA (path_initial_model_for_weight_conversion)"
                            if key == "init_lora_weights" else f"train it without {key}")
         targets = adapter["target_modules"]
+        if parameters := adapter.get("target_parameters"):
+            targets = [*([targets] if isinstance(targets, str) else targets or ()), *parameters]
         return cls.parse({
             "rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter.get("lora_dropout") or 0.0,
             "targets": [targets] if isinstance(targets, str) and targets != "all-linear" else targets,
@@ -85,9 +88,12 @@ class LoraConfig(Config):
             "alpha_pattern": {rf"(.*\.)?({key})": a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
-        sites = chosen(anatomy.sites, self.targets)
+        experts = chosen_experts(anatomy.experts, self.targets)
+        rest = [target for target in self.targets if not any(named(target, e) for e in experts)]
+        sites = chosen(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
         generator = torch.Generator().manual_seed(seed)
-        return Lora(self, [Layer(site, self, generator) for site in sites], anatomy.task)
+        layers = [Layer(site, self, generator) for site in sites]
+        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task)
 
 
 def matches(site: Site, pattern: str) -> bool:
@@ -113,7 +119,7 @@ class Layer:
     """The change beside one linear map."""
 
     def __init__(self, site: Site, config: LoraConfig, generator: torch.Generator) -> None:
-        self.site, self.p = site, config.dropout
+        self.site, self.p, self.path = site, config.dropout, site.name
         self.rank = next((r for k, r in config.rank_pattern.items() if matches(site, k)), config.rank)
         alpha = next((a for k, a in config.alpha_pattern.items() if matches(site, k)), config.alpha)
         self.scale = alpha / (self.rank ** 0.5 if config.rslora else self.rank)
@@ -137,6 +143,9 @@ class Layer:
         else:  # Kaiming's uniform with a = sqrt 5, as in the paper's code
             a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.inputs ** 0.5
         return a, torch.zeros(self.site.outputs, self.rank)
+
+    def enter(self, hooks: Hooks) -> None:
+        hooks.after(self.site.module, self.change)
 
     def matrix(self) -> Tensor:
         """The frozen W, [out, in]."""
@@ -196,17 +205,17 @@ def _add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
 class Lora:
     """LoRA on a model."""
 
-    def __init__(self, config: LoraConfig, layers: list[Layer], task: str = "CAUSAL_LM") -> None:
+    def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM") -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
         self.scope = self.hooks.scope
         self._originals: list[Tensor] = []
         for layer in layers:
-            self.hooks.after(layer.site.module, layer.change)
+            layer.enter(self.hooks)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {}
         for layer in self.layers:
-            path = PREFIX + layer.site.name
+            path = PREFIX + layer.path
             found[f"{path}.lora_A.weight"] = layer.a
             found[f"{path}.lora_B.weight"] = layer.b
             if layer.m is not None:
@@ -232,7 +241,7 @@ class Lora:
     @torch.no_grad()
     def merge(self) -> None:
         assert not self._originals, "merged already"
-        refuse_quantized(layer.site for layer in self.layers)
+        refuse_quantized(layer.site for layer in self.layers if isinstance(layer, Layer))
         for layer in self.layers:
             self._originals.append(layer.site.weight.detach().clone())
             layer.site.weight.copy_(layer.merged())
@@ -252,7 +261,7 @@ class Lora:
         for layer in self.layers:
             if layer.start is not None:
                 a, b = layer.factors()
-                path = PREFIX + layer.site.name
+                path = PREFIX + layer.path
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.detach(), b.detach()
         return state
 
@@ -261,7 +270,7 @@ class Lora:
         state = dict(state)
         for layer in self.layers:
             if layer.start is not None:
-                path = PREFIX + layer.site.name
+                path = PREFIX + layer.path
                 a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
                 layer.start = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a[:layer.rank], b[:, :layer.rank]
@@ -270,12 +279,15 @@ class Lora:
     def peft(self) -> dict[str, Any] | None:
         twice = 2 if self.config.init == "pissa" else 1
         stretch = twice ** 0.5 if self.config.rslora else twice
+        linear = [layer for layer in self.layers if isinstance(layer, Layer)]
+        experts = sorted(layer.site.name for layer in self.layers if isinstance(layer, ExpertLayer))
         return {
             "peft_type": "LORA", "task_type": self.task, "r": self.config.rank * twice,
             "lora_alpha": self.config.alpha * stretch, "lora_dropout": self.config.dropout,
-            "target_modules": sorted({layer.site.name for layer in self.layers}),
+            "target_modules": sorted({layer.site.name for layer in linear}),
+            **({"target_parameters": experts} if experts else {}),
             "use_rslora": self.config.rslora, "use_dora": self.config.dora, "bias": "none",
-            "fan_in_fan_out": any(layer.site.transposed for layer in self.layers),
+            "fan_in_fan_out": any(layer.site.transposed for layer in linear),
             "rank_pattern": {la.site.name: la.rank * twice for la in self.layers if la.rank != self.config.rank},
             "alpha_pattern": self._alphas(stretch), "init_lora_weights": True, "inference_mode": True,
         }

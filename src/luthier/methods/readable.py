@@ -57,7 +57,7 @@ def describe(attached: Attached, anatomy: Anatomy) -> list[Reading]:
                         tuple(_prefix(attached.virtual()[0, 0], anatomy)))]
     if isinstance(attached, Lora):
         return [Reading("layers", "the length |s B A| of each change relative to its weight's |W|, and its effective "
-                        "rank", tuple(_layer(layer) for layer in attached.layers))]
+                        "rank", tuple(_layer(la) for la in attached.layers if isinstance(la, Layer)))]
     return []
 
 
