@@ -21,6 +21,7 @@ from luthier.families import BaseConfig
 from luthier.measure import EvaluateConfig
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
+from luthier.objectives.rolls import WorthConfig
 from luthier.runtime.loop import TrainingConfig
 from luthier.runtime.optim import OptimizerConfig
 
@@ -29,7 +30,7 @@ SECTIONS: dict[str, type[Config]] = {
     "Top level": Recipe, "`base`": BaseConfig,
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
-    "`data`": DataConfig, "a source of `data`": Source,
+    "`objective.reward` of ppo and grpo": WorthConfig, "`data`": DataConfig, "a source of `data`": Source,
     "`data.augment`: words": WordsAugment, "`data.augment`: pictures": PictureAugment,
     "`training`": TrainingConfig, "`optimizer`": OptimizerConfig, "`evaluate`": EvaluateConfig,
 }

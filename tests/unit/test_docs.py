@@ -17,6 +17,7 @@ from luthier import build
 from luthier.cli import parse
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
+from luthier.rlhf import plan
 from luthier.runtime import loop
 from luthier.runtime.step import Stepped
 from luthier.scoring import SCORERS
@@ -100,6 +101,9 @@ def test_commands_parse(page: Path) -> None:
             continue
         options = vars(parse(words))
         laid: dict[str, Any] = options.get("settings", {})
+        if options["command"] == "rlhf":
+            assert plan(ROOT / options["words"][0], laid)
+            continue
         prefix = "data." if options["command"] == "data" else ""
         named = {"method": options.get("method"), "objective": options.get("objective")}
         assert build.recipe({"data": "rows.jsonl"}, named | {prefix + key: value for key, value in laid.items()})
