@@ -1,4 +1,4 @@
-"""The verb `export`: a run as a folder that other tools load. Read `build.py` (open_run) first."""
+"""The verb `export`: a run as a folder or a file that other tools load. Read `build.py` (open_run) first."""
 
 from __future__ import annotations
 
@@ -16,50 +16,75 @@ from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
 from luthier.runtime.run import Run
 
-FORMS = ("merged", "adapter")
+FORMS = ("merged", "adapter", "gguf", "gguf-adapter")
+FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are one file
 PROBE = 16  # tokens of the check that merging changed nothing
 # Most that a log-probability of the probe (or a number in a state) may move. In sixteen bits the merged weights
 # themselves are rounded.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-def export(run: Run | Path | str, to: Literal["merged", "adapter"] = "merged", out: Path | str | None = None) -> Path:
-    """Write a run as a folder of its own, whole or not at all, and return the folder.
+def export(run: Run | Path | str, to: Literal["merged", "adapter", "gguf", "gguf-adapter"] = "merged",
+           out: Path | str | None = None, dtype: Literal["float32", "float16", "q8_0"] | None = None) -> Path:
+    """Write a run as a folder or file of its own, whole or not at all, and return its path.
 
     Args:
         to: `merged`, a model like any other, the method's change folded into its weights (of a full run, a copy; of a
             run on a base in few bits, into the base as it was before);
-            or `adapter`, the files that PEFT loads beside the base.
-        out: the folder; left out: `merged` or `adapter` inside the run's folder.
+            `adapter`, the files that PEFT loads beside the base;
+            `gguf`, the merged model as one file for llama.cpp;
+            or `gguf-adapter`, a LoRA as the file that llama.cpp loads beside the base's.
+        out: the folder or file; left out: `merged`, `adapter`, `model.gguf` or `adapter.gguf` inside the run's folder.
+        dtype: of the matrices in `gguf`; left out: float16.
 
     Raises:
-        RunError: `out` holds something, the run has no adapter, or merging changed what the model says.
+        RunError: `out` holds something, the run has no such adapter, or merging changed what the model says.
         NotMergeable: the method cannot be folded in; the error says why.
+        BaseError: llama.cpp does not know the base, or would read it otherwise.
     """
     if to not in FORMS:
         raise RunError(f"a run cannot be exported to {to!r}", f"one of: {', '.join(FORMS)}")
+    if dtype is not None and to != "gguf":
+        raise RunError(f"dtype {dtype!r} has no effect on {to!r}", "leave --dtype out, or export with --to gguf")
     run = run if isinstance(run, Run) else Run(run)
-    out = Path(out) if out else run.path / to
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError(f"{str(out)!r} already holds something, and nothing is overwritten",
-                       "remove it, or name another folder with --out")
-    made, base, attached = build.open_run(run, whole=to == "merged")
+    out = Path(out) if out else run.path / FILES.get(to, to)
+    _refuse_taken(out, to)
+    made, base, attached = build.open_run(run, whole=to != "adapter")
     if to == "adapter" and (attached is None or attached.peft() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
-    if to == "merged" and attached is not None:
+    if to in ("merged", "gguf") and attached is not None:
         merge(base, attached)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    temporary.mkdir()
     try:
-        if to == "adapter" and attached is not None:
-            build.save_tuned(Run(temporary), made, base, attached)
+        if to == "gguf":
+            build.gguf_model(made, base, temporary, dtype or "float16")
+        elif to == "gguf-adapter":
+            build.gguf_adapter(made, base, attached, temporary)
         else:
-            base.save(temporary)
+            _folder(temporary, to, made, base, attached)
         temporary.replace(out)
     finally:  # gone already where all went well
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
     return out
+
+
+def _refuse_taken(out: Path, to: str) -> None:
+    if to in FILES and out.suffix != ".gguf":
+        raise RunError(f"--to {to} writes one file, and {str(out)!r} does not end in .gguf", f"--out {out}.gguf")
+    if out.exists() and (to in FILES or not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{str(out)!r} already holds something, and nothing is overwritten",
+                       "remove it, or give another name with --out")
+
+
+def _folder(out: Path, to: str, made: build.Recipe, base: Family, attached: Attached | None) -> None:
+    out.mkdir()
+    if to == "adapter" and attached is not None:
+        build.save_tuned(Run(out), made, base, attached)
+    else:
+        base.save(out)
 
 
 def merge(base: Family, attached: Attached) -> None:

@@ -1,0 +1,354 @@
+"""GGUF files say what the run says: llama.cpp, through llama-cpp-python, computes from them what Transformers computes.
+
+Everything is in float32, the cache too, so that a row out of order or a bias forgotten cannot hide behind rounding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from lab import attach, logits, stir
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from luthier import build
+from luthier.core.errors import BaseError, LuthierError, RunError
+from luthier.core.protocols import Sampling
+from luthier.export import export
+from luthier.families import BaseConfig, CausalLM
+from luthier.families import gguf_out as out
+from luthier.families.gguf_words import CONTRACTIONS, DIGITS, GPT2, SPLITS, split_name
+from luthier.runtime.run import Run
+from tiny import CHATML, KINDS, tiny, tiny_tokenizer
+
+llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (extra: llama)")
+
+VOCABULARY = 480  # the tokenizers below have fewer words, so some rows of the embedding are unused
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+CORPUS = ["I'll say it's 1234 of 12 things, 123 or 1999; they'll  see\n\n  the thing", "don't DON'T we'Ve ΩMEGA 日本語のテキスト",
+          "x = [1, 22, 333]\r\n\treturn x  # end!!", "thé là où naïve 12345678 ½ ²³"]
+TEXTS = [*CORPUS, "  leading", "trailing  ", "a\n\n\nb", "It's 2024-10-31 12:34:56.789!", "日本 語 12あ34", "I'LL'd 'tis",
+         "🙂🙂 ok", "<|im_start|>user\nhi there<|im_end|>\n", "\t\t tabs \u00a0nbsp", "(((1)))..  ...\n ..."]
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}
+QWEN3: dict[str, Any] = {**KINDS["qwen2"], "model_type": "qwen3"}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "tied": ("llama", {"tie_word_embeddings": True}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "wide heads": ("llama", {"head_dim": 16}),
+    "llama3 angles": ("llama", {"rope_parameters": LLAMA3}),
+    "linear angles": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}}),
+    "mistral": ("mistral", {}),
+    "qwen2": ("qwen2", {}),
+    "untied": ("qwen2", {"tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+def tokenizer(splits: Sequence[str] = (GPT2,), whole: bool = False, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with merges of its own, that splits text as `splits` says."""
+    backend = Tokenizer(models.BPE(ignore_merges=whole))
+    steps = {GPT2: pre_tokenizers.ByteLevel(add_prefix_space=False), DIGITS: pre_tokenizers.Digits(individual_digits=True)}
+    chain = [steps.get(split) or pre_tokenizers.Split(Regex(split), "isolated") for split in splits]
+    if GPT2 not in splits:
+        chain.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    backend.decoder = decoders.ByteLevel()
+    # Merges across every border, so that a text split in the wrong place comes out in other tokens.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    backend.train_from_iterator(CORPUS * 3, trainers.BpeTrainer(
+        vocab_size=460, min_frequency=1, initial_alphabet=ALPHABET, special_tokens=words, show_progress=False))
+    backend.pre_tokenizer = chain[0] if len(chain) == 1 else pre_tokenizers.Sequence(chain)
+    backend.add_tokens(["<tool>"])  # a word of its own that is not special
+    found = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>" if bos else None)
+    found.chat_template = CHATML
+    return found
+
+
+TOKENIZER = tokenizer()
+
+
+def family(name: str, words: Any = TOKENIZER, **overrides: Any) -> CausalLM:
+    kind, settings = MODELS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KINDS, "qwen3", QWEN3)
+        model = tiny(kind, dtype=torch.float32, vocab_size=VOCABULARY, eos_token_id=2, **settings, **overrides)
+    return CausalLM(model, words)
+
+
+@contextmanager
+def opened(file: Path, **options: Any) -> Iterator[Any]:
+    """llama.cpp with the file, on one thread, all of it in float32."""
+    import llama_cpp
+    defaults = llama_cpp.llama_cpp.llama_model_default_params()
+    defaults.use_extra_bufts = False  # weights repacked for matrix units of the processor, which some machines forbid
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", lambda: defaults)
+        found = llama_cpp.Llama(str(file), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, logits_all=True,
+                                verbose=False, type_k=0, type_v=0, flash_attn=False, **options)
+    try:
+        yield found
+    finally:
+        found.close()
+
+
+def theirs(file: Path, tokens: Sequence[int], **options: Any) -> Tensor:
+    """[T, V] llama.cpp's logits of one document."""
+    with opened(file, **options) as found:
+        found.eval(list(tokens))
+        return torch.tensor(found.scores[:len(tokens)])
+
+
+def ours_ids(length: int = 40) -> list[int]:
+    return list(itertools.islice(itertools.cycle(TOKENIZER("I'll see 12 things or 日本, they'll return x").input_ids), length))
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).abs().max())
+
+
+# ---------------------------------------------------------------- whole models
+
+
+@llama
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    base, file = family(name), tmp_path / "a.gguf"
+    out.write_gguf(base, file, "float32", name="a name")
+    tokens = ours_ids(8 if name == "mistral" else 40)  # its window
+    assert distance(theirs(file, tokens), logits(base, tokens)) < 2e-5
+
+
+@llama
+@pytest.mark.parametrize(("name", "forgotten"), [("llama", "order"), ("biases", "order"), ("llama3 angles", "factors")])
+def test_the_comparison_would_see_a_mistake(name: str, forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, file = family(name), tmp_path / "a.gguf"
+    if forgotten == "order":
+        monkeypatch.setattr(out.Names, "ordered", lambda self, name, rows: rows)
+    else:
+        base.model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    wanted = logits(base, ours_ids())
+    out.write_gguf(base, file, "float32")
+    assert distance(theirs(file, ours_ids()), wanted) > 1e-2
+
+
+@llama
+@pytest.mark.parametrize(("numbers", "close"), [("float16", 1e-2), ("q8_0", 0.2)])
+def test_smaller_numbers_are_close_and_small(numbers: Any, close: float, tmp_path: Path) -> None:
+    base = family("llama")
+    for kind in ("float32", numbers):
+        out.write_gguf(base, tmp_path / f"{kind}.gguf", kind)
+    tokens = ours_ids()
+    found = distance(theirs(tmp_path / f"{numbers}.gguf", tokens), logits(base, tokens))
+    assert 1e-5 < found < close
+    reader = gguf.GGUFReader(tmp_path / f"{numbers}.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds["blk.0.attn_q.weight"] == {"float16": "F16", "q8_0": "Q8_0"}[numbers]
+    assert kinds["blk.0.ffn_down.weight"] == "F16"  # rows of 48 are not blocks of 32
+    assert kinds["output_norm.weight"] == "F32"
+    assert (tmp_path / f"{numbers}.gguf").stat().st_size < (tmp_path / "float32.gguf").stat().st_size
+
+
+@llama
+def test_the_same_answers_word_for_word(tmp_path: Path) -> None:
+    base, file = family("llama", initializer_range=0.3), tmp_path / "a.gguf"
+    out.write_gguf(base, file, "float32")
+    prompts = [TOKENIZER(text).input_ids for text in ("I'll say", "x = [1,", "日本")]
+    mine = {answer.index: list(answer.tokens) for answer in base.generate(prompts, Sampling(max_new_tokens=24))}
+    with opened(file) as found:
+        for i, prompt in enumerate(prompts):
+            found.reset()
+            answer = itertools.takewhile(lambda token: token != 2, found.generate(prompt, temp=0.0, repeat_penalty=1.0))
+            assert list(itertools.islice(answer, 24)) == mine[i]
+    assert len({tuple(answer) for answer in mine.values()}) == 3
+
+
+def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
+    file = tmp_path / "a.gguf"
+    out.write_gguf(family("mistral", tokenizer(bos=True)), file, "float32", name="a name")
+    fields = gguf.GGUFReader(file).fields
+    said = {key: fields[key].contents() for key in (
+        "general.name", "general.type", "llama.context_length", "llama.attention.key_length", "tokenizer.ggml.pre",
+        "tokenizer.ggml.eos_token_id", "tokenizer.ggml.bos_token_id", "tokenizer.ggml.add_bos_token", "tokenizer.chat_template")}
+    assert list(said.values()) == ["a name", "model", 8, 8, "gpt-2", 2, 1, False, CHATML]
+    words, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+    assert len(words) == len(kinds) == VOCABULARY
+    assert [kinds[i] for i in (0, 3, words.index("<tool>"), VOCABULARY - 1)] == [3, 1, 4, 5]
+
+
+# ---------------------------------------------------------------- words
+
+
+@llama
+@pytest.mark.parametrize(("splits", "whole"), SPLITS)
+def test_text_becomes_the_same_tokens(splits: tuple[str, ...], whole: bool, tmp_path: Path) -> None:
+    words = tokenizer(splits, whole)
+    out.write_gguf(family("llama", words), tmp_path / "a.gguf", "float32")
+    with opened(tmp_path / "a.gguf") as found:
+        for text in TEXTS:
+            assert found.tokenize(text.encode(), add_bos=True, special=True) == words(text).input_ids, text
+    if splits != (GPT2,):  # the texts tell ways of splitting apart
+        out.write_gguf(family("llama"), tmp_path / "b.gguf", "float32")
+        with opened(tmp_path / "b.gguf") as found:
+            assert any(found.tokenize(t.encode(), add_bos=True, special=True) != words(t).input_ids for t in TEXTS)
+
+
+def described(**changes: Any) -> dict[str, Any]:
+    found = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    for key, value in changes.items():
+        place = found["model"] if key in found["model"] else found
+        place[key] = value
+    return found
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({"merges": []}, "no merges"), ({"byte_fallback": True}, "byte_fallback"), ({"type": "Unigram"}, "Unigram"),
+    ({"normalizer": {"type": "Lowercase"}}, "changes text first"), ({"ignore_merges": True}, "splits text"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"), ({"pre_tokenizer": None}, "not at all"),
+    ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
+    ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": CONTRACTIONS}, "behavior": "Isolated"}}, "ll"),
+])
+def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(changes: dict[str, Any], said: str) -> None:
+    assert split_name(described()) == "gpt-2"
+    with pytest.raises(BaseError, match=said):
+        split_name(described(**changes))
+
+
+# ---------------------------------------------------------------- runs
+
+
+def saved(place: Path, name: str, method: dict[str, Any], objective: str = "sft") -> tuple[Run, CausalLM]:
+    """A run as `train` leaves it, on a base of its own folder, with its method stirred; and that base with the method."""
+    base = family(name)
+    base.save(place / "base")
+    made = build.recipe({"base": str(place / "base"), "data": "-", "method": method, "objective": objective})
+    settings = {key: value for key, value in method.items() if key != "name"}
+    attached = attach(base, method["name"], **settings)
+    run = Run(place / "run")
+    run.begin(build.dump(made), {})
+    build.save_tuned(run, made, base, attached)
+    return run, base
+
+
+LORAS: dict[str, dict[str, Any]] = {
+    "plain": {}, "rslora": {"rslora": True, "rank": 4}, "pissa": {"init": "pissa", "rank": 2}, "some maps": {"targets": ["k", "down"]},
+    "odd ranks and alphas": {"rank_pattern": {"q": 3, "up": 1}, "alpha_pattern": {"k": 5.0, "o": 40.0}},
+}
+
+
+@llama
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("lora", LORAS)
+def test_a_lora_on_the_base_is_the_run(name: str, lora: str, tmp_path: Path) -> None:
+    run, base = saved(tmp_path, name, {"name": "lora", **LORAS[lora]})
+    bare = family(name)
+    out.write_gguf(bare, tmp_path / "base.gguf", "float32")
+    adapter, merged = export(run, "gguf-adapter"), export(run, "gguf", dtype="float32")
+    assert (adapter.name, merged.name) == ("adapter.gguf", "model.gguf")
+    wanted = logits(base, ours_ids())
+    assert distance(theirs(tmp_path / "base.gguf", ours_ids(), lora_path=str(adapter)), wanted) < 1e-4
+    assert distance(theirs(merged, ours_ids()), wanted) < 1e-4
+    assert distance(theirs(tmp_path / "base.gguf", ours_ids()), wanted) > 1e-2
+    assert sorted(p.name for p in run.path.iterdir() if p.name.startswith(".")) == []
+
+
+@llama
+@pytest.mark.parametrize("method", [{"name": "bitfit"}, {"name": "full"}, {"name": "lora", "dora": True}])
+def test_other_methods_are_merged_into_the_file(method: dict[str, Any], tmp_path: Path) -> None:
+    run, base = saved(tmp_path, "llama", method)
+    merged = export(run, "gguf", tmp_path / "new/tuned.gguf", "float32")
+    assert distance(theirs(merged, ours_ids()), logits(base, ours_ids())) < 1e-4
+    with pytest.raises(RunError, match="DoRA" if "dora" in method else "are LoRAs"):
+        export(run, "gguf-adapter")
+    assert not list(run.path.glob("*.gguf"))
+
+
+def test_what_cannot_be_is_refused_before_a_file_is_there(tmp_path: Path) -> None:
+    run, _ = saved(tmp_path, "llama", {"name": "lora"})
+    with pytest.raises(RunError, match="does not end in"):
+        export(run, "gguf", tmp_path / "folder")
+    with pytest.raises(RunError, match="no effect"):
+        export(run, "merged", dtype="q8_0")
+    with pytest.raises(BaseError, match="cannot be 'int4'"):
+        export(run, "gguf", dtype="int4")  # type: ignore[arg-type]
+    (tmp_path / "taken.gguf").write_text("mine")
+    with pytest.raises(RunError, match="already holds"):
+        export(run, "gguf-adapter", tmp_path / "taken.gguf")
+    assert (tmp_path / "taken.gguf").read_text() == "mine"
+    assert not list(run.path.glob("*.gguf"))
+
+
+@pytest.mark.parametrize(("name", "overrides", "said"), [
+    ("llama", {"hidden_act": "gelu"}, "gelu"),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "yarn"),
+    ("qwen2", {"rope_parameters": LLAMA3}, "llama3"), ("qwen3", {"attention_bias": True}, "does not add"),
+])
+def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(name: str, overrides: dict[str, Any], said: str, tmp_path: Path) -> None:
+    kind, settings = MODELS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(MODELS, name, (kind, settings | overrides))
+        base = family(name)
+    with pytest.raises(BaseError, match=said):
+        out.write_gguf(base, tmp_path / "a.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_another_architecture_is_refused_with_the_list(kind: str, tmp_path: Path) -> None:
+    with pytest.raises(LuthierError, match=f"'{kind}' cannot be written as GGUF here; those that can: llama, mistral, qwen2"):
+        out.write_gguf(CausalLM(tiny(kind, dtype=torch.float32), tiny_tokenizer()), tmp_path / "a.gguf")
+
+
+def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
+    base = family("llama")
+    with torch.no_grad():
+        base.model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = 1e5
+    with pytest.raises(BaseError, match=r"blk.1.ffn_up.weight holds 1e\+05"):
+        out.write_gguf(base, tmp_path / "a.gguf", "float16")
+    out.write_gguf(base, tmp_path / "b.gguf", "float32")
+
+
+# ---------------------------------------------------------------- a real model
+
+
+@llama
+@pytest.mark.slow
+def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
+    base = build.family(BaseConfig(name="smollm2", device="cpu"))
+    out.write_gguf(base, tmp_path / "base.gguf", "float32")
+    made = build.recipe({"base": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
+    attached = attach(base, "lora", stirred=False, rslora=True)
+    stir(attached, 0.01)
+    run = Run(tmp_path / "run")
+    run.begin(build.dump(made), {})
+    build.save_tuned(run, made, base, attached)
+    prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
+               for text in ("Why is the sky blue?", "Write one line about rain.")]
+    answers = {a.index: list(a.tokens) for a in base.generate(prompts, Sampling(max_new_tokens=16))}
+    wanted = logits(base, prompts[0])
+    with attached.disabled():
+        assert distance(logits(base, prompts[0]), wanted) > 1  # the run says something else than its base
+    assert distance(theirs(tmp_path / "base.gguf", prompts[0], lora_path=str(export(run, "gguf-adapter"))), wanted) < 1e-3
+    (tmp_path / "base.gguf").unlink()
+    file = export(run, "gguf", dtype="float32")
+    with opened(file) as found:
+        for text in TEXTS:
+            assert found.tokenize(text.encode(), add_bos=True, special=True) == base.tokenizer(text).input_ids, text
+        found.eval(prompts[0])
+        assert distance(torch.tensor(found.scores[:len(prompts[0])]), wanted) < 1e-3
+        for i, prompt in enumerate(prompts):
+            found.reset()
+            answer = itertools.takewhile(lambda token: token != 2, found.generate(prompt, temp=0.0, repeat_penalty=1.0))
+            assert list(itertools.islice(answer, 16)) == answers[i]
+    file.unlink()
