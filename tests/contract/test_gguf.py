@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from luthier import build
+from luthier.cli import main
 from luthier.core.errors import BaseError, LuthierError, RunError
 from luthier.core.protocols import Sampling
 from luthier.export import export
@@ -287,6 +288,23 @@ def test_what_cannot_be_is_refused_before_a_file_is_there(tmp_path: Path) -> Non
         export(run, "gguf-adapter", tmp_path / "taken.gguf")
     assert (tmp_path / "taken.gguf").read_text() == "mine"
     assert not list(run.path.glob("*.gguf"))
+
+
+def test_the_command_line_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, _ = saved(tmp_path, "llama", {"name": "lora"})
+    assert main(["export", str(run.path), "--to", "gguf", "--dtype", "q8_0", "--json"]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert written == {"file": str(run.path / "model.gguf")}
+    fields = gguf.GGUFReader(written["file"]).fields
+    assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+
+
+def test_heads_have_no_place_in_the_file(tmp_path: Path) -> None:
+    made = build.recipe({"base": "smollm2", "data": "-", "objective": "reward"})
+    with pytest.raises(RunError, match="heads of its own"):
+        build.gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
+    with pytest.raises(RunError, match="heads of its own"):
+        build.gguf_adapter(made, family("llama"), None, tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(("name", "overrides", "said"), [
