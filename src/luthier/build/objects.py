@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from luthier import data as rows
+from luthier.build.pairs import fitting
 from luthier.build.recipe import AnyMethod, Recipe
 from luthier.core.errors import RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
@@ -62,6 +63,7 @@ def fitted(made: Recipe, found: Datasets) -> Recipe:
 
 def check(made: Recipe, base: Family) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
+    fitting(made, base)
     if made.data.streaming and not made.training.steps:
         raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
     context = base.anatomy.sizes["context"]

@@ -71,9 +71,7 @@ def feed(made: Recipe, base: Family, found: Datasets, attached: Attached, refere
     """The batches of the run: read from files, or the policy's own answers."""
     if not isinstance(made.objective, PpoConfig | GrpoConfig):
         return objects.feed(made, base, found)
-    if not isinstance(base, CausalLM):
-        raise RecipeError(f"objective {made.objective.name!r} needs a causal language model to answer its prompts, and "
-                          f"{made.base.name!r} is none", "choose another base")
+    assert isinstance(base, CausalLM), "other bases are refused when the recipe is checked"
     return rolling(made, base, found, attached, reference, folder, warn)
 
 
@@ -98,8 +96,6 @@ def rolling(made: Recipe, base: CausalLM, found: Datasets, attached: Attached, r
     if objective.minibatches > training.batch_size:
         raise RecipeError(f"objective.minibatches {objective.minibatches}: a round has only training.batch_size "
                           f"{training.batch_size} prompts", "a minibatch has at least one prompt: set it lower")
-    if "reference_logps" in objective.asks and not made.start and scopes(attached) is None:
-        _keeps_base(made)
     base.temperature = objective.temperature
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
@@ -139,13 +135,6 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     policy.load(adapter_weights(run))
     told["tuned"] = rolled.judged(prompts)
     return {role: {name: value for name, value in one.items() if name != "loss"} for role, one in told.items()}
-
-
-def _keeps_base(made: Recipe) -> None:
-    if not made.method.model_dump().get("keep_base", False):
-        raise RecipeError(f"method {made.method.name!r} changes the base's own weights, and the KL needs the base "
-                          "as it was", "set method.keep_base: true, which costs one copy of the weights; or train an "
-                          "adapter (method: lora); or set objective.kl_weight: 0")
 
 
 def _autocast(made: Recipe, base: CausalLM) -> AbstractContextManager[Any]:

@@ -1,0 +1,35 @@
+"""Which objectives, methods and bases cannot go together, said before anything trains. Read `recipe.py` first.
+
+What only a base's parts decide (no place for virtual tokens, no map that fits) a method says itself as it is attached;
+what only the rows decide, `datasets` says. `docs/support.md` is the table of all pairs.
+"""
+
+from __future__ import annotations
+
+from luthier.build.recipe import Recipe
+from luthier.core.errors import RecipeError
+from luthier.core.protocols import Family
+from luthier.families import CausalLM
+from luthier.families.heads import LOG_PROBS
+from luthier.objectives.grpo import GrpoConfig
+from luthier.objectives.ppo import PpoConfig
+
+
+def fitting(made: Recipe, base: Family) -> None:
+    """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
+    name, needs = made.objective.name, made.objective.needs
+    if isinstance(made.objective, PpoConfig | GrpoConfig):
+        needs = needs | made.objective.asks
+        if not isinstance(base, CausalLM):
+            raise RecipeError(f"objective {name!r} needs a causal language model to answer its prompts, and "
+                              f"{made.base.name!r} is none", "choose another base, such as 'smollm2'")
+    if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION":
+        raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
+                          "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
+                          "a base that writes text, such as 'smollm2'")
+    if "reference_logps" in needs and made.start is None and not made.method.model_dump().get("keep_base", True):
+        raise RecipeError(f"method {made.method.name!r} changes the base's own weights, and objective {name!r} "
+                          "compares it with the base as it was",
+                          "set method.keep_base: true, which costs one copy of the weights; or train an adapter "
+                          "(method: lora); or do without: another objective, for ppo and grpo "
+                          "objective.kl_weight: 0")
