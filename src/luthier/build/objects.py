@@ -15,7 +15,9 @@ from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
 from luthier.families import BaseConfig, load_tokenizer, open_family
 from luthier.measure import Question
-from luthier.methods.several import Several
+from luthier.methods.ia3 import Ia3Config
+from luthier.methods.lora import LoraConfig
+from luthier.methods.several import Several, parts_of
 from luthier.objectives import OBJECTIVES
 
 HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
@@ -70,6 +72,21 @@ def check(made: Recipe, base: Family) -> None:
     if made.data.max_length and made.data.max_length > context:
         raise RecipeError(f"data.max_length {made.data.max_length} is longer than the base's context, {context} tokens",
                           f"set data.max_length to {context} or less")
+    added = made.base.structure is not None and made.base.structure.add_blocks
+    for part in parts_of(made.method) if added else ():
+        if why := _no_start(part):
+            raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
+                              f"{part.name} {why}", "train them by another method: freeze, full, lora")
+
+
+def _no_start(method: AnyMethod) -> str:
+    """Why the method cannot train a map that is zero; empty where it can."""
+    if isinstance(method, Ia3Config):
+        return "multiplies what they give, which stays zero"
+    if isinstance(method, LoraConfig) and method.dora:
+        return "with dora divides by their rows' lengths"
+    return "with init: pissa starts from their largest directions" if isinstance(method, LoraConfig) \
+        and method.init == "pissa" else ""
 
 
 def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:

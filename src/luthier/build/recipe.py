@@ -142,7 +142,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out."""
     first, *rest = path
-    old = raw.get(first, {})
+    old = raw.get(first) or {}
     if first == "method" and isinstance(old, list):
         return {**raw, first: _laid_in_list(old, rest, value) if rest else value}
     if isinstance(old, (str, list)) and (rest or isinstance(value, dict)):
@@ -190,6 +190,10 @@ def idle(made: Recipe) -> list[str]:
         found.append("training.epochs has no effect: training.steps is given")
     if made.evaluate.metrics and not evaluates and made.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
+    structure = made.base.structure
+    if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in parts_of(made.method)}:
+        found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
+                     "mean that they start from")
     if made.data.train_on != "assistant" and made.objective.name == "pretrain":
         found.append("data.train_on has no effect on documents (objective pretrain)")
     return found

@@ -40,7 +40,7 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
-        base = family(made.base.model_copy(update={"name": str(run.path)}))
+        base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}))  # it is in the weights
         if kept_heads(made.objective):
             base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
         return made, base, None
@@ -74,6 +74,16 @@ def adapter_weights(run: Run) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+def save_whole(run: Run, made: Recipe, base: Family) -> None:
+    """Write the model as it now is, and the objective's heads beside it, which a folder of Transformers has no place for;
+    the recipe says what they are for."""
+    base.save(run.path)
+    if kept_heads(made.objective) and (heads := base.heads.state()):
+        save_file(heads, run.path / HEADS, metadata={"format": "pt"})
+        if not run.recipe:
+            run.write("recipe.yaml", dump(made))
+
+
 def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None:
     """Write the trained weights as Transformers and PEFT read them, and the tokenizer."""
     if isinstance(made.objective, RollsConfig) and made.objective.heads:
@@ -81,9 +91,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
         attached = attached.parts[0]
     config = attached.peft()
     if config is None:
-        base.save(run.path)
-        if kept_heads(made.objective) and (heads := base.heads.state()):
-            save_file(heads, run.path / HEADS, metadata={"format": "pt"})
+        save_whole(run, made, base)
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
              if not name.startswith(TRAINING)}
@@ -91,6 +99,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
     # PEFT loads the base by this name: a hub id as it is, anything else as the Transformers folder that it became.
-    name = made.base.name if isinstance(resolve(made.base.name), str) else str(folder(made.base))
+    hub = made.base.structure is None and isinstance(resolve(made.base.name), str)
+    name = made.base.name if hub else str(folder(made.base))
     run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
     base.tokenizer.save_pretrained(run.path)

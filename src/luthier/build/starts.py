@@ -91,4 +91,5 @@ def _load(attached: Attached, saved: dict[str, Tensor]) -> None:
 
 def same_base(one: BaseConfig, other: BaseConfig) -> bool:
     """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
-    return one.revision == other.revision and (one.name == other.name or folder(one) == folder(other))
+    named = (one.name, one.structure) == (other.name, other.structure)
+    return one.revision == other.revision and (named or folder(one) == folder(other))

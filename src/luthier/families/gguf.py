@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,17 @@ def converted(gguf: Path) -> Path:
         file.seek(0)
         key = hashlib.file_digest(file, "sha256").hexdigest()
     made = cache() / f"{gguf.stem}-{key[:32]}-{CONVERTER}"
+    return once(made, lambda to: convert(gguf, to))
+
+
+def once(made: Path, make: Callable[[Path], None]) -> Path:
+    """The folder `made` of the cache, made now by `make(to)` if need be; whole or not at all."""
     if made.is_dir():
         return made
     made.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
         ready = Path(temporary) / "model"
-        convert(gguf, ready)
+        make(ready)
         try:
             os.replace(ready, made)
         except OSError:

@@ -34,13 +34,14 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
 
 from luthier.core.config import Config
-from luthier.core.errors import BaseError, nearest
+from luthier.core.errors import BaseError, LuthierError, nearest
 from luthier.families import kinds
 from luthier.families.gguf import converted
 from luthier.families.kinds import Kind, kind_of
 from luthier.families.pictures import Pictures
 from luthier.families.quant import Bits, quantize
 from luthier.families.report import complete, quiet, short
+from luthier.families.structure import StructureConfig, restructured
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POOLING = "1_Pooling/config.json"  # how sentence encoders make one state of many
@@ -62,6 +63,7 @@ class BaseConfig(Config):
             was trained with (a decoder: last; an encoder: as its folder says, else first).
         quantize: keep the linear maps of the blocks in four (nf4) or eight (int8) bits, for QLoRA and whatever else
             adds to a frozen base; see `quant.py`.
+        structure: what is changed before anything trains: words added, blocks added or left out; see `structure.py`.
     """
 
     name: str = "smollm2"
@@ -71,6 +73,7 @@ class BaseConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     pooling: Literal["auto", "last", "first", "mean"] = "auto"
     quantize: Bits = "none"
+    structure: StructureConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -109,14 +112,21 @@ def resolve(name: str) -> Path | str:
 
 
 def folder(config: BaseConfig) -> Path:
-    """The Transformers folder of a base: converted from GGUF or downloaded if need be, and checked."""
+    """The Transformers folder of a base: converted from GGUF or downloaded if need be, checked, and changed where the
+    config changes its structure."""
     found = resolve(config.name)
     if isinstance(found, str):
         found = _download(found, config.revision)
     elif found.is_file():
         found = converted(found)
     _check(found, config)
-    return found
+    if config.structure is None:
+        return found
+    if config.trust_remote_code:
+        raise BaseError(f"base {config.name!r}: the structure of a base with Python code of its own is not changed",
+                        "leave base.structure out, or set trust_remote_code: false")
+    with _explained(config, found):
+        return restructured(found, config.name, fingerprint(found), config.structure)
 
 
 def _packaged(alias: str, where: Packaged) -> Path:
@@ -272,7 +282,7 @@ def _explained(config: BaseConfig, path: Path) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except BaseError:
+    except LuthierError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "trust_remote_code" in str(error):

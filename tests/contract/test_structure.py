@@ -1,0 +1,242 @@
+"""A base with a changed structure is a base: what it says is known exactly, runs on it reopen, others load it."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from luthier import build
+from luthier.core.errors import BaseError, RecipeError
+from luthier.export import export
+from luthier.families import BaseConfig, folder
+from luthier.families.structure import StructureConfig, change
+from luthier.train import train
+from tiny import save_tiny, tiny, tiny_tokenizer
+
+DECODERS = ("llama", "qwen2", "gpt2", "mistral", "gemma2", "gemma3")
+LAYERS = {"gemma3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}}
+IDS = torch.randint(0, 250, (2, 19), generator=torch.Generator().manual_seed(0))
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in ("a crane lifts", "the crane stands", "a <crane> lifts"))
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
+
+
+@torch.no_grad()
+def said(model: Any, ids: Tensor = IDS) -> Tensor:
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+def deep(kind: str) -> dict[str, Any]:
+    """The settings of a tiny model of three blocks."""
+    return {"num_hidden_layers": 3, **LAYERS.get(kind, {})}
+
+
+def changed(kind: str, **settings: Any) -> tuple[Any, Any, Any]:
+    """The base, the changed base, and its tokenizer."""
+    base, tokenizer = tiny(kind, **deep(kind)), tiny_tokenizer()
+    found = deepcopy(base)
+    change(found, tokenizer, StructureConfig(**settings))
+    return base, found, tokenizer
+
+
+def reopened(path: Path, **structure: Any) -> tuple[Any, Any]:
+    """The changed base of a folder, as Transformers alone loads it, and its tokenizer."""
+    found = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    return AutoModelForCausalLM.from_pretrained(found, dtype="auto").eval(), AutoTokenizer.from_pretrained(found)
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_added_blocks_start_as_the_identity_and_learn(kind: str) -> None:
+    base, found, _ = changed(kind, add_blocks=(0, 2))
+    assert found.config.num_hidden_layers == 5
+    assert torch.equal(said(found), said(base))
+    found(input_ids=IDS, labels=IDS).loss.backward()
+    block: Any = build.CausalLM(found, tiny_tokenizer()).anatomy.blocks[1]
+    gradients = {role: [p.grad for n, p in block.module.named_parameters() if n.rpartition(".")[0].endswith(role)]
+                 for role in ("o_proj", "down_proj", "c_proj")}
+    last = [g for found in gradients.values() for g in found]
+    assert last
+    assert all(g is not None and g.abs().max() > 0 for g in last)
+    with torch.no_grad():
+        block.mlp_out.weight.add_(0.01)
+    assert not torch.equal(said(found), said(base))
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, "mixtral"])
+def test_dropped_blocks_are_stepped_over(kind: str) -> None:
+    """The oracle: the base, its dropped block made to hand on what comes in."""
+    base, found, _ = changed(kind, drop_blocks=(1,))
+    handed = base.model.layers if kind != "gpt2" else base.transformer.h
+    whole = said(base)
+    handed[1].register_forward_hook(lambda module, args, kwargs, out: args[0] if args else kwargs["hidden_states"],
+                                    with_kwargs=True)
+    assert found.config.num_hidden_layers == 2
+    assert torch.equal(said(found), said(base))
+    assert not torch.allclose(said(found), whole)
+
+
+def test_blocks_keep_what_the_config_says_of_each() -> None:
+    types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    base: Any = tiny("gemma2", num_hidden_layers=4, layer_types=types)
+    change(base, tiny_tokenizer(), StructureConfig(drop_blocks=(0,), add_blocks=(1, 2)))
+    assert base.config.layer_types == [types[i] for i in (1, 1, 2, 2, 3)]
+    assert [block.self_attn.layer_idx for block in base.model.layers] == [0, 1, 2, 3, 4]
+
+
+def test_order_of_blocks() -> None:
+    spread = StructureConfig(add_blocks=2).order(6)
+    assert [block for block, copy in spread if copy] == [2, 5]
+    assert StructureConfig(add_blocks=(1,), drop_blocks=(0,)).order(3) == [(1, False), (1, True), (2, False)]
+    assert StructureConfig(add_blocks=3, drop_blocks=(0,)).order(4) == [(i, copy) for i in (1, 2, 3)
+                                                                         for copy in (False, True)]
+
+
+# ---------------------------------------------------------------- words
+
+
+@pytest.mark.parametrize(("kind", "size"), [("llama", 264), ("qwen2", 264), ("gpt2", 264), ("llama", 259)])
+def test_new_words_start_from_their_description(kind: str, size: int) -> None:
+    """With rows to spare (264 for 259 tokens) and without."""
+    tokenizer = tiny_tokenizer()
+    base: Any = tiny(kind, vocab_size=size)
+    old = deepcopy(base)
+    change(base, tokenizer, StructureConfig(new_tokens={"<crane>": "a bird", "<lift>": "up"}))
+    assert tokenizer("x<crane><lift>")["input_ids"] == [ord("x"), 259, 260]
+    assert tokenizer.decode([259]) == "<crane>"
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        rows, before = (getattr(model, get)().weight for model in (base, old))
+        for place, words in ((259, "a bird"), (260, "up")):
+            assert torch.equal(rows[place], before[list(words.encode())].mean(0))
+        assert torch.equal(rows[:259], before[:259])
+    assert rows.shape[0] == base.config.vocab_size == max(size, 261)
+    assert torch.equal(said(base)[..., :259], said(old)[..., :259])
+    tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
+    assert tied == (old.get_input_embeddings().weight is old.get_output_embeddings().weight) == (kind != "llama")
+
+
+# ---------------------------------------------------------------- folders and runs
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma3"])
+def test_transformers_loads_the_changed_base(kind: str, tmp_path: Path) -> None:
+    structure: dict[str, Any] = {"new_tokens": {"<crane>": "a bird"}, "add_blocks": (2,), "drop_blocks": (0,)}
+    path = save_tiny(tmp_path / "base", kind, **deep(kind))
+    _, wanted, _ = changed(kind, **structure)
+    model, tokenizer = reopened(path, **structure)
+    assert torch.equal(said(model), said(wanted))
+    assert tokenizer("<crane>")["input_ids"] == [259]
+    plain = [model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=cached).tolist()
+             for cached in (True, False)]
+    assert plain[0] == plain[1]
+    made = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    before = (made / "model.safetensors").stat().st_mtime_ns
+    assert folder(BaseConfig(name=str(path), structure=StructureConfig(**structure))) == made
+    assert (made / "model.safetensors").stat().st_mtime_ns == before
+    assert folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1))) != made
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(LINES)
+    path = save_tiny(tmp_path / "base", "llama")
+    settings: dict[str, Any] = {"base.name": str(path), "base.dtype": "float64", "data": str(tmp_path / "rows.jsonl"),
+                "objective": "pretrain", "run": str(tmp_path / "run"), "training.steps": 3, "training.batch_size": 2,
+                "method": method, "optimizer.learning_rate": 0.01,
+                "base.structure": {"new_tokens": {"<crane>": "a bird"}, "add_blocks": 1, "drop_blocks": [0]}}
+    run = train(None, quiet=True, **settings)
+    (tmp_path / "cache").rename(tmp_path / "lost")  # a run needs its recipe and the base, and nothing of the cache
+    made, base, attached = build.open_run(run)
+    assert base.anatomy.sizes["layers"] == 2
+    assert made.base.structure is not None
+    tuned = said(base.anatomy.model)
+    bare = said(reopened(path, **made.base.structure.model_dump())[0])
+    assert not torch.allclose(tuned, bare, atol=1e-4)
+    if method == "lora":
+        from peft import PeftModel
+        assert attached is not None
+        with attached.disabled():
+            assert torch.equal(said(base.anatomy.model), bare)
+        named = json.loads((run.path / "adapter_config.json").read_text())["base_model_name_or_path"]
+        peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named, dtype="auto"), run.path).eval()
+        assert torch.allclose(said(peft), tuned, atol=1e-12)
+    merged = AutoModelForCausalLM.from_pretrained(export(run, "merged"), dtype="auto").eval()
+    assert torch.allclose(said(merged), tuned, atol=1e-12)
+    assert train(None, quiet=True, resume=True, **settings).path == run.path
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(("structure", "words"), [
+    ({}, "nothing is changed"), ({"add_blocks": -1}, "above 0"), ({"drop_blocks": (1, 1)}, "once"),
+    ({"add_blocks": (1,), "drop_blocks": (1,)}, "both copied and left out"),
+])
+def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        build.recipe({"data": "-", "base": {"structure": structure}})
+
+
+@pytest.mark.parametrize(("structure", "words"), [
+    ({"drop_blocks": (3,)}, "0 to 2"), ({"drop_blocks": (0, 1, 2)}, "no block would be left"),
+    ({"add_blocks": 4}, "3 at most"), ({"new_tokens": {"a": "b"}}, "already"), ({"new_tokens": {" ": "b"}}, "empty"),
+    ({"new_tokens": {"<x>": ""}}, "no tokens"),
+])
+def test_faults_that_the_base_shows(structure: dict[str, Any], words: str, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base", "llama", num_hidden_layers=3)
+    with pytest.raises(RecipeError, match=words):
+        folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    assert not list((tmp_path / "cache").glob("[!.]*"))
+
+
+@pytest.mark.parametrize(("kind", "words"), [("mixtral", "no linear map that ends"), ("bert", "no plain causal")])
+def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> None:
+    path = save_tiny(tmp_path / "base", kind)
+    with pytest.raises(BaseError, match=words):
+        folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1)))
+
+
+@pytest.mark.parametrize(("method", "words"), [({"name": "lora", "dora": True}, "divides by"), ("ia3", "stays zero"),
+                                               ({"name": "lora", "init": "pissa"}, "largest directions")])
+def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> None:
+    family = build.CausalLM(tiny("llama"), tiny_tokenizer())
+    structure = {"structure": {"add_blocks": 1}}
+    with pytest.raises(RecipeError, match=words):
+        build.check(build.recipe({"data": "-", "base": structure, "method": ["bitfit", method]}), family)
+    build.check(build.recipe({"data": "-", "method": method}), family)
+    build.check(build.recipe({"data": "-", "base": structure, "method": "lora"}), family)
+
+
+def test_words_that_do_not_train_are_told() -> None:
+    words = {"structure": {"new_tokens": {"<crane>": "a bird"}}}
+    assert any("new_tokens" in line for line in build.idle(build.recipe({"data": "-", "base": words})))
+    assert not build.idle(build.recipe({"data": "-", "base": words, "method": "full"}))
+
+
+def test_added_blocks_share_the_config() -> None:
+    """What is set of the whole model, such as how it attends, reaches them."""
+    _, found, _ = changed("llama", add_blocks=1)
+    assert {id(m.config) for m in found.modules() if isinstance(getattr(m, "config", None), type(found.config))} == {
+        id(found.config)}
+
+
+def test_a_block_that_is_not_silent_is_refused() -> None:
+    """A block that adds something of its own after its last map (here by a hook that the copy has too)."""
+    model: Any = tiny("llama")
+    for block in model.model.layers:
+        block.register_forward_hook(lambda module, args, out: out + 1.0)
+    with pytest.raises(BaseError, match="do not become the identity"):
+        change(model, tiny_tokenizer(), StructureConfig(add_blocks=1))
