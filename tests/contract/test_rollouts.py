@@ -261,6 +261,15 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
     return load_file(run.path / "adapter_model.safetensors"), lines, (run.path / "samples.jsonl").read_text()
 
 
+@pytest.mark.parametrize("method", ["bitfit", "ln", "prefix", ["bitfit", {"name": "lora", "rank": 2}]], ids=str)
+def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None:
+    made = recipe(home, "ppo", kl_weight=0.1) | {"method": method}
+    made["training"] |= {"steps": 2, "keep": 1}
+    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    assert all("kl" in line for line in run.metrics if "reward" in line)
+    assert build.open_run(run)[2] is not None  # what was saved is the policy alone, and fits
+
+
 @pytest.mark.parametrize(("name", "settings"), [
     ("ppo", {"epochs": 2, "minibatches": 2, "kl_target": 0.5}), ("grpo", {"epochs": 2, "kl_weight": 0.1}), ("grpo", {})])
 def test_a_resumed_run_ends_with_the_same_bits(home: Path, tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
