@@ -76,7 +76,9 @@ def ports_of(anatomy: Anatomy) -> Ports:
 
 
 def word_ids(anatomy: Anatomy, config: Words, seed: int) -> list[int]:
-    """N token ids to start from: those of the text, or frequent words drawn without repetition while they last."""
+    """N token ids to start from: those of the text, or frequent words drawn without repetition while they last.
+    Raises as `ports_of` does."""
+    ports_of(anatomy)  # a base without a place for them may have no words either
     n, tokenizer = config.tokens, anatomy.tokenizer
     if config.text is not None:
         ids = list(tokenizer(config.text, add_special_tokens=False)["input_ids"])
