@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from luthier.core.errors import BaseError
 from luthier.core.types import Forest
 
 NAME = "luthier"
+TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
 Pair = tuple[Tensor, Tensor]  # keys and values
 Virtual = Callable[[nn.Module, Tensor, Tensor], Pair | None]  # what stands before keys and values: `virtual.py`
 
@@ -36,10 +38,14 @@ Virtual = Callable[[nn.Module, Tensor, Tensor], Pair | None]  # what stands befo
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
               sliding_window: int | None = None, softcap: float | None = None, virtual: Virtual | None = None,
-              **_: Any) -> tuple[Tensor, None]:
-    """What Transformers' attention modules call in place of their own."""
+              is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
+    """What Transformers' attention modules call in place of their own. Raises `BaseError` for a term of the scores that
+    is not computed here, which would otherwise be left out in silence."""
+    if unknown := [name for name in TERMS if rest.get(name) is not None]:
+        raise BaseError(f"the attention of {type(module).__name__} has a term of its own ({unknown[0]}), which is not "
+                        "computed here", "choose a base without it")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    causal = bool(getattr(module, "is_causal", True))
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     before = None if virtual is None else virtual(module, key, value)
     if forest is None:
         causal = causal and attention_mask is None and query.shape[2] > 1
