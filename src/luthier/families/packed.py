@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
+from luthier.core.errors import LuthierError
 from luthier.core.protocols import Attached, Head, Router
 from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.families import forest as _forest
@@ -175,6 +176,8 @@ class Packed(Loaded):
                         torch.tensor([0, 1, 2, 0, 1, 2], device=device), Forest((3, 3), (-1, -1)))
         try:
             packed, padded = self._packed(inputs).float(), self._padded(inputs).float()
+        except LuthierError:
+            raise
         except (RuntimeError, TypeError, ValueError, AttributeError):  # the model took the mask, not the forest
             return "padded"
         finally:
