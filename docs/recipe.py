@@ -18,6 +18,7 @@ from luthier.build import Recipe
 from luthier.core.config import Config
 from luthier.data import DataConfig, PictureAugment, Source, WordsAugment
 from luthier.families import BaseConfig
+from luthier.families.structure import StructureConfig
 from luthier.measure import EvaluateConfig
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
@@ -27,7 +28,7 @@ from luthier.runtime.optim import OptimizerConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 SECTIONS: dict[str, type[Config]] = {
-    "Top level": Recipe, "`base`": BaseConfig,
+    "Top level": Recipe, "`base`": BaseConfig, "`base.structure`": StructureConfig,
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
     "`objective.reward` of ppo and grpo": WorthConfig, "`data`": DataConfig, "a source of `data`": Source,

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LuthierError", "Recipe", "Run", "__version__", "evaluate", "export", "open_bank", "train"]
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "evaluate", "export", "features", "open_bank", "train"]
 
 if TYPE_CHECKING:
     from luthier.bank import open_bank
@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from luthier.core.errors import LuthierError
     from luthier.evaluate import evaluate
     from luthier.export import export
+    from luthier.features import features
     from luthier.runtime.run import Run
     from luthier.train import train
 
 _HOMES = {"Recipe": "luthier.build", "LuthierError": "luthier.core.errors", "Run": "luthier.runtime.run",
           "train": "luthier.train", "evaluate": "luthier.evaluate", "export": "luthier.export",
-          "open_bank": "luthier.bank"}
+          "features": "luthier.features", "open_bank": "luthier.bank"}
 
 
 def __getattr__(name: str) -> Any:

@@ -215,6 +215,23 @@ def _export(options: argparse.Namespace) -> int:
     return screen.table({"folder" if written.is_dir() else "file": str(written)}, options.json)
 
 
+def _features(options: argparse.Namespace) -> int:
+    from luthier.features import features, probe
+    base, out = _only(options, "base or run"), Path(options.out) if options.out else None
+    if options.probe != (options.test is not None):
+        raise RecipeError("a probe is measured on rows that it has not seen, so --probe and --test belong together",
+                          "luthier features BASE --data FILE --probe --test FILE")
+    if not (out or options.probe):
+        raise RecipeError("the features would go nowhere", "name a file with --out, or ask for --probe")
+    states, labels = features(base, options.data, out=out, quiet=options.quiet, **options.settings)
+    shown: dict[str, Any] = {"file": str(out)} if out else {}
+    shown |= {"rows": len(states), "size": states.shape[1]}
+    if options.probe:
+        test = out and out.with_name(f"{out.stem}-test{out.suffix}")
+        shown |= probe(states, labels, *features(base, options.test, out=test, quiet=options.quiet, **options.settings))
+    return screen.table(shown, options.json)
+
+
 def _inspect(options: argparse.Namespace) -> int:
     from luthier.inspect import inspect
     return screen.inspected(inspect(options.run, quiet=options.quiet), options.json)
@@ -304,6 +321,12 @@ COMMANDS: dict[str, Command] = {
                 help="a whole model, or PEFT's adapter files; for llama.cpp the one or the other as a file"),
         _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
         _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"), JSON)),
+    "features": Command("keep a frozen base's state of every row in a file, for a model on top", _features, (
+        _option("words", nargs="*", metavar="BASE | RUN | key=value", help="a base or a run, and settings"),
+        _option("--data", metavar="FILE", required=True, help="texts or pictures, with a label each"),
+        _option("--out", metavar="FILE", help="a .safetensors file; one that is there already is not computed again"),
+        _option("--probe", action="store_true", help="fit a linear classifier on them (scikit-learn)"),
+        _option("--test", metavar="FILE", help="rows to measure the probe on"), QUIET, JSON)),
     "inspect": Command("show what a run learned: virtual tokens as words, LoRA's changes by size and rank", _inspect, (
         _option("run", metavar="RUN", help="a run folder, or an adapter of PEFT"), QUIET, JSON)),
     "compare": Command("train one recipe with many methods and set what they gave and cost side by side", _compare, (

@@ -24,10 +24,10 @@ from luthier.build.objects import (
 )
 from luthier.build.recipe import Recipe, changed, dump, idle, method_name, provenance, recipe, recorded, version
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
-from luthier.build.runs import open_run, save_tuned
+from luthier.build.runs import open_run, save_tuned, save_whole
 from luthier.build.starts import banked, beside, same_base
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, CausalLM, cache, resolve
+from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, resolve
 from luthier.methods import METHODS
 from luthier.methods.bank import Bank
 from luthier.methods.readable import Reading, describe
@@ -36,7 +36,8 @@ from luthier.runtime.run import Run
 
 __all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts",
            "Run", "attach", "banked", "begin", "beside", "cache", "changed", "chat_prompt", "check",
-           "combined", "datasets", "describe", "dump", "family", "feed", "fitted", "gguf_adapter", "gguf_model",
+           "combined", "datasets", "describe", "dump", "family", "feed", "fingerprint", "fitted", "folder",
+           "gguf_adapter", "gguf_model",
            "held_out", "idle", "judged", "method_name", "micro_tokens", "open_run", "provenance", "questions", "recipe",
-           "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "standing", "tokenizer",
+           "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "standing", "tokenizer",
            "version", "with_heads"]
