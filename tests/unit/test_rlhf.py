@@ -72,7 +72,7 @@ def test_evaluate_says_what_the_policy_earns(home: Path) -> None:
     assert found["reward"] == pytest.approx(report["policies"]["tuned"]["reward"], rel=1e-4)
 
 
-@pytest.mark.parametrize(("stage", "at"), [("1-sft", 2), ("2-reward", 1), ("3-ppo", 2)])
+@pytest.mark.parametrize(("stage", "at"), [("2-reward", 1), ("3-ppo", 2)])
 def test_it_goes_on_where_it_was_interrupted(home: Path, tmp_path: Path, stage: str, at: int) -> None:
     folder = home / f"killed-{stage}-{at}"
     made = recipe(home)

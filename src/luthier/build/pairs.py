@@ -11,6 +11,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
 from luthier.families import CausalLM
 from luthier.families.heads import LOG_PROBS
+from luthier.methods.several import parts_of
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 
@@ -27,7 +28,8 @@ def fitting(made: Recipe, base: Family) -> None:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
-    if "reference_logps" in needs and made.start is None and not made.method.model_dump().get("keep_base", True):
+    kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
+    if "reference_logps" in needs and made.start is None and not kept:
         raise RecipeError(f"method {made.method.name!r} changes the base's own weights, and objective {name!r} "
                           "compares it with the base as it was",
                           "set method.keep_base: true, which costs one copy of the weights; or train an adapter "
