@@ -157,7 +157,8 @@ class Layer:
             x = F.dropout(x, self.p, self.site.module.training)
         a, b = self.factors()
         low = F.linear(x, a.to(x.dtype))
-        moved = _add_product(y, low, b.to(x.dtype), self.scale)
+        # Mixed precision turns products to sixteen bits by itself, but nothing that is written where it stands.
+        moved = _add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)
         if self.m is None or self.length is None:
             return moved
         # The bias stands outside of the weight's length.
