@@ -23,7 +23,7 @@ ROLES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
     "query": "q", "key": "k", "value": "v", "attention.output.dense": "o",
     "qkv_proj": "qkv", "query_key_value": "qkv_mixed", "attn.c_attn": "qkv", "attn.c_proj": "o",
-    "self_attention.dense": "o", "attention.dense": "o", "Wqkv": "qkv", "attn.Wo": "o",
+    "self_attention.dense": "o", "attention.dense": "o", "self_attn.dense": "o", "Wqkv": "qkv", "attn.Wo": "o",
     "q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o", "ffn.lin1": "up", "ffn.lin2": "down",
     "query_proj": "q", "key_proj": "k", "value_proj": "v", "attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.o": "o",
     "ffn": "up", "ffn_output": "down", "mlp.Wi": "gate_up", "mlp.Wo": "down",
@@ -88,11 +88,12 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
     attention = _home(layer) or next((children[key] for key in ATTENTION if key in children), layer)
     mlp = next((children[key] for key in MLP if key in children), layer)
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
-    outs = {role: module for path, module in layer.named_modules() for role in ("o", "down")
+    maps = {role: module for path, module in layer.named_modules() for role in ("o", "up", "down")
             if isinstance(module, (nn.Linear, Conv1D)) and role_of(f"{name}.{path}") == role}
     single = sum(role_of(path) == "down" for path, _ in layer.named_modules()) == 1
-    return Block(index, name, layer, attention, mlp, norms, attention_out=outs.get("o", attention), mlp_in=mlp,
-                 mlp_out=outs.get("down", mlp) if single else mlp)
+    alone = single and mlp is layer  # OPT's two maps stand in the layer, whose own input is not theirs
+    return Block(index, name, layer, attention, mlp, norms, attention_out=maps.get("o", attention),
+                 mlp_in=maps.get("up", mlp) if alone else mlp, mlp_out=maps.get("down", mlp) if single else mlp)
 
 
 def _home(layer: nn.Module) -> nn.Module | None:
