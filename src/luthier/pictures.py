@@ -14,6 +14,14 @@ from typing import Any
 Bin = tuple[float, float, float]  # mean confidence, share that was right, how many
 
 
+def draw(numbers: Mapping[str, float], labels: Sequence[str], folder: Path) -> None:
+    """Write `confusion.png` and `calibration.png` into a folder, as far as the numbers of a measure hold them."""
+    if any(name.startswith("confusion_") for name in numbers):
+        confusion_picture(confusion_of(numbers, len(labels)), labels, folder / "confusion.png")
+    if bins := calibration_of(numbers):
+        calibration_picture(bins, folder / "calibration.png")
+
+
 def confusion_of(numbers: Mapping[str, float], classes: int) -> list[list[float]]:
     """[classes][classes] how often the class of the row was taken for that of the column."""
     return [[numbers.get(f"confusion_{i}_{j}", 0.0) for j in range(classes)] for i in range(classes)]

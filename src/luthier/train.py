@@ -15,6 +15,7 @@ from luthier.core.errors import RunError
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded
 from luthier.measure import Question, Scored, score, with_perplexity
+from luthier.pictures import draw
 from luthier.runtime import checkpoint, ranks
 from luthier.runtime.disk import explained
 from luthier.runtime.loop import Job, Rolling, Summary, fit, total_steps
@@ -216,6 +217,7 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list
     if test:
         results["test"] = measured = _measured(made, base, test, job.reference or nullcontext, job.rolling)
         results |= _headline("after", measured) | {"examples": len(test)}
+        draw(measured, made.objective.classes or (), run.path)
     if asked:
         after = _score("the tuned model answers", base, asked, made, quiet)
         results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "examples": len(asked)}
