@@ -84,7 +84,7 @@ def _folder(out: Path, to: str, made: build.Recipe, base: Family, attached: Atta
     if to == "adapter" and attached is not None:
         build.save_tuned(Run(out), made, base, attached)
     else:
-        base.save(out)
+        build.save_whole(Run(out), made, base)
 
 
 def merge(base: Family, attached: Attached) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from luthier.build.objects import attach, family, with_heads
-from luthier.build.recipe import Recipe, recorded
+from luthier.build.recipe import Recipe, dump, recorded
 from luthier.core.errors import RunError
 from luthier.core.protocols import TRAINING, Attached, Family, Objective
 from luthier.data import DataConfig
@@ -75,13 +76,13 @@ def adapter_weights(run: Run) -> dict[str, torch.Tensor]:
 
 
 def save_whole(run: Run, made: Recipe, base: Family) -> None:
-    """Write the model as it now is, and the objective's heads beside it, which a folder of Transformers has no place for;
-    the recipe says what they are for."""
+    """Write the model as it now is, and the objective's heads beside it, which a folder of Transformers has no place
+    for; the recipe says what they are for."""
     base.save(run.path)
     if kept_heads(made.objective) and (heads := base.heads.state()):
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
         if not run.recipe:
-            run.write("recipe.yaml", dump(made))
+            run.write("recipe.yaml", yaml.safe_dump(dump(made), sort_keys=False, allow_unicode=True))
 
 
 def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None:
