@@ -116,5 +116,8 @@ class Optimizer:
             raise RunError(f"the checkpoint's optimiser holds a parameter that does not train here: {min(unknown)!r}",
                            "resume with the recipe that the run was started with")
         for name, found in moments.items():
-            self.adam.state[self.parameters[name]] = {
-                k: v.clone() if k == "step" else v.to(self.parameters[name].device).clone() for k, v in found.items()}
+            parameter = self.parameters[name]
+            # In the parameter's own layout: the fused kernel goes through both as they lie in memory.
+            self.adam.state[parameter] = {
+                k: v.clone() if k == "step" else torch.empty_like(parameter, dtype=v.dtype).copy_(v)
+                for k, v in found.items()}
