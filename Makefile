@@ -9,7 +9,7 @@ demo: $(STAMP)  ## tune the embedded model and show that it got better
 	$(BIN)/luthier demo
 
 test: $(STAMP)  ## the whole suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -88,23 +88,35 @@ def _row(method: str, run: Run, general: str | None, quiet: bool) -> dict[str, A
                           "set data.test, and evaluate.metrics for scores of answers")
     forgotten = evaluate(run, data=general, quiet=quiet, **NO_ANSWERS)["perplexity"] if general else None
     return {"method": method, "before": results.get("before"), "metric": results["metric"], "general": forgotten,
+            "perplexity": (results.get("test") or {}).get("perplexity"),
+            "perplexity_before": (results.get("test_before") or {}).get("perplexity"),
             "rate": max((line.get("learning_rate", 0.0) for line in run.metrics), default=0.0),
             **{name: results[name] for name in COLUMNS if name in results}}
 
 
 def table(told: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table."""
-    general = told.get("general_before")
-    lines = [f"| method | {told['metric']} | {'other text, perplexity | ' if general else ''}trains | seconds "
-             "| peak GB | file MB | rate |", "|---|" + "---|" * (7 if general else 6)]
+    general, rows = told.get("general_before"), told["methods"]
+    first = next((row for row in rows if row["perplexity_before"] is not None), None)
+    titles = ["method", str(told["metric"]), *(["perplexity"] if first and told["metric"] != "perplexity" else []),
+              *(["other text, perplexity"] if general else []), "trains", "seconds", "peak GB", "file MB", "rate"]
+    cells = []
     if told["base"] is not None:
-        lines.append(f"| base | {told['base']:.3g} | {f'{general:.3g} | ' if general else ''}| | | | |")
-    for row in told["methods"]:
-        other = f"{row['general']:.3g} | " if general else ""
-        lines.append(f"| {row['method']} | {row['after']:.3g} | {other}{row['trainable_share']:.3%} "
-                     f"| {row['train_seconds']:.0f} | {row['peak_memory_gb']:.2f} | {row['file_bytes'] / 1e6:.2f} "
-                     f"| {row['rate']:.1g} |")
-    return "\n".join(lines) + "\n"
+        cells.append({"method": "base", told["metric"]: f"{told['base']:.3g}",
+                      "perplexity": _short(first and first["perplexity_before"]),
+                      "other text, perplexity": _short(general)})
+    for row in rows:
+        cells.append({"method": row["method"], told["metric"]: f"{row['after']:.3g}",
+                      "perplexity": _short(row["perplexity"]), "other text, perplexity": _short(row["general"]),
+                      "trains": f"{row['trainable_share']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
+                      "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",
+                      "rate": f"{row['rate']:.1g}"})
+    lines = [titles, ["---"] * len(titles), *([cell.get(title, "") for title in titles] for cell in cells)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}"
 
 
 def _picture(told: Mapping[str, Any], path: Path) -> None:
