@@ -21,7 +21,11 @@ EXTRAS = {  # extra -> what it brings; a test holds it against pyproject.toml
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
+    "peft": ("peft",),
     "vision": ("pillow",),
+    "quant": ("bitsandbytes",),
+    "features": ("scikit-learn",),
+    "llama": ("llama-cpp-python",),
     "bench": ("trl", "peft"),
 }
 ALLOCATOR = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD", "PYTORCH_ALLOC_CONF",

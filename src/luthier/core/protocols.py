@@ -58,7 +58,7 @@ class Site:
         role: q, k, v, qkv, o, gate, up, down, or other.
         block: index of the block that it stands in.
         transposed: whether `weight` is [in, out] (Conv1D) instead of [out, in].
-        expand: for a map that is kept in few bits, the [out, in] weight that it stands for; nothing can be written to it.
+        expand: for a map kept in few bits, the [out, in] weight that it stands for; nothing can be written to it.
     """
 
     name: str
@@ -235,7 +235,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer: which prompt, its token ids without the stop token, whether it ended by itself, and on which token."""
+    """One answer: which prompt, its token ids without the stop token, whether it ended by itself, and on which one."""
 
     index: int
     tokens: tuple[int, ...]
