@@ -53,6 +53,11 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     reference = attached.disabled if attached else nullcontext
     if attached and "reference_logps" in made.objective.needs:
         reference = build.beside(made, family, attached)
+    elif "reference_logps" in made.objective.needs and not made.objective.rolls and recorded.base.name != str(run.path):
+        raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
+                          f"{str(run.path)!r} holds a whole model, trained over it",
+                          "read what was measured while both were there (results.json: test), or measure by an "
+                          "objective without a reference: objective=orpo")
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
         batches = build.rows.eval_batches(encoded, build.micro_tokens(made, family))
