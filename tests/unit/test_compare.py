@@ -51,6 +51,12 @@ def test_methods_beside_one_another(recipe: str) -> None:
     assert again["methods"][0]["after"] == lora["after"]
 
 
+def test_other_text_for_an_objective_that_reads_none_is_told_before_any_work(recipe: str) -> None:
+    with pytest.raises(RecipeError, match="reads no texts"):
+        compare(recipe, ["lora"], general="text.jsonl", quiet=True, objective="dpo")
+    assert not list(Path("runs").glob("compare-*/lora"))
+
+
 def test_an_unknown_method_is_told_before_any_work(recipe: str) -> None:
     with pytest.raises(RecipeError, match="'lorra'"):
         compare(recipe, ["lora", "lorra"], quiet=True)

@@ -179,7 +179,7 @@ def dump(made: Recipe) -> dict[str, Any]:
 
 
 def idle(made: Recipe) -> list[str]:
-    """Settings that were given and have no effect, each with the reason."""
+    """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
     training, found = made.training, []
     evaluates = made.data.eval is not None
     if training.patience and not evaluates:
@@ -194,6 +194,9 @@ def idle(made: Recipe) -> list[str]:
     if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in parts_of(made.method)}:
         found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
+    if made.objective.rolls and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
+        found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it, so "
+                     "the first step of a round is already off its policy")
     if made.data.train_on != "assistant" and made.objective.name == "pretrain":
         found.append("data.train_on has no effect on documents (objective pretrain)")
     return found
