@@ -6,10 +6,11 @@ Lester et al. 2021 (arXiv:2104.08691), section 2. The p start as the embeddings 
 start lies where no word ever was, and what the layers make of such a place hardly depends on it, so that it learns late
 or not at all.
 
-Learning rate 0.05, in units of the embeddings: `rate` is the root mean square of the base's embeddings, since Adam
-moves every entry by about the rate at each step, whatever the gradient's size. A base whose embeddings are of size 0.1
-thus learns at 0.005, one of size 2 at 0.1, and both go the same way relative to their words: a twentieth of a word's
-size a step, for prompts must go far (the paper's 0.3, with Adafactor, is of the same kind) and nothing else helps them.
+Learning rate 0.3, in units of the embeddings: `rate` is the root mean square of the base's embeddings, since Adam moves
+every entry by about the rate at each step, whatever the gradient's size. A base whose embeddings are of size 0.1 thus
+learns at 0.03, one of size 2 at 0.6, and both go the same way relative to their words. So much more than weights want,
+because a prompt must leave the words behind, and nothing but itself helps it: on the demo's rows 40 steps at 0.05, 0.15
+and 0.3 brought the held-out loss to 1.45, 0.94 and 0.76. The paper's rate is 0.3 too, with Adafactor.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Words(Config):
 class PromptConfig(Words):
     """Settings of prompt tuning."""
 
-    default_rate: ClassVar[float] = 0.05
+    default_rate: ClassVar[float] = 0.3
 
     name: Literal["prompt"] = "prompt"
 

