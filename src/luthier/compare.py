@@ -46,8 +46,8 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
             raise RecipeError(f"there is no method {name!r}: {nearest(name, build.METHODS)}", "name methods, or all")
     made = build.recipe(recipe, settings)
     if general and "TextExample" not in made.objective.reads:
-        raise RecipeError(f"--general {general!r}: the objective {made.objective.name!r} reads no texts, so it cannot say "
-                          "what was forgotten of other text", "leave --general out")
+        raise RecipeError(f"--general {general!r}: the objective {made.objective.name!r} reads no texts, so what was "
+                          "forgotten of other text cannot be said", "leave --general out")
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []

@@ -195,7 +195,7 @@ def idle(made: Recipe) -> list[str]:
         found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
     if made.objective.rolls and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
-        found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it, so "
+        found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
                      "the first step of a round is already off its policy")
     if made.data.train_on != "assistant" and made.objective.name == "pretrain":
         found.append("data.train_on has no effect on documents (objective pretrain)")
