@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from luthier import build
+from luthier.build import runs, starts
 from luthier.cli import main
 from luthier.runtime import checkpoint, loop, run, track
 from luthier.runtime.run import Run
@@ -269,9 +269,9 @@ def contents(folder: Path) -> Mapping[str, bytes]:
 def test_a_rate_that_breaks_the_loss(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch is named, and the weights stay as the last good step left them."""
     kept: list[dict[str, torch.Tensor]] = []
-    attach, step = build.attach, loop.step
+    attach, step = starts.attach, loop.step
     attached: list[Any] = []
-    monkeypatch.setattr(build, "attach", lambda *given: attached.append(attach(*given)) or attached[-1])
+    monkeypatch.setattr(starts, "attach", lambda *given: attached.append(attach(*given)) or attached[-1])
 
     def noted(*given: Any) -> Any:
         kept.append({name: tensor.clone() for name, tensor in attached[0].state().items()})
@@ -332,7 +332,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monke
         elif place == "adapter":
             def broken(*_: Any, **__: Any) -> None:
                 raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-            patch.setattr(build, "save_file", broken)
+            patch.setattr(runs, "save_file", broken)
         elif place == "picture":
             patch.setattr("matplotlib.figure.Figure.savefig", picture_fails())
         else:
