@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 
+from luthier import build
 from luthier.build import runs, starts
 from luthier.cli import main
 from luthier.runtime import checkpoint, loop, run, track
