@@ -111,7 +111,7 @@ def _data(made: Recipe, base: Family) -> DataConfig:
 def micro_tokens(made: Recipe, base: Family) -> int:
     """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
     A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
-    tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 384)
+    tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
     return max(1, tokens // base.anatomy.sizes.get("unit", 1))
 
 

@@ -38,7 +38,7 @@ class TrainingConfig(Config):
     steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
     batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
     micro_tokens: int | None = Field(None, ge=1, description="most tokens in memory at once; never changes the result. "
-                                     "Left out: 384 on a CPU, 8192 on a GPU")
+                                     "Left out: 320 on a CPU, 8192 on a GPU")
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast")
     gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
                                          "memory; if not, only in rows that are longer than micro_tokens")
