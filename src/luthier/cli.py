@@ -209,6 +209,11 @@ def _rlhf(options: argparse.Namespace) -> int:
     return screen.table({"folder": str(folder.path), **(report if options.json else shown)}, options.json)
 
 
+def _merge(options: argparse.Namespace) -> int:
+    from luthier.export import export
+    return screen.table({"folder": str(export(options.run, "merged", options.out))}, options.json)
+
+
 def _export(options: argparse.Namespace) -> int:
     from luthier.export import export
     written = export(options.run, options.to, options.out, options.dtype)
@@ -321,6 +326,9 @@ COMMANDS: dict[str, Command] = {
                 help="a whole model, or PEFT's adapter files; for llama.cpp the one or the other as a file"),
         _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
         _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"), JSON)),
+    "merge": Command("fold what was trained into the base and write the model: export --to merged", _merge, (
+        _option("run", metavar="RUN", help="a run folder"),
+        _option("--out", metavar="DIR", help="the folder to write; left out: `merged` inside the run's"), JSON)),
     "features": Command("keep a frozen base's state of every row in a file, for a model on top", _features, (
         _option("words", nargs="*", metavar="BASE | RUN | key=value", help="a base or a run, and settings"),
         _option("--data", metavar="FILE", required=True, help="texts or pictures, with a label each"),
