@@ -44,6 +44,9 @@ def quantize(model: Any, bits: Bits) -> None:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head:
                 setattr(parent, name, _nf4(child) if bits == "nf4" else _int8(child))
+    for parameter in model.parameters():  # what is left moves out of the mapped file, so that the rest of it can go
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.clone()
 
 
 def _nf4(linear: nn.Linear) -> nn.Module:
