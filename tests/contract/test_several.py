@@ -108,7 +108,7 @@ def test_every_part_trains_at_its_own_default() -> None:
     assert method.default_rate == METHODS["bitfit"].default_rate  # type: ignore[attr-defined]
     found = rates(method.attach(base("llama").anatomy, seed=0), method.default_rate)
     for name, rate in found.items():
-        wanted = 1e-3 if name.endswith("bitfit") else 2e-4 * (16 if "lora_B" in name else 1)
+        wanted = 1e-3 if name.endswith("bitfit") else 5e-4 * (16 if "lora_B" in name else 1)
         assert rate == pytest.approx(wanted)
     doubled = rates(method.attach(base("llama").anatomy, seed=0), 2 * method.default_rate)
     assert doubled == pytest.approx({name: 2 * rate for name, rate in found.items()})

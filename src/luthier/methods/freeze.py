@@ -3,7 +3,7 @@
 Read `full.py` first: these are full fine-tuning with the rest held still. A copy of just the chosen weights is kept, so
 the base can be switched back to bit for bit. The run folder holds the whole model, as that of full fine-tuning does.
 
-`freeze`, learning rate 1e-4: fewer weights must reach the same change as all of them, on top of a stack that stands
+`freeze`, learning rate 5e-4: fewer weights must reach the same change as all of them, on top of a stack that stands
 still, so each may move further than under full fine-tuning (2e-5); it stays below LoRA's, since these are real weights.
 
 `ln`, learning rate 1e-3: a norm's weight is about one in size, and Adam moves it by about the rate in a step; a few
@@ -30,7 +30,7 @@ from luthier.methods.full import Full
 class FreezeConfig(Config):
     """Which part of the base trains: all that any of these settings names. Nothing named: the last two blocks."""
 
-    default_rate: ClassVar[float] = 1e-4
+    default_rate: ClassVar[float] = 5e-4
 
     name: Literal["freeze"] = "freeze"
     last: int | None = Field(None, ge=1, description="the last so many blocks; 2 where nothing at all is chosen")

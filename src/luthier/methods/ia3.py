@@ -10,7 +10,8 @@ its weight's rows or columns (and of its bias), so it merges exactly.
 Liu et al. 2022 (arXiv:2205.05638), section 3.3. Where q, k and v are one map, the paper's choice scales its k and v
 parts; a map that is named in `targets` is scaled whole, as PEFT does.
 
-Learning rate 3e-3, the paper's: a scale is about one in size, and must move by tenths to matter.
+Learning rate 2e-2: a scale is about one in size, and must move by tenths to matter. The paper's 3e-3 is for a thousand
+steps; on the demo's rows 40 steps at 3e-3 and 2e-2 brought the perplexity from 94 to 4.19 and 1.43.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ PEFT_READ = frozenset({"peft_type", "task_type", "auto_mapping", "peft_version",
 class Ia3Config(Config):
     """Settings of (IA)^3."""
 
-    default_rate: ClassVar[float] = 3e-3
+    default_rate: ClassVar[float] = 2e-2
 
     name: Literal["ia3"] = "ia3"
     targets: Literal["paper"] | tuple[str, ...] = Field(
