@@ -5,7 +5,7 @@
 | Tokenizer  | families    | text to ids and back, and the base's chat template                 |
 | Site       | families    | one linear map of the model and what it is for (`q`, `up`, ...)    |
 | Anatomy    | families    | where the model's parts are                                        |
-| Ports      | families    | where virtual tokens enter                                         |
+| Ports      | families    | where virtual tokens enter (`ports.py`)                            |
 | Head       | families    | a small map over the states that an objective asked for            |
 | Family     | families    | how to call the model                                              |
 | Method     | methods     | which parameters train, and how they enter the forward pass        |
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.experts import Experts
+from luthier.core.ports import Ports
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
 
 
@@ -104,27 +105,6 @@ class Block:
     attention_out: nn.Module
     mlp_in: nn.Module
     mlp_out: nn.Module
-
-
-class Ports(Protocol):
-    """Where virtual tokens enter a model. What is put in is computed anew at every call, so that it can train; every
-    caller of the model gets its own tokens' states back and nothing else. A method's `Scope` switches it."""
-
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
-        """`make() -> [N, D]`: N virtual tokens before every document, seen by all of it, computed once a row."""
-        ...
-
-    def prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: Scope) -> None:
-        """`make() -> one (keys, values) a block, each [G, N, d]`: seen by every token. Positions move on by N."""
-        ...
-
-    def keys_values(self, ids: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """The bare base's own keys and values of some tokens, [G, N, d] both, for each block: a start for `prefix`."""
-        ...
-
-    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
-        """[n, G d] the first block's key of each of n tokens, as if each stood at `place` of a text of its own."""
-        ...
 
 
 @dataclass(frozen=True)

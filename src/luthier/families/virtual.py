@@ -20,13 +20,14 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
+from luthier.core.ports import Kind
 from luthier.core.protocols import Anatomy, Scope
 from luthier.core.types import Forest
 
@@ -65,7 +66,7 @@ def acts(scope: Scope) -> bool:
 class Door:
     """What one method puts in."""
 
-    kind: Literal["prompt", "prefix"]
+    kind: Kind
     make: Callable[[], Any]
     scope: Scope
     n: int
@@ -105,7 +106,10 @@ class Catch:
 
 
 class VirtualPorts:
-    """See `core.protocols.Ports`. One for each loaded model."""
+    """See `core.ports.Ports`. One for each loaded model."""
+
+    usual: Callable[[int, int], Tensor] | None = None
+    peft: frozenset[Kind] = frozenset({"prompt", "prefix"})
 
     def __init__(self, anatomy: Anatomy, first: int) -> None:
         self._first = first
@@ -146,8 +150,9 @@ class VirtualPorts:
         return BaseError(f"{type(self._backbone).__name__} keeps the keys and values of its layers out of reach, so no "
                          "prefix can stand before them", "use the method prompt, or another base")
 
-    def keys_values(self, ids: Sequence[int]) -> list[Pair]:
-        caught = self._caught([ids]).caught
+    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+        assert not isinstance(start, Tensor), "there are words"
+        caught = self._caught([start]).caught
         if len(caught) != self._layers:
             raise self._unreachable()
         return [(k[0], v[0]) for k, v in caught.values()]

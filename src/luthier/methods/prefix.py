@@ -25,10 +25,21 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from luthier.core.errors import BaseError
+from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import refuse_misfits
-from luthier.methods.prompt import EMBEDDINGS, Standing, Words, noise, peft_form, ports_of, rms, wide, word_ids
+from luthier.methods.prompt import (
+    EMBEDDINGS,
+    Standing,
+    Words,
+    noise,
+    peft_form,
+    ports_of,
+    rms,
+    saved_form,
+    starting,
+    wide,
+)
 from luthier.methods.ptuning import Folding, seeded
 
 NETWORK = 0.05  # factor on the learning rate for the weights of the MLP
@@ -51,23 +62,28 @@ class PrefixConfig(Words):
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> PrefixConfig:
-        """The settings that PEFT's adapter_config.json describes; its file holds keys and values alone."""
+        """The settings that PEFT's adapter_config.json describes; its file holds keys and values alone. Raises
+        `RunError` for one of an encoder-decoder, which is another method."""
+        if adapter.get("task_type") == "SEQ_2_SEQ_LM":
+            raise RunError("this is PEFT's prefix of an encoder-decoder: it acts on the decoder's own attention alone, "
+                           "and its layers share keys and values, which no method here does",
+                           "use it with PEFT, or train a prefix here, which acts on all three attentions")
         return cls(tokens=adapter["num_virtual_tokens"])
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix | ProjectedPrefix:
         start, scale = starting_pairs(anatomy, self, seed)
         if not self.projection:
-            return Prefix(anatomy, start, scale)
+            return Prefix(anatomy, self, start, scale)
         layers, _, heads, tokens, width = start.shape
         encoder = seeded(seed, lambda: Projection(tokens, self.hidden or anatomy.sizes["hidden"],
                                                   (layers, 2, heads, width), self.init))
-        return ProjectedPrefix(anatomy, encoder.to(start), torch.zeros_like(start) if self.init == "random" else start,
-                               scale)
+        return ProjectedPrefix(anatomy, self, encoder.to(start),
+                               torch.zeros_like(start) if self.init == "random" else start, scale)
 
 
 def starting_pairs(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, Tensor]:
     """[layers, 2, G, N, d] keys and values to start from, and their size in each layer, [layers, 2, 1, 1, 1]."""
-    found = ports_of(anatomy).keys_values(word_ids(anatomy, config, seed))
+    found = ports_of(anatomy).keys_values(starting(anatomy, config, seed))
     if len({x.shape for pair in found for x in pair}) > 1:
         raise BaseError("the keys and values of this base's layers differ in shape, and a prefix has one shape for all",
                         "use the method prompt")
@@ -97,12 +113,12 @@ def prefix_form(anatomy: Anatomy, pairs: Tensor) -> dict[str, Any]:
 class Prefix(Standing):
     """Prefix tuning on a model."""
 
-    def __init__(self, anatomy: Anatomy, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, anatomy: Anatomy, config: Words, start: Tensor, scale: Tensor) -> None:
         super().__init__()
         self._like, self._scale = start, scale
         # A parameter for each, since each has a rate of its own.
         self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]
-        self._form = prefix_form(anatomy, start)
+        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
         ports_of(anatomy).prefix(lambda: self.pairs, self.scope)
 
     def virtual(self) -> Tensor:
@@ -154,9 +170,9 @@ class ProjectedPrefix(Folding):
 
     network = NETWORK
 
-    def __init__(self, anatomy: Anatomy, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, anatomy: Anatomy, config: Words, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = prefix_form(anatomy, start)
+        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
         ports_of(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
 
     def flat(self, virtual: Tensor) -> Tensor:

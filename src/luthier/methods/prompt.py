@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
-from luthier.core.protocols import Anatomy, Ports, Scope
+from luthier.core.ports import Kind, Ports
+from luthier.core.protocols import Anatomy, Scope
+from luthier.methods.form import own_form
 from luthier.methods.hooks import load_into
 
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name of all that it keeps of virtual tokens
@@ -62,7 +64,7 @@ class PromptConfig(Words):
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prompt:
         start, scale = embedded_words(anatomy, self, seed)
-        return Prompt(anatomy, start, scale)
+        return Prompt(anatomy, self, start, scale)
 
 
 # ---------------------------------------------------------------- where virtual tokens start
@@ -76,15 +78,25 @@ def ports_of(anatomy: Anatomy) -> Ports:
     return anatomy.ports
 
 
-def word_ids(anatomy: Anatomy, config: Words, seed: int) -> list[int]:
-    """N token ids to start from: those of the text, or frequent words drawn without repetition while they last.
-    Raises as `ports_of` does."""
-    ports_of(anatomy)  # a base without a place for them may have no words either
-    n, tokenizer = config.tokens, anatomy.tokenizer
+def starting(anatomy: Anatomy, config: Words, seed: int) -> list[int] | Tensor:
+    """N token ids to start from: those of the text, or frequent words drawn without repetition while they last. Of a
+    base without words [N, D], vectors of the kind that its first layer gets. Raises as `ports_of` does."""
+    n, usual = config.tokens, ports_of(anatomy).usual
+    if usual is None:
+        return word_ids(anatomy, n, config.text, seed)
     if config.text is not None:
-        ids = list(tokenizer(config.text, add_special_tokens=False)["input_ids"])
+        raise RecipeError("method.text: this base has no words that virtual tokens could start from", "leave it out: "
+                          "init: words then starts from what the base's first layer usually gets")
+    return usual(n, seed)
+
+
+def word_ids(anatomy: Anatomy, n: int, text: str | None, seed: int) -> list[int]:
+    """See `starting`."""
+    tokenizer = anatomy.tokenizer
+    if text is not None:
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
-            raise RecipeError(f"method.text {config.text!r} has no tokens", "give words to start from")
+            raise RecipeError(f"method.text {text!r} has no tokens", "give words to start from")
         return (ids * (n // len(ids) + 1))[:n]
     special = set(tokenizer.all_special_ids)
     common = [i for i in range(min(anatomy.sizes["vocabulary"], COMMON)) if i not in special]
@@ -96,9 +108,10 @@ def word_ids(anatomy: Anatomy, config: Words, seed: int) -> list[int]:
 @torch.no_grad()
 def embedded_words(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, float]:
     """[N, D] embeddings to start from, and the root mean square of an entry of real words' embeddings."""
-    weight = next(anatomy.embedding.parameters())
-    ids = torch.tensor(word_ids(anatomy, config, seed), device=weight.device)
-    real = wide(anatomy.embedding(ids))
+    start = starting(anatomy, config, seed)
+    if isinstance(start, list):
+        start = anatomy.embedding(torch.tensor(start, device=next(anatomy.embedding.parameters()).device))
+    real = wide(start)
     scale = rms(real)
     if config.init == "random":
         real = scale * noise(real.shape, seed).to(real)
@@ -141,10 +154,11 @@ class Standing:
 class Prompt(Standing):
     """Prompt tuning on a model."""
 
-    def __init__(self, anatomy: Anatomy, start: Tensor, scale: float) -> None:
+    def __init__(self, anatomy: Anatomy, config: Words, start: Tensor, scale: float) -> None:
         super().__init__()
         self.embeddings, self._scale = nn.Parameter(start), scale
-        self._form = peft_form(anatomy, len(start))
+        self._form = saved_form(anatomy, config, "prompt", {
+            "peft_type": "PROMPT_TUNING", **peft_form(anatomy, len(start)), "prompt_tuning_init": "RANDOM"})
         ports_of(anatomy).prompt(self.virtual, self.scope)
 
     def virtual(self) -> Tensor:
@@ -161,10 +175,10 @@ class Prompt(Standing):
         return {EMBEDDINGS: self.embeddings.detach()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        load_into(self.parameters(), state)
+        load_into(self.parameters(), read_only(state, len(self.embeddings)))
 
     def peft(self) -> dict[str, Any] | None:
-        return {"peft_type": "PROMPT_TUNING", **self._form, "prompt_tuning_init": "RANDOM"}
+        return self._form
 
 
 def peft_form(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
@@ -173,3 +187,15 @@ def peft_form(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
     return {"task_type": anatomy.task, "num_virtual_tokens": tokens, "token_dim": sizes["hidden"],
             "num_transformer_submodules": 1, "num_attention_heads": sizes["heads"], "num_layers": sizes["layers"],
             "inference_mode": True}
+
+
+def saved_form(anatomy: Anatomy, config: Words, kind: Kind, theirs: dict[str, Any]) -> dict[str, Any]:
+    """What adapter_config.json says: in PEFT's form where PEFT would do the same with it, else in one of our own."""
+    return theirs if kind in ports_of(anatomy).peft else own_form(config, anatomy.task)
+
+
+def read_only(state: Mapping[str, Tensor], tokens: int) -> Mapping[str, Tensor]:
+    """A saved prompt without what nobody uses: PEFT keeps a second set of N for the decoder of an encoder-decoder
+    (`num_transformer_submodules` 2, its default there), and puts in the first N, before the source, alone."""
+    found = state.get(EMBEDDINGS)
+    return state if found is None or len(found) != 2 * tokens else {**state, EMBEDDINGS: found[:tokens]}

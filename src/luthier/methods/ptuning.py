@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from luthier.core.protocols import TRAINING, Anatomy
 from luthier.methods.hooks import load_into, refuse_misfits
-from luthier.methods.prompt import EMBEDDINGS, PromptConfig, Standing, Words, embedded_words, peft_form, ports_of
+from luthier.methods.prompt import (
+    EMBEDDINGS,
+    PromptConfig,
+    Standing,
+    Words,
+    embedded_words,
+    peft_form,
+    ports_of,
+    read_only,
+    saved_form,
+)
 
 
 class PTuningConfig(Words):
@@ -161,10 +171,14 @@ class PTuning(Folding):
     def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = peft_form(anatomy, len(start)) | {
+        self._form = saved_form(anatomy, config, "prompt", {
+            "peft_type": "P_TUNING", **peft_form(anatomy, len(start)),
             "encoder_hidden_size": config.hidden or start.shape[1],
-            "encoder_reparameterization_type": config.encoder.upper()}
+            "encoder_reparameterization_type": config.encoder.upper()})
         ports_of(anatomy).prompt(self.virtual, self.scope)
 
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load(read_only(state, len(self.start)))
+
     def peft(self) -> dict[str, Any] | None:
-        return {"peft_type": "P_TUNING", **self._form}
+        return self._form

@@ -34,4 +34,4 @@ class PTuningV2Config(Words):
     init: Init = Field("random", description="at random, as in the paper, or as the keys and values of real words")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix:
-        return Prefix(anatomy, *starting_pairs(anatomy, self, seed))
+        return Prefix(anatomy, self, *starting_pairs(anatomy, self, seed))
