@@ -18,7 +18,7 @@ from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
 from luthier.runtime import checkpoint
 from luthier.runtime.loop import fit
-from tiny import ENCODERS, KINDS, VISIONS
+from tiny import ENCODERS, VISIONS
 from trials import BASES, ELSEWHERE, FAMILIES, SAVED, SIMPLEST, Pair, Trial, prepare, recipe, same, trial, tried
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -30,8 +30,8 @@ VERDICTS: dict[Pair, str] = {}
 
 def reason(base: str, method: str, objective: str) -> str:
     """Words by which the pair must be refused; empty where it must work."""
-    if objective in ("ppo", "grpo") and base not in KINDS:
-        return "needs a causal language model"
+    if objective in ("ppo", "grpo") and base in (*ENCODERS, *VISIONS):
+        return "learns from the base's own answers"
     if base in (*ENCODERS, *VISIONS) and objective not in WHOLE:
         return "predicts none"
     if base in VISIONS and objective == "reward":

@@ -96,13 +96,13 @@ def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     if not reads:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
-    return rows.load(_data(made, base), base.tokenizer, seed=made.seed, reads=reads, classes=objective.classes,
+    return rows.load(settled(made, base), base.tokenizer, seed=made.seed, reads=reads, classes=objective.classes,
                      flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
                      others={name: known.reads for name, known in OBJECTIVES.items()}, progress=progress)
 
 
-def _data(made: Recipe, base: Family) -> DataConfig:
-    """The settings of the data; without a `max_length`, that of the base where it is the smaller."""
+def settled(made: Recipe, base: Family) -> DataConfig:
+    """The settings of the data for this base; without a `max_length`, that of the base where it is the smaller."""
     most = min(made.data.most, base.anatomy.sizes["context"])
     found = made.data.model_copy(update={"max_length": made.data.max_length or most})
     return rows.DividedConfig.of(found) if base.divided else found
@@ -119,7 +119,7 @@ def feed(made: Recipe, base: Family, found: Datasets) -> Feed:
     """The batches of the run."""
     micro = micro_tokens(made, base)
     if made.data.streaming:
-        return Stream(_data(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
+        return Stream(settled(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
                       use=found.use)
     return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
                   mix=found.mix)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from luthier.build.recipe import Recipe
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
-from luthier.families import CausalLM
 from luthier.families.heads import LOG_PROBS
 from luthier.methods.several import parts_of
 from luthier.objectives.grpo import GrpoConfig
@@ -21,9 +20,9 @@ def fitting(made: Recipe, base: Family) -> None:
     name, needs = made.objective.name, made.objective.needs
     if isinstance(made.objective, PpoConfig | GrpoConfig):
         needs = needs | made.objective.asks
-        if not isinstance(base, CausalLM):
-            raise RecipeError(f"objective {name!r} needs a causal language model to answer its prompts, and "
-                              f"{made.base.name!r} is none", "choose another base, such as 'smollm2'")
+        if not base.writes:
+            raise RecipeError(f"objective {name!r} learns from the base's own answers, and {made.base.name!r} writes "
+                              "none", "choose a base that writes text, such as 'smollm2'")
     if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION":
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "

@@ -32,7 +32,6 @@ from luthier.core.examples import ComparedExample, Message
 from luthier.core.protocols import Attached, Family, Feed
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, Datasets, Loader
-from luthier.families import CausalLM
 from luthier.methods.bank import Bank
 from luthier.methods.full import FullConfig
 from luthier.methods.named import Named
@@ -55,7 +54,6 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     if not (isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter"):
         return attached, reference
     assert isinstance(attached, Several), "PPO has a value head"
-    assert isinstance(base, CausalLM), "other bases read no prompts"
     policy, heads = attached.parts
     bank = _bank(base, policy)
     critic = made.method.attach(base.anatomy, seed=made.seed + 1)
@@ -71,11 +69,10 @@ def feed(made: Recipe, base: Family, found: Datasets, attached: Attached, refere
     """The batches of the run: read from files, or the policy's own answers."""
     if not isinstance(made.objective, PpoConfig | GrpoConfig):
         return objects.feed(made, base, found)
-    assert isinstance(base, CausalLM), "other bases are refused when the recipe is checked"
     return rolling(made, base, found, attached, reference, folder, warn)
 
 
-def rolling(made: Recipe, base: CausalLM, found: Datasets, attached: Attached, reference: Reference,
+def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, reference: Reference,
             folder: Path | None = None, warn: Warn = lambda sentence: None) -> Rollouts:
     """The feed that rolls.
 
@@ -96,6 +93,7 @@ def rolling(made: Recipe, base: CausalLM, found: Datasets, attached: Attached, r
     if objective.minibatches > training.batch_size:
         raise RecipeError(f"objective.minibatches {objective.minibatches}: a round has only training.batch_size "
                           f"{training.batch_size} prompts", "a minibatch has at least one prompt: set it lower")
+    assert base.writes, "other bases are refused when the recipe is checked"
     base.temperature = objective.temperature
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
@@ -122,7 +120,6 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     rows (or held-out, or train rows where there are none), and how far each is from the start."""
     made = recorded(run.existing())
     base = objects.family(made.base)
-    assert isinstance(base, CausalLM), "the run was trained on it"
     found = objects.datasets(made, base)
     attached, reference = begin(made, base)
     policy = attached.parts[0] if isinstance(attached, Several) and made.objective.heads else attached
@@ -137,7 +134,7 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     return {role: {name: value for name, value in one.items() if name != "loss"} for role, one in told.items()}
 
 
-def _autocast(made: Recipe, base: CausalLM) -> AbstractContextManager[Any]:
+def _autocast(made: Recipe, base: Family) -> AbstractContextManager[Any]:
     if made.training.precision == "bf16":
         return torch.autocast(base.device.type, torch.bfloat16)
     return nullcontext()
@@ -160,7 +157,7 @@ def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
 # ---------------------------------------------------------------- rewards
 
 
-def _reward(config: WorthConfig, made: Recipe, base: CausalLM, attached: Attached, warn: Warn) -> Reward:
+def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     if config.url is not None:
         return endpoint(config.url, config.timeout)
     if config.function is not None:
@@ -168,7 +165,7 @@ def _reward(config: WorthConfig, made: Recipe, base: CausalLM, attached: Attache
     return _of_run(Run(str(config.run)), made, base, attached, warn)
 
 
-def _of_run(run: Run, made: Recipe, base: CausalLM, attached: Attached, warn: Warn) -> Reward:
+def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = recorded(run.existing())
     if found.objective.name != "reward":
@@ -205,7 +202,7 @@ def _of_run(run: Run, made: Recipe, base: CausalLM, attached: Attached, warn: Wa
     return _scored(run, found, base, acting)
 
 
-def _bank(base: CausalLM, attached: Attached) -> Bank:
+def _bank(base: Family, attached: Attached) -> Bank:
     """The bank on this base; a new one holds what trains, acting."""
     if isinstance(base.router, Bank):
         return base.router
@@ -218,8 +215,8 @@ def _bank(base: CausalLM, attached: Attached) -> Bank:
 
 def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:
     """Answers put into words as the reward's own training rows were, and its scores of them."""
-    config = found.data.model_copy(update={"max_length": min(found.data.most, judge.anatomy.sizes["context"])})
-    if judge.anatomy.task != "CAUSAL_LM":
+    config = objects.settled(found, judge)
+    if judge.anatomy.task != "CAUSAL_LM" and not judge.divided:
         config = config.model_copy(update={"share_prompt": False})
     micro = objects.micro_tokens(found, judge)
 

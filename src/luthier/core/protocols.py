@@ -27,6 +27,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from luthier.core.answers import Generated as Generated
+from luthier.core.answers import Sampling as Sampling
 from luthier.core.experts import Experts
 from luthier.core.ports import Ports
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
@@ -157,12 +159,23 @@ class Head:
 
 
 class Family(Protocol):
-    """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Attached`)."""
+    """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Attached`).
+
+    A family that writes has a `temperature`, of every log-probability (a rollout sets it to that of its sampling), and
+    asks a `critic`, where there is one, for the context in which its values are read.
+    """
 
     anatomy: Anatomy
     tokenizer: Any
     heads: Any
     router: Router | None
+    temperature: float
+    critic: Callable[[], AbstractContextManager[None]] | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether `generate` answers prompts; else it refuses."""
+        ...
 
     @property
     def divided(self) -> bool:
@@ -198,29 +211,6 @@ class Family(Protocol):
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
         """Answers to prompts of token ids, in batches with a cache; yielded as they finish, each with its index."""
         ...
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to generate. `temperature` 0 is greedy."""
-
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    batch_size: int = 16
-    stop: tuple[int, ...] = ()
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Generated:
-    """One answer: which prompt, its token ids without the stop token, whether it ended by itself, and on which one."""
-
-    index: int
-    tokens: tuple[int, ...]
-    finished: bool
-    end: int | None = None
 
 
 # ---------------------------------------------------------------- methods

@@ -29,8 +29,8 @@ class CausalLM(Packed):
     """
 
     task: ClassVar[str] = "CAUSAL_LM"
+    writes: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {"use_cache": False}
-    temperature: float = 1.0  # of every log-probability; a rollout sets it to that of its sampling
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None, pooling: Pooling = "last") -> None:
         super().__init__(model, tokenizer, layout)

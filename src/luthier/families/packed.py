@@ -43,6 +43,8 @@ class Loaded:
 
     task: ClassVar[str]
     divided: ClassVar[bool] = False
+    writes: ClassVar[bool] = False
+    temperature: float = 1.0  # of every log-probability; a rollout sets it to that of its sampling
     pooling: Pooling
     layout: Layout = "padded"
     router: Router | None = None  # who sends segments and rows through adapters of their own

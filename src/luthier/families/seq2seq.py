@@ -54,8 +54,8 @@ class Seq2Seq(Loaded):
 
     task: ClassVar[str] = "SEQ_2_SEQ_LM"
     divided: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
     pooling: Pooling = "last"
-    temperature: float = 1.0  # of every log-probability; a rollout sets it to that of its sampling
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         # Not as `Loaded` begins: attention stays Transformers' own, which knows relative positions.
@@ -74,7 +74,7 @@ class Seq2Seq(Loaded):
         if needs & LOG_PROBS:
             torch._assert_async(_decoded(inputs.forest).to(self.device)[target.at].all(),
                                 "a source is read, never predicted")
-        return self.heads.outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
+        return super().forward(inputs, target, needs)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         # Upon the states, not the logits: a head that stands alone has the quicker way.

@@ -1,0 +1,28 @@
+"""How to generate, and what was generated. Imports the stdlib only; `protocols.py` goes on from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate. `temperature` 0 is greedy."""
+
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch_size: int = 16
+    stop: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer: which prompt, its token ids without the stop token, whether it ended by itself, and on which one."""
+
+    index: int
+    tokens: tuple[int, ...]
+    finished: bool
+    end: int | None = None
