@@ -39,8 +39,9 @@ from tiny import END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_token
 Pair = tuple[str, str, str]  # base, method, objective
 
 STEPS, SAVED = 3, 2  # a run's, and that of the checkpoint from which it goes on
-SIMPLEST = {"gpt2": "sft", "llama": "sft", "qwen2": "sft", "mixtral": "sft", "bert": "classify", "distilbert": "classify",
-            "t5": "sft", "vit": "classify"}  # of each base, what it is tried with under every method
+SIMPLEST = {  # of each base, what it is tried with under every method
+    "gpt2": "sft", "llama": "sft", "qwen2": "sft", "gemma2": "sft", "gemma3": "sft", "mixtral": "sft",
+    "bert": "classify", "distilbert": "classify", "t5": "sft", "vit": "classify"}
 BASES = tuple(SIMPLEST)
 FAMILIES = {"llama": "causal", "bert": "encoder", "t5": "sequence to sequence", "vit": "vision"}
 ELSEWHERE = (("bert", "contrastive"), ("bert", "reward"), ("vit", "contrastive"))  # tried with every method, besides
@@ -48,7 +49,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # of methods: small enough for a tiny b
     **{name: {"tokens": 3} for name in ("prompt", "ptuning", "prefix", "ptuning_v2")},
     "lora": {"rank": 2}, "adapter": {"reduction": 8}, "peft": {"type": "LOHA", "config": {"r": 2}}}
 RATES = {"full": 1e-3, "freeze": 1e-3, **dict.fromkeys(("ln", "bitfit", "lora", "adapter", "peft", "ia3"), 3e-3)}
-SMALLER: dict[str, dict[str, Any]] = {"gpt2": {"n_layer": 1}, "distilbert": {"n_layers": 1}}  # else one layer
+SMALLER: dict[str, dict[str, Any]] = {  # else one layer; Gemma's two are of two kinds
+    "gpt2": {"n_layer": 1}, "distilbert": {"n_layers": 1}, "gemma2": {}, "gemma3": {}}
 WORDS = ("alpha", "beta", "gamma", "delta")
 
 
@@ -128,6 +130,7 @@ class Trial:
         found = build.datasets(made, self.base)
         self.made = build.fitted(made, found)
         self.attached, self.reference = build.begin(self.made, self.base)
+        found = build.asked(self.made, self.base, found, self.reference)
         self.feed = build.feed(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
         self.job = Job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,

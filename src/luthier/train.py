@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -82,12 +82,15 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     share = trainable_share(base, attached)
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_share']:.2%})")
+    if price := build.price(made, attached):
+        _say(quiet, price)
+    found = _referred(made, base, found, reference, quiet)
     feed = build.feed(made, base, found, attached, reference, out.path, lambda line: _say(quiet, f"warning: {line}"))
     rolling = feed if isinstance(feed, build.Rollouts) else None
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     results: dict[str, Any] = share | (run.results if resume else {})
     if made.evaluate.before and not {"before", "test_before"} & results.keys():
-        with _untrained(reference):
+        with build.untrained(reference):
             results |= _before(out, made, base, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
     trackers = _trackers(out, made, saved, share)
@@ -110,6 +113,13 @@ def _written(run: Run) -> Iterator[Run]:
         return
     with TemporaryDirectory() as folder:
         yield Run(Path(folder) / "run")
+
+
+def _referred(made: build.Recipe, base: Any, found: Any, reference: Reference, quiet: bool) -> Any:
+    """The rows, with what the reference says of them where the recipe asks it beforehand."""
+    total = len(found.train) + len(found.eval) + len(found.test)
+    with Progress(total, title="the reference reads", quiet=quiet or not build.beforehand(made)) as bar:
+        return build.asked(made, base, found, reference, bar.update)
 
 
 # Measures of an objective on rows that it has not seen, the first that it has standing for the rest in results.json.
@@ -180,16 +190,6 @@ def _fit(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | N
         shown = {"loss": "loss", "reward": "reward", "eval_loss": "eval loss", "tokens_per_second": "tokens/s"}
         job.show = lambda step, metrics: bar.update(step, **{shown[k]: v for k, v in metrics.items() if k in shown})
         return fit(job, saved)
-
-
-@contextmanager
-def _untrained(reference: Reference) -> Iterator[None]:
-    """The model that the training starts from. A full run without a copy of its base cannot be switched to it, and
-    before its first step need not be."""
-    with ExitStack() as stack:
-        with suppress(RunError):
-            stack.enter_context(reference())
-        yield
 
 
 def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked: Sequence[Question],

@@ -37,7 +37,7 @@ def test_an_adapter_is_compared_with_its_base(recipe: dict[str, Any], tmp_path: 
 
 
 def test_a_whole_model_has_nothing_left_to_be_compared_with(recipe: dict[str, Any], tmp_path: Path) -> None:
-    full = {**recipe, "method": {"name": "full", "keep_base": True}}
+    full = {**recipe, "method": "full"}
     run = train(full, run=str(tmp_path / "full"), quiet=True)
     assert run.results["test"]["reward_margin"] != 0
     with pytest.raises(RecipeError, match="whole model") as refused:

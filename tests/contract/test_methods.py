@@ -19,7 +19,7 @@ from luthier.runtime.step import step
 from tiny import KINDS
 
 # Settings that a row of METHODS is tried with, besides its defaults.
-ALWAYS: dict[str, dict[str, Any]] = {"full": {"keep_base": True}}
+ALWAYS: dict[str, dict[str, Any]] = {name: {"keep_base": True} for name in ("full", "freeze")}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"dora": True}, {"init": "pissa", "rank": 4}, {"init": "gaussian", "rslora": True},
              {"init": "pissa", "rank": 2, "dora": True, "rslora": True}],

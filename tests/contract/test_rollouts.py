@@ -404,7 +404,7 @@ def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> N
     ({"objective": {"name": "ppo", "reward": {"url": "ftp://x"}}}, "http"),
     ({"objective": {"name": "ppo", "reward": {"url": "http://x", "run": "y"}}}, "one of"),
     ({"objective": {"name": "ppo", "reward": "length", "minibatches": 9}}, "minibatches"),
-    ({"objective": {"name": "ppo", "reward": "length"}, "method": "full"}, "keep_base"),
+    ({"objective": {"name": "ppo", "reward": "length"}, "method": {"name": "full", "keep_base": False}}, "keep_base"),
     ({"objective": {"name": "grpo", "reward": "length", "answers": 1}}, "answers"),
     ({"objective": {"name": "ppo", "reward": "length", "kl_weight": 0, "kl_target": 1}}, "kl_target"),
 ])
@@ -419,7 +419,7 @@ def test_a_reward_that_lacks_its_fact_names_the_prompt(home: Path, tmp_path: Pat
 
 
 def test_a_full_policy_trains_with_a_copy_of_its_base(home: Path, tmp_path: Path) -> None:
-    made = recipe(home, "ppo", kl_weight=0.1) | {"method": {"name": "full", "keep_base": True}}
+    made = recipe(home, "ppo", kl_weight=0.1) | {"method": "full"}
     made["training"] |= {"steps": 3, "keep": 1}
     made["optimizer"] = {"learning_rate": 0.001}
     run = train(made, run=str(tmp_path / "run"), quiet=True)

@@ -147,7 +147,7 @@ def test_a_run_learns_a_task_and_opens_again(method: str, tmp_path: Path) -> Non
 
 # ---------------------------------------------------------------- methods
 
-SETTINGS: dict[str, dict[str, Any]] = {"full": {"keep_base": True}}
+SETTINGS: dict[str, dict[str, Any]] = {name: {"keep_base": True} for name in ("full", "freeze")}
 
 
 NO_PLACE = {"prompt", "ptuning", "prefix", "ptuning_v2"}  # this family has no ports

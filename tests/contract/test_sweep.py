@@ -23,7 +23,6 @@ from trials import BASES, ELSEWHERE, FAMILIES, SAVED, SIMPLEST, Pair, Trial, pre
 
 DOCS = Path(__file__).parents[2] / "docs"
 VIRTUAL = ("prompt", "ptuning", "prefix", "ptuning_v2")
-REFERRED = ("dpo", "ipo", "cdpo", "robust", "hinge", "kto", "ppo")  # objectives with a reference by default
 WHOLE = ("classify", "contrastive", "reward")  # objectives that read no probabilities of tokens
 VERDICTS: dict[Pair, str] = {}
 
@@ -38,8 +37,6 @@ def reason(base: str, method: str, objective: str) -> str:
         return "the base takes pictures"
     if base == "t5" and objective == "pretrain":
         return "nothing is asked"
-    if method == "full" and objective in REFERRED:
-        return "changes the base's own weights"
     if method in VIRTUAL and base in ("t5", *VISIONS):
         return "no place for virtual tokens"
     if method == "peft" and base == "gpt2":

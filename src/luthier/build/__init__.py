@@ -22,7 +22,19 @@ from luthier.build.objects import (
     tokenizer,
     with_heads,
 )
-from luthier.build.recipe import Recipe, changed, dump, idle, method_name, provenance, recipe, recorded, version
+from luthier.build.recipe import (
+    Recipe,
+    beforehand,
+    changed,
+    dump,
+    idle,
+    method_name,
+    provenance,
+    recipe,
+    recorded,
+    version,
+)
+from luthier.build.references import asked, price, untrained
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
 from luthier.build.runs import open_run, save_tuned, save_whole
 from luthier.build.starts import banked, beside, same_base
@@ -34,10 +46,9 @@ from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts",
-           "Run", "attach", "banked", "begin", "beside", "cache", "changed", "chat_prompt", "check",
+__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts", "Run",
+           "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "changed", "chat_prompt", "check",
            "combined", "datasets", "describe", "dump", "family", "feed", "fingerprint", "fitted", "folder",
-           "gguf_adapter", "gguf_model",
-           "held_out", "idle", "judged", "method_name", "micro_tokens", "open_run", "provenance", "questions", "recipe",
-           "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "standing", "tokenizer",
-           "version", "with_heads"]
+           "gguf_adapter", "gguf_model", "held_out", "idle", "judged", "method_name", "micro_tokens", "open_run",
+           "price", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base",
+           "save_tuned", "save_whole", "standing", "tokenizer", "untrained", "version", "with_heads"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from luthier import data as rows
 from luthier.build.pairs import fitting
-from luthier.build.recipe import AnyMethod, Recipe
+from luthier.build.recipe import AnyMethod, Recipe, beforehand
 from luthier.core.errors import RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
 from luthier.core.protocols import Attached, Family, Feed, Objective
@@ -68,6 +68,9 @@ def check(made: Recipe, base: Family) -> None:
     fitting(made, base)
     if made.data.streaming and not made.training.steps:
         raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
+    if made.data.streaming and beforehand(made):
+        raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
+                          "leave out data.streaming, or objective.precompute_reference")
     context = base.anatomy.sizes["context"]
     if made.data.max_length and made.data.max_length > context:
         raise RecipeError(f"data.max_length {made.data.max_length} is longer than the base's context, {context} tokens",

@@ -6,7 +6,7 @@ what only the rows decide, `datasets` says. `docs/support.md` is the table of al
 
 from __future__ import annotations
 
-from luthier.build.recipe import Recipe
+from luthier.build.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
 from luthier.families.heads import LOG_PROBS
@@ -28,9 +28,10 @@ def fitting(made: Recipe, base: Family) -> None:
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
     kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
-    if "reference_logps" in needs and made.start is None and not kept:
-        raise RecipeError(f"method {made.method.name!r} changes the base's own weights, and objective {name!r} "
-                          "compares it with the base as it was",
-                          "set method.keep_base: true, which costs one copy of the weights; or train an adapter "
-                          "(method: lora); or do without: another objective, for ppo and grpo "
-                          "objective.kl_weight: 0")
+    if referred(made.objective) and made.start is None and not kept and not beforehand(made):
+        without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \
+            else "objective.precompute_reference: true"
+        raise RecipeError(f"method.keep_base: false, but method {made.method.name!r} changes the base's own weights, "
+                          f"and objective {name!r} compares it with the base as it was",
+                          "leave keep_base out, which costs one copy of what trains; or train an adapter "
+                          f"(method: lora); or do without a copy: {without}")

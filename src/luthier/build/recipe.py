@@ -23,10 +23,14 @@ from luthier.families import BaseConfig
 from luthier.measure import EvaluateConfig
 from luthier.methods import METHODS, READERS
 from luthier.methods.form import OWN
+from luthier.methods.freeze import FreezeConfig
+from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
 from luthier.methods.peft import PeftConfig
 from luthier.methods.several import SeveralConfig, parts_of
 from luthier.objectives import OBJECTIVES
+from luthier.objectives.grpo import GrpoConfig
+from luthier.objectives.ppo import PpoConfig
 from luthier.runtime.loop import TrainingConfig
 from luthier.runtime.optim import OptimizerConfig
 from luthier.runtime.run import Run, digest
@@ -36,8 +40,8 @@ AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), SeveralConfig),  
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
 # The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
-FREE = ("run", "evaluate.", "base.device", "data.test", "training.micro_tokens", "training.gradient_checkpointing",
-        "training.save_every", "training.keep", "training.trackers",
+FREE = ("run", "evaluate.", "base.device", "data.test", "method.keep_base", "training.micro_tokens",
+        "training.gradient_checkpointing", "training.save_every", "training.keep", "training.trackers",
         "objective.labels")  # the last is read off the data, whose own fingerprint is compared
 
 
@@ -86,7 +90,26 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
     for key, value in (settings or {}).items():
         if value is not None:
             raw = _laid(raw, key.split("."), value)
-    return Recipe.parse(_started(raw))
+    return _kept(Recipe.parse(_started(raw)))
+
+
+def _kept(made: Recipe) -> Recipe:
+    """The recipe with `method.keep_base` decided where it was left out."""
+    if not isinstance(made.method, FullConfig | FreezeConfig) or made.method.keep_base is not None:
+        return made
+    keep = referred(made.objective) and not beforehand(made)
+    return made.model_copy(update={"method": made.method.model_copy(update={"keep_base": keep})})
+
+
+def referred(objective: AnyObjective) -> bool:
+    """Whether the objective compares the model with what it was."""
+    asks: frozenset[str] = objective.asks if isinstance(objective, PpoConfig | GrpoConfig) else frozenset()
+    return "reference_logps" in objective.needs | asks
+
+
+def beforehand(made: Recipe) -> bool:
+    """Whether the reference is asked once, before anything trains."""
+    return bool(made.objective.model_dump().get("precompute_reference"))
 
 
 def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -26,6 +26,7 @@ import torch
 from luthier import data as rows
 from luthier.build import objects, starts
 from luthier.build.recipe import Recipe, recorded
+from luthier.build.references import autocast
 from luthier.build.runs import adapter_weights, open_run
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample, Message
@@ -99,7 +100,7 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
                                                    for one in objective.reward],
                     cursor, objects.micro_tokens(made, base), made.seed, reference,
-                    partial(_autocast, made, base), found.eval, _noted(folder))
+                    partial(autocast, made, base), found.eval, _noted(folder))
 
 
 def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,
@@ -132,12 +133,6 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     policy.load(adapter_weights(run))
     told["tuned"] = rolled.judged(prompts)
     return {role: {name: value for name, value in one.items() if name != "loss"} for role, one in told.items()}
-
-
-def _autocast(made: Recipe, base: Family) -> AbstractContextManager[Any]:
-    if made.training.precision == "bf16":
-        return torch.autocast(base.device.type, torch.bfloat16)
-    return nullcontext()
 
 
 def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:

@@ -83,6 +83,7 @@ class Encoded:
         images: one picture for each piece, [channels, height, width], where the pieces are pictures; the pieces then
             hold one placeholder token each.
         facts: what a reward function is told about a prompt.
+        known: name -> one number for each prediction, in their order, computed before (see `Target.known`).
     """
 
     pieces: tuple[Piece, ...]
@@ -91,6 +92,7 @@ class Encoded:
     items: tuple[Item, ...] = ()
     images: tuple[Any, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    known: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:

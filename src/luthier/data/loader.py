@@ -23,7 +23,7 @@ Mix = Sequence[tuple[int, float]]
 
 
 def digest(example: Encoded) -> bytes:
-    """What the example trains, whatever its origin: 16 bytes over all else that it holds."""
+    """What the example trains, whatever its origin and whatever a model said of it: 16 bytes over all else."""
     found = hashlib.blake2b(digest_size=16)
     for piece in example.pieces:
         found.update(array("q", (piece.parent, len(piece.ids))).tobytes())

@@ -1,7 +1,7 @@
 """Training a part of the base's own weights: some blocks, some names, the embeddings, the head; or the norms alone.
 
-Read `full.py` first: these are full fine-tuning with the rest held still. A copy of just the chosen weights is kept, so
-the base can be switched back to bit for bit. The run folder holds the whole model, as that of full fine-tuning does.
+Read `full.py` first: these are full fine-tuning with the rest held still. Where the base is to be switched back to, a
+copy of just the chosen weights is kept. The run folder holds the whole model, as that of full fine-tuning does.
 
 `freeze`, learning rate 5e-4: fewer weights must reach the same change as all of them, on top of a stack that stands
 still, so each may move further than under full fine-tuning (2e-5); it stays below LoRA's, since these are real weights.
@@ -24,7 +24,7 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Anatomy
-from luthier.methods.full import Full
+from luthier.methods.full import KEEP_BASE, Full
 
 
 class FreezeConfig(Config):
@@ -40,8 +40,7 @@ class FreezeConfig(Config):
                                                       "(mlp.down_proj), or expressions that fit a whole name")
     embeddings: bool = Field(False, description="the input embeddings (and with them a head that shares their weight)")
     head: bool = Field(False, description="the output projection (and with it embeddings that share its weight)")
-    keep_base: bool = Field(True, description="keep a copy of what the chosen weights were, so that the base can be "
-                                              "switched back to; costs their size in memory")
+    keep_base: bool | None = Field(None, description=KEEP_BASE)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
         wanted = {id(p) for module in self._modules(anatomy) for p in module.parameters()}
@@ -53,7 +52,7 @@ class FreezeConfig(Config):
                                   "use parts of their names, such as: " + ", ".join(sorted(
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
             wanted |= found
-        return Full({name: p for name, p in named.items() if id(p) in wanted}, self.keep_base)
+        return Full({name: p for name, p in named.items() if id(p) in wanted}, bool(self.keep_base))
 
     def _modules(self, anatomy: Anatomy) -> Iterable[nn.Module]:
         blocks = [block.module for block in anatomy.blocks]

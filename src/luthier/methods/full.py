@@ -19,6 +19,9 @@ from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import load_into
 
+KEEP_BASE = ("keep a copy of what trains as it was, so that the base can be switched back to; costs its size in "
+             "memory. Left out: where the objective compares the model with its base (DPO, PPO)")
+
 
 class FullConfig(Config):
     """Settings of full fine-tuning."""
@@ -26,11 +29,10 @@ class FullConfig(Config):
     default_rate: ClassVar[float] = 2e-5
 
     name: Literal["full"] = "full"
-    keep_base: bool = Field(False, description="keep a copy of the base's weights, so that it can be switched back to "
-                                               "(the reference of DPO and PPO); costs one copy in memory")
+    keep_base: bool | None = Field(None, description=KEEP_BASE)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        return Full(dict(anatomy.model.named_parameters()), self.keep_base)  # tied weights are named once
+        return Full(dict(anatomy.model.named_parameters()), bool(self.keep_base))  # tied weights are named once
 
 
 class Full:
@@ -52,6 +54,12 @@ class Full:
             parameter.requires_grad_(True)
         self._base = {n: p.detach().clone() for n, p in parameters.items()} if keep_base else None
         self._off = 0
+
+    @property
+    def copied(self) -> tuple[int, int]:
+        """How many weights are there once more, and their bytes."""
+        kept = (self._base or {}).values()
+        return sum(t.numel() for t in kept), sum(t.numel() * t.element_size() for t in kept)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters

@@ -18,6 +18,9 @@ from luthier.core.types import Outputs, Target
 
 Metrics = Mapping[str, tuple[Tensor, Tensor | float]]
 
+PRECOMPUTE = ("ask the reference once about every row, before anything trains, instead of in every step: saves its "
+              "forward passes, and a method that changes the base's own weights needs no copy of them")
+
 
 class ObjectiveConfig(Config):
     """Settings of an objective, which is itself a pure function of outputs and target."""

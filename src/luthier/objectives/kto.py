@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.core.errors import DataError
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import ObjectiveConfig, sums
+from luthier.objectives.base import PRECOMPUTE, ObjectiveConfig, sums
 from luthier.objectives.preference import answer_logps
 
 
@@ -41,6 +41,7 @@ class KtoConfig(ObjectiveConfig):
     beta: float = Field(0.1, gt=0, description="how closely the model is held to the reference: large is close")
     good_weight: float = Field(1.0, gt=0, description="of good answers; raise it where they are few")
     bad_weight: float = Field(1.0, gt=0, description="of bad answers; raise it where they are few")
+    precompute_reference: bool = Field(False, description=PRECOMPUTE)
 
     def count(self, target: Target) -> float:
         return float((target.labels >= 0).sum())

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import Metrics, ObjectiveConfig, ranked, sums
+from luthier.objectives.base import PRECOMPUTE, Metrics, ObjectiveConfig, ranked, sums
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class PreferenceConfig(ObjectiveConfig):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
+    needs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
     mean: ClassVar[bool] = False  # per token instead of per answer
 
     beta: float = Field(0.1, gt=0, description="how closely the model is held to the reference: large is close")
@@ -161,10 +161,18 @@ class PreferenceConfig(ObjectiveConfig):
                     pair_accuracy=chosen > rejected, logps_chosen=logps.chosen, logps_rejected=logps.rejected)
 
 
+class ReferredConfig(PreferenceConfig):
+    """What the names below share whose formula has a reference."""
+
+    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
+
+    precompute_reference: bool = Field(False, description=PRECOMPUTE)
+
+
 # ---------------------------------------------------------------- the names
 
 
-class DpoConfig(PreferenceConfig):
+class DpoConfig(ReferredConfig):
     """Direct preference optimisation: a reward model whose reward is the model's own log-ratio to the reference.
 
     Example:
@@ -179,7 +187,7 @@ class DpoConfig(PreferenceConfig):
         return dpo(logps, self.beta)
 
 
-class IpoConfig(PreferenceConfig):
+class IpoConfig(ReferredConfig):
     """Identity preference optimisation: the margin is drawn to a value instead of to infinity."""
 
     name: Literal["ipo"] = "ipo"
@@ -189,7 +197,7 @@ class IpoConfig(PreferenceConfig):
         return ipo(logps, self.beta)
 
 
-class CdpoConfig(PreferenceConfig):
+class CdpoConfig(ReferredConfig):
     """Conservative DPO: some of the labels are taken to be wrong."""
 
     name: Literal["cdpo"] = "cdpo"
@@ -199,7 +207,7 @@ class CdpoConfig(PreferenceConfig):
         return cdpo(logps, self.beta, self.flipped)
 
 
-class RobustConfig(PreferenceConfig):
+class RobustConfig(ReferredConfig):
     """Robust DPO: in the mean over flipped labels, the loss of the true ones."""
 
     name: Literal["robust"] = "robust"
@@ -209,7 +217,7 @@ class RobustConfig(PreferenceConfig):
         return robust(logps, self.beta, self.flipped)
 
 
-class HingeConfig(PreferenceConfig):
+class HingeConfig(ReferredConfig):
     """A pair whose margin is large enough is left alone."""
 
     name: Literal["hinge"] = "hinge"
@@ -222,7 +230,6 @@ class SimpoConfig(PreferenceConfig):
     """Simple preference optimisation: no reference, log-probabilities per token, a margin to reach."""
 
     name: Literal["simpo"] = "simpo"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
     mean: ClassVar[bool] = True
     beta: float = Field(2.0, gt=0, description="scale of the log-probabilities per token")
     gamma: float = Field(1.0, ge=0, description="by how much the better answer is to be ahead")
@@ -235,7 +242,6 @@ class OrpoConfig(PreferenceConfig):
     """Odds-ratio preference optimisation: the better answer is learned, and preferred; no reference."""
 
     name: Literal["orpo"] = "orpo"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
     mean: ClassVar[bool] = True
     beta: float = Field(0.1, gt=0, description="weight of the odds ratio beside the likelihood of the better answer")
 

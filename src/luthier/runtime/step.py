@@ -95,13 +95,20 @@ def forward(family: Family, objective: Objective, batch: Batch, reference: Refer
     logps = batch.target.known.get("reference_logps")
     if logps is None:
         assert reference is not None, "whoever trains with a reference says what it is"
-        training = family.training
-        family.train(False)  # the reference has no dropout
-        with torch.no_grad(), reference():
-            logps = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
-        family.train(training)
+        logps = reference_logps(family, batch, reference)
     return replace(family.forward(batch.inputs, batch.target, objective.needs - {"reference_logps"}),
                    reference_logps=logps)
+
+
+def reference_logps(family: Family, batch: Batch, reference: Reference) -> Tensor:
+    """[P] the reference's log-probability of every prediction. It has no dropout and no gradient."""
+    training = family.training
+    family.train(False)
+    with torch.no_grad(), reference():
+        logps = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
+    family.train(training)
+    assert logps is not None
+    return logps
 
 
 def _add(sums: Sums, metrics: Metrics) -> None:

@@ -1,0 +1,159 @@
+"""The reference by its three ways: switched off, a copy, or asked once beforehand. All of them give the same run.
+
+Read `luthier/build/references.py` first.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lab import apart
+from torch import Tensor
+
+from luthier import build
+from luthier.core.errors import RecipeError
+from luthier.runtime import checkpoint
+from luthier.runtime.coupled import backward
+from luthier.runtime.loop import fit
+from luthier.runtime.step import forward
+from luthier.train import train
+from tiny import save_tiny
+from trials import Trial, same
+
+TOLERANCE = 1e-9  # float64, in another packing
+REFERRED = [("dpo", "lora"), ("ipo", "adapter"), ("hinge", "full"), ("kto", "lora"), ("kto", "full"), ("dpo", "prompt")]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("references")
+    save_tiny(folder / "base", "llama", num_hidden_layers=1)
+    pairs = [{"prompt": f"say {'so ' * i}{i}?", "chosen": "yes" * (1 + i % 3), "rejected": f"no {i}"} for i in range(7)]
+    verdicts = [{"prompt": f"say {i}?", "completion": "yes" * (1 + i), "label": i % 2} for i in range(7)]
+    for name, rows in (("pairs", pairs), ("verdicts", verdicts)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def recipe(home: Path, objective: str, method: Any, *, once: bool = False, dtype: str = "float64", **changes: Any) -> Any:
+    """Two shuffled epochs of steps of three rows, each row of tokens shorter than what is asked at once beforehand."""
+    said: dict[str, Any] = {"name": objective} | ({"precompute_reference": True} if once else {})
+    rows = str(home / ("verdicts.jsonl" if objective == "kto" else "pairs.jsonl"))
+    return build.recipe({
+        "base": {"name": str(home / "base"), "dtype": dtype}, "method": method, "objective": said,
+        "data": {"train": rows}, "optimizer": {"learning_rate": 0.0003 if method == "full" else 0.003, "schedule": "constant", "warmup": 0},
+        "training": {"epochs": 2, "batch_size": 3, "micro_tokens": 150, "save_every": 4}, "seed": 1}, changes)
+
+
+def gradients(one: Trial) -> dict[str, Tensor]:
+    """Loss and every gradient of the first step, without dropout; what trains has moved a little, or all would be 0."""
+    one.base.train(False)
+    with torch.no_grad():
+        for number, parameter in enumerate(one.attached.parameters().values()):
+            parameter += 0.02 * torch.sin(torch.arange(parameter.numel()).to(parameter) + number).view_as(parameter)
+    batches, objective = next(one.feed), one.made.objective
+    count = sum(objective.count(batch.target) for batch in batches)
+    total = torch.zeros((), dtype=torch.float64)
+    for part in [batches] if objective.coupled else [[batch] for batch in batches]:
+        loss, _ = backward(lambda batch: forward(one.base, objective, batch, one.reference), objective, part, count,
+                           one.base.device, nullcontext)
+        total += loss
+    return {"loss": total, **{name: p.grad for name, p in one.attached.parameters().items() if p.grad is not None}}
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("objective", "method"), REFERRED)
+def test_asked_once_is_asked_in_every_step(home: Path, tmp_path: Path, objective: str, method: str) -> None:
+    live, once = (Trial(recipe(home, objective, method, once=once), tmp_path) for once in (False, True))
+    for one in (live, once):
+        fit(one.job)
+    assert [line["epoch"] for line in once.lines][-1] == 2
+    assert len(once.lines) == 6
+    for ours, wanted in zip(once.lines, live.lines, strict=True):
+        assert abs(ours["loss"] - wanted["loss"]) < TOLERANCE * wanted["loss"], (ours, wanted)
+
+
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("objective", "method"), REFERRED)
+def test_the_gradients_are_the_same(home: Path, tmp_path: Path, objective: str, method: str) -> None:
+    made = recipe(home, objective, method, once=True)
+    live, once, other = Trial(recipe(home, objective, method), tmp_path), Trial(made, tmp_path), Trial(made, tmp_path)
+    columns = [example.known["reference_logps"] for example in other.feed.encoded]
+    other.feed.encoded = [replace(example, known={"reference_logps": column + torch.sin(torch.arange(len(column)) + number)})
+                          for number, (example, column) in enumerate(zip(other.feed.encoded, columns, strict=True))]
+    found, wanted, control = (gradients(one) for one in (once, live, other))
+    assert apart(found, wanted) < TOLERANCE
+    assert apart(control, wanted) > 1e-4  # numbers of other rows would be noticed
+
+
+@pytest.mark.usefixtures("double")
+def test_a_run_that_starts_from_a_run_asks_that_one(home: Path, tmp_path: Path) -> None:
+    first = train(recipe(home, "orpo", "lora"), run=str(tmp_path / "first"), quiet=True)
+    live, once = (Trial(recipe(home, "dpo", "lora", once=once, start=str(first.path)), tmp_path) for once in (False, True))
+    bare = Trial(recipe(home, "dpo", "lora", once=True), tmp_path)
+    assert apart(gradients(once), gradients(live)) < TOLERANCE
+    told, other = (one.feed.encoded[0].known["reference_logps"] for one in (once, bare))
+    assert (told - other).abs().max() > 1e-3  # the control: the bare base says something else
+
+
+@pytest.mark.parametrize("method", [{"name": "lora", "dropout": 0.3}, "full"])
+def test_it_goes_on_from_a_checkpoint_to_the_same_bits(home: Path, tmp_path: Path, method: Any) -> None:
+    made = recipe(home, "dpo", method, once=True, dtype="float32")
+    one, again = Trial(made, tmp_path), Trial(made, tmp_path)
+    fit(one.job)
+    fit(again.job, checkpoint.load(tmp_path / "step-4"))
+    assert [line["loss"] for line in again.lines] == [line["loss"] for line in one.lines[4:]]
+    same(one.attached.state(), again.attached.state())
+
+
+def test_what_a_model_says_of_rows_is_not_what_the_rows_are(home: Path, tmp_path: Path) -> None:
+    live, once = (Trial(recipe(home, "dpo", "lora", once=once), tmp_path) for once in (False, True))
+    assert live.feed.fingerprint == once.feed.fingerprint  # so a run on another machine goes on
+
+
+@pytest.mark.parametrize(("objective", "kept"), [
+    ({"name": "dpo"}, True), ({"name": "kto"}, True), ({"name": "sft"}, False), ({"name": "simpo"}, False),
+    ({"name": "dpo", "precompute_reference": True}, False), ({"name": "ppo"}, True), ({"name": "grpo"}, False),
+    ({"name": "ppo", "kl_weight": 0}, False), ({"name": "grpo", "kl_weight": 0.1}, True)])
+@pytest.mark.parametrize("method", ["full", "freeze"])
+def test_a_copy_is_kept_where_the_objective_compares(method: str, objective: dict[str, Any], kept: bool) -> None:
+    made = build.recipe({"data": "-", "method": method, "objective": objective})
+    assert made.method.keep_base is kept
+    assert build.recipe(made).method.keep_base is kept
+    for given in (True, False):
+        raw = {"data": "-", "method": {"name": method, "keep_base": given}, "objective": objective}
+        assert build.recipe(raw).method.keep_base is given
+
+
+def test_a_copy_that_is_forbidden_is_refused_with_what_would_do(home: Path, tmp_path: Path) -> None:
+    never = {"name": "full", "keep_base": False}
+    with pytest.raises(RecipeError, match="precompute_reference: true"):
+        Trial(recipe(home, "dpo", never), tmp_path)
+    assert Trial(recipe(home, "dpo", never, once=True), tmp_path).attached.copied == (0, 0)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_a_full_run_says_what_its_reference_costs(home: Path, tmp_path: Path, once: bool,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    rows = str(home / "pairs.jsonl")
+    made = recipe(home, "dpo", "full", once=once, dtype="float32", **{"data.eval": rows, "data.test": rows})
+    run = train(made, run=str(tmp_path / "run"))
+    said = capsys.readouterr().err
+    count = int(run.results["parameters"])
+    sentence = f"full keeps a copy of the {count:,} weights that it trains ({count * 4 / 1e9:.3g} GB)"
+    assert (sentence in said) is not once, said
+    assert run.results["test_before"]["reward_margin"] == 0
+    assert run.results["test"]["reward_margin"] > 0  # held-out and test rows have their reference too
+    assert yaml.safe_load((run.path / "recipe.yaml").read_text())["method"]["keep_base"] is not once
+
+
+def test_rows_that_are_streamed_cannot_be_asked_about_once(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="streaming"):
+        Trial(recipe(home, "dpo", "lora", once=True, **{"data.streaming": True, "training.steps": 2}), tmp_path)
