@@ -35,7 +35,7 @@ def inspect(run: Run | Path | str, *, quiet: bool = False) -> dict[str, Any]:
     readings = build.describe(attached, family.anatomy) if attached else []
     if not readings:
         raise RunError(f"{str(run.path)!r} was tuned by {build.method_name(made)}, whose numbers say nothing by "
-                       "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2 or lora")
+                       "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
     found: dict[str, Any] = {"run": str(run.path), "method": build.method_name(made), "readings": [], "picture": None}
     starts = _starts(run, made, family, attached) if any(r.kind == "words" for r in readings) else []
     for i, reading in enumerate(readings):

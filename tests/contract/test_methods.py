@@ -23,6 +23,7 @@ ALWAYS: dict[str, dict[str, Any]] = {name: {"keep_base": True} for name in ("ful
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lora": [{"dora": True}, {"init": "pissa", "rank": 4}, {"init": "gaussian", "rslora": True},
              {"init": "pissa", "rank": 2, "dora": True, "rslora": True}],
+    "adalora": [{"rank": 5, "start_rank": 6, "settle": 0.3}, {"targets": ("o",), "orthogonal": 0.0}],
     "freeze": [{"layers": (0, 0), "head": True}, {"patterns": ("mlp",), "embeddings": True}],
     "adapter": [{"placement": "houlsby", "reduction": 4.0, "activation": "relu"}, {"placement": "parallel"}],
     "bitfit": [{"which": "paper"}],
@@ -43,7 +44,7 @@ CLOSE = 1e-10
 
 
 def optimizer(attached: Any, rate: float = 1e-2) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(), 3)
+    return Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(), 3, attached.at_update)
 
 
 def take_steps(family: CausalLM, attached: Any, steps: int = 3) -> None:

@@ -32,6 +32,7 @@ from luthier.core.answers import Sampling as Sampling
 from luthier.core.experts import Experts
 from luthier.core.ports import Ports
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
+from luthier.core.update import Update
 
 
 class Tokenizer(Protocol):
@@ -274,6 +275,11 @@ class Attached(Protocol):
         """Factor on the learning rate for the named parameter (LoRA+ uses it); 1 for most."""
         ...
 
+    @property
+    def at_update(self) -> Update | None:
+        """What it does at each update of the weights; None where that is nothing, as for nearly all."""
+        ...
+
     def disabled(self) -> AbstractContextManager[None]:
         """While open, the model is the bare base, bit for bit. Nests."""
         ...
@@ -306,9 +312,6 @@ class Method(Protocol):
     name: str
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Attached: ...
-
-
-# ---------------------------------------------------------------- objectives
 
 
 class Objective(Protocol):
@@ -350,9 +353,6 @@ class Objective(Protocol):
     def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
         """Measures that no sum over batches gives (F1, rank correlations), over all held-out rows at once."""
         ...
-
-
-# ---------------------------------------------------------------- data
 
 
 class Feed(Protocol):

@@ -25,6 +25,8 @@ LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
 class Heads:
     """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
 
+    at_update = None
+
     def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str) -> None:
         self.heads, self.task = tuple(heads), task
         self.scope = Scope()  # nobody reads it: heads change nothing in the base

@@ -6,6 +6,7 @@ A new method is one file and one line here; the recipe, the command line and the
 from typing import Any
 
 from luthier.core.config import Config
+from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.adapter import AdapterConfig
 from luthier.methods.bitfit import BitfitConfig
 from luthier.methods.freeze import FreezeConfig, LnConfig
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Config]] = {
     "full": FullConfig,
     "freeze": FreezeConfig,
     "lora": LoraConfig,
+    "adalora": AdaLoraConfig,
     "adapter": AdapterConfig,
     "bitfit": BitfitConfig,
     "ia3": Ia3Config,
@@ -35,6 +37,7 @@ METHODS: dict[str, type[Config]] = {
 
 # PEFT's types of adapter that a method here reads; all others go over the bridge to PEFT itself.
 READERS: dict[str, Any] = {
+    "ADALORA": AdaLoraConfig,
     "IA3": Ia3Config,
     "LORA": LoraConfig,
     "PREFIX_TUNING": PrefixConfig,

@@ -122,6 +122,8 @@ class Bottleneck:
 class Adapter:
     """Bottleneck adapters on a model."""
 
+    at_update = None
+
     def __init__(self, config: AdapterConfig, anatomy: Anatomy, seed: int) -> None:
         self.config, self.task, self.hooks = config, anatomy.task, Hooks()
         self.scope = self.hooks.scope

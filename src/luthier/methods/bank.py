@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from luthier.core.errors import RecipeError, RunError, nearest
 from luthier.core.protocols import Anatomy, Attached, Scope
 from luthier.core.types import Inputs
-from luthier.methods.several import scopes
+from luthier.core.update import Update
+from luthier.methods.several import scopes, together
 
 Choice = str | Mapping[str, float] | None  # one adapter, several by their weights, or the bare base
 
@@ -155,6 +156,11 @@ class Bank:
     def rate(self, name: str) -> float:
         adapter, _, inner = name.partition("/")
         return self.members[adapter].rate(inner)
+
+    @property
+    def at_update(self) -> Update | None:
+        """Of all that are not frozen."""
+        return together(attached.at_update for name, attached in self.members.items() if name not in self._frozen)
 
     def _known(self, names: Iterable[str]) -> None:
         for name in names:

@@ -44,6 +44,7 @@ class Full:
     """
 
     scope = None
+    at_update = None
 
     def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool) -> None:
         if few := [name for name, parameter in parameters.items() if not parameter.is_floating_point()]:

@@ -159,7 +159,7 @@ class Layer:
         a, b = self.factors()
         low = F.linear(x, a.to(x.dtype))
         # Mixed precision turns products to sixteen bits by itself, but nothing that is written where it stands.
-        moved = _add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)
+        moved = add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)
         if self.m is None or self.length is None:
             return moved
         # The bias stands outside of the weight's length.
@@ -196,7 +196,7 @@ class Layer:
         return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
 
 
-def _add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
+def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
     """y + scale * low b^T, in one matrix product. A single row is added to where it stands: a linear map's gradient
     does not need its output, and the copy would cost as much as a norm."""
     if y.ndim == 3 and y.shape[0] == 1:
@@ -206,6 +206,8 @@ def _add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
 
 class Lora:
     """LoRA on a model."""
+
+    at_update = None
 
     def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM") -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from luthier.core.update import Update
 from luthier.methods.hooks import Hooks
 
 
@@ -15,6 +16,7 @@ class Merging:
     """`merge`, `unmerge` and `disabled` of a method that stands on hooks and says what its merged weights are."""
 
     hooks: Hooks
+    at_update: Update | None = None
 
     def __init__(self) -> None:
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.core.protocols import Attached, Scope
+from luthier.core.update import Update
 
 
 class Named:
@@ -23,6 +24,10 @@ class Named:
     @property
     def scope(self) -> Scope | None:
         return self.inner.scope
+
+    @property
+    def at_update(self) -> Update | None:
+        return self.inner.at_update
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {self._prefix + name: parameter for name, parameter in self.inner.parameters().items()}

@@ -31,7 +31,7 @@ from luthier.methods.hooks import refuse_misfits
 
 # Tuners that want something of the training loop or of the model's caller which nobody gives them here.
 REFUSED = {
-    "ADALORA": "it must be told of every step, to move its ranks; use lora",
+    "ADALORA": "it must be told of every step, to move its ranks; use the method adalora",
     "POLY": "it must be told the task of every row",
     "XLORA": "it is a mixture of adapters that were trained before",
 }
@@ -96,6 +96,7 @@ class Peft:
     """One of PEFT's tuners on a model."""
 
     scope = None
+    at_update = None
 
     def __init__(self, config: Any, anatomy: Anatomy, seed: int) -> None:
         from peft import get_peft_model

@@ -138,6 +138,8 @@ def noise(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
 class Standing:
     """What all virtual tokens on a model share: their switch, and that they cannot be folded into weights."""
 
+    at_update = None
+
     def __init__(self) -> None:
         self.scope = Scope()
 

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core.protocols import Anatomy, Attached
+from luthier.methods.adalora import AdaLora
+from luthier.methods.adalora import Layer as Searched
 from luthier.methods.lora import Layer, Lora
 from luthier.methods.prefix import Prefix, ProjectedPrefix
 from luthier.methods.prompt import Prompt, ports_of
@@ -55,9 +57,13 @@ def describe(attached: Attached, anatomy: Anatomy) -> list[Reading]:
     if isinstance(attached, Prefix | ProjectedPrefix):
         return [Reading("words", "the first layer's keys of the prefix, and of every word as if it stood in that place",
                         tuple(_prefix(attached.virtual()[0, 0], anatomy)))]
+    if isinstance(attached, AdaLora):
+        return [Reading("layers", "the length |s B diag(e) A| of each change relative to its weight's |W|, and its "
+                        "effective rank, of the ranks that the search left",
+                        tuple(_layer(la, int(la.left().sum())) for la in attached.layers))]
     if isinstance(attached, Lora):
         return [Reading("layers", "the length |s B A| of each change relative to its weight's |W|, and its effective "
-                        "rank", tuple(_layer(la) for la in attached.layers if isinstance(la, Layer)))]
+                        "rank", tuple(_layer(la, la.rank) for la in attached.layers if isinstance(la, Layer)))]
     return []
 
 
@@ -99,7 +105,7 @@ def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], anatomy: An
 # ---------------------------------------------------------------- LoRA
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+def _layer(layer: Layer | Searched, of: int) -> dict[str, Any]:
     """Size and effective rank, exp(-sum p log p) of the shares p of the singular values (Roy and Vetterli 2007), which
     is 1 for one direction and R for R equal ones. DoRA's lengths are not part of it."""
     a, b = layer.factors()
@@ -109,4 +115,4 @@ def _layer(layer: Layer) -> dict[str, Any]:
     rank = torch.special.entr(shares).sum().exp() if found.any() else found.new_zeros(())
     weight = layer.matrix()
     return {"name": layer.site.name, "block": layer.site.block, "role": layer.site.role,
-            "size": float(found.norm() / weight.to(found.dtype).norm()), "rank": float(rank), "of": layer.rank}
+            "size": float(found.norm() / weight.to(found.dtype).norm()), "rank": float(rank), "of": of}

@@ -10,8 +10,9 @@ part by part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, TypeAlias
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Attached, Scope
+from luthier.core.update import Update
 from luthier.methods import METHODS
+from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.lora import LoraConfig
 from luthier.methods.named import Named
 from luthier.methods.prompt import Words
@@ -65,7 +68,7 @@ class SeveralConfig(Config):
     def attach(self, anatomy: Anatomy, *, seed: int) -> Several:
         """Every part. Raises `RecipeError` where the result could not be saved."""
         found: list[Attached] = []
-        order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig))
+        order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
         for i, part in order:
             found.append(part.attach(anatomy, seed=seed + i))
             if found[-1].peft() is None:
@@ -104,6 +107,10 @@ class Several:
     def rate(self, name: str) -> float:
         return next(rate * part.rate(name) for part, rate in zip(self.parts, self.rates, strict=True)
                     if name in part.parameters())
+
+    @property
+    def at_update(self) -> Update | None:
+        return together(part.at_update for part in self.parts)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -156,6 +163,27 @@ class Several:
             return {**methods[0], **({"modules_to_save": kept} if kept else {})}
         return {"peft_type": "LUTHIER", "task_type": forms[0]["task_type"], "parts": methods,
                 **({"modules_to_save": kept} if kept else {})}
+
+
+@dataclass(frozen=True)
+class Together:
+    """What several methods do at an update, one after another."""
+
+    parts: tuple[Update, ...]
+
+    def before(self) -> None:
+        for part in self.parts:
+            part.before()
+
+    def after(self, step: int, total: int, sound: Tensor) -> None:
+        for part in self.parts:
+            part.after(step, total, sound)
+
+
+def together(found: Iterable[Update | None]) -> Update | None:
+    """All of them as one; None where there is none."""
+    parts = tuple(update for update in found if update is not None)
+    return Together(parts) if parts else None
 
 
 def scopes(attached: Attached) -> tuple[Scope, ...] | None:

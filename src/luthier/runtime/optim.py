@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RunError
+from luthier.core.update import Update
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 
@@ -61,12 +62,14 @@ class Optimizer:
         parameters: what trains, by name.
         rate: factor on the learning rate for a name.
         peak: peak learning rate.
+        update: what the method does at each update, if anything.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: Callable[[str], float], peak: float,
-                 config: OptimizerConfig, total_steps: int) -> None:
+                 config: OptimizerConfig, total_steps: int, update: Update | None = None) -> None:
         assert parameters, "a method that trains nothing"
         self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
+        self._update, self._step = update, 0
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in parameters.items():
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
@@ -79,10 +82,16 @@ class Optimizer:
 
     def set_rate(self, step: int) -> float:
         """Set the rate for the step with this index; returns that of a plain parameter."""
+        self._step = step
         rate = self.peak * factor(self.config, step, self.total)
         for group in self.adam.param_groups:
             group["lr"] = rate * group["factor"]
         return rate
+
+    def complete(self) -> None:
+        """The gradient of the whole step is there: the method adds what it minimises by itself."""
+        if self._update:
+            self._update.before()
 
     def clip(self) -> Tensor:
         """Shorten the gradient to `config.clip`; returns its length before, a scalar on the device."""
@@ -97,6 +106,8 @@ class Optimizer:
             self.adam.step()
         elif bool(norm.isfinite()):
             self.adam.step()
+        if self._update:
+            self._update.after(self._step + 1, self.total, norm.isfinite())
         self.adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Tensor]:

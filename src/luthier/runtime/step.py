@@ -81,6 +81,7 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
         loss += part_loss
         _add(sums, metrics)
     ranks.sum_gradients(optimizer.parameters.values())
+    optimizer.complete()
     norm = optimizer.clip()
     optimizer.step(norm)
     return Stepped(count, loss, norm, sums, sum(b.inputs.tokens.shape[0] for b in batches),
