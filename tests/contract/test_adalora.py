@@ -28,6 +28,7 @@ from luthier.runtime import checkpoint
 from luthier.runtime.optim import Optimizer, OptimizerConfig
 from luthier.runtime.run import Run
 from luthier.runtime.step import step
+from luthier.train import train
 from tiny import save_tiny, tiny
 
 peft = pytest.importorskip("peft")
@@ -356,6 +357,17 @@ def test_what_fell_may_rise_until_the_search_ends() -> None:
         take(family, attached, adam, range(i, i + 1))
         assert not layer.kept[place]
         assert layer.e[place] == 0
+
+
+def test_a_run_searches(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{w}?", "completion": w[::-1]}) + "\n"
+                                                 for w in ("alpha", "beta", "gamma", "delta")))
+    run = train(base=str(save_tiny(tmp_path / "base", "llama", dtype=torch.float32)), data=str(tmp_path / "rows.jsonl"),
+                method={"name": "adalora", **SEARCH}, training={"steps": STEPS, "batch_size": 2}, run=str(tmp_path / "run"),
+                optimizer={"learning_rate": RATE}, quiet=True)
+    left = [t.shape[0] for n, t in load_file(run.path / "adapter_model.safetensors").items() if n.endswith("lora_E")]
+    assert (len(left), sum(left)) == (14, 2 * 14)
+    assert len(set(left)) > 1
 
 
 def test_wrappers_pass_the_update_on() -> None:

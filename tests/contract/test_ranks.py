@@ -25,7 +25,7 @@ from luthier.runtime.optim import Optimizer, OptimizerConfig
 from luthier.runtime.step import step
 from tiny import save_tiny
 
-CASES = [("full", 20), ("lora", None)]  # several micro-batches a step; one, so that a rank has none
+CASES = [("full", 20), ("lora", None), ("adalora", 20)]  # several micro-batches a step; one, so that a rank has none
 
 
 def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[str, Any]:
@@ -33,12 +33,12 @@ def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[
     torch.set_num_threads(1)
     family = base("llama")
     attached = attach(family, method)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3)
+    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3, attached.at_update)
     for i in range(3):
         adam.set_rate(i)
         rows = pack(documents(seed=i), micro_tokens)
         stepped = step(family, SFT, rows[:1] if alone else rows, adam)
-    return {"numbers": stepped.numbers(), "weights": {n: t.clone() for n, t in attached.state().items()},
+    return {"numbers": stepped.numbers(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},
             "micro_batches": stepped.micro_batches}
 
 
