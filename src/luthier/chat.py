@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | Non
         system: system prompt; left out: the one that the run's data was given, if any.
         temperature: 0 always takes the most probable word.
     """
-    if temperature < 0 or max_new_tokens < 1:
+    if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise RecipeError(f"temperature {temperature}, max_new_tokens {max_new_tokens}: the first is at least 0, "
                           "the second at least 1", "leave them out, or give such numbers")
     with status("loading the model", quiet=quiet):

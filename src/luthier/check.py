@@ -40,14 +40,16 @@ def check(file: str, *, model: str | None = None, evaluated: str | None = None,
     Args:
         model: the base whose tokenizer and chat template are used; left out: the embedded one.
         evaluated: rows that will be evaluated on; those whose prompt is in `file` too are reported.
-        settings: of a recipe's `data`, such as ``{"max_length": 512}``.
+        settings: of a recipe's `data`, such as ``{"max_length": 512}``; ``data.max_length`` is the same.
         out: folder for data_report.json and lengths.png; left out: runs/check-<name of the file>.
     """
     given: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "base.name": model}
-    made = build.recipe(None, given | {f"data.{key}": value for key, value in (settings or {}).items()})
+    made = build.recipe(None, given | {f"data.{key.removeprefix('data.')}": value
+                                       for key, value in (settings or {}).items()})
     with status("reading the data", quiet=quiet):
         tokenizer = build.tokenizer(made.base)
-        config = made.data.model_copy(update={"streaming": False})
+        most = made.data.max_length or min(made.data.most, build.context(made.base))
+        config = made.data.model_copy(update={"streaming": False, "max_length": most})
         found = build.rows.load(config, tokenizer, seed=made.seed)
     folder = Path(out) if out else Path("runs") / f"check-{Path(file).stem}"
     run = build.Run(folder)

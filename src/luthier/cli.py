@@ -125,7 +125,7 @@ def _train(options: argparse.Namespace) -> int:
                           "settings are written key=value")
     source = options.words[0] if options.words else None
     folder = options.run or options.settings.get("run")
-    if options.resume and (source is None or Path(source).is_dir()):
+    if options.resume and (source is None or not Path(source).is_file()):
         folder = source or folder
         if folder is None:
             raise RecipeError("--resume: which run?", "luthier train --resume RUN")

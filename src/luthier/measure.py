@@ -13,7 +13,8 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from luthier.core.config import Config
-from luthier.core.errors import nearest
+from luthier.core.errors import DataError, nearest
+from luthier.core.examples import Origin
 from luthier.core.protocols import Family, Sampling
 from luthier.scoring import SCORERS
 
@@ -54,6 +55,7 @@ class Question:
     ids: tuple[int, ...]
     text: str
     reference: str
+    origin: Origin | None = None
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,17 @@ class Scored:
     answers: tuple[str, ...]
     scores: dict[str, float]
     kind: Literal["base", "tuned"] = "tuned"
+
+
+def demand(questions: Sequence[Question], metrics: Sequence[str]) -> None:
+    """A `DataError`, before anything is answered, where a score cannot read the right answer of a row."""
+    for question in questions:
+        for name in metrics:
+            try:
+                SCORERS[name]("", question.reference)
+            except DataError as error:
+                where = question.origin or repr(question.text)
+                raise DataError(f"{where}: {error.what} (metric {name})", error.remedy) from None
 
 
 def score(family: Family, questions: Sequence[Question], config: EvaluateConfig,

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 COMPARED = 3  # answers shown side by side after a training
+REFUSED = 10  # rows named one by one after a data check
 
 
 class Speaker(Protocol):
@@ -110,7 +111,7 @@ def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         before = f"{results['test_before']['perplexity']:.4g} -> " if "test_before" in results else ""
         yield "perplexity", f"{before}{tested['perplexity']:.4g}  (test rows)"
     elif perplexity := (results.get("best") or {}).get("eval_perplexity"):
-        yield "perplexity", f"{perplexity:.4g} at step {int(results['best']['step'])}"
+        yield "perplexity", f"{perplexity:.4g} at step {int(results['best']['step'])}  (evaluation rows)"
     share = f"{results['trainable']:,} of {results['parameters']:,} parameters ({results['trainable_share']:.2%})"
     yield "trained", share
     yield "time", f"{results['train_seconds']:.4g} s for {results['steps']} steps, {results['train_tokens']:,} tokens"
@@ -219,6 +220,11 @@ def checked(report: Mapping[str, Any], lines: Iterable[str], previews: Sequence[
     for line in lines:
         print(line)
     for name, part in report["parts"].items():
+        for row in part["refused"][:REFUSED]:
+            detail = f" ({row['detail']})" if row["detail"] else ""
+            print(f"  {row['file']}:{row['line']}: {row['reason']}{detail}")
+        if (more := sum(part["reasons"].values()) - REFUSED) > 0:
+            print(f"  and {more} more that were refused")
         at = part["lengths"]
         print(f"{name}: tokens in an example: {at['min']:.0f} to {at['max']:.0f}, half up to {at['median']:.0f}, "
               f"99% up to {at['p99']:.0f}")

@@ -72,6 +72,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base))
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
+    asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     attached, reference = build.begin(made, base)
     if not resume or ranks.rank() > 0:
         out.begin(build.dump(made), build.provenance(made))
@@ -87,7 +88,6 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     found = _referred(made, base, found, reference, quiet)
     feed = build.feed(made, base, found, attached, reference, out.path, lambda line: _say(quiet, f"warning: {line}"))
     rolling = feed if isinstance(feed, build.Rollouts) else None
-    asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     results: dict[str, Any] = share | (run.results if resume else {})
     if made.evaluate.before and not {"before", "test_before"} & results.keys():
         with build.untrained(reference):
@@ -99,6 +99,8 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
               reference=reference, rolling=rolling, log=_to_all(*trackers),
               warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
     summary = _fit(job, trackers, saved, quiet)
+    if isinstance(feed, build.rows.Stream):
+        _streamed(out, feed.report(found.report), quiet)
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with explained(run.path):
@@ -161,6 +163,14 @@ def _report(run: Run, report: build.rows.DataReport) -> None:
     if report.parts:  # of a stream nothing is known yet
         with explained(run.path):
             build.rows.length_picture(report, run.path / "lengths.png")
+
+
+def _streamed(run: Run, report: build.rows.DataReport, quiet: bool) -> None:
+    """What became of rows that were read while they were trained on."""
+    run.write("data_report.json", report.to_json())
+    for line in report.lines():
+        if line.startswith("train: "):
+            _say(quiet, line)
 
 
 def _trackers(run: Run, made: build.Recipe, saved: checkpoint.Checkpoint | None,

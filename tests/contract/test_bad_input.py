@@ -94,6 +94,16 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {  # what is wrong:
     "no weight": ("a.jsonl", jsonl([row(1, weight=0)]), ("a.jsonl:1: nothing to train on",)),
     "all cut off": ("a.jsonl", jsonl([{"prompt": "q" * 300, "completion": "a"}]), ("a.jsonl:1: nothing to train on", "max_length=128")),
     "an unknown suffix": ("a.xls", "x", ("'.xls'", "known: .json .jsonl")),
+    "a header and no row": ("a.csv", "prompt,completion\n", ("a.csv: there is no row in it", "below the header line")),
+    "an empty array": ("a.json", "[]", ("a.json: there is no row in it",)),
+    "an array of scalars": ("a.json", '[1, "x"]', ("a.json:1: not an object", "this is int")),
+    "semicolons": ("a.csv", "prompt;completion\nq;a\n", ("a.csv:1: the header line 'prompt;completion' is one column", "parted by ';'", "with commas")),
+    "commas in a .tsv": ("a.tsv", "prompt,completion\nq,a\n", ("is one column", "parted by ','")),
+    "a header that never closes": ("a.csv", '"prompt,completion\nq,a\n', ("a.csv:1: the header line cannot be read", "close its quotes")),
+    "rows within an object": ("a.json", json.dumps({"data": [row(1)]}), ("the columns 'data'", "the rows seem to lie within 'data'")),
+    "columns in capitals": ("a.jsonl", jsonl([{"Prompt": "q", " Completion": "a"}]), ("`columns: {prompt: 'Prompt', completion: ' Completion'}`",)),
+    "old Mac line ends": ("a.jsonl", jsonl([row(1), row(2)]).replace("\n", "\r"), ("a.jsonl:1: broken JSON (Extra data",)),
+    "torn Parquet": ("a.parquet", b"PAR1 and no more", ("a.parquet cannot be read as Parquet", "get it anew")),
     "an empty archive": ("a.jsonl.gz", b"\x1f\x8b\x08", ("a.jsonl.gz cannot be read",)),
 }
 
@@ -112,6 +122,10 @@ ROWS: dict[str, tuple[list[Any], int, int, tuple[str, ...]]] = {  # rows, kept, 
     "another format": ([row(1), {"messages": [{"role": "user", "content": "q"}]}], 1, 2, ("no prompt", "format is completion")),
     "a stranger first": ([{"q": 1}, row(1), row(2)], 2, 1, ("columns of no known format",)),
     "an empty answer": ([row(1), {"prompt": "q", "completion": " "}], 1, 2, ("empty completion",)),
+    "a key twice": ([row(1), '{"prompt": "a", "prompt": "b", "completion": "c"}'], 1, 2, ("broken JSON", "the key 'prompt' stands twice")),
+    "NaN for an answer": (['{"prompt": "a", "completion": NaN}', row(1)], 1, 1, ("completion is not text",)),
+    "a weight of NaN": (['{"prompt": "a", "completion": "b", "weight": NaN}', row(1)], 1, 1, ("weight is not a finite number from 0 up",)),
+    "null for a row": (["null", row(1)], 1, 1, ("not an object",)),
     "a weight in words": ([row(1), row(2, weight="much")], 1, 2, ("weight is not a number",)),
 }
 
@@ -147,6 +161,73 @@ def test_rows_that_are_too_long(train: Call) -> None:
     refused(train("data.max_length=300"), "data.max_length 300 is longer than the base's context, 256", "set data.max_length to 256 or less")
 
 
+def test_a_quote_that_never_closes_swallows_no_row_in_silence(train: Call) -> None:
+    """Read leniently, the last cell would take in the rest of the file, and be trained on."""
+    Path("a.csv").write_text('prompt,completion\nq0,a0\nq1,"a1\nq2,a2\nq3,a3\n')
+    code, _, err = train("--data", "a.csv", "training.steps=1")
+    assert code == 0
+    assert "train: 1 of 2 rows kept" in err
+    (found,) = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]["refused"]
+    assert (found["line"], found["reason"]) == ("3", "broken table row")
+    assert "lines 3 to 5" in found["detail"]
+
+
+def test_windows_line_ends_and_a_byte_order_mark_are_no_fault(train: Call) -> None:
+    for name, content in (("a.jsonl", jsonl([row(1), row(2)])), ("a.csv", "prompt,completion\nq,a\nq,b\n")):
+        Path(name).write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
+        shutil.rmtree("run", ignore_errors=True)
+        code, _, err = train("--data", name, "training.steps=1")
+        assert code == 0
+        assert "train: 2 of 2 rows kept" in err
+
+
+def test_no_row_to_evaluate_on_and_none_in_a_stream(train: Call) -> None:
+    Path("none.csv").write_text("prompt,completion\n")
+    refused(train("data.eval=none.csv"), "none.csv: there is no row in it")
+    refused(train("data.train=none.csv", "data.streaming=true"), "none.csv: there is no row in it")
+
+
+def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
+    """They are counted as they are trained on, over a resume too, and told at the end."""
+    rows = [row(1), "{broken", row(2), {"prompt": "q", "completion": "a" * 300}, {"prompt": "q", "completion": ""}]
+    Path("a.jsonl").write_text(jsonl(rows))
+    words = ("data.train=a.jsonl", "data.streaming=true", "training.steps=3", "training.batch_size=1", "training.save_every=1")
+    code, _, err = train(*words)
+    assert code == 0
+    told = ("train: 3 of 5 rows kept, 1 truncated, the first a.jsonl:4\n", "train: 1 refused: broken JSON, the first a.jsonl:2\n",
+            "train: 1 refused: empty completion, the first a.jsonl:5\n")
+    assert all(line in err for line in told)
+    part = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]
+    assert (part["read"], part["kept"], part["truncated_rows"]) == (5, 3, ["a.jsonl:4"])
+    shutil.rmtree("run/checkpoints/step-3")
+    Path("run/README.md").unlink()
+    code, _, err = train("--resume", *words)
+    assert code == 0
+    assert all(line in err for line in told)
+    assert json.loads(Path("run/data_report.json").read_text())["parts"]["train"] == part
+
+
+def test_a_right_answer_that_no_metric_can_read_is_told_before_any_work(train: Call) -> None:
+    Path("t.jsonl").write_text(jsonl([row(1, completion='{"a": 1}'), row(2)]))
+    refused(train("data.test=t.jsonl", "evaluate.metrics=json_equal", "evaluate.before=false"),
+            "t.jsonl:2: the reference 'answer 2' holds no JSON (metric json_equal)", "mend the row")
+    assert not Path("run").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+
+    import datasets
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s")
+        raise ConnectionError("Couldn't reach 'owner/rows' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = refused(train("--data", "owner/rows"), "'owner/rows' is no file or folder here", "Couldn't reach", "the network; or give a file")
+    assert "Retrying" not in message
+
+
 def test_the_remedy_for_columns_is_one(train: Call) -> None:
     Path("a.jsonl").write_text(jsonl([{"question": f"q{i}", "answer": "a"} for i in range(4)]))
     assert train("--data", "a.jsonl", "data.columns={prompt: question, completion: answer}", "training.steps=1")[0] == 0
@@ -178,6 +259,18 @@ def test_a_base_without_weights(train: Call, base: Path) -> None:
     assert not Path("run").exists()
 
 
+def test_a_base_of_pickles_or_of_numbers_that_are_none(train: Call, base: Path) -> None:
+    from safetensors.torch import load_file, save_file
+    shutil.copytree(base, "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
+    Path("pickled/pytorch_model.bin").write_bytes(b"")
+    refused(train("base=pickled"), "only pickle weights (pytorch_model.bin), and pickle is never loaded", "safetensors")
+    shutil.copytree(base, "lost")
+    weights = load_file("lost/model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in weights.items()}, "lost/model.safetensors", {"format": "pt"})
+    refused(train("base=lost"), "base 'lost': its output is not a number", "the weights are damaged")
+    assert not Path("run").exists()
+
+
 # ---------------------------------------------------------------- recipes
 
 
@@ -185,7 +278,7 @@ def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
     message = refused(train("trianing.steps=1", "method.rank=many", "data.max_lenght=3", "optimizer.learning_rate=-1",
                             "training.batch_size=0", "evaluate.metrics=[exat]", "seed=[1]"),
                       "did you mean 'training'?", "did you mean 'max_length'?", "did you mean 'exact'?", "`luthier schema`")
-    for key, given in (("method.lora.rank", "'many'"), ("optimizer.learning_rate", "-1"), ("training.batch_size", "0"), ("seed", "[1]")):
+    for key, given in (("method.rank", "'many'"), ("optimizer.learning_rate", "-1"), ("training.batch_size", "0"), ("seed", "[1]")):
         (line,) = [line for line in message.splitlines() if key in line]
         assert f"(got {given})" in line
 
@@ -202,6 +295,18 @@ def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
     (("optimizer.learning_rate=.nan",), ("optimizer.learning_rate", "nan")),
     (("base.device=cud",), ("cud",)),
     (("method.targets=[w]",), ("w",)),
+    (("seed=99999999999999999999",), ("seed: ", "less than")),
+    (("data.limit=0",), ("data.limit", "(got 0)")),
+    (("data.max_length=1",), ("data.max_length", "(got 1)")),
+    (("optimizer={lr: 1}",), ("'optimizer.lr'", "did you mean 'learning_rate'?")),
+    (("method=lroa",), ("method: unknown name 'lroa': did you mean 'lora'?", "known: full, ")),
+    (("method.lora.rnak=2",), ("'method.rnak'", "did you mean 'rank'?")),
+    (("method=[bitfit, {name: lora, rank: x}]",), ("error: method.parts.1.lora.rank: ", "(got 'x')\n  ->")),  # and no more
+    (("data.format=mesages",), ("data.format: Input should be 'auto'; or: ", "(got 'mesages'); did you mean 'messages'?\n  ->")),
+    (("data.train={weight: 0}",), ("error: data.train.0.weight: Input should be greater than 0 (got 0)\n  ->",)),
+    (("data.eval={pth: x}",), ("error: data.eval.path: this setting is required\nunknown setting 'data.eval.pth'",)),
+    (("data.columns=prompt",), ("data.columns: Input should be a mapping, {key: value} (got 'prompt')",)),
+    (("method.targets=3",), ("method.targets: Input should be 'all-linear'; or: Input should be a list (got 3)",)),
 ])
 def test_a_setting_that_cannot_be(train: Call, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
     refused(train(*words), *expected)
@@ -215,6 +320,17 @@ def test_a_recipe_that_is_none(call: Call) -> None:
     refused(call("train", "torn.yaml"), "torn.yaml", "cannot be read")
     Path("binary.yaml").write_bytes(b"\xff\xfe\x00")
     refused(call("train", "binary.yaml"), "binary.yaml")
+    Path("empty.yaml").write_text("")
+    refused(call("train", "empty.yaml"), "'empty.yaml' is empty")
+    Path("tabs.yaml").write_text("base: x\nmethod:\n\tname: lora\n")
+    refused(call("train", "tabs.yaml"), "line 3", "mend the YAML")
+    Path("twice.yaml").write_text("data: rows.jsonl\nmethod: lora\nmethod: full\n")
+    refused(call("train", "twice.yaml"), "the key 'method' stands twice", "line 3")
+    refused(call("train", "rows.jsonl"), "rows.jsonl", "--data")
+    refused(call("train", "."), "'.' is a folder", "--resume RUN")
+    refused(call("train", "none.yaml"), "there is no recipe 'none.yaml'", "recipes here: ", "recipe.yaml")
+    refused(call("train", "--resume", "none"), "there is no run in 'none'")
+    assert not Path("runs").exists()
 
 
 # ---------------------------------------------------------------- run folders and extras

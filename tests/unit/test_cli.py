@@ -111,7 +111,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
 
 @pytest.mark.parametrize(("words", "expected"), [
     (["tarin"], ["unknown command 'tarin'", "did you mean 'train'"]),
-    (["train", "recipe.yaml", "method.rnak=4"], ["unknown setting 'method.lora.rnak'", "did you mean 'rank'"]),
+    (["train", "recipe.yaml", "method.rnak=4"], ["unknown setting 'method.rnak'", "did you mean 'rank'"]),
     (["train", "recipe.yaml", "trainin.steps=4"], ["did you mean 'training'"]),
     (["train", "recipe.yaml", "method=lroa"], ["lroa", "'lora'"]),
     (["train", "recipe.yaml", "data.max_lenght=4", "training.steps=0"], ["did you mean 'max_length'", "training.steps"]),
@@ -130,6 +130,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["evaluate", "full", "--base"], ["whole model"]),
     (["chat", "full", "--compare"], ["whole model"]),
     (["chat", "lora", "--message", "x", "--temperature", "-1"], ["temperature"]),
+    (["chat", "lora", "--message", "x", "--temperature", "nan"], ["temperature nan"]),
     (["data", "chekc", "train.jsonl"], ["did you mean 'check'"]),
     (["data", "check", "nothing.jsonl", "--model", "base"], ["nothing.jsonl"]),
     (["data", "check", "train.jsonl", "max_lenght=4"], ["did you mean 'max_length'"]),
@@ -258,9 +259,19 @@ def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:
     assert "train: 12 of 12 rows kept" in out
     assert "⟦yes 0<|im_end|>\n⟧" in out
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads(run(*words, "--json", "max_length=34", "overlong=refuse")[1])
+    report = json.loads(run(*words, "--json", "max_length=34", "data.overlong=refuse")[1])  # as a recipe has it, or short
     assert report["parts"]["train"]["reasons"] == {"longer than max_length": 2}
+    out = run(*words, "max_length=34", "overlong=refuse")[1]
+    assert "  train.jsonl:11: longer than max_length (" in out
     assert report == {**json.loads((tmp_path / "data_report.json").read_text()), "files": report["files"]}
+
+
+def test_data_check_cuts_where_training_would(run: Callable[..., Output], tmp_path: Path) -> None:
+    """Without a max_length, at the base's context, here 256."""
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "q", "completion": "a" * 400}) + "\n")
+    out = run("data", "check", str(tmp_path / "long.jsonl"), "--model", "base", "--out", str(tmp_path), "--quiet")[1]
+    assert "train: 1 of 1 rows kept, 1 truncated, the first" in out
+    assert "256 to 256" in out
 
 
 def test_exported_models_say_what_the_run_says(run: Callable[..., Output], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from luthier.build.objects import (
     attach,
     chat_prompt,
     check,
+    context,
     datasets,
     family,
     fitted,
@@ -48,7 +49,7 @@ from luthier.runtime.run import Run
 
 __all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts", "Run",
            "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "changed", "chat_prompt", "check",
-           "combined", "datasets", "describe", "dump", "family", "feed", "fingerprint", "fitted", "folder",
+           "combined", "context", "datasets", "describe", "dump", "family", "feed", "fingerprint", "fitted", "folder",
            "gguf_adapter", "gguf_model", "held_out", "idle", "judged", "method_name", "micro_tokens", "open_run",
            "price", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base",
            "save_tuned", "save_whole", "standing", "tokenizer", "untrained", "version", "with_heads"]

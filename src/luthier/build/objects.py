@@ -13,8 +13,8 @@ from luthier.core.examples import ChatExample, CompletionExample, Example, Messa
 from luthier.core.protocols import Attached, Family, Feed, Objective
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
-from luthier.families import BaseConfig, load_tokenizer, open_family
-from luthier.measure import Question
+from luthier.families import BaseConfig, context_of, load_tokenizer, open_family
+from luthier.measure import Question, demand
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
 from luthier.methods.several import Several, parts_of
@@ -31,6 +31,11 @@ def family(config: BaseConfig) -> Family:
 def tokenizer(config: BaseConfig) -> Any:
     """The base's tokenizer, without its weights."""
     return load_tokenizer(config)
+
+
+def context(config: BaseConfig) -> int:
+    """Tokens that the base can read at once, as its own config says, without its weights."""
+    return context_of(config)
 
 
 def attach(base: Family, method: AnyMethod, seed: int) -> Attached:
@@ -134,11 +139,12 @@ def held_out(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
 
 
 def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Question]:
-    """Prompts and right answers of test rows."""
+    """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer."""
     found = []
     for example in examples[:made.evaluate.limit]:
         ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
-        found.append(Question(tuple(ids), _asked(example), reference))
+        found.append(Question(tuple(ids), _asked(example), reference, example.origin))
+    demand(found, made.evaluate.metrics)
     return found
 
 

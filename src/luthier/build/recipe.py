@@ -43,8 +43,7 @@ AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(disc
 FREE = ("run", "evaluate.", "base.device", "data.test", "method.keep_base", "training.micro_tokens",
         "training.gradient_checkpointing", "training.save_every", "training.keep", "training.trackers",
         "objective.labels")  # the last is read off the data, whose own fingerprint is compared
-
-
+SHORT = {"data": "train", "train": "path", "eval": "path", "test": "path"}  # what a bare word stands for; else: name
 
 class Recipe(Config):
     """A whole run as data; one-to-one with a YAML file. `data: file.jsonl`, `method: lora` and the like are short for
@@ -57,7 +56,7 @@ class Recipe(Config):
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
     start: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is the "
                                                 "reference; base and method are that run's")
     run: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
@@ -148,28 +147,46 @@ def _method_of(form: Mapping[str, Any]) -> Any:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise RecipeError(f"the recipe {str(path)!r} is a folder",
+                          "name a YAML file; to go on with a run: luthier train --resume RUN")
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
     except FileNotFoundError:
-        near = sorted(str(p) for p in Path("recipes").glob("*.yaml"))
+        near = sorted(str(p) for folder in (path.parent, Path("recipes")) for p in folder.glob("*.y*ml"))
         raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}",
-                          "mend the YAML at the place named") from None
+                          "mend the YAML at the place named; rows to train on are given with --data") from None
     if not isinstance(raw, dict):
-        raise RecipeError(f"the recipe {str(path)!r} holds a {type(raw).__name__}, not settings",
-                          "write lines such as `method: lora`")
+        held = "is empty" if raw is None else f"holds a {type(raw).__name__}, not settings"
+        raise RecipeError(f"the recipe {str(path)!r} {held}", "write lines such as `method: lora`")
     return {key: value for key, value in raw.items() if key != "provenance"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which no key stands twice: the second would silence the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice",
+                                                        key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
 
 
 def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out."""
     first, *rest = path
-    old = raw.get(first) or {}
+    old: Any = raw.get(first) or {}
     if first == "method" and isinstance(old, list):
         return {**raw, first: _laid_in_list(old, rest, value) if rest else value}
-    if isinstance(old, (str, list)) and (rest or isinstance(value, dict)):
-        old = {"train" if first == "data" else "name": old}
+    if isinstance(old, str) or (first == "data" and isinstance(old, list)):
+        old = {SHORT.get(first, "name"): old} if rest or isinstance(value, dict) else old
+    if first == "method" and len(rest) > 1 and rest[0] == old.get("name", LoraConfig().name):
+        rest = rest[1:]  # method.lora.rank, as it must be said of a list
     if rest:
         return {**raw, first: _laid(old, rest, value)}
     if isinstance(value, dict) and isinstance(old, dict):
@@ -209,6 +226,9 @@ def idle(made: Recipe) -> list[str]:
         found.append("training.patience has no effect: there is nothing to evaluate on (data.eval)")
     if training.eval_every and not evaluates:
         found.append("training.eval_every has no effect: there is nothing to evaluate on (data.eval)")
+    if training.steps and made.optimizer.warmup >= training.steps:
+        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
+                     "as the run")
     if training.steps and "epochs" in training.model_fields_set and training.epochs != 1.0:
         found.append("training.epochs has no effect: training.steps is given")
     if made.evaluate.metrics and not evaluates and made.data.test is None:

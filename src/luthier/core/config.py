@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.core.errors import RecipeError, nearest
+
+QUOTED = re.compile(r"'([^']+)'")
+LABEL = re.compile(r"(str|int|float|bool|none)$|(literal|tuple|list|dict|lax-or-strict|function-\w+)\[")  # of a branch
+PLAIN = {kind: f"Input should be {what}" for kind, what in {  # without Python's words for what YAML holds
+    "tuple_type": "a list", "dict_type": "a mapping, {key: value}", "model_type": "a mapping, {key: value}",
+    "mapping_type": "a mapping, {key: value}", "model_attributes_type": "a mapping, {key: value}"}.items()}
 
 
 class Config(BaseModel):
@@ -26,26 +33,70 @@ class Config(BaseModel):
 
 
 def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> list[str]:
-    """One line for each fault: where it stands, what was given, what the rule is."""
-    lines = []
+    """One line for each place that is at fault: what was given, what the rule is. Places are named as they are written
+    in a recipe, so Pydantic's names of a union's branches are left out, and the branches' rules are told as one."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    unions: set[str] = set()
     for fault in error.errors(include_url=False):
-        place = ".".join([where, *map(str, fault["loc"])]).strip(".")
-        if fault["type"] == "extra_forbidden":
-            known = _fields(model, fault["loc"][:-1])
-            lines.append(f"unknown setting {place!r}: {nearest(str(fault['loc'][-1]), known)}")
-        elif fault["type"] == "missing":
-            lines.append(f"{place}: this setting is required")
-        else:
-            message = fault["msg"].removeprefix("Value error, ")
-            lines.append(f"{place}: {message} (got {fault['input']!r})")
-    return lines
+        keys, branch = _place(model, fault["loc"])
+        place = ".".join([where, *map(str, keys)]).strip(".")
+        found.setdefault(place, []).append(dict(fault))
+        if branch:
+            unions.add(place)
+    # Of a union, the branch that looks deepest is what was meant; that it is no number besides is no news. Nor is that
+    # a list is too short where one of its entries could not be read.
+    unions |= {place for place, faults in found.items() if faults[0]["type"] == "too_short"}
+    meant = [place for place in found if not (place in unions and any(p.startswith(f"{place}.") for p in found))]
+    return [_told(place, found[place], model) for place in meant]
 
 
-def _fields(model: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
+def _told(place: str, faults: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> str:
+    first = faults[0]
+    if first["type"] == "extra_forbidden":
+        return f"unknown setting {place!r}: {nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"{place}: this setting is required"
+    if first["type"] == "union_tag_invalid":
+        known = [name for name in QUOTED.findall(first["ctx"]["expected_tags"]) if name != "several"]
+        hint = nearest(str(first["ctx"]["tag"]), known)
+        every = f"; known: {', '.join(known)}" if hint.startswith("did") else ""
+        return f"{place}: unknown name {first['ctx']['tag']!r}: {hint}{every}"
+    rules = [PLAIN.get(fault["type"]) or fault["msg"].removeprefix("Value error, ") for fault in faults]
+    words = [word for fault in faults if fault["type"] == "literal_error" for word in QUOTED.findall(fault["msg"])]
+    hint = nearest(str(first["input"]), words) if words else ""
+    return (f"{place}: {'; or: '.join(dict.fromkeys(rules))} (got {first['input']!r})"
+            + (f"; {hint}" if hint.startswith("did you mean") else ""))
+
+
+def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str | int], bool]:
+    """`loc` as a recipe has it, and whether it ends at a union's branch."""
+    shown: list[str | int] = []
+    choices: list[type[BaseModel]] = [model]
+    branch = False
+    for at, key in enumerate(loc):
+        named = [c for c in choices if _branch(c, key, choices)]
+        fields = [c.model_fields[key] for c in choices if key in c.model_fields] if isinstance(key, str) else []
+        branch = bool(named) or (not fields and isinstance(key, str) and bool(LABEL.match(key)) and at > 0)
+        if named:
+            choices = named
+        elif fields:
+            choices = [t for t in _types(fields[0].annotation) if issubclass(t, BaseModel)]
+        if not branch or (named and isinstance(shown[-1], int)):
+            shown.append(key)
+    return shown, branch
+
+
+def _branch(choice: type[BaseModel], key: str | int, choices: Sequence[type[BaseModel]]) -> bool:
+    """Whether Pydantic calls this class of a union so: by its `name` where that tells them apart, else by its own."""
+    named = choice.model_fields.get("name")
+    return (len(choices) > 1 and named is not None and named.default == key) or choice.__name__ == key
+
+
+def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """The settings known at `path` below `model`, for the nearest-neighbour hint."""
     choices = [model]
     for key in path:
-        named = [c for c in choices if len(choices) > 1 and c.model_fields["name"].default == key]  # a union's branch
+        named = [c for c in choices if _branch(c, key, choices)]
         field = choices[0].model_fields.get(str(key))
         inner = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
         choices = named or inner or choices

@@ -58,7 +58,8 @@ class NotFinite(LuthierError):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt word: ``did you mean 'rank'?``, or the list of what is known."""
+    """A hint for a misspelt word: ``did you mean 'rank'?``, or the list of what is known. Initials count too: lr."""
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    close = [name for name in names if len(word) > 1 and word == "".join(part[:1] for part in name.split("_"))]
+    close += difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(names)}"

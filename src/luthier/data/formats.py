@@ -9,7 +9,7 @@ Formats whose words are trained also take a `weight` column: the weight of the w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from luthier.data.values import UnfitError
 
 Columns = Mapping[str, str | int]
 PATIENCE = 100  # rows that fit no format before the whole file is given up
+INSIDE = 4  # columns: a file with fewer and a list of objects among them is a wrapping around its rows
 PAIR = ("chosen", "rejected")
 
 
@@ -201,5 +202,18 @@ def _no_format(row: Row, columns: Columns, readable: Iterable[str]) -> DataError
         return DataError(f"{row.origin}: `columns` names {wrong[0]!r}, which the file has not",
                          nearest(wrong[0], there))
     known = "; ".join(f"{name} ({', '.join(FORMATS[name].required)})" for name in readable)
+    inside = next((name for name, value in row.values.items() if isinstance(value, list) and value
+                   and all(isinstance(item, dict) for item in value)), None)
     return DataError(f"{row.origin}: the columns {', '.join(map(repr, there))} fit no known format: {known}",
-                     "say which column is which, as in `columns: {prompt: question, completion: answer}`")
+                     f"the rows seem to lie within {inside!r}: give that list as a file of its own" if inside
+                     and len(there) < INSIDE else
+                     f"say which column is which, as in `columns: {_guessed(list(row.values), readable)}`")
+
+
+def _guessed(there: Sequence[str], readable: Iterable[str]) -> str:
+    """Columns for the remedy: those that differ from a format's only by case and outer space, else an example."""
+    plain = {name.strip().lower(): name for name in there}
+    for format in readable:
+        if all(column in plain for column in FORMATS[format].required):
+            return "{" + ", ".join(f"{column}: {plain[column]!r}" for column in FORMATS[format].required) + "}"
+    return "{prompt: question, completion: answer}"

@@ -108,10 +108,14 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
     for number, source in enumerate(() if config.streaming else config.train):
         reading.take(source, number, train, evaluated, held, seed + number)
     if not config.streaming:
+        if not train.kept and not train.tally.read:
+            raise no_rows(config.train)
         reading.augment(train)
     for part, given in ((evaluated, config.eval), (tested, config.test)):
         if isinstance(given, Source):
             reading.take(given, 0, part, part, 0.0, seed)
+            if not part.kept and not part.tally.read:
+                raise no_rows([given])
     parts = {part.name: part for part in (train, evaluated, tested) if part.tally.read or part.kept}
     what = known(train.examples or evaluated.examples + tested.examples, use.classes, config)
     everything = [example for part in parts.values() for example in part.examples]
@@ -125,6 +129,12 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
     return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples, report,
                     () if config.streaming else tuple(mix), what.classes or () if kinds & CLASSED else (),
                     frozenset(kind.__name__ for kind in kinds), replace(use, classes=what.classes))
+
+
+def no_rows(sources: Sequence[Source]) -> DataError:
+    """What is wrong with files that hold no row at all."""
+    return DataError(f"{', '.join(source.path for source in sources)}: there is no row in it",
+                     "give a file with rows in it (below the header line, where it is a table)")
 
 
 def demand(config: DataConfig) -> None:
@@ -235,7 +245,7 @@ class _Reading:
             if refused is None:
                 part.kept.append(replace(kept, encoded=[one for one in made if isinstance(one, Encoded)]))
             if not kept.added:
-                part.tally.refuse(refused) if refused else part.tally.keep(kept.cut)
+                part.tally.refuse(refused) if refused else part.tally.keep(kept.cut, kept.example.origin)
 
 
 def _held_out(count: int, share: float, seed: int) -> set[int]:

@@ -29,7 +29,7 @@ def _json_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
             yield Refusal(origin, NOT_UTF8)
             continue
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=_once)
         except (ValueError, RecursionError) as fault:
             if number == 1 and text.strip() == "[":
                 yield from _json(io.BytesIO(line + stream.read()), name, header)
@@ -43,11 +43,20 @@ def _json_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
             yield as_row(value, origin)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key stands twice: the second would silence the first."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
+    return made
+
+
 def _json(stream: IO[bytes], name: str, header: bool) -> Rows:
     """Elements of an array, or objects in a run. Behind a broken one, the next that is indented alike is read."""
     raw = stream.read()
     text = raw.decode("utf-8-sig", errors="surrogateescape")
-    decoder, skip = json.JSONDecoder(), re.compile(r"[\s,]*")
+    decoder, skip = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[\s,]*")
     at = skip.match(text).end()  # type: ignore[union-attr]
     array = text.startswith("[", at)
     if not array and not text.startswith("{", at):
@@ -77,7 +86,8 @@ def _next_alike(text: str, at: int) -> int | None:
 
 
 def _csv(stream: IO[bytes], name: str, header: bool) -> Rows:
-    yield from _table(stream, name, header, {"delimiter": ","})
+    # strict: a quote that is never closed would otherwise swallow the rest of the file into one cell.
+    yield from _table(stream, name, header, {"delimiter": ",", "strict": True})
 
 
 def _tsv(stream: IO[bytes], name: str, header: bool) -> Rows:
@@ -89,7 +99,16 @@ def _table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str, Any
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(lines, **dialect)
-    names = next(reader) if header else []
+    try:
+        names = next((cells for cells in reader if cells), []) if header else []
+    except csv.Error as fault:
+        raise DataError(f"{name}:1: the header line cannot be read ({fault})",
+                        "close its quotes, or give a file with a line of column names") from fault
+    other = next((mark for mark in ";\t|," if len(names) == 1 and mark in names[0] and mark != dialect["delimiter"]),
+                 None)
+    if other:
+        raise DataError(f"{name}:1: the header line {names[0][:60]!r} is one column; its names look to be parted by "
+                        f"{other!r}", "write the table with commas (.csv) or tabs (.tsv)")
     repeated = {column for column in names if names.count(column) > 1}
     if repeated:
         raise DataError(f"{name} has the column {repeated.pop()!r} twice", "give every column its own name")
@@ -100,7 +119,8 @@ def _table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str, Any
         except StopIteration:
             return
         except csv.Error as fault:
-            yield Refusal(Origin(name, line), "broken table row", str(fault))
+            upto = f", lines {line} to {reader.line_num}" if reader.line_num > line else ""
+            yield Refusal(Origin(name, line), "broken table row", f"{fault}{upto}")
             continue
         if not cells:
             continue

@@ -23,6 +23,7 @@ from luthier.core.examples import (
     JudgedExample,
     LabelledExample,
     Message,
+    Origin,
     PromptExample,
     TaggedExample,
     TextExample,
@@ -51,6 +52,7 @@ class Part:
         read: rows met. Each is kept or refused.
         kept: rows that became examples.
         truncated: of the kept, those that lost their end to `max_length`.
+        truncated_rows: where the first of them stand.
         encoded: examples that they became; more than `kept` where texts were split.
         reasons: how many rows were refused for each reason.
         refused: the first of them, with file, line and detail.
@@ -77,6 +79,7 @@ class Part:
     histogram: Mapping[str, list[int]] = field(default_factory=dict)
     labels: Mapping[str, int] = field(default_factory=dict)
     augmented: Mapping[str, int] = field(default_factory=dict)
+    truncated_rows: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class DataReport:
         said = []
         for name, part in self.parts.items():
             share = f", {100 * part.trained / part.tokens:.0f}% of {part.tokens} tokens trained" if part.trained else ""
-            said.append(f"{name}: {part.kept} of {part.read} rows kept, {part.truncated} truncated{share}")
+            cut = f", the first {part.truncated_rows[0]}" if part.truncated_rows else ""
+            said.append(f"{name}: {part.kept} of {part.read} rows kept, {part.truncated} truncated{cut}{share}")
             where = {r["reason"]: f", the first {r['file']}:{r['line']}" for r in reversed(part.refused)}
             said += [f"{name}: {count} refused: {reason}{where.get(reason, '')}"
                      for reason, count in part.reasons.items()]
@@ -127,6 +131,7 @@ class Tally:
         self.read = self.kept = self.truncated = 0
         self.reasons: Counter[str] = Counter()
         self.refused: list[Refusal] = []
+        self.cut: list[str] = []
 
     def refuse(self, refusal: Refusal) -> None:
         self.read += 1
@@ -134,10 +139,20 @@ class Tally:
         if len(self.refused) < LISTED:
             self.refused.append(refusal)
 
-    def keep(self, truncated: bool) -> None:
+    def keep(self, truncated: bool, origin: Origin) -> None:
         self.read += 1
         self.kept += 1
         self.truncated += truncated
+        if truncated and len(self.cut) < LISTED:
+            self.cut.append(str(origin))
+
+    def state(self) -> dict[str, Any]:
+        """As plain data, to go on counting after a resume."""
+        return {**vars(self), "refused": [[r.origin.file, r.origin.line, r.reason, r.detail] for r in self.refused]}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        refused = [Refusal(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
+        vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]))
 
     def part(self, encoded: Sequence[Encoded]) -> Part:
         """The counts so far, and what `encoded` is like."""
@@ -151,7 +166,8 @@ class Tally:
                   for r in self.refused),
             count, pairs, int(lengths.sum()), sum(_trained(example) for example in encoded),
             {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()},
-            {"edges": [round(float(edge)) for edge in edges], "counts": counts.tolist()})
+            {"edges": [round(float(edge)) for edge in edges], "counts": counts.tolist()},
+            truncated_rows=tuple(self.cut))
 
 
 def _trained(example: Encoded) -> int:

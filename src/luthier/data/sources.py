@@ -23,8 +23,10 @@ A row that cannot be read is a `Refusal` with its reason, and reading goes on. A
 from __future__ import annotations
 
 import difflib
+import logging
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +157,25 @@ def _parquet(file: Path) -> Rows:
     import datasets
 
     try:
-        rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+        with _quiet():
+            rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from _numbered(rows, str(file))
     except (OSError, ValueError) as fault:
         raise DataError(f"{file} cannot be read as Parquet: {fault}", "the file is damaged; get it anew") from fault
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What the libraries say while they fail is told once, by the error that comes of it."""
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _saved(folder: Path, split: str) -> Rows:
@@ -176,7 +193,8 @@ def _hub(name: str, split: str, subset: str | None, streaming: bool) -> Rows:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
+        with _quiet():
+            rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
     except (OSError, ValueError) as fault:
         raise DataError(f"{name!r} is no file or folder here, and as a data set on the hub it cannot be had: {fault}",
                         "check the name, its `split` and `subset`, and the network; or give a file") from fault

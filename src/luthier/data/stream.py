@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -15,17 +16,17 @@ from typing import Any, Self
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.core.examples import Example
+from luthier.core.examples import Example, Origin
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Batch, Encoded
 from luthier.data.augment import WordsAugment
 from luthier.data.config import DataConfig, Source
 from luthier.data.items import encoded
-from luthier.data.load import ANY_USE, Use, rows
+from luthier.data.load import ANY_USE, Use, no_rows, rows
 from luthier.data.loader import changed
 from luthier.data.pack import pack
 from luthier.data.pictures import drawn
-from luthier.data.report import Tally
+from luthier.data.report import DataReport, Tally
 from luthier.data.rows import Refusal
 from luthier.data.settle import known, settled, whole_needed
 
@@ -94,7 +95,7 @@ class Stream:
             if isinstance(found, Refusal):
                 self._count(found)
             else:
-                self._count(found[1])
+                self._count(found[1], example.origin)
                 self.queue += found[0]
             if len(self.queue) >= self.block:
                 break
@@ -113,12 +114,12 @@ class Stream:
         refused = next((one for one in found if isinstance(one, Refusal)), None)
         return refused or ([one for one in found if isinstance(one, Encoded)], made[1])
 
-    def _count(self, outcome: Refusal | bool) -> None:
+    def _count(self, outcome: Refusal | bool, origin: Origin | None = None) -> None:
         if self.epoch == 0 and self.tally.read < self.next_row:
             if isinstance(outcome, Refusal):
                 self.tally.refuse(outcome)
-            else:
-                self.tally.keep(outcome)
+            elif origin:
+                self.tally.keep(outcome, origin)
 
     def _batch(self) -> list[Encoded]:
         """Up to `batch_size` examples of this epoch."""
@@ -141,6 +142,8 @@ class Stream:
         if not chosen:
             self._begin(self.epoch + 1, 0)
             chosen = self._batch()
+        if not chosen and not self.tally.read:
+            raise no_rows(self.config.train)
         if not chosen:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the train rows can be used; the first:\n{first}",
@@ -148,11 +151,19 @@ class Stream:
         return pack(chosen, self.micro_tokens)
 
     def state(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "row": self.row, "taken": self.taken, "data": self.fingerprint}
+        return {"epoch": self.epoch, "row": self.row, "taken": self.taken, "data": self.fingerprint,
+                "tally": self.tally.state()}
+
+    def report(self, others: DataReport) -> DataReport:
+        """What became of the rows of the first epoch that were read so far, besides what is known of other parts. Who
+        keeps no row knows neither their lengths nor duplicates."""
+        return replace(others, parts={"train": replace(self.tally.part([]), lengths={}, histogram={}), **others.parts})
 
     def load(self, state: Mapping[str, Any]) -> None:
         if state["data"] != self.fingerprint:
             raise changed(state["data"], self.fingerprint)
+        if "tally" in state:
+            self.tally.load(state["tally"])
         self._begin(state["epoch"], state["row"])
         self._refill()
         self.taken = state["taken"]

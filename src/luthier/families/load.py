@@ -262,6 +262,14 @@ def load_tokenizer(config: BaseConfig) -> Any:
         return _tokenizer(config, path, _kind(config, described))
 
 
+def context_of(config: BaseConfig) -> int:
+    """Positions that the base's config names; endless where it names none."""
+    path = folder(config)
+    with _explained(config, path):
+        described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
+        return int(getattr(described, "max_position_embeddings", None) or 2**62)
+
+
 def _kind(config: BaseConfig, described: Any) -> Kind:
     kind = kind_of(described)
     if kind is None:

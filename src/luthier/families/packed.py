@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from luthier.core.errors import LuthierError
+from luthier.core.errors import BaseError, LuthierError
 from luthier.core.protocols import Attached, Head, Router
 from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.families import forest as _forest
@@ -184,6 +184,9 @@ class Packed(Loaded):
             return "padded"
         finally:
             self.model.train(was)
+        if not bool(padded.isfinite().all()):
+            raise BaseError(f"base {self.model.name_or_path!r}: its output is not a number",
+                            "set base.dtype to float32; if it is, the weights are damaged: get them anew")
         close = torch.allclose(packed, padded, rtol=1e-2, atol=1e-2 * float(padded.abs().max()))
         return "packed" if close else "padded"
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from luthier.core.config import Config
 from luthier.core.errors import RunError
@@ -49,6 +49,11 @@ class TrainingConfig(Config):
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better one")
     keep_best: bool = Field(True, description="end with the weights of the best evaluation, not the last")
     trackers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _several(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
 
 
 class Rolling(Protocol):
