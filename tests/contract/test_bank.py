@@ -29,7 +29,6 @@ NAMES = ("a", "b", None, "a", None, "b", "a", "b")  # of the lab's eight documen
 EXACT = 1e-9
 UNROUTED = {  # why -> methods; the others route
     "base's own parts": {"full", "freeze", "ln", "peft"},
-    "virtual tokens": {"prefix", "prompt", "ptuning", "ptuning_v2"},
 }
 
 

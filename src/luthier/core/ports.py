@@ -30,12 +30,12 @@ class Ports(Protocol):
     peft: frozenset[Kind]
 
     def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
-        """`make() -> [N, D]`: N virtual tokens before every document, seen by all of it, computed once a row."""
+        """`make() -> [N, D]`: N virtual tokens before every document that the scope names, computed once a row."""
         ...
 
     def prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: Scope) -> None:
-        """`make() -> one (keys, values) for each attention of the model, each [G, N, d]`: seen by every token, as if it
-        stood in the N places before the text. Positions move on by N."""
+        """`make() -> one (keys, values) for each attention of the model, each [G, N, d]`: seen by every token of the
+        documents that the scope names, as if it stood in the N places before the text. Positions move on by N."""
         ...
 
     def keys_values(self, start: Sequence[int] | Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -225,13 +225,13 @@ class Scope:
         weight: factor on the change, for weighted stacks of several methods.
         part: (dimension, index) of the tokens that it acts on, for batches that mix several adapters; None for all.
         among: how many there are along that dimension, for a method to be sure that it sees all of them in their order.
+        where: that index as numbers, to lay out rows without a look into a tensor.
     """
 
     def __init__(self) -> None:
-        self.off = 0
-        self.weight = 1.0
+        self.off, self.weight, self.among = 0, 1.0, 0
         self.part: tuple[int, Tensor] | None = None
-        self.among = 0
+        self.where: tuple[int, ...] = ()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -53,7 +53,7 @@ class Encoder(Packed):
         super().__init__(model, tokenizer, layout)
         context = self.anatomy.sizes["context"] - self._offset
         self.anatomy = virtual.installed(replace(self.anatomy, sizes={**self.anatomy.sizes, "context": context}),
-                                         self._offset)
+                                         self._offset, lambda: self.router)
 
     def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
         columns = {"input_ids": inputs.tokens, "position_ids": inputs.positions + self._offset}

@@ -16,7 +16,8 @@ Shapes: query [1, H, T, d], key and value [1, G, T, d] with H heads, G key-value
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -32,7 +33,26 @@ from luthier.core.types import Forest
 NAME = "luthier"
 TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
 Pair = tuple[Tensor, Tensor]  # keys and values
-Virtual = Callable[[nn.Module, Tensor, Tensor], Pair | None]  # what stands before keys and values: `virtual.py`
+
+
+@dataclass(frozen=True)
+class Before:
+    """Keys and values that stand before those of a call, each segment's or row's own.
+
+    Args:
+        pairs: the different ones, [1, G, N, d] both; N may differ.
+        whose: for each segment of a packed row, or row of a batch, which of the pairs; -1: none. Empty: all the first.
+    """
+
+    pairs: Sequence[Pair]
+    whose: tuple[int, ...] = ()
+
+    def of(self, segment: int) -> Pair | None:
+        found = self.whose[segment] if self.whose else 0
+        return None if found < 0 else self.pairs[found]
+
+
+Virtual = Callable[[nn.Module, Tensor, Tensor], Before | None]  # what stands before keys and values: `virtual.py`
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
@@ -50,7 +70,8 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     if forest is None:
         causal = causal and attention_mask is None and query.shape[2] > 1
         if before is not None:
-            key, value, attention_mask = _behind(before, key, value, attention_mask, query.shape[2] if causal else 0)
+            key, value, attention_mask = _rows_behind(before, key, value, attention_mask,
+                                                      query.shape[2] if causal else 0)
             causal = False
         out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
     elif sliding_window is not None and not causal:
@@ -73,8 +94,36 @@ def _behind(before: Pair, key: Tensor, value: Tensor, mask: Tensor | None,
     return key, value, F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
+def _rows_behind(before: Before, key: Tensor, value: Tensor, mask: Tensor | None,
+                 last: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`_behind` for rows that each have their own: the shorter ones are padded, and the padding is seen by none."""
+    if len(set(before.whose)) < 2 and (one := before.of(0)) is not None:
+        return _behind(one, key, value, mask, last)
+    sizes = tuple(k.shape[2] for k, _ in before.pairs)
+    most, device = max(sizes), key.device
+    index, seen = _places(before.whose, sizes, device)
+    joined = []
+    for each in zip(*before.pairs, strict=True):  # all keys, all values
+        padded = [F.pad(x, (0, 0, 0, most - x.shape[2])) for x in each]
+        joined.append(torch.cat([*padded, torch.zeros_like(padded[0])]).index_select(0, index))
+    own = key.shape[2]
+    key, value, mask = _behind((joined[0], joined[1]), key, value, mask, last)
+    seen = F.pad(seen, (0, own), value=True)[:, None, None]
+    if mask is None or mask.dtype == torch.bool:
+        return key, value, seen if mask is None else mask & seen
+    return key, value, mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+@lru_cache(maxsize=4)  # every layer of a step asks for the same one
+def _places(whose: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """[B] which pair each row has, the one behind the last for none; [B, N] which of its places hold something."""
+    index = torch.tensor([found if found >= 0 else len(sizes) for found in whose])
+    seen = torch.arange(max(sizes)) < torch.tensor((*sizes, 0))[index][:, None]
+    return index.to(device), seen.to(device)
+
+
 def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
-                 window: int | None, softcap: float | None, causal: bool, before: Pair | None = None) -> Tensor:
+                 window: int | None, softcap: float | None, causal: bool, before: Before | None = None) -> Tensor:
     # `split`, not slices: its backward is one concatenation, where each slice's would be a full row of zeros.
     queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
     outs = []
@@ -83,8 +132,9 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scal
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
                                                            torch.cat([values[a] for a in path], 2))
         mask = _band(q.shape[2], k.shape[2], window, q.device) if causal else None
-        if before is not None:
-            k, v, mask = _behind(before, k, v, mask, q.shape[2] if causal else 0)
+        own = None if before is None else before.of(i)
+        if own is not None:
+            k, v, mask = _behind(own, k, v, mask, q.shape[2] if causal else 0)
         outs.append(_attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
     # The fused kernel writes [L, H, d] and shows it as [H, L, d]; joined as written, nothing is copied twice.
     return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)

@@ -72,7 +72,9 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         NotFinite: the model's output is not a number.
     """
     begin = partial(_Causal, model, pad, device)
-    return answers(begin, prompts, _limits(model, prompts, sampling), sampling, eos, routed)
+    with routed(range(len(prompts))):
+        limits = _limits(model, prompts, sampling)
+    return answers(begin, prompts, limits, sampling, eos, routed)
 
 
 def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set[int]) -> Iterator[int]:
@@ -112,21 +114,23 @@ def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampli
     """How many tokens each answer may have: what was asked for, or what the context leaves."""
     assert sampling.max_new_tokens > 0, sampling
     assert sampling.batch_size > 0, sampling
-    context = _context(model)
-    for index, prompt in enumerate(prompts):
+    contexts = _contexts(model, len(prompts))
+    for index, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
         if not prompt:
             raise DataError(f"prompt {index} has no tokens, and a model can only go on from something",
                             "give the prompt at least one token, such as the one that begins a text")
         if len(prompt) >= context:
             raise BaseError(f"prompt {index} has {len(prompt)} tokens, and the base's context of {context} must hold "
                             "the answer too", "shorten the prompt, or choose a base with a longer context")
-    return [min(sampling.max_new_tokens, context - len(prompt)) for prompt in prompts]
+    return [min(sampling.max_new_tokens, context - len(prompt))
+            for prompt, context in zip(prompts, contexts, strict=True)]
 
 
-def _context(model: nn.Module) -> int:
-    """Positions that the model knows and virtual tokens leave; endless where its config does not say."""
+def _contexts(model: nn.Module, rows: int) -> list[int]:
+    """Positions that the model knows and each row's virtual tokens leave; endless where its config does not say."""
     described: Any = model.config
-    return int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62) - virtual.length(model)
+    context = int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62)
+    return [context - taken for taken in virtual.lengths(model, rows)]
 
 
 @torch.inference_mode()
@@ -169,7 +173,7 @@ class _Causal:
         self.model = model
         self.tokens, self.mask = padded(prompts, pad, device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.last = _context(model) - 1
+        self.last = torch.tensor(_contexts(model, len(prompts)), device=device)[:, None] - 1  # position of each row
         described: Any = model.config
         self.cache = DynamicCache(config=described)
 
@@ -181,7 +185,8 @@ class _Causal:
     def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
         if kept is not None:
             self.cache.batch_select_indices(kept)
-            chosen, self.mask, self.positions = chosen[kept], self.mask[kept], self.positions[kept]
+            chosen, self.mask = chosen[kept], self.mask[kept]
+            self.positions, self.last = self.positions[kept], self.last[kept]
         self.tokens = chosen[:, None]
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
         # Only a row that is done, and waits for others to leave with it, can meet the end of the context.

@@ -138,7 +138,7 @@ class Packed(Loaded):
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None) -> None:
         super().__init__(model, tokenizer)
-        self.anatomy = virtual.installed(self.anatomy)
+        self.anatomy = virtual.installed(self.anatomy, router=lambda: self.router)
         self.layout = layout or self._proven_layout()
 
     def _columns(self, inputs: Inputs) -> dict[str, Tensor]:

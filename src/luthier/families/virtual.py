@@ -1,14 +1,18 @@
-"""Virtual tokens: trained vectors that stand before every text, seen by all of it. Read `forest.py` first.
+"""Virtual tokens: trained vectors that stand before a text, seen by all of it. Read `forest.py`, `doors.py` and
+`rooms.py` first.
 
 Two doors, the model's own code untouched. A *prompt* enters as N more embeddings: one hook puts them in before the
 backbone runs, another takes their states out of its result. A *prefix* enters as N more keys and values of every
 layer: they travel with the call, as its forest does, to the place where the attention function is called. Whoever
 calls the model, with a packed row, a padded batch or a cache, gets the states of its own tokens and no others.
 
-    packed, causal      the virtual tokens are one more root, computed once a row, and every former root its child
+    packed, causal      an adapter's virtual tokens are one more root, computed once a row, and its documents children
     packed, both ways   each root has its own, since they see what follows them
     padded              they stand before each row's first token, behind its padding
     with a cache        the first call puts them in; later calls only move on
+
+Documents of one row, or rows of one batch, may go through different adapters of a bank: each then stands behind the
+virtual tokens of its own, and its positions move on by their number alone.
 
 Shape letters: B rows, L tokens of a row as the caller knows it, N virtual tokens, G key-value heads of width d.
 """
@@ -17,9 +21,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from itertools import accumulate
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -28,63 +31,53 @@ from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
 from luthier.core.ports import Kind
-from luthier.core.protocols import Anatomy, Scope
+from luthier.core.protocols import Anatomy, Router, Scope
 from luthier.core.types import Forest
+from luthier.families.doors import Door, Shares, made_by, shares_of
+from luthier.families.forest import Before, Pair
+from luthier.families.rooms import Room, packed_room, padded_room, spread
+from luthier.families.routes import routed
 
-Pair = tuple[Tensor, Tensor]
 ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
 
 
-def installed(anatomy: Anatomy, first: int = 0) -> Anatomy:
+def installed(anatomy: Anatomy, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> Anatomy:
     """The anatomy with `ports`, of a model that counts positions from `first`. Nothing is hung into the model before a
-    method asks for it."""
-    ports = VirtualPorts(anatomy, first)
+    method asks for it. `router()`: who sends segments through adapters of their own."""
+    ports = VirtualPorts(anatomy, first, router)
     _PORTS[anatomy.model] = ref(ports)
     return replace(anatomy, ports=ports)
 
 
-def length(model: nn.Module) -> int:
-    """How many places of the model's context its virtual tokens take now."""
+def lengths(model: nn.Module, rows: int) -> list[int]:
+    """How many places of the model's context virtual tokens take now, in each of the rows of a batch."""
     ports = _PORTS[model]() if model in _PORTS else None
-    return 0 if ports is None else sum(door.n for door in ports.doors if acts(door.scope))
-
-
-def acts(scope: Scope) -> bool:
-    """Whether a scope lets virtual tokens act. Raises `RunError` where it asks for a part of them."""
-    if scope.off or scope.weight == 0:
-        return False
-    if scope.weight != 1:
-        raise RunError(f"virtual tokens cannot be there by a weight of {scope.weight}: they are there or not",
-                       "give them weight 1 or 0")
-    if scope.part is not None and scope.part[1].numel() != scope.among:
-        raise RunError("virtual tokens move every position of a row, so its segments cannot have several adapters",
-                       "run the rows of this adapter by themselves (bank.using)")
-    return True
-
-
-@dataclass(frozen=True)
-class Door:
-    """What one method puts in."""
-
-    kind: Kind
-    make: Callable[[], Any]
-    scope: Scope
-    n: int
+    found = None if ports is None else shares_of(ports.doors, None, rows)
+    return [0] * rows if found is None else [found.size(i) for i in range(rows)]
 
 
 class Carried:
     """Travels with one call down to its attention functions, which call it, and to the end of the backbone.
 
     It holds its own tensors, so that blocks that are recomputed in the backward pass meet those of their forward pass.
+
+    Args:
+        pairs: keys and values, [G, N, d] each, by the module that they are for: all the different ones.
+        whose: for each segment or row which of them it sees, -1 for none; empty: the first, all of them.
+        own: [B, L] where each own token went.
     """
 
-    def __init__(self, pairs: dict[nn.Module, Pair], own: Tensor | None = None) -> None:
-        self.pairs, self.own = pairs, own
+    def __init__(self, pairs: dict[nn.Module, list[Pair]], whose: tuple[int, ...] = (),
+                 own: Tensor | None = None) -> None:
+        self.pairs, self.whose, self.own = pairs, whose, own
+        self.open = ExitStack()  # what lasts until the backbone ends
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Pair | None:
-        """The keys and values, [1, G, N, d] each, that stand before these, [B, G, L, d]; None for none."""
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
+        """What stands before keys and values [B, G, L, d]; None for nothing."""
         found = self.pairs.get(module)
-        return None if found is None else (found[0][None].to(key), found[1][None].to(value))
+        if found is None:
+            return None
+        return Before([(k[None].to(key), v[None].to(value)) for k, v in found], self.whose)
 
 
 class _Enough(Exception):
@@ -98,7 +91,7 @@ class Catch:
         self.most = most
         self.caught: dict[nn.Module, Pair] = {}
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Pair | None:
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
         self.caught[module] = (key, value)
         if len(self.caught) == self.most:
             raise _Enough
@@ -111,8 +104,8 @@ class VirtualPorts:
     usual: Callable[[int, int], Tensor] | None = None
     peft: frozenset[Kind] = frozenset({"prompt", "prefix"})
 
-    def __init__(self, anatomy: Anatomy, first: int) -> None:
-        self._first = first
+    def __init__(self, anatomy: Anatomy, first: int, router: Callable[[], Router | None]) -> None:
+        self._first, self._router = first, router
         self._backbone, self._embedding = anatomy.backbone, anatomy.embedding
         self._layers, self._context = len(anatomy.blocks), anatomy.sizes["context"]
         self._both_ways = anatomy.task == "FEATURE_EXTRACTION"
@@ -141,7 +134,7 @@ class VirtualPorts:
         if not self.doors:
             self._modules = list(self._caught([0]).caught)
             self._backbone.register_forward_pre_hook(self._enter, with_kwargs=True)
-            self._backbone.register_forward_hook(self._leave, with_kwargs=True)
+            self._backbone.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
         if door.kind == "prefix" and len(self._modules) != self._layers:
             raise self._unreachable()
         self.doors.append(door)
@@ -193,27 +186,46 @@ class VirtualPorts:
     # ------------------------------------------------------------ the two hooks
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        doors = [] if self._suspended else [door for door in self.doors if acts(door.scope)]
-        if not doors:
+        if self._suspended:
             return None
         given = {**dict(zip(self._names, args, strict=False)), **given}
-        cache = given.get("past_key_values")
+        cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _shape(given)
         seen = cache.get_seq_length() if cache is not None else 0
-        behind, before = (sum(d.n for d in doors if d.kind == kind) for kind in ("prefix", "prompt"))
+        shares = shares_of(self.doors, given.get("forest"), rows)
+        # What the cache holds and its caller does not know of; rows that had virtual tokens may have left it since.
+        held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
+        if shares is None and not held:
+            return None
+        shares = shares or Shares(((),), (0,) * rows)
+        before, behind = shares.sizes("prompt"), shares.sizes("prefix")
+        places = max(held, *before)
+        uneven = given.get("forest") is None and {*before, places} != {places}
+        if uneven and cache is not None and mask is None:
+            raise RunError("rows with different virtual tokens are of different lengths, and no mask says so to the "
+                           "calls with their cache", "give an attention_mask of [rows, tokens] with every call")
         if not seen:
-            self._refuse_too_long(given, behind + before)
-        if behind:
-            given = self._moved_on(given, behind, max(seen - before, 0))
-        own = None
-        if before and seen:
-            given = self._gone_on(given, before)
-        elif before:
-            given, own = self._put_in(given, torch.cat([d.make() for d in doors if d.kind == "prompt"]))
-        return (), {**given, "virtual": Carried(self._pairs(doors), own)}
+            self._refuse_too_long(given, shares)
+        moved = [x + y * bool(seen) for x, y in zip(behind, before, strict=True)]
+        if uneven or any(behind) or given.get("position_ids") is not None:
+            given = self._moved_on(given, [moved[share] for share in shares.whose], max(seen - places, 0))
+        room = None
+        if places and seen and mask is not None:
+            room = padded_room(_first(mask, mask), mask.shape[1], before, shares.whose, places)
+            given = {**given, "attention_mask": self._spread(mask, room)}
+        elif places and not seen:
+            given, room = self._put_in(given, shares)
+        pairs, whose = self._pairs(shares, shares.whose if room is None or room.forest is None else room.whose)
+        carried = Carried(pairs, whose, None if seen or room is None else room.own)
+        if room is not None and room.forest is not None:  # the other parts of these adapters meet the longer row
+            carried.open.enter_context(routed(self._router(), room.forest, packed=True))
+        return (), {**given, "virtual": carried}
 
     def _leave(self, _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], result: Any) -> Any:
         carried = given.get("virtual")
-        if not isinstance(carried, Carried) or carried.own is None:
+        if not isinstance(carried, Carried):
+            return None
+        carried.open.close()
+        if carried.own is None or result is None:  # None: the backbone has raised
             return None
         if isinstance(result, tuple):
             return _taken(result[0], carried.own), *result[1:]
@@ -222,119 +234,81 @@ class VirtualPorts:
             result.hidden_states = tuple(_taken(states, carried.own) for states in result.hidden_states)
         return result
 
-    def _pairs(self, doors: Sequence[Door]) -> dict[nn.Module, Pair]:
-        """The keys and values of all open prefixes, by the module that they are for."""
-        made = [door.make() for door in doors if door.kind == "prefix"]
-        if not made:
-            return {}
-        joined = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in zip(*made, strict=True)]
-        return {module: (key, value) for module, (key, value) in zip(self._modules, joined, strict=True)}
+    def _pairs(self, shares: Shares, whose: Sequence[int]) -> tuple[dict[nn.Module, list[Pair]], tuple[int, ...]]:
+        """The keys and values of every share that has a prefix, by the module that they are for; and for each segment
+        or row its number among these, -1 for none."""
+        made = made_by(shares, "prefix")
+        found: dict[int, list[Pair]] = {}
+        for i, share in enumerate(shares.doors):
+            layers = zip(*(made[door] for door in share if door.kind == "prefix"), strict=True)
+            if joined := [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]:
+                found[i] = joined  # type: ignore[assignment]
+        order = list(found)
+        return ({module: [pairs[i] for pairs in found.values()] for i, module in enumerate(self._modules)} if found
+                else {}, tuple(order.index(share) if share in found else -1 for share in whose))
 
-    def _refuse_too_long(self, given: dict[str, Any], n: int) -> None:
-        """Raises `BaseError` where a row and its virtual tokens are more than the context holds."""
-        forest, mask, width = given.get("forest"), given.get("attention_mask"), _shape(given)[1]
+    def _refuse_too_long(self, given: dict[str, Any], shares: Shares) -> None:
+        """Raises `BaseError` where a text and its virtual tokens are more than the context holds."""
+        forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _shape(given)
+        extra = [shares.size(i) for i in range(len(shares.whose))]
+        widths = [width] * rows
         if forest is not None:
-            width = _longest(forest)
-        elif width + n > self._context and isinstance(mask, Tensor) and mask.ndim == 2:
-            width = int(mask.sum(1).max())  # of a row without its padding
+            widths = _depths(forest)
+        elif width + max(extra) > self._context and isinstance(mask, Tensor) and mask.ndim == 2:
+            widths = mask.sum(1).tolist()  # of rows without their padding
+        width, n = max(zip(widths, extra, strict=True), key=sum)
         if width + n > self._context:
             raise BaseError(f"a text of {width} tokens and {n} virtual ones do not fit into the base's context of "
                             f"{self._context} tokens", f"set data.max_length to {self._context - n} or less, or use "
                             "fewer virtual tokens (method.tokens)")
 
-    # ------------------------------------------------------------ a prefix
-
-    def _moved_on(self, given: dict[str, Any], n: int, seen: int) -> dict[str, Any]:
-        """The call with every position moved on by the prefix; without any, they count from what the cache holds."""
+    def _moved_on(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
+        """The call with the positions of every segment or row moved on; without any, they count from `seen`."""
         rows, width = _shape(given)
-        positions = given.get("position_ids")
+        positions, forest = given.get("position_ids"), given.get("forest")
         if positions is None:
             start = self._first + seen
             positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
-        return {**given, "position_ids": positions + n}
+        if len(set(by)) == 1:
+            return {**given, "position_ids": positions + by[0]}
+        further = torch.tensor(by)[:, None] if forest is None else spread(by, forest.lengths)[None]
+        return {**given, "position_ids": positions + further.to(self._device, non_blocking=True)}
 
-    # ------------------------------------------------------------ a prompt
-
-    def _put_in(self, given: dict[str, Any], virtual: Tensor) -> tuple[dict[str, Any], Tensor]:
-        """The call with the virtual tokens in their places, and where each own token went, [B, L]."""
+    def _put_in(self, given: dict[str, Any], shares: Shares) -> tuple[dict[str, Any], Room]:
+        """The call with the virtual tokens in their places."""
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self._embedding(given["input_ids"])
-        forest, mask = given.get("forest"), given.get("attention_mask")
-        room = (_padded_room(_first(mask, embeds), embeds.shape[1], len(virtual)) if forest is None
-                else _packed_room(forest, len(virtual), self._both_ways, embeds.device))
+        forest, mask, sizes = given.get("forest"), given.get("attention_mask"), shares.sizes("prompt")
+        room = (padded_room(_first(mask, embeds), embeds.shape[1], sizes, shares.whose) if forest is None
+                else packed_room(forest, sizes, shares.whose, self._both_ways, embeds.device))
+        made = made_by(shares, "prompt")
+        virtual = torch.cat([made[door] for share in shares.doors for door in share if door in made])
         table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)
         given = {**given, "input_ids": None, "inputs_embeds": _taken(table, room.source)}
         for name in ROW_ARGUMENTS:
             if (column := given.get(name)) is not None:
                 given[name] = column.expand(embeds.shape[:2]).gather(1, room.like)
         if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + room.source.clamp(max=len(virtual))
+            given["position_ids"] = given["position_ids"] + room.shift
         if forest is not None:
-            return {**given, "forest": room.forest}, room.own
-        return {**given, "attention_mask": self._spread(mask, room.like)}, room.own
+            return {**given, "forest": room.forest}, room
+        return {**given, "attention_mask": self._spread(mask, room)}, room
 
-    def _spread(self, mask: Any, like: Tensor) -> Tensor | None:
+    def _spread(self, mask: Any, room: Room) -> Tensor | None:
         """The mask of the longer rows, in which a virtual token counts as the text's first token does."""
-        if mask is None or mask.ndim == 2:
-            return None if mask is None else mask.gather(1, like)
-        if not (isinstance(mask, Tensor) and mask.ndim == 4 and self._both_ways):
+        like, live = room.like, room.live
+        if mask is None:
+            return None if live is None else live.long()
+        if mask.ndim == 2:
+            longer: Tensor = mask.gather(1, like)
+            return longer if live is None else longer * live
+        if not (isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool and self._both_ways):
             raise RunError("virtual tokens cannot be put into a mask that was made for every layer in advance",
                            "give a mask of [rows, tokens], and a cache that grows (cache_implementation='dynamic')")
         mask = mask.gather(2, like[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
-        return mask.gather(3, like[:, None, None, :].expand(*mask.shape[:3], -1))
-
-    def _gone_on(self, given: dict[str, Any], n: int) -> dict[str, Any]:
-        """A later call with a cache: it holds the virtual tokens already, and the caller's mask does not know them."""
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
-        if mask is not None:
-            assert isinstance(mask, Tensor)
-            room = _padded_room(_first(mask, mask), mask.shape[1], n)
-            given = {**given, "attention_mask": self._spread(mask, room.like)}
-        return given if positions is None else {**given, "position_ids": positions + n}
-
-
-@dataclass(frozen=True)
-class Room:
-    """Rows of L tokens with N virtual ones among them, L' in all.
-
-    Args:
-        source: [B, L'] what stands where: an index into the virtual tokens (below N) and the own ones behind them.
-        like: [B, L'] the own token whose mask and type it has: itself, or the first of its text.
-        own: [B, L] where each own token went.
-        forest: of the longer row.
-    """
-
-    source: Tensor
-    like: Tensor
-    own: Tensor
-    forest: Forest | None = None
-
-
-def _padded_room(first: Tensor, width: int, n: int) -> Room:
-    """Virtual tokens before the first token of each row, which stands at `first` [B, 1]."""
-    at, own = (torch.arange(size, device=first.device) for size in (width + n, width))
-    virtual = (at >= first) & (at < first + n)
-    own_index = torch.where(at < first, at, at - n)
-    return Room(torch.where(virtual, at - first, own_index + n), torch.where(virtual, first, own_index),
-                torch.where(own < first, own, own + n))
-
-
-def _packed_room(forest: Forest, n: int, both_ways: bool, device: torch.device) -> Room:
-    """One root before all others, or, where texts are seen both ways, N places at the head of every root."""
-    total, new = sum(forest.lengths), torch.arange(n)
-    if not both_ways:
-        longer = Forest((n, *forest.lengths), (-1, *(parent + 1 for parent in forest.parents)))
-        source, own = torch.arange(total + n), torch.arange(n, total + n)
-        like = (source - n).clamp(min=0)
-        return Room(source[None].to(device), like[None].to(device), own[None].to(device), longer)
-    added = [n if parent < 0 else 0 for parent in forest.parents]
-    longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
-    spans = [torch.arange(start, start + size) for start, size in zip(forest.starts, forest.lengths, strict=True)]
-    source = torch.cat([torch.cat([new[:more], span + n]) for more, span in zip(added, spans, strict=True)])
-    like = torch.cat([torch.cat([span[:1].expand(more), span]) for more, span in zip(added, spans, strict=True)])
-    own = torch.cat([span + shift for span, shift in zip(spans, accumulate(added), strict=True)])
-    return Room(source[None].to(device), like[None].to(device), own[None].to(device), longer)
+        longer = mask.gather(3, like[:, None, None, :].expand(*mask.shape[:3], -1))
+        return longer if live is None else longer & live[:, None, None]
 
 
 def _first(mask: Tensor | None, rows: Tensor) -> Tensor:
@@ -357,12 +331,12 @@ def _shape(given: dict[str, Any]) -> torch.Size:
     return shape
 
 
-def _longest(forest: Forest) -> int:
-    """Tokens of the longest path."""
+def _depths(forest: Forest) -> list[int]:
+    """Tokens of each segment's path."""
     depths: list[int] = []
     for size, parent in zip(forest.lengths, forest.parents, strict=True):
         depths.append(size + (depths[parent] if parent >= 0 else 0))
-    return max(depths)
+    return depths
 
 
 _PORTS: WeakKeyDictionary[nn.Module, ref[VirtualPorts]] = WeakKeyDictionary()

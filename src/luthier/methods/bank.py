@@ -9,8 +9,8 @@
 
 A setting is a handful of numbers on each adapter's `Scope`: no weight is copied or moved, so turning it costs
 microseconds. A family that knows the bank (`family.router = bank`) also sends every segment of a packed row, or every
-row of a padded batch, through an adapter of its own (`Forest.adapters`). Methods that put virtual tokens in are
-chosen as a whole: every position of a row moves with them.
+row of a padded batch, through an adapter of its own (`Forest.adapters`). Virtual tokens are routed by documents: each
+stands behind those of its own adapter (`families/virtual.py`). They are there or not, so in a stack their weight is 1.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Acts(NamedTuple):
     weight: float = 1.0
     part: tuple[int, Tensor] | None = None
     among: int = 0
+    where: tuple[int, ...] = ()
 
 
 class Bank:
@@ -108,8 +109,7 @@ class Bank:
         for name, found in self._scopes.items():
             was, now = name in self._acting, acting.get(name)
             for scope in found:
-                scope.off += was - (now is not None)
-                scope.weight, scope.part, scope.among = now or Acts()
+                _turn(scope, scope.off + was - (now is not None), now or Acts())
         self._acting = acting
 
     # ------------------------------------------------------------ which tokens go where
@@ -133,8 +133,8 @@ class Bank:
         assert isinstance(device, torch.device)
         assert set(places) <= set(range(-1, len(self.members))), places
         before = self._acting
-        self._set({name: Acts(1.0, (dim, found.to(device)), len(places)) for i, name in enumerate(self.members)
-                   if (found := (where == i).nonzero()[:, 0]).numel()})
+        self._set({name: Acts(1.0, (dim, found.to(device)), len(places), tuple(found.tolist()))
+                   for i, name in enumerate(self.members) if (found := (where == i).nonzero()[:, 0]).numel()})
         try:
             yield
         finally:
@@ -168,20 +168,25 @@ class Bank:
                 raise RecipeError(f"the bank has no adapter {name!r}", nearest(name, self.members))
 
 
-_Taken = tuple[int, float, tuple[int, Tensor] | None, int]
+_Taken = tuple[int, Acts]
 
 
 def _taken(scope: Scope) -> _Taken:
-    return scope.off, scope.weight, scope.part, scope.among
+    return scope.off, Acts(scope.weight, scope.part, scope.among, scope.where)
+
+
+def _turn(scope: Scope, off: int, acts: Acts) -> None:
+    scope.off = off
+    scope.weight, scope.part, scope.among, scope.where = acts
 
 
 @contextmanager
 def _as_then(every: Sequence[Scope], then: Sequence[_Taken]) -> Iterator[None]:
     now = [_taken(scope) for scope in every]
     for scope, found in zip(every, then, strict=True):
-        scope.off, scope.weight, scope.part, scope.among = found
+        _turn(scope, *found)
     try:
         yield
     finally:
         for scope, found in zip(every, now, strict=True):
-            scope.off, scope.weight, scope.part, scope.among = found
+            _turn(scope, *found)
