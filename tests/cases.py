@@ -18,6 +18,8 @@ from luthier.objectives.base import ObjectiveConfig
 
 PREFERENCES = ("dpo", "ipo", "cdpo", "robust", "hinge", "simpo", "orpo")
 ROLLED = ("old_logps", "old_values", "advantages", "returns")
+WEIGHTED = ("classify", "classify-multi", "classify-regression", "contrastive", "contrastive-both", "contrastive-labels",
+            "contrastive-scores", "contrastive-triplet", "reward", "reward-pairs", *PREFERENCES, "kto")
 BY_ITEM = ("pooled", "scores")
 
 
@@ -50,7 +52,8 @@ class Case:
         part = replace(t, at=t.at[points], tokens=t.tokens[points], weights=t.weights[points], examples=len(examples),
                        items=t.items[items], labels=t.labels[items], margins=t.margins[items],
                        groups=number[t.groups[items]], item_of=place[t.item_of[points]],
-                       known={column: values[points] for column, values in t.known.items()})
+                       known={column: values[points] for column, values in t.known.items()},
+                       item_weights=t.item_weights[items] if len(t.item_weights) else t.item_weights)
         outputs = {name: value[items if name in BY_ITEM else points] for name, value in self.outputs.tensors().items()}
         return Case(self.objective, Outputs(**outputs, scalars=self.outputs.scalars), part, number[self.owner[points]])
 
@@ -77,7 +80,14 @@ def cases(seed: int = 0) -> dict[str, Case]:
     }
     found |= {name: answers(name, dice, [[0, 1], [2, 0, 1], [1, 0]]) for name in PREFERENCES}
     found |= {"kto": answers("kto", dice, [[1, -1], [0, -1], [0, -1], [1, -1]], good_weight=1.5)}
+    found |= {f"{name}-weighted": _weighted(found[name], dice) for name in WEIGHTED}
     return found | {name: answers(name, dice, [[0, 0, 0], [0, 0, 0]], 0, ROLLED, kl_weight=0.1) for name in ("ppo", "grpo")}
+
+
+def _weighted(case: Case, dice: torch.Generator) -> Case:
+    """The case with a weight for each of its rows."""
+    weights = torch.randint(1, 9, (case.target.examples,), generator=dice) / 4
+    return replace(case, target=replace(case.target, item_weights=weights[case.target.groups]))
 
 
 def answers(name: str, dice: torch.Generator, labels: Sequence[Sequence[float]], prompt: int = 2,

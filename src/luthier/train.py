@@ -72,6 +72,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base))
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
+    _demand_same(run, made) if resume else None
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     attached, reference = build.begin(made, base)
     if not resume or ranks.rank() > 0:
@@ -152,10 +153,15 @@ def _finished(run: Run, made: build.Recipe) -> bool:
     if not run.recipe:
         raise RunError(f"{str(run.path)!r} has no recipe.yaml, so nothing there can go on",
                        "name the folder of a run that `luthier train` began")
+    _demand_same(run, made)
+    return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
+
+
+def _demand_same(run: Run, made: build.Recipe) -> None:
+    """Raises `RunError` where the run was started with another recipe."""
     if changed := build.changed(build.Recipe.parse(run.recipe), made):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
                        f"go on with its own (luthier train --resume {run.path}), or name another folder (run=NAME)")
-    return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
 
 
 def _report(run: Run, report: build.rows.DataReport) -> None:

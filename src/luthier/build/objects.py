@@ -65,7 +65,7 @@ def fitted(made: Recipe, found: Datasets) -> Recipe:
                           f"{', '.join(sorted(made.objective.reads))}",
                           "choose an objective for these rows: " + ", ".join(
                               name for name, known in OBJECTIVES.items() if found.kinds <= known.reads))
-    return made.model_copy(update={"objective": made.objective.fitted(found.labels)})
+    return made.model_copy(update={"objective": made.objective.fitted(found.labels, found.counts)})
 
 
 def check(made: Recipe, base: Family) -> None:

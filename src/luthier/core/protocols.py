@@ -340,8 +340,8 @@ class Objective(Protocol):
         """The names of its classes by their numbers; empty where the training rows decide; None: labels are numbers."""
         ...
 
-    def fitted(self, labels: tuple[str, ...]) -> Objective:
-        """The objective for these classes, as found in the training rows; itself where it has none."""
+    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Objective:
+        """The objective for these classes of the training rows, `counts` labels of each; itself where it has none."""
         ...
 
     def count(self, target: Target) -> float:

@@ -65,11 +65,13 @@ class Item:
         label: a class's number, one flag for each class (multi-label), a rank (0 best), 1 or 0 for good or bad, a
             likeness: the objective knows which.
         margin: by how much it is better than the rest of its group, where the data say so.
+        weight: how much its loss counts; 2 is as good as the row twice. All items of an example have the same.
     """
 
     piece: int
     label: float | tuple[float, ...]
     margin: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class Target(Movable):
         groups: [A] which example of the batch each item belongs to; items of one group are compared with one another.
         item_of: [P] the item that each prediction belongs to, -1 for none.
         known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
+        item_weights: [A] float32, how much each item's loss counts; empty: 1 each.
     """
 
     at: Tensor
@@ -206,6 +209,7 @@ class Target(Movable):
     groups: Tensor = field(default_factory=_none)
     item_of: Tensor = field(default_factory=_none)
     known: Mapping[str, Tensor] = field(default_factory=dict)
+    item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @staticmethod
     def joined(targets: Sequence[Target]) -> Target:
@@ -220,7 +224,8 @@ class Target(Movable):
             torch.cat([t.groups + start for t, start in zip(targets, examples, strict=True)]),
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),
-            {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known})
+            {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known},
+            torch.cat([t.item_weights for t in targets]))
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:

@@ -4,7 +4,7 @@ The format of a file is the first of `FORMATS` that the objective can read and w
 the same file that do not fit are refused, each with its reason. Where nothing fits, one `DataError` names the columns
 found and the remedy.
 
-Formats whose words are trained also take a `weight` column: the weight of the whole row.
+All but prompts also take a `weight` column: the weight of the whole row.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ Columns = Mapping[str, str | int]
 PATIENCE = 100  # rows that fit no format before the whole file is given up
 INSIDE = 4  # columns: a file with fewer and a list of objects among them is a wrapping around its rows
 PAIR = ("chosen", "rejected")
+BESIDE = ("system", "margin", "weight")  # of answers that are compared
 
 
 @dataclass(frozen=True)
@@ -66,27 +67,29 @@ FormatName = Literal[
     "score", "triplet", "label", "label_pair", "tags", "picture", "messages", "sharegpt", "alpaca", "completion",
     "prompt", "text"]
 FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` and `prompt` is of the first
-    "sharegpt_pair": Format(("conversations", *PAIR), ("system", "margin"), _kinds("Compared"),
+    "sharegpt_pair": Format(("conversations", *PAIR), BESIDE, _kinds("Compared"),
                             preferences.from_sharegpt_pair),
-    "pair": Format(("prompt", *PAIR), ("system", "margin"), _kinds("Compared"), preferences.from_pair),
-    "transcripts": Format(PAIR, ("system", "margin"), _kinds("Compared"), preferences.from_transcripts),
-    "rejected_response": Format(("messages", "rejected_response"), ("system", "margin"), _kinds("Compared"),
+    "pair": Format(("prompt", *PAIR), BESIDE, _kinds("Compared"), preferences.from_pair),
+    "transcripts": Format(PAIR, BESIDE, _kinds("Compared"), preferences.from_transcripts),
+    "rejected_response": Format(("messages", "rejected_response"), BESIDE, _kinds("Compared"),
                                 preferences.from_rejected_response),
-    "openai_pair": Format(("input", "preferred_output", "non_preferred_output"), ("system", "margin"),
+    "openai_pair": Format(("input", "preferred_output", "non_preferred_output"), BESIDE,
                           _kinds("Compared"), preferences.from_openai_pair),
-    "ranking": Format(("prompt", "answers"), ("system", "margin"), _kinds("Compared"), preferences.from_ranking),
-    "judged": Format(("prompt", "completion", "label"), ("system",), _kinds("Judged"), preferences.from_judged),
-    "judged_chat": Format(("messages", "label"), ("system",), _kinds("Judged"), preferences.from_judged_chat),
-    "score": Format(("sentence1", "sentence2", "score"), (), _kinds("Texts"), labelled.from_score),
-    "triplet": Format(("anchor", "positive"), ("negative", "negatives"), _kinds("Texts"), labelled.from_triplet),
-    "label_pair": Format(("text", "second", "label"), (), _kinds("Labelled"), labelled.from_label,
+    "ranking": Format(("prompt", "answers"), BESIDE, _kinds("Compared"), preferences.from_ranking),
+    "judged": Format(("prompt", "completion", "label"), ("system", "weight"), _kinds("Judged"),
+                     preferences.from_judged),
+    "judged_chat": Format(("messages", "label"), ("system", "weight"), _kinds("Judged"), preferences.from_judged_chat),
+    "score": Format(("sentence1", "sentence2", "score"), ("weight",), _kinds("Texts"), labelled.from_score),
+    "triplet": Format(("anchor", "positive"), ("negative", "negatives", "weight"), _kinds("Texts"),
+                      labelled.from_triplet),
+    "label_pair": Format(("text", "second", "label"), ("weight",), _kinds("Labelled"), labelled.from_label,
                          {"text": ("sentence1", "premise"), "second": ("sentence2", "hypothesis"),
                           "label": ("score",)}),
-    "label": Format(("text", "label"), ("second",), _kinds("Labelled"), labelled.from_label,
+    "label": Format(("text", "label"), ("second", "weight"), _kinds("Labelled"), labelled.from_label,
                     {"text": ("sentence",), "label": ("labels",)}),
     "tags": Format(("words", "tags"), ("weight",), _kinds("Tagged"), labelled.from_tags,
                    {"words": ("tokens",), "tags": ("ner_tags",)}),
-    "picture": Format(("pixels",), ("label",), _kinds("Image"), labelled.from_picture, {"pixels": ("image",)}),
+    "picture": Format(("pixels",), ("label", "weight"), _kinds("Image"), labelled.from_picture, {"pixels": ("image",)}),
     "messages": Format(("messages",), ("tools", "system", "weight"), _kinds("Chat"), worded.from_messages),
     "sharegpt": Format(("conversations",), ("tools", "system", "weight"), _kinds("Chat"), worded.from_sharegpt,
                        unless=PAIR),

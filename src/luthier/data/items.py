@@ -54,6 +54,8 @@ def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig, room: in
     """
     if isinstance(example, PromptExample):
         return _prompt(example, tokenizer, config, room)
+    if not example.weight:
+        return Refusal(example.origin, "nothing to train on", "the row's weight is 0")
     return ENCODERS[type(example)](example, tokenizer, config)
 
 
@@ -65,7 +67,7 @@ def _labelled(example: LabelledExample, tokenizer: Tokenizer, config: DataConfig
     found = _root(example.text, example.second, example, tokenizer, config)
     if isinstance(found, Refusal):
         return found
-    return [Encoded((found[0],), example.origin, items=(Item(0, UNSETTLED),))], found[1]
+    return [Encoded((found[0],), example.origin, items=(Item(0, UNSETTLED, weight=example.weight),))], found[1]
 
 
 def _texts(example: TextsExample, tokenizer: Tokenizer, config: DataConfig) -> Made:
@@ -76,7 +78,8 @@ def _texts(example: TextsExample, tokenizer: Tokenizer, config: DataConfig) -> M
         if isinstance(found, Refusal):
             return found
         roots.append(found)
-    items = tuple(Item(i, float(i) if example.score is None else UNSETTLED) for i in range(len(roots)))
+    items = tuple(Item(i, float(i) if example.score is None else UNSETTLED, weight=example.weight)
+                  for i in range(len(roots)))
     return [Encoded(tuple(piece for piece, _ in roots), example.origin, items=items)], any(cut for _, cut in roots)
 
 
@@ -164,7 +167,7 @@ def _picture(example: ImageExample, tokenizer: Any, config: DataConfig) -> Made:
     views = 1 if example.label is not None else 2
     picture = Picture(example.pixels, tokenizer, changes if views == 1 else changes or VIEWS)
     images = tuple(Picture(picture.pixels, picture.see, picture.changes, (0, view)) for view in range(views))
-    items = tuple(Item(i, UNSETTLED if views == 1 else float(i)) for i in range(views))
+    items = tuple(Item(i, UNSETTLED if views == 1 else float(i), weight=example.weight) for i in range(views))
     return [Encoded((Piece((0,), (0.0,)),) * views, example.origin, items=items, images=images)], False
 
 

@@ -31,7 +31,7 @@ from luthier.data.worded import turns
 def from_label(values: Values, origin: Origin) -> Example:
     """A text, or two, and a class, several classes, or a number."""
     second = words(values, "second") if values.get("second") is not None else None
-    return LabelledExample(words(values, "text"), label(values["label"]), origin, second)
+    return LabelledExample(words(values, "text"), label(values["label"]), origin, second, row_weight(values))
 
 
 def from_tags(values: Values, origin: Origin) -> Example:
@@ -48,7 +48,8 @@ def from_score(values: Values, origin: Origin) -> Example:
     score = number(values["score"], "score")
     if score < 0:
         raise UnfitError("score is below 0", repr(values["score"]))
-    return TextsExample((words(values, "sentence1"), words(values, "sentence2")), origin, score)
+    return TextsExample((words(values, "sentence1"), words(values, "sentence2")), origin, score,
+                        row_weight(values))
 
 
 NEGATIVE = re.compile(r"negatives?(_?\d+)?")
@@ -60,7 +61,7 @@ def from_triplet(values: Values, origin: Origin) -> Example:
     for column, value in values.items():
         if NEGATIVE.fullmatch(column) and value is not None:
             found += [words({column: inner}, column) for inner in (value if isinstance(value, list) else [value])]
-    return TextsExample(tuple(found), origin)
+    return TextsExample(tuple(found), origin, weight=row_weight(values))
 
 
 def from_picture(values: Values, origin: Origin) -> Example:
@@ -69,7 +70,7 @@ def from_picture(values: Values, origin: Origin) -> Example:
     found = None if named is None else label(named)
     if isinstance(found, tuple):
         raise UnfitError("a picture has several labels", "one class, or none")
-    return ImageExample(_pixels(values["pixels"], origin), origin, found)
+    return ImageExample(_pixels(values["pixels"], origin), origin, found, row_weight(values))
 
 
 def _pixels(raw: Any, origin: Origin) -> Any:

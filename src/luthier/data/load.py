@@ -23,7 +23,7 @@ from luthier.data.loader import Mix
 from luthier.data.pictures import unchanged
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
 from luthier.data.rows import Refusal
-from luthier.data.settle import Known, beside_others, class_counts, known, settled
+from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
 
 Progress = Callable[[str, int], None]
 TICK = 200  # rows between two words of progress
@@ -70,6 +70,7 @@ class Datasets:
         report: what became of every row.
         mix: for consecutive runs of `train`, how many and how often they are seen in an epoch; for `Loader`.
         labels: the classes of the train rows, by the order of their numbers.
+        counts: of each, how many labels the train rows have, each as often as its row counts and is seen in an epoch.
         kinds: the names of the types of all examples.
         use: what they were read for, with the classes found; for `Stream`.
     """
@@ -82,6 +83,7 @@ class Datasets:
     report: DataReport
     mix: Mix = ()
     labels: tuple[str, ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)
     kinds: frozenset[str] = frozenset()
     use: Use = ANY_USE
 
@@ -124,10 +126,11 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
         part.demand()
     report = DataReport({name: part.report() for name, part in parts.items()}, _overlaps(train, evaluated, tested))
     kinds = {type(example) for part in parts.values() for example in part.examples}
+    classes = what.classes or () if kinds & CLASSED else ()
     mix = [(sum(len(kept.encoded) for kept in train.kept if kept.source == number), source.weight)
            for number, source in enumerate(config.train)]
     return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples, report,
-                    () if config.streaming else tuple(mix), what.classes or () if kinds & CLASSED else (),
+                    () if config.streaming else tuple(mix), classes, train.counts(classes, config.train),
                     frozenset(kind.__name__ for kind in kinds), replace(use, classes=what.classes))
 
 
@@ -183,6 +186,11 @@ class _Part:
         return replace(self.tally.part(self.encoded),
                        labels=class_counts(kept.example for kept in self.kept if not kept.added),
                        augmented=dict(Counter(kept.change for kept in self.kept if kept.change)))
+
+    def counts(self, classes: Sequence[str], sources: Sequence[Source]) -> dict[str, float]:
+        """See `Datasets`; empty where there are no classes."""
+        return class_sums(((one, sources[kept.source].weight) for kept in self.kept for one in kept.encoded),
+                          classes) if classes else {}
 
     def demand(self) -> None:
         if self.tally.refused and not self.kept:

@@ -62,6 +62,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     items: list[int] = []
     labels: list[float | tuple[float, ...]] = []
     margins: list[float] = []
+    counted: list[float] = []
     groups: list[int] = []
     item_of: list[int] = []
     images: list[torch.Tensor] = []
@@ -71,6 +72,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
         items += [first + item.piece for item in example.items]
         labels += [item.label for item in example.items]
         margins += [item.margin for item in example.items]
+        counted += [item.weight for item in example.items]
         groups += [owner] * len(example.items)
         images += [image.tensor() if isinstance(image, Picture) else image for image in example.images]
         spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
@@ -94,7 +96,8 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
                     sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
                     torch.tensor(margins, dtype=torch.float32), _long(groups), _long(item_of),
-                    {name: torch.cat([example.known[name] for example in encoded]) for name in encoded[0].known})
+                    {name: torch.cat([example.known[name] for example in encoded]) for name in encoded[0].known},
+                    item_weights=torch.tensor(counted, dtype=torch.float32))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
 

@@ -11,7 +11,7 @@ from itertools import combinations, takewhile
 from typing import Any
 
 from luthier.core.examples import ComparedExample, Example, JudgedExample, Message, Origin
-from luthier.data.values import UnfitError, Values, listed, number, parsed, text, verdict, words
+from luthier.data.values import UnfitError, Values, listed, number, parsed, row_weight, text, verdict, words
 from luthier.data.worded import turn, turns
 
 Words = tuple[Message, ...] | str
@@ -67,12 +67,12 @@ def from_ranking(values: Values, origin: Origin) -> Example:
 def from_judged(values: Values, origin: Origin) -> Example:
     good = verdict(values["label"])
     prompt, answer = _alike(_prompt(values, "prompt"), (_answer(values["completion"], "completion"),))
-    return JudgedExample(prompt, answer[0], good, origin)
+    return JudgedExample(prompt, answer[0], good, origin, row_weight(values))
 
 
 def from_judged_chat(values: Values, origin: Origin) -> Example:
     prompt, answer = _last(values)
-    return JudgedExample(prompt, answer, verdict(values["label"]), origin)
+    return JudgedExample(prompt, answer, verdict(values["label"]), origin, row_weight(values))
 
 
 # ---------------------------------------------------------------- parts
@@ -157,7 +157,8 @@ def _compared(prompt: Words, answers: tuple[Words, ...], ranks: Sequence[float],
         if _plain(said[a]) == _plain(said[b]):
             raise UnfitError("chosen and rejected are the same" if len(said) == 2 else "two answers are the same")
     margin = None if values.get("margin") is None else number(values["margin"], "margin")
-    return ComparedExample(prompt, tuple(said[i] for i in order), tuple(range(len(said))), origin, margin)
+    return ComparedExample(prompt, tuple(said[i] for i in order), tuple(range(len(said))), origin, margin,
+                           row_weight(values))
 
 
 def _demand_order(ranks: Sequence[float]) -> None:

@@ -262,7 +262,8 @@ def _told(item: Item, labels: Sequence[str]) -> str:
     if isinstance(item.label, tuple):
         flagged = [_named(i, labels) for i, flag in enumerate(item.label) if flag]
         return f"labels {', '.join(flagged) or 'none'}"
-    return f"label {_named(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
+    return (f"label {_named(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
+            + (f", weight {item.weight:g}" if item.weight != 1 else ""))
 
 
 def _named(number: float, labels: Sequence[str]) -> str:

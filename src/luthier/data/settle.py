@@ -147,6 +147,20 @@ def whole_needed(example: Example, what: tuple[str, ...] | None, config: DataCon
     return ""
 
 
+def class_sums(encoded: Iterable[tuple[Encoded, float]], classes: Sequence[str]) -> dict[str, float]:
+    """Of each class how many labels the examples have, each as often as its weight says, times the number beside it."""
+    sums = [0.0] * len(classes)
+    for example, times in encoded:
+        for item in example.items:
+            shares = enumerate(item.label) if isinstance(item.label, tuple) else [(int(item.label), 1.0)]
+            for index, share in shares:
+                sums[index] += share * item.weight * times
+        for piece in example.pieces:
+            for tag, weight in zip(piece.tags, piece.weights, strict=False):
+                sums[tag] += weight * times  # of a token without a tag the weight is 0
+    return dict(zip(classes, sums, strict=True))
+
+
 def class_counts(examples: Iterable[Example]) -> dict[str, int]:
     """How many rows, or words, have each label."""
     counts: dict[str, int] = {}

@@ -57,7 +57,7 @@ class _Cut:
 
 def _tree(prompt: Words, answers: Sequence[Words], labels: Sequence[tuple[float, float]], weight: float, origin: Origin,
           tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
-    texts = _spelt(prompt, answers, weight, origin, tokenizer, config)
+    texts = _spelt(prompt, answers, origin, tokenizer, config)
     if isinstance(texts, Refusal):
         return texts
     cut = _cut(texts, sum(1 for label, _ in labels if label != MISMATCHED), config)
@@ -68,27 +68,28 @@ def _tree(prompt: Words, answers: Sequence[Words], labels: Sequence[tuple[float,
                     0 if shared else -1) for text, stop in zip(texts, cut.stops, strict=True)]
     if shared:
         pieces.insert(0, Piece(tuple(texts[0].ids[cut.start:cut.start + shared]), (0.0,) * shared))
-    items = tuple(Item(index + bool(shared), *label) for index, label in enumerate(labels))
+    items = tuple(Item(index + bool(shared), *label, weight) for index, label in enumerate(labels))
     length = sum(predicted_bytes(text, cut.start, stop, tokenizer.eos_token_id)
                  for text, stop in zip(texts, cut.stops, strict=True))
     shortened = bool(cut.start) or any(stop < len(text.ids) for text, stop in zip(texts, cut.stops, strict=True))
     return [Encoded(tuple(pieces), origin, length, items)], shortened
 
 
-def _spelt(prompt: Words, answers: Sequence[Words], weight: float, origin: Origin, tokenizer: Tokenizer,
+def _spelt(prompt: Words, answers: Sequence[Words], origin: Origin, tokenizer: Tokenizer,
            config: DataConfig) -> list[Spelled] | Refusal:
-    """Every answer behind its prompt; only the answers' words have a weight."""
+    """Every answer behind its prompt; only the answers' words have a weight. The row's own is its items': on the words
+    it would scale log-probabilities, not losses."""
     if config.train_on == "all":
         config = config.model_copy(update={"train_on": "assistant"})
     found: list[Spelled] = []
     for answer in answers:
         if isinstance(prompt, str) and isinstance(answer, str):
-            texts = spell(CompletionExample(prompt, answer, origin, weight), tokenizer, config)
+            texts = spell(CompletionExample(prompt, answer, origin), tokenizer, config)
         else:
             asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
             said = (Message("assistant", answer),) if isinstance(answer, str) else answer
             untrained = (Message(m.role, m.content, 0.0, m.extra) for m in asked)
-            texts = spell(ChatExample((*untrained, *said), origin, weight), tokenizer, config)
+            texts = spell(ChatExample((*untrained, *said), origin), tokenizer, config)
         if isinstance(texts, Refusal):
             return texts
         if len(texts) > 1:

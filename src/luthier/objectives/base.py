@@ -39,7 +39,7 @@ class ObjectiveConfig(Config):
     def classes(self) -> tuple[str, ...] | None:
         return None
 
-    def fitted(self, labels: tuple[str, ...]) -> Self:
+    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
         return self
 
     def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
@@ -55,6 +55,17 @@ def sums(**values: Tensor) -> Metrics:
     """Each name's sum and how many numbers were added; truth values count as 0 and 1."""
     return {name: (value.detach().to(torch.promote_types(value.dtype, torch.float32)).sum(), float(value.numel()))
             for name, value in values.items()}
+
+
+def item_weights(target: Target) -> Tensor:
+    """[A] how much each item's loss counts; 1 where nobody said."""
+    counted = target.item_weights
+    return counted if counted.shape[0] else torch.ones(target.items.shape[0], device=counted.device)
+
+
+def group_weights(target: Target, table: Tensor) -> Tensor:
+    """[G] how much each group's loss counts. `table`: [G, K], see `grouped`."""
+    return item_weights(target)[table[:, 0]]
 
 
 def grouped(target: Target) -> Tensor:

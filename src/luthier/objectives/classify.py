@@ -1,11 +1,16 @@
 """Classes, flags or a number for a text or a picture, and tags for words. Read `tokens.py` and `base.py` first.
 
-With scores s of an item (or of a tagged token), its label y, and a weight u_c for each class, 1 where none is given:
+With scores s of an item (or of a tagged token), its label y, its row's weight w, and a weight u_c for each class, 1
+where none is given:
 
-    single       - sum_i u_(y_i) log softmax(s_i)_(y_i)                                count = sum_i u_(y_i)
-    multi        - sum_(i,c) u_c (y_ic log sigmoid(s_ic) + (1 - y_ic) log sigmoid(-s_ic))   count = sum_(i,c) u_c
-    regression   sum_i (s_i - y_i)^2                                                   count = items
-    tokens       as single, over the tokens that carry a tag, each with its own weight besides
+    single       - sum_i w_i u_(y_i) log softmax(s_i)_(y_i)                            count = sum_i w_i u_(y_i)
+    multi        - sum_(i,c) w_i u_c (y_ic log sigmoid(s_ic) + (1 - y_ic) log sigmoid(-s_ic))  count = sum_(i,c) w_i u_c
+    regression   sum_i w_i (s_i - y_i)^2                                               count = sum_i w_i
+    tokens       as single, over the tokens that carry a tag, w the token's own
+
+Balanced weights are u_c = n / (C n_c), for n training labels, n_c of them of class c out of C, each as often as its row
+counts (scikit-learn's `balanced`, after King and Zeng 2001, "Logistic regression in rare events data"): every class
+then has the same share of the count.
 
 Shape letters: A items, P predictions, C classes.
 """
@@ -24,7 +29,7 @@ from luthier.core.errors import DataError, RecipeError, nearest
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
-from luthier.objectives.base import ObjectiveConfig, sums, wide
+from luthier.objectives.base import ObjectiveConfig, item_weights, sums, wide
 
 SHAPES = {"single": "one label each", "multi": "a list of labels each", "tokens": "a tag for each word"}
 
@@ -53,8 +58,9 @@ class ClassifyConfig(ObjectiveConfig):
     task: Literal["single", "multi", "regression", "tokens"] = Field("single", description=(
         "what a label is: one class, any number of classes, a number, or a class for each word"))
     labels: tuple[str, ...] = Field((), description="the classes by their numbers; left out: those in the train rows")
-    class_weights: Mapping[str, float] = Field(default_factory=dict, description=(
-        "class: how much its examples count; 1 for those not named"))
+    class_weights: Mapping[str, float] | Literal["balanced"] = Field(default_factory=dict, description=(
+        "class: how much its examples count; 1 for those not named. balanced: from the train rows, so that every class "
+        "has the same share; the run's recipe holds the numbers"))
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -62,9 +68,13 @@ class ClassifyConfig(ObjectiveConfig):
             raise ValueError("a class is named once")
         if self.task == "regression" and (self.labels or self.class_weights):
             raise ValueError("a regression has no classes: leave out labels and class_weights")
-        if any(weight <= 0 for weight in self.class_weights.values()):
+        if any(weight <= 0 for weight in self._given.values()):
             raise ValueError("class_weights lie above 0")
         return self
+
+    @property
+    def _given(self) -> Mapping[str, float]:
+        return {} if isinstance(self.class_weights, str) else self.class_weights
 
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
@@ -82,21 +92,23 @@ class ClassifyConfig(ObjectiveConfig):
     def classes(self) -> tuple[str, ...] | None:
         return None if self.task == "regression" else self.labels
 
-    def fitted(self, labels: tuple[str, ...]) -> Self:
-        """With the classes of the train rows where the recipe names none. Raises `RecipeError` if they do not fit."""
+    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
+        """With the classes of the train rows where the recipe names none, and their weights where these are to balance
+        them. Raises `RecipeError` if they do not fit."""
         if self.task == "regression":
             return self
         names = self.labels or labels
         if strange := [name for name in labels if name not in names]:
             raise RecipeError(f"the train rows have the class {strange[0]!r}, which objective.labels does not name: "
                               f"{nearest(strange[0], names)}", "name every class, or leave objective.labels out")
-        if strange := [name for name in self.class_weights if name not in names]:
+        if strange := [name for name in self._given if name not in names]:
             raise RecipeError(f"objective.class_weights names {strange[0]!r}, which is no class: "
                               f"{nearest(strange[0], names)}", "name classes of the train rows")
         if len(names) < (1 if self.task == "multi" else 2):
             raise RecipeError(f"the train rows have {len(names)} class: {', '.join(names)}",
                               "there is nothing to tell apart; give rows of at least two classes")
-        return self.model_copy(update={"labels": names})
+        weights = balanced(names, counts or {}) if self.class_weights == "balanced" else self.class_weights
+        return self.model_copy(update={"labels": names, "class_weights": weights})
 
     def count(self, target: Target) -> float:
         return float(self._counts(target).sum())
@@ -106,7 +118,7 @@ class ClassifyConfig(ObjectiveConfig):
         scores = self._scores(outputs)
         if self.task == "regression":
             errors = (scores[:, 0] - target.labels.to(scores.dtype)).square()
-            return Loss(errors.sum(), counts.sum(), sums(squared_error=errors))
+            return Loss((counts.to(scores.dtype) * errors).sum(), counts.sum(), sums(squared_error=errors))
         if self.task == "multi":
             each = F.binary_cross_entropy_with_logits(scores, target.labels.to(scores.dtype), reduction="none")
             right = ((scores > 0) == (target.labels > 0)).all(-1)
@@ -150,11 +162,19 @@ class ClassifyConfig(ObjectiveConfig):
             raise DataError(f"objective.task is {self.task}, and the rows have {SHAPES[found]}",
                             f"set objective.task to {found}, or give rows with {SHAPES[wanted]}")
         if self.task == "regression":
-            return torch.ones_like(target.labels)
-        weights = torch.tensor([self.class_weights.get(name, 1.0) for name in self.labels],
-                               device=target.weights.device)
+            return item_weights(target)
+        assert self.class_weights != "balanced", "`fitted` puts the numbers in"
+        weights = torch.tensor([self._given.get(name, 1.0) for name in self.labels], device=target.weights.device)
         if self.task == "multi":
             assert target.labels.shape[1:] == weights.shape, "one flag for each class"
-            return weights.expand_as(target.labels)
-        counts = weights[self._truth(target)]
-        return counts * target.weights if self.task == "tokens" else counts
+            return weights * item_weights(target)[:, None]
+        return weights[self._truth(target)] * (target.weights if self.task == "tokens" else item_weights(target))
+
+
+def balanced(names: tuple[str, ...], counts: Mapping[str, float]) -> dict[str, float]:
+    """n / (C n_c) for each class. Raises `RecipeError` where a class has no training row."""
+    if missing := [name for name in names if not counts.get(name)]:
+        raise RecipeError(f"objective.class_weights: balanced, and no train row has the class {missing[0]!r}",
+                          "leave it out of objective.labels, do not stream, or give numbers for class_weights")
+    total = sum(counts[name] for name in names)
+    return {name: total / (len(names) * counts[name]) for name in names}

@@ -9,6 +9,10 @@ All of it is of the cosine between pooled states. With z the states at length 1 
     triplet   max(0, z_a z_n - z_a z_p + margin), n: the anchor's own hard negatives    count = triplets
     scores    G log(1 + sum over i, j with score_i < score_j of e^((cos_i - cos_j) / t))    count = pairs of texts, G
 
+A row's weight w multiplies the loss of its anchor, item or triplets, and counts it w times; among negatives it stands
+once. Of scores, w_i w_j multiplies a term of the sum, and G is the sum of the weights. So for triplets and scores 2 is
+as good as the row twice; elsewhere a row's twin would be a negative of the other.
+
 Rows meet in the loss, so it is always of the whole batch, however that is cut. A row's twin in the same batch (the same
 text as the positive of two anchors) counts as a negative: nothing here knows that they are the same.
 
@@ -18,6 +22,7 @@ Shape letters: A items, D hidden size, N anchors, M others (positives and hard n
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -29,7 +34,7 @@ from luthier.core.errors import DataError
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
-from luthier.objectives.base import Metrics, ObjectiveConfig, grouped, sums, wide
+from luthier.objectives.base import Metrics, ObjectiveConfig, group_weights, grouped, item_weights, sums, wide
 
 HOTTEST = math.log(100.0)  # CLIP's limit on the learned scale: a temperature of 0.01
 SCALE = "log_scale"
@@ -58,10 +63,11 @@ def supervised(similar: Tensor, labels: Tensor) -> Tensor:
     return -torch.where(positive, logps, 0).sum(1) / positive.sum(1).clamp(min=1)
 
 
-def cosent(similar: Tensor, scores: Tensor) -> Tensor:
+def cosent(similar: Tensor, scores: Tensor, weights: Tensor) -> Tensor:
     """[] that pairs which are more alike have the larger cosine. Su 2022 (CoSENT); Huang et al. 2024
-    (10.1109/TASLP.2024.3402087). `similar`, `scores`: [G]."""
-    wrong = similar[:, None] - similar[None, :]
+    (10.1109/TASLP.2024.3402087). `similar`, `scores`, `weights`: [G]."""
+    rare = weights.to(similar.dtype).log()
+    wrong = (similar + rare)[:, None] - (similar - rare)[None, :]
     ordered = scores[:, None] < scores[None, :]
     return F.softplus(wrong.masked_fill(~ordered, -torch.inf).flatten().logsumexp(0))
 
@@ -133,19 +139,20 @@ class ContrastiveConfig(ObjectiveConfig):
     def classes(self) -> tuple[str, ...] | None:
         return self.labels if self.kind == "labels" else None
 
-    def fitted(self, labels: tuple[str, ...]) -> Self:
+    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
         return self.model_copy(update={"labels": self.labels or labels}) if self.kind == "labels" else self
 
     def count(self, target: Target) -> float:
         if self.kind == "labels":
-            return float(target.labels.shape[0])
+            return float(item_weights(target).sum())
         if self.kind == "scores":
-            return float(_two(target).shape[0])
+            return float(group_weights(target, _two(target)).sum())
         anchors, others = _roles(target)
         positive, negative = _own(anchors, others, target)
         if self.kind == "triplet":
-            return float((positive.sum(1) * self._hard(negative).sum(1)).sum())
-        return float(anchors.shape[0])
+            triplets = positive.sum(1) * self._hard(negative).sum(1)
+            return float((item_weights(target)[anchors] * triplets).sum())
+        return float(item_weights(target)[anchors].sum())
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
         states = self._states(outputs)
@@ -153,21 +160,22 @@ class ContrastiveConfig(ObjectiveConfig):
         metrics: Metrics = {"temperature": (scale.detach().reciprocal(), 1.0)} if self.learned else {}
         if self.kind == "labels":
             each = supervised(scale * _products(states, states), target.labels)
-            return Loss(each.sum(), each.new_tensor(each.shape[0]), metrics)
+            return _weighted(each, item_weights(target), metrics)
         if self.kind == "scores":
             cosines, scores = self._cosines(states, target)
-            return Loss(cosines.shape[0] * cosent(scale * cosines, scores), scores.new_tensor(scores.shape[0]), metrics)
+            weights = group_weights(target, _two(target))
+            return Loss(weights.sum() * cosent(scale * cosines, scores, weights), weights.sum(), metrics)
         anchors, others = _roles(target)
         cosines = _products(states[anchors], states[others])
         positive, negative = _own(anchors, others, target)
         if self.kind == "triplet":
             group, near, far = (positive[:, :, None] & self._hard(negative)[:, None, :]).nonzero(as_tuple=True)
             gaps = cosines[group, far] - cosines[group, near]
-            return Loss(torch.relu(gaps + self.margin).sum(), gaps.new_tensor(gaps.shape[0]),
-                        {**sums(match_accuracy=gaps < 0), **metrics})
+            return _weighted(torch.relu(gaps + self.margin), item_weights(target)[anchors[group]],
+                             {**sums(match_accuracy=gaps < 0), **metrics})
         each = info_nce(scale * cosines, positive, self.both)
         best = positive[torch.arange(anchors.shape[0], device=anchors.device), cosines.argmax(1)]
-        return Loss(each.sum(), each.new_tensor(each.shape[0]), {**sums(match_accuracy=best), **metrics})
+        return _weighted(each, item_weights(target)[anchors], {**sums(match_accuracy=best), **metrics})
 
     def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
         states = self._states(outputs)
@@ -202,6 +210,10 @@ class ContrastiveConfig(ObjectiveConfig):
             raise DataError("contrastive (kind: triplet): an example has no hard negative",
                             "give anchor, positive and negative in every row, or use kind: pairs")
         return negative
+
+
+def _weighted(each: Tensor, weights: Tensor, metrics: Metrics) -> Loss:
+    return Loss((weights.to(each.dtype) * each).sum(), weights.sum(), metrics)
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8. With r = log pi(y | x) - log p
     good:   good_weight * (1 - sigmoid(beta (r - z0)))
     bad:    bad_weight  * (1 - sigmoid(beta (z0 - r)))
 
-    total = sum over judged answers                        count = judged answers
+    total = sum over judged answers of weight * that       count = sum of their rows' weights, as in the mean of z0
 
 z0 is of the whole batch, so its rows are coupled.
 """
@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.core.errors import DataError
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import PRECOMPUTE, ObjectiveConfig, sums
+from luthier.objectives.base import PRECOMPUTE, ObjectiveConfig, item_weights, sums
 from luthier.objectives.preference import answer_logps
 
 
@@ -44,7 +44,7 @@ class KtoConfig(ObjectiveConfig):
     precompute_reference: bool = Field(False, description=PRECOMPUTE)
 
     def count(self, target: Target) -> float:
-        return float((target.labels >= 0).sum())
+        return float(item_weights(target)[target.labels >= 0].sum())
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
         assert outputs.token_logps is not None
@@ -57,10 +57,11 @@ class KtoConfig(ObjectiveConfig):
         if not bool(other.any()):
             raise DataError("kto: no answer of this batch stands beside another prompt, so the divergence from the "
                             "reference cannot be estimated", "give at least two rows with different answers")
-        z0 = ratios.detach()[other].mean().clamp(min=0)
-        each_good = 1 - torch.sigmoid(self.beta * (ratios[good] - z0))
-        each_bad = 1 - torch.sigmoid(self.beta * (z0 - ratios[bad]))
+        weights = item_weights(target).to(ratios.dtype)
+        z0 = ((weights * ratios.detach())[other].sum() / weights[other].sum()).clamp(min=0)
+        each_good = weights[good] * (1 - torch.sigmoid(self.beta * (ratios[good] - z0)))
+        each_bad = weights[bad] * (1 - torch.sigmoid(self.beta * (z0 - ratios[bad])))
         total = self.good_weight * each_good.sum() + self.bad_weight * each_bad.sum()
         metrics = sums(reward_good=self.beta * ratios[good], reward_bad=self.beta * ratios[bad],
                        logps_good=logps[good], logps_bad=logps[bad], kl_estimate=z0)
-        return Loss(total, (good | bad).sum(), metrics)
+        return Loss(total, item_weights(target)[~other].sum(), metrics)

@@ -3,7 +3,7 @@
 One class for each name, which adds its own formula to what all share: the log-probabilities of whole answers, the
 pairs, the metrics. A ranking of K answers stands for all of its pairs.
 
-    total = sum over pairs of the formula          count = pairs
+    total = sum over pairs of weight * the formula          count = sum over pairs of weight, that of the pair's row
 
 In the formulas  w, l    log pi(y_w | x), log pi(y_l | x): of the better and the worse answer under the model
                  w', l'  the same under the reference
@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import PRECOMPUTE, Metrics, ObjectiveConfig, ranked, sums
+from luthier.objectives.base import PRECOMPUTE, Metrics, ObjectiveConfig, group_weights, ranked, sums
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,13 @@ class PreferenceConfig(ObjectiveConfig):
         raise NotImplementedError
 
     def count(self, target: Target) -> float:
-        return float(ranked(target)[1].sum())
+        return float(self._weights(target).sum())
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
         logps = self.pairs(outputs, target)
         each = self.each(logps)
-        return Loss(each.sum(), each.new_tensor(each.shape[0]), self.metrics(logps))
+        weights = self._weights(target)
+        return Loss((weights.to(each.dtype) * each).sum(), weights.sum(), self.metrics(logps))
 
     def pairs(self, outputs: Outputs, target: Target) -> Logps:
         """Every pair of the batch."""
@@ -154,6 +155,11 @@ class PreferenceConfig(ObjectiveConfig):
         group, i, j = better.nonzero(as_tuple=True)
         best, worst = table[group, i], table[group, j]
         return Logps(policy[best], policy[worst], reference[best], reference[worst])
+
+    def _weights(self, target: Target) -> Tensor:
+        """[N] of each pair, in the order of `pairs`."""
+        table, better = ranked(target)
+        return group_weights(target, table)[better.nonzero()[:, 0]]
 
     def metrics(self, logps: Logps) -> Metrics:
         chosen, rejected = self.beta * logps.ratio_chosen, self.beta * logps.ratio_rejected

@@ -6,7 +6,8 @@ With s_i the score of answer i, m_i the margin by which it is better than the re
     plackett_luce   - sum_i log( e^(s_i - m_i) / (e^(s_i - m_i) + sum_{j: i > j} e^(s_j)) )    over i better than any
     all_pairs       - 1/n sum_{i > j} log sigmoid(s_i - s_j - m_i)                             over the n pairs
 
-For two answers both are Bradley and Terry's. A ranking counts once, however many answers it has.
+For two answers both are Bradley and Terry's. A ranking counts once, however many answers it has; a row's weight w
+multiplies its loss and counts it w times.
 
 Shape letters: A items (answers), G groups (prompts), K answers of the largest group.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
-from luthier.objectives.base import ObjectiveConfig, gathered, ranked, sums, wide
+from luthier.objectives.base import ObjectiveConfig, gathered, group_weights, ranked, sums, wide
 
 
 def plackett_luce(scores: Tensor, margins: Tensor, better: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def centring(scores: Tensor, better: Tensor) -> Tensor:
 class RewardConfig(ObjectiveConfig):
     """A reward model.
 
-        total = sum over prompts of the ranking's loss + centring * its centring          count = prompts
+        total = sum over prompts of w (the ranking's loss + centring * its centring)      count = sum over prompts of w
 
     Requires: `scores` [A, 1] of the head `score`. Items: the answers of an example, labelled by rank, 0 best.
     Metrics: `reward_chosen`, `reward_rejected`, `reward_margin`, `pair_accuracy`, over all pairs; of held-out rows
@@ -79,27 +80,28 @@ class RewardConfig(ObjectiveConfig):
         return (Head("score", "item"),)
 
     def count(self, target: Target) -> float:
-        return float(ranked(target)[0].shape[0])
+        return float(group_weights(target, ranked(target)[0]).sum())
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
-        scores, margins, better = self._ranked(outputs, target)
+        table, scores, margins, better = self._ranked(outputs, target)
         each = (plackett_luce if self.ranking == "plackett_luce" else all_pairs)(scores, margins, better)
         if self.centring:
             each = each + self.centring * centring(scores, better)
         group, i, j = better.nonzero(as_tuple=True)
         chosen, rejected = scores[group, i], scores[group, j]
-        return Loss(each.sum(), each.new_tensor(each.shape[0]), sums(
+        weights = group_weights(target, table)
+        return Loss((weights.to(each.dtype) * each).sum(), weights.sum(), sums(
             reward_chosen=chosen, reward_rejected=rejected, reward_margin=chosen - rejected,
             pair_accuracy=chosen > rejected))
 
     def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
-        scores, _, better = self._ranked(outputs, target)
+        _, scores, _, better = self._ranked(outputs, target)
         group, i, j = better.nonzero(as_tuple=True)
         return measures.calibration(torch.sigmoid(scores[group, i] - scores[group, j]))
 
-    def _ranked(self, outputs: Outputs, target: Target) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores and margins [G, K], 0 where a group has fewer answers, and what is better than what."""
+    def _ranked(self, outputs: Outputs, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The groups, their scores and margins, [G, K], 0 where one has fewer answers; what is better than what."""
         assert outputs.scores is not None
         table, better = ranked(target)
         scores = wide(outputs.scores[:, 0])
-        return gathered(scores, table, 0.0), gathered(target.margins.to(scores.dtype), table, 0.0), better
+        return table, gathered(scores, table, 0.0), gathered(target.margins.to(scores.dtype), table, 0.0), better
