@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedTokenizerFast
 
 BYTES = 256
 END_OF_TEXT, IM_START, IM_END = BYTES, BYTES + 1, BYTES + 2
@@ -87,12 +87,13 @@ VISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> nn.Module:
-    """A random model of `kind`; `overrides` are fields of its Transformers config. Leaves the global generator alone."""
+def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, words: bool = False, **overrides: Any) -> nn.Module:
+    """A random model of `kind`; `overrides` are fields of its Transformers config. Leaves the global generator alone.
+    `words`: an encoder with its head for masked words."""
     settings = {**(KINDS | ENCODERS | VISIONS)[kind], **overrides}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    built = AutoModelForCausalLM if kind in KINDS else AutoModel
-    pooler = {"add_pooling_layer": False} if kind in ("bert", "roberta", "vit") else {}
+    built = AutoModelForCausalLM if kind in KINDS else AutoModelForMaskedLM if words else AutoModel
+    pooler = {"add_pooling_layer": False} if kind in ("bert", "roberta", "vit") and not words else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = built.from_config(config, dtype=dtype, **pooler)
@@ -129,6 +130,12 @@ def pair_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]", mask_token="[MASK]",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"])
+
+
+def with_sentinels(tokenizer: PreTrainedTokenizerFast, count: int = 5) -> PreTrainedTokenizerFast:
+    """The same with T5's <extra_id_0>, <extra_id_1>, ...; five fit into `VOCABULARY`."""
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<extra_id_{i}>" for i in range(count)]})
+    return tokenizer
 
 
 def save_tiny(path: Path, kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, **overrides: Any) -> Path:

@@ -34,7 +34,7 @@ from luthier.runtime.loop import Job, fit
 from luthier.runtime.random import seed_everything
 from luthier.runtime.run import Run
 from luthier.runtime.step import measure
-from tiny import END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer
+from tiny import ENCODERS, END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer, with_sentinels
 
 Pair = tuple[str, str, str]  # base, method, objective
 
@@ -44,7 +44,7 @@ SIMPLEST = {  # of each base, what it is tried with under every method
     "bert": "classify", "distilbert": "classify", "t5": "sft", "vit": "classify"}
 BASES = tuple(SIMPLEST)
 FAMILIES = {"llama": "causal", "bert": "encoder", "t5": "sequence to sequence", "vit": "vision"}
-ELSEWHERE = (("bert", "contrastive"), ("bert", "reward"), ("vit", "contrastive"))  # tried with every method, besides
+ELSEWHERE = (("bert", "contrastive"), ("bert", "reward"), ("bert", "pretrain"), ("t5", "pretrain"), ("vit", "contrastive"))  # tried with every method, besides
 SETTINGS: dict[str, dict[str, Any]] = {  # of methods: small enough for a tiny base
     **{name: {"tokens": 3} for name in ("prompt", "ptuning", "prefix", "ptuning_v2")},
     "lora": {"rank": 2}, "adalora": {"rank": 5, "start_rank": 6, "settle": 0.3},  # no map loses all of its ranks
@@ -62,7 +62,7 @@ WORDS = ("alpha", "beta", "gamma", "delta")
 def prepare(home: Path) -> Path:
     """Write every base and every file of rows into `home`."""
     for kind in sorted(set(BASES) - {"t5"}):
-        save_tiny(home / kind, kind, dtype=torch.float32, **SMALLER.get(kind, {"num_hidden_layers": 1}))
+        save_tiny(home / kind, kind, dtype=torch.float32, words=kind in ENCODERS, **SMALLER.get(kind, {"num_hidden_layers": 1}))
     _t5(home / "t5")
     rows: dict[str, list[dict[str, Any]]] = {
         "sft": [{"prompt": f"{w}?", "completion": w[::-1]} for w in WORDS],
@@ -87,7 +87,7 @@ def _t5(path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         T5ForConditionalGeneration(config).save_pretrained(path)
-    words = tiny_tokenizer()
+    words = with_sentinels(tiny_tokenizer())
     words.chat_template = None
     words.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>",
                                                                 special_tokens=[("<|im_end|>", IM_END)])
@@ -127,7 +127,7 @@ class Trial:
 
     def __init__(self, made: build.Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = build.family(made.base)
+        self.base = build.family(made.base, made.objective.hides)
         build.check(made, self.base)
         found = build.datasets(made, self.base)
         self.made = build.fitted(made, found)

@@ -67,7 +67,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         _say(quiet, f"warning: {warning}")
     with status("loading the base", quiet=quiet):
         seed_everything(made.seed)
-        base = build.family(made.base)
+        base = build.family(made.base, made.objective.hides)
         build.check(made, base)
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base))
     with status("reading the data", quiet=quiet):
@@ -309,7 +309,7 @@ def card(run: Run, made: build.Recipe, task: str) -> str:
             if isinstance(value, int | float | str) and value != ""]
     kind = "An adapter" if run.adapter else "A model"
     whole = run.adapter["base_model_name_or_path"] if run.adapter else str(run.path)
-    loader = CLASSES.get(task, "AutoModel")
+    loader = CLASSES.get(task, "AutoModelForMaskedLM" if made.objective.hides else "AutoModel")
     load = [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({whole!r})"]
     own = run.adapter is not None and run.adapter.get("peft_type") == "LUTHIER"  # a form that PEFT does not know
     if own:

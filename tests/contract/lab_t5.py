@@ -56,10 +56,10 @@ def tokenizer() -> Any:
 
 def t5(kind: str, dtype: torch.dtype = torch.float64, **settings: Any) -> Any:
     """A random T5 whose decoder is deeper than its encoder; its buckets of distance are few, so that all are used."""
-    config = T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                      relative_attention_num_buckets=8, relative_attention_max_distance=16, dropout_rate=0.0,
+    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                      relative_attention_num_buckets=8, relative_attention_max_distance=16,
                       decoder_start_token_id=END_OF_TEXT, pad_token_id=END_OF_TEXT, eos_token_id=IM_END,
-                      **{"num_decoder_layers": 3, **KINDS[kind], **settings})
+                      **{"vocab_size": VOCABULARY, "dropout_rate": 0.0, "num_decoder_layers": 3, **KINDS[kind], **settings})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = T5ForConditionalGeneration(config).to(dtype)

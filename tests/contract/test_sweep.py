@@ -31,12 +31,10 @@ def reason(base: str, method: str, objective: str) -> str:
     """Words by which the pair must be refused; empty where it must work."""
     if objective in ("ppo", "grpo") and base in (*ENCODERS, *VISIONS):
         return "learns from the base's own answers"
-    if base in (*ENCODERS, *VISIONS) and objective not in WHOLE:
+    if base in (*ENCODERS, *VISIONS) and objective not in WHOLE and (base in VISIONS or objective != "pretrain"):
         return "predicts none"
     if base in VISIONS and objective == "reward":
         return "the base takes pictures"
-    if base == "t5" and objective == "pretrain":
-        return "nothing is asked"
     if method in VIRTUAL and base in ("t5", *VISIONS):
         return "no place for virtual tokens"
     if method == "peft" and base == "gpt2":

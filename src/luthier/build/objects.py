@@ -19,13 +19,15 @@ from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
 from luthier.methods.several import Several, parts_of
 from luthier.objectives import OBJECTIVES
+from luthier.objectives.tokens import PretrainConfig
 
+DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
 HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
-def family(config: BaseConfig) -> Family:
-    """The base, loaded."""
-    return open_family(config)
+def family(config: BaseConfig, words: bool = False) -> Family:
+    """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`)."""
+    return open_family(config, words)
 
 
 def tokenizer(config: BaseConfig) -> Any:
@@ -104,9 +106,21 @@ def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     if not reads:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
-    return rows.load(settled(made, base), base.tokenizer, seed=made.seed, reads=reads, classes=objective.classes,
+    hide = _hide(made, base)
+    return rows.load(settled(made, base), base.tokenizer, seed=made.seed, classes=objective.classes, hide=hide,
+                     reads=reads if hide is None else reads & DOCUMENTS,
                      flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
-                     others={name: known.reads for name, known in OBJECTIVES.items()}, progress=progress)
+                     others={name: known.reads & DOCUMENTS if known.hides and base.anatomy.task != "CAUSAL_LM" else
+                             known.reads for name, known in OBJECTIVES.items()}, progress=progress)
+
+
+def _hide(made: Recipe, base: Family) -> rows.Hide | None:
+    """How a part of each document is hidden, of bases that read a text whole."""
+    told = made.objective
+    if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
+        return None
+    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.rate, told.span,
+                        told.whole_words)
 
 
 def settled(made: Recipe, base: Family) -> DataConfig:

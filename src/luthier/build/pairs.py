@@ -13,6 +13,7 @@ from luthier.families.heads import LOG_PROBS
 from luthier.methods.several import parts_of
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
+from luthier.objectives.tokens import PretrainConfig
 
 
 def fitting(made: Recipe, base: Family) -> None:
@@ -23,10 +24,13 @@ def fitting(made: Recipe, base: Family) -> None:
         if not base.writes:
             raise RecipeError(f"objective {name!r} learns from the base's own answers, and {made.base.name!r} writes "
                               "none", "choose a base that writes text, such as 'smollm2'")
-    if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION":
+    guesses = made.objective.hides and base.anatomy.head is not None
+    if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION" and not guesses:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
+    if isinstance(made.objective, PretrainConfig):
+        _hiding(made.objective, made.base.name, base)
     kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
     if referred(made.objective) and made.start is None and not kept and not beforehand(made):
         without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \
@@ -35,3 +39,13 @@ def fitting(made: Recipe, base: Family) -> None:
                           f"and objective {name!r} compares it with the base as it was",
                           "leave keep_base out, which costs one copy of what trains; or train an adapter "
                           f"(method: lora); or do without a copy: {without}")
+
+
+def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
+    """Refuse settings of what is hidden where nothing of the kind is."""
+    known = {"rate", "span"} if base.divided else set() if base.anatomy.task == "CAUSAL_LM" else {"rate", "whole_words"}
+    plain = PretrainConfig().model_dump()
+    for setting, value in objective.model_dump().items():
+        if value != plain[setting] and setting not in known:
+            raise RecipeError(f"objective.{setting} {value!r}: of what {name!r} reads nothing is hidden in that way",
+                              f"leave objective.{setting} out")

@@ -41,11 +41,12 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
-        base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}))  # it is in the weights
+        base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}),  # it is in the weights
+                      made.objective.hides)
         if kept_heads(made.objective):
             base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
         return made, base, None
-    base = family(made.base)
+    base = family(made.base, made.objective.hides)
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
         attached = with_heads(base, attached, made.objective, made.seed)

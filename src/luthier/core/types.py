@@ -86,6 +86,7 @@ class Encoded:
             hold one placeholder token each.
         facts: what a reward function is told about a prompt.
         known: name -> one number for each prediction, in their order, computed before (see `Target.known`).
+        hidden: what hides some of its tokens, drawn anew in every epoch; None: it is as it goes into a batch.
     """
 
     pieces: tuple[Piece, ...]
@@ -95,6 +96,7 @@ class Encoded:
     images: tuple[Any, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     known: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: Any = None
 
     @property
     def tokens(self) -> int:

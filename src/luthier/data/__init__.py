@@ -1,7 +1,7 @@
 """Rows to examples to tokens and weights to batches. The only room that imports `datasets`.
 
-Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `items.py`, `settle.py`, `pack.py`, `loader.py`;
-`load.py` puts them together.
+Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `hide.py`, `items.py`, `settle.py`, `pack.py`,
+`loader.py`; `load.py` puts them together.
 """
 
 from luthier.data.augment import PictureAugment, WordsAugment, augmented, paraphrased
@@ -9,6 +9,7 @@ from luthier.data.chat import FALLBACK_TEMPLATE, prompt_and_answer, render, turn
 from luthier.data.config import DataConfig, DividedConfig, Source
 from luthier.data.encode import prompt_of
 from luthier.data.formats import FORMATS, Reader, examples
+from luthier.data.hide import Hide
 from luthier.data.items import encode
 from luthier.data.load import Datasets, Use, demand, load
 from luthier.data.loader import Loader
@@ -19,8 +20,8 @@ from luthier.data.rows import Refusal, Row
 from luthier.data.stream import Stream
 
 __all__ = [
-    "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Loader", "Overlap",
-    "Part", "Picture", "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream", "Use", "WordsAugment",
-    "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit", "length_picture", "load",
-    "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
+    "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide", "Loader",
+    "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream", "Use",
+    "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit", "length_picture",
+    "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
 ]

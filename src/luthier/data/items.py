@@ -31,6 +31,8 @@ from luthier.data.augment import VIEWS, PictureAugment
 from luthier.data.chat import Rendered, RenderError, Span
 from luthier.data.config import DataConfig
 from luthier.data.encode import encode_words, prompt_of, tokens
+from luthier.data.hide import Hide
+from luthier.data.hide import encoded as hidden
 from luthier.data.pictures import Picture
 from luthier.data.rows import Refusal
 from luthier.data.trees import compared, judged
@@ -39,19 +41,24 @@ Made = tuple[list[Encoded], bool] | Refusal  # the example, and whether some of 
 UNSETTLED = math.nan  # a label whose number is not known yet
 
 
-def encode(example: Example, tokenizer: Tokenizer, config: DataConfig, room: int = 1) -> list[Encoded] | Refusal:
+def encode(example: Example, tokenizer: Tokenizer, config: DataConfig, room: int = 1,
+           hide: Hide | None = None) -> list[Encoded] | Refusal:
     """The example as tokens: one `Encoded`, or several where a text was split; or why there is none."""
-    made = encoded(example, tokenizer, config, room)
+    made = encoded(example, tokenizer, config, room, hide)
     return made if isinstance(made, Refusal) else made[0]
 
 
-def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig, room: int = 1) -> Made:
+def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig, room: int = 1,
+            hide: Hide | None = None) -> Made:
     """`encode`, and whether some of the example was cut off.
 
     Args:
         tokenizer: of the base; for pictures, what makes a tensor of pixels.
         room: tokens that a prompt must leave for its answer.
+        hide: how a part of a document is hidden, where a base is to guess it.
     """
+    if hide is not None:
+        return hidden(example, tokenizer, config, hide)
     if isinstance(example, PromptExample):
         return _prompt(example, tokenizer, config, room)
     if not example.weight:

@@ -18,9 +18,9 @@ from luthier.data import sources
 from luthier.data.augment import WordsAugment, augmented
 from luthier.data.config import DataConfig, Source
 from luthier.data.formats import Reader, examples
+from luthier.data.hide import Hide, fixed, unchanged
 from luthier.data.items import encoded
 from luthier.data.loader import Mix
-from luthier.data.pictures import unchanged
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
 from luthier.data.rows import Refusal
 from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
@@ -40,6 +40,7 @@ class Use:
         flat: whether the base cannot compute a prompt once for several answers.
         room: tokens that a prompt must leave for its answer.
         others: for each objective, what it reads, for the remedy where this one cannot read the rows.
+        hide: how a part of each document is hidden; None: nothing is.
     """
 
     reads: frozenset[str] | None = None
@@ -47,6 +48,7 @@ class Use:
     flat: bool = False
     room: int = 1
     others: Mapping[str, Collection[str]] = field(default_factory=dict)
+    hide: Hide | None = None
 
     @property
     def reader(self) -> Reader:
@@ -90,16 +92,17 @@ class Datasets:
 
 def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozenset[str] | None = None,
          classes: tuple[str, ...] | None = (), flat: bool = False, room: int = 1,
-         others: Mapping[str, Collection[str]] | None = None, progress: Progress | None = None) -> Datasets:
+         others: Mapping[str, Collection[str]] | None = None, hide: Hide | None = None,
+         progress: Progress | None = None) -> Datasets:
     """Read, encode and report all that `config` names. With `streaming`, `train` stays empty: `Stream` reads it.
 
     Args:
         tokenizer: of the base; for pictures, what makes a tensor of pixels.
         seed: decides which rows are held out where `eval` is a fraction, and how rows are augmented.
-        reads, classes, flat, room, others: see `Use`.
+        reads, classes, flat, room, others, hide: see `Use`.
         progress: told (part, rows read so far) now and then.
     """
-    use = Use(reads, classes, flat, room, others or {})
+    use = Use(reads, classes, flat, room, others or {}, hide)
     config = use.fitted(config)
     reading = _Reading(config, tokenizer, seed, use, progress)
     train, evaluated, tested = _Part("train"), _Part("eval"), _Part("test")
@@ -183,7 +186,7 @@ class _Part:
 
     def report(self) -> Part:
         """What became of its rows."""
-        return replace(self.tally.part(self.encoded),
+        return replace(self.tally.part([fixed(one) for one in self.encoded]),
                        labels=class_counts(kept.example for kept in self.kept if not kept.added),
                        augmented=dict(Counter(kept.change for kept in self.kept if kept.change)))
 
@@ -228,7 +231,7 @@ class _Reading:
             (held_part if index in out else part).kept.append(kept)
 
     def encode(self, example: Example) -> tuple[list[Encoded], bool] | Refusal:
-        return encoded(example, self.tokenizer, self.config, self.use.room)
+        return encoded(example, self.tokenizer, self.config, self.use.room, self.use.hide)
 
     def augment(self, part: _Part) -> None:
         """Change and copy the rows. What cannot be encoded once changed stays as it was read, or is not added."""

@@ -16,8 +16,9 @@ import numpy as np
 
 from luthier.core.errors import DataError
 from luthier.core.types import Batch, Encoded
+from luthier.data.hide import drawn
 from luthier.data.pack import pack
-from luthier.data.pictures import Picture, drawn
+from luthier.data.pictures import Picture
 
 Mix = Sequence[tuple[int, float]]
 
@@ -32,6 +33,8 @@ def digest(example: Encoded) -> bytes:
         found.update(array("q", piece.tags).tobytes())
     if example.items or example.facts:
         found.update(repr((example.items, example.facts)).encode())
+    if example.hidden is not None:
+        found.update(example.hidden.digest)
     for image in example.images:
         found.update(image.digest if isinstance(image, Picture) else image.numpy().tobytes())
     return found.digest()

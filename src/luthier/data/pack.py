@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from luthier.core.types import Batch, Encoded, Forest, Inputs, Target
+from luthier.data.hide import fixed
 from luthier.data.pictures import Picture
 
 
@@ -41,9 +42,10 @@ def first_fit(encoded: Sequence[Encoded], micro_tokens: int) -> list[list[int]]:
 
 
 def eval_batches(encoded: Sequence[Encoded], micro_tokens: int | None, group: int = 512) -> list[Batch]:
-    """Batches to go through once. Packs `group` examples at a time, which keeps packing fast for many; `micro_tokens`
-    None: rows of up to 8192 tokens."""
-    return [row for at in range(0, len(encoded), group) for row in pack(encoded[at:at + group], micro_tokens or 8192)]
+    """Batches to go through once, with the same hidden every time. Packs `group` examples at a time, which keeps
+    packing fast for many; `micro_tokens` None: rows of up to 8192 tokens."""
+    return [row for at in range(0, len(encoded), group)
+            for row in pack([fixed(one) for one in encoded[at:at + group]], micro_tokens or 8192)]
 
 
 def batch(encoded: Sequence[Encoded]) -> Batch:

@@ -21,11 +21,11 @@ from luthier.core.protocols import Tokenizer
 from luthier.core.types import Batch, Encoded
 from luthier.data.augment import WordsAugment
 from luthier.data.config import DataConfig, Source
+from luthier.data.hide import drawn
 from luthier.data.items import encoded
 from luthier.data.load import ANY_USE, Use, no_rows, rows
 from luthier.data.loader import changed
 from luthier.data.pack import pack
-from luthier.data.pictures import drawn
 from luthier.data.report import DataReport, Tally
 from luthier.data.rows import Refusal
 from luthier.data.settle import known, settled, whole_needed
@@ -107,7 +107,7 @@ class Stream:
         reason = whole_needed(example, self.use.classes, self.config)
         if reason:
             raise DataError(f"{example.origin}: such rows cannot be streamed: {reason}", "do not stream")
-        made = encoded(example, self.tokenizer, self.config, self.use.room)
+        made = encoded(example, self.tokenizer, self.config, self.use.room, self.use.hide)
         if isinstance(made, Refusal):
             return made
         found = [settled(example, one, self.known) for one in made[0]]

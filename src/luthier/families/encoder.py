@@ -1,7 +1,8 @@
 """The encoder family: BERT and its like, whose tokens see their whole text. Read `causal.py` and `packed.py` first.
 
 Three things differ from a decoder: attention is not causal (`forest.py`), some architectures count positions from
-elsewhere than 0, and BERT's own tell the second of two texts from the first by a type.
+elsewhere than 0, and BERT's own tell the second of two texts from the first by a type. Loaded with its head
+(`words.py`), an encoder says what a hidden word was, at the word's own place.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from luthier.core.protocols import Generated, Sampling
 from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.families import virtual
 from luthier.families.forest import describe
+from luthier.families.head import log_probs
 from luthier.families.heads import LOG_PROBS, Pooling
 from luthier.families.packed import Layout, Packed
+from luthier.families.words import Words
 
 POOLING = "1_Pooling/config.json"
 MODES: dict[str, Pooling] = {"cls": "first", "mean": "mean", "lasttoken": "last"}  # by Sentence Transformers' names
@@ -35,13 +38,14 @@ class Encoder(Packed):
     """An encoder of Transformers behind the family's contract.
 
     Args:
-        model: an `AutoModel` model without a pooler.
+        model: an `AutoModel` model without a pooler, or an `AutoModelForMaskedLM` model.
         tokenizer: its tokenizer.
         layout: see `Packed`.
         pooling: of items: `first` is BERT's [CLS], sentence encoders take the `mean`.
 
     Raises:
-        BaseError: the model places its tokens in a way that is not known here, which a probe of a few tokens shows.
+        BaseError: the model places its tokens, or computes its logits, in a way that is not known here, which a probe
+            of a few tokens shows.
     """
 
     task: ClassVar[str] = "FEATURE_EXTRACTION"
@@ -54,6 +58,9 @@ class Encoder(Packed):
         context = self.anatomy.sizes["context"] - self._offset
         self.anatomy = virtual.installed(replace(self.anatomy, sizes={**self.anatomy.sizes, "context": context}),
                                          self._offset, lambda: self.router)
+        self.words = None if self.anatomy.head is None else Words(model)
+        if self.words is not None:
+            self._prove(self.words)
 
     def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
         columns = {"input_ids": inputs.tokens, "position_ids": inputs.positions + self._offset}
@@ -71,10 +78,26 @@ class Encoder(Packed):
         return (sees | torch.eye(rows.shape[1], dtype=torch.bool))[:, None]
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        if needs & LOG_PROBS:
-            raise BaseError("an encoder sees the very token that it should predict, so it gives no log-probabilities",
+        if needs & LOG_PROBS and self.words is None:
+            raise BaseError("an encoder sees the very token that it should predict, so without its head it gives none",
                             "choose an objective that judges texts or words, or a base that writes text")
         return super().forward(inputs, target, needs)
+
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        return log_probs(self.words, states, tokens, entropies=entropies)
+
+    @torch.no_grad()
+    def _prove(self, words: Words) -> None:
+        """Whether the model's own logits are those of its parts as they are called here."""
+        was = self.model.training
+        self.model.eval()
+        row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
+        own = self.model(input_ids=row[None]).logits[0].float()
+        found = words(self.states(Inputs(row, torch.arange(3, device=self.device), Forest((3,), (-1,))))).float()
+        self.model.train(was)
+        if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
+            raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
+                            "choose another encoder, such as BERT or RoBERTa")
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
         raise BaseError("an encoder reads text and cannot write any",
@@ -136,11 +159,12 @@ def _offset(model: Any) -> int:
     was, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
     tokens = torch.tensor([[t for t in range(5, 9) if t != model.config.pad_token_id][:3]], device=device)
-    plain = model(input_ids=tokens).last_hidden_state.float()
+    stack = model.base_model
+    plain = stack(input_ids=tokens).last_hidden_state.float()
     found = None
     for offset in (0, (model.config.pad_token_id or 0) + 1):
         place = torch.arange(3, device=device)[None] + offset
-        placed = model(input_ids=tokens, position_ids=place).last_hidden_state.float()
+        placed = stack(input_ids=tokens, position_ids=place).last_hidden_state.float()
         if torch.allclose(placed, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
             found = offset
             break

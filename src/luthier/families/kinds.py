@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
@@ -69,3 +69,8 @@ def options(config: PreTrainedConfig, kind: Kind) -> dict[str, Any]:
 def spare(key: str, prefix: str) -> bool:
     """Whether the weight `key` is one of `SPARE`; `prefix` is what the names of a model with a head begin with."""
     return key.removeprefix(f"{prefix}.").partition(".")[0] in SPARE
+
+
+def headless(model: Any, missing: Iterable[str]) -> list[str]:
+    """Of the weights that a model's files lack, those that stand outside of its stack: its head's."""
+    return sorted(key for key in missing if not key.startswith(f"{model.base_model_prefix}."))

@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from luthier.core.config import Config
 from luthier.core.errors import BaseError, LuthierError, nearest
@@ -228,8 +228,10 @@ def fingerprint(path: Path) -> str:
 # ---------------------------------------------------------------- from a folder to a model
 
 
-def load(config: BaseConfig) -> tuple[Any, Any]:
+def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
     """The base in evaluation mode on the config's device, and its tokenizer (of pictures: `Pictures`).
+
+    `words`: an encoder with its own head for masked words. Raises `BaseError` where its files hold none.
 
     Memory peaks near one copy of the weights: they are mapped from the file and copied tensor by tensor.
     """
@@ -239,13 +241,18 @@ def load(config: BaseConfig) -> tuple[Any, Any]:
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         kind = _kind(config, described)
         tokenizer = _tokenizer(config, path, kind)
-        read: Any = kinds.LOADERS[kind].from_pretrained(
+        headed = words and kind == "encoder"
+        loader: Any = AutoModelForMaskedLM if headed else kinds.LOADERS[kind]
+        read: Any = loader.from_pretrained(
             path, config=described, dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-            trust_remote_code=config.trust_remote_code, **kinds.options(described, kind))
+            trust_remote_code=config.trust_remote_code, **({} if headed else kinds.options(described, kind)))
     model, info = read
     if kind in ("encoder", "vision"):
         info["unexpected_keys"] = {k for k in info["unexpected_keys"] if not kinds.spare(k, model.base_model_prefix)}
+    if headed and (lost := kinds.headless(model, info["missing_keys"])):
+        raise BaseError(f"base {config.name!r}: its files hold no head for masked words (there is no {lost[0]})",
+                        "choose an encoder whose files hold one, such as the one that this was made from")
     complete(config.name, info)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64

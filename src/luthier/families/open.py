@@ -14,9 +14,13 @@ from luthier.families.seq2seq import Seq2Seq
 from luthier.families.vision import Vision
 
 
-def open_family(config: BaseConfig) -> Family:
-    """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why."""
-    model, tokenizer = load(config)
+def open_family(config: BaseConfig, words: bool = False) -> Family:
+    """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why.
+
+    Args:
+        words: load an encoder with its own head for masked words.
+    """
+    model, tokenizer = load(config, words)
     kind = kind_of(model.config)
     if kind == "encoder":
         auto = pooling_of(Path(model.name_or_path)) if config.pooling == "auto" else config.pooling

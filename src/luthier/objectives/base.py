@@ -30,6 +30,7 @@ class ObjectiveConfig(Config):
     coupled: ClassVar[bool] = False
     judged: ClassVar[bool] = False
     rolls: ClassVar[bool] = False  # whether it learns from the model's own answers
+    hides: ClassVar[bool] = False  # whether of a base that reads texts whole it hides what is to be predicted
 
     @property
     def heads(self) -> tuple[Head, ...]:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from typing import ClassVar, Literal
 
+from pydantic import Field
+
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives.base import ObjectiveConfig
 
@@ -59,6 +61,21 @@ class SftConfig(TokensConfig):
 
 
 class PretrainConfig(TokensConfig):
-    """Continued pretraining: the weight is on every token of a document."""
+    """Continued pretraining on documents, as the base was pretrained.
+
+    A causal language model predicts every token from those before it. Of a base that reads a text whole a part is
+    hidden (`data/hide.py`), and the sum is over that part, P, alone:
+
+        encoder                 total = - sum_(p in P) w_p log p(t_p | the text without P)
+        encoder and decoder     total = - sum_p w_p log p(t_p | the text without P, the answer so far)
+
+    Devlin et al. 2019 (arXiv:1810.04805) section 3.1; Raffel et al. 2020 (1910.10683) section 3.1.4.
+    """
+
+    hides: ClassVar[bool] = True
 
     name: Literal["pretrain"] = "pretrain"
+    rate: float = Field(0.15, gt=0, le=0.5, description="an encoder, or a sequence-to-sequence base: the share of a "
+                                                        "document's tokens that is hidden")
+    whole_words: bool = Field(False, description="an encoder: hide all tokens of a word, or none")
+    span: float = Field(3.0, ge=1, description="a sequence-to-sequence base: mean length of a hidden span, in tokens")
