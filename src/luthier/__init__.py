@@ -12,21 +12,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LuthierError", "Recipe", "Run", "__version__", "evaluate", "export", "features", "open_bank", "train"]
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "evaluate", "export", "features", "open_bank",
+           "plan", "train"]
 
 if TYPE_CHECKING:
     from luthier.bank import open_bank
     from luthier.build import Recipe
+    from luthier.compare import compare
     from luthier.core.errors import LuthierError
     from luthier.evaluate import evaluate
     from luthier.export import export
     from luthier.features import features
+    from luthier.plan import plan
     from luthier.runtime.run import Run
     from luthier.train import train
 
 _HOMES = {"Recipe": "luthier.build", "LuthierError": "luthier.core.errors", "Run": "luthier.runtime.run",
           "train": "luthier.train", "evaluate": "luthier.evaluate", "export": "luthier.export",
-          "features": "luthier.features", "open_bank": "luthier.bank"}
+          "features": "luthier.features", "open_bank": "luthier.bank", "compare": "luthier.compare",
+          "plan": "luthier.plan"}
 
 
 def __getattr__(name: str) -> Any:

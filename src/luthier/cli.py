@@ -252,7 +252,19 @@ def _compare(options: argparse.Namespace) -> int:
     from luthier.compare import compare
     run = compare(_only(options, "recipe"), options.methods.split(","), general=options.general, out=options.out,
                   quiet=options.quiet, **options.settings)
-    return screen.compared(run.path, options.json)
+    return screen.written(run.path, "comparison", options.json)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from luthier.plan import WAYS, plan
+    if len(options.words) > 1:
+        raise RecipeError(f"luthier plan takes one recipe, not {len(options.words)}: {' '.join(options.words)}",
+                          "settings are written key=value")
+    named = {"base.name": options.model, "data": options.data, "objective": options.objective}
+    run = plan(options.words[0] if options.words else None, options.methods.split(",") if options.methods else WAYS,
+               out=options.out, quiet=options.quiet,
+               **{key: value for key, value in named.items() if value is not None} | options.settings)
+    return screen.written(run.path, "plan", options.json)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -339,9 +351,17 @@ COMMANDS: dict[str, Command] = {
         _option("run", metavar="RUN", help="a run folder, or an adapter of PEFT"), QUIET, JSON)),
     "compare": Command("train one recipe with many methods and set what they gave and cost side by side", _compare, (
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
-        _option("--methods", required=True, metavar="A,B,A+B", help="names of methods; a+b is both together"),
+        _option("--methods", required=True, metavar="A,B,A+B,A@nf4",
+                help="ways to train; a+b is both together, lora@nf4 (or qlora) on a base in four bits"),
         _option("--general", metavar="FILE", help="rows of other text, for what was forgotten"),
         _option("--out", metavar="DIR", help="the folder for the runs and the comparison"), QUIET, JSON)),
+    "plan": Command("try a few steps of each way to train, and say which fit this machine and this data", _plan, (
+        _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
+        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (base.name)"),
+        _option("--data", metavar="FILE", help="rows to train on (data.train)"),
+        _option("--objective", help="what is minimised (objective.name)"),
+        _option("--methods", metavar="A,B,A+B,A@nf4", help="ways to try; left out: the common ones"),
+        _option("--out", metavar="DIR", help="the folder for the plan"), QUIET, JSON)),
     "combine": Command("several LoRA runs of one base into one", _combine, (
         _option("runs", nargs="+", metavar="RUN", help="run folders"),
         _option("--weights", nargs="+", type=float, default=[], metavar="W", help="one for each run; left out: 1"),

@@ -7,17 +7,15 @@ trainable share, seconds, peak memory, and the size of what is kept.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from luthier import build
-from luthier.core.errors import RecipeError, RunError, nearest
+from luthier.core.errors import RecipeError, RunError
 from luthier.evaluate import evaluate
+from luthier.pictures import bars
+from luthier.runtime.apart import train_apart
 from luthier.runtime.progress import Progress
 from luthier.runtime.run import Run
 
@@ -33,7 +31,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
 
     Args:
         recipe: a YAML file; its method and learning rate are left aside.
-        methods: names of methods; `a+b` is both together.
+        methods: ways to train; `a+b` is both together, `lora@nf4` (or `qlora`) on a base kept in four bits.
         general: rows of other text: its perplexity before and after says what was forgotten.
         settings: laid over the recipe in every run.
 
@@ -41,10 +39,8 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
         RecipeError: an unknown method, or no rows to measure on.
         RunError: a run failed; its own words are in `<method>.log`.
     """
-    for name in (part for method in methods for part in method.split("+")):
-        if name not in build.METHODS:
-            raise RecipeError(f"there is no method {name!r}: {nearest(name, build.METHODS)}", "name methods, or all")
     made = build.recipe(recipe, settings)
+    ways = {method: build.candidate(made, method) for method in methods}
     if general and "TextExample" not in made.objective.reads:
         raise RecipeError(f"--general {general!r}: the objective {made.objective.name!r} reads no texts, so what was "
                           "forgotten of other text cannot be said", "leave --general out")
@@ -55,7 +51,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
         for done, method in enumerate(methods, 1):
             run = folder.path / method
             if not (run / "README.md").exists():
-                _train(made, method, run, before=not rows)
+                _train(ways[method], method, run, before=not rows)
             rows.append(_row(method, Run(run), general, quiet))
             bar.update(done, score=rows[-1]["after"])
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
@@ -64,23 +60,20 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
         told["general_before"] = evaluate(made.base.name, data=general, quiet=quiet, **NO_ANSWERS)["perplexity"]
     folder.write("comparison.json", told)
     folder.write("comparison.md", table(told))
-    _picture(told, folder.path / "comparison.png")
+    bars([row["method"] for row in rows], {
+        str(told["metric"]): [row["after"] for row in rows],
+        "seconds of training": [row["train_seconds"] for row in rows],
+        "peak memory, GB": [row["peak_memory_gb"] for row in rows],
+        "file, MB": [row["file_bytes"] / 1e6 for row in rows]}, folder.path / "comparison.png")
     return folder
 
 
-def _train(made: build.Recipe, method: str, run: Path, before: bool) -> None:
+def _train(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
     """One run in a process of its own; `before`: whether the base is measured too, which need be done only once."""
-    raw = build.dump(made)
-    raw["method"] = method.split("+") if "+" in method else method
-    raw["optimizer"]["learning_rate"], raw["evaluate"]["before"], raw["run"] = None, before, str(run)
-    written = run.with_name(f"{method}.yaml")
-    written.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    command = [sys.executable, "-m", "luthier", "train", str(written), *(["--resume"] if run.exists() else [])]
-    with run.with_name(f"{method}.log").open("w", encoding="utf-8") as log:
-        done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        said = run.with_name(f"{method}.log").read_text(encoding="utf-8").strip().splitlines()
-        raise RunError(f"the run with method {method!r} ended with {done.returncode}: {' '.join(said[-2:])}",
+    raw["evaluate"]["before"] = before
+    code, words = train_apart(raw, run)
+    if code:
+        raise RunError(f"the run with method {method!r} ended with {code}: {words}",
                        f"mend it and compare again (what has ended is kept); its words are in {method}.log")
 
 
@@ -120,22 +113,3 @@ def table(told: Mapping[str, Any]) -> str:
 
 def _short(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"
-
-
-def _picture(told: Mapping[str, Any], path: Path) -> None:
-    """Score, seconds, memory and file size of each method, as bars."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    rows = told["methods"]
-    figure, axes = plt.subplots(1, 4, figsize=(15, 0.6 + 0.32 * len(rows)), layout="constrained", sharey=True)
-    bars = ((str(told["metric"]), "after", 1.0), ("seconds of training", "train_seconds", 1.0),
-            ("peak memory, GB", "peak_memory_gb", 1.0), ("file, MB", "file_bytes", 1e6))
-    for axis, (title, key, unit) in zip(axes, bars, strict=True):
-        drawn = axis.barh([row["method"] for row in rows], [row[key] / unit for row in rows], color="#b5541c")
-        axis.bar_label(drawn, fmt="%.3g", padding=2)
-        axis.set_title(title, fontsize=10)
-        axis.margins(x=0.2)
-    axes[0].invert_yaxis()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -63,10 +63,22 @@ def calibration_picture(bins: Sequence[Bin], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _figure(size: float) -> tuple[Any, Any]:
-    """A square figure that no window is opened for."""
+def bars(names: Sequence[str], columns: Mapping[str, Sequence[float]], path: Path) -> None:
+    """One column of horizontal bars for each title, a bar for each name, as a PNG."""
+    figure, axes = _figure(0.6 + 0.32 * max(len(names), 4), len(columns))
+    for axis, (title, values) in zip(axes, columns.items(), strict=True):
+        drawn = axis.barh(names, values, color="#b5541c")
+        axis.bar_label(drawn, fmt="%.3g", padding=2)
+        axis.set_title(title, fontsize=10)
+        axis.margins(x=0.2)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+
+
+def _figure(size: float, columns: int = 0) -> tuple[Any, Any]:
+    """A figure that no window is opened for: square with one plot, or so high with several side by side."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import, and needed once, at the end
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(size, size), layout="constrained")
+    figure = Figure(figsize=(3.75 * columns or size, size), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots()
+    return figure, figure.subplots(1, columns, sharey=True, squeeze=False)[0] if columns else figure.subplots()

@@ -72,13 +72,13 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def compared(folder: Path, json_wanted: bool) -> int:
-    """A comparison of methods."""
+def written(folder: Path, name: str, json_wanted: bool) -> int:
+    """What a verb wrote as `name`.json, .md and .png: a comparison, a plan."""
     if json_wanted:
-        print((folder / "comparison.json").read_text(encoding="utf-8"))
+        print((folder / f"{name}.json").read_text(encoding="utf-8"))
         return 0
-    print((folder / "comparison.md").read_text(encoding="utf-8"))
-    print(f"written: {folder / 'comparison.md'}, comparison.json and comparison.png")
+    print((folder / f"{name}.md").read_text(encoding="utf-8"))
+    print(f"written: {', '.join(str(file) for file in sorted(folder.glob(f'{name}.*')))}")
     return 0
 
 

@@ -15,6 +15,7 @@ from luthier.core.errors import BaseError, NotMergeable, RecipeError
 from luthier.data.pack import batch
 from luthier.families import CausalLM
 from luthier.families.quant import expander, quantize
+from luthier.train import trainable_share
 from tiny import tiny
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
@@ -106,3 +107,10 @@ def test_what_trains_the_base_itself_is_refused() -> None:
 def test_float64_has_no_few_bits() -> None:
     with pytest.raises(BaseError, match="float64"):
         quantize(tiny("llama"), "nf4")
+
+
+@BITS
+def test_packed_weights_are_counted_as_the_weights_that_they_are(bits: str) -> None:
+    family, whole = few("llama", bits), CausalLM(tiny("llama", dtype=torch.float32, hidden_size=32, intermediate_size=64), TOKENIZER)
+    shares = [trainable_share(base, attach(base, "lora")) for base in (family, whole)]
+    assert shares[0] == shares[1]

@@ -7,6 +7,7 @@ trains or prints.
 """
 
 from luthier import data as rows
+from luthier.build.candidates import candidate, least_gb
 from luthier.build.combined import combined
 from luthier.build.gguf import gguf_adapter, gguf_model
 from luthier.build.objects import (
@@ -15,6 +16,7 @@ from luthier.build.objects import (
     check,
     context,
     datasets,
+    device,
     family,
     fitted,
     held_out,
@@ -47,9 +49,10 @@ from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "METHODS", "Bank", "BaseConfig", "CausalLM", "DataConfig", "Reading", "Recipe", "Rollouts", "Run",
-           "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "changed", "chat_prompt", "check",
-           "combined", "context", "datasets", "describe", "dump", "family", "feed", "fingerprint", "fitted", "folder",
-           "gguf_adapter", "gguf_model", "held_out", "idle", "judged", "method_name", "micro_tokens", "open_run",
-           "price", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base",
-           "save_tuned", "save_whole", "standing", "tokenizer", "untrained", "version", "with_heads"]
+__all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "Reading", "Recipe", "Rollouts",
+           "Run", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "candidate", "changed",
+           "chat_prompt", "check", "combined", "context", "datasets", "describe", "device", "dump", "family", "feed",
+           "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "idle", "judged", "least_gb",
+           "method_name", "micro_tokens", "open_run", "price", "provenance", "questions", "recipe", "recorded",
+           "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "standing", "tokenizer",
+           "untrained", "version", "with_heads"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from luthier import data as rows
 from luthier.build.pairs import fitting
 from luthier.build.recipe import AnyMethod, Recipe, beforehand
@@ -13,7 +15,7 @@ from luthier.core.examples import ChatExample, CompletionExample, Example, Messa
 from luthier.core.protocols import Attached, Family, Feed, Objective
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
-from luthier.families import BaseConfig, context_of, load_tokenizer, open_family
+from luthier.families import BaseConfig, context_of, device_of, load_tokenizer, open_family
 from luthier.measure import Question, demand
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
@@ -28,6 +30,11 @@ HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its defa
 def family(config: BaseConfig, words: bool = False) -> Family:
     """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`)."""
     return open_family(config, words)
+
+
+def device(made: Recipe) -> torch.device:
+    """The device that the base would be loaded to."""
+    return device_of(made.base.device)
 
 
 def tokenizer(config: BaseConfig) -> Any:

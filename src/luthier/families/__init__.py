@@ -8,9 +8,20 @@ Reading order: `anatomy.py` (the parts), `forest.py` (attention in packed rows),
 from luthier.families.causal import CausalLM
 from luthier.families.encoder import Encoder
 from luthier.families.gguf import cache
-from luthier.families.load import ALIASES, BaseConfig, context_of, fingerprint, folder, load, load_tokenizer, resolve
+from luthier.families.load import (
+    ALIASES,
+    BaseConfig,
+    context_of,
+    device_of,
+    fingerprint,
+    folder,
+    load,
+    load_tokenizer,
+    parameter_count,
+    resolve,
+)
 from luthier.families.open import open_family
 from luthier.families.vision import Vision
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "context_of", "fingerprint", "folder",
-           "load", "load_tokenizer", "open_family", "resolve"]
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "context_of", "device_of",
+           "fingerprint", "folder", "load", "load_tokenizer", "open_family", "parameter_count", "resolve"]

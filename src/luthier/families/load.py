@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -196,6 +197,15 @@ def shards(path: Path) -> list[Path]:
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
     return [path / name for name in sorted(set(_json(path / INDEX)["weight_map"].values()))]
+
+
+def parameter_count(config: BaseConfig) -> int:
+    """How many weights the base's files hold, read off their headers: nothing is loaded."""
+    count = 0
+    for shard in shards(folder(config)):
+        with safe_open(shard, framework="pt") as file:
+            count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dict
+    return count
 
 
 def _json(path: Path) -> dict[str, Any]:
