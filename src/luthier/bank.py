@@ -3,7 +3,7 @@
     tuned = luthier.open_bank("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
     tuned.answer(["Who may sue?", "What is a fever?", "Hello"], adapters=["law", "medicine", None])
     with tuned.using("law"):
-        ...
+        tuned.answer(["Who may sue?"])
 """
 
 from __future__ import annotations
@@ -29,25 +29,32 @@ class Tuned:
 
     def __init__(self, family: build.CausalLM, bank: build.Bank, systems: Mapping[str, str | None]) -> None:
         self.family, self.bank, self.systems = family, bank, systems
+        self._chosen: str | None = None
 
     @contextmanager
     def using(self, choice: str | Mapping[str, float] | None) -> Iterator[build.CausalLM]:
         """While open, the base speaks as that run, as several of them by their weights, or (None) as itself."""
+        before = self._chosen
         with self.bank.using(choice):
-            yield self.family
+            self._chosen = choice if isinstance(choice, str) else None
+            try:
+                yield self.family
+            finally:
+                self._chosen = before
 
     def answer(self, prompts: Sequence[str], adapters: Sequence[str | None] | str | None = None,
                sampling: Sampling | None = None) -> list[str]:
         """Answers to users' messages, in one batch, each through its own adapter.
 
         Args:
-            adapters: one for each prompt, None for the bare base; or one for all.
+            adapters: one for each prompt, None for the bare base; or one for all. Left out: as `using` says.
             sampling: how to generate; left out: greedily, 256 tokens at most.
         """
-        through = [adapters] * len(prompts) if isinstance(adapters, str) or adapters is None else list(adapters)
+        one = self._chosen if adapters is None else adapters
+        through = [one] * len(prompts) if one is None or isinstance(one, str) else list(one)
         if len(through) != len(prompts):
             raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
-        numbers = self.bank.numbers(through)  # refuses unknown names, before any work
+        numbers = () if adapters is None else self.bank.numbers(through)  # refuses unknown names, before any work
         ids = [build.chat_prompt(self.family, [Message("user", prompt)], self.systems.get(name or ""))
                for prompt, name in zip(prompts, through, strict=True)]
         self.family.train(False)
