@@ -18,16 +18,18 @@ Kind = Literal["prompt", "prefix"]
 
 class Ports(Protocol):
     """Where virtual tokens enter a model. What is put in is computed anew at every call, so that it can train; every
-    caller of the model gets its own tokens' states back and nothing else. A method's `Scope` switches it.
+    caller of the model gets its own tokens' states back and nothing else. A method's `Scope` switches it."""
 
-    Attributes:
-        usual: where the base has no words, `usual(n, seed) -> [n, D]`: vectors of the kind that its first layer gets,
-            for virtual tokens to start from. None: they start from words.
-        peft: those of the two kinds that PEFT puts into this base to the same effect, so that its form can hold them.
-    """
+    @property
+    def usual(self) -> Callable[[int, int], Tensor] | None:
+        """Where the base has no words, `usual(n, seed) -> [n, D]`: vectors of the kind that its first layer gets, for
+        virtual tokens to start from. None: they start from words."""
+        ...
 
-    usual: Callable[[int, int], Tensor] | None
-    peft: frozenset[Kind]
+    @property
+    def peft(self) -> frozenset[Kind]:
+        """Those of the two kinds that PEFT puts into this base to the same effect, so that its form can hold them."""
+        ...
 
     def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
         """`make() -> [N, D]`: N virtual tokens before every document that the scope names, computed once a row."""

@@ -18,7 +18,8 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -36,6 +37,7 @@ from luthier.families.head import log_probs
 from luthier.families.heads import LOG_PROBS, Pooling
 from luthier.families.packed import Loaded
 from luthier.families.routes import through
+from luthier.families.virtual_seq2seq import SourcePorts
 
 SPARE, FLOOR = 1.5, 64  # a padded batch has at most so many places for each token, and so many besides
 
@@ -61,7 +63,9 @@ class Seq2Seq(Loaded):
         # Not as `Loaded` begins: attention stays Transformers' own, which knows relative positions.
         self.model, self.tokenizer = model, tokenizer
         self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
-        self.anatomy = anatomy(model, tokenizer)
+        parts = anatomy(model, tokenizer)
+        self._ports = SourcePorts(parts, self.encoder, self.decoder)
+        self.anatomy = replace(parts, ports=self._ports)
         self.start = _start(model)
         # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
         self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
@@ -90,38 +94,57 @@ class Seq2Seq(Loaded):
         forest = inputs.forest
         spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
         home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] of each token its place among all states
-        read = self._read(inputs.tokens, forest, spans, home)
-        written = self._written(inputs.tokens, forest, spans, read, home)
+        read, memory = self._read(inputs.tokens, forest, spans, home)
+        written = self._written(inputs.tokens, forest, spans, read, memory, home)
         return torch.cat([read, written]).index_select(0, home.to(read.device))
 
-    def _read(self, tokens: Tensor, forest: Forest, spans: list[Tensor], home: Tensor) -> Tensor:
-        """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is."""
+    def _read(self, tokens: Tensor, forest: Forest, spans: list[Tensor],
+              home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
+        source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
         found, before = [], 0
+        memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
-        for group in _groups(roots, [forest.lengths[i] for i in roots]):
+        for group in self._grouped(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
             seen = rows >= 0
-            home[rows[seen]] = before + seen.flatten().nonzero()[:, 0]
-            before += rows.numel()
-            rows, mask = rows.to(tokens.device), seen.to(tokens.device)
+            given, mask = tokens[rows.to(tokens.device).clamp(min=0)], seen.to(tokens.device).long()
             with through(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
-                states = self.encoder(input_ids=tokens[rows.clamp(min=0)], attention_mask=mask.long()).last_hidden_state
+                states = self.encoder(input_ids=given, attention_mask=mask).last_hidden_state
+            virtual = states.shape[1] - rows.shape[1]
+            places = before + torch.arange(states.shape[0] * states.shape[1]).view(states.shape[:2])
+            home[rows[seen]] = places[:, virtual:][seen]
+            memory |= {i: line[:virtual + len(spans[i])] for i, line in zip(group, places, strict=True)}
+            before += places.numel()
             found.append(states.flatten(0, 1))
-        return torch.cat(found)
+        return torch.cat(found), memory
 
-    def _written(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, home: Tensor) -> Tensor:
+    def _grouped(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
+                 owner: Mapping[int, int]) -> list[list[int]]:
+        """Rows for padded batches. Where there are virtual tokens a batch goes through one adapter as a whole."""
+        if not adapters or not self._ports.doors:
+            return _groups(names, sizes)
+        parted: dict[int, list[tuple[int, int]]] = {}
+        for name, size in zip(names, sizes, strict=True):
+            parted.setdefault(owner[name], []).append((name, size))
+        return [group for part in parted.values() for group in _groups(*zip(*part, strict=True))]
+
+    def _written(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
+                 home: Tensor) -> Tensor:
         """[N, D] the decoder's states of every path from a root to a leaf, behind `read` where `home` counts them.
 
         What several paths share is computed in each; the first of them is the one that counts.
         """
         inner = set(forest.parents)
         paths = {i: forest.path(i) for i in range(len(spans)) if i not in inner}
-        sources = {i: home[spans[path[0]]] for i, path in paths.items()}
+        sources = {i: memories[path[0]] for i, path in paths.items()}
+        owner = {i: _adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
         # The root's last token gives its place to the start token.
         answers = {i: torch.cat([spans[path[0]][-1:], *(spans[a] for a in path[1:])]) for i, path in paths.items()}
         found, before = [], read.shape[0]
         fresh = torch.ones_like(home, dtype=torch.bool)
-        for group in _groups([*paths], [len(answers[i]) + len(sources[i]) for i in paths]):
+        sizes = [len(answers[i]) + len(sources[i]) for i in paths]
+        for group in self._grouped([*paths], sizes, forest.adapters, owner):
             rows = pad_sequence([answers[i] for i in group], batch_first=True, padding_value=-1)
             for line, i in enumerate(group):
                 new = fresh[answers[i]]
@@ -131,7 +154,7 @@ class Seq2Seq(Loaded):
             memory = pad_sequence([sources[i] for i in group], batch_first=True, padding_value=-1).to(tokens.device)
             given = tokens[rows.to(tokens.device).clamp(min=0)]
             given[:, 0] = self.start
-            with through(self.router, 0, [_adapter(forest, paths[i]) for i in group] if forest.adapters else ()):
+            with through(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
                 # Padding stands behind everything that counts, so a causal decoder needs no mask for it.
                 states = self.decoder(input_ids=given, use_cache=False, encoder_attention_mask=(memory >= 0).long(),
                                       encoder_hidden_states=_taken(read, memory.clamp(min=0))).last_hidden_state

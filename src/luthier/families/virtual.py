@@ -80,7 +80,7 @@ class Carried:
         return Before([(k[None].to(key), v[None].to(value)) for k, v in found], self.whose)
 
 
-class _Enough(Exception):
+class Enough(Exception):
     """The catch is complete: nothing more need be computed."""
 
 
@@ -94,7 +94,7 @@ class Catch:
     def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
         self.caught[module] = (key, value)
         if len(self.caught) == self.most:
-            raise _Enough
+            raise Enough
         return None
 
 
@@ -169,7 +169,7 @@ class VirtualPorts:
         try:
             with self._alone():
                 self._backbone(input_ids=tokens, position_ids=positions, virtual=catch)
-        except _Enough:
+        except Enough:
             pass  # a signal, no error
         finally:
             self._backbone.train(was)

@@ -21,6 +21,7 @@ from luthier.core.types import Inputs, Outputs, Target
 from luthier.families.heads import LOG_PROBS, Pooling
 from luthier.families.packed import Loaded
 from luthier.families.pictures import Pictures
+from luthier.families.virtual_vision import PicturePorts
 
 
 class Vision(Loaded):
@@ -40,7 +41,8 @@ class Vision(Loaded):
     def __init__(self, model: Any, tokenizer: Pictures) -> None:
         super().__init__(model, tokenizer)
         config = model.config
-        if not isinstance(getattr(getattr(self.anatomy.backbone, "embeddings", None), "cls_token", None), Tensor):
+        embeddings: Any = getattr(self.anatomy.backbone, "embeddings", None)
+        if not isinstance(getattr(embeddings, "cls_token", None), Tensor):
             raise BaseError(f"a {config.model_type} has no common token of all patches, whose state could stand for a "
                             "picture", "choose a ViT, or another with a [CLS] token")
         height, width = tokenizer.size
@@ -48,6 +50,7 @@ class Vision(Loaded):
             unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
         self.anatomy = replace(self.anatomy, sizes={**self.anatomy.sizes, "unit": unit, "channels": tokenizer.channels,
                                                     "height": height, "width": width})
+        self.anatomy = replace(self.anatomy, ports=PicturePorts(self.anatomy, embeddings))
 
     def _run(self, inputs: Inputs) -> Tensor:
         assert inputs.images is not None, "a vision base takes pictures"
