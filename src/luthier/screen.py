@@ -199,13 +199,13 @@ def inspected(found: Mapping[str, Any], json_wanted: bool) -> int:
 
 
 def _cell(place: Any) -> str:
-    """``'word' 0.12, 'other' 0.40 (size 1.1)`` for a virtual token."""
+    """``'word' 0.12, 'other' 0.40 (size 1.1)`` for a virtual token; its size alone where there are no words."""
     if place is None:
         return "not known"
     if not isinstance(place, Mapping):
         return _number(place)
     words = ", ".join(f"{near['word']!r} {near['distance']:.2f}" for near in place["nearest"])
-    return f"{words} (size {place['size']:.2g})"
+    return f"{words} (size {place['size']:.2g})" if words else f"size {place['size']:.2g}"
 
 
 # ---------------------------------------------------------------- data check

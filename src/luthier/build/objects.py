@@ -19,6 +19,7 @@ from luthier.families import BaseConfig, context_of, device_of, load_tokenizer, 
 from luthier.measure import Question, demand
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
+from luthier.methods.prompt import Words
 from luthier.methods.several import Several, parts_of
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.tokens import PretrainConfig
@@ -85,15 +86,27 @@ def check(made: Recipe, base: Family) -> None:
     if made.data.streaming and beforehand(made):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
-    context = base.anatomy.sizes["context"]
-    if made.data.max_length and made.data.max_length > context:
-        raise RecipeError(f"data.max_length {made.data.max_length} is longer than the base's context, {context} tokens",
-                          f"set data.max_length to {context} or less")
+    context, room = base.anatomy.sizes["context"], room_for_text(made.method, base)
+    if made.data.max_length and made.data.max_length > room:
+        beside = f" and {context - room} virtual tokens are" if room < context else " is"
+        raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
+                          "tokens", f"set data.max_length to {room} or less" + (
+                              ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
     added = made.base.structure is not None and made.base.structure.add_blocks
     for part in parts_of(made.method) if added else ():
         if why := _no_start(part):
             raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
                               f"{part.name} {why}", "train them by another method: freeze, full, lora")
+
+
+def room_for_text(method: AnyMethod, base: Family) -> int:
+    """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
+    context = base.anatomy.sizes["context"]
+    virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
+    if virtual + 2 > context:
+        raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
+                          f"{context} tokens", f"set method.tokens far below {context}")
+    return context - virtual
 
 
 def _no_start(method: AnyMethod) -> str:
@@ -131,8 +144,9 @@ def _hide(made: Recipe, base: Family) -> rows.Hide | None:
 
 
 def settled(made: Recipe, base: Family) -> DataConfig:
-    """The settings of the data for this base; without a `max_length`, that of the base where it is the smaller."""
-    most = min(made.data.most, base.anatomy.sizes["context"])
+    """The settings of the data for this base; without a `max_length`, what the base's context has room for
+    where that is less."""
+    most = min(made.data.most, room_for_text(made.method, base))
     found = made.data.model_copy(update={"max_length": made.data.max_length or most})
     return rows.DividedConfig.of(found) if base.divided else found
 

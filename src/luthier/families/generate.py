@@ -84,12 +84,20 @@ def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set
 
 
 def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: Sampling,
-            eos: Set[int], routed: Routed = _straight) -> Iterator[Generated]:
-    """`generate` for any family. `limits`: how many tokens each answer may have."""
+            eos: Set[int], routed: Routed = _straight, apart: Sequence[int] = ()) -> Iterator[Generated]:
+    """`generate` for any family.
+
+    Args:
+        limits: how many tokens each answer may have.
+        apart: a number for each prompt; those with different ones share no batch.
+    """
     stops = eos | set(sampling.stop)
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), sampling.batch_size):
-        batch = {index: prompts[index] for index in order[start:start + sampling.batch_size]}
+    kinds = apart or [0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: (kinds[index], -len(prompts[index])))
+    while order:
+        alike = [index for index in order[:sampling.batch_size] if kinds[index] == kinds[order[0]]]
+        order = order[len(alike):]
+        batch = {index: prompts[index] for index in alike}
         found: dict[int, list[int]] = {index: [] for index in batch}
         for index, token in _decode(begin, batch, limits, sampling, stops, routed):
             if token in stops:

@@ -31,7 +31,7 @@ class Before:
 
     Args:
         key, value: [1, H, N, d].
-        bias: [1, H, Q, N] of the scores; None: 0.
+        bias: [1 or B, H, Q, N] of the scores; None: 0.
     """
 
     key: Tensor
@@ -72,7 +72,8 @@ def _mask(seen: Tensor | None, bias: Tensor | None, before: Before, query: Tenso
     if bias is None:
         return seen
     first = bias.new_zeros(1, bias.shape[1], query.shape[2], n) if before.bias is None else before.bias.to(bias)
-    whole = torch.cat([first.expand(len(bias), -1, -1, -1), bias], 3)
+    rows = max(len(first), len(bias))
+    whole = torch.cat([x.expand(rows, -1, -1, -1) for x in (first, bias)], 3)
     if seen is None:
         return whole
     return whole.masked_fill(~seen, torch.finfo(whole.dtype).min) if seen.dtype == torch.bool else whole + seen

@@ -185,7 +185,8 @@ class Seq2Seq(Loaded):
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._source(i, prompt) for i, prompt in enumerate(prompts)]
         return answers(partial(_Answers, self), sources, self._limits(len(sources), sampling), sampling, self.stops,
-                       lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else ()))
+                       lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
+                       adapters if self._ports.doors else ())
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """One answer token by token."""

@@ -183,21 +183,28 @@ class SourcePorts:
         modules, before = self._modules[stack], len(self._modules[self._encoder]) * (stack is self._decoder)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
-        biases = self._biases(stack, width, seen, pairs[0][0].shape[1])
+        biases = self._biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
         found = {module: Before(key[None], value[None], biases.get(module))
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
         return {**given, "virtual": Carried(found)}
 
-    def _biases(self, stack: nn.Module, width: int, seen: int, n: int) -> dict[nn.Module, Tensor]:
-        """[1, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the call
-        has `width` tokens behind `seen` others. T5's first block has the table for all of them, mT5's kin one each."""
+    def _biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
+        """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
+        call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
+        Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
         within = [m for m in self._modules[stack] if stack is self._encoder or getattr(m, "is_causal", False)]
+        left = mask.ne(0).int().argmax(1) if mask is not None and mask.ndim == 2 else None
+        shifted = left is not None and bool(left.any())
         found: dict[nn.Module, Tensor] = {}
         last = None
         for module in within:
             if getattr(module, "has_relative_attention_bias", False):
-                last = module.compute_bias(width, n, device=self._device,  # type: ignore[operator]
-                                           past_seen_tokens=seen + n)
+                rows, past = (seen + width, n) if shifted else (width, seen + n)
+                last = module.compute_bias(rows, n, device=self._device, past_seen_tokens=past)  # type: ignore[operator]
+                if shifted:
+                    assert left is not None
+                    place = torch.arange(seen, seen + width, device=left.device) - left[:, None]
+                    last = last[0].transpose(0, 1)[place.clamp(min=0)].transpose(1, 2)
             if last is not None:
                 found[module] = last
         return found

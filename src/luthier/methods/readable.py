@@ -5,6 +5,8 @@ Virtual tokens are compared with every word of the vocabulary by the angle betwe
 the word itself, about 1 for what has nothing to do with it. Prompts are compared with the words' embeddings. A prefix
 has none; its first layer's key is compared with the key that the first layer gives to each word, standing where the
 virtual token stands. There alone a word's key does not depend on others: deeper layers have nothing to compare with.
+Where the base has no words (pictures), what is left to say is their size, beside that of what the first layer usually
+gets.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from luthier.methods.several import Several
 
 CHUNK = 8192  # words that are compared at once
 NEAREST = 5  # words that are named for each virtual token
+SAMPLE = 64  # vectors that stand for the usual ones where there are no words
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,8 @@ class Reading:
     Args:
         kind: `words` has a row for each virtual token, `layers` one for each changed linear map.
         about: what is compared with what, in a sentence.
-        rows: column -> value. `words`: size (1 is a word's), nearest (word, distance). `layers`: name, block, role,
+        rows: column -> value. `words`: size (1 is a word's), nearest (word, distance; none where the base has no
+            words). `layers`: name, block, role,
             size (of the change, relative to the weight's), rank (effective), of (what the rank could be at most).
     """
 
@@ -52,9 +56,14 @@ def describe(attached: Attached, anatomy: Anatomy) -> list[Reading]:
     if isinstance(attached, Several):
         return [reading for part in attached.parts for reading in describe(part, anatomy)]
     if isinstance(attached, Prompt | PTuning):
+        if (usual := ports_of(anatomy).usual) is not None:
+            return [_sizes(attached.virtual(), usual(SAMPLE, 0), "the virtual tokens")]
         return [Reading("words", "embeddings of the virtual tokens, and of every word of the vocabulary",
                         tuple(_prompt(attached.virtual(), anatomy)))]
     if isinstance(attached, Prefix | ProjectedPrefix):
+        if (usual := ports_of(anatomy).usual) is not None:
+            keys = ports_of(anatomy).keys_values(usual(SAMPLE, 0))[0][0]
+            return [_sizes(_rows(attached.virtual()[0, 0]), _rows(keys), "the first layer's keys of the prefix")]
         return [Reading("words", "the first layer's keys of the prefix, and of every word as if it stood in that place",
                         tuple(_prefix(attached.virtual()[0, 0], anatomy)))]
     if isinstance(attached, AdaLora):
@@ -78,8 +87,20 @@ def _prompt(virtual: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
 def _prefix(keys: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
     """`keys` [G, N, d]."""
     ports = ports_of(anatomy)
-    for i, key in enumerate(keys.transpose(0, 1).flatten(1)):
+    for i, key in enumerate(_rows(keys)):
         yield from _compared(key[None], lambda ids, i=i: ports.first_keys(ids, i), anatomy)  # type: ignore[misc]
+
+
+def _rows(keys: Tensor) -> Tensor:
+    """[N, G d] of [G, N, d]."""
+    return keys.transpose(0, 1).flatten(1)
+
+
+def _sizes(virtual: Tensor, usual: Tensor, what: str) -> Reading:
+    """A row for each virtual token, without words: both [n, D]."""
+    sizes = virtual.norm(dim=1) / usual.to(virtual).norm(dim=1).mean()
+    return Reading("words", f"the size of {what}, 1 for a plain patch's: this base has no words to compare them with",
+                   tuple({"size": size, "nearest": []} for size in sizes.tolist()))
 
 
 def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], anatomy: Anatomy) -> Iterator[dict[str, Any]]:
