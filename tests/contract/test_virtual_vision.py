@@ -135,7 +135,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
     handle.remove()
 
 
-def test_pictures_go_through_a_bank(family: Vision) -> None:
+def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
     bank = Bank(family.anatomy)
     for name, method in (("a", "prompt"), ("b", "prefix")):
         bank.add(name, attach(family, method, **SETTINGS[method]))
@@ -144,6 +144,13 @@ def test_pictures_go_through_a_bank(family: Vision) -> None:
         with bank.using(who):
             found[who] = states(family)
     assert all((found[x] - found[y]).abs().max() > FAR for x, y in (("a", "b"), ("a", None), ("b", None)))
+    family.router = bank
+    names = ["b", "a", None, "b", "a"]
+    row = batch(photographs(family))
+    with torch.no_grad():
+        mixed = family.states(bank.through(row.inputs, names))
+    for i, who in enumerate(names):
+        assert (mixed[i] - found[who][i]).abs().max() < 1e-12
 
 
 # ---------------------------------------------------------------- where they start

@@ -29,9 +29,11 @@ from luthier.core.errors import BaseError
 from luthier.core.ports import Kind
 from luthier.core.protocols import Anatomy, Scope
 from luthier.families import relative
+from luthier.families.doors import Door, acts
+from luthier.families.forest import Pair
 from luthier.families.relative import Before
 from luthier.families.report import quiet
-from luthier.families.virtual import Catch, Door, Enough, Pair, acts
+from luthier.families.virtual import Catch, Enough
 
 
 class Carried:

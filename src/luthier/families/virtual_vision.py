@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from luthier.core.errors import BaseError
 from luthier.core.ports import Kind
 from luthier.core.protocols import Anatomy, Scope
-from luthier.families.virtual import Carried, Catch, Door, Pair, acts
+from luthier.families.doors import Door, acts
+from luthier.families.forest import Pair
+from luthier.families.virtual import Carried, Catch
 
 
 class PicturePorts:
@@ -148,7 +150,7 @@ class PicturePorts:
         if not made:
             return None
         joined = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in zip(*made, strict=True)]
-        pairs = {module: (key, value) for module, (key, value) in zip(self._modules, joined, strict=True)}
+        pairs = {module: [(key, value)] for module, (key, value) in zip(self._modules, joined, strict=True)}
         return (), {**dict(zip(self._names, args, strict=False)), **given, "virtual": Carried(pairs)}
 
     def _put_in(self, _module: nn.Module, _args: tuple[Any, ...], seen: Tensor) -> Tensor:

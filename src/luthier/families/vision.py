@@ -17,7 +17,7 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Generated, Sampling
-from luthier.core.types import Inputs, Outputs, Target
+from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.families.heads import LOG_PROBS, Pooling
 from luthier.families.packed import Loaded
 from luthier.families.pictures import Pictures
@@ -50,7 +50,23 @@ class Vision(Loaded):
             unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
         self.anatomy = replace(self.anatomy, sizes={**self.anatomy.sizes, "unit": unit, "channels": tokenizer.channels,
                                                     "height": height, "width": width})
-        self.anatomy = replace(self.anatomy, ports=PicturePorts(self.anatomy, embeddings))
+        self._ports = PicturePorts(self.anatomy, embeddings)
+        self.anatomy = replace(self.anatomy, ports=self._ports)
+
+    def states(self, inputs: Inputs) -> Tensor:
+        adapters = inputs.forest.adapters
+        if len(set(adapters)) < 2 or not self._ports.doors:
+            return super().states(inputs)
+        # Virtual tokens stand in every picture of a batch: each adapter's pictures are a batch by themselves.
+        assert inputs.images is not None, "a vision base takes pictures"
+        owner, found = torch.tensor(adapters), []
+        order = owner.argsort(stable=True)
+        for adapter in owner.unique().tolist():
+            rows = (owner == adapter).nonzero()[:, 0].to(self.device)
+            part = Forest((1,) * len(rows), (-1,) * len(rows), (adapter,) * len(rows))
+            found.append(super().states(replace(inputs, tokens=inputs.tokens[rows], positions=inputs.positions[rows],
+                                                forest=part, images=inputs.images[rows])))
+        return torch.cat(found)[order.argsort().to(self.device)]
 
     def _run(self, inputs: Inputs) -> Tensor:
         assert inputs.images is not None, "a vision base takes pictures"

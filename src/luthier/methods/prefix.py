@@ -3,8 +3,8 @@
     an attention:  softmax(q [P_k; K]^T) [P_v; V]          P_k, P_v: [G, N, d] for each, trained
 
 Li and Liang 2021 (arXiv:2101.00190), section 4. Keys enter as they are, after the rotation of positions, and every
-token of a text sees all of them, in layers with a sliding window too; the text's positions move on by N. An encoder with
-a decoder has three attentions, each with pairs of its own: what is called a layer below is one attention.
+token of a text sees all of them, in layers with a sliding window too; the text's positions move on by N. An encoder
+with a decoder has three attentions, each with pairs of its own: what is called a layer below is one attention.
 
 They start as the keys and values that the base itself computes for N words (section 7.4: real words start better than
 random numbers do). `projection: true` makes them by an MLP, the paper's re-parameterisation (section 4.3), as a change
