@@ -89,7 +89,7 @@ VISIONS: dict[str, dict[str, Any]] = {
 
 def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, words: bool = False, **overrides: Any) -> nn.Module:
     """A random model of `kind`; `overrides` are fields of its Transformers config. Leaves the global generator alone.
-    `words`: an encoder with its head for masked words."""
+    `words`: an encoder with its head for masked words; the stack is the same as without."""
     settings = {**(KINDS | ENCODERS | VISIONS)[kind], **overrides}
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     built = AutoModelForCausalLM if kind in KINDS else AutoModelForMaskedLM if words else AutoModel
@@ -102,6 +102,8 @@ def tiny(kind: str, seed: int = 0, dtype: torch.dtype = torch.float64, words: bo
             for parameter in model.parameters():
                 if parameter.dim() == 1:
                     parameter += 0.1 * torch.randn_like(parameter)
+        if words:
+            model.base_model.load_state_dict(tiny(kind, seed, dtype, **overrides).state_dict())
     return model.eval()
 
 

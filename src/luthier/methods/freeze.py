@@ -24,7 +24,7 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Anatomy
-from luthier.methods.full import KEEP_BASE, Full
+from luthier.methods.full import EMBEDDING_RATE, KEEP_BASE, Full, of_embeddings
 
 
 class FreezeConfig(Config):
@@ -39,6 +39,7 @@ class FreezeConfig(Config):
     patterns: tuple[str, ...] = Field((), description="parameters by their names: whole parts between dots "
                                                       "(mlp.down_proj), or expressions that fit a whole name")
     embeddings: bool = Field(False, description="the input embeddings (and with them a head that shares their weight)")
+    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
     head: bool = Field(False, description="the output projection (and with it embeddings that share its weight)")
     keep_base: bool | None = Field(None, description=KEEP_BASE)
 
@@ -52,7 +53,8 @@ class FreezeConfig(Config):
                                   "use parts of their names, such as: " + ", ".join(sorted(
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
             wanted |= found
-        return Full({name: p for name, p in named.items() if id(p) in wanted}, bool(self.keep_base))
+        trained = {name: p for name, p in named.items() if id(p) in wanted}
+        return Full(trained, bool(self.keep_base), of_embeddings(anatomy, trained, self.embedding_rate))
 
     def _modules(self, anatomy: Anatomy) -> Iterable[nn.Module]:
         blocks = [block.module for block in anatomy.blocks]

@@ -21,6 +21,8 @@ from luthier.methods.hooks import load_into
 
 KEEP_BASE = ("keep a copy of what trains as it was, so that the base can be switched back to; costs its size in "
              "memory. Left out: where the objective compares the model with its base (DPO, PPO)")
+EMBEDDING_RATE = ("factor on the learning rate for the input embeddings (and a head that shares their weight), which "
+                  "continued pretraining wants below 1")
 
 
 class FullConfig(Config):
@@ -30,9 +32,22 @@ class FullConfig(Config):
 
     name: Literal["full"] = "full"
     keep_base: bool | None = Field(None, description=KEEP_BASE)
+    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        return Full(dict(anatomy.model.named_parameters()), bool(self.keep_base))  # tied weights are named once
+        named = dict(anatomy.model.named_parameters())  # tied weights are named once
+        return Full(named, bool(self.keep_base), of_embeddings(anatomy, named, self.embedding_rate))
+
+
+def of_embeddings(anatomy: Anatomy, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, float]:
+    """The factor of each of `parameters` that is the input embeddings'. Raises `RecipeError` where a factor would have
+    no effect."""
+    mine = {id(p) for p in anatomy.embedding.parameters()}
+    found = {name: rate for name, parameter in parameters.items() if id(parameter) in mine}
+    if rate != 1 and not found:
+        raise RecipeError(f"method.embedding_rate {rate}: no embeddings train", "set method.embeddings: true, or leave "
+                          "embedding_rate out")
+    return found
 
 
 class Full:
@@ -41,16 +56,18 @@ class Full:
     Args:
         parameters: what trains.
         keep_base: whether to keep a copy of what these parameters were, which `disabled` needs.
+        rates: name -> factor on its learning rate; 1 for those without.
     """
 
     scope = None
     at_update = None
 
-    def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool) -> None:
+    def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool,
+                 rates: Mapping[str, float] | None = None) -> None:
         if few := [name for name, parameter in parameters.items() if not parameter.is_floating_point()]:
             raise RecipeError(f"{few[0]!r} is kept in few bits, which no gradient can move",
                               "keep the base whole, or use a method that adds weights of its own (lora, bitfit)")
-        self._parameters = parameters
+        self._parameters, self._rates = parameters, dict(rates or {})
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self._base = {n: p.detach().clone() for n, p in parameters.items()} if keep_base else None
@@ -66,7 +83,7 @@ class Full:
         return self._parameters
 
     def rate(self, name: str) -> float:
-        return 1.0
+        return self._rates.get(name, 1.0)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
