@@ -314,7 +314,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     family, attached = searched()
     adam = optimizer(attached)
     take(family, attached, adam, range(5))
-    before = {n: t.clone() for n, t in attached.state().items()}
+    before, ranks = {n: t.clone() for n, t in attached.state().items()}, kept(attached)
 
     class Infinite:
         needs, count, coupled = SFT.needs, SFT.count, False
@@ -328,6 +328,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     with pytest.raises(NotFinite):
         step(family, Infinite(), pack(documents(), None), adam).numbers()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
+    assert kept(attached) == ranks
     take(family, attached, adam, range(5, 6))
     assert sum(map(sum, kept(attached))) == attached.config.budget(6, STEPS, 14)
 
