@@ -28,7 +28,8 @@ ROOMS: dict[str, set[str]] = {
     "runtime": {"core"},
     "rollout": {"core", "data", "measure", "scoring"},
     "build": {"core", "data", "families", "methods", "objectives", "runtime", "rollout", "measure", "scoring"},
-    "verb": {"build", "runtime", "core", "measure", "scoring", "pictures"},
+    "desk": {"build", "core"},
+    "verb": {"build", "runtime", "core", "measure", "scoring", "pictures", "desk"},
     "cli": {"verb", "core", "root"},
     "root": {"build", "runtime", "core", "verb"},  # luthier/__init__.py: the public names
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,10 +12,9 @@ from luthier import build
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
 from luthier.core.protocols import Attached, Sampling
+from luthier.desk import bits
 from luthier.runtime.progress import status
 from luthier.runtime.run import Run
-
-UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a letter whose last are still to come
 
 
 @dataclass
@@ -73,22 +72,3 @@ def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | Non
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     return [Talk(base, attached, system or made.data.system, sampling, bare)
             for bare in ((True, False) if compare else (False,))]
-
-
-def bits(tokens: Iterator[int], decode: Callable[..., str]) -> Iterator[str]:
-    """The text of a stream of tokens, as it becomes certain.
-
-    >>> list(bits(iter([72, 105, 195, 164]), lambda ids, **_: bytes(ids).decode(errors="replace")))
-    ['H', 'i', 'ä']
-    """
-    ids: list[int] = []
-    shown = ""
-    for token in tokens:
-        ids.append(token)
-        text = decode(ids, skip_special_tokens=True)
-        if text != shown and text.startswith(shown) and not text.endswith(UNFINISHED):
-            yield text[len(shown):]
-            shown = text
-    text = decode(ids, skip_special_tokens=True)
-    if text != shown:
-        yield text[len(shown):]

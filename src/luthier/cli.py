@@ -186,6 +186,15 @@ def _chat(options: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(options: argparse.Namespace) -> int:
+    from luthier.serve import serve
+    named = dict(word.split("=", 1) if "=" in word else (Path(word).stem, word) for word in options.runs)
+    if len(named) < len(options.runs):
+        raise RecipeError(f"two of {', '.join(options.runs)} have one name", "name them: luthier serve NAME=RUN ...")
+    serve(named, host=options.host, port=options.port, most=options.batch_size, quiet=options.quiet)
+    return 0
+
+
 def _data(options: argparse.Namespace) -> int:
     from luthier.check import check
     if options.words[:1] != ["check"]:
@@ -327,6 +336,11 @@ COMMANDS: dict[str, Command] = {
         _option("--system", metavar="TEXT", help="system prompt"),
         _option("--temperature", type=float, default=0.0, help="0 (as it comes): always the most probable word"),
         _option("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer"), QUIET)),
+    "serve": Command("answer by OpenAI's protocol: a base, or several runs on one copy of it", _serve, (
+        _option("runs", nargs="+", metavar="RUN | NAME=RUN", help="run folders of one base, or a base"),
+        _option("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in"),
+        _option("--port", type=int, default=8000),
+        _option("--batch-size", type=int, default=16, metavar="N", help="requests answered together"), QUIET)),
     "data": Command("`data check FILE`: what would become of every row", _data, (
         _option("words", nargs="*", metavar="check FILE | key=value", help="`check`, a file, and settings of `data`"),
         _option("--model", metavar="BASE", help="whose tokenizer and chat template; left out: smollm2"),

@@ -25,6 +25,7 @@ EXTRAS = {  # extra -> what it brings; a test holds it against pyproject.toml
     "vision": ("pillow",),
     "quant": ("bitsandbytes",),
     "features": ("scikit-learn",),
+    "serve": ("starlette", "uvicorn"),
     "llama": ("llama-cpp-python",),
     "bench": ("trl", "peft"),
 }

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from luthier.core.protocols import Generated, Sampling
-from luthier.families.generate import eos_tokens, generate, stream
+from luthier.families.generate import eos_tokens, generate, stream, written
 from luthier.families.head import log_probs
 from luthier.families.heads import Pooling
 from luthier.families.packed import Layout, Packed
@@ -50,6 +50,12 @@ class CausalLM(Packed):
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         return generate(self.model, prompts, sampling, eos=self.stops, pad=0, device=self.device,
                         routed=lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else []))
+
+    def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
+               adapters: Sequence[int] = ()) -> Iterator[tuple[int, int | None]]:
+        """As `generate`, all prompts in one batch, token by token: (index, token); None where an answer has ended."""
+        return written(self.model, prompts, sampling, self.stops, pad=0, device=self.device,
+                       routed=lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else []))
 
     def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
         """One answer token by token."""

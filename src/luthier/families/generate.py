@@ -77,6 +77,17 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     return answers(begin, prompts, limits, sampling, eos, routed)
 
 
+def written(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
+            device: torch.device | str, routed: Routed = _straight) -> Iterator[tuple[int, int | None]]:
+    """`generate` with all prompts in one batch, token by token: (index, token), and (index, None) where an answer ended
+    by itself. Whoever stops listening ends the batch."""
+    stops = eos | set(sampling.stop)
+    limits = _limits(model, prompts, sampling)
+    for index, token in _decode(partial(_Causal, model, pad, device), dict(enumerate(prompts)), limits, sampling, stops,
+                                routed):
+        yield index, None if token in stops else token
+
+
 def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set[int]) -> Iterator[int]:
     """The answer to one prompt, token by token: the same tokens that `generate` gives it as its only prompt."""
     begin = partial(_Causal, model, 0, next(model.parameters()).device)

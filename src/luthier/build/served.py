@@ -1,0 +1,110 @@
+"""Runs and bases to be answered for by name, on one copy of the base. Read `starts.py` (banked) and `runs.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from luthier import data as rows
+from luthier.build.objects import chat_prompt, family
+from luthier.build.recipe import recorded
+from luthier.build.runs import open_run
+from luthier.build.starts import banked, same_base
+from luthier.core.errors import RecipeError, nearest
+from luthier.core.examples import LabelledExample, Message, Origin
+from luthier.core.protocols import Family
+from luthier.data import DataConfig
+from luthier.families import CausalLM
+from luthier.methods.bank import Bank
+from luthier.runtime.run import Run
+
+
+@dataclass(frozen=True)
+class Served:
+    """What answers.
+
+    Args:
+        names: by which it is asked for, to the adapter in the bank; None for the model as it stands.
+        systems: the system prompt that a run's data was given, where it was.
+    """
+
+    base: Family
+    bank: Bank | None
+    names: Mapping[str, str | None]
+    systems: Mapping[str, str | None]
+
+    @property
+    def writes(self) -> bool:
+        return isinstance(self.base, CausalLM)
+
+    def adapter(self, name: str) -> str | None:
+        """Raises `RecipeError` for a name that nothing has."""
+        if name not in self.names:
+            raise RecipeError(f"there is no model {name!r}: {nearest(name, self.names)}", "GET /v1/models lists them")
+        return self.names[name]
+
+    def numbers(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
+        """Names of adapters as `generate` knows them; empty where there is no bank."""
+        return () if self.bank is None else self.bank.numbers(adapters)
+
+    def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
+        """A conversation up to where the answer begins, with the run's own system prompt where it has none."""
+        return chat_prompt(self.base, messages, self.systems.get(name))
+
+    @torch.no_grad()
+    def states(self, name: str, texts: Sequence[str]) -> Tensor:
+        """[texts, D] pooled states, float32. Raises `RecipeError` for a text without tokens or beyond the context."""
+        adapter = self.adapter(name)
+        config = DataConfig.parse({"train": "-", "max_length": self.base.anatomy.sizes["context"]})
+        encoded = []
+        for number, text in enumerate(texts):
+            found = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
+            if not isinstance(found, list):
+                raise RecipeError(f"input {number} cannot be read: {found}", "give texts of at least one word")
+            encoded.append(found[0])
+        batch = rows.batch(encoded).to(self.base.device)
+        if self.bank is None:
+            pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
+        else:
+            with self.bank.using(adapter):
+                pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
+        assert pooled is not None
+        return pooled.float().cpu()
+
+
+def served(runs: Mapping[str, Path | str]) -> Served:
+    """Load what is to be served: one base or whole model, or several runs that were tuned on one base.
+
+    Raises:
+        RecipeError: runs of different bases, or a whole model among several.
+        RunError, BaseError: something cannot be read.
+    """
+    if not runs:
+        raise RecipeError("nothing to serve", "name a run folder or a base")
+    folders = {name: Run(path) for name, path in runs.items()}
+    if any(run.adapter is None for run in folders.values()):
+        if len(folders) > 1:
+            whole = next(name for name, run in folders.items() if run.adapter is None)
+            raise RecipeError(f"{whole!r} is a whole model, which shares nothing with the others",
+                              "serve it by itself, on a port of its own")
+        (name, run), = folders.items()
+        made, base, _ = open_run(run)
+        base.train(False)
+        return Served(base, None, {name: None}, {name: made.data.system})
+    recipes = {name: recorded(run.existing()) for name, run in folders.items()}
+    first = next(iter(recipes))
+    for name, made in recipes.items():
+        if not same_base(made.base, recipes[first].base):
+            raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on {recipes[first].base.name!r}",
+                              "serve runs of one base together")
+    base = family(recipes[first].base)
+    bank = banked(base, folders)
+    base.train(False)
+    plain = Path(recipes[first].base.name).stem
+    names: dict[str, str | None] = {plain: None} if plain not in runs else {}
+    return Served(base, bank, {**names, **{name: name for name in runs}},
+                  {name: made.data.system for name, made in recipes.items()})

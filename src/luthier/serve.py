@@ -1,0 +1,317 @@
+"""The verb `serve`: runs and bases behind the protocol that OpenAI's client speaks. Read `desk.py` first.
+
+    GET  /v1/models              the base and every run on it, by their names
+    POST /v1/chat/completions    a conversation; `stream: true` sends it word by word
+    POST /v1/completions         a text that is gone on with
+    POST /v1/embeddings          pooled states, of length 1
+
+`model` in a request names who answers: a run, or the base itself. All runs stand on one copy of the base, and requests
+to different ones are answered in one batch. What would change an answer and is not known here is refused, never
+ignored. The only file that imports starlette and uvicorn.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from luthier import build
+from luthier.core.errors import LuthierError, MissingExtra, RecipeError
+from luthier.core.examples import Message
+from luthier.desk import Bit, Desk, Request
+from luthier.runtime.progress import status
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.responses import Response
+
+LONGEST = 1024  # tokens of an answer where the request does not say
+# What would change the answer and is not known here: the values that ask for nothing.
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "response_format": ({"type": "text"},),
+    "logprobs": (False, 0), "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,),
+    "frequency_penalty": (0,), "echo": (False,), "suffix": ("",), "best_of": (1,), "dimensions": (),
+}
+
+
+class Turn(BaseModel):
+    """One message; `content` is a text, or parts of which each is a text."""
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+    def message(self) -> Message:
+        parts = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content or []
+        if strange := next((part.get("type") for part in parts if part.get("type") != "text"), None):
+            raise RecipeError(f"a message has a part of type {strange!r}, and this model reads text", "send text alone")
+        return Message("system" if self.role == "developer" else self.role, "".join(str(p["text"]) for p in parts))
+
+
+class Asked(BaseModel):
+    """What chat and text completions have in common, with the protocol's own defaults."""
+
+    model: str
+    messages: list[Turn] = Field(default_factory=list)
+    prompt: str | list[str] = Field(default_factory=list)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=16)
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool = False
+    stream_options: dict[str, Any] | None = None
+
+
+class Embedded(BaseModel):
+    """What is asked of the embeddings."""
+
+    model: str
+    input: str | list[str]
+    encoding_format: str = "float"
+
+
+# ---------------------------------------------------------------- the protocol, without a server
+
+
+class Counter:
+    """Turns bodies of requests into answers of the protocol.
+
+    Args:
+        served: what answers.
+        most: requests in one batch.
+    """
+
+    def __init__(self, served: build.Served, most: int = 16) -> None:
+        self.served = served
+        self.desk = Desk(served.base, served.numbers, most)
+        self.born = int(time.time())
+
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": self.born, "owned_by": "luthier"}
+                                           for name in self.served.names]}
+
+    async def embeddings(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        asked = _parsed(Embedded, body)
+        texts = [asked.input] if isinstance(asked.input, str) else asked.input
+        if asked.encoding_format != "float" or not texts:
+            raise RecipeError(f"encoding_format {asked.encoding_format!r} of {len(texts)} texts: embeddings are sent "
+                              "as numbers, of at least one text", "set encoding_format to float")
+        states = await asyncio.wrap_future(self.desk.run(lambda: self.served.states(asked.model, texts)))
+        rows = (states / states.norm(dim=-1, keepdim=True)).tolist()
+        used = sum(len(self.served.base.tokenizer(text)["input_ids"]) for text in texts)
+        return {"object": "list", "model": asked.model, "usage": {"prompt_tokens": used, "total_tokens": used},
+                "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]}
+
+    def requests(self, body: Mapping[str, Any], chat: bool) -> tuple[Asked, list[Request]]:
+        """The answers that a body asks for: `n` for each prompt. Raises `RecipeError` for what cannot be."""
+        asked = _parsed(Asked, body)
+        adapter = self.served.adapter(asked.model)
+        if not self.served.writes:
+            raise RecipeError(f"{asked.model!r} reads and does not write", "ask it for /v1/embeddings")
+        if chat and not asked.messages:
+            raise RecipeError("messages: a conversation has at least one", "send messages")
+        texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
+        tokenizer = self.served.base.tokenizer
+        prompts = ([self.served.prompt(asked.model, [turn.message() for turn in asked.messages])] if chat
+                   else [tokenizer(text)["input_ids"] for text in texts])
+        context = self.served.base.anatomy.sizes["context"]
+        for prompt in prompts or [[]]:
+            if not 0 < len(prompt) < context:
+                raise RecipeError(f"a prompt of {len(prompt)} tokens, and this model reads 1 to {context - 1}, with "
+                                  "room for an answer", "send another prompt")
+        stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
+        one = Request((), adapter, asked.max_completion_tokens or asked.max_tokens or LONGEST, asked.temperature,
+                      asked.top_p, asked.seed, uuid.uuid4().hex, tuple(s for s in stop if s))
+        return asked, [replace(one, prompt=prompt) for prompt in prompts for _ in range(asked.n)]
+
+    async def bits(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Bit]]:
+        """(which answer, its next bit) until all have ended. Whoever stops listening cancels them."""
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Bit]]()
+
+        def tell(index: int, bit: Bit) -> None:
+            loop.call_soon_threadsafe(heard.put_nowait, (index, bit))
+
+        left = set(range(len(requests)))
+        try:
+            for index, request in enumerate(requests):
+                self.desk.ask(request, partial(tell, index))
+            while left:
+                index, bit = await heard.get()
+                if bit.error is not None:
+                    raise bit.error
+                if bit.end:
+                    left.discard(index)
+                yield index, bit
+        finally:
+            for request in requests:
+                request.cancelled = True
+
+    async def answered(self, asked: Asked, requests: Sequence[Request], chat: bool) -> dict[str, Any]:
+        """The whole answer at once."""
+        texts, last = [""] * len(requests), [Bit("")] * len(requests)
+        async for index, bit in self.bits(requests):
+            texts[index] += bit.text
+            last[index] = bit
+        choices = [{"index": i, "finish_reason": bit.end, "logprobs": None, **(
+            {"message": {"role": "assistant", "content": text}} if chat else {"text": text})}
+            for i, (text, bit) in enumerate(zip(texts, last, strict=True))]
+        return {**_head(asked, chat, ""), "choices": choices, "usage": _usage(asked, requests, last)}
+
+    async def streamed(self, asked: Asked, requests: Sequence[Request], chat: bool) -> AsyncIterator[str]:
+        """The answer as server-sent events. What fails once it has begun is told as an event."""
+        head, last = _head(asked, chat, ".chunk" if chat else ""), [Bit("")] * len(requests)
+
+        def event(index: int, said: dict[str, Any], end: str | None) -> str:
+            inner = {"delta": said} if chat else {"text": said.get("content", "")}
+            return _event({**head, "choices": [{"index": index, **inner, "logprobs": None, "finish_reason": end}]})
+
+        if chat:
+            for index in range(len(requests)):
+                yield event(index, {"role": "assistant", "content": ""}, None)
+        try:
+            async for index, bit in self.bits(requests):
+                last[index] = bit
+                yield event(index, {"content": bit.text} if bit.text else {}, bit.end or None)
+        except LuthierError as error:
+            yield _event(_error(error))
+            return
+        if (asked.stream_options or {}).get("include_usage"):
+            yield _event({**head, "choices": [], "usage": _usage(asked, requests, last)})
+        yield "data: [DONE]\n\n"
+
+
+def _parsed(kind: type[Any], body: Mapping[str, Any]) -> Any:
+    """A body as its type. Raises `RecipeError` naming every fault, and everything that would silently be ignored."""
+    for name, values in NEUTRAL.items():
+        if body.get(name) is not None and body[name] not in values:
+            raise RecipeError(f"{name}: {body[name]!r} would change the answer, and this server does not know it",
+                              f"leave {name} out")
+    try:
+        return kind.model_validate({key: value for key, value in body.items() if value is not None})
+    except ValidationError as error:
+        raise RecipeError("; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})"
+                                    for fault in error.errors(include_url=False)), "mend the request") from None
+
+
+def _head(asked: Asked, chat: bool, form: str) -> dict[str, Any]:
+    return {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
+            "model": asked.model, "object": f"{'chat' if chat else 'text'}{'.' if chat else '_'}completion{form}"}
+
+
+def _usage(asked: Asked, requests: Sequence[Request], last: Sequence[Bit]) -> dict[str, int]:
+    read = sum(len(request.prompt) for request in requests[::asked.n])
+    written = sum(bit.tokens for bit in last)
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def _event(content: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+
+def _error(error: LuthierError) -> dict[str, Any]:
+    return {"error": {"message": str(error), "type": "invalid_request_error", "param": None,
+                      "code": type(error).__name__}}
+
+
+# ---------------------------------------------------------------- the server
+
+
+def app(counter: Counter) -> Starlette:
+    """The protocol over HTTP."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request as Call
+    from starlette.responses import JSONResponse, StreamingResponse
+    from starlette.routing import Route
+
+    async def body_of(call: Call) -> dict[str, Any]:
+        try:
+            body = await call.json()
+        except ValueError:
+            raise RecipeError("the body is no JSON", "send a JSON object") from None
+        if not isinstance(body, dict):
+            raise RecipeError(f"the body is a {type(body).__name__}", "send a JSON object")
+        return body
+
+    async def models(call: Call) -> Response:
+        return JSONResponse(counter.models())
+
+    async def completions(call: Call, chat: bool) -> Response:
+        asked, requests = await run_in_threadpool(counter.requests, await body_of(call), chat)
+        if asked.stream:
+            return StreamingResponse(counter.streamed(asked, requests, chat), media_type="text/event-stream")
+        return JSONResponse(await counter.answered(asked, requests, chat))
+
+    async def embeddings(call: Call) -> Response:
+        return JSONResponse(await counter.embeddings(await body_of(call)))
+
+    async def refused(call: Call, error: Exception) -> Response:
+        assert isinstance(error, LuthierError)
+        return JSONResponse(_error(error), 404 if "there is no model" in error.what else 400)
+
+    async def chat(call: Call) -> Response:
+        return await completions(call, True)
+
+    async def text(call: Call) -> Response:
+        return await completions(call, False)
+
+    routes = [Route("/v1/models", models), Route("/v1/chat/completions", chat, methods=["POST"]),
+              Route("/v1/completions", text, methods=["POST"]), Route("/v1/embeddings", embeddings, methods=["POST"])]
+    return Starlette(routes=routes, exception_handlers={LuthierError: refused})
+
+
+def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, most: int = 16,
+          quiet: bool = False) -> None:
+    """Answer until interrupted.
+
+    Args:
+        runs: run folders, a base, or names for them: ``{"law": "runs/law"}``; a folder's own name where none is given.
+        host: the address to listen on; 0.0.0.0 lets other machines in, whoever they are.
+        most: requests answered in one batch.
+
+    Raises:
+        MissingExtra: starlette or uvicorn is not installed.
+        LuthierError: something cannot be served.
+    """
+    for package in ("starlette", "uvicorn"):
+        if find_spec(package) is None:
+            raise MissingExtra(package, "serve", "luthier serve")
+    import uvicorn
+    named = dict(runs) if isinstance(runs, Mapping) else {Path(run).stem: run for run in runs}
+    if len(named) < len(runs):
+        raise RecipeError(f"two of {', '.join(runs)} have one name", "name them: NAME=RUN")
+    door = _door(host, port)
+    with status("loading", quiet=quiet):
+        counter = Counter(build.served(named), most)
+    if not quiet:
+        address = f"http://{host}:{door.getsockname()[1]}/v1"
+        print(f"serving {', '.join(counter.served.names)} at {address}  (Ctrl-C ends)", flush=True)
+    try:
+        uvicorn.Server(uvicorn.Config(app(counter), log_level="warning")).run(sockets=[door])
+    finally:
+        counter.desk.close()
+
+
+def _door(host: str, port: int) -> socket.socket:
+    """A socket that listens, before any model is loaded. Raises `RecipeError` where it cannot."""
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        door.bind((host, port))
+    except (OSError, OverflowError) as error:
+        door.close()
+        raise RecipeError(f"nothing can listen at {host}:{port}: {error}", "choose another --port or --host") from None
+    return door
