@@ -197,6 +197,10 @@ def test_answers_with_a_cache_are_those_without_and_transformers_own(method: str
         assert tuple(other[1:1 + len(mine)]) == mine
     with attached.disabled():
         assert said(family, max_new_tokens=8) != answers
+    given = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    slow, beams = (family.model.generate(ids, use_cache=False, num_beams=n, **given) for n in (1, 3))
+    assert torch.equal(family.model.generate(ids, cache_implementation="static", **given), slow)
+    assert torch.equal(family.model.generate(ids, num_beams=3, **given), beams)
 
 
 def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:

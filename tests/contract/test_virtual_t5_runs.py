@@ -8,13 +8,15 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from lab import attach, stir
+from lab import SFT, attach, stir
 from lab_t5 import FAR, SAME, base, padded, pairs, t5, tokenizer, widen
 from test_virtual_t5 import CONFIGS, METHOD, ORACLE, SETTINGS, SUBMODULES, N
 from transformers import T5ForConditionalGeneration
 
 from luthier import build
 from luthier.core.errors import RunError
+from luthier.data.pack import batch
+from luthier.families.seq2seq import Seq2Seq
 from luthier.methods.prompt import EMBEDDINGS
 from luthier.runtime.run import Run
 
@@ -91,3 +93,19 @@ def test_a_run_opens_again(method: str, tmp_path: Path) -> None:
         assert torch.equal(other.model(**given).logits, family.model(**given).logits)
         with again.disabled():
             assert (other.model(**given).logits - family.model(**given).logits).abs().max() > FAR
+
+
+@METHOD
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.bfloat16, False), (torch.float32, True)])
+def test_sixteen_bits_give_about_the_same_loss(method: str, dtype: torch.dtype, autocast: bool) -> None:
+    losses = []
+    for kept, cast in ((torch.float32, False), (dtype, autocast)):
+        family = Seq2Seq(t5("gated", kept), tokenizer())
+        attached = attach(family, method, **SETTINGS[method])
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            row = batch(pairs())
+            loss = SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total / SFT.count(row.target)
+        loss.backward()
+        assert all(p.grad.isfinite().all() and p.grad.any() for p in attached.parameters().values())
+        losses.append(float(loss))
+    assert 0 < abs(losses[0] - losses[1]) < 0.01 * losses[0]

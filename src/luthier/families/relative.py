@@ -76,7 +76,7 @@ def _mask(seen: Tensor | None, bias: Tensor | None, before: Before, query: Tenso
     whole = torch.cat([x.expand(rows, -1, -1, -1) for x in (first, bias)], 3)
     if seen is None:
         return whole
-    return whole.masked_fill(~seen, torch.finfo(whole.dtype).min) if seen.dtype == torch.bool else whole + seen
+    return whole.masked_fill(~seen, torch.finfo(query.dtype).min) if seen.dtype == torch.bool else whole + seen
 
 
 AttentionInterface.register(NAME, attention)
