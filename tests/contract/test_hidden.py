@@ -265,6 +265,34 @@ def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
         assert not torch.allclose(other(input_ids=ids).logits, bare, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
+def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_path: Path) -> None:
+    """The stack has other names without its head; its adapter goes along, there and back."""
+    run = train(recipe(home(tmp_path, kind), method="lora"), run=str(tmp_path / "run"), quiet=True)
+    (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
+    row = batch(examples("words"))
+
+    def states(started: build.Recipe) -> Tensor:
+        family = build.family(started.base, started.objective.hides)
+        build.begin(started, family)
+        family.train(False)
+        with torch.no_grad():
+            return family.forward(row.inputs, row.target, frozenset({"states"})).states  # type: ignore[return-value]
+
+    _, tuned, _ = build.open_run(run)
+    tuned.train(False)
+    with torch.no_grad():
+        wanted = tuned.forward(row.inputs, row.target, frozenset({"states"})).states
+    made = build.recipe({"start": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
+                         "data": str(tmp_path / "labels.jsonl"), "training": {"steps": 1, "batch_size": 2}})
+    assert torch.allclose(states(made), wanted, atol=1e-6)
+    assert not torch.allclose(states(made.model_copy(update={"start": None})), wanted, atol=1e-3)
+    on = train(made, run=str(tmp_path / "on"), quiet=True)
+    back = build.recipe({"start": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
+    assert torch.allclose(states(back), wanted, atol=1e-1)
+    assert not torch.equal(states(back), wanted)
+
+
 # ---------------------------------------------------------------- what cannot be
 
 

@@ -22,7 +22,6 @@ from tiny import ENCODERS, VISIONS
 from trials import BASES, ELSEWHERE, FAMILIES, SAVED, SIMPLEST, Pair, Trial, prepare, recipe, same, trial, tried
 
 DOCS = Path(__file__).parents[2] / "docs"
-VIRTUAL = ("prompt", "ptuning", "prefix", "ptuning_v2")
 WHOLE = ("classify", "contrastive", "reward")  # objectives that read no probabilities of tokens
 VERDICTS: dict[Pair, str] = {}
 
@@ -35,8 +34,6 @@ def reason(base: str, method: str, objective: str) -> str:
         return "predicts none"
     if base in VISIONS and objective == "reward":
         return "the base takes pictures"
-    if method in VIRTUAL and base in ("t5", *VISIONS):
-        return "no place for virtual tokens"
     if method == "peft" and base == "gpt2":
         return "PEFT cannot put LOHA on this model"
     return ""

@@ -20,6 +20,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.protocols import Attached, Family
 from luthier.families import BaseConfig, folder
 from luthier.methods.bank import Bank
+from luthier.methods.lora import PREFIX
 from luthier.runtime.run import Run
 
 Reference = Callable[[], AbstractContextManager[None]]
@@ -35,7 +36,7 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     """
     policy = attach(base, made.method, made.seed)
     if made.start is not None:
-        _load(policy, _fitting(made, Run(made.start)))
+        _load(policy, _fitting(made, Run(made.start)), base)
     reference = beside(made, base, policy)
     return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
@@ -46,7 +47,7 @@ def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
     if made.start is None:
         return policy.disabled
     bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
-    _load(reference, _fitting(made, Run(made.start)))
+    _load(reference, _fitting(made, Run(made.start)), base)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
     bank.frozen(REFERENCE)
@@ -66,7 +67,7 @@ def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach(base, found.method, found.seed)
-        _load(attached, adapter_weights(run))
+        _load(attached, adapter_weights(run), base)
         bank.add(name, attached)
     base.router = bank
     return bank
@@ -84,9 +85,20 @@ def _fitting(made: Recipe, start: Run) -> dict[str, Tensor]:
     return adapter_weights(start)
 
 
-def _load(attached: Attached, saved: dict[str, Tensor]) -> None:
-    """Take the method's own; heads that the run's objective added stay behind."""
-    attached.load({name: saved[name] for name in attached.state() if name in saved})
+def _load(attached: Attached, saved: dict[str, Tensor], base: Family) -> None:
+    """Take the method's own; heads that the run's objective added stay behind.
+
+    An encoder's stack under its head for masked words has one part more in its names than the stack alone, so what was
+    trained with the head fits without it by the other name, and the other way round.
+    """
+    home = f"{base.anatomy.model.base_model_prefix}."
+
+    def other(name: str) -> str:
+        rest = name.removeprefix(PREFIX)
+        return PREFIX + (rest.removeprefix(home) if rest.startswith(home) else home + rest)
+
+    named = {name: name if name in saved else other(name) for name in attached.state()}
+    attached.load({name: saved[there] for name, there in named.items() if there in saved})
 
 
 def same_base(one: BaseConfig, other: BaseConfig) -> bool:
