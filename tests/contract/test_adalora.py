@@ -360,6 +360,17 @@ def test_what_fell_may_rise_until_the_search_ends() -> None:
         assert layer.e[place] == 0
 
 
+def test_an_adapter_saved_between_prunings_keeps_what_grew_again() -> None:
+    family, attached = searched()
+    take(family, attached, optimizer(attached), range(5))  # pruned after the fourth step; in the fifth all of e moves
+    assert not all(map(all, kept(attached)))
+    fresh, again = searched(seed=99)
+    again.load({n: t for n, t in attached.state().items() if not n.startswith(TRAINING)})
+    family.train(False)
+    assert (logits(fresh) - logits(family)).abs().max() < 1e-6
+    assert all(layer.left().all() for layer in again.layers)
+
+
 def test_a_run_searches(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{w}?", "completion": w[::-1]}) + "\n"
                                                  for w in ("alpha", "beta", "gamma", "delta")))
