@@ -106,13 +106,24 @@ class Encoded:
 # ---------------------------------------------------------------- batches
 
 
-class Movable:
-    """A frozen dataclass whose tensors move to a device together; everything else stays as it is."""
+def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """`tensor` on a device. To a GPU it goes through pinned memory, so that the copy is queued behind the work that is
+    there and nobody waits. From a GPU, and to others, the copy is done when this returns: a queued one would be read
+    too early."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+
+class Movable:
+    """A frozen dataclass whose tensors move to a device together (see `sent`); everything else stays as it is."""
+
+    def to(self, device: torch.device | str) -> Self:
         def there(value: Any) -> Any:
-            if isinstance(value, Tensor | Movable):
-                return value.to(device, non_blocking=non_blocking)
+            if isinstance(value, Tensor):
+                return sent(value, device)
+            if isinstance(value, Movable):
+                return value.to(device)
             return {key: there(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
         moved = {f.name: there(self.__dict__[f.name]) for f in fields(self)}  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Generated, Sampling
-from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.families import virtual
 from luthier.families.forest import describe
 from luthier.families.head import log_probs
@@ -134,11 +134,10 @@ def types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:
     """[T] 1 for what stands behind the first separator of its document, 0 for the rest: `[CLS] a [SEP]` is of type 0, a
     second text and its own `[SEP]` of type 1. A `[SEP]` written inside a text counts like any other."""
     found = (tokens == separator).long()
-    owner = torch.repeat_interleave(torch.arange(len(forest.lengths)), torch.tensor(forest.lengths)).to(tokens.device)
+    owner, _, related = (sent(x, tokens.device) for x in describe(forest))
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
     before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # separators before it in its own segment
     if not forest.flat:
-        related = describe(forest)[2].to(tokens.device)
         before = before + ((related * own).sum(1) - own)[owner]
     return (before > 0).long()
 

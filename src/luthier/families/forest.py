@@ -28,10 +28,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from luthier.core.errors import BaseError
-from luthier.core.types import Forest
+from luthier.core.types import Forest, sent
 
 NAME = "luthier"
 TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
+NARROWEST = 16  # heads that flex attention knows
 Pair = tuple[Tensor, Tensor]  # keys and values
 
 
@@ -64,6 +65,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     if unknown := [name for name in TERMS if rest.get(name) is not None]:
         raise BaseError(f"the attention of {type(module).__name__} has a term of its own ({unknown[0]}), which is not "
                         "computed here", "choose a base without it")
+    query, key, value = _narrowed(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     before = None if virtual is None else virtual(module, key, value)
@@ -76,11 +78,21 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
         out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
     elif sliding_window is not None and not causal:
         raise NotImplementedError("a window to both sides has no packed form; such a model runs padded")
-    elif query.is_cuda and softcap is None and dropout == 0 and before is None:
+    elif query.is_cuda and softcap is None and dropout == 0 and before is None and query.shape[-1] >= NARROWEST:
         out = _one_kernel(query, key, value, forest, scale, sliding_window, causal)
     else:
         out = _per_segment(query, key, value, forest, scale, dropout, sliding_window, softcap, causal, before)
     return out.transpose(1, 2).contiguous(), None
+
+
+def _narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast in its own type: rotated by float32 angles, queries and keys are float32, and values are not. Fused
+    attention sees to that by itself; flex and variable-length attention would refuse, or compute in float32."""
+    kind = tensors[0].device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if not mixed or tensors[0].dtype == torch.float64:
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def _behind(before: Pair, key: Tensor, value: Tensor, mask: Tensor | None,
@@ -145,9 +157,10 @@ def _band(q: int, k: int, window: int | None, device: torch.device) -> Tensor | 
     """[q, k] which keys each of the last q of k tokens sees; None where the plain causal flag says it all."""
     if q == k and (window is None or k <= window):
         return None
-    behind = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
-    seen = behind >= 0
-    return seen if window is None else seen & (behind < window)
+    with torch.inference_mode(False):  # what generation has asked for first, a backward pass may keep later
+        behind = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
+        seen = behind >= 0
+        return seen if window is None else seen & (behind < window)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float,
@@ -170,7 +183,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None,
                 causal: bool) -> Tensor:
-    if forest.flat and query.dtype in (torch.bfloat16, torch.float16):
+    if forest.flat and query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device):
         from torch.nn.attention.varlen import varlen_attn
         bounds = _bounds(forest.lengths, query.device)
         longest = max(forest.lengths)
@@ -193,16 +206,22 @@ def _compiled(flex: Any) -> Any:
     return torch.compile(flex, dynamic=True)
 
 
+@lru_cache(maxsize=8)
+def _has_flash(device: torch.device) -> bool:
+    """Variable-length attention is Flash Attention, which wants an Ampere or a later one."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @lru_cache(maxsize=4)  # every layer of a step asks for the same one
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return edges.to(device, non_blocking=True)
+    return sent(edges, device)
 
 
 @lru_cache(maxsize=4)
 def _block_mask(forest: Forest, window: int | None, causal: bool, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
-    segment, place, related = (x.to(device) for x in describe(forest))
+    segment, place, related = (sent(x, device) for x in describe(forest))
 
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         kept = related[segment[q], segment[k]]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2 ** 21  # logits held at once: 8 MB in float32, small beside a row's activations
+CHUNK_GPU = 2 ** 25  # a GPU wants large products: 128 MB, 682 positions of a vocabulary of 49,152 instead of 42
 
 
 class _LogProbs(torch.autograd.Function):
@@ -31,7 +32,7 @@ class _LogProbs(torch.autograd.Function):
         hits = torch.empty(states.shape[0], dtype=torch.bool, device=states.device)
         needs_state, needs_weight, _ = ctx.needs_input_grad
         slopes = torch.empty_like(states) if needs_state and not needs_weight else None
-        for rows in _chunks(states.shape[0], weight.shape[0]):
+        for rows in _chunks(states.shape[0], weight.shape[0], states.device):
             target = tokens[rows]
             logits = (states[rows] @ weight.T).to(wide)
             best = logits.amax(-1, keepdim=True)
@@ -57,7 +58,7 @@ class _LogProbs(torch.autograd.Function):
         states, weight, tokens, _ = ctx.saved_tensors
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight)
-        for rows in _chunks(states.shape[0], weight.shape[0]):
+        for rows in _chunks(states.shape[0], weight.shape[0], states.device):
             logits = (states[rows] @ weight.T).to(grad.dtype)
             push = logits.softmax(-1).mul_(-grad[rows, None])
             push.scatter_add_(1, tokens[rows, None], grad[rows, None])
@@ -87,7 +88,7 @@ def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None =
         return logps, hits, None
     parts = [_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
              checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)
-             for rows in _chunks(states.shape[0], head.weight.shape[0])]
+             for rows in _chunks(states.shape[0], head.weight.shape[0], states.device)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
 
 
@@ -108,6 +109,6 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _chunks(positions: int, vocabulary: int) -> list[slice]:
-    size = max(16, CHUNK // vocabulary)
+def _chunks(positions: int, vocabulary: int, device: torch.device) -> list[slice]:
+    size = max(16, (CHUNK_GPU if device.type == "cuda" else CHUNK) // vocabulary)
     return [slice(i, min(i + size, positions)) for i in range(0, positions, size)] or [slice(0, 0)]

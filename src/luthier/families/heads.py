@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from luthier.core.errors import RunError
 from luthier.core.protocols import Head, Scope
-from luthier.core.types import Forest, Outputs, Target
+from luthier.core.types import Forest, Outputs, Target, sent
 from luthier.families.forest import describe
 
 Pooling = Literal["last", "first", "mean"]
@@ -109,16 +109,14 @@ class Heads:
 
 def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
     """[A, D] one state for each item: its last token's, that of its root's first token, or the mean over its path."""
-    starts = torch.tensor(forest.starts, device=row.device)
-    lengths = torch.tensor(forest.lengths, device=row.device)
+    starts, lengths = (sent(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
     if how == "last":
         return row.index_select(0, (starts + lengths - 1)[items])
     if how == "first":
-        roots = torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))], device=row.device)
+        roots = sent(torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))]), row.device)
         return row.index_select(0, starts[roots[items]])
-    owner = torch.repeat_interleave(torch.arange(len(forest.lengths), device=row.device), lengths)
-    sums = row.new_zeros(len(forest.lengths), row.shape[1]).index_add(0, owner, row)
+    segment, _, related = (sent(x, row.device) for x in describe(forest))
+    sums = row.new_zeros(len(forest.lengths), row.shape[1]).index_add(0, segment, row)
     if not forest.flat:
-        related = describe(forest)[2].to(row.device)
         sums, lengths = related.to(sums.dtype) @ sums, related.to(lengths.dtype) @ lengths
     return sums[items] / lengths[items, None]

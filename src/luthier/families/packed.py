@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.core.errors import BaseError, LuthierError
 from luthier.core.protocols import Attached, Head, Router
-from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.families import forest as _forest
 from luthier.families import virtual
 from luthier.families.anatomy import anatomy
@@ -159,11 +159,13 @@ class Packed(Loaded):
     def _padded(self, inputs: Inputs) -> Tensor:
         """Every leaf of the forest with all its ancestors as one padded row; shared prompts are computed repeatedly."""
         runs, home = leaves(inputs.forest)
+        device = inputs.tokens.device
+        mask = sent(self._mask(inputs.forest, runs), device)
+        runs = [sent(run, device) for run in runs]
         columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
                    for name, column in self._columns(inputs).items()}
-        mask = self._mask(inputs.forest, runs).to(inputs.tokens.device)
         result = self.anatomy.backbone(**columns, attention_mask=mask, **self.options)
-        return result.last_hidden_state.flatten(0, 1)[home(columns["input_ids"].shape[1]).to(inputs.tokens.device)]
+        return result.last_hidden_state.flatten(0, 1)[sent(home(columns["input_ids"].shape[1]), device)]
 
     def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
         """Of the padded rows: [rows, L] which tokens count, or [rows, 1, L, L] which token sees which."""

@@ -123,7 +123,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
     eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch
     job.family.train(True)
     release(job.family.device)
-    waiting: _Line | None = None  # on a GPU a step's numbers are read one step late, so that nobody waits for them
+    waiting: _Line | None = None  # on a GPU a step's numbers are read while the next step runs: see `later`
     late = job.family.device.type == "cuda"
     while summary.steps < total and not summary.stopped:
         began = _Clock()

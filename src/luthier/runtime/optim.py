@@ -128,7 +128,8 @@ class Optimizer:
                            "resume with the recipe that the run was started with")
         for name, found in moments.items():
             parameter = self.parameters[name]
-            # In the parameter's own layout: the fused kernel goes through both as they lie in memory.
+            # In the parameter's own layout: the fused kernel goes through both as they lie in memory. The count of
+            # steps too must lie where the kernel runs; only Adam's own loading, not used here, would see to it.
             self.adam.state[parameter] = {
-                k: v.clone() if k == "step" else torch.empty_like(parameter, dtype=v.dtype).copy_(v)
-                for k, v in found.items()}
+                k: v.to(parameter.device, copy=True) if k == "step" else
+                torch.empty_like(parameter, dtype=v.dtype).copy_(v) for k, v in found.items()}

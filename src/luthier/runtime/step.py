@@ -7,7 +7,7 @@ backward pass is of total / count; so the result does not depend on how a batch 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,14 +28,35 @@ Sums = dict[str, tuple[Tensor | float, Tensor | float]]
 Reference = Callable[[], AbstractContextManager[None]]
 
 
+def later(values: Sequence[Tensor | float], device: torch.device) -> Callable[[], list[float]]:
+    """What reads `values`. From a GPU they set out now, in one copy behind the work that makes them: whoever reads them
+    waits for that work and for nothing that was queued after it, so the next step may be under way."""
+    if device.type != "cuda":
+        return lambda: [float(value) for value in values]
+    there = [value.detach() for value in values if isinstance(value, Tensor) and value.is_cuda]
+    wide = torch.stack([value.to(torch.float64) for value in there])
+    here = torch.empty(wide.shape, dtype=wide.dtype, pin_memory=True)
+    here.copy_(wide, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        found = iter(here.tolist())
+        return [next(found) if isinstance(value, Tensor) and value.is_cuda else float(value) for value in values]
+
+    return read
+
+
 @dataclass(frozen=True)
 class Stepped:
-    """What one step measured. The sums are still on the device: reading one waits for the step to end."""
+    """What one step measured. `read` gives what its `names` sum to, total and count of each in turn, then the loss and
+    the gradient's length; it waits for the step to end."""
 
     count: float
-    loss: Tensor
-    norm: Tensor
-    sums: Sums
+    names: tuple[str, ...]
+    read: Callable[[], list[float]]
+    device: torch.device
     tokens: int
     examples: int
     micro_batches: int
@@ -43,10 +64,10 @@ class Stepped:
 
     def numbers(self) -> dict[str, float]:
         """The metrics as plain numbers. Raises `NotFinite`, naming the batch, where the loss or gradient is not."""
-        names = ranks.union(self.sums)
-        mine = [float(x) for name in names for x in self.sums.get(name, (0.0, 0.0))]
-        *flat, loss = ranks.total([*mine, float(self.loss)], self.loss.device)
-        norm = float(self.norm)
+        *read, loss, norm = self.read()
+        own = dict(zip(self.names, zip(read[0::2], read[1::2], strict=True), strict=True))
+        names = ranks.union(self.names)
+        *flat, loss = ranks.total([*(x for name in names for x in own.get(name, (0.0, 0.0))), loss], self.device)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             shown = ", ".join(map(str, self.origins[:8])) + (" ..." if len(self.origins) > 8 else "")
             raise NotFinite(f"loss {loss} with gradient length {norm} on the batch of {shown}; "
@@ -84,7 +105,8 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     optimizer.complete()
     norm = optimizer.clip()
     optimizer.step(norm)
-    return Stepped(count, loss, norm, sums, sum(b.inputs.tokens.shape[0] for b in batches),
+    read = later([*(x for pair in sums.values() for x in pair), loss, norm], device)
+    return Stepped(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
                    sum(b.target.examples for b in batches), len(batches), tuple(o for b in batches for o in b.origins))
 
 
