@@ -121,7 +121,8 @@ def rouge_l(answer: str, reference: str) -> float:
     Definition: with L the length of the longest common subsequence of tokens, P = L / |answer| and R = L / |reference|,
     the score is F = 2PR / (P + R). Tokens are lower-cased words; punctuation is left out; each Chinese character or
     Japanese kana is a token by itself.
-    Range: 0 to 1. Two texts without any token score 1, one without against one with scores 0.
+    Range: 0 to 1. Two texts without any token score 1, one without against one with scores 0. On ASCII it is what the
+    package rouge_score gives, which knows no other letters: all that is Chinese scores 0 there, and café is caf.
     Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", equations 2-4, beta = 1, unstemmed.
 
     >>> rouge_l("police kill the gunman", "police killed the gunman")
@@ -248,7 +249,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 # ---------------------------------------------------------------- common subsequences
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han
-_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_TOKEN = re.compile(rf"[{_UNSPACED}]|[^\W_{_UNSPACED}]+")
 
 
 def _tokens(text: str) -> list[str]:

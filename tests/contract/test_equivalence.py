@@ -194,7 +194,7 @@ def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = head._chunks
     monkeypatch.setattr(head, "CHUNK", 16 * 264)
-    monkeypatch.setattr(head, "_chunks", lambda p, v: [watched(s) for s in real(p, v)])
+    monkeypatch.setattr(head, "_chunks", lambda *given: [watched(s) for s in real(*given)])
     for method in ("lora", "full"):
         largest.clear()
         row = batch(documents())

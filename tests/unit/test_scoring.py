@@ -74,6 +74,9 @@ OBJECT = '{"part":"bridge","hours":1.5,"tags":["a",{"b":null}],"ok":true}'
     ("rouge_l", "the gunman kill police", "police killed the gunman", 0.5),
     ("rouge_l", "今天天气好", "今天天气很好", 10 / 11),
     ("rouge_l", "用Python写", "用 python 写", 1),
+    ("rouge_l", "It is 3.5 m_long, isn't it?", "it is 3 5 m long; isn t", 16 / 17),  # as rouge_score 0.1.2 has it, and the
+    ("rouge_l", "Hello-world (2 times)", "hello, world two times", 0.75),  # next two too
+    ("rouge_l", "a b c d", "d c b a", 0.25),
 ])
 def test_score(name: str, answer: str, reference: str, score: float) -> None:
     assert SCORERS[name](answer, reference) == pytest.approx(score, abs=1e-12)

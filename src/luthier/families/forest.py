@@ -86,7 +86,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
 
 
 def _narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast in its own type: rotated by float32 angles, queries and keys are float32, and values are not. Fused
+    """Under autocast in its own type: rotated by float32 angles, queries and keys are float32, values are not. Fused
     attention sees to that by itself; flex and variable-length attention would refuse, or compute in float32."""
     kind = tensors[0].device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
