@@ -214,8 +214,13 @@ def test_a_cache_holds_rows_behind_different_virtual_tokens(kind: str, told: boo
 def test_an_answer_has_the_room_that_its_own_adapter_leaves() -> None:
     family, bank = begun()
     prompts, names = [[5] * 240] * 4, ("long", "soft", None, "deep")
-    found = sorted(family.generate(prompts, Sampling(max_new_tokens=50), bank.numbers(names)), key=lambda g: g.index)
-    assert [len(g.tokens) for g in found if not g.finished] == [10, 13, 16, 12][:len(found)]
+    found = {g.index: g.tokens for g in family.generate(prompts, Sampling(max_new_tokens=50), bank.numbers(names))}
+    assert [len(found[i]) for i in range(4)] == [10, 13, 16, 12]
+    told: dict[int, tuple[int, ...]] = dict.fromkeys(range(4), ())
+    for index, token in family.tokens(prompts, Sampling(max_new_tokens=50), bank.numbers(names)):
+        assert token is not None
+        told[index] += (token,)
+    assert told == found
     with pytest.raises(BaseError, match="context of 250"):
         next(family.generate([[5] * 251] * 2, Sampling(max_new_tokens=50), bank.numbers(("soft", "long"))))
     row = mixed(bank, documents((251, 251)), ("soft", None))

@@ -72,9 +72,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         NotFinite: the model's output is not a number.
     """
     begin = partial(_Causal, model, pad, device)
-    with routed(range(len(prompts))):
-        limits = _limits(model, prompts, sampling)
-    return answers(begin, prompts, limits, sampling, eos, routed)
+    return answers(begin, prompts, _limits(model, prompts, sampling, routed), sampling, eos, routed)
 
 
 def written(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
@@ -82,7 +80,7 @@ def written(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampli
     """`generate` with all prompts in one batch, token by token: (index, token), and (index, None) where an answer ended
     by itself. Whoever stops listening ends the batch."""
     stops = eos | set(sampling.stop)
-    limits = _limits(model, prompts, sampling)
+    limits = _limits(model, prompts, sampling, routed)
     for index, token in _decode(partial(_Causal, model, pad, device), dict(enumerate(prompts)), limits, sampling, stops,
                                 routed):
         yield index, None if token in stops else token
@@ -129,11 +127,13 @@ def answer(begin: Begin, prompt: Sequence[int], limits: Sequence[int], sampling:
         yield token
 
 
-def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[int]:
-    """How many tokens each answer may have: what was asked for, or what the context leaves."""
+def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling,
+            routed: Routed = _straight) -> list[int]:
+    """How many tokens each answer may have: what was asked for, or what the context and virtual tokens leave to it."""
     assert sampling.max_new_tokens > 0, sampling
     assert sampling.batch_size > 0, sampling
-    contexts = _contexts(model, len(prompts))
+    with routed(range(len(prompts))):
+        contexts = _contexts(model, len(prompts))
     for index, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
         if not prompt:
             raise DataError(f"prompt {index} has no tokens, and a model can only go on from something",
