@@ -23,14 +23,18 @@ from luthier.methods.prompt import Words
 from luthier.methods.several import Several, parts_of
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.tokens import PretrainConfig
+from luthier.runtime.memory import release
 
 DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
 HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
 def family(config: BaseConfig, words: bool = False) -> Family:
-    """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`)."""
-    return open_family(config, words)
+    """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
+    loading held besides is given back."""
+    base = open_family(config, words)
+    release(base.device)
+    return base
 
 
 def device(made: Recipe) -> torch.device:

@@ -245,8 +245,9 @@ def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
 
     Memory peaks near one copy of the weights: they are mapped from the file and copied tensor by tensor.
     """
-    device = device_of(config.device)
-    path = folder(config)
+    device, path = device_of(config.device), folder(config)
+    # Weights that are to be in few bits stay as the file has them until their turn comes.
+    dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
     with _explained(config, path):
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         kind = _kind(config, described)
@@ -254,7 +255,7 @@ def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
         headed = words and kind == "encoder"
         loader: Any = AutoModelForMaskedLM if headed else kinds.LOADERS[kind]
         read: Any = loader.from_pretrained(
-            path, config=described, dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            path, config=described, dtype="auto" if dtype is None or config.quantize != "none" else dtype,
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
             trust_remote_code=config.trust_remote_code, **({} if headed else kinds.options(described, kind)))
     model, info = read
@@ -266,9 +267,8 @@ def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
     complete(config.name, info)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
-    model = model.to(device)
-    quantize(model, config.quantize)
-    return model, tokenizer
+    quantize(model, config.quantize, dtype, device)
+    return model.to(device), tokenizer
 
 
 def load_tokenizer(config: BaseConfig) -> Any:

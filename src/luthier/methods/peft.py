@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, RunError, nearest
 from luthier.core.protocols import Anatomy
-from luthier.methods.hooks import refuse_misfits
+from luthier.methods.hooks import refuse_misfits, refuse_quantized
 
 # Tuners that want something of the training loop or of the model's caller which nobody gives them here.
 REFUSED = {
@@ -120,6 +120,21 @@ class Peft:
                             for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         self._off = 0
         self._originals: dict[str, Tensor] = {}
+        self._few = [site for site in anatomy.sites if site.expand is not None and site.name in self._own]
+        self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Some tuners read a weight's shape, which a map in few bits does not have. Raises `RecipeError`."""
+        for site in self._few[:1]:
+            module = self._theirs[site.name]
+            try:
+                module(torch.zeros(1, 1, site.inputs, device=next(module.parameters()).device))
+            except RuntimeError as error:
+                self._put(self._own)
+                raise RecipeError(f"PEFT's {self.config.peft_type.value} does not work beside a base in these few "
+                                  f"bits: {error}", "set base.quantize: int8 or none, or use a method of Luthier's own "
+                                  "(lora, adapter)") from error
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters
@@ -154,6 +169,7 @@ class Peft:
     @torch.no_grad()
     def merge(self) -> None:
         assert not self._originals, "merged already"
+        refuse_quantized(self._few)
         originals = {f"{path}.{name}": parameter.detach().clone() for path, module in self._own.items()
                      for name, parameter in module.named_parameters() if not name.startswith("base_layer")}
         try:
