@@ -27,8 +27,8 @@ squares (which grows with the number of maps until clipping leaves nothing to th
 paper: the last pruning hears of its own step too, which theirs skips; a run of few steps has heard of none before.
 
 Learning rate 5e-3: the change is a product of three factors that start small, e at zero, so at first it grows with the
-cube of the steps, and wants ten times LoRA's rate. On the demo's rows a run of 40 steps at 2e-3 brought the perplexity
-from 94.8 to 8.5 only; at 5e-3 the training loss was below 0.6 nats after 25 of them, and at 1e-2 after 15.
+cube of the steps, and wants ten times LoRA's rate. On the demo's rows 40 steps at 2e-3, 5e-3 and 1e-2 brought the
+perplexity from 94.8 to 8.54, 1.59 and 1.44.
 """
 
 from __future__ import annotations
