@@ -53,7 +53,8 @@ class Case:
                        items=t.items[items], labels=t.labels[items], margins=t.margins[items],
                        groups=number[t.groups[items]], item_of=place[t.item_of[points]],
                        known={column: values[points] for column, values in t.known.items()},
-                       item_weights=t.item_weights[items] if len(t.item_weights) else t.item_weights)
+                       item_weights=t.item_weights[items] if len(t.item_weights) else t.item_weights,
+                       shares=t.shares[items] if len(t.shares) else t.shares)
         outputs = {name: value[items if name in BY_ITEM else points] for name, value in self.outputs.tensors().items()}
         return Case(self.objective, Outputs(**outputs, scalars=self.outputs.scalars), part, number[self.owner[points]])
 

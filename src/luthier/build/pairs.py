@@ -31,6 +31,9 @@ def fitting(made: Recipe, base: Family) -> None:
                           "a base that writes text, such as 'smollm2'")
     if isinstance(made.objective, PretrainConfig):
         _hiding(made.objective, made.base.name, base)
+    if any(change.name == "mixup" for change in made.data.augment) and not made.objective.mixes:
+        raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
+                          "use objective: classify (but for tags), or leave mixup out")
     kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
     if referred(made.objective) and made.start is None and not kept and not beforehand(made):
         without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \

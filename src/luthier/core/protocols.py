@@ -329,6 +329,7 @@ class Objective(Protocol):
         coupled: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be computed in
             parts, but its loss is always of the whole.
         judged: whether `quality` says something about held-out rows.
+        mixes: whether a label may be a mixture of others.
     """
 
     name: str
@@ -336,6 +337,7 @@ class Objective(Protocol):
     needs: frozenset[str]
     coupled: bool
     judged: bool
+    mixes: bool
 
     @property
     def heads(self) -> tuple[Head, ...]: ...

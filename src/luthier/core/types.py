@@ -37,16 +37,21 @@ class Piece:
         parent: the piece that it continues, -1 for none.
         tags: empty, or as long as `ids`: what is predicted is the number of each token's own tag, not the token, and
             the weights are those of the tags; -1 for tokens without one.
+        others: empty, or as long as `ids`: tokens whose embeddings are mixed in; -1 for none, an embedding of zeros.
+        share: of `ids` in the mixture; the rest is the others'.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     parent: int = -1
     tags: tuple[int, ...] = ()
+    others: tuple[int, ...] = ()
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.weights) > 0, (len(self.ids), len(self.weights))
         assert len(self.tags) in (0, len(self.ids)), (len(self.tags), len(self.ids))
+        assert len(self.others) in (0, len(self.ids)), (len(self.others), len(self.ids))
 
     @property
     def predicted(self) -> tuple[int, ...]:
@@ -66,12 +71,14 @@ class Item:
             likeness: the objective knows which.
         margin: by how much it is better than the rest of its group, where the data say so.
         weight: how much its loss counts; 2 is as good as the row twice. All items of an example have the same.
+        shares: of a mixture of classes, the share of each; `label` is then the class of the greatest.
     """
 
     piece: int
     label: float | tuple[float, ...]
     margin: float = 0.0
     weight: float = 1.0
+    shares: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -180,12 +187,16 @@ class Inputs(Movable):
         positions: [T] each token's place in its own document; a child goes on where its parent ends.
         forest: the row's segments. A sequence-to-sequence family reads roots as sources and children as their answers.
         images: [S, channels, height, width] where every segment is a picture (and one placeholder token); else None.
+        others, shares: [T] where embeddings are mixed; else None. A token's embedding is then `shares` of its own and
+            1 - `shares` of that of the token in `others`, which is zeros where there is none (-1).
     """
 
     tokens: Tensor
     positions: Tensor
     forest: Forest
     images: Tensor | None = None
+    others: Tensor | None = None
+    shares: Tensor | None = None
 
 
 def _none() -> Tensor:
@@ -209,6 +220,7 @@ class Target(Movable):
         item_of: [P] the item that each prediction belongs to, -1 for none.
         known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
         item_weights: [A] float32, how much each item's loss counts; empty: 1 each.
+        shares: [A, C] float32, of each item the share of every class, where some are mixtures; empty where none is.
     """
 
     at: Tensor
@@ -223,6 +235,7 @@ class Target(Movable):
     item_of: Tensor = field(default_factory=_none)
     known: Mapping[str, Tensor] = field(default_factory=dict)
     item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
+    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     @staticmethod
     def joined(targets: Sequence[Target]) -> Target:
@@ -238,7 +251,7 @@ class Target(Movable):
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),
             {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known},
-            torch.cat([t.item_weights for t in targets]))
+            torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]))
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:

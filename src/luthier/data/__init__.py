@@ -4,7 +4,7 @@ Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `hide.py`, `i
 `loader.py`; `load.py` puts them together.
 """
 
-from luthier.data.augment import PictureAugment, WordsAugment, augmented, paraphrased
+from luthier.data.augment import MixupAugment, PictureAugment, WordsAugment, augmented, paraphrased
 from luthier.data.chat import FALLBACK_TEMPLATE, prompt_and_answer, render, turns
 from luthier.data.config import DataConfig, DividedConfig, Source
 from luthier.data.encode import prompt_of
@@ -21,7 +21,7 @@ from luthier.data.stream import Stream
 
 __all__ = [
     "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide", "Loader",
-    "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream", "Use",
-    "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit", "length_picture",
-    "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
+    "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream",
+    "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit",
+    "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
 ]

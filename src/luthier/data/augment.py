@@ -70,7 +70,17 @@ class PictureAugment(Config):
         return _cropped(pixels, self.amount, chance) if self.name == "crop" else _noisy(pixels, self.amount, chance)
 
 
-Augment = Annotated[WordsAugment | PictureAugment, Field(discriminator="name")]
+class MixupAugment(Config):
+    """Rows mixed with one another, what is read and the label alike: see `mixup.py`."""
+
+    name: Literal["mixup"] = Field("mixup", description="two rows and their labels are mixed; for objective: classify")
+    alpha: float = Field(0.2, gt=0, description=(
+        "a row's share is drawn from Beta(alpha, alpha): with a small alpha it is near 0 or 1"))
+    copies: int = Field(1, ge=0, description="mixed rows that are added for each row")
+    replace: float = Field(0.0, ge=0, le=1, description="the probability with which a row itself is mixed")
+
+
+Augment = Annotated[WordsAugment | PictureAugment | MixupAugment, Field(discriminator="name")]
 VIEWS = (PictureAugment(name="crop", chance=1.0), PictureAugment(name="flip"),
          PictureAugment(name="noise", amount=0.05))  # of pictures without a label, where the recipe names no change
 

@@ -53,7 +53,8 @@ class DataConfig(Config):
     score_scale: float | None = Field(None, gt=0, description=(
         "the score of texts that mean the same; left out: 1, 5, 10 or 100, the first that no training row exceeds"))
     augment: tuple[Augment, ...] = Field((), description=(
-        "changes to what is read: deletion, swap and synonyms of words; crop, flip and noise of pictures"))
+        "changes to what is read: deletion, swap and synonyms of words; crop, flip and noise of pictures; mixup of "
+        "either, with their labels"))
     shuffle: bool = Field(True, description="whether every epoch has its own order")
     limit: int | None = Field(None, ge=1, description="read at most this many rows of every source, for a quick try")
     streaming: bool = Field(False, description=(
@@ -98,6 +99,13 @@ class DataConfig(Config):
     def _changes(cls, raw: Any) -> Any:
         listed = raw if isinstance(raw, (list, tuple)) else [raw]
         return [{"name": change} if isinstance(change, str) else change for change in listed]
+
+    @field_validator("augment")
+    @classmethod
+    def _mixed_once(cls, changes: tuple[Augment, ...]) -> tuple[Augment, ...]:
+        if sum(change.name == "mixup" for change in changes) > 1:
+            raise ValueError("mixup is named once: a mixture is not mixed again")
+        return changes
 
     @property
     def most(self) -> int:

@@ -15,12 +15,13 @@ from luthier.core.examples import Example, ImageExample, LabelledExample, Tagged
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
 from luthier.data import sources
-from luthier.data.augment import WordsAugment, augmented
+from luthier.data.augment import MixupAugment, WordsAugment, augmented
 from luthier.data.config import DataConfig, Source
 from luthier.data.formats import Reader, examples
 from luthier.data.hide import Hide, fixed, unchanged
 from luthier.data.items import encoded
 from luthier.data.loader import Mix
+from luthier.data.mixup import draws, mixed
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
 from luthier.data.rows import Refusal
 from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
@@ -127,6 +128,7 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
     for part in parts.values():
         reading.settle(part, what, everything)
         part.demand()
+    reading.mix(train, what)
     report = DataReport({name: part.report() for name, part in parts.items()}, _overlaps(train, evaluated, tested))
     kinds = {type(example) for part in parts.values() for example in part.examples}
     classes = what.classes or () if kinds & CLASSED else ()
@@ -244,6 +246,19 @@ class _Reading:
                     part.kept.append(kept)
                 elif not isinstance(found, Refusal):
                     part.kept.append(_Kept(example, *found, kept.source, change, added=index > 0))
+
+    def mix(self, part: _Part, what: Known) -> None:
+        """Mix rows with one another; their labels are numbers by now."""
+        for number, change in enumerate(self.config.augment):
+            if not isinstance(change, MixupAugment):
+                continue
+            read, part.kept = part.kept, []
+            for kept, (own, *copies) in zip(read, draws([kept.example for kept in read], change, self.seed, number),
+                                            strict=True):
+                made = [replace(kept, change=change.name, added=place > 0 or kept.added, encoded=[mixed(
+                    kept.encoded[0], read[drawn.row].encoded[0], drawn.share, what)]) if drawn else kept
+                    for place, drawn in enumerate((own, *copies))]
+                part.kept += made
 
     def settle(self, part: _Part, what: Known, everything: Sequence[Example]) -> None:
         """Put in what only all the training rows say, and count what became of every row."""

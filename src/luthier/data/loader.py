@@ -31,6 +31,8 @@ def digest(example: Encoded) -> bytes:
         found.update(array("q", piece.ids).tobytes())
         found.update(array("d", piece.weights).tobytes())
         found.update(array("q", piece.tags).tobytes())
+        if piece.others:
+            found.update(array("q", piece.others).tobytes() + array("d", [piece.share]).tobytes())
     if example.items or example.facts:
         found.update(repr((example.items, example.facts)).encode())
     if example.hidden is not None:

@@ -65,6 +65,8 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     labels: list[float | tuple[float, ...]] = []
     margins: list[float] = []
     counted: list[float] = []
+    others: list[int] = []
+    shares: list[float] = []
     groups: list[int] = []
     item_of: list[int] = []
     images: list[torch.Tensor] = []
@@ -84,6 +86,8 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
                 before, depth = spans[piece.parent]
             length = len(piece.ids)
             tokens += piece.ids
+            others += piece.others or [-1] * length
+            shares += [piece.share] * length
             positions += range(depth, depth + length)
             lengths.append(length)
             parents.append(first + piece.parent if piece.parent >= 0 else -1)
@@ -94,13 +98,22 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
                 weights.append(piece.weights[i])
                 item_of.append(judged.get(number, -1))
     inputs = Inputs(_long(tokens), _long(positions), Forest(tuple(lengths), tuple(parents)),
-                    torch.stack(images) if images else None)
+                    torch.stack(images) if images else None,
+                    *((_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else ()))
     target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
                     sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
                     torch.tensor(margins, dtype=torch.float32), _long(groups), _long(item_of),
                     {name: torch.cat([example.known[name] for example in encoded]) for name in encoded[0].known},
-                    item_weights=torch.tensor(counted, dtype=torch.float32))
+                    torch.tensor(counted, dtype=torch.float32), _shares(encoded))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
+
+
+def _shares(encoded: Sequence[Encoded]) -> torch.Tensor:
+    """See `Target`: a class by itself is a mixture of one."""
+    items = [item for example in encoded for item in example.items]
+    width = max((len(item.shares) for item in items), default=0)
+    rows = [item.shares or [float(item.label == i) for i in range(width)] for item in items] if width else []
+    return torch.tensor(rows, dtype=torch.float32)
 
 
 def _long(values: Iterable[int]) -> torch.Tensor:

@@ -128,14 +128,22 @@ class Picture:
     Args:
         see: the family's processor: pixels to a float tensor [channels, height, width].
         draw: what the changes are drawn from: run's seed, epoch, row and view.
+        other: a picture that is mixed in, at 1 - `share`; their tensors are, which is as good as their pixels.
     """
 
     pixels: Any
     see: Callable[[Pixels], Tensor]
     changes: tuple[Change, ...] = ()
     draw: tuple[int, ...] = (0,)
+    other: Picture | None = None
+    share: float = 1.0
 
     def tensor(self) -> Tensor:
+        if self.other is None:
+            return self._seen()
+        return self.share * self._seen() + (1 - self.share) * replace(self.other, draw=(*self.draw, 1)).tensor()
+
+    def _seen(self) -> Tensor:
         pixels = np.asarray(self.pixels)
         chance = np.random.default_rng(self.draw)
         for change in self.changes:
@@ -150,6 +158,8 @@ class Picture:
             found.update(f"{self.pixels.path} {self.pixels.path.stat().st_size}".encode())
         else:
             found.update(np.ascontiguousarray(self.pixels).tobytes())
+        if self.other is not None:
+            found.update(self.other.digest + repr(self.share).encode())
         return found.digest()
 
 

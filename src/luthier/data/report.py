@@ -259,6 +259,8 @@ def preview(encoded: Encoded, tokenizer: Tokenizer, labels: Sequence[str] = ()) 
 
 def _told(item: Item, labels: Sequence[str]) -> str:
     """How a piece is judged."""
+    if item.shares:
+        return f"label {', '.join(f'{share:.2f} {_named(i, labels)}' for i, share in enumerate(item.shares) if share)}"
     if isinstance(item.label, tuple):
         flagged = [_named(i, labels) for i, flag in enumerate(item.label) if flag]
         return f"labels {', '.join(flagged) or 'none'}"

@@ -152,7 +152,8 @@ def class_sums(encoded: Iterable[tuple[Encoded, float]], classes: Sequence[str])
     sums = [0.0] * len(classes)
     for example, times in encoded:
         for item in example.items:
-            shares = enumerate(item.label) if isinstance(item.label, tuple) else [(int(item.label), 1.0)]
+            told = item.shares or item.label
+            shares = enumerate(told) if isinstance(told, tuple) else [(int(told), 1.0)]
             for index, share in shares:
                 sums[index] += share * item.weight * times
         for piece in example.pieces:

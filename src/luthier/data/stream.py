@@ -19,7 +19,7 @@ from luthier.core.errors import DataError
 from luthier.core.examples import Example, Origin
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Batch, Encoded
-from luthier.data.augment import WordsAugment
+from luthier.data.augment import MixupAugment, WordsAugment
 from luthier.data.config import DataConfig, Source
 from luthier.data.hide import drawn
 from luthier.data.items import encoded
@@ -44,7 +44,7 @@ class Stream:
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, micro_tokens: int | None,
                  seed: int = 0, block: int = 4096, use: Use = ANY_USE) -> None:
-        if any(isinstance(change, WordsAugment) for change in config.augment):
+        if any(isinstance(change, WordsAugment | MixupAugment) for change in config.augment):
             raise DataError("data.augment: rows that are streamed are neither changed nor copied", "do not stream")
         self.config, self.tokenizer, self.seed, self.block, self.use = use.fitted(config), tokenizer, seed, block, use
         self.known = known((), use.classes or None, config)

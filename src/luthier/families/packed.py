@@ -27,6 +27,7 @@ from luthier.families.anatomy import anatomy
 from luthier.families.biases import settle_biases
 from luthier.families.heads import Heads, Pooling
 from luthier.families.lean import Lean, slim
+from luthier.families.mixed import mixed
 from luthier.families.report import quiet
 from luthier.families.routes import as_now, routed
 
@@ -145,6 +146,14 @@ class Packed(Loaded):
         """What the backbone is told about each token, by its argument's name, each [T]."""
         return {"input_ids": inputs.tokens, "position_ids": inputs.positions}
 
+    def _told(self, inputs: Inputs) -> dict[str, Tensor]:
+        """The columns, with embeddings in place of the tokens where these are mixtures."""
+        columns = self._columns(inputs)
+        if (embeds := mixed(self.anatomy.embedding, inputs)) is not None:
+            columns["inputs_embeds"] = embeds
+            del columns["input_ids"]
+        return columns
+
     def _run(self, inputs: Inputs) -> Tensor:
         return self._packed(inputs) if self.layout == "packed" else self._padded(inputs)
 
@@ -152,7 +161,7 @@ class Packed(Loaded):
         # A mask that is already four-dimensional is handed through untouched; it is empty, so that a model which
         # would use it instead of the forest fails loudly.
         placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
-        columns = {name: column[None] for name, column in self._columns(inputs).items()}
+        columns = {name: column[None] for name, column in self._told(inputs).items()}
         result = self.anatomy.backbone(**columns, attention_mask=placeholder, forest=inputs.forest, **self.options)
         return result.last_hidden_state[0]
 
@@ -163,9 +172,9 @@ class Packed(Loaded):
         mask = sent(self._mask(inputs.forest, runs), device)
         runs = [sent(run, device) for run in runs]
         columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
-                   for name, column in self._columns(inputs).items()}
+                   for name, column in self._told(inputs).items()}
         result = self.anatomy.backbone(**columns, attention_mask=mask, **self.options)
-        return result.last_hidden_state.flatten(0, 1)[sent(home(columns["input_ids"].shape[1]), device)]
+        return result.last_hidden_state.flatten(0, 1)[sent(home(mask.shape[-1]), device)]
 
     def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
         """Of the padded rows: [rows, L] which tokens count, or [rows, 1, L, L] which token sees which."""

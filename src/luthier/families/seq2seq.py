@@ -35,6 +35,7 @@ from luthier.families.anatomy import linear_sites
 from luthier.families.generate import answer, answers, eos_tokens
 from luthier.families.head import log_probs
 from luthier.families.heads import LOG_PROBS, Pooling
+from luthier.families.mixed import mixed
 from luthier.families.packed import Loaded
 from luthier.families.routes import through
 from luthier.families.virtual_seq2seq import SourcePorts
@@ -94,23 +95,25 @@ class Seq2Seq(Loaded):
         forest = inputs.forest
         spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
         home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] of each token its place among all states
-        read, memory = self._read(inputs.tokens, forest, spans, home)
+        read, memory = self._read(inputs, forest, spans, home)
         written = self._written(inputs.tokens, forest, spans, read, memory, home)
         return torch.cat([read, written]).index_select(0, home.to(read.device))
 
-    def _read(self, tokens: Tensor, forest: Forest, spans: list[Tensor],
+    def _read(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
         source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
-        found, before = [], 0
+        found, before, tokens = [], 0, inputs.tokens
+        embeds = mixed(self.anatomy.embedding, inputs)
         memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
         for group in self._grouped(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
             seen = rows >= 0
-            given, mask = tokens[rows.to(tokens.device).clamp(min=0)], seen.to(tokens.device).long()
+            places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
+            given = {"input_ids": tokens[places]} if embeds is None else {"inputs_embeds": embeds[places]}
             with through(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
-                states = self.encoder(input_ids=given, attention_mask=mask).last_hidden_state
+                states = self.encoder(**given, attention_mask=mask).last_hidden_state
             virtual = states.shape[1] - rows.shape[1]
             places = before + torch.arange(states.shape[0] * states.shape[1]).view(states.shape[:2])
             home[rows[seen]] = places[:, virtual:][seen]

@@ -29,6 +29,7 @@ class ObjectiveConfig(Config):
     needs: ClassVar[frozenset[str]]
     coupled: ClassVar[bool] = False
     judged: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     rolls: ClassVar[bool] = False  # whether it learns from the model's own answers
     hides: ClassVar[bool] = False  # whether of a base that reads texts whole it hides what is to be predicted
 

@@ -8,6 +8,10 @@ where none is given:
     regression   sum_i w_i (s_i - y_i)^2                                               count = sum_i w_i
     tokens       as single, over the tokens that carry a tag, w the token's own
 
+A label may be a mixture: flags and numbers between, and of a single class a share q_c of each, so that u_y log p_y
+becomes sum_c q_c u_c log p_c, and u_y in the count sum_c q_c u_c. Accuracy is then against the class of the greatest
+share.
+
 Balanced weights are u_c = n / (C n_c), for n training labels, n_c of them of class c out of C, each as often as its row
 counts (scikit-learn's `balanced`, after King and Zeng 2001, "Logistic regression in rare events data"): every class
 then has the same share of the count.
@@ -54,6 +58,10 @@ class ClassifyConfig(ObjectiveConfig):
     name: Literal["classify"] = "classify"
     reads: ClassVar[frozenset[str]] = frozenset({"LabelledExample", "TaggedExample", "ImageExample"})
     judged: ClassVar[bool] = True
+
+    @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        return self.task != "tokens"
 
     task: Literal["single", "multi", "regression", "tokens"] = Field("single", description=(
         "what a label is: one class, any number of classes, a number, or a class for each word"))
@@ -121,7 +129,12 @@ class ClassifyConfig(ObjectiveConfig):
             return Loss((counts.to(scores.dtype) * errors).sum(), counts.sum(), sums(squared_error=errors))
         if self.task == "multi":
             each = F.binary_cross_entropy_with_logits(scores, target.labels.to(scores.dtype), reduction="none")
-            right = ((scores > 0) == (target.labels > 0)).all(-1)
+            right = ((scores > 0) == (target.labels > 0.5)).all(-1)
+        elif target.shares.shape[0]:
+            shares, weights = target.shares.to(scores.dtype), self._weights(target).to(scores.dtype)
+            each = F.cross_entropy(scores, shares, weights, reduction="none")
+            right = scores.argmax(-1) == self._truth(target)
+            return Loss((item_weights(target).to(scores.dtype) * each).sum(), counts.sum(), sums(accuracy=right))
         else:
             truth = self._truth(target)
             each, right = F.cross_entropy(scores, truth, reduction="none"), scores.argmax(-1) == truth
@@ -164,11 +177,17 @@ class ClassifyConfig(ObjectiveConfig):
         if self.task == "regression":
             return item_weights(target)
         assert self.class_weights != "balanced", "`fitted` puts the numbers in"
-        weights = torch.tensor([self._given.get(name, 1.0) for name in self.labels], device=target.weights.device)
+        weights = self._weights(target)
+        if target.shares.shape[0]:
+            return target.shares @ weights * item_weights(target)
         if self.task == "multi":
             assert target.labels.shape[1:] == weights.shape, "one flag for each class"
             return weights * item_weights(target)[:, None]
         return weights[self._truth(target)] * (target.weights if self.task == "tokens" else item_weights(target))
+
+    def _weights(self, target: Target) -> Tensor:
+        """[C] u."""
+        return torch.tensor([self._given.get(name, 1.0) for name in self.labels], device=target.weights.device)
 
 
 def balanced(names: tuple[str, ...], counts: Mapping[str, float]) -> dict[str, float]:
