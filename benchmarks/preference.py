@@ -1,6 +1,7 @@
 """Preferences side by side: Luthier's `dpo` and `reward` against TRL's DPOTrainer and RewardTrainer with PEFT.
 
-    python benchmarks/preference.py                  both objectives, HH-RLHF in natural order, then by the prompt's share
+    python benchmarks/preference.py                  both objectives, HH-RLHF in natural order, then by the prompt's
+                                                     share, with a chart: about a quarter of an hour on two cores
     python benchmarks/preference.py --quick          two steps after one to warm up, one repeat, natural order only
     python benchmarks/preference.py --quick --json   the same, as one JSON object and nothing else on stdout
 
@@ -55,14 +56,13 @@ def same_work(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> None:
                              f"({mine['tokens']} tokens against {other['tokens']})")
 
 
-def compare(setting: Setting, repeats: int, rows_at: Path) -> dict[str, Any]:
-    """One objective on one kind of pairs, both sides in turn."""
+def compare(setting: Setting, repeats: int, rows_at: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """One objective on one kind of pairs, both sides in turn. `facts`: of base and machine, as `probe` finds them."""
     rows = workload.pairs(setting.data, (setting.warmup + setting.steps) * setting.batch_size, rows_at)
     accounts: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
     with tempfile.TemporaryDirectory(prefix="preference-") as temporary:
         file = Path(temporary) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        facts = probe(setting.base)
         setting = replace(setting, dtype=facts["rate"]["dtype"])
         for repeat in range(repeats):
             for side in SIDES:
@@ -82,14 +82,41 @@ def compare(setting: Setting, repeats: int, rows_at: Path) -> dict[str, Any]:
         **{side: {name: statistics.median(r[name] for r in runs[side]) for name in runs[side][0]}
            | {"losses": [step["loss"] for step in accounts[side][0]["steps"]], "repeats": runs[side]} for side in SIDES},
         "ratio": {name: statistics.median(values) for name, values in ratios.items()}, "ratios": ratios,
+        "prompt_share": statistics.mean(workload.prompt_share(row) for row in rows),
         "setting": asdict(setting), "machine": facts["machine"], "versions": facts["versions"],
     }
+
+
+def chart(found: Mapping[str, Any], path: Path) -> None:
+    """Luthier over TRL by the prompt's share of the words: pairs a second, and peak memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    by_share = sorted(found["by_prompt_share"].values(), key=lambda one: one["prompt_share"])
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+    for axis, name, title, goal in zip(axes, ("pairs_per_second", "peak_memory"),
+                                       ("pairs/s, times TRL's", "peak memory, share of TRL's"), (3, 0.25), strict=True):
+        axis.plot([one["prompt_share"] for one in by_share], [one["ratio"][name] for one in by_share], marker="o",
+                  color="#b5541c", label=by_share[0]["setting"]["objective"])
+        for objective, marker in zip(OBJECTIVES, "sD", strict=True):
+            if objective in found:
+                axis.plot(found[objective]["prompt_share"], found[objective]["ratio"][name], marker, color="#5b6f8a",
+                          label=f"{objective}, natural order")
+        axis.axhline(goal, color="#aeb6c0", linestyle="--")
+        axis.set_ylim(bottom=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("the prompt's share of the words")
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="preference.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--objective", choices=OBJECTIVES, nargs="+", default=list(OBJECTIVES))
-    parser.add_argument("--steps", type=int, default=4, help="steps that are timed")
+    parser.add_argument("--steps", type=int, default=2, help="steps that are timed")
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="2 steps after 1, one repeat, natural order only")
@@ -110,11 +137,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     setting = Setting(base=args.base, data="hh", steps=args.steps, batch_size=args.batch_size, learning_rate=5e-5)
-    found: dict[str, Any] = {name: compare(replace(setting, objective=name), args.repeats, args.rows)
+    facts = probe(args.base)
+    found: dict[str, Any] = {name: compare(replace(setting, objective=name), args.repeats, args.rows, facts)
                              for name in args.objective}
-    if not args.quick:
-        short = replace(setting, steps=2, objective=args.objective[0])
-        found["by_prompt_share"] = {data: compare(replace(short, data=data), 1, args.rows) for data in SHARES}
+    if not args.quick:  # once each, by the objective that takes less time
+        last = replace(setting, objective=args.objective[-1])
+        found["by_prompt_share"] = {data: compare(replace(last, data=data), 1, args.rows, facts) for data in SHARES}
     # The figures that stand for all: the first objective's.
     found |= {name: found[args.objective[0]][name] for name in ("luthier", "trl", "ratio")}
     found["date"] = datetime.date.today().isoformat()
@@ -124,6 +152,8 @@ def main() -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     written = args.results / f"{found['date']}-preference.json"
     written.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if "by_prompt_share" in found:
+        chart(found, written.with_suffix(".png"))
     for name in (*args.objective, *found.get("by_prompt_share", {})):
         one = found.get(name) or found["by_prompt_share"][name]
         say(f"{name}: {one['luthier']['pairs_per_second']:.3f} against {one['trl']['pairs_per_second']:.3f} pairs/s; ratios "

@@ -106,13 +106,19 @@ def pairs(data: str, count: int, folder: Path) -> list[dict[str, Any]]:
             if not (chosen[:-1] == rejected[:-1] and len(chosen) > 1 and chosen[-1] != rejected[-1]
                     and all(turn["content"] for turn in (*chosen, rejected[-1]))):
                 continue
-            asked = 2 * sum(len(turn["content"].split()) for turn in chosen[:-1])
-            share = asked / (asked + sum(len(turn["content"].split()) for turn in (chosen[-1], rejected[-1])))
-            if low <= share < high:
-                taken.append({"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]})
+            pair = {"prompt": chosen[:-1], "chosen": chosen[-1:], "rejected": rejected[-1:]}
+            if low <= prompt_share(pair) < high:
+                taken.append(pair)
             if len(taken) == count:
                 return taken
     raise SystemExit(f"--data {data} has {len(taken)} pairs, and {count} are needed: take fewer steps")
+
+
+def prompt_share(pair: Mapping[str, list[dict[str, str]]]) -> float:
+    """The prompt's share of a pair's words, counted once for each answer."""
+    asked, chosen, rejected = (sum(len(turn["content"].split()) for turn in pair[part])
+                               for part in ("prompt", "chosen", "rejected"))
+    return 2 * asked / (2 * asked + chosen + rejected)
 
 
 def _turns(transcript: str) -> list[dict[str, str]]:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AttentionInterface
 
 from luthier.core.examples import Origin
-from luthier.core.types import Encoded, Piece
+from luthier.core.types import Encoded, Forest, Piece
 from luthier.data.pack import batch, pack
 from luthier.families import forest, head
 from tiny import KINDS
@@ -79,6 +79,30 @@ def test_a_tree_is_each_of_its_paths_alone(kind: str, method: str) -> None:
 
     siblings = Encoded(tuple(Piece(p.ids, p.weights, i - 1) for i, p in enumerate(trees()[0].pieces)), Origin("lab", 0))
     assert apart(measured(family, attached, [batch([siblings])]), measured(family, attached, [batch(trees()[:1])])) > FAR
+
+
+@KIND
+@METHOD
+def test_a_chopped_segment_is_the_whole(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains of links of 4 tokens against rows that are not chopped at all; beside them links that have lost theirs."""
+    def found(link: int, cut: bool = False) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr(forest, "LINK", link)
+        forest._chopped.cache_clear()
+        row = batch([*documents(), *trees()])
+        chain = forest._chopped(row.inputs.forest)
+        links.append(len(chain.lengths))
+        if cut:
+            monkeypatch.setattr(forest, "_chopped", lambda f: Forest(chain.lengths, (-1,) * len(chain.lengths)))
+        family = base(kind, "packed")
+        return measured(family, attach(family, method), [row])
+
+    links: list[int] = []
+    whole = found(1000)
+    assert apart(found(4), whole) < SAME
+    assert links[1] > 2 * links[0]
+    assert apart(found(4, cut=True), whole) > FAR
+    monkeypatch.undo()
+    forest._chopped.cache_clear()
 
 
 def log_probs(family, rows) -> torch.Tensor:
@@ -244,3 +268,45 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(kind: str, method: 
     without = run(False)
     assert apart(run(True), without) < SAME
     assert calls == [1, 2]  # a block is computed again in the backward pass: it was really on
+
+
+@METHOD
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_a_long_row_keeps_the_blocks_that_fit(kind: str, method: str) -> None:
+    """Of three blocks, the row of which is half as long again as what memory is meant for, two are kept."""
+    row = batch(documents())
+    over = row.inputs.tokens.shape[0] * 2 // 3 + 1
+
+    def run(over: int | None) -> tuple[dict[str, torch.Tensor], list[int]]:
+        family = base(kind, num_hidden_layers=3)
+        family.train(True)
+        if over is not None:
+            family.checkpointing(over)
+        calls = [0] * 3
+        for i, block in enumerate(family.anatomy.blocks):
+            block.attention.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+        return measured(family, attach(family, method), [row]), calls
+
+    whole, once = run(None)
+    part, calls = run(over)
+    assert once == [1, 1, 1]
+    assert calls == [2, 1, 1]
+    assert apart(part, whole) < SAME
+
+
+def test_a_block_that_is_recomputed_leaves_no_notes() -> None:
+    """What makes a kept tensor again holds tensors itself: of a block that keeps nothing it would keep them all."""
+    family = base("llama", num_hidden_layers=3)
+    family.train(True)
+    attach(family, "lora")
+    noted: list[bool] = []
+    family._lean.note, real = lambda *given: noted.append(family._lean._open) or real(*given), family._lean.note
+    row = batch(documents())
+    family.forward(row.inputs, row.target, SFT.needs)
+    every = len(noted)
+    assert every == sum(noted) > 6
+    noted.clear()
+    family.checkpointing(row.inputs.tokens.shape[0] * 2 // 3 + 1)
+    family.forward(row.inputs, row.target, SFT.needs)
+    assert len(noted) == every
+    assert sum(noted) * 3 == every * 2

@@ -31,6 +31,7 @@ from luthier.core.errors import BaseError
 from luthier.core.types import Forest, sent
 
 NAME = "luthier"
+LINK = 96  # tokens; see `_chopped`
 TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
 NARROWEST = 16  # heads that flex attention knows
 Pair = tuple[Tensor, Tensor]  # keys and values
@@ -136,6 +137,8 @@ def _places(whose: tuple[int, ...], sizes: tuple[int, ...], device: torch.device
 
 def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
                  window: int | None, softcap: float | None, causal: bool, before: Before | None = None) -> Tensor:
+    if causal and before is None:  # what stands before segments is theirs by their numbers
+        forest = _chopped(forest)
     # `split`, not slices: its backward is one concatenation, where each slice's would be a full row of zeros.
     queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
     outs = []
@@ -150,6 +153,22 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scal
         outs.append(_attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
     # The fused kernel writes [L, H, d] and shows it as [H, L, d]; joined as written, nothing is copied twice.
     return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
+
+
+@lru_cache(maxsize=64)  # every layer of a row asks for the same one
+def _chopped(forest: Forest) -> Forest:
+    """The forest with long segments as chains of shorter ones, which attend to the same tokens. The fused kernel
+    computes a causal square whole and throws half of it away; a chain computes little more than the half that counts."""
+    lengths: list[int] = []
+    parents: list[int] = []
+    ends: list[int] = []  # of each segment the last link of its chain
+    for length, parent in zip(forest.lengths, forest.parents, strict=True):
+        links = max(1, round(length / LINK))
+        for link in range(links):
+            parents.append(len(lengths) - 1 if link else ends[parent] if parent >= 0 else -1)
+            lengths.append(length * (link + 1) // links - length * link // links)
+        ends.append(len(lengths) - 1)
+    return Forest(tuple(lengths), tuple(parents))
 
 
 @lru_cache(maxsize=256)

@@ -63,6 +63,15 @@ class Lean:
             self._open = False
             self._notes.clear()
 
+    @contextmanager
+    def shut(self) -> Iterator[None]:
+        """Around a block that is recomputed as a whole: nothing of it is kept, so nothing is noted."""
+        was, self._open = self._open, False
+        try:
+            yield
+        finally:
+            self._open = was
+
     def _pack(self, saved: Tensor) -> Any:
         found = self._notes.get(saved.untyped_storage()._cdata)
         if found is None or not saved.is_contiguous():

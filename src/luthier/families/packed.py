@@ -7,7 +7,7 @@ and `encoder.py` go on from here, each with what is its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,12 +76,13 @@ class Loaded:
         self.model.train(mode)
 
     def checkpointing(self, over: int = 0) -> None:
-        """From now on, in rows of more than `over` tokens, recompute every block in the backward pass instead of
-        keeping its activations. The one long document of a data set then does not set the memory of the whole run."""
+        """From now on, in rows of more than `over` tokens, keep the activations of as many blocks as fit into the
+        memory of a row of `over`, and recompute the others in the backward pass. The one long document of a data set
+        then does not set the memory of the whole run."""
         self._recompute_over = over
         for block in self.anatomy.blocks:
             block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
-                checkpoint, use_reentrant=False, context_fn=lambda: as_now(self.router))
+                checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), as_now(self.router)))
 
     def add(self, heads: Sequence[Head], seed: int) -> Attached:
         self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task)
@@ -105,11 +106,17 @@ class Loaded:
     def _states(self, inputs: Inputs) -> Tensor:
         if not torch.is_grad_enabled():
             return self._run(inputs)
-        recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
-        for block in self.anatomy.blocks:
-            block.module.gradient_checkpointing = recompute  # type: ignore[assignment]
-        with nullcontext() if recompute else self._lean():
+        # The last blocks are kept: the backward pass lets go of them before the first ones are computed again.
+        again = len(self.anatomy.blocks) - self._kept(inputs.tokens.shape[0])
+        for place, block in enumerate(self.anatomy.blocks):
+            block.module.gradient_checkpointing = place < again  # type: ignore[assignment]
+        with self._lean():
             return self._run(inputs)
+
+    def _kept(self, tokens: int) -> int:
+        """How many blocks of a row keep their activations."""
+        count, over = len(self.anatomy.blocks), self._recompute_over
+        return count if over is None or tokens <= over else count * over // tokens
 
     def _run(self, inputs: Inputs) -> Tensor:
         raise NotImplementedError

@@ -42,6 +42,6 @@ def through(router: Router | None, dim: int, places: Sequence[int]) -> AbstractC
     return router.routed(dim, places)
 
 
-def as_now(router: Router | None) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Contexts of a block's forward pass and of its recomputation, when every context of now may be closed."""
-    return nullcontext(), nullcontext() if router is None else router.moment()
+def as_now(router: Router | None) -> AbstractContextManager[None]:
+    """The context of a block's recomputation, when every context of now may be closed."""
+    return nullcontext() if router is None else router.moment()

@@ -35,6 +35,7 @@ from luthier.families.anatomy import linear_sites
 from luthier.families.generate import answer, answers, eos_tokens
 from luthier.families.head import log_probs
 from luthier.families.heads import LOG_PROBS, Pooling
+from luthier.families.lean import Lean
 from luthier.families.mixed import mixed
 from luthier.families.packed import Loaded
 from luthier.families.routes import through
@@ -71,6 +72,7 @@ class Seq2Seq(Loaded):
         # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
         self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
         self._recompute_over: int | None = None
+        self._lean = Lean()  # never open
         self.add((), 0)
         self._prove()
 

@@ -122,13 +122,15 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
     bad_evaluations = _restore(job, optimizer, summary, resume) if resume else 0
     eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch
     job.family.train(True)
-    release(job.family.device)
+    longest = 0  # row so far
     waiting: _Line | None = None  # on a GPU a step's numbers are read while the next step runs: see `later`
     late = job.family.device.type == "cuda"
     while summary.steps < total and not summary.stopped:
         began = _Clock()
         rate = optimizer.set_rate(summary.steps)
-        stepped = step(job.family, job.objective, next(job.feed), optimizer, lambda: _autocast(job), job.reference)
+        batches = next(job.feed)
+        longest = _made_room(job, batches, longest)
+        stepped = step(job.family, job.objective, batches, optimizer, lambda: _autocast(job), job.reference)
         summary.steps += 1
         summary.tokens += stepped.tokens
         said = job.rolling.heard(stepped.numbers) if job.rolling else {}
@@ -159,6 +161,15 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
 
 
 # ---------------------------------------------------------------- what surrounds a step
+
+
+def _made_room(job: Job, batches: Sequence[Batch], longest: int) -> int:
+    """Gives the heap's holes back before a row that is longer than any before, and what a rollout left; returns the
+    longest row's tokens."""
+    tokens = max(batch.inputs.tokens.shape[0] for batch in batches)
+    if job.rolling or tokens > longest:
+        release(job.family.device)
+    return max(tokens, longest)
 
 
 class _Clock:

@@ -21,7 +21,6 @@ from luthier.core.protocols import Family, Objective
 from luthier.core.types import Batch, Outputs, Target
 from luthier.runtime import ranks
 from luthier.runtime.coupled import Metrics, backward
-from luthier.runtime.memory import release
 from luthier.runtime.optim import Optimizer
 
 Sums = dict[str, tuple[Tensor | float, Tensor | float]]
@@ -98,7 +97,6 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     for part in [mine] if objective.coupled else [[batch] for batch in mine]:
         part_loss, metrics = backward(partial(forward, family, objective, reference=reference), objective, part, count,
                                       device, autocast)
-        release(device)
         loss += part_loss
         _add(sums, metrics)
     ranks.sum_gradients(optimizer.parameters.values())
