@@ -207,7 +207,8 @@ class Family(Protocol):
         ...
 
     def checkpointing(self, over: int = 0) -> None:
-        """Recompute blocks in the backward pass, in rows of more than `over` tokens."""
+        """In rows of more than `over` tokens, recompute blocks in the backward pass that a row of `over` has no room
+        for; 0: every block."""
         ...
 
     def save(self, path: Path) -> None:

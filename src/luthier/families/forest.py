@@ -158,7 +158,8 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scal
 @lru_cache(maxsize=64)  # every layer of a row asks for the same one
 def _chopped(forest: Forest) -> Forest:
     """The forest with long segments as chains of shorter ones, which attend to the same tokens. The fused kernel
-    computes a causal square whole and throws half of it away; a chain computes little more than the half that counts."""
+    computes a causal square whole and throws half of it away; a chain computes little more than the half that
+    counts."""
     lengths: list[int] = []
     parents: list[int] = []
     ends: list[int] = []  # of each segment the last link of its chain

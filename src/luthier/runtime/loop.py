@@ -41,7 +41,7 @@ class TrainingConfig(Config):
                                      "Left out: 320 on a CPU, 8192 on a GPU")
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast")
     gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
-                                         "memory; if not, only in rows that are longer than micro_tokens")
+                                         "memory; if not, in rows longer than micro_tokens as many as do not fit")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
     save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides those at the "
                                    "best evaluation, at the end and on a signal")

@@ -75,11 +75,13 @@ def settle_allocator() -> bool:
 
 
 def release(device: torch.device | str) -> None:
-    """Give holes between live blocks back to the kernel. Call it where little is live: after a backward pass.
+    """Give holes between live blocks back to the kernel. Call it where little is live, before a row longer than any
+    before.
 
-    Blocks of another micro-batch's sizes do not fit into the holes that the last one left, so without this a run grows
-    to more than any one of its micro-batches needs. Measured on SmolLM2-135M with rows of up to 513 tokens: a peak of
-    1.80 GB instead of 1.89, at the same tokens per second.
+    Blocks of a longer row do not fit into the holes that shorter ones left, so without this a run grows to more than
+    any of its rows needs. What is given back must be cleared anew by the kernel when it is touched: done after every
+    row, three steps of pairs took 1.5 million page faults and 4.4 system seconds beside 53 of the user's; done before
+    longer rows only, 0.13 million and 0.3, and the peak was 1.54 GB instead of 1.51.
     """
     if torch.device(device).type == "cpu" and sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         ctypes.CDLL(None).malloc_trim(0)
