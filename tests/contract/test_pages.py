@@ -22,6 +22,7 @@ FOUND = {" ".join(words): words for page in PAGES for words in commands(text(pag
 ELSEWHERE = {  # the beginning of a command: who runs it, or what it needs that is not here
     "rlhf ": "unit/test_rlhf.py", "evaluate runs/rlhf": "unit/test_rlhf.py",
     "train --model google/": "a model of the hub; contract/test_seq2seq_runs.py",
+    "train --model google-": "models of the hub; contract/test_hidden.py",
     "compare ": "many runs; unit/test_compare.py",
     "export runs/lora-smollm2 --to gguf": "a tokenizer with merges; contract/test_gguf.py",
     "data check": "no command without a file", "inspect RUN": "the same as with a name",
