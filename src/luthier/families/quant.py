@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
+import sys
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -60,6 +62,8 @@ def quantize(model: Any, bits: Bits, dtype: torch.dtype | None = None,
         linear = parent.get_submodule(name)
         setattr(parent, name, _few(linear, bits, dtype, device))
         files.forget(linear.weight)
+        del linear
+        _trim()
     for parameter in model.parameters():
         if parameter.is_floating_point():
             whole, parameter.data = parameter.data, parameter.data.to(device, dtype)
@@ -91,6 +95,13 @@ def _few(linear: nn.Linear, bits: Bits, dtype: torch.dtype, device: torch.device
     moved.register_forward_hook(lambda _module, _args, output: output.clone() if output._is_view() else None)
     found: nn.Module = moved.train(linear.training)
     return found
+
+
+def _trim() -> None:
+    """Give back what the making of a map left free among what it keeps: it is several times the map, each of another
+    size, so the next does not fit into it."""
+    if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class _Files:
