@@ -299,6 +299,7 @@ def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
     (("data.limit=0",), ("data.limit", "(got 0)")),
     (("data.max_length=1",), ("data.max_length", "(got 1)")),
     (("optimizer={lr: 1}",), ("'optimizer.lr'", "did you mean 'learning_rate'?")),
+    (("learning_rate=1", "steps=2", "rank=3"), ("'learning_rate': did you mean optimizer.learning_rate?", "did you mean training.steps?", "did you mean method.rank?")),
     (("method=lroa",), ("method: unknown name 'lroa': did you mean 'lora'?", "known: full, ")),
     (("method.lora.rnak=2",), ("'method.rnak'", "did you mean 'rank'?")),
     (("method=[bitfit, {name: lora, rank: x}]",), ("error: method.parts.1.lora.rank: ", "(got 'x')\n  ->")),  # and no more

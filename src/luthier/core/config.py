@@ -53,7 +53,10 @@ def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> l
 def _told(place: str, faults: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> str:
     first = faults[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown setting {place!r}: {nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"
+        key = str(first["loc"][-1])
+        inside = _within(model, key) if len(first["loc"]) == 1 else []
+        hint = f"did you mean {inside[0]}.{key}?" if inside else nearest(key, _fields(model, first["loc"][:-1]))
+        return f"unknown setting {place!r}: {hint}"
     if first["type"] == "missing":
         return f"{place}: this setting is required"
     if first["type"] == "union_tag_invalid":
@@ -101,6 +104,12 @@ def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
         inner = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
         choices = named or inner or choices
     return list(choices[0].model_fields)
+
+
+def _within(model: type[BaseModel], key: str) -> list[str]:
+    """The parts of a recipe that have a setting of this name."""
+    return [name for name, field in model.model_fields.items() for part in _types(field.annotation)
+            if issubclass(part, BaseModel) and key in part.model_fields]
 
 
 def _types(annotation: Any) -> list[type]:
