@@ -1,0 +1,88 @@
+"""Domain adaptation, measured: states without training, another structure.
+
+    python -m benchmarks.adaptation --data ../shared/data --models ../shared/models \
+        --out benchmarks/results/<date>-adaptation.json
+
+Every figure is of a command of Luthier's own, which stands beside it. Read `docs/adaptation.md` first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from benchmarks.machine import machine, versions
+from luthier.cli import main
+
+PARTS = ("features", "structure")
+
+
+def luthier(*args: str) -> tuple[str, float, str]:
+    """A command's output, its seconds and its words."""
+    started, out = time.perf_counter(), io.StringIO()
+    with redirect_stdout(out):
+        code = main(list(args))
+    if code:
+        raise SystemExit(f"luthier {' '.join(args)}: {code}")
+    return out.getvalue(), round(time.perf_counter() - started, 1), "luthier " + " ".join(args)
+
+
+def trained(folder: Path, *args: str) -> dict[str, Any]:
+    """A run's measures of unseen rows before and after, and the command."""
+    _, seconds, said = luthier("train", "--run", str(folder), *args)
+    found = json.loads((folder / "results.json").read_text())
+    return {"before": found["test_before"], "after": found["test"], "rows": found["examples"], "steps": found["steps"],
+            "seconds": seconds, "command": said.replace(f"--run {folder} ", "")}
+
+
+def features(home: Path, data: Path, models: Path) -> dict[str, Any]:
+    """A line through the base's states: logistic regression on 300 sentences of SST-2, judged on 300 unseen ones."""
+    out, seconds, said = luthier("features", "minilm", "--data", str(data / "sst2_train.tsv"), "--out", str(home / "f.safetensors"),
+                                 "--probe", "--test", str(data / "sst2_dev.tsv"), "--json", "data.columns={text: 0, label: 1}",
+                                 "data.limit=300")
+    return {"found": json.loads(out), "seconds": seconds, "command": said}
+
+
+def structure(home: Path, data: Path, models: Path) -> dict[str, Any]:
+    """Perplexity of a small chat model on the questions of GSM8K, a field that is new to it: a block added and trained alone,
+    and a block dropped, then healed."""
+    common = ("--data", str(data / "gsm8k_train.jsonl"), "--objective", "pretrain", "data.columns={text: question}",
+              f"data.test={data / 'gsm8k_test.jsonl'}", "data.limit=96", "training.steps=12", "training.batch_size=8",
+              "--model", str(models / "minimind2-small"))
+    changed = {"a block added, trained alone": ("base.structure={add_blocks: [5]}", "method={name: freeze, layers: [6, 6]}"),
+               "a block dropped, the rest trained by lora": ("base.structure={drop_blocks: [5]}", "method=lora")}
+    found = {}
+    for number, (name, settings) in enumerate(changed.items()):
+        run = trained(home / f"structure-{number}", *common, *settings)
+        found[name] = {"perplexity_before": round(run["before"]["perplexity"], 2),
+                       "perplexity_after": round(run["after"]["perplexity"], 2),
+                       **{key: run[key] for key in ("rows", "steps", "seconds", "command")}}
+        print(name, found[name]["perplexity_before"], found[name]["perplexity_after"], flush=True)
+    return found
+
+
+def measure() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, default=Path("../shared/models"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    options = parser.parse_args()
+    found = json.loads(options.out.read_text()) if options.out.exists() else {}
+    with TemporaryDirectory() as folder:
+        for name in options.parts:
+            made = globals()[name](Path(folder), options.data, options.models)
+            found |= {name: json.loads(json.dumps(made).replace(folder + "/", "").replace(f"{options.data}/", "../shared/data/")
+                                       .replace(f"{options.models}/", "../shared/models/"))}
+            found |= {"machine": machine(), "versions": versions()}
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    measure()
