@@ -62,7 +62,7 @@ def saved(family: CausalLM, attached: Any, place: Path, origin: Path, method: An
 # ---------------------------------------------------------------- every one, every way of computing
 
 WAYS = [("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "parallel"}), ("bitfit", {}), ("ia3", {}),
-        ("ln", {}), ("freeze", {"last": 1})]
+        ("ln", {}), ("freeze", {"last": 1, "keep_base": True})]
 
 
 @pytest.mark.usefixtures("double")
