@@ -50,7 +50,7 @@ FILES: dict[str, str | list[dict[str, Any]]] = {
     "reviews.csv": table(",", "text", label=["good", "bad"]), "unseen.csv": table(",", "text", label=["good", "bad"]),
     "reviews.tsv": table("\t", "text", label=["good", "bad"]), "sts.tsv": table("\t", "sentence1", "sentence2", score=[0, 2, 5]),
 }
-SHORT = {"train": ["training.steps=1", "training.batch_size=4"]}
+SHORT = {"train": ["training.steps=1", "training.batch_size=4"], "evaluate": ["--max-new-tokens", "2"]}
 BRIEF = {"grpo": ["objective.max_new_tokens=4"], "ppo": ["objective.max_new_tokens=4"], "demo.yaml": ["evaluate.limit=2", "evaluate.max_new_tokens=2", "data.max_length=256"]}
 
 
