@@ -115,7 +115,7 @@ def test_rows_and_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatc
         assert apart(measured(family, attached, pack(found, 90)), wanted) < SAME  # type: ignore[arg-type]
         with monkeypatch.context() as patched:
             patched.setattr(head, "CHUNK", 1)
-            assert len(head._chunks(40, VOCABULARY)) == 3
+            assert len(head._chunks(40, VOCABULARY, torch.device("cpu"))) == 3
             assert apart(measured(family, attached, [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
         slow = encoder(kind, "padded")
         assert apart(measured(slow, attach(slow, method), [batch(found)]), wanted) < SAME  # type: ignore[arg-type]

@@ -21,6 +21,8 @@ from luthier.train import train
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 DECODERS = ("llama", "qwen2", "gpt2", "mistral", "gemma2", "gemma3")
+# Equal weights at another place in memory: on some processors a product's last bits depend on where its numbers lie.
+ELSEWHERE: dict[str, Any] = {"rtol": 1e-12, "atol": 1e-12}
 LAYERS = {"gemma3": {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}}
 IDS = torch.randint(0, 250, (2, 19), generator=torch.Generator().manual_seed(0))
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in ("a crane lifts", "the crane stands", "a <crane> lifts"))
@@ -123,7 +125,7 @@ def test_new_words_start_from_their_description(kind: str, size: int) -> None:
             assert torch.equal(rows[place], before[list(words.encode())].mean(0))
         assert torch.equal(rows[:259], before[:259])
     assert rows.shape[0] == base.config.vocab_size == max(size, 261)
-    assert torch.equal(said(base)[..., :259], said(old)[..., :259])
+    torch.testing.assert_close(said(base)[..., :259], said(old)[..., :259], **ELSEWHERE)
     tied = base.get_input_embeddings().weight is base.get_output_embeddings().weight
     assert tied == (old.get_input_embeddings().weight is old.get_output_embeddings().weight) == (kind != "llama")
 
@@ -137,7 +139,9 @@ def test_transformers_loads_the_changed_base(kind: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", kind, **deep(kind))
     _, wanted, _ = changed(kind, **structure)
     model, tokenizer = reopened(path, **structure)
-    assert torch.equal(said(model), said(wanted))
+    assert all(torch.equal(mine, other) for mine, other in
+               zip(model.state_dict().values(), wanted.state_dict().values(), strict=True))
+    torch.testing.assert_close(said(model), said(wanted), **ELSEWHERE)
     assert tokenizer("<crane>")["input_ids"] == [259]
     plain = [model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=cached).tolist()
              for cached in (True, False)]

@@ -191,7 +191,10 @@ def test_a_folder_opens_as_a_vision_base_and_is_written_as_one(headed: bool, tmp
     again = open_family(BaseConfig(name=str(tmp_path / "again"), dtype="auto", device="cpu"))
     assert isinstance(again, Vision)
     assert again.tokenizer == family.tokenizer
-    assert torch.equal(states(again), states(family))
+    assert all(torch.equal(mine, other) for mine, other in
+               zip(again.model.state_dict().values(), family.model.state_dict().values(), strict=True))
+    # The last bits of a product depend, on some processors, on where in memory its numbers lie.
+    torch.testing.assert_close(states(again), states(family), rtol=1e-12, atol=1e-12)
 
 
 def test_it_refuses_what_it_cannot(family: Vision, tmp_path: Path) -> None:
