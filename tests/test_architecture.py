@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "cli": {"verb", "core", "root"},
     "root": {"build", "runtime", "core", "verb"},  # luthier/__init__.py: the public names
 }
-HOMES = {"__init__": "root", "__main__": "cli", "screen": "cli"}  # files whose room is not their name
+HOMES = {"__init__": "root", "__main__": "cli", "screen": "cli", "commands": "cli"}  # files whose room is not their name
 COMPARES = {"compare": {"train", "evaluate"}, "rlhf": {"train"}}  # the verbs that call verbs
 
 # Package -> the only rooms that may import it; a room of torch's own has its own line.

@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 import luthier
 from luthier.build import Recipe
-from luthier.cli import COMMANDS
+from luthier.commands import COMMANDS
 from luthier.core.config import Config
 
 FILE = Path(__file__).with_name("surface.txt")

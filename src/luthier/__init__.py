@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "evaluate", "export", "features", "open_bank",
-           "plan", "serve", "train"]
+           "paraphrase", "plan", "serve", "train"]
 
 if TYPE_CHECKING:
     from luthier.bank import open_bank
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from luthier.evaluate import evaluate
     from luthier.export import export
     from luthier.features import features
+    from luthier.paraphrase import paraphrase
     from luthier.plan import plan
     from luthier.runtime.run import Run
     from luthier.serve import serve
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _HOMES = {"Recipe": "luthier.build", "LuthierError": "luthier.core.errors", "Run": "luthier.runtime.run",
           "train": "luthier.train", "evaluate": "luthier.evaluate", "export": "luthier.export",
           "features": "luthier.features", "open_bank": "luthier.bank", "compare": "luthier.compare",
-          "plan": "luthier.plan", "serve": "luthier.serve"}
+          "paraphrase": "luthier.paraphrase", "plan": "luthier.plan", "serve": "luthier.serve"}
 
 
 def __getattr__(name: str) -> Any:

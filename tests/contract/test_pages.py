@@ -46,11 +46,12 @@ FILES: dict[str, str | list[dict[str, Any]]] = {
     "judged.jsonl": [{**row, "label": i % 2 == 0} for i, row in enumerate(rows("prompt", "completion"))],
     "questions.jsonl": [{"prompt": f"{i} + 1?", "reference": str(i + 1)} for i in range(8)],
     "topics.jsonl": [{"text": f"text {i}", "label": ["a", "b"][:i % 3]} for i in range(8)],
+    "more.jsonl": [{"text": f"other {i}", "label": ["good", "bad"][i % 2]} for i in range(8)],
     "notes.txt": "a note\n" * 8, "field.txt": "a word of the field\n" * 8,
     "reviews.csv": table(",", "text", label=["good", "bad"]), "unseen.csv": table(",", "text", label=["good", "bad"]),
     "reviews.tsv": table("\t", "text", label=["good", "bad"]), "sts.tsv": table("\t", "sentence1", "sentence2", score=[0, 2, 5]),
 }
-SHORT = {"train": ["training.steps=1", "training.batch_size=4"], "evaluate": ["--max-new-tokens", "2"]}
+SHORT = {"train": ["training.steps=1", "training.batch_size=4"], "evaluate": ["--max-new-tokens", "2"], "paraphrase": ["--max-new-tokens", "2"]}
 BRIEF = {"grpo": ["objective.max_new_tokens=4"], "ppo": ["objective.max_new_tokens=4"], "demo.yaml": ["evaluate.limit=2", "evaluate.max_new_tokens=2", "data.max_length=256"]}
 
 
@@ -90,6 +91,8 @@ def test_a_command_of_the_pages_runs(run: Callable[..., int], tmp_path: Path, li
     words += [word for part, more in BRIEF.items() for word in more if any(part in given for given in words)]
     if words[0] == "train" and "--resume" not in words:
         words += ["--run", str(tmp_path / "run")]
+    if words[0] == "paraphrase":
+        words[words.index("--out") + 1] = str(tmp_path / "new.jsonl")
     if words[0] in ("export", "combine") or (words[0] == "data" and "--out" not in words):
         words = [*(words[:words.index("--out")] if "--out" in words else words), "--out", str(tmp_path / "out")]
     assert run(*words, *(["--quiet"] if "quiet" in parse(words) else [])) == 0

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 import luthier
 from luthier import screen
 from luthier.chat import bits
-from luthier.cli import COMMANDS, main
+from luthier.cli import main
+from luthier.commands import COMMANDS
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]

@@ -17,11 +17,13 @@ from luthier.data.pack import batch, eval_batches, first_fit, pack
 from luthier.data.pictures import Picture
 from luthier.data.report import DataReport, Overlap, Part, length_picture, preview
 from luthier.data.rows import Refusal, Row
+from luthier.data.sources import read
 from luthier.data.stream import Stream
 
 __all__ = [
     "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide", "Loader",
     "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream",
     "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit",
-    "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "render", "turns",
+    "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "read", "render",
+    "turns",
 ]
