@@ -1,15 +1,13 @@
-"""Experts of a mixture as one part of the anatomy. Read `protocols.py` (Site, Scope) first."""
+"""Experts of a mixture as one part of the anatomy. Read `protocols.py` (Site) and `scope.py` first."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from luthier.core.protocols import Scope
+from luthier.core.scope import Scope
 
 ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
 """(rows [N, in] sorted by expert, how many each expert has [E]) -> what is added to their outputs, [N, out]."""

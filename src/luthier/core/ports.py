@@ -6,12 +6,11 @@ Families implement it, each for its own kind of input; `Anatomy.ports` holds it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 from torch import Tensor
 
-if TYPE_CHECKING:  # it needs this module to name `Ports`
-    from luthier.core.protocols import Scope
+from luthier.core.scope import Scope
 
 Kind = Literal["prompt", "prefix"]
 

@@ -9,7 +9,7 @@
 | Head       | families    | a small map over the states that an objective asked for            |
 | Family     | families    | how to call the model                                              |
 | Method     | methods     | which parameters train, and how they enter the forward pass        |
-| Scope      | methods     | whether, where and how strongly an attached method acts            |
+| Scope      | methods     | whether, where and how strongly a method acts (`scope.py`)         |
 | Router     | methods     | who sends each token through its own adapter                       |
 | Attached   | methods     | a method on a model: its parameters, its off switch, its merge     |
 | Objective  | objectives  | what is minimised                                                  |
@@ -19,7 +19,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -31,6 +31,7 @@ from luthier.core.answers import Generated as Generated
 from luthier.core.answers import Sampling as Sampling
 from luthier.core.experts import Experts
 from luthier.core.ports import Ports
+from luthier.core.scope import Scope as Scope
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
 from luthier.core.update import Update
 
@@ -221,32 +222,6 @@ class Family(Protocol):
 
 
 # ---------------------------------------------------------------- methods
-
-
-class Scope:
-    """Whether, where and how strongly an attached method acts: the one switch that methods read and banks turn.
-
-    Args of the object, all plain attributes:
-        off: how many times it was switched off; it acts at 0.
-        weight: factor on the change, for weighted stacks of several methods.
-        part: (dimension, index) of the tokens that it acts on, for batches that mix several adapters; None for all.
-        among: how many there are along that dimension, for a method to be sure that it sees all of them in their order.
-        where: that index as numbers, to lay out rows without a look into a tensor.
-    """
-
-    def __init__(self) -> None:
-        self.off, self.weight, self.among = 0, 1.0, 0
-        self.part: tuple[int, Tensor] | None = None
-        self.where: tuple[int, ...] = ()
-
-    @contextmanager
-    def disabled(self) -> Iterator[None]:
-        """While open, the method does not act. Nests."""
-        self.off += 1
-        try:
-            yield
-        finally:
-            self.off -= 1
 
 
 class Router(Protocol):
