@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ import gguf
 import pytest
 import torch
 from lab import attach, logits, stir
+from lab_gguf import CORPUS, TEXTS, distance, llama, opened, theirs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from luthier import build
@@ -32,14 +30,8 @@ from luthier.families.gguf_words import CONTRACTIONS, DIGITS, GPT2, SPLITS, spli
 from luthier.runtime.run import Run
 from tiny import CHATML, KINDS, tiny, tiny_tokenizer
 
-llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (extra: llama)")
-
 VOCABULARY = 480  # the tokenizers below have fewer words, so some rows of the embedding are unused
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
-CORPUS = ["I'll say it's 1234 of 12 things, 123 or 1999; they'll  see\n\n  the thing", "don't DON'T we'Ve ΩMEGA 日本語のテキスト",
-          "x = [1, 22, 333]\r\n\treturn x  # end!!", "thé là où naïve 12345678 ½ ²³"]
-TEXTS = [*CORPUS, "  leading", "trailing  ", "a\n\n\nb", "It's 2024-10-31 12:34:56.789!", "日本 語 12あ34", "I'LL'd 'tis",
-         "🙂🙂 ok", "<|im_start|>user\nhi there<|im_end|>\n", "\t\t tabs \u00a0nbsp", "(((1)))..  ...\n ..."]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}
 QWEN3: dict[str, Any] = {**KINDS["qwen2"], "model_type": "qwen3"}
@@ -88,35 +80,8 @@ def family(name: str, words: Any = TOKENIZER, **overrides: Any) -> CausalLM:
     return CausalLM(model, words)
 
 
-@contextmanager
-def opened(file: Path, **options: Any) -> Iterator[Any]:
-    """llama.cpp with the file, on one thread, all of it in float32."""
-    import llama_cpp
-    defaults = llama_cpp.llama_cpp.llama_model_default_params()
-    defaults.use_extra_bufts = False  # weights repacked for matrix units of the processor, which some machines forbid
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", lambda: defaults)
-        found = llama_cpp.Llama(str(file), n_ctx=256, n_batch=256, n_threads=1, n_threads_batch=1, logits_all=True,
-                                verbose=False, type_k=0, type_v=0, flash_attn=False, **options)
-    try:
-        yield found
-    finally:
-        found.close()
-
-
-def theirs(file: Path, tokens: Sequence[int], **options: Any) -> Tensor:
-    """[T, V] llama.cpp's logits of one document."""
-    with opened(file, **options) as found:
-        found.eval(list(tokens))
-        return torch.tensor(found.scores[:len(tokens)])
-
-
 def ours_ids(length: int = 40) -> list[int]:
     return list(itertools.islice(itertools.cycle(TOKENIZER("I'll see 12 things or 日本, they'll return x").input_ids), length))
-
-
-def distance(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max())
 
 
 # ---------------------------------------------------------------- whole models

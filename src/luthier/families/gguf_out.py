@@ -21,7 +21,8 @@ from torch import Tensor
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Family
 from luthier.families.generate import eos_tokens
-from luthier.families.gguf_words import REMEDY, write_words
+from luthier.families.gguf_tokens import REMEDY
+from luthier.families.gguf_words import write_words
 
 Numbers = Literal["float32", "float16", "q8_0"]
 NUMBERS: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {

@@ -1,7 +1,8 @@
 """A tokenizer as llama.cpp reads it: the words, their kinds, the merges, and how text is split before merging.
 
 llama.cpp does not read how a tokenizer splits text; it knows some ways by name. So that it never splits otherwise than
-the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `SPLITS`. `gguf_out.py` goes on.
+the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `SPLITS`. That is byte-level BPE;
+the other kind stands in `gguf_pieces.py`, and what both have in `gguf_tokens.py`. `gguf_out.py` goes on.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 import gguf
 
 from luthier.core.errors import BaseError
+from luthier.families.gguf_pieces import write_pieces
+from luthier.families.gguf_tokens import REMEDY, refuse_odd, table, write_tasks
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS, REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,7 +28,6 @@ SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((CONTRACTIONS + WORDS + "{1,3}" + REST,), False): "smaug-bpe",
     ((CONTRACTIONS + WORDS + "{1,3}" + REST,), True): "llama-bpe",
 }
-REMEDY = "export with --to merged and give the folder to llama.cpp's own converter"
 
 
 def write_words(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: set[int], bos: int | None) -> None:
@@ -44,21 +46,19 @@ def write_words(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: set[in
     if not tokenizer.is_fast:
         raise BaseError("the base's tokenizer has no tokenizer.json, so nobody knows how it splits", REMEDY)
     described = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, added = described["model"], described["added_tokens"]
-    pre = split_name(described)
-    words, kinds = _words(model["vocab"], added, size)
-    writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(words)
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]])
-    _ends(writer, tokenizer, ends, bos)
-    starts, closes = _around(tokenizer)
-    writer.add_add_bos_token(starts)
-    writer.add_add_eos_token(closes)
-    writer.add_add_space_prefix(False)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
+    model = described["model"]
+    if model.get("type") == "BPE" and model.get("byte_fallback"):
+        write_pieces(writer, described, size)
+    else:
+        pre = split_name(described)
+        words, kinds = table(model["vocab"], described["added_tokens"], size)
+        writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(words)
+        writer.add_token_types(kinds)
+        writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]])
+        writer.add_add_space_prefix(False)
+    write_tasks(writer, tokenizer, ends, bos)
 
 
 def split_name(described: Mapping[str, Any]) -> str:
@@ -78,10 +78,7 @@ def split_name(described: Mapping[str, Any]) -> str:
     normalizer = (described.get("normalizer") or {}).get("type", "NFC")
     if normalizer != "NFC":
         raise BaseError(f"the tokenizer changes text first ({normalizer}), and llama.cpp would not", REMEDY)
-    odd = [t["content"] for t in described["added_tokens"] if t["lstrip"] or t["rstrip"] or t["single_word"]]
-    if odd:
-        raise BaseError(f"the token {odd[0]!r} takes the spaces around it, or whole words alone, and llama.cpp's would "
-                        "not", REMEDY)
+    refuse_odd(described["added_tokens"])
     splits = tuple(_splits(described.get("pre_tokenizer") or {}))
     found = SPLITS.get((splits, bool(model.get("ignore_merges"))))
     if found is None:
@@ -104,48 +101,3 @@ def _splits(step: Mapping[str, Any]) -> list[str]:
     if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
         return [str(step["pattern"].get("Regex"))]
     return [f"{kind} {json.dumps({key: value for key, value in step.items() if key != 'type'})}"]
-
-
-def _words(vocabulary: Mapping[str, int], added: list[Mapping[str, Any]], size: int) -> tuple[list[str], list[int]]:
-    """Every token's word and kind, by its id."""
-    words = [f"[PAD{i}]" for i in range(size)]
-    kinds = [int(gguf.TokenType.UNUSED)] * size
-    last = max([*vocabulary.values(), *(token["id"] for token in added)])
-    if last >= size:
-        raise BaseError(f"the tokenizer has a token {last}, and the base an embedding of {size} rows",
-                        "give the base its own tokenizer")
-    for word, i in vocabulary.items():
-        words[i], kinds[i] = word, int(gguf.TokenType.NORMAL)
-    for token in added:
-        words[token["id"]] = token["content"]
-        kinds[token["id"]] = int(gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED)
-    return words, kinds
-
-
-def _ends(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int], bos: int | None) -> None:
-    """The tokens with a task. llama.cpp takes token 11 for those that are not named, so a start is always named."""
-    if not ends:
-        raise BaseError("the base has no token that ends a text, and llama.cpp would take another word for it",
-                        "give its tokenizer an eos_token")
-    eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends)
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos
-    writer.add_eos_token_id(eos)
-    writer.add_bos_token_id(eos if start is None else start)
-    for token in sorted(ends - {eos})[:1]:  # of further ones llama.cpp knows the usual words by itself
-        writer.add_eot_token_id(token)
-    if tokenizer.pad_token_id is not None:
-        writer.add_pad_token_id(tokenizer.pad_token_id)
-    if tokenizer.unk_token_id is not None:
-        writer.add_unk_token_id(tokenizer.unk_token_id)
-
-
-def _around(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first token before a text, and its last behind."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a").input_ids
-    for starts in (False, True):
-        for closes in (False, True):
-            if whole == [tokenizer.bos_token_id] * starts + bare + [tokenizer.eos_token_id] * closes:
-                return starts, closes
-    raise BaseError(f"the tokenizer writes 'a' as {tokenizer.convert_ids_to_tokens(whole)}, and llama.cpp can only put "
-                    "bos before and eos behind", REMEDY)
