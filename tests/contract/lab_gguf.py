@@ -10,7 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from lab import attach
 from torch import Tensor
+
+from luthier import build
+from luthier.families import CausalLM
+from luthier.runtime.run import Run
 
 llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (extra: llama)")
 
@@ -45,3 +50,14 @@ def theirs(file: Path, tokens: Sequence[int], **options: Any) -> Tensor:
 
 def distance(found: Tensor, wanted: Tensor) -> float:
     return float((found - wanted).abs().max())
+
+
+def saved(place: Path, base: CausalLM, method: dict[str, Any], objective: str = "sft") -> Run:
+    """A run as `train` leaves it, on a base in a folder of its own, with its method on it, stirred."""
+    base.save(place / "base")
+    made = build.recipe({"base": str(place / "base"), "data": "-", "method": method, "objective": objective})
+    attached = attach(base, method["name"], **{key: value for key, value in method.items() if key != "name"})
+    run = Run(place / "run")
+    run.begin(build.dump(made), {})
+    build.save_tuned(run, made, base, attached)
+    return run

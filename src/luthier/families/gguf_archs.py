@@ -33,6 +33,7 @@ class Row:
         turned: of each head's d rows of q and k, it turns row 2i with 2i + 1, where Transformers turns i with i + d/2.
         raised: it multiplies by a norm's weight, where Transformers multiplies by 1 + weight.
         windows: it knows which layers see the last tokens alone.
+        learnt: positions are learnt, norms have a mean and biases, and maps are kept [in, out] (`Conv1D`).
         large: at this number of layers scores are divided by the root of width / heads, else by that of a head's width.
     """
 
@@ -43,6 +44,7 @@ class Row:
     turned: bool = False
     raised: bool = False
     windows: bool = False
+    learnt: bool = False
     large: int = 0
 
     @property
@@ -58,6 +60,8 @@ ROWS: Mapping[str, Row] = {
     "gemma": Row(MODEL_ARCH.GEMMA, acts=GELU, raised=True),
     "gemma2": Row(MODEL_ARCH.GEMMA2, acts=GELU, act="hidden_activation", raised=True, windows=True, large=46),
     "gemma3_text": Row(MODEL_ARCH.GEMMA3, acts=GELU, act="hidden_activation", raised=True, windows=True, large=62),
+    "gpt2": Row(MODEL_ARCH.GPT2, ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm",
+                                  "output_norm"), acts=GELU, act="activation_function", learnt=True),
 }
 
 
@@ -70,7 +74,7 @@ class Names:
                             f"{', '.join(ROWS)}", REMEDY)
         self.row = ROWS[config.model_type]
         self._known = gguf.get_tensor_name_map(self.row.arch, config.num_hidden_layers)
-        self._heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+        self._heads = {"attn_q": config.num_attention_heads, "attn_k": _key_heads(config)}
 
     def name(self, path: str) -> str:
         """Of the weight of a module, without its ending."""
@@ -91,6 +95,10 @@ class Names:
         return weight + 1 if self.row.raised and name.endswith("norm") else weight
 
 
+def _key_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def describe(writer: gguf.GGUFWriter, config: Any, vocabulary: int, row: Row) -> Tensor | None:
     """Sizes, windows, caps and rotary angles; what divides each rotary frequency, where the model changes them one by
     one. Raises `BaseError` where llama.cpp would compute otherwise."""
@@ -102,17 +110,29 @@ def describe(writer: gguf.GGUFWriter, config: Any, vocabulary: int, row: Row) ->
     writer.add_context_length(min(config.max_position_embeddings, window or 1 << 62))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(_key_heads(config))
     writer.add_key_length(head)
     writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(vocabulary)
+    if row.learnt:
+        _gpt2(writer, config)
+        return None
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head)
     if row.raised:
         _gemma(writer, config, head, row)
     return _angles(writer, config, head, row)
+
+
+def _gpt2(writer: gguf.GGUFWriter, config: Any) -> None:
+    """What only GPT-2 has."""
+    if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
+        raise BaseError("the model does not divide its scores by the root of a head's width alone, as llama.cpp would",
+                        REMEDY)
+    writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
 
 
 def _gemma(writer: gguf.GGUFWriter, config: Any, head: int, row: Row) -> None:

@@ -1,7 +1,8 @@
 """A model, or a LoRA, as one GGUF file for llama.cpp. Read `gguf_archs.py` and `gguf_words.py` first.
 
 Most tensors are written as they are under llama.cpp's names. Some are put in the order, or raised by the 1, that its
-architecture wants (`gguf_archs.py`): the rows of q and k in biases and in a LoRA's B too.
+architecture wants (`gguf_archs.py`): the rows of q and k in biases and in a LoRA's B too. GPT-2's maps are turned over;
+a LoRA on them is not, since A and B are [R, in] and [out, R] on any map.
 """
 
 from __future__ import annotations
@@ -78,13 +79,15 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
 
 def _tensors(family: Family, names: Names) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under llama.cpp's name, in its order; a tied head is the embedding, which stands there once."""
+    turned = {f"{site.name}.weight" for site in family.anatomy.sites if site.transposed}
     for path, parameter in family.anatomy.model.named_parameters():
         stem, _, ending = path.rpartition(".")
         name = names.name(stem)
         if ending == "bias" and name.rpartition(".")[2] not in names.row.biases:
             raise BaseError(f"{path!r} is a bias that llama.cpp's {names.row.name} does not add",
                             "export with --to merged, or train another method")
-        yield f"{name}.{ending}", names.raised(name, names.ordered(name, parameter.detach()))
+        weight = parameter.detach().T if path in turned else parameter.detach()
+        yield f"{name}.{ending}", names.raised(name, names.ordered(name, weight))
 
 
 # ---------------------------------------------------------------- an adapter
