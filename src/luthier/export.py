@@ -58,9 +58,9 @@ def export(run: Run | Path | str, to: Literal["merged", "adapter", "gguf", "gguf
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if to == "gguf":
-            build.gguf_model(made, base, temporary, dtype or "float16")
+            build.gguf_model(made, base, temporary, dtype or "float16", out.stem)
         elif to == "gguf-adapter":
-            build.gguf_adapter(made, base, attached, temporary)
+            build.gguf_adapter(made, base, attached, temporary, out.stem)
         else:
             _folder(temporary, to, made, base, attached)
         temporary.replace(out)

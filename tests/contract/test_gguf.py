@@ -170,6 +170,14 @@ def test_text_becomes_the_same_tokens(splits: tuple[str, ...], whole: bool, tmp_
             assert any(found.tokenize(t.encode(), add_bos=True, special=True) != words(t).input_ids for t in TEXTS)
 
 
+@llama
+def test_a_name_changes_no_token(tmp_path: Path) -> None:
+    text = "<|im_start|> hi<|im_end|> there"
+    out.write_gguf(family("llama"), tmp_path / "a.gguf", "float32", name="My-Phi-3-tuned")
+    with opened(tmp_path / "a.gguf") as found:
+        assert found.tokenize(text.encode(), add_bos=True, special=True) == TOKENIZER(text).input_ids
+
+
 def described(**changes: Any) -> dict[str, Any]:
     found = json.loads(TOKENIZER.backend_tokenizer.to_str())
     for key, value in changes.items():
@@ -254,6 +262,7 @@ def test_the_command_line_names_the_file(tmp_path: Path, capsys: pytest.CaptureF
     assert written == {"file": str(run.path / "model.gguf")}
     fields = gguf.GGUFReader(written["file"]).fields
     assert fields["general.file_type"].contents() == gguf.LlamaFileType.MOSTLY_Q8_0
+    assert fields["general.name"].contents() == "model"
 
 
 def test_heads_have_no_place_in_the_file(tmp_path: Path) -> None:

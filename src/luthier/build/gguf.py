@@ -13,13 +13,14 @@ from luthier.families.gguf_out import Change, Numbers, write_gguf, write_gguf_ad
 from luthier.methods.lora import Lora
 
 
-def gguf_model(made: Recipe, base: Family, path: Path, numbers: Numbers) -> None:
+def gguf_model(made: Recipe, base: Family, path: Path, numbers: Numbers, name: str = "") -> None:
     """Write the model as it now is. Raises `RunError` where it is none that llama.cpp writes text with."""
     _refuse_others(made, base)
-    write_gguf(base, path, numbers, name=path.stem)
+    write_gguf(base, path, numbers, name)
 
 
-def gguf_adapter(made: Recipe, base: Family, attached: Attached | None, path: Path) -> None:
+def gguf_adapter(made: Recipe, base: Family, attached: Attached | None, path: Path,
+                 name: str = "") -> None:
     """Write the run's LoRA. Raises `RunError` where the run holds something else."""
     _refuse_others(made, base)
     if not isinstance(attached, Lora):
@@ -29,7 +30,7 @@ def gguf_adapter(made: Recipe, base: Family, attached: Attached | None, path: Pa
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
     changes = {layer.site.name: Change(*layer.factors(), layer.scale) for layer in attached.layers}
-    write_gguf_adapter(base, changes, path, name=path.stem)
+    write_gguf_adapter(base, changes, path, name)
 
 
 def _refuse_others(made: Recipe, base: Family) -> None:

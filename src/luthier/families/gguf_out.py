@@ -31,6 +31,8 @@ NUMBERS: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
 }
 Q8_BLOCK = 32
 LARGEST = float(np.finfo(np.float16).max)
+# In a model so named llama.cpp lets special tokens take the spaces behind them, whatever the tokenizer says.
+CHARMED = ("phi-3", "phi3", "modern-bert")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
 
     Args:
         numbers: of the matrices; vectors stay in float32, and so do rows that q8_0 cannot divide in float16.
-        name: `general.name`.
+        name: `general.name`, left out where llama.cpp would change the tokenizer for it.
 
     Raises:
         BaseError: llama.cpp would not compute the same; the error says what.
@@ -64,7 +66,7 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
     names = Names(model.config)
     writer = gguf.GGUFWriter(None, names.row.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    if name:
+    if name and not any(word in name.lower() for word in CHARMED):
         writer.add_name(name)
     writer.add_file_type(NUMBERS[numbers][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
