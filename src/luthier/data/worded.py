@@ -119,9 +119,11 @@ def from_alpaca(values: Values, origin: Origin) -> Example:
 
 
 def from_completion(values: Values, origin: Origin) -> Example:
-    """Two strings, or turns on either side; of turns only the completion's are trained."""
+    """Two strings, or turns on either side; of turns only the completion's are trained. A system prompt or tools make
+    turns of strings: joined bare there is no place for them."""
     prompt, completion = values["prompt"], values["completion"]
-    if not isinstance(prompt, list) and not isinstance(completion, list):
+    beside = bool(text(values, "system", "").strip()) or bool(tools(values))
+    if not beside and not isinstance(prompt, list) and not isinstance(completion, list):
         return CompletionExample(words(values, "prompt"), words(values, "completion"), origin, row_weight(values))
     asked = _side(values, "prompt", "user")
     said = _side(values, "completion", "assistant")

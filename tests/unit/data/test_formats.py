@@ -49,6 +49,10 @@ CASES = {
     "completion of turns": ({"prompt": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "q"}],
                              "completion": [{"role": "assistant", "content": "a"}]},
                             chat(Message("user", "q", 0.0), Message("assistant", "a", 0.0), Message("user", "q", 0.0), ANSWER)),
+    "completion with a system prompt": ({"prompt": "q", "completion": "a", "system": "s", "weight": 2},
+                                        chat(Message("system", "s"), Message("user", "q", 0.0), ANSWER, weight=2.0)),
+    "completion with tools": ({"prompt": "q", "completion": "a", "system": " ", "tools": [WEATHER]},
+                              chat(Message("user", "q", 0.0), ANSWER, tools=({"type": "function", "function": WEATHER},))),
     "prompt of turns": ({"prompt": [{"role": "user", "content": "q"}], "completion": "a"}, chat(Message("user", "q", 0.0), ANSWER)),
     "text": ({"text": " words ", "id": 1}, TextExample(" words ", HERE)),
 }
