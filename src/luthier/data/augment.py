@@ -31,8 +31,9 @@ from luthier.core.examples import (
 )
 from luthier.data.pictures import Pixels
 
-# A word with the white space before it. Scripts without spaces between words go letter by letter.
-UNIT = re.compile(r"\s*(?:[\u3040-\u30ff\u3400-\u9fff]|[^\s\u3040-\u30ff\u3400-\u9fff]+)")
+UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces between words
+# A word with the white space before it; of such scripts, a letter.
+UNIT = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]+)")
 
 
 class WordsAugment(Config):
@@ -110,9 +111,12 @@ def _exchanged(text: str, rate: float, groups: _Groups, chance: np.random.Genera
     """Each word that has synonyms is exchanged with probability `rate`, by any of the others of its group."""
     def other(found: re.Match[str]) -> str:
         word = found.group()
-        if chance.random() >= rate:
+        # A pattern without case takes some letters for one another that are not the same word: Turkish i with and
+        # without its dot.
+        group = groups.of.get(word.casefold(), ())
+        others = [known for known in group if known.casefold() != word.casefold()]
+        if not others or chance.random() >= rate:
             return word
-        others = [known for known in groups.of[word.casefold()] if known.casefold() != word.casefold()]
         chosen = others[chance.integers(len(others))]
         return chosen[:1].upper() + chosen[1:] if word[:1].isupper() else chosen
     return groups.pattern.sub(other, text)
@@ -138,7 +142,8 @@ def _groups(file: str | None) -> _Groups:
     if not of:
         raise DataError(f"{file} holds no synonyms", "a line is a group of words for one another: big, large, huge")
     listed = "|".join(re.escape(word) for word in sorted(of, key=len, reverse=True))
-    return _Groups(of, re.compile(rf"(?<![A-Za-z0-9_])(?:{listed})(?![A-Za-z0-9_])", re.IGNORECASE))
+    inside = rf"[^\W{UNSPACED}]"  # a letter of any script that has spaces: a word beside it is a part of another one
+    return _Groups(of, re.compile(rf"(?<!{inside})(?:{listed})(?!{inside})", re.IGNORECASE))
 
 
 # ---------------------------------------------------------------- pictures

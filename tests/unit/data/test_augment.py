@@ -50,6 +50,9 @@ def test_synonyms_come_from_the_users_file(write) -> None:
     said = change("synonyms", rate=0.99, text="Big bigger little dog, 很好吃", file=file)
     assert said == "Large bigger puppy, 很美味"
     assert change("synonyms", rate=0.01, text="none here", file=file) == "none here"
+    letters = write("letters.txt", "кот, кошка\ntat, state\nkiz, girl\nbig, Big\n")
+    said = change("synonyms", rate=0.99, text="Который кот? l'état kız Kiz, a big one", file=letters)
+    assert said == "Который кошка? l'état kız Girl, a big one", "words of any script are whole, and those alone that are named"
     for content, words in (("alone\n", "a word without another"), ("\n", "holds no synonyms")):
         with pytest.raises(DataError, match=words):
             change("synonyms", file=write(f"{words[:4]}.txt", content))
