@@ -4,7 +4,8 @@
             translation and the way back (Sennrich et al. 2016, arXiv:1511.06709, section 3)
 
 The answers depend on the base, the rows, the requests and the seed alone. A row whose words came back empty or
-unchanged teaches nothing new: it is left out and counted. Read `chat.py` first.
+unchanged teaches nothing new, one whose answer was cut off teaches half sentences: both are left out and counted. Read
+`chat.py` first.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from luthier import build
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import Family, Sampling
 from luthier.runtime.progress import Progress, status
 from luthier.runtime.run import Run
 
@@ -27,7 +28,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
                ask: Sequence[str] | str = ASK, limit: int | None = None, temperature: float = 0.0, seed: int = 0,
                max_new_tokens: int = 128, batch_size: int = 16, quiet: bool = False) -> dict[str, Any]:
     """Write the rows of a file with one column said anew. Returns what became of them: rows read, written, unchanged,
-    empty, unreadable.
+    empty, cut off (an answer longer than `max_new_tokens`), unreadable.
 
     Args:
         column: whose words change; all others are kept as they are.
@@ -61,21 +62,32 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
         raise RecipeError(f"{str(model)!r} does not write", "use a base that writes text, such as 'smollm2'")
     base.train(False)
     sampling = Sampling(max_new_tokens, temperature, batch_size=batch_size, seed=seed)
-    words = [str(row[column]) for row in rows]
     with Progress(len(rows) * len(asked), title="rows said anew", quiet=quiet) as bar:
-        for turn, one in enumerate(asked):
-            said = [""] * len(words)
-            prompts = [build.chat_prompt(base, [Message("user", one.replace("{text}", text))], None) for text in words]
-            for done, answer in enumerate(base.generate(prompts, sampling), 1):
-                said[answer.index] = base.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
-                bar.update(turn * len(rows) + done)
-            words = said
+        words, cut = _anew(base, [str(row[column]) for row in rows], asked, sampling, bar)
     made = [{**row, column: text} for row, text in zip(rows, words, strict=True) if text not in ("", row[column])]
-    told = {"rows": len(rows), "written": len(made), "empty": words.count(""), "unreadable": unread,
-            "unchanged": sum(text == row[column] for row, text in zip(rows, words, strict=True))}
+    told = {"rows": len(rows), "written": len(made), "empty": words.count("") - cut, "cut_off": cut,
+            "unreadable": unread, "unchanged": sum(bool(text) and text == row[column]
+                                                   for row, text in zip(rows, words, strict=True))}
     folder = Run(target.parent)
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_lines(target.name, made)
     folder.write(target.with_suffix(".json").name, {**told, "file": file, "column": column, "model": str(model),
                                                     "ask": asked, "temperature": temperature, "seed": seed})
     return {"file": str(target), **told}
+
+
+def _anew(base: Family, words: Sequence[str], asked: Sequence[str], sampling: Sampling,
+          bar: Progress) -> tuple[list[str], int]:
+    """The words as the last request left them, empty where an answer was, or where one was cut off; and how many of
+    those there are. Nothing is asked about words that are not there: a model would make some up."""
+    found, cut = [text if text.strip() else "" for text in words], 0
+    for turn, one in enumerate(asked):
+        left = [place for place, text in enumerate(found) if text]
+        prompts = [build.chat_prompt(base, [Message("user", one.replace("{text}", found[place]))], None)
+                   for place in left]
+        for done, answer in enumerate(base.generate(prompts, sampling), 1):
+            said = base.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+            found[left[answer.index]] = said if answer.finished else ""
+            cut += bool(said) and not answer.finished
+            bar.update(turn * len(words) + done)
+    return found, cut

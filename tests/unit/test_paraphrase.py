@@ -24,13 +24,15 @@ ASKS = ["Say anew: {text}", "And back: {text}"]
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
+    ends = {"eos_token_id": [*range(256, 266), *range(0, 256, 5)]}  # so that a tiny model's answers have an end
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(ends))
     lines = [json.dumps(row) for row in ROWS] + ["no JSON", json.dumps({"label": "x"})]
     (tmp_path / "rows.jsonl").write_text("".join(line + "\n" for line in lines))
     return tmp_path
 
 
 def said(home: Path, **given: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    settings: dict[str, Any] = {"model": home / "base", "max_new_tokens": 6, "quiet": True} | given
+    settings: dict[str, Any] = {"model": home / "base", "max_new_tokens": 30, "quiet": True} | given
     told = paraphrase(str(home / "rows.jsonl"), "text", home / "new.jsonl", **settings)
     rows = [json.loads(line) for line in (home / "new.jsonl").read_text().splitlines()]
     (home / "new.jsonl").unlink()
@@ -43,14 +45,16 @@ def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -
 
     def answers(texts: list[str], ask: str) -> list[str]:
         prompts = [build.chat_prompt(base, [Message("user", ask.replace("{text}", text))], None) for text in texts]
-        found = {one.index: one.tokens for one in base.generate(prompts, Sampling(max_new_tokens=6))}
-        return [base.tokenizer.decode(found[i], skip_special_tokens=True).strip() for i in range(len(texts))]
+        found = {one.index: one for one in base.generate(prompts, Sampling(max_new_tokens=30))}
+        assert all(one.finished for one in found.values())
+        return [base.tokenizer.decode(found[i].tokens, skip_special_tokens=True).strip() for i in range(len(texts))]
 
     wanted = answers([row["text"] for row in ROWS], ASKS[0])
     told, rows = said(home, ask=ASKS[0])
     assert rows == [{**row, "text": text} for row, text in zip(ROWS, wanted, strict=True) if text]
     assert told["unreadable"] == 2
-    assert told["rows"] == 3 == told["written"] + told["empty"] + told["unchanged"]
+    assert told["rows"] == 3 == told["written"] + told["empty"] + told["unchanged"] + told["cut_off"]
+    assert told["written"] > 0
     _, twice = said(home, ask=ASKS)
     assert [row["text"] for row in twice] == [text for text in answers(wanted, ASKS[1]) if text], "there and back"
     recorded = json.loads((home / "new.json").read_text())
@@ -64,13 +68,29 @@ def test_a_seed_says_the_same_again(home: Path) -> None:
 
 
 def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = iter(["", "some beta", "other"])
-    family = type(build.family(build.BaseConfig(name=str(home / "base"))))
-    monkeypatch.setattr(family, "generate", lambda self, prompts, sampling: iter(
-        Generated(i, tuple(self.tokenizer(next(words))["input_ids"]), True) for i in range(len(prompts))))
+    family, heard = type(build.family(build.BaseConfig(name=str(home / "base")))), []
+
+    def says(*words: tuple[str, bool]) -> None:
+        told = iter(words)
+
+        def generate(self: Any, prompts: list[list[int]], sampling: Sampling) -> Any:
+            heard.append([self.tokenizer.decode(prompt) for prompt in prompts])
+            for i in range(len(prompts)):
+                text, finished = next(told)
+                yield Generated(i, tuple(self.tokenizer(text)["input_ids"]), finished)
+        monkeypatch.setattr(family, "generate", generate)
+
+    says(("", True), ("some beta", True), ("other", True))
     told, rows = said(home)
-    assert (told["empty"], told["unchanged"], told["written"]) == (1, 1, 1)
+    assert (told["empty"], told["unchanged"], told["cut_off"], told["written"]) == (1, 1, 0, 1)
     assert rows == [{**ROWS[2], "text": "other"}]
+    heard.clear()
+    says(("", True), ("half of a", False), ("der dritte", True), ("the third", True))
+    told, rows = said(home, ask=ASKS)
+    assert (told["empty"], told["unchanged"], told["cut_off"], told["written"]) == (1, 0, 1, 1)
+    assert rows == [{**ROWS[2], "text": "the third"}]
+    assert [len(prompts) for prompts in heard] == [3, 1], "nothing is asked about what is not there"
+    assert "And back: der dritte" in heard[1][0]
 
 
 def test_what_cannot_be_is_told_before_anything_is_loaded(home: Path) -> None:
