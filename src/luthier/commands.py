@@ -102,10 +102,7 @@ def _paraphrase(options: argparse.Namespace) -> int:
 
 def _serve(options: argparse.Namespace) -> int:
     from luthier.serve import serve
-    named = dict(word.split("=", 1) if "=" in word else (Path(word).stem, word) for word in options.runs)
-    if len(named) < len(options.runs):
-        raise RecipeError(f"two of {', '.join(options.runs)} have one name", "name them: luthier serve NAME=RUN ...")
-    serve(named, host=options.host, port=options.port, most=options.batch_size, quiet=options.quiet)
+    serve(options.runs, host=options.host, port=options.port, most=options.batch_size, quiet=options.quiet)
     return 0
 
 

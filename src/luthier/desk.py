@@ -47,6 +47,7 @@ class Request:
         seed: of the sampling; None: another every time.
         group: requests with a seed share a batch with their own group alone, or an answer would depend on who else
             came.
+        place: its own in the group: where that is more than one batch, each throws other dice.
     """
 
     prompt: Sequence[int]
@@ -57,6 +58,7 @@ class Request:
     seed: int | None = None
     group: str = ""
     stop: tuple[str, ...] = ()
+    place: int = 0
     cancelled: bool = False
     tell: Callable[[Bit], None] = field(default=lambda bit: None, repr=False)
 
@@ -157,7 +159,7 @@ class Desk:
     def _answer(self, batch: list[Request]) -> None:
         first = batch[0]
         sampling = Sampling(max(r.max_new_tokens for r in batch), first.temperature, first.top_p, batch_size=len(batch),
-                            seed=secrets.randbits(32) if first.seed is None else first.seed)
+                            seed=secrets.randbits(32) if first.seed is None else first.seed + 1_000_003 * first.place)
         numbers = self.numbers([request.adapter for request in batch]) if self.numbers else ()
         answers = [_Answer(request, self.family.tokenizer.decode) for request in batch]
         assert isinstance(self.family, build.CausalLM), "nobody asks a base that does not write"

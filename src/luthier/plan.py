@@ -9,6 +9,7 @@ trained: `compare` measures that.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     made = build.recipe(recipe, settings)
     ways = {name: build.candidate(made, name) for name in dict.fromkeys(methods)}
     room = room_gb(build.device(made))
-    folder = Run(out or Path("runs") / f"plan-{Path(made.base.name).stem}")
+    folder = Run(out or Path("runs") / f"plan-{build.called(made.base.name)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     data: dict[str, Any] = {}
@@ -88,11 +89,17 @@ def _tried(made: build.Recipe, raw: dict[str, Any], run: Path, steps: int, room:
     timed = found.metrics[2:]  # line 0 tells the shares, line 1 is of the first step
     length = statistics.median(line["tokens"] for line in timed)
     per_token = statistics.median(line["step_seconds"] / line["tokens"] for line in timed)
-    total = made.training.steps or max(1, round(made.training.epochs * timed[0]["step"] / timed[0]["epoch"]))
+    total = made.training.steps or _whole(made, round(timed[0]["step"] / timed[0]["epoch"]))
     results = found.results
     return {"fits": results["peak_memory_gb"] * SPARE <= room, "steps": total, "tokens": round(total * length),
             "seconds": total * per_token * length, "tokens_per_second": 1 / per_token,
             **{name: results[name] for name in ("peak_memory_gb", "trainable", "trainable_share", "file_bytes")}}
+
+
+def _whole(made: build.Recipe, steps: int) -> int:
+    """Steps of the whole run, of which a trial had so many an epoch. A trial holds nothing out."""
+    held = made.data.eval if isinstance(made.data.eval, float) else 0.0
+    return max(1, math.ceil(round(made.training.epochs * steps * (1 - held), 6)))
 
 
 def _read(run: Path) -> dict[str, Any]:

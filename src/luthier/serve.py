@@ -13,6 +13,7 @@ ignored. The only file that imports starlette and uvicorn.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import socket
 import time
@@ -22,9 +23,10 @@ from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError
+from torch import Tensor
 
 from luthier import build
 from luthier.core.errors import LuthierError, MissingExtra, RecipeError
@@ -42,7 +44,12 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],), "response_format": ({"type": "text"},),
     "logprobs": (False, 0), "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,),
     "frequency_penalty": (0,), "echo": (False,), "suffix": ("",), "best_of": (1,), "dimensions": (),
+    "modalities": (["text"],), "top_k": (0, -1), "min_p": (0,), "repetition_penalty": (1,),
 }
+# What changes no answer: who asks, and how a host of others' models keeps books.
+ASIDE = frozenset({"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
+                   "prompt_cache_key", "prompt_cache_retention", "prediction"})
+ASIDE_IN_TURN = frozenset({"name", "refusal", "annotations"})
 
 
 class Turn(BaseModel):
@@ -80,7 +87,7 @@ class Embedded(BaseModel):
 
     model: str
     input: str | list[str]
-    encoding_format: str = "float"
+    encoding_format: Literal["float", "base64"] = "float"  # the second is what OpenAI's own client asks for by itself
 
 
 # ---------------------------------------------------------------- the protocol, without a server
@@ -106,11 +113,10 @@ class Counter:
     async def embeddings(self, body: Mapping[str, Any]) -> dict[str, Any]:
         asked = _parsed(Embedded, body)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
-        if asked.encoding_format != "float" or not texts:
-            raise RecipeError(f"encoding_format {asked.encoding_format!r} of {len(texts)} texts: embeddings are sent "
-                              "as numbers, of at least one text", "set encoding_format to float")
+        if not texts:
+            raise RecipeError("input: there is no text to embed", "send one text at least")
         states = await asyncio.wrap_future(self.desk.run(lambda: self.served.states(asked.model, texts)))
-        rows = (states / states.norm(dim=-1, keepdim=True)).tolist()
+        rows = [_written(row, asked.encoding_format) for row in states / states.norm(dim=-1, keepdim=True)]
         used = sum(len(self.served.base.tokenizer(text)["input_ids"]) for text in texts)
         return {"object": "list", "model": asked.model, "usage": {"prompt_tokens": used, "total_tokens": used},
                 "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]}
@@ -127,15 +133,16 @@ class Counter:
         tokenizer = self.served.base.tokenizer
         prompts = ([self.served.prompt(asked.model, [turn.message() for turn in asked.messages])] if chat
                    else [tokenizer(text)["input_ids"] for text in texts])
-        context = self.served.base.anatomy.sizes["context"]
+        room = self.served.rooms[asked.model]
         for prompt in prompts or [[]]:
-            if not 0 < len(prompt) < context:
-                raise RecipeError(f"a prompt of {len(prompt)} tokens, and this model reads 1 to {context - 1}, with "
+            if not 0 < len(prompt) < room:
+                raise RecipeError(f"a prompt of {len(prompt)} tokens, and this model reads 1 to {room - 1}, with "
                                   "room for an answer", "send another prompt")
         stop = (asked.stop,) if isinstance(asked.stop, str) else tuple(asked.stop or ())
         one = Request((), adapter, asked.max_completion_tokens or asked.max_tokens or LONGEST, asked.temperature,
                       asked.top_p, asked.seed, uuid.uuid4().hex, tuple(s for s in stop if s))
-        return asked, [replace(one, prompt=prompt) for prompt in prompts for _ in range(asked.n)]
+        several = [prompt for prompt in prompts for _ in range(asked.n)]
+        return asked, [replace(one, prompt=prompt, place=place) for place, prompt in enumerate(several)]
 
     async def bits(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Bit]]:
         """(which answer, its next bit) until all have ended. Whoever stops listening cancels them."""
@@ -195,15 +202,35 @@ class Counter:
 
 def _parsed(kind: type[Any], body: Mapping[str, Any]) -> Any:
     """A body as its type. Raises `RecipeError` naming every fault, and everything that would silently be ignored."""
-    for name, values in NEUTRAL.items():
-        if body.get(name) is not None and body[name] not in values:
-            raise RecipeError(f"{name}: {body[name]!r} would change the answer, and this server does not know it",
-                              f"leave {name} out")
+    _refuse_unknown(body, kind, "")
+    turns = body.get("messages")
+    for number, turn in enumerate(turns if isinstance(turns, list) else ()):
+        if isinstance(turn, Mapping):
+            _refuse_unknown(turn, Turn, f"messages.{number}.")
     try:
         return kind.model_validate({key: value for key, value in body.items() if value is not None})
     except ValidationError as error:
         raise RecipeError("; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (got {fault['input']!r})"
                                     for fault in error.errors(include_url=False)), "mend the request") from None
+
+
+def _written(row: Tensor, encoding: str) -> list[float] | str:
+    """Numbers as they are, or the bytes of their float32, the lowest first, in base64."""
+    if encoding == "float":
+        numbers: list[float] = row.tolist()
+        return numbers
+    return base64.b64encode(row.numpy().astype("<f4").tobytes()).decode()
+
+
+def _refuse_unknown(body: Mapping[str, Any], kind: type[BaseModel], where: str) -> None:
+    """Raises `RecipeError` for what is said and not known: who said it expects another answer than would come."""
+    aside = ASIDE_IN_TURN if kind is Turn else ASIDE
+    for name, value in body.items():
+        if name in kind.model_fields or name in aside or value is None or value == []:
+            continue
+        if value not in NEUTRAL.get(name, ()):
+            raise RecipeError(f"{where}{name}: {value!r} would change the answer, and this server does not know it",
+                              f"leave {name} out")
 
 
 def _head(asked: Asked, chat: bool, form: str) -> dict[str, Any]:
@@ -278,7 +305,8 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
     """Answer until interrupted.
 
     Args:
-        runs: run folders, a base, or names for them: ``{"law": "runs/law"}``; a folder's own name where none is given.
+        runs: run folders, a base, or names for them: ``{"law": "runs/law"}`` or ``["law=runs/law"]``; a folder's own
+            name where none is given.
         host: the address to listen on; 0.0.0.0 lets other machines in, whoever they are.
         most: requests answered in one batch.
 
@@ -290,12 +318,10 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
         if find_spec(package) is None:
             raise MissingExtra(package, "serve", "luthier serve")
     import uvicorn
-    named = dict(runs) if isinstance(runs, Mapping) else {Path(run).stem: run for run in runs}
-    if len(named) < len(runs):
-        raise RecipeError(f"two of {', '.join(runs)} have one name", "name them: NAME=RUN")
+    found = dict(runs) if isinstance(runs, Mapping) else named(runs)
     door = _door(host, port)
     with status("loading", quiet=quiet):
-        counter = Counter(build.served(named), most)
+        counter = Counter(build.served(found), most)
     if not quiet:
         address = f"http://{host}:{door.getsockname()[1]}/v1"
         print(f"serving {', '.join(counter.served.names)} at {address}  (Ctrl-C ends)", flush=True)
@@ -303,6 +329,19 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
         uvicorn.Server(uvicorn.Config(app(counter), log_level="warning")).run(sockets=[door])
     finally:
         counter.desk.close()
+
+
+def named(runs: Sequence[str]) -> dict[str, str]:
+    """Runs by the names that they are given, as NAME=RUN, or else by their own. Raises `RecipeError` for one name
+    twice."""
+    found: dict[str, str] = {}
+    for word in runs:
+        name, given, run = word.partition("=")
+        name, run = (name, run) if given and not Path(word).exists() else (build.called(word), word)
+        if name in found:
+            raise RecipeError(f"two of {', '.join(runs)} have the name {name!r}", "name them: NAME=RUN")
+        found[name] = run
+    return found
 
 
 def _door(host: str, port: int) -> socket.socket:

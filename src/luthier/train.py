@@ -291,7 +291,7 @@ def _checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
 
 def _fresh_name(made: build.Recipe) -> Path:
     """runs/<method>-<base>, numbered where that is taken."""
-    stem = f"{build.method_name(made)}-{Path(made.base.name).stem}"
+    stem = f"{build.method_name(made)}-{build.called(made.base.name)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
 

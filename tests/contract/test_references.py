@@ -18,7 +18,9 @@ from lab import apart
 from torch import Tensor
 
 from luthier import build
+from luthier.build.pairs import fitting
 from luthier.core.errors import RecipeError
+from luthier.methods import METHODS
 from luthier.runtime import checkpoint
 from luthier.runtime.coupled import backward
 from luthier.runtime.loop import fit
@@ -152,6 +154,29 @@ def test_a_full_run_says_what_its_reference_costs(home: Path, tmp_path: Path, on
     assert run.results["test_before"]["reward_margin"] == 0
     assert run.results["test"]["reward_margin"] > 0  # held-out and test rows have their reference too
     assert yaml.safe_load((run.path / "recipe.yaml").read_text())["method"]["keep_base"] is not once
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_held_out_rows_are_asked_about_as_they_are_measured(home: Path, tmp_path: Path, precision: str) -> None:
+    """Mixed precision is for training alone: before it, the model is its own reference to the last bit."""
+    rows = str(home / "pairs.jsonl")
+    made = recipe(home, "dpo", "lora", once=True, dtype="float32", **{"data.test": rows, "training.precision": precision})
+    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    assert run.results["test_before"]["reward_margin"] == 0
+
+
+def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Path, tmp_path: Path) -> None:
+    family = build.family(build.BaseConfig(name=str(home / "base")))
+    for name in METHODS:
+        made = build.recipe({"base": str(home / "base"), "data": "-", "method": name, "objective": {
+            "name": "ppo", "critic": "adapter", "reward": "length"}})
+        inside = build.attach(build.family(made.base), made.method, 0).scope is None
+        if not inside:
+            fitting(made, family)
+            continue
+        with pytest.raises(RecipeError, match=r"objective.critic: adapter .* method '" + name):
+            fitting(made, family)
+        fitting(made.model_copy(update={"objective": made.objective.model_copy(update={"critic": "shared"})}), family)
 
 
 def test_rows_that_are_streamed_cannot_be_asked_about_once(home: Path, tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_a_trial_is_extended_to_the_whole_run(home: Path) -> None:
     assert not list(folder.path.glob("lora*")), "trials leave nothing behind"
 
 
+def test_rows_that_are_held_out_are_not_steps(home: Path) -> None:
+    settings = {"base.name": "base", "data": "rows.jsonl", "training.epochs": 3.0, "data.eval": 0.4}
+    told = json.loads((plan(None, ["lora"], quiet=True, **settings).path / "plan.json").read_text())
+    assert told["methods"][0]["steps"] == 3 * 0.6 * ROWS / 8
+
+
 def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[str] = []
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import json
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -28,10 +32,11 @@ from luthier import build
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Sampling
 from luthier.desk import Bit, Desk, Request
-from luthier.serve import Counter, _door, app
+from luthier.serve import Counter, _door, app, named
 from tiny import save_tiny
 
 RUNS = ("law", "medicine")
+MODULE = import_module("luthier.build.served")  # the name `luthier.build.served` is a function
 
 
 @dataclass
@@ -164,10 +169,26 @@ def test_embeddings_are_the_pooled_states_at_length_one(house: House) -> None:
     got = house.post("embeddings", model="law", input=["a cat", "a long dog"])["data"]
     vectors = torch.tensor([row["embedding"] for row in got])
     assert torch.allclose(vectors.norm(dim=-1), torch.ones(2), atol=1e-5)
+    (packed,) = house.post("embeddings", model="law", input="a cat", encoding_format="base64")["data"]
+    assert torch.allclose(torch.tensor(struct.unpack("<32f", base64.b64decode(packed["embedding"]))), vectors[0], atol=1e-5)
     alone = torch.tensor(house.post("embeddings", model="law", input="a cat")["data"][0]["embedding"])
     assert torch.allclose(vectors[0], alone, atol=1e-5)
     bare = torch.tensor(house.post("embeddings", model="base", input="a cat")["data"][0]["embedding"])
     assert not torch.allclose(bare, alone, atol=1e-3), "the run's adapter acts"
+
+
+def test_texts_to_embed_are_read_whole_or_refused(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["x" * 256, "a cat", "y" * 200, "a long dog"]
+    whole = house.post("embeddings", model="law", input=texts)["data"]
+    monkeypatch.setattr(MODULE, "ROW", 260)  # in several rows they are what they were
+    again = house.post("embeddings", model="law", input=texts)["data"]
+    vectors, others = (torch.tensor([row["embedding"] for row in rows]) for rows in (whole, again))
+    assert torch.allclose(vectors, others, atol=1e-5)
+    assert not torch.allclose(vectors, others.roll(1, 0), atol=1e-2)
+    code, said = house.refusal("embeddings", model="law", input=["a cat", "x" * 257])
+    assert code == 400
+    assert "input 1 cannot be read" in said
+    assert "257 tokens, at most 256" in said
 
 
 def test_an_encoder_embeds_and_does_not_chat(tmp_path: Path) -> None:
@@ -198,12 +219,78 @@ ONE = [{"role": "user", "content": "Hi"}]
     (400, "max_tokens", {"model": "law", "messages": ONE, "max_tokens": 0}),
     (400, "a prompt of", {"model": "law", "messages": [{"role": "user", "content": "x" * 5000}]}),
     (400, "model", {"messages": ONE}),
+    (400, "top_k: 1 would change the answer", {"model": "law", "messages": ONE, "top_k": 1}),
+    (400, "reasoning_effort", {"model": "law", "messages": ONE, "reasoning_effort": "high"}),
+    (400, "messages.1.tool_calls", {"model": "law", "messages": [*ONE, {
+        "role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}]}),
 ])
 def test_what_cannot_be_is_refused_with_its_reason(house: House, code: int, words: str, body: dict[str, Any]) -> None:
     got, said = house.refusal("chat/completions", **body)
     assert got == code
     assert words in said
     assert text(house.chat("law", "Still there?")) is not None
+
+
+def test_what_changes_no_answer_is_let_through(house: House) -> None:
+    turn = {**ONE[0], "name": "Ann", "tool_calls": None, "refusal": None, "annotations": []}
+    body = {"messages": [turn], "user": "ann", "metadata": {"a": "b"}, "top_k": -1, "min_p": 0.0, "tools": [], "logit_bias": {}}
+    answer = house.post("chat/completions", model="law", temperature=0, max_tokens=12, **body)
+    assert text(answer) == text(house.chat("law", "Hi"))
+
+
+def test_what_the_chat_template_refuses_is_told(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{{ raise_exception('roles must alternate') }}"
+    monkeypatch.setattr(house.counter.served.base.tokenizer, "chat_template", template)
+    code, said = house.refusal("chat/completions", model="law", messages=ONE)
+    assert code == 400
+    assert "roles must alternate" in said
+
+
+def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: House, tmp_path: Path) -> None:
+    luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "soft"), quiet=True,
+                  method={"name": "prompt", "tokens": 20}, **{"training.steps": 1})
+    counter = Counter(build.served({"soft": tmp_path / "soft", "law": house.path / "law"}))
+    try:
+        long = {"prompt": "x" * 240, "max_tokens": 3, "temperature": 0}
+        assert counter.served.rooms == {"base": 256, "law": 256, "soft": 236}
+        with pytest.raises(RecipeError, match="240 tokens, and this model reads 1 to 235"):
+            counter.requests({"model": "soft", **long}, chat=False)
+        _, (whole,) = counter.requests({"model": "law", **long}, chat=False)
+        _, (fits,) = counter.requests({"model": "soft", **long, "prompt": "x" * 235}, chat=False)
+        heard: list[Bit] = []
+        with counter.desk._bell:  # both in one batch
+            for one in (whole, fits):
+                counter.desk._waiting.append(replace(one, tell=heard.append))
+            counter.desk._bell.notify()
+        while sum(bool(bit.end or bit.error) for bit in heard) < 2:
+            time.sleep(0.01)
+        assert [bit.error for bit in heard if bit.end] == [None, None]
+    finally:
+        counter.desk.close()
+
+
+def test_a_group_of_more_than_one_batch_throws_other_dice_in_each(house: House) -> None:
+    counter = Counter(house.counter.served, most=2)
+    try:
+        asked = {"model": "base", "prompt": "Dice?", "temperature": 1.0, "max_tokens": 12, "seed": 7, "n": 4}
+
+        async def said() -> list[str]:
+            return [choice["text"] for choice in (await counter.answered(*counter.requests(asked, False), False))["choices"]]
+
+        answers = asyncio.run(said())
+        assert len(set(answers)) == 4
+        assert asyncio.run(said()) == answers
+    finally:
+        counter.desk.close()
+
+
+def test_runs_are_called_by_their_whole_names(tmp_path: Path) -> None:
+    assert named(["runs/lora-0.1", "runs/lora-0.2", "law=runs/x"]) == {
+        "lora-0.1": "runs/lora-0.1", "lora-0.2": "runs/lora-0.2", "law": "runs/x"}
+    (tmp_path / "lr=0.1").mkdir()
+    assert list(named([str(tmp_path / "lr=0.1")])) == ["lr=0.1"]
+    with pytest.raises(RecipeError, match="have the name 'law'"):
+        named(["a/law", "law=b"])
 
 
 def test_a_broken_body_is_told(house: House) -> None:
@@ -264,7 +351,10 @@ def test_the_openai_client(house: House) -> None:
     assert client.chat.completions.create(**asked).choices[0].message.content == wanted
     chunks = client.chat.completions.create(**asked, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == wanted
-    assert len(client.embeddings.create(model="law", input="a cat", encoding_format="float").data[0].embedding) == 32
+    plain, own = (client.embeddings.create(model="law", input="a cat", **form).data[0].embedding
+                  for form in ({"encoding_format": "float"}, {}))  # the client's own choice is base64
+    assert len(plain) == 32
+    assert own == pytest.approx(plain, abs=1e-6)
     with pytest.raises(openai.NotFoundError, match="did you mean"):
         client.chat.completions.create(**{**asked, "model": "medicin"})
 

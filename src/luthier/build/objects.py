@@ -197,7 +197,12 @@ def _asked(example: Example) -> str:
 
 
 def chat_prompt(base: Family, messages: Sequence[Message], system: str | None) -> list[int]:
-    """Token ids of a conversation that ends with the user's turn, up to where the answer begins."""
+    """Token ids of a conversation that ends with the user's turn, up to where the answer begins. Raises `RecipeError`
+    for one that the base's chat template refuses."""
     opened = ([Message("system", system)] if system and messages[0].role != "system" else []) + list(messages)
     example = ChatExample((*opened, Message("assistant", "")), Origin("chat", 1))
-    return rows.prompt_of(example, base.tokenizer, DataConfig.parse({"train": "-"}))[0]
+    try:
+        return rows.prompt_of(example, base.tokenizer, DataConfig.parse({"train": "-"}))[0]
+    except rows.RenderError as fault:
+        raise RecipeError(f"the base's chat template refuses this conversation: {fault}",
+                          "let user and assistant take turns, the user last") from fault

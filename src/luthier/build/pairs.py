@@ -10,10 +10,15 @@ from luthier.build.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
 from luthier.families.heads import LOG_PROBS
+from luthier.methods.freeze import FreezeConfig, LnConfig
+from luthier.methods.full import FullConfig
+from luthier.methods.peft import PeftConfig
 from luthier.methods.several import parts_of
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.tokens import PretrainConfig
+
+INSIDE = (FullConfig, FreezeConfig, LnConfig, PeftConfig)  # methods without a switch that a bank could turn
 
 
 def fitting(made: Recipe, base: Family) -> None:
@@ -29,6 +34,11 @@ def fitting(made: Recipe, base: Family) -> None:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
+    inside = next((part.name for part in parts_of(made.method) if isinstance(part, INSIDE)), None)
+    if isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter" and inside:
+        raise RecipeError(f"objective.critic: adapter is a second adapter beside the policy's, and method {inside!r} "
+                          "works inside the base's own parts, which the two would share",
+                          "set objective.critic: shared, or train an adapter (method: lora)")
     if isinstance(made.objective, PretrainConfig):
         _hiding(made.objective, made.base.name, base)
     if any(change.name == "mixup" for change in made.data.augment) and not made.objective.mixes:

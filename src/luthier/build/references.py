@@ -59,7 +59,10 @@ def asked(made: Recipe, base: Family, found: Datasets, reference: Reference,
     done = 0
     told = []
     for part in (found.train, found.eval, found.test):
-        told.append(_known(made, base, part, reference, partial(_sum, tick, done)))
+        # In the precision of what it is compared with: held-out rows are measured without autocast.
+        precision = autocast(made, base) if part is found.train else nullcontext()
+        with precision:
+            told.append(_known(made, base, part, reference, partial(_sum, tick, done)))
         done += len(part)
     return replace(found, train=told[0], eval=told[1], test=told[2])
 
@@ -86,8 +89,7 @@ def _known(made: Recipe, base: Family, encoded: Sequence[Encoded], reference: Re
         for row in rows.first_fit(found[start:start + GROUP], micro_tokens(made, base)):
             places = [start + i for i in row]
             there = rows.batch([found[i] for i in places]).to(base.device)
-            with autocast(made, base):
-                logps = reference_logps(base, there, partial(untrained, reference)).cpu()
+            logps = reference_logps(base, there, partial(untrained, reference)).cpu()
             sizes = [sum(len(piece.predicted) for piece in found[i].pieces) for i in places]
             for i, own in zip(places, logps.split(sizes), strict=True):
                 found[i] = replace(found[i], known={"reference_logps": own.clone()})

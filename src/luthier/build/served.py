@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier import data as rows
-from luthier.build.objects import chat_prompt, family
+from luthier.build.objects import chat_prompt, family, room_for_text
 from luthier.build.recipe import recorded
 from luthier.build.runs import open_run
 from luthier.build.starts import banked, same_base
@@ -22,6 +23,8 @@ from luthier.families import CausalLM
 from luthier.methods.bank import Bank
 from luthier.runtime.run import Run
 
+ROW = 4096  # tokens of texts that are read together
+
 
 @dataclass(frozen=True)
 class Served:
@@ -30,12 +33,14 @@ class Served:
     Args:
         names: by which it is asked for, to the adapter in the bank; None for the model as it stands.
         systems: the system prompt that a run's data was given, where it was.
+        rooms: tokens of text that each reads at once: the base's context without a run's virtual tokens.
     """
 
     base: Family
     bank: Bank | None
     names: Mapping[str, str | None]
     systems: Mapping[str, str | None]
+    rooms: Mapping[str, int]
 
     @property
     def writes(self) -> bool:
@@ -59,21 +64,33 @@ class Served:
     def states(self, name: str, texts: Sequence[str]) -> Tensor:
         """[texts, D] pooled states, float32. Raises `RecipeError` for a text without tokens or beyond the context."""
         adapter = self.adapter(name)
-        config = DataConfig.parse({"train": "-", "max_length": self.base.anatomy.sizes["context"]})
+        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "overlong": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
             found = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
             if not isinstance(found, list):
-                raise RecipeError(f"input {number} cannot be read: {found}", "give texts of at least one word")
+                raise RecipeError(f"input {number} cannot be read: {found}", "give texts of one word at least, and "
+                                  f"{self.rooms[name]} tokens at most")
             encoded.append(found[0])
-        batch = rows.batch(encoded).to(self.base.device)
-        if self.bank is None:
-            pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
-        else:
-            with self.bank.using(adapter):
+        states = torch.zeros(len(encoded), self.base.anatomy.sizes["hidden"])
+        for row in rows.first_fit(encoded, ROW):
+            batch = rows.batch([encoded[i] for i in row]).to(self.base.device)
+            with nullcontext() if self.bank is None else self.bank.using(adapter):
                 pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
-        assert pooled is not None
-        return pooled.float().cpu()
+            assert pooled is not None
+            states[row] = pooled.float().cpu()
+        return states
+
+
+def called(place: Path | str) -> str:
+    """What a run or base is called after its path: its last part, of a file without the ending. A folder's name is
+    whole: what stands behind its last dot is no ending (Qwen2.5-0.5B).
+
+    >>> called("runs/lora-0.1"), called("Qwen/Qwen2.5-0.5B"), called("models/tiny.Q4_1.gguf")
+    ('lora-0.1', 'Qwen2.5-0.5B', 'tiny.Q4_1')
+    """
+    path = Path(place)
+    return path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
 
 
 def served(runs: Mapping[str, Path | str]) -> Served:
@@ -94,7 +111,7 @@ def served(runs: Mapping[str, Path | str]) -> Served:
         (name, run), = folders.items()
         made, base, _ = open_run(run)
         base.train(False)
-        return Served(base, None, {name: None}, {name: made.data.system})
+        return Served(base, None, {name: None}, {name: made.data.system}, {name: base.anatomy.sizes["context"]})
     recipes = {name: recorded(run.existing()) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
@@ -104,7 +121,9 @@ def served(runs: Mapping[str, Path | str]) -> Served:
     base = family(recipes[first].base)
     bank = banked(base, folders)
     base.train(False)
-    plain = Path(recipes[first].base.name).stem
+    plain = called(recipes[first].base.name)
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
     return Served(base, bank, {**names, **{name: name for name in runs}},
-                  {name: made.data.system for name, made in recipes.items()})
+                  {name: made.data.system for name, made in recipes.items()},
+                  {plain: base.anatomy.sizes["context"],
+                   **{name: room_for_text(made.method, base) for name, made in recipes.items()}})

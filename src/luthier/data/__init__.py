@@ -5,7 +5,7 @@ Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `hide.py`, `i
 """
 
 from luthier.data.augment import MixupAugment, PictureAugment, WordsAugment, augmented, paraphrased
-from luthier.data.chat import FALLBACK_TEMPLATE, prompt_and_answer, render, turns
+from luthier.data.chat import FALLBACK_TEMPLATE, RenderError, prompt_and_answer, render, turns
 from luthier.data.config import DataConfig, DividedConfig, Source
 from luthier.data.encode import prompt_of
 from luthier.data.formats import FORMATS, Reader, examples
@@ -22,8 +22,8 @@ from luthier.data.stream import Stream
 
 __all__ = [
     "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide", "Loader",
-    "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "Row", "Source", "Stream",
-    "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit",
+    "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row", "Source",
+    "Stream", "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit",
     "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "read", "render",
     "turns",
 ]
