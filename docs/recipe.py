@@ -76,6 +76,9 @@ no effect is warned of. The run folder keeps the recipe with every setting spelt
 """
 NOTES = {
     "`data`": "The columns that `columns` may name, and what the formats are: [data.md](data.md).",
+    "`base`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
+    "`base.structure`": "With examples: [adaptation](adaptation.md#another-structure).",
+    "`objective.reward` of ppo and grpo": "With a function of your own: [PPO](objectives/ppo.md#rewards).",
     "`training`": "`batch_size` changes what is learned; `micro_tokens`, the memory a step takes, never does.",
     "`evaluate`": "What each metric means: [metrics.md](metrics.md).",
 }
@@ -91,8 +94,8 @@ def page() -> str:
 
 def rows(config: type[Config]) -> Iterator[str]:
     """One line of the table for each setting."""
-    told = dict(re.findall(r"^ {8}(\w+): (.+)$", inspect.getdoc(config) or "", re.MULTILINE)
-                or re.findall(r"^ {4}(\w+): (.+)$", inspect.getdoc(config) or "", re.MULTILINE))
+    described = re.findall(r"^ {4}(\w+): (.+(?:\n {8}.+)*)$", inspect.getdoc(config) or "", re.MULTILINE)
+    told = {name: " ".join(words.split()) for name, words in described}
     for name, field in config.model_fields.items():
         meaning = field.description or told.get(name) or MEANT.get(name) or "which one this is"
         default = "required" if field.is_required() else shown(field.get_default(call_default_factory=True))

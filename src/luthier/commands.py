@@ -271,8 +271,9 @@ COMMANDS: dict[str, Command] = {
         QUIET, JSON)),
     "export": Command("write a run as a folder or file for other tools", _export, (
         _option("run", metavar="RUN", help="a run folder"),
-        _option("--to", choices=("merged", "adapter", "gguf", "gguf-adapter"), default="merged",
-                help="a whole model, or PEFT's adapter files; for llama.cpp the one or the other as a file"),
+        _option("--to", choices=("merged", "whole", "adapter", "gguf", "gguf-adapter"), default="merged",
+                help="one model; the base with the adapter in its folder; PEFT's adapter files; for llama.cpp a file "
+                     "of the one model, or of the LoRA alone"),
         _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
         _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"), JSON)),
     "merge": Command("fold what was trained into the base and write the model: export --to merged", _merge, (

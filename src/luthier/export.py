@@ -16,7 +16,8 @@ from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
 from luthier.runtime.run import Run
 
-FORMS = ("merged", "adapter", "gguf", "gguf-adapter")
+FORMS = ("merged", "whole", "adapter", "gguf", "gguf-adapter")
+VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what Transformers alone cannot put in
 FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are one file
 PROBE = 16  # tokens of the check that merging changed nothing
 # Most that a log-probability of the probe (or a number in a state) may move. In sixteen bits the merged weights
@@ -24,17 +25,18 @@ PROBE = 16  # tokens of the check that merging changed nothing
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-def export(run: Run | Path | str, to: Literal["merged", "adapter", "gguf", "gguf-adapter"] = "merged",
+def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "gguf", "gguf-adapter"] = "merged",
            out: Path | str | None = None, dtype: Literal["float32", "float16", "q8_0"] | None = None) -> Path:
     """Write a run as a folder or file of its own, whole or not at all, and return its path.
 
     Args:
         to: `merged`, a model like any other, the method's change folded into its weights (of a full run, a copy; of a
             run on a base in few bits, into the base as it was before);
+            `whole`, the base with the adapter beside it in one folder, which Transformers loads in one call;
             `adapter`, the files that PEFT loads beside the base;
             `gguf`, the merged model as one file for llama.cpp;
             or `gguf-adapter`, a LoRA as the file that llama.cpp loads beside the base's.
-        out: the folder or file; left out: `merged`, `adapter`, `model.gguf` or `adapter.gguf` inside the run's folder.
+        out: the folder or file; left out: in the run's folder, `model.gguf`, `adapter.gguf` or under the form's name.
         dtype: of the matrices in `gguf`; left out: float16.
 
     Raises:
@@ -52,6 +54,8 @@ def export(run: Run | Path | str, to: Literal["merged", "adapter", "gguf", "gguf
     made, base, attached = build.open_run(run, whole=to != "adapter")
     if to == "adapter" and (attached is None or attached.peft() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
+    if to == "whole":
+        _refuse_uncarried(run, made, attached)
     if to in ("merged", "gguf") and attached is not None:
         merge(base, attached)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -79,9 +83,33 @@ def _refuse_taken(out: Path, to: str) -> None:
                        "remove it, or give another name with --out")
 
 
+def _refuse_uncarried(run: Run, made: build.Recipe, attached: Attached | None) -> None:
+    """Raises `RunError` where Transformers would not put the adapter into the model by itself."""
+    form = attached.peft() if attached is not None else None
+    what = f"{str(run.path)!r} cannot be a whole model with an adapter in it: "
+    if form is None:
+        raise RunError(what + "it is a whole model without one", "export it with --to merged")
+    if form["peft_type"] == "LUTHIER":
+        raise RunError(what + f"neither Transformers nor PEFT knows {build.method_name(made)}",
+                       "--to merged, where it merges; else chat, serve and evaluate open the run itself")
+    if form["peft_type"] in VIRTUAL:
+        raise RunError(what + f"Transformers puts no virtual tokens ({build.method_name(made)}) into a model",
+                       "--to adapter, then let PEFT do it: PeftModel.from_pretrained(base, FOLDER)")
+    if form.get("use_dora") or form["peft_type"] == "ADALORA":
+        unread = "lengths of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
+        raise RunError(what + f"Transformers reads no {unread} from the file",
+                       "--to merged, or --to adapter, which PEFT reads whole")
+    if heads := form.get("modules_to_save"):
+        raise RunError(what + f"Transformers' model has no {heads[0]!r}, the head of objective {made.objective.name!r}",
+                       "--to merged writes the head beside the model, as heads.safetensors")
+
+
 def _folder(out: Path, to: str, made: build.Recipe, base: Family, attached: Attached | None) -> None:
     out.mkdir()
-    if to == "adapter" and attached is not None:
+    if to == "whole" and attached is not None:
+        with attached.disabled():
+            build.save_whole(Run(out), made, base)
+    if to in ("adapter", "whole") and attached is not None:
         build.save_tuned(Run(out), made, base, attached)
     else:
         build.save_whole(Run(out), made, base)

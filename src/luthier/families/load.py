@@ -63,8 +63,8 @@ class BaseConfig(Config):
         pooling: which state stands for a whole text: of its last token, its first, or the mean; `auto` is what the base
             was trained with (a decoder: last; an encoder: as its folder says, else first).
         quantize: keep the linear maps of the blocks in four (nf4) or eight (int8) bits, for QLoRA and whatever else
-            adds to a frozen base; see `quant.py`.
-        structure: what is changed before anything trains: words added, blocks added or left out; see `structure.py`.
+            adds to a frozen base.
+        structure: what is changed before anything trains: words added, blocks added or left out.
     """
 
     name: str = "smollm2"
@@ -170,6 +170,9 @@ def _check(path: Path, config: BaseConfig) -> None:
                             f"give the file itself, for example {inside[0]}")
         raise BaseError(f"base {config.name!r}: the folder {path} has no config.json",
                         "give a Transformers model folder")
+    if (path / "adapter_config.json").is_file():
+        raise BaseError(f"base {config.name!r} carries an adapter, which Transformers would put into it unasked",
+                        f"make one model of both: luthier export {config.name} --to merged")
     described = _json(path / "config.json")
     kind = described.get("model_type")
     if kind not in CONFIG_MAPPING and not ("auto_map" in described and config.trust_remote_code):
