@@ -145,6 +145,25 @@ def test_the_first_step_is_on_policy_and_its_kl_is_none() -> None:
     assert float(loss.metrics["clip_share"][0]) == 0
 
 
+def test_a_round_of_ppo_says_its_entropy() -> None:
+    objective = PpoConfig(answers=2, max_new_tokens=5, temperature=0.7)
+    family, attached = set_up(objective)
+    feed = rolls(objective, family, attached)
+    batches = next(feed)
+    spread = []
+    for batch in batches:
+        forest, tokens = batch.inputs.forest, batch.inputs.tokens
+        for segment in batch.target.items.tolist():
+            prompt, answer = (tokens[forest.starts[s]:][:forest.lengths[s]] for s in (forest.parents[segment], segment))
+            with torch.no_grad():
+                logits = family.model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1:-1]
+            spread.append(torch.distributions.Categorical(logits=logits / 0.7).entropy())
+        assert "entropies" not in batch.target.known
+    wanted = torch.cat(spread)
+    assert feed.heard(dict)["entropy"] == pytest.approx(float(wanted.mean()), rel=1e-4)
+    assert float(wanted.std()) > 1e-3
+
+
 def test_a_round_ends_early_where_the_policy_has_moved_too_far() -> None:
     objective = GrpoConfig(answers=2, max_new_tokens=4, epochs=5, target_kl=0.1)
     family, attached = set_up(objective)

@@ -65,7 +65,8 @@ class PpoConfig(RollsConfig):
     @property
     def asks(self) -> frozenset[str]:
         """What a rollout must know of its answers."""
-        return frozenset({"token_logps", "token_scores"}) | ({"reference_logps"} if self.kl_weight else set())
+        return (frozenset({"token_logps", "token_scores", "token_entropies"})
+                | ({"reference_logps"} if self.kl_weight else set()))
 
     def columns(self, rewards: Tensor, lengths: Tensor, found: Columns, kl_weight: float) -> dict[str, Tensor]:
         """What the loss must know of each token of a round.

@@ -185,6 +185,7 @@ class Rollouts:
         columns = self.objective.columns(torch.tensor(rewards, dtype=torch.float64), lengths, found, self.kl_weight)
         dtype = next((column.dtype for column in found.values()), torch.float32)
         self._news = self._said(answers, rewards, found)
+        found.pop("entropies", None)  # told, and nothing that the loss must know
         self.note(self.steps + 1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
                                    for a, r in list(zip(answers, rewards, strict=True))[:SHOWN]])
         if "kl" in self._news:
@@ -233,7 +234,8 @@ class Rollouts:
 
     def _measured(self, prompts: Sequence[Encoded], answers: Sequence[tuple[int, ...]],
                   asks: frozenset[str]) -> dict[str, Tensor]:
-        """`old_logps`, `old_values` and `reference_logps` of the answers' tokens, as far as `asks` names them."""
+        """`old_logps`, `old_values`, `entropies` and `reference_logps` of the answers' tokens, as far as `asks` names
+        them."""
         found: dict[str, Tensor] = {}
         if not asks:
             return found
@@ -244,6 +246,8 @@ class Rollouts:
             made = {"old_logps": outputs.token_logps}
             if outputs.token_scores is not None:
                 made["old_values"] = outputs.token_scores[:, 0]
+            if outputs.token_entropies is not None:
+                made["entropies"] = outputs.token_entropies
             if "reference_logps" in asks:
                 with self.reference():
                     made["reference_logps"] = self.family.forward(there.inputs, there.target,
@@ -260,6 +264,8 @@ class Rollouts:
         count = len(answers)
         said = {"reward": sum(rewards) / count, "answer_tokens": sum(len(a.tokens) for a in answers) / count,
                 "finished_share": sum(a.finished for a in answers) / count}
+        if "entropies" in found:
+            said["entropy"] = float(found["entropies"].double().mean())
         if "reference_logps" in found:
             said["kl"] = float((found["old_logps"] - found["reference_logps"]).double().sum()) / count
         return said
