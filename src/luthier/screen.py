@@ -116,6 +116,7 @@ def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     yield "trained", share
     yield "time", f"{results['train_seconds']:.4g} s for {results['steps']} steps, {results['train_tokens']:,} tokens"
     yield "memory", f"{results['peak_memory_gb']:.3g} GB at most"
+    yield "file", f"{results['file_bytes'] / 1e6:.3g} MB"
     if results.get("stopped"):
         yield "stopped", str(results["stopped"])
 

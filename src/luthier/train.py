@@ -82,8 +82,9 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     for line in found.report.lines():
         _say(quiet, line)
     share = trainable_share(base, attached)
+    rate = made.optimizer.learning_rate or made.method.default_rate
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_share']:.2%})")
+                f"({share['trainable_share']:.2%}) at a learning rate of {rate:g}")
     if price := build.price(made, attached):
         _say(quiet, price)
     found = _referred(made, base, found, reference, quiet)
@@ -96,7 +97,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     out.write("results.json", results)
     trackers = _trackers(out, made, saved, share)
     job = Job(base, attached, made.objective, feed, build.held_out(made, base, found),
-              made.training, made.optimizer, made.optimizer.learning_rate or made.method.default_rate, run.checkpoints,
+              made.training, made.optimizer, rate, run.checkpoints,
               reference=reference, rolling=rolling, log=_to_all(*trackers),
               warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
     summary = _fit(job, trackers, saved, quiet)
