@@ -16,7 +16,7 @@ import torch
 
 from luthier.cli import main, parse
 from tiny import save_tiny
-from unit.test_docs import PAGES, ROOT, commands, text
+from unit.test_docs import PAGES, ROOT, blocks, commands, text
 
 FOUND = {" ".join(words): words for page in PAGES for words in commands(text(page)) if len(words) > 1 or words[0] in ("doctor", "schema")}
 ELSEWHERE = {  # the beginning of a command: who runs it, or what it needs that is not here
@@ -47,6 +47,7 @@ FILES: dict[str, str | list[dict[str, Any]]] = {
     "questions.jsonl": [{"prompt": f"{i} + 1?", "reference": str(i + 1)} for i in range(8)],
     "topics.jsonl": [{"text": f"text {i}", "label": ["a", "b"][:i % 3]} for i in range(8)],
     "more.jsonl": [{"text": f"other {i}", "label": ["good", "bad"][i % 2]} for i in range(8)],
+    "rewards.py": blocks(ROOT / "docs/own.md", "python")[0],
     "notes.txt": "a note\n" * 8, "field.txt": "a word of the field\n" * 8,
     "reviews.csv": table(",", "text", label=["good", "bad"]), "unseen.csv": table(",", "text", label=["good", "bad"]),
     "reviews.tsv": table("\t", "text", label=["good", "bad"]), "sts.tsv": table("\t", "sentence1", "sentence2", score=[0, 2, 5]),

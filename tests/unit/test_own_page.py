@@ -1,0 +1,41 @@
+"""The page on what is one's own: its objective trains as the page writes it, in a process of its own. (Its reward and its
+commands run in `contract/test_pages.py`.)"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_docs import ROOT, blocks
+
+from luthier.core.types import Outputs, Target
+from luthier.objectives import OBJECTIVES
+from tiny import save_tiny
+
+OBJECTIVE = blocks(ROOT / "docs/own.md", "python")[1]
+
+
+def test_the_objective_of_the_page_trains(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps({"prompt": f"{i}?", "completion": str(i)}) + "\n" for i in range(8)))
+    (tmp_path / "focal.py").write_text(OBJECTIVE.replace('"smollm2"', repr(str(base))) + '\nprint(run.recipe["objective"])\n')
+    done = subprocess.run([sys.executable, "focal.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "{'name': 'focal', 'gamma': 1.0}"
+
+
+def test_the_objective_of_the_page_is_its_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("luthier.train", lambda **settings: None)
+    told: dict = {}
+    monkeypatch.setitem(OBJECTIVES, "focal", None)  # taken out again
+    exec(compile(OBJECTIVE, "own.md", "exec", dont_inherit=True), told)  # without this file's postponed annotations
+    chances, weights = torch.tensor([0.9, 0.2], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
+    target = Target(at=torch.tensor([0, 1]), tokens=torch.tensor([5, 6]), weights=weights, examples=1, bytes=2)
+    loss = told["FocalConfig"](gamma=2.0)(Outputs(token_logps=chances.log()), target)
+    wanted = sum(w * (1 - p) ** 2 * -p.log() for w, p in zip(weights, chances, strict=True))
+    torch.testing.assert_close(loss.total, wanted)
+    assert float(loss.count) == 4.0
