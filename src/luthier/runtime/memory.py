@@ -39,19 +39,21 @@ def peak_gb(device: torch.device | str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
-def room_gb(device: torch.device | str) -> float:
+def room_gb(device: torch.device | str, group: Path = Path("/sys/fs/cgroup")) -> float:
     """The memory that is free for a run, in GB of 10**9 bytes: of a CUDA device, else of this machine or of the group
-    of processes that the system keeps this one in."""
+    of processes that the system keeps this one in. Files that were read and are not in use count as free: the system
+    lets go of them where memory is wanted."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GB
     if not Path("/proc/meminfo").exists():
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GB
     found = Path("/proc/meminfo").read_text(encoding="ascii").partition("MemAvailable:")[2]
     free = int(found.split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
     limit = (group / "memory.max").read_text(encoding="ascii").strip() if (group / "memory.max").exists() else "max"
     if limit != "max":
-        free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="ascii")))
+        lines = (group / "memory.stat").read_text(encoding="ascii").splitlines()
+        read = next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)
+        free = min(free, int(limit) - int((group / "memory.current").read_text(encoding="ascii")) + read)
     return free / GB
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,18 @@ def test_the_peak_is_this_process_s_own() -> None:
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.1
     assert held[0] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="groups of processes are Linux's")
+def test_files_that_were_read_count_as_free(tmp_path: Path) -> None:
+    whole = memory.room_gb("cpu", tmp_path)  # no group: the machine's
+    assert whole > 0.05
+    for name, held in (("max", 50_000_000), ("current", 45_000_000)):
+        (tmp_path / f"memory.{name}").write_text(f"{held}\n")
+    (tmp_path / "memory.stat").write_text("anon 5000000\ninactive_anon 1000\ninactive_file 30000000\n")
+    assert memory.room_gb("cpu", tmp_path) == 0.035
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.room_gb("cpu", tmp_path) == pytest.approx(whole, rel=0.2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
