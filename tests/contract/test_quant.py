@@ -210,3 +210,22 @@ def test_packed_weights_are_counted_as_the_weights_that_they_are(bits: str) -> N
     family, whole = few("llama", bits), CausalLM(tiny("llama", dtype=torch.float32, hidden_size=32, intermediate_size=64), TOKENIZER)
     shares = [trainable_share(base, attach(base, "lora")) for base in (family, whole)]
     assert shares[0] == shares[1]
+
+
+@BITS
+@pytest.mark.parametrize("kind", ["gpt2", "mixtral"])
+def test_a_base_that_would_stay_whole_is_refused(bits: Any, kind: str) -> None:
+    """GPT-2's maps are transposed ones, a mixture's experts one parameter: both would be left as they are."""
+    model = tiny(kind, dtype=torch.float32)
+    with pytest.raises(BaseError, match=r"stay as they are"):
+        quantize(model, bits)
+
+
+@BITS
+def test_an_encoders_own_head_stays_whole(bits: Any, tmp_path: Path) -> None:
+    save_tiny(tmp_path, "bert", dtype=torch.float32, words=True)
+    model, _ = load(BaseConfig(name=str(tmp_path), quantize=bits, device="cpu"), words=True)
+    few = {name for name, module in model.named_modules()
+           if "Linear" in type(module).__name__ and type(module) is not torch.nn.Linear}
+    assert few
+    assert all(name.startswith("bert.encoder.") for name in few)

@@ -43,7 +43,7 @@ def quantize(model: Any, bits: Bits, dtype: torch.dtype | None = None,
         device: where the model is to be; left out: where it is.
 
     Raises:
-        BaseError: the base is to be held in float64, which no expansion gives.
+        BaseError: the base is to be held in float64, which no expansion gives; or most of it would stay whole.
         MissingExtra: bitsandbytes is not installed.
     """
     if bits == "none":
@@ -56,8 +56,10 @@ def quantize(model: Any, bits: Bits, dtype: torch.dtype | None = None,
         raise MissingExtra("bitsandbytes", "quant", f"base.quantize {bits!r}")
     head = model.get_output_embeddings()
     files = _Files()
-    places = [(parent, name) for parent in model.modules() for name, child in parent.named_children()
+    # Of the stack alone: the head of an encoder is several maps, and stands beside it.
+    places = [(parent, name) for parent in model.base_model.modules() for name, child in parent.named_children()
               if type(child) is nn.Linear and child is not head]
+    _refuse_whole(model, sum(parent.get_submodule(name).weight.numel() for parent, name in places), bits)
     for parent, name in places:
         linear = parent.get_submodule(name)
         setattr(parent, name, _few(linear, bits, dtype, device))
@@ -70,6 +72,20 @@ def quantize(model: Any, bits: Bits, dtype: torch.dtype | None = None,
             if parameter.data_ptr() != whole.data_ptr():
                 files.forget(whole)
     model.config.dtype = dtype
+
+
+def _refuse_whole(model: Any, few: int, bits: Bits) -> None:
+    """Raises `BaseError` where as many weights as those `few` or more would stay whole for their kind: maps of another
+    class (GPT-2's, transposed), experts that are one parameter together."""
+    embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
+                  and isinstance(getattr(m, "weight", None), Tensor)}
+    whole = sum(p.numel() for module in model.base_model.modules() if type(module) is not nn.Linear
+                and not isinstance(module, nn.Embedding | nn.Conv2d)
+                for p in module.parameters(recurse=False) if p.ndim > 1 and id(p) not in embeddings)
+    if whole >= few:
+        raise BaseError(f"base.quantize {bits!r}: of the maps of this {type(model).__name__} {few:,} weights can be "
+                        f"kept in few bits, and {whole:,} stay as they are (transposed maps, or experts)",
+                        "leave base.quantize out, or choose another base")
 
 
 def _few(linear: nn.Linear, bits: Bits, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
