@@ -1,5 +1,5 @@
-"""The page on what is one's own: its objective trains as the page writes it, in a process of its own. (Its reward and its
-commands run in `contract/test_pages.py`.)"""
+"""Python of the pages: one's own objective trains as written, in a process of its own; a classifier's answers are those that
+`evaluate` counts. (Rewards and commands run in `contract/test_pages.py`.)"""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from test_docs import ROOT, blocks
 
+import luthier
 from luthier.core.types import Outputs, Target
 from luthier.objectives import OBJECTIVES
 from tiny import save_tiny
@@ -39,3 +40,20 @@ def test_the_objective_of_the_page_is_its_formula(monkeypatch: pytest.MonkeyPatc
     wanted = sum(w * (1 - p) ** 2 * -p.log() for w, p in zip(weights, chances, strict=True))
     torch.testing.assert_close(loss.total, wanted)
     assert float(loss.count) == 4.0
+
+
+def test_a_classifiers_answers_are_those_that_evaluate_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tmp_path / "minilm", "bert", dtype=torch.float32)
+    truth = [["down", "up"][i % 2] for i in range(9)]
+    (tmp_path / "unseen.csv").write_text("text,label\n" + "".join(f"{chr(97 + i % 2) * 9} {i},{label}\n" for i, label in enumerate(truth)))
+    run = luthier.train(data="unseen.csv", objective="classify", run="runs/lora-minilm", quiet=True, **{
+        "base.name": str(tmp_path / "minilm"), "training.steps": 20, "training.batch_size": 9,
+        "optimizer.learning_rate": 1e-2, "evaluate.before": False})
+    capsys.readouterr()
+    exec(compile(blocks(ROOT / "docs/objectives/classify.md", "python")[0], "classify.md", "exec"), {})
+    said = json.loads(capsys.readouterr().out.replace("'", '"'))
+    measured = luthier.evaluate(run, data="unseen.csv", quiet=True)
+    assert sum(a == b for a, b in zip(said, truth, strict=True)) / 9 == pytest.approx(measured["accuracy"])
+    assert said.count("up") == sum(measured.get(f"confusion_{i}_1", 0) for i in (0, 1))
+    assert 0 < said.count("up") < 9, "one class for all, so nothing was tried"
