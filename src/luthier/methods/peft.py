@@ -8,8 +8,9 @@ PEFT puts a module of its own in the place of each one that it changes. While th
 base's own modules stand there again, so that the base is the base bit for bit and is saved under its own names. What a
 bank does (part of the tokens, a weight) PEFT's modules cannot, hence `scope` is None.
 
-Learning rate 2e-4, LoRA's, since most of these are its kin. Each tuner has a rate of its own; VeRA, which trains
-vectors alone, wants ten times more.
+Learning rate 5e-3: most of these are products of several factors that start small, LoHa's of four, so they move later
+than LoRA's of two. On the demo's rows 15 steps of LoHa at 2e-4 left the loss at 4.5; at 5e-3 it was 0.4 after 40. Each
+tuner has a rate of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WHERE_FROM = frozenset({"peft_type", "task_type", "base_model_name_or_path", "re
 class PeftConfig(Config):
     """Which of PEFT's tuners, and its settings."""
 
-    default_rate: ClassVar[float] = 2e-4
+    default_rate: ClassVar[float] = 5e-3
 
     name: Literal["peft"] = "peft"
     type: str = Field("LOHA", description="PEFT's name of the tuner, such as LOHA, LOKR, VERA, OFT")
