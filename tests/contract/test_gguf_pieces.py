@@ -42,8 +42,8 @@ def trained() -> tuple[dict[str, int], list[tuple[str, str]]]:
         vocab_size=700, min_frequency=1, max_token_length=8, special_tokens=[*SPECIAL, *pieces.BYTES], show_progress=False))
     model = json.loads(backend.to_str())["model"]
     rare = {"日", "Ω", "½"}  # to be written in bytes
-    words = [word for word in model["vocab"] if not rare & {*word}]
-    merges = [(left, right) for left, right in model["merges"] if not rare & {*left, *right}]
+    words = [*(word for word in model["vocab"] if not rare & {*word}), "▁▁"]
+    merges = [("▁", "▁"), *((left, right) for left, right in model["merges"] if not rare & {*left, *right})]
     return {word: i for i, word in enumerate(words)}, merges
 
 
@@ -56,7 +56,7 @@ def tokenizer(kind: str, converted: bool = True) -> PreTrainedTokenizerFast:
     backend.normalizer, backend.pre_tokenizer = KINDS[kind]
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     backend.add_special_tokens([AddedToken(word, normalized=False) for word in SPECIAL])
-    backend.add_tokens([AddedToken("<tool>", normalized=False), AddedToken("\n\n", normalized=False)])
+    backend.add_tokens([AddedToken(word, normalized=False) for word in ("<tool>", "\n\n", "▁▁")])  # Gemma has such runs
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     found = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     found.chat_template = CHATML
@@ -92,6 +92,16 @@ def test_text_becomes_the_same_tokens(kind: str, converted: bool, tmp_path: Path
     words = tokenizer(kind, converted)
     out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     assert wrong(tmp_path / "a.gguf", words) == []
+
+
+@llama
+def test_tokens_become_the_text_again(tmp_path: Path) -> None:
+    words = tokenizer("Gemma's")
+    out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
+    with opened(tmp_path / "a.gguf") as found:
+        for text in (*TEXTS, "a  b   c"):
+            tokens = words(text, add_special_tokens=False).input_ids
+            assert found.detokenize(tokens, special=True).decode() == words.decode(tokens) == text
 
 
 @llama
@@ -152,6 +162,13 @@ def test_a_word_that_llama_cpp_alone_would_make_is_refused(tmp_path: Path, monke
     out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     with opened(tmp_path / "a.gguf") as found:  # the refusal was right
         assert found.tokenize(b"ze", add_bos=True, special=True) != words("ze").input_ids
+
+
+def test_a_special_word_with_a_space_is_found_out_too(tmp_path: Path) -> None:
+    words = lone("▁z", "▁", "z")
+    words.backend_tokenizer.add_special_tokens([AddedToken("▁z", normalized=False)])
+    with pytest.raises(BaseError, match="no merge makes the word '▁z'"):  # a text has ' z', which is no such word yet
+        out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
 
 
 @llama
@@ -254,6 +271,22 @@ def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(kind: str, c
     assert pieces.space_before(described(kind)) == (kind == "Llama's")
     with pytest.raises(BaseError, match=said):
         pieces.space_before(described(kind, **changes))
+
+
+@llama
+@pytest.mark.parametrize(("kind", "found", "text"), [
+    ("Gemma's", {"ab": False, "bcd": False}, "abcd"), ("Gemma's", {"b": False, "abc": True}, "abc"),
+    ("Llama's", {"<odd>": True}, "a<odd>")])
+def test_and_the_refusal_of_words_cut_out_is_right(kind: str, found: dict[str, bool], text: str, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    words = tokenizer(kind)
+    words.backend_tokenizer.add_tokens([AddedToken(word, normalized=late) for word, late in found.items()])
+    with pytest.raises(BaseError, match=r"can share|looks for"):
+        out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
+    monkeypatch.setattr(pieces, "space_before", lambda described: kind == "Llama's")
+    out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
+    with opened(tmp_path / "a.gguf") as opposite:
+        assert opposite.tokenize(text.encode(), add_bos=True, special=True) != words(text).input_ids
 
 
 def test_words_that_can_share_a_text_without_harm_are_none_to_refuse() -> None:

@@ -53,7 +53,7 @@ def write_pieces(writer: gguf.GGUFWriter, described: Mapping[str, Any], size: in
     for token in added:
         if token["content"] == model.get("unk_token"):
             kinds[token["id"]] = int(gguf.TokenType.UNKNOWN)
-        elif SPACE in token["content"] and not token["special"]:  # merges make it of the spaces in a text
+        elif SPACE in token["content"] and not token["special"]:  # else it is shown as it stands
             kinds[token["id"]] = int(gguf.TokenType.NORMAL)
     apart = {token["content"] for token in added if SPACE not in token["content"]}
     writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece
