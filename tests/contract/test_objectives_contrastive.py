@@ -256,6 +256,36 @@ def test_a_batch_in_parts_is_the_whole_batch(name: str, kind: str, settings: dic
     assert kind == "triplet" or distance(measured(12, apart=True), whole) > 1e-4
 
 
+@pytest.mark.usefixtures("double")
+@pytest.mark.parametrize(("name", "kind", "settings"), [COUPLED[3], COUPLED[4]])
+def test_parts_are_computed_again_with_the_same_dropout(name: str, kind: str, settings: dict[str, Any]) -> None:
+    """Else the gradients would be of other outputs than the loss is of. What is drawn afterwards goes on from there."""
+    objective, examples = OBJECTIVES[name](**settings), rows(name, kind)
+    family = base("llama")
+    attached = build.with_heads(family, attach(family, "lora", dropout=0.5), objective, 3)
+    family.train(True)
+    batches = pack(examples, 12)
+    said: list[Tensor] = []
+
+    def run(batch: Any) -> Outputs:
+        found = forward(family, objective, batch, attached.disabled)
+        said.append((found.pooled if name == "contrastive" else found.token_logps).detach())
+        return found
+
+    torch.manual_seed(5)
+    coupled.backward(run, objective, batches, sum(objective.count(b.target) for b in batches), family.device, nullcontext)
+    after = torch.rand(3)
+    count = len(batches)
+    assert len(said) == 2 * count > 4
+    assert all(torch.equal(first, again) for first, again in zip(said[:count], said[count:], strict=True))
+    run(batches[0])
+    assert not torch.equal(said[-1], said[0])  # the control: other dice, other outputs
+    torch.manual_seed(5)
+    for batch in batches:
+        run(batch)
+    assert torch.equal(torch.rand(3), after)
+
+
 def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
     """Weights and metrics after two steps of a contrastive tuning with a learned temperature; `alone`: of one part only."""
     torch.set_num_threads(1)

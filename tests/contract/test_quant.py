@@ -102,6 +102,18 @@ def test_four_bits_are_expanded_as_the_library_does(shape: tuple[int, int], monk
     assert 0 < (whole - linear.weight).abs().max() < 0.1
 
 
+@pytest.mark.parametrize("shape", [(96, 64), (7, 384)])
+def test_eight_bits_are_off_by_half_a_step_at_most(shape: tuple[int, int]) -> None:
+    """Dettmers et al. 2022, section 2.1: a row's step is its absolute maximum over 127. The library
+    rounds a weight to float16 before: by 2^-11 of itself, and so by 127 / 2^11 of a step at most."""
+    linear = torch.nn.Linear(shape[1], shape[0], bias=False)
+    found = quant._expanded(quant._few(linear, "int8", torch.float32, "cpu"))
+    step = linear.weight.detach().abs().amax(1, keepdim=True) / 127
+    off = ((found - linear.weight) / step).abs().max()
+    assert 0.3 < off < 0.5 + 127 / 2**11
+    assert ((found * 127 / 128 - linear.weight) / step).abs().max() > 0.9  # the control: a step of another size
+
+
 @BITS
 def test_a_product_keeps_nothing_and_a_trained_bias_has_its_gradient(bits: str) -> None:
     linear = torch.nn.Linear(64, 96)
