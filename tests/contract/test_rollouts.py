@@ -379,6 +379,8 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
         assert isinstance(family, CausalLM)
         data = build.datasets(made, family)
         attached, reference = build.begin(made, family)
+        assert {name: attached.rate(name) * made.method.default_rate for name in attached.parameters() if "value" in name} == {
+            f"base_model.model.value.{part}": pytest.approx(1e-3) for part in ("weight", "bias")}  # as a head of any objective
         with torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             for parameter in attached.parameters().values():
