@@ -23,14 +23,17 @@ CHUNK_GPU = 2 ** 25  # a GPU wants large products: 128 MB, 682 positions of a vo
 
 
 class _LogProbs(torch.autograd.Function):
-    """(states [P, D], weight [V, D], tokens [P]) -> (log-probabilities [P], hits [P])."""
+    """(states [P, D], weight [V, D], tokens [P]) -> (log-probabilities [P], hits [P], entropies [P], which have no
+    gradient, or [0] where nobody asks)."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor,
+                asked: bool) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(states.dtype, torch.float32)
         logps = torch.empty(states.shape[0], dtype=wide, device=states.device)
         hits = torch.empty(states.shape[0], dtype=torch.bool, device=states.device)
-        needs_state, needs_weight, _ = ctx.needs_input_grad
+        entropies = torch.empty(states.shape[0] if asked else 0, dtype=wide, device=states.device)
+        needs_state, needs_weight, *_ = ctx.needs_input_grad
         slopes = torch.empty_like(states) if needs_state and not needs_weight else None
         for rows in _chunks(states.shape[0], weight.shape[0], states.device):
             target = tokens[rows]
@@ -41,20 +44,22 @@ class _LogProbs(torch.autograd.Function):
             mass = logits.sub_(best).exp_()
             total = mass.sum(-1, keepdim=True)
             logps[rows] = (chosen - best - total.log())[:, 0]
+            if asked:  # with m = e^(z - max z): log sum m - sum m log m / sum m
+                entropies[rows] = (total.log() + torch.special.entr(mass).sum(-1, keepdim=True) / total)[:, 0]
             if slopes is not None:
                 slopes[rows] = weight[target] - ((mass.to(weight.dtype) @ weight).to(wide) / total).to(weight.dtype)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
             ctx.save_for_backward(states, weight, tokens, logps)
-        ctx.mark_non_differentiable(hits)
-        return logps, hits
+        ctx.mark_non_differentiable(hits, entropies)
+        return logps, hits, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _hits: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, *_unmoved: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         if len(ctx.saved_tensors) == 1:
             (slopes,) = ctx.saved_tensors
-            return (grad[:, None] * slopes).to(slopes.dtype), None, None
+            return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
         states, weight, tokens, _ = ctx.saved_tensors
         grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight)
@@ -66,7 +71,7 @@ class _LogProbs(torch.autograd.Function):
             if grad_states is not None:
                 grad_states[rows] = push @ weight
             grad_weight.addmm_(push.T, states[rows])
-        return grad_states, grad_weight, None
+        return grad_states, grad_weight, None, None
 
 
 def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None, scale: float = 1.0,
@@ -83,9 +88,10 @@ def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None =
         temperature: the probabilities are those of sampling at this temperature: the logits are divided by it.
     """
     plain = type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _hooked(head)
-    if plain and not entropies:
-        logps, hits = _LogProbs.apply(states if temperature == 1 else states / temperature, head.weight, tokens)
-        return logps, hits, None
+    if plain and not (entropies and torch.is_grad_enabled()):
+        cooled = states if temperature == 1 else states / temperature
+        logps, hits, spread = _LogProbs.apply(cooled, head.weight, tokens, entropies)
+        return logps, hits, spread if entropies else None
     parts = [_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
              checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)
              for rows in _chunks(states.shape[0], head.weight.shape[0], states.device)]
