@@ -129,13 +129,15 @@ def test_it_is_torchs_by_hand(double: None, kind: str, layout: Any, method: str,
 
 
 def test_without_weights_it_is_cross_entropy_with_probabilities() -> None:
-    scores = torch.randn(5, 3, dtype=torch.float64)
     target = replace(batch(mixtures()).target, item_weights=torch.zeros(0))
+    scores = torch.randn(5, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    scores[torch.arange(5), target.labels.long()] += 9.0
+    scores[3] = scores[3].roll(1)
     objective = OBJECTIVES["classify"](labels=CLASSES.classes)
     found = objective(Outputs(scores=scores), target)
     torch.testing.assert_close(found.total / found.count, F.cross_entropy(scores, target.shares.double()), rtol=1e-12, atol=0)
-    guesses = scores.argmax(-1)
-    assert float(found.metrics["accuracy"][0]) == float((guesses == target.shares.argmax(-1)).sum())
+    guesses, truth = scores.argmax(-1), target.shares.argmax(-1)
+    assert float(found.metrics["accuracy"][0]) == 4 == float((guesses == truth).sum()) != float((guesses == truth.roll(1)).sum())
 
 
 @pytest.mark.parametrize("kind", ["llama", "bert", "t5"])

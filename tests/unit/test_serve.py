@@ -30,6 +30,7 @@ import uvicorn
 import luthier
 from luthier import build
 from luthier.core.errors import RecipeError
+from luthier.core.examples import Message
 from luthier.core.protocols import Sampling
 from luthier.desk import Bit, Desk, Request
 from luthier.serve import Counter, _door, app, named
@@ -155,6 +156,26 @@ def test_a_seed_decides_whoever_else_asks(house: House) -> None:
     several = house.chat("base", "Dice?", temperature=1.0, seed=7, n=3)["choices"]
     assert [choice["index"] for choice in several] == [0, 1, 2]
     assert len({choice["message"]["content"] for choice in several}) > 1
+
+
+def test_what_samples_otherwise_waits_for_the_next_batch() -> None:
+    one = Request([1], "law", 5, 0.5, 0.9, 7, "group", ("x",), 1)
+    assert one.alike(replace(one, adapter="medicine", max_new_tokens=9, stop=(), place=2, prompt=[2, 3]))
+    for other in ({"temperature": 0.6}, {"top_p": 0.8}, {"seed": 8}, {"seed": None}, {"group": "another"}):
+        assert not one.alike(replace(one, **other)), other
+    free = replace(one, seed=None)
+    assert free.alike(replace(free, group="another"))
+
+
+def test_a_runs_own_system_prompt_stands_where_none_is_brought(house: House, tmp_path: Path) -> None:
+    luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "told"), quiet=True,
+                  **{"training.steps": 1, "data.system": "Be brief."})
+    served = build.served({"told": tmp_path / "told", "law": house.path / "law"})
+    said = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "Hi")])) for name in ("told", "law", "base")}
+    assert "Be brief." in said["told"]
+    assert said["law"] == said["base"] == said["told"].replace("<|im_start|>system\nBe brief.<|im_end|>\n", "")
+    own = served.prompt("told", [Message("system", "Be long."), Message("user", "Hi")])
+    assert "Be brief." not in served.base.tokenizer.decode(own)
 
 
 def test_a_text_is_gone_on_with(house: House) -> None:

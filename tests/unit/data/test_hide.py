@@ -140,6 +140,22 @@ def test_whole_words_are_hidden_whole() -> None:
     assert any(sizes[owner] != n for owner, n in Counter(owners[i] for i in apart).items())
 
 
+def test_words_of_a_later_part_are_hidden_whole_too() -> None:
+    tokenizer = word_tokenizer()
+    parts = whole("words", tokenizer=tokenizer, settings={"max_length": 40, "overlong": "split"}, whole=True)
+    assert len(parts) == 3
+    owners, at = tokenizer(TEXT).word_ids()[1:-1], 0
+    for part in parts:
+        length = len(part.pieces[0].ids) - 2
+        own = owners[at:at + length]
+        sizes, at = Counter(own), at + length
+        for epoch in range(50):
+            mine = Counter(own[i - 1] for i in drawn(part, 0, epoch, 0).pieces[0].predicted)
+            assert mine
+            assert all(sizes[owner] == n for owner, n in mine.items())
+    assert at == len(owners)
+
+
 def test_one_long_word_is_hidden_all_the_same() -> None:
     assert len(drawn(one("words", "abcdefgh", word_tokenizer(), whole=True), 0, 0, 0).pieces[0].predicted) == 8
 
