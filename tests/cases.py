@@ -19,7 +19,7 @@ from luthier.objectives.base import ObjectiveConfig
 PREFERENCES = ("dpo", "ipo", "cdpo", "robust", "hinge", "simpo", "orpo")
 ROLLED = ("old_logps", "old_values", "advantages", "returns")
 WEIGHTED = ("classify", "classify-multi", "classify-regression", "contrastive", "contrastive-both", "contrastive-labels",
-            "contrastive-scores", "contrastive-triplet", "reward", "reward-pairs", *PREFERENCES, "kto")
+            "contrastive-scores", "contrastive-triplet", "reward", "reward-pairs", *PREFERENCES, "kto", "choice")
 BY_ITEM = ("pooled", "scores")
 
 
@@ -81,6 +81,8 @@ def cases(seed: int = 0) -> dict[str, Case]:
     }
     found |= {name: answers(name, dice, [[0, 1], [2, 0, 1], [1, 0]]) for name in PREFERENCES}
     found |= {"kto": answers("kto", dice, [[1, -1], [0, -1], [0, -1], [1, -1]], good_weight=1.5)}
+    found |= {"choice": answers("choice", dice, [[0, 1], [1, 0, 1], [1, 1, 1, 0]]),
+              "choice-whole": answers("choice", dice, [[1, 0], [0, 1, 1]], per_token=False)}
     found |= {f"{name}-weighted": _weighted(found[name], dice) for name in WEIGHTED}
     return found | {name: answers(name, dice, [[0, 0, 0], [0, 0, 0]], 0, ROLLED, kl_weight=0.1) for name in ("ppo", "grpo")}
 

@@ -1,25 +1,29 @@
 """The verb `compare`: one task under many methods, and what each one cost. Read `train.py` and `evaluate.py` first.
 
 Every method is an ordinary run in a process of its own, so that one's memory is not another's, with its own default
-settings and rate. What is measured of each: the score on unseen rows, what became of other text (what was forgotten),
-trainable share, seconds, peak memory, and the size of what is kept.
+settings and rate. What is measured of each: the score on unseen rows, what became of other text or of questions with
+choices (what was forgotten), trainable share, seconds, peak memory, and the size of what is kept.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier import build
 from luthier.core.errors import RecipeError, RunError
+from luthier.core.examples import ComparedExample
 from luthier.evaluate import evaluate
 from luthier.pictures import bars
 from luthier.runtime.apart import train_apart
 from luthier.runtime.progress import Progress
 from luthier.runtime.run import Run
 
-NO_ANSWERS: dict[str, Any] = {"evaluate.metrics": [], "evaluate.limit": None}  # other text is read, not answered
+AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing that the recipe says of its own rows holds
+    "evaluate.metrics": [], "evaluate.limit": None, "data.columns": {}, "data.format": "auto", "data.limit": None,
+    "data.system": None}
 COLUMNS = ("after", "general", "trainable_share", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
@@ -32,7 +36,8 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     Args:
         recipe: a YAML file; its method and learning rate are left aside.
         methods: ways to train; `a+b` is both together, `lora@nf4` (or `qlora`) on a base kept in four bits.
-        general: rows of other text: its perplexity before and after says what was forgotten.
+        general: rows that have nothing to do with the task: what became of them says what was forgotten. Of texts and
+            chats the perplexity is measured, of questions with choices how many are answered rightly.
         settings: laid over the recipe in every run.
 
     Raises:
@@ -41,9 +46,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     """
     made = build.recipe(recipe, settings)
     ways = {method: build.candidate(made, method) for method in methods}
-    if general and "TextExample" not in made.objective.reads:
-        raise RecipeError(f"--general {general!r}: the objective {made.objective.name!r} reads no texts, so what was "
-                          "forgotten of other text cannot be said", "leave --general out")
+    other = _other(made, general) if general else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -52,12 +55,12 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
             run = folder.path / method
             if not (run / "README.md").exists():
                 _train(ways[method], method, run, before=not rows)
-            rows.append(_row(method, Run(run), general, quiet))
+            rows.append(_row(method, Run(run), other, quiet))
             bar.update(done, score=rows[-1]["after"])
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
     told = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
-    if general:
-        told["general_before"] = evaluate(made.base.name, data=general, quiet=quiet, **NO_ANSWERS)["perplexity"]
+    if other:
+        told |= {"general": other.measure, "general_before": other.of(made.base.name, quiet)}
     folder.write("comparison.json", told)
     folder.write("comparison.md", table(told))
     bars([row["method"] for row in rows], {
@@ -77,13 +80,39 @@ def _train(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
                        f"mend it and compare again (what has ended is kept); its words are in {method}.log")
 
 
-def _row(method: str, run: Run, general: str | None, quiet: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Other:
+    """Rows that have nothing to do with the task, and what is measured of them under which objective."""
+
+    rows: str
+    objective: str
+    measure: str
+
+    def of(self, run: Run | str, quiet: bool) -> float:
+        return evaluate(run, data=self.rows, quiet=quiet, objective=self.objective, **AS_IT_IS)[self.measure]
+
+
+def _other(made: build.Recipe, rows: str) -> _Other:
+    """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
+    if "token_logps" not in made.objective.needs or made.objective.heads:
+        raise RecipeError(f"--general {rows!r}: the objective {made.objective.name!r} does not train a model of words, "
+                          "so what was forgotten of other text cannot be said", "leave --general out")
+    for _, lines in build.rows.read(rows):
+        for example in build.rows.examples(lines):
+            if isinstance(example, ComparedExample):
+                return _Other(rows, "choice", "accuracy")
+            if not isinstance(example, build.rows.Refusal):
+                return _Other(rows, "sft", "perplexity")
+    raise RecipeError(f"--general {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
+
+
+def _row(method: str, run: Run, other: _Other | None, quiet: bool) -> dict[str, Any]:
     results = run.results
     if "after" not in results:
         raise RecipeError("the recipe has no test rows and no score, so there is nothing to compare",
                           "set data.test, and evaluate.metrics for scores of answers")
-    forgotten = evaluate(run, data=general, quiet=quiet, **NO_ANSWERS)["perplexity"] if general else None
-    return {"method": method, "before": results.get("before"), "metric": results["metric"], "general": forgotten,
+    return {"method": method, "before": results.get("before"), "metric": results["metric"],
+            "general": other.of(run, quiet) if other else None,
             "perplexity": (results.get("test") or {}).get("perplexity"),
             "perplexity_before": (results.get("test_before") or {}).get("perplexity"),
             "rate": max((line.get("learning_rate", 0.0) for line in run.metrics), default=0.0),
@@ -93,17 +122,18 @@ def _row(method: str, run: Run, general: str | None, quiet: bool) -> dict[str, A
 def table(told: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table."""
     general, rows = told.get("general_before"), told["methods"]
+    aside = f"other text, {told.get('general')}"
     first = next((row for row in rows if row["perplexity_before"] is not None), None)
     titles = ["method", str(told["metric"]), *(["perplexity"] if first and told["metric"] != "perplexity" else []),
-              *(["other text, perplexity"] if general else []), "trains", "seconds", "peak GB", "file MB", "rate"]
+              *([aside] if general is not None else []), "trains", "seconds", "peak GB", "file MB", "rate"]
     cells = []
     if told["base"] is not None:
         cells.append({"method": "base", told["metric"]: f"{told['base']:.3g}",
                       "perplexity": _short(first and first["perplexity_before"]),
-                      "other text, perplexity": _short(general)})
+                      aside: _short(general)})
     for row in rows:
         cells.append({"method": row["method"], told["metric"]: f"{row['after']:.3g}",
-                      "perplexity": _short(row["perplexity"]), "other text, perplexity": _short(row["general"]),
+                      "perplexity": _short(row["perplexity"]), aside: _short(row["general"]),
                       "trains": f"{row['trainable_share']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
                       "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",
                       "rate": f"{row['rate']:.1g}"})

@@ -26,7 +26,7 @@ from luthier.runtime import coupled
 from luthier.runtime.optim import Optimizer, OptimizerConfig
 from luthier.runtime.step import forward, measure, step
 
-COMPARED = (*PREFERENCES, "reward")
+COMPARED = (*PREFERENCES, "reward", "choice")
 CLASSIFY: list[tuple[str, dict[str, Any]]] = [("classify", {"task": task, "labels": labels}) for task, labels in (
     ("single", ("a", "b", "c")), ("multi", ("a", "b", "c")), ("regression", ()), ("tokens", ("a", "b", "c")))]
 CONTRASTIVE: list[tuple[str, dict[str, Any]]] = [("contrastive", {"kind": kind, "learned": kind != "triplet"})

@@ -49,6 +49,7 @@ TWICE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # where 2 is 
     "triplet": ({"name": "contrastive", "kind": "triplet", "margin": 2.0},
                 [{"anchor": w, "positive": w[::-1], "negative": "no"} for w in WORDS]),
     "reward": ({"name": "reward", "centring": 0.1}, RANKED),
+    "choice": ({"name": "choice"}, RANKED),
     "all pairs": ({"name": "reward", "ranking": "all_pairs"}, RANKED),
     "kto": ({"name": "kto"}, [{"prompt": f"{w}?", "completion": w[::-1], "label": i % 2} for i, w in enumerate(WORDS)]),
     "sft": ({"name": "sft"}, [{"prompt": f"{w}?", "completion": w[::-1]} for w in WORDS]),

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from luthier.compare import compare
-from luthier.core.errors import RecipeError
+from luthier.core.errors import LuthierError, RecipeError
+from luthier.evaluate import evaluate
 from luthier.runtime.run import Run
 from tiny import save_tiny
 
@@ -51,9 +52,27 @@ def test_methods_beside_one_another(recipe: str) -> None:
     assert again["methods"][0]["after"] == lora["after"]
 
 
-def test_other_text_for_an_objective_that_reads_none_is_told_before_any_work(recipe: str) -> None:
-    with pytest.raises(RecipeError, match="reads no texts"):
-        compare(recipe, ["lora"], general="text.jsonl", quiet=True, objective="dpo")
+def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None:
+    """Whatever the recipe says of its own rows (here the names of their columns) is nothing to other rows."""
+    asked = [{"context": f"What is {word}?", "choices": [word, word * 2, "no"], "answer": n % 3}
+             for n, word in enumerate(("one", "two", "six", "ten"))]
+    Path("asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    folder = compare(recipe, ["lora"], general="asked.jsonl", quiet=True, **{"data.columns": {"prompt": "prompt", "completion": "completion"}, "data.limit": 3})
+    told = json.loads((folder.path / "comparison.json").read_text())
+    assert told["general"] == "accuracy"
+    wanted = evaluate("base", data="asked.jsonl", objective="choice", quiet=True)
+    assert wanted["examples"] == 4
+    assert told["general_before"] == wanted["accuracy"]
+    assert told["methods"][0]["general"] == evaluate(folder.path / "lora", data="asked.jsonl", objective="choice", quiet=True)["accuracy"]
+    assert "other text, accuracy" in (folder.path / "comparison.md").read_text()
+
+
+def test_other_text_for_an_objective_that_models_no_words_is_told_before_any_work(recipe: str) -> None:
+    with pytest.raises(RecipeError, match="does not train a model of words"):
+        compare(recipe, ["lora"], general="text.jsonl", quiet=True, objective="classify")
+    Path("odd.jsonl").write_text('{"odd": 1}\n')
+    with pytest.raises(LuthierError, match="odd"):
+        compare(recipe, ["lora"], general="odd.jsonl", quiet=True)
     assert not list(Path("runs").glob("compare-*/lora"))
 
 

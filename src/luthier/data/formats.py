@@ -63,9 +63,9 @@ def _kinds(*names: str) -> frozenset[str]:
 
 
 FormatName = Literal[
-    "pair", "sharegpt_pair", "rejected_response", "openai_pair", "transcripts", "ranking", "judged", "judged_chat",
-    "score", "triplet", "label", "label_pair", "tags", "picture", "messages", "sharegpt", "alpaca", "completion",
-    "prompt", "text"]
+    "pair", "sharegpt_pair", "rejected_response", "openai_pair", "transcripts", "ranking", "choices", "judged",
+    "judged_chat", "score", "triplet", "label", "label_pair", "tags", "picture", "messages", "sharegpt", "alpaca",
+    "completion", "prompt", "text"]
 FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` and `prompt` is of the first
     "sharegpt_pair": Format(("conversations", *PAIR), BESIDE, _kinds("Compared"),
                             preferences.from_sharegpt_pair),
@@ -76,6 +76,9 @@ FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` 
     "openai_pair": Format(("input", "preferred_output", "non_preferred_output"), BESIDE,
                           _kinds("Compared"), preferences.from_openai_pair),
     "ranking": Format(("prompt", "answers"), BESIDE, _kinds("Compared"), preferences.from_ranking),
+    "choices": Format(("prompt", "choices", "answer"), ("system", "weight"), _kinds("Compared"),
+                      preferences.from_choices, {"prompt": ("question", "context", "ctx"), "choices": ("endings",),
+                                                 "answer": ("answerKey", "label")}),
     "judged": Format(("prompt", "completion", "label"), ("system", "weight"), _kinds("Judged"),
                      preferences.from_judged),
     "judged_chat": Format(("messages", "label"), ("system", "weight"), _kinds("Judged"), preferences.from_judged_chat),

@@ -1,4 +1,6 @@
-"""Answers that someone compared or judged, out of rows: pairs, rankings, transcripts, verdicts. Read `worded.py` first.
+"""Answers that someone compared or judged, out of rows: pairs, rankings, transcripts, choices, verdicts.
+
+Read `worded.py` first.
 
 Answers are put best first. Ranks must run without ties or gaps, and answers must differ and say something.
 """
@@ -8,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import combinations, takewhile
+from string import ascii_uppercase
 from typing import Any
 
 from luthier.core.examples import ComparedExample, Example, JudgedExample, Message, Origin
@@ -59,9 +62,24 @@ def from_ranking(values: Values, origin: Origin) -> Example:
     if any(ranked) and not all(ranked):
         raise UnfitError("an answer has no rank", f"answer {ranked.index(False) + 1} of {len(answers)}")
     ranks = [number(answer["rank"], "rank") for answer in answers] if all(ranked) else list(range(len(answers)))
+    _demand_order(sorted(ranks))
     said = tuple(_answer(answer.get("text", answer) if isinstance(answer, dict) else answer, "answer")
                  for answer in answers)
-    return _compared(_prompt(values, "prompt"), said, ranks, values, origin)
+    return _compared(_prompt(values, "prompt"), said, [int(rank - min(ranks)) for rank in ranks], values, origin)
+
+
+def from_choices(values: Values, origin: Origin) -> Example:
+    """A question, its choices, and which is right: by its number (the first is 0), its letter or its own words. The
+    right one has rank 0, all others 1. Choices may lie in an object, `text` with a `label` each."""
+    found = parsed(values["choices"], "choices")
+    names: Sequence[Any] = ()
+    if isinstance(found, dict):
+        found, names = found.get("text", ()), found.get("label", ())
+    choices = [f"{choice:g}" if isinstance(choice, (int, float)) else choice
+               for choice in listed({"choices": found}, "choices")]
+    right = _right(values["answer"], choices, [*names])
+    return _compared(_prompt(values, "prompt"), tuple(_answer(choice, "choice") for choice in choices),
+                     [int(place != right) for place in range(len(choices))], values, origin)
 
 
 def from_judged(values: Values, origin: Origin) -> Example:
@@ -143,7 +161,19 @@ def _parted(chosen: Words, rejected: Words, values: Values, origin: Origin) -> C
     return _compared(prompt, (chosen[shared:], rejected[shared:]), (0, 1), values, origin)
 
 
-def _compared(prompt: Words, answers: tuple[Words, ...], ranks: Sequence[float], values: Values,
+def _right(answer: Any, choices: Sequence[Any], names: Sequence[Any]) -> int:
+    """The place of the right choice."""
+    for known in [[*names]] if names else [[*choices], [*ascii_uppercase[:len(choices)]], [*range(len(choices))]]:
+        if answer in known:
+            return known.index(answer)
+    if not names and isinstance(answer, str) and answer.strip().isdecimal() and int(answer) < len(choices):
+        return int(answer)
+    asked = (f"one of {', '.join(map(str, names))}" if names else
+             f"a number from 0 to {len(choices) - 1}, a letter from A on, or a choice's own words")
+    raise UnfitError("answer is none of the choices", f"{answer!r}: give {asked}")
+
+
+def _compared(prompt: Words, answers: tuple[Words, ...], ranks: Sequence[int], values: Values,
               origin: Origin) -> ComparedExample:
     prompt, said = _alike(prompt, answers)
     if len(said) < 2:
@@ -152,12 +182,11 @@ def _compared(prompt: Words, answers: tuple[Words, ...], ranks: Sequence[float],
         if not isinstance(answer, str) and answer[-1].role != "assistant":
             raise UnfitError("an answer does not end with the assistant's turn")
     order = sorted(range(len(said)), key=lambda i: ranks[i])
-    _demand_order([ranks[i] for i in order])
     for a, b in combinations(range(len(said)), 2):
         if _plain(said[a]) == _plain(said[b]):
             raise UnfitError("chosen and rejected are the same" if len(said) == 2 else "two answers are the same")
     margin = None if values.get("margin") is None else number(values["margin"], "margin")
-    return ComparedExample(prompt, tuple(said[i] for i in order), tuple(range(len(said))), origin, margin,
+    return ComparedExample(prompt, tuple(said[i] for i in order), tuple(ranks[i] for i in order), origin, margin,
                            row_weight(values))
 
 

@@ -4,6 +4,7 @@ A new objective is one file and one line here.
 """
 
 from luthier.objectives.base import ObjectiveConfig
+from luthier.objectives.choice import ChoiceConfig
 from luthier.objectives.classify import ClassifyConfig
 from luthier.objectives.contrastive import ContrastiveConfig
 from luthier.objectives.grpo import GrpoConfig
@@ -35,6 +36,7 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "simpo": SimpoConfig,
     "orpo": OrpoConfig,
     "kto": KtoConfig,
+    "choice": ChoiceConfig,
     "ppo": PpoConfig,
     "grpo": GrpoConfig,
 }

@@ -1,0 +1,75 @@
+"""Multiple choice against the formula written out, and against each answer asked alone. Read `cases.py` first."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cases import answers
+from luthier.evaluate import evaluate
+from luthier.families import BaseConfig, open_family
+from tiny import save_tiny
+
+LABELS = [[0, 1], [1, 0, 1], [1, 1, 0, 1], [2, 0, 1]]
+
+
+@pytest.mark.parametrize("per_token", [True, False])
+def test_value_and_gradient_are_the_formula_s(per_token: bool) -> None:
+    case = answers("choice", torch.Generator().manual_seed(5), LABELS, per_token=per_token)
+    logps, target = case.outputs.token_logps, case.target
+    wanted, right, chance = torch.zeros((), dtype=torch.float64), 0, 0.0
+    for group, labels in enumerate(LABELS):
+        own = [i for i in range(len(target.items)) if target.groups[i] == group]
+        scores = torch.stack([(logps[target.item_of == i].mean() if per_token else logps[target.item_of == i].sum()) for i in own])
+        wanted = wanted - scores.log_softmax(0)[labels.index(0)]
+        right += int(scores.argmax()) == labels.index(0)
+        chance += 1 / len(own)
+    found = case.loss()
+    torch.testing.assert_close(found.total, wanted, rtol=1e-12, atol=1e-12)
+    mine, theirs = (torch.autograd.grad(x, logps)[0] for x in (found.total, wanted))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+    assert float(found.count) == len(LABELS)
+    assert float(found.metrics["accuracy"][0]) == right
+    assert float(found.metrics["chance"][0]) == pytest.approx(chance)
+    other = answers("choice", torch.Generator().manual_seed(5), LABELS, per_token=not per_token)
+    assert abs(float(other.loss().total - found.total)) > 1e-2, "the control: the other score is another loss"
+
+
+def test_equal_scores_are_not_right() -> None:
+    case = answers("choice", torch.Generator().manual_seed(5), [[0, 1]])
+    with torch.no_grad():
+        case.outputs.token_logps.fill_(-1.0)
+    found = case.loss()
+    assert float(found.metrics["accuracy"][0]) == 0
+    assert float(found.total.detach()) == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("shared", ["auto", True, False])
+def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: object, tmp_path: Path) -> None:
+    """Transformers' own forward pass, an answer at a time, in the order of the file, with the right one anywhere."""
+    save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
+    rows = [{"context": f"What is {word} of many things?", "choices": [word, word * 2, "no", "x y z"][:2 + n], "answer": n}
+            for n, word in enumerate(("one", "two", "six"))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = evaluate(tmp_path / "base", data=str(tmp_path / "rows.jsonl"), objective="choice", quiet=True,
+                     **{"data.share_prompt": shared})
+    family = open_family(BaseConfig(name=str(tmp_path / "base")))
+    total, right = 0.0, 0
+    for row in rows:
+        scores = []
+        for answer in row["choices"]:
+            said = [{"role": "user", "content": row["context"]}, {"role": "assistant", "content": answer}]
+            begun = family.tokenizer.apply_chat_template(said[:1], add_generation_prompt=True, return_dict=False)
+            whole = family.tokenizer.apply_chat_template(said, return_dict=False)
+            with torch.no_grad():
+                logps = family.anatomy.model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            scores.append(float(sum(logps[i - 1, whole[i]] for i in range(len(begun), len(whole)))) / (len(whole) - len(begun)))
+        total -= float(torch.tensor(scores).log_softmax(0)[row["answer"]])
+        right += scores.index(max(scores)) == row["answer"]
+    assert found["loss"] == pytest.approx(total / len(rows), rel=1e-4)
+    assert found["accuracy"] == pytest.approx(right / len(rows))
+    assert found["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
