@@ -11,7 +11,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
 from luthier import __version__, screen
@@ -86,12 +86,27 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     given = vars(options)
     if "words" in given:
         given["words"] = [*options.words, *rest]
-        given["settings"] = dict(_setting(word) for word in given["words"] if SETTING.match(word))
+        given["settings"] = _settings(word for word in given["words"] if SETTING.match(word))
         given["words"] = [word for word in given["words"] if not SETTING.match(word)]
     elif rest:
         raise RecipeError(f"luthier {options.command} does not know what to do with {rest[0]!r}",
                           f"see: luthier {options.command} --help")
     return options
+
+
+def _settings(words: Iterable[str]) -> dict[str, Any]:
+    """Key to value. A null goes under its parent, since None by itself is what a caller left out."""
+    found: dict[str, Any] = {}
+    for word in words:
+        key, value = _setting(word)
+        parent, _, name = key.rpartition(".")
+        if value is not None or not parent:
+            found[key] = value
+        elif isinstance(found.setdefault(parent, {}), dict):
+            found[parent] = {**found[parent], name: None}
+        else:
+            raise RecipeError(f"{word!r} behind {parent}={found[parent]}", f"write both as one: {parent}={{...}}")
+    return found
 
 
 def _setting(word: str) -> tuple[str, Any]:

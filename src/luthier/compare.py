@@ -7,6 +7,7 @@ choices (what was forgotten), trainable share, seconds, peak memory, and the siz
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,8 @@ from luthier.runtime.progress import Progress
 from luthier.runtime.run import Run
 
 AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing that the recipe says of its own rows holds
-    "evaluate.metrics": [], "evaluate.limit": None, "data.columns": {}, "data.format": "auto", "data.limit": None,
-    "data.system": None}
+    "evaluate.metrics": [], "evaluate.limit": sys.maxsize, "data.columns": {}, "data.format": "auto",
+    "data.limit": sys.maxsize, "data.system": ""}
 COLUMNS = ("after", "general", "trainable_share", "train_seconds", "peak_memory_gb", "file_bytes")
 
 

@@ -19,10 +19,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier import screen
+from luthier import build, screen
 from luthier.chat import bits
-from luthier.cli import main
+from luthier.cli import main, parse
 from luthier.commands import COMMANDS
+from luthier.core.errors import RecipeError
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -347,3 +348,13 @@ def test_a_verb_wins_over_its_module() -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     assert done.returncode == 0, done.stderr
+
+
+def test_null_and_an_empty_mapping_unset_what_a_recipe_set() -> None:
+    recipe = {"data": {"train": "x", "limit": 3, "columns": {"prompt": "q"}}, "optimizer": {"clip": 2.0}}
+    given = parse(["train", "data.limit=null", "data.columns={}", "optimizer.clip=null", "data.eval=0.5"]).settings
+    made = build.recipe(recipe, given)
+    assert (made.data.limit, made.data.columns, made.optimizer.clip, made.data.eval) == (None, {}, None, 0.5)
+    assert build.recipe(recipe, {"data.limit": None}).data.limit == 3, "from Python None is what was left out"
+    with pytest.raises(RecipeError, match="behind data=x"):
+        parse(["train", "data=x", "data.limit=null"])

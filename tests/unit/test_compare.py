@@ -57,13 +57,16 @@ def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None
     asked = [{"context": f"What is {word}?", "choices": [word, word * 2, "no"], "answer": n % 3}
              for n, word in enumerate(("one", "two", "six", "ten"))]
     Path("asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    folder = compare(recipe, ["lora"], general="asked.jsonl", quiet=True, **{"data.columns": {"prompt": "prompt", "completion": "completion"}, "data.limit": 3})
+    folder = compare(recipe, ["lora"], general="asked.jsonl", quiet=True,
+                     **{"data.columns": {"prompt": "prompt", "completion": "completion", "answer": "odd"},
+                        "data.limit": 3, "evaluate.limit": 2})
     told = json.loads((folder.path / "comparison.json").read_text())
     assert told["general"] == "accuracy"
     wanted = evaluate("base", data="asked.jsonl", objective="choice", quiet=True)
     assert wanted["examples"] == 4
     assert told["general_before"] == wanted["accuracy"]
-    assert told["methods"][0]["general"] == evaluate(folder.path / "lora", data="asked.jsonl", objective="choice", quiet=True)["accuracy"]
+    assert told["methods"][0]["general"] == evaluate(
+        folder.path / "lora", data="asked.jsonl", objective="choice", limit=9, quiet=True, **{"data.columns": {}, "data.limit": 9})["accuracy"]
     assert "other text, accuracy" in (folder.path / "comparison.md").read_text()
 
 

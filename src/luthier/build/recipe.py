@@ -178,7 +178,8 @@ class _Loader(yaml.SafeLoader):
 
 
 def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
-    """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out."""
+    """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out,
+    mappings are laid over one another, and an empty one empties."""
     first, *rest = path
     old: Any = raw.get(first) or {}
     if first == "method" and isinstance(old, list):
@@ -189,7 +190,7 @@ def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, 
         rest = rest[1:]  # method.lora.rank, as it must be said of a list
     if rest:
         return {**raw, first: _laid(old, rest, value)}
-    if isinstance(value, dict) and isinstance(old, dict):
+    if value and isinstance(value, dict) and isinstance(old, dict):
         for key, inner in value.items():
             old = _laid(old, [key], inner)
         return {**raw, first: old}
