@@ -11,11 +11,12 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from luthier import __version__, screen
 from luthier.commands import COMMANDS
+from luthier.core.config import NULL
 from luthier.core.errors import LuthierError, RecipeError, nearest
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
@@ -86,7 +87,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     given = vars(options)
     if "words" in given:
         given["words"] = [*options.words, *rest]
-        given["settings"] = _settings(word for word in given["words"] if SETTING.match(word))
+        given["settings"] = dict(_setting(word) for word in given["words"] if SETTING.match(word))
         given["words"] = [word for word in given["words"] if not SETTING.match(word)]
     elif rest:
         raise RecipeError(f"luthier {options.command} does not know what to do with {rest[0]!r}",
@@ -94,27 +95,13 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _settings(words: Iterable[str]) -> dict[str, Any]:
-    """Key to value. A null goes under its parent, since None by itself is what a caller left out."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, value = _setting(word)
-        parent, _, name = key.rpartition(".")
-        if value is not None or not parent:
-            found[key] = value
-        elif isinstance(found.setdefault(parent, {}), dict):
-            found[parent] = {**found[parent], name: None}
-        else:
-            raise RecipeError(f"{word!r} behind {parent}={found[parent]}", f"write both as one: {parent}={{...}}")
-    return found
-
-
 def _setting(word: str) -> tuple[str, Any]:
     """A key and its value, read as YAML: ``method.rank=16``, ``evaluate.metrics=[exact,number]``."""
     import yaml
     key, _, value = word.partition("=")
     try:
-        return key, yaml.safe_load(value)
+        found = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise RecipeError(f"{word!r}: the value is not YAML ({str(error).splitlines()[0]})",
                           "quote it, for example 'data.system=\"You are: a clerk\"'") from None
+    return key, NULL if found is None and "." in key else found

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeAlias
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
-from luthier.core.config import Config
+from luthier.core.config import NULL, Config
 from luthier.core.errors import RecipeError
 from luthier.data import DataConfig
 from luthier.families import BaseConfig
@@ -88,7 +88,7 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
     raw = _read(Path(source)) if isinstance(source, (str, Path)) else dict(source or {})
     for key, value in (settings or {}).items():
         if value is not None:
-            raw = _laid(raw, key.split("."), value)
+            raw = _laid(raw, key.split("."), None if value is NULL else value)
     return _kept(Recipe.parse(_started(raw)))
 
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from luthier.core.errors import RecipeError, nearest
 
+NULL = object()  # a setting's null that somebody wrote; None is a setting that was left out
 QUOTED = re.compile(r"'([^']+)'")
 LABEL = re.compile(r"(str|int|float|bool|none)$|(literal|tuple|list|dict|lax-or-strict|function-\w+)\[")  # of a branch
 PLAIN = {kind: f"Input should be {what}" for kind, what in {  # without Python's words for what YAML holds
