@@ -16,7 +16,6 @@ from typing import Any, NoReturn
 
 from luthier import __version__, screen
 from luthier.commands import COMMANDS
-from luthier.core.config import NULL
 from luthier.core.errors import LuthierError, RecipeError, nearest
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
@@ -98,6 +97,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 def _setting(word: str) -> tuple[str, Any]:
     """A key and its value, read as YAML: ``method.rank=16``, ``evaluate.metrics=[exact,number]``."""
     import yaml
+
+    from luthier.core.config import NULL
     key, _, value = word.partition("=")
     try:
         found = yaml.safe_load(value)
