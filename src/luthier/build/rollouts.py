@@ -13,7 +13,7 @@ itself, a reward on another base) costs a second model, and is said to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -234,11 +234,16 @@ def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward
 def _compared(run: Run, answers: Sequence[Answer], judge: Family, config: DataConfig) -> Encoded:
     """Answers to one prompt as a row of comparisons."""
     raw = answers[0].facts.get("prompt", answers[0].prompt)
-    prompt = raw if isinstance(raw, str) else tuple(Message(m["role"], m["content"]) for m in raw)
+    prompt = raw if isinstance(raw, str) else tuple(_message(turn) for turn in raw)
     example = ComparedExample(prompt, tuple(answer.text for answer in answers), tuple(range(len(answers))),
-                              answers[0].origin)
+                              answers[0].origin, tools=tuple(answers[0].facts.get("tools") or ()))
     found = rows.encode(example, judge.tokenizer, config)
     if isinstance(found, list):
         return found[0]
     raise RunError(f"the reward {str(run.path)!r} cannot read an answer to {answers[0].prompt[-80:]!r}: {found}",
                    "train the reward with a longer data.max_length, or let answers be shorter")
+
+
+def _message(turn: Mapping[str, Any]) -> Message:
+    """A turn of a prompt as a row gave it."""
+    return Message(turn["role"], turn["content"], extra={k: v for k, v in turn.items() if k not in ("role", "content")})

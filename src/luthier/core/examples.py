@@ -102,6 +102,7 @@ class ComparedExample:
     origin: Origin
     margin: float | None = None
     weight: float = 1.0
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class JudgedExample:
     good: bool
     origin: Origin
     weight: float = 1.0
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,7 @@ class PromptExample:
     prompt: tuple[Message, ...] | str
     origin: Origin
     facts: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

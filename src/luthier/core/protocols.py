@@ -45,7 +45,8 @@ class Tokenizer(Protocol):
     unk_token_id: int | None
     mask_token_id: int | None
     all_special_ids: list[int]
-    chat_template: str | None
+    chat_template: Any  # Jinja source, or several by name; None where there is none
+    added_tokens_decoder: Any  # id -> a token that is looked for in a text as it stands
     is_fast: bool  # whether it can say which characters a token stands for
 
     def __len__(self) -> int: ...

@@ -94,6 +94,7 @@ class Encoded:
         facts: what a reward function is told about a prompt.
         known: name -> one number for each prediction, in their order, computed before (see `Target.known`).
         hidden: what hides some of its tokens, drawn anew in every epoch; None: it is as it goes into a batch.
+        remarks: rules that were applied to make text of its row, which the data report counts.
     """
 
     pieces: tuple[Piece, ...]
@@ -104,6 +105,7 @@ class Encoded:
     facts: Mapping[str, Any] = field(default_factory=dict)
     known: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Any = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -1,13 +1,13 @@
 """Rows to examples to tokens and weights to batches. The only room that imports `datasets`.
 
-Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `hide.py`, `items.py`, `settle.py`, `pack.py`,
+Reading order: `sources.py`, `formats.py`, `templates.py`, `conversation.py`, `chat.py`, `encode.py`, `hide.py`, `items.py`, `settle.py`, `pack.py`,
 `loader.py`; `load.py` puts them together.
 """
 
 from luthier.data.augment import MixupAugment, PictureAugment, WordsAugment, augmented, paraphrased
-from luthier.data.chat import FALLBACK_TEMPLATE, RenderError, prompt_and_answer, render, turns
+from luthier.data.chat import RenderError
 from luthier.data.config import DataConfig, DividedConfig, Source
-from luthier.data.encode import prompt_of
+from luthier.data.encode import encode_prompt_text, prompt_of
 from luthier.data.formats import FORMATS, Reader, examples
 from luthier.data.hide import Hide
 from luthier.data.items import encode
@@ -19,11 +19,14 @@ from luthier.data.report import DataReport, Overlap, Part, length_picture, previ
 from luthier.data.rows import Refusal, Row
 from luthier.data.sources import read
 from luthier.data.stream import Stream
+from luthier.data.templates import FALLBACK_TEMPLATE, saved_chat_template, stop_tokens
+from luthier.data.values import UnfitError
+from luthier.data.worded import turn
 
 __all__ = [
     "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide", "Loader",
     "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row", "Source",
-    "Stream", "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit",
-    "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "read", "render",
-    "turns",
+    "Stream", "UnfitError", "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "encode_prompt_text",
+    "eval_batches", "examples", "first_fit", "length_picture", "load", "pack", "paraphrased", "preview", "prompt_of",
+    "read", "saved_chat_template", "stop_tokens", "turn",
 ]

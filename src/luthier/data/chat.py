@@ -1,42 +1,32 @@
-"""Chats into words: the base's chat template, and which of the words are trained. Read `formats.py` first.
+"""Conversations as text: what the model reads, and which characters of it are trained. Read `conversation.py` first.
 
-The whole conversation is rendered once. What an assistant says runs from the end of
+A turn of the assistant is trained from where a sampler would begin to write to the mark that ends the turn:
 
-    render(messages before it, with the generation prompt)     to the end of     render(messages up to it)
+    start    the end of   render(turns before it, with the generation prompt)
+    end      the end of the mark in   render(turns up to it)
 
-that is, from where a sampler would begin to write, through the mark that ends the turn, to whatever the template puts
-behind it. Some templates rewrite history (they drop the thoughts of earlier turns). Then the earlier rendering is not a
-beginning of the later one, and each trained turn becomes a text of its own, as the model would meet it.
+So the text in front of `start` is exactly what is asked when that turn is generated: `render_prompt` makes it, for
+evaluation, chat, serving and rollouts alike. Where a turn lies comes from these renderings; nothing is searched for.
+
+Some templates rewrite history (they drop the thoughts of earlier turns). Then the text up to one turn is not a beginning
+of the text up to the next, and each trained turn becomes a text of its own, as the model would meet it.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any
-
-from jinja2 import TemplateError
 
 from luthier.core.examples import ChatExample, Message
 from luthier.core.protocols import Tokenizer
+from luthier.data.control_tokens import START, is_torn, unmark
+from luthier.data.conversation import SYSTEM, Conversation, Rules, build_conversation, call_text
+from luthier.data.templates import RenderError, common_prefix
 
-FALLBACK_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}"
-    "{{ '\\n\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}")
-"""For a base without a chat template: `### User:`, a line break, the words; the assistant's end with the end mark."""
+__all__ = ["Rendered", "RenderError", "Span", "content_ranges", "render_chat", "render_prompt", "train_weights"]
 
-TOOLS_INTRODUCED = ("You may call these functions. To call one, answer with its name and arguments as JSON between "
-                    "<tool_call> and </tool_call>.\n")
-
-
-class RenderError(ValueError):
-    """The chat template refuses this conversation, or hides where a turn begins."""
+THOUGHT, THOUGHT_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -50,138 +40,163 @@ class Span:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text, the parts of it that have a weight of their own, in order, and the weight of all the rest."""
+    """A text, the parts of it that have a weight of their own, in order, and the weight of all the rest.
+
+    Args:
+        boundaries: where a sampler begins to write: no token reaches across.
+        remarks: the rules by which the row was rendered, for the data report.
+    """
 
     text: str
     spans: tuple[Span, ...] = ()
     rest: float = 0.0
+    boundaries: tuple[int, ...] = ()
+    remarks: tuple[str, ...] = ()
 
 
-def turns(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
-          system: str | None = None) -> list[dict[str, Any]]:
-    """Messages as the template takes them. Function calls and tools that it does not know are put into words."""
-    known = _source(tokenizer)
-    found = [_turn(message, "tool_calls" in known) for message in messages]
-    if system and found[0]["role"] != "system":
-        found.insert(0, {"role": "system", "content": system})
-    if tools and "tools" not in known:
-        listed = TOOLS_INTRODUCED + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
-        if found[0]["role"] == "system":
-            found[0] = {**found[0], "content": found[0]["content"] + "\n\n" + listed}
-        else:
-            found.insert(0, {"role": "system", "content": listed})
-    return found
-
-
-def _source(tokenizer: Tokenizer) -> str:
-    """The template's source; some bases have several, by name."""
-    return json.dumps(tokenizer.chat_template) if tokenizer.chat_template else FALLBACK_TEMPLATE
-
-
-def _turn(message: Message, knows_calls: bool) -> dict[str, Any]:
-    turn = {**message.extra, "role": message.role, "content": message.content}
-    if message.extra.get("tool_calls") and not knows_calls:
-        calls = turn.pop("tool_calls")
-        said = [message.content] if message.content else []
-        turn["content"] = "\n".join(said + [called(call) for call in calls])
-    return turn
-
-
-def called(call: Mapping[str, Any]) -> str:
-    """A function call in words, for templates that know none."""
-    inner = call.get("function", call)
-    return f"<tool_call>\n{json.dumps(inner, ensure_ascii=False)}\n</tool_call>"
-
-
-def render(turns: list[dict[str, Any]], tokenizer: Tokenizer, *, tools: Sequence[Mapping[str, Any]] = (),
-           generate: bool = False) -> str:
-    """The conversation as text; with `generate`, up to where the assistant begins to write."""
-    options: dict[str, Any] = {} if tokenizer.chat_template else {"chat_template": FALLBACK_TEMPLATE}
-    if tools:
-        options["tools"] = list(tools)
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate, **options))
-    except (TemplateError, TypeError) as fault:
-        raise RenderError(str(fault)) from fault
-
-
-def train_weights(messages: Sequence[Message], train_on: str) -> list[float]:
-    """The weight of each message: its own, else what `train_on` says of its role."""
-    last = max((i for i, m in enumerate(messages) if m.role == "assistant"), default=-1)
+def train_weights(turns: Sequence[Mapping[str, Any] | Message], given: Sequence[float | None],
+                  train_on: str) -> list[float]:
+    """The weight of each turn: its own, else what `train_on` says of its role."""
+    roles = [turn.role if isinstance(turn, Message) else turn["role"] for turn in turns]
+    last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
     by_rule = {"all": lambda i: 1.0, "last": lambda i: float(i == last),
-               "assistant": lambda i: float(messages[i].role == "assistant")}[train_on]
-    return [by_rule(i) if message.weight is None else message.weight for i, message in enumerate(messages)]
+               "assistant": lambda i: float(roles[i] == "assistant")}[train_on]
+    return [by_rule(i) if weight is None else weight for i, weight in enumerate(given)]
 
 
-def rendered(example: ChatExample, tokenizer: Tokenizer, *, system: str | None, train_on: str) -> list[Rendered]:
-    """The texts of a chat with their trained parts: one, or one for each trained turn where history is rewritten."""
-    said = turns(example.messages, example.tools, tokenizer, system)
+def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: Rules, train_on: str) -> list[Rendered]:
+    """The texts of a chat with their trained parts: one, or one for each trained turn where history is rewritten.
+    Raises `RenderError`."""
+    made = build_conversation(example.messages, example.tools, tokenizer, rules)
     rest = float(train_on == "all")
-    weights = [rest] * (len(said) - len(example.messages)) + train_weights(example.messages, train_on)
-    chat = _Chat(said, weights, tokenizer, example.tools, whole=train_on == "all")
+    weights = train_weights(made.turns, made.weights, train_on)
+    chat = _Chat(made, weights, whole=train_on == "all")
     own = [i for i, weight in enumerate(weights) if weight != rest]
-    text = chat.until(len(said))
-    if all(text.startswith(chat.until(i + 1)) for i in own):
-        return [Rendered(text, tuple(chat.span(i) for i in own), rest)]
+    text = chat.until(len(made.turns))
+    chat.refuse_dropped(len(made.turns))
+    if all(text.startswith(chat.through(i)) for i in own):
+        return [chat.rendered(text, own, rest)]
     if rest:
         raise RenderError("the template rewrites earlier turns, so they cannot have weights of their own")
-    return [Rendered(chat.until(i + 1), (chat.span(i),)) for i in own]
+    return [chat.rendered(chat.alone(i), [i], 0.0) for i in own]
+
+
+def render_prompt(example: ChatExample, tokenizer: Tokenizer, rules: Rules) -> tuple[Rendered, str]:
+    """The text up to where the assistant's last turn begins (a chat without one: to its end), and that turn's words.
+    Raises `RenderError`."""
+    made = build_conversation(example.messages, example.tools, tokenizer, rules)
+    last = max((i for i, turn in enumerate(made.turns) if turn["role"] == "assistant"), default=len(made.turns))
+    chat = _Chat(made, [0.0] * len(made.turns))
+    prompt = chat.prompt(last)
+    chat.refuse_dropped(last, generate=True)
+    answer = unmark(_answer(made.turns[last])) if last < len(made.turns) else ""
+    return Rendered(prompt, boundaries=chat.boundaries(prompt, last), remarks=made.remarks), answer
+
+
+def content_ranges(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
+                   rules: Rules) -> tuple[tuple[int, int], ...]:
+    """Where the words of a prompt's turns lie in its text, but for those of system turns: what may be cut away without
+    touching a mark, a header or a system prompt. In a text that the template rewrites, only what it kept as it was."""
+    made = build_conversation(messages, tools, tokenizer, rules)
+    chat = _Chat(made, [0.0] * len(made.turns))
+    return chat.contents(chat.prompt(len(made.turns)))
+
+
+def _answer(turn: Mapping[str, Any]) -> str:
+    calls: Sequence[Mapping[str, Any]] = turn.get("tool_calls") or ()
+    return "\n".join([*([turn["content"]] if turn["content"] else []), *map(call_text, calls)])
 
 
 @dataclass(frozen=True)
 class _Chat:
     """One conversation being rendered. `whole`: headers of the assistant's turns are trained too."""
 
-    turns: list[dict[str, Any]]
-    weights: list[float]
-    tokenizer: Tokenizer
-    tools: Sequence[Mapping[str, Any]]
-    whole: bool
+    made: Conversation
+    weights: Sequence[float]
+    whole: bool = False
     known: dict[tuple[int, bool], str] = field(default_factory=dict)
 
     def until(self, count: int, generate: bool = False) -> str:
         """The first `count` turns as text; rendered once."""
         if (count, generate) not in self.known:
-            text = render(self.turns[:count], self.tokenizer, tools=self.tools, generate=generate)
+            text = self.made.template.render(self.made.turns[:count], tools=self.made.tools, generate=generate)
+            if is_torn(text):
+                raise RenderError("it takes apart a control token that is spelt in a message")
             self.known[count, generate] = text
         return self.known[count, generate]
 
-    def span(self, index: int) -> Span:
+    def prompt(self, index: int) -> str:
+        """What is asked for turn `index` of the assistant: all before it, with the generation prompt."""
+        return self.until(index, generate=True) if index else self.made.template.opening(self.made.tools)
+
+    def alone(self, index: int) -> str:
+        """The text up to turn `index` and with it, which goes on from its prompt."""
         text = self.until(index + 1)
-        return Span(self._start(index, text), len(text), self.weights[index])
+        if self.made.turns[index]["role"] != "assistant" or self.whole:
+            return text
+        prompt = self.prompt(index)
+        return text if text.startswith(prompt) else prompt + self._behind(prompt, text, index)
 
-    def _start(self, index: int, text: str) -> int:
-        """Where turn `index` begins to be trained in `text`, which ends with it."""
-        turn = self.turns[index]
-        if self.whole or turn["role"] != "assistant":
-            return _common(self.until(index), text) if index else 0
-        if index == 0:  # nothing was asked, so there is no generation prompt to end behind
-            start = text.find(turn["content"].strip())
-            if start < 0:
-                raise RenderError("an opening turn of the assistant is not found in the rendered chat")
-            return start
-        prompt = self.until(index, generate=True)
-        start = _common(prompt, text)
-        if start < len(prompt) and start < _common(self.until(index), text):
-            raise RenderError("the template rewrites what stands before the assistant's turn")
-        return start
+    def _behind(self, prompt: str, text: str, index: int) -> str:
+        """The turn behind a generation prompt that opens a thought, while the turn is rendered without one."""
+        shared = common_prefix(prompt, text)
+        opened = prompt[shared:]
+        if not index or shared < len(self.until(index)) or THOUGHT not in opened:
+            raise RenderError("it rewrites what stands before an assistant's turn")
+        content = self.made.turns[index]["content"]
+        thought = self.made.turns[index].get("reasoning_content", "")
+        if THOUGHT_END in content and content.startswith(THOUGHT):
+            thought = content[len(THOUGHT):content.index(THOUGHT_END)]
+        return f"{thought.strip(chr(10))}\n{THOUGHT_END}\n\n{text[shared:]}"
 
+    def through(self, index: int) -> str:
+        """`alone`, up to the mark that ends the turn; what the template writes behind it is nobody's words."""
+        text, mark = self.alone(index), self.made.template.end_of_turn
+        if self.made.turns[index]["role"] != "assistant" or self.whole or mark is None:
+            return text
+        at = text.rfind(mark)  # the template ends with it; one that a message spells stands between marks
+        return text[:at + len(mark)] if at >= len(self.prompt(index)) and text[at - 1] != START else text
 
-def _common(first: str, second: str) -> int:
-    """How many characters two texts share at their beginning."""
-    if second.startswith(first):
-        return len(first)
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+    def rendered(self, text: str, own: Sequence[int], rest: float) -> Rendered:
+        last = own[-1] if own else len(self.made.turns)
+        return Rendered(text, tuple(self._span(i) for i in own), rest, self.boundaries(text, last + 1),
+                        self.made.remarks)
 
+    def _span(self, index: int) -> Span:
+        text = self.through(index)
+        if self.whole or self.made.turns[index]["role"] != "assistant":
+            start = common_prefix(self.until(index), text) if index else 0
+        else:
+            start = len(self.prompt(index))
+        return Span(start, len(text), self.weights[index])
 
-def prompt_and_answer(example: ChatExample, tokenizer: Tokenizer, system: str | None) -> tuple[str, str]:
-    """The rendered chat up to the assistant's last turn with the generation prompt, and that turn's words."""
-    said = turns(example.messages, example.tools, tokenizer, system)
-    last = max((i for i, turn in enumerate(said) if turn["role"] == "assistant"), default=len(said))
-    answer = _answer(said[last]) if last < len(said) else ""
-    return render(said[:last], tokenizer, tools=example.tools, generate=True), answer
+    def boundaries(self, text: str, count: int) -> tuple[int, ...]:
+        """Where the assistant's turns among the first `count` begin in `text`, as far as they are not rewritten."""
+        spoken = [i for i, turn in enumerate(self.made.turns[:count]) if turn["role"] == "assistant"]
+        return tuple(len(self.prompt(i)) for i in spoken if text.startswith(self.prompt(i)))
 
+    def contents(self, text: str) -> tuple[tuple[int, int], ...]:
+        """Where each turn's words lie in `text`: between what its rendering shares with one of other words."""
+        found = []
+        for i, turn in enumerate(self.made.turns):
+            if turn["role"] in SYSTEM or not turn["content"]:
+                continue
+            other = {**turn, "content": "j" if turn["content"].lstrip()[:1] != "j" else "q"}
+            mine = self.until(i + 1)
+            twin = self.made.template.render([*self.made.turns[:i], other], tools=self.made.tools)
+            start = common_prefix(mine, twin)
+            end = len(mine) - common_prefix(mine[start:][::-1], twin[start:][::-1])
+            if text.startswith(mine[:end]):
+                found.append((start, end))
+        return tuple(found)
 
-def _answer(turn: Mapping[str, Any]) -> str:
-    calls: Iterable[Mapping[str, Any]] = turn.get("tool_calls") or ()
-    return "\n".join([*([turn["content"]] if turn["content"] else []), *map(called, calls)])
+    def refuse_dropped(self, count: int, generate: bool = False) -> None:
+        """Raises `RenderError` where the words of one of the first `count` turns do not reach the text."""
+        text = self.until(count, generate) if count else ""
+        for i, turn in enumerate(self.made.turns[:count]):
+            content = turn["content"].rpartition(THOUGHT_END)[2].strip()  # earlier thoughts may be left out
+            if content and content not in text:
+                turns = [*self.made.turns[:i], {**turn, "content": turn["content"] + "j"}, *self.made.turns[i + 1:count]]
+                if self.made.template.render(turns, tools=self.made.tools, generate=generate) == text:
+                    raise RenderError(f"it drops the words of turn {i + 1} ({turn['role']})",
+                                      "a turn that the chat template does not render")

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from luthier.core.config import Config
 from luthier.core.errors import nearest
 from luthier.data.augment import Augment
+from luthier.data.conversation import Rules
 from luthier.data.formats import COLUMNS, FormatName
 
 LENGTH = 1024  # tokens, where nobody says
@@ -43,9 +44,14 @@ class DataConfig(Config):
     max_length: int | None = Field(None, ge=2, description=(
         "the most tokens that one example may have; left out: 1024, or the base's context where that is shorter"))
     overlong: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
-        "what happens to longer ones: truncate cuts the end off, or of a prompt with answers to compare the beginning; "
-        "split cuts a text into several examples without loss, and refuses all else"))
+        "what happens to longer ones: truncate cuts the end off, or of a prompt with answers to compare the oldest words "
+        "of its turns (never the opening token, a header or the system prompt); split cuts a text into several examples "
+        "without loss, and refuses all else"))
     system: str | None = Field(None, description="system prompt for the chats that have none")
+    control_tokens: Literal["text", "token"] = Field("text", description=(
+        "how control tokens that are spelt in a row are read: as plain text, or as the tokens that they spell"))
+    ignore_keys: tuple[str, ...] = Field((), description=(
+        "keys of messages that are dropped; any other that the chat template does not render has its row refused"))
     train_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
         "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight wins"))
     share_prompt: Literal["auto"] | bool = Field("auto", description=(
@@ -106,6 +112,11 @@ class DataConfig(Config):
         if sum(change.name == "mixup" for change in changes) > 1:
             raise ValueError("mixup is named once: a mixture is not mixed again")
         return changes
+
+    @property
+    def rules(self) -> Rules:
+        """How messages are rendered."""
+        return Rules(self.system, self.control_tokens, self.ignore_keys)
 
     @property
     def most(self) -> int:

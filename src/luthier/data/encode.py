@@ -1,8 +1,9 @@
-"""Words to tokens and weights. Read `chat.py` first, for which words of a chat are trained; `items.py` goes on.
+"""Text to tokens and weights. Read `chat.py` first, for which parts of a chat are trained; `items.py` goes on.
 
     Example -> spell -> Spelled (all its tokens) -> cut -> Encoded (at most max_length tokens each)
 
-A token is trained if any of its characters is: its weight is that of the span it reaches into.
+A token is trained if any of its characters is: its weight is that of the span it reaches into. No token reaches from a
+prompt into its answer, so what is trained as a prompt is, token for token, what `prompt_of` asks.
 
 `bytes` counts the UTF-8 bytes of the words that are predicted, without the end mark: bits per byte can then be compared
 between tokenizers.
@@ -11,6 +12,7 @@ between tokenizers.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,9 +27,10 @@ from luthier.core.examples import (
 )
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Piece
-from luthier.data.chat import Rendered, RenderError, Span, prompt_and_answer, rendered
+from luthier.data.chat import Rendered, RenderError, Span, render_chat, render_prompt
 from luthier.data.config import DataConfig
-from luthier.data.labelled import asked_of
+from luthier.data.control_tokens import TextPart, control_tokens, split_text, unmark
+from luthier.data.labelled import asked_of, tools_of
 from luthier.data.rows import Refusal
 
 
@@ -40,6 +43,7 @@ class Spelled:
         divisible: whether it may be cut into several examples (documents may, chats may not).
         source: how many tokens are a source, which is read and not gone on with: a piece of its own.
         shortened: whether some of the source was cut off.
+        remarks: see `Rendered`.
     """
 
     text: str
@@ -50,6 +54,7 @@ class Spelled:
     divisible: bool = False
     source: int = 0
     shortened: bool = False
+    remarks: tuple[str, ...] = ()
 
 
 def encode_words(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
@@ -84,14 +89,19 @@ def spell(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[Spe
 
 def _texts(example: Worded, tokenizer: Tokenizer, config: DataConfig, bare: bool) -> list[Rendered] | Refusal:
     if isinstance(example, TextExample):
-        return [Rendered(example.text, rest=1.0)]
+        return [_document(example, tokenizer, config)]
     if isinstance(example, CompletionExample) and bare:
-        return [_bare(example)]
+        return [_bare(example, tokenizer, config)]
     chat = as_chat(example) if isinstance(example, CompletionExample) else example
     try:
-        return rendered(chat, tokenizer, system=config.system, train_on=config.train_on)
+        return render_chat(chat, tokenizer, config.rules, config.train_on)
     except RenderError as fault:
-        return Refusal(example.origin, "the chat template refuses it", str(fault))
+        return Refusal(example.origin, fault.reason, str(fault))
+
+
+def _document(example: TextExample, tokenizer: Tokenizer, config: DataConfig) -> Rendered:
+    text = control_tokens(tokenizer, "", config.control_tokens).mark(example.text, "user")
+    return Rendered(text, rest=1.0, remarks=_remarks(text, example.text))
 
 
 def templated(tokenizer: Tokenizer, config: DataConfig) -> bool:
@@ -105,9 +115,20 @@ def as_chat(example: CompletionExample) -> ChatExample:
                        example.origin, example.weight)
 
 
-def _bare(example: CompletionExample) -> Rendered:
-    text = example.prompt + example.completion
-    return Rendered(text, (Span(len(example.prompt), len(text), 1.0),))
+ENDS_IN_SPACE = "a prompt ends in a space: a model expects the space to open the answer (write it there)"
+
+
+def _bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig) -> Rendered:
+    control = control_tokens(tokenizer, "", config.control_tokens)
+    prompt, completion = control.mark(example.prompt, "user"), control.mark(example.completion, "assistant")
+    text, start = prompt + completion, len(prompt)
+    remarks = _remarks(text, example.prompt + example.completion)
+    return Rendered(text, (Span(start, len(text), 1.0),), boundaries=(start,),
+                    remarks=(*remarks, ENDS_IN_SPACE) if prompt.endswith(" ") else remarks)
+
+
+def _remarks(marked: str, text: str) -> tuple[str, ...]:
+    return () if marked == text else ("control tokens spelt in a text are plain text (data.control_tokens)",)
 
 
 def _spelled(text: Rendered, tokenizer: Tokenizer, example: Worded, *, closed: bool) -> Spelled:
@@ -121,12 +142,23 @@ def _spelled(text: Rendered, tokenizer: Tokenizer, example: Worded, *, closed: b
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids, weights, ends = [*ids, tokenizer.eos_token_id], [*weights, 0.0], [*ends, len(text.text)]
         weights[-1] = example.weight
-    return Spelled(text.text, ids, weights, ends, example.origin, divisible=isinstance(example, TextExample))
+    return Spelled(text.text, ids, weights, ends, example.origin, divisible=isinstance(example, TextExample),
+                   remarks=text.remarks)
 
 
 def tokens(text: Rendered, tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[int], list[int]]:
-    """Ids, and where each token's characters start and end; both never fall."""
-    return _whole(text.text, tokenizer, special) if tokenizer.is_fast else _by_parts(text, tokenizer, special)
+    """Ids, and where each token's characters start and end; both never fall.
+
+    The text is encoded in pieces: up to where a sampler begins to write, and on from there, so that the prompt's tokens
+    are those that are asked; and what only spells a control token apart from the rest.
+
+    Args:
+        special: whether the tokenizer's own marks are put around the whole.
+    """
+    parts = list(split_text(text.text, text.boundaries))
+    if tokenizer.is_fast and len(parts) == 1 and not parts[0].plain:
+        return _whole(text.text, tokenizer, special)
+    return _joined(text.text, parts if tokenizer.is_fast else _finer(parts, text), tokenizer, special)
 
 
 def _whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
@@ -143,18 +175,73 @@ def _whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], l
     return out["input_ids"], starts, ends
 
 
-def _by_parts(text: Rendered, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
-    """The same for a tokenizer that keeps no offsets: each part between the ends of spans is tokenised alone."""
-    bounds = sorted({0, len(text.text), *(s.start for s in text.spans), *(s.end for s in text.spans)})
-    ids: list[int] = []
-    starts: list[int] = []
-    ends: list[int] = []
-    for start, end in pairwise(bounds):
-        part = tokenizer(text.text[start:end], add_special_tokens=special and start == 0, verbose=False)["input_ids"]
-        ids += part
-        starts += [start] * len(part)
-        ends += [end] * len(part)
-    return ids, starts, ends
+def _finer(parts: list[TextPart], text: Rendered) -> list[TextPart]:
+    """The parts divided once more where spans start and end, for a tokenizer that keeps no offsets."""
+    bounds = {at for span in text.spans for at in (span.start, span.end)}
+    found: list[TextPart] = []
+    for part in parts:
+        inner = sorted(at for at in bounds if part.start < at < part.end)
+        found += [TextPart(a, b, part.plain) for a, b in pairwise([part.start, *inner, part.end])]
+    return found
+
+
+def _joined(text: str, parts: Sequence[TextPart], tokenizer: Tokenizer,
+            special: bool) -> tuple[list[int], list[int], list[int]]:
+    """The tokens of the parts one behind the other."""
+    opening, closing = marks_around(tokenizer) if special else ((), ())
+    ids, starts, ends = list(opening), [0] * len(opening), [0] * len(opening)
+    for part in parts:
+        found, begin, stop = _part(text[part.start:part.end], tokenizer, part.plain, first=not part.start)
+        ids += found
+        starts += [part.start + at for at in begin]
+        ends += [part.start + at for at in stop]
+    return [*ids, *closing], starts + [len(text)] * len(closing), ends + [len(text)] * len(closing)
+
+
+def _part(text: str, tokenizer: Tokenizer, plain: bool, first: bool) -> tuple[list[int], list[int], list[int]]:
+    """One part. Further ones are encoded behind a line break, which is taken off again: at the beginning of a text
+    some tokenizers write a space that is not there.
+
+    Args:
+        plain: it spells a control token, and none of its tokens may be one.
+    """
+    options = {"add_special_tokens": False, "verbose": False, **({"split_special_tokens": True} if plain else {})}
+    if not first:
+        line = tokenizer("\n", **options)["input_ids"]
+        if tokenizer.is_fast:
+            out = tokenizer("\n" + text, return_offsets_mapping=True, **options)
+            ids, offsets = out["input_ids"], out["offset_mapping"]
+            if ids[:len(line)] == line and offsets[len(line) - 1][1] <= 1:
+                ids, offsets = ids[len(line):], [(max(a - 1, 0), b - 1) for a, b in offsets[len(line):]]
+                return ids, *_rising(offsets)
+        else:
+            ids = tokenizer("\n" + text, **options)["input_ids"]
+            if ids[:len(line)] == line:
+                return ids[len(line):], [0] * (len(ids) - len(line)), [len(text)] * (len(ids) - len(line))
+    if tokenizer.is_fast:
+        out = tokenizer(text, return_offsets_mapping=True, **options)
+        return out["input_ids"], *_rising(out["offset_mapping"])
+    ids = tokenizer(text, **options)["input_ids"]
+    return ids, [0] * len(ids), [len(text)] * len(ids)
+
+
+def _rising(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Starts and ends of tokens, neither of which falls."""
+    starts, ends, at = [], [], 0
+    for start, end in offsets:
+        start, end = (min(start, at), max(end, at)) if start == end else (start, max(end, at))
+        starts.append(start)
+        ends.append(end)
+        at = end
+    return starts, ends
+
+
+def marks_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The tokens that the tokenizer puts before a text and behind it."""
+    bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
+    whole = list(tokenizer("a", verbose=False)["input_ids"])
+    at = next((i for i in range(len(whole)) if whole[i:i + len(bare)] == bare), len(whole))
+    return tuple(whole[:at]), tuple(whole[at + len(bare):])
 
 
 # ---------------------------------------------------------------- sources and their answers
@@ -182,7 +269,7 @@ def _halves(text: Rendered, tokenizer: Tokenizer, example: Worded, config: DataC
             bare: bool) -> Spelled | Refusal:
     """Source and answer, spelt alone and put one behind the other."""
     start, end_mark = text.spans[0].start, tokenizer.eos_token_id
-    source = Rendered(text.text[:start])
+    source = Rendered(text.text[:start], boundaries=text.boundaries)
     ids, _, ends = tokens(source, tokenizer, special=bare)
     closing = [] if end_mark is None else [end_mark]
     if closing and ids and ids[-1] == end_mark:
@@ -199,7 +286,8 @@ def _halves(text: Rendered, tokenizer: Tokenizer, example: Worded, config: DataC
     answer = _spelled(Rendered(said, spans), tokenizer, example, closed=True)
     weights = [answer.weights[0] or example.weight * text.spans[0].weight, *answer.weights[1:]]  # an opening mark
     return Spelled(source.text + said, ids + answer.ids, [0.0] * len(ids) + weights,
-                   ends + [start + end for end in answer.ends], example.origin, source=len(ids), shortened=shortened)
+                   ends + [start + end for end in answer.ends], example.origin, source=len(ids), shortened=shortened,
+                   remarks=text.remarks)
 
 
 # ---------------------------------------------------------------- cutting
@@ -230,7 +318,8 @@ def _encoded(text: Spelled, start: int, stop: int, end_mark: int | None) -> Enco
     first = start + text.source
     pieces = [Piece(tuple(text.ids[start:first]), tuple(text.weights[start:first]))] if text.source else []
     pieces.append(Piece(tuple(text.ids[first:stop]), tuple(text.weights[first:stop]), len(pieces) - 1))
-    return Encoded(tuple(pieces), text.origin, predicted_bytes(text, start, stop, end_mark))
+    return Encoded(tuple(pieces), text.origin, predicted_bytes(text, start, stop, end_mark),
+                   remarks=() if start else text.remarks)
 
 
 def predicted_bytes(text: Spelled, start: int, stop: int, end_mark: int | None) -> int:
@@ -241,9 +330,9 @@ def predicted_bytes(text: Spelled, start: int, stop: int, end_mark: int | None) 
         if counts and opened < 0:
             opened = ends[i - 1]
         elif not counts and opened >= 0:
-            total += len(text.text[opened:ends[i - 1]].encode())
+            total += len(unmark(text.text[opened:ends[i - 1]]).encode())
             opened = -1
-    return total + (len(text.text[opened:ends[stop - 1]].encode()) if opened >= 0 else 0)
+    return total + (len(unmark(text.text[opened:ends[stop - 1]]).encode()) if opened >= 0 else 0)
 
 
 # ---------------------------------------------------------------- for generation
@@ -252,28 +341,44 @@ def predicted_bytes(text: Spelled, start: int, stop: int, end_mark: int | None) 
 def prompt_of(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[int], str]:
     """What a sampler continues, as token ids, and the reference answer: the best one, where several were compared.
 
-    A chat is asked up to the assistant's last turn, a completion up to its prompt; a text is cut in half.
+    A chat is asked up to the assistant's last turn, a completion up to its prompt; a text is cut in half. Raises
+    `RenderError` where the chat template refuses a conversation.
     """
+    prompt, answer = prompt_and_answer(example, tokenizer, config)
+    return prompt.ids, answer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that a sampler continues, and the rules by which they were made."""
+
+    ids: list[int]
+    remarks: tuple[str, ...] = ()
+
+
+def prompt_and_answer(example: Example, tokenizer: Tokenizer, config: DataConfig) -> tuple[Prompt, str]:
+    """`prompt_of`, with the remarks for the data report."""
     if isinstance(example, TextExample):
         middle = (len(example.text) + 1) // 2
-        return _opened(example.text[:middle], tokenizer), example.text[middle:]
+        return encode_prompt_text(example.text[:middle], tokenizer, config), example.text[middle:]
     if isinstance(example, ChatExample):
-        prompt, answer = prompt_and_answer(example, tokenizer, config.system)
-        return _plain(prompt, tokenizer), answer
+        return _rendered_prompt(example, tokenizer, config)
     asked, answer = asked_of(example)
     if isinstance(asked, str) and not templated(tokenizer, config):
-        return _opened(asked, tokenizer), answer
+        return encode_prompt_text(asked, tokenizer, config), answer
     said = (Message("user", asked),) if isinstance(asked, str) else asked
-    prompt, _ = prompt_and_answer(ChatExample((*said, Message("assistant", "")), example.origin), tokenizer,
-                                  config.system)
-    return _plain(prompt, tokenizer), answer
+    chat = ChatExample((*said, Message("assistant", "")), example.origin, tools=tools_of(example))
+    return _rendered_prompt(chat, tokenizer, config)[0], answer
 
 
-def _plain(text: str, tokenizer: Tokenizer) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+def _rendered_prompt(example: ChatExample, tokenizer: Tokenizer, config: DataConfig) -> tuple[Prompt, str]:
+    prompt, answer = render_prompt(example, tokenizer, config.rules)
+    return Prompt(tokens(prompt, tokenizer, special=False)[0], prompt.remarks), answer
 
 
-def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
-    """With the tokenizer's own opening and without its end mark."""
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+def encode_prompt_text(text: str, tokenizer: Tokenizer, config: DataConfig) -> Prompt:
+    """A bare text to go on with: the tokenizer's own opening before it, and no end mark behind it."""
+    marked = control_tokens(tokenizer, "", config.control_tokens).mark(text, "user")
+    opening, _ = marks_around(tokenizer)
+    ids = tokens(Rendered(marked), tokenizer, special=False)[0]
+    return Prompt([*opening, *ids], _remarks(marked, text) + ((ENDS_IN_SPACE,) if text.endswith(" ") else ()))

@@ -23,7 +23,7 @@ Columns = Mapping[str, str | int]
 PATIENCE = 100  # rows that fit no format before the whole file is given up
 INSIDE = 4  # columns: a file with fewer and a list of objects among them is a wrapping around its rows
 PAIR = ("chosen", "rejected")
-BESIDE = ("system", "margin", "weight")  # of answers that are compared
+BESIDE = ("system", "tools", "margin", "weight")  # of answers that are compared
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` 
     "choices": Format(("prompt", "choices", "answer"), ("system", "weight"), _kinds("Compared"),
                       preferences.from_choices, {"prompt": ("question", "context", "ctx"), "choices": ("endings",),
                                                  "answer": ("answerKey", "label")}),
-    "judged": Format(("prompt", "completion", "label"), ("system", "weight"), _kinds("Judged"),
+    "judged": Format(("prompt", "completion", "label"), ("system", "tools", "weight"), _kinds("Judged"),
                      preferences.from_judged),
-    "judged_chat": Format(("messages", "label"), ("system", "weight"), _kinds("Judged"), preferences.from_judged_chat),
+    "judged_chat": Format(("messages", "label"), ("system", "tools", "weight"), _kinds("Judged"), preferences.from_judged_chat),
     "score": Format(("sentence1", "sentence2", "score"), ("weight",), _kinds("Texts"), labelled.from_score),
     "triplet": Format(("anchor", "positive"), ("negative", "negatives", "weight"), _kinds("Texts"),
                       labelled.from_triplet),
@@ -100,7 +100,7 @@ FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` 
                      worded.from_alpaca),
     "completion": Format(("prompt", "completion"), ("system", "tools", "weight"), _kinds("Chat", "Completion"),
                          worded.from_completion),
-    "prompt": Format(("prompt",), ("reference", "system"), _kinds("Prompt"), labelled.from_prompt,
+    "prompt": Format(("prompt",), ("reference", "system", "tools"), _kinds("Prompt"), labelled.from_prompt,
                      {"reference": ("answer", "completion")}),
     "text": Format(("text",), ("weight",), _kinds("Text"), worded.from_text, unless=PAIR),
 }

@@ -30,7 +30,7 @@ from luthier.core.types import Encoded, Item, Piece
 from luthier.data.augment import VIEWS, PictureAugment
 from luthier.data.chat import Rendered, RenderError, Span
 from luthier.data.config import DataConfig
-from luthier.data.encode import encode_words, prompt_of, tokens
+from luthier.data.encode import encode_words, prompt_and_answer, tokens
 from luthier.data.hide import Hide
 from luthier.data.hide import encoded as hidden
 from luthier.data.pictures import Picture
@@ -151,9 +151,10 @@ def _joined(words: tuple[str, ...], wide: bool) -> tuple[str, list[int]]:
 def _prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig, room: int) -> Made:
     """The prompt up to where the answer begins; nothing of it is predicted."""
     try:
-        ids, _ = prompt_of(example, tokenizer, config)
+        prompt, _ = prompt_and_answer(example, tokenizer, config)
     except RenderError as fault:
-        return Refusal(example.origin, "the chat template refuses it", str(fault))
+        return Refusal(example.origin, fault.reason, str(fault))
+    ids = prompt.ids
     if not ids:
         return Refusal(example.origin, "the tokenizer makes no tokens of it")
     if config.divided and tokenizer.eos_token_id not in (None, ids[-1]):
@@ -162,10 +163,11 @@ def _prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig, ro
     if len(ids) + room > config.most:
         return Refusal(example.origin, "the prompt leaves no room to answer" if room else "longer than max_length",
                        f"{len(ids)} tokens and {room} for the answer, at most {config.most}")
-    said = example.prompt if isinstance(example.prompt, str) else [{"role": m.role, "content": m.content}
+    said = example.prompt if isinstance(example.prompt, str) else [{**m.extra, "role": m.role, "content": m.content}
                                                                    for m in example.prompt]
-    facts = {"prompt": said, **example.facts}
-    return [Encoded((Piece(tuple(ids), (0.0,) * len(ids)),), example.origin, facts=facts)], False
+    facts = {"prompt": said, **({"tools": list(example.tools)} if example.tools else {}), **example.facts}
+    return [Encoded((Piece(tuple(ids), (0.0,) * len(ids)),), example.origin, facts=facts,
+                    remarks=prompt.remarks)], False
 
 
 def _picture(example: ImageExample, tokenizer: Any, config: DataConfig) -> Made:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from luthier.core.examples import (
     TextsExample,
 )
 from luthier.data.pictures import PictureFile, opened_picture
-from luthier.data.values import UnfitError, Values, label, listed, name, number, row_weight, text, words
-from luthier.data.worded import turns
+from luthier.data.values import UnfitError, Values, label, listed, name, number, row_weight, text, tools, words
+from luthier.data.worded import SYSTEM, turns
 
 
 def from_label(values: Values, origin: Origin) -> Example:
@@ -104,8 +105,8 @@ def from_prompt(values: Values, origin: Origin) -> Example:
     system = text(values, "system", "")
     if system.strip():
         asked = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-        prompt = asked if asked[0].role == "system" else (Message("system", system), *asked)
-    return PromptExample(prompt, origin, _facts(values))
+        prompt = asked if asked[0].role in SYSTEM else (Message("system", system), *asked)
+    return PromptExample(prompt, origin, _facts(values), tools(values))
 
 
 def _facts(values: Values) -> dict[str, Any]:
@@ -117,7 +118,8 @@ def as_prompt(example: Example, values: Values) -> PromptExample:
     prompt, reference = asked_of(example)
     if not prompt:
         raise UnfitError("nothing was asked")
-    return PromptExample(prompt, example.origin, _facts(values) | ({"reference": reference} if reference else {}))
+    return PromptExample(prompt, example.origin, _facts(values) | ({"reference": reference} if reference else {}),
+                         tools_of(example))
 
 
 def asked_of(example: Example) -> tuple[tuple[Message, ...] | str, str]:
@@ -133,6 +135,11 @@ def asked_of(example: Example) -> tuple[tuple[Message, ...] | str, str]:
         return example.prompt, str(example.facts.get("reference", ""))
     assert isinstance(example, JudgedExample), f"{type(example).__name__} holds no prompt"
     return example.prompt, said(example.answer) if example.good else ""
+
+
+def tools_of(example: Example) -> tuple[Mapping[str, Any], ...]:
+    """The functions that the assistant of an example may call."""
+    return example.tools if isinstance(example, ChatExample | ComparedExample | JudgedExample | PromptExample) else ()
 
 
 def said(answer: tuple[Message, ...] | str) -> str:

@@ -271,7 +271,8 @@ class _Reading:
             if refused is None:
                 part.kept.append(replace(kept, encoded=[one for one in made if isinstance(one, Encoded)]))
             if not kept.added:
-                part.tally.refuse(refused) if refused else part.tally.keep(kept.cut, kept.example.origin)
+                part.tally.refuse(refused) if refused else part.tally.keep(
+                    kept.cut, kept.example.origin, kept.encoded)
 
 
 def _held_out(count: int, share: float, seed: int) -> set[int]:

@@ -14,8 +14,8 @@ from string import ascii_uppercase
 from typing import Any
 
 from luthier.core.examples import ComparedExample, Example, JudgedExample, Message, Origin
-from luthier.data.values import UnfitError, Values, listed, number, parsed, row_weight, text, verdict, words
-from luthier.data.worded import turn, turns
+from luthier.data.values import UnfitError, Values, listed, number, parsed, row_weight, text, tools, verdict, words
+from luthier.data.worded import SYSTEM, turn, turns
 
 Words = tuple[Message, ...] | str
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
@@ -85,12 +85,12 @@ def from_choices(values: Values, origin: Origin) -> Example:
 def from_judged(values: Values, origin: Origin) -> Example:
     good = verdict(values["label"])
     prompt, answer = _alike(_prompt(values, "prompt"), (_answer(values["completion"], "completion"),))
-    return JudgedExample(prompt, answer[0], good, origin, row_weight(values))
+    return JudgedExample(prompt, answer[0], good, origin, row_weight(values), tools(values))
 
 
 def from_judged_chat(values: Values, origin: Origin) -> Example:
     prompt, answer = _last(values)
-    return JudgedExample(prompt, answer, verdict(values["label"]), origin, row_weight(values))
+    return JudgedExample(prompt, answer, verdict(values["label"]), origin, row_weight(values), tools(values))
 
 
 # ---------------------------------------------------------------- parts
@@ -107,7 +107,7 @@ def _with_system(prompt: Words, values: Values) -> Words:
     if not system.strip():
         return prompt
     said = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-    return said if said and said[0].role == "system" else (Message("system", system), *said)
+    return said if said and said[0].role in SYSTEM else (Message("system", system), *said)
 
 
 def _answer(raw: Any, column: str) -> Words:
@@ -187,7 +187,7 @@ def _compared(prompt: Words, answers: tuple[Words, ...], ranks: Sequence[int], v
             raise UnfitError("chosen and rejected are the same" if len(said) == 2 else "two answers are the same")
     margin = None if values.get("margin") is None else number(values["margin"], "margin")
     return ComparedExample(prompt, tuple(said[i] for i in order), tuple(ranks[i] for i in order), origin, margin,
-                           row_weight(values))
+                           row_weight(values), tools(values))
 
 
 def _demand_order(ranks: Sequence[float]) -> None:

@@ -63,6 +63,7 @@ class Part:
         histogram: `edges` (one more than `counts`) and `counts` of the same.
         labels: how many rows (words, where words have tags) have each label.
         augmented: how many rows each augmentation changed or added; the added ones are not among `read` and `kept`.
+        remarks: how many of the kept rows each rule of `conversation.py` was used for.
     """
 
     read: int = 0
@@ -80,6 +81,7 @@ class Part:
     labels: Mapping[str, int] = field(default_factory=dict)
     augmented: Mapping[str, int] = field(default_factory=dict)
     truncated_rows: tuple[str, ...] = ()
+    remarks: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class DataReport:
             where = {r["reason"]: f", the first {r['file']}:{r['line']}" for r in reversed(part.refused)}
             said += [f"{name}: {count} refused: {reason}{where.get(reason, '')}"
                      for reason, count in part.reasons.items()]
+            said += [f"{name}: {count} of {part.kept} rows: {remark}" for remark, count in part.remarks.items()]
             if part.labels and len(part.labels) <= LABELS:
                 told = sorted(part.labels.items(), key=lambda pair: (-pair[1], pair[0]))
                 said.append(f"{name}: labels {', '.join(f'{label} {count}' for label, count in told)}")
@@ -132,6 +135,7 @@ class Tally:
         self.reasons: Counter[str] = Counter()
         self.refused: list[Refusal] = []
         self.cut: list[str] = []
+        self.remarks: Counter[str] = Counter()
 
     def refuse(self, refusal: Refusal) -> None:
         self.read += 1
@@ -139,7 +143,9 @@ class Tally:
         if len(self.refused) < LISTED:
             self.refused.append(refusal)
 
-    def keep(self, truncated: bool, origin: Origin) -> None:
+    def keep(self, truncated: bool, origin: Origin, encoded: Sequence[Encoded] = ()) -> None:
+        """Count a row that became `encoded`."""
+        self.remarks.update({remark for one in encoded for remark in one.remarks})
         self.read += 1
         self.kept += 1
         self.truncated += truncated
@@ -152,7 +158,8 @@ class Tally:
 
     def load(self, state: Mapping[str, Any]) -> None:
         refused = [Refusal(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
-        vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]))
+        vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]),
+                          remarks=Counter(state.get("remarks", {})))
 
     def part(self, encoded: Sequence[Encoded]) -> Part:
         """The counts so far, and what `encoded` is like."""
@@ -167,7 +174,7 @@ class Tally:
             count, pairs, int(lengths.sum()), sum(_trained(example) for example in encoded),
             {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()},
             {"edges": [round(float(edge)) for edge in edges], "counts": counts.tolist()},
-            truncated_rows=tuple(self.cut))
+            truncated_rows=tuple(self.cut), remarks=dict(self.remarks.most_common()))
 
 
 def _trained(example: Encoded) -> int:

@@ -7,7 +7,7 @@ rows before the current block, and of examples taken from it: who resumes skips 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -95,7 +95,7 @@ class Stream:
             if isinstance(found, Refusal):
                 self._count(found)
             else:
-                self._count(found[1], example.origin)
+                self._count(found[1], example.origin, found[0])
                 self.queue += found[0]
             if len(self.queue) >= self.block:
                 break
@@ -114,12 +114,12 @@ class Stream:
         refused = next((one for one in found if isinstance(one, Refusal)), None)
         return refused or ([one for one in found if isinstance(one, Encoded)], made[1])
 
-    def _count(self, outcome: Refusal | bool, origin: Origin | None = None) -> None:
+    def _count(self, outcome: Refusal | bool, origin: Origin | None = None, encoded: Sequence[Encoded] = ()) -> None:
         if self.epoch == 0 and self.tally.read < self.next_row:
             if isinstance(outcome, Refusal):
                 self.tally.refuse(outcome)
             elif origin:
-                self.tally.keep(outcome, origin)
+                self.tally.keep(outcome, origin, encoded)
 
     def _batch(self) -> list[Encoded]:
         """Up to `batch_size` examples of this epoch."""

@@ -11,7 +11,11 @@ from luthier.data.values import UnfitError, Values, parsed, row_weight, text, to
 
 ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant", "model": "assistant",
          "observation": "tool", "function_response": "tool", "function_call": "function_call", "system": "system",
-         "user": "user", "assistant": "assistant", "tool": "tool", "developer": "developer"}
+         "user": "user", "assistant": "assistant", "tool": "tool", "function": "tool", "developer": "developer"}
+SYSTEM = ("system", "developer")  # roles of what stands above the user
+READ = ("role", "from", "content", "value", "weight", "train", "function_call", "reasoning_content", "reasoning",
+        "thinking")  # keys that `turn` reads itself
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # names of one and the same
 
 
 def turn(raw: Any) -> Message:
@@ -25,16 +29,30 @@ def turn(raw: Any) -> Message:
         raise UnfitError("a turn has an unknown role", f"{named!r}: {nearest(named, ROLES)}")
     role = ROLES[named]
     content = raw.get("content") if raw.get("content") is not None else raw.get("value")
-    extra = {key: value for key, value in raw.items()
-             if key not in ("role", "from", "content", "value", "weight", "train") and value is not None}
+    extra = {key: value for key, value in raw.items() if key not in READ and value not in (None, "", [], {})}
     if role == "function_call":
         return Message("assistant", "", _turn_weight(raw), {"tool_calls": _calls(parsed(content, "function_call"))})
-    if extra.get("tool_calls"):
-        extra["tool_calls"] = _calls(extra["tool_calls"])
+    extra |= _thoughts(raw)
+    calls = _calls(extra["tool_calls"]) if extra.get("tool_calls") else []
+    if raw.get("function_call") not in (None, "", {}):  # OpenAI's older name for one call
+        calls += _calls(raw["function_call"])
+    if calls:
+        extra["tool_calls"] = calls
     said = _said(content)
-    if role == "assistant" and not said.strip() and not extra.get("tool_calls"):
+    if role == "assistant" and not said.strip() and not {"tool_calls", "reasoning_content"} & extra.keys():
         raise UnfitError("an assistant's turn is empty")
     return Message(role, said, _turn_weight(raw), extra)
+
+
+def _thoughts(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn's thoughts under the name that chat templates know."""
+    found = {str(raw[key]): raw[key] for key in THOUGHTS if raw.get(key) not in (None, "", [], {})}
+    if len(found) > 1:
+        raise UnfitError("a turn has two different thoughts", ", ".join(key for key in THOUGHTS if raw.get(key)))
+    thought = next(iter(found.values()), None)
+    if thought is not None and not isinstance(thought, str):
+        raise UnfitError("a turn's thoughts are not text", f"they are {type(thought).__name__}")
+    return {} if thought is None else {"reasoning_content": thought}
 
 
 def _turn_weight(turn: Mapping[str, Any]) -> float | None:
@@ -86,7 +104,7 @@ def turns(raw: Any, column: str) -> list[Message]:
 
 def chat(messages: Sequence[Message], values: Values, origin: Origin) -> ChatExample:
     system = text(values, "system", "")
-    if system.strip() and messages[0].role != "system":
+    if system.strip() and messages[0].role not in SYSTEM:
         messages = [Message("system", system), *messages]
     if not any(message.role == "assistant" for message in messages):
         raise UnfitError("no assistant's turn")

@@ -7,11 +7,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
-from luthier.data.chat import FALLBACK_TEMPLATE
 from luthier.data.config import DataConfig
 from luthier.data.encode import prompt_of
 from luthier.data.items import encode
 from luthier.data.rows import Refusal
+from luthier.data.templates import FALLBACK_TEMPLATE
 from tiny import CHATML
 
 HERE = Origin("f", 1)
@@ -35,15 +35,15 @@ def tokenizer(request):
 
 def test_the_assistants_turns_are_trained_to_their_end(tokenizer, trained) -> None:
     (found,) = encode(ChatExample(CHAT, HERE), tokenizer, config())
-    assert trained(found, tokenizer) == ["the answer<|im_end|>\n", "good 🙂<|im_end|>\n"]
+    assert trained(found, tokenizer) == ["the answer<|im_end|>", "good 🙂<|im_end|>"]
     assert tokenizer.decode(found.pieces[0].ids) == tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in CHAT], tokenize=False)
-    assert found.bytes == len("the answer\ngood 🙂\n".encode())
+    assert found.bytes == len("the answergood 🙂".encode())
 
 
 def test_last_trains_the_last_answer_only(tokenizer, trained) -> None:
     (found,) = encode(ChatExample(CHAT, HERE), tokenizer, config(train_on="last"))
-    assert trained(found, tokenizer) == ["good 🙂<|im_end|>\n"]
+    assert trained(found, tokenizer) == ["good 🙂<|im_end|>"]
 
 
 def test_all_trains_every_token(tokenizer) -> None:
@@ -55,7 +55,7 @@ def test_a_turns_own_weight_goes_first(tokenizer, trained) -> None:
     chat = ChatExample((Message("user", "one", 0.5), Message("assistant", "two", 0.0), Message("user", "three"),
                         Message("assistant", "four", 2.0)), HERE, weight=0.5)
     (found,) = encode(chat, tokenizer, config())
-    assert trained(found, tokenizer) == ["user\none<|im_end|>\n", "four<|im_end|>\n"]
+    assert trained(found, tokenizer) == ["user\none<|im_end|>\n", "four<|im_end|>"]
     assert set(found.pieces[0].weights) == {0.25, 0.0, 1.0}
     (found,) = encode(ChatExample(chat.messages[2:], HERE), tokenizer, config(train_on="all"))
     assert sorted(set(found.pieces[0].weights)) == [1.0, 2.0]
@@ -85,22 +85,22 @@ def test_a_template_that_rewrites_history_gives_each_turn_its_own_text(letters, 
     chat = ChatExample((Message("user", "q"), Message("assistant", "<think>hm</think>a"), Message("user", "r"),
                         Message("assistant", "<think>so</think>b")), HERE)
     first, second = encode(chat, letters, config())
-    assert trained(first, letters) == ["hm</think>a<|im_end|>\n"]
-    assert trained(second, letters) == ["so</think>b<|im_end|>\n"]
+    assert trained(first, letters) == ["hm</think>a<|im_end|>"]
+    assert trained(second, letters) == ["so</think>b<|im_end|>"]
     assert "assistant\na<|im_end|>" in letters.decode(second.pieces[0].ids)
     (last,) = encode(chat, letters, config(train_on="last"))
     assert last.pieces == second.pieces
 
 
-def test_a_generation_prompt_that_the_turn_does_not_repeat(letters, trained) -> None:
+def test_a_thought_that_the_generation_prompt_opens_is_closed_where_the_turn_has_none(letters, trained) -> None:
     letters.chat_template = THOUGHTS
     (found,) = encode(ChatExample((Message("user", "q"), Message("assistant", "plain")), HERE), letters, config())
-    assert trained(found, letters) == ["plain<|im_end|>\n"]
+    assert trained(found, letters) == ["\n</think>\n\nplain<|im_end|>"]
 
 
 def test_an_opening_turn_of_the_assistant_is_trained_without_its_header(letters, trained) -> None:
     (found,) = encode(ChatExample((Message("assistant", "hello"), *CHAT[1:3]), HERE), letters, config())
-    assert trained(found, letters) == ["hello<|im_end|>\n", "the answer<|im_end|>\n"]
+    assert trained(found, letters) == ["hello<|im_end|>", "the answer<|im_end|>"]
 
 
 def test_what_the_template_refuses_is_refused_with_its_words(letters) -> None:
@@ -116,25 +116,26 @@ def test_calls_and_tools_are_put_into_words_where_the_template_has_none(letters,
                         Message("assistant", "wet")), HERE, tools=({"type": "function", "function": {"name": "weather"}},))
     (found,) = encode(chat, letters, config())
     assert trained(found, letters) == [
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call><|im_end|>\n', "wet<|im_end|>\n"]
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call><|im_end|>', "wet<|im_end|>"]
     assert '<tool_call> and </tool_call>.\n{"type": "function"' in letters.decode(found.pieces[0].ids)
     letters.chat_template = TOOLS
     (found,) = encode(chat, letters, config())
-    assert trained(found, letters) == ["CALL weather<|im_end|>\n", "wet<|im_end|>\n"]
+    assert trained(found, letters) == ["CALL weather<|im_end|>", "wet<|im_end|>"]
     assert letters.decode(found.pieces[0].ids).startswith('<tools>[{"type": "function"')
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [
     ("What is the capital of France?", "Paris."), ("one", "\n\ntwo"), ("one\n", " two"), ("你好", "🙂世"), (" ", "yes ")])
-def test_the_weights_are_those_of_trl(tokenizer, prompt, completion) -> None:
-    """TRL trains what stands behind the common beginning of the prompt's ids and all ids."""
+def test_the_prompt_is_trls_and_the_answer_ends_with_its_mark(tokenizer, trained, prompt, completion) -> None:
+    """The prompt's ids are those of TRL and of whoever asks; the line break behind the mark is nobody's word."""
     asked = [{"role": "user", "content": prompt}]
     before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
-    ids = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": completion}], return_dict=True)["input_ids"]
-    same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), len(before))
+    text = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": completion}], tokenize=False)
     (found,) = encode(CompletionExample(prompt, completion, HERE), tokenizer, config())
-    assert list(found.pieces[0].ids) == ids
-    assert list(found.pieces[0].weights) == [0.0] * same + [1.0] * (len(ids) - same)
+    ids, weights = list(found.pieces[0].ids), list(found.pieces[0].weights)
+    assert (ids[:len(before)], set(weights[:len(before)])) == (before, {0.0})
+    assert tokenizer.decode(ids) == text
+    assert trained(found, tokenizer) == [f"{completion}<|im_end|>"]
 
 
 def test_the_prompt_is_what_stands_before_the_first_trained_token(tokenizer) -> None:
@@ -143,7 +144,7 @@ def test_the_prompt_is_what_stands_before_the_first_trained_token(tokenizer) -> 
     (found,) = encode(chat, tokenizer, config(train_on="last"))
     assert (answer, tuple(ids)) == ("good 🙂", found.pieces[0].ids[:len(ids)])
     assert not any(found.pieces[0].weights[:len(ids)])
-    assert all(found.pieces[0].weights[len(ids):])
+    assert tokenizer.decode([t for t, w in zip(found.pieces[0].ids, found.pieces[0].weights, strict=True) if w]) == "good 🙂<|im_end|>"
 
 
 SAID = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=12).filter(lambda t: "<|" not in t and t.strip())
@@ -155,6 +156,5 @@ def test_whatever_is_said_comes_back_from_the_trained_tokens(letters, trained, e
     letters.chat_template = template
     chat = ChatExample(tuple(m for q, a in exchanges for m in (Message("user", q), Message("assistant", a))), HERE)
     (found,) = encode(chat, letters, config(max_length=10**6))
-    tail = "\n" if template else "\n\n"
-    assert trained(found, letters) == [f"{answer}<|im_end|>{tail}" for _, answer in exchanges]
-    assert found.bytes == sum(len((answer + tail).encode()) for _, answer in exchanges)
+    assert trained(found, letters) == [f"{answer}<|im_end|>" for _, answer in exchanges]
+    assert found.bytes == sum(len(answer.encode()) for _, answer in exchanges)

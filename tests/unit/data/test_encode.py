@@ -28,8 +28,12 @@ class Slow:
 
     def __init__(self, inner) -> None:
         self.inner = inner
-        self.eos_token_id, self.chat_template = inner.eos_token_id, inner.chat_template
+        self.eos_token_id, self.eos_token, self.chat_template = inner.eos_token_id, inner.eos_token, inner.chat_template
+        self.added_tokens_decoder = inner.added_tokens_decoder
         self.apply_chat_template, self.decode = inner.apply_chat_template, inner.decode
+
+    def __len__(self) -> int:
+        return len(self.inner)
 
     def __call__(self, text, **options):
         assert "return_offsets_mapping" not in options

@@ -1,0 +1,188 @@
+"""Messages to the turns that a chat template takes, so that nothing of them is lost or added. Read `templates.py` first.
+
+| a row holds                     | and the template                | then                                                   |
+|---------------------------------|---------------------------------|--------------------------------------------------------|
+| role `developer`                | has no such role                | it is `system`                                         |
+| a system turn                   | renders none at that place      | it opens the next user's turn, or is one               |
+| `reasoning_content`             | does not render it              | the content opens with `<think>`, the thoughts, `</think>` |
+| `tool_calls`                    | does not render them            | the content ends with `<tool_call>`, the call, `</tool_call>` |
+| `tools`                         | does not render them            | the system turn lists them                             |
+| a tool's result                 | has no role `tool`              | a user's turn, between `<tool_response>` and its end   |
+| `tool_call_id`, `id`, a tool's `name` | does not render them      | left out: they say which call a result belongs to      |
+| any other key of a message      | does not render it              | the row is refused                                     |
+| a control token spelt in a text | -                               | plain text (`control_tokens.py`)                       |
+
+Each rule that was used is a remark, which the data report counts. Serving takes the same way, so a request is read as a
+training row is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.core.examples import Message
+from luthier.core.protocols import Tokenizer
+from luthier.data.control_tokens import ControlTokens, control_tokens
+from luthier.data.templates import ChatTemplate, RenderError, choose_template
+
+TOOLS_INTRODUCED = ("You may call these functions. To call one, answer with its name and arguments as JSON between "
+                    "<tool_call> and </tool_call>.\n")
+LINKS = frozenset({"tool_call_id", "id"})  # keys that say which call a result belongs to
+SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Settings of `data` that decide how messages are rendered.
+
+    Args:
+        system: put before conversations that have no system turn.
+        control_tokens: `text`: those spelt in a message are plain text; `token`: they are what they spell.
+        ignore_keys: keys of messages that are dropped.
+    """
+
+    system: str | None = None
+    control_tokens: str = "text"
+    ignore_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a template is given.
+
+    Args:
+        turns: one mapping each.
+        weights: of each turn, None where nobody gave one.
+        remarks: the rules that were used.
+    """
+
+    template: ChatTemplate
+    turns: tuple[Mapping[str, Any], ...]
+    weights: tuple[float | None, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def build_conversation(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
+                       rules: Rules) -> Conversation:
+    """The conversation for the template that renders most of it. Raises `RenderError` for a key that is not rendered."""
+    if rules.system and (not messages or messages[0].role not in SYSTEM):
+        messages = [Message("system", rules.system), *messages]
+    kept = [Message(m.role, m.content, m.weight, {k: v for k, v in m.extra.items() if k not in rules.ignore_keys})
+            for m in messages]
+    template = choose_template(tokenizer, _needs(kept, tools), bool(tools))
+    return _Builder(template, control_tokens(tokenizer, template.source, rules.control_tokens)).build(kept, tools)
+
+
+def _needs(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
+    """What a template should render, for the choice among several."""
+    keys = {(m.role, key): value for m in messages for key, value in m.extra.items() if key not in LINKS}
+    return [(role, key, value) for (role, key), value in keys.items()] + ([("user", "tools", None)] if tools else [])
+
+
+class _Builder:
+    """Applies the rules of the table, one turn after the other."""
+
+    def __init__(self, template: ChatTemplate, control: ControlTokens) -> None:
+        self.template, self.control = template, control
+        self.turns: list[dict[str, Any]] = []
+        self.weights: list[float | None] = []
+        self.remarks: dict[str, None] = {}  # in the order of their first use
+
+    def build(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Conversation:
+        if not self.template.given:
+            self._remark("the base has no chat template: turns are written as '### User:' and '### Assistant:', and the "
+                         "template is saved with the run")
+        elif self.template.eos_added:
+            self._remark("the chat template writes no token at the end of a turn: the eos token is put there, in the "
+                         "template that is saved with the run too")
+        elif self.template.end_of_turn is None:
+            self._remark("neither the chat template nor the tokenizer has a token that ends a turn: answers will not stop")
+        listed = self._mark(list(tools), "tool")
+        if listed and not self.template.renders("user", "tools"):
+            messages = self._with_tools(messages, listed)
+            listed = []
+        folded: list[str] = []
+        for place, message in enumerate(messages):
+            turn = self._turn(message)
+            if turn["role"] == "system" and not self._renders_system(place):
+                self._remark("a system turn was put into the user's turn, since the chat template has none there")
+                folded.append(turn["content"])
+                continue
+            if folded and turn["role"] != "user":
+                self._add_folded(folded)
+            elif folded:
+                turn["content"] = "\n\n".join([*folded, turn["content"]])
+            folded = []
+            self._add(turn, message.weight)
+        if folded:
+            self._add_folded(folded)
+        return Conversation(self.template, tuple(self.turns), tuple(self.weights), tuple(listed), tuple(self.remarks))
+
+    def _renders_system(self, place: int) -> bool:
+        return self.template.system if place == 0 else self.template.late_system
+
+    def _add(self, turn: dict[str, Any], weight: float | None) -> None:
+        self.turns.append(turn)
+        self.weights.append(weight)
+
+    def _add_folded(self, texts: list[str]) -> None:
+        """System turns with no user's turn behind them: the end of the one before, or a turn of their own."""
+        if self.turns and self.turns[-1]["role"] == "user":
+            self.turns[-1]["content"] = "\n\n".join([self.turns[-1]["content"], *texts])
+        else:
+            self._add({"role": "user", "content": "\n\n".join(texts)}, None)
+
+    def _remark(self, sentence: str) -> None:
+        self.remarks[sentence] = None
+
+    def _mark(self, value: Any, role: str) -> Any:
+        marked = self.control.mark(value, role)
+        if marked != value:
+            self._remark("control tokens spelt in a message are plain text (data.control_tokens)")
+        return marked
+
+    def _with_tools(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
+        """Tools in words, at the end of the system turn."""
+        self._remark("tools are listed in the system turn, since the chat template does not render them")
+        listed = TOOLS_INTRODUCED + "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+        if messages and messages[0].role in SYSTEM:
+            first = messages[0]
+            return [Message(first.role, f"{first.content}\n\n{listed}", first.weight, first.extra), *messages[1:]]
+        return [Message("system", listed), *messages]
+
+    def _turn(self, message: Message) -> dict[str, Any]:
+        """One message by the rules for its role and keys."""
+        role = "system" if message.role == "developer" and not self.template.developer else message.role
+        turn: dict[str, Any] = {"role": role, "content": self._mark(message.content, role)}
+        for key, value in message.extra.items():
+            if self.template.renders(role, key, value):
+                turn[key] = self._mark(value, role)
+            elif key == "reasoning_content" and role == "assistant":
+                self._remark("thoughts were put into the content as <think> ... </think>, since the chat template "
+                             "does not render reasoning_content")
+                turn["content"] = f"<think>\n{self._mark(value, role).strip(chr(10))}\n</think>\n\n{turn['content']}"
+            elif key == "tool_calls" and role == "assistant":
+                self._remark("function calls were put into the content as <tool_call> ... </tool_call>, since the chat "
+                             "template does not render them")
+                said = [turn["content"]] if turn["content"] else []
+                turn["content"] = "\n".join(said + [call_text(call) for call in self._mark(value, role)])
+            elif key in LINKS or (key == "name" and role == "tool"):
+                self._remark(f"the chat template does not render {key!r}, which links a result to its call")
+            else:
+                raise RenderError(f"{key!r} of a message with role {role!r}; remove this key, or name it in "
+                                  "data.ignore_keys", "a key of a message that the chat template does not render")
+        if role == "tool" and not self.template.tool:
+            self._remark("a tool's result was put into a user's turn as <tool_response> ... </tool_response>, since the "
+                         "chat template has no role for it")
+            return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
+        return turn
+
+
+def call_text(call: Mapping[str, Any]) -> str:
+    """A function call as text, for templates that render none."""
+    inner = call.get("function", call)
+    return f"<tool_call>\n{json.dumps(inner, ensure_ascii=False)}\n</tool_call>"

@@ -1,0 +1,238 @@
+"""A tokenizer's chat templates, and what they render. Read `core/examples.py` first; `conversation.py` goes on from here.
+
+Training, evaluation, chat, serving, rollouts and exports all take their template from `chat_templates`. What a template
+does is found by rendering short probes, never by reading its source:
+
+    end_of_turn      the token that ends an assistant's turn; a template without one is extended by the eos token
+    system, late_system, developer     which of these roles it knows
+    renders(role, key)                 whether a key of a message (`tool_calls`, `reasoning_content`, ...) reaches the text
+
+A tokenizer without a template gets `FALLBACK_TEMPLATE`. Both the extended and the fallback template are ordinary Jinja,
+so what is saved with a run renders the same text in every other tool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+from jinja2 import TemplateError
+
+from luthier.core.protocols import Tokenizer
+
+FALLBACK_TEMPLATE = (
+    "{{ bos_token or '' }}"
+    "{% for message in messages %}"
+    "{{ '### ' + message['role'] | capitalize + ':\\n' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token or '' }}{% endif %}"
+    "{{ '\\n\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Assistant:\\n' }}{% endif %}")
+"""For a base without a chat template: `### User:`, a line break, the text; an assistant's turn ends with eos."""
+
+EOS_ADDED = (
+    "{%- set turns = namespace(all=[]) -%}{%- for message in messages -%}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- set turns.all = turns.all + [dict(message, content=(message['content'] or '') + eos_token)] -%}"
+    "{%- else -%}{%- set turns.all = turns.all + [message] -%}{%- endif -%}"
+    "{%- endfor -%}{%- set messages = turns.all -%}")
+"""Put before a template that writes no mark at the end of a turn: every assistant's turn then ends with eos."""
+
+Turn = Mapping[str, Any]
+DEFAULT = "default"
+TOOLS_TEMPLATE = "tool_use"  # the name that Transformers prefers where a conversation has tools
+ASSISTANT = {"role": "assistant", "content": "qqq"}
+USER = {"role": "user", "content": "zzz"}
+PROBES: Mapping[str, Any] = {
+    "tool_calls": [{"id": "abcdefghi", "type": "function", "function": {"name": "vvv", "arguments": {"w": "www"}}}],
+    "tools": [{"type": "function", "function": {"name": "vvv", "description": "www", "parameters": {
+        "type": "object", "properties": {"w": {"type": "string", "description": "w"}}, "required": ["w"]}}}],
+}
+
+
+class RenderError(ValueError):
+    """The chat template refuses this conversation, or hides where a turn begins. `reason`: one of few, to count by."""
+
+    def __init__(self, detail: str, reason: str = "the chat template refuses it") -> None:
+        self.reason = reason
+        super().__init__(detail)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """One template and its tokenizer.
+
+    Args:
+        source: Jinja, as it is rendered and saved.
+        given: whether the tokenizer brought it; else it is the fallback.
+        eos_added: whether `EOS_ADDED` was put before it.
+    """
+
+    name: str
+    source: str
+    tokenizer: Tokenizer = field(repr=False, compare=False)
+    given: bool = True
+    eos_added: bool = False
+    known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False, compare=False)
+
+    def render(self, turns: Sequence[Turn], *, tools: Sequence[Turn] = (), generate: bool = False) -> str:
+        """The conversation as text; with `generate`, up to where the assistant begins to write. Raises `RenderError`."""
+        try:
+            return str(self.tokenizer.apply_chat_template(
+                [dict(turn) for turn in turns], chat_template=self.source, tokenize=False,
+                add_generation_prompt=generate, **({"tools": list(tools)} if tools else {})))
+        except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
+            raise RenderError(str(error) or type(error).__name__) from error
+
+    def renders(self, role: str, key: str, value: Any = None) -> bool:
+        """Whether `key` of a message of `role` changes the text; `tools` is a key of no message.
+
+        Args:
+            value: tried where the key is none of `PROBES`.
+        """
+        if (role, key) not in self.known:
+            self.known[role, key] = self._reaches(role, key, PROBES.get(key, value))
+        return self.known[role, key]
+
+    def _reaches(self, role: str, key: str, value: Any) -> bool:
+        if key == "tools":
+            return self._try([USER], value) not in (None, self._try([USER]))
+        before = {"system": [], "developer": [], "user": [], "assistant": [USER],
+                  "tool": [USER, {"role": "assistant", "content": "", "tool_calls": PROBES["tool_calls"]}]}.get(role, [USER])
+        # A template may want text in a turn, or none beside a call: either will do.
+        for content in ("qqq", ""):
+            bare = {"role": role, "content": content}
+            without, having = self._try([*before, bare]), self._try([*before, {**bare, key: value}])
+            if having is not None and having != without:
+                return True
+        return False
+
+    def _try(self, turns: Sequence[Turn], tools: Any = (), generate: bool = False) -> str | None:
+        try:
+            return self.render(turns, tools=tools, generate=generate)
+        except RenderError:
+            return None
+
+    @cached_property
+    def system(self) -> bool:
+        """Whether a conversation may open with a system turn."""
+        return "sss" in (self._try([{"role": "system", "content": "sss"}, USER]) or "")
+
+    @cached_property
+    def late_system(self) -> bool:
+        """Whether a system turn may stand further on."""
+        turns = [USER, ASSISTANT, {"role": "system", "content": "sss"}, USER]
+        first = [{"role": "system", "content": "rrr"}, *turns] if self.system else turns
+        return "sss" in (self._try(first) or "")
+
+    @cached_property
+    def tool(self) -> bool:
+        """Whether it renders the role `tool`."""
+        call = {"role": "assistant", "content": "qqq", "tool_calls": PROBES["tool_calls"]}
+        return "ttt" in (self._try([USER, call, {"role": "tool", "content": "ttt", "tool_call_id": "abcdefghi"}]) or "")
+
+    @cached_property
+    def developer(self) -> bool:
+        """Whether it has a role `developer` of its own. ChatML-like templates write any role as it is called: they do
+        not know it, and a model that was tuned with them has never seen it."""
+        return "developer" in self.source
+
+    @cached_property
+    def end_of_turn(self) -> str | None:
+        """The text of the token that ends an assistant's turn; None where the template writes none."""
+        tail = self._tail()
+        if tail is None:
+            return None
+        ids = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+        marks = {**_added(self.tokenizer)}
+        if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token is not None:
+            marks[self.tokenizer.eos_token_id] = self.tokenizer.eos_token
+        return next((marks[token] for token in ids if token in marks and marks[token].strip()), None)
+
+    def _tail(self) -> str | None:
+        """What the template writes behind the content of an assistant's last turn: all that two renderings, which
+        differ in nothing but this content, have in common at their ends."""
+        rendered = [self._try([USER, {"role": "assistant", "content": content}]) for content in ("qqq", "jjj")]
+        if None in rendered:
+            return None
+        first, second = (str(text) for text in rendered)
+        count = next((i for i, (a, b) in enumerate(zip(reversed(first), reversed(second), strict=False)) if a != b), 0)
+        return first[len(first) - count:] if count else ""
+
+    @cached_property
+    def stop_token(self) -> int | None:
+        """The id of `end_of_turn`."""
+        if self.end_of_turn is None:
+            return None
+        if self.end_of_turn == self.tokenizer.eos_token:
+            return self.tokenizer.eos_token_id
+        return next((i for i, content in _added(self.tokenizer).items() if content == self.end_of_turn), None)
+
+    def opening(self, tools: Sequence[Turn] = ()) -> str:
+        """What stands before the words of an assistant that speaks first: all that two renderings, which differ in
+        nothing but these words, have in common at their beginnings. Raises `RenderError` where it may not."""
+        first, second = (self.render([{"role": "assistant", "content": content}], tools=tools)
+                         for content in ("qqq", "jjj"))
+        return first[:common_prefix(first, second)]
+
+
+def common_prefix(first: str, second: str) -> int:
+    """How many characters two texts share at their beginning."""
+    if second.startswith(first):
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+
+
+def _added(tokenizer: Tokenizer) -> Mapping[int, str]:
+    """Tokens that are looked for in a text as they stand, by their ids."""
+    return _added_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _added_tokens(tokenizer: Tokenizer, size: int) -> Mapping[int, str]:
+    return {index: str(token.content) for index, token in tokenizer.added_tokens_decoder.items()}
+
+
+def chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
+    """The tokenizer's templates by name, each with a mark at the end of a turn; `default` stands first where there is
+    one, and a single template has this name."""
+    given = tokenizer.chat_template
+    sources: dict[str, str | None] = dict(given) if isinstance(given, Mapping) else {DEFAULT: given or None}
+    names = sorted(sources, key=lambda name: (name != DEFAULT, name != TOOLS_TEMPLATE, name))
+    return {name: _resolved(name, sources[name], tokenizer, tokenizer.eos_token) for name in names}
+
+
+@lru_cache(maxsize=64)
+def _resolved(name: str, source: str | None, tokenizer: Tokenizer, eos: str | None) -> ChatTemplate:
+    """`source` as it is rendered. Cached: probing costs some twenty renderings."""
+    found = ChatTemplate(name, source or FALLBACK_TEMPLATE, tokenizer, given=source is not None)
+    if found.end_of_turn is None and eos:
+        ended = ChatTemplate(name, EOS_ADDED + found.source, tokenizer, found.given, eos_added=True)
+        return ended if ended.end_of_turn is not None else found
+    return found
+
+
+def choose_template(tokenizer: Tokenizer, needs: Sequence[tuple[str, str, Any]], tools: bool) -> ChatTemplate:
+    """The template that renders all of `needs`, (role, key, value) each; where none does, the one that Transformers
+    takes: `tool_use` for a conversation with tools, else `default`, else the first."""
+    found = chat_templates(tokenizer)
+    usual = found.get(TOOLS_TEMPLATE) if tools else None
+    usual = usual or next(iter(found.values()))
+    order = [usual, *(template for template in found.values() if template is not usual)]
+    return next((template for template in order if all(template.renders(*need) for need in needs)), usual)
+
+
+def saved_chat_template(tokenizer: Tokenizer) -> Any:
+    """What a tokenizer's `chat_template` must be for other tools to render what was trained: a text, or several by
+    name."""
+    found = {name: template.source for name, template in chat_templates(tokenizer).items()}
+    return found if isinstance(tokenizer.chat_template, Mapping) else found[DEFAULT]
+
+
+def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Tokens that end an answer because a chat template ends a turn with them; the default template's first. Empty for
+    a tokenizer that brought no template."""
+    found = [template.stop_token for template in chat_templates(tokenizer).values() if template.given]
+    return tuple(dict.fromkeys(token for token in found if token is not None))
