@@ -27,8 +27,8 @@ class Tuned:
         bank: the adapters by name; none acts until one is chosen.
     """
 
-    def __init__(self, family: build.CausalLM, bank: build.Bank, systems: Mapping[str, str | None]) -> None:
-        self.family, self.bank, self.systems = family, bank, systems
+    def __init__(self, family: build.CausalLM, bank: build.Bank, formats: Mapping[str, build.PromptFormat]) -> None:
+        self.family, self.bank, self.formats = family, bank, formats
         self._chosen: str | None = None
 
     @contextmanager
@@ -55,7 +55,7 @@ class Tuned:
         if len(through) != len(prompts):
             raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
         numbers = () if adapters is None else self.bank.numbers(through)  # refuses unknown names, before any work
-        ids = [build.chat_prompt(self.family, [Message("user", prompt)], self.systems.get(name or ""))
+        ids = [build.chat_prompt(self.family, [Message("user", prompt)], self.formats.get(name or "", build.PromptFormat()))
                for prompt, name in zip(prompts, through, strict=True)]
         self.family.train(False)
         found = {made.index: made.tokens for made in self.family.generate(ids, sampling or Sampling(), numbers)}
@@ -84,4 +84,4 @@ def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
         if not build.same_base(recipe.base, config):
             raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}",
                               "open it with the runs of its own base")
-    return Tuned(family, build.banked(family, folders), {name: recipe.data.system for name, recipe in made.items()})
+    return Tuned(family, build.banked(family, folders), {name: build.prompt_format(run, made[name]) for name, run in folders.items()})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from luthier import build
@@ -28,7 +28,7 @@ class Talk:
 
     base: build.CausalLM
     attached: Attached | None
-    system: str | None
+    form: build.PromptFormat
     sampling: Sampling
     bare: bool = False
     said: list[Message] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Talk:
     def say(self, text: str) -> Iterator[str]:
         """The answer to `text`, bit by bit. A conversation that is broken off forgets this turn."""
         turns = [*self.said, Message("user", text)]
-        prompt = build.chat_prompt(self.base, turns, self.system)
+        prompt = build.chat_prompt(self.base, turns, self.form)
         answer = ""
         with self.attached.disabled() if self.bare and self.attached else nullcontext():
             for bit in bits(self.base.stream(prompt, self.sampling), self.base.tokenizer.decode):
@@ -70,5 +70,8 @@ def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | Non
                           "leave out --compare, or name a run that trained an adapter")
     base.train(False)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    return [Talk(base, attached, system or made.data.system, sampling, bare)
+    form = build.prompt_format(run if isinstance(run, Run) else Run(run), made)
+    if system:
+        form = replace(form, data=form.data.model_copy(update={"system": system}))
+    return [Talk(base, attached, form, sampling, bare)
             for bare in ((True, False) if compare else (False,))]

@@ -83,7 +83,7 @@ def _anew(base: Family, words: Sequence[str], asked: Sequence[str], sampling: Sa
     found, cut = [text if text.strip() else "" for text in words], 0
     for turn, one in enumerate(asked):
         left = [place for place, text in enumerate(found) if text]
-        prompts = [build.chat_prompt(base, [Message("user", one.replace("{text}", found[place]))], None)
+        prompts = [build.chat_prompt(base, [Message("user", one.replace("{text}", found[place]))], build.PromptFormat())
                    for place in left]
         for done, answer in enumerate(base.generate(prompts, sampling), 1):
             said = base.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()

@@ -49,20 +49,28 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 # What changes no answer: who asks, and how a host of others' models keeps books.
 ASIDE = frozenset({"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
                    "prompt_cache_key", "prompt_cache_retention", "prediction"})
-ASIDE_IN_TURN = frozenset({"name", "refusal", "annotations"})
+ASIDE_IN_TURN = frozenset({"refusal", "annotations"})
 
 
 class Turn(BaseModel):
-    """One message; `content` is a text, or parts of which each is a text."""
+    """One message, read as a row's is; `content` is a text, or parts of which each is a text."""
 
     role: str
     content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
     def message(self) -> Message:
-        parts = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content or []
+        parts = self.content if isinstance(self.content, list) else []
         if strange := next((part.get("type") for part in parts if part.get("type") != "text"), None):
             raise RecipeError(f"a message has a part of type {strange!r}, and this model reads text", "send text alone")
-        return Message("system" if self.role == "developer" else self.role, "".join(str(p["text"]) for p in parts))
+        try:
+            return build.rows.turn(self.model_dump(exclude_none=True))
+        except build.rows.UnfitError as unfit:
+            raise RecipeError(f"messages: {unfit.reason}" + (f" ({unfit.detail})" if unfit.detail else ""),
+                              "fix that message") from None
 
 
 class Asked(BaseModel):
@@ -130,9 +138,8 @@ class Counter:
         if chat and not asked.messages:
             raise RecipeError("messages: a conversation has at least one", "send messages")
         texts = [asked.prompt] if isinstance(asked.prompt, str) else asked.prompt
-        tokenizer = self.served.base.tokenizer
         prompts = ([self.served.prompt(asked.model, [turn.message() for turn in asked.messages])] if chat
-                   else [tokenizer(text)["input_ids"] for text in texts])
+                   else [self.served.continued(asked.model, text) for text in texts])
         room = self.served.rooms[asked.model]
         for prompt in prompts or [[]]:
             if not 0 < len(prompt) < room:

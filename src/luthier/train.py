@@ -72,6 +72,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base))
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
+        build.note_conversations(base, found)
     _demand_same(run, made) if resume else None
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     attached, reference = build.begin(made, base)

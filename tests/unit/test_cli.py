@@ -258,7 +258,7 @@ def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, _ = run(*words)
     assert code == 0
     assert "train: 12 of 12 rows kept" in out
-    assert "⟦yes 0<|im_end|>\n⟧" in out
+    assert "⟦yes 0<|im_end|>⟧" in out
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads(run(*words, "--json", "max_length=34", "data.overlong=refuse")[1])  # as a recipe has it, or short
     assert report["parts"]["train"]["reasons"] == {"longer than max_length": 2}

@@ -242,8 +242,9 @@ ONE = [{"role": "user", "content": "Hi"}]
     (400, "model", {"messages": ONE}),
     (400, "top_k: 1 would change the answer", {"model": "law", "messages": ONE, "top_k": 1}),
     (400, "reasoning_effort", {"model": "law", "messages": ONE, "reasoning_effort": "high"}),
-    (400, "messages.1.tool_calls", {"model": "law", "messages": [*ONE, {
-        "role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}]}),
+    (400, "'name' of a message with role 'user'", {"model": "law", "messages": [{**ONE[0], "name": "Ann"}]}),
+    (400, "a function call has no name", {"model": "law", "messages": [*ONE, {
+        "role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": {"arguments": "{}"}}]}]}),
 ])
 def test_what_cannot_be_is_refused_with_its_reason(house: House, code: int, words: str, body: dict[str, Any]) -> None:
     got, said = house.refusal("chat/completions", **body)
@@ -253,7 +254,7 @@ def test_what_cannot_be_is_refused_with_its_reason(house: House, code: int, word
 
 
 def test_what_changes_no_answer_is_let_through(house: House) -> None:
-    turn = {**ONE[0], "name": "Ann", "tool_calls": None, "refusal": None, "annotations": []}
+    turn = {**ONE[0], "name": None, "tool_calls": None, "refusal": None, "annotations": []}
     body = {"messages": [turn], "user": "ann", "metadata": {"a": "b"}, "top_k": -1, "min_p": 0.0, "tools": [], "logit_bias": {}}
     answer = house.post("chat/completions", model="law", temperature=0, max_tokens=12, **body)
     assert text(answer) == text(house.chat("law", "Hi"))

@@ -11,6 +11,7 @@ from luthier.build.candidates import candidate, least_gb
 from luthier.build.combined import combined
 from luthier.build.gguf import gguf_adapter, gguf_model
 from luthier.build.objects import (
+    PromptFormat,
     attach,
     chat_prompt,
     check,
@@ -21,6 +22,7 @@ from luthier.build.objects import (
     fitted,
     held_out,
     micro_tokens,
+    note_conversations,
     questions,
     tokenizer,
     with_heads,
@@ -39,7 +41,7 @@ from luthier.build.recipe import (
 )
 from luthier.build.references import asked, price, untrained
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
-from luthier.build.runs import open_run, save_tuned, save_whole
+from luthier.build.runs import open_run, prompt_format, save_tuned, save_whole
 from luthier.build.served import Served, called, served
 from luthier.build.starts import banked, beside, same_base
 from luthier.data import DataConfig
@@ -50,10 +52,10 @@ from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "Reading", "Recipe", "Rollouts",
+__all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "PromptFormat", "Reading", "Recipe", "Rollouts",
            "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
            "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device",
            "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
-           "idle", "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
+           "idle", "judged", "least_gb", "method_name", "micro_tokens", "note_conversations", "open_run", "price", "prompt_format", "provenance", "questions",
            "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
            "standing", "tokenizer", "untrained", "version", "with_heads"]

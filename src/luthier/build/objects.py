@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from luthier.build.pairs import fitting
 from luthier.build.recipe import AnyMethod, Recipe, beforehand
 from luthier.core.errors import RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
-from luthier.core.protocols import Attached, Family, Feed, Objective
+from luthier.core.protocols import Attached, ChatFormat, Family, Feed, Objective
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
 from luthier.families import BaseConfig, context_of, device_of, load_tokenizer, open_family
@@ -33,6 +34,8 @@ def family(config: BaseConfig, words: bool = False) -> Family:
     """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
     loading held besides is given back."""
     base = open_family(config, words)
+    if base.writes:
+        base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer))
     release(base.device)
     return base
 
@@ -80,6 +83,12 @@ def fitted(made: Recipe, found: Datasets) -> Recipe:
                           "choose an objective for these rows: " + ", ".join(
                               name for name, known in OBJECTIVES.items() if found.kinds <= known.reads))
     return made.model_copy(update={"objective": made.objective.fitted(found.labels, found.counts)})
+
+
+def note_conversations(base: Family, found: Datasets) -> None:
+    """From now on, what is saved holds the chat template and the stop tokens of the rows, where they are conversations."""
+    if base.writes:
+        base.chat_format = replace(base.chat_format, trained=found.conversations)
 
 
 def check(made: Recipe, base: Family) -> None:
@@ -196,13 +205,34 @@ def _asked(example: Example) -> str:
     return example.text if isinstance(example, TextExample) else ""
 
 
-def chat_prompt(base: Family, messages: Sequence[Message], system: str | None) -> list[int]:
+@dataclass(frozen=True)
+class PromptFormat:
+    """How the prompts of a run are written, as its rows were.
+
+    Args:
+        data: the settings that its rows were read with.
+        conversations: whether there were conversations among them; where the base has no chat template, they are
+            written by the fallback. Else a message is a bare prompt.
+    """
+
+    data: DataConfig = DataConfig.parse({"train": "-"})
+    conversations: bool = True
+
+
+def chat_prompt(base: Family, messages: Sequence[Message], form: PromptFormat,
+                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """Token ids of a conversation that ends with the user's turn, up to where the answer begins. Raises `RecipeError`
-    for one that the base's chat template refuses."""
-    opened = ([Message("system", system)] if system and messages[0].role != "system" else []) + list(messages)
-    example = ChatExample((*opened, Message("assistant", "")), Origin("chat", 1))
+    for one that the base's chat template refuses, or that a run of bare prompts has no place for."""
+    tokenizer = base.tokenizer
+    if not form.conversations and not rows.templated(tokenizer, form.data):
+        if [message.role for message in messages] != ["user"] or tools:
+            roles = ", ".join(message.role for message in messages)
+            raise RecipeError(f"turns of {roles}: this model was tuned on bare prompts, and has no form for a conversation",
+                              "send one message of the user, without a system prompt or tools")
+        return rows.encode_prompt_text(messages[0].content, tokenizer, form.data).ids
+    example = ChatExample((*messages, Message("assistant", "")), Origin("chat", 1), tools=tuple(tools))
     try:
-        return rows.prompt_of(example, base.tokenizer, DataConfig.parse({"train": "-"}))[0]
+        return rows.prompt_of(example, tokenizer, form.data)[0]
     except rows.RenderError as fault:
         raise RecipeError(f"the base's chat template refuses this conversation: {fault}",
                           "let user and assistant take turns, the user last") from fault

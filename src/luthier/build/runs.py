@@ -8,16 +8,18 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from luthier.build.objects import attach, family, with_heads
+from luthier import data as rows
+from luthier.build.objects import PromptFormat, attach, family, with_heads
 from luthier.build.recipe import Recipe, dump, recorded
 from luthier.core.errors import RunError
-from luthier.core.protocols import TRAINING, Attached, Family, Objective
+from luthier.core.protocols import TRAINING, Attached, ChatFormat, Family, Objective
 from luthier.data import DataConfig
 from luthier.families import ALIASES, BaseConfig, folder, resolve
 from luthier.methods.several import Several
 from luthier.objectives.rolls import RollsConfig
 from luthier.runtime.run import Run
 
+STOPS = "generation_config.json"  # beside an adapter: which tokens end a turn
 HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
 
 
@@ -47,11 +49,29 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
             base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
         return made, base, None
     base = family(made.base, made.objective.hides)
+    _restore_chat_format(run, base)
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
         attached = with_heads(base, attached, made.objective, made.seed)
     attached.load(adapter_weights(run))
     return made, base, attached
+
+
+def _restore_chat_format(run: Run, base: Family) -> None:
+    """The chat template and the stop tokens that the run was trained with, for a run of conversations."""
+    if not base.writes or not (run.path / STOPS).is_file():
+        return
+    template = run.path / "chat_template.jinja"
+    if isinstance(base.tokenizer.chat_template, str) and template.is_file():
+        base.tokenizer.chat_template = template.read_text(encoding="utf-8")
+    base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer), trained=True)
+
+
+def prompt_format(run: Run, made: Recipe) -> PromptFormat:
+    """How prompts of a run, or of a base, are written. What was trained on conversations keeps its stop tokens; of what
+    others made nothing is known, and it is asked as a base is."""
+    known = bool(run.recipe) and run.adapter is not None
+    return PromptFormat(made.data, not known or (run.path / STOPS).is_file())
 
 
 def kept_heads(objective: Objective) -> bool:
@@ -104,4 +124,5 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
     hub = made.base.structure is None and isinstance(resolve(made.base.name), str)
     name = made.base.name if hub else str(folder(made.base))
     run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
-    base.tokenizer.save_pretrained(run.path)
+    base.saved_tokenizer().save_pretrained(run.path)
+    base.save_generation_config(run.path)

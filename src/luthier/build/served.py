@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from luthier import data as rows
-from luthier.build.objects import chat_prompt, family, room_for_text
+from luthier.build.objects import PromptFormat, chat_prompt, family, room_for_text
 from luthier.build.recipe import recorded
-from luthier.build.runs import open_run
+from luthier.build.runs import open_run, prompt_format
 from luthier.build.starts import banked, same_base
 from luthier.core.errors import RecipeError, nearest
 from luthier.core.examples import LabelledExample, Message, Origin
@@ -32,14 +32,14 @@ class Served:
 
     Args:
         names: by which it is asked for, to the adapter in the bank; None for the model as it stands.
-        systems: the system prompt that a run's data was given, where it was.
+        formats: how the prompts of each are written.
         rooms: tokens of text that each reads at once: the base's context without a run's virtual tokens.
     """
 
     base: Family
     bank: Bank | None
     names: Mapping[str, str | None]
-    systems: Mapping[str, str | None]
+    formats: Mapping[str, PromptFormat]
     rooms: Mapping[str, int]
 
     @property
@@ -57,8 +57,12 @@ class Served:
         return () if self.bank is None else self.bank.numbers(adapters)
 
     def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
-        """A conversation up to where the answer begins, with the run's own system prompt where it has none."""
-        return chat_prompt(self.base, messages, self.systems.get(name))
+        """A conversation up to where the answer begins, written as the run's rows were."""
+        return chat_prompt(self.base, messages, self.formats[name])
+
+    def continued(self, name: str, text: str) -> list[int]:
+        """A bare text to go on with."""
+        return rows.encode_prompt_text(text, self.base.tokenizer, self.formats[name].data).ids
 
     @torch.no_grad()
     def states(self, name: str, texts: Sequence[str]) -> Tensor:
@@ -111,7 +115,7 @@ def served(runs: Mapping[str, Path | str]) -> Served:
         (name, run), = folders.items()
         made, base, _ = open_run(run)
         base.train(False)
-        return Served(base, None, {name: None}, {name: made.data.system}, {name: base.anatomy.sizes["context"]})
+        return Served(base, None, {name: None}, {name: prompt_format(run, made)}, {name: base.anatomy.sizes["context"]})
     recipes = {name: recorded(run.existing()) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
@@ -124,6 +128,6 @@ def served(runs: Mapping[str, Path | str]) -> Served:
     plain = called(recipes[first].base.name)
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
     return Served(base, bank, {**names, **{name: name for name in runs}},
-                  {name: made.data.system for name, made in recipes.items()},
+                  {plain: PromptFormat(), **{name: prompt_format(run, recipes[name]) for name, run in folders.items()}},
                   {plain: base.anatomy.sizes["context"],
                    **{name: room_for_text(made.method, base) for name, made in recipes.items()}})

@@ -1,8 +1,9 @@
-"""How to generate, and what was generated. Imports the stdlib only; `protocols.py` goes on from here."""
+"""How to generate, how prompts are written, and what was generated. Imports the stdlib only; `protocols.py` goes on from here."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -26,3 +27,18 @@ class Generated:
     tokens: tuple[int, ...]
     finished: bool
     end: int | None = None
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How conversations with a base are written.
+
+    Args:
+        template: what a tokenizer's `chat_template` must be to render them: Jinja source, or several by name.
+        stop_tokens: the tokens that end a turn of the assistant; the first is the default template's.
+        trained: whether the model is tuned on conversations; what is saved then holds the template and the stop tokens.
+    """
+
+    template: Any = None
+    stop_tokens: tuple[int, ...] = ()
+    trained: bool = False

@@ -27,6 +27,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from luthier.core.answers import ChatFormat as ChatFormat
 from luthier.core.answers import Generated as Generated
 from luthier.core.answers import Sampling as Sampling
 from luthier.core.experts import Experts
@@ -179,6 +180,7 @@ class Family(Protocol):
     router: Router | None
     temperature: float
     critic: Callable[[], AbstractContextManager[None]] | None
+    chat_format: ChatFormat  # set by assembly: only `data` can find it
 
     @property
     def writes(self) -> bool:
@@ -215,6 +217,14 @@ class Family(Protocol):
 
     def save(self, path: Path) -> None:
         """Write the whole model as a Transformers folder, tokenizer included."""
+        ...
+
+    def saved_tokenizer(self) -> Any:
+        """The tokenizer as it is written beside what was trained (see `ChatFormat`)."""
+        ...
+
+    def save_generation_config(self, path: Path) -> None:
+        """Write which tokens end an answer beside an adapter, where it was tuned on conversations."""
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:

@@ -7,7 +7,7 @@ Reading order: `sources.py`, `formats.py`, `templates.py`, `conversation.py`, `c
 from luthier.data.augment import MixupAugment, PictureAugment, WordsAugment, augmented, paraphrased
 from luthier.data.chat import RenderError
 from luthier.data.config import DataConfig, DividedConfig, Source
-from luthier.data.encode import encode_prompt_text, prompt_of
+from luthier.data.encode import encode_prompt_text, prompt_of, templated
 from luthier.data.formats import FORMATS, Reader, examples
 from luthier.data.hide import Hide
 from luthier.data.items import encode
@@ -28,5 +28,5 @@ __all__ = [
     "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row", "Source",
     "Stream", "UnfitError", "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "encode_prompt_text",
     "eval_batches", "examples", "first_fit", "length_picture", "load", "pack", "paraphrased", "preview", "prompt_of",
-    "read", "saved_chat_template", "stop_tokens", "turn",
+    "read", "saved_chat_template", "stop_tokens", "templated", "turn",
 ]

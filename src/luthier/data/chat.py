@@ -139,7 +139,9 @@ class _Chat:
 
     def _behind(self, prompt: str, text: str, index: int) -> str:
         """The turn behind a generation prompt that opens a thought, while the turn is rendered without one."""
-        shared = common_prefix(prompt, text)
+        twins = (self.made.template.render([*self.made.turns[:index], {"role": "assistant", "content": content}],
+                                           tools=self.made.tools) for content in ("qqq", "jjj"))
+        shared = min(common_prefix(prompt, other) for other in (text, *twins))
         opened = prompt[shared:]
         if not index or shared < len(self.until(index)) or THOUGHT not in opened:
             raise RenderError("it rewrites what stands before an assistant's turn")

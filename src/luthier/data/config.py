@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from luthier.core.config import Config
 from luthier.core.errors import nearest
 from luthier.data.augment import Augment
-from luthier.data.conversation import Rules
+from luthier.data.conversation import ChatConfig, Rules
 from luthier.data.formats import COLUMNS, FormatName
 
 LENGTH = 1024  # tokens, where nobody says
@@ -48,10 +48,7 @@ class DataConfig(Config):
         "of its turns (never the opening token, a header or the system prompt); split cuts a text into several examples "
         "without loss, and refuses all else"))
     system: str | None = Field(None, description="system prompt for the chats that have none")
-    control_tokens: Literal["text", "token"] = Field("text", description=(
-        "how control tokens that are spelt in a row are read: as plain text, or as the tokens that they spell"))
-    ignore_keys: tuple[str, ...] = Field((), description=(
-        "keys of messages that are dropped; any other that the chat template does not render has its row refused"))
+    chat: ChatConfig = Field(ChatConfig(), description="how messages and prompts become text")
     train_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
         "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight wins"))
     share_prompt: Literal["auto"] | bool = Field("auto", description=(
@@ -116,7 +113,7 @@ class DataConfig(Config):
     @property
     def rules(self) -> Rules:
         """How messages are rendered."""
-        return Rules(self.system, self.control_tokens, self.ignore_keys)
+        return Rules(self.chat, self.system)
 
     @property
     def most(self) -> int:

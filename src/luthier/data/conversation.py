@@ -21,8 +21,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
+
+from luthier.core.config import Config
 from luthier.core.examples import Message
 from luthier.core.protocols import Tokenizer
 from luthier.data.control_tokens import ControlTokens, control_tokens
@@ -34,19 +37,21 @@ LINKS = frozenset({"tool_call_id", "id"})  # keys that say which call a result b
 SYSTEM = ("system", "developer")
 
 
+class ChatConfig(Config):
+    """How messages and prompts become text."""
+
+    control_tokens: Literal["text", "token"] = Field("text", description=(
+        "how control tokens that are spelt in a row are read: as plain text, or as the tokens that they spell"))
+    ignore_keys: tuple[str, ...] = Field((), description=(
+        "keys of messages that are dropped; a row with any other key that the chat template does not render is refused"))
+
+
 @dataclass(frozen=True)
 class Rules:
-    """Settings of `data` that decide how messages are rendered.
+    """What decides how messages are rendered: settings, and what is put before conversations without a system turn."""
 
-    Args:
-        system: put before conversations that have no system turn.
-        control_tokens: `text`: those spelt in a message are plain text; `token`: they are what they spell.
-        ignore_keys: keys of messages that are dropped.
-    """
-
+    chat: ChatConfig = ChatConfig()
     system: str | None = None
-    control_tokens: str = "text"
-    ignore_keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,10 +76,10 @@ def build_conversation(messages: Sequence[Message], tools: Sequence[Mapping[str,
     """The conversation for the template that renders most of it. Raises `RenderError` for a key that is not rendered."""
     if rules.system and (not messages or messages[0].role not in SYSTEM):
         messages = [Message("system", rules.system), *messages]
-    kept = [Message(m.role, m.content, m.weight, {k: v for k, v in m.extra.items() if k not in rules.ignore_keys})
+    kept = [Message(m.role, m.content, m.weight, {k: v for k, v in m.extra.items() if k not in rules.chat.ignore_keys})
             for m in messages]
     template = choose_template(tokenizer, _needs(kept, tools), bool(tools))
-    return _Builder(template, control_tokens(tokenizer, template.source, rules.control_tokens)).build(kept, tools)
+    return _Builder(template, control_tokens(tokenizer, template.source, rules.chat.control_tokens)).build(kept, tools)
 
 
 def _needs(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
@@ -142,7 +147,7 @@ class _Builder:
     def _mark(self, value: Any, role: str) -> Any:
         marked = self.control.mark(value, role)
         if marked != value:
-            self._remark("control tokens spelt in a message are plain text (data.control_tokens)")
+            self._remark("control tokens spelt in a message are plain text (data.chat.control_tokens)")
         return marked
 
     def _with_tools(self, messages: Sequence[Message], tools: Sequence[Any]) -> list[Message]:
@@ -174,7 +179,7 @@ class _Builder:
                 self._remark(f"the chat template does not render {key!r}, which links a result to its call")
             else:
                 raise RenderError(f"{key!r} of a message with role {role!r}; remove this key, or name it in "
-                                  "data.ignore_keys", "a key of a message that the chat template does not render")
+                                  "data.chat.ignore_keys", "a key of a message that the chat template does not render")
         if role == "tool" and not self.template.tool:
             self._remark("a tool's result was put into a user's turn as <tool_response> ... </tool_response>, since the "
                          "chat template has no role for it")

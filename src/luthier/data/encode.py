@@ -15,13 +15,17 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from luthier.core.examples import (
     ChatExample,
+    ComparedExample,
     CompletionExample,
     Example,
+    JudgedExample,
     Message,
     Origin,
+    PromptExample,
     TextExample,
     Worded,
 )
@@ -100,13 +104,22 @@ def _texts(example: Worded, tokenizer: Tokenizer, config: DataConfig, bare: bool
 
 
 def _document(example: TextExample, tokenizer: Tokenizer, config: DataConfig) -> Rendered:
-    text = control_tokens(tokenizer, "", config.control_tokens).mark(example.text, "user")
+    text = control_tokens(tokenizer, "", config.chat.control_tokens).mark(example.text, "user")
     return Rendered(text, rest=1.0, remarks=_remarks(text, example.text))
 
 
 def templated(tokenizer: Tokenizer, config: DataConfig) -> bool:
     """Whether a prompt and its completion are put into the chat template, or joined bare."""
     return bool(tokenizer.chat_template) and config.format != "completion"
+
+
+def is_conversation(example: Example, tokenizer: Tokenizer, config: DataConfig) -> bool:
+    """Whether the example is put into a chat template."""
+    if isinstance(example, ChatExample):
+        return True
+    if not isinstance(example, CompletionExample | ComparedExample | JudgedExample | PromptExample):
+        return False
+    return templated(tokenizer, config) or not isinstance(example.prompt, str) or bool(tools_of(example))
 
 
 def as_chat(example: CompletionExample) -> ChatExample:
@@ -119,7 +132,7 @@ ENDS_IN_SPACE = "a prompt ends in a space: a model expects the space to open the
 
 
 def _bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig) -> Rendered:
-    control = control_tokens(tokenizer, "", config.control_tokens)
+    control = control_tokens(tokenizer, "", config.chat.control_tokens)
     prompt, completion = control.mark(example.prompt, "user"), control.mark(example.completion, "assistant")
     text, start = prompt + completion, len(prompt)
     remarks = _remarks(text, example.prompt + example.completion)
@@ -128,7 +141,7 @@ def _bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig) 
 
 
 def _remarks(marked: str, text: str) -> tuple[str, ...]:
-    return () if marked == text else ("control tokens spelt in a text are plain text (data.control_tokens)",)
+    return () if marked == text else ("control tokens spelt in a text are plain text (data.chat.control_tokens)",)
 
 
 def _spelled(text: Rendered, tokenizer: Tokenizer, example: Worded, *, closed: bool) -> Spelled:
@@ -198,31 +211,41 @@ def _joined(text: str, parts: Sequence[TextPart], tokenizer: Tokenizer,
     return [*ids, *closing], starts + [len(text)] * len(closing), ends + [len(text)] * len(closing)
 
 
+ANCHORS = ("\n", ".", "a")  # characters to encode a part behind, tried in turn: some merge with what follows
+
+
 def _part(text: str, tokenizer: Tokenizer, plain: bool, first: bool) -> tuple[list[int], list[int], list[int]]:
-    """One part. Further ones are encoded behind a line break, which is taken off again: at the beginning of a text
-    some tokenizers write a space that is not there.
+    """One part. Further ones are encoded behind another character, whose tokens are taken off again: at the beginning
+    of a text some tokenizers write a space that is not there.
 
     Args:
         plain: it spells a control token, and none of its tokens may be one.
     """
-    options = {"add_special_tokens": False, "verbose": False, **({"split_special_tokens": True} if plain else {})}
-    if not first:
-        line = tokenizer("\n", **options)["input_ids"]
-        if tokenizer.is_fast:
-            out = tokenizer("\n" + text, return_offsets_mapping=True, **options)
-            ids, offsets = out["input_ids"], out["offset_mapping"]
-            if ids[:len(line)] == line and offsets[len(line) - 1][1] <= 1:
-                ids, offsets = ids[len(line):], [(max(a - 1, 0), b - 1) for a, b in offsets[len(line):]]
-                return ids, *_rising(offsets)
-        else:
-            ids = tokenizer("\n" + text, **options)["input_ids"]
-            if ids[:len(line)] == line:
-                return ids[len(line):], [0] * (len(ids) - len(line)), [len(text)] * (len(ids) - len(line))
-    if tokenizer.is_fast:
-        out = tokenizer(text, return_offsets_mapping=True, **options)
-        return out["input_ids"], *_rising(out["offset_mapping"])
-    ids = tokenizer(text, **options)["input_ids"]
-    return ids, [0] * len(ids), [len(text)] * len(ids)
+    for anchor in ("",) if first else (*ANCHORS, ""):
+        alone = _encoded_part(anchor, tokenizer, plain)[0] if anchor else []
+        ids, offsets = _encoded_part(anchor + text, tokenizer, plain)
+        before, length = len(alone), len(anchor)
+        if ids[:before] == alone and _ends_at(offsets, before, anchor):
+            break
+    if offsets is None:
+        return ids[before:], [0] * (len(ids) - before), [len(text)] * (len(ids) - before)
+    return ids[before:], *_rising([(max(a - length, 0), b - length) for a, b in offsets[before:]])
+
+
+def _encoded_part(text: str, tokenizer: Tokenizer, plain: bool) -> tuple[list[int], list[tuple[int, int]] | None]:
+    """Ids, and the characters of each where the tokenizer knows them."""
+    options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
+    if plain:
+        options["split_special_tokens"] = True
+    if not tokenizer.is_fast:
+        return list(tokenizer(text, **options)["input_ids"]), None
+    out = tokenizer(text, return_offsets_mapping=True, **options)
+    return list(out["input_ids"]), list(out["offset_mapping"])
+
+
+def _ends_at(offsets: list[tuple[int, int]] | None, count: int, anchor: str) -> bool:
+    """Whether the first `count` tokens stand for the anchor and nothing more."""
+    return offsets is None or all(end <= len(anchor) for _, end in offsets[:count])
 
 
 def _rising(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -378,7 +401,7 @@ def _rendered_prompt(example: ChatExample, tokenizer: Tokenizer, config: DataCon
 
 def encode_prompt_text(text: str, tokenizer: Tokenizer, config: DataConfig) -> Prompt:
     """A bare text to go on with: the tokenizer's own opening before it, and no end mark behind it."""
-    marked = control_tokens(tokenizer, "", config.control_tokens).mark(text, "user")
+    marked = control_tokens(tokenizer, "", config.chat.control_tokens).mark(text, "user")
     opening, _ = marks_around(tokenizer)
     ids = tokens(Rendered(marked), tokenizer, special=False)[0]
     return Prompt([*opening, *ids], _remarks(marked, text) + ((ENDS_IN_SPACE,) if text.endswith(" ") else ()))

@@ -17,6 +17,7 @@ from luthier.core.types import Encoded
 from luthier.data import sources
 from luthier.data.augment import MixupAugment, WordsAugment, augmented
 from luthier.data.config import DataConfig, Source
+from luthier.data.encode import is_conversation, templated
 from luthier.data.formats import Reader, examples
 from luthier.data.hide import Hide, fixed, unchanged
 from luthier.data.items import encoded
@@ -76,6 +77,7 @@ class Datasets:
         counts: of each, how many labels the train rows have, each as often as its row counts and is seen in an epoch.
         kinds: the names of the types of all examples.
         use: what they were read for, with the classes found; for `Stream`.
+        conversations: whether any row is put into a chat template; of rows that are streamed: whether one that could is.
     """
 
     train: list[Encoded]
@@ -89,6 +91,7 @@ class Datasets:
     counts: Mapping[str, float] = field(default_factory=dict)
     kinds: frozenset[str] = frozenset()
     use: Use = ANY_USE
+    conversations: bool = False
 
 
 def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozenset[str] | None = None,
@@ -134,9 +137,11 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
     classes = what.classes or () if kinds & CLASSED else ()
     mix = [(sum(len(kept.encoded) for kept in train.kept if kept.source == number), source.weight)
            for number, source in enumerate(config.train)]
+    conversations = any(is_conversation(example, tokenizer, config) for example in everything) or (
+        config.streaming and templated(tokenizer, config) and "TextExample" not in (reads or ()))
     return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples, report,
                     () if config.streaming else tuple(mix), classes, train.counts(classes, config.train),
-                    frozenset(kind.__name__ for kind in kinds), replace(use, classes=what.classes))
+                    frozenset(kind.__name__ for kind in kinds), replace(use, classes=what.classes), conversations)
 
 
 def no_rows(sources: Sequence[Source]) -> DataError:

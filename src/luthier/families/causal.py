@@ -63,4 +63,4 @@ class CausalLM(Packed):
 
     @property
     def stops(self) -> set[int]:
-        return eos_tokens(self.model, self.tokenizer)
+        return eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)

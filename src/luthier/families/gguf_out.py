@@ -71,8 +71,8 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
     writer.add_file_type(NUMBERS[numbers][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     factors = describe(writer, model.config, family.anatomy.sizes["vocabulary"], names.row)
-    write_words(writer, family.tokenizer, family.anatomy.sizes["vocabulary"],
-                eos_tokens(model, family.tokenizer), model.config.bos_token_id)
+    write_words(writer, family.saved_tokenizer(), family.anatomy.sizes["vocabulary"],
+                eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
     tensors = dict(_tensors(family, names))
     if factors is not None:
         tensors["rope_freqs.weight"] = factors

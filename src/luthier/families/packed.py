@@ -6,8 +6,9 @@ and `encoder.py` go on from here, each with what is its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from luthier.core.errors import BaseError, LuthierError
-from luthier.core.protocols import Attached, Head, Router
+from luthier.core.protocols import Attached, ChatFormat, Head, Router
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.families import forest as _forest
 from luthier.families import virtual
@@ -49,6 +50,7 @@ class Loaded:
     pooling: Pooling
     layout: Layout = "padded"
     router: Router | None = None  # who sends segments and rows through adapters of their own
+    chat_format: ChatFormat = ChatFormat()
     critic: Callable[[], AbstractContextManager[None]] | None = None  # where values are read; None: on the same states
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
@@ -127,11 +129,45 @@ class Loaded:
     def save(self, path: Path) -> None:
         """Write the whole model as a Transformers folder, tokenizer included."""
         settle_biases(self.model)
-        with quiet():
+        with quiet(), self._saved_stops():
             self.model.save_pretrained(path)
-            self.tokenizer.save_pretrained(path)
+            self.saved_tokenizer().save_pretrained(path)
         for file in path.glob("*.safetensors"):  # the library makes its files readable to their owner alone
             file.chmod(path.stat().st_mode & 0o666)
+
+
+    def saved_tokenizer(self) -> Any:
+        """The tokenizer as it is written beside what was trained: where that were conversations, with the chat template
+        that rendered them, and with the token that ends a turn as its eos token."""
+        if not self.chat_format.trained:
+            return self.tokenizer
+        tokenizer = deepcopy(self.tokenizer)
+        tokenizer.chat_template = self.chat_format.template
+        if self.chat_format.stop_tokens and not self.divided:  # a source of a divided base ends with eos
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.chat_format.stop_tokens[0])
+        return tokenizer
+
+    @contextmanager
+    def _saved_stops(self) -> Iterator[None]:
+        """While open, the model's generation config names the tokens that end a turn before its own."""
+        settings = getattr(self.model, "generation_config", None)
+        if settings is None or not self.chat_format.trained or not self.chat_format.stop_tokens:
+            yield
+            return
+        before = settings.eos_token_id
+        own = before if isinstance(before, list) else [before]
+        listed = list(dict.fromkeys([*self.chat_format.stop_tokens, *(token for token in own if token is not None)]))
+        settings.eos_token_id = listed if len(listed) > 1 else listed[0]
+        try:
+            yield
+        finally:
+            settings.eos_token_id = before
+
+    def save_generation_config(self, path: Path) -> None:
+        """Write which tokens end an answer beside an adapter, where it was tuned on conversations."""
+        if self.chat_format.trained and (settings := getattr(self.model, "generation_config", None)) is not None:
+            with quiet(), self._saved_stops():
+                settings.save_pretrained(path)
 
 
 class Packed(Loaded):

@@ -215,7 +215,7 @@ class Seq2Seq(Loaded):
 
     @property
     def stops(self) -> set[int]:
-        return eos_tokens(self.model, self.tokenizer)
+        return eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
 
 
 class _Answers:
