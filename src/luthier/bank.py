@@ -55,8 +55,9 @@ class Tuned:
         if len(through) != len(prompts):
             raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
         numbers = () if adapters is None else self.bank.numbers(through)  # refuses unknown names, before any work
-        ids = [build.chat_prompt(self.family, [Message("user", prompt)], self.formats.get(name or "", build.PromptFormat()))
-               for prompt, name in zip(prompts, through, strict=True)]
+        forms = [self.formats.get(name or "", build.PromptFormat()) for name in through]
+        ids = [build.chat_prompt(self.family, [Message("user", prompt)], form)
+               for prompt, form in zip(prompts, forms, strict=True)]
         self.family.train(False)
         found = {made.index: made.tokens for made in self.family.generate(ids, sampling or Sampling(), numbers)}
         return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
@@ -84,4 +85,5 @@ def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
         if not build.same_base(recipe.base, config):
             raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}",
                               "open it with the runs of its own base")
-    return Tuned(family, build.banked(family, folders), {name: build.prompt_format(run, made[name]) for name, run in folders.items()})
+    return Tuned(family, build.banked(family, folders),
+                 {name: build.prompt_format(run, made[name]) for name, run in folders.items()})

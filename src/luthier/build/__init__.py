@@ -52,10 +52,12 @@ from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "PromptFormat", "Reading", "Recipe", "Rollouts",
-           "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
-           "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device",
-           "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
-           "idle", "judged", "least_gb", "method_name", "micro_tokens", "note_conversations", "open_run", "price", "prompt_format", "provenance", "questions",
-           "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
-           "standing", "tokenizer", "untrained", "version", "with_heads"]
+__all__ = [
+    "ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "PromptFormat", "Reading", "Recipe",
+    "Rollouts", "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
+    "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device", "dump",
+    "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "idle", "judged",
+    "least_gb", "method_name", "micro_tokens", "note_conversations", "open_run", "price", "prompt_format",
+    "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned",
+    "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads",
+]

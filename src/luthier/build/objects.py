@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ def fitted(made: Recipe, found: Datasets) -> Recipe:
 
 
 def note_conversations(base: Family, found: Datasets) -> None:
-    """From now on, what is saved holds the chat template and the stop tokens of the rows, where they are conversations."""
+    """From now on, what is saved holds the rows' chat template and stop tokens, where the rows are conversations."""
     if base.writes:
         base.chat_format = replace(base.chat_format, trained=found.conversations)
 
@@ -215,7 +215,7 @@ class PromptFormat:
             written by the fallback. Else a message is a bare prompt.
     """
 
-    data: DataConfig = DataConfig.parse({"train": "-"})
+    data: DataConfig = field(default_factory=lambda: DataConfig.parse({"train": "-"}))
     conversations: bool = True
 
 
@@ -227,7 +227,7 @@ def chat_prompt(base: Family, messages: Sequence[Message], form: PromptFormat,
     if not form.conversations and not rows.templated(tokenizer, form.data):
         if [message.role for message in messages] != ["user"] or tools:
             roles = ", ".join(message.role for message in messages)
-            raise RecipeError(f"turns of {roles}: this model was tuned on bare prompts, and has no form for a conversation",
+            raise RecipeError(f"turns of {roles}: this model was tuned on bare prompts, and knows no conversations",
                               "send one message of the user, without a system prompt or tools")
         return rows.encode_prompt_text(messages[0].content, tokenizer, form.data).ids
     example = ChatExample((*messages, Message("assistant", "")), Origin("chat", 1), tools=tuple(tools))

@@ -64,7 +64,8 @@ def _restore_chat_format(run: Run, base: Family) -> None:
     template = run.path / "chat_template.jinja"
     if isinstance(base.tokenizer.chat_template, str) and template.is_file():
         base.tokenizer.chat_template = template.read_text(encoding="utf-8")
-    base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer), trained=True)
+    template, stops = rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer)
+    base.chat_format = ChatFormat(template, stops, trained=True)
 
 
 def prompt_format(run: Run, made: Recipe) -> PromptFormat:

@@ -1,4 +1,4 @@
-"""How to generate, how prompts are written, and what was generated. Imports the stdlib only; `protocols.py` goes on from here."""
+"""How to generate, how conversations are written, what was generated. Read first; `protocols.py` goes on from here."""
 
 from __future__ import annotations
 

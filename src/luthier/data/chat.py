@@ -8,8 +8,8 @@ A turn of the assistant is trained from where a sampler would begin to write to 
 So the text in front of `start` is exactly what is asked when that turn is generated: `render_prompt` makes it, for
 evaluation, chat, serving and rollouts alike. Where a turn lies comes from these renderings; nothing is searched for.
 
-Some templates rewrite history (they drop the thoughts of earlier turns). Then the text up to one turn is not a beginning
-of the text up to the next, and each trained turn becomes a text of its own, as the model would meet it.
+Some templates rewrite history (they drop the thoughts of earlier turns). Then the text up to one turn is not a
+beginning of the text up to the next, and each trained turn becomes a text of its own, as the model would meet it.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ class _Chat:
         for i, turn in enumerate(self.made.turns[:count]):
             content = turn["content"].rpartition(THOUGHT_END)[2].strip()  # earlier thoughts may be left out
             if content and content not in text:
-                turns = [*self.made.turns[:i], {**turn, "content": turn["content"] + "j"}, *self.made.turns[i + 1:count]]
+                changed = {**turn, "content": turn["content"] + "j"}
+                turns = [*self.made.turns[:i], changed, *self.made.turns[i + 1:count]]
                 if self.made.template.render(turns, tools=self.made.tools, generate=generate) == text:
                     raise RenderError(f"it drops the words of turn {i + 1} ({turn['role']})",
                                       "a turn that the chat template does not render")

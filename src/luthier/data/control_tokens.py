@@ -60,8 +60,9 @@ def control_tokens(tokenizer: Tokenizer, template: str = "", reading: str = "tex
     if reading == "token":
         return ControlTokens()
     added = list(tokenizer.added_tokens_decoder.values())
-    special = {str(token.content) for token in added if token.special and not str(token.content).isspace()}
-    written = {str(token.content) for token in added if not str(token.content).isspace() and str(token.content) in template}
+    named = {str(token.content): bool(token.special) for token in added if not str(token.content).isspace()}
+    special = {content for content, is_special in named.items() if is_special}
+    written = {content for content in named if content in template}
     return ControlTokens(_pattern({token for token in special if not MARKUP.search(token)}), _pattern(special | written))
 
 

@@ -1,26 +1,26 @@
-"""Messages to the turns that a chat template takes, so that nothing of them is lost or added. Read `templates.py` first.
+"""Messages to the turns that a chat template takes, so that nothing of them is lost or added.
 
-| a row holds                     | and the template                | then                                                   |
-|---------------------------------|---------------------------------|--------------------------------------------------------|
-| role `developer`                | has no such role                | it is `system`                                         |
-| a system turn                   | renders none at that place      | it opens the next user's turn, or is one               |
-| `reasoning_content`             | does not render it              | the content opens with `<think>`, the thoughts, `</think>` |
-| `tool_calls`                    | does not render them            | the content ends with `<tool_call>`, the call, `</tool_call>` |
-| `tools`                         | does not render them            | the system turn lists them                             |
-| a tool's result                 | has no role `tool`              | a user's turn, between `<tool_response>` and its end   |
-| `tool_call_id`, `id`, a tool's `name` | does not render them      | left out: they say which call a result belongs to      |
-| any other key of a message      | does not render it              | the row is refused                                     |
-| a control token spelt in a text | -                               | plain text (`control_tokens.py`)                       |
+| a row holds | and the template | then |
+|---|---|---|
+| role `developer` | has no such role | it is `system` |
+| a system turn | renders none at that place | it opens the next user's turn, or is one |
+| `reasoning_content` | does not render it | `<think>`, the thoughts and `</think>` open the content |
+| `tool_calls` | does not render them | `<tool_call>`, the call and `</tool_call>` end the content |
+| `tools` | does not render them | the system turn lists them |
+| a tool's result | has no role `tool` | a user's turn, between `<tool_response>` and its end |
+| `tool_call_id`, `id`, a tool's `name` | does not render them | left out: they say which call a result belongs to |
+| any other key of a message | does not render it | the row is refused |
+| a spelt control token | - | plain text (`control_tokens.py`) |
 
 Each rule that was used is a remark, which the data report counts. Serving takes the same way, so a request is read as a
-training row is.
+training row is. Read `templates.py` first.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field
@@ -43,14 +43,14 @@ class ChatConfig(Config):
     control_tokens: Literal["text", "token"] = Field("text", description=(
         "how control tokens that are spelt in a row are read: as plain text, or as the tokens that they spell"))
     ignore_keys: tuple[str, ...] = Field((), description=(
-        "keys of messages that are dropped; a row with any other key that the chat template does not render is refused"))
+        "keys of messages to drop; a row with any other key that the chat template does not render is refused"))
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides how messages are rendered: settings, and what is put before conversations without a system turn."""
+    """What decides how messages are rendered; `system` is put before conversations that have no system turn."""
 
-    chat: ChatConfig = ChatConfig()
+    chat: ChatConfig = field(default_factory=ChatConfig)
     system: str | None = None
 
 
@@ -73,7 +73,7 @@ class Conversation:
 
 def build_conversation(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
                        rules: Rules) -> Conversation:
-    """The conversation for the template that renders most of it. Raises `RenderError` for a key that is not rendered."""
+    """The conversation for the template that renders it. Raises `RenderError` for a key that no rule covers."""
     if rules.system and (not messages or messages[0].role not in SYSTEM):
         messages = [Message("system", rules.system), *messages]
     kept = [Message(m.role, m.content, m.weight, {k: v for k, v in m.extra.items() if k not in rules.chat.ignore_keys})
@@ -99,13 +99,14 @@ class _Builder:
 
     def build(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Conversation:
         if not self.template.given:
-            self._remark("the base has no chat template: turns are written as '### User:' and '### Assistant:', and the "
-                         "template is saved with the run")
+            self._remark("the base has no chat template: turns are written as '### User:' and '### Assistant:', and "
+                         "this template is saved with the run")
         elif self.template.eos_added:
             self._remark("the chat template writes no token at the end of a turn: the eos token is put there, in the "
                          "template that is saved with the run too")
         elif self.template.end_of_turn is None:
-            self._remark("neither the chat template nor the tokenizer has a token that ends a turn: answers will not stop")
+            self._remark("neither the chat template nor the tokenizer has a token that ends a turn: answers will not "
+                         "stop")
         listed = self._mark(list(tools), "tool")
         if listed and not self.template.renders("user", "tools"):
             messages = self._with_tools(messages, listed)
@@ -181,8 +182,8 @@ class _Builder:
                 raise RenderError(f"{key!r} of a message with role {role!r}; remove this key, or name it in "
                                   "data.chat.ignore_keys", "a key of a message that the chat template does not render")
         if role == "tool" and not self.template.tool:
-            self._remark("a tool's result was put into a user's turn as <tool_response> ... </tool_response>, since the "
-                         "chat template has no role for it")
+            self._remark("a tool's result was put into a user's turn as <tool_response> ... </tool_response>, since "
+                         "the chat template has no role for it")
             return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
         return turn
 

@@ -30,11 +30,12 @@ from luthier.core.types import Encoded, Item, Piece
 from luthier.data.augment import VIEWS, PictureAugment
 from luthier.data.chat import Rendered, RenderError, Span
 from luthier.data.config import DataConfig
-from luthier.data.encode import encode_words, prompt_and_answer, tokens
+from luthier.data.encode import encode_words, prompt_and_answer
 from luthier.data.hide import Hide
 from luthier.data.hide import encoded as hidden
 from luthier.data.pictures import Picture
 from luthier.data.rows import Refusal
+from luthier.data.tokens import tokens
 from luthier.data.trees import compared, judged
 
 Made = tuple[list[Encoded], bool] | Refusal  # the example, and whether some of it was cut off; or why there is none

@@ -77,7 +77,7 @@ class Datasets:
         counts: of each, how many labels the train rows have, each as often as its row counts and is seen in an epoch.
         kinds: the names of the types of all examples.
         use: what they were read for, with the classes found; for `Stream`.
-        conversations: whether any row is put into a chat template; of rows that are streamed: whether one that could is.
+        conversations: whether any row is put into a chat template; of streamed rows: whether one could be.
     """
 
     train: list[Encoded]

@@ -1,11 +1,11 @@
-"""A tokenizer's chat templates, and what they render. Read `core/examples.py` first; `conversation.py` goes on from here.
+"""A tokenizer's chat templates, and what they render. Read `core/examples.py` first; then `conversation.py`.
 
 Training, evaluation, chat, serving, rollouts and exports all take their template from `chat_templates`. What a template
 does is found by rendering short probes, never by reading its source:
 
     end_of_turn      the token that ends an assistant's turn; a template without one is extended by the eos token
     system, late_system, developer     which of these roles it knows
-    renders(role, key)                 whether a key of a message (`tool_calls`, `reasoning_content`, ...) reaches the text
+    renders(role, key)                 whether a key of a message (`tool_calls`, `name`, ...) reaches the text
 
 A tokenizer without a template gets `FALLBACK_TEMPLATE`. Both the extended and the fallback template are ordinary Jinja,
 so what is saved with a run renders the same text in every other tool.
@@ -78,7 +78,7 @@ class ChatTemplate:
     known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def render(self, turns: Sequence[Turn], *, tools: Sequence[Turn] = (), generate: bool = False) -> str:
-        """The conversation as text; with `generate`, up to where the assistant begins to write. Raises `RenderError`."""
+        """The conversation as text; with `generate`, up to where the assistant begins. Raises `RenderError`."""
         try:
             return str(self.tokenizer.apply_chat_template(
                 [dict(turn) for turn in turns], chat_template=self.source, tokenize=False,
@@ -100,7 +100,8 @@ class ChatTemplate:
         if key == "tools":
             return self._try([USER], value) not in (None, self._try([USER]))
         before = {"system": [], "developer": [], "user": [], "assistant": [USER],
-                  "tool": [USER, {"role": "assistant", "content": "", "tool_calls": PROBES["tool_calls"]}]}.get(role, [USER])
+                  "tool": [USER, {"role": "assistant", "content": "", "tool_calls": PROBES["tool_calls"]}]}.get(
+                      role, [USER])
         # A template may want text in a turn, or none beside a call: either will do.
         for content in ("qqq", ""):
             bare = {"role": role, "content": content}
@@ -182,7 +183,8 @@ def common_prefix(first: str, second: str) -> int:
     """How many characters two texts share at their beginning."""
     if second.startswith(first):
         return len(first)
-    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), min(len(first), len(second)))
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
 def _added(tokenizer: Tokenizer) -> Mapping[int, str]:

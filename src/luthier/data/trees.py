@@ -25,8 +25,9 @@ from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece
 from luthier.data.chat import content_ranges
 from luthier.data.config import DataConfig
-from luthier.data.encode import Spelled, marks_around, predicted_bytes, spell, templated
+from luthier.data.encode import Spelled, predicted_bytes, spell, templated
 from luthier.data.rows import Refusal
+from luthier.data.tokens import marks_around
 
 Words = tuple[Message, ...] | str
 Tools = tuple[Mapping[str, Any], ...]
@@ -38,8 +39,8 @@ def compared(example: ComparedExample, tokenizer: Tokenizer,
              config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
     """One item for each answer, labelled with its rank; the best has the margin."""
     labels = [(float(rank), (example.margin or 0.0) if rank == 0 else 0.0) for rank in example.ranks]
-    return _tree(_Row(example.prompt, example.answers, example.tools, example.origin), labels, example.weight, tokenizer,
-                 config)
+    row = _Row(example.prompt, example.answers, example.tools, example.origin)
+    return _tree(row, labels, example.weight, tokenizer, config)
 
 
 def judged(example: JudgedExample, tokenizer: Tokenizer, config: DataConfig,
@@ -47,7 +48,8 @@ def judged(example: JudgedExample, tokenizer: Tokenizer, config: DataConfig,
     """One item, labelled 1 or 0; and `other`, an answer to another prompt put behind this one, labelled -1."""
     answers = (example.answer,) if other is None else (example.answer, other)
     labels = [(float(example.good), 0.0), (MISMATCHED, 0.0)][:len(answers)]
-    return _tree(_Row(example.prompt, answers, example.tools, example.origin), labels, example.weight, tokenizer, config)
+    row = _Row(example.prompt, answers, example.tools, example.origin)
+    return _tree(row, labels, example.weight, tokenizer, config)
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,8 @@ def _cut(row: _Row, texts: Sequence[Spelled], whole: int, tokenizer: Tokenizer, 
     words = _cuttable(row, texts[0], prompt, tokenizer, config)
     if excess >= max(len(words), 1):
         return Refusal(row.origin, "an answer leaves no room for its prompt",
-                       f"{longest} tokens, at most {config.most}; {len(words)} of them are words of the prompt, and one "
-                       "at least is kept")
+                       f"{longest} tokens, at most {config.most}; {len(words)} of them are words of the prompt, of "
+                       "which one at least is kept")
     return _Cut(prompt, stops, frozenset(words[:excess]))
 
 

@@ -88,9 +88,9 @@ def write_tasks(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int], bos: in
     writer.add_add_bos_token(starts)
     writer.add_add_eos_token(closes)
     if tokenizer.chat_template:
-        several = isinstance(tokenizer.chat_template, Mapping)
-        writer.add_chat_template([{"name": name, "template": source} for name, source in tokenizer.chat_template.items()]
-                                 if several else tokenizer.chat_template)
+        given = tokenizer.chat_template
+        writer.add_chat_template([{"name": name, "template": source} for name, source in given.items()]
+                                 if isinstance(given, Mapping) else given)
 
 
 def _around(tokenizer: Any) -> tuple[bool, bool]:
