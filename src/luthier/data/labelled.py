@@ -24,7 +24,7 @@ from luthier.core.examples import (
     TextsExample,
 )
 from luthier.data.pictures import PictureFile, opened_picture
-from luthier.data.values import UnfitError, Values, label, listed, name, number, row_weight, text, words
+from luthier.data.values import UnfitError, Values, label, listed, number, row_weight, text, words
 from luthier.data.worded import turns
 
 
@@ -40,7 +40,9 @@ def from_tags(values: Values, origin: Origin) -> Example:
         raise UnfitError("a word is empty or not text")
     if len(said) != len(tags):
         raise UnfitError("words and tags differ in number", f"{len(said)} words, {len(tags)} tags")
-    return TaggedExample(tuple(said), tuple(name(label(tag)) for tag in tags), origin, row_weight(values))
+    names = label(tags, "tag")
+    assert isinstance(names, tuple), "a list of tags"
+    return TaggedExample(tuple(said), names, origin, row_weight(values))
 
 
 def from_score(values: Values, origin: Origin) -> Example:
