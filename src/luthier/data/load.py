@@ -217,13 +217,14 @@ class _Reading:
     def take(self, source: Source, number: int, part: _Part, held_part: _Part, held: float, seed: int) -> None:
         """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
         usable: list[_Kept] = []
-        for count, example in enumerate(rows(source, self.config, self.use.reader), 1):
+        config = self.config.for_source(source)
+        for count, example in enumerate(rows(source, self.config, self.use.reader, part.name), 1):
             if self.progress and count % TICK == 0:
                 self.progress(part.name, count)
             if isinstance(example, Refusal):
                 part.tally.refuse(example)
                 continue
-            found = self.encode(example)
+            found = self.encode(example, config)
             if isinstance(found, Refusal):
                 part.tally.refuse(found)
             else:
@@ -232,8 +233,8 @@ class _Reading:
         for index, kept in enumerate(usable):
             (held_part if index in out else part).kept.append(kept)
 
-    def encode(self, example: Example) -> tuple[list[Encoded], bool] | Refusal:
-        return encoded(example, self.tokenizer, self.config, self.use.room, self.use.hide)
+    def encode(self, example: Example, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
+        return encoded(example, self.tokenizer, config, self.use.room, self.use.hide)
 
     def augment(self, part: _Part) -> None:
         """Change and copy the rows. What cannot be encoded once changed stays as it was read, or is not added."""
@@ -241,7 +242,8 @@ class _Reading:
         read, part.kept = part.kept, []
         for number, kept in enumerate(read):
             for index, (change, example) in enumerate(augmented(kept.example, number, changes, self.seed)):
-                found = self.encode(example) if change else None
+                config = self.config.for_source(self.config.train[kept.source])
+                found = self.encode(example, config) if change else None
                 if found is None or (isinstance(found, Refusal) and not index):
                     part.kept.append(kept)
                 elif not isinstance(found, Refusal):
@@ -282,9 +284,10 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
     return set(chosen.tolist())
 
 
-def rows(source: Source, config: DataConfig, reader: Reader) -> Iterator[Example | Refusal]:
+def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train") -> Iterator[Example | Refusal]:
     """Every row of `source` as an example or a refusal, in order, at most `limit` of them."""
-    files = sources.read(source.path, split=source.split, subset=source.subset, document=source.document,
+    config = config.for_source(source)
+    files = sources.read(source.path, split=source.split, subset=source.subset, part=part, document=source.document,
                          header=config.header, streaming=config.streaming)
     left = config.limit or sys.maxsize
     for _, lines in files:
