@@ -26,6 +26,8 @@ class Source(Config):
     subset: str | None = Field(None, description="which configuration of a data set on the hub or of a folder")
     format: Literal["auto"] | FormatName | None = Field(None, description=(
         "how the rows of this source are written; left out: as data.format says"))
+    first_choice: Literal["auto", 0, 1] = Field("auto", description=(
+        "the number of the first choice, where the answers to choices are numbers; auto: 0 or 1 as the rows show it"))
     columns: Mapping[str, str | int] | None = Field(None, description=(
         "standard column: this source's own column; left out: as data.columns says"))
     document: Literal["auto", "line", "file"] = Field("auto", description=(

@@ -6,7 +6,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import cache
+from itertools import chain, islice
 
 import numpy as np
 
@@ -16,14 +17,15 @@ from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
 from luthier.data import sources
 from luthier.data.augment import MixupAugment, WordsAugment, augmented
+from luthier.data.choices import Numbering
 from luthier.data.config import DataConfig, Source
-from luthier.data.formats import Reader, examples
+from luthier.data.formats import Reader, examples, numbering_of
 from luthier.data.hide import Hide, fixed, unchanged
 from luthier.data.items import encoded
 from luthier.data.loader import Mix
 from luthier.data.mixup import draws, mixed
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
-from luthier.data.rows import Refusal
+from luthier.data.rows import Refusal, Rows
 from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
 
 Progress = Callable[[str, int], None]
@@ -287,10 +289,20 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
 def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train") -> Iterator[Example | Refusal]:
     """Every row of `source` as an example or a refusal, in order, at most `limit` of them."""
     config = config.for_source(source)
-    files = sources.read(source.path, split=source.split, subset=source.subset, part=part, document=source.document,
-                         header=config.header, streaming=config.streaming)
+
+    def files() -> Iterator[tuple[str, Rows]]:
+        return sources.read(source.path, split=source.split, subset=source.subset, part=part, document=source.document,
+                            header=config.header, streaming=config.streaming)
+
+    @cache
+    def numbering() -> Numbering:  # the rows are read once more, and only where an answer is a number
+        if source.first_choice != "auto":
+            return Numbering(source.first_choice, given=True)
+        return numbering_of(chain.from_iterable(lines for _, lines in files()), config.columns)
+
+    reader = replace(reader, numbering=numbering)
     left = config.limit or sys.maxsize
-    for _, lines in files:
+    for _, lines in files():
         for example in examples(islice(lines, left), config.format, config.columns, reader):
             left -= 1
             yield example
