@@ -38,7 +38,8 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
               "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = build.dump(recorded)
     if data:
-        raw["data"] |= {"train": data, "test": data, "eval": None}
+        # Streamed, so that the rows are read once, as those of a test: a folder may have no train split.
+        raw["data"] |= {"train": data, "test": data, "eval": None, "streaming": True}
     made = build.recipe(raw, wanted)
     found = build.datasets(made, family)
     encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)

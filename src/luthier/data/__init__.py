@@ -11,6 +11,7 @@ from luthier.data.encode import prompt_of
 from luthier.data.formats import FORMATS, Reader, examples
 from luthier.data.hide import Hide
 from luthier.data.items import encode
+from luthier.data.labelled import ANSWERED
 from luthier.data.load import Datasets, Use, demand, load
 from luthier.data.loader import Loader
 from luthier.data.pack import batch, eval_batches, first_fit, pack
@@ -21,9 +22,9 @@ from luthier.data.sources import read
 from luthier.data.stream import Stream
 
 __all__ = [
-    "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide", "Loader",
-    "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row", "Source",
-    "Stream", "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples", "first_fit",
-    "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "read", "render",
+    "ANSWERED", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide",
+    "Loader", "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row",
+    "Source", "Stream", "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples",
+    "first_fit", "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "read", "render",
     "turns",
 ]

@@ -143,3 +143,4 @@ def said(answer: tuple[Message, ...] | str) -> str:
 
 
 ASKED = frozenset({"ChatExample", "CompletionExample", "ComparedExample", "JudgedExample"})  # what `as_prompt` takes
+ANSWERED = ASKED | {"PromptExample", "TextExample"}  # kinds of example that an answer can be generated to
