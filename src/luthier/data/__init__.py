@@ -25,6 +25,6 @@ __all__ = [
     "ANSWERED", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide",
     "Loader", "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row",
     "Source", "Stream", "Use", "WordsAugment", "augmented", "batch", "demand", "encode", "eval_batches", "examples",
-    "first_fit", "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "read", "render",
-    "turns",
+    "first_fit", "length_picture", "load", "pack", "paraphrased", "preview", "prompt_and_answer", "prompt_of", "read",
+    "render", "turns",
 ]
