@@ -1,7 +1,7 @@
 """Rows to examples to tokens and weights to batches. The only room that imports `datasets`.
 
-Reading order: `sources.py`, `formats.py`, `chat.py`, `encode.py`, `hide.py`, `items.py`, `settle.py`, `pack.py`,
-`loader.py`; `load.py` puts them together.
+Reading order: `sources.py`, `splits.py`, `formats.py`, `chat.py`, `encode.py`, `hide.py`, `items.py`, `settle.py`,
+`pack.py`, `loader.py`; `load.py` puts them together.
 """
 
 from luthier.data.augment import MixupAugment, PictureAugment, WordsAugment, augmented, paraphrased
