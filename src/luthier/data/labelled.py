@@ -24,7 +24,7 @@ from luthier.core.examples import (
     TextsExample,
 )
 from luthier.data.pictures import PictureFile, opened_picture
-from luthier.data.values import UnfitError, Values, label, listed, number, row_weight, text, words
+from luthier.data.values import UnfitError, Values, demand_finite, label, listed, number, row_weight, text, words
 from luthier.data.worded import turns
 
 
@@ -111,6 +111,8 @@ def from_prompt(values: Values, origin: Origin) -> Example:
 
 
 def _facts(values: Values) -> dict[str, Any]:
+    if isinstance(values.get("reference"), float):
+        demand_finite(values["reference"], "reference")
     return {column: value for column, value in values.items() if column not in ("prompt", "messages", "conversations")}
 
 

@@ -242,14 +242,17 @@ PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "margin": lambda value: {"prompt": "q", "chosen": "a", "rejected": "b", "margin": value},
     "rank": lambda value: {"prompt": "q", "answers": [{"text": "a", "rank": value}, {"text": "b", "rank": 1}]},
     "verdict": lambda value: {"prompt": "q", "completion": "a", "label": value},
+    "reference": lambda value: {"prompt": "q", "reference": value},
     "choice": lambda value: {"question": "q", "choices": [value, 2], "answer": 2},
     "answer": lambda value: {"question": "q", "choices": ["a", "b"], "answer": value},
 }
 
 
 @pytest.mark.parametrize(("name", "place"), [(name, place) for name in BAD for place in PLACES
-                                             if place != "choice" or isinstance(BAD[name], (int, float))])  # a choice may be any text
+                                             if place not in ("choice", "reference") or (
+                                                 isinstance(BAD[name], float) or (place == "choice" and isinstance(BAD[name], int)))])
 def test_what_is_no_finite_number_of_64_bits_is_refused(name: str, place: str) -> None:
+    """But for a choice and a reference, which may be any text, and a reference any integer."""
     (found,) = examples([Row(PLACES[place](BAD[name]), HERE)])
     assert isinstance(found, Refusal)
 
