@@ -154,6 +154,8 @@ def _patterns(given: Any, where: str) -> Iterator[tuple[str, list[str]]]:
 def _matched(folder: Path, pattern: str, files: Sequence[Path]) -> list[Path]:
     if "://" in pattern or PurePosixPath(pattern).is_absolute():
         return []
+    if pattern.endswith("**"):  # which is folders alone before Python 3.13
+        pattern += "/*"
     return sorted(set(folder.glob(pattern)) & set(files))
 
 

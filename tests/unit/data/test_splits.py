@@ -72,6 +72,8 @@ CLEAR: dict[str, tuple[list[str], dict[str, str], list[str]]] = {
     "the default config's test": (MADE, {"readme": CONFIGS, "split": "test"}, ["main/b.jsonl"]),
     "a named config": (MADE, {"readme": CONFIGS, "subset": "socratic"}, ["soc/c.jsonl"]),
     "a config of one file": (MADE, {"readme": CONFIGS, "subset": "plain"}, ["main/a.jsonl"]),
+    "files at any depth": (MADE, {"readme": "configs: [{data_files: 'main/**'}]"}, MADE[:3]),
+    "files from here": (MADE, {"readme": "configs: [{data_files: {train: ./main/a.jsonl, test: ./soc/*}}]\r\nlicense: mit\r"}, MADE[:1]),
     "a config of a folder": (MADE, {"readme": CONFIGS, "subset": "below", "part": "eval"}, ["deep/dev.jsonl"]),
 }
 UNCLEAR: dict[str, tuple[list[str], dict[str, str], str]] = {
