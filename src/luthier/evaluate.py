@@ -40,7 +40,9 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
     made = build.recipe(raw, wanted)
-    found = build.datasets(made, family)
+    # Streamed, so that the rows are read once, as those of a test: a folder may have no train split.
+    once = made.model_copy(update={"data": made.data.model_copy(update={"streaming": True})}) if data else made
+    found = build.datasets(once, family)
     encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or held-out rows",

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from luthier import build
 from luthier.core.errors import MissingExtra, RecipeError, RunError
 from luthier.core.examples import ImageExample, LabelledExample
+from luthier.core.labels import label_key
 from luthier.core.types import Encoded
 from luthier.runtime.disk import explained
 from luthier.runtime.progress import Progress, status
@@ -84,7 +85,7 @@ def probe(states: np.ndarray, labels: Labels, tested: np.ndarray, truth: Labels)
                           "train a head on these rows instead: luthier train --objective classify")
     if len(set(labels)) < 2:
         raise RecipeError(f"all {len(labels)} rows have the label {labels[0]!r}", "give rows of two classes or more")
-    named, wanted = ([str(label) for label in given] for given in (labels, truth))
+    named, wanted = ([label_key(label) for label in given] for given in (labels, truth))
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler

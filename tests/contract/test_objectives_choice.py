@@ -73,3 +73,13 @@ def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: objec
     assert found["loss"] == pytest.approx(total / len(rows), rel=1e-4)
     assert found["accuracy"] == pytest.approx(right / len(rows))
     assert found["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
+
+
+def test_of_a_folder_the_test_rows_are_measured(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
+    row = {"question": "q", "choices": ["one", "two"], "answer": "one"}
+    for name, count in (("train", 5), ("test", 3)):
+        (tmp_path / "rows" / name).mkdir(parents=True)
+        (tmp_path / "rows" / name / "a.jsonl").write_text((json.dumps(row) + "\n") * count)
+    for folder, wanted in ((tmp_path / "rows", 3), (tmp_path / "rows" / "train", 5)):
+        assert evaluate(tmp_path / "base", data=str(folder), objective="choice", quiet=True)["examples"] == wanted

@@ -187,8 +187,13 @@ def held_out(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
 
 
 def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Question]:
-    """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer."""
+    """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer,
+    `RecipeError` where a row asks nothing."""
     found = []
+    strange = next((example for example in examples if type(example).__name__ not in rows.ANSWERED), None)
+    if strange is not None:
+        raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which asks for no answer",
+                          "leave evaluate.metrics out, or name rows with prompts in data.test")
     for example in examples[:made.evaluate.limit]:
         ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
         found.append(Question(tuple(ids), _asked(example), reference, example.origin))

@@ -18,7 +18,7 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
 from luthier.core.config import NULL, Config
 from luthier.core.errors import RecipeError
-from luthier.data import DataConfig
+from luthier.data import ANSWERED, DataConfig
 from luthier.families import BaseConfig
 from luthier.measure import EvaluateConfig
 from luthier.methods import METHODS, READERS
@@ -89,7 +89,16 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
     for key, value in (settings or {}).items():
         if value is not None:
             raw = _laid(raw, key.split("."), None if value is NULL else value)
-    return _kept(Recipe.parse(_started(raw)))
+    return _kept(_demand_answers(Recipe.parse(_started(raw))))
+
+
+def _demand_answers(made: Recipe) -> Recipe:
+    """The recipe itself. Raises `RecipeError` where answers are to be scored to rows that ask nothing."""
+    if made.evaluate.metrics and not made.objective.reads & ANSWERED:
+        raise RecipeError(f"evaluate.metrics {', '.join(made.evaluate.metrics)}: these score generated answers, and "
+                          f"the rows of objective {made.objective.name!r} ask for none",
+                          "leave evaluate.metrics out: what the objective itself measures is measured anyway")
+    return made
 
 
 def _kept(made: Recipe) -> Recipe:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator
 
@@ -21,10 +21,23 @@ class Source(Config):
 
     path: str = Field(description="a file, a folder of files, or the owner/name of a data set on the hub")
     weight: float = Field(1.0, gt=0, description="times that its rows are seen in an epoch: 2 twice, 0.5 half of them")
-    split: str = Field("train", description="which split, of a data set on the hub or saved by `datasets`")
-    subset: str | None = Field(None, description="which configuration of a data set on the hub")
+    split: str | None = Field(None, description=(
+        "which split of a data set on the hub, a folder, or what `datasets` saved; left out: train for data.train, "
+        "validation for data.eval, test for data.test; all: every file of a folder"))
+    subset: str | None = Field(None, description="which configuration of a data set on the hub or of a folder")
+    format: Literal["auto"] | FormatName | None = Field(None, description=(
+        "how the rows of this source are written; left out: as data.format says"))
+    first_choice: Literal["auto", 0, 1] = Field("auto", description=(
+        "the number of the first choice, where the answers to choices are numbers; auto: 0 or 1 as the rows show it"))
+    columns: Mapping[str, str | int] | None = Field(None, description=(
+        "standard column: this source's own column; left out: as data.columns says"))
     document: Literal["auto", "line", "file"] = Field("auto", description=(
         "what one document is in plain text: a line or the whole file; auto: a line in .txt, the file in .md"))
+
+    @field_validator("columns")
+    @classmethod
+    def _known(cls, columns: Mapping[str, str | int] | None) -> Mapping[str, str | int] | None:
+        return None if columns is None else _standard(columns)
 
 
 class DataConfig(Config):
@@ -90,12 +103,7 @@ class DataConfig(Config):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
-        for column in columns:
-            if column not in COLUMNS:
-                raise ValueError(f"unknown standard column {column!r}: {nearest(column, COLUMNS)}")
-        if len({isinstance(theirs, int) for theirs in columns.values()}) > 1:
-            raise ValueError("give names for all columns, or numbers for all of a table without a header")
-        return columns
+        return _standard(columns)
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -109,6 +117,12 @@ class DataConfig(Config):
         if sum(change.name == "mixup" for change in changes) > 1:
             raise ValueError("mixup is named once: a mixture is not mixed again")
         return changes
+
+    def for_source(self, source: Source) -> Self:
+        """The settings with the format and the columns of one source, where it has its own."""
+        own = {key: value for key, value in (("format", source.format), ("columns", source.columns))
+               if value is not None}
+        return self.model_copy(update=own) if own else self
 
     @property
     def rules(self) -> Rules:
@@ -135,6 +149,15 @@ class DividedConfig(DataConfig):
     def of(cls, config: DataConfig) -> DividedConfig:
         """Several answers always share their source."""
         return cls.model_construct(config.model_fields_set, **{**dict(config), "share_prompt": True})
+
+
+def _standard(columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
+    for column in columns:
+        if column not in COLUMNS:
+            raise ValueError(f"unknown standard column {column!r}: {nearest(column, COLUMNS)}")
+    if len({isinstance(theirs, int) for theirs in columns.values()}) > 1:
+        raise ValueError("give names for all columns, or numbers for all of a table without a header")
+    return columns
 
 
 def _source(raw: Any) -> Any:

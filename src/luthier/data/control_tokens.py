@@ -63,7 +63,8 @@ def control_tokens(tokenizer: Tokenizer, template: str = "", reading: str = "tex
     named = {str(token.content): bool(token.special) for token in added if not str(token.content).isspace()}
     special = {content for content, is_special in named.items() if is_special}
     written = {content for content in named if content in template}
-    return ControlTokens(_pattern({token for token in special if not MARKUP.search(token)}), _pattern(special | written))
+    own = {content for content in special if not MARKUP.search(content)}
+    return ControlTokens(_pattern(own), _pattern(special | written))
 
 
 def _pattern(tokens: set[str]) -> re.Pattern[str] | None:

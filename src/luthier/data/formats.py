@@ -16,6 +16,7 @@ from typing import Any, Literal
 from luthier.core.errors import DataError, nearest
 from luthier.core.examples import Example, Origin
 from luthier.data import labelled, preferences, worded
+from luthier.data.choices import Numbering, find_numbering
 from luthier.data.rows import Refusal, Row
 from luthier.data.values import UnfitError
 
@@ -116,10 +117,12 @@ class Reader:
     Args:
         kinds: names of types of example; None for any.
         others: for each objective, the kinds that it reads; for the remedy alone.
+        numbering: how the answers of the source number choices; None: as each row alone shows it.
     """
 
     kinds: frozenset[str] | None = None
     others: Mapping[str, Collection[str]] = field(default_factory=dict)
+    numbering: Callable[[], Numbering] | None = None
 
     def formats(self) -> dict[str, bool]:
         """The formats it can read, in the order to try them, and whether what they give is turned into a prompt."""
@@ -138,7 +141,8 @@ class Reader:
             needed = ", ".join(known.required)
             return Refusal(origin, f"no {missing[0]}", f"the file's format is {format}, which needs {needed}")
         try:
-            example = known.convert(named, origin)
+            example = (preferences.from_choices(named, origin, self.numbering) if format == "choices"
+                       else known.convert(named, origin))
             return labelled.as_prompt(example, named) if self.formats()[format] else example
         except UnfitError as unfit:
             return Refusal(origin, unfit.reason, unfit.detail)
@@ -181,6 +185,13 @@ def examples(rows: Iterable[Row | Refusal], format: str = "auto", columns: Colum
 def recognise(values: Mapping[str, Any], among: Iterable[str]) -> str | None:
     """The first format whose required columns all have a value."""
     return next((name for name in among if FORMATS[name].fits(values)), None)
+
+
+def numbering_of(rows: Iterable[Row | Refusal], columns: Columns) -> Numbering:
+    """How the answers of a source number choices, as all of its rows together show it."""
+    known = FORMATS["choices"]
+    renamed = (_renamed(row.values, columns) for row in rows if isinstance(row, Row))
+    return find_numbering(known.named(values) for values in renamed if known.fits(values))
 
 
 def _renamed(values: Mapping[str, Any], columns: Columns) -> Mapping[str, Any]:

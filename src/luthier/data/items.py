@@ -119,7 +119,9 @@ def _tagged(example: TaggedExample, tokenizer: Tokenizer, config: DataConfig) ->
         if all(a < b for a, b in pairwise(firsts)) and firsts[-1] < len(ids):
             break
     else:
-        return Refusal(example.origin, "two words are one token")
+        return _no_token(example, tokenizer) or Refusal(example.origin, "two words are one token")
+    if refused := _no_token(example, tokenizer):
+        return refused
     cut = len(ids) > config.most
     if cut and config.overlong != "truncate":
         return Refusal(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.most}")
@@ -132,6 +134,15 @@ def _tagged(example: TaggedExample, tokenizer: Tokenizer, config: DataConfig) ->
     if not any(weights):
         return Refusal(example.origin, "nothing to train on")
     return [Encoded((Piece(tuple(ids[:kept]), weights, tags=tuple(tags)),), example.origin)], cut
+
+
+def _no_token(example: TaggedExample, tokenizer: Tokenizer) -> Refusal | None:
+    """Why the row cannot be used, where the tokenizer makes nothing of a word: a tag would stand at another's token."""
+    for word in example.words:
+        if not any(letter.isalnum() for letter in word) and not tokenizer(word, add_special_tokens=False,
+                                                                          verbose=False)["input_ids"]:
+            return Refusal(example.origin, "the tokenizer makes no tokens of a word", ascii(word))
+    return None
 
 
 def _joined(words: tuple[str, ...], wide: bool) -> tuple[str, list[int]]:

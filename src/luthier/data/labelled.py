@@ -25,7 +25,7 @@ from luthier.core.examples import (
     TextsExample,
 )
 from luthier.data.pictures import PictureFile, opened_picture
-from luthier.data.values import UnfitError, Values, label, listed, name, number, row_weight, text, tools, words
+from luthier.data.values import UnfitError, Values, demand_finite, label, listed, number, row_weight, text, tools, words
 from luthier.data.worded import SYSTEM, turns
 
 
@@ -41,7 +41,9 @@ def from_tags(values: Values, origin: Origin) -> Example:
         raise UnfitError("a word is empty or not text")
     if len(said) != len(tags):
         raise UnfitError("words and tags differ in number", f"{len(said)} words, {len(tags)} tags")
-    return TaggedExample(tuple(said), tuple(name(label(tag)) for tag in tags), origin, row_weight(values))
+    names = label(tags, "tag")
+    assert isinstance(names, tuple), "a list of tags"
+    return TaggedExample(tuple(said), names, origin, row_weight(values))
 
 
 def from_score(values: Values, origin: Origin) -> Example:
@@ -110,6 +112,8 @@ def from_prompt(values: Values, origin: Origin) -> Example:
 
 
 def _facts(values: Values) -> dict[str, Any]:
+    if isinstance(values.get("reference"), float):
+        demand_finite(values["reference"], "reference")
     return {column: value for column, value in values.items() if column not in ("prompt", "messages", "conversations")}
 
 
@@ -148,3 +152,4 @@ def said(answer: tuple[Message, ...] | str) -> str:
 
 
 ASKED = frozenset({"ChatExample", "CompletionExample", "ComparedExample", "JudgedExample"})  # what `as_prompt` takes
+ANSWERED = ASKED | {"PromptExample", "TextExample"}  # kinds of example that an answer can be generated to

@@ -6,7 +6,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import cache
+from itertools import chain, islice
 
 import numpy as np
 
@@ -16,15 +17,16 @@ from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
 from luthier.data import sources
 from luthier.data.augment import MixupAugment, WordsAugment, augmented
+from luthier.data.choices import Numbering
 from luthier.data.config import DataConfig, Source
 from luthier.data.encode import is_conversation, templated
-from luthier.data.formats import Reader, examples
+from luthier.data.formats import Reader, examples, numbering_of
 from luthier.data.hide import Hide, fixed, unchanged
 from luthier.data.items import encoded
 from luthier.data.loader import Mix
 from luthier.data.mixup import draws, mixed
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
-from luthier.data.rows import Refusal
+from luthier.data.rows import Refusal, Rows
 from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
 
 Progress = Callable[[str, int], None]
@@ -222,13 +224,14 @@ class _Reading:
     def take(self, source: Source, number: int, part: _Part, held_part: _Part, held: float, seed: int) -> None:
         """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
         usable: list[_Kept] = []
-        for count, example in enumerate(rows(source, self.config, self.use.reader), 1):
+        config = self.config.for_source(source)
+        for count, example in enumerate(rows(source, self.config, self.use.reader, part.name), 1):
             if self.progress and count % TICK == 0:
                 self.progress(part.name, count)
             if isinstance(example, Refusal):
                 part.tally.refuse(example)
                 continue
-            found = self.encode(example)
+            found = self.encode(example, config)
             if isinstance(found, Refusal):
                 part.tally.refuse(found)
             else:
@@ -237,8 +240,8 @@ class _Reading:
         for index, kept in enumerate(usable):
             (held_part if index in out else part).kept.append(kept)
 
-    def encode(self, example: Example) -> tuple[list[Encoded], bool] | Refusal:
-        return encoded(example, self.tokenizer, self.config, self.use.room, self.use.hide)
+    def encode(self, example: Example, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
+        return encoded(example, self.tokenizer, config, self.use.room, self.use.hide)
 
     def augment(self, part: _Part) -> None:
         """Change and copy the rows. What cannot be encoded once changed stays as it was read, or is not added."""
@@ -246,7 +249,8 @@ class _Reading:
         read, part.kept = part.kept, []
         for number, kept in enumerate(read):
             for index, (change, example) in enumerate(augmented(kept.example, number, changes, self.seed)):
-                found = self.encode(example) if change else None
+                config = self.config.for_source(self.config.train[kept.source])
+                found = self.encode(example, config) if change else None
                 if found is None or (isinstance(found, Refusal) and not index):
                     part.kept.append(kept)
                 elif not isinstance(found, Refusal):
@@ -288,12 +292,23 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
     return set(chosen.tolist())
 
 
-def rows(source: Source, config: DataConfig, reader: Reader) -> Iterator[Example | Refusal]:
+def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train") -> Iterator[Example | Refusal]:
     """Every row of `source` as an example or a refusal, in order, at most `limit` of them."""
-    files = sources.read(source.path, split=source.split, subset=source.subset, document=source.document,
-                         header=config.header, streaming=config.streaming)
+    config = config.for_source(source)
+
+    def files() -> Iterator[tuple[str, Rows]]:
+        return sources.read(source.path, split=source.split, subset=source.subset, part=part, document=source.document,
+                            header=config.header, streaming=config.streaming)
+
+    @cache
+    def numbering() -> Numbering:  # the rows are read once more, and only where an answer is a number
+        if source.first_choice != "auto":
+            return Numbering(source.first_choice, given=True)
+        return numbering_of(chain.from_iterable(lines for _, lines in files()), config.columns)
+
+    reader = replace(reader, numbering=numbering)
     left = config.limit or sys.maxsize
-    for _, lines in files:
+    for _, lines in files():
         for example in examples(islice(lines, left), config.format, config.columns, reader):
             left -= 1
             yield example

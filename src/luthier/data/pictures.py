@@ -75,9 +75,10 @@ def in_folder(folder: Path) -> list[Path]:
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
-def read_pictures(folder: Path, files: Sequence[Path]) -> Rows:
-    """A row for each picture; its label is the subfolder's name, or none where it lies in `folder` itself."""
-    for file in files:
+def read_pictures(files: Sequence[tuple[Path, Path]]) -> Rows:
+    """A row for each picture, given behind the folder of its split; its label is the subfolder's name, or none where it
+    lies in that folder itself."""
+    for folder, file in files:
         inside = file.relative_to(folder).parts
         yield Row({"pixels": PictureFile(file), **({"label": inside[0]} if len(inside) > 1 else {})},
                   Origin(str(file), 1))

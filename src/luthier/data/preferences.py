@@ -8,12 +8,12 @@ Answers are put best first. Ranks must run without ties or gaps, and answers mus
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import combinations, takewhile
-from string import ascii_uppercase
 from typing import Any
 
 from luthier.core.examples import ComparedExample, Example, JudgedExample, Message, Origin
+from luthier.data.choices import Choices, Numbering, find_numbering
 from luthier.data.values import UnfitError, Values, listed, number, parsed, row_weight, text, tools, verdict, words
 from luthier.data.worded import SYSTEM, turn, turns
 
@@ -68,18 +68,17 @@ def from_ranking(values: Values, origin: Origin) -> Example:
     return _compared(_prompt(values, "prompt"), said, [int(rank - min(ranks)) for rank in ranks], values, origin)
 
 
-def from_choices(values: Values, origin: Origin) -> Example:
-    """A question, its choices, and which is right: by its number (the first is 0), its letter or its own words. The
-    right one has rank 0, all others 1. Choices may lie in an object, `text` with a `label` each."""
-    found = parsed(values["choices"], "choices")
-    names: Sequence[Any] = ()
-    if isinstance(found, dict):
-        found, names = found.get("text", ()), found.get("label", ())
-    choices = [f"{choice:g}" if isinstance(choice, (int, float)) else choice
-               for choice in listed({"choices": found}, "choices")]
-    right = _right(values["answer"], choices, [*names])
-    return _compared(_prompt(values, "prompt"), tuple(_answer(choice, "choice") for choice in choices),
-                     [int(place != right) for place in range(len(choices))], values, origin)
+def from_choices(values: Values, origin: Origin, numbering: Callable[[], Numbering] | None = None) -> Example:
+    """A question, its choices, and which is right (see `choices.py`), which has rank 0, all others 1. Choices may lie
+    in an object, `text` with a `label` each.
+
+    Args:
+        numbering: how the answers of the source number the choices; None: as this row alone shows it.
+    """
+    asked = Choices.of(values)
+    place = asked.place(numbering or (lambda: find_numbering([values])))
+    return _compared(_prompt(values, "prompt"), tuple(_answer(choice, "choice") for choice in asked.choices),
+                     [int(each != place) for each in range(len(asked.choices))], values, origin)
 
 
 def from_judged(values: Values, origin: Origin) -> Example:
@@ -159,18 +158,6 @@ def _parted(chosen: Words, rejected: Words, values: Values, origin: Origin) -> C
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False)))
     prompt = _with_system(chosen[:shared], values)
     return _compared(prompt, (chosen[shared:], rejected[shared:]), (0, 1), values, origin)
-
-
-def _right(answer: Any, choices: Sequence[Any], names: Sequence[Any]) -> int:
-    """The place of the right choice."""
-    for known in [[*names]] if names else [[*choices], [*ascii_uppercase[:len(choices)]], [*range(len(choices))]]:
-        if answer in known:
-            return known.index(answer)
-    if not names and isinstance(answer, str) and answer.strip().isdecimal() and int(answer) < len(choices):
-        return int(answer)
-    asked = (f"one of {', '.join(map(str, names))}" if names else
-             f"a number from 0 to {len(choices) - 1}, a letter from A on, or a choice's own words")
-    raise UnfitError("answer is none of the choices", f"{answer!r}: give {asked}")
 
 
 def _compared(prompt: Words, answers: tuple[Words, ...], ranks: Sequence[int], values: Values,

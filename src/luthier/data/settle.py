@@ -5,12 +5,15 @@ Read `items.py` first, which leaves these open.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 
 from luthier.core.errors import DataError, nearest
 from luthier.core.examples import Example, ImageExample, JudgedExample, LabelledExample, TaggedExample, TextsExample
+from luthier.core.labels import label_key, label_names, parse_number, sort_labels
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
 from luthier.data.config import DataConfig
@@ -36,17 +39,42 @@ class Known:
     several: bool = False
     scale: float = 1.0
 
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """The number of each class by its name's value."""
+        return {label_key(one): place for place, one in enumerate(self.classes or ())}
+
 
 def known(examples: Sequence[Example], classes: tuple[str, ...] | None, config: DataConfig) -> Known:
     """From the training rows. `classes` as the objective has them: None, their names, or () to find them here."""
     labels = [label for example in examples for label in _labels(example)]
     if classes == ():
-        names = {name(inner) for label in labels for inner in (label if isinstance(label, tuple) else (label,))}
-        whole = all(one.lstrip("-").isdecimal() for one in names)
-        classes = tuple(sorted(names, key=int if whole else None))
+        if not config.streaming:  # a regression's features are read so, too
+            _demand_one_spelling(examples)
+        classes = sort_labels(label_names(_each(labels)).values())
     scores = [e.score for e in examples if isinstance(e, TextsExample) and e.score is not None]
     scale = config.score_scale or next((s for s in SCALES if s >= max(scores, default=0.0)), max(scores, default=1.0))
     return Known(classes, any(isinstance(label, tuple) for label in labels), scale)
+
+
+def _each(labels: Iterable[Label]) -> Iterator[str | float]:
+    for label in labels:
+        yield from label if isinstance(label, tuple) else (label,)
+
+
+def _demand_one_spelling(examples: Sequence[Example]) -> None:
+    """Raises `DataError` where the text of one number with decimals has two spellings: 1.1 and 1.10 are one number, but
+    as the numbers of sections they are two classes, and nothing says which is meant."""
+    spelled: dict[str, str] = {}
+    for example in examples:
+        for one in _each(_labels(example)):
+            if isinstance(one, str) and isinstance(parse_number(one), float):
+                first = spelled.setdefault(label_key(one), one)
+                if first != one:
+                    raise DataError(f"{example.origin}: the label {one!r} is spelled {first!r} in another row: as "
+                                    "numbers they are one class, as text they are two",
+                                    "spell one class the same way everywhere, or name the classes by text, such as "
+                                    f"'v{one}'")
 
 
 def _labels(example: Example) -> tuple[Label, ...]:
@@ -98,17 +126,19 @@ def _numbers(label: Label, what: Known) -> float | tuple[float, ...]:
 
 
 def _number(label: str | float, what: Known) -> float:
-    """A class's number by its name; by its number where no class has a number for a name."""
+    """The number of the class that has the label's value for a name; of a regression the value itself."""
     if what.classes is None:
         return number(label, "label")
+    found = what.places.get(label_key(label))
+    if found is not None:
+        return float(found)
     named = name(label)
-    if named in what.classes:
-        return float(what.classes.index(named))
-    if named.isdecimal() and int(named) < len(what.classes) and not any(one.isdecimal() for one in what.classes):
-        return float(named)
+    position = "; a number is not read as the position of a class: write the class's name"
     there = what.classes if len(what.classes) <= SHOWN else ()
-    raise UnfitError("a label that no training row has",
-                     f"{named!r}; " + (f"known: {', '.join(there)}" if there else nearest(named, what.classes)))
+    positions = parse_number(label) is not None and all(parse_number(one) is None for one in what.classes)
+    raise UnfitError("a label that is none of the classes",
+                     f"{named!r}; " + (f"known: {', '.join(there)}" if there else nearest(named, what.classes))
+                     + (position if positions else ""))
 
 
 def beside_others(examples: Sequence[Example], everything: Sequence[Example], tokenizer: Tokenizer,
@@ -164,9 +194,6 @@ def class_sums(encoded: Iterable[tuple[Encoded, float]], classes: Sequence[str])
 
 def class_counts(examples: Iterable[Example]) -> dict[str, int]:
     """How many rows, or words, have each label."""
-    counts: dict[str, int] = {}
-    for example in examples:
-        for label in _labels(example):
-            for one in label if isinstance(label, tuple) else (label,):
-                counts[name(one)] = counts.get(name(one), 0) + 1
-    return counts
+    labels = [one for example in examples for one in _each(_labels(example))]
+    counts = Counter(map(label_key, labels))
+    return {known: counts[key] for key, known in label_names(labels).items()}

@@ -25,7 +25,7 @@ from __future__ import annotations
 import difflib
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from luthier.core.examples import Origin
 from luthier.data.pictures import IDX, in_folder, read_idx, read_pictures
 from luthier.data.readers import READERS, as_row
 from luthier.data.rows import OPENERS, Rows, opened
+from luthier.data.splits import ALL, DEFAULTS, KEYWORDS, TEST, TRAIN, choose_files, resolve_split
 
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
          b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"%PDF": "PDF",
@@ -46,28 +47,64 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # ---------------------------------------------------------------- from a path to rows
 
 
-def read(path: str, *, split: str = "train", subset: str | None = None, document: str = "auto", header: bool = True,
-         streaming: bool = False) -> Iterator[tuple[str, Rows]]:
-    """Each file that `path` names, and its rows: a file, a folder of them, or a data set's name on the hub."""
+def read(path: str, *, split: str | None = None, subset: str | None = None, part: str = "train", document: str = "auto",
+         header: bool = True, streaming: bool = False) -> Iterator[tuple[str, Rows]]:
+    """Each file that `path` names, and its rows: a file, a folder of them, or a data set's name on the hub.
+
+    Args:
+        split: None: the one that `part` of a recipe (train, eval, test) reads, where there are several.
+        subset: None: the only one, or the default one.
+    """
     place = Path(path).expanduser()
     if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
-        yield path, _saved(place, split)
+        _demand_none(path, subset)
+        yield path, _saved(place, split, part)
     elif place.is_dir() and not _data_in(place) and (pictures := in_folder(place)):
-        yield path, read_pictures(place, pictures)
-    elif place.is_dir() and not _data_in(place) and (pictures := _idx_in(place, split)):
-        for file in pictures:
+        _demand_none(path, subset)
+        yield path, read_pictures(_pictures_of(place, pictures, split, part))
+    elif place.is_dir() and not _data_in(place) and _idx_in(place, ""):
+        _demand_none(path, subset)
+        for file in _idx_in(place, split or DEFAULTS[part]):
             yield str(file), read_idx(file)
     elif place.is_dir():
-        for file in _inside(place):
+        for file in choose_files(place, _inside(place), split, subset, part):
             yield str(file), read_file(file, document=document, header=header)
-    elif place.exists() and IDX.search(place.name):
-        yield str(path), read_idx(place)
     elif place.exists():
-        yield str(path), read_file(place, document=document, header=header)
+        _demand_none(path, subset, split)
+        yield str(path), read_idx(place) if IDX.search(place.name) else read_file(place, document=document,
+                                                                                  header=header)
     elif HUB_NAME.fullmatch(path) and not _kind(place):
-        yield path, _hub(path, split, subset, streaming)
+        yield path, _hub(path, split or DEFAULTS[part], subset, streaming)
     else:
         demand(path)
+
+
+def _demand_none(path: str, subset: str | None, split: str | None = None) -> None:
+    """A `DataError` where a subset, or of one file a split, is named that is not there."""
+    if subset is not None:
+        raise DataError(f"{path} has no subset {subset!r}: it has no subsets", "leave out subset")
+    if split not in (None, TRAIN, ALL):
+        raise DataError(f"{path} is one file, which has no split {split!r}", "leave out split: all its rows are read")
+
+
+def _pictures_of(folder: Path, pictures: Sequence[Path], split: str | None, part: str) -> list[tuple[Path, Path]]:
+    """Of each picture of a split the folder whose subfolders are its classes, and the picture. The folders right below
+    `folder` are splits where all of them are called so."""
+    above = {file: file.relative_to(folder).parts[0] for file in pictures if file.parent != folder}
+    splits = {name: KEYWORDS[name.lower()] for name in above.values() if name.lower() in KEYWORDS}
+    held = any(found != TRAIN for found in splits.values())
+    strange = next((file for file in pictures if above.get(file) not in splits), None)
+    if split == ALL or not splits or (strange and not held):
+        if split not in (None, TRAIN, ALL):
+            raise DataError(f"{folder} has no split {split!r}", "leave out split: its folders are classes")
+        return [(folder / above[file] if above.get(file) in splits and not strange else folder, file)
+                for file in pictures]
+    if strange:
+        raise DataError(f"{folder} has the splits {', '.join(sorted(splits))}, and {strange.relative_to(folder)}, "
+                        "whose folder is none", "name the folder of one split, or set split to all where they are "
+                        "classes")
+    wanted = resolve_split(split, part, splits, str(folder))
+    return [(folder / name, file) for file, name in above.items() if splits[name] == splits[wanted]]
 
 
 def demand(path: str) -> None:
@@ -116,11 +153,12 @@ def _data_in(folder: Path) -> list[Path]:
 
 
 def _idx_in(folder: Path, split: str) -> list[Path]:
-    """IDX files of pictures of a split: MNIST's own name for the test split is t10k."""
+    """IDX files of pictures of a split, or of any: MNIST's own name for the test split is t10k."""
     there = [file for file in sorted(folder.iterdir()) if IDX.search(file.name)]
-    named = [file for file in there if file.name.startswith((split, "t10k") if split == "test" else split)]
+    named = [file for file in there if file.name.startswith((split, "t10k") if split == TEST else split)]
     if there and not named:
-        raise DataError(f"{folder} has no split {split!r}", f"it has: {', '.join(file.name for file in there)}")
+        raise DataError(f"{folder} has no split {split!r}",
+                        f"it has: {', '.join(file.name for file in there)}; name one with split")
     return named
 
 
@@ -178,14 +216,14 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _saved(folder: Path, split: str) -> Rows:
+def _saved(folder: Path, split: str | None, part: str) -> Rows:
     import datasets
 
     found = datasets.load_from_disk(str(folder))
     if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise DataError(f"{folder} has no split {split!r}", f"it has: {', '.join(map(str, found))}")
-        found = found[split]
+        found = found[resolve_split(split, part, list(map(str, found)), str(folder))]
+    elif split not in (None, TRAIN, ALL, str(found.split)):
+        raise DataError(f"{folder} is one saved split, {found.split}, and not {split!r}", "leave out split")
     yield from _numbered(found, str(folder))
 
 
@@ -202,5 +240,25 @@ def _hub(name: str, split: str, subset: str | None, streaming: bool) -> Rows:
 
 
 def _numbered(rows: Any, name: str) -> Rows:
+    named = {column: feature for column, feature in (rows.features or {}).items() if _has_classes(feature)}
     for number, row in enumerate(rows, 1):
-        yield as_row(row, Origin(name, number))
+        yield as_row({**row, **{column: _class_names(row[column], feature) for column, feature in named.items()}}
+                     if named else row, Origin(name, number))
+
+
+def _has_classes(feature: Any) -> bool:
+    """Whether the data set itself declares the names of the numbers in a column."""
+    import datasets
+
+    while isinstance(feature, (datasets.List, datasets.LargeList)):
+        feature = feature.feature
+    return isinstance(feature, datasets.ClassLabel)
+
+
+def _class_names(value: Any, feature: Any) -> Any:
+    """The declared names of class numbers. A number that has none, such as the -1 of rows without a label, is none."""
+    if isinstance(value, list):
+        return [_class_names(inner, feature.feature) for inner in value]
+    if not isinstance(value, int):
+        return value
+    return feature.names[value] if 0 <= value < len(feature.names) else None

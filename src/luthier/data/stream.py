@@ -66,8 +66,9 @@ class Stream:
         self.queue: list[Encoded] = []
         self._rows = islice(self._epoch(epoch), row, None)
 
-    def _epoch(self, epoch: int) -> Iterator[Example | Refusal]:
-        """The rows of an epoch, one of each source in turn, each as often as its weight says."""
+    def _epoch(self, epoch: int) -> Iterator[tuple[Example | Refusal, DataConfig]]:
+        """The rows of an epoch with their source's settings, one of each source in turn, each as often as its weight
+        says."""
         open_ = [self._source(source, np.random.default_rng([self.seed, epoch, index]))
                  for index, source in enumerate(self.config.train)]
         while open_:
@@ -78,20 +79,20 @@ class Stream:
                 else:
                     yield row
 
-    def _source(self, source: Source, chance: np.random.Generator) -> Iterator[Example | Refusal]:
-        whole = int(source.weight)
+    def _source(self, source: Source, chance: np.random.Generator) -> Iterator[tuple[Example | Refusal, DataConfig]]:
+        whole, config = int(source.weight), self.config.for_source(source)
         for _ in range(whole):
-            yield from rows(source, self.config, self.use.reader)
+            yield from ((row, config) for row in rows(source, self.config, self.use.reader))
         if source.weight > whole:
             again = rows(source, self.config, self.use.reader)
-            yield from (row for row in again if chance.random() < source.weight - whole)
+            yield from ((row, config) for row in again if chance.random() < source.weight - whole)
 
     def _refill(self) -> None:
         """The next block, shuffled by the seed and its place alone; an empty one at the end of the epoch."""
         self.row, self.taken, self.queue = self.next_row, 0, []
-        for example in self._rows:
+        for example, config in self._rows:
             self.next_row += 1
-            found = example if isinstance(example, Refusal) else self._encoded(example)
+            found = example if isinstance(example, Refusal) else self._encoded(example, config)
             if isinstance(found, Refusal):
                 self._count(found)
             else:
@@ -103,11 +104,11 @@ class Stream:
             order = np.random.default_rng([self.seed, self.epoch, self.row]).permutation(len(self.queue))
             self.queue = [self.queue[i] for i in order]
 
-    def _encoded(self, example: Example) -> tuple[list[Encoded], bool] | Refusal:
+    def _encoded(self, example: Example, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
         reason = whole_needed(example, self.use.classes, self.config)
         if reason:
             raise DataError(f"{example.origin}: such rows cannot be streamed: {reason}", "do not stream")
-        made = encoded(example, self.tokenizer, self.config, self.use.room, self.use.hide)
+        made = encoded(example, self.tokenizer, config, self.use.room, self.use.hide)
         if isinstance(made, Refusal):
             return made
         found = [settled(example, one, self.known) for one in made[0]]

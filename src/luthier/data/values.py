@@ -10,8 +10,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from luthier.core.labels import is_oversized, label_key, label_name, parse_number
+
 Values = Mapping[str, Any]
 Label = str | float | tuple[str, ...]
+EXACT = 2 ** 53  # up to here a float holds every integer
+SHOWN = 60  # characters of a value in a message
 
 
 class UnfitError(ValueError):
@@ -42,27 +46,39 @@ def words(values: Values, column: str) -> str:
 
 
 def number(value: Any, column: str) -> float:
-    """A finite number, or one in words as tables hold it."""
-    try:
-        found = float(value) if isinstance(value, (int, float, str)) else math.nan
-    except ValueError:
-        raise UnfitError(f"{column} is not a number", repr(value)) from None
+    """A finite number, or its text as tables hold it; see `core/labels.py`."""
+    found = parse_number(value)
+    if found is None:
+        raise UnfitError(f"{column} is not a number", _shown(value))
+    demand_finite(found, column)
+    return float(found)
+
+
+def demand_finite(found: float, column: str) -> None:
+    """Raises `UnfitError` for NaN, an infinity, or an integer that 64 bits do not hold."""
+    if is_oversized(found):
+        raise UnfitError(f"{column} is an integer beyond 64 bits", _shown(found))
     if not math.isfinite(found):
-        raise UnfitError(f"{column} is not a finite number", repr(value))
-    return found
+        raise UnfitError(f"{column} is not a finite number", _shown(found))
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, cut to what a line holds."""
+    if isinstance(value, int) and is_oversized(value):
+        return f"{value.bit_length()} bits"  # Python refuses to print integers of thousands of digits
+    said = repr(value)
+    return said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
 
 
 def weight(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise UnfitError("weight is not a number", repr(value)) from None
-    if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise UnfitError("weight is not a finite number from 0 up", repr(value))
-    return float(value)
+    found = parse_number(value)
+    if found is None and isinstance(value, str):
+        raise UnfitError("weight is not a number", _shown(value))
+    if found is None or is_oversized(found) or not 0 <= found < math.inf:
+        raise UnfitError("weight is not a finite number from 0 up", _shown(value))
+    return float(found)
 
 
 def row_weight(values: Values) -> float:
@@ -101,35 +117,54 @@ def tools(values: Values) -> tuple[Mapping[str, Any], ...]:
 # ---------------------------------------------------------------- labels
 
 
-def label(value: Any) -> Label:
-    """A name, a number, or a list of names; whether a number is a class or a measure is for the objective to say."""
+def label(value: Any, column: str = "label") -> Label:
+    """A name, a number, or a list of names, which a table's cell may hold as JSON; whether a number is a class or a
+    measure is for the objective to say."""
+    if isinstance(value, str) and value.strip().startswith("[") and value.strip().endswith("]"):
+        value = _listed_text(value)
     if isinstance(value, (list, tuple)):
-        return tuple(name(label(inner)) for inner in value)
+        return tuple(name(_single(inner, column)) for inner in value)
+    return _single(value, column)
+
+
+def _listed_text(value: str) -> Any:
+    """The list that a text holds as JSON, or the text itself."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _single(value: Any, column: str) -> str | float:
+    """One label. Text keeps its spelling, true and false their words, and integers that a float does not hold all of
+    their digits."""
+    found = parse_number(value)
+    if isinstance(value, str) and not value.strip():
+        raise UnfitError(f"empty {column}")
+    if found is None and not isinstance(value, str):
+        raise UnfitError(f"{column} is neither a name, a number nor a list of names",
+                         "a list within a list" if isinstance(value, (list, tuple))
+                         else f"it is {type(value).__name__}")
+    if found is not None:
+        demand_finite(found, column)
     if isinstance(value, str):
-        if not value.strip():
-            raise UnfitError("empty label")
         return value.strip()
-    if not isinstance(value, (int, float)):
-        raise UnfitError("label is neither a name, a number nor a list of names", f"it is {type(value).__name__}")
-    return number(float(value), "label")
+    assert found is not None, "whatever else is no number is refused above"
+    return label_name(value) if isinstance(value, bool) or abs(found) > EXACT else float(found)
 
 
 def name(value: Label) -> str:
-    """A class's name: 1, 1.0 and "1" are the same."""
-    if isinstance(value, float):
-        return str(int(value)) if value == int(value) else repr(value)
-    if isinstance(value, tuple):
-        raise UnfitError("a label within a label")
-    return value
+    """A class's name as its row spells it; `core/labels.py` says which names are one value."""
+    assert not isinstance(value, tuple), "`label` refuses a list within a list"
+    return value if isinstance(value, str) else label_key(value)
 
 
-VERDICTS = {"1": True, "true": True, "good": True, "desirable": True,
-            "0": False, "false": False, "bad": False, "undesirable": False}
+VERDICTS = {"1": True, "good": True, "desirable": True, "0": False, "bad": False, "undesirable": False}
 
 
 def verdict(value: Any) -> bool:
-    """Good or bad."""
-    said = str(int(value)) if isinstance(value, (bool, int, float)) and value in (0, 1) else str(value).strip().lower()
+    """Good or bad; true and false are 1 and 0."""
+    said = label_key(value).lower()
     if said not in VERDICTS:
-        raise UnfitError("label is neither good nor bad", f"{value!r}; known: {', '.join(VERDICTS)}")
+        raise UnfitError("label is neither good nor bad", f"{_shown(value)}; known: {', '.join(VERDICTS)}, true, false")
     return VERDICTS[said]

@@ -21,15 +21,17 @@ Shape letters: A items, P predictions, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from luthier.core.errors import DataError, RecipeError, nearest
+from luthier.core.labels import is_continuous, label_key, label_name
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
@@ -70,10 +72,21 @@ class ClassifyConfig(ObjectiveConfig):
         "class: how much its examples count; 1 for those not named. balanced: from the train rows, so that every class "
         "has the same share; the run's recipe holds the numbers"))
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, raw: Any) -> Any:
+        return [label_name(one) if isinstance(one, (str, int, float)) else one for one in raw] \
+            if isinstance(raw, (list, tuple)) else raw
+
+    @field_validator("class_weights", mode="before")
+    @classmethod
+    def _weighted_names(cls, raw: Any) -> Any:
+        return {label_name(label): weight for label, weight in raw.items()} if isinstance(raw, Mapping) else raw
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(set(self.labels)) != len(self.labels):
-            raise ValueError("a class is named once")
+        if len({label_key(label) for label in self.labels}) != len(self.labels):
+            raise ValueError("a class is named once (1, 1.0, '1' and true are one)")
         if self.task == "regression" and (self.labels or self.class_weights):
             raise ValueError("a regression has no classes: leave out labels and class_weights")
         if any(weight <= 0 for weight in self._given.values()):
@@ -109,9 +122,14 @@ class ClassifyConfig(ObjectiveConfig):
         if strange := [name for name in labels if name not in names]:
             raise RecipeError(f"the train rows have the class {strange[0]!r}, which objective.labels does not name: "
                               f"{nearest(strange[0], names)}", "name every class, or leave objective.labels out")
-        if strange := [name for name in self._given if name not in names]:
+        if strange := [name for name in self._given if label_key(name) not in map(label_key, names)]:
             raise RecipeError(f"objective.class_weights names {strange[0]!r}, which is no class: "
                               f"{nearest(strange[0], names)}", "name classes of the train rows")
+        if not self.labels and is_continuous(labels, sum(counts.values()) if counts else math.inf):
+            raise RecipeError(f"the train rows have {len(labels)} different numbers for labels, such as {labels[0]} "
+                              f"and {labels[-1]}: each would be a class of its own",
+                              "to predict the number, set objective.task to regression; where each number is a class, "
+                              "name them all in objective.labels")
         if len(names) < (1 if self.task == "multi" else 2):
             raise RecipeError(f"the train rows have {len(names)} class: {', '.join(names)}",
                               "there is nothing to tell apart; give rows of at least two classes")
@@ -187,7 +205,8 @@ class ClassifyConfig(ObjectiveConfig):
 
     def _weights(self, target: Target) -> Tensor:
         """[C] u."""
-        return torch.tensor([self._given.get(name, 1.0) for name in self.labels], device=target.weights.device)
+        given = {label_key(name): weight for name, weight in self._given.items()}
+        return torch.tensor([given.get(label_key(name), 1.0) for name in self.labels], device=target.weights.device)
 
 
 def balanced(names: tuple[str, ...], counts: Mapping[str, float]) -> dict[str, float]:

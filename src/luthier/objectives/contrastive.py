@@ -27,10 +27,11 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from luthier.core.errors import DataError
+from luthier.core.errors import DataError, RecipeError
+from luthier.core.labels import is_continuous, label_key, label_name
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
@@ -125,8 +126,16 @@ class ContrastiveConfig(ObjectiveConfig):
 
     labels: tuple[str, ...] = Field((), description="the classes by their numbers; left out: those in the train rows")
 
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, raw: Any) -> Any:
+        return [label_name(one) if isinstance(one, (str, int, float)) else one for one in raw] \
+            if isinstance(raw, (list, tuple)) else raw
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if len({label_key(label) for label in self.labels}) != len(self.labels):
+            raise ValueError("a class is named once (1, 1.0, '1' and true are one)")
         if self.kind == "triplet" and self.learned:
             raise ValueError("a triplet has no temperature to learn: leave out learned")
         return self
@@ -140,7 +149,13 @@ class ContrastiveConfig(ObjectiveConfig):
         return self.labels if self.kind == "labels" else None
 
     def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
-        return self.model_copy(update={"labels": self.labels or labels}) if self.kind == "labels" else self
+        if self.kind != "labels":
+            return self
+        if not self.labels and is_continuous(labels, sum(counts.values()) if counts else math.inf):
+            raise RecipeError(f"the train rows have {len(labels)} different numbers for labels, such as {labels[0]} "
+                              f"and {labels[-1]}: each would be a class of its own",
+                              "give classes; or how alike two texts are, with objective.kind: scores")
+        return self.model_copy(update={"labels": self.labels or labels})
 
     def count(self, target: Target) -> float:
         if self.kind == "labels":

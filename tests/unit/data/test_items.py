@@ -152,15 +152,16 @@ def test_a_label_never_seen_in_training_is_refused_with_its_line(write, letters)
     test = write("b.jsonl", lines({"text": "t", "label": "pos"}, {"text": "v", "label": "mixed"}))
     found = load(config(train=train, test=test), letters, seed=0)
     (refused,) = found.report.parts["test"].refused
-    assert (refused["line"], refused["reason"], refused["detail"]) == ("2", "a label that no training row has", "'mixed'; known: neg, pos")
+    assert (refused["line"], refused["reason"], refused["detail"]) == ("2", "a label that is none of the classes", "'mixed'; known: neg, pos")
     assert (len(found.test), len(found.test_examples), found.report.parts["test"].kept) == (1, 1, 1)
 
 
-def test_named_classes_take_names_and_numbers(write, letters) -> None:
+def test_named_classes_take_names_and_never_positions(write, letters) -> None:
     path = write("a.jsonl", lines({"text": "t", "label": "neg"}, {"text": "u", "label": 0}, {"text": "v", "label": 2}))
     found = load(config(train=path), letters, seed=0, classes=("pos", "neg"))
-    assert [one.items[0].label for one in found.train] == [1.0, 0.0]
-    assert (found.labels, found.report.parts["train"].reasons) == (("pos", "neg"), {"a label that no training row has": 1})
+    assert [one.items[0].label for one in found.train] == [1.0]
+    assert (found.labels, found.report.parts["train"].reasons) == (("pos", "neg"), {"a label that is none of the classes": 2})
+    assert "a number is not read as the position of a class" in found.report.parts["train"].refused[0]["detail"]
 
 
 def test_without_classes_a_label_is_a_number(write, letters) -> None:
