@@ -19,9 +19,10 @@ from luthier.families import CausalLM
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.rollout import Answer, Rollouts
+from tiny import IM_END
 
 PROMPTS = [Encoded((Piece(tuple(range(65, 68 + n)), (0.0,) * (3 + n)),), Origin("prompts", n)) for n in range(7)]
-ENDS = list(range(0, 256, 12))  # so that some answers end by themselves and some are cut off
+ENDS = [*range(0, 256, 12), IM_END]  # so that some answers end by themselves and some are cut off
 
 
 def plain(family: CausalLM) -> Attached:
