@@ -12,7 +12,7 @@ from test_rollouts import letters
 
 from luthier import build
 from luthier.core.examples import Origin
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Attached, Sampling
 from luthier.core.types import Batch, Encoded, Piece
 from luthier.data.loader import Loader
 from luthier.families import CausalLM
@@ -153,3 +153,36 @@ def test_the_weight_of_kl_is_steered_after_its_round() -> None:
     second = rolled.heard(dict)
     assert first["kl_weight"] == 0.1
     assert second["kl_weight"] == pytest.approx(0.1 * (1.02 if first["kl"] > 0 else 0.98))
+
+
+@pytest.mark.parametrize("micro", [1000, 14])
+def test_every_token_has_the_advantage_of_its_own_answer(micro: int) -> None:
+    """Each answer's reward is another number, so that its advantage tells whose it is."""
+    objective = GrpoConfig(answers=3, max_new_tokens=4, advantage="dr_grpo")
+    rolled = feed(objective, 4, ENDS, reward=lambda answers: [float(i * i) for i in range(len(answers))])
+    rolled.micro_tokens = micro
+    seen: dict[int, list[tuple[float, float]]] = {}
+    for each in next(rolled):
+        for item, label in enumerate(each.target.labels.tolist()):
+            mine = each.target.known["advantages"][each.target.item_of == item]
+            assert len(set(mine.tolist())) == 1
+            seen.setdefault(each.origins[int(each.target.groups[item])].line, []).append((label, float(mine[0])))
+    assert sorted(map(len, seen.values())) == [3] * 4
+    for pairs in seen.values():
+        middle = sum(label for label, _ in pairs) / 3
+        for label, advantage in pairs:
+            assert advantage == pytest.approx(label - middle, rel=1e-6)
+
+
+def test_an_answer_is_the_policys_own_to_its_prompt() -> None:
+    """At a temperature of nearly 0 it is the greedy one, whichever prompts share its batch."""
+    told: list[Answer] = []
+    objective = GrpoConfig(answers=2, max_new_tokens=5, temperature=1e-6)
+    rolled = feed(objective, 7, reward=lambda answers: told.extend(answers) or [0.0] * len(answers))
+    next(rolled)
+    rolled.family.train(False)
+    for answer in told:
+        greedy, = rolled.family.generate([answer.ids], Sampling(5))
+        assert answer.tokens[:len(greedy.tokens)] == greedy.tokens
+        assert answer.ids == PROMPTS[answer.origin.line].pieces[0].ids
+    assert len({answer.tokens for answer in told}) > 3
