@@ -217,7 +217,7 @@ OBJECTIVE_BREAKS = (
     Break("contrastive-temperature-multiplies", "objectives/contrastive.py", "states.new_tensor(1 / self.temperature)", "states.new_tensor(self.temperature)", on(CONTRASTIVE, "test_pairs_are_multiple_negatives_ranking")),
     Break("contrastive-own-positives-are-negatives", "objectives/contrastive.py", "negatives = similar.masked_fill(positive, -torch.inf)", "negatives = similar.masked_fill(positive & False, -torch.inf)", on(CONTRASTIVE, "test_pairs_are_multiple_negatives_ranking")),
     Break("contrastive-states-not-normalised", "objectives/contrastive.py", "return F.normalize(wide(outputs.pooled), dim=-1)", "return wide(outputs.pooled)", on(CONTRASTIVE, "test_pairs_are_multiple_negatives_ranking")),
-    Break("contrastive-item-is-its_own-positive", "objectives/contrastive.py", "(labels[:, None] == labels[None, :]) & ~itself", "(labels[:, None] == labels[None, :])", on(CONTRASTIVE, "test_classes_are_supervised_contrastive")),
+    Break("contrastive-item-is-its-own-positive", "objectives/contrastive.py", "(labels[:, None] == labels[None, :]) & ~itself", "(labels[:, None] == labels[None, :])", on(CONTRASTIVE, "test_classes_are_supervised_contrastive")),
     Break("contrastive-scores-order-turned", "objectives/contrastive.py", "ordered = scores[:, None] < scores[None, :]", "ordered = scores[:, None] > scores[None, :]", on(CONTRASTIVE, "test_scores_are_cosent")),
     Break("contrastive-triplet-sign", "objectives/contrastive.py", "gaps = cosines[group, far] - cosines[group, near]", "gaps = cosines[group, near] - cosines[group, far]", on(CONTRASTIVE, "test_triplets_are_triplet_loss")),
 )
