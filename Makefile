@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test lint types check bench clean
+.PHONY: demo test lint types check mutations long bench clean
 
 demo: $(STAMP)  ## tune the embedded model and show that it got better
 	$(BIN)/luthier demo
@@ -18,6 +18,11 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 check: lint types test  ## what must pass before a change lands
+
+mutations: $(STAMP)  ## break lines on purpose, one at a time: a test must notice each; some minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
+
+long: check mutations  ## what must pass before a release
 
 bench: $(STAMP)  ## against TRL on the same rows, in about five minutes
 	$(BIN)/python benchmarks/sft.py --quick

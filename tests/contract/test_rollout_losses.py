@@ -214,3 +214,17 @@ def test_the_controller_steers_towards_its_target() -> None:
     assert objective.steered(0.1, 0.0) == pytest.approx(0.1 * 0.98)
     assert PpoConfig(kl_weight=0.1).steered(0.1, 100.0) == 0.1
     assert not math.isnan(objective.steered(0.1, -5.0))
+
+
+def test_each_token_earns_its_own_part_by_hand() -> None:
+    """With lambda 0 an advantage is r_t + gamma V(s_{t+1}) - V(s_t): the last token alone earns the reward."""
+    lengths = torch.tensor([3, 1])
+    known = {"old_logps": torch.tensor([-1.0, -2.0, -3.0, -4.0]), "reference_logps": torch.tensor([-1.5, -2.0, -2.0, -4.4]),
+             "old_values": torch.tensor([0.5, 0.25, 1.0, 2.0])}
+    objective = PpoConfig(kl_weight=0.2, whiten=False, lam=0.0, gamma=0.5)
+    found = objective.columns(torch.tensor([10.0, 20.0]), lengths, known, 0.2)["advantages"]
+    torch.testing.assert_close(found, torch.tensor([
+        -0.2 * 0.5 + 0.5 * 0.25 - 0.5,
+        0.0 + 0.5 * 1.0 - 0.25,
+        10.0 + 0.2 * 1.0 + 0.0 - 1.0,
+        20.0 - 0.2 * 0.4 + 0.0 - 2.0]))

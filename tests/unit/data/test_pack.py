@@ -90,6 +90,7 @@ def lengths(*sizes: int) -> list[Encoded]:
 def test_rows_are_filled_first_fit_decreasing_and_keep_order() -> None:
     rows = pack(lengths(3, 7, 5, 2, 12), 10)
     assert [[o.line for o in row.origins] for row in rows] == [[4], [0, 1], [2, 3]]
+    assert [[o.line for o in row.origins] for row in pack(lengths(7, 3, 1), 10)] == [[0, 1], [2]]  # full is full
 
 
 def test_kinds_of_numbers() -> None:
@@ -107,3 +108,17 @@ def test_evaluation_goes_once_through_everything() -> None:
     examples = lengths(*range(1, 20))
     for micro_tokens in (5, 30, None):
         assert predictions(eval_batches(examples, micro_tokens, group=4)) == expected(examples)
+
+
+def test_one_row_by_hand() -> None:
+    """A text of three tokens; then a prompt of two with two answers, of which the second goes on."""
+    examples = [tree(0, [([(10, 1.0), (11, 2.0), (12, 3.0)], -1)]),
+                tree(1, [([(20, 0.0), (21, 0.0)], -1), ([(30, 4.0), (31, 5.0)], 0), ([(40, 6.0)], 0), ([(50, 7.0)], 2)])]
+    row, = pack(examples, None)
+    assert row.inputs.tokens.tolist() == [10, 11, 12, 20, 21, 30, 31, 40, 50]
+    assert row.inputs.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 2, 3]
+    assert row.inputs.forest.lengths == (3, 2, 2, 1, 1)
+    assert row.inputs.forest.parents == (-1, -1, 1, 1, 3)
+    assert row.target.tokens.tolist() == [11, 12, 30, 31, 40, 50]
+    assert row.target.at.tolist() == [0, 1, 4, 5, 4, 7]  # each from the token before it, an answer's first from the prompt's last
+    assert row.target.weights.tolist() == [2, 3, 4, 5, 6, 7]

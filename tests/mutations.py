@@ -1,0 +1,487 @@
+"""Lines broken on purpose, each of which a test must notice.
+
+    python -m tests.mutations [NAME ...]      every break, or those whose names begin with one of NAME
+
+Each break is data: its name, a file below src/luthier, a text that occurs in it exactly once, what stands there instead,
+and the tests that must notice it. The runner copies src into a temporary folder, first runs all named tests there with
+nothing broken (they must pass), then applies one break at a time and runs that break's tests alone. A break is noticed
+when one of its tests fails. The exit status is not 0 where any break is not noticed, was not applied or could not be run.
+
+`tests/test_mutations.py` checks in the normal suite that every break still applies. Whoever changes a line that a break
+names changes the break with it; whoever adds a rule adds a break.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "luthier"
+LIMIT = 240.0  # seconds that the tests of one break may take
+PRELOADED = ("torch", "transformers", "datasets", "peft", "trl", "pytest", "hypothesis", "scipy", "sklearn", "openai", "starlette",
+             "uvicorn", "accelerate", "sentence_transformers", "tokenizers", "safetensors", "numpy", "pandas")
+
+
+class Break(NamedTuple):
+    """A line broken on purpose.
+
+    Args:
+        file: below src/luthier.
+        text: occurs in the file exactly once.
+        tests: node ids, short ones; one of them at least must fail.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+
+
+def on(file: str, *tests: str) -> tuple[str, ...]:
+    return tuple(f"tests/{file}::{test}" for test in tests)
+
+
+OPTIM, STEP, ROUNDS, DESK = ("unit/runtime/test_optim_values.py", "contract/test_step_and_loop.py",
+                             "contract/test_rollout_rounds.py", "unit/test_desk.py")
+PARTS, LOSSES, ROLLS = "contract/test_attention_and_pooling.py", "contract/test_rollout_losses.py", "contract/test_rollouts.py"
+PREFERENCE, OBJECTIVE, REWARD = ("contract/test_objectives_preference.py", "contract/test_objective.py",
+                                 "contract/test_objectives_reward.py")
+CONTRASTIVE, CLASSIFY, LAWS = ("contract/test_objectives_contrastive.py", "contract/test_objectives_classify.py",
+                               "contract/test_objectives_laws.py")
+GENERATE, PACK, LOADER, EQUAL = ("unit/families/test_generate.py", "unit/data/test_pack.py", "unit/data/test_loader.py",
+                                 "contract/test_equivalence.py")
+CHOICE, HIDE = "contract/test_objectives_choice.py", "unit/data/test_hide.py"
+
+SCHEDULE_BREAKS = (
+    Break("schedule-warm-up-one-early", "runtime/optim.py", "return (step + 1) / (warm + 1)", "return step / (warm + 1)", on(OPTIM, "test_the_warm_up_is_torchs_linear_one")),
+    Break("schedule-warm-up-reaches-peak-early", "runtime/optim.py", "return (step + 1) / (warm + 1)", "return (step + 1) / warm", on(OPTIM, "test_the_warm_up_is_torchs_linear_one")),
+    Break("schedule-warm-up-one-step-shorter", "runtime/optim.py", "if step < warm:", "if step < warm - 1:", on(OPTIM, "test_rates_by_hand")),
+    Break("schedule-warm-up-not-taken-off", "runtime/optim.py", "(step - warm) / max(1, total - warm)", "step / max(1, total)", on(OPTIM, "test_rates_by_hand")),
+    Break("schedule-share-of-steps-read-as-steps", "runtime/optim.py", "if config.warmup < 1 else", "if config.warmup > 1 else", on(OPTIM, "test_rates_by_hand")),
+    Break("schedule-cosine-upside-down", "runtime/optim.py", "(1 + math.cos(", "(1 - math.cos(", on(OPTIM, "test_after_the_warm_up_the_rates_are_those_of_transformers")),
+    Break("schedule-cosine-without-floor", "runtime/optim.py", "return config.floor + fall *", "return fall *", on(OPTIM, "test_after_the_warm_up_the_rates_are_those_of_transformers")),
+    Break("schedule-linear-is-constant", "runtime/optim.py", "return 1.0 - fall * done", "return 1.0", on(OPTIM, "test_after_the_warm_up_the_rates_are_those_of_transformers")),
+    Break("schedule-floor-lost", "runtime/optim.py", "fall = 1.0 - config.floor", "fall = 1.0", on(OPTIM, "test_rates_by_hand")),
+    Break("schedule-wsd-breakpoint", "runtime/optim.py", "max(0.0, done - 0.8) / 0.2", "max(0.0, done - 0.9) / 0.1", on(OPTIM, "test_wsd_is_that_of_transformers_with_a_linear_decay_over_the_last_fifth")),
+    Break("schedule-goes-on-beyond-the-end", "runtime/optim.py", "done = min(1.0, (step", "done = min(9.0, (step", on(OPTIM, "test_beyond_the_last_step_the_rate_stays_at_its_floor")),
+)
+
+OPTIMIZER_BREAKS = (
+    Break("optimizer-vectors-decay", "runtime/optim.py", "if parameter.ndim > 1 else 0.0", "if parameter.ndim > 0 else 0.0", on(OPTIM, "test_only_matrices_decay_and_by_rate_times_weight_decay")),
+    Break("optimizer-nothing-decays", "runtime/optim.py", "decay = config.weight_decay if", "decay = 0.0 if", on(OPTIM, "test_only_matrices_decay_and_by_rate_times_weight_decay")),
+    Break("optimizer-decay-is-not-decoupled", "runtime/optim.py", "torch.optim.AdamW(", "torch.optim.Adam(", on(OPTIM, "test_only_matrices_decay_and_by_rate_times_weight_decay")),
+    Break("optimizer-betas-swapped", "runtime/optim.py", "betas=(config.beta1, config.beta2)", "betas=(config.beta2, config.beta1)", on(OPTIM, "test_the_update_is_adamws_formula")),
+    Break("optimizer-epsilon-left-out", "runtime/optim.py", "eps=config.epsilon, ", "", on(OPTIM, "test_the_update_is_adamws_formula")),
+    Break("optimizer-group-factor-lost", "runtime/optim.py", 'group["lr"] = rate * group["factor"]', 'group["lr"] = rate', on(OPTIM, "test_each_group_has_the_rate_of_its_step_times_its_own_factor")),
+    Break("optimizer-clipping-off", "runtime/optim.py", "limit = math.inf if self.config.clip is None else self.config.clip", "limit = math.inf", on(OPTIM, "test_a_gradient_that_is_too_long_is_shortened_as_a_whole")),
+    Break("optimizer-clips-where-it-is-off", "runtime/optim.py", "limit = math.inf if self.config.clip is None else", "limit = 1.0 if self.config.clip is None else", on(OPTIM, "test_a_short_gradient_and_one_without_a_limit_stay_as_they_are")),
+    Break("optimizer-steps-on-nan", "runtime/optim.py", "elif bool(norm.isfinite()):", "elif True:", on(OPTIM, "test_a_gradient_that_is_not_finite_updates_nothing_and_is_gone")),
+    Break("optimizer-gradients-stay", "runtime/optim.py", "self.adam.zero_grad(set_to_none=True)", "pass", on(STEP, "test_two_steps_do_not_add_up_their_gradients")),
+    Break("optimizer-update-step-off-by-one", "runtime/optim.py", "self._update.after(self._step + 1,", "self._update.after(self._step,", on(OPTIM, "test_a_methods_update_is_told_the_number_of_the_step_that_was_made")),
+    Break("optimizer-one-moment-not-saved", "runtime/optim.py", "for key, value in self.adam.state.get(parameter, {}).items():", "for key, value in list(self.adam.state.get(parameter, {}).items())[:2]:", on("unit/runtime/test_optim.py", "test_saved_moments_are_those_of_their_own_entries")),
+)
+
+STEP_BREAKS = (
+    Break("step-count-of-first-micro-batch", "runtime/step.py", "count = sum(objective.count(batch.target) for batch in batches)", "count = objective.count(batches[0].target)", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-divides-by-micro-batches-too", "runtime/step.py", "objective, part, count,", "objective, part, count * len(batches),", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-loss-not-divided", "runtime/coupled.py", "        (part.total / count).backward()\n        return", "        part.total.backward()\n        return", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-mean-of-micro-batches", "runtime/coupled.py", "        (part.total / count).backward()\n        return", "        (part.total / part.count).backward()\n        return", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-reported-loss-not-divided", "runtime/coupled.py", "return part.total.detach() / count, part.metrics\n    states", "return part.total.detach(), part.metrics\n    states", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-last-micro-batch-lost", "runtime/step.py", "else [[batch] for batch in mine]:", "else [[batch] for batch in mine[:-1]]:", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-not-clipped", "runtime/step.py", "norm = optimizer.clip()\n", "norm = torch.zeros((), device=device)\n", on(STEP, "test_a_step_updates_with_the_clipped_gradient", "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-reference-with-dropout", "runtime/step.py", "    family.train(False)\n    with torch.no_grad(), reference():", "    with torch.no_grad(), reference():", on(STEP, "test_the_reference_is_asked_without_dropout_and_the_mode_comes_back")),
+    Break("step-reference-leaves-evaluation-mode", "runtime/step.py", "    family.train(training)\n", "", on(STEP, "test_the_reference_is_asked_without_dropout_and_the_mode_comes_back", "test_what_trains_is_computed_with_dropout_beside_the_reference")),
+    Break("step-reference-is-the-policy", "runtime/step.py", "with torch.no_grad(), reference():", "with torch.no_grad():", on("contract/test_objectives_models.py", "test_the_reference_is_the_base_however_far_the_method_went")),
+    Break("step-known-reference-asked-again", "runtime/step.py", 'batch.target.known.get("reference_logps")', "None", on(STEP, "test_a_known_reference_is_not_asked_again")),
+    Break("measure-divisor", "runtime/step.py", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total, part.count)})", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total, 1.0)})", on(STEP, "test_measured_numbers_are_sums_divided_once")),
+    Break("measure-mean-of-means", "runtime/step.py", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total, part.count)})", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total / part.count, 1.0)})", on(STEP, "test_measured_numbers_are_sums_divided_once")),
+    Break("measure-counts-do-not-add-up", "runtime/step.py", "(old[0] + total, old[1] + n)", "(old[0] + total, n)", on(STEP, "test_measured_numbers_are_sums_divided_once")),
+    Break("cached-gradients-other-dropout", "runtime/coupled.py", "        random.restore(state)\n", "", on(CONTRASTIVE, "test_parts_are_computed_again_with_the_same_dropout")),
+    Break("cached-gradients-not-divided", "runtime/coupled.py", "(part.total / count).backward()  # the scalars", "part.total.backward()  # the scalars", on(CONTRASTIVE, "test_a_batch_in_parts_is_the_whole_batch")),
+)
+
+LOOP_BREAKS = (
+    Break("loop-rate-one-step-late", "runtime/loop.py", "optimizer.set_rate(summary.steps)", "optimizer.set_rate(max(0, summary.steps - 1))", on(STEP, "test_every_step_has_the_rate_of_its_number")),
+    Break("loop-rate-not-set", "runtime/optim.py", "        for group in self.adam.param_groups:\n", "        for group in self.adam.param_groups[:0]:\n", on(STEP, "test_a_step_is_made_with_the_rate_that_it_reports")),
+    Break("loop-evaluates-with-dropout", "runtime/loop.py", "    job.family.train(False)\n    found = ", "    found = ", on(STEP, "test_the_loop_evaluates_without_dropout_and_trains_with_it")),
+    Break("loop-trains-without-dropout-after-evaluation", "runtime/loop.py", "    job.family.train(True)\n    if \"eval_nll\"", "    if \"eval_nll\"", on(STEP, "test_the_loop_evaluates_without_dropout_and_trains_with_it")),
+    Break("loop-evaluates-off-by-one", "runtime/loop.py", "summary.steps % eval_every == 0", "(summary.steps + 1) % eval_every == 0", on(STEP, "test_evaluations_come_when_they_should_and_at_the_end")),
+    Break("loop-no-last-evaluation", "runtime/loop.py", "% eval_every == 0 or at_end)", "% eval_every == 0)", on(STEP, "test_evaluations_come_when_they_should_and_at_the_end")),
+    Break("loop-best-is-the-highest", "runtime/loop.py", 'better = metrics["eval_loss"] < summary.best.get("eval_loss", math.inf)', 'better = metrics["eval_loss"] > summary.best.get("eval_loss", -math.inf)', on(STEP, "test_it_ends_with_the_weights_of_the_lowest_evaluation")),
+    Break("loop-best-is-the-last-of-equals", "runtime/loop.py", 'metrics["eval_loss"] < summary.best', 'metrics["eval_loss"] <= summary.best', on(STEP, "test_it_ends_with_the_weights_of_the_lowest_evaluation")),
+    Break("loop-best-not-loaded", "runtime/loop.py", 'summary.best["step"] != summary.steps', 'summary.best["step"] == summary.steps', on(STEP, "test_it_ends_with_the_weights_of_the_lowest_evaluation")),
+    Break("loop-patience-never-forgets", "runtime/loop.py", "bad_evaluations = 0 if better else bad_evaluations + 1", "bad_evaluations = bad_evaluations if better else bad_evaluations + 1", on(STEP, "test_it_gives_up_after_as_many_evaluations_without_a_better_one")),
+    Break("loop-patience-off-by-one", "runtime/loop.py", "bad_evaluations >= training.patience", "bad_evaluations > training.patience", on(STEP, "test_it_gives_up_after_as_many_evaluations_without_a_better_one")),
+    Break("loop-epochs-rounded-down", "runtime/loop.py", "math.ceil(training.epochs", "math.floor(training.epochs", on(STEP, "test_a_fraction_of_an_epoch_is_rounded_up_to_steps")),
+    Break("loop-seconds-doubled", "runtime/loop.py", "summary.seconds += began.wall()", "summary.seconds += 2 * began.wall()", on(STEP, "test_seconds_are_those_that_passed")),
+    Break("loop-moments-not-restored", "runtime/loop.py", '    optimizer.load(saved.tensors["optimizer"])\n', "", on(STEP, "test_a_resumed_run_is_the_whole_one_step_by_step")),
+    Break("loop-cursor-not-restored", "runtime/loop.py", '    job.feed.load(saved.state["feed"])\n', "", on(STEP, "test_a_resumed_run_is_the_whole_one_step_by_step")),
+    Break("loop-random-state-not-restored", "runtime/loop.py", "    for sentence in ", "    for sentence in () and ", on(STEP, "test_a_resumed_run_is_the_whole_one_step_by_step")),
+    Break("loop-weights-not-restored", "runtime/loop.py", '    job.attached.load(saved.tensors["method"])\n    optimizer', "    optimizer", on(STEP, "test_a_resumed_run_is_the_whole_one_step_by_step")),
+)
+
+DATA_BREAKS = (
+    Break("loader-drops-an-example-between-steps", "data/loader.py", "self.row += len(chosen)", "self.row += len(chosen) + 1", on(LOADER, "test_an_epoch_sees_everything_once_and_knows_its_steps", "test_the_order_is_of_seed_and_epoch_alone")),
+    Break("loader-every-epoch-in-one-order", "data/loader.py", "np.random.default_rng([self.seed, epoch])", "np.random.default_rng([self.seed])", on(LOADER, "test_the_order_is_of_seed_and_epoch_alone")),
+    Break("loader-cursor-off-by-one", "data/loader.py", 'self.epoch, self.row = state["epoch"], state["row"]', 'self.epoch, self.row = state["epoch"], state["row"] + 1', on(LOADER, "test_a_cursor_goes_on_exactly")),
+    Break("loader-weight-of-a-source-lost", "data/loader.py", "parts += [own] * whole", "parts += [own] * min(whole, 1)", on(LOADER, "test_a_weight_is_how_often_an_epoch_sees_a_source")),
+    Break("pack-predicts-the-token-itself", "data/pack.py", "start + i - 1 if i else before", "start + i if i else before", on(PACK, "test_one_row_by_hand")),
+    Break("pack-child-predicted-from-its-neighbour", "data/pack.py", "start + i - 1 if i else before", "start + i - 1", on(PACK, "test_one_row_by_hand")),
+    Break("pack-positions-of-children-start-anew", "data/pack.py", "range(depth, depth + length)", "range(length)", on(PACK, "test_one_row_by_hand")),
+    Break("pack-depth-off-by-one", "data/pack.py", "(start + length - 1, depth + length)", "(start + length - 1, depth + length - 1)", on(PACK, "test_one_row_by_hand")),
+    Break("pack-parents-of-the-wrong-example", "data/pack.py", "first + piece.parent if", "piece.parent if", on(PACK, "test_one_row_by_hand")),
+    Break("pack-weights-are-ones", "data/pack.py", "weights.append(piece.weights[i])", "weights.append(1.0)", on(PACK, "test_one_row_by_hand")),
+    Break("pack-rows-too-long", "data/pack.py", "room[row] -= tokens", "room[row] -= tokens - 1", on(PACK, "test_rows_are_filled_first_fit_decreasing_and_keep_order")),
+    Break("pack-prompt-tokens-predicted", "core/types.py", "if weight and (i or self.parent >= 0))", "if i or self.parent >= 0)", on(EQUAL, "test_a_prediction_without_weight_is_not_computed")),
+    Break("pack-first-token-of-a-child-not-predicted", "core/types.py", "(i or self.parent >= 0)", "i", on(PACK, "test_one_row_by_hand")),
+    Break("joined-groups-meet", "core/types.py", "t.groups + start for", "t.groups for", on(CONTRASTIVE, "test_a_batch_in_parts_is_the_whole_batch")),
+    Break("tree-prompt-shared-beyond-what-is-trained", "data/trees.py", "all(weight == 0 and token == column[0][0]", "all(token == column[0][0]", on("unit/data/test_preferences.py", "test_both_forms_hold_the_same_tokens")),
+    Break("hide-rate", "data/hide.py", "wanted = max(1, round(hide.rate * len(places)))", "wanted = max(1, round(2 * hide.rate * len(places)))", on(HIDE, "test_words_are_hidden_in_the_shares_of_the_paper")),
+    Break("hide-mask-never-random", "data/hide.py", "die < MASKED + RANDOM", "die < MASKED", on(HIDE, "test_words_are_hidden_in_the_shares_of_the_paper")),
+    Break("mixup-share-of-the-other", "data/mixup.py", "a, b, share = b, a, 1 - share", "a, b = b, a", on("contract/test_mixup.py", "test_it_is_torchs_by_hand", "test_labels_of_every_kind_are_mixed")),
+)
+
+MODEL_BREAKS = (
+    Break("attention-siblings-seen", "families/forest.py", "        path = forest.path(i)\n        k, v", "        path = tuple(range(i + 1))\n        k, v", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-ancestors-not-seen", "families/forest.py", "        path = forest.path(i)\n        k, v", "        path = (i,)\n        k, v", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-future-seen", "families/forest.py", "causal and mask is None, scale, dropout", "False, scale, dropout", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-mask-off-by-one", "families/forest.py", "seen = behind >= 0", "seen = behind > 0", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-window-off-by-one", "families/forest.py", "seen & (behind < window)", "seen & (behind <= window)", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-scale-lost", "families/forest.py", "query.shape[-1] ** -0.5 if scaling is None else scaling", "query.shape[-1] ** -0.5", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-soft-cap-not-multiplied", "families/forest.py", "(scale / softcap)) * softcap", "(scale / softcap))", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-dropout-lost-in-packed-rows", "families/forest.py", "_per_segment(query, key, value, forest, scale, dropout,", "_per_segment(query, key, value, forest, scale, 0.0,", on(PARTS, "test_dropout_reaches_attention_and_keeps_its_mean")),
+    Break("attention-dropout-lost-under-a-soft-cap", "families/forest.py", "F.dropout(weights, dropout) @ v", "weights @ v", on(PARTS, "test_dropout_reaches_attention_and_keeps_its_mean")),
+    Break("attention-chain-lost", "families/forest.py", "len(lengths) - 1 if link else ends[parent]", "ends[parent - 1] if link and parent > 0 else ends[parent]", on(EQUAL, "test_a_chopped_segment_is_the_whole")),
+    Break("pool-first-of-the-child", "families/heads.py", "starts[roots[items]]", "starts[items]", on(PARTS, "test_items_of_a_tree_are_pooled_over_their_own_text")),
+    Break("pool-last-off-by-one", "families/heads.py", "(starts + lengths - 1)[items]", "(starts + lengths - 2)[items]", on(PARTS, "test_items_of_a_tree_are_pooled_over_their_own_text")),
+    Break("pool-mean-without-ancestors", "families/heads.py", "related = (sent(x, row.device) for x in describe(forest))", "related = (sent(x, row.device) for x in describe(Forest(forest.lengths, (-1,) * len(forest.lengths))))", on(PARTS, "test_items_of_a_tree_are_pooled_over_their_own_text")),
+    Break("head-log-probability-without-the-maximum", "families/head.py", "(chosen - best - total.log())", "(chosen - total.log())", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
+    Break("head-gradient-of-the-wrong-sign", "families/head.py", "softmax(-1).mul_(-grad[rows, None])", "softmax(-1).mul_(grad[rows, None])", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
+    Break("head-frozen-gradient-without-the-target", "families/head.py", "weight[target] - (", "-(", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
+    Break("head-scale-lost", "families/head.py", "torch.float32)) * scale", "torch.float32))", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
+    Break("padded-copies-trained-twice", "families/packed.py", "torch.arange(len(run)) + row * width", "torch.arange(len(run))", on(EQUAL, "test_packed_is_padded")),
+    Break("lora-scale-without-rank", "methods/lora.py", "self.rank ** 0.5 if config.rslora else self.rank)", "self.rank ** 0.5 if config.rslora else 1)", on("contract/test_peft.py", "test_the_same_weights_give_the_same_function_and_gradients")),
+    Break("lora-dropout-in-evaluation", "methods/lora.py", "F.dropout(x, self.p, self.site.module.training)", "F.dropout(x, self.p, True)", on("contract/test_methods.py", "test_dropout_acts_in_training_only")),
+)
+
+OBJECTIVE_BREAKS = (
+    Break("sft-sign", "objectives/tokens.py", "total = -(target.weights", "total = (target.weights", on(OBJECTIVE, "test_it_is_torchs_cross_entropy")),
+    Break("sft-weights-lost", "objectives/tokens.py", "(target.weights.to(logps.dtype) * logps).sum()", "logps.sum()", on(OBJECTIVE, "test_it_is_torchs_cross_entropy")),
+    Break("sft-counts-tokens-not-weights", "objectives/tokens.py", "weight = target.weights.sum()", "weight = torch.tensor(float(logps.shape[0]))", on(OBJECTIVE, "test_it_is_torchs_cross_entropy")),
+    Break("sft-bits-in-nats", "objectives/tokens.py", "-plain / math.log(2)", "-plain", on(OBJECTIVE, "test_it_is_torchs_cross_entropy")),
+    Break("preference-chosen-and-rejected-swapped", "objectives/preference.py", "Logps(policy[best], policy[worst], ", "Logps(policy[worst], policy[best], ", on(PREFERENCE, "test_it_is_trls")),
+    Break("preference-reference-swapped", "objectives/preference.py", "reference[best], reference[worst])", "reference[worst], reference[best])", on(PREFERENCE, "test_it_is_trls")),
+    Break("preference-reference-forgotten", "objectives/preference.py", "return self.ratio_chosen - self.ratio_rejected", "return self.chosen - self.rejected", on(PREFERENCE, "test_it_is_trls")),
+    Break("dpo-sign", "objectives/preference.py", "return -F.logsigmoid(beta * logps.margin)\n", "return -F.logsigmoid(-beta * logps.margin)\n", on(PREFERENCE, "test_it_is_trls")),
+    Break("dpo-without-beta", "objectives/preference.py", "return -F.logsigmoid(beta * logps.margin)\n", "return -F.logsigmoid(logps.margin)\n", on(PREFERENCE, "test_it_is_trls")),
+    Break("ipo-goal", "objectives/preference.py", "(logps.margin - 1 / (2 * beta))", "(logps.margin - 1 / beta)", on(PREFERENCE, "test_it_is_trls")),
+    Break("ipo-per-answer", "objectives/preference.py", 'name: Literal["ipo"] = "ipo"\n    mean: ClassVar[bool] = True', 'name: Literal["ipo"] = "ipo"\n    mean: ClassVar[bool] = False', on(PREFERENCE, "test_it_is_trls")),
+    Break("cdpo-shares-swapped", "objectives/preference.py", "return -(1 - flipped) * F.logsigmoid(beta * logps.margin) - flipped *", "return -flipped * F.logsigmoid(beta * logps.margin) - (1 - flipped) *", on(PREFERENCE, "test_it_is_trls")),
+    Break("robust-not-divided", "objectives/preference.py", "(flipped * wrong - (1 - flipped) * right) / (1 - 2 * flipped)", "(flipped * wrong - (1 - flipped) * right)", on(PREFERENCE, "test_it_is_trls", "test_a_robust_mean_over_flips_is_dpo")),
+    Break("hinge-without-zero", "objectives/preference.py", "torch.relu(1 - beta * logps.margin)", "(1 - beta * logps.margin)", on(PREFERENCE, "test_it_is_trls")),
+    Break("simpo-margin-sign", "objectives/preference.py", "(logps.chosen - logps.rejected) - gamma)", "(logps.chosen - logps.rejected) + gamma)", on(PREFERENCE, "test_it_is_trls")),
+    Break("orpo-odds-are-probabilities", "objectives/preference.py", "(logps.chosen - log1mexp(logps.chosen)) - (logps.rejected - log1mexp(logps.rejected))", "logps.chosen - logps.rejected", on(PREFERENCE, "test_it_is_trls")),
+    Break("orpo-likelihood-lost", "objectives/preference.py", "return -logps.chosen - beta *", "return -beta *", on(PREFERENCE, "test_it_is_trls")),
+    Break("preference-mean-not-divided", "objectives/preference.py", "    if mean:\n", "    if False:\n", on(PREFERENCE, "test_it_is_trls")),
+    Break("preference-prompt-counts-for-the-first-answer", "objectives/preference.py", "torch.where(target.item_of < 0, items, target.item_of)", "target.item_of.clamp(min=0)", on(PREFERENCE, "test_weights_scale_log_probabilities_and_prompts_are_nobodys")),
+    Break("preference-weight-of-the-row-lost", "objectives/preference.py", "return Loss((weights.to(each.dtype) * each).sum(), weights.sum(), self.metrics(logps))", "return Loss(each.sum(), weights.sum(), self.metrics(logps))", on("contract/test_weights.py", "test_a_weight_of_two_is_the_row_twice")),
+    Break("ranking-order-turned", "objectives/base.py", "better = (ranks[:, :, None] < ranks[:, None, :])", "better = (ranks[:, :, None] > ranks[:, None, :])", on(PREFERENCE, "test_it_is_trls")),
+    Break("kto-good-and-bad-swapped", "objectives/kto.py", "target.labels == 1, target.labels == 0, target", "target.labels == 0, target.labels == 1, target", on(PREFERENCE, "test_kto_is_trls")),
+    Break("kto-z0-not-clamped", "objectives/kto.py", ".clamp(min=0)", "", on(PREFERENCE, "test_kto_is_trls")),
+    Break("kto-z0-has-a-gradient", "objectives/kto.py", "(weights * ratios.detach())[other]", "(weights * ratios)[other]", on(PREFERENCE, "test_kto_is_trls")),
+    Break("kto-bad-sign", "objectives/kto.py", "self.beta * (z0 - ratios[bad])", "self.beta * (ratios[bad] - z0)", on(PREFERENCE, "test_kto_is_trls")),
+    Break("kto-weights-swapped", "objectives/kto.py", "self.good_weight * each_good.sum() + self.bad_weight * each_bad.sum()", "self.bad_weight * each_good.sum() + self.good_weight * each_bad.sum()", on(PREFERENCE, "test_kto_is_trls")),
+    Break("kto-counts-mismatched-answers", "objectives/kto.py", "return Loss(total, item_weights(target)[~other].sum(), metrics)", "return Loss(total, item_weights(target).sum(), metrics)", on(LAWS, "test_its_count_is_known_before_the_forward_pass")),
+    Break("reward-margin-sign", "objectives/reward.py", "scores[:, None, :] + margins[:, :, None] - scores", "scores[:, None, :] - margins[:, :, None] - scores", on(REWARD, "test_of_pairs_it_is_trls")),
+    Break("reward-plackett-luce-margin-sign", "objectives/reward.py", "(worse - (scores - margins))", "(worse - (scores + margins))", on(REWARD, "test_of_pairs_it_is_trls")),
+    Break("reward-sum-over-pairs", "objectives/reward.py", "torch.where(better, terms, 0).sum((1, 2)) / better.sum((1, 2))", "torch.where(better, terms, 0).sum((1, 2))", on(REWARD, "test_all_pairs_of_a_ranking_are_instructgpts")),
+    Break("reward-last-of-a-ranking-counts", "objectives/reward.py", "torch.where(better.any(-1), terms, 0)", "torch.where(better.any(-2), terms, 0)", on(REWARD, "test_of_pairs_it_is_trls")),
+    Break("choice-wrong-answer", "objectives/choice.py", "better.sum(-1).argmax(-1", "better.sum(-2).argmax(-1", on(CHOICE, "test_value_and_gradient_are_the_formula_s")),
+    Break("classify-class-weights-lost", "objectives/classify.py", "return weights[self._truth(target)] * (", "return weights.new_ones(()) * (", on(CLASSIFY, "test_class_weights_are_torchs")),
+    Break("classify-regression-not-squared", "objectives/classify.py", ".to(scores.dtype)).square()", ".to(scores.dtype)).abs()", on(CLASSIFY, "test_it_is_transformers")),
+    Break("contrastive-temperature-multiplies", "objectives/contrastive.py", "states.new_tensor(1 / self.temperature)", "states.new_tensor(self.temperature)", on(CONTRASTIVE, "test_pairs_are_multiple_negatives_ranking")),
+    Break("contrastive-own-positives-are-negatives", "objectives/contrastive.py", "negatives = similar.masked_fill(positive, -torch.inf)", "negatives = similar.masked_fill(positive & False, -torch.inf)", on(CONTRASTIVE, "test_pairs_are_multiple_negatives_ranking")),
+    Break("contrastive-states-not-normalised", "objectives/contrastive.py", "return F.normalize(wide(outputs.pooled), dim=-1)", "return wide(outputs.pooled)", on(CONTRASTIVE, "test_pairs_are_multiple_negatives_ranking")),
+    Break("contrastive-item-is-its-own-positive", "objectives/contrastive.py", "(labels[:, None] == labels[None, :]) & ~itself", "(labels[:, None] == labels[None, :])", on(CONTRASTIVE, "test_classes_are_supervised_contrastive")),
+    Break("contrastive-scores-order-turned", "objectives/contrastive.py", "ordered = scores[:, None] < scores[None, :]", "ordered = scores[:, None] > scores[None, :]", on(CONTRASTIVE, "test_scores_are_cosent")),
+    Break("contrastive-triplet-sign", "objectives/contrastive.py", "gaps = cosines[group, far] - cosines[group, near]", "gaps = cosines[group, near] - cosines[group, far]", on(CONTRASTIVE, "test_triplets_are_triplet_loss")),
+)
+
+POLICY_BREAKS = (
+    Break("surrogate-ratio-without-exp", "objectives/rolls.py", "ratio = (logps - old).exp()", "ratio = 1 + logps - old", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("surrogate-ratio-turned", "objectives/rolls.py", "ratio = (logps - old).exp()", "ratio = (old - logps).exp()", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("surrogate-clip-bounds-swapped", "objectives/rolls.py", "ratio.clamp(1 - low, 1 + high)", "ratio.clamp(1 - high, 1 + low)", on(LOSSES, "test_grpo_is_trls")),
+    Break("surrogate-optimist", "objectives/rolls.py", "return torch.maximum(free, clipped)", "return torch.minimum(free, clipped)", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("surrogate-never-clipped", "objectives/rolls.py", "return torch.maximum(free, clipped)", "return free", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("kl-direction", "objectives/rolls.py", "apart = reference - logps", "apart = logps - reference", on(LOSSES, "test_ppo_is_the_papers", "test_grpo_is_trls")),
+    Break("kl-without-its-control-variate", "objectives/rolls.py", "return apart.exp() - apart - 1", "return apart.exp() - 1", on(LOSSES, "test_grpo_is_trls")),
+    Break("ppo-kl-reward-sign", "objectives/ppo.py", "earned -= kl_weight *", "earned += kl_weight *", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-kl-weight-not-the-steered-one", "objectives/ppo.py", "earned -= kl_weight *", "earned -= self.kl_weight *", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-reward-at-the-first-token", "objectives/ppo.py", "earned[lengths.cumsum(0) - 1] +=", "earned[lengths.cumsum(0) - lengths] +=", on(LOSSES, "test_each_token_earns_its_own_part_by_hand")),
+    Break("ppo-returns-without-values", "objectives/ppo.py", '"returns": advantages + values}', '"returns": advantages}', on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-returns-of-whitened-advantages", "objectives/ppo.py", '"returns": advantages + values}', '"returns": whitened(advantages) + values}', on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-advantages-not-whitened", "objectives/ppo.py", "whitened(advantages) if self.whiten else advantages", "advantages", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-whitening-keeps-the-mean", "objectives/ppo.py", "return (numbers - numbers.mean()) /", "return numbers /", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-value-clip-takes-the-smaller", "objectives/ppo.py", "torch.maximum(error, (near", "torch.minimum(error, (near", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("ppo-value-weight-not-halved", "objectives/ppo.py", "self.value_weight * error / 2", "self.value_weight * error", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("ppo-entropy-sign", "objectives/ppo.py", "each = each - self.entropy_weight", "each = each + self.entropy_weight", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("ppo-controller-sign", "objectives/ppo.py", "kl / self.kl_target - 1", "1 - kl / self.kl_target", on(LOSSES, "test_the_controller_steers_towards_its_target")),
+    Break("gae-without-lambda", "objectives/ppo.py", "gamma * lam * later", "gamma * later", on(LOSSES, "test_gae_is_the_papers_sum")),
+    Break("gae-without-the-next-value", "objectives/ppo.py", "earned[:, t] + gamma * after - expected[:, t]", "earned[:, t] - expected[:, t]", on(LOSSES, "test_gae_is_the_papers_sum")),
+    Break("gae-wrong-way-round", "objectives/ppo.py", "for t in reversed(range(earned.shape[1])):", "for t in range(earned.shape[1]):", on(LOSSES, "test_gae_is_the_papers_sum")),
+    Break("grpo-not-divided-by-the-spread", "objectives/grpo.py", 'if how == "grpo" else centred', 'if how == "never" else centred', on(LOSSES, "test_advantages_are_those_of_the_table")),
+    Break("grpo-centred-over-prompts", "objectives/grpo.py", "rewards.mean(1, keepdim=True)", "rewards.mean(0, keepdim=True)", on(LOSSES, "test_advantages_are_those_of_the_table")),
+    Break("grpo-rloo-includes-itself", "objectives/grpo.py", "return centred * (rewards.shape[1] / (rewards.shape[1] - 1))", "return centred", on(LOSSES, "test_advantages_are_those_of_the_table")),
+    Break("grpo-lengths-not-divided", "objectives/grpo.py", 'if self.advantage == "grpo":\n            lengths', 'if self.advantage == "never":\n            lengths', on(LOSSES, "test_grpo_is_trls")),
+    Break("grpo-old-has-a-gradient", "objectives/grpo.py", 'in known else logps.detach()', 'in known else logps', on(LOSSES, "test_without_old_log_probabilities_the_policy_is_its_own")),
+    Break("grpo-dr-count", "objectives/grpo.py", "longest = self.max_new_tokens if", "longest = 1 if", on(LOSSES, "test_grpo_is_trls")),
+)
+
+ROLLOUT_BREAKS = (
+    Break("rollout-skips-prompts-between-rounds", "rollout/rollouts.py", "cursor.row += len(chosen)", "cursor.row += len(chosen) + 1", on(ROUNDS, "test_an_epoch_of_rounds_asks_every_prompt_once_in_the_order_of_the_cursor")),
+    Break("rollout-end-token-not-trained", "rollout/rollouts.py", "one.tokens + ((one.end,) if one.end is not None else ())", "one.tokens or (one.end,)", on(ROUNDS, "test_the_token_that_ended_an_answer_is_trained_as_part_of_it")),
+    Break("rollout-same-dice-in-every-round", "rollout/rollouts.py", "self.seed * 1_000_003 + self.rounds", "self.seed * 1_000_003", on(ROUNDS, "test_every_round_and_every_seed_throws_other_dice_and_an_evaluation_always_the_same")),
+    Break("rollout-same-dice-for-every-seed", "rollout/rollouts.py", "self.seed * 1_000_003 + self.rounds", "self.rounds", on(ROUNDS, "test_every_round_and_every_seed_throws_other_dice_and_an_evaluation_always_the_same")),
+    Break("rollout-unfinished-is-rewarded", "rollout/rollouts.py", "[r - off * (not a.finished)", "[r + off * (not a.finished)", on(ROLLS, "test_rewards_reach_their_answers_and_unfinished_ones_pay")),
+    Break("rollout-finished-pay", "rollout/rollouts.py", "[r - off * (not a.finished)", "[r - off * a.finished", on(ROLLS, "test_rewards_reach_their_answers_and_unfinished_ones_pay")),
+    Break("rollout-evaluation-sign", "rollout/rollouts.py", '{"loss": -said["reward"]', '{"loss": said["reward"]', on(ROUNDS, "test_what_is_judged_is_the_mean_reward_and_the_best_is_the_lowest_loss")),
+    Break("rollout-kl-per-token", "rollout/rollouts.py", 'found["reference_logps"]).double().sum()) / count', 'found["reference_logps"]).double().mean())', on(ROUNDS, "test_what_a_round_says_is_means_over_its_answers")),
+    Break("rollout-kl-turned", "rollout/rollouts.py", '(found["old_logps"] - found["reference_logps"])', '(found["reference_logps"] - found["old_logps"])', on(ROUNDS, "test_what_a_round_says_is_means_over_its_answers")),
+    Break("rollout-facts-of-the-wrong-prompt", "rollout/rollouts.py", "prompts[i // times].facts", "prompts[i % len(prompts)].facts", on(ROLLS, "test_rewards_reach_their_answers_and_unfinished_ones_pay")),
+    Break("rollout-answers-unsorted", "rollout/rollouts.py", "sorted(self.family.generate(asked, sampling), key=lambda answer: answer.index)", "list(self.family.generate(asked, sampling))", on(ROUNDS, "test_an_answer_is_the_policys_own_to_its_prompt")),
+    Break("rollout-prompt-of-the-wrong-answer", "rollout/rollouts.py", "prompts[i // times].origin", "prompts[i % len(prompts)].origin", on(ROUNDS, "test_an_answer_is_the_policys_own_to_its_prompt")),
+    Break("rollout-columns-at-the-wrong-answer", "rollout/rollouts.py", "np.arange(starts[a], starts[a + 1]) for a in owners", "np.arange(starts[a], starts[a + 1]) for a in sorted(owners, reverse=True)", on(ROUNDS, "test_every_token_has_the_advantage_of_its_own_answer")),
+    Break("rollout-reference-is-the-policy", "rollout/rollouts.py", "with self.reference():", "if True:", on(ROLLS, "test_every_column_stands_at_its_token")),
+    Break("rollout-with-dropout", "rollout/rollouts.py", "        self.family.train(False)\n", "", on(ROUNDS, "test_the_policy_is_asked_without_dropout_and_goes_on_training")),
+    Break("rollout-trains-without-dropout", "rollout/rollouts.py", "        self.family.train(training)\n", "", on(ROUNDS, "test_the_policy_is_asked_without_dropout_and_goes_on_training")),
+    Break("rollout-early-end-never", "rollout/rollouts.py", '["kl_old"] > self.objective.target_kl', '["kl_old"] < self.objective.target_kl', on(ROLLS, "test_a_round_ends_early_where_the_policy_has_moved_too_far")),
+    Break("rollout-one-epoch-too-few", "rollout/rollouts.py", "for epoch in range(self.objective.epochs):", "for epoch in range(max(1, self.objective.epochs - 1)):", on(ROLLS, "test_a_round_is_learned_from_as_often_as_it_says")),
+    Break("rollout-reward-weight-lost", "rollout/rewards.py", "totals[i] += weight * value", "totals[i] += value", on("unit/rollout/test_rewards.py", "test_several_rewards_are_added_by_their_weights")),
+)
+
+GENERATION_BREAKS = (
+    Break("generate-positions-of-padding", "families/generate.py", "(self.mask.cumsum(1) - 1).clamp(min=0)", "torch.arange(self.mask.shape[1], device=device).expand_as(self.mask)", on(GENERATE, "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),
+    Break("generate-padding-seen", "families/generate.py", "[0] * (width - len(prompt)) + [1]", "[1] * (width - len(prompt)) + [1]", on(GENERATE, "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),
+    Break("generate-position-stays", "families/generate.py", "(self.positions[:, -1:] + 1)", "self.positions[:, -1:]", on(GENERATE, "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),
+    Break("generate-cache-of-rows-that-left", "families/generate.py", "            self.cache.batch_select_indices(kept)\n            chosen, self.mask", "            self.cache.batch_select_indices(kept.flip(0))\n            chosen, self.mask", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
+    Break("generate-rows-keep-their-old-names", "families/generate.py", "rows = [index for index in rows if index in left]", "rows = list(left)[::-1]", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
+    Break("generate-stop-token-in-the-answer", "families/generate.py", "yield Generated(index, tuple(found[index]), True, token)", "yield Generated(index, (*found[index], token), True, token)", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
+    Break("generate-own-stops-ignored", "families/generate.py", "    stops = eos | set(sampling.stop)\n    kinds", "    stops = set(eos)\n    kinds", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
+    Break("generate-eos-of-the-config-ignored", "families/generate.py", "for token in [*listed, tokenizer.eos_token_id]", "for token in [tokenizer.eos_token_id]", on(GENERATE, "test_eos_is_the_models_and_the_tokenizers")),
+    Break("generate-one-token-too-many", "families/generate.py", "min(sampling.max_new_tokens, context - len(prompt))", "min(sampling.max_new_tokens + 1, context - len(prompt))", on(GENERATE, "test_the_context_ends_an_answer", "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),
+    Break("generate-context-overrun", "families/generate.py", "min(sampling.max_new_tokens, context - len(prompt))", "sampling.max_new_tokens", on(GENERATE, "test_the_context_ends_an_answer")),
+    Break("generate-seed-ignored", "families/generate.py", 'Random(f"{sampling.seed} ', 'Random(f"', on(GENERATE, "test_sampling_does_not_depend_on_the_batch")),
+    Break("generate-dice-of-the-batch", "families/generate.py", 'index}") for index in rows}', 'place}") for place, index in enumerate(rows)}', on(GENERATE, "test_sampling_does_not_depend_on_the_batch")),
+    Break("generate-same-dice-for-all", "families/generate.py", 'index}") for index in rows}', 'index * 0}") for index in rows}', on(GENERATE, "test_the_same_prompt_gets_different_answers_at_different_places")),
+    Break("sample-temperature-multiplies", "families/generate.py", "logits.to(wide) / sampling.temperature", "logits.to(wide) * sampling.temperature", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
+    Break("sample-top-k-off-by-one", "families/generate.py", "logits.topk(min(sampling.top_k,", "logits.topk(min(sampling.top_k + 1,", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
+    Break("sample-top-p-one-too-few", "families/generate.py", "before = probabilities.cumsum(-1) - probabilities", "before = probabilities.cumsum(-1)", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
+    Break("sample-top-p-ignored", "families/generate.py", "probabilities.where(before < sampling.top_p, 0)", "probabilities", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
+    Break("sample-not-renormalised", "families/generate.py", "device=logits.device)[:, None] * reached[:, -1:]", "device=logits.device)[:, None]", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
+    Break("sample-place-for-token", "families/generate.py", "picked if order is None else order.gather(-1, picked)", "picked", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
+    Break("sample-greedy-is-the-least", "families/generate.py", "return logits.argmax(-1)", "return logits.argmin(-1)", on(GENERATE, "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),
+    Break("desk-last-of-several-stops", "desk.py", "self.held[:min(found)]", "self.held[:max(found)]", on(DESK, "test_a_text_that_ends_an_answer")),
+    Break("desk-first-named-stop", "desk.py", "self.held[:min(found)]", "self.held[:found[0]]", on(DESK, "test_a_text_that_ends_an_answer")),
+    Break("desk-stop-not-held-back", "desk.py", "range(1, len(stop)) if", "range(1, 1) if", on(DESK, "test_no_part_of_a_stop_is_ever_told")),
+    Break("desk-held-words-lost", "desk.py", "self.request.tell(Bit(self.held, self.tokens, how))", 'self.request.tell(Bit("", self.tokens, how))', on(DESK, "test_a_text_that_ends_an_answer")),
+    Break("desk-one-token-too-many", "desk.py", "self.tokens >= self.request.max_new_tokens", "self.tokens > self.request.max_new_tokens", on(DESK, "test_an_answer_ends_at_its_length")),
+    Break("desk-half-letters", "desk.py", " or text.endswith(UNFINISHED):", ":", on(DESK, "test_a_letter_is_told_when_all_its_bytes_are_there")),
+    Break("desk-seeds-share-a-batch", "desk.py", "r.seed is not None and r.group)", "False)", on(DESK, "test_requests_that_sample_alike_share_a_batch")),
+    Break("serve-usage-counts-a-prompt-for-every-answer", "serve.py", "for request in requests[::asked.n])", "for request in requests)", on(DESK, "test_a_prompt_counts_once_however_many_answers_it_has")),
+)
+
+BREAKS = (*SCHEDULE_BREAKS, *OPTIMIZER_BREAKS, *STEP_BREAKS, *LOOP_BREAKS, *DATA_BREAKS, *MODEL_BREAKS, *OBJECTIVE_BREAKS,
+          *POLICY_BREAKS, *ROLLOUT_BREAKS, *GENERATION_BREAKS)
+
+
+# ---------------------------------------------------------------- applying a break
+
+
+def broken(one: Break, source: Path = SOURCE) -> str:
+    """The file's text with the break in it. Raises `ValueError` where it does not apply."""
+    text = (source / one.file).read_text(encoding="utf-8")
+    if (count := text.count(one.text)) != 1:
+        raise ValueError(f"{one.name}: the text occurs {count} times in {one.file}, and must once: {one.text!r}")
+    return text.replace(one.text, one.replacement)
+
+
+@contextlib.contextmanager
+def copied(one: Break | None) -> Iterator[Path]:
+    """A copy of src with the break in it, and a place for the tests' files beside it."""
+    with tempfile.TemporaryDirectory(prefix="luthier-mutation-") as folder:
+        there = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", there)
+        if one is not None:
+            file = there / "luthier" / one.file
+            file.write_text(broken(one), encoding="utf-8")
+            for compiled in file.parent.glob(f"__pycache__/{file.stem}.*"):
+                compiled.unlink()
+        yield there
+
+
+# ---------------------------------------------------------------- running tests
+
+
+@dataclass
+class Trial:
+    """A process that runs some tests on a copy of src."""
+
+    what: Break | None
+    tests: tuple[str, ...]
+    process: int
+    began: float
+    output: Path
+    place: contextlib.ExitStack
+
+
+def begun(what: Break | None, tests: tuple[str, ...]) -> Trial:
+    """Run the tests in a forked process, which has everything imported but luthier."""
+    place = contextlib.ExitStack()
+    there = place.enter_context(copied(what))
+    output = there.parent / "output.txt"
+    process = os.fork()
+    if process == 0:
+        status = 3
+        try:
+            os.setsid()
+            handle = os.open(output, os.O_WRONLY | os.O_CREAT)
+            os.dup2(handle, 1)
+            os.dup2(handle, 2)
+            sys.path.insert(0, str(there))
+            os.environ["PYTHONPATH"] = str(there)
+            os.chdir(ROOT)
+            import hypothesis
+            import pytest
+            phases = [hypothesis.Phase.explicit, hypothesis.Phase.generate]  # a shrunken example is of no use here
+            hypothesis.settings.register_profile("mutations", phases=phases, database=None, derandomize=True)
+            hypothesis.settings.load_profile("mutations")
+            status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--basetemp",
+                                      str(there.parent / "files"), *tests]))
+            import luthier
+            (there.parent / "modules.txt").write_text("\n".join(sys.modules))
+            if not Path(luthier.__file__).is_relative_to(there):
+                print(f"the tests ran on {luthier.__file__}, not on the copy")
+                status = 3
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return Trial(what, tests, process, time.monotonic(), output, place)
+
+
+def ended(trials: list[Trial]) -> tuple[Trial, int, str]:
+    """Wait for the first of the trials to end: it, its exit status (-1: out of time), and what it printed."""
+    while True:
+        for trial in trials:
+            process, status = os.waitpid(trial.process, os.WNOHANG)
+            late = time.monotonic() - trial.began > LIMIT
+            if process or late:
+                if not process:
+                    os.killpg(trial.process, signal.SIGKILL)
+                    os.waitpid(trial.process, 0)
+                text = trial.output.read_text(errors="replace") if trial.output.exists() else ""
+                if trial.what is None:
+                    preload(trial.output.parent / "modules.txt")
+                trial.place.close()
+                trials.remove(trial)
+                return trial, os.waitstatus_to_exitcode(status) if process else -1, text
+        time.sleep(0.02)
+
+
+def preload(modules: Path) -> None:
+    """Import what the tests imported of other libraries, once for all the processes to come."""
+    for name in modules.read_text().splitlines() if modules.exists() else ():
+        if name.partition(".")[0] in PRELOADED and name not in sys.modules:
+            with contextlib.suppress(Exception):  # a part that is not meant to be imported by itself
+                importlib.import_module(name)
+
+
+VERDICTS = {0: "NOT noticed", 1: "noticed"}
+
+
+def run(breaks: Sequence[Break], jobs: int) -> tuple[list[dict[str, object]], str]:
+    """What became of every break; and what the tests say where they fail with nothing broken, in which case no break
+    is tried."""
+    for name in ("pytest", "torch", "transformers"):
+        importlib.import_module(name)
+    assert "luthier" not in sys.modules, "each process imports its own copy"
+    every = sorted({test for one in breaks for test in one.tests})
+    print(f"{len(every)} tests with nothing broken", flush=True)
+    trials = [begun(None, tuple(every[i::jobs])) for i in range(jobs) if every[i::jobs]]
+    while trials:
+        _, status, text = ended(trials)
+        if status != 0:
+            for trial in [*trials]:
+                os.killpg(trial.process, signal.SIGKILL)
+                os.waitpid(trial.process, 0)
+                trial.place.close()
+            return [], text
+    found: list[dict[str, object]] = []
+    waiting, began = list(breaks), time.monotonic()
+    while waiting or trials:
+        while waiting and len(trials) < jobs:
+            one = waiting.pop(0)
+            try:
+                trials.append(begun(one, one.tests))
+            except ValueError as error:
+                found.append(_told(one, "did not apply", 0.0, str(error), len(breaks), len(found), began))
+        if trials:
+            trial, status, text = ended(trials)
+            assert trial.what is not None
+            verdict = VERDICTS.get(status, "out of time" if status < 0 else "could not be run")
+            found.append(_told(trial.what, verdict, time.monotonic() - trial.began, text, len(breaks), len(found), began))
+    return found, ""
+
+
+def _told(one: Break, verdict: str, seconds: float, text: str, total: int, done: int, began: float) -> dict[str, object]:
+    left = (time.monotonic() - began) / (done + 1) * (total - done - 1)
+    failed = [line.split(" - ")[0].removeprefix("FAILED ") for line in text.splitlines() if line.startswith("FAILED ")]
+    print(f"{done + 1:>4}/{total}  {verdict:<12} {one.name}  {seconds:.1f} s, about {left / 60:.1f} min left", flush=True)
+    if verdict != "noticed":
+        print(f"      {one.file}: {one.text!r} -> {one.replacement!r}\n      {' '.join(one.tests)}\n{text[-1500:]}", flush=True)
+    return {"name": one.name, "file": one.file, "verdict": verdict, "seconds": round(seconds, 1), "by": failed}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description="Breaks lines on purpose; a test must notice each.")
+    parser.add_argument("names", nargs="*", help="beginnings of the breaks' names; none: all of them, and a result file is written")
+    parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1)), help="processes at once")
+    asked = parser.parse_args(argv)
+    breaks = [one for one in BREAKS if not asked.names or one.name.startswith(tuple(asked.names))]
+    if not breaks:
+        parser.error(f"no break has a name that begins with {' or '.join(asked.names)}")
+    began = time.monotonic()
+    found, failed = run(breaks, asked.jobs)
+    if failed:
+        print(f"{failed}\nThe tests fail with nothing broken, so no break was tried.")
+        return 2
+    missed = [one for one in found if one["verdict"] != "noticed"]
+    minutes = (time.monotonic() - began) / 60
+    print(f"{len(found) - len(missed)} of {len(found)} breaks noticed in {minutes:.1f} minutes"
+          + "".join(f"\n  {one['verdict']}: {one['name']}" for one in missed))
+    if not asked.names:
+        path = ROOT / "benchmarks" / "results" / f"{date.today()}-mutations.json"
+        path.write_text(json.dumps({"breaks": len(found), "noticed": len(found) - len(missed), "minutes": round(minutes, 1),
+                                    "jobs": asked.jobs, "each": found}, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {path.relative_to(ROOT)}")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    sys.exit(main())
