@@ -290,6 +290,15 @@ def context_of(config: BaseConfig) -> int:
         return int(getattr(described, "max_position_embeddings", None) or 2**62)
 
 
+def stored_dtype(config: BaseConfig) -> torch.dtype | None:
+    """The dtype that the base's config names for its weights, without loading them; None where it names none."""
+    path = folder(config)
+    with _explained(config, path):
+        described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        found = getattr(described, "dtype", None) or getattr(described.get_text_config(), "dtype", None)
+        return found if isinstance(found, torch.dtype) else getattr(torch, str(found), None)
+
+
 def _kind(config: BaseConfig, described: Any) -> Kind:
     kind = kind_of(described)
     if kind is None:
