@@ -167,7 +167,7 @@ def test_weights_that_a_method_adds_are_float32_too(name: str, settings: dict[st
 # ---------------------------------------------------------------- whole runs
 
 
-@pytest.fixture()
+@pytest.fixture
 def rows(tmp_path: Path) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(
         json.dumps({"prompt": f"Say {w}.", "completion": w * 3}) + "\n" for w in ("one", "two", "three", "four", "five", "six")))

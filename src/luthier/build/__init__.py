@@ -56,5 +56,6 @@ __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS",
            "candidate", "changed", "chat_prompt", "check", "check_dtype", "combined", "context", "datasets",
            "describe", "device", "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter",
            "gguf_model", "held_out", "idle", "judged", "least_gb", "master_price", "method_name", "micro_tokens",
-           "open_run", "price", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
-           "standing", "tokenizer", "untrained", "version", "with_heads"]
+           "open_run", "price", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows",
+           "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version",
+           "with_heads"]

@@ -42,8 +42,8 @@ class TrainingConfig(Config):
     batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
     micro_tokens: int | None = Field(None, ge=1, description="most tokens in memory at once; never changes the result. "
                                      "Left out: 320 on a CPU, 8192 on a GPU")
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast in training steps; "
-                                                  "held-out rows are measured without it, as `evaluate` does")
+    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, while "
+                                                  "training; held-out rows are measured without it, as `evaluate` does")
     gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
                                          "memory; if not, in rows longer than micro_tokens as many as do not fit")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
