@@ -71,6 +71,8 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         base = build.family(made.base, made.objective.hides)
         build.check(made, base)
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base))
+    if base.padded_why:
+        _say(quiet, f"warning: {base.padded_why}")
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
     _demand_same(run, made) if resume else None
