@@ -56,7 +56,7 @@ class BaseConfig(Config):
 
     Args:
         name: an alias, a `.gguf` file, a Transformers folder, or a hub id.
-        dtype: of the parameters; `auto` is the one that the weights are stored in.
+        dtype: of the parameters; `auto` is the one that the weights are stored in. Nothing trains on a base in float16.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether Python that comes with the base may run.
         device: `auto` takes a GPU if there is one.

@@ -214,8 +214,8 @@ class Packed(Loaded):
         return "packed" if close else self._unpacked("documents of one row influence each other")
 
     def _unpacked(self, why: str) -> Layout:
-        self.padded_why = (f"{type(self.model).__name__} cannot compute several documents in one row ({why}); each gets a "
-                           "padded row of its own, which is slower and changes no result")
+        self.padded_why = (f"{type(self.model).__name__} cannot compute several documents in one row ({why}); each "
+                           "gets a padded row of its own, which is slower and changes no result")
         return "padded"
 
 
