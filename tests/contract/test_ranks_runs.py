@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lab import SFT, attach, base, documents
 from torch import multiprocessing, nn
 
 from luthier.core.errors import LuthierError, RunError
+from luthier.data.pack import pack
 from luthier.runtime import loop, ranks
 from luthier.runtime import random as states
+from luthier.runtime.optim import Optimizer, OptimizerConfig
+from luthier.runtime.step import step
 from luthier.train import train
 from tiny import save_tiny
 
@@ -169,6 +173,36 @@ def test_another_number_of_processes_is_told_of() -> None:
     assert loop._restore_random(state) == []  # of an earlier version, by one process
     assert loop._restore_random([state]) == []
     assert "saved by 2 processes, and 1 continue" in loop._restore_random([state, state])[0]
+
+
+# ---------------------------------------------------------------- one process or two
+
+
+def sixteen(place: Path) -> dict[str, Any]:
+    return trained("full", 30, torch.bfloat16)
+
+
+def trained(method: str, micro_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+    """The float32 copies of a base in sixteen bits after three steps, and the rounded model."""
+    torch.set_num_threads(1)
+    family = base("llama", dtype=dtype)
+    attached = attach(family, method, stirred=False)
+    adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 3)
+    for i in range(3):
+        adam.set_rate(i)
+        step(family, SFT, pack(documents(seed=i), micro_tokens), adam)
+    return {"copies": {n: p.detach().clone() for n, p in adam.parameters.items()},
+            "model": {n: p.detach().clone() for n, p in attached.parameters().items()}}
+
+
+def test_two_processes_are_one_on_a_base_in_sixteen_bits(tmp_path: Path) -> None:
+    first, second = on_two(sixteen, tmp_path)
+    alone = trained("full", 30, torch.bfloat16)
+    for name, copy in alone["copies"].items():
+        assert torch.equal(first["copies"][name], second["copies"][name])
+        assert torch.equal(first["model"][name], first["copies"][name].to(torch.bfloat16))
+        # Adam divides by the gradient's own size, so rounding may move a weight by a share of three rates.
+        assert (first["copies"][name] - copy).abs().mean() < 1e-5
 
 
 # ---------------------------------------------------------------- collective calls

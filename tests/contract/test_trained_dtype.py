@@ -201,6 +201,14 @@ def test_a_float16_base_is_refused_for_training_and_nothing_else(rows: Path, how
         assert (export(run, "merged", rows / "merged") / "config.json").exists()
 
 
+def test_a_float16_base_whose_config_does_not_say_so_is_refused_once_it_is_loaded(rows: Path) -> None:
+    save_tiny(rows / "base", "llama", dtype=torch.float16)
+    config = json.loads((rows / "base/config.json").read_text())
+    (rows / "base/config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}))
+    with pytest.raises(RecipeError, match="float16"):
+        train(base={"name": str(rows / "base"), "dtype": "auto"}, data=str(rows / "rows.jsonl"), run=str(rows / "run"), quiet=True)
+
+
 def test_the_plan_counts_the_copies(rows: Path) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.bfloat16)
     frozen, whole = ({d: least_gb(BaseConfig(name=str(rows / "base"), dtype=d), whole=w) for d in ("float32", "bfloat16")}
