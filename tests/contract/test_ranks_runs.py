@@ -75,6 +75,7 @@ def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
     fit = loop.fit
 
     def kept(job: Any, saved: Any = None) -> Any:
+        seen["begun"] = states.capture("cpu")["cpu"]
         summary = fit(job, saved)
         seen.update(weights={n: t.clone() for n, t in job.attached.state().items()}, best=dict(summary.best),
                     stopped=summary.stopped, steps=summary.steps, state=states.capture("cpu")["cpu"])
@@ -164,7 +165,8 @@ def test_dropout_on_two_ranks_resumes_to_the_bit(home: Path) -> None:
     (whole, resumed, wrong), other = on_two(dropped, home)
     assert all(torch.equal(t, resumed["weights"][n]) for n, t in whole["weights"].items())
     assert (whole["state"], other[0]["state"]) == (resumed["state"], other[1]["state"])
-    assert whole["state"] != other[0]["state"]  # each rank draws its own
+    assert whole["begun"] != other[0]["begun"]  # each rank draws its own, from the first step on
+    assert whole["state"] != other[0]["state"]
     assert not all(torch.equal(t, wrong["weights"][n]) for n, t in whole["weights"].items())  # the control
 
 
