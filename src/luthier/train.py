@@ -52,6 +52,7 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
         _say(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
     build.rows.demand(made.data)
+    build.check_dtype(made.base)
     demand(made.training.trackers)
     saved = _checkpoint(run, quiet) if resume else None
     with _written(run) as out:
@@ -70,6 +71,8 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         base = build.family(made.base, made.objective.hides)
         build.check(made, base)
         base.checkpointing(0 if made.training.gradient_checkpointing else build.micro_tokens(made, base))
+    if base.padded_why:
+        _say(quiet, f"warning: {base.padded_why}")
     with status("reading the data", quiet=quiet):
         made = build.fitted(made, found := build.datasets(made, base))
         build.note_conversations(base, found)
@@ -86,17 +89,19 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     rate = made.optimizer.learning_rate or made.method.default_rate
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_share']:.2%}) at a learning rate of {rate:g}")
-    if price := build.price(made, attached):
-        _say(quiet, price)
+    for line in (build.price(made, attached), build.master_price(attached)):
+        _say(quiet or not line, line)
     found = _referred(made, base, found, reference, quiet)
     feed = build.feed(made, base, found, attached, reference, out.path, lambda line: _say(quiet, f"warning: {line}"))
     rolling = feed if isinstance(feed, build.Rollouts) else None
-    results: dict[str, Any] = share | (run.results if resume else {})
+    results: dict[str, Any] = share | (ranks.agreed(run.results) if resume else {})
     if made.evaluate.before and not {"before", "test_before"} & results.keys():
         with build.untrained(reference):
             results |= _before(out, made, base, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
     trackers = _trackers(out, made, saved, share)
+    if ranks.rank() > 0:
+        seed_everything(made.seed + ranks.rank())  # everything that ranks must have alike is made: dropout need not be
     job = Job(base, attached, made.objective, feed, build.held_out(made, base, found),
               made.training, made.optimizer, rate, run.checkpoints,
               reference=reference, rolling=rolling, log=_to_all(*trackers),

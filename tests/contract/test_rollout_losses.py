@@ -228,3 +228,17 @@ def test_each_token_earns_its_own_part_by_hand() -> None:
         0.0 + 0.5 * 1.0 - 0.25,
         10.0 + 0.2 * 1.0 + 0.0 - 1.0,
         20.0 - 0.2 * 0.4 + 0.0 - 2.0]))
+
+
+def test_an_answer_that_was_cut_off_is_worth_its_reward_and_no_more() -> None:
+    """Of answers all of which are cut, a critic that has learned expects exactly R: with V = R everywhere nothing is better
+    than expected. Counting V behind the cut, the control, would say that every answer is worth R too much."""
+    rewards, lengths = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([3, 2])
+    values = rewards.repeat_interleave(lengths)
+    found = PpoConfig(kl_weight=0, whiten=False, lam=1.0).columns(
+        rewards, lengths, {"old_logps": torch.zeros(5, dtype=torch.float64), "old_values": values}, 0.0)
+    assert torch.equal(found["advantages"], torch.zeros(5, dtype=torch.float64))
+    assert torch.equal(found["returns"], values)
+    earned = torch.zeros(5, dtype=torch.float64)
+    earned[lengths.cumsum(0) - 1] = rewards + values[lengths.cumsum(0) - 1]
+    assert torch.equal(gae(earned, values, lengths, 1.0, 1.0), values)

@@ -495,3 +495,22 @@ def test_the_four_roles_of_ppo_cost_at_most_half_more_memory_than_sft() -> None:
         peaks[name] = live.peak
     assert peaks["sft"] > 500_000
     assert peaks["ppo"] <= 1.5 * peaks["sft"], peaks
+
+
+def test_prompts_that_processes_share_get_the_answers_that_one_process_gives() -> None:
+    """Shards as on two ranks: the same answers, rewards and columns; the control numbers the second shard from 0."""
+    objective = PpoConfig(answers=3, max_new_tokens=6, kl_weight=0.2)
+
+    def drawn(start: int | None) -> dict[str, Any]:
+        family, attached = set_up(objective)
+        shards = {} if start is None else {"map_shards": lambda work, items: [work(items[:1], 0), work(items[1:], start)]}
+        feed = rolls(objective, family, attached, **shards)
+        next(feed)
+        assert feed._round is not None
+        return vars(feed._round)
+
+    whole, shared, control = drawn(None), drawn(1), drawn(0)
+    assert whole["answers"] == shared["answers"] != control["answers"]
+    assert whole["rewards"] == shared["rewards"]
+    for name, column in whole["columns"].items():
+        torch.testing.assert_close(shared["columns"][name], column, rtol=1e-4, atol=1e-5)

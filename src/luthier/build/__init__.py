@@ -27,6 +27,7 @@ from luthier.build.objects import (
     tokenizer,
     with_heads,
 )
+from luthier.build.pairs import check_dtype
 from luthier.build.recipe import (
     Recipe,
     beforehand,
@@ -39,7 +40,7 @@ from luthier.build.recipe import (
     recorded,
     version,
 )
-from luthier.build.references import asked, price, untrained
+from luthier.build.references import asked, master_price, price, untrained
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
 from luthier.build.runs import open_run, prompt_format, save_tuned, save_whole
 from luthier.build.served import Served, called, served
@@ -55,9 +56,9 @@ from luthier.runtime.run import Run
 __all__ = [
     "ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "PromptFormat", "Reading", "Recipe",
     "Rollouts", "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
-    "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device", "dump",
-    "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "idle", "judged",
-    "least_gb", "method_name", "micro_tokens", "note_conversations", "open_run", "price", "prompt_format",
-    "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned",
-    "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads",
+    "candidate", "changed", "chat_prompt", "check", "check_dtype", "combined", "context", "datasets", "describe",
+    "device", "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
+    "idle", "judged", "least_gb", "master_price", "method_name", "micro_tokens", "note_conversations", "open_run",
+    "price", "prompt_format", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows",
+    "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads",
 ]

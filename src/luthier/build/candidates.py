@@ -17,7 +17,7 @@ from luthier.methods import METHODS
 
 SHORT = {"qlora": "lora@nf4"}
 BYTES = {"float64": 8.0, "float32": 4.0, "auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5}
-TRAINED = 4  # copies of every weight that trains: itself, its gradient, Adam's two moments
+TRAINED = 16  # bytes of a weight that trains: its float32 value, its gradient, Adam's two moments
 
 
 def candidate(made: Recipe, spelled: str) -> dict[str, Any]:
@@ -41,4 +41,6 @@ def candidate(made: Recipe, spelled: str) -> dict[str, Any]:
 def least_gb(base: BaseConfig, whole: bool) -> float:
     """What the weights alone need in memory, in GB of 10**9 bytes; `whole`: where every one of them trains."""
     width = BYTES[base.dtype if base.quantize == "none" else base.quantize]
-    return parameter_count(base) * width * (TRAINED if whole else 1) / 1e9
+    if whole:  # a base in sixteen bits is there beside the float32 copy that trains: `runtime/optim.py`
+        width = width * 4 if width >= 4 else width + TRAINED
+    return parameter_count(base) * width / 1e9

@@ -6,9 +6,12 @@ what only the rows decide, `datasets` says. `docs/support.md` is the table of al
 
 from __future__ import annotations
 
+import torch
+
 from luthier.build.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
+from luthier.families import BaseConfig, stored_dtype
 from luthier.families.heads import LOG_PROBS
 from luthier.methods.freeze import FreezeConfig, LnConfig
 from luthier.methods.full import FullConfig
@@ -21,8 +24,28 @@ from luthier.objectives.tokens import PretrainConfig
 INSIDE = (FullConfig, FreezeConfig, LnConfig, PeftConfig)  # methods without a switch that a bank could turn
 
 
+def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
+    """Raises `RecipeError` where the base would train in float16.
+
+    Its smallest number is 6e-8, and the loss of a step is divided by all of its weighted tokens: without loss scaling
+    the gradients of the states underflow, the more the larger the batch (of LoRA on SmolLM2, three tenths are 0 at
+    131,072 tokens), whatever the trained weights themselves are kept in. bfloat16 has the range of float32.
+
+    Args:
+        loaded: of the loaded base; left out: what the config says, before anything is loaded.
+    """
+    known = stored_dtype(config) if config.dtype == "auto" and loaded is None else None
+    if config.dtype == "float16" or torch.float16 in (loaded, known):
+        raise RecipeError(f"base.dtype {config.dtype!r}: {config.name!r} would train in float16, where small gradients "
+                          "become 0 and no loss scaling is used",
+                          "set base.dtype to bfloat16 or float32 (evaluate, chat and export take float16)")
+
+
 def fitting(made: Recipe, base: Family) -> None:
     """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
+    weight = base.anatomy.embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    check_dtype(made.base, weight.dtype)
     name, needs = made.objective.name, made.objective.needs
     if isinstance(made.objective, PpoConfig | GrpoConfig):
         needs = needs | made.objective.asks

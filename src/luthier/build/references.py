@@ -28,6 +28,7 @@ from luthier.core.types import Encoded
 from luthier.data import Datasets
 from luthier.methods.full import Full
 from luthier.methods.several import Several
+from luthier.runtime.optim import needs_master
 from luthier.runtime.step import Reference, reference_logps
 
 GROUP = 512  # examples that are packed together
@@ -44,6 +45,17 @@ def price(made: Recipe, attached: Attached) -> str:
                if "precompute_reference" in type(made.objective).model_fields else "")
     return (f"{made.method.name} keeps a copy of the {count:,} weights that it trains ({size / 1e9:.3g} GB), with "
             f"which {made.objective.name} compares the model{without}")
+
+
+def master_price(attached: Attached) -> str:
+    """A sentence on the float32 copies that the optimizer keeps of what trains; empty where there are none."""
+    copied = [p for p in attached.parameters().values() if needs_master(p)]
+    if not copied:
+        return ""
+    count, dtypes = sum(p.numel() for p in copied), sorted({str(p.dtype).removeprefix("torch.") for p in copied})
+    return (f"the {count:,} weights that train are kept in {' and '.join(dtypes)}, so the optimizer updates float32 "
+            f"copies of them ({4 * count / 1e9:.3g} GB) and rounds them into the model after each step; base.dtype: "
+            "float32 with training.precision: bf16 takes 2 bytes a weight less")
 
 
 def asked(made: Recipe, base: Family, found: Datasets, reference: Reference,

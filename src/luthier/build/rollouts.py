@@ -41,6 +41,7 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rolls import WorthConfig
 from luthier.rollout import Answer, Reward, Rollouts, endpoint, named
+from luthier.runtime import ranks
 from luthier.runtime.run import Run
 from luthier.runtime.track import JsonLines
 
@@ -100,7 +101,7 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
                                                    for one in objective.reward],
                     cursor, objects.micro_tokens(made, base), made.seed, reference,
-                    partial(autocast, made, base), found.eval, _noted(folder))
+                    partial(autocast, made, base), found.eval, _noted(folder), ranks.map_shards)
 
 
 def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,

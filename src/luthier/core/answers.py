@@ -8,7 +8,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to generate. `temperature` 0 is greedy."""
+    """How to generate. `temperature` 0 is greedy. `first`: the number of the first prompt among all those that share
+    `seed`, which are answered in several calls; a prompt's random numbers follow from its number and the seed."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -17,6 +18,7 @@ class Sampling:
     batch_size: int = 16
     stop: tuple[int, ...] = ()
     seed: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True)

@@ -171,12 +171,15 @@ class Head:
 class Family(Protocol):
     """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Attached`).
 
+    `padded_why` says why its rows are padded where others of its kind pack them; empty where there is nothing to say.
+
     A family that writes has a `temperature`, of every log-probability (a rollout sets it to that of its sampling), and
     asks a `critic`, where there is one, for the context in which its values are read.
     """
 
     anatomy: Anatomy
     tokenizer: Any
+    padded_why: str
     heads: Any
     router: Router | None
     temperature: float

@@ -19,9 +19,11 @@ from luthier.families.load import (
     load_tokenizer,
     parameter_count,
     resolve,
+    stored_dtype,
 )
 from luthier.families.open import open_family
 from luthier.families.vision import Vision
 
 __all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "context_of", "device_of",
-           "fingerprint", "folder", "load", "load_tokenizer", "open_family", "parameter_count", "resolve"]
+           "fingerprint", "folder", "load", "load_tokenizer", "open_family", "parameter_count", "resolve",
+           "stored_dtype"]

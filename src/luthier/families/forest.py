@@ -16,6 +16,7 @@ Shapes: query [1, H, T, d], key and value [1, G, T, d] with H heads, G key-value
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -203,8 +204,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 
 def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None,
                 causal: bool) -> Tensor:
-    if forest.flat and query.dtype in (torch.bfloat16, torch.float16) and _has_flash(query.device):
-        from torch.nn.attention.varlen import varlen_attn
+    varlen_attn = _varlen()
+    if (varlen_attn is not None and forest.flat and query.dtype in (torch.bfloat16, torch.float16)
+            and _has_flash(query.device)):
         bounds = _bounds(forest.lengths, query.device)
         longest = max(forest.lengths)
         repeat = query.shape[1] // key.shape[1]
@@ -213,7 +215,7 @@ def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale
         # (window - 1, 0): that many keys to the left besides itself and none to the right; (-1, 0) is plain causal, and
         # (-1, -1) sees everything.
         left, right = -1 if window is None else window - 1, 0 if causal else -1
-        out: Any = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, right))
+        out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, right))
         return out.transpose(0, 1)[None]
     from torch.nn.attention.flex_attention import flex_attention
     compiled = _compiled(flex_attention)
@@ -224,6 +226,19 @@ def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale
 @lru_cache(maxsize=1)
 def _compiled(flex: Any) -> Any:
     return torch.compile(flex, dynamic=True)
+
+
+def _varlen() -> Callable[..., Any] | None:
+    """torch's variable-length attention where it takes a scale and a window, as it does from torch 2.11 on. None for an
+    older one: flex attention, which is slower, then takes its place."""
+    from torch.nn.attention import varlen
+    return varlen.varlen_attn if _takes_window(varlen.varlen_attn) else None
+
+
+@lru_cache(maxsize=2)
+def _takes_window(function: Callable[..., Any]) -> bool:
+    known = inspect.signature(function).parameters
+    return {"scale", "window_size"} <= known.keys() or any(p.kind is p.VAR_KEYWORD for p in known.values())
 
 
 @lru_cache(maxsize=8)

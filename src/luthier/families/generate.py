@@ -160,7 +160,7 @@ def _decode(begin: Begin, prompts: Mapping[int, Sequence[int]], limits: Sequence
     with routed(rows):
         batch = begin(list(prompts.values()))
     left = {index: limits[index] for index in rows}
-    dice = {index: Random(f"{sampling.seed} {index}") for index in rows}
+    dice = {index: Random(f"{sampling.seed} {sampling.first + index}") for index in rows}
     while True:
         with routed(rows):  # not around a `yield`: whoever takes the answer works outside of it
             logits = batch.logits()

@@ -7,11 +7,13 @@ For one position with state h, head W and next token t, with z = W h::
 The derivative belongs to its position alone. So where the head is frozen, the forward pass computes it chunk by chunk
 while the logits are at hand and keeps [P, D]; the backward pass is one product by the incoming gradient: two matrix
 products instead of the three that recomputing takes. Where the head itself trains (or is tied to a training
-embedding), its gradient needs the incoming one, so the logits are recomputed in the backward pass.
+embedding), its gradient needs the incoming one, so the logits are recomputed in the backward pass, under the autocast
+of the forward pass: both use the same logits, and the backward products run in the same dtype.
 """
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,20 +26,23 @@ CHUNK_GPU = 2 ** 25  # a GPU wants large products: 128 MB, 682 positions of a vo
 
 class _LogProbs(torch.autograd.Function):
     """(states [P, D], weight [V, D], tokens [P]) -> (log-probabilities [P], hits [P], entropies [P], which have no
-    gradient, or [0] where nobody asks)."""
+    gradient, or [0] where nobody asks). Logits are divided by the temperature in float32 or wider."""
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor,
-                asked: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, tokens: Tensor, asked: bool,
+                temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        kind = states.device.type
+        mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        ctx.temperature, ctx.autocast = temperature, (kind, torch.get_autocast_dtype(kind) if mixed else None)
         wide = torch.promote_types(states.dtype, torch.float32)
         logps = torch.empty(states.shape[0], dtype=wide, device=states.device)
         hits = torch.empty(states.shape[0], dtype=torch.bool, device=states.device)
         entropies = torch.empty(states.shape[0] if asked else 0, dtype=wide, device=states.device)
-        needs_state, needs_weight, *_ = ctx.needs_input_grad
+        needs_state, needs_weight = ctx.needs_input_grad[:2]
         slopes = torch.empty_like(states) if needs_state and not needs_weight else None
         for rows in _chunks(states.shape[0], weight.shape[0], states.device):
             target = tokens[rows]
-            logits = (states[rows] @ weight.T).to(wide)
+            logits = _cooled((states[rows] @ weight.T).to(wide), temperature)
             best = logits.amax(-1, keepdim=True)
             chosen = logits.gather(1, target[:, None])
             hits[rows] = (chosen >= best)[:, 0]
@@ -47,7 +52,8 @@ class _LogProbs(torch.autograd.Function):
             if asked:  # with m = e^(z - max z): log sum m - sum m log m / sum m
                 entropies[rows] = (total.log() + torch.special.entr(mass).sum(-1, keepdim=True) / total)[:, 0]
             if slopes is not None:
-                slopes[rows] = weight[target] - ((mass.to(weight.dtype) @ weight).to(wide) / total).to(weight.dtype)
+                slope = weight[target] - ((mass.to(weight.dtype) @ weight).to(wide) / total).to(weight.dtype)
+                slopes[rows] = _cooled(slope, temperature)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
@@ -56,22 +62,44 @@ class _LogProbs(torch.autograd.Function):
         return logps, hits, entropies
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_unmoved: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_unmoved: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         if len(ctx.saved_tensors) == 1:
             (slopes,) = ctx.saved_tensors
-            return (grad[:, None] * slopes).to(slopes.dtype), None, None, None
+            return (grad[:, None] * slopes).to(slopes.dtype), None, None, None, None
         states, weight, tokens, _ = ctx.saved_tensors
-        grad_states = torch.empty_like(states) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight)
-        for rows in _chunks(states.shape[0], weight.shape[0], states.device):
-            logits = (states[rows] @ weight.T).to(grad.dtype)
-            push = logits.softmax(-1).mul_(-grad[rows, None])
-            push.scatter_add_(1, tokens[rows, None], grad[rows, None])
-            push = push.to(weight.dtype)
-            if grad_states is not None:
-                grad_states[rows] = push @ weight
-            grad_weight.addmm_(push.T, states[rows])
-        return grad_states, grad_weight, None, None
+        kind, mixed = ctx.autocast
+        with nullcontext() if mixed is None else torch.autocast(kind, mixed):
+            found = _recomputed(states, weight, tokens, grad, ctx.temperature, ctx.needs_input_grad[0], mixed)
+        return *found, None, None, None
+
+
+def _recomputed(states: Tensor, weight: Tensor, tokens: Tensor, grad: Tensor, temperature: float, wanted: bool,
+                mixed: torch.dtype | None) -> tuple[Tensor | None, Tensor]:
+    """The gradients of states (where `wanted`) and weight. That of the weight is summed over chunks in float32 or
+    wider: the sum has as many terms as there are positions.
+
+    Args:
+        mixed: the dtype of autocast, None without it.
+    """
+    grad_states = torch.empty_like(states) if wanted else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+    narrow = weight.dtype if mixed is None or weight.dtype == torch.float64 else mixed
+    for rows in _chunks(states.shape[0], weight.shape[0], states.device):
+        logits = _cooled((states[rows] @ weight.T).to(grad.dtype), temperature)
+        push = logits.softmax(-1).mul_(-grad[rows, None])
+        push.scatter_add_(1, tokens[rows, None], grad[rows, None])
+        push = _cooled(push, temperature).to(narrow)
+        if grad_states is not None:
+            grad_states[rows] = push @ weight
+        if narrow == grad_weight.dtype == states.dtype:
+            grad_weight.addmm_(push.T, states[rows])  # without a product of its own
+        else:
+            grad_weight += push.T @ states[rows]
+    return grad_states, grad_weight.to(weight.dtype)
+
+
+def _cooled(values: Tensor, temperature: float) -> Tensor:
+    return values if temperature == 1 else values.div_(temperature)
 
 
 def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None, scale: float = 1.0,
@@ -89,8 +117,7 @@ def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None =
     """
     plain = type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _hooked(head)
     if plain and not (entropies and torch.is_grad_enabled()):
-        cooled = states if temperature == 1 else states / temperature
-        logps, hits, spread = _LogProbs.apply(cooled, head.weight, tokens, entropies)
+        logps, hits, spread = _LogProbs.apply(states, head.weight, tokens, entropies, temperature)
         return logps, hits, spread if entropies else None
     parts = [_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
              checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)

@@ -6,7 +6,7 @@ Shape letters: T tokens of the row, P predictions, A items, S segments, D hidden
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -80,9 +80,11 @@ class Heads:
         return {"peft_type": None, "task_type": self.task, "modules_to_save": sorted({*self.modules, *self.scalars})}
 
     def _of(self, kind: str, states: Tensor) -> Tensor:
+        """In float32, under autocast too: a reward or a value with the three digits of bfloat16 is not one."""
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
-        return module(states.to(module.weight.dtype))
+        with _exact(states.device):
+            return module(states.to(module.weight.dtype))
 
     def outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
                 log_probs: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
@@ -115,8 +117,17 @@ def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
     if how == "first":
         roots = sent(torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))]), row.device)
         return row.index_select(0, starts[roots[items]])
+    # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
+    # and in an order of its own in every run.
     segment, _, related = (sent(x, row.device) for x in describe(forest))
-    sums = row.new_zeros(len(forest.lengths), row.shape[1]).index_add(0, segment, row)
-    if not forest.flat:
-        sums, lengths = related.to(sums.dtype) @ sums, related.to(lengths.dtype) @ lengths
-    return sums[items] / lengths[items, None]
+    wide = torch.promote_types(row.dtype, torch.float32)
+    counts = related[items].index_select(1, segment).to(wide)
+    with _exact(row.device):
+        return (counts @ row.to(wide)) / counts.sum(1, keepdim=True)
+
+
+def _exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

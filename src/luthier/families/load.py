@@ -56,7 +56,7 @@ class BaseConfig(Config):
 
     Args:
         name: an alias, a `.gguf` file, a Transformers folder, or a hub id.
-        dtype: of the parameters; `auto` is the one that the weights are stored in.
+        dtype: of the parameters; `auto` is the one that the weights are stored in. Nothing trains on a base in float16.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether Python that comes with the base may run.
         device: `auto` takes a GPU if there is one.
@@ -288,6 +288,15 @@ def context_of(config: BaseConfig) -> int:
     with _explained(config, path):
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
         return int(getattr(described, "max_position_embeddings", None) or 2**62)
+
+
+def stored_dtype(config: BaseConfig) -> torch.dtype | None:
+    """The dtype that the base's config names for its weights, without loading them; None where it names none."""
+    path = folder(config)
+    with _explained(config, path):
+        described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+        found = getattr(described, "dtype", None) or getattr(described.get_text_config(), "dtype", None)
+        return found if isinstance(found, torch.dtype) else getattr(torch, str(found), None)
 
 
 def _kind(config: BaseConfig, described: Any) -> Kind:

@@ -29,7 +29,7 @@ from luthier.families.biases import settle_biases
 from luthier.families.heads import Heads, Pooling
 from luthier.families.lean import Lean, slim
 from luthier.families.mixed import mixed
-from luthier.families.report import quiet
+from luthier.families.report import quiet, short
 from luthier.families.routes import as_now, routed
 
 Layout = Literal["packed", "padded"]
@@ -49,6 +49,7 @@ class Loaded:
     temperature: float = 1.0  # of every log-probability; a rollout sets it to that of its sampling
     pooling: Pooling
     layout: Layout = "padded"
+    padded_why = ""  # why rows are padded although the family packs them
     router: Router | None = None  # who sends segments and rows through adapters of their own
     chat_format: ChatFormat = ChatFormat()
     critic: Callable[[], AbstractContextManager[None]] | None = None  # where values are read; None: on the same states
@@ -234,15 +235,24 @@ class Packed(Loaded):
             packed, padded = self._packed(inputs).float(), self._padded(inputs).float()
         except LuthierError:
             raise
-        except (RuntimeError, TypeError, ValueError, AttributeError):  # the model took the mask, not the forest
-            return "padded"
+        except TypeError as error:
+            if "forest" not in str(error):  # not the model that refuses the argument: a defect here or in a kernel
+                raise
+            return self._unpacked("it takes no arguments for its attention")
+        except (RuntimeError, ValueError, AttributeError) as error:  # the model took the mask, not the forest
+            return self._unpacked(short(error))
         finally:
             self.model.train(was)
         if not bool(padded.isfinite().all()):
             raise BaseError(f"base {self.model.name_or_path!r}: its output is not a number",
                             "set base.dtype to float32; if it is, the weights are damaged: get them anew")
         close = torch.allclose(packed, padded, rtol=1e-2, atol=1e-2 * float(padded.abs().max()))
-        return "packed" if close else "padded"
+        return "packed" if close else self._unpacked("documents of one row influence each other")
+
+    def _unpacked(self, why: str) -> Layout:
+        self.padded_why = (f"{type(self.model).__name__} cannot compute several documents in one row ({why}); each "
+                           "gets a padded row of its own, which is slower and changes no result")
+        return "padded"
 
 
 def leaves(forest: Forest) -> tuple[list[Tensor], Callable[[int], Tensor]]:

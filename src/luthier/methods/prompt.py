@@ -6,11 +6,12 @@ Lester et al. 2021 (arXiv:2104.08691), section 2. The p start as the embeddings 
 start lies where no word ever was, and what the layers make of such a place hardly depends on it, so that it learns late
 or not at all.
 
-Learning rate 0.3, in units of the embeddings: `rate` is the root mean square of the base's embeddings, since Adam moves
-every entry by about the rate at each step, whatever the gradient's size. A base whose embeddings are of size 0.1 thus
-learns at 0.03, one of size 2 at 0.6, and both go the same way relative to their words. So much more than weights want,
-because a prompt must leave the words behind, and nothing but itself helps it: on the demo's rows 40 steps at 0.05, 0.15
-and 0.3 brought the held-out loss to 1.45, 0.94 and 0.76. The paper's rate is 0.3 too, with Adafactor.
+Learning rate 0.3, in units of the embeddings: `rate` is the root mean square of an entry of the words' embeddings that
+the p start from (N of them: drawn, or those of `text`), since Adam moves every entry by about the rate at each step,
+whatever the gradient's size. A base whose embeddings are of size 0.1 thus learns at 0.03, one of size 2 at 0.6, and
+both go the same way relative to their words. So much more than weights want, because a prompt must leave the words
+behind, and nothing but itself helps it: on the demo's rows 40 steps at 0.05, 0.15 and 0.3 brought the held-out loss to
+1.45, 0.94 and 0.76. The paper's rate is 0.3 too, with Adafactor.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def word_ids(anatomy: Anatomy, n: int, text: str | None, seed: int) -> list[int]
 
 @torch.no_grad()
 def embedded_words(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, float]:
-    """[N, D] embeddings to start from, and the root mean square of an entry of real words' embeddings."""
+    """[N, D] embeddings to start from, and the root mean square of an entry of the N words' embeddings."""
     start = starting(anatomy, config, seed)
     if isinstance(start, list):
         start = anatomy.embedding(torch.tensor(start, device=next(anatomy.embedding.parameters()).device))

@@ -122,7 +122,10 @@ class PpoConfig(RollsConfig):
 
 
 def gae(rewards: Tensor, values: Tensor, lengths: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantages of several answers, [M]; nothing follows an answer's last token.
+    """Generalised advantages of several answers, [M]; nothing follows an answer's last token, V = 0 there.
+
+    So too where an answer was cut off: its reward is that of the text as it was cut, hence all that it will ever earn.
+    Adding the critic's V behind the cut would count the worth of the answer twice.
 
     Args:
         rewards, values: [M] what each token earned, and what the critic expected before it.

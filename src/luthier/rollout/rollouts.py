@@ -4,6 +4,9 @@ A round takes the next prompts, has the current policy answer each several times
 what the loss must know of every token. Then it yields the optimiser steps of every epoch over them, and only then the
 next round begins. A prompt and its answers are a tree, so the prompt is computed once for all of them.
 
+Where several processes train one model, each answers, judges and measures its share of the prompts, and all of them
+learn from the same answers, rewards and columns: every reward is asked once for an answer.
+
 The cursor holds a round's answers and columns while steps of it are left; between rounds it holds none, since the
 weights and the seed give the same answers again.
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -29,6 +33,20 @@ from luthier.rollout.rewards import Answer, Reward, judged
 
 DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
 SHOWN = 4  # answers of a round that are written down
+
+
+Found = tuple[list[Answer], list[float], dict[str, Tensor]]  # answers, rewards [N], columns [M]
+
+
+class MapShards(Protocol):
+    """How processes share work; see `luthier.runtime.ranks.map_shards`."""
+
+    def __call__(self, function: Callable[[Sequence[Encoded], int], Found],
+                 items: Sequence[Encoded]) -> list[Found]: ...
+
+
+def _alone(function: Callable[[Sequence[Encoded], int], Found], items: Sequence[Encoded]) -> list[Found]:
+    return [function(items, 0)]
 
 
 class Rolls(Protocol):
@@ -102,16 +120,19 @@ class Rollouts:
         autocast: makes the context for mixed precision.
         held: prompts that `judged` answers, and nobody learns from.
         note: told (step, rows) of some answers of every round.
+        map_shards: how several processes share the prompts of a round.
     """
 
     def __init__(self, family: Family, prompts: Sequence[Encoded], objective: Rolls,
                  rewards: Sequence[tuple[Reward, float]], cursor: Loader, micro_tokens: int, seed: int = 0,
                  reference: Callable[[], AbstractContextManager[None]] = nullcontext,
                  autocast: Callable[[], AbstractContextManager[None]] = nullcontext, held: Sequence[Encoded] = (),
-                 note: Callable[[int, list[dict[str, Any]]], None] = lambda step, said: None) -> None:
+                 note: Callable[[int, list[dict[str, Any]]], None] = lambda step, said: None,
+                 map_shards: MapShards = _alone) -> None:
         self.family, self.prompts, self.objective, self.rewards = family, prompts, objective, rewards
         self.cursor, self.micro_tokens, self.seed = cursor, micro_tokens, seed
         self.reference, self.autocast, self.held, self.note = reference, autocast, held, note
+        self.map_shards = map_shards
         self.kl_weight = objective.kl_weight
         self.rounds, self.steps, self.taken = 0, 0, 0
         self._round: Round | None = None
@@ -207,23 +228,30 @@ class Rollouts:
         return {"loss": -said["reward"], **said}
 
     @torch.no_grad()
-    def _answered(self, prompts: Sequence[Encoded], times: int, seed: int,
-                  asks: frozenset[str]) -> tuple[list[Answer], list[float], dict[str, Tensor]]:
-        """Answers, rewards [N], and what `asks` names of their tokens, [M] each."""
+    def _answered(self, prompts: Sequence[Encoded], times: int, seed: int, asks: frozenset[str]) -> Found:
+        """Answers, rewards [N], and what `asks` names of their tokens, [M] each; the same on all ranks."""
         training = self.family.training
         self.family.train(False)
+        shards = self.map_shards(partial(self._answer_shard, times, seed, asks), prompts)
+        self.family.train(training)
+        columns = {name: torch.cat([found[name] for _, _, found in shards]) for name in shards[0][2]}
+        rewards = [reward for _, own, _ in shards for reward in own]
+        return [answer for own, _, _ in shards for answer in own], rewards, columns
+
+    def _answer_shard(self, times: int, seed: int, asks: frozenset[str], prompts: Sequence[Encoded],
+                      start: int) -> Found:
+        """`_answered` for some consecutive prompts, of which the first is number `start`."""
         with self.autocast():
-            answers = self._answers(prompts, times, seed)
+            answers = self._answers(prompts, times, seed, start)
             rewards = judged(answers, self.rewards)
             found = self._measured(prompts, [answer.tokens for answer in answers], asks)
-        self.family.train(training)
         off = self.objective.unfinished
         return answers, [r - off * (not a.finished) for a, r in zip(answers, rewards, strict=True)], found
 
-    def _answers(self, prompts: Sequence[Encoded], times: int, seed: int) -> list[Answer]:
+    def _answers(self, prompts: Sequence[Encoded], times: int, seed: int, start: int = 0) -> list[Answer]:
         asked = [prompt.pieces[0].ids for prompt in prompts for _ in range(times)]
         sampling = Sampling(self.objective.max_new_tokens, self.objective.temperature,
-                            batch_size=self.objective.at_once, seed=seed)
+                            batch_size=self.objective.at_once, seed=seed, first=start * times)
         said = sorted(self.family.generate(asked, sampling), key=lambda answer: answer.index)
         words = self.family.tokenizer
         texts = [_read(prompt, words) for prompt in prompts]

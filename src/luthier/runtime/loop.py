@@ -3,8 +3,11 @@
 Read `step.py` first.
 
 Everything that decides the next step is in a checkpoint: the trained weights, the optimiser's moments, the data
-cursor, every random state, and the best evaluation so far. So a run that was killed and resumed ends with the same
-bits as one that was not.
+cursor, every random state of every rank, and the best evaluation so far. So a run that was killed and resumed ends
+with the same bits as one that was not.
+
+Whatever decides what ranks do together (which evaluation is the best, when to stop) is decided from the first rank's
+numbers: a difference in one last bit would otherwise let one rank wait for another for ever.
 """
 
 from __future__ import annotations
@@ -39,7 +42,8 @@ class TrainingConfig(Config):
     batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
     micro_tokens: int | None = Field(None, ge=1, description="most tokens in memory at once; never changes the result. "
                                      "Left out: 320 on a CPU, 8192 on a GPU")
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast")
+    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, while "
+                                                  "training; held-out rows are measured without it, as `evaluate` does")
     gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
                                          "memory; if not, in rows longer than micro_tokens as many as do not fit")
     eval_every: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
@@ -124,6 +128,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
     job.family.train(True)
     longest = 0  # row so far
     waiting: _Line | None = None  # on a GPU a step's numbers are read while the next step runs: see `later`
+    ended = _Clock()  # started when the numbers of the step before were there
     late = job.family.device.type == "cuda"
     while summary.steps < total and not summary.stopped:
         began = _Clock()
@@ -136,14 +141,14 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
         said = job.rolling.heard(stepped.numbers) if job.rolling else {}
         line = _Line(summary.steps, stepped, rate, began, said)
         if waiting:
-            _report(job, waiting)
+            ended = _report(job, waiting, ended)
         waiting = line
         at_end = summary.steps == total
         evaluates = bool(job.held_out) and (summary.steps % eval_every == 0 or at_end)
         saves = at_end or bool(job.training.save_every and summary.steps % job.training.save_every == 0)
         summary.stopped = _agreed(job)
         if not late or evaluates or saves or summary.stopped:
-            _report(job, waiting)
+            ended = _report(job, waiting, ended)
             waiting = None
         summary.seconds += began.wall()
         if evaluates:
@@ -156,6 +161,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
             _save(job, optimizer, summary, bad_evaluations)
     if job.training.keep_best and summary.best and summary.best["step"] != summary.steps:
         job.attached.load(_best(job, summary).tensors["method"])
+    optimizer.close()
     job.family.train(False)
     return summary
 
@@ -173,10 +179,14 @@ def _made_room(job: Job, batches: Sequence[Batch], longest: int) -> int:
 
 
 class _Clock:
-    """Wall and user-CPU seconds since it was made."""
+    """Wall and user-CPU seconds since it was started."""
 
     def __init__(self) -> None:
         self._wall, self._user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+    def later(self, other: _Clock) -> _Clock:
+        """Whichever of the two was started later."""
+        return self if self._wall >= other._wall else other
 
     def wall(self) -> float:
         return time.perf_counter() - self._wall
@@ -196,13 +206,19 @@ class _Line:
     said: Mapping[str, float]
 
 
-def _report(job: Job, line: _Line) -> None:
+def _report(job: Job, line: _Line, ended: _Clock) -> _Clock:
+    """Write the step's line; returns a clock that was started when its numbers were there.
+
+    A step takes from the end of the one before (`ended`), or from its own beginning where that is later. On a GPU it is
+    queued while the one before still runs, so the time since its beginning would count both.
+    """
     numbers = line.stepped.numbers()  # waits for the device
-    seconds = line.clock.wall()
+    clock, now = line.clock.later(ended), _Clock()
+    seconds = clock.wall()
     metrics = {
         **numbers, **line.said, "learning_rate": line.rate, "tokens": line.stepped.tokens,
         "examples": line.stepped.examples, "micro_batches": line.stepped.micro_batches, "step_seconds": seconds,
-        "user_seconds": line.clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
+        "user_seconds": clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
         "peak_memory_gb": peak_gb(job.family.device),
     }
     if job.feed.steps_per_epoch:
@@ -210,13 +226,14 @@ def _report(job: Job, line: _Line) -> None:
     if ranks.rank() == 0:
         job.log(line.step, metrics)
         job.show(line.step, metrics)
+    return now
 
 
 def _evaluate(job: Job, summary: Summary) -> bool:
     """Measure the held-out batches; whether this was the best so far."""
     job.family.train(False)
     found = job.rolling.judged() if job.rolling else measure(job.family, job.objective, job.held_out, job.reference)
-    metrics = {f"eval_{name}": value for name, value in found.items()}
+    metrics = {f"eval_{name}": value for name, value in ranks.agreed(found).items()}
     job.family.train(True)
     if "eval_nll" in metrics:
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_nll"], 700.0))
@@ -244,10 +261,11 @@ def _agreed(job: Job) -> str:
 
 
 def _save(job: Job, optimizer: Optimizer, summary: Summary, bad_evaluations: int) -> None:
+    states = ranks.gather(random.capture(job.family.device))
     if ranks.rank() != 0:
         ranks.wait()  # a later step reads what the first rank writes here
         return
-    state = {"feed": job.feed.state(), "random": random.capture(job.family.device), "summary": vars(summary),
+    state = {"feed": job.feed.state(), "random": states, "summary": vars(summary),
              "bad_evaluations": bad_evaluations, "total_steps": optimizer.total}
     best = int(summary.best["step"]) if summary.best and job.training.keep_best else None
     checkpoint.save(job.folder, summary.steps, {"method": job.attached.state(), "optimizer": optimizer.state()},
@@ -268,9 +286,18 @@ def _restore(job: Job, optimizer: Optimizer, summary: Summary, saved: checkpoint
     bad_evaluations = int(saved.state["bad_evaluations"])
     # A signal's stop ends with this; a stop for want of better evaluations does not, or the run would go on beyond it.
     summary.stopped = _given_up(job.training, bad_evaluations) if summary.steps < optimizer.total else ""
-    for sentence in random.restore(saved.state["random"]):
+    for sentence in _restore_random(saved.state["random"]):
         job.warn(sentence)
     return bad_evaluations
+
+
+def _restore_random(states: Any) -> list[str]:
+    """Give this rank its own random states back; a sentence on what cannot be as it was."""
+    saved = [states] if isinstance(states, dict) else states  # earlier versions kept the first rank's alone
+    if len(saved) == ranks.world():
+        return random.restore(saved[ranks.rank()])
+    return [f"the checkpoint was saved by {len(saved)} processes, and {ranks.world()} continue: dropout draws other "
+            "random numbers than it would have drawn", *(random.restore(saved[0]) if ranks.rank() == 0 else ())]
 
 
 def _best(job: Job, summary: Summary) -> checkpoint.Checkpoint:

@@ -4,12 +4,18 @@ The schedule's factor at step k of n, after a linear warm-up of w steps, with u 
 
     constant 1        linear 1 - u (1 - f)        cosine f + (1 - f) (1 + cos pi u) / 2
     wsd      1 until the last fifth, then linear to f         (f: `floor`)
+
+A parameter in sixteen bits cannot hold the small updates of training: bfloat16 has 8 bits of precision, so an update
+below 1/256 of the weight is lost, and moments in sixteen bits do not decay (bfloat16) or underflow (float16). So the
+optimizer keeps a float32 master copy of every such parameter, with float32 gradients and moments, and writes the
+rounded copy back into the model after each update (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -21,6 +27,7 @@ from luthier.core.errors import RunError
 from luthier.core.update import Update
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
+MASTER = "master"  # of a parameter's entries in a checkpoint, the one that holds its float32 copy
 
 
 class OptimizerConfig(Config):
@@ -55,8 +62,26 @@ def factor(config: OptimizerConfig, step: int, total: int) -> float:
             return 1.0 - fall * max(0.0, done - 0.8) / 0.2
 
 
+def needs_master(parameter: Tensor) -> bool:
+    """Whether the optimizer keeps a float32 copy of this parameter."""
+    return parameter.dtype in (torch.bfloat16, torch.float16)
+
+
+def _accumulate(master: nn.Parameter, parameter: Tensor) -> None:
+    """Move the gradient of one micro-batch to the master copy, so that their sum is taken in float32."""
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.to(master.dtype)
+    else:
+        master.grad.add_(parameter.grad)
+    parameter.grad = None
+
+
 class Optimizer:
     """AdamW over named parameters, each group with its own factor on the rate.
+
+    `parameters` are what it updates, with the gradients of the step: the model's own where these have at least float32,
+    else their float32 master copies.
 
     Args:
         parameters: what trains, by name.
@@ -70,11 +95,15 @@ class Optimizer:
         assert parameters, "a method that trains nothing"
         self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
         self._update, self._step = update, 0
+        self.parameters = {name: nn.Parameter(parameter.detach().to(torch.float32)) if needs_master(parameter)
+                           else parameter for name, parameter in parameters.items()}
+        self._copied = {name: parameter for name, parameter in parameters.items() if needs_master(parameter)}
+        self._handles = [parameter.register_post_accumulate_grad_hook(partial(_accumulate, self.parameters[name]))
+                         for name, parameter in self._copied.items()]
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-        for name, parameter in parameters.items():
+        for name, parameter in self.parameters.items():
             decay = config.weight_decay if parameter.ndim > 1 else 0.0
             groups.setdefault((rate(name), decay), []).append(parameter)
-        self.parameters = dict(parameters)
         self.device = next(iter(parameters.values())).device
         self.adam = torch.optim.AdamW(
             [{"params": list(ps), "weight_decay": decay, "factor": times} for (times, decay), ps in groups.items()],
@@ -106,13 +135,26 @@ class Optimizer:
             self.adam.step()
         elif bool(norm.isfinite()):
             self.adam.step()
+        self._write_back()
         if self._update:
             self._update.after(self._step + 1, self.total, norm.isfinite())
         self.adam.zero_grad(set_to_none=True)
 
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        """Round the master copies into the model."""
+        for name, parameter in self._copied.items():
+            parameter.copy_(self.parameters[name])
+
+    def close(self) -> None:
+        """Let go of the model: its gradients are its own again, and the memory of the master copies can be freed."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
     def state(self) -> dict[str, Tensor]:
-        """Every moment, as ``<parameter>.<moment>``."""
-        found = {}
+        """Every moment, as ``<parameter>.<moment>``, and every master copy, as ``<parameter>.master``."""
+        found = {f"{name}.{MASTER}": self.parameters[name].detach() for name in self._copied}
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state.get(parameter, {}).items():
                 found[f"{name}.{key}"] = value
@@ -126,8 +168,15 @@ class Optimizer:
         if unknown := moments.keys() - self.parameters.keys():
             raise RunError(f"the checkpoint's optimiser holds a parameter that does not train here: {min(unknown)!r}",
                            "resume with the recipe that the run was started with")
+        if missing := [name for name in self._copied if MASTER not in moments.get(name, {})]:
+            raise RunError(f"the checkpoint has no float32 copy of {missing[0]!r}, which is kept in "
+                           f"{str(self._copied[missing[0]].dtype).removeprefix('torch.')}: an earlier version wrote it",
+                           "train again from the beginning, under another run name")
         for name, found in moments.items():
             parameter = self.parameters[name]
+            if MASTER in found:
+                with torch.no_grad():
+                    parameter.copy_(found.pop(MASTER))
             # In the parameter's own layout: the fused kernel goes through both as they lie in memory. The count of
             # steps too must lie where the kernel runs; only Adam's own loading, not used here, would see to it.
             self.adam.state[parameter] = {

@@ -7,16 +7,19 @@ every function here does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from luthier.core.errors import LuthierError
 from luthier.core.types import Movable
 
 T = TypeVar("T")
+S = TypeVar("S")
+BUCKET = 2 ** 23  # gradients that are reduced together: 32 MB in float32
 
 
 def start() -> None:
@@ -59,23 +62,83 @@ def total(numbers: list[float], device: torch.device) -> list[float]:
     return [float(x) for x in tensor.tolist()]
 
 
-def union(names: Iterable[str]) -> list[str]:
-    """The names that any rank has, in one order on all of them; a rank that had no micro-batch has none of its own."""
+def gather(value: T) -> list[T]:
+    """The value of every rank, in the order of ranks, on all of them."""
     if world() == 1:
-        return list(names)
-    gathered: list[list[str]] = [[] for _ in range(world())]
-    dist.all_gather_object(gathered, list(names))
-    return list(dict.fromkeys(name for found in gathered for name in found))
+        return [value]
+    gathered: list[Any] = [None] * world()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
-def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up the gradients of all ranks, in place. A rank that had no micro-batch adds zeros."""
+def sum_named(numbers: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """The numbers under each name, summed over ranks in the order of ranks; a rank that had no micro-batch may lack
+    names. One collective call, whatever the names."""
+    found: dict[str, list[float]] = {}
+    for own in gather({name: list(values) for name, values in numbers.items()}):
+        for name, values in own.items():
+            found[name] = [x + y for x, y in zip(found[name], values, strict=True)] if name in found else values
+    return found
+
+
+def map_shards(function: Callable[[Sequence[S], int], T], items: Sequence[S]) -> list[T]:
+    """`function(shard, start)` of consecutive shards of `items`, one computed by each rank; all results, in the order
+    of the items, on all ranks. `start` is the index of the shard's first item; empty shards give no result.
+
+    Raises:
+        LuthierError: the first that any rank raised, on all of them, so that none waits for the others.
+    """
+    bounds = [len(items) * i // world() for i in range(world() + 1)]
+    start, stop = bounds[rank()], bounds[rank() + 1]
+    error, found = None, None
+    try:
+        found = function(items[start:stop], start) if stop > start else None
+    except LuthierError as raised:
+        if world() == 1:
+            raise
+        error = raised
+    gathered = gather((found, error and (error.what, error.remedy)))
+    if error is not None:
+        raise error
+    if told := next((failed for _, failed in gathered if failed), None):
+        raise LuthierError(*told)
+    return [result for i, (result, _) in enumerate(gathered) if bounds[i + 1] > bounds[i]]  # type: ignore[misc]
+
+
+def sum_gradients(parameters: Iterable[Tensor], bucket: int = BUCKET) -> None:
+    """Add up the gradients of all ranks, in place. A rank that had no micro-batch adds zeros.
+
+    Gradients are copied into flat buffers of about `bucket` numbers, so that there is one collective call for each
+    buffer and not for each parameter. Larger gradients are reduced where they are, without a copy.
+    """
     if world() == 1:
         return
+    groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad)
+        groups.setdefault((parameter.grad.dtype, parameter.grad.device), []).append(parameter.grad)
+    for gradients in groups.values():
+        held: list[Tensor] = []
+        for gradient in gradients:
+            if gradient.numel() >= bucket and gradient.is_contiguous():
+                dist.all_reduce(gradient)
+                continue
+            if held and sum(each.numel() for each in held) + gradient.numel() > bucket:
+                _reduce(held)
+                held = []
+            held.append(gradient)
+        _reduce(held)
+
+
+def _reduce(gradients: Sequence[Tensor]) -> None:
+    """Sum over ranks in place, in one collective call."""
+    if not gradients:
+        return
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, summed in zip(gradients, flat.split([each.numel() for each in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
 
 
 def others(mine: list[T], device: torch.device) -> list[T]:

@@ -65,14 +65,14 @@ class Stepped:
         """The metrics as plain numbers. Raises `NotFinite`, naming the batch, where the loss or gradient is not."""
         *read, loss, norm = self.read()
         own = dict(zip(self.names, zip(read[0::2], read[1::2], strict=True), strict=True))
-        names = ranks.union(self.names)
-        *flat, loss = ranks.total([*(x for name in names for x in own.get(name, (0.0, 0.0))), loss], self.device)
+        summed = ranks.sum_named({**own, "": (loss,)})
+        (loss,) = summed.pop("")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             shown = ", ".join(map(str, self.origins[:8])) + (" ..." if len(self.origins) > 8 else "")
             raise NotFinite(f"loss {loss} with gradient length {norm} on the batch of {shown}; "
                             "the weights were not updated with it",
                             "lower optimizer.learning_rate, or look at these rows with `luthier data check`")
-        means = {name: total / n for name, total, n in zip(names, flat[0::2], flat[1::2], strict=True) if n}
+        means = {name: total / n for name, (total, n) in summed.items() if n}
         return {"loss": loss, **means, "grad_norm": norm}
 
 
