@@ -95,7 +95,6 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
         raise RecipeError(f"objective.minibatches {objective.minibatches}: a round has only training.batch_size "
                           f"{training.batch_size} prompts", "a minibatch has at least one prompt: set it lower")
     assert base.writes, "other bases are refused when the recipe is checked"
-    base.temperature = objective.temperature
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
                                                    for one in objective.reward],

@@ -168,15 +168,13 @@ class Head:
 class Family(Protocol):
     """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Attached`).
 
-    A family that writes has a `temperature`, of every log-probability (a rollout sets it to that of its sampling), and
-    asks a `critic`, where there is one, for the context in which its values are read.
+    A family that writes asks a `critic`, where there is one, for the context in which its values are read.
     """
 
     anatomy: Anatomy
     tokenizer: Any
     heads: Any
     router: Router | None
-    temperature: float
     critic: Callable[[], AbstractContextManager[None]] | None
 
     @property

@@ -221,6 +221,8 @@ class Target(Movable):
         known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
         item_weights: [A] float32, how much each item's loss counts; empty: 1 each.
         shares: [A, C] float32, of each item the share of every class, where some are mixtures; empty where none is.
+        text_ids: [A] a hash of each item's tokens: equal texts have equal numbers; empty where texts are not compared.
+        temperature: every log-probability is that of sampling at this temperature.
     """
 
     at: Tensor
@@ -236,6 +238,8 @@ class Target(Movable):
     known: Mapping[str, Tensor] = field(default_factory=dict)
     item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    text_ids: Tensor = field(default_factory=_none)
+    temperature: float = 1.0
 
     @staticmethod
     def joined(targets: Sequence[Target]) -> Target:
@@ -251,7 +255,8 @@ class Target(Movable):
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),
             {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known},
-            torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]))
+            torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]),
+            torch.cat([t.text_ids for t in targets]), targets[0].temperature)
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:

@@ -240,7 +240,7 @@ class Rollouts:
         if not asks:
             return found
         drawn = Round(tuple(range(len(prompts))), tuple(answers), (0.0,) * len(answers), {})
-        for one, places in _trees(prompts, drawn, range(len(prompts)), self.micro_tokens):
+        for one, places in _trees(prompts, drawn, range(len(prompts)), self.micro_tokens, self.objective.temperature):
             there = one.to(self.family.device)
             outputs = self.family.forward(there.inputs, there.target, asks - {"reference_logps"})
             made = {"old_logps": outputs.token_logps}
@@ -271,7 +271,8 @@ class Rollouts:
         return said
 
     def _batches(self, drawn: Round, chosen: Sequence[int]) -> list[tuple[Batch, Tensor]]:
-        return _trees([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens)
+        return _trees([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens,
+                      self.objective.temperature)
 
 
 def _read(prompt: Encoded, words: Any) -> str:
@@ -282,8 +283,9 @@ def _read(prompt: Encoded, words: Any) -> str:
 
 
 def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],
-           micro_tokens: int) -> list[tuple[Batch, Tensor]]:
-    """Micro-batches of the chosen prompts and their answers; for each the places of its predictions among all M.
+           micro_tokens: int, temperature: float) -> list[tuple[Batch, Tensor]]:
+    """Micro-batches of the chosen prompts and their answers, whose log-probabilities are those of sampling at
+    `temperature`; for each the places of its predictions among all M.
 
     A tree that is longer than `micro_tokens` is cut into several, each with the prompt and some of its answers.
     """
@@ -306,7 +308,9 @@ def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],
     for row in first_fit([tree for tree, _ in trees], micro_tokens):
         owners = [answer for i in row for answer in trees[i][1]]
         places = np.concatenate([np.arange(starts[a], starts[a + 1]) for a in owners])
-        found.append((batch([trees[i][0] for i in row]), torch.from_numpy(places)))
+        made = batch([trees[i][0] for i in row])
+        made = replace(made, target=replace(made.target, temperature=temperature))
+        found.append((made, torch.from_numpy(places)))
     return found
 
 
