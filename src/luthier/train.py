@@ -82,9 +82,9 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     for line in found.report.lines():
         _say(quiet, line)
     share = trainable_share(base, attached)
-    rate = made.optimizer.learning_rate or made.method.default_rate
+    rate = made.optimizer.learning_rate or build.default_learning_rate(made)
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_share']:.2%}) at a learning rate of {rate:g}")
+                f"({share['trainable_share']:.2%}) at a learning rate of {build.describe_learning_rate(made)}")
     if price := build.price(made, attached):
         _say(quiet, price)
     found = _referred(made, base, found, reference, quiet)

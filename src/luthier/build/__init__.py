@@ -29,6 +29,8 @@ from luthier.build.recipe import (
     Recipe,
     beforehand,
     changed,
+    default_learning_rate,
+    describe_learning_rate,
     dump,
     idle,
     method_name,
@@ -52,8 +54,8 @@ from luthier.runtime.run import Run
 
 __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "Reading", "Recipe", "Rollouts",
            "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
-           "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device",
-           "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
+           "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "default_learning_rate",
+           "describe", "describe_learning_rate", "device", "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
            "idle", "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
            "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
            "standing", "tokenizer", "untrained", "version", "with_heads"]

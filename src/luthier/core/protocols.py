@@ -304,6 +304,7 @@ class Objective(Protocol):
             parts, but its loss is always of the whole.
         judged: whether `quality` says something about held-out rows.
         mixes: whether a label may be a mixture of others.
+        learning_rate_factor: times the method's default learning rate: the rate where a recipe gives none.
     """
 
     name: str
@@ -312,6 +313,7 @@ class Objective(Protocol):
     coupled: bool
     judged: bool
     mixes: bool
+    learning_rate_factor: float
 
     @property
     def heads(self) -> tuple[Head, ...]: ...

@@ -72,6 +72,7 @@ class Item:
         margin: by how much it is better than the rest of its group, where the data say so.
         weight: how much its loss counts; 2 is as good as the row twice. All items of an example have the same.
         shares: of a mixture of classes, the share of each; `label` is then the class of the greatest.
+        text_id: a hash of the piece's tokens where texts are compared, else None.
     """
 
     piece: int
@@ -79,6 +80,7 @@ class Item:
     margin: float = 0.0
     weight: float = 1.0
     shares: tuple[float, ...] = ()
+    text_id: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from luthier.data.pack import batch, first_fit
 from luthier.rollout.rewards import Answer, Reward, judged
 
 DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
+NO_SPREAD = 1e-8  # rewards that differ by no more are equal, as in TRL
 SHOWN = 4  # answers of a round that are written down
 
 
@@ -184,7 +185,7 @@ class Rollouts:
         lengths = torch.tensor([len(answer.tokens) for answer in answers])
         columns = self.objective.columns(torch.tensor(rewards, dtype=torch.float64), lengths, found, self.kl_weight)
         dtype = next((column.dtype for column in found.values()), torch.float32)
-        self._news = self._said(answers, rewards, found)
+        self._news = self._said(answers, rewards, found) | _spread_of_rewards(rewards, self.objective.answers)
         found.pop("entropies", None)  # told, and nothing that the loss must know
         self.note(self.steps + 1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
                                    for a, r in list(zip(answers, rewards, strict=True))[:SHOWN]])
@@ -273,6 +274,16 @@ class Rollouts:
     def _batches(self, drawn: Round, chosen: Sequence[int]) -> list[tuple[Batch, Tensor]]:
         return _trees([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens,
                       self.objective.temperature)
+
+
+def _spread_of_rewards(rewards: Sequence[float], group: int) -> dict[str, float]:
+    """`reward_std` of all the answers, and of groups of several answers the share without any spread."""
+    table = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
+    found = {"reward_std": float(table.std()) if table.numel() > 1 else 0.0}
+    if group > 1:
+        flat = table.amax(1) - table.amin(1) <= NO_SPREAD
+        found["frac_reward_zero_std"] = float(flat.double().mean())
+    return found
 
 
 def _read(prompt: Encoded, words: Any) -> str:
