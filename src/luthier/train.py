@@ -18,6 +18,7 @@ from luthier.measure import Question, Scored, score, with_perplexity
 from luthier.pictures import draw
 from luthier.runtime import checkpoint, ranks
 from luthier.runtime.disk import explained
+from luthier.runtime.learning import LearningMonitor
 from luthier.runtime.loop import Job, Rolling, Summary, fit, total_steps
 from luthier.runtime.memory import peak_gb, settle_allocator
 from luthier.runtime.progress import Progress, status
@@ -63,8 +64,8 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
 def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
            quiet: bool) -> None:
     """What `train` does once there is something to do; `out` is the folder that this rank writes to."""
-    for warning in build.idle(made):
-        _say(quiet, f"warning: {warning}")
+    _warn(quiet, build.find_unused_settings(made))
+    build.check_rewards(made)
     with status("loading the base", quiet=quiet):
         seed_everything(made.seed)
         base = build.family(made.base, made.objective.hides)
@@ -81,6 +82,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         _report(out, found.report)
     for line in found.report.lines():
         _say(quiet, line)
+    _warn(quiet, [*build.find_data_problems(made, found), *build.find_method_problems(made, base, attached)])
     share = trainable_share(base, attached)
     rate = made.optimizer.learning_rate or build.default_learning_rate(made)
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
@@ -89,13 +91,15 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         _say(quiet, price)
     found = _referred(made, base, found, reference, quiet)
     feed = build.feed(made, base, found, attached, reference, out.path, lambda line: _say(quiet, f"warning: {line}"))
+    _warn(quiet, build.find_schedule_problems(made, feed))
     rolling = feed if isinstance(feed, build.Rollouts) else None
     results: dict[str, Any] = share | (run.results if resume else {})
     if made.evaluate.before and not {"before", "test_before"} & results.keys():
         with build.untrained(reference):
             results |= _before(out, made, base, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
-    trackers = _trackers(out, made, saved, share)
+    trackers = [*_trackers(out, made, saved, share), LearningMonitor(
+        made.objective.name, made.objective.name == "grpo", lambda sentence: _warn(quiet, [sentence]))]
     job = Job(base, attached, made.objective, feed, build.held_out(made, base, found),
               made.training, made.optimizer, rate, run.checkpoints,
               reference=reference, rolling=rolling, log=_to_all(*trackers),
@@ -300,6 +304,11 @@ def _fresh_name(made: build.Recipe) -> Path:
 def _say(quiet: bool, line: str) -> None:
     if not quiet and ranks.rank() == 0:
         print(line, file=sys.stderr)
+
+
+def _warn(quiet: bool, sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        _say(quiet, f"warning: {sentence}")
 
 
 CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}  # others are loaded bare

@@ -210,7 +210,7 @@ def _laid_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[A
 
 
 def default_learning_rate(made: Recipe) -> float:
-    """Where the recipe gives none: the method's default, measured for instruction tuning, times the objective's factor."""
+    """Where the recipe gives none: the method's default (as for instruction tuning) times the objective's factor."""
     return float(made.method.default_rate * made.objective.learning_rate_factor)
 
 

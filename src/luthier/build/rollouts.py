@@ -86,9 +86,7 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
     """
     objective, training = made.objective, made.training
     assert isinstance(objective, PpoConfig | GrpoConfig)
-    if not objective.reward:
-        raise RecipeError(f"objective.reward: {objective.name} needs to know what an answer is worth",
-                          "objective.reward=number, or {run: FOLDER}, {function: module:name}, {url: http://...}")
+    check_rewards(made)
     if made.data.streaming:
         raise RecipeError("data.streaming: prompts of a rollout are kept in memory", "leave out data.streaming")
     if objective.minibatches > training.batch_size:
@@ -100,6 +98,32 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
                                                    for one in objective.reward],
                     cursor, objects.micro_tokens(made, base), made.seed, reference,
                     partial(autocast, made, base), found.eval, _noted(folder))
+
+
+def check_rewards(made: Recipe) -> None:
+    """Raises `RecipeError` where a reward is missing, cannot be called, or is no reward run. Loads no model."""
+    objective = made.objective
+    if not isinstance(objective, PpoConfig | GrpoConfig):
+        return
+    if not objective.reward:
+        raise RecipeError(f"objective.reward: {objective.name} needs to know what an answer is worth",
+                          "objective.reward=number, or {run: FOLDER}, {function: module:name}, {url: http://...}")
+    for one in objective.reward:
+        if one.function is not None:
+            named(one.function, one.timeout)
+        elif one.url is not None:
+            endpoint(one.url, one.timeout)
+        else:
+            _reward_recipe(Run(str(one.run)))
+
+
+def _reward_recipe(run: Run) -> Recipe:
+    """What a reward run was trained with."""
+    found = recorded(run.existing())
+    if found.objective.name != "reward":
+        raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
+                          f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
+    return found
 
 
 def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,
@@ -161,10 +185,7 @@ def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached,
 
 def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
-    found = recorded(run.existing())
-    if found.objective.name != "reward":
-        raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
-                          f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
+    found = _reward_recipe(run)
     if run.adapter is None or scopes(attached) is None or not starts.same_base(found.base, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)

@@ -90,7 +90,8 @@ class Heads:
 
         Args:
             row: [T, D].
-            log_probs: (states [P, D], tokens [P], entropies too?, temperature) -> log-probabilities, hits, entropies, each [P].
+            log_probs: (states [P, D], tokens [P], entropies too?, temperature) -> log-probabilities, hits, entropies,
+                all [P].
         """
         made: dict[str, Any] = {"scalars": dict(self.scalars)}
         if needs & (LOG_PROBS | {"states", "token_scores"}):

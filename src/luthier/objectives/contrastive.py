@@ -14,7 +14,7 @@ once. Of scores, w_i w_j multiplies a term of the sum, and G is the sum of the w
 as good as the row twice; elsewhere a row's twin would be a negative of the other.
 
 Rows meet in the loss, so it is always of the whole batch, however that is cut. Where two anchors of a batch have the
-same positive text, each counts as a negative of the other, unless `mask_duplicates` leaves out of `pairs` every negative
+same positive text, each counts as a negative of the other, unless `mask_duplicates` leaves out of `pairs` each negative
 that is known to be none: (a, n) is left out where a and n are the same text, or where some row of the batch has the
 text of n as a positive of the text of a. It is what sentence-transformers' no-duplicates batch sampler avoids, without
 a sampler. What is the same text is decided by the tokens, after truncation.
@@ -146,7 +146,7 @@ class ContrastiveConfig(ObjectiveConfig):
     learned: bool = Field(False, description="whether the temperature trains; it stays above 0.01")
     both: bool = Field(False, description="pairs: whether a positive is to find its anchor, too")
     mask_duplicates: bool = Field(False, description=(
-        "pairs: leave out negatives that the batch itself shows to be none, equal texts and positives of the same text"))
+        "pairs: leave out the negatives that the batch shows to be none: equal texts, positives of an equal anchor"))
     margin: float = Field(0.5, gt=0, le=2, description="triplet: by how much the positive's cosine is to be larger")
 
     labels: tuple[str, ...] = Field((), description="the classes by their numbers; left out: those in the train rows")

@@ -23,7 +23,15 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import PRECOMPUTE, Metrics, ObjectiveConfig, count_correct_pairs, group_weights, ranked, sums
+from luthier.objectives.base import (
+    PRECOMPUTE,
+    Metrics,
+    ObjectiveConfig,
+    count_correct_pairs,
+    group_weights,
+    ranked,
+    sums,
+)
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,8 @@ class PreferenceConfig(ObjectiveConfig):
     def metrics(self, logps: Logps) -> Metrics:
         chosen, rejected = self.beta * logps.ratio_chosen, self.beta * logps.ratio_rejected
         return sums(reward_chosen=chosen, reward_rejected=rejected, reward_margin=chosen - rejected,
-                    pair_accuracy=count_correct_pairs(chosen, rejected), logps_chosen=logps.chosen, logps_rejected=logps.rejected)
+                    pair_accuracy=count_correct_pairs(chosen, rejected), logps_chosen=logps.chosen,
+                    logps_rejected=logps.rejected)
 
 
 class ReferredConfig(PreferenceConfig):

@@ -31,7 +31,6 @@ from luthier.core.examples import Origin
 from luthier.rollout.sandbox import Limits, passed
 from luthier.scoring import SCORERS
 
-
 SHOWN = 80  # characters of a value in an error
 
 
