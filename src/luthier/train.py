@@ -94,9 +94,10 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     _warn(quiet, build.find_schedule_problems(made, feed))
     rolling = feed if isinstance(feed, build.Rollouts) else None
     results: dict[str, Any] = share | (run.results if resume else {})
-    if made.evaluate.before and not {"before", "test_before"} & results.keys():
+    part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
+    if made.evaluate.before and not {"before", f"{part}_before"} & results.keys():
         with build.untrained(reference):
-            results |= _before(out, made, base, found.test or found.eval, asked, reference, rolling, quiet)
+            results |= _before(out, made, base, part, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
     trackers = [*_trackers(out, made, saved, share), LearningMonitor(
         made.objective.name, made.objective.name == "grpo", lambda sentence: _warn(quiet, [sentence]))]
@@ -110,7 +111,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with explained(run.path):
-        _finish(out, made, job, summary, found.test or found.eval, asked, results, quiet)
+        _finish(out, made, job, summary, part, found.test or found.eval, asked, results, quiet)
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def _referred(made: build.Recipe, base: Any, found: Any, reference: Reference, q
         return build.asked(made, base, found, reference, bar.update)
 
 
-# Measures of an objective on rows that it has not seen, the first that it has standing for the rest in results.json.
+# Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
 HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "pair_accuracy", "nll")
 
 
@@ -215,12 +216,12 @@ def _fit(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | N
         return fit(job, saved)
 
 
-def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked: Sequence[Question],
+def _before(run: Run, made: build.Recipe, base: Any, part: str, test: list[Encoded], asked: Sequence[Question],
             reference: Reference, rolling: Rolling | None, quiet: bool) -> dict[str, Any]:
     """What the model is worth, before anything is trained."""
     results: dict[str, Any] = {}
     if test:
-        results["test_before"] = measured = _measured(made, base, test, nullcontext, rolling)
+        results[f"{part}_before"] = measured = _measured(made, base, test, nullcontext, rolling)
         results |= _headline("before", measured)
     if asked:
         before = _score("the base answers", base, asked, made, quiet)
@@ -229,8 +230,8 @@ def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked:
     return results
 
 
-def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list[Encoded], asked: Sequence[Question],
-            results: dict[str, Any], quiet: bool) -> None:
+def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, part: str, test: list[Encoded],
+            asked: Sequence[Question], results: dict[str, Any], quiet: bool) -> None:
     """Save what was trained, measure it, and write down what came out."""
     base: Any = job.family
     build.save_tuned(run, made, base, job.attached)
@@ -238,12 +239,13 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results["test"] = measured = _measured(made, base, test, job.reference or nullcontext, job.rolling)
-        results |= _headline("after", measured) | {"examples": len(test)}
+        results[part] = measured = _measured(made, base, test, job.reference or nullcontext, job.rolling)
+        results |= _headline("after", measured) | {"measured_on": part, "examples": len(test[:made.evaluate.limit])}
         draw(measured, made.objective.classes or (), run.path)
     if asked:
         after = _score("the tuned model answers", base, asked, made, quiet)
-        results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "examples": len(asked)}
+        results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "measured_on": part,
+                    "examples": len(asked)}
         run.write_lines("answers.jsonl", _answers(asked, after))
         results["before"] = _plain(results.get("before"), results["metric"])
         results["after"] = _plain(results["after"], results["metric"])

@@ -60,10 +60,9 @@ from luthier.runtime.run import Run
 __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "Reading", "Recipe", "Rollouts",
            "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
            "candidate", "changed", "chat_prompt", "check", "check_rewards", "combined", "context", "datasets",
-           "default_learning_rate", "describe", "describe_learning_rate", "device", "dump", "family", "feed", "find_data_problems",
-           "find_method_problems", "find_schedule_problems", "find_unused_settings",
-           "fingerprint",
-           "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
+           "default_learning_rate", "describe", "describe_learning_rate", "device", "dump", "family", "feed",
+           "find_data_problems", "find_method_problems", "find_schedule_problems", "find_unused_settings",
+           "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
            "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
            "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
            "standing", "tokenizer", "untrained", "version", "with_heads"]

@@ -141,7 +141,7 @@ def judged(made: Recipe, base: Family, attached: Attached | None, found: Dataset
 
 def standing(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
-    rows (or held-out, or train rows where there are none), and how far each is from the start."""
+    rows (or validation, or train rows where there are none), and how far each is from the start."""
     made = recorded(run.existing())
     base = objects.family(made.base)
     found = objects.datasets(made, base)
@@ -155,7 +155,8 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     told["start"] = rolled.judged(prompts)
     policy.load(adapter_weights(run))
     told["tuned"] = rolled.judged(prompts)
-    return {role: {name: value for name, value in one.items() if name != "loss"} for role, one in told.items()}
+    return {role: {name: value for name, value in one.items() if name != "loss"} | {"prompts": len(prompts)}
+            for role, one in told.items()}
 
 
 def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
