@@ -30,7 +30,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
 
     Returns:
-        metric -> value; docs/metrics.md defines each. Beside them `examples`, how many rows were measured; `measured_on`,
+        metric -> value; docs/metrics.md defines each. Beside them `examples`, how many rows were used; `measured_on`,
         what they are (`test`, `validation`, or `data`); `rows`, what became of every row that was
         read, as in data_report.json: `read`, `kept`, `truncated`, `reasons` and the `refused` ones.
     """
