@@ -101,7 +101,6 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("objective.critic", _untrained_critic, "objective.value_weight is 0, so the critic is not trained"),
     ("objective.kl_in", lambda made: isinstance(made.objective, PpoConfig) and not made.objective.kl_weight,
      "objective.kl_weight is 0"),
-    ("method.hidden", lambda made: made.method.model_dump().get("projection") is False, "method.projection is false"),
 )
 
 
