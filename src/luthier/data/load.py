@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 
@@ -23,7 +23,7 @@ from luthier.data.items import encoded
 from luthier.data.loader import Mix
 from luthier.data.mixup import draws, mixed
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
-from luthier.data.rows import Refusal
+from luthier.data.rows import Refusal, Row
 from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
 
 Progress = Callable[[str, int], None]
@@ -128,6 +128,8 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
     for part in parts.values():
         reading.settle(part, what, everything)
         part.demand()
+        part.tally.unmatched = [str(theirs) for theirs in config.columns.values()
+                                if part.seen and str(theirs) not in part.seen]
     reading.mix(train, what)
     report = DataReport({name: part.report() for name, part in parts.items()}, _overlaps(train, evaluated, tested))
     kinds = {type(example) for part in parts.values() for example in part.examples}
@@ -177,6 +179,7 @@ class _Part:
     def __init__(self, name: str) -> None:
         self.name, self.tally = name, Tally()
         self.kept: list[_Kept] = []
+        self.seen: set[str] = set()  # names of the files' own columns
 
     @property
     def encoded(self) -> list[Encoded]:
@@ -217,7 +220,7 @@ class _Reading:
     def take(self, source: Source, number: int, part: _Part, held_part: _Part, held: float, seed: int) -> None:
         """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
         usable: list[_Kept] = []
-        for count, example in enumerate(rows(source, self.config, self.use.reader), 1):
+        for count, example in enumerate(rows(source, self.config, self.use.reader, part.seen), 1):
             if self.progress and count % TICK == 0:
                 self.progress(part.name, count)
             if isinstance(example, Refusal):
@@ -282,17 +285,27 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
     return set(chosen.tolist())
 
 
-def rows(source: Source, config: DataConfig, reader: Reader) -> Iterator[Example | Refusal]:
-    """Every row of `source` as an example or a refusal, in order, at most `limit` of them."""
+def rows(source: Source, config: DataConfig, reader: Reader,
+         seen: set[str] | None = None) -> Iterator[Example | Refusal]:
+    """Every row of `source` as an example or a refusal, in order, at most `limit` of them. The names of the file's own
+    columns are added to `seen`."""
     files = sources.read(source.path, split=source.split, subset=source.subset, document=source.document,
                          header=config.header, streaming=config.streaming)
     left = config.limit or sys.maxsize
     for _, lines in files:
+        lines = lines if seen is None else _watch_columns(lines, seen)
         for example in examples(islice(lines, left), config.format, config.columns, reader):
             left -= 1
             yield example
         if not left:
             return
+
+
+def _watch_columns(lines: Iterable[Row | Refusal], seen: set[str]) -> Iterator[Row | Refusal]:
+    for row in lines:
+        if not isinstance(row, Refusal):
+            seen.update(row.values)
+        yield row
 
 
 def _overlaps(train: _Part, *others: _Part) -> dict[str, Overlap]:

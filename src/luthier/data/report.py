@@ -53,6 +53,7 @@ class Part:
         kept: rows that became examples.
         truncated: of the kept, those that lost their end to `max_length`.
         truncated_rows: where the first of them stand.
+        unmatched_columns: columns that `data.columns` names and no row has.
         encoded: examples that they became; more than `kept` where texts were split.
         reasons: how many rows were refused for each reason.
         refused: the first of them, with file, line and detail.
@@ -80,6 +81,7 @@ class Part:
     labels: Mapping[str, int] = field(default_factory=dict)
     augmented: Mapping[str, int] = field(default_factory=dict)
     truncated_rows: tuple[str, ...] = ()
+    unmatched_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ class DataReport:
             where = {r["reason"]: f", the first {r['file']}:{r['line']}" for r in reversed(part.refused)}
             said += [f"{name}: {count} refused: {reason}{where.get(reason, '')}"
                      for reason, count in part.reasons.items()]
+            said += [f"{name}: warning: data.columns names {column!r}, which no row has"
+                     for column in part.unmatched_columns]
             if part.labels and len(part.labels) <= LABELS:
                 told = sorted(part.labels.items(), key=lambda pair: (-pair[1], pair[0]))
                 said.append(f"{name}: labels {', '.join(f'{label} {count}' for label, count in told)}")
@@ -132,6 +136,7 @@ class Tally:
         self.reasons: Counter[str] = Counter()
         self.refused: list[Refusal] = []
         self.cut: list[str] = []
+        self.unmatched: list[str] = []
 
     def refuse(self, refusal: Refusal) -> None:
         self.read += 1
@@ -152,7 +157,8 @@ class Tally:
 
     def load(self, state: Mapping[str, Any]) -> None:
         refused = [Refusal(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
-        vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]))
+        vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]),
+                          unmatched=list(state.get("unmatched", ())))
 
     def part(self, encoded: Sequence[Encoded]) -> Part:
         """The counts so far, and what `encoded` is like."""
@@ -167,7 +173,7 @@ class Tally:
             count, pairs, int(lengths.sum()), sum(_trained(example) for example in encoded),
             {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()},
             {"edges": [round(float(edge)) for edge in edges], "counts": counts.tolist()},
-            truncated_rows=tuple(self.cut))
+            truncated_rows=tuple(self.cut), unmatched_columns=tuple(self.unmatched))
 
 
 def _trained(example: Encoded) -> int:
