@@ -47,9 +47,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
     part = "test" if found.test else "eval"
     if encoded and not quiet:
-        for line in found.report.lines():
-            if line.startswith(f"{part}: ") and not (data and "also in train" in line):  # `data` stands for both parts
-                print(line, file=sys.stderr)
+        _print_report(found.report, part, overlap=not data)  # `data` stands for the training rows too
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
                           "name some: luthier evaluate RUN --data FILE")
@@ -77,6 +75,17 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
                 scored = score(family, asked, made.evaluate, tick=lambda done, total: bar.update(done))
             results |= scored.scores
     measured_on = "data" if data else "test" if found.test else "validation"
-    told = found.report.to_json()["parts"][part]
-    return results | {"examples": len(encoded), "measured_on": measured_on, "rows": {
-        name: told[name] for name in ("read", "kept", "truncated", "reasons", "refused")}}
+    return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(found.report, part)}
+
+
+def _print_report(report: build.rows.DataReport, part: str, overlap: bool) -> None:
+    """What became of the rows that are measured, in the sentences of `train`."""
+    for line in report.lines():
+        if line.startswith(f"{part}: ") and (overlap or "also in train" not in line):
+            print(line, file=sys.stderr)
+
+
+def _count_rows(report: build.rows.DataReport, part: str) -> dict[str, Any]:
+    """The same as data_report.json holds of them."""
+    counted = report.to_json()["parts"][part]
+    return {name: counted[name] for name in ("read", "kept", "truncated", "reasons", "refused")}
