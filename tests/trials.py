@@ -136,7 +136,7 @@ class Trial:
         self.feed = build.feed(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
         self.job = Job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
-                       self.made.optimizer, made.optimizer.learning_rate or made.method.default_rate, folder,
+                       self.made.optimizer, made.optimizer.learning_rate or build.default_learning_rate(made), folder,
                        reference=self.reference, rolling=self.feed if isinstance(self.feed, Rollouts) else None,
                        log=lambda step, numbers: self.lines.append(dict(numbers)))
         self.batches: list[Batch] = [] if self.made.objective.rolls else build.rows.eval_batches(found.train, 1000)

@@ -69,7 +69,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     results = evaluate(_only(options, "run"), data=options.data, metrics=options.metric, limit=options.limit,
                        base=options.base, max_new_tokens=options.max_new_tokens, quiet=options.quiet,
                        **options.settings)
-    return screen.table(results, options.json)
+    shown = results if options.json else {name: value for name, value in results.items() if name != "rows"}
+    return screen.table(shown, options.json)
 
 
 def _chat(options: argparse.Namespace) -> int:
@@ -233,7 +234,7 @@ COMMANDS: dict[str, Command] = {
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value",
                 help="a recipe with the parts sft, reward and ppo; given again, it goes on where it was interrupted"),
         RUN, QUIET, JSON)),
-    "evaluate": Command("measure a run on rows that it has not seen", _evaluate, (
+    "evaluate": Command("measure a run on its test rows, or on others", _evaluate, (
         _option("words", nargs="*", metavar="RUN | key=value", help="a run folder, and settings laid over its recipe"),
         _option("--data", metavar="FILE", help="rows to measure on; left out: the recipe's"),
         _option("--metric", action="append", default=[], help="score of generated answers; may be given several times"),

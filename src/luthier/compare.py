@@ -1,8 +1,8 @@
 """The verb `compare`: one task under many methods, and what each one cost. Read `train.py` and `evaluate.py` first.
 
 Every method is an ordinary run in a process of its own, so that one's memory is not another's, with its own default
-settings and rate. What is measured of each: the score on unseen rows, what became of other text or of questions with
-choices (what was forgotten), trainable share, seconds, peak memory, and the size of what is kept.
+settings and rate. What is measured of each: the score on test (or validation) rows, what became of other text or of
+questions with choices (what was forgotten), trainable share, seconds, peak memory, and the size of what is kept.
 """
 
 from __future__ import annotations
@@ -114,8 +114,9 @@ def _row(method: str, run: Run, other: _Other | None, quiet: bool) -> dict[str, 
                           "set data.test, and evaluate.metrics for scores of answers")
     return {"method": method, "before": results.get("before"), "metric": results["metric"],
             "general": other.of(run, quiet) if other else None,
-            "perplexity": (results.get("test") or {}).get("perplexity"),
-            "perplexity_before": (results.get("test_before") or {}).get("perplexity"),
+            "measured_on": (part := results.get("measured_on", "test")), "examples": results["examples"],
+            "perplexity": (results.get(part) or {}).get("perplexity"),
+            "perplexity_before": (results.get(f"{part}_before") or {}).get("perplexity"),
             "rate": max((line.get("learning_rate", 0.0) for line in run.metrics), default=0.0),
             **{name: results[name] for name in COLUMNS if name in results}}
 
@@ -139,7 +140,8 @@ def table(told: Mapping[str, Any]) -> str:
                       "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",
                       "rate": f"{row['rate']:.1g}"})
     lines = [titles, ["---"] * len(titles), *([cell.get(title, "") for title in titles] for cell in cells)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    measured = f"\nMeasured on {rows[0]['examples']} {rows[0]['measured_on']} rows.\n"
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + measured
 
 
 def _short(value: float | None) -> str:

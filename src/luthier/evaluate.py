@@ -1,7 +1,8 @@
-"""The verb `evaluate`: how good a run is on rows it has not seen. Works on any run folder. Read `train.py` first."""
+"""The verb `evaluate`: how good a run is on test rows, or others. Works on any run folder. Read `train.py` first."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,19 +18,21 @@ from luthier.runtime.step import measure
 
 def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
              limit: int | None = None, base: bool = False, max_new_tokens: int | None = None, quiet: bool = False,
-             **settings: Any) -> dict[str, float]:
+             **settings: Any) -> dict[str, Any]:
     """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
 
     Args:
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
-        data: rows to use in place of the recipe's test (or held-out) rows.
+        data: rows to use in place of the recipe's test (or validation) rows.
         metrics: scores of generated answers; left out: the recipe's.
         limit: only the first so many rows.
         base: measure the bare base instead.
         settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
 
     Returns:
-        metric -> value; docs/metrics.md defines each.
+        metric -> value; docs/metrics.md defines each. Beside them `examples`, how many rows were used; `measured_on`,
+        what they are (`test`, `validation`, or `data`); `rows`, what became of every row that was
+        read, as in data_report.json: `read`, `kept`, `truncated`, `reasons` and the `refused` ones.
     """
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
@@ -44,8 +47,11 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     once = made.model_copy(update={"data": made.data.model_copy(update={"streaming": True})}) if data else made
     found = build.datasets(once, family)
     encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
+    part = "test" if found.test else "eval"
+    if encoded and not quiet:
+        _print_report(found.report, part, overlap=not data)  # `data` stands for the training rows too
     if not encoded:
-        raise RecipeError(f"{str(run.path)!r} was trained without test or held-out rows",
+        raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
                           "name some: luthier evaluate RUN --data FILE")
     if made.evaluate.limit:
         encoded = encoded[:made.evaluate.limit]
@@ -70,4 +76,18 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
             with Progress(len(asked), title="answering", quiet=quiet) as bar:
                 scored = score(family, asked, made.evaluate, tick=lambda done, total: bar.update(done))
             results |= scored.scores
-    return results | {"examples": len(encoded)}
+    measured_on = "data" if data else "test" if found.test else "validation"
+    return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(found.report, part)}
+
+
+def _print_report(report: build.rows.DataReport, part: str, overlap: bool) -> None:
+    """What became of the rows that are measured, in the sentences of `train`."""
+    for line in report.lines():
+        if line.startswith(f"{part}: ") and (overlap or "also in train" not in line):
+            print(line, file=sys.stderr)
+
+
+def _count_rows(report: build.rows.DataReport, part: str) -> dict[str, Any]:
+    """The same as data_report.json holds of them."""
+    counted = report.to_json()["parts"][part]
+    return {name: counted[name] for name in ("read", "kept", "truncated", "reasons", "refused")}

@@ -20,7 +20,7 @@ from luthier.scoring import SCORERS
 
 
 class EvaluateConfig(Config):
-    """How generated answers are measured on the test rows (or the held-out rows where there are none)."""
+    """How generated answers are measured on the test rows (or the validation rows where there are none)."""
 
     metrics: tuple[str, ...] = Field((), description=f"scores of generated answers: {', '.join(SCORERS)}")
     max_new_tokens: int = Field(256, ge=1, description="longest answer")

@@ -105,7 +105,8 @@ def _reported(folder: Run, made: Mapping[str, build.Recipe], quiet: bool) -> Run
     """What each stage gained, as JSON, as a page and as a picture."""
     runs = {stage: Run(folder.path / STAGES[stage]) for stage in made}
     told: dict[str, Any] = {stage: {key: run.results.get(key) for key in
-                                    ("metric", "before", "after", "steps", "train_seconds", "peak_memory_gb")}
+                                    ("metric", "before", "after", "measured_on", "examples", "steps", "train_seconds",
+                                     "peak_memory_gb")}
                             for stage, run in runs.items()}
     told["policies"] = build.standing(runs["ppo"])
     folder.write("report.json", told)
@@ -123,7 +124,9 @@ def _page(told: Mapping[str, Any]) -> str:
         one = told[stage]
         lines.append(f"| {stage} | {one['metric'] or ''} | {_shown(one['before'])} | {_shown(one['after'])} | "
                      f"{one['steps']} | {_shown(one['train_seconds'])} |")
-    lines += ["", "On prompts held out of PPO, one sampled answer each, always by the same dice:", "",
+    rows = told["ppo"].get("measured_on") or "training"
+    lines += ["", f"On {_shown(told['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
+              "each with a fixed seed:", "",
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
     lines += [f"| {ROLES[role]} | {_shown(one['reward'])} | {_shown(one.get('kl'))} | {_shown(one['answer_tokens'])} |"
@@ -136,7 +139,7 @@ def _shown(value: Any) -> str:
 
 
 def _picture(metrics: list[dict[str, float]], policies: Mapping[str, Mapping[str, float]], path: Path) -> None:
-    """Reward and KL of every round, and where the policies stand on held-out prompts."""
+    """Reward and KL of every round, and where the policies stand on test (or validation) prompts."""
     import matplotlib  # slow to import, and needed once, at the end
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -149,6 +152,6 @@ def _picture(metrics: list[dict[str, float]], policies: Mapping[str, Mapping[str
         axes.set_ylabel("mean reward" if name == "reward" else "KL (nats per answer)", color=colour)
     left.set(xlabel="step", title="PPO")
     right.bar([ROLES[role] for role in policies], [one["reward"] for one in policies.values()])
-    right.set(title="mean reward on held-out prompts")
+    right.set(title=f"mean reward on {policies['tuned']['prompts']} prompts")
     figure.savefig(path, dpi=120)
     plt.close(figure)

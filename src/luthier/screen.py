@@ -106,12 +106,14 @@ def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     yield "run", str(run)
     if "after" in results:
         before = f"{results['before']:.4g} -> " if results.get("before") is not None else ""
-        yield str(results["metric"]), f"{before}{results['after']:.4g}  ({results['examples']} unseen examples)"
-    if "perplexity" in (tested := results.get("test") or {}) and results.get("metric") != "perplexity":
-        before = f"{results['test_before']['perplexity']:.4g} -> " if "test_before" in results else ""
-        yield "perplexity", f"{before}{tested['perplexity']:.4g}  (test rows)"
+        rows = f"{results['examples']} {_measured_on(results)} rows"
+        yield str(results["metric"]), f"{before}{results['after']:.4g}  ({rows})"
+    part = _measured_on(results)
+    if "perplexity" in (tested := results.get(part) or {}) and results.get("metric") != "perplexity":
+        before = f"{results[f'{part}_before']['perplexity']:.4g} -> " if f"{part}_before" in results else ""
+        yield "perplexity", f"{before}{tested['perplexity']:.4g}  ({results['examples']} {part} rows)"
     elif perplexity := (results.get("best") or {}).get("eval_perplexity"):
-        yield "perplexity", f"{perplexity:.4g} at step {int(results['best']['step'])}  (evaluation rows)"
+        yield "perplexity", f"{perplexity:.4g} at step {int(results['best']['step'])}  (validation rows)"
     share = f"{results['trainable']:,} of {results['parameters']:,} parameters ({results['trainable_share']:.2%})"
     yield "trained", share
     yield "time", f"{results['train_seconds']:.4g} s for {results['steps']} steps, {results['train_tokens']:,} tokens"
@@ -119,6 +121,11 @@ def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]
     yield "file", f"{results['file_bytes'] / 1e6:.3g} MB"
     if results.get("stopped"):
         yield "stopped", str(results["stopped"])
+
+
+def _measured_on(results: Mapping[str, Any]) -> str:
+    """`test`, or `validation` where the rows are those that chose the checkpoint."""
+    return str(results.get("measured_on", "test"))
 
 
 def _next(run: Path, results: Mapping[str, Any]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from luthier.measure import Question, Scored, score, with_perplexity
 from luthier.pictures import draw
 from luthier.runtime import checkpoint, ranks
 from luthier.runtime.disk import explained
+from luthier.runtime.learning import LearningMonitor
 from luthier.runtime.loop import Job, Rolling, Summary, fit, total_steps
 from luthier.runtime.memory import peak_gb, settle_allocator
 from luthier.runtime.progress import Progress, status
@@ -64,8 +65,8 @@ def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *
 def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
            quiet: bool) -> None:
     """What `train` does once there is something to do; `out` is the folder that this rank writes to."""
-    for warning in build.idle(made):
-        _say(quiet, f"warning: {warning}")
+    _warn(quiet, build.find_unused_settings(made))
+    build.check_rewards(made)
     with status("loading the base", quiet=quiet):
         seed_everything(made.seed)
         base = build.family(made.base, made.objective.hides)
@@ -85,21 +86,25 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         _report(out, found.report)
     for line in found.report.lines():
         _say(quiet, line)
+    _warn(quiet, [*build.find_data_problems(made, found), *build.find_method_problems(made, base, attached)])
     share = trainable_share(base, attached)
-    rate = made.optimizer.learning_rate or made.method.default_rate
+    rate = made.optimizer.learning_rate or build.default_learning_rate(made)
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_share']:.2%}) at a learning rate of {rate:g}")
+                f"({share['trainable_share']:.2%}) at a learning rate of {build.describe_learning_rate(made)}")
     for line in (build.price(made, attached), build.master_price(attached)):
         _say(quiet or not line, line)
     found = _referred(made, base, found, reference, quiet)
     feed = build.feed(made, base, found, attached, reference, out.path, lambda line: _say(quiet, f"warning: {line}"))
+    _warn(quiet, build.find_schedule_problems(made, feed))
     rolling = feed if isinstance(feed, build.Rollouts) else None
     results: dict[str, Any] = share | (ranks.agreed(run.results) if resume else {})
-    if made.evaluate.before and not {"before", "test_before"} & results.keys():
+    part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
+    if made.evaluate.before and not {"before", f"{part}_before"} & results.keys():
         with build.untrained(reference):
-            results |= _before(out, made, base, found.test or found.eval, asked, reference, rolling, quiet)
+            results |= _before(out, made, base, part, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
-    trackers = _trackers(out, made, saved, share)
+    trackers = [*_trackers(out, made, saved, share), LearningMonitor(
+        made.objective.name, made.objective.name == "grpo", lambda sentence: _warn(quiet, [sentence]))]
     if ranks.rank() > 0:
         seed_everything(made.seed + ranks.rank())  # everything that ranks must have alike is made: dropout need not be
     job = Job(base, attached, made.objective, feed, build.held_out(made, base, found),
@@ -112,7 +117,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with explained(run.path):
-        _finish(out, made, job, summary, found.test or found.eval, asked, results, quiet)
+        _finish(out, made, job, summary, part, found.test or found.eval, asked, results, quiet)
 
 
 @contextmanager
@@ -132,7 +137,7 @@ def _referred(made: build.Recipe, base: Any, found: Any, reference: Reference, q
         return build.asked(made, base, found, reference, bar.update)
 
 
-# Measures of an objective on rows that it has not seen, the first that it has standing for the rest in results.json.
+# Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
 HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "pair_accuracy", "nll")
 
 
@@ -217,12 +222,12 @@ def _fit(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | N
         return fit(job, saved)
 
 
-def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked: Sequence[Question],
+def _before(run: Run, made: build.Recipe, base: Any, part: str, test: list[Encoded], asked: Sequence[Question],
             reference: Reference, rolling: Rolling | None, quiet: bool) -> dict[str, Any]:
     """What the model is worth, before anything is trained."""
     results: dict[str, Any] = {}
     if test:
-        results["test_before"] = measured = _measured(made, base, test, nullcontext, rolling)
+        results[f"{part}_before"] = measured = _measured(made, base, test, nullcontext, rolling)
         results |= _headline("before", measured)
     if asked:
         before = _score("the base answers", base, asked, made, quiet)
@@ -231,8 +236,8 @@ def _before(run: Run, made: build.Recipe, base: Any, test: list[Encoded], asked:
     return results
 
 
-def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list[Encoded], asked: Sequence[Question],
-            results: dict[str, Any], quiet: bool) -> None:
+def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, part: str, test: list[Encoded],
+            asked: Sequence[Question], results: dict[str, Any], quiet: bool) -> None:
     """Save what was trained, measure it, and write down what came out."""
     base: Any = job.family
     build.save_tuned(run, made, base, job.attached)
@@ -240,12 +245,13 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, test: list
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results["test"] = measured = _measured(made, base, test, job.reference or nullcontext, job.rolling)
-        results |= _headline("after", measured) | {"examples": len(test)}
+        results[part] = measured = _measured(made, base, test, job.reference or nullcontext, job.rolling)
+        results |= _headline("after", measured) | {"measured_on": part, "examples": len(test[:made.evaluate.limit])}
         draw(measured, made.objective.classes or (), run.path)
     if asked:
         after = _score("the tuned model answers", base, asked, made, quiet)
-        results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "examples": len(asked)}
+        results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "measured_on": part,
+                    "examples": len(asked)}
         run.write_lines("answers.jsonl", _answers(asked, after))
         results["before"] = _plain(results.get("before"), results["metric"])
         results["after"] = _plain(results["after"], results["metric"])
@@ -306,6 +312,11 @@ def _fresh_name(made: build.Recipe) -> Path:
 def _say(quiet: bool, line: str) -> None:
     if not quiet and ranks.rank() == 0:
         print(line, file=sys.stderr)
+
+
+def _warn(quiet: bool, sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        _say(quiet, f"warning: {sentence}")
 
 
 CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}  # others are loaded bare

@@ -370,7 +370,7 @@ def test_no_tracker_is_opened_for_a_run_that_cannot_begin(train: Call, monkeypat
 
 def test_evaluate_without_test_rows(train: Call, call: Call) -> None:
     assert train("--quiet")[0] == 0
-    refused(call("evaluate", "run"), "'run' was trained without test or held-out rows", "luthier evaluate RUN --data FILE")
+    refused(call("evaluate", "run"), "'run' was trained without test or validation rows", "luthier evaluate RUN --data FILE")
     refused(call("evaluate", "run", "--data", "rows.jsonl", "--metric", "exat"), "unknown metric 'exat'", "did you mean 'exact'?")
     refused(call("evaluate", "run", "--data", "row.jsonl"), "did you mean rows.jsonl?")
     Path("run/adapter_model.safetensors").unlink()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import socket
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ from luthier.core.examples import Origin
 from luthier.core.types import Encoded, Item, Outputs, Target
 from luthier.data.pack import pack
 from luthier.objectives import OBJECTIVES
-from luthier.objectives.contrastive import HOTTEST, SCALE
+from luthier.objectives.contrastive import HOTTEST, SCALE, ContrastiveConfig
 from luthier.runtime import coupled
 from luthier.runtime.optim import Optimizer, OptimizerConfig
 from luthier.runtime.step import forward, step
@@ -320,3 +321,86 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
     assert all(torch.equal(t, ranks[1][0]["weights"][n]) for n, t in ranks[0][0]["weights"].items())
     part = trained(24, alone=True)["weights"]  # what a rank that heard of no other would have
     assert max(float((part[n] - t).abs().max()) for n, t in alone["weights"].items()) > 1e-3
+
+
+# ---------------------------------------------------------------- duplicates
+
+
+def by_hand(rows: Sequence[Sequence[str]], states: Mapping[str, Tensor], temperature: float, both: bool) -> Tensor:
+    """InfoNCE without known duplicates, anchor by anchor, from the texts; [rows]. A row: anchor, positive, negatives."""
+    def close(a: str, b: str) -> Tensor:
+        return (F.normalize(states[a], dim=0) @ F.normalize(states[b], dim=0) / temperature).exp()
+
+    def belong(a: str, b: str) -> bool:
+        return a == b or any(row[0] == a and row[1] == b for row in rows)
+
+    found = []
+    for place, (anchor, positive, *_) in enumerate(rows):
+        others = [(r, c) for r, row in enumerate(rows) for c in range(1, len(row))]
+        against = [close(anchor, rows[r][c]) for r, c in others
+                   if (r, c) != (place, 1) and not belong(anchor, rows[r][c])]
+        loss = -(close(anchor, positive) / sum([close(anchor, positive), *against])).log()
+        if both:
+            back = [close(row[0], positive) for r, row in enumerate(rows) if r != place and not belong(row[0], positive)]
+            loss = (loss - (close(anchor, positive) / sum([close(anchor, positive), *back])).log()) / 2
+        found.append(loss)
+    return torch.stack(found)
+
+
+def contrast(rows: Sequence[Sequence[str]], states: Mapping[str, Tensor], **settings: Any) -> Any:
+    """The objective's loss of the rows, and what it was computed from."""
+    texts = [text for row in rows for text in row]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    labels = torch.tensor([float(c) for row in rows for c in range(len(row))])
+    groups = torch.tensor([r for r, row in enumerate(rows) for _ in row])
+    target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(rows), items=torch.arange(len(texts)), labels=labels,
+                    groups=groups, text_ids=torch.tensor([numbers[text] << 40 for text in texts]))
+    return ContrastiveConfig(**settings)(Outputs(pooled=torch.stack([states[text] for text in texts])), target)
+
+
+DUPLICATES = {
+    "none": [("a", "1"), ("b", "2"), ("c", "3")],
+    "a positive twice": [("a", "1"), ("b", "1"), ("c", "3")],
+    "an anchor twice": [("a", "1"), ("a", "2"), ("c", "3")],
+    "a row twice": [("a", "1"), ("a", "1"), ("c", "3")],
+    "an anchor is another's positive": [("a", "1"), ("1", "b"), ("c", "a")],
+    "hard negatives": [("a", "1", "2"), ("b", "2", "x"), ("c", "2", "1")],
+    "all the same": [("a", "1"), ("b", "1"), ("c", "1")],
+}
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("name", DUPLICATES)
+def test_duplicates_are_left_out_of_the_negatives_as_by_hand(name: str, both: bool) -> None:
+    rows = DUPLICATES[name]
+    dice = torch.Generator().manual_seed(5)
+    states = {text: torch.randn(6, generator=dice, dtype=torch.float64).requires_grad_()
+              for text in sorted({text for row in rows for text in row})}
+    settings = {"temperature": 0.5, "both": both}
+    ours = contrast(rows, states, mask_duplicates=True, **settings)
+    wanted = by_hand(rows, states, 0.5, both).sum()
+    torch.testing.assert_close(ours.total, wanted, rtol=1e-12, atol=1e-12)
+    for mine, theirs in zip(torch.autograd.grad(ours.total, list(states.values()), allow_unused=True, materialize_grads=True),
+                            torch.autograd.grad(wanted, list(states.values()), allow_unused=True, materialize_grads=True),
+                            strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+    plain = contrast(rows, states, **settings).total
+    assert (abs(float(plain - ours.total)) < 1e-12) == (name == "none")  # the control: without the option they count
+
+
+def test_duplicates_of_texts_that_nobody_numbered_are_refused() -> None:
+    states = {text: torch.randn(4) for text in "ab12"}
+    assert contrast([("a", "1"), ("b", "2")], states, mask_duplicates=True).count == 2
+    target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 2, items=torch.arange(4),
+                    labels=torch.tensor([0.0, 1, 0, 1]), groups=torch.tensor([0, 0, 1, 1]))
+    with pytest.raises(DataError, match="mask_duplicates compares texts"):
+        ContrastiveConfig(mask_duplicates=True)(Outputs(pooled=torch.randn(4, 3)), target)
+
+
+def test_equal_distances_of_a_triplet_count_half() -> None:
+    target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.arange(3),
+                    labels=torch.tensor([0.0, 1, 2]), groups=torch.zeros(3, dtype=torch.int64))
+    for far, wanted in (((1.0, 0.0), 0.5), ((0.0, 1.0), 1.0)):
+        states = torch.tensor([[1.0, 0.0], [1.0, 0.0], far])
+        total, count = ContrastiveConfig(kind="triplet")(Outputs(pooled=states), target).metrics["match_accuracy"]
+        assert float(total / count) == wanted

@@ -6,6 +6,7 @@ import json
 import shutil
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from luthier.core.examples import Origin
 from luthier.core.protocols import Attached
 from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
 from luthier.data.loader import Loader
+from luthier.data.pack import pack
 from luthier.families import CausalLM
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.grpo import GrpoConfig
@@ -52,16 +54,15 @@ def rolls(objective: Any, family: CausalLM, attached: Attached, seed: int = 0, m
 def set_up(objective: Any, kind: str = "llama", seed: int = 3, stirred: bool = True,
            **model: Any) -> tuple[CausalLM, Attached]:
     family = base(kind, **model)
-    family.temperature = objective.temperature
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)
     return family, build.with_heads(family, attached, objective, seed)
 
 
-def alone(family: CausalLM, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
+def alone(family: CausalLM, prompt: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> Tensor:
     """log p of each token of an answer behind its prompt, from Transformers' own logits."""
     ids = torch.tensor([[*prompt, *answer]])
     with torch.no_grad():
-        logits = family.model(input_ids=ids).logits[0, len(prompt) - 1:-1] / family.temperature
+        logits = family.model(input_ids=ids).logits[0, len(prompt) - 1:-1] / temperature
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0]
 
 
@@ -93,15 +94,34 @@ def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None
                                   for s in (parent, segment))
                 mine = target.item_of == item
                 assert target.tokens[mine].tolist() == list(answer)
-                wanted = alone(family, prompt, answer)
+                wanted = alone(family, prompt, answer, temperature)
                 torch.testing.assert_close(target.known["old_logps"][mine], wanted, rtol=1e-4, atol=1e-5)
                 with attached.disabled():
-                    reference = alone(family, prompt, answer)
+                    reference = alone(family, prompt, answer, temperature)
                 torch.testing.assert_close(target.known["reference_logps"][mine], reference, rtol=1e-4, atol=1e-5)
                 assert (wanted - reference).abs().max() > 1e-3
                 seen.append((*prompt, -1, *answer))
     assert len(seen) == 12
     assert len(set(seen)) > 8
+
+
+def test_the_temperature_is_that_of_the_rollouts_batches_alone() -> None:
+    """What measures the family between or after rollouts gets log-probabilities at temperature 1."""
+    objective = GrpoConfig(answers=2, max_new_tokens=6, temperature=0.5, kl_weight=0.1)
+    family, attached = set_up(objective)
+    feed = rolls(objective, family, attached)
+    rolled, *_ = next(feed)
+    assert rolled.target.temperature == 0.5
+    feed.judged(PROMPTS)
+    plain = replace(rolled, target=replace(rolled.target, temperature=1.0))
+    cool, warm = (family.forward(b.inputs, b.target, frozenset({"token_logps"})).token_logps for b in (rolled, plain))
+    assert cool is not None
+    assert warm is not None
+    fresh = pack([Encoded((Piece((1, 2, 3, 4), (1.0,) * 4),), Origin("rows", 0))], None)[0]
+    assert fresh.target.temperature == 1.0
+    torch.testing.assert_close(family.forward(fresh.inputs, fresh.target, frozenset({"token_logps"})).token_logps,
+                               alone(family, (1,), (2, 3, 4)), rtol=1e-4, atol=1e-5)
+    assert (cool - warm).abs().max() > 0.1
 
 
 def test_micro_tokens_change_nothing_but_the_rows() -> None:

@@ -38,7 +38,6 @@ def letters(answers: Sequence[Answer]) -> list[float]:
 
 def set_up(objective: Any, kind: str = "gated", seed: int = 3, stirred: bool = True, **model: Any) -> tuple[Seq2Seq, Any]:
     family = Seq2Seq(t5(kind, **model), tokenizer())
-    family.temperature = objective.temperature
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)  # type: ignore[arg-type]
     return family, build.with_heads(family, attached, objective, seed)
 

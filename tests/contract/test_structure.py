@@ -226,8 +226,8 @@ def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> No
 
 def test_words_that_do_not_train_are_told() -> None:
     words = {"structure": {"new_tokens": {"<crane>": "a bird"}}}
-    assert any("new_tokens" in line for line in build.idle(build.recipe({"data": "-", "base": words})))
-    assert not build.idle(build.recipe({"data": "-", "base": words, "method": "full"}))
+    assert any("new_tokens" in line for line in build.find_unused_settings(build.recipe({"data": "-", "base": words})))
+    assert not build.find_unused_settings(build.recipe({"data": "-", "base": words, "method": "full"}))
 
 
 def test_added_blocks_share_the_config() -> None:

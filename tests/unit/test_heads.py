@@ -25,7 +25,9 @@ def test_an_exported_classifier_says_what_the_run_says(tmp_path: Path, method: s
     assert (run.path / "confusion.png").exists()
     told = luthier.evaluate(run, quiet=True)
     whole = luthier.evaluate(export(run, "merged"), quiet=True)
-    assert whole == pytest.approx(told, rel=1e-4)
+    numbers = {name: value for name, value in told.items() if isinstance(value, float)}
+    assert {name: whole[name] for name in numbers} == pytest.approx(numbers, rel=1e-4)
+    assert whole["rows"] == told["rows"]
     assert told["loss"] == pytest.approx(run.results["test"]["loss"], rel=1e-6)
     assert run.results["metric"] == "accuracy"
     assert run.results["test_before"]["loss"] != told["loss"]

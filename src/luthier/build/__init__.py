@@ -32,8 +32,9 @@ from luthier.build.recipe import (
     Recipe,
     beforehand,
     changed,
+    default_learning_rate,
+    describe_learning_rate,
     dump,
-    idle,
     method_name,
     provenance,
     recipe,
@@ -41,7 +42,13 @@ from luthier.build.recipe import (
     version,
 )
 from luthier.build.references import asked, master_price, price, untrained
-from luthier.build.rollouts import begin, feed, judged, rolling, standing
+from luthier.build.rollouts import begin, check_rewards, feed, judged, rolling, standing
+from luthier.build.run_warnings import (
+    find_data_problems,
+    find_method_problems,
+    find_schedule_problems,
+    find_unused_settings,
+)
 from luthier.build.runs import open_run, prompt_format, save_tuned, save_whole
 from luthier.build.served import Served, called, served
 from luthier.build.starts import banked, beside, same_base
@@ -56,9 +63,11 @@ from luthier.runtime.run import Run
 __all__ = [
     "ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "PromptFormat", "Reading", "Recipe",
     "Rollouts", "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
-    "candidate", "changed", "chat_prompt", "check", "check_dtype", "combined", "context", "datasets", "describe",
-    "device", "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
-    "idle", "judged", "least_gb", "master_price", "method_name", "micro_tokens", "note_conversations", "open_run",
-    "price", "prompt_format", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows",
-    "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads",
+    "candidate", "changed", "chat_prompt", "check", "check_dtype", "check_rewards", "combined", "context",
+    "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device", "dump", "family", "feed",
+    "find_data_problems", "find_method_problems", "find_schedule_problems", "find_unused_settings", "fingerprint",
+    "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "judged", "least_gb", "master_price",
+    "method_name", "micro_tokens", "note_conversations", "open_run", "price", "prompt_format", "provenance",
+    "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole",
+    "served", "standing", "tokenizer", "untrained", "version", "with_heads",
 ]

@@ -65,8 +65,8 @@ def with_heads(base: Family, attached: Attached, objective: Objective, seed: int
                default_rate: float = HEAD_RATE) -> Attached:
     """The method together with what the objective adds to the base's states.
 
-    Heads start from nothing, so they train at `HEAD_RATE` whatever the method's own `default_rate`; where a recipe
-    gives another learning rate than the default, theirs moves with it.
+    Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
+    learning rate is another, by the recipe or by the objective's factor, theirs moves with it.
     """
     if not objective.heads:
         return attached

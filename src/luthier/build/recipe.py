@@ -218,6 +218,20 @@ def _laid_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[A
     return [_laid(part, path[1:], value) if name == path[0] else part for name, part in zip(names, spelt, strict=True)]
 
 
+def default_learning_rate(made: Recipe) -> float:
+    """Where the recipe gives none: the method's default (as for instruction tuning) times the objective's factor."""
+    return float(made.method.default_rate * made.objective.learning_rate_factor)
+
+
+def describe_learning_rate(made: Recipe) -> str:
+    """The peak learning rate, and where it comes from."""
+    if made.optimizer.learning_rate is not None:
+        return f"{made.optimizer.learning_rate:g} (optimizer.learning_rate)"
+    factor = made.objective.learning_rate_factor
+    times = f" times {factor:g} for {made.objective.name}" if factor != 1 else ""
+    return f"{default_learning_rate(made):g} (the default: {made.method.default_rate:g} of {method_name(made)}{times})"
+
+
 def method_name(made: Recipe) -> str:
     """What the run's method is called: ``lora``, or ``bitfit+lora`` for a list."""
     return "+".join(part.name for part in parts_of(made.method))

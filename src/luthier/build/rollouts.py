@@ -87,21 +87,44 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
     """
     objective, training = made.objective, made.training
     assert isinstance(objective, PpoConfig | GrpoConfig)
-    if not objective.reward:
-        raise RecipeError(f"objective.reward: {objective.name} needs to know what an answer is worth",
-                          "objective.reward=number, or {run: FOLDER}, {function: module:name}, {url: http://...}")
+    check_rewards(made)
     if made.data.streaming:
         raise RecipeError("data.streaming: prompts of a rollout are kept in memory", "leave out data.streaming")
     if objective.minibatches > training.batch_size:
         raise RecipeError(f"objective.minibatches {objective.minibatches}: a round has only training.batch_size "
                           f"{training.batch_size} prompts", "a minibatch has at least one prompt: set it lower")
     assert base.writes, "other bases are refused when the recipe is checked"
-    base.temperature = objective.temperature
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
                                                    for one in objective.reward],
                     cursor, objects.micro_tokens(made, base), made.seed, reference,
                     partial(autocast, made, base), found.eval, _noted(folder), ranks.map_shards)
+
+
+def check_rewards(made: Recipe) -> None:
+    """Raises `RecipeError` where a reward is missing, cannot be called, or is no reward run. Loads no model."""
+    objective = made.objective
+    if not isinstance(objective, PpoConfig | GrpoConfig):
+        return
+    if not objective.reward:
+        raise RecipeError(f"objective.reward: {objective.name} needs to know what an answer is worth",
+                          "objective.reward=number, or {run: FOLDER}, {function: module:name}, {url: http://...}")
+    for one in objective.reward:
+        if one.function is not None:
+            named(one.function, one.timeout)
+        elif one.url is not None:
+            endpoint(one.url, one.timeout)
+        else:
+            _reward_recipe(Run(str(one.run)))
+
+
+def _reward_recipe(run: Run) -> Recipe:
+    """What a reward run was trained with."""
+    found = recorded(run.existing())
+    if found.objective.name != "reward":
+        raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
+                          f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
+    return found
 
 
 def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,
@@ -119,7 +142,7 @@ def judged(made: Recipe, base: Family, attached: Attached | None, found: Dataset
 
 def standing(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
-    rows (or held-out, or train rows where there are none), and how far each is from the start."""
+    rows (or validation, or train rows where there are none), and how far each is from the start."""
     made = recorded(run.existing())
     base = objects.family(made.base)
     found = objects.datasets(made, base)
@@ -133,7 +156,8 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     told["start"] = rolled.judged(prompts)
     policy.load(adapter_weights(run))
     told["tuned"] = rolled.judged(prompts)
-    return {role: {name: value for name, value in one.items() if name != "loss"} for role, one in told.items()}
+    return {role: {name: value for name, value in one.items() if name != "loss"} | {"prompts": len(prompts)}
+            for role, one in told.items()}
 
 
 def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
@@ -163,10 +187,7 @@ def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached,
 
 def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
-    found = recorded(run.existing())
-    if found.objective.name != "reward":
-        raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
-                          f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
+    found = _reward_recipe(run)
     if run.adapter is None or scopes(attached) is None or not starts.same_base(found.base, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)

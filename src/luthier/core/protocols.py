@@ -173,8 +173,7 @@ class Family(Protocol):
 
     `padded_why` says why its rows are padded where others of its kind pack them; empty where there is nothing to say.
 
-    A family that writes has a `temperature`, of every log-probability (a rollout sets it to that of its sampling), and
-    asks a `critic`, where there is one, for the context in which its values are read.
+    A family that writes asks a `critic`, where there is one, for the context in which its values are read.
     """
 
     anatomy: Anatomy
@@ -182,7 +181,6 @@ class Family(Protocol):
     padded_why: str
     heads: Any
     router: Router | None
-    temperature: float
     critic: Callable[[], AbstractContextManager[None]] | None
     chat_format: ChatFormat  # set by assembly: only `data` can find it
 
@@ -321,6 +319,7 @@ class Objective(Protocol):
             parts, but its loss is always of the whole.
         judged: whether `quality` says something about held-out rows.
         mixes: whether a label may be a mixture of others.
+        learning_rate_factor: times the method's default learning rate: the rate where a recipe gives none.
     """
 
     name: str
@@ -329,6 +328,7 @@ class Objective(Protocol):
     coupled: bool
     judged: bool
     mixes: bool
+    learning_rate_factor: float
 
     @property
     def heads(self) -> tuple[Head, ...]: ...

@@ -72,6 +72,7 @@ class Item:
         margin: by how much it is better than the rest of its group, where the data say so.
         weight: how much its loss counts; 2 is as good as the row twice. All items of an example have the same.
         shares: of a mixture of classes, the share of each; `label` is then the class of the greatest.
+        text_id: a hash of the piece's tokens where texts are compared, else None.
     """
 
     piece: int
@@ -79,6 +80,7 @@ class Item:
     margin: float = 0.0
     weight: float = 1.0
     shares: tuple[float, ...] = ()
+    text_id: int | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,8 @@ class Target(Movable):
         known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
         item_weights: [A] float32, how much each item's loss counts; empty: 1 each.
         shares: [A, C] float32, of each item the share of every class, where some are mixtures; empty where none is.
+        text_ids: [A] a hash of each item's tokens: equal texts have equal numbers; empty where texts are not compared.
+        temperature: every log-probability is that of sampling at this temperature.
     """
 
     at: Tensor
@@ -238,6 +242,8 @@ class Target(Movable):
     known: Mapping[str, Tensor] = field(default_factory=dict)
     item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    text_ids: Tensor = field(default_factory=_none)
+    temperature: float = 1.0
 
     @staticmethod
     def joined(targets: Sequence[Target]) -> Target:
@@ -253,7 +259,8 @@ class Target(Movable):
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),
             {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known},
-            torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]))
+            torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]),
+            torch.cat([t.text_ids for t in targets]), targets[0].temperature)
 
 
 def _offsets(sizes: Iterable[int]) -> list[int]:

@@ -6,7 +6,9 @@ numbers, the scale of their scores. `settle.py` puts these in.
 
 from __future__ import annotations
 
+import hashlib
 import math
+from array import array
 from bisect import bisect_right
 from collections.abc import Callable
 from itertools import pairwise
@@ -86,9 +88,15 @@ def _texts(example: TextsExample, tokenizer: Tokenizer, config: DataConfig) -> M
         if isinstance(found, Refusal):
             return found
         roots.append(found)
-    items = tuple(Item(i, float(i) if example.score is None else UNSETTLED, weight=example.weight)
-                  for i in range(len(roots)))
+    items = tuple(Item(i, float(i) if example.score is None else UNSETTLED, weight=example.weight,
+                       text_id=_hash(piece)) for i, (piece, _) in enumerate(roots))
     return [Encoded(tuple(piece for piece, _ in roots), example.origin, items=items)], any(cut for _, cut in roots)
+
+
+def _hash(piece: Piece) -> int:
+    """63 bits of the piece's tokens."""
+    digest = hashlib.blake2b(array("q", piece.ids).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _root(text: str, second: str | None, example: Example, tokenizer: Tokenizer,

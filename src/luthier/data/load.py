@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain, islice
@@ -26,7 +26,7 @@ from luthier.data.items import encoded
 from luthier.data.loader import Mix
 from luthier.data.mixup import draws, mixed
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
-from luthier.data.rows import Refusal, Rows
+from luthier.data.rows import Refusal, Row, Rows
 from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
 
 Progress = Callable[[str, int], None]
@@ -133,6 +133,8 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
     for part in parts.values():
         reading.settle(part, what, everything)
         part.demand()
+        part.tally.unmatched = [str(theirs) for theirs in config.columns.values()
+                                if part.seen and str(theirs) not in part.seen]
     reading.mix(train, what)
     report = DataReport({name: part.report() for name, part in parts.items()}, _overlaps(train, evaluated, tested))
     kinds = {type(example) for part in parts.values() for example in part.examples}
@@ -184,6 +186,7 @@ class _Part:
     def __init__(self, name: str) -> None:
         self.name, self.tally = name, Tally()
         self.kept: list[_Kept] = []
+        self.seen: set[str] = set()  # names of the files' own columns
 
     @property
     def encoded(self) -> list[Encoded]:
@@ -225,7 +228,7 @@ class _Reading:
         """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
         usable: list[_Kept] = []
         config = self.config.for_source(source)
-        for count, example in enumerate(rows(source, self.config, self.use.reader, part.name), 1):
+        for count, example in enumerate(rows(source, self.config, self.use.reader, part.name, part.seen), 1):
             if self.progress and count % TICK == 0:
                 self.progress(part.name, count)
             if isinstance(example, Refusal):
@@ -292,8 +295,10 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
     return set(chosen.tolist())
 
 
-def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train") -> Iterator[Example | Refusal]:
-    """Every row of `source` as an example or a refusal, in order, at most `limit` of them."""
+def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train",
+         seen: set[str] | None = None) -> Iterator[Example | Refusal]:
+    """Every row of `source` as an example or a refusal, in order, at most `limit` of them. The names of the file's own
+    columns are added to `seen`."""
     config = config.for_source(source)
 
     def files() -> Iterator[tuple[str, Rows]]:
@@ -309,11 +314,19 @@ def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train"
     reader = replace(reader, numbering=numbering)
     left = config.limit or sys.maxsize
     for _, lines in files():
+        lines = lines if seen is None else _watch_columns(lines, seen)
         for example in examples(islice(lines, left), config.format, config.columns, reader):
             left -= 1
             yield example
         if not left:
             return
+
+
+def _watch_columns(lines: Iterable[Row | Refusal], seen: set[str]) -> Iterator[Row | Refusal]:
+    for row in lines:
+        if not isinstance(row, Refusal):
+            seen.update(row.values)
+        yield row
 
 
 def _overlaps(train: _Part, *others: _Part) -> dict[str, Overlap]:

@@ -67,6 +67,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     counted: list[float] = []
     others: list[int] = []
     shares: list[float] = []
+    text_ids: list[int] = []
     groups: list[int] = []
     item_of: list[int] = []
     images: list[torch.Tensor] = []
@@ -78,6 +79,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
         margins += [item.margin for item in example.items]
         counted += [item.weight for item in example.items]
         groups += [owner] * len(example.items)
+        text_ids += [item.text_id for item in example.items if item.text_id is not None]
         images += [image.tensor() if isinstance(image, Picture) else image for image in example.images]
         spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
         for number, piece in enumerate(example.pieces):
@@ -104,7 +106,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
                     sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
                     torch.tensor(margins, dtype=torch.float32), _long(groups), _long(item_of),
                     {name: torch.cat([example.known[name] for example in encoded]) for name in encoded[0].known},
-                    torch.tensor(counted, dtype=torch.float32), _shares(encoded))
+                    torch.tensor(counted, dtype=torch.float32), _shares(encoded), _long(text_ids))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
 

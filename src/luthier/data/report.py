@@ -53,6 +53,7 @@ class Part:
         kept: rows that became examples.
         truncated: of the kept, those that lost their end to `max_length`.
         truncated_rows: where the first of them stand.
+        unmatched_columns: columns that `data.columns` names and no row has.
         encoded: examples that they became; more than `kept` where texts were split.
         reasons: how many rows were refused for each reason.
         refused: the first of them, with file, line and detail.
@@ -82,6 +83,7 @@ class Part:
     augmented: Mapping[str, int] = field(default_factory=dict)
     truncated_rows: tuple[str, ...] = ()
     remarks: Mapping[str, int] = field(default_factory=dict)
+    unmatched_columns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,8 @@ class DataReport:
             said += [f"{name}: {count} refused: {reason}{where.get(reason, '')}"
                      for reason, count in part.reasons.items()]
             said += [f"{name}: {count} of {part.kept} rows: {remark}" for remark, count in part.remarks.items()]
+            said += [f"{name}: warning: data.columns names {column!r}, which no row has"
+                     for column in part.unmatched_columns]
             if part.labels and len(part.labels) <= LABELS:
                 told = sorted(part.labels.items(), key=lambda pair: (-pair[1], pair[0]))
                 said.append(f"{name}: labels {', '.join(f'{label} {count}' for label, count in told)}")
@@ -136,6 +140,7 @@ class Tally:
         self.refused: list[Refusal] = []
         self.cut: list[str] = []
         self.remarks: Counter[str] = Counter()
+        self.unmatched: list[str] = []
 
     def refuse(self, refusal: Refusal) -> None:
         self.read += 1
@@ -159,7 +164,7 @@ class Tally:
     def load(self, state: Mapping[str, Any]) -> None:
         refused = [Refusal(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
         vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]),
-                          remarks=Counter(state.get("remarks", {})))
+                          remarks=Counter(state.get("remarks", {})), unmatched=list(state.get("unmatched", ())))
 
     def part(self, encoded: Sequence[Encoded]) -> Part:
         """The counts so far, and what `encoded` is like."""
@@ -174,7 +179,8 @@ class Tally:
             count, pairs, int(lengths.sum()), sum(_trained(example) for example in encoded),
             {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()},
             {"edges": [round(float(edge)) for edge in edges], "counts": counts.tolist()},
-            truncated_rows=tuple(self.cut), remarks=dict(self.remarks.most_common()))
+            truncated_rows=tuple(self.cut), remarks=dict(self.remarks.most_common()),
+            unmatched_columns=tuple(self.unmatched))
 
 
 def _trained(example: Encoded) -> int:

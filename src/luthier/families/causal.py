@@ -40,9 +40,10 @@ class CausalLM(Packed):
         times, over = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
         self._scale = float(times) / float(over)
 
-    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
+                   temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         assert self.anatomy.head is not None
-        return log_probs(self.anatomy.head, states, tokens, self._softcap, self._scale, entropies, self.temperature)
+        return log_probs(self.anatomy.head, states, tokens, self._softcap, self._scale, entropies, temperature)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
                  adapters: Sequence[int] = ()) -> Iterator[Generated]:

@@ -83,8 +83,9 @@ class Encoder(Packed):
                             "choose an objective that judges texts or words, or a base that writes text")
         return super().forward(inputs, target, needs)
 
-    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        return log_probs(self.words, states, tokens, entropies=entropies)
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
+                   temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        return log_probs(self.words, states, tokens, entropies=entropies, temperature=temperature)
 
     @torch.no_grad()
     def _prove(self, words: Words) -> None:

@@ -87,18 +87,20 @@ class Heads:
             return module(states.to(module.weight.dtype))
 
     def outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
-                log_probs: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
+                log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
         """What is asked for of a row of states.
 
         Args:
             row: [T, D].
-            log_probs: (states [P, D], tokens [P], entropies too?) -> log-probabilities, hits, entropies, each [P].
+            log_probs: (states [P, D], tokens [P], entropies too?, temperature) -> log-probabilities, hits, entropies,
+                all [P].
         """
         made: dict[str, Any] = {"scalars": dict(self.scalars)}
         if needs & (LOG_PROBS | {"states", "token_scores"}):
             made["states"] = states = row.index_select(0, target.at)
             if needs & LOG_PROBS:
-                logps, hits, entropies = log_probs(states, target.tokens, "token_entropies" in needs)
+                logps, hits, entropies = log_probs(states, target.tokens, "token_entropies" in needs,
+                                                   target.temperature)
                 made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
             if "token_scores" in needs:
                 made["token_scores"] = self._of("token", states)

@@ -46,7 +46,6 @@ class Loaded:
     task: ClassVar[str]
     divided: ClassVar[bool] = False
     writes: ClassVar[bool] = False
-    temperature: float = 1.0  # of every log-probability; a rollout sets it to that of its sampling
     pooling: Pooling
     layout: Layout = "padded"
     padded_why = ""  # why rows are padded although the family packs them
@@ -124,7 +123,8 @@ class Loaded:
     def _run(self, inputs: Inputs) -> Tensor:
         raise NotImplementedError
 
-    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
+                   temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         raise NotImplementedError
 
     def save(self, path: Path) -> None:

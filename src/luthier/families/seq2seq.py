@@ -83,9 +83,10 @@ class Seq2Seq(Loaded):
                                 "a source is read, never predicted")
         return super().forward(inputs, target, needs)
 
-    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
+                   temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         # Upon the states, not the logits: a head that stands alone has the quicker way.
-        return log_probs(self.anatomy.head, states * (self.scale / self.temperature), tokens, entropies=entropies)
+        return log_probs(self.anatomy.head, states * (self.scale / temperature), tokens, entropies=entropies)
 
     # ---------------------------------------------------------------- the packed row
 

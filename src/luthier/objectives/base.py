@@ -32,6 +32,7 @@ class ObjectiveConfig(Config):
     mixes: ClassVar[bool] = False
     rolls: ClassVar[bool] = False  # whether it learns from the model's own answers
     hides: ClassVar[bool] = False  # whether of a base that reads texts whole it hides what is to be predicted
+    learning_rate_factor: ClassVar[float] = 1.0  # times the method's default rate: the default where none is given
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -46,6 +47,11 @@ class ObjectiveConfig(Config):
 
     def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
         return {}
+
+
+def count_correct_pairs(better: Tensor, worse: Tensor) -> Tensor:
+    """1 where the better one has the larger score, 0 where the smaller, one half where both are equal."""
+    return ((better > worse).float() + (better >= worse).float()) / 2
 
 
 def wide(values: Tensor) -> Tensor:

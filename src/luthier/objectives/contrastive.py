@@ -13,8 +13,11 @@ A row's weight w multiplies the loss of its anchor, item or triplets, and counts
 once. Of scores, w_i w_j multiplies a term of the sum, and G is the sum of the weights. So for triplets and scores 2 is
 as good as the row twice; elsewhere a row's twin would be a negative of the other.
 
-Rows meet in the loss, so it is always of the whole batch, however that is cut. A row's twin in the same batch (the same
-text as the positive of two anchors) counts as a negative: nothing here knows that they are the same.
+Rows meet in the loss, so it is always of the whole batch, however that is cut. Where two anchors of a batch have the
+same positive text, each counts as a negative of the other, unless `mask_duplicates` leaves out of `pairs` each negative
+that is known to be none: (a, n) is left out where a and n are the same text, or where some row of the batch has the
+text of n as a positive of the text of a. It is what sentence-transformers' no-duplicates batch sampler avoids, without
+a sampler. What is the same text is decided by the tokens, after truncation.
 
 Shape letters: A items, D hidden size, N anchors, M others (positives and hard negatives), G groups.
 """
@@ -35,7 +38,16 @@ from luthier.core.labels import is_continuous, label_key, label_name
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
-from luthier.objectives.base import Metrics, ObjectiveConfig, group_weights, grouped, item_weights, sums, wide
+from luthier.objectives.base import (
+    Metrics,
+    ObjectiveConfig,
+    count_correct_pairs,
+    group_weights,
+    grouped,
+    item_weights,
+    sums,
+    wide,
+)
 
 HOTTEST = math.log(100.0)  # CLIP's limit on the learned scale: a temperature of 0.01
 SCALE = "log_scale"
@@ -43,17 +55,29 @@ SCALE = "log_scale"
 # ---------------------------------------------------------------- the formulas; `similar` is cosine / temperature
 
 
-def info_nce(similar: Tensor, positive: Tensor, both: bool) -> Tensor:
+def info_nce(similar: Tensor, positive: Tensor, both: bool, known: Tensor | None = None) -> Tensor:
     """[N] InfoNCE of each anchor. van den Oord et al. 2018 (arXiv:1807.03748), eq. 4; `both`: the mean with the other
     direction, from a positive to its anchor among all, as in CLIP (Radford et al. 2021, arXiv:2103.00020, fig. 3).
-    Several positives of one anchor share its weight and are no negatives of one another. Both arguments: [N, M]."""
+    Several positives of one anchor share its weight and are no negatives of one another. `known`: pairs that are no
+    negatives either, see `known_pairs`. All of them: [N, M]."""
     anchor, other = positive.nonzero(as_tuple=True)
     right = similar[anchor, other]
+    if known is not None:
+        similar = similar.masked_fill(known & ~positive, -torch.inf)
     negatives = similar.masked_fill(positive, -torch.inf).logsumexp(1)
     terms = F.softplus(negatives[anchor] - right)
     if both:
         terms = (terms + similar.logsumexp(0)[other] - right) / 2
     return torch.zeros_like(similar[:, 0]).index_add(0, anchor, terms / positive.sum(1)[anchor])
+
+
+def known_pairs(anchors: Tensor, others: Tensor, positive: Tensor) -> Tensor:
+    """[N, M] flags: the two texts are the same, or belong together in some row. Of the texts' numbers [N] and [M]
+    (equal texts, equal numbers) and each anchor's own positives [N, M]."""
+    _, dense = torch.cat([anchors, others]).unique(return_inverse=True)
+    left, right = dense[:anchors.shape[0]], dense[anchors.shape[0]:]
+    pairs = left[:, None] * dense.shape[0] + right[None, :]
+    return torch.isin(pairs, pairs[positive]) | (left[:, None] == right[None, :])
 
 
 def supervised(similar: Tensor, labels: Tensor) -> Tensor:
@@ -122,6 +146,8 @@ class ContrastiveConfig(ObjectiveConfig):
     temperature: float = Field(0.05, ge=0.01, le=1, description="divides the cosines; its start where it is learned")
     learned: bool = Field(False, description="whether the temperature trains; it stays above 0.01")
     both: bool = Field(False, description="pairs: whether a positive is to find its anchor, too")
+    mask_duplicates: bool = Field(False, description=(
+        "pairs: leave out the negatives that the batch shows to be none: equal texts, positives of an equal anchor"))
     margin: float = Field(0.5, gt=0, le=2, description="triplet: by how much the positive's cosine is to be larger")
 
     labels: tuple[str, ...] = Field((), description="the classes by their numbers; left out: those in the train rows")
@@ -187,8 +213,11 @@ class ContrastiveConfig(ObjectiveConfig):
             group, near, far = (positive[:, :, None] & self._hard(negative)[:, None, :]).nonzero(as_tuple=True)
             gaps = cosines[group, far] - cosines[group, near]
             return _weighted(torch.relu(gaps + self.margin), item_weights(target)[anchors[group]],
-                             {**sums(match_accuracy=gaps < 0), **metrics})
-        each = info_nce(scale * cosines, positive, self.both)
+                             {**sums(match_accuracy=count_correct_pairs(-gaps, torch.zeros_like(gaps))), **metrics})
+        known = self._known(anchors, others, positive, target)
+        each = info_nce(scale * cosines, positive, self.both, known)
+        if known is not None:
+            cosines = cosines.masked_fill(known & ~positive, -torch.inf)
         best = positive[torch.arange(anchors.shape[0], device=anchors.device), cosines.argmax(1)]
         return _weighted(each, item_weights(target)[anchors], {**sums(match_accuracy=best), **metrics})
 
@@ -203,7 +232,18 @@ class ContrastiveConfig(ObjectiveConfig):
             return measures.retrieval(_products(states, states), same, others)
         anchors, others = _roles(target)
         positive, _ = _own(anchors, others, target)
-        return measures.retrieval(_products(states[anchors], states[others]), positive, torch.ones_like(positive))
+        known = self._known(anchors, others, positive, target)
+        candidate = torch.ones_like(positive) if known is None else positive | ~known
+        return measures.retrieval(_products(states[anchors], states[others]), positive, candidate)
+
+    def _known(self, anchors: Tensor, others: Tensor, positive: Tensor, target: Target) -> Tensor | None:
+        """[N, M] see `known_pairs`; None where duplicates count."""
+        if not self.mask_duplicates or self.kind != "pairs":
+            return None
+        if target.text_ids.shape != target.labels.shape:
+            raise DataError("contrastive: mask_duplicates compares texts, and these rows have none",
+                            "leave objective.mask_duplicates out")
+        return known_pairs(target.text_ids[anchors], target.text_ids[others], positive)
 
     def _states(self, outputs: Outputs) -> Tensor:
         assert outputs.pooled is not None

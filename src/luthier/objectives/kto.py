@@ -37,6 +37,7 @@ class KtoConfig(ObjectiveConfig):
     reads: ClassVar[frozenset[str]] = frozenset({"JudgedExample"})
     needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
     coupled: ClassVar[bool] = True
+    learning_rate_factor: ClassVar[float] = 0.05  # 1e-6 for `full`, TRL's default; the paper has 5e-7 to 5e-6
 
     beta: float = Field(0.1, gt=0, description="how closely the model is held to the reference: large is close")
     good_weight: float = Field(1.0, gt=0, description="of good answers; raise it where they are few")

@@ -24,7 +24,7 @@ from torch import Tensor
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
-from luthier.objectives.base import ObjectiveConfig, gathered, group_weights, ranked, sums, wide
+from luthier.objectives.base import ObjectiveConfig, count_correct_pairs, gathered, group_weights, ranked, sums, wide
 
 
 def plackett_luce(scores: Tensor, margins: Tensor, better: Tensor) -> Tensor:
@@ -70,6 +70,8 @@ class RewardConfig(ObjectiveConfig):
     reads: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
     needs: ClassVar[frozenset[str]] = frozenset({"scores"})
     judged: ClassVar[bool] = True
+    # 1e-5 for `full`: TRL's example of a reward model is at half the rate of its SFT, with LoRA as without.
+    learning_rate_factor: ClassVar[float] = 0.5
 
     ranking: Literal["plackett_luce", "all_pairs"] = Field("plackett_luce", description=(
         "how more than two answers are compared: the ranking as a whole, or each pair of it"))
@@ -92,7 +94,7 @@ class RewardConfig(ObjectiveConfig):
         weights = group_weights(target, table)
         return Loss((weights.to(each.dtype) * each).sum(), weights.sum(), sums(
             reward_chosen=chosen, reward_rejected=rejected, reward_margin=chosen - rejected,
-            pair_accuracy=chosen > rejected))
+            pair_accuracy=count_correct_pairs(chosen, rejected)))
 
     def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
         _, scores, _, better = self._ranked(outputs, target)

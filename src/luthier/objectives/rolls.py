@@ -40,6 +40,8 @@ class RollsConfig(ObjectiveConfig):
 
     reads: ClassVar[frozenset[str]] = frozenset({"PromptExample"})
     rolls: ClassVar[bool] = True
+    # 1e-6 for `full`, 2.5e-5 for LoRA: TRL's GRPO default, DeepSeekMath's GRPO and Llama 2's PPO are at 1e-6.
+    learning_rate_factor: ClassVar[float] = 0.05
 
     reward: tuple[WorthConfig, ...] = Field((), description="what an answer is worth; required")
     answers: int = Field(4, ge=1, description="answers to each prompt")

@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, SupportsFloat
 from urllib import error as http
 from urllib import request
+
+import numpy as np
+import torch
 
 from luthier.core.errors import DataError, LuthierError, RecipeError, RunError, nearest
 from luthier.core.examples import Origin
 from luthier.rollout.sandbox import Limits, passed
 from luthier.scoring import SCORERS
+
+SHOWN = 80  # characters of a value in an error
 
 
 @dataclass(frozen=True)
@@ -138,42 +148,109 @@ BUILT_IN: dict[str, Judge] = {**{name: _scored(name) for name in SCORERS}, "leng
 
 
 def from_function(function: Callable[..., Any], name: str) -> Reward:
-    """``function(prompts, answers, facts) -> rewards`` as a reward; what it raises becomes a `RunError`."""
+    """``function(prompts, answers, facts) -> rewards`` as a reward. What it raises, and what it returns that is not one
+    number for each answer, becomes a `RunError`. Raises `RecipeError` where it cannot be called with these three."""
+    _check_signature(function, name)
 
     def reward(answers: Sequence[Answer]) -> Sequence[float]:
+        first = f"its first prompt was {_shown(answers[0])}"
         try:
             found = function([a.prompt for a in answers], [a.text for a in answers], [dict(a.facts) for a in answers])
-            return [float(value) for value in found]
+            found = list(found) if isinstance(found, Iterator) else found  # a generator runs here, and raises here
         except LuthierError:
             raise
-        except Exception as error:
-            raise RunError(f"the reward {name!r} raised {type(error).__name__}: {error}; its first prompt was "
-                           f"{_shown(answers[0])}", "mend it so that it gives a number to every answer") from error
+        except (Exception, SystemExit) as error:
+            raise RunError(f"the reward {name!r} raised {_described(error)}; {first}",
+                           "fix the function so that it returns a number for every answer") from error
+        try:
+            return as_numbers(found, len(answers))
+        except ValueError as error:
+            raise RunError(f"the reward {name!r} {error}; {first}",
+                           "return a list of numbers, one for each answer, in their order") from error
     return reward
+
+
+def as_numbers(found: Any, count: int) -> list[float]:
+    """What a reward returned as `count` numbers. Raises `ValueError`, which says what was returned instead."""
+    if inspect.iscoroutine(found):
+        found.close()
+        raise ValueError("returned a coroutine: an `async def` function is not awaited")
+    values = found.tolist() if isinstance(found, torch.Tensor | np.ndarray) else found
+    if isinstance(values, str | bytes | Mapping | Set) or not isinstance(values, Iterable):
+        raise ValueError(f"returned {_short(found)}, not a list of numbers")
+    listed = list(values)
+    if len(listed) != count:
+        raise ValueError(f"returned {len(listed)} numbers for {count} answers")
+    numbers = []
+    for index, value in enumerate(listed):
+        if isinstance(value, torch.Tensor | np.generic | np.ndarray) and math.prod(value.shape) == 1:
+            value = value.item()
+        try:
+            number = float(value) if isinstance(value, SupportsFloat) and not isinstance(value, complex) else None
+        except (TypeError, ValueError, OverflowError):
+            number = None
+        if number is None or not math.isfinite(number):
+            raise ValueError(f"returned {_short(value)} for answer {index}, not a finite number")
+        numbers.append(number)
+    return numbers
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
+
+
+def _described(error: BaseException) -> str:
+    """The error, and the line that raised it."""
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return f"{type(error).__name__}: {error}" + "".join(f" ({frame.filename}:{frame.lineno})" for frame in last)
+
+
+def _check_signature(function: Callable[..., Any], name: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return  # written in C: nothing is known of its arguments
+    try:
+        signature.bind([], [], [])
+    except TypeError as error:
+        raise RecipeError(f"the reward {name!r} cannot be called: {error}",
+                          "write it as `def reward(prompts, answers, facts)`: three lists of equal length") from None
 
 
 def _imported(name: str) -> Callable[..., Any]:
     place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
-            found = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert found is not None
-            assert found.loader is not None
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
+            path = Path(place)
+            module = _load_file(str(path), path.stat().st_mtime_ns)
         else:
             sys.path.insert(0, str(Path.cwd()))
             try:
                 module = importlib.import_module(place)
             finally:
                 sys.path.pop(0)
-    except (ImportError, OSError, SyntaxError) as error:
+    except (OSError, ModuleNotFoundError) as error:
         raise RecipeError(f"the reward {name!r} cannot be imported: {error}",
                           "name a module that Python finds from here, or a file: rewards.py:function") from error
+    except (Exception, SystemExit) as error:
+        raise RecipeError(f"the reward {name!r} cannot be imported: {place} raised {_described(error)}",
+                          "fix that line of the module") from error
     if not callable(function := vars(module).get(attribute)):
         raise RecipeError(f"{place!r} defines no function {attribute!r}", nearest(attribute, [
             key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]))
     return function
+
+
+@cache
+def _load_file(place: str, changed: int) -> ModuleType:
+    """The module in a file, executed once for each time that it was `changed`."""
+    found = importlib.util.spec_from_file_location(Path(place).stem, place)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
 
 
 def endpoint(url: str, timeout: float) -> Reward:
@@ -187,13 +264,13 @@ def endpoint(url: str, timeout: float) -> Reward:
         asked = request.Request(url, json.dumps(said, default=str).encode(), {"Content-Type": "application/json"})
         try:
             with request.urlopen(asked, timeout=timeout) as response:
-                return [float(value) for value in json.load(response)["rewards"]]
+                return as_numbers(json.load(response)["rewards"], len(answers))
         except http.HTTPError as error:
             why = f"it answered {error.code} {error.reason}"
-        except OSError as error:  # refused, unknown, too late
+        except (OSError, HTTPException) as error:  # refused, unknown, too late, cut off
             why = str(error) or type(error).__name__
         except (ValueError, KeyError, TypeError) as error:
             why = f"its answer is not {{\"rewards\": [numbers]}} ({type(error).__name__}: {error})"
-        raise RunError(f"the reward at {url} could not be had for {_shown(answers[0])}: {why}",
-                       "look after that service, then go on with --resume")
+        raise RunError(f"the reward endpoint {url} failed for {_shown(answers[0])}: {why}",
+                       "restart or fix that service, then continue with --resume")
     return reward

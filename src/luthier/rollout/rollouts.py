@@ -32,6 +32,7 @@ from luthier.data.pack import batch, first_fit
 from luthier.rollout.rewards import Answer, Reward, judged
 
 DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
+NO_SPREAD = 1e-8  # rewards that differ by no more are equal, as in TRL
 SHOWN = 4  # answers of a round that are written down
 
 
@@ -205,7 +206,7 @@ class Rollouts:
         lengths = torch.tensor([len(answer.tokens) for answer in answers])
         columns = self.objective.columns(torch.tensor(rewards, dtype=torch.float64), lengths, found, self.kl_weight)
         dtype = next((column.dtype for column in found.values()), torch.float32)
-        self._news = self._said(answers, rewards, found)
+        self._news = self._said(answers, rewards, found) | _spread_of_rewards(rewards, self.objective.answers)
         found.pop("entropies", None)  # told, and nothing that the loss must know
         self.note(self.steps + 1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
                                    for a, r in list(zip(answers, rewards, strict=True))[:SHOWN]])
@@ -268,7 +269,7 @@ class Rollouts:
         if not asks:
             return found
         drawn = Round(tuple(range(len(prompts))), tuple(answers), (0.0,) * len(answers), {})
-        for one, places in _trees(prompts, drawn, range(len(prompts)), self.micro_tokens):
+        for one, places in _trees(prompts, drawn, range(len(prompts)), self.micro_tokens, self.objective.temperature):
             there = one.to(self.family.device)
             outputs = self.family.forward(there.inputs, there.target, asks - {"reference_logps"})
             made = {"old_logps": outputs.token_logps}
@@ -299,7 +300,18 @@ class Rollouts:
         return said
 
     def _batches(self, drawn: Round, chosen: Sequence[int]) -> list[tuple[Batch, Tensor]]:
-        return _trees([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens)
+        return _trees([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens,
+                      self.objective.temperature)
+
+
+def _spread_of_rewards(rewards: Sequence[float], group: int) -> dict[str, float]:
+    """`reward_std` of all the answers, and of groups of several answers the share without any spread."""
+    table = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
+    found = {"reward_std": float(table.std()) if table.numel() > 1 else 0.0}
+    if group > 1:
+        flat = table.amax(1) - table.amin(1) <= NO_SPREAD
+        found["frac_reward_zero_std"] = float(flat.double().mean())
+    return found
 
 
 def _read(prompt: Encoded, words: Any) -> str:
@@ -310,8 +322,9 @@ def _read(prompt: Encoded, words: Any) -> str:
 
 
 def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],
-           micro_tokens: int) -> list[tuple[Batch, Tensor]]:
-    """Micro-batches of the chosen prompts and their answers; for each the places of its predictions among all M.
+           micro_tokens: int, temperature: float) -> list[tuple[Batch, Tensor]]:
+    """Micro-batches of the chosen prompts and their answers, whose log-probabilities are those of sampling at
+    `temperature`; for each the places of its predictions among all M.
 
     A tree that is longer than `micro_tokens` is cut into several, each with the prompt and some of its answers.
     """
@@ -334,7 +347,9 @@ def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],
     for row in first_fit([tree for tree, _ in trees], micro_tokens):
         owners = [answer for i in row for answer in trees[i][1]]
         places = np.concatenate([np.arange(starts[a], starts[a + 1]) for a in owners])
-        found.append((batch([trees[i][0] for i in row]), torch.from_numpy(places)))
+        made = batch([trees[i][0] for i in row])
+        made = replace(made, target=replace(made.target, temperature=temperature))
+        found.append((made, torch.from_numpy(places)))
     return found
 
 

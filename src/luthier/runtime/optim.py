@@ -33,7 +33,8 @@ MASTER = "master"  # of a parameter's entries in a checkpoint, the one that hold
 class OptimizerConfig(Config):
     """AdamW and its schedule."""
 
-    learning_rate: float | None = Field(None, gt=0, description="peak rate; left out: the method's own default")
+    learning_rate: float | None = Field(None, gt=0, description="peak rate; left out: the method's default "
+                                        "times the objective's factor")
     schedule: Schedule = Field("linear", description="how the rate falls after the warm-up")
     warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; from 1 up: number of steps")
     floor: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the end")
