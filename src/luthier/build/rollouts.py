@@ -24,10 +24,11 @@ from typing import Any
 import torch
 
 from luthier import data as rows
+from luthier.build.adapters import adapter_weights
 from luthier.build import objects, starts
 from luthier.build.recipe import Recipe, recorded
 from luthier.build.references import autocast
-from luthier.build.runs import adapter_weights, open_run
+from luthier.build.runs import open_run
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample, Message
 from luthier.core.protocols import Attached, Family, Feed

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from luthier.build.adapters import adapter_weights, without_base_weights
 from luthier.build.objects import attach, family, with_heads
 from luthier.build.recipe import Recipe, dump, recorded
 from luthier.core.errors import RunError
@@ -50,7 +50,7 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
         attached = with_heads(base, attached, made.objective, made.seed)
-    attached.load(adapter_weights(run))
+    attached.load(without_base_weights(adapter_weights(run), attached.state(), base.anatomy.model))
     return made, base, attached
 
 
@@ -65,15 +65,6 @@ def _names_base(path: Path) -> bool:
         return False
     return str(path) in ALIASES or path.is_file() or (len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~")
                                                       and not path.parent.is_dir())
-
-
-def adapter_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What a run trained, by its names in the file."""
-    file = run.path / "adapter_model.safetensors"
-    if not file.exists():
-        raise RunError(f"{str(run.path)!r} has an adapter_config.json but no adapter_model.safetensors",
-                       "resume the run (--resume) so that it ends, or convert adapter_model.bin to safetensors")
-    return load_file(file)
 
 
 def save_whole(run: Run, made: Recipe, base: Family) -> None:

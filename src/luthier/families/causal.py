@@ -41,8 +41,8 @@ class CausalLM(Packed):
         self._scale = float(times) / float(over)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert self.anatomy.head is not None
-        return log_probs(self.anatomy.head, states, tokens, self._softcap, self._scale, entropies, self.temperature)
+        head = self.model.get_output_embeddings()  # looked up anew: a method may have exchanged it
+        return log_probs(head, states, tokens, self._softcap, self._scale, entropies, self.temperature)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
                  adapters: Sequence[int] = ()) -> Iterator[Generated]:
