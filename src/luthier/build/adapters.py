@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from luthier.core.errors import LuthierError, RunError
+from luthier.core.protocols import Anatomy
 from luthier.methods import READERS
 from luthier.methods.form import OWN
 from luthier.methods.lora import PREFIX
@@ -54,7 +55,8 @@ def method_of(form: Mapping[str, Any], run: Run | None = None) -> Any:
     except RunError:
         raise
     except LuthierError as error:
-        raise RunError(f"the adapter_config.json cannot be read as settings of a method: {error.what}", MERGE) from error
+        raise RunError(f"the adapter_config.json cannot be read as settings of a method: {error.what}",
+                       MERGE) from error
 
 
 def _needs_bridge(form: Mapping[str, Any], run: Run | None) -> bool:
@@ -82,9 +84,19 @@ def _refuse_heads(form: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- the file of weights
 
 
-def adapter_weights(run: Run) -> dict[str, Tensor]:
-    """What a run trained, by its names in the file. Raises `RunError` for a missing or damaged file."""
+def adapter_weights(run: Run, anatomy: Anatomy) -> dict[str, Tensor]:
+    """What a run trained, by its names in the file. Raises `RunError` for a missing or damaged file, and for a prefix
+    of PEFT that would act otherwise on this base.
+
+    Args:
+        anatomy: of the base.
+    """
     _check_weights(run)
+    form, ports = run.adapter or {}, anatomy.ports
+    if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and (ports is None or "prefix" not in ports.peft):
+        raise RunError("this is PEFT's prefix for a base some of whose layers see a window of the text: there PEFT's "
+                       "prefix leaves the window, and a prefix here is seen by every token",
+                       "use it with PEFT, or train a prefix here")
     found: dict[str, Tensor] = load_file(run.path / WEIGHTS)
     return found
 
@@ -131,9 +143,9 @@ def without_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], mo
             base = weights.get(_bare(path))
             if base is not None:
                 if base.shape != tensor.shape or not torch.equal(base, tensor.to(base)):
-                    raise RunError(f"the adapter's file holds {_bare(path)!r}, a weight of the base itself "
-                                   f"(save_embedding_layers), as {list(tensor.shape)}; the base has other numbers there "
-                                   f"({list(base.shape)}): its vocabulary or embeddings were changed", MERGE)
+                    raise RunError(f"the adapter's file holds {_bare(path)!r} {list(tensor.shape)}, a weight of the "
+                                   f"base itself (save_embedding_layers), and the base {list(base.shape)} has other numbers "
+                                   "there: its vocabulary or embeddings were changed", MERGE)
                 continue
         kept[name] = tensor
     return kept

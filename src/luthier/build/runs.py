@@ -14,6 +14,8 @@ from luthier.core.errors import RunError
 from luthier.core.protocols import TRAINING, Attached, Family, Objective
 from luthier.data import DataConfig
 from luthier.families import ALIASES, BaseConfig, folder, resolve
+from luthier.methods.peft_settings import with_whole_alphas
+from luthier.methods.plain import fold_into_plain_lora
 from luthier.methods.several import Several
 from luthier.objectives.rolls import RollsConfig
 from luthier.runtime.run import Run
@@ -50,7 +52,7 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
         attached = with_heads(base, attached, made.objective, made.seed)
-    attached.load(without_base_weights(adapter_weights(run), attached.state(), base.anatomy.model))
+    attached.load(without_base_weights(adapter_weights(run, base.anatomy), attached.state(), base.anatomy.model))
     return made, base, attached
 
 
@@ -94,5 +96,21 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
     # PEFT loads the base by this name: a hub id as it is, anything else as the Transformers folder that it became.
     hub = made.base.structure is None and isinstance(resolve(made.base.name), str)
     name = made.base.name if hub else str(folder(made.base))
-    run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
+    run.write("adapter_config.json", {**with_whole_alphas(config), "base_model_name_or_path": name,
+                                      "revision": made.base.revision})
     base.tokenizer.save_pretrained(run.path)
+
+
+def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) -> Attached:
+    """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
+    to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
+    parts = list(attached.parts) if isinstance(attached, Several) else [attached]
+    forms = [part.peft() or {} for part in parts]
+    heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
+    tuned = [part for part in parts if part not in heads]
+    if len(tuned) > 1:
+        raise RunError("a list of methods is no plain LoRA", "leave --lora-rank out, or export with --to merged")
+    config, state = fold_into_plain_lora(tuned[0], rank)
+    found = config.attach(base.anatomy, seed=0)
+    found.load(state)
+    return Several([found, *heads]) if heads else found

@@ -37,7 +37,7 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     """
     policy = attach(base, made.method, made.seed)
     if made.start is not None:
-        _load(policy, _fitting(made, Run(made.start)), base, whole=not Run(made.start).recipe)
+        _load(policy, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
     reference = beside(made, base, policy)
     return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
@@ -48,7 +48,7 @@ def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
     if made.start is None or (scopes(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
     bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
-    _load(reference, _fitting(made, Run(made.start)), base, whole=not Run(made.start).recipe)
+    _load(reference, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
     bank.frozen(REFERENCE)
@@ -68,13 +68,13 @@ def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach(base, found.method, found.seed)
-        _load(attached, adapter_weights(run), base, whole=not run.recipe)
+        _load(attached, adapter_weights(run, base.anatomy), base, whole=not run.recipe)
         bank.add(name, attached)
     base.router = bank
     return bank
 
 
-def _fitting(made: Recipe, start: Run) -> dict[str, Tensor]:
+def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
     found = recorded(adapted(start))
     other = [line for line in changed(found, made) if line.startswith("method.")]
@@ -83,7 +83,7 @@ def _fitting(made: Recipe, start: Run) -> dict[str, Tensor]:
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other), "leave base and method out of the recipe: they are taken from that run")
-    return adapter_weights(start)
+    return adapter_weights(start, base.anatomy)
 
 
 def _load(attached: Attached, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:

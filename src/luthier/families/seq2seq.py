@@ -85,7 +85,8 @@ class Seq2Seq(Loaded):
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         # Upon the states, not the logits: a head that stands alone has the quicker way.
-        return log_probs(self.model.get_output_embeddings(), states * (self.scale / self.temperature), tokens, entropies=entropies)
+        head = self.model.get_output_embeddings()
+        return log_probs(head, states * (self.scale / self.temperature), tokens, entropies=entropies)
 
     # ---------------------------------------------------------------- the packed row
 

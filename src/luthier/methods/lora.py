@@ -41,6 +41,7 @@ from luthier.methods.peft_settings import (
     SELECTION,
     pattern_expression,
     refuse_unread,
+    short_names,
     target_expression,
     unread,
 )
@@ -53,6 +54,7 @@ PEFT_READ = ORIGIN | SELECTION | {
     "megatron_core", "qalora_group_size", "target_parameters",
 }
 PEFT_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks whose models are loaded as what they were trained as
 PEFT_DEFAULT = 8  # of r and of lora_alpha, which files of other tools leave out
 
 
@@ -102,7 +104,9 @@ class LoraConfig(Config):
         sites = chosen(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
         generator = torch.Generator().manual_seed(seed)
         layers = [Layer(site, self, generator) for site in sites]
-        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task)
+        # Models of other tasks get heads whose maps may have the names of these.
+        every = [name for name, _ in anatomy.model.named_modules()] if anatomy.task in GENERATES else None
+        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task, every)
 
 
 def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
@@ -224,12 +228,20 @@ def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class Lora:
-    """LoRA on a model."""
+    """LoRA on a model.
+
+    Args:
+        every: paths of all modules of the model, among which the saved `target_modules` name those of `layers`; left
+            out: they are named by their whole paths.
+    """
 
     at_update = None
 
-    def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM") -> None:
+    def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM",
+                 every: Sequence[str] | None = None) -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
+        paths = [layer.site.name for layer in layers if isinstance(layer, Layer)]
+        self._targets = sorted(set(paths)) if every is None else short_names(paths, every)
         self.scope = self.hooks.scope
         self._originals: list[Tensor] = []
         for layer in layers:
@@ -307,7 +319,7 @@ class Lora:
         return {
             "peft_type": "LORA", "task_type": self.task, "r": self.config.rank * twice,
             "lora_alpha": self.config.alpha * stretch, "lora_dropout": self.config.dropout,
-            "target_modules": sorted({layer.site.name for layer in linear}),
+            "target_modules": self._targets,
             **({"target_parameters": experts} if experts else {}),
             "use_rslora": self.config.rslora, "use_dora": self.config.dora, "bias": "none",
             "fan_in_fan_out": any(layer.site.transposed for layer in linear),

@@ -236,7 +236,8 @@ class Peft:
         self._tie(False)
 
     def _tie(self, tied: bool) -> None:
-        for config in {id(c): c for c in (self.base.config, self.base.config.get_text_config())}.values():
+        whole: Any = self.base.config
+        for config in {id(c): c for c in (whole, whole.get_text_config())}.values():
             config.tie_word_embeddings = tied
 
     @torch.no_grad()

@@ -25,7 +25,8 @@ EXPRESSIONS = ("target_modules", "exclude_modules", "layers_pattern", "feedforwa
 # Fields of LoRA whose wrong type would otherwise be met late or not at all.
 TYPES: dict[str, tuple[type, ...]] = {
     "r": (int,), "lora_alpha": (int, float), "target_modules": (str, list), "exclude_modules": (str, list),
-    "layers_to_transform": (int, list), "layers_pattern": (str, list), "rank_pattern": (dict,), "alpha_pattern": (dict,),
+    "layers_to_transform": (int, list), "layers_pattern": (str, list),
+    "rank_pattern": (dict,), "alpha_pattern": (dict,),
     "modules_to_save": (list,), "target_parameters": (list,), "num_virtual_tokens": (int,),
     "feedforward_modules": (str, list), "trainable_token_indices": (list, dict), "bias": (str,)}
 
@@ -114,3 +115,41 @@ def pattern_expression(pattern: str) -> str:
 
 def _any(names: Sequence[str]) -> str:
     return "|".join(re.escape(name) for name in sorted(names))
+
+
+# ---------------------------------------------------------------- what is written
+
+
+def short_names(paths: Sequence[str], every: Sequence[str]) -> list[str]:
+    """`target_modules` for these modules: the last part of a path where all modules of that name are meant, else the
+    whole path.
+
+    Args:
+        paths: of the modules that are meant.
+        every: of all modules of the model.
+
+    >>> short_names(["a.0.q", "a.1.q", "a.0.v"], ["a.0.q", "a.1.q", "a.0.v", "a.1.v"])
+    ['a.0.v', 'q']
+    """
+    meant, found = set(paths), set()
+    for path in paths:
+        last = path.rpartition(".")[2]
+        found.add(last if all(other in meant for other in every if other == last or other.endswith(f".{last}"))
+                  else path)
+    return sorted(found)
+
+
+def with_whole_alphas(form: Mapping[str, Any]) -> dict[str, Any]:
+    """An adapter_config.json whose alphas are integers where they are whole: some servers read nothing else.
+
+    >>> with_whole_alphas({"lora_alpha": 16.0, "lora_dropout": 0.0, "alpha_pattern": {"q": 8.0, "v": 0.5}})
+    {'lora_alpha': 16, 'lora_dropout': 0.0, 'alpha_pattern': {'q': 8, 'v': 0.5}}
+    """
+    changed = {key: _whole(value) for key, value in form.items() if key in ("alpha", "lora_alpha")}
+    if isinstance(patterns := form.get("alpha_pattern"), Mapping):
+        changed["alpha_pattern"] = {key: _whole(value) for key, value in patterns.items()}
+    return {**form, **changed}
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value

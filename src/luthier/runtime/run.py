@@ -18,7 +18,6 @@ import yaml
 from luthier.core.errors import RunError
 from luthier.runtime.disk import explained
 
-
 ADAPTER_HUB = frozenset({"hidden_size", "model_class", "model_type", "model_name"})  # keys of the library `adapters`
 
 
@@ -115,8 +114,8 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
         raise RunError(f"{str(file)!r} holds a {type(found).__name__}, and an adapter's settings are a mapping", again)
     if "peft_type" not in found and "config" in found and ADAPTER_HUB & found.keys():
         raise RunError(f"{str(file)!r} is of the library `adapters` (AdapterHub), whose format is not PEFT's",
-                       "use it with that library; a LoRA can be merged there (model.merge_adapter), and the saved model "
-                       "taken as the base")
+                       "use it with that library; a LoRA can be merged there (model.merge_adapter), and the saved "
+                       "model taken as the base")
     if not isinstance(found.get("peft_type"), str):
         raise RunError(f"{str(file)!r} names no peft_type, so nobody knows what was trained",
                        "give a run of Luthier, or an adapter of PEFT")
