@@ -143,9 +143,9 @@ def without_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], mo
             base = weights.get(_bare(path))
             if base is not None:
                 if base.shape != tensor.shape or not torch.equal(base, tensor.to(base)):
-                    raise RunError(f"the adapter's file holds {_bare(path)!r} {list(tensor.shape)}, a weight of the "
-                                   f"base itself (save_embedding_layers), and the base {list(base.shape)} has other numbers "
-                                   "there: its vocabulary or embeddings were changed", MERGE)
+                    raise RunError(f"the adapter's file holds {_bare(path)!r}, {list(tensor.shape)}, a weight of the "
+                                   f"base itself (save_embedding_layers), with other values than the base's, "
+                                   f"{list(base.shape)}: its vocabulary or embeddings were changed", MERGE)
                 continue
         kept[name] = tensor
     return kept
