@@ -84,6 +84,8 @@ READ: dict[str, tuple[str, Any]] = {
     "trainable_token_indices, tied": ("qwen2", lora(trainable_token_indices=[7, 33])),
     "trainable_token_indices by name": ("llama", lora(trainable_token_indices={"embed_tokens": [0, 33]})),
     "target_parameters": ("mixtral", lora(target_modules=QV, target_parameters=["mlp.experts.down_proj"])),
+    "target_parameters with patterns": ("mixtral", lora(
+        target_modules=QV, target_parameters=["mlp.experts.down_proj"], alpha_pattern={"experts.down_proj": 40, "q_proj": 5})),
     "adalora": ("llama", peft.AdaLoraConfig(task_type="CAUSAL_LM", init_r=6, target_r=3, lora_alpha=12, total_step=10,
                                             target_modules=LINEAR, exclude_modules=["k_proj"], layers_to_transform=[0])),
     "ia3": ("llama", peft.IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"],
@@ -373,6 +375,9 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     made = build.recipe({"start": str(tmp_path / "run"), "data": "-"})
     family = build.family(made.base)
     attached, reference = build.begin(made, family)
+    if name != "plain":
+        with pytest.raises(RunError, match="Transformers reads"):
+            export(tmp_path / "run", "whole", tmp_path / "whole")
     assert (said(family).double() - wanted).abs().max() < 1e-4
     assert attached.parameters()
     assert reference

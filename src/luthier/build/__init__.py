@@ -39,7 +39,7 @@ from luthier.build.recipe import (
 )
 from luthier.build.references import asked, price, untrained
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
-from luthier.build.runs import convert_to_plain_lora, open_run, save_tuned, save_whole
+from luthier.build.runs import convert_to_plain_lora, kept_heads, open_run, save_tuned, save_whole
 from luthier.build.served import Served, called, served
 from luthier.build.starts import banked, beside, same_base
 from luthier.data import DataConfig
@@ -55,6 +55,7 @@ __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS",
            "candidate", "changed", "chat_prompt", "check", "combined", "context", "convert_to_plain_lora", "datasets",
            "describe", "device",
            "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
-           "idle", "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
+           "idle", "judged",
+           "kept_heads", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
            "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
            "standing", "tokenizer", "untrained", "version", "with_heads"]

@@ -66,8 +66,10 @@ def _needs_bridge(form: Mapping[str, Any], run: Run | None) -> bool:
     targets = form.get("target_modules")
     if (targets is None and not form.get("target_parameters")) or str(targets).lower() == "all-linear":
         return True  # PEFT resolves both by tables of its own
-    if any("experts." not in name for name in form.get("target_parameters") or ()):
-        return True
+    if parameters := form.get("target_parameters"):
+        patterns = is_set(form.get("rank_pattern")) or is_set(form.get("alpha_pattern"))
+        if patterns or any("experts." not in name for name in parameters):
+            return True
     if run is None:
         return False
     changed = {TUNED.sub("", name) for name in stored_names(run) if TUNED.search(name)}
