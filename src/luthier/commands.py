@@ -137,7 +137,9 @@ def _merge(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from luthier.export import export
-    written = export(options.run, options.to, options.out, options.dtype)
+    rank = options.lora_rank  # a word that is no number is refused by `export`
+    written = export(options.run, options.to, options.out, options.dtype,
+                     int(rank) if rank and rank.isdecimal() else rank)
     return screen.table({"folder" if written.is_dir() else "file": str(written)}, options.json)
 
 
@@ -276,6 +278,8 @@ COMMANDS: dict[str, Command] = {
                 help="one model; the base with the adapter in its folder; PEFT's adapter files; for llama.cpp a file "
                      "of the one model, or of the LoRA alone"),
         _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
+        _option("--lora-rank", metavar="N | auto",
+                help="write the adapter as a plain LoRA of one rank and one alpha, for servers that read no patterns"),
         _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"), JSON)),
     "merge": Command("fold what was trained into the base and write the model: export --to merged", _merge, (
         _option("run", metavar="RUN", help="a run folder"),

@@ -14,6 +14,7 @@ from luthier import build
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
+from luthier.methods.peft import BRIDGED
 from luthier.runtime.run import Run
 
 FORMS = ("merged", "whole", "adapter", "gguf", "gguf-adapter")
@@ -26,7 +27,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torc
 
 
 def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "gguf", "gguf-adapter"] = "merged",
-           out: Path | str | None = None, dtype: Literal["float32", "float16", "q8_0"] | None = None) -> Path:
+           out: Path | str | None = None, dtype: Literal["float32", "float16", "q8_0"] | None = None,
+           lora_rank: int | Literal["auto"] | None = None) -> Path:
     """Write a run as a folder or file of its own, whole or not at all, and return its path.
 
     Args:
@@ -38,6 +40,9 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             or `gguf-adapter`, a LoRA as the file that llama.cpp loads beside the base's.
         out: the folder or file; left out: in the run's folder, `model.gguf`, `adapter.gguf` or under the form's name.
         dtype: of the matrices in `gguf`; left out: float16.
+        lora_rank: write `adapter` as a plain LoRA of this rank on every map, for servers that read one rank and one
+            alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks padded with zeros. `auto`:
+            the largest rank that there is.
 
     Raises:
         RunError: `out` holds something, the run has no such adapter, or merging changed what the model says.
@@ -48,12 +53,15 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
         raise RunError(f"a run cannot be exported to {to!r}", f"one of: {', '.join(FORMS)}")
     if dtype is not None and to != "gguf":
         raise RunError(f"dtype {dtype!r} has no effect on {to!r}", "leave --dtype out, or export with --to gguf")
+    _refuse_rank(lora_rank, to)
     run = run if isinstance(run, Run) else Run(run)
     out = Path(out) if out else run.path / FILES.get(to, to)
     _refuse_taken(out, to)
     made, base, attached = build.open_run(run, whole=to != "adapter")
     if to == "adapter" and (attached is None or attached.peft() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
+    if lora_rank is not None and attached is not None:
+        attached = build.convert_to_plain_lora(base, attached, None if lora_rank == "auto" else lora_rank)
     if to == "whole":
         _refuse_uncarried(run, made, attached)
     if to in ("merged", "gguf") and attached is not None:
@@ -73,6 +81,14 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
     return out
+
+
+def _refuse_rank(rank: int | str | None, to: str) -> None:
+    if rank is not None and to != "adapter":
+        raise RunError(f"lora_rank {rank} has no effect on {to!r}",
+                       "leave --lora-rank out, or export with --to adapter")
+    if rank is not None and rank != "auto" and (not isinstance(rank, int) or rank < 1):
+        raise RunError(f"lora_rank is {rank!r}, and a rank is a whole number of at least 1", "give one, or auto")
 
 
 def _refuse_taken(out: Path, to: str) -> None:
@@ -99,6 +115,11 @@ def _refuse_uncarried(run: Run, made: build.Recipe, attached: Attached | None) -
         unread = "lengths of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
         raise RunError(what + f"Transformers reads no {unread} from the file",
                        "--to merged, or --to adapter, which PEFT reads whole")
+    if form["peft_type"] in BRIDGED and build.kept_heads(made.objective) is False:
+        for key in BRIDGED[form["peft_type"]]:
+            if form.get(key) not in (None, False, "none", [], {}):
+                raise RunError(what + f"it is not known that Transformers reads {key} from the file",
+                               "--to merged, or --to adapter, which PEFT reads whole")
     if heads := form.get("modules_to_save"):
         raise RunError(what + f"Transformers' model has no {heads[0]!r}, the head of objective {made.objective.name!r}",
                        "--to merged writes the head beside the model, as heads.safetensors")

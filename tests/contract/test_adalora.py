@@ -241,7 +241,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("field", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"use_dora": True},
-                                   {"layers_to_transform": [0]}, {"a_field_of_the_future": True}])
+                                   {"trainable_token_indices": [0]}, {"a_field_of_the_future": True}])
 def test_what_is_not_read_of_pefts_settings_is_refused(field: dict[str, Any]) -> None:
     plain = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9).to_dict()
     assert AdaLoraConfig.from_peft(plain).rank == 8

@@ -219,8 +219,8 @@ def test_pissa_is_exported_for_the_untouched_base(kind: str, rslora: bool, dora:
 
 
 @pytest.mark.parametrize("field", [{"init_lora_weights": "pissa_niter_16"}, {"init_lora_weights": "olora"}, {"bias": "all"},
-                                   {"modules_to_save": ["lm_head"]}, {"exclude_modules": ["q_proj"]},
-                                   {"layers_to_transform": [0]}, {"a_field_of_the_future": True}])
+                                   {"modules_to_save": ["lm_head"]}, {"layer_replication": [[0, 1], [0, 1]]},
+                                   {"trainable_token_indices": [3]}, {"a_field_of_the_future": True}])
 def test_what_is_not_read_of_pefts_settings_is_refused(field: dict[str, Any]) -> None:
     plain = peft.LoraConfig(task_type="CAUSAL_LM", **CASES["plain"][2]).to_dict()
     assert LoraConfig.from_peft(plain).rank == 4

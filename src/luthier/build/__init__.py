@@ -49,7 +49,7 @@ from luthier.build.run_warnings import (
     find_schedule_problems,
     find_unused_settings,
 )
-from luthier.build.runs import open_run, prompt_format, save_tuned, save_whole
+from luthier.build.runs import convert_to_plain_lora, kept_heads, open_run, prompt_format, save_tuned, save_whole
 from luthier.build.served import Served, called, served
 from luthier.build.starts import banked, beside, same_base
 from luthier.data import DataConfig
@@ -64,10 +64,10 @@ __all__ = [
     "ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "PromptFormat", "Reading", "Recipe",
     "Rollouts", "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
     "candidate", "changed", "chat_prompt", "check", "check_dtype", "check_rewards", "combined", "context",
-    "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device", "dump", "family", "feed",
-    "find_data_problems", "find_method_problems", "find_schedule_problems", "find_unused_settings", "fingerprint",
-    "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "judged", "least_gb", "master_price",
-    "method_name", "micro_tokens", "note_conversations", "open_run", "price", "prompt_format", "provenance",
-    "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole",
-    "served", "standing", "tokenizer", "untrained", "version", "with_heads",
+    "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
+    "dump", "family", "feed", "find_data_problems", "find_method_problems", "find_schedule_problems",
+    "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "judged",
+    "kept_heads", "least_gb", "master_price", "method_name", "micro_tokens", "note_conversations", "open_run",
+    "price", "prompt_format", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows",
+    "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads",
 ]

@@ -16,17 +16,16 @@ from typing import Annotated, Any, TypeAlias
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
+from luthier.build.adapters import method_of
 from luthier.core.config import NULL, Config
-from luthier.core.errors import RecipeError
+from luthier.core.errors import RecipeError, RunError
 from luthier.data import ANSWERED, DataConfig
 from luthier.families import BaseConfig
 from luthier.measure import EvaluateConfig
-from luthier.methods import METHODS, READERS
-from luthier.methods.form import OWN
+from luthier.methods import METHODS
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
-from luthier.methods.peft import PeftConfig
 from luthier.methods.several import SeveralConfig, parts_of
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.grpo import GrpoConfig
@@ -144,15 +143,11 @@ def recorded(run: Run) -> Recipe:
     adapter = run.adapter
     if adapter is None:
         return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
-    base = BaseConfig(name=adapter["base_model_name_or_path"] or "", revision=adapter.get("revision"))
-    return Recipe.parse({"base": base.model_dump(), "method": _method_of(adapter), "data": "-"})
-
-
-def _method_of(form: Mapping[str, Any]) -> Any:
-    """The settings that an adapter_config.json describes: PEFT's of a tuner, or our own of any method or list."""
-    if form.get("peft_type") == OWN:
-        return form["method"] if "method" in form else [_method_of(part) for part in form["parts"]]
-    return READERS.get(str(form.get("peft_type")), PeftConfig).from_peft(form).model_dump()
+    if not adapter.get("base_model_name_or_path"):
+        raise RunError(f"{str(run.path / 'adapter_config.json')!r} names no base (base_model_name_or_path)",
+                       "write the hub id or folder of the base into it")
+    base = BaseConfig(name=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+    return Recipe.parse({"base": base.model_dump(), "method": method_of(adapter, run), "data": "-"})
 
 
 def _read(path: Path) -> dict[str, Any]:

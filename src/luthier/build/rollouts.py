@@ -25,9 +25,10 @@ import torch
 
 from luthier import data as rows
 from luthier.build import objects, starts
+from luthier.build.adapters import adapter_weights
 from luthier.build.recipe import Recipe, recorded
 from luthier.build.references import autocast
-from luthier.build.runs import adapter_weights, open_run
+from luthier.build.runs import open_run
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample, Message
 from luthier.core.protocols import Attached, Family, Feed
@@ -154,7 +155,7 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     with attached.disabled():
         told["base"] = rolled.judged(prompts)
     told["start"] = rolled.judged(prompts)
-    policy.load(adapter_weights(run))
+    policy.load(adapter_weights(run, base.anatomy))
     told["tuned"] = rolled.judged(prompts)
     return {role: {name: value for name, value in one.items() if name != "loss"} | {"prompts": len(prompts)}
             for role, one in told.items()}
@@ -199,7 +200,7 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn
     adapter, before = found.method.attach(base.anatomy, seed=found.seed), base.heads
     base.add(found.objective.heads, found.seed)
     heads, base.heads = base.heads, before
-    saved = adapter_weights(run)
+    saved = adapter_weights(run, base.anatomy)
     adapter.load({name: saved[name] for name in adapter.state() if name in saved})
     heads.load({name: saved[name] for name in heads.state() if name in saved})
     name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in bank.members)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from luthier import data as rows
+from luthier.build.adapters import adapter_weights, without_base_weights
 from luthier.build.objects import PromptFormat, attach, family, with_heads
 from luthier.build.recipe import Recipe, dump, recorded
 from luthier.core.errors import RunError
 from luthier.core.protocols import TRAINING, Attached, ChatFormat, Family, Objective
 from luthier.data import DataConfig
 from luthier.families import ALIASES, BaseConfig, folder, resolve
+from luthier.methods.peft_settings import with_whole_alphas
+from luthier.methods.plain import fold_into_plain_lora
 from luthier.methods.several import Several
 from luthier.objectives.rolls import RollsConfig
 from luthier.runtime.run import Run
@@ -53,7 +55,7 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
         attached = with_heads(base, attached, made.objective, made.seed)
-    attached.load(adapter_weights(run))
+    attached.load(without_base_weights(adapter_weights(run, base.anatomy), attached.state(), base.anatomy.model))
     return made, base, attached
 
 
@@ -88,15 +90,6 @@ def _names_base(path: Path) -> bool:
                                                       and not path.parent.is_dir())
 
 
-def adapter_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What a run trained, by its names in the file."""
-    file = run.path / "adapter_model.safetensors"
-    if not file.exists():
-        raise RunError(f"{str(run.path)!r} has an adapter_config.json but no adapter_model.safetensors",
-                       "resume the run (--resume) so that it ends, or convert adapter_model.bin to safetensors")
-    return load_file(file)
-
-
 def save_whole(run: Run, made: Recipe, base: Family) -> None:
     """Write the model as it now is, and the objective's heads beside it, which a folder of Transformers has no place
     for; the recipe says what they are for."""
@@ -124,6 +117,22 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
     # PEFT loads the base by this name: a hub id as it is, anything else as the Transformers folder that it became.
     hub = made.base.structure is None and isinstance(resolve(made.base.name), str)
     name = made.base.name if hub else str(folder(made.base))
-    run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
+    run.write("adapter_config.json", {**with_whole_alphas(config), "base_model_name_or_path": name,
+                                      "revision": made.base.revision})
     base.saved_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
+
+
+def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) -> Attached:
+    """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
+    to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
+    parts = list(attached.parts) if isinstance(attached, Several) else [attached]
+    forms = [part.peft() or {} for part in parts]
+    heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
+    tuned = [part for part in parts if part not in heads]
+    if len(tuned) > 1:
+        raise RunError("a list of methods is no plain LoRA", "leave --lora-rank out, or export with --to merged")
+    config, state = fold_into_plain_lora(tuned[0], rank)
+    found = config.attach(base.anatomy, seed=0)
+    found.load(state)
+    return Several([found, *heads]) if heads else found

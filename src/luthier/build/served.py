@@ -21,6 +21,8 @@ from luthier.core.protocols import Family
 from luthier.data import DataConfig
 from luthier.families import CausalLM
 from luthier.methods.bank import Bank
+from luthier.methods.peft import PeftConfig
+from luthier.methods.several import parts_of
 from luthier.runtime.run import Run
 
 ROW = 4096  # tokens of texts that are read together
@@ -97,6 +99,11 @@ def called(place: Path | str) -> str:
     return path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
 
 
+def _inside(run: Run) -> bool:
+    """Whether the run's method works inside the base's own modules, which nothing else can then share."""
+    return any(isinstance(part, PeftConfig) for part in parts_of(recorded(run.existing()).method))
+
+
 def served(runs: Mapping[str, Path | str]) -> Served:
     """Load what is to be served: one base or whole model, or several runs that were tuned on one base.
 
@@ -107,9 +114,10 @@ def served(runs: Mapping[str, Path | str]) -> Served:
     if not runs:
         raise RecipeError("nothing to serve", "name a run folder or a base")
     folders = {name: Run(path) for name, path in runs.items()}
-    if any(run.adapter is None for run in folders.values()):
+    alone = next((name for name, run in folders.items() if run.adapter is None or _inside(run)), None)
+    if alone is not None and (len(folders) == 1 or folders[alone].adapter is None):
         if len(folders) > 1:
-            whole = next(name for name, run in folders.items() if run.adapter is None)
+            whole = alone
             raise RecipeError(f"{whole!r} is a whole model, which shares nothing with the others",
                               "serve it by itself, on a port of its own")
         (name, run), = folders.items()

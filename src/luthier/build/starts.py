@@ -13,14 +13,15 @@ from functools import partial
 
 from torch import Tensor
 
+from luthier.build.adapters import adapter_weights, without_base_weights
 from luthier.build.objects import attach, with_heads
-from luthier.build.recipe import Recipe, adapted, changed, recorded
-from luthier.build.runs import adapter_weights
+from luthier.build.recipe import Recipe, adapted, changed, recorded, referred
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Attached, Family
 from luthier.families import BaseConfig, folder
 from luthier.methods.bank import Bank
 from luthier.methods.lora import PREFIX
+from luthier.methods.several import scopes
 from luthier.runtime.run import Run
 
 Reference = Callable[[], AbstractContextManager[None]]
@@ -36,7 +37,7 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     """
     policy = attach(base, made.method, made.seed)
     if made.start is not None:
-        _load(policy, _fitting(made, Run(made.start)), base)
+        _load(policy, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
     reference = beside(made, base, policy)
     return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
@@ -44,10 +45,10 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
 def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.start is None:
-        return policy.disabled
+    if made.start is None or (scopes(policy) is None and not referred(made.objective)):
+        return policy.disabled  # without a use for a reference, none is made of what cannot share its base
     bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
-    _load(reference, _fitting(made, Run(made.start)), base)
+    _load(reference, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
     bank.frozen(REFERENCE)
@@ -67,13 +68,13 @@ def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach(base, found.method, found.seed)
-        _load(attached, adapter_weights(run), base)
+        _load(attached, adapter_weights(run, base.anatomy), base, whole=not run.recipe)
         bank.add(name, attached)
     base.router = bank
     return bank
 
 
-def _fitting(made: Recipe, start: Run) -> dict[str, Tensor]:
+def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
     found = recorded(adapted(start))
     other = [line for line in changed(found, made) if line.startswith("method.")]
@@ -82,11 +83,11 @@ def _fitting(made: Recipe, start: Run) -> dict[str, Tensor]:
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other), "leave base and method out of the recipe: they are taken from that run")
-    return adapter_weights(start)
+    return adapter_weights(start, base.anatomy)
 
 
-def _load(attached: Attached, saved: dict[str, Tensor], base: Family) -> None:
-    """Take the method's own; heads that the run's objective added stay behind.
+def _load(attached: Attached, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
+    """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file.
 
     An encoder's stack under its head for masked words has one part more in its names than the stack alone, so what was
     trained with the head fits without it by the other name, and the other way round.
@@ -98,6 +99,10 @@ def _load(attached: Attached, saved: dict[str, Tensor], base: Family) -> None:
         return PREFIX + (rest.removeprefix(home) if rest.startswith(home) else home + rest)
 
     named = {name: name if name in saved else other(name) for name in attached.state()}
+    if whole:  # PEFT's folder holds no heads of ours: whatever is left would be passed over
+        left = without_base_weights({n: t for n, t in saved.items() if n not in named.values()}, {}, base.anatomy.model)
+        attached.load({**{name: saved[there] for name, there in named.items() if there in saved}, **left})
+        return
     attached.load({name: saved[there] for name, there in named.items() if there in saved})
 
 

@@ -42,8 +42,8 @@ class CausalLM(Packed):
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        assert self.anatomy.head is not None
-        return log_probs(self.anatomy.head, states, tokens, self._softcap, self._scale, entropies, temperature)
+        head = self.model.get_output_embeddings()  # looked up anew: a method may have exchanged it
+        return log_probs(head, states, tokens, self._softcap, self._scale, entropies, temperature)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
                  adapters: Sequence[int] = ()) -> Iterator[Generated]:

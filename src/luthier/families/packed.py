@@ -193,7 +193,7 @@ class Packed(Loaded):
     def _told(self, inputs: Inputs) -> dict[str, Tensor]:
         """The columns, with embeddings in place of the tokens where these are mixtures."""
         columns = self._columns(inputs)
-        if (embeds := mixed(self.anatomy.embedding, inputs)) is not None:
+        if (embeds := mixed(self.model.get_input_embeddings(), inputs)) is not None:
             columns["inputs_embeds"] = embeds
             del columns["input_ids"]
         return columns

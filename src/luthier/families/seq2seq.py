@@ -86,7 +86,8 @@ class Seq2Seq(Loaded):
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         # Upon the states, not the logits: a head that stands alone has the quicker way.
-        return log_probs(self.anatomy.head, states * (self.scale / temperature), tokens, entropies=entropies)
+        head = self.model.get_output_embeddings()
+        return log_probs(head, states * (self.scale / temperature), tokens, entropies=entropies)
 
     # ---------------------------------------------------------------- the packed row
 
@@ -107,7 +108,7 @@ class Seq2Seq(Loaded):
         """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
         source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
         found, before, tokens = [], 0, inputs.tokens
-        embeds = mixed(self.anatomy.embedding, inputs)
+        embeds = mixed(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
         for group in self._grouped(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
@@ -176,8 +177,7 @@ class Seq2Seq(Loaded):
         own = self.model(input_ids=row[None, :3], use_cache=False,
                          decoder_input_ids=torch.tensor([[self.start, 2, 3]], device=self.device)).logits[0]
         states = self.states(Inputs(row, torch.arange(5, device=self.device), Forest((3, 2), (-1, 0))))
-        assert self.anatomy.head is not None
-        found = self.anatomy.head(states[2:] * self.scale)
+        found = self.model.get_output_embeddings()(states[2:] * self.scale)
         self.model.train(was)
         if not torch.allclose(found.float(), own.float(), rtol=1e-2, atol=1e-2 * float(own.float().abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
@@ -238,8 +238,7 @@ class _Answers:
         states = family.decoder(input_ids=self.tokens, encoder_hidden_states=self.read,
                                 encoder_attention_mask=self.mask, past_key_values=self.cache,
                                 use_cache=True).last_hidden_state[:, -1]
-        assert family.anatomy.head is not None
-        found: Tensor = family.anatomy.head(states * family.scale)
+        found: Tensor = family.model.get_output_embeddings()(states * family.scale)
         return found
 
     def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:

@@ -49,6 +49,16 @@ def installed(anatomy: Anatomy, first: int = 0, router: Callable[[], Router | No
     return replace(anatomy, ports=ports)
 
 
+def has_window(model: Any, context: int) -> bool:
+    """Whether some layer lets a token see only the last ones before it, fewer than the context holds."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windows = [getattr(config, name, None) for name, kind in (
+        ("sliding_window", "sliding"), ("attention_chunk_size", "chunked"), ("local_attention", "sliding"))
+        if kinds is None or any(kind in str(layer) for layer in kinds)]
+    return any(isinstance(window, int) and 0 < window < context for window in windows)
+
+
 def lengths(model: nn.Module, rows: int) -> list[int]:
     """How many places of the model's context virtual tokens take now, in each of the rows of a batch."""
     ports = _PORTS[model]() if model in _PORTS else None
@@ -102,13 +112,15 @@ class VirtualPorts:
     """See `core.ports.Ports`. One for each loaded model."""
 
     usual: Callable[[int, int], Tensor] | None = None
-    peft: frozenset[Kind] = frozenset({"prompt", "prefix"})
 
     def __init__(self, anatomy: Anatomy, first: int, router: Callable[[], Router | None]) -> None:
         self._first, self._router = first, router
         self._backbone, self._embedding = anatomy.backbone, anatomy.embedding
         self._layers, self._context = len(anatomy.blocks), anatomy.sizes["context"]
         self._both_ways = anatomy.task == "FEATURE_EXTRACTION"
+        # PEFT puts a prefix into the cache, where a layer with a window loses sight of it; here every token sees it.
+        windowed = has_window(anatomy.model, self._context)
+        self.peft: frozenset[Kind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
         arguments = inspect.signature(type(anatomy.backbone).forward).parameters
         self._names = list(arguments)[1:]
         self._carries = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())

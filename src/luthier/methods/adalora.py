@@ -46,8 +46,9 @@ from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import TRAINING, Anatomy, Site
 from luthier.methods.experts import chosen_experts
 from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
-from luthier.methods.lora import PEFT_READ, PREFIX, add_product, chosen
+from luthier.methods.lora import PEFT_READ, PREFIX, add_product, chosen, refuse_moved_base
 from luthier.methods.merging import Merging
+from luthier.methods.peft_settings import refuse_unread, target_expression
 
 ROUGHLY = 1e-5  # PEFT divides alpha by the rank and this
 PEFT_STEPS = 1000  # of which the shares of the schedule are written in PEFT's config, which wants whole steps
@@ -94,16 +95,18 @@ class AdaLoraConfig(Config):
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> AdaLoraConfig:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        for key, value in adapter.items():
-            if value and key not in KNOWN and (key, value) != ("bias", "none"):
-                raise RunError(f"the adapter was made with {key}={value!r}, which is not read here",
-                               f"train it without {key}")
-        targets, total = adapter["target_modules"], adapter["total_step"]
+        refuse_unread(adapter, KNOWN)
+        refuse_moved_base(adapter)
+        selected = target_expression(adapter)
+        if selected is None:
+            raise RunError("adapter_config.json names no target_modules, so nobody knows what was trained",
+                           "save the adapter again with the PEFT that made it")
+        total = adapter["total_step"]
         return cls.parse({
             "rank": min(adapter["target_r"], adapter["init_r"]), "start_rank": adapter["init_r"],
             "alpha": adapter["lora_alpha"] if adapter["lora_alpha"] > 0 else adapter["init_r"],
             "dropout": adapter.get("lora_dropout") or 0.0,
-            "targets": [targets] if isinstance(targets, str) and targets != "all-linear" else targets,
+            "targets": "all-linear" if adapter["target_modules"] == "all-linear" else [selected],
             "wait": adapter["tinit"] / total, "settle": adapter["tfinal"] / total,
             "every": min(adapter["deltaT"] / total, 0.99), "beta1": adapter["beta1"], "beta2": adapter["beta2"],
             "orthogonal": adapter["orth_reg_weight"]})

@@ -9,6 +9,7 @@ PEFT's `target_parameters`, which keeps A as [E R, in] and B as [out, R E], and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,11 @@ def named(target: str, experts: Experts) -> bool:
     return target == "experts" or ("experts." in target and f".{experts.name}".endswith(f".{target}"))
 
 
+def applies(pattern: str, experts: Experts) -> bool:
+    """Whether a key of a pattern means these experts: as a target does, or as an expression for their whole path."""
+    return named(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
+
+
 def chosen_experts(experts: Sequence[Experts], targets: str | Sequence[str]) -> list[Experts]:
     """Those that `targets` names; `all-linear` leaves them alone, for they are most of a model's weights."""
     return [] if targets == "all-linear" else [e for e in experts if any(named(target, e) for target in targets)]
@@ -38,8 +44,8 @@ def expert_layers(found: Sequence[Experts], config: LoraConfig, generator: torch
     """Raises `RecipeError` for the variants that have no form for experts."""
     unfit = [setting for setting, given in (
         ("dora", config.dora), ("dropout", config.dropout > 0), ("init: pissa", config.init == "pissa"),
-        ("rank_pattern", any(named(key, e) for key in config.rank_pattern for e in found)),
-        ("alpha_pattern", any(named(key, e) for key in config.alpha_pattern for e in found))) if given]
+        ("rank_pattern", any(applies(key, e) for key in config.rank_pattern for e in found)),
+        ("alpha_pattern", any(applies(key, e) for key in config.alpha_pattern for e in found))) if given]
     if found and unfit:
         raise RecipeError(f"method.targets names experts, whose change has no {unfit[0]}",
                           f"leave {unfit[0]} out, or the experts")

@@ -16,6 +16,7 @@ steps; on the demo's rows 40 steps at 3e-3 and 2e-2 brought the perplexity from 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -29,10 +30,10 @@ from luthier.core.protocols import Anatomy, Site
 from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
 from luthier.methods.lora import PREFIX, chosen, matches
 from luthier.methods.merging import Merging, own
+from luthier.methods.peft_settings import MERGE, ORIGIN, refuse_unread, target_expression
 
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
-PEFT_READ = frozenset({"peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
-                       "inference_mode", "target_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"})
+PEFT_READ = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
 
 
 class Ia3Config(Config):
@@ -48,13 +49,18 @@ class Ia3Config(Config):
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> Ia3Config:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        for key, value in adapter.items():
-            if value and key not in PEFT_READ:
-                raise RunError(f"the adapter was made with {key}={value!r}, which is not read here",
-                               f"train it without {key}")
-        inner = _listed(adapter["feedforward_modules"])
-        outer = [name for name in _listed(adapter["target_modules"]) if name not in inner]
-        return cls.parse({"targets": outer, "feedforward": inner})
+        refuse_unread(adapter, PEFT_READ)
+        selected, inner = target_expression(adapter), adapter.get("feedforward_modules") or []
+        if selected is None or adapter["target_modules"] == "all-linear":
+            raise RunError(f"the adapter was made with target_modules={adapter.get('target_modules')!r}, which is not "
+                           "read here", MERGE)
+        # PEFT compares the ends of names, whole parts or not.
+        ends = f"(?:{inner})" if isinstance(inner, str) else rf"(?:.*(?:{'|'.join(map(re.escape, sorted(inner)))}))"
+        targets = adapter["target_modules"]
+        outer = [] if isinstance(targets, list) and set(targets) <= {*inner} else [f"(?!{ends}$){selected}"]
+        if not inner:
+            return cls.parse({"targets": [selected], "feedforward": []})
+        return cls.parse({"targets": outer, "feedforward": [f"(?={ends}$){selected}"]})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Ia3:
         if self.targets == "paper":
@@ -71,10 +77,6 @@ class Ia3Config(Config):
         layers = [Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.targets == "paper" else 0)
                   for site in outer]
         return Ia3(layers + [Layer(site, inputs=True) for site in inner], anatomy.task)
-
-
-def _listed(named: str | list[str]) -> list[str]:
-    return [named] if isinstance(named, str) else sorted(named)
 
 
 class Layer:

@@ -35,16 +35,27 @@ from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
 from luthier.methods.experts import ExpertLayer, chosen_experts, expert_layers, named
 from luthier.methods.hooks import Hooks, load_into, refuse_misfits, refuse_quantized
+from luthier.methods.peft_settings import (
+    MERGE,
+    ORIGIN,
+    SELECTION,
+    pattern_expression,
+    refuse_unread,
+    short_names,
+    target_expression,
+    unread,
+)
 
 PREFIX = "base_model.model."  # PEFT's files put this before a module's path
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
-PEFT_READ = frozenset({
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+PEFT_READ = ORIGIN | SELECTION | {
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "bias", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "megatron_core", "layers_pattern", "qalora_group_size", "target_parameters",
-})
+    "megatron_core", "qalora_group_size", "target_parameters",
+}
 PEFT_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks whose models are loaded as what they were trained as
+PEFT_DEFAULT = 8  # of r and of lora_alpha, which files of other tools leave out
 
 
 class LoraConfig(Config):
@@ -68,25 +79,24 @@ class LoraConfig(Config):
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> LoraConfig:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        strange = {key: value for key, value in adapter.items() if value and key not in PEFT_READ}
+        refuse_unread(adapter, PEFT_READ)
         if adapter.get("bias", "none") != "none":
-            strange["bias"] = adapter["bias"]
-        if str(adapter.get("init_lora_weights")).startswith(PEFT_MOVES_BASE):
-            strange["init_lora_weights"] = adapter["init_lora_weights"]  # its A and B fit a base that was changed
-        for key, value in strange.items():
-            raise RunError(f"the adapter was made with {key}={value!r}, which is not read here",
-                           "let PEFT convert it to a plain LoRA (path_initial_model_for_weight_conversion)"
-                           if key == "init_lora_weights" else f"train it without {key}")
-        targets = adapter["target_modules"]
-        if parameters := adapter.get("target_parameters"):
-            targets = [*([targets] if isinstance(targets, str) else targets or ()), *parameters]
+            raise unread("bias", adapter["bias"])
+        refuse_moved_base(adapter)
+        targets = adapter.get("target_modules")
+        selected = "all-linear" if targets == "all-linear" else target_expression(adapter)
+        parameters = list(adapter.get("target_parameters") or ())
+        if selected is None and not parameters:
+            raise RunError("adapter_config.json names no target_modules, so nobody knows what was trained",
+                           "save the adapter again with the PEFT that made it")
         return cls.parse({
-            "rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter.get("lora_dropout") or 0.0,
-            "targets": [targets] if isinstance(targets, str) and targets != "all-linear" else targets,
+            "rank": adapter.get("r", PEFT_DEFAULT), "alpha": adapter.get("lora_alpha", PEFT_DEFAULT),
+            "dropout": adapter.get("lora_dropout") or 0.0,
+            "targets": selected if selected == "all-linear" and not parameters else
+            [*([] if selected is None else [selected]), *parameters],
             "rslora": adapter.get("use_rslora") or False, "dora": adapter.get("use_dora") or False,
-            # PEFT fits an expression to the end of a path, from a dot on.
-            "rank_pattern": {rf"(.*\.)?({key})": r for key, r in (adapter.get("rank_pattern") or {}).items()},
-            "alpha_pattern": {rf"(.*\.)?({key})": a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
+            "rank_pattern": {pattern_expression(key): r for key, r in (adapter.get("rank_pattern") or {}).items()},
+            "alpha_pattern": {pattern_expression(key): a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
         experts = chosen_experts(anatomy.experts, self.targets)
@@ -94,7 +104,18 @@ class LoraConfig(Config):
         sites = chosen(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
         generator = torch.Generator().manual_seed(seed)
         layers = [Layer(site, self, generator) for site in sites]
-        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task)
+        # Models of other tasks get heads whose maps may have the names of these.
+        every = [name for name, _ in anatomy.model.named_modules()] if anatomy.task in GENERATES else None
+        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task, every)
+
+
+def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
+    """Raises `RunError` for a start that changes the base: A and B fit that changed base alone."""
+    if str(adapter.get("init_lora_weights")).startswith(PEFT_MOVES_BASE):
+        raise RunError(f"the adapter was made with init_lora_weights={adapter['init_lora_weights']!r}, which is not "
+                       "read here: its weights fit a base that PEFT changed at the start",
+                       "let PEFT convert it to a plain LoRA (save_pretrained with "
+                       "path_initial_model_for_weight_conversion), or " + MERGE)
 
 
 def matches(site: Site, pattern: str) -> bool:
@@ -207,12 +228,20 @@ def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
 
 
 class Lora:
-    """LoRA on a model."""
+    """LoRA on a model.
+
+    Args:
+        every: paths of all modules of the model, among which the saved `target_modules` name those of `layers`; left
+            out: they are named by their whole paths.
+    """
 
     at_update = None
 
-    def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM") -> None:
+    def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM",
+                 every: Sequence[str] | None = None) -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
+        paths = [layer.site.name for layer in layers if isinstance(layer, Layer)]
+        self._targets = sorted(set(paths)) if every is None else short_names(paths, every)
         self.scope = self.hooks.scope
         self._originals: list[Tensor] = []
         for layer in layers:
@@ -290,7 +319,7 @@ class Lora:
         return {
             "peft_type": "LORA", "task_type": self.task, "r": self.config.rank * twice,
             "lora_alpha": self.config.alpha * stretch, "lora_dropout": self.config.dropout,
-            "target_modules": sorted({layer.site.name for layer in linear}),
+            "target_modules": self._targets,
             **({"target_parameters": experts} if experts else {}),
             "use_rslora": self.config.rslora, "use_dora": self.config.dora, "bias": "none",
             "fan_in_fan_out": any(layer.site.transposed for layer in linear),

@@ -29,6 +29,10 @@ from luthier.core.config import Config
 from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, RunError, nearest
 from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import refuse_misfits, refuse_quantized
+from luthier.methods.ia3 import PEFT_READ as IA3_READ
+from luthier.methods.lora import PEFT_READ as LORA_READ
+from luthier.methods.lora import refuse_moved_base
+from luthier.methods.peft_settings import MERGE, ORIGIN, refuse_unread
 
 # Tuners that want something of the training loop or of the model's caller which nobody gives them here.
 REFUSED = {
@@ -36,8 +40,14 @@ REFUSED = {
     "POLY": "it must be told the task of every row",
     "XLORA": "it is a mixture of adapters that were trained before",
 }
-WHERE_FROM = frozenset({"peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode",
-                        "auto_mapping", "peft_version"})
+# Settings of PEFT's types of adapter that other methods here read, for which PEFT's own tuner takes it instead.
+BRIDGED = {
+    "LORA": ("modules_to_save", "trainable_token_indices", "bias", "lora_bias", "ensure_weight_tying"),
+    "IA3": ("modules_to_save",),
+}
+# What a LoRA started from: it was trained since, and needs none of it.
+STARTS = ("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
+          "qalora_group_size")
 
 
 class PeftConfig(Config):
@@ -63,30 +73,44 @@ class PeftConfig(Config):
         if "peft_type" not in adapter:
             raise RunError("the adapter_config.json names no peft_type, so nobody knows what was trained",
                            "give a run of Luthier, or an adapter of PEFT")
-        return cls.parse({"type": adapter["peft_type"], "config": {
-            key: value for key, value in adapter.items() if key not in WHERE_FROM and value is not None}})
+        kind = str(adapter["peft_type"])
+        made = cls.parse({"type": kind})
+        fields = made.known_fields()
+        if kind in BRIDGED:
+            refuse_unread(adapter, {"LORA": LORA_READ, "IA3": IA3_READ}[kind] | set(BRIDGED[kind]))
+            refuse_moved_base(adapter)
+        refuse_unread(adapter, fields | ORIGIN)
+        dropped = ORIGIN | set(STARTS if kind in BRIDGED else ())
+        return made.model_copy(update={"config": {key: value for key, value in adapter.items() if key in fields
+                                                  and key not in dropped and value is not None}})
+
+    @staticmethod
+    def _classes() -> dict[str, Any]:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KNOWN
+        return {kind.value: made for kind, made in KNOWN.items()}
+
+    def known_fields(self) -> frozenset[str]:
+        """Of PEFT's config for the tuner. Raises `RecipeError` for a tuner that PEFT does not know."""
+        names = self._classes()
+        if self.type not in names:
+            raise RecipeError(f"method.type: PEFT has no tuner {self.type!r}", nearest(self.type, names))
+        return frozenset(names[self.type].__dataclass_fields__)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Peft:
         return Peft(self.theirs(anatomy.task), anatomy, seed)
 
     def theirs(self, task: str) -> Any:
         """PEFT's config. Raises `RecipeError` for a tuner or field that PEFT does not know or that cannot work here."""
-        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KNOWN
-        names = {kind.value: made for kind, made in KNOWN.items()}
-        if self.type not in names:
-            raise RecipeError(f"method.type: PEFT has no tuner {self.type!r}", nearest(self.type, names))
+        fields, made_by = self.known_fields(), self._classes()[self.type]
         if self.type in REFUSED:
             raise RecipeError(f"method.type: {self.type} cannot be trained here: {REFUSED[self.type]}",
                               "choose another tuner")
-        if self.config.get("modules_to_save"):
-            raise RecipeError("method.config.modules_to_save: heads come from the objective here", "leave it out")
-        fields = names[self.type].__dataclass_fields__
         given = dict(self.config)
         if "target_modules" in fields:
             given.setdefault("target_modules", "all-linear")
-        if unknown := sorted(given.keys() - fields.keys()):
+        if unknown := sorted(given.keys() - fields):
             raise RecipeError(f"method.config: {self.type} has no field {unknown[0]!r}", nearest(unknown[0], fields))
-        made = names[self.type](task_type=task, **given)
+        made = made_by(task_type=task, **given)
         if made.is_prompt_learning:
             raise RecipeError(f"method.type: {self.type} wraps the call of the model, which stays as it is here",
                               "use the methods prompt, prefix or ptuning")
@@ -101,8 +125,10 @@ class Peft:
 
     def __init__(self, config: Any, anatomy: Anatomy, seed: int) -> None:
         from peft import get_peft_model
-        self.config, self.base = config, anatomy.model
-        before = dict(self.base.named_modules())
+        self.config, self.base, self._tied = config, anatomy.model, anatomy.tied
+        self._embedding, self._head = anatomy.embedding, anatomy.head
+        before, own = dict(self.base.named_modules()), {id(parameter) for parameter in self.base.parameters()}
+        _check_saved_modules(config, before)
         with torch.random.fork_rng(devices=[]):  # PEFT draws from the one generator that all share
             torch.manual_seed(seed)
             try:
@@ -114,11 +140,11 @@ class Peft:
         # Path -> the base's own module, and PEFT's in its place.
         self._own = {name: module for name, module in before.items() if name and now.get(name, module) is not module}
         self._theirs = {name: now[name] for name in self._own}
-        if anatomy.head is not None and any(module is anatomy.head for module in self._own.values()):
-            raise RecipeError("method.config.target_modules: the output projection's weight is used without a call of "
-                              "its module, where PEFT's would have no effect", "leave it out")
         self._parameters = {name.replace(".default", ""): parameter
                             for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        # The base's own that train where they stand (`bias`), each with its numbers of the other state.
+        self._inside = [(p, p.detach().clone()) for p in self._parameters.values() if id(p) in own]
+        self._acting = True
         self._off = 0
         self._originals: dict[str, Tensor] = {}
         self._few = [site for site in anatomy.sites if site.expand is not None and site.name in self._own]
@@ -144,6 +170,11 @@ class Peft:
         return 1.0
 
     def _put(self, modules: Mapping[str, nn.Module]) -> None:
+        acting = modules is not self._own
+        if acting is not self._acting:
+            for parameter, other in self._inside:
+                parameter.data, other.data = other.data, parameter.data
+        self._acting = acting
         for path, module in modules.items():
             parent, _, name = path.rpartition(".")
             setattr(self.base.get_submodule(parent), name, module)
@@ -169,17 +200,45 @@ class Peft:
 
     @torch.no_grad()
     def merge(self) -> None:
+        from peft.utils.other import AuxiliaryTrainingWrapper
         assert not self._originals, "merged already"
         refuse_quantized(self._few)
+        self._untie()
         originals = {f"{path}.{name}": parameter.detach().clone() for path, module in self._own.items()
                      for name, parameter in module.named_parameters() if not name.startswith("base_layer")}
         try:
             self.model.base_model.merge_adapter()
-        except (ValueError, NotImplementedError, AttributeError) as error:
+        except (ValueError, NotImplementedError, AttributeError, RuntimeError) as error:
+            self._originals = originals  # some maps may have been merged
+            self.unmerge()
             raise NotMergeable(f"PEFT cannot merge {self.config.peft_type.value}: {error}",
                                "use the adapter as it is") from error
         self._originals = originals
-        self._put({path: module.get_base_layer() for path, module in self._theirs.items()})
+        for path, copy in self._saved_copies().items():  # PEFT's merging leaves `modules_to_save` aside
+            for name, parameter in self._own[path].named_parameters():
+                parameter.data.copy_(copy.get_parameter(name))
+        # LN tuning exchanges the layer itself.
+        self._put({path: self._own[path] if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+                   for path, module in self._theirs.items()})
+
+    def _saved_copies(self) -> dict[str, nn.Module]:
+        """The trained copies of `modules_to_save`, by the path of the module that each stands for."""
+        from peft.utils.other import ModulesToSaveWrapper
+        return {path: module.modules_to_save["default"] for path, module in self._theirs.items()
+                if isinstance(module, ModulesToSaveWrapper)}
+
+    def _untie(self) -> None:
+        """A head that shares the embedding's weight gets its own where one of both changes, and the config says so."""
+        if not self._tied or not {id(self._embedding), id(self._head)} & {id(own) for own in self._own.values()}:
+            return
+        assert self._head is not None
+        self._head.weight = nn.Parameter(self._head.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
+        self._tie(False)
+
+    def _tie(self, tied: bool) -> None:
+        whole: Any = self.base.config
+        for config in {id(c): c for c in (whole, whole.get_text_config())}.values():
+            config.tie_word_embeddings = tied
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -188,7 +247,10 @@ class Peft:
         self.model.base_model.unmerge_adapter()
         for path, module in self._own.items():  # PEFT takes off what it added, which rounding does not undo
             for name, parameter in module.named_parameters():
-                parameter.copy_(self._originals[f"{path}.{name}"])
+                parameter.data = self._originals[f"{path}.{name}"]  # in its own layout: PEFT may leave it transposed
+        if self._tied and self._head is not None and self._head.weight is not self._embedding.weight:
+            self._head.weight = self._embedding.weight
+            self._tie(True)
         self._originals = {}
 
     def state(self) -> dict[str, Tensor]:
@@ -215,6 +277,19 @@ class Peft:
 
     def peft(self) -> dict[str, Any] | None:
         return {**_plain(self.config.to_dict()), "inference_mode": True}
+
+
+def _check_saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Raises `RecipeError` for `modules_to_save` that the base does not have, or that hold other modules."""
+    for name in vars(config).get("modules_to_save") or ():
+        found = [module for path, module in modules.items() if path.endswith(name)]
+        if not found:
+            raise RecipeError(f"method.config.modules_to_save: this base has no module {name!r}",
+                              "name a module of the base; heads of a task come from the objective here")
+        if any(True for module in found for _ in module.children()):
+            raise RecipeError(f"method.config.modules_to_save: {name!r} is made of other modules, which cannot be "
+                              "exchanged whole here", "name single modules, such as lm_head; of an adapter of PEFT: "
+                              + MERGE)
 
 
 def _plain(value: Any) -> Any:

@@ -18,6 +18,8 @@ import yaml
 from luthier.core.errors import RunError
 from luthier.runtime.disk import explained
 
+ADAPTER_HUB = frozenset({"hidden_size", "model_class", "model_type", "model_name"})  # keys of the library `adapters`
+
 
 class Run:
     """A run folder, made by a training, by hand or by PEFT."""
@@ -54,7 +56,7 @@ class Run:
     def adapter(self) -> dict[str, Any] | None:
         """PEFT's adapter_config.json, if the folder holds an adapter."""
         file = self.path / "adapter_config.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+        return read_adapter_config(file) if file.exists() else None
 
     def existing(self) -> Run:
         """Itself, or a `RunError` where there is no such run."""
@@ -99,6 +101,25 @@ class Run:
 
     def write_lines(self, name: str, rows: Iterable[Mapping[str, Any]]) -> Path:
         return self.write(name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def read_adapter_config(file: Path) -> dict[str, Any]:
+    """PEFT's settings of an adapter. Raises `RunError` for a damaged file and for one of another library."""
+    again = "copy the folder again, or save the adapter again"
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise RunError(f"{str(file)!r} is no JSON: {error}", again) from None
+    if not isinstance(found, dict):
+        raise RunError(f"{str(file)!r} holds a {type(found).__name__}, and an adapter's settings are a mapping", again)
+    if "peft_type" not in found and "config" in found and ADAPTER_HUB & found.keys():
+        raise RunError(f"{str(file)!r} is of the library `adapters` (AdapterHub), whose format is not PEFT's",
+                       "use it with that library; a LoRA can be merged there (model.merge_adapter), and the saved "
+                       "model taken as the base")
+    if not isinstance(found.get("peft_type"), str):
+        raise RunError(f"{str(file)!r} names no peft_type, so nobody knows what was trained",
+                       "give a run of Luthier, or an adapter of PEFT")
+    return found
 
 
 def digest(path: Path) -> str:
