@@ -25,6 +25,19 @@ from luthier.build.objects import (
     tokenizer,
     with_heads,
 )
+from luthier.build.provenance import (
+    CheckpointRecord,
+    base_conflict,
+    check_base,
+    check_resumable,
+    check_runs,
+    list_changes,
+    list_differences,
+    open_recipe,
+    record_results,
+    record_start,
+    same_base,
+)
 from luthier.build.recipe import (
     Recipe,
     beforehand,
@@ -41,19 +54,27 @@ from luthier.build.references import asked, price, untrained
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
 from luthier.build.runs import open_run, save_tuned, save_whole
 from luthier.build.served import Served, called, served
-from luthier.build.starts import banked, beside, same_base
+from luthier.build.settings import (
+    fill_left_out,
+    list_resolved,
+    make_public,
+    resolve_settings,
+)
+from luthier.build.starts import banked, beside
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, resolve
+from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, identify, resolve
 from luthier.methods import METHODS
 from luthier.methods.bank import Bank
 from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
-__all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "Reading", "Recipe", "Rollouts",
-           "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
-           "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device",
-           "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
-           "idle", "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
-           "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
-           "standing", "tokenizer", "untrained", "version", "with_heads"]
+__all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS", "Reading",
+           "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict", "beforehand", "begin",
+           "beside", "cache", "called", "candidate", "changed", "chat_prompt", "check", "check_base", "check_resumable",
+           "check_runs", "combined", "context", "datasets", "describe", "device", "dump", "family", "feed",
+           "fill_left_out", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "identify",
+           "idle", "judged", "least_gb", "list_changes", "list_differences", "list_resolved", "make_public",
+           "method_name", "micro_tokens", "open_recipe", "open_run", "price", "provenance", "questions", "recipe",
+           "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling", "rows", "same_base",
+           "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads"]

@@ -25,6 +25,7 @@ import torch
 
 from luthier import data as rows
 from luthier.build import objects, starts
+from luthier.build.provenance import base_conflict, open_recipe
 from luthier.build.recipe import Recipe, recorded
 from luthier.build.references import autocast
 from luthier.build.runs import adapter_weights, open_run
@@ -119,7 +120,7 @@ def judged(made: Recipe, base: Family, attached: Attached | None, found: Dataset
 def standing(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
     rows (or held-out, or train rows where there are none), and how far each is from the start."""
-    made = recorded(run.existing())
+    made = open_recipe(run.existing())
     base = objects.family(made.base)
     found = objects.datasets(made, base)
     attached, reference = begin(made, base)
@@ -166,7 +167,7 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn
     if found.objective.name != "reward":
         raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
                           f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
-    if run.adapter is None or scopes(attached) is None or not starts.same_base(found.base, made.base):
+    if run.adapter is None or scopes(attached) is None or base_conflict(run, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())
