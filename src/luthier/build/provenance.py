@@ -168,7 +168,7 @@ def base_conflict(run: Run, base: BaseConfig) -> str:
     """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
     found, kept = recorded(run).base, kept_digests(run)
     if kept and found.structure == base.structure:
-        return compare_digests(kept, identify(base).digests)
+        return compare_digests(kept, _find(run, base).digests)
     return "" if same_base(found, base) else f"it was made on {found.name!r}"
 
 
@@ -231,8 +231,8 @@ def check_runs(made: Recipe, report: Report) -> None:
         return
     start = Run(made.start).existing()
     if conflict := base_conflict(start, made.base):
-        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base than {made.base.name!r}: "
-                          + conflict, "leave base out of the recipe: it is taken from that run; a base that was moved "
+        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  "
+                          f"base.name: {recorded(start).base.name!r}, now {made.base.name!r}: {conflict}", "leave base out of the recipe: it is taken from that run; a base that was moved "
                           "is named by --base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
         report(f"warning: {line}")
