@@ -52,7 +52,7 @@ from luthier.build.recipe import (
 )
 from luthier.build.references import asked, price, untrained
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
-from luthier.build.runs import open_run, save_tuned, save_whole
+from luthier.build.runs import name_base, open_run, save_tuned, save_whole
 from luthier.build.served import Served, called, served
 from luthier.build.settings import (
     fill_left_out,
@@ -75,6 +75,7 @@ __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "Dat
            "check_runs", "combined", "context", "datasets", "describe", "device", "dump", "family", "feed",
            "fill_left_out", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "identify",
            "idle", "judged", "least_gb", "list_changes", "list_differences", "list_resolved", "make_public",
-           "method_name", "micro_tokens", "open_recipe", "open_run", "price", "provenance", "questions", "recipe",
-           "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling", "rows", "same_base",
-           "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads"]
+           "method_name", "micro_tokens", "name_base", "open_recipe", "open_run", "price", "provenance", "questions",
+           "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling", "rows",
+           "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version",
+           "with_heads"]

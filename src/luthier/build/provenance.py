@@ -231,9 +231,10 @@ def check_runs(made: Recipe, report: Report) -> None:
         return
     start = Run(made.start).existing()
     if conflict := base_conflict(start, made.base):
-        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  "
-                          f"base.name: {recorded(start).base.name!r}, now {made.base.name!r}: {conflict}", "leave base out of the recipe: it is taken from that run; a base that was moved "
-                          "is named by --base-model PATH (in Python: base_model=PATH)")
+        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  base.name: "
+                          f"{recorded(start).base.name!r}, now {made.base.name!r}: {conflict}",
+                          "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
+                          "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
         report(f"warning: {line}")
 
