@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from luthier.build.recipe import Recipe, changed, differences, dump, flatten, provenance, recorded
 from luthier.build.settings import fill_left_out, map_paths
@@ -29,6 +29,7 @@ from luthier.objectives.rolls import RollsConfig
 from luthier.runtime.run import Run
 
 Report = Callable[[str], None]
+Found = TypeVar("Found")
 METRICS = "metrics.jsonl"
 BASE_FILE = "base_model.json"  # in an exported adapter, which has no recipe
 TRAINED = ("*.safetensors", "adapter_config.json", "config.json")
@@ -127,9 +128,9 @@ def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report
             report(f"note: {str(run.path)!r} was made before digests of bases were kept: the base {config.name!r} is "
                    "used unchecked")
         if base_model is None:
-            _find(run, config)
+            _find(run, config, folder)
         return config
-    found = _find(run, config)
+    found = _find(run, config, identify)
     if conflict := compare_digests(kept, found.digests):
         raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name!r}: {conflict}",
                         "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
@@ -141,9 +142,10 @@ def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report
     return config
 
 
-def _find(run: Run, config: BaseConfig) -> Identity:
+def _find(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> Found:
+    """`find(config)`, its error telling whose base it is and that it can be named."""
     try:
-        return identify(config)
+        return find(config)
     except BaseError as error:
         raise BaseError(f"the base of {str(run.path)!r} cannot be used: {error.what}",
                         f"{error.remedy}; or name the place where that base is now: --base-model PATH (in Python: "
@@ -168,7 +170,7 @@ def base_conflict(run: Run, base: BaseConfig) -> str:
     """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
     found, kept = recorded(run).base, kept_digests(run)
     if kept and found.structure == base.structure:
-        return compare_digests(kept, _find(run, base).digests)
+        return compare_digests(kept, _find(run, base, identify).digests)
     return "" if same_base(found, base) else f"it was made on {found.name!r}"
 
 

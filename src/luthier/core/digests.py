@@ -15,6 +15,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 SMALL = 1 << 20  # bytes; smaller files are always read
@@ -76,10 +77,12 @@ def _read(kept: Path, version: list[str | int]) -> str | None:
 
 
 def _write(kept: Path, content: dict[str, object]) -> None:
+    """Keep a digest if that is possible: a cache that cannot be written costs time, nothing else."""
     temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
-    try:
+    with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(kept)
-    except OSError:  # a cache that cannot be written costs time, nothing else
-        temporary.unlink(missing_ok=True)
+        try:
+            temporary.write_text(json.dumps(content), encoding="utf-8")
+            temporary.replace(kept)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -225,13 +225,13 @@ def test_one_flipped_bit_anywhere_is_another_fingerprint(llama: Path) -> None:
 
 
 def test_a_folder_of_the_cache_whose_weights_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = once(tmp_path / "made", lambda to: save_tiny(to, "llama") and None)
-    assert once(made, lambda to: None) == made
+    made = converting.once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
+    assert converting.once(made, lambda to: None) == made
     content = bytearray((made / "model.safetensors").read_bytes())
     content[-9] ^= 1
     (made / "model.safetensors").write_bytes(content)
     with pytest.raises(BaseError, match="are not those that were written there") as caught:
-        once(made, lambda to: None)
+        converting.once(made, lambda to: None)
     assert "delete that folder" in caught.value.remedy
 
 
