@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from luthier.build.recipe import Recipe, changed, differences, dump, flatten, provenance, recorded
+from luthier.build.recipe import Recipe, changed, dump, provenance, recorded
 from luthier.build.settings import fill_left_out, map_paths
 from luthier.core.digests import file_sha256, json_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
@@ -213,7 +213,7 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
     if not record:
         return
     if json_sha256(run.recipe) != record["recipe_sha256"]:
-        if lines := differences(flatten(record["recipe"]), flatten(run.recipe)):
+        if lines := changed(*(_without_places(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
             raise RunError(f"{run.path / 'recipe.yaml'} was changed after the checkpoint was written:\n  "
                            + "\n  ".join(lines), "put these settings back, or start another run (run=NAME)")
         report(f"warning: {run.path / 'recipe.yaml'} has changed since the checkpoint; no setting that decides the "
@@ -239,6 +239,12 @@ def check_runs(made: Recipe, report: Report) -> None:
                           "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
         report(f"warning: {line}")
+
+
+def _without_places(made: Recipe) -> Recipe:
+    """The recipe with bare names for paths: base, runs and rows have digests of their own, wherever they are."""
+    base = made.base.model_copy(update={"name": "-"})
+    return map_paths(made, lambda path: Path(path).name).model_copy(update={"base": base})
 
 
 def list_differences(run: Run, made: Recipe) -> list[str]:
