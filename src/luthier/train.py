@@ -88,7 +88,8 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     attached, reference = build.begin(made, base)
     if not resume or ranks.rank() > 0:
-        out.begin(build.dump(made), build.record_start(made, identity, build.list_resolved(before, made)))
+        kept = build.make_paths_absolute(made)
+        out.begin(build.dump(kept), build.record_start(kept, identity, build.list_resolved(before, made)))
     if not saved:
         _report(out, found.report)
     for line in found.report.lines():

@@ -57,6 +57,7 @@ from luthier.build.served import Served, called, served
 from luthier.build.settings import (
     fill_left_out,
     list_resolved,
+    make_paths_absolute,
     make_public,
     resolve_settings,
 )
@@ -74,8 +75,8 @@ __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "Dat
            "beside", "cache", "called", "candidate", "changed", "chat_prompt", "check", "check_base", "check_resumable",
            "check_runs", "combined", "context", "datasets", "describe", "device", "dump", "family", "feed",
            "fill_left_out", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "identify",
-           "idle", "judged", "least_gb", "list_changes", "list_differences", "list_resolved", "make_public",
-           "method_name", "micro_tokens", "name_base", "open_recipe", "open_run", "price", "provenance", "questions",
-           "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling", "rows",
-           "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version",
-           "with_heads"]
+           "idle", "judged", "least_gb", "list_changes", "list_differences", "list_resolved", "make_paths_absolute",
+           "make_public", "method_name", "micro_tokens", "name_base", "open_recipe", "open_run", "price", "provenance",
+           "questions", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings",
+           "rolling", "rows", "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained",
+           "version", "with_heads"]

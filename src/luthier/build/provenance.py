@@ -76,7 +76,10 @@ def digest_trained(run: Run) -> dict[str, str]:
 def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
     """Length and sha256 of metrics.jsonl, or of its first `size` bytes."""
     file = run.path / METRICS
-    content = file.read_bytes()[:size] if file.exists() else b""
+    content = b""
+    if file.exists():
+        with open(file, "rb") as written:
+            content = written.read(-1 if size is None else size)
     return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 

@@ -54,7 +54,7 @@ LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
 
 
 def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float, run: Path) -> Recipe:
-    """The recipe with every setting in `RESOLVED` at its value for this base and machine, and absolute local paths.
+    """The recipe with every setting in `RESOLVED` at its value for this base and machine.
 
     Args:
         identity: of the base.
@@ -67,7 +67,7 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
     objective = made.objective
     if isinstance(objective, GrpoConfig) and objective.clip_high is None:
         objective = objective.model_copy(update={"clip_high": objective.clip})
-    return make_paths_absolute(made.model_copy(update={
+    return made.model_copy(update={
         "base": made.base.model_copy(update={"pooling": base.pooling,
                                              "revision": identity.revision or made.base.revision}),
         "method": _join_methods(made.method, methods),
@@ -75,7 +75,7 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
         "data": made.data.model_copy(update={"max_length": length}),
         "training": made.training.model_copy(update={"micro_tokens": micro}),
         "optimizer": made.optimizer.model_copy(update={"learning_rate": rate}),
-        "run": str(run)}))
+        "run": str(run)})
 
 
 def _resolve_method(method: AnyMethod, base: Family) -> AnyMethod:
