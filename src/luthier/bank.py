@@ -82,8 +82,8 @@ def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
     folders = {name: run if isinstance(run, Run) else Run(run) for name, run in runs.items()}
     made = {name: build.recorded(run.existing()) for name, run in folders.items()}
     for name, recipe in made.items():
-        if not build.same_base(recipe.base, config):
-            raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}",
+        if conflict := build.base_conflict(folders[name], config):
+            raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}: {conflict}",
                               "open it with the runs of its own base")
     return Tuned(family, build.banked(family, folders),
                  {name: build.prompt_format(run, made[name]) for name, run in folders.items()})

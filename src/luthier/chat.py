@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from luthier import build
@@ -13,7 +14,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
 from luthier.core.protocols import Attached, Sampling
 from luthier.desk import bits
-from luthier.runtime.progress import status
+from luthier.runtime.progress import print_line, status
 from luthier.runtime.run import Run
 
 
@@ -50,18 +51,20 @@ class Talk:
 
 
 def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | None = None, temperature: float = 0.0,
-              max_new_tokens: int = 256, quiet: bool = False) -> list[Talk]:
+              max_new_tokens: int = 256, quiet: bool = False, base_model: str | None = None) -> list[Talk]:
     """Conversations with a run folder or a base: one, or with `compare` two, the bare base's and the tuned model's.
 
     Args:
         system: system prompt; left out: the one that the run's data was given, if any.
         temperature: 0 always takes the most probable word.
+        base_model: where the base is now, if it was moved.
     """
     if not 0 <= temperature < math.inf or max_new_tokens < 1:
         raise RecipeError(f"temperature {temperature}, max_new_tokens {max_new_tokens}: the first is at least 0, "
                           "the second at least 1", "leave them out, or give such numbers")
     with status("loading the model", quiet=quiet):
-        made, base, attached = build.open_run(run if isinstance(run, Run) else Run(run))
+        made, base, attached = build.open_run(run if isinstance(run, Run) else Run(run), False, base_model,
+                                              partial(print_line, quiet=quiet))
     if not isinstance(base, build.CausalLM):
         raise RecipeError(f"{str(run)!r} stands on {made.base.name!r}, which holds no conversations",
                           "chat with a causal language model, such as 'smollm2'")

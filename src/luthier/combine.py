@@ -8,11 +8,13 @@ from typing import Literal
 
 from luthier import build
 from luthier.core.errors import RecipeError
+from luthier.runtime.progress import print_line
 from luthier.runtime.run import Run
 
 
 def combine(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Sequence[float] = (),
-            how: Literal["sum", "concatenation", "svd"] = "sum", rank: int | None = None) -> dict[str, float]:
+            how: Literal["sum", "concatenation", "svd"] = "sum", rank: int | None = None,
+            base_model: str | None = None) -> dict[str, float]:
     """Write one run whose change is the weighted sum of several runs' changes.
 
     Args:
@@ -22,6 +24,7 @@ def combine(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Seque
         how: `sum`, exact, at the smallest rank that holds it; `concatenation`, exact, the ranks add up; `svd`, the
             closest change of `rank`.
         rank: for `svd`; left out: the largest of the runs'.
+        base_model: where the base of the runs is now, if it was moved.
 
     Returns:
         `rank`, and `relative_error`: how far the change is from the exact sum, as a share of its size.
@@ -32,4 +35,5 @@ def combine(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Seque
     if not runs:
         raise RecipeError("there is no run to combine", "luthier combine RUN_A RUN_B --out DIR")
     folders = [run if isinstance(run, Run) else Run(run) for run in runs]
-    return build.combined(folders, Run(out), tuple(weights) or (1.0,) * len(folders), how, rank)
+    return build.combined(folders, Run(out), tuple(weights) or (1.0,) * len(folders), how, rank,
+                          base_model, print_line)

@@ -38,7 +38,7 @@ def _train(options: argparse.Namespace) -> int:
         source = _recorded(Path(folder))
     named = {"base.name": options.model, "data": options.data, "method": options.method, "objective": options.objective,
              "run": str(folder) if folder else None}
-    run = train(source, resume=options.resume, quiet=options.quiet,
+    run = train(source, resume=options.resume, quiet=options.quiet, base_model=options.base_model,
                 **{key: value for key, value in named.items() if value is not None} | options.settings)
     return screen.trained(run.path, run.results, options.json)
 
@@ -68,7 +68,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from luthier.evaluate import evaluate
     results = evaluate(_only(options, "run"), data=options.data, metrics=options.metric, limit=options.limit,
                        base=options.base, max_new_tokens=options.max_new_tokens, quiet=options.quiet,
-                       **options.settings)
+                       base_model=options.base_model, **options.settings)
     shown = results if options.json else {name: value for name, value in results.items() if name != "rows"}
     return screen.table(shown, options.json)
 
@@ -76,7 +76,7 @@ def _evaluate(options: argparse.Namespace) -> int:
 def _chat(options: argparse.Namespace) -> int:
     from luthier.chat import open_talk
     talks = open_talk(options.run, compare=options.compare, system=options.system, temperature=options.temperature,
-                      max_new_tokens=options.max_new_tokens, quiet=options.quiet)
+                      max_new_tokens=options.max_new_tokens, quiet=options.quiet, base_model=options.base_model)
     if options.message is not None:
         screen.answer(talks, options.message)
         return 0
@@ -97,13 +97,15 @@ def _paraphrase(options: argparse.Namespace) -> int:
     from luthier.paraphrase import ASK, paraphrase
     return screen.table(paraphrase(options.file, options.column, options.out, model=options.model,
                                    ask=options.ask or ASK, limit=options.limit, temperature=options.temperature,
-                                   seed=options.seed, max_new_tokens=options.max_new_tokens, quiet=options.quiet),
+                                   seed=options.seed, max_new_tokens=options.max_new_tokens, quiet=options.quiet,
+                                   base_model=options.base_model),
                         options.json)
 
 
 def _serve(options: argparse.Namespace) -> int:
     from luthier.serve import serve
-    serve(options.runs, host=options.host, port=options.port, most=options.batch_size, quiet=options.quiet)
+    serve(options.runs, host=options.host, port=options.port, most=options.batch_size, quiet=options.quiet,
+          base_model=options.base_model)
     return 0
 
 
@@ -132,14 +134,15 @@ def _rlhf(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from luthier.export import export
-    return screen.table({"folder": str(export(options.run, "merged", options.out))}, options.json)
+    written = export(options.run, "merged", options.out, base_model=options.base_model)
+    return screen.table({"folder": str(written)}, options.json)
 
 
 def _export(options: argparse.Namespace) -> int:
     from luthier.export import export
     rank = options.lora_rank  # a word that is no number is refused by `export`
     written = export(options.run, options.to, options.out, options.dtype,
-                     int(rank) if rank and rank.isdecimal() else rank)
+                     int(rank) if rank and rank.isdecimal() else rank, base_model=options.base_model)
     return screen.table({"folder" if written.is_dir() else "file": str(written)}, options.json)
 
 
@@ -151,24 +154,26 @@ def _features(options: argparse.Namespace) -> int:
                           "luthier features BASE --data FILE --probe --test FILE")
     if not (out or options.probe):
         raise RecipeError("the features would go nowhere", "name a file with --out, or ask for --probe")
-    states, labels = features(base, options.data, out=out, quiet=options.quiet, **options.settings)
+    states, labels = features(base, options.data, out=out, quiet=options.quiet, base_model=options.base_model,
+                              **options.settings)
     shown: dict[str, Any] = {"file": str(out)} if out else {}
     shown |= {"rows": len(states), "size": states.shape[1]}
     if options.probe:
         test = out and out.with_name(f"{out.stem}-test{out.suffix}")
-        shown |= probe(states, labels, *features(base, options.test, out=test, quiet=options.quiet, **options.settings))
+        shown |= probe(states, labels, *features(base, options.test, out=test, quiet=options.quiet,
+                                                  base_model=options.base_model, **options.settings))
     return screen.table(shown, options.json)
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from luthier.inspect import inspect
-    return screen.inspected(inspect(options.run, quiet=options.quiet), options.json)
+    return screen.inspected(inspect(options.run, quiet=options.quiet, base_model=options.base_model), options.json)
 
 
 def _combine(options: argparse.Namespace) -> int:
     from luthier.combine import combine
     return screen.table(combine(options.runs, options.out, weights=options.weights, how=options.how,
-                                rank=options.rank), options.json)
+                                rank=options.rank, base_model=options.base_model), options.json)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -221,6 +226,8 @@ def _option(*flags: str, **described: Any) -> Argument:
 
 QUIET = _option("--quiet", action="store_true", help="no progress on the terminal")
 JSON = _option("--json", action="store_true", help="print JSON and nothing else")
+BASE_MODEL = _option("--base-model", metavar="PATH",
+                     help="where the base is now, if it was moved; must be the base that the run was trained on")
 RUN = _option("--run", metavar="DIR", help="the run folder to make")
 
 COMMANDS: dict[str, Command] = {
@@ -231,7 +238,7 @@ COMMANDS: dict[str, Command] = {
         _option("--method", help="which parameters train (method.name); a wrong name lists them all"),
         _option("--objective", help="what is minimised (objective.name); a wrong name lists them all"),
         RUN, _option("--resume", action="store_true", help="go on with the run named, from its newest checkpoint"),
-        QUIET, JSON)),
+        BASE_MODEL, QUIET, JSON)),
     "rlhf": Command("SFT, then a reward model, then PPO: three runs in one folder, and what each gained", _rlhf, (
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value",
                 help="a recipe with the parts sft, reward and ppo; given again, it goes on where it was interrupted"),
@@ -242,19 +249,22 @@ COMMANDS: dict[str, Command] = {
         _option("--metric", action="append", default=[], help="score of generated answers; may be given several times"),
         _option("--limit", type=int, metavar="N", help="only the first N rows"),
         _option("--base", action="store_true", help="measure the bare base instead"),
-        _option("--max-new-tokens", type=int, metavar="N", help="longest answer"), QUIET, JSON)),
+        _option("--max-new-tokens", type=int, metavar="N", help="longest answer"),
+        BASE_MODEL, QUIET, JSON)),
     "chat": Command("talk with a run or a base", _chat, (
         _option("run", metavar="RUN", help="a run folder, or a base"),
         _option("--compare", action="store_true", help="the base's and the tuned model's answers side by side"),
         _option("--message", metavar="TEXT", help="say this, print the answer and end"),
         _option("--system", metavar="TEXT", help="system prompt"),
         _option("--temperature", type=float, default=0.0, help="0 (as it comes): always the most probable word"),
-        _option("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer"), QUIET)),
+        _option("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer"),
+        BASE_MODEL, QUIET)),
     "serve": Command("answer by OpenAI's protocol: a base, or several runs on one copy of it", _serve, (
         _option("runs", nargs="+", metavar="RUN | NAME=RUN", help="run folders of one base, or a base"),
         _option("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in"),
         _option("--port", type=int, default=8000),
-        _option("--batch-size", type=int, default=16, metavar="N", help="requests answered together"), QUIET)),
+        _option("--batch-size", type=int, default=16, metavar="N", help="requests answered together"),
+        BASE_MODEL, QUIET)),
     "data": Command("`data check FILE`: what would become of every row", _data, (
         _option("words", nargs="*", metavar="check FILE | key=value", help="`check`, a file, and settings of `data`"),
         _option("--model", metavar="BASE", help="whose tokenizer and chat template; left out: smollm2"),
@@ -271,7 +281,7 @@ COMMANDS: dict[str, Command] = {
         _option("--limit", type=int, metavar="N", help="only the first N rows"),
         _option("--temperature", type=float, default=0.0, help="0 (as it comes): always the most probable word"),
         _option("--seed", type=int, default=0), _option("--max-new-tokens", type=int, default=128, metavar="N"),
-        QUIET, JSON)),
+        BASE_MODEL, QUIET, JSON)),
     "export": Command("write a run as a folder or file for other tools", _export, (
         _option("run", metavar="RUN", help="a run folder"),
         _option("--to", choices=("merged", "whole", "adapter", "gguf", "gguf-adapter"), default="merged",
@@ -280,18 +290,20 @@ COMMANDS: dict[str, Command] = {
         _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
         _option("--lora-rank", metavar="N | auto",
                 help="write the adapter as a plain LoRA of one rank and one alpha, for servers that read no patterns"),
-        _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"), JSON)),
+        _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"),
+        BASE_MODEL, JSON)),
     "merge": Command("fold what was trained into the base and write the model: export --to merged", _merge, (
         _option("run", metavar="RUN", help="a run folder"),
-        _option("--out", metavar="DIR", help="the folder to write; left out: `merged` inside the run's"), JSON)),
+        _option("--out", metavar="DIR", help="the folder to write; left out: `merged` inside the run's"), BASE_MODEL,
+        JSON)),
     "features": Command("keep a frozen base's state of every row in a file, for a model on top", _features, (
         _option("words", nargs="*", metavar="BASE | RUN | key=value", help="a base or a run, and settings"),
         _option("--data", metavar="FILE", required=True, help="texts or pictures, with a label each"),
         _option("--out", metavar="FILE", help="a .safetensors file; one that is there already is not computed again"),
         _option("--probe", action="store_true", help="fit a linear classifier on them (scikit-learn)"),
-        _option("--test", metavar="FILE", help="rows to measure the probe on"), QUIET, JSON)),
+        _option("--test", metavar="FILE", help="rows to measure the probe on"), BASE_MODEL, QUIET, JSON)),
     "inspect": Command("show what a run learned: virtual tokens as words, LoRA's changes by size and rank", _inspect, (
-        _option("run", metavar="RUN", help="a run folder, or an adapter of PEFT"), QUIET, JSON)),
+        _option("run", metavar="RUN", help="a run folder, or an adapter of PEFT"), BASE_MODEL, QUIET, JSON)),
     "compare": Command("train one recipe with many methods and set what they gave and cost side by side", _compare, (
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
         _option("--methods", required=True, metavar="A,B,A+B,A@nf4",
@@ -311,7 +323,7 @@ COMMANDS: dict[str, Command] = {
         _option("--how", choices=("sum", "concatenation", "svd"), default="sum",
                 help="sum and concatenation are exact; svd brings the sum to a rank"),
         _option("--rank", type=int, metavar="R", help="of the result, for svd"),
-        _option("--out", metavar="DIR", required=True, help="the run folder to make"), JSON)),
+        _option("--out", metavar="DIR", required=True, help="the run folder to make"), BASE_MODEL, JSON)),
     "demo": Command("train the embedded base on the embedded rows: a few minutes on a laptop", _demo, (
         _option("words", nargs="*", metavar="key=value", help="settings laid over the demo's recipe"),
         RUN, QUIET, JSON)),

@@ -5,20 +5,21 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from luthier import build
 from luthier.core.errors import RecipeError
 from luthier.measure import score, with_perplexity
-from luthier.runtime.progress import Progress, status
+from luthier.runtime.progress import Progress, print_line, status
 from luthier.runtime.run import Run
 from luthier.runtime.step import measure
 
 
 def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
              limit: int | None = None, base: bool = False, max_new_tokens: int | None = None, quiet: bool = False,
-             **settings: Any) -> dict[str, Any]:
+             base_model: str | None = None, **settings: Any) -> dict[str, Any]:
     """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
 
     Args:
@@ -27,6 +28,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         metrics: scores of generated answers; left out: the recipe's.
         limit: only the first so many rows.
         base: measure the bare base instead.
+        base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
         settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
 
     Returns:
@@ -36,10 +38,12 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     """
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
-        recorded, family, attached = build.open_run(run)
+        recorded, family, attached = build.open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = build.dump(recorded)
+    if "training.micro_tokens" in run.provenance.get("resolved", ()):  # left out: every machine has its own
+        raw["training"]["micro_tokens"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
     made = build.recipe(raw, wanted)

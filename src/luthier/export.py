@@ -15,6 +15,7 @@ from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
 from luthier.methods.peft import BRIDGED
+from luthier.runtime.progress import print_line
 from luthier.runtime.run import Run
 
 FORMS = ("merged", "whole", "adapter", "gguf", "gguf-adapter")
@@ -28,7 +29,7 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torc
 
 def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "gguf", "gguf-adapter"] = "merged",
            out: Path | str | None = None, dtype: Literal["float32", "float16", "q8_0"] | None = None,
-           lora_rank: int | Literal["auto"] | None = None) -> Path:
+           lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None) -> Path:
     """Write a run as a folder or file of its own, whole or not at all, and return its path.
 
     Args:
@@ -43,6 +44,9 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
         lora_rank: write `adapter` as a plain LoRA of this rank on every map, for servers that read one rank and one
             alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks padded with zeros. `auto`:
             the largest rank that there is.
+        base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
+
+    No local path is written: the base is named by its hub id, or by the bare name of its folder.
 
     Raises:
         RunError: `out` holds something, the run has no such adapter, or merging changed what the model says.
@@ -57,7 +61,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     run = run if isinstance(run, Run) else Run(run)
     out = Path(out) if out else run.path / FILES.get(to, to)
     _refuse_taken(out, to)
-    made, base, attached = build.open_run(run, whole=to != "adapter")
+    made, base, attached = build.open_run(run, to != "adapter", base_model, print_line)
     if to == "adapter" and (attached is None or attached.peft() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
     if lora_rank is not None and attached is not None:
@@ -131,7 +135,7 @@ def _folder(out: Path, to: str, made: build.Recipe, base: Family, attached: Atta
         with attached.disabled():
             build.save_whole(Run(out), made, base)
     if to in ("adapter", "whole") and attached is not None:
-        build.save_tuned(Run(out), made, base, attached)
+        build.save_tuned(Run(out), made, base, attached, public=True)
     else:
         build.save_whole(Run(out), made, base)
 

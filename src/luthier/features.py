@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ from luthier.core.examples import ImageExample, LabelledExample
 from luthier.core.labels import label_key
 from luthier.core.types import Encoded
 from luthier.runtime.disk import explained
-from luthier.runtime.progress import Progress, status
+from luthier.runtime.progress import Progress, print_line, status
 from luthier.runtime.run import Run, digest
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ KINDS = frozenset({"LabelledExample", "ImageExample"})  # what has one state and
 
 
 def features(base: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
-             **settings: Any) -> tuple[np.ndarray, Labels]:
+             base_model: str | None = None, **settings: Any) -> tuple[np.ndarray, Labels]:
     """The pooled state of every row, [N, D] float32, in the order of the rows, and the rows' labels.
 
     Args:
@@ -43,15 +44,17 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
         data: rows of texts or pictures with a label: a class, several, or a number.
         out: a `.safetensors` file to keep them in, with their labels and settings in a `.json` beside it. Where it
             holds those of the same base, rows and settings already, it is read and nothing is computed.
+        base_model: where the base of a run is now, if it was moved.
         settings: laid over the recipe, such as ``**{"base.pooling": "mean", "data.max_length": 128}``.
 
     Raises:
         RunError: `out` holds features of something else, or is no such file.
         LuthierError: the base or the rows cannot be read.
     """
-    made, run = _recipe(base.path if isinstance(base, Run) else Path(base), data, settings)
+    tell = partial(print_line, quiet=quiet)
+    made, run = _recipe(base.path if isinstance(base, Run) else Path(base), data, settings, base_model, tell)
     if out is None:
-        return _computed(made, run, quiet)
+        return _computed(made, run, quiet, base_model)
     file = Path(out)
     if file.suffix != ".safetensors":
         raise RunError(f"features are kept in a .safetensors file, not in {str(file)!r}", "give its name that ending")
@@ -64,7 +67,7 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
         return load_file(file)["features"].numpy(), kept["labels"]
     with explained(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    found, labels = _computed(made, run, quiet)
+    found, labels = _computed(made, run, quiet, base_model)
     Run(file.parent).write(beside.name, {"made_of": made_of, "pooling": made.base.pooling, "labels": labels})
     with explained(file):
         save_file({"features": torch.from_numpy(found)}, file, metadata={"format": "pt"})
@@ -98,10 +101,14 @@ def probe(states: np.ndarray, labels: Labels, tested: np.ndarray, truth: Labels)
 # ---------------------------------------------------------------- computing
 
 
-def _recipe(base: Path, data: str, settings: Mapping[str, Any]) -> tuple[build.Recipe, Run | None]:
+def _recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str | None,
+            report: Callable[[str], None]) -> tuple[build.Recipe, Run | None]:
     """How the rows are read and by which base; and the run, where it is one."""
     is_run = any((base / name).exists() for name in ("recipe.yaml", "adapter_config.json"))
-    raw: dict[str, Any] = build.dump(build.recorded(Run(base))) if is_run else {"base": {"name": str(base)}}
+    if base_model is not None and not is_run:
+        raise RecipeError(f"{str(base)!r} is a base itself", "leave the base model out (--base-model)")
+    raw: dict[str, Any] = (build.dump(build.open_recipe(Run(base), base_model, report)) if is_run
+                           else {"base": {"name": str(base)}})
     if is_run and any(key.partition(".")[0] == "base" for key in settings):
         raise RecipeError(f"{str(base)!r} is a run, and its base is as it was trained", "leave settings of base out")
     raw["data"] = {**raw.get("data", {}), "train": data, "test": data, "eval": None, "augment": [], "streaming": True}
@@ -121,9 +128,9 @@ def _made_of(made: build.Recipe, run: Run | None) -> str:
 
 
 @torch.no_grad()
-def _computed(made: build.Recipe, run: Run | None, quiet: bool) -> tuple[np.ndarray, Labels]:
+def _computed(made: build.Recipe, run: Run | None, quiet: bool, base_model: str | None) -> tuple[np.ndarray, Labels]:
     with status("loading the base", quiet=quiet):
-        family = build.open_run(run)[1] if run else build.family(made.base)
+        family = build.open_run(run, False, base_model)[1] if run else build.family(made.base)
     with status("reading the data", quiet=quiet):
         # Streamed, so that the rows are read once: as those of a test, which nothing changes.
         found = build.rows.load(made.data, family.tokenizer, seed=made.seed, reads=KINDS)

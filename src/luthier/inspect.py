@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ from luthier import build
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.runtime.disk import explained
-from luthier.runtime.progress import status
+from luthier.runtime.progress import print_line, status
 from luthier.runtime.run import Run
 
 PICTURE = "layers.png"
 
 
-def inspect(run: Run | Path | str, *, quiet: bool = False) -> dict[str, Any]:
+def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | None = None) -> dict[str, Any]:
     """Virtual tokens as their nearest words at the start and at the end of training; LoRA's changes by size and rank.
 
     Args:
         run: a run folder of `train`, or an adapter of PEFT (whose start nobody knows).
+        base_model: where the base is now, if it was moved.
 
     Returns:
         `readings`, each with `kind`, `about` and `rows`: of `words`, `start` and `end` with `size` and `nearest`; of
@@ -31,7 +33,7 @@ def inspect(run: Run | Path | str, *, quiet: bool = False) -> dict[str, Any]:
     """
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
-        made, family, attached = build.open_run(run)
+        made, family, attached = build.open_run(run, False, base_model, partial(print_line, quiet=quiet))
     readings = build.describe(attached, family.anatomy) if attached else []
     if not readings:
         raise RunError(f"{str(run.path)!r} was tuned by {build.method_name(made)}, whose numbers say nothing by "

@@ -11,6 +11,7 @@ unchanged teaches nothing new, one whose answer was cut off teaches half sentenc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from luthier import build
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
 from luthier.core.protocols import Family, Sampling
-from luthier.runtime.progress import Progress, status
+from luthier.runtime.progress import Progress, print_line, status
 from luthier.runtime.run import Run
 
 ASK = "Say this in other words, in the same language:\n{text}"
@@ -26,7 +27,8 @@ ASK = "Say this in other words, in the same language:\n{text}"
 
 def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | str = "smollm2",
                ask: Sequence[str] | str = ASK, limit: int | None = None, temperature: float = 0.0, seed: int = 0,
-               max_new_tokens: int = 128, batch_size: int = 16, quiet: bool = False) -> dict[str, Any]:
+               max_new_tokens: int = 128, batch_size: int = 16, quiet: bool = False,
+               base_model: str | None = None) -> dict[str, Any]:
     """Write the rows of a file with one column said anew. Returns what became of them: rows read, written, unchanged,
     empty, cut off (an answer longer than `max_new_tokens`), unreadable.
 
@@ -34,6 +36,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
         column: whose words change; all others are kept as they are.
         out: a `.jsonl` file to make; what was asked, and the counts, stand in a `.json` beside it.
         model: a base or run that writes.
+        base_model: where the base of that run is now, if it was moved.
         ask: the request, with `{text}` where the words go; several are asked one after the other.
 
     Raises:
@@ -57,7 +60,8 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
         raise DataError(f"no row of {file} has words in a column {column!r}", "name a column of texts with --column")
     rows = rows[:limit]
     with status("loading the model", quiet=quiet):
-        _, base, _ = build.open_run(Run(model) if not isinstance(model, Run) else model)
+        _, base, _ = build.open_run(Run(model) if not isinstance(model, Run) else model, False, base_model,
+                                   partial(print_line, quiet=quiet))
     if not base.writes:
         raise RecipeError(f"{str(model)!r} does not write", "use a base that writes text, such as 'smollm2'")
     base.train(False)

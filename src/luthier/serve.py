@@ -32,7 +32,7 @@ from luthier import build
 from luthier.core.errors import LuthierError, MissingExtra, RecipeError
 from luthier.core.examples import Message
 from luthier.desk import Bit, Desk, Request
-from luthier.runtime.progress import status
+from luthier.runtime.progress import print_line, status
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -308,7 +308,7 @@ def app(counter: Counter) -> Starlette:
 
 
 def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, most: int = 16,
-          quiet: bool = False) -> None:
+          quiet: bool = False, base_model: str | None = None) -> None:
     """Answer until interrupted.
 
     Args:
@@ -316,6 +316,7 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
             name where none is given.
         host: the address to listen on; 0.0.0.0 lets other machines in, whoever they are.
         most: requests answered in one batch.
+        base_model: where the base of the runs is now, if it was moved.
 
     Raises:
         MissingExtra: starlette or uvicorn is not installed.
@@ -328,7 +329,7 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
     found = dict(runs) if isinstance(runs, Mapping) else named(runs)
     door = _door(host, port)
     with status("loading", quiet=quiet):
-        counter = Counter(build.served(found), most)
+        counter = Counter(build.served(found, base_model, partial(print_line, quiet=quiet)), most)
     if not quiet:
         address = f"http://{host}:{door.getsockname()[1]}/v1"
         print(f"serving {', '.join(counter.served.names)} at {address}  (Ctrl-C ends)", flush=True)

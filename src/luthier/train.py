@@ -6,12 +6,13 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier import build
-from luthier.core.errors import RunError
+from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded
 from luthier.measure import Question, Scored, score, with_perplexity
@@ -30,32 +31,40 @@ from luthier.runtime.track import JsonLines, Tracker, demand, open_trackers
 
 
 def train(recipe: str | Path | Mapping[str, Any] | build.Recipe | None = None, *, resume: bool = False,
-          quiet: bool = False, **settings: Any) -> Run:
+          quiet: bool = False, base_model: str | None = None, **settings: Any) -> Run:
     """Fine-tune a model. Returns the run folder.
 
     Args:
         recipe: a YAML file, a mapping, or nothing where `settings` say it all.
         resume: go on with the run folder from its newest whole checkpoint.
         quiet: no progress on the terminal.
+        base_model: where the base is now, if it was moved after the run that goes on, or that this one starts from, was
+            made; it must be the same base.
         settings: laid over the recipe: ``base="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
 
     Raises:
         LuthierError: with everything that is wrong, before any work where it can be known.
     """
-    made = build.recipe(recipe, settings)
+    made = _moved(build.recipe(recipe, settings), base_model, resume)
     settle_allocator()
     ranks.start()
     quiet = quiet or ranks.rank() > 0
     run = Run(ranks.agreed(made.run or str(_fresh_name(made))))
     if not resume:
         run.vacant() if ranks.rank() == 0 else None
-    elif _finished(run.existing(), made):
+    elif _finished(run.existing(), made, quiet):
         _say(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
     build.rows.demand(made.data)
     build.check_dtype(made.base)
     demand(made.training.trackers)
     saved = _checkpoint(run, quiet) if resume else None
+    if resume:
+        made = build.fill_left_out(made, build.Recipe.parse(run.recipe))
+        build.check_base(run, made.base, report=partial(_say, quiet))
+    if saved:
+        build.check_resumable(run, saved.state.get("record") or {}, partial(_say, quiet))
+    build.check_runs(made, partial(_say, quiet))
     with _written(run) as out:
         _train(made, run, out, saved, resume, quiet)
     ranks.wait()
@@ -68,6 +77,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     _warn(quiet, build.find_unused_settings(made))
     build.check_rewards(made)
     with status("loading the base", quiet=quiet):
+        identity = build.identify(made.base)
         seed_everything(made.seed)
         base = build.family(made.base, made.objective.hides)
         build.check(made, base)
@@ -78,19 +88,21 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
         made = build.fitted(made, found := build.datasets(made, base))
         build.note_conversations(base, found)
     _demand_same(run, made) if resume else None
+    rate, before = made.optimizer.learning_rate or build.default_learning_rate(made), made
+    made = build.resolve_settings(made, base, identity, rate, run.path)
     asked = build.questions(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
     attached, reference = build.begin(made, base)
     if not resume or ranks.rank() > 0:
-        out.begin(build.dump(made), build.provenance(made))
+        kept = build.make_paths_absolute(made)
+        out.begin(build.dump(kept), build.record_start(kept, identity, build.list_resolved(before, made)))
     if not saved:
         _report(out, found.report)
     for line in found.report.lines():
         _say(quiet, line)
     _warn(quiet, [*build.find_data_problems(made, found), *build.find_method_problems(made, base, attached)])
     share = trainable_share(base, attached)
-    rate = made.optimizer.learning_rate or build.default_learning_rate(made)
     _say(quiet, f"{build.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_share']:.2%}) at a learning rate of {build.describe_learning_rate(made)}")
+                f"({share['trainable_share']:.2%}) at a learning rate of {build.describe_learning_rate(before)}")
     for line in (build.price(made, attached), build.master_price(attached)):
         _say(quiet or not line, line)
     found = _referred(made, base, found, reference, quiet)
@@ -110,7 +122,7 @@ def _train(made: build.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint 
     job = Job(base, attached, made.objective, feed, build.held_out(made, base, found),
               made.training, made.optimizer, rate, run.checkpoints,
               reference=reference, rolling=rolling, log=_to_all(*trackers),
-              warn=lambda sentence: _say(quiet, f"warning: {sentence}"))
+              warn=lambda sentence: _say(quiet, f"warning: {sentence}"), record=build.CheckpointRecord(out))
     summary = _fit(job, trackers, saved, quiet)
     if isinstance(feed, build.rows.Stream):
         _streamed(out, feed.report(found.report), quiet)
@@ -162,18 +174,30 @@ def trainable_share(base: Any, attached: Attached) -> dict[str, float]:
     return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
 
 
-def _finished(run: Run, made: build.Recipe) -> bool:
+def _finished(run: Run, made: build.Recipe, quiet: bool) -> bool:
     """Whether the run has ended. Raises `RunError` where it is not a run of this recipe."""
     if not run.recipe:
         raise RunError(f"{str(run.path)!r} has no recipe.yaml, so nothing there can go on",
                        "name the folder of a run that `luthier train` began")
     _demand_same(run, made)
+    for line in build.list_changes(run):
+        _say(quiet, f"warning: {line}")
     return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
+
+
+def _moved(made: build.Recipe, base_model: str | None, resume: bool) -> build.Recipe:
+    """The recipe with the base at its new place. Raises `RecipeError` where no earlier run says which base it is."""
+    if base_model is None:
+        return made
+    if not resume and made.start is None:
+        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was made, and this "
+                          "run is new", "name its base as base.name (--model)")
+    return made.model_copy(update={"base": made.base.model_copy(update={"name": base_model, "revision": None})})
 
 
 def _demand_same(run: Run, made: build.Recipe) -> None:
     """Raises `RunError` where the run was started with another recipe."""
-    if changed := build.changed(build.Recipe.parse(run.recipe), made):
+    if changed := build.list_differences(run, made):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
                        f"go on with its own (luthier train --resume {run.path}), or name another folder (run=NAME)")
 
@@ -200,7 +224,7 @@ def _trackers(run: Run, made: build.Recipe, saved: checkpoint.Checkpoint | None,
     log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
         log.log(0, share)
-    return [log, *open_trackers(made.training.trackers, run.path, build.dump(made), at)]
+    return [log, *open_trackers(made.training.trackers, run.path, build.dump(build.make_public(made)), at)]
 
 
 def _to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
@@ -256,9 +280,9 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, part: str,
         results["before"] = _plain(results.get("before"), results["metric"])
         results["after"] = _plain(results["after"], results["metric"])
         results["scores"] = after.scores
-    run.write("results.json", results)
+    run.write("results.json", results | build.record_results(run))
     loss_picture(run.metrics, run.path / "loss.png")
-    run.write("README.md", card(run, made, base.anatomy.task))
+    run.write("README.md", card(run, build.make_public(made), base.anatomy.task))
 
 
 def _measured(made: build.Recipe, base: Any, test: list[Encoded], reference: Reference,

@@ -28,6 +28,19 @@ from luthier.build.objects import (
     with_heads,
 )
 from luthier.build.pairs import check_dtype
+from luthier.build.provenance import (
+    CheckpointRecord,
+    base_conflict,
+    check_base,
+    check_resumable,
+    check_runs,
+    list_changes,
+    list_differences,
+    open_recipe,
+    record_results,
+    record_start,
+    same_base,
+)
 from luthier.build.recipe import (
     Recipe,
     beforehand,
@@ -49,11 +62,26 @@ from luthier.build.run_warnings import (
     find_schedule_problems,
     find_unused_settings,
 )
-from luthier.build.runs import convert_to_plain_lora, kept_heads, open_run, prompt_format, save_tuned, save_whole
+from luthier.build.runs import (
+    convert_to_plain_lora,
+    kept_heads,
+    name_base,
+    open_run,
+    prompt_format,
+    save_tuned,
+    save_whole,
+)
 from luthier.build.served import Served, called, served
-from luthier.build.starts import banked, beside, same_base
+from luthier.build.settings import (
+    fill_left_out,
+    list_resolved,
+    make_paths_absolute,
+    make_public,
+    resolve_settings,
+)
+from luthier.build.starts import banked, beside
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, resolve
+from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, identify, resolve
 from luthier.methods import METHODS
 from luthier.methods.bank import Bank
 from luthier.methods.readable import Reading, describe
@@ -61,13 +89,16 @@ from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
 __all__ = [
-    "ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "PromptFormat", "Reading", "Recipe",
-    "Rollouts", "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
-    "candidate", "changed", "chat_prompt", "check", "check_dtype", "check_rewards", "combined", "context",
-    "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
-    "dump", "family", "feed", "find_data_problems", "find_method_problems", "find_schedule_problems",
-    "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "judged",
-    "kept_heads", "least_gb", "master_price", "method_name", "micro_tokens", "note_conversations", "open_run",
-    "price", "prompt_format", "provenance", "questions", "recipe", "recorded", "resolve", "rolling", "rows",
-    "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version", "with_heads",
+    "ALIASES", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS", "PromptFormat",
+    "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict", "beforehand",
+    "begin", "beside", "cache", "called", "candidate", "changed", "chat_prompt", "check", "check_base",
+    "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context", "convert_to_plain_lora",
+    "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device", "dump", "family", "feed",
+    "fill_left_out", "find_data_problems", "find_method_problems", "find_schedule_problems", "find_unused_settings",
+    "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "identify", "judged", "kept_heads",
+    "least_gb", "list_changes", "list_differences", "list_resolved", "make_paths_absolute", "make_public",
+    "master_price", "method_name", "micro_tokens", "name_base", "note_conversations", "open_recipe", "open_run",
+    "price", "prompt_format", "provenance", "questions", "recipe", "record_results", "record_start", "recorded",
+    "resolve", "resolve_settings", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served", "standing",
+    "tokenizer", "untrained", "version", "with_heads",
 ]

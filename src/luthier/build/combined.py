@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from luthier.build.objects import attach, family
-from luthier.build.recipe import adapted, dump, provenance, recorded
+from luthier.build.provenance import Report, base_conflict, ignore, open_recipe, record_start
+from luthier.build.recipe import adapted, dump
 from luthier.build.runs import kept_heads, save_tuned
-from luthier.build.starts import banked, same_base
+from luthier.build.settings import make_paths_absolute
+from luthier.build.starts import banked
 from luthier.core.errors import RecipeError
+from luthier.families import identify
 from luthier.methods.combine import How, combine
 from luthier.methods.lora import Lora
 from luthier.runtime.run import Run
 
 
-def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None) -> dict[str, float]:
+def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None,
+             base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
     """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
 
     Raises:
@@ -22,12 +26,12 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
         RunError: a run cannot be read, or `out` holds one.
     """
     out.vacant()
-    recipes = [recorded(adapted(run)) for run in runs]
+    recipes = [open_recipe(adapted(run), base_model, report) for run in runs]
     first = recipes[0]
     for run, made in zip(runs, recipes, strict=True):
-        if not same_base(made.base, first.base):
+        if base_model is None and (conflict := base_conflict(run, first.base)):
             raise RecipeError(f"{str(run.path)!r} was made on {made.base.name!r}, and {str(runs[0].path)!r} on "
-                              f"{first.base.name!r}", "combine runs of one base")
+                              f"{first.base.name!r}: {conflict}", "combine runs of one base")
         if kept_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
                               "runs have no sum", "use them side by side: luthier.open_bank")
@@ -40,7 +44,8 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
             "stack others by their weights: luthier.open_bank and using({...})")
     found = combine(loras, weights, how, rank)
     made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
-    out.begin(dump(made), {**provenance(made), "combined": {str(run.path): float(weight)
+    made = make_paths_absolute(made)
+    out.begin(dump(made), {**record_start(made, identify(made.base), []), "combined": {str(run.path): float(weight)
                                                             for run, weight in zip(runs, weights, strict=True)}})
     attached = attach(base, made.method, made.seed)
     attached.load(found.state)

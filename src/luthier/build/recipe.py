@@ -266,11 +266,16 @@ def idle(made: Recipe) -> list[str]:
 
 def changed(old: Recipe, new: Recipe) -> list[str]:
     """The settings that differ, each as ``optimizer.learning_rate: 0.001, now 0.01``, but for those in `FREE`."""
-    before, now = _flat(dump(old)), _flat(dump(new))
+    before, now = flatten(old), flatten(new)
     weights = "objective.class_weights"  # balanced ones are numbers once the rows are read, and compared then
     free = (*FREE, weights) if now.get(weights) == "balanced" else FREE
     return [f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and not key.startswith(free)]
+
+
+def flatten(made: Recipe) -> dict[str, Any]:
+    """A recipe as dotted keys and values."""
+    return _flat(dump(made))
 
 
 def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -26,6 +26,7 @@ import torch
 from luthier import data as rows
 from luthier.build import objects, starts
 from luthier.build.adapters import adapter_weights
+from luthier.build.provenance import base_conflict, open_recipe
 from luthier.build.recipe import Recipe, recorded
 from luthier.build.references import autocast
 from luthier.build.runs import open_run
@@ -144,7 +145,7 @@ def judged(made: Recipe, base: Family, attached: Attached | None, found: Dataset
 def standing(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
     rows (or validation, or train rows where there are none), and how far each is from the start."""
-    made = recorded(run.existing())
+    made = open_recipe(run.existing())
     base = objects.family(made.base)
     found = objects.datasets(made, base)
     attached, reference = begin(made, base)
@@ -189,7 +190,7 @@ def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached,
 def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _reward_recipe(run)
-    if run.adapter is None or scopes(attached) is None or not starts.same_base(found.base, made.base):
+    if run.adapter is None or scopes(attached) is None or base_conflict(run, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())

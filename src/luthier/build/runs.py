@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from luthier import data as rows
 from luthier.build.adapters import adapter_weights, without_base_weights
 from luthier.build.objects import PromptFormat, attach, family, with_heads
-from luthier.build.recipe import Recipe, dump, recorded
+from luthier.build.provenance import BASE_FILE, Report, describe_base, ignore, open_recipe
+from luthier.build.recipe import Recipe, dump
+from luthier.build.settings import make_public
 from luthier.core.errors import RunError
 from luthier.core.protocols import TRAINING, Attached, ChatFormat, Family, Objective
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, folder, resolve
+from luthier.families import ALIASES, BaseConfig, folder, public_name, resolve
 from luthier.methods.peft_settings import with_whole_alphas
 from luthier.methods.plain import fold_into_plain_lora
 from luthier.methods.several import Several
@@ -25,7 +27,8 @@ STOPS = "generation_config.json"  # beside an adapter: which tokens end a turn
 HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
 
 
-def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | None]:
+def open_run(run: Run, whole: bool = False, base_model: str | None = None,
+             report: Report = ignore) -> tuple[Recipe, Family, Attached | None]:
     """What a run folder holds: its recipe, its base, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
@@ -33,12 +36,18 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
 
     Args:
         whole: keep the base in its own numbers, also where the run was trained on one in few bits.
+        base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
+        report: called with a sentence for everything that has changed since the run was made.
+
+    Raises `BaseError` where the base is not the one that the run was trained on (see `provenance.py`).
     """
     if _names_base(run.path):
+        if base_model is not None:
+            raise RunError(f"{str(run.path)!r} is a base itself", "leave the base model out (--base-model)")
         bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
         return bare, family(bare.base), None
     run.existing()
-    made = recorded(run)
+    made = open_recipe(run, base_model, report)
     if whole and made.base.quantize != "none":
         made = made.model_copy(update={"base": made.base.model_copy(update={"quantize": "none"})})
     if run.adapter is None:
@@ -97,11 +106,15 @@ def save_whole(run: Run, made: Recipe, base: Family) -> None:
     if kept_heads(made.objective) and (heads := base.heads.state()):
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
         if not run.recipe:
-            run.write("recipe.yaml", yaml.safe_dump(dump(made), sort_keys=False, allow_unicode=True))
+            run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
 
 
-def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None:
-    """Write the trained weights as Transformers and PEFT read them, and the tokenizer."""
+def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public: bool = False) -> None:
+    """Write the trained weights as Transformers and PEFT read them, and the tokenizer.
+
+    `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
+    base_model.json holds the base's digests.
+    """
     if isinstance(made.objective, RollsConfig) and made.objective.heads:
         assert isinstance(attached, Several), "the critic stands beside the method"
         attached = attached.parts[0]
@@ -114,13 +127,22 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
-    # PEFT loads the base by this name: a hub id as it is, anything else as the Transformers folder that it became.
-    hub = made.base.structure is None and isinstance(resolve(made.base.name), str)
-    name = made.base.name if hub else str(folder(made.base))
+    name = name_base(made.base, public)
     run.write("adapter_config.json", {**with_whole_alphas(config), "base_model_name_or_path": name,
                                       "revision": made.base.revision})
+    if public:
+        run.write(BASE_FILE, describe_base(made.base))
     base.saved_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
+
+
+def name_base(config: BaseConfig, public: bool = False) -> str:
+    """The name by which PEFT loads the base: a hub id as it is, anything else as the Transformers folder that it
+    became. `public`: by its hub id or bare name, which other machines may know."""
+    if public:
+        return public_name(config) if config.structure is None else folder(config).name
+    hub = config.structure is None and isinstance(resolve(config.name), str)
+    return config.name if hub else str(folder(config).absolute())
 
 
 def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) -> Attached:

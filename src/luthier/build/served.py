@@ -12,9 +12,10 @@ from torch import Tensor
 
 from luthier import data as rows
 from luthier.build.objects import PromptFormat, chat_prompt, family, room_for_text
+from luthier.build.provenance import Report, base_conflict, ignore, open_recipe
 from luthier.build.recipe import recorded
 from luthier.build.runs import open_run, prompt_format
-from luthier.build.starts import banked, same_base
+from luthier.build.starts import banked
 from luthier.core.errors import RecipeError, nearest
 from luthier.core.examples import LabelledExample, Message, Origin
 from luthier.core.protocols import Family
@@ -104,8 +105,12 @@ def _inside(run: Run) -> bool:
     return any(isinstance(part, PeftConfig) for part in parts_of(recorded(run.existing()).method))
 
 
-def served(runs: Mapping[str, Path | str]) -> Served:
+def served(runs: Mapping[str, Path | str], base_model: str | None = None, report: Report = ignore) -> Served:
     """Load what is to be served: one base or whole model, or several runs that were tuned on one base.
+
+    Args:
+        base_model: where their base is now, if it was moved.
+        report: called with a sentence for everything that has changed since a run was made.
 
     Raises:
         RecipeError: runs of different bases, or a whole model among several.
@@ -121,15 +126,15 @@ def served(runs: Mapping[str, Path | str]) -> Served:
             raise RecipeError(f"{whole!r} is a whole model, which shares nothing with the others",
                               "serve it by itself, on a port of its own")
         (name, run), = folders.items()
-        made, base, _ = open_run(run)
+        made, base, _ = open_run(run, False, base_model, report)
         base.train(False)
         return Served(base, None, {name: None}, {name: prompt_format(run, made)}, {name: base.anatomy.sizes["context"]})
-    recipes = {name: recorded(run.existing()) for name, run in folders.items()}
+    recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
-        if not same_base(made.base, recipes[first].base):
-            raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on {recipes[first].base.name!r}",
-                              "serve runs of one base together")
+        if base_model is None and (conflict := base_conflict(folders[name], recipes[first].base)):
+            raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on "
+                              f"{recipes[first].base.name!r}: {conflict}", "serve runs of one base together")
     base = family(recipes[first].base)
     bank = banked(base, folders)
     base.train(False)

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from luthier.build.adapters import adapter_weights, without_base_weights
 from luthier.build.objects import attach, with_heads
+from luthier.build.provenance import base_conflict
 from luthier.build.recipe import Recipe, adapted, changed, recorded, referred
+from luthier.build.settings import fill_left_out
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Attached, Family
-from luthier.families import BaseConfig, folder
 from luthier.methods.bank import Bank
 from luthier.methods.lora import PREFIX
 from luthier.methods.several import scopes
@@ -77,12 +78,14 @@ def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
 def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
     found = recorded(adapted(start))
-    other = [line for line in changed(found, made) if line.startswith("method.")]
-    if not same_base(found.base, made.base):
-        other.append(f"base.name: {found.base.name!r}, now {made.base.name!r}")
+    other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
+    if conflict := base_conflict(start, made.base):
+        other.append(f"base.name: {found.base.name!r}, now {made.base.name!r}: {conflict}")
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
-                          + "\n  ".join(other), "leave base and method out of the recipe: they are taken from that run")
+                          + "\n  ".join(other),
+                          "leave base and method out of the recipe: they are taken from that run; a base that was "
+                          "moved is named by --base-model PATH (in Python: base_model=PATH)")
     return adapter_weights(start, base.anatomy)
 
 
@@ -104,9 +107,3 @@ def _load(attached: Attached, saved: dict[str, Tensor], base: Family, whole: boo
         attached.load({**{name: saved[there] for name, there in named.items() if there in saved}, **left})
         return
     attached.load({name: saved[there] for name, there in named.items() if there in saved})
-
-
-def same_base(one: BaseConfig, other: BaseConfig) -> bool:
-    """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
-    named = (one.name, one.structure) == (other.name, other.structure)
-    return one.revision == other.revision and (named or folder(one) == folder(other))

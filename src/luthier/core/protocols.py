@@ -195,6 +195,11 @@ class Family(Protocol):
         ...
 
     @property
+    def pooling(self) -> str:
+        """Which state stands for a whole text: last, first or mean."""
+        ...
+
+    @property
     def device(self) -> torch.device: ...
 
     @property

@@ -5,9 +5,10 @@ Reading order: `anatomy.py` (the parts), `forest.py` (attention in packed rows),
 `encoder.py`, `vision.py` and `seq2seq.py` are the other families, and `open.py` chooses.
 """
 
+from luthier.core.digests import cache
 from luthier.families.causal import CausalLM
 from luthier.families.encoder import Encoder
-from luthier.families.gguf import cache
+from luthier.families.identity import Identity, identify, is_local, public_name
 from luthier.families.load import (
     ALIASES,
     BaseConfig,
@@ -24,6 +25,6 @@ from luthier.families.load import (
 from luthier.families.open import open_family
 from luthier.families.vision import Vision
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "context_of", "device_of",
-           "fingerprint", "folder", "load", "load_tokenizer", "open_family", "parameter_count", "resolve",
-           "stored_dtype"]
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "context_of", "device_of",
+           "fingerprint", "folder", "identify", "is_local", "load", "load_tokenizer", "open_family", "parameter_count",
+           "public_name", "resolve", "stored_dtype"]

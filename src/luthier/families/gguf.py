@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
+import json
 import os
 import tempfile
 from collections.abc import Callable
@@ -15,15 +15,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from luthier.core.digests import cache, file_sha256
 from luthier.core.errors import BaseError
 from luthier.families.report import complete, quiet, short
 
-CONVERTER = "1"  # raise it when `convert` writes something else: folders made by older ones are then left unused
-
-
-def cache() -> Path:
-    """Where folders made from GGUF files are kept: `$LUTHIER_CACHE`, or `~/.cache/luthier`."""
-    return Path(os.environ.get("LUTHIER_CACHE") or "~/.cache/luthier").expanduser()
+CONVERTER = "2"  # raise it when `convert` writes something else: folders made by older ones are then left unused
+MADE = ".sha256.json"  # in every folder of the cache: the digests of its weights as they were written
 
 
 def converted(gguf: Path) -> Path:
@@ -31,20 +28,21 @@ def converted(gguf: Path) -> Path:
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseError(f"{gguf} is not a GGUF file", "give a .gguf file or a Transformers folder")
-        file.seek(0)
-        key = hashlib.file_digest(file, "sha256").hexdigest()
-    made = cache() / f"{gguf.stem}-{key[:32]}-{CONVERTER}"
+    made = cache() / f"{gguf.stem}-{file_sha256(gguf)[:32]}-{CONVERTER}"
     return once(made, lambda to: convert(gguf, to))
 
 
 def once(made: Path, make: Callable[[Path], None]) -> Path:
-    """The folder `made` of the cache, made now by `make(to)` if need be; whole or not at all."""
+    """The folder `made` of the cache, made now by `make(to)` if need be; whole or not at all. Raises `BaseError` where
+    its weights are not those that were written."""
     if made.is_dir():
+        _check_unchanged(made)
         return made
     made.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
         ready = Path(temporary) / "model"
         make(ready)
+        (ready / MADE).write_text(json.dumps(_weights(ready)), encoding="utf-8")
         try:
             os.replace(ready, made)
         except OSError:
@@ -52,6 +50,17 @@ def once(made: Path, make: Callable[[Path], None]) -> Path:
             if not made.is_dir():
                 raise
     return made
+
+
+def _weights(made: Path) -> dict[str, str]:
+    return {file.name: file_sha256(file) for file in sorted(made.glob("*.safetensors"))}
+
+
+def _check_unchanged(made: Path) -> None:
+    kept = made / MADE
+    if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8")) != _weights(made):
+        raise BaseError(f"the weights in the cache folder {made} are not those that were written there (sha256)",
+                        "delete that folder: it is made again")
 
 
 def convert(gguf: Path, to: Path) -> None:

@@ -10,7 +10,6 @@ folder (weights there, no pickle, nothing missing) is checked about every base.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -35,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 
 from luthier.core.config import Config
+from luthier.core.digests import files_sha256
 from luthier.core.errors import BaseError, LuthierError, nearest
 from luthier.families import kinds
 from luthier.families.gguf import converted
@@ -48,7 +48,6 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POOLING = "1_Pooling/config.json"  # how sentence encoders make one state of many
 DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", WEIGHTS, "model-*-of-*.safetensors")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-SAMPLES, SAMPLE_BYTES = 64, 4096
 
 
 class BaseConfig(Config):
@@ -220,22 +219,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def fingerprint(path: Path) -> str:
-    """Which weights a folder holds, as 64 hexadecimal digits, whatever its place and age.
-
-    Hashes the config, and of each weight file its size, its header (names, shapes, types) and evenly spread samples:
-    constant work, and any training step changes it, since a step moves every tensor that it trains.
-    """
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for shard in shards(path):
-        size = shard.stat().st_size
-        with shard.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-            digest.update(f"{size} {header}".encode())
-            digest.update(file.read(header))
-            for i in range(SAMPLES):
-                file.seek(8 + header + (size - 8 - header) * i // SAMPLES)
-                digest.update(file.read(SAMPLE_BYTES))
-    return digest.hexdigest()
+    """sha256 over every byte of a folder's config and weights, whatever its place and age."""
+    return files_sha256((file.name, file) for file in [path / "config.json", *shards(path)])
 
 
 # ---------------------------------------------------------------- from a folder to a model

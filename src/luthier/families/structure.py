@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from luthier.core.config import Config
+from luthier.core.digests import cache
 from luthier.core.errors import BaseError, RecipeError
 from luthier.families.anatomy import anatomy, linear_sites
-from luthier.families.gguf import cache, once
+from luthier.families.gguf import once
 from luthier.families.kinds import kind_of
 from luthier.families.report import complete
 
-MAKER = "1"  # raise it when `change` makes something else: folders made by older ones are then left unused
+MAKER = "2"  # raise it when `change` makes something else: folders made by older ones are then left unused
 WORDS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json", "generation_config.json")
 LAST = ("o", "down")  # the roles of the maps that end a block's attention and its MLP
 

@@ -54,6 +54,11 @@ class AdapterConfig(Config):
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the bottleneck")
     scale: float | None = Field(None, gt=0, description="factor s on the change; left out: 4 for parallel, else 1")
 
+    @property
+    def factor(self) -> float:
+        """s"""
+        return self.scale or (4.0 if self.placement == "parallel" else 1.0)
+
     def attach(self, anatomy: Anatomy, *, seed: int) -> Adapter:
         names = [place for block in anatomy.blocks for place in self.places(block)]
         for pattern in self.reduction_pattern:
@@ -82,7 +87,7 @@ class Bottleneck:
     def __init__(self, config: AdapterConfig, place: str, block: Block, hidden: int,
                  generator: torch.Generator) -> None:
         self.p, self.act, self.block = config.dropout, ACTIVATIONS[config.activation], block.module
-        self.scale = config.scale or (4.0 if config.placement == "parallel" else 1.0)
+        self.scale = config.factor
         self._input: Tensor | None = None
         like = next(p for p in block.module.parameters() if p.is_floating_point())
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.

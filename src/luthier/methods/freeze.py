@@ -43,6 +43,12 @@ class FreezeConfig(Config):
     head: bool = Field(False, description="the output projection (and with it embeddings that share its weight)")
     keep_base: bool | None = Field(None, description=KEEP_BASE)
 
+    @property
+    def last_blocks(self) -> int | None:
+        """`last`, or what it is where nothing at all is chosen."""
+        chosen = self.layers is not None or self.patterns or self.embeddings or self.head
+        return self.last if self.last is not None or chosen else 2
+
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
         wanted = {id(p) for module in self._modules(anatomy) for p in module.parameters()}
         named = dict(anatomy.model.named_parameters())  # tied weights are named once
@@ -58,8 +64,7 @@ class FreezeConfig(Config):
 
     def _modules(self, anatomy: Anatomy) -> Iterable[nn.Module]:
         blocks = [block.module for block in anatomy.blocks]
-        bare = self.layers is None and not (self.patterns or self.embeddings or self.head)
-        last = 2 if self.last is None and bare else self.last or 0
+        last = self.last_blocks or 0
         if last > len(blocks) and self.last is not None:
             raise RecipeError(f"method.last: {last} blocks, and this model has {len(blocks)}",
                               f"use {len(blocks)} or fewer")

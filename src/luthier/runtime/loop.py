@@ -82,6 +82,7 @@ class Job:
         log: told (step, metrics) for every line of metrics.jsonl.
         show: told (step, metrics) for the progress display.
         warn: told a sentence that the user should read.
+        record: called at every save for what a checkpoint keeps besides the state of the training.
         stop: asked between steps whether a signal wants the run to end; its name, or an empty string.
     """
 
@@ -100,6 +101,7 @@ class Job:
     show: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
     warn: Callable[[str], None] = lambda sentence: None
     stop: Callable[[], str] = lambda: ""
+    record: Callable[[], Mapping[str, Any]] = dict
 
 
 @dataclass
@@ -266,7 +268,7 @@ def _save(job: Job, optimizer: Optimizer, summary: Summary, bad_evaluations: int
         ranks.wait()  # a later step reads what the first rank writes here
         return
     state = {"feed": job.feed.state(), "random": states, "summary": vars(summary),
-             "bad_evaluations": bad_evaluations, "total_steps": optimizer.total}
+             "bad_evaluations": bad_evaluations, "total_steps": optimizer.total, "record": job.record()}
     best = int(summary.best["step"]) if summary.best and job.training.keep_best else None
     checkpoint.save(job.folder, summary.steps, {"method": job.attached.state(), "optimizer": optimizer.state()},
                     state, keep=job.training.keep, protect=best)

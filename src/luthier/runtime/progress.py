@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +74,12 @@ def status(text: str, *, quiet: bool = False, console: Console | None = None) ->
     else:
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         yield
+
+
+def print_line(line: str, quiet: bool = False) -> None:
+    """Print a note or warning to stderr."""
+    if not quiet:
+        print(line, file=sys.stderr)
 
 
 def _short(value: float) -> str:

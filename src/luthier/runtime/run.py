@@ -42,6 +42,13 @@ class Run:
         return {key: value for key, value in raw.items() if key != "provenance"}
 
     @property
+    def provenance(self) -> dict[str, Any]:
+        """What recipe.yaml holds besides settings: versions, the base, digests; empty where the folder has none."""
+        file = self.path / "recipe.yaml"
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return dict(raw.get("provenance") or {})
+
+    @property
     def metrics(self) -> list[dict[str, float]]:
         """One dictionary a line of metrics.jsonl."""
         file = self.path / "metrics.jsonl"

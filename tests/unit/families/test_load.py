@@ -212,6 +212,29 @@ def test_fingerprint_follows_the_weights_and_not_the_place(llama: Path, tmp_path
     assert fingerprint(llama) != before
 
 
+def test_one_flipped_bit_anywhere_is_another_fingerprint(llama: Path) -> None:
+    before, file = fingerprint(llama), llama / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    for place in range(len(content) // 9, len(content), len(content) // 9):
+        content[place] ^= 1
+        file.write_bytes(content)
+        assert fingerprint(llama) != before
+        content[place] ^= 1
+    file.write_bytes(content)
+    assert fingerprint(llama) == before
+
+
+def test_a_folder_of_the_cache_whose_weights_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = converting.once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
+    assert converting.once(made, lambda to: None) == made
+    content = bytearray((made / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (made / "model.safetensors").write_bytes(content)
+    with pytest.raises(BaseError, match="are not those that were written there") as caught:
+        converting.once(made, lambda to: None)
+    assert "delete that folder" in caught.value.remedy
+
+
 # ---------------------------------------------------------------- GGUF
 
 
