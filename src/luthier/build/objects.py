@@ -11,7 +11,7 @@ import torch
 from luthier import data as rows
 from luthier.build.pairs import fitting
 from luthier.build.recipe import AnyMethod, Recipe, beforehand
-from luthier.core.errors import RecipeError
+from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
 from luthier.core.protocols import Attached, ChatFormat, Family, Feed, Objective
 from luthier.core.types import Batch
@@ -140,11 +140,29 @@ def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
     hide = _hide(made, base)
-    return rows.load(settled(made, base), base.tokenizer, seed=made.seed, classes=objective.classes, hide=hide,
-                     reads=reads if hide is None else reads & DOCUMENTS,
-                     flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
-                     others={name: known.reads & DOCUMENTS if known.hides and base.anatomy.task != "CAUSAL_LM" else
-                             known.reads for name, known in OBJECTIVES.items()}, progress=progress)
+    found = rows.load(settled(made, base), base.tokenizer, seed=made.seed, classes=objective.classes, hide=hide,
+                      reads=reads if hide is None else reads & DOCUMENTS,
+                      flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
+                      others={name: known.reads & DOCUMENTS if known.hides and base.anatomy.task != "CAUSAL_LM" else
+                              known.reads for name, known in OBJECTIVES.items()}, progress=progress)
+    _check_tokens(base, found)
+    return found
+
+
+def _check_tokens(base: Family, found: Datasets) -> None:
+    """Raises `BaseError` where a row holds a token that the base's embedding has no row for."""
+    size = base.anatomy.sizes.get("vocabulary")
+    if size is None or "channels" in base.anatomy.sizes:
+        return
+    for example in (*found.train, *found.eval, *found.test):
+        for piece in example.pieces:
+            if max(piece.ids) >= size:
+                token = next(token for token in piece.ids if token >= size)
+                words = base.tokenizer.convert_ids_to_tokens(token)
+                raise BaseError(
+                    f"{example.origin}: the token {words!r} has the id {token}, and the base's embedding has {size} "
+                    "rows",
+                    "add the token to the base (base.structure.new_tokens), or give the base its own tokenizer")
 
 
 def _hide(made: Recipe, base: Family) -> rows.Hide | None:

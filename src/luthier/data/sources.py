@@ -242,8 +242,19 @@ def _hub(name: str, split: str, subset: str | None, streaming: bool) -> Rows:
 def _numbered(rows: Any, name: str) -> Rows:
     named = {column: feature for column, feature in (rows.features or {}).items() if _has_classes(feature)}
     for number, row in enumerate(rows, 1):
-        yield as_row({**row, **{column: _class_names(row[column], feature) for column, feature in named.items()}}
-                     if named else row, Origin(name, number))
+        values = {column: _without_padding(value) for column, value in row.items()}
+        yield as_row(values | {column: _class_names(row[column], feature) for column, feature in named.items()},
+                     Origin(name, number))
+
+
+def _without_padding(value: Any) -> Any:
+    """A value without the nulls that a table puts into a struct for the fields that other rows have and this one has
+    not: `{"city": "Oslo", "x": null}` is `{"city": "Oslo"}`, as it would stand in a line of JSON."""
+    if isinstance(value, dict):
+        return {key: _without_padding(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        return [_without_padding(inner) for inner in value]
+    return value
 
 
 def _has_classes(feature: Any) -> bool:

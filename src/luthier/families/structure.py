@@ -187,10 +187,10 @@ def _stack(model: Any, home: str, blocks: Sequence[tuple[int, nn.Module]]) -> No
 
 def _grow(model: Any, tokenizer: Any, new: Mapping[str, str]) -> None:
     """Make each word a token of its own, with the mean of its description's rows."""
-    known = tokenizer.get_vocab()
+    known, rows = tokenizer.get_vocab(), model.get_input_embeddings().weight.shape[0]
     described = {word: tokenizer(words, add_special_tokens=False)["input_ids"] for word, words in new.items()}
     for word, ids in described.items():
-        if word in known or not word.strip():
+        if known.get(word, rows) < rows or not word.strip():  # a token without a row is as good as new
             raise RecipeError(f"base.structure.new_tokens: {word!r} is "
                               + ("a token of this base already" if word.strip() else "empty"),
                               "name words that the base does not have as one token")
@@ -199,7 +199,7 @@ def _grow(model: Any, tokenizer: Any, new: Mapping[str, str]) -> None:
                               "describe it in words")
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in new])
     places = tokenizer.convert_tokens_to_ids(list(new))
-    if max(places) >= model.get_input_embeddings().weight.shape[0]:  # some bases have rows to spare
+    if max(places) >= rows:  # some bases have rows to spare
         model.resize_token_embeddings(max(places) + 1, mean_resizing=False)
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
         for parameter in module.parameters():
