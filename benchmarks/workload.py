@@ -114,6 +114,14 @@ def pairs(data: str, count: int, folder: Path) -> list[dict[str, Any]]:
     raise SystemExit(f"--data {data} has {len(taken)} pairs, and {count} are needed: take fewer steps")
 
 
+def without_last_break(template: str) -> str:
+    """A ChatML template that writes the line break behind a turn only where something follows it. Luthier trains an answer
+    up to its end mark; so that the peers are given the same tokens, they are given this template."""
+    behind = "'<|im_end|>' + '\n'}}"
+    assert template.count(behind) == 1, template
+    return template.replace(behind, "'<|im_end|>'}}{% if not loop.last or add_generation_prompt %}{{ '\n' }}{% endif %}")
+
+
 def prompt_share(pair: Mapping[str, list[dict[str, str]]]) -> float:
     """The prompt's share of a pair's words, counted once for each answer."""
     asked, chosen, rejected = (sum(len(turn["content"].split()) for turn in pair[part])

@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer  # type: igno
 
 from benchmarks.peers.trl_sft import Clock
 from benchmarks.peers.watch import Watch
-from benchmarks.workload import Job
+from benchmarks.workload import Job, without_last_break
 
 
 def settings(job: Job) -> dict[str, Any]:
@@ -58,9 +58,11 @@ def main() -> None:
              else AutoModelForCausalLM.from_pretrained(job.folder, **load))
     lora = LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, target_modules="all-linear",
                       task_type="SEQ_CLS" if reward else "CAUSAL_LM", modules_to_save=["score"] if reward else None)
+    tokenizer = AutoTokenizer.from_pretrained(job.folder)
+    tokenizer.chat_template = without_last_break(tokenizer.chat_template)
     common: dict[str, Any] = {
         "model": model, "train_dataset": Dataset.from_list(job.examples()), "peft_config": lora,
-        "processing_class": AutoTokenizer.from_pretrained(job.folder), "callbacks": [Clock(watch)]}
+        "processing_class": tokenizer, "callbacks": [Clock(watch)]}
     trainer: Any = (RewardTrainer(args=RewardConfig(**settings(job)), **common) if reward
                     else DPOTrainer(args=DPOConfig(**settings(job)), **common))
     trainer.data_collator = noted(trainer.data_collator, watch, reward)

@@ -3,7 +3,7 @@
     python -m benchmarks.peers.trl_sft JOB.json
 
 What differs from TRL's defaults, and why: the setting of the comparison (batch, rate, constant schedule, natural order,
-number format); no reports and no checkpoints, which would only cost time; and a log line each step instead of every
+number format) and the tokens (see `without_last_break`); no reports and no checkpoints, which would only cost time; and a log line each step instead of every
 tenth, for the loss curve. Side `trl` recomputes activations, which is TRL's default; `trl-nockpt` does not, which is
 faster and takes more memory. A step's clock runs from Trainer's `on_step_begin` to its `on_step_end`: collating
 the batch and logging are not held against it.
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]
 
 from benchmarks.peers.watch import Watch
-from benchmarks.workload import Job
+from benchmarks.workload import Job, without_last_break
 
 
 class Clock(TrainerCallback):
@@ -68,11 +68,13 @@ def main() -> None:
     s, watch = job.setting, Watch(job)
     disable_progress_bars()
     torch.manual_seed(s.seed)
+    tokenizer = AutoTokenizer.from_pretrained(job.folder)
+    tokenizer.chat_template = without_last_break(tokenizer.chat_template)
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(job.folder, dtype=getattr(torch, s.dtype)),
         args=config(job, gradient_checkpointing=job.side == "trl"),
         train_dataset=Dataset.from_list(job.examples()),
-        processing_class=AutoTokenizer.from_pretrained(job.folder),
+        processing_class=tokenizer,
         peft_config=LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, target_modules="all-linear",
                                task_type="CAUSAL_LM"),
         callbacks=[Clock(watch)])

@@ -30,7 +30,7 @@ from trl import SFTTrainer  # type: ignore[attr-defined]
 
 from benchmarks.peers.trl_sft import Clock, config, train
 from benchmarks.peers.watch import Watch
-from benchmarks.workload import Job
+from benchmarks.workload import Job, without_last_break
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -46,6 +46,7 @@ def main() -> None:
     model = FastLanguageModel.get_peft_model(
         model, r=s.rank, lora_alpha=s.alpha, lora_dropout=0.0, target_modules=LINEAR, random_state=s.seed,
         use_gradient_checkpointing=recompute)
+    tokenizer.chat_template = without_last_break(tokenizer.chat_template)
     trainer = SFTTrainer(model=model, args=config(job, gradient_checkpointing=bool(recompute)),
                          train_dataset=Dataset.from_list(job.examples()), processing_class=tokenizer,
                          callbacks=[Clock(watch)])

@@ -96,10 +96,9 @@ def render_prompt(example: ChatExample, tokenizer: Tokenizer, rules: Rules) -> t
 def content_ranges(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
                    rules: Rules) -> tuple[tuple[int, int], ...]:
     """Where the words of a prompt's turns lie in its text, but for those of system turns: what may be cut away without
-    touching a mark, a header or a system prompt. In a text that the template rewrites, only what it kept as it was."""
+    touching a mark, a header or a system prompt."""
     made = build_conversation(messages, tools, tokenizer, rules)
-    chat = _Chat(made, [0.0] * len(made.turns))
-    return chat.contents(chat.prompt(len(made.turns)))
+    return _Chat(made, [0.0] * len(made.turns)).contents()
 
 
 def _answer(turn: Mapping[str, Any]) -> str:
@@ -160,7 +159,10 @@ class _Chat:
         return text[:at + len(mark)] if at >= len(self.prompt(index)) and text[at - 1] != START else text
 
     def rendered(self, text: str, own: Sequence[int], rest: float) -> Rendered:
+        """What the template writes behind the mark of the very last turn is left out: nothing comes after it."""
         last = own[-1] if own else len(self.made.turns)
+        if last == len(self.made.turns) - 1 and not self.whole:
+            text = self.through(last)
         return Rendered(text, tuple(self._span(i) for i in own), rest, self.boundaries(text, last + 1),
                         self.made.remarks)
 
@@ -177,18 +179,18 @@ class _Chat:
         spoken = [i for i, turn in enumerate(self.made.turns[:count]) if turn["role"] == "assistant"]
         return tuple(len(self.prompt(i)) for i in spoken if text.startswith(self.prompt(i)))
 
-    def contents(self, text: str) -> tuple[tuple[int, int], ...]:
-        """Where each turn's words lie in `text`: between what its rendering shares with one of other words."""
-        found = []
-        for i, turn in enumerate(self.made.turns):
+    def contents(self) -> tuple[tuple[int, int], ...]:
+        """Where each turn's words lie in the prompt that ends with all turns: between what it shares with the prompt
+        of other words."""
+        turns, prompt, found = self.made.turns, self.prompt(len(self.made.turns)), []
+        for i, turn in enumerate(turns):
             if turn["role"] in SYSTEM or not turn["content"]:
                 continue
             other = {**turn, "content": "j" if turn["content"].lstrip()[:1] != "j" else "q"}
-            mine = self.until(i + 1)
-            twin = self.made.template.render([*self.made.turns[:i], other], tools=self.made.tools)
-            start = common_prefix(mine, twin)
-            end = len(mine) - common_prefix(mine[start:][::-1], twin[start:][::-1])
-            if text.startswith(mine[:end]):
+            twin = self.made.template.render([*turns[:i], other, *turns[i + 1:]], tools=self.made.tools, generate=True)
+            start = common_prefix(prompt, twin)
+            end = len(prompt) - common_prefix(prompt[start:][::-1], twin[start:][::-1])
+            if end > start:
                 found.append((start, end))
         return tuple(found)
 

@@ -37,7 +37,7 @@ def test_the_assistants_turns_are_trained_to_their_end(tokenizer, trained) -> No
     (found,) = encode(ChatExample(CHAT, HERE), tokenizer, config())
     assert trained(found, tokenizer) == ["the answer<|im_end|>", "good 🙂<|im_end|>"]
     assert tokenizer.decode(found.pieces[0].ids) == tokenizer.apply_chat_template(
-        [{"role": m.role, "content": m.content} for m in CHAT], tokenize=False)
+        [{"role": m.role, "content": m.content} for m in CHAT], tokenize=False).removesuffix("\n")
     assert found.bytes == len("the answergood 🙂".encode())
 
 
@@ -69,7 +69,7 @@ def test_without_a_template_the_plain_one_is_used(tokenizer, trained) -> None:
     (found,) = encode(ChatExample(CHAT, HERE), tokenizer, config())
     assert tokenizer.decode(found.pieces[0].ids) == (
         "### System:\ns\n\n### User:\none\n\n### Assistant:\nthe answer<|im_end|>\n\n"
-        "### User:\ntwo\n\n### Assistant:\ngood 🙂<|im_end|>\n\n")
+        "### User:\ntwo\n\n### Assistant:\ngood 🙂<|im_end|>")
     assert [words.rstrip("\n") for words in trained(found, tokenizer)] == ["the answer<|im_end|>", "good 🙂<|im_end|>"]
     assert "eos_token" in FALLBACK_TEMPLATE
 
@@ -134,7 +134,7 @@ def test_the_prompt_is_trls_and_the_answer_ends_with_its_mark(tokenizer, trained
     (found,) = encode(CompletionExample(prompt, completion, HERE), tokenizer, config())
     ids, weights = list(found.pieces[0].ids), list(found.pieces[0].weights)
     assert (ids[:len(before)], set(weights[:len(before)])) == (before, {0.0})
-    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode(ids) == text.removesuffix("\n")
     assert trained(found, tokenizer) == [f"{completion}<|im_end|>"]
 
 

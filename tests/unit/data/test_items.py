@@ -221,7 +221,7 @@ def test_the_preview_says_how_each_piece_is_judged(letters, write) -> None:
     assert shown({"words": ["ab", "c"], "tags": ["O", "B"]}) == "a/Ob c/B"
     assert shown({"anchor": "a", "positive": "b"}) == "--- label 0\na\n--- piece 1, label 1\nb"
     pair = shown({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}, format="pair", share_prompt=True)
-    assert pair.split("\n---")[1:] == [" continues piece 0, label 0, better by 2\na<|im_end|>\n", " continues piece 0, label 1\nb<|im_end|>\n"]
+    assert pair.split("\n---")[1:] == [" continues piece 0, label 0, better by 2\na<|im_end|>", " continues piece 0, label 1\nb<|im_end|>"]
 
 
 def test_overlap_is_found_for_every_kind(write, letters) -> None:

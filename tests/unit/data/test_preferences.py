@@ -230,7 +230,7 @@ def test_a_verdict_stands_beside_another_rows_answer(write, letters) -> None:
     assert asked == [{"p1"}, {"p2"}, {"p3"}]
     assert [[i.label for i in one.items] for one in found] == [[1.0, -1.0], [0.0, -1.0], [1.0, -1.0]]
     alone = load(config(train=path, test=write("c.jsonl", json.dumps(rows[2])), share_prompt=False), letters, seed=0).test
-    assert letters.decode(paths(alone[0])[1][0]).endswith("p3<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n")
+    assert letters.decode(paths(alone[0])[1][0]).endswith("p3<|im_end|>\n<|im_start|>assistant\na<|im_end|>")
     with pytest.raises(DataError, match="at least two rows"):
         load(config(train=write("b.jsonl", json.dumps(rows[0]))), letters, seed=0)
 
