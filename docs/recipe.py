@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from luthier.build import Recipe
 from luthier.core.config import Config
-from luthier.data import DataConfig, MixupAugment, PictureAugment, Source, WordsAugment
+from luthier.data import ChatConfig, DataConfig, MixupAugment, PictureAugment, Source, WordsAugment
 from luthier.families import BaseConfig
 from luthier.families.structure import StructureConfig
 from luthier.measure import EvaluateConfig
@@ -32,6 +32,7 @@ SECTIONS: dict[str, type[Config]] = {
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
     "`objective.reward` of ppo and grpo": WorthConfig, "`data`": DataConfig, "a source of `data`": Source,
+    "`data.chat`": ChatConfig,
     "`data.augment`: words": WordsAugment, "`data.augment`: pictures": PictureAugment,
     "`data.augment`: mixup": MixupAugment,
     "`training`": TrainingConfig, "`optimizer`": OptimizerConfig, "`evaluate`": EvaluateConfig,

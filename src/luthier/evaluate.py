@@ -62,14 +62,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if base and attached is None:
         raise RecipeError("the run holds a whole model, so the bare base is not in it",
                           f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
-    reference = attached.disabled if attached else nullcontext
-    if attached and "reference_logps" in made.objective.needs:
-        reference = build.beside(made, family, attached)
-    elif "reference_logps" in made.objective.needs and not made.objective.rolls and recorded.base.name != str(run.path):
-        raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
-                          f"{str(run.path)!r} holds a whole model, trained over it",
-                          "read what was measured while both were there (results.json: test), or measure by an "
-                          "objective without a reference: objective=orpo")
+    reference = _reference(run, recorded, made, family, attached)
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
         batches = build.rows.eval_batches(encoded, build.micro_tokens(made, family))
@@ -82,6 +75,20 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
             results |= scored.scores
     measured_on = "data" if data else "test" if found.test else "validation"
     return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(found.report, part)}
+
+
+def _reference(run: Run, recorded: build.Recipe, made: build.Recipe, family: Any, attached: Any) -> Any:
+    """What makes the context in which the model is its reference. Raises `RecipeError` where there is none."""
+    if "reference_logps" not in made.objective.needs:
+        return attached.disabled if attached else nullcontext
+    if attached:
+        return build.beside(made, family, attached)
+    if not made.objective.rolls and recorded.base.name != str(run.path):
+        raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
+                          f"{str(run.path)!r} holds a whole model, trained over it",
+                          "read what was measured while both were there (results.json: test), or measure by an "
+                          "objective without a reference: objective=orpo")
+    return nullcontext
 
 
 def _print_report(report: build.rows.DataReport, part: str, overlap: bool) -> None:

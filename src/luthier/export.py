@@ -14,7 +14,6 @@ from luthier import build
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
-from luthier.methods.peft import BRIDGED
 from luthier.runtime.progress import print_line
 from luthier.runtime.run import Run
 
@@ -119,8 +118,8 @@ def _refuse_uncarried(run: Run, made: build.Recipe, attached: Attached | None) -
         unread = "lengths of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
         raise RunError(what + f"Transformers reads no {unread} from the file",
                        "--to merged, or --to adapter, which PEFT reads whole")
-    if form["peft_type"] in BRIDGED and build.kept_heads(made.objective) is False:
-        for key in BRIDGED[form["peft_type"]]:
+    if form["peft_type"] in build.BRIDGED and build.kept_heads(made.objective) is False:
+        for key in build.BRIDGED[form["peft_type"]]:
             if form.get(key) not in (None, False, "none", [], {}):
                 raise RunError(what + f"it is not known that Transformers reads {key} from the file",
                                "--to merged, or --to adapter, which PEFT reads whole")

@@ -64,6 +64,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     small = {"dtype": torch.float32, "max_position_embeddings": 512}
     save_tiny(folder / "smollm2", "llama", num_hidden_layers=7, **small)
     save_tiny(folder / "minilm", "bert", **small)
+    (folder / "models").mkdir()
+    (folder / "models/moved").symlink_to(folder / "smollm2")
     for name in ("recipes", "src"):
         (folder / name).symlink_to(ROOT / name)
     for name, content in FILES.items():

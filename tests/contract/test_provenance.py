@@ -274,7 +274,7 @@ def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -
         parts = saved.method.parts if section == "method" and method == "list" else [dict(saved)[section]] if section else [saved]
         for part in parts:
             unset = {name for name in names if dict(part).get(name, "no such setting") in UNSET}
-            assert unset <= ({"revision"} | ({"hidden"} if method == "prefix" else set())), (section, unset)  # no hub; no MLP
+            assert unset <= ({"revision", "pooling"} | ({"hidden"} if method == "prefix" else set())), (section, unset)  # no hub, no state of a whole text; no MLP
     assert build.recipe(yaml.safe_load(yaml.safe_dump(build.dump(saved)))) == saved
     assert build.changed(saved, build.fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
 

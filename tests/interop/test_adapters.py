@@ -130,10 +130,10 @@ def said_by_peft(kind: str, folder: Path) -> Tensor:
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's folders name no precision: bases are loaded in float64."""
-    def recorded(run: Run) -> Any:
-        made = build.recorded(run)
+    def opened(run: Run, *options: Any) -> Any:
+        made = build.open_recipe(run, *options)
         return made.model_copy(update={"base": made.base.model_copy(update={"dtype": "float64"})})
-    monkeypatch.setattr(runs, "recorded", recorded)
+    monkeypatch.setattr(runs, "open_recipe", opened)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -
     base.train(False)
 
     def answers(texts: list[str], ask: str) -> list[str]:
-        prompts = [build.chat_prompt(base, [Message("user", ask.replace("{text}", text))], None) for text in texts]
+        prompts = [build.chat_prompt(base, [Message("user", ask.replace("{text}", text))], build.PromptFormat()) for text in texts]
         found = {one.index: one for one in base.generate(prompts, Sampling(max_new_tokens=30))}
         assert all(one.finished for one in found.values())
         return [base.tokenizer.decode(found[i].tokens, skip_special_tokens=True).strip() for i in range(len(texts))]

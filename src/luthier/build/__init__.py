@@ -84,21 +84,23 @@ from luthier.data import DataConfig
 from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, identify, resolve
 from luthier.methods import METHODS
 from luthier.methods.bank import Bank
+from luthier.methods.peft import BRIDGED
 from luthier.methods.readable import Reading, describe
 from luthier.rollout import Rollouts
 from luthier.runtime.run import Run
 
 __all__ = [
-    "ALIASES", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS", "PromptFormat",
-    "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict", "beforehand",
-    "begin", "beside", "cache", "called", "candidate", "changed", "chat_prompt", "check", "check_base",
-    "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context", "convert_to_plain_lora",
-    "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device", "dump", "family", "feed",
-    "fill_left_out", "find_data_problems", "find_method_problems", "find_schedule_problems", "find_unused_settings",
-    "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out", "identify", "judged", "kept_heads",
-    "least_gb", "list_changes", "list_differences", "list_resolved", "make_paths_absolute", "make_public",
-    "master_price", "method_name", "micro_tokens", "name_base", "note_conversations", "open_recipe", "open_run",
-    "price", "prompt_format", "provenance", "questions", "recipe", "record_results", "record_start", "recorded",
-    "resolve", "resolve_settings", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served", "standing",
-    "tokenizer", "untrained", "version", "with_heads",
+    "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
+    "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
+    "beforehand", "begin", "beside", "cache", "called", "candidate", "changed", "chat_prompt", "check",
+    "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
+    "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
+    "dump", "family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
+    "find_schedule_problems", "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter",
+    "gguf_model", "held_out", "identify", "judged", "kept_heads", "least_gb", "list_changes", "list_differences",
+    "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "micro_tokens",
+    "name_base", "note_conversations", "open_recipe", "open_run", "price", "prompt_format", "provenance",
+    "questions", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling",
+    "rows", "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version",
+    "with_heads",
 ]

@@ -41,6 +41,8 @@ LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
     "method.text": "words are drawn by the seed", "objective.run": "another kind of reward",
     "objective.function": "another kind of reward", "objective.url": "another kind of reward",
     "objective.target_kl": "no early end", "objective.kl_target": "a fixed weight", "data.subset": "the only one",
+    "data.split": "by the part that it is named for", "data.first_choice": "as all rows show it",
+    "data.columns": "those of the whole part",
     "data.document": "by the file's ending", "data.eval": "no rows", "data.test": "no rows",
     "data.format": "by the columns, whose rows have a digest", "data.system": "none",
     "data.share_prompt": "the result is the same", "data.score_scale": "read off the rows, which have a digest",
@@ -63,12 +65,13 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
     """
     micro = made.training.micro_tokens or micro_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
     length = made.data.max_length if "channels" in base.anatomy.sizes else settled(made, base).max_length
+    pools = bool(made.objective.needs & {"pooled", "scores"})  # else it has no effect
     methods = [_resolve_method(part, base) for part in parts_of(made.method)]
     objective = made.objective
     if isinstance(objective, GrpoConfig) and objective.clip_high is None:
         objective = objective.model_copy(update={"clip_high": objective.clip})
     return made.model_copy(update={
-        "base": made.base.model_copy(update={"pooling": base.pooling,
+        "base": made.base.model_copy(update={"pooling": base.pooling if pools else made.base.pooling,
                                              "revision": identity.revision or made.base.revision}),
         "method": _join_methods(made.method, methods),
         "objective": objective,

@@ -7,6 +7,7 @@ Reading order: `sources.py`, `splits.py`, `formats.py`, `templates.py`, `convers
 from luthier.data.augment import MixupAugment, PictureAugment, WordsAugment, augmented, paraphrased
 from luthier.data.chat import RenderError
 from luthier.data.config import DataConfig, DividedConfig, Source
+from luthier.data.conversation import ChatConfig
 from luthier.data.encode import encode_prompt_text, prompt_of, templated
 from luthier.data.formats import FORMATS, Reader, examples
 from luthier.data.hide import Hide
@@ -25,8 +26,8 @@ from luthier.data.values import UnfitError
 from luthier.data.worded import turn
 
 __all__ = [
-    "ANSWERED", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS", "Hide",
-    "Loader", "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row",
+    "ANSWERED", "ChatConfig", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS",
+    "Hide", "Loader", "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row",
     "Source", "Stream", "UnfitError", "Use", "WordsAugment", "augmented", "batch", "demand", "encode",
     "encode_prompt_text", "eval_batches", "examples", "first_fit", "length_picture", "load", "pack", "paraphrased",
     "preview", "prompt_of", "read", "saved_chat_template", "stop_tokens", "templated", "turn",

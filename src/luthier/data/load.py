@@ -142,7 +142,7 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
     mix = [(sum(len(kept.encoded) for kept in train.kept if kept.source == number), source.weight)
            for number, source in enumerate(config.train)]
     conversations = any(is_conversation(example, tokenizer, config) for example in everything) or (
-        config.streaming and templated(tokenizer, config) and "TextExample" not in (reads or ()))
+        config.streaming and "ChatExample" in (reads or ()) and templated(tokenizer, config))
     return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples, report,
                     () if config.streaming else tuple(mix), classes, train.counts(classes, config.train),
                     frozenset(kind.__name__ for kind in kinds), replace(use, classes=what.classes), conversations)
