@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from luthier.build.objects import attach, family, with_heads
+from luthier.build.objects import attach, family, settled, with_heads
 from luthier.build.recipe import Recipe, dump, recorded
 from luthier.core.errors import RunError
 from luthier.core.protocols import TRAINING, Attached, Family, Objective
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, folder, resolve
+from luthier.families import ALIASES, BaseConfig, embedding_tokenizer, folder, read_weights, resolve, shards, write_sentence_files
+from luthier.methods.form import OWN
+from luthier.methods.lora import PREFIX
 from luthier.methods.several import Several
 from luthier.objectives.rolls import RollsConfig
 from luthier.runtime.run import Run
 
-HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
+NAMES_OF_MODULES = ("target_modules", "target_parameters", "feedforward_modules", "rank_pattern", "alpha_pattern")
+VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what puts tokens before a text
+HEADS = "heads.safetensors"  # beside the weights: heads that Transformers' class has no place for, and scalars
 
 
 def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | None]:
@@ -44,13 +50,13 @@ def open_run(run: Run, whole: bool = False) -> tuple[Recipe, Family, Attached | 
         base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}),  # it is in the weights
                       made.objective.hides)
         if kept_heads(made.objective):
-            base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
+            base.add(made.objective.heads, made.seed).load(_whole_heads(run, base))
         return made, base, None
     base = family(made.base, made.objective.hides)
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
         attached = with_heads(base, attached, made.objective, made.seed)
-    attached.load(adapter_weights(run))
+    attached.load(renamed(adapter_weights(run), attached.state(), base))
     return made, base, attached
 
 
@@ -68,22 +74,66 @@ def _names_base(path: Path) -> bool:
 
 
 def adapter_weights(run: Run) -> dict[str, torch.Tensor]:
-    """What a run trained, by its names in the file."""
-    file = run.path / "adapter_model.safetensors"
+    """What a run trained, by its names in the file; scalars of the objective stand in a file of their own."""
+    file, heads = run.path / "adapter_model.safetensors", run.path / HEADS
     if not file.exists():
         raise RunError(f"{str(run.path)!r} has an adapter_config.json but no adapter_model.safetensors",
                        "resume the run (--resume) so that it ends, or convert adapter_model.bin to safetensors")
-    return load_file(file)
+    return load_file(file) | (load_file(heads) if heads.exists() else {})
+
+
+def _whole_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
+    """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
+    of Transformers' class, else beside it."""
+    found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
+    names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
+    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
+
+
+def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
+    """What an adapter's file holds, by the names that this model has for it.
+
+    A stack has one part more in its names under a head than alone, and a file is named after the model that others load
+    it on: a classifier's for a run with classes, the stack alone for embeddings.
+    """
+    homes = {f"{base.anatomy.model.base_model_prefix}.", base.home} - {""}
+    if base.heads.own is not None:
+        homes.add(base.heads.own.home)
+
+    def others(name: str) -> list[str]:
+        rest = name.removeprefix(PREFIX)
+        stem = next((rest.removeprefix(home) for home in homes if rest.startswith(home)), rest)
+        return [name, PREFIX + stem, *(PREFIX + home + stem for home in sorted(homes))]
+
+    there = {next((other for other in others(name) if other in saved), name): name for name in names}
+    return {there.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def embeds(objective: Objective) -> bool:
+    """Whether the run gives vectors of whole texts."""
+    return objective.needs == frozenset({"pooled"})
 
 
 def save_whole(run: Run, made: Recipe, base: Family) -> None:
-    """Write the model as it now is, and the objective's heads beside it, which a folder of Transformers has no place
-    for; the recipe says what they are for."""
+    """Write the model as it now is. Heads that Transformers' class of the architecture has are in it; others, and
+    scalars, are put beside it, and the recipe says what they are for."""
     base.save(run.path)
-    if kept_heads(made.objective) and (heads := base.heads.state()):
+    _save_embedding(run, made, base)
+    if not kept_heads(made.objective):
+        return
+    inside = base.heads.own.weights() if base.heads.own is not None else {}
+    if heads := {name: tensor for name, tensor in base.heads.state().items() if name.removeprefix(PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
-        if not run.recipe:
-            run.write("recipe.yaml", yaml.safe_dump(dump(made), sort_keys=False, allow_unicode=True))
+    if not run.recipe:
+        run.write("recipe.yaml", yaml.safe_dump(dump(made), sort_keys=False, allow_unicode=True))
+
+
+def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
+    """What Sentence Transformers reads, of a run that gives vectors of texts."""
+    if embeds(made.objective) and not base.divided and "channels" not in base.anatomy.sizes:
+        embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
+        write_sentence_files(run.path, base.anatomy.sizes["hidden"], base.pooling,
+                             max_length=settled(made, base).max_length, normalize=True)
 
 
 def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None:
@@ -97,6 +147,9 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
              if not name.startswith(TRAINING)}
+    if scalars := {PREFIX + name: state.pop(PREFIX + name) for name in base.heads.scalars}:
+        save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
+    state, config = _as_loaded(state, config, made, base)
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
@@ -104,4 +157,28 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
     hub = made.base.structure is None and isinstance(resolve(made.base.name), str)
     name = made.base.name if hub else str(folder(made.base))
     run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
-    base.tokenizer.save_pretrained(run.path)
+    base.padded_tokenizer().save_pretrained(run.path)
+    if config["peft_type"] not in (OWN, *VIRTUAL):
+        _save_embedding(run, made, base)
+
+
+def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
+               base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
+    own, home = base.heads.own, base.home
+    if own is None and (not embeds(made.objective) or base.divided):
+        return state, config
+    new = "" if own is None else own.home
+    heads = set() if own is None else {PREFIX + name for name in own.weights()}
+
+    def moved(name: str, start: str = "") -> str:
+        return start + new + name.removeprefix(start + home) if name.startswith(start + home) else name
+
+    state = {name if name in heads else moved(name, PREFIX): tensor for name, tensor in state.items()}
+    if own is None:
+        config = {**config, "task_type": "FEATURE_EXTRACTION"}
+    if home:  # else PEFT's config names ends of paths, which stay as they are
+        config = {key: ([moved(x) for x in value] if isinstance(value, list) else
+                        {moved(x): y for x, y in value.items()} if isinstance(value, dict) else value)
+                  if key in NAMES_OF_MODULES else value for key, value in config.items()}
+    return state, config

@@ -15,12 +15,11 @@ from torch import Tensor
 
 from luthier.build.objects import attach, with_heads
 from luthier.build.recipe import Recipe, adapted, changed, recorded
-from luthier.build.runs import adapter_weights
+from luthier.build.runs import adapter_weights, renamed
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Attached, Family
 from luthier.families import BaseConfig, folder
 from luthier.methods.bank import Bank
-from luthier.methods.lora import PREFIX
 from luthier.runtime.run import Run
 
 Reference = Callable[[], AbstractContextManager[None]]
@@ -86,19 +85,9 @@ def _fitting(made: Recipe, start: Run) -> dict[str, Tensor]:
 
 
 def _load(attached: Attached, saved: dict[str, Tensor], base: Family) -> None:
-    """Take the method's own; heads that the run's objective added stay behind.
-
-    An encoder's stack under its head for masked words has one part more in its names than the stack alone, so what was
-    trained with the head fits without it by the other name, and the other way round.
-    """
-    home = f"{base.anatomy.model.base_model_prefix}."
-
-    def other(name: str) -> str:
-        rest = name.removeprefix(PREFIX)
-        return PREFIX + (rest.removeprefix(home) if rest.startswith(home) else home + rest)
-
-    named = {name: name if name in saved else other(name) for name in attached.state()}
-    attached.load({name: saved[there] for name, there in named.items() if there in saved})
+    """Take the method's own; heads that the run's objective added stay behind."""
+    names = attached.state().keys()
+    attached.load({name: tensor for name, tensor in renamed(saved, names, base).items() if name in names})
 
 
 def same_base(one: BaseConfig, other: BaseConfig) -> bool:

@@ -19,9 +19,14 @@ from luthier.families.load import (
     load_tokenizer,
     parameter_count,
     resolve,
+    shards,
 )
 from luthier.families.open import open_family
+from luthier.families.padding import embedding_tokenizer
+from luthier.families.sentence import write_sentence_files
+from luthier.families.task_heads import read_weights
 from luthier.families.vision import Vision
 
 __all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "context_of", "device_of",
-           "fingerprint", "folder", "load", "load_tokenizer", "open_family", "parameter_count", "resolve"]
+           "embedding_tokenizer", "fingerprint", "folder", "load", "load_tokenizer", "open_family", "parameter_count",
+           "read_weights", "resolve", "shards", "write_sentence_files"]

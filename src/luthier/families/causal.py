@@ -14,6 +14,7 @@ from luthier.core.protocols import Generated, Sampling
 from luthier.families.generate import eos_tokens, generate, stream, written
 from luthier.families.head import log_probs
 from luthier.families.heads import Pooling
+from luthier.families.kinds import NoHead
 from luthier.families.packed import Layout, Packed
 from luthier.families.routes import through
 
@@ -41,6 +42,8 @@ class CausalLM(Packed):
         self._scale = float(times) / float(over)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.anatomy.head is None:
+            NoHead()(states)
         assert self.anatomy.head is not None
         return log_probs(self.anatomy.head, states, tokens, self._softcap, self._scale, entropies, self.temperature)
 

@@ -7,7 +7,7 @@ and `encoder.py` go on from here, each with what is its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,9 +27,12 @@ from luthier.families.anatomy import anatomy
 from luthier.families.biases import settle_biases
 from luthier.families.heads import Heads, Pooling
 from luthier.families.lean import Lean, slim
+from luthier.families.generate import eos_tokens
 from luthier.families.mixed import mixed
+from luthier.families.padding import with_padding
 from luthier.families.report import quiet
 from luthier.families.routes import as_now, routed
+from luthier.families.task_heads import TaskHead, task_head
 
 Layout = Literal["packed", "padded"]
 
@@ -47,6 +50,7 @@ class Loaded:
     writes: ClassVar[bool] = False
     temperature: float = 1.0  # of every log-probability; a rollout sets it to that of its sampling
     pooling: Pooling
+    pooling_given: bool = False  # whether the recipe names it; else a head may pool as its class of Transformers does
     layout: Layout = "padded"
     router: Router | None = None  # who sends segments and rows through adapters of their own
     critic: Callable[[], AbstractContextManager[None]] | None = None  # where values are read; None: on the same states
@@ -85,8 +89,26 @@ class Loaded:
                 checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), as_now(self.router)))
 
     def add(self, heads: Sequence[Head], seed: int) -> Attached:
-        self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task)
+        self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task, self._task_head)
         return self.heads
+
+    def _task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
+        if self.divided:
+            return "an encoder-decoder's class of Transformers classifies by the state of the text's own end mark"
+        return task_head(head, self.model, self.anatomy.backbone, self.pooling if self.pooling_given else None,
+                         "channels" in self.anatomy.sizes, generator)
+
+    def padded_tokenizer(self) -> Any:
+        """The tokenizer that is saved: for a head over the last token, one whose padding ends no text."""
+        if self.heads.own is None or self.heads.own.pooling != "last":
+            return self.tokenizer
+        return with_padding(self.tokenizer, eos_tokens(self.model, self.tokenizer))
+
+    @property
+    def home(self) -> str:
+        """What the names of the stack's weights begin with: `model.` in a Llama with its head, nothing in a stack."""
+        return next((f"{name}." for name, module in self.model.named_modules() if module is self.anatomy.backbone
+                     and name), "")
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         if self.critic is None or "token_scores" not in needs:
@@ -127,9 +149,12 @@ class Loaded:
     def save(self, path: Path) -> None:
         """Write the whole model as a Transformers folder, tokenizer included."""
         settle_biases(self.model)
-        with quiet():
-            self.model.save_pretrained(path)
-            self.tokenizer.save_pretrained(path)
+        own, tokenizer = self.heads.own, self.padded_tokenizer()
+        with quiet(), nullcontext(self.model) if own is None else own.whole(self.model, self.anatomy.backbone) as whole:
+            if own is not None and own.pooling == "last":
+                whole.config.pad_token_id = tokenizer.pad_token_id
+            whole.save_pretrained(path)
+            tokenizer.save_pretrained(path)
         for file in path.glob("*.safetensors"):  # the library makes its files readable to their owner alone
             file.chmod(path.stat().st_mode & 0o666)
 

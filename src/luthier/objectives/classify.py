@@ -22,7 +22,7 @@ Shape letters: A items, P predictions, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,8 @@ from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
 from luthier.objectives.base import ObjectiveConfig, item_weights, sums, wide
 
+TASKS: Mapping[str, Any] = {"single": "single_label_classification", "multi": "multi_label_classification",
+                            "regression": "regression", "tokens": "token_classification"}  # Transformers' names
 SHAPES = {"single": "one label each", "multi": "a list of labels each", "tokens": "a tag for each word"}
 
 
@@ -94,7 +96,8 @@ class ClassifyConfig(ObjectiveConfig):
         if not width:
             raise RecipeError("objective.labels: nothing says which classes there are",
                               "train on rows that have labels, or name the classes in objective.labels")
-        return (Head("score", "token" if self.task == "tokens" else "item", width),)
+        return (Head("score", "token" if self.task == "tokens" else "item", width, task=TASKS[self.task],
+                     labels=self.labels),)
 
     @property
     def classes(self) -> tuple[str, ...] | None:
