@@ -131,13 +131,20 @@ def _rlhf(options: argparse.Namespace) -> int:
 
 def _merge(options: argparse.Namespace) -> int:
     from luthier.export import export
-    return screen.table({"folder": str(export(options.run, "merged", options.out))}, options.json)
+    written = export(options.run, "merged", options.out)
+    return screen.table({"folder": str(written), **_dtype_of(written)}, options.json)
 
 
 def _export(options: argparse.Namespace) -> int:
     from luthier.export import export
     written = export(options.run, options.to, options.out, options.dtype)
-    return screen.table({"folder" if written.is_dir() else "file": str(written)}, options.json)
+    return screen.table({"folder" if written.is_dir() else "file": str(written), **_dtype_of(written)}, options.json)
+
+
+def _dtype_of(written: Path) -> dict[str, str]:
+    """What an exported model's weights are stored in."""
+    config = written / "config.json"
+    return {"dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype", "")} if config.is_file() else {}
 
 
 def _features(options: argparse.Namespace) -> int:
@@ -274,7 +281,8 @@ COMMANDS: dict[str, Command] = {
         _option("--to", choices=("merged", "whole", "adapter", "gguf", "gguf-adapter"), default="merged",
                 help="one model; the base with the adapter in its folder; PEFT's adapter files; for llama.cpp a file "
                      "of the one model, or of the LoRA alone"),
-        _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
+        _option("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"),
+                help="of the weights; default: as the base's files store them; for gguf float16"),
         _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"), JSON)),
     "merge": Command("fold what was trained into the base and write the model: export --to merged", _merge, (
         _option("run", metavar="RUN", help="a run folder"),

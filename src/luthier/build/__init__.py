@@ -39,11 +39,11 @@ from luthier.build.recipe import (
 )
 from luthier.build.references import asked, price, untrained
 from luthier.build.rollouts import begin, feed, judged, rolling, standing
-from luthier.build.runs import open_run, save_tuned, save_whole
+from luthier.build.runs import open_run, save_tuned, save_whole, saved_dtype
 from luthier.build.served import Served, called, served
 from luthier.build.starts import banked, beside, same_base
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, resolve
+from luthier.families import ALIASES, BaseConfig, CausalLM, cache, cast, fingerprint, folder, resolve
 from luthier.methods import METHODS
 from luthier.methods.bank import Bank
 from luthier.methods.readable import Reading, describe
@@ -52,8 +52,8 @@ from luthier.runtime.run import Run
 
 __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS", "Reading", "Recipe", "Rollouts",
            "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
-           "candidate", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device",
+           "candidate", "cast", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe", "device",
            "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model", "held_out",
            "idle", "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
-           "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "served",
+           "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "saved_dtype", "served",
            "standing", "tokenizer", "untrained", "version", "with_heads"]

@@ -12,10 +12,20 @@ from safetensors.torch import load_file, save_file
 
 from luthier.build.objects import attach, family, settled, with_heads
 from luthier.build.recipe import Recipe, dump, recorded
-from luthier.core.errors import RunError
+from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import TRAINING, Attached, Family, Objective
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, embedding_tokenizer, folder, read_weights, resolve, shards, write_sentence_files
+from luthier.families import (
+    ALIASES,
+    BaseConfig,
+    embedding_tokenizer,
+    folder,
+    read_weights,
+    resolve,
+    shards,
+    stored_dtype,
+    write_sentence_files,
+)
 from luthier.methods.form import OWN
 from luthier.methods.lora import PREFIX
 from luthier.methods.several import Several
@@ -126,6 +136,17 @@ def save_whole(run: Run, made: Recipe, base: Family) -> None:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
     if not run.recipe:
         run.write("recipe.yaml", yaml.safe_dump(dump(made), sort_keys=False, allow_unicode=True))
+
+
+def saved_dtype(made: Recipe, base: Family) -> torch.dtype:
+    """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
+    gone that of the model as it is."""
+    try:
+        return stored_dtype(made.base)
+    except BaseError:
+        weight = base.anatomy.embedding.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.dtype
 
 
 def _save_embedding(run: Run, made: Recipe, base: Family) -> None:

@@ -202,7 +202,7 @@ class Family(Protocol):
     def training(self) -> bool: ...
 
     @property
-    def pooling(self) -> str:
+    def pooling(self) -> Literal["last", "first", "mean"]:
         """Which state stands for a whole text: last, first or mean."""
         ...
 

@@ -23,10 +23,11 @@ from luthier.families.load import (
 )
 from luthier.families.open import open_family
 from luthier.families.padding import embedding_tokenizer
+from luthier.families.precision import cast, stored_dtype
 from luthier.families.sentence import write_sentence_files
 from luthier.families.task_heads import read_weights
 from luthier.families.vision import Vision
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "context_of", "device_of",
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Vision", "cache", "cast", "context_of", "device_of",
            "embedding_tokenizer", "fingerprint", "folder", "load", "load_tokenizer", "open_family", "parameter_count",
-           "read_weights", "resolve", "shards", "write_sentence_files"]
+           "read_weights", "resolve", "shards", "stored_dtype", "write_sentence_files"]

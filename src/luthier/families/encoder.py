@@ -28,6 +28,7 @@ from luthier.families.sentence import pooling_of as pooling_of
 from luthier.families.sentence import write_sentence_files
 from luthier.families.words import Words
 
+
 class Encoder(Packed):
     """An encoder of Transformers behind the family's contract.
 

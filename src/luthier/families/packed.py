@@ -25,9 +25,9 @@ from luthier.families import forest as _forest
 from luthier.families import virtual
 from luthier.families.anatomy import anatomy
 from luthier.families.biases import settle_biases
+from luthier.families.generate import eos_tokens
 from luthier.families.heads import Heads, Pooling
 from luthier.families.lean import Lean, slim
-from luthier.families.generate import eos_tokens
 from luthier.families.mixed import mixed
 from luthier.families.padding import with_padding
 from luthier.families.report import quiet
@@ -99,8 +99,8 @@ class Loaded:
                          "channels" in self.anatomy.sizes, generator)
 
     def padded_tokenizer(self) -> Any:
-        """The tokenizer that is saved: for a head over the last token, one whose padding ends no text."""
-        if self.heads.own is None or self.heads.own.pooling != "last":
+        """The tokenizer that is saved: of a decoder with a head, one that pads with a token that ends no text."""
+        if self.heads.own is None or not self.writes:
             return self.tokenizer
         return with_padding(self.tokenizer, eos_tokens(self.model, self.tokenizer))
 
@@ -151,7 +151,7 @@ class Loaded:
         settle_biases(self.model)
         own, tokenizer = self.heads.own, self.padded_tokenizer()
         with quiet(), nullcontext(self.model) if own is None else own.whole(self.model, self.anatomy.backbone) as whole:
-            if own is not None and own.pooling == "last":
+            if own is not None and self.writes:
                 whole.config.pad_token_id = tokenizer.pad_token_id
             whole.save_pretrained(path)
             tokenizer.save_pretrained(path)

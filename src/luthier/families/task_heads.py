@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +219,7 @@ def _take(head: TaskHead, folder: Path) -> None:
 
 def read_weights(names: Sequence[str], files: Sequence[Path]) -> dict[str, Tensor]:
     """Of the tensors `names`, those that the files hold."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as stored:
             found |= {name: stored.get_tensor(name) for name in set(stored.keys()) & set(names)}

@@ -161,7 +161,8 @@ class Several:
         methods = [form for form in forms if form["peft_type"] is not None]
         tasks = [form["task_type"] for form in forms if form["peft_type"] is None]  # what heads are for
         if len(methods) == 1:
-            return {**methods[0], **({"task_type": tasks[0]} if tasks else {}), **({"modules_to_save": kept} if kept else {})}
+            return {**methods[0], **({"task_type": tasks[0]} if tasks else {}),
+                    **({"modules_to_save": kept} if kept else {})}
         return {"peft_type": "LUTHIER", "task_type": forms[0]["task_type"], "parts": methods,
                 **({"modules_to_save": kept} if kept else {})}
 

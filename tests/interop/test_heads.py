@@ -1,0 +1,114 @@
+"""What a run gives is what Transformers, PEFT and Sentence Transformers give when they load its folder.
+
+The table: every kind of base, times every task, times adapter and merged model, on padded texts of unequal length.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from sentence_transformers import SentenceTransformer
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from interop.table import DECODER_KINDS, ENCODER_KINDS, TEXTS, Made, make_run
+from luthier.export import export
+
+SAME, FAR = 1e-5, 1e-3
+HEADED = ("single", "multi", "regression", "tags", "reward")
+AUTO: dict[str, Any] = {"tags": AutoModelForTokenClassification}
+PROBLEMS = {"single": "single_label_classification", "multi": "multi_label_classification", "regression": "regression",
+            "reward": "regression", "tags": None}
+
+
+def loaded(made: Made, form: str) -> tuple[Any, Any]:
+    """Model and tokenizer of the run as an adapter on its base, or merged, by Transformers and PEFT alone."""
+    auto = AUTO.get(made.task, AutoModelForSequenceClassification)
+    if form == "merged":
+        folder = export(made.run, "merged")
+        return auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    head, = made.recipe.objective.heads
+    bare = auto.from_pretrained(made.recipe.base.name, num_labels=head.width)
+    tokenizer = AutoTokenizer.from_pretrained(made.run.path)
+    bare.config.pad_token_id = tokenizer.pad_token_id
+    return PeftModel.from_pretrained(bare, made.run.path).eval(), tokenizer
+
+
+@torch.no_grad()
+def theirs(model: Any, tokenizer: Any, ids: list[list[int]], tags: bool) -> Tensor:
+    batch = tokenizer.pad({"input_ids": ids}, return_tensors="pt")
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits[batch["attention_mask"].bool()] if tags else logits
+
+
+def rows(kinds: tuple[str, ...]) -> list[tuple[str, str, str]]:
+    return [(kind, task, form) for kind in kinds for task in HEADED for form in ("adapter", "merged")]
+
+
+@pytest.mark.parametrize(("kind", "task", "form"), rows((*ENCODER_KINDS, *DECODER_KINDS)))
+def test_scores_are_those_of_transformers_own_class(kind: str, task: str, form: str, tmp_path: Path) -> None:
+    made = make_run(tmp_path, kind, task)
+    assert made.base.heads.own is not None, made.base.heads.why
+    ids = made.ids(end=task == "reward" and kind in DECODER_KINDS)
+    wanted = made.outputs(ids)
+    model, tokenizer = loaded(made, form)
+    found = theirs(model, tokenizer, ids, task == "tags")
+    assert (found - wanted).abs().max() < SAME * wanted.abs().max().clamp(min=1)
+    with torch.no_grad():
+        for parameter in made.base.heads.parameters().values():
+            parameter.mul_(1.1)  # the control
+    assert (found - made.outputs(ids)).abs().max() > FAR * wanted.abs().max()
+    if form == "merged":
+        labels = made.recipe.objective.heads[0].labels
+        if labels:
+            assert model.config.id2label == dict(enumerate(labels))
+            assert model.config.label2id == {name: i for i, name in enumerate(labels)}
+        assert model.config.num_labels == made.recipe.objective.heads[0].width
+        assert model.config.problem_type == PROBLEMS[task]
+        assert model.config.architectures == [type(model).__name__]
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("task", ["embedding", "embedding-learned"])
+@pytest.mark.parametrize("kind", [*ENCODER_KINDS, *DECODER_KINDS])
+def test_vectors_are_those_of_sentence_transformers(kind: str, task: str, form: str, tmp_path: Path) -> None:
+    made = make_run(tmp_path, kind, task)
+    wanted = made.outputs(made.ids())
+    folder = made.run.path if form == "adapter" else export(made.run, "merged")
+    model = SentenceTransformer(str(folder), device="cpu")
+    found = torch.from_numpy(model.encode(list(TEXTS)))
+    assert (found - wanted).abs().max() < SAME
+    assert model.max_seq_length == build_length(made)
+    made.base.pooling = "mean" if made.base.pooling != "mean" else "last"  # the control
+    assert (found - made.outputs(made.ids())).abs().max() > FAR
+
+
+def build_length(made: Made) -> int:
+    from luthier.build.objects import settled
+    return int(settled(made.recipe, made.base).max_length or 0)
+
+
+@pytest.mark.parametrize("form", ["adapter", "merged"])
+@pytest.mark.parametrize("task", ["single", "regression"])
+def test_images_too(task: str, form: str, tmp_path: Path) -> None:
+    made = make_run(tmp_path, "vit", task)
+    pixels = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted = made.of_images(pixels)
+    if form == "merged":
+        model: Any = AutoModelForImageClassification.from_pretrained(export(made.run, "merged"))
+        assert task == "regression" or model.config.id2label == dict(enumerate(made.recipe.objective.classes or ()))
+    else:
+        head, = made.recipe.objective.heads
+        model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(
+            made.recipe.base.name, num_labels=head.width), made.run.path)
+    with torch.no_grad():
+        assert (model.eval()(pixel_values=pixels).logits - wanted).abs().max() < SAME
