@@ -58,7 +58,7 @@ def card(out: Run, source: Run, made: build.Recipe, base: Family) -> str:
                       dict.fromkeys(source.path for source in made.data.train))
     kind = "An adapter" if out.adapter else "A model"
     picture = ["![loss](loss.png)", ""] if (out.path / "loss.png").exists() else []
-    recipe = "`recipe.yaml` holds every setting, version and data digest." if (out.path / "recipe.yaml").exists() else ""
+    recipe = "`recipe.yaml` holds every setting, version and data digest." * (out.path / "recipe.yaml").exists()
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
         f"# {out.path.name}", "",
@@ -226,7 +226,8 @@ def _generation(out: Run, made: build.Recipe, base: Family) -> Iterator[str]:
     else:
         yield 'start = inputs["input_ids"].shape[1]'
         start = "start"
-    yield 'output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=64)'
+    yield ('output = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], '
+           "max_new_tokens=64)")
     yield f"print(tokenizer.decode(output[0, {start}:], skip_special_tokens=True))"
 
 

@@ -22,6 +22,7 @@ VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what
 FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are one file
 DTYPES = {"merged": ("float32", "bfloat16", "float16"), "whole": ("float32", "bfloat16", "float16"),
           "gguf": ("float32", "float16", "q8_0")}
+NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE = 16  # tokens of the check that merging changed nothing
 # Most that a log-probability of the probe (or a number in a state) may move. In sixteen bits the merged weights
 # themselves are rounded.
@@ -77,7 +78,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             build.gguf_adapter(made, base, attached, temporary, out.stem)
         else:
             if to != "adapter":
-                build.cast(base, getattr(torch, dtype) if dtype else build.saved_dtype(made, base))
+                build.cast(base, NUMBERS[dtype] if dtype else build.saved_dtype(made, base))
             _folder(temporary, to, made, base, attached)
             text = card(Run(temporary), run, made, base)
             Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))
@@ -101,8 +102,8 @@ def _refuse_unread(run: Run, made: build.Recipe, attached: Attached | None) -> N
     """Raises `RunError` where PEFT would compute something else with the adapter."""
     form = (attached.peft() if attached is not None else None) or {}
     if form.get("peft_type") in VIRTUAL and (made.objective.needs & {"pooled", "scores", "token_scores"}):
-        raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({build.method_name(made)}) move the place of the state "
-                       f"that objective {made.objective.name!r} reads", "open the run with Luthier, or train a lora")
+        raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({build.method_name(made)}) move the place of the "
+                       f"state that objective {made.objective.name!r} reads", "open the run with Luthier, or train a lora")
 
 
 def _refuse_uncarried(run: Run, made: build.Recipe, attached: Attached | None) -> None:

@@ -132,7 +132,8 @@ def save_whole(run: Run, made: Recipe, base: Family) -> None:
     if not kept_heads(made.objective):
         return
     inside = base.heads.own.weights() if base.heads.own is not None else {}
-    if heads := {name: tensor for name, tensor in base.heads.state().items() if name.removeprefix(PREFIX) not in inside}:
+    if heads := {name: tensor for name, tensor in base.heads.state().items()
+                 if name.removeprefix(PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
     if not run.recipe:
         run.write("recipe.yaml", yaml.safe_dump(dump(made), sort_keys=False, allow_unicode=True))

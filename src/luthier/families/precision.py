@@ -11,7 +11,8 @@ from safetensors import safe_open
 from luthier.core.protocols import Family
 from luthier.families.load import BaseConfig, folder, shards
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # safetensors' names
+# By safetensors' names.
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def stored_dtype(config: BaseConfig) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The files by which Sentence Transformers loads a folder: pooling, normalization, maximal length. Read `heads.py` first."""
+"""The files by which Sentence Transformers loads a folder: pooling, normalization, length. Read `heads.py` first."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ def write_sentence_files(path: Path, hidden: int, pooling: Pooling, *, max_lengt
         normalize: whether vectors are divided by their length.
     """
     mode = next(name for name, known in MODES.items() if known == pooling)
-    modules = [("", "Transformer"), (POOLING.partition("/")[0], "Pooling"), *([("2_Normalize", "Normalize")] * normalize)]
+    modules = [("", "Transformer"), (POOLING.partition("/")[0], "Pooling")]
+    modules += [("2_Normalize", "Normalize")] * normalize
     for folder, _ in modules:
         (path / folder).mkdir(exist_ok=True)
-    _write(path / POOLING, {"word_embedding_dimension": hidden, **{old: name == mode for old, name in OLD_MODES.items()}})
-    _write(path / "modules.json", [{"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
-                                   for i, (folder, kind) in enumerate(modules)])
+    _write(path / POOLING, {"word_embedding_dimension": hidden,
+                            **{old: name == mode for old, name in OLD_MODES.items()}})
+    _write(path / "modules.json", [
+        {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
+        for i, (folder, kind) in enumerate(modules)])
     if max_length is not None:
         _write(path / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
         _write(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
