@@ -103,7 +103,8 @@ def _refuse_unread(run: Run, made: build.Recipe, attached: Attached | None) -> N
     form = (attached.peft() if attached is not None else None) or {}
     if form.get("peft_type") in VIRTUAL and (made.objective.needs & {"pooled", "scores", "token_scores"}):
         raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({build.method_name(made)}) move the place of the "
-                       f"state that objective {made.objective.name!r} reads", "open the run with Luthier, or train a lora")
+                       f"state that objective {made.objective.name!r} reads",
+                       "open the run with Luthier, or train a lora")
 
 
 def _refuse_uncarried(run: Run, made: build.Recipe, attached: Attached | None) -> None:
