@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from PIL import Image
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 from transformers import (
@@ -18,9 +19,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    pipeline,
 )
 
-from interop.table import DECODER_KINDS, ENCODER_KINDS, TEXTS, Made, make_run
+from interop.table import DECODER_KINDS, ENCODER_KINDS, OBJECTIVES, TEXTS, Made, make_run
 from luthier.export import export
 
 SAME, FAR = 1e-5, 1e-3
@@ -95,6 +97,54 @@ def test_vectors_are_those_of_sentence_transformers(kind: str, task: str, form: 
 def build_length(made: Made) -> int:
     from luthier.build.objects import settled
     return int(settled(made.recipe, made.base).max_length or 0)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("bert", "single"), ("llama", "single"), ("gpt2", "multi"), ("llama", "regression"),
+                                            ("qwen2", "reward"), ("distilbert", "regression")])
+def test_a_pipeline_gives_the_same_by_the_names_of_the_classes(kind: str, task: str, tmp_path: Path) -> None:
+    """From the texts on: the tokenizer that is saved makes the same tokens, and pads them so that nothing changes."""
+    made = make_run(tmp_path, kind, task)
+    judge = pipeline("text-classification", str(export(made.run, "merged")))
+    answers = judge(list(TEXTS), batch_size=3, top_k=None, function_to_apply="none")
+    wanted = made.outputs(made.ids())
+    labels = made.recipe.objective.heads[0].labels or ("LABEL_0",)
+    for row, scores in zip(wanted, answers, strict=True):
+        found = {score["label"]: score["score"] for score in scores}
+        assert set(found) == set(labels)
+        assert max(abs(found[name] - float(row[i])) for i, name in enumerate(labels)) < SAME
+    assert judge(TEXTS[0])[0]["label"] == labels[int(wanted[0].argmax())]
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_pipeline_tags_the_words(kind: str, tmp_path: Path) -> None:
+    made = make_run(tmp_path, kind, "tags")
+    found = pipeline("token-classification", str(export(made.run, "merged")), ignore_labels=[])(TEXTS[1])
+    scores = made.outputs(made.ids()[1:2])
+    marks = len(made.ids()[1]) - len(found)  # [CLS] and [SEP]
+    names = [OBJECTIVES["tags"]["labels"][i] for i in scores.argmax(-1).tolist()]
+    assert [word["entity"] for word in found] == (names[1:-1] if marks else names)
+
+
+def test_a_pipeline_sees_images(tmp_path: Path) -> None:
+    made = make_run(tmp_path, "vit", "single")
+    pixels = torch.randint(256, (12, 9, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    judge = pipeline("image-classification", str(export(made.run, "merged")))
+    found = {score["label"]: score["score"] for score in judge(Image.fromarray(pixels.numpy()))}
+    wanted = made.of_images(made.base.tokenizer(pixels)[None])[0].softmax(-1)
+    assert max(abs(found[name] - float(wanted[i])) for i, name in enumerate(OBJECTIVES["single"]["labels"])) < 1e-3
+
+
+def test_the_padding_of_a_decoder_ends_no_text(tmp_path: Path) -> None:
+    """The control of the table's reward rows: padded with the end mark, the class reads another token."""
+    made = make_run(tmp_path, "llama", "reward")
+    ids = made.ids(end=True)
+    wanted = made.outputs(ids)
+    model, tokenizer = loaded(made, "merged")
+    assert tokenizer.pad_token_id != tokenizer.eos_token_id
+    assert (theirs(model, tokenizer, ids, False) - wanted).abs().max() < SAME
+    tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    assert (theirs(model, tokenizer, ids, False) - wanted).abs().max() > FAR
 
 
 @pytest.mark.parametrize("form", ["adapter", "merged"])

@@ -54,6 +54,6 @@ __all__ = ["ALIASES", "Bank", "BaseConfig", "CausalLM", "DataConfig", "METHODS",
            "Run", "Served", "asked", "attach", "banked", "beforehand", "begin", "beside", "cache", "called",
            "candidate", "cast", "changed", "chat_prompt", "check", "combined", "context", "datasets", "describe",
            "device", "dump", "family", "feed", "fingerprint", "fitted", "folder", "gguf_adapter", "gguf_model",
-           "held_out", "idle", "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance", "questions",
-           "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole", "saved_dtype",
-           "served", "standing", "tokenizer", "untrained", "version", "with_heads"]
+           "held_out", "idle", "judged", "least_gb", "method_name", "micro_tokens", "open_run", "price", "provenance",
+           "questions", "recipe", "recorded", "resolve", "rolling", "rows", "same_base", "save_tuned", "save_whole",
+           "saved_dtype", "served", "standing", "tokenizer", "untrained", "version", "with_heads"]
