@@ -161,6 +161,10 @@ def _reason(out: Run, made: build.Recipe, base: Family) -> list[str]:
     elif form is not None and form.get("peft_type") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") and (
             headed or is_embedding(made)):
         why = "PEFT's virtual tokens move the place of the state that stands for a text"
+    elif form is not None and is_embedding(made) and "channels" not in base.anatomy.sizes and (
+            form.get("use_dora") or form.get("peft_type") == "ADALORA"):
+        why = ("Sentence Transformers loads adapters by Transformers, which reads no DoRA and no AdaLoRA; "
+               "`luthier export --to merged` writes a model that it loads")
     else:
         return []
     return [f"This folder is opened by Luthier: {why}.", ""]

@@ -142,15 +142,19 @@ METHODS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "gpt2"])
-@pytest.mark.parametrize("task", ["single", "embedding"])
-@pytest.mark.parametrize("method", METHODS)
+OTHERWISE = {("patterns", "gpt2"), ("loha", "gpt2")}  # GPT-2 has no map of q alone, and PEFT's LoHa knows no Conv1D
+
+
+@pytest.mark.parametrize(("method", "task", "kind"), [
+    (method, task, kind) for method in METHODS for task in ("single", "embedding") for kind in ("bert", "llama", "gpt2")
+    if (method, kind) not in OTHERWISE])
 def test_every_format_of_peft_carries_heads_and_vectors(method: str, task: str, kind: str, tmp_path: Path) -> None:
-    if (method, kind) == ("loha", "gpt2"):
-        pytest.xfail("PEFT's LoHa knows no Conv1D")
     made = make_run(tmp_path, kind, task, METHODS[method])
     wanted = made.outputs(made.ids())
-    if task == "embedding":
+    if task == "embedding" and method in ("dora", "adalora"):
+        assert not (made.run.path / "modules.json").exists(), "it would be read without a part of its weights"
+        found = torch.from_numpy(SentenceTransformer(str(export(made.run)), device="cpu").encode(list(TEXTS)))
+    elif task == "embedding":
         found = torch.from_numpy(SentenceTransformer(str(made.run.path), device="cpu").encode(list(TEXTS)))
     else:
         found = theirs(*loaded(made, "adapter"), made.ids(), False)

@@ -180,7 +180,8 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached) -> None
     name = made.base.name if hub else str(folder(made.base))
     run.write("adapter_config.json", {**config, "base_model_name_or_path": name, "revision": made.base.revision})
     base.padded_tokenizer().save_pretrained(run.path)
-    if config["peft_type"] not in (OWN, *VIRTUAL):
+    # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
+    if config["peft_type"] not in (OWN, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
         _save_embedding(run, made, base)
 
 
@@ -193,14 +194,17 @@ def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Rec
     new = "" if own is None else own.home
     heads = set() if own is None else {PREFIX + name for name in own.weights()}
 
+    sites = {site.name for site in base.anatomy.sites}
+
     def moved(name: str, start: str = "") -> str:
+        if not home and not start and not any(name == site or name.startswith(f"{site}.") for site in sites):
+            return name  # the end of a path
         return start + new + name.removeprefix(start + home) if name.startswith(start + home) else name
 
     state = {name if name in heads else moved(name, PREFIX): tensor for name, tensor in state.items()}
     if own is None:
         config = {**config, "task_type": "FEATURE_EXTRACTION"}
-    if home:  # else PEFT's config names ends of paths, which stay as they are
-        config = {key: ([moved(x) for x in value] if isinstance(value, list) else
-                        {moved(x): y for x, y in value.items()} if isinstance(value, dict) else value)
-                  if key in NAMES_OF_MODULES else value for key, value in config.items()}
+    config = {key: ([moved(x) for x in value] if isinstance(value, list) else
+                    {moved(x): y for x, y in value.items()} if isinstance(value, dict) else value)
+              if key in NAMES_OF_MODULES else value for key, value in config.items()}
     return state, config
