@@ -29,7 +29,8 @@ ROOMS: dict[str, set[str]] = {
     "rollout": {"core", "data", "measure", "scoring"},
     "build": {"core", "data", "families", "methods", "objectives", "runtime", "rollout", "measure", "scoring"},
     "desk": {"build", "core"},
-    "verb": {"build", "runtime", "core", "measure", "scoring", "pictures", "desk"},
+    "card": {"build", "core", "runtime"},
+    "verb": {"build", "runtime", "core", "measure", "scoring", "pictures", "desk", "card"},
     "cli": {"verb", "core", "root"},
     "root": {"build", "runtime", "core", "verb"},  # luthier/__init__.py: the public names
 }

@@ -135,7 +135,7 @@ def _rlhf(options: argparse.Namespace) -> int:
 def _merge(options: argparse.Namespace) -> int:
     from luthier.export import export
     written = export(options.run, "merged", options.out, base_model=options.base_model)
-    return screen.table({"folder": str(written)}, options.json)
+    return screen.table({"folder": str(written), **_dtype_of(written)}, options.json)
 
 
 def _export(options: argparse.Namespace) -> int:
@@ -143,7 +143,13 @@ def _export(options: argparse.Namespace) -> int:
     rank = options.lora_rank  # a word that is no number is refused by `export`
     written = export(options.run, options.to, options.out, options.dtype,
                      int(rank) if rank and rank.isdecimal() else rank, base_model=options.base_model)
-    return screen.table({"folder" if written.is_dir() else "file": str(written)}, options.json)
+    return screen.table({"folder" if written.is_dir() else "file": str(written), **_dtype_of(written)}, options.json)
+
+
+def _dtype_of(written: Path) -> dict[str, str]:
+    """What an exported model's weights are stored in."""
+    config = written / "config.json"
+    return {"dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype", "")} if config.is_file() else {}
 
 
 def _features(options: argparse.Namespace) -> int:
@@ -287,7 +293,8 @@ COMMANDS: dict[str, Command] = {
         _option("--to", choices=("merged", "whole", "adapter", "gguf", "gguf-adapter"), default="merged",
                 help="one model; the base with the adapter in its folder; PEFT's adapter files; for llama.cpp a file "
                      "of the one model, or of the LoRA alone"),
-        _option("--dtype", choices=("float32", "float16", "q8_0"), help="of the weights in gguf; left out: float16"),
+        _option("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"),
+                help="of the weights; default: as the base's files store them; for gguf float16"),
         _option("--lora-rank", metavar="N | auto",
                 help="write the adapter as a plain LoRA of one rank and one alpha, for servers that read no patterns"),
         _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"),

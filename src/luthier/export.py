@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from luthier import build
+from luthier.card import card
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
@@ -20,6 +21,9 @@ from luthier.runtime.run import Run
 FORMS = ("merged", "whole", "adapter", "gguf", "gguf-adapter")
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what Transformers alone cannot put in
 FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are one file
+DTYPES = {"merged": ("float32", "bfloat16", "float16"), "whole": ("float32", "bfloat16", "float16"),
+          "gguf": ("float32", "float16", "q8_0")}
+NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE = 16  # tokens of the check that merging changed nothing
 # Most that a log-probability of the probe (or a number in a state) may move. In sixteen bits the merged weights
 # themselves are rounded.
@@ -27,7 +31,8 @@ TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torc
 
 
 def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "gguf", "gguf-adapter"] = "merged",
-           out: Path | str | None = None, dtype: Literal["float32", "float16", "q8_0"] | None = None,
+           out: Path | str | None = None,
+           dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None,
            lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None) -> Path:
     """Write a run as a folder or file of its own, whole or not at all, and return its path.
 
@@ -39,7 +44,8 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             `gguf`, the merged model as one file for llama.cpp;
             or `gguf-adapter`, a LoRA as the file that llama.cpp loads beside the base's.
         out: the folder or file; left out: in the run's folder, `model.gguf`, `adapter.gguf` or under the form's name.
-        dtype: of the matrices in `gguf`; left out: float16.
+        dtype: of the weights. Left out: of `merged` and `whole` the one that the base's files are stored in, whatever
+            it was trained in; of the matrices in `gguf` float16.
         lora_rank: write `adapter` as a plain LoRA of this rank on every map, for servers that read one rank and one
             alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks padded with zeros. `auto`:
             the largest rank that there is.
@@ -54,8 +60,10 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     """
     if to not in FORMS:
         raise RunError(f"a run cannot be exported to {to!r}", f"one of: {', '.join(FORMS)}")
-    if dtype is not None and to != "gguf":
-        raise RunError(f"dtype {dtype!r} has no effect on {to!r}", "leave --dtype out, or export with --to gguf")
+    if dtype is not None and dtype not in DTYPES.get(to, ()):
+        raise RunError(f"dtype {dtype!r} has no effect on {to!r}" if to not in DTYPES else
+                       f"--to {to} does not write {dtype}", f"one of: {', '.join(DTYPES[to])}" if to in DTYPES else
+                       "omit --dtype, or export with --to merged or --to gguf")
     _refuse_rank(lora_rank, to)
     run = run if isinstance(run, Run) else Run(run)
     out = Path(out) if out else run.path / FILES.get(to, to)
@@ -65,6 +73,8 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
     if lora_rank is not None and attached is not None:
         attached = build.convert_to_plain_lora(base, attached, None if lora_rank == "auto" else lora_rank)
+    if to == "adapter":
+        _refuse_unread(run, made, attached)
     if to == "whole":
         _refuse_uncarried(run, made, attached)
     if to in ("merged", "gguf") and attached is not None:
@@ -73,11 +83,16 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         if to == "gguf":
+            assert dtype != "bfloat16"
             build.gguf_model(made, base, temporary, dtype or "float16", out.stem)
         elif to == "gguf-adapter":
             build.gguf_adapter(made, base, attached, temporary, out.stem)
         else:
+            if to != "adapter":
+                build.cast(base, NUMBERS[dtype] if dtype else build.saved_dtype(made, base))
             _folder(temporary, to, made, base, attached)
+            text = card(Run(temporary), run, made, base)
+            Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))
         temporary.replace(out)
     finally:  # gone already where all went well
         if temporary.is_dir():
@@ -100,6 +115,15 @@ def _refuse_taken(out: Path, to: str) -> None:
     if out.exists() and (to in FILES or not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{str(out)!r} already holds something, and nothing is overwritten",
                        "remove it, or give another name with --out")
+
+
+def _refuse_unread(run: Run, made: build.Recipe, attached: Attached | None) -> None:
+    """Raises `RunError` where PEFT would compute something else with the adapter."""
+    form = (attached.peft() if attached is not None else None) or {}
+    if form.get("peft_type") in VIRTUAL and (made.objective.needs & {"pooled", "scores", "token_scores"}):
+        raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({build.method_name(made)}) move the place of the "
+                       f"state that objective {made.objective.name!r} reads",
+                       "open the run with Luthier, or train a lora")
 
 
 def _refuse_uncarried(run: Run, made: build.Recipe, attached: Attached | None) -> None:
@@ -125,7 +149,7 @@ def _refuse_uncarried(run: Run, made: build.Recipe, attached: Attached | None) -
                                "--to merged, or --to adapter, which PEFT reads whole")
     if heads := form.get("modules_to_save"):
         raise RunError(what + f"Transformers' model has no {heads[0]!r}, the head of objective {made.objective.name!r}",
-                       "--to merged writes the head beside the model, as heads.safetensors")
+                       "--to merged writes one model with the head in it, where Transformers has a class for it")
 
 
 def _folder(out: Path, to: str, made: build.Recipe, base: Family, attached: Attached | None) -> None:
@@ -164,8 +188,9 @@ def _probe(base: Family) -> torch.Tensor:
         half = PROBE // 2  # a source and its answer
         place = torch.arange(PROBE)
         tokens = (place + 1) * 7 % sizes["vocabulary"]
-        inputs = Inputs(tokens, place, Forest((half, PROBE - half), (-1, 0)))
+        first = 0 if base.anatomy.head is not None else -1  # what predicts nothing has no answers either
+        inputs = Inputs(tokens, place, Forest((half, PROBE - half), (-1, first)))
         target = Target(place[half - 1:-1], tokens[half:], torch.ones(PROBE - half), 1)
-    need = "states" if base.anatomy.task == "FEATURE_EXTRACTION" else "token_logps"
+    need = "states" if base.anatomy.task == "FEATURE_EXTRACTION" or base.anatomy.head is None else "token_logps"
     outputs = base.forward(inputs.to(base.device), target.to(base.device), frozenset({need}))
     return outputs.tensors()[need]

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier import build
+from luthier.card import card
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded
@@ -282,7 +283,7 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, part: str,
         results["scores"] = after.scores
     run.write("results.json", results | build.record_results(run))
     loss_picture(run.metrics, run.path / "loss.png")
-    run.write("README.md", card(run, build.make_public(made), base.anatomy.task))
+    run.write("README.md", card(run, run, build.make_public(made), base))
 
 
 def _measured(made: build.Recipe, base: Any, test: list[Encoded], reference: Reference,
@@ -341,32 +342,3 @@ def _say(quiet: bool, line: str) -> None:
 def _warn(quiet: bool, sentences: Sequence[str]) -> None:
     for sentence in sentences:
         _say(quiet, f"warning: {sentence}")
-
-
-CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}  # others are loaded bare
-
-
-def card(run: Run, made: build.Recipe, task: str) -> str:
-    """The run's README.md: a model card. `task`: the base's (see `Anatomy`)."""
-    results = run.results
-    rows = [f"| {name} | {value} |" for name, value in results.items()
-            if isinstance(value, int | float | str) and value != ""]
-    kind = "An adapter" if run.adapter else "A model"
-    whole = run.adapter["base_model_name_or_path"] if run.adapter else str(run.path)
-    loader = CLASSES.get(task, "AutoModelForMaskedLM" if made.objective.hides else "AutoModel")
-    load = [f"from transformers import {loader}", "", f"model = {loader}.from_pretrained({whole!r})"]
-    own = run.adapter is not None and run.adapter.get("peft_type") == "LUTHIER"  # a form that PEFT does not know
-    if own:
-        load = ["from luthier import build", "", f"recipe, base, method = build.open_run(build.Run({str(run.path)!r}))"]
-    elif run.adapter:
-        load[1:1] = ["from peft import PeftModel"]
-        load += [f"model = PeftModel.from_pretrained(model, {str(run.path)!r})"]
-    data = ", ".join(source.path for source in made.data.train)
-    library = "luthier" if own else "peft" if run.adapter else "transformers"
-    return "\n".join([
-        "---", f"library_name: {library}", "tags: [luthier]", "---", "",
-        f"# {run.path.name}", "",
-        f"{kind} that Luthier made from `{made.base.name}` by `{build.method_name(made)}` with the objective "
-        f"`{made.objective.name}` on {data}. `recipe.yaml` holds every setting, version and data digest.", "",
-        "| result | value |", "|---|---|", *rows, "", "![loss](loss.png)", "", "```python", *load, "```", "",
-    ])

@@ -70,6 +70,7 @@ from luthier.build.runs import (
     prompt_format,
     save_tuned,
     save_whole,
+    saved_dtype,
 )
 from luthier.build.served import Served, called, served
 from luthier.build.settings import (
@@ -81,7 +82,7 @@ from luthier.build.settings import (
 )
 from luthier.build.starts import banked, beside
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, CausalLM, cache, fingerprint, folder, identify, resolve
+from luthier.families import ALIASES, BaseConfig, CausalLM, cache, cast, fingerprint, folder, identify, resolve
 from luthier.methods import METHODS
 from luthier.methods.bank import Bank
 from luthier.methods.peft import BRIDGED
@@ -92,7 +93,7 @@ from luthier.runtime.run import Run
 __all__ = [
     "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
     "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
-    "beforehand", "begin", "beside", "cache", "called", "candidate", "changed", "chat_prompt", "check",
+    "beforehand", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt", "check",
     "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
     "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
     "dump", "family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
@@ -101,6 +102,6 @@ __all__ = [
     "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "micro_tokens",
     "name_base", "note_conversations", "open_recipe", "open_run", "price", "prompt_format", "provenance",
     "questions", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling",
-    "rows", "same_base", "save_tuned", "save_whole", "served", "standing", "tokenizer", "untrained", "version",
-    "with_heads",
+    "rows", "same_base", "save_tuned", "save_whole", "saved_dtype", "served", "standing", "tokenizer", "untrained",
+    "version", "with_heads",
 ]

@@ -26,6 +26,7 @@ from luthier.methods.peft_settings import MERGE, check_types, is_set
 from luthier.runtime.run import Run
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
+HEADS = "heads.safetensors"  # beside the weights: heads that Transformers\' class has no place for, and scalars
 # PEFT's tasks whose models have a head of their own that the adapter's file holds.
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # Endings of a module's own tensors in PEFT's files of LoRA, AdaLoRA and (IA)^3.
@@ -87,8 +88,8 @@ def _refuse_heads(form: Mapping[str, Any]) -> None:
 
 
 def adapter_weights(run: Run, anatomy: Anatomy) -> dict[str, Tensor]:
-    """What a run trained, by its names in the file. Raises `RunError` for a missing or damaged file, and for a prefix
-    of PEFT that would act otherwise on this base.
+    """What a run trained, by its names in the file; scalars of its objective stand in `HEADS`. Raises `RunError` for a
+    missing or damaged file, and for a prefix of PEFT that would act otherwise on this base.
 
     Args:
         anatomy: of the base.
@@ -99,8 +100,8 @@ def adapter_weights(run: Run, anatomy: Anatomy) -> dict[str, Tensor]:
         raise RunError("this is PEFT's prefix for a base some of whose layers see a window of the text: there PEFT's "
                        "prefix leaves the window, and a prefix here is seen by every token",
                        "use it with PEFT, or train a prefix here")
-    found: dict[str, Tensor] = load_file(run.path / WEIGHTS)
-    return found
+    scalars = run.path / HEADS
+    return load_file(run.path / WEIGHTS) | (load_file(scalars) if run.recipe and scalars.exists() else {})
 
 
 def stored_names(run: Run) -> list[str]:

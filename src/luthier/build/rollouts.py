@@ -29,7 +29,7 @@ from luthier.build.adapters import adapter_weights
 from luthier.build.provenance import base_conflict, open_recipe
 from luthier.build.recipe import Recipe, recorded
 from luthier.build.references import autocast
-from luthier.build.runs import open_run
+from luthier.build.runs import open_run, renamed
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample, Message
 from luthier.core.protocols import Attached, Family, Feed
@@ -202,7 +202,8 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn
     base.add(found.objective.heads, found.seed)
     heads, base.heads = base.heads, before
     saved = adapter_weights(run, base.anatomy)
-    adapter.load({name: saved[name] for name in adapter.state() if name in saved})
+    own = renamed(saved, adapter.state(), base)
+    adapter.load({name: own[name] for name in adapter.state() if name in own})
     heads.load({name: saved[name] for name in heads.state() if name in saved})
     name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in bank.members)
     bank.add(name, adapter)

@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 from luthier import data as rows
-from luthier.build.adapters import adapter_weights, without_base_weights
-from luthier.build.objects import PromptFormat, attach, family, with_heads
+from luthier.build.adapters import HEADS, adapter_weights, without_base_weights
+from luthier.build.objects import PromptFormat, attach, family, settled, with_heads
 from luthier.build.provenance import BASE_FILE, Report, describe_base, ignore, open_recipe
 from luthier.build.recipe import Recipe, dump
 from luthier.build.settings import make_public
-from luthier.core.errors import RunError
+from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import TRAINING, Attached, ChatFormat, Family, Objective
 from luthier.data import DataConfig
-from luthier.families import ALIASES, BaseConfig, folder, public_name, resolve
+from luthier.families import (
+    ALIASES,
+    BaseConfig,
+    embedding_tokenizer,
+    folder,
+    public_name,
+    read_weights,
+    resolve,
+    shards,
+    stored_dtype,
+    write_sentence_files,
+)
+from luthier.methods.form import OWN
+from luthier.methods.lora import PREFIX
 from luthier.methods.peft_settings import with_whole_alphas
 from luthier.methods.plain import fold_into_plain_lora
 from luthier.methods.several import Several
@@ -24,7 +40,8 @@ from luthier.objectives.rolls import RollsConfig
 from luthier.runtime.run import Run
 
 STOPS = "generation_config.json"  # beside an adapter: which tokens end a turn
-HEADS = "heads.safetensors"  # beside a whole model's weights; an adapter keeps them among its own
+NAMES_OF_MODULES = ("target_modules", "target_parameters", "feedforward_modules", "rank_pattern", "alpha_pattern")
+VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what puts tokens before a text
 
 
 def open_run(run: Run, whole: bool = False, base_model: str | None = None,
@@ -57,14 +74,15 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
         base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}),  # it is in the weights
                       made.objective.hides)
         if kept_heads(made.objective):
-            base.add(made.objective.heads, made.seed).load(load_file(run.path / HEADS))
+            base.add(made.objective.heads, made.seed).load(_whole_heads(run, base))
         return made, base, None
     base = family(made.base, made.objective.hides)
     _restore_chat_format(run, base)
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
         attached = with_heads(base, attached, made.objective, made.seed)
-    attached.load(without_base_weights(adapter_weights(run, base.anatomy), attached.state(), base.anatomy.model))
+    saved = renamed(adapter_weights(run, base.anatomy), attached.state(), base)
+    attached.load(without_base_weights(saved, attached.state(), base.anatomy.model))
     return made, base, attached
 
 
@@ -99,14 +117,70 @@ def _names_base(path: Path) -> bool:
                                                       and not path.parent.is_dir())
 
 
+def _whole_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
+    """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
+    of Transformers' class, else beside it."""
+    found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
+    names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
+    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
+
+
+def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
+    """What an adapter's file holds, by the names that this model has for it.
+
+    A stack has one part more in its names under a head than alone, and a file is named after the model that others load
+    it on: a classifier's for a run with classes, the stack alone for embeddings.
+    """
+    homes = {f"{base.anatomy.model.base_model_prefix}.", base.home} - {""}
+    if base.heads.own is not None:
+        homes.add(base.heads.own.home)
+
+    def others(name: str) -> list[str]:
+        rest = name.removeprefix(PREFIX)
+        stem = next((rest.removeprefix(home) for home in homes if rest.startswith(home)), rest)
+        return [name, PREFIX + stem, *(PREFIX + home + stem for home in sorted(homes))]
+
+    there = {next((other for other in others(name) if other in saved), name): name for name in names}
+    return {there.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def embeds(objective: Objective) -> bool:
+    """Whether the run gives vectors of whole texts."""
+    return objective.needs == frozenset({"pooled"})
+
+
 def save_whole(run: Run, made: Recipe, base: Family) -> None:
-    """Write the model as it now is, and the objective's heads beside it, which a folder of Transformers has no place
-    for; the recipe says what they are for."""
+    """Write the model as it now is. Heads that Transformers' class of the architecture has are in it; others, and
+    scalars, are put beside it, and the recipe says what they are for."""
     base.save(run.path)
-    if kept_heads(made.objective) and (heads := base.heads.state()):
+    _save_embedding(run, made, base)
+    if not kept_heads(made.objective):
+        return
+    inside = base.heads.own.weights() if base.heads.own is not None else {}
+    if heads := {name: tensor for name, tensor in base.heads.state().items()
+                 if name.removeprefix(PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
-        if not run.recipe:
-            run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
+    if not run.recipe:
+        run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
+
+
+def saved_dtype(made: Recipe, base: Family) -> torch.dtype:
+    """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
+    gone that of the model as it is."""
+    try:
+        return stored_dtype(made.base)
+    except BaseError:
+        weight = base.anatomy.embedding.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.dtype
+
+
+def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
+    """What Sentence Transformers reads, of a run that gives vectors of texts."""
+    if embeds(made.objective) and not base.divided and "channels" not in base.anatomy.sizes:
+        embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
+        write_sentence_files(run.path, base.anatomy.sizes["hidden"], base.pooling,
+                             max_length=settled(made, base).max_length, normalize=True)
 
 
 def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public: bool = False) -> None:
@@ -124,6 +198,9 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public:
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
              if not name.startswith(TRAINING)}
+    if scalars := {PREFIX + name: state.pop(PREFIX + name) for name in base.heads.scalars}:
+        save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
+    state, config = _as_loaded(state, config, made, base)
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
@@ -132,8 +209,11 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public:
                                       "revision": made.base.revision})
     if public:
         run.write(BASE_FILE, describe_base(made.base))
-    base.saved_tokenizer().save_pretrained(run.path)
+    base.padded_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
+    # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
+    if config["peft_type"] not in (OWN, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
+        _save_embedding(run, made, base)
 
 
 def name_base(config: BaseConfig, public: bool = False) -> str:
@@ -158,3 +238,28 @@ def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) ->
     found = config.attach(base.anatomy, seed=0)
     found.load(state)
     return Several([found, *heads]) if heads else found
+
+
+def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
+               base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
+    own, home = base.heads.own, base.home
+    if own is None and (not embeds(made.objective) or base.divided):
+        return state, config
+    new = "" if own is None else own.home
+    heads = set() if own is None else {PREFIX + name for name in own.weights()}
+
+    sites = {site.name for site in base.anatomy.sites}
+
+    def moved(name: str, start: str = "") -> str:
+        if not home and not start and not any(name == site or name.startswith(f"{site}.") for site in sites):
+            return name  # the end of a path
+        return start + new + name.removeprefix(start + home) if name.startswith(start + home) else name
+
+    state = {name if name in heads else moved(name, PREFIX): tensor for name, tensor in state.items()}
+    if own is None:
+        config = {**config, "task_type": "FEATURE_EXTRACTION"}
+    config = {key: ([moved(x) for x in value] if isinstance(value, list) else
+                    {moved(x): y for x, y in value.items()} if isinstance(value, dict) else value)
+              if key in NAMES_OF_MODULES else value for key, value in config.items()}
+    return state, config

@@ -17,11 +17,11 @@ from luthier.build.adapters import adapter_weights, without_base_weights
 from luthier.build.objects import attach, with_heads
 from luthier.build.provenance import base_conflict
 from luthier.build.recipe import Recipe, adapted, changed, recorded, referred
+from luthier.build.runs import renamed
 from luthier.build.settings import fill_left_out
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Attached, Family
 from luthier.methods.bank import Bank
-from luthier.methods.lora import PREFIX
 from luthier.methods.several import scopes
 from luthier.runtime.run import Run
 
@@ -90,20 +90,10 @@ def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
 
 
 def _load(attached: Attached, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
-    """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file.
-
-    An encoder's stack under its head for masked words has one part more in its names than the stack alone, so what was
-    trained with the head fits without it by the other name, and the other way round.
-    """
-    home = f"{base.anatomy.model.base_model_prefix}."
-
-    def other(name: str) -> str:
-        rest = name.removeprefix(PREFIX)
-        return PREFIX + (rest.removeprefix(home) if rest.startswith(home) else home + rest)
-
-    named = {name: name if name in saved else other(name) for name in attached.state()}
+    """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file."""
+    names = attached.state().keys()
+    named = renamed(saved, names, base)
+    left = {name: tensor for name, tensor in named.items() if name not in names}
     if whole:  # PEFT's folder holds no heads of ours: whatever is left would be passed over
-        left = without_base_weights({n: t for n, t in saved.items() if n not in named.values()}, {}, base.anatomy.model)
-        attached.load({**{name: saved[there] for name, there in named.items() if there in saved}, **left})
-        return
-    attached.load({name: saved[there] for name, there in named.items() if there in saved})
+        left = without_base_weights(left, {}, base.anatomy.model)
+    attached.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})

@@ -160,12 +160,18 @@ class Head:
             number that trains, in `scalars`).
         width: C.
         start: the value that a scalar starts at.
+        task: what Transformers calls the task (its `problem_type`, or token_classification), whose own class the head
+            then takes its shape from; empty: a linear map.
+        labels: the names of the C classes.
     """
 
     name: str
     kind: Literal["item", "token", "scalar"]
     width: int = 1
     start: float = 0.0
+    task: Literal["", "single_label_classification", "multi_label_classification", "regression",
+                  "token_classification"] = ""
+    labels: tuple[str, ...] = ()
 
 
 class Family(Protocol):
@@ -195,15 +201,24 @@ class Family(Protocol):
         ...
 
     @property
-    def pooling(self) -> str:
-        """Which state stands for a whole text: last, first or mean."""
-        ...
-
-    @property
     def device(self) -> torch.device: ...
 
     @property
     def training(self) -> bool: ...
+
+    @property
+    def pooling(self) -> Literal["last", "first", "mean"]:
+        """Which state stands for a whole text: last, first or mean."""
+        ...
+
+    @property
+    def home(self) -> str:
+        """What the names of the stack's weights begin with in the whole model; empty where it is the stack alone."""
+        ...
+
+    def padded_tokenizer(self) -> Any:
+        """The tokenizer as it is saved: it pads as the heads' class wants it."""
+        ...
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         """What the objective asked for (names of `Outputs`' fields), at the target's positions."""

@@ -26,9 +26,9 @@ from luthier.data.values import UnfitError
 from luthier.data.worded import turn
 
 __all__ = [
-    "ANSWERED", "ChatConfig", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE", "FORMATS",
-    "Hide", "Loader", "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader", "Refusal", "RenderError", "Row",
-    "Source", "Stream", "UnfitError", "Use", "WordsAugment", "augmented", "batch", "demand", "encode",
-    "encode_prompt_text", "eval_batches", "examples", "first_fit", "length_picture", "load", "pack", "paraphrased",
-    "preview", "prompt_of", "read", "saved_chat_template", "stop_tokens", "templated", "turn",
+    "ANSWERED", "ChatConfig", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE",
+    "FORMATS", "Hide", "Loader", "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader",
+    "Refusal", "RenderError", "Row", "Source", "Stream", "UnfitError", "Use", "WordsAugment", "augmented", "batch",
+    "demand", "encode", "encode_prompt_text", "eval_batches", "examples", "first_fit", "length_picture", "load",
+    "pack", "paraphrased", "preview", "prompt_of", "read", "saved_chat_template", "stop_tokens", "templated", "turn",
 ]

@@ -20,11 +20,16 @@ from luthier.families.load import (
     load_tokenizer,
     parameter_count,
     resolve,
-    stored_dtype,
+    shards,
 )
 from luthier.families.open import open_family
+from luthier.families.padding import embedding_tokenizer
+from luthier.families.precision import cast, stored_dtype
+from luthier.families.sentence import write_sentence_files
+from luthier.families.task_heads import read_weights
 from luthier.families.vision import Vision
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "context_of", "device_of",
-           "fingerprint", "folder", "identify", "is_local", "load", "load_tokenizer", "open_family", "parameter_count",
-           "public_name", "resolve", "stored_dtype"]
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "cast", "context_of",
+           "device_of", "embedding_tokenizer", "fingerprint", "folder", "identify", "is_local", "load",
+           "load_tokenizer", "open_family", "parameter_count", "public_name", "read_weights", "resolve", "shards",
+           "stored_dtype", "write_sentence_files"]

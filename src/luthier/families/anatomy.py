@@ -50,6 +50,7 @@ def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anato
     path, stack = _stack(backbone)
     blocks = tuple(_block(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head = head if hasattr(head, "weight") else None  # a classifier's base has none
     embedding = getattr(embedding, "projection", embedding)  # of pictures: the map of their patches
     config = model.config.get_text_config()
     heads = config.num_attention_heads

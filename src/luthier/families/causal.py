@@ -14,6 +14,7 @@ from luthier.core.protocols import Generated, Sampling
 from luthier.families.generate import eos_tokens, generate, stream, written
 from luthier.families.head import log_probs
 from luthier.families.heads import Pooling
+from luthier.families.kinds import NoHead
 from luthier.families.packed import Layout, Packed
 from luthier.families.routes import through
 
@@ -42,6 +43,8 @@ class CausalLM(Packed):
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        if self.anatomy.head is None:
+            NoHead()(states)
         head = self.model.get_output_embeddings()  # looked up anew: a method may have exchanged it
         return log_probs(head, states, tokens, self._softcap, self._scale, entropies, temperature)
 

@@ -7,7 +7,6 @@ elsewhere than 0, and BERT's own tell the second of two texts from the first by 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +24,9 @@ from luthier.families.forest import describe
 from luthier.families.head import log_probs
 from luthier.families.heads import LOG_PROBS, Pooling
 from luthier.families.packed import Layout, Packed
+from luthier.families.sentence import pooling_of as pooling_of
+from luthier.families.sentence import write_sentence_files
 from luthier.families.words import Words
-
-POOLING = "1_Pooling/config.json"
-MODES: dict[str, Pooling] = {"cls": "first", "mean": "mean", "lasttoken": "last"}  # by Sentence Transformers' names
-OLD_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean", "pooling_mode_lasttoken": "lasttoken",
-             "pooling_mode_max_tokens": "max", "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
-             "pooling_mode_weightedmean_tokens": "weightedmean"}
 
 
 class Encoder(Packed):
@@ -105,30 +100,11 @@ class Encoder(Packed):
                         "choose a base that writes text, such as 'smollm2'")
 
     def save(self, path: Path) -> None:
-        """Write the whole model as a Transformers folder, with the files by which Sentence Transformers loads it."""
+        """Write the whole model as a Transformers folder; one without a head of its own class also with the files by
+        which Sentence Transformers loads it."""
         super().save(path)
-        mode = next(name for name, pooling in MODES.items() if pooling == self.pooling)
-        (path / POOLING).parent.mkdir(exist_ok=True)
-        (path / POOLING).write_text(json.dumps(
-            {"word_embedding_dimension": self.anatomy.sizes["hidden"],
-             **{old: name == mode for old, name in OLD_MODES.items()}}, indent=2) + "\n", encoding="utf-8")
-        (path / "modules.json").write_text(json.dumps(
-            [{"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
-             for i, (folder, kind) in enumerate((("", "Transformer"), (POOLING.partition("/")[0], "Pooling")))],
-            indent=2) + "\n", encoding="utf-8")
-
-
-def pooling_of(path: Path) -> Pooling:
-    """How the encoder in a folder makes one state of many: as Sentence Transformers' file says, else the first."""
-    if not (path / POOLING).is_file():
-        return "first"
-    told = json.loads((path / POOLING).read_text(encoding="utf-8"))
-    named = told.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if told.get(old)] or "mean"
-    modes = [named] if isinstance(named, str) else list(named)
-    if len(modes) != 1 or modes[0] not in MODES:
-        raise BaseError(f"{path / POOLING}: pooling by {' and '.join(modes)}; known are {', '.join(MODES)}",
-                        "set base.pooling to last, first or mean")
-    return MODES[modes[0]]
+        if self.heads.own is None:
+            write_sentence_files(path, self.anatomy.sizes["hidden"], self.pooling)
 
 
 def types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from luthier.core.errors import RunError
 from luthier.core.protocols import Head, Scope
 from luthier.core.types import Forest, Outputs, Target, sent
 from luthier.families.forest import describe
+from luthier.families.task_heads import TaskHead
 
 Pooling = Literal["last", "first", "mean"]
 PREFIX = "base_model.model."  # PEFT's files put this before the path of a module that is saved whole
@@ -27,16 +28,26 @@ class Heads:
 
     at_update = None
 
-    def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str) -> None:
+    def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str,
+                 build: Callable[[Head, torch.Generator], TaskHead | str] | None = None) -> None:
+        """`build`: makes a head from Transformers' own class of its task, or says why there is none."""
         self.heads, self.task = tuple(heads), task
         self.scope = Scope()  # nobody reads it: heads change nothing in the base
-        self.modules: dict[str, nn.Linear] = {}
+        self.modules: dict[str, nn.Linear | TaskHead] = {}
+        self.own: TaskHead | None = None  # the one that Transformers' class has
+        self.why = ""  # why there is none, where one was wanted
         self.scalars: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)
         for head in heads:
             if head.kind == "scalar":
                 self.scalars[head.name] = nn.Parameter(torch.tensor(head.start, device=device))
                 continue
+            found = build(head, generator) if head.task and build is not None else ""
+            if isinstance(found, TaskHead):
+                self.modules[head.name] = self.own = found.to(device)
+                self.task = found.task or ""
+                continue
+            self.why = found
             module = nn.Linear(hidden, head.width)
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
@@ -44,8 +55,12 @@ class Heads:
             self.modules[head.name] = module.to(device)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        found = {f"{PREFIX}{name}.{part}": parameter for name, module in self.modules.items()
-                 for part, parameter in module.named_parameters()}
+        found: dict[str, nn.Parameter] = {}
+        for name, module in self.modules.items():
+            if isinstance(module, TaskHead):
+                found |= {f"{PREFIX}{path}": parameter for path, parameter in module.weights().items()}
+            else:
+                found |= {f"{PREFIX}{name}.{part}": parameter for part, parameter in module.named_parameters()}
         return found | {f"{PREFIX}{name}": parameter for name, parameter in self.scalars.items()}
 
     def rate(self, name: str) -> float:
@@ -77,14 +92,18 @@ class Heads:
             parameter.copy_(state[name])
 
     def peft(self) -> dict[str, Any] | None:
-        return {"peft_type": None, "task_type": self.task, "modules_to_save": sorted({*self.modules, *self.scalars})}
+        """What of PEFT's config the heads decide. A scalar is no module, so it is none of `modules_to_save`."""
+        kept = [name for name, module in self.modules.items() if not isinstance(module, TaskHead)]
+        kept += self.own.modules_to_save() if self.own is not None else []
+        return {"peft_type": None, "task_type": self.task or None, "modules_to_save": sorted(kept)}
 
     def _of(self, kind: str, states: Tensor) -> Tensor:
         """In float32, under autocast too: a reward or a value with the three digits of bfloat16 is not one."""
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
         with _exact(states.device):
-            return module(states.to(module.weight.dtype))
+            scores: Tensor = module(states.to(next(module.parameters()).dtype))
+        return scores
 
     def outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
                 log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
@@ -104,10 +123,11 @@ class Heads:
                 made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
             if "token_scores" in needs:
                 made["token_scores"] = self._of("token", states)
-        if needs & {"pooled", "scores"}:
-            made["pooled"] = pooled = pool(row, forest, target.items, pooling)
-            if "scores" in needs:
-                made["scores"] = self._of("item", pooled)
+        if "pooled" in needs:
+            made["pooled"] = pool(row, forest, target.items, pooling)
+        if "scores" in needs:
+            own = pooling if self.own is None else cast(Pooling, self.own.pooling)
+            made["scores"] = self._of("item", pool(row, forest, target.items, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 

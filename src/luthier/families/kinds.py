@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -14,6 +15,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_MAPPING,
 )
+
+from luthier.core.errors import BaseError
 
 Kind = Literal["causal", "encoder", "seq2seq", "vision"]
 
@@ -39,6 +42,9 @@ SPARE = {
     "pre_classifier": "DistilBERT's, its first part",
     "qa_outputs": "the head of a search for answers in a text",
 }
+
+
+CLASSIFIERS = ("score", "classifier")  # what decoders' classes call their head
 
 
 def kind_of(config: PreTrainedConfig) -> Kind | None:
@@ -69,6 +75,25 @@ def options(config: PreTrainedConfig, kind: Kind) -> dict[str, Any]:
 def spare(key: str, prefix: str) -> bool:
     """Whether the weight `key` is one of `SPARE`; `prefix` is what the names of a model with a head begin with."""
     return key.removeprefix(f"{prefix}.").partition(".")[0] in SPARE
+
+
+class NoHead(nn.Module):
+    """In the place of an output projection that a model's files do not hold."""
+
+    def forward(self, *_: Any) -> Any:
+        raise BaseError("the model was saved as a classifier, without the projection onto the vocabulary, so it can "
+                        "predict no tokens", "use it for its classes, or take the base that it was made from")
+
+
+def leave_out_head(model: Any, info: dict[str, Any]) -> None:
+    """Of a decoder that was saved as a classifier: its class's head is not read here, and the projection onto the
+    vocabulary, which its files do not hold, refuses to be used."""
+    if not any(re.search("For(Sequence|Token)Classification", name) for name in model.config.architectures or ()):
+        return
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.partition(".")[0] not in CLASSIFIERS}
+    if lost := headless(model, info["missing_keys"]):
+        info["missing_keys"] = set(info["missing_keys"]) - set(lost)
+        model.set_output_embeddings(NoHead())
 
 
 def headless(model: Any, missing: Iterable[str]) -> list[str]:

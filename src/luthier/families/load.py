@@ -249,6 +249,8 @@ def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
     model, info = read
     if kind in ("encoder", "vision"):
         info["unexpected_keys"] = {k for k in info["unexpected_keys"] if not kinds.spare(k, model.base_model_prefix)}
+    if kind == "causal":
+        kinds.leave_out_head(model, info)
     if headed and (lost := kinds.headless(model, info["missing_keys"])):
         raise BaseError(f"base {config.name!r}: its files hold no head for masked words (there is no {lost[0]})",
                         "choose an encoder whose files hold one, such as the one that this was made from")

@@ -7,9 +7,10 @@ from pathlib import Path
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Family
 from luthier.families.causal import CausalLM
-from luthier.families.encoder import Encoder, pooling_of
+from luthier.families.encoder import Encoder
 from luthier.families.kinds import kind_of
 from luthier.families.load import BaseConfig, load
+from luthier.families.sentence import pooling_of
 from luthier.families.seq2seq import Seq2Seq
 from luthier.families.vision import Vision
 
@@ -20,6 +21,12 @@ def open_family(config: BaseConfig, words: bool = False) -> Family:
     Args:
         words: load an encoder with its own head for masked words.
     """
+    made = _family(config, words)
+    made.pooling_given = config.pooling != "auto"
+    return made
+
+
+def _family(config: BaseConfig, words: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
     model, tokenizer = load(config, words)
     kind = kind_of(model.config)
     if kind == "encoder":

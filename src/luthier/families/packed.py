@@ -7,7 +7,7 @@ and `encoder.py` go on from here, each with what is its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -26,11 +26,14 @@ from luthier.families import forest as _forest
 from luthier.families import virtual
 from luthier.families.anatomy import anatomy
 from luthier.families.biases import settle_biases
+from luthier.families.generate import eos_tokens
 from luthier.families.heads import Heads, Pooling
 from luthier.families.lean import Lean, slim
 from luthier.families.mixed import mixed
+from luthier.families.padding import with_padding
 from luthier.families.report import quiet, short
 from luthier.families.routes import as_now, routed
+from luthier.families.task_heads import TaskHead, task_head
 
 Layout = Literal["packed", "padded"]
 
@@ -47,6 +50,7 @@ class Loaded:
     divided: ClassVar[bool] = False
     writes: ClassVar[bool] = False
     pooling: Pooling
+    pooling_given: bool = False  # whether the recipe names it; else a head may pool as its class of Transformers does
     layout: Layout = "padded"
     padded_why = ""  # why rows are padded although the family packs them
     router: Router | None = None  # who sends segments and rows through adapters of their own
@@ -87,8 +91,26 @@ class Loaded:
                 checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), as_now(self.router)))
 
     def add(self, heads: Sequence[Head], seed: int) -> Attached:
-        self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task)
+        self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task, self._task_head)
         return self.heads
+
+    def _task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
+        if self.divided:
+            return "an encoder-decoder's class of Transformers classifies by the state of the text's own end mark"
+        return task_head(head, self.model, self.anatomy.backbone, self.pooling if self.pooling_given else None,
+                         "channels" in self.anatomy.sizes, generator)
+
+    def padded_tokenizer(self) -> Any:
+        """The tokenizer that is saved: of a decoder with a head, one that pads with a token that ends no text."""
+        if self.heads.own is None or not self.writes:
+            return self.saved_tokenizer()
+        return with_padding(self.saved_tokenizer(), eos_tokens(self.model, self.tokenizer))
+
+    @property
+    def home(self) -> str:
+        """What the names of the stack's weights begin with: `model.` in a Llama with its head, nothing in a stack."""
+        return next((f"{name}." for name, module in self.model.named_modules() if module is self.anatomy.backbone
+                     and name), "")
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         if self.critic is None or "token_scores" not in needs:
@@ -130,12 +152,15 @@ class Loaded:
     def save(self, path: Path) -> None:
         """Write the whole model as a Transformers folder, tokenizer included."""
         settle_biases(self.model)
-        with quiet(), self._saved_stops():
-            self.model.save_pretrained(path)
-            self.saved_tokenizer().save_pretrained(path)
+        own, tokenizer = self.heads.own, self.padded_tokenizer()
+        with (quiet(), self._saved_stops(),
+              nullcontext(self.model) if own is None else own.whole(self.model, self.anatomy.backbone) as whole):
+            if own is not None and self.writes:
+                whole.config.pad_token_id = tokenizer.pad_token_id
+            whole.save_pretrained(path)
+            tokenizer.save_pretrained(path)
         for file in path.glob("*.safetensors"):  # the library makes its files readable to their owner alone
             file.chmod(path.stat().st_mode & 0o666)
-
 
     def saved_tokenizer(self) -> Any:
         """The tokenizer as it is written beside what was trained: where that were conversations, with the chat template

@@ -97,8 +97,16 @@ class Pictures:
         return planes[:, top:top + self.size[0], left:left + self.size[1]]
 
     def save_pretrained(self, path: Path) -> None:
-        """Write the settings beside a model, as they were read."""
-        (Path(path) / FILE).write_text(self.source, encoding="utf-8")
+        """Write the settings beside a model, as they were read; with those that were taken for granted where the file
+        does not name the class by which Transformers would read it."""
+        told: dict[str, Any] = json.loads(self.source)
+        if "image_processor_type" not in told:
+            told = {"do_resize": True, "size": dict(zip(("height", "width"), self.size, strict=True)),
+                    "resample": 2, "do_rescale": True, "rescale_factor": self.scale, "do_normalize": True,
+                    "image_mean": list(self.mean), "image_std": list(self.deviation),
+                    "image_processor_type": "ViTImageProcessor", **told}
+        text = self.source if told == json.loads(self.source) else json.dumps(told, indent=2) + "\n"
+        (Path(path) / FILE).write_text(text, encoding="utf-8")
 
 
 def _pair(size: Any) -> tuple[int, int]:

@@ -159,8 +159,10 @@ class Several:
             return None
         kept = sorted({name for form in forms for name in form.get("modules_to_save") or ()})
         methods = [form for form in forms if form["peft_type"] is not None]
+        tasks = [form["task_type"] for form in forms if form["peft_type"] is None]  # what heads are for
         if len(methods) == 1:
-            return {**methods[0], **({"modules_to_save": kept} if kept else {})}
+            return {**methods[0], **({"task_type": tasks[0]} if tasks else {}),
+                    **({"modules_to_save": kept} if kept else {})}
         return {"peft_type": "LUTHIER", "task_type": forms[0]["task_type"], "parts": methods,
                 **({"modules_to_save": kept} if kept else {})}
 

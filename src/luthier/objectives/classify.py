@@ -37,6 +37,8 @@ from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives import measures
 from luthier.objectives.base import ObjectiveConfig, item_weights, sums, wide
 
+TASKS: Mapping[str, Any] = {"single": "single_label_classification", "multi": "multi_label_classification",
+                            "regression": "regression", "tokens": "token_classification"}  # Transformers' names
 SHAPES = {"single": "one label each", "multi": "a list of labels each", "tokens": "a tag for each word"}
 
 
@@ -107,7 +109,8 @@ class ClassifyConfig(ObjectiveConfig):
         if not width:
             raise RecipeError("objective.labels: nothing says which classes there are",
                               "train on rows that have labels, or name the classes in objective.labels")
-        return (Head("score", "token" if self.task == "tokens" else "item", width),)
+        return (Head("score", "token" if self.task == "tokens" else "item", width, task=TASKS[self.task],
+                     labels=self.labels),)
 
     @property
     def classes(self) -> tuple[str, ...] | None:

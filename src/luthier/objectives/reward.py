@@ -79,7 +79,7 @@ class RewardConfig(ObjectiveConfig):
 
     @property
     def heads(self) -> tuple[Head, ...]:
-        return (Head("score", "item"),)
+        return (Head("score", "item", task="regression"),)
 
     def count(self, target: Target) -> float:
         return float(group_weights(target, ranked(target)[0]).sum())

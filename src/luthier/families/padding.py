@@ -1,0 +1,47 @@
+"""A token to pad with, for decoders whose state of the last token that is no padding stands for the whole text.
+
+Transformers finds that token by its id, so the padding's id must not be that of a token that ends texts: padding with
+the end mark, which many decoders have for it, would make the class read the state before the end mark.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+NUL = ("\u0100", "<0x00>")  # how byte-level and SentencePiece vocabularies write the byte 0, which no text holds
+
+
+def with_padding(tokenizer: Any, ends: Iterable[int]) -> Any:
+    """A copy of the tokenizer that pads on the right, with a token that ends no text; without one, its own.
+
+    Args:
+        ends: tokens that may end a text.
+    """
+    made = copy.deepcopy(tokenizer)
+    made.padding_side = "right"
+    taken = {*ends, *tokenizer("a", verbose=False)["input_ids"][-1:]}
+    for token in _candidates(made):
+        found = made.convert_tokens_to_ids(token)
+        if found is not None and found not in taken and made.convert_ids_to_tokens(found) == token:
+            if made.pad_token != token:
+                made.pad_token = token
+            break
+    return made
+
+
+def _candidates(tokenizer: Any) -> Iterator[str]:
+    template = str(tokenizer.chat_template or "")
+    yield from (str(token) for token in (tokenizer.pad_token, tokenizer.unk_token) if token)
+    yield from (token for token in sorted(tokenizer.get_added_vocab())
+                if token not in template and token not in (tokenizer.bos_token, tokenizer.eos_token))
+    yield from NUL
+
+
+def embedding_tokenizer(tokenizer: Any) -> Any:
+    """A copy that pads on the right with whatever it has: who makes vectors of texts looks at the mask."""
+    made = copy.deepcopy(tokenizer)
+    made.padding_side = "right"
+    made.pad_token = made.pad_token or made.eos_token or made.unk_token
+    return made
