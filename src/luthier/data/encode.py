@@ -12,7 +12,7 @@ between tokenizers.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from luthier.core.examples import (
     ChatExample,
@@ -66,7 +66,7 @@ def encode_words(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> t
         return texts
     found: list[Encoded] = []
     for text in texts:
-        pieces = cut(text, config, tokenizer.eos_token_id)
+        pieces = cut(text, config, tokenizer)
         if isinstance(pieces, Refusal):
             return pieces
         found += pieces
@@ -206,17 +206,18 @@ def _halves(text: Rendered, tokenizer: Tokenizer, example: Worded, config: DataC
 # ---------------------------------------------------------------- cutting
 
 
-def cut(text: Spelled, config: DataConfig, end_mark: int | None) -> list[Encoded] | Refusal:
+def cut(text: Spelled, config: DataConfig, tokenizer: Tokenizer) -> list[Encoded] | Refusal:
     """`text` in at most `max_length` tokens.
 
     Split parts share one token: the first token of a part is never predicted, so it is the last of the part before,
-    and every token but the document's first is predicted exactly once.
+    and every token but the document's first is predicted exactly once. Where the tokenizer opens a text with a token of
+    its own, every part begins with it.
     """
-    length, most = len(text.ids), config.most + text.source
+    length, most, end_mark = len(text.ids), config.most + text.source, tokenizer.eos_token_id
     if length <= most or config.overlong == "truncate":
         ranges = [(0, min(length, most))]
     elif config.overlong == "split" and text.divisible:
-        ranges = [(start, min(start + most, length)) for start in range(0, length - 1, most - 1)]
+        return _split(text, most, tokenizer)
     else:
         only = "; only a text can be split" if config.overlong == "split" else ""
         return Refusal(text.origin, "longer than max_length", f"{length} tokens, at most {most}{only}")
@@ -225,6 +226,25 @@ def cut(text: Spelled, config: DataConfig, end_mark: int | None) -> list[Encoded
         cutoff = f"none within max_length={most} of {length} tokens" if length > most else f"{length} tokens"
         return Refusal(text.origin, "nothing to train on", cutoff)
     return found
+
+
+def _split(text: Spelled, most: int, tokenizer: Tokenizer) -> list[Encoded] | Refusal:
+    """Parts of a document, each of at most `most` tokens, its opening token included."""
+    opening, length = marks_around(tokenizer)[0], len(text.ids)
+    if most < len(opening) + 2:
+        return Refusal(text.origin, "longer than max_length", f"{most} tokens hold no opening and two tokens of text")
+    found, start, stop = [], 0, most
+    while True:
+        part = _encoded(text, start, min(stop, length), tokenizer.eos_token_id)
+        if start and opening:
+            (piece,) = part.pieces
+            weights = ((0.0,) * (len(opening) + 1), piece.weights[1:])  # the shared token has been predicted
+            part = replace(part, pieces=(Piece((*opening, *piece.ids), weights[0] + weights[1]),))
+        if part.pieces[0].predicted:
+            found.append(part)
+        if stop >= length:
+            return found or Refusal(text.origin, "nothing to train on", f"{length} tokens")
+        start, stop = stop - 1, stop - 1 + most - len(opening)
 
 
 def _encoded(text: Spelled, start: int, stop: int, end_mark: int | None) -> Encoded:

@@ -125,6 +125,18 @@ def test_splitting_predicts_every_token_but_the_first_once(letters, text, most) 
     assert sum(part.bytes for part in parts) == whole.bytes
 
 
+def test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text(letters) -> None:
+    letters.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)])
+    text = bytes(range(65, 91)).decode()
+    for most in (3, 4, 7, 26, 27, 28, 40):
+        parts = encode(TextExample(text, HERE), letters, config(max_length=most, overlong="split"))
+        assert all(len(part.pieces[0].ids) <= most and part.pieces[0].ids[0] == END_OF_TEXT for part in parts)
+        predicted = [part.pieces[0].ids[i] for part in parts for i in part.pieces[0].predicted]
+        assert predicted == [*text.encode(), IM_END]  # each once
+        assert sum(part.bytes for part in parts) == len(text)
+
+
 def test_a_slow_tokenizer_gives_the_same(letters) -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a🙂"), Message("user", "r"), Message("assistant", "b")), HERE)
     for example in (chat, TextExample("abc 🙂", HERE), CompletionExample("a", "b🙂", HERE)):
