@@ -66,6 +66,12 @@ CONTRASTIVE, CLASSIFY, LAWS = ("contract/test_objectives_contrastive.py", "contr
 GENERATE, PACK, LOADER, EQUAL = ("unit/families/test_generate.py", "unit/data/test_pack.py", "unit/data/test_loader.py",
                                  "contract/test_equivalence.py")
 CHOICE, HIDE = "contract/test_objectives_choice.py", "unit/data/test_hide.py"
+ROUND, CUT = "contract/test_round_trip.py", "unit/data/test_truncated_prompts.py"
+
+
+def laws(template: str) -> tuple[str, ...]:
+    return (f"test_the_laws[{template}-bytes-texts0]",)
+
 
 SCHEDULE_BREAKS = (
     Break("schedule-warm-up-one-early", "runtime/optim.py", "return (step + 1) / (warm + 1)", "return step / (warm + 1)", on(OPTIM, "test_the_warm_up_is_torchs_linear_one")),
@@ -305,7 +311,34 @@ GENERATION_BREAKS = (
     Break("serve-usage-counts-a-prompt-for-every-answer", "serve.py", "for request in requests[::asked.n])", "for request in requests)", on(DESK, "test_a_prompt_counts_once_however_many_answers_it_has")),
 )
 
+RENDERING_BREAKS = (
+    Break("render-generation-prompt-missing", "data/chat.py", "return self.until(index, generate=True) if index else", "return self.until(index) if index else", on(ROUND, *laws("chatml"))),
+    Break("render-end-mark-left-out", "data/chat.py", "text[:at + len(mark)]", "text[:at]", on(ROUND, *laws("chatml"))),
+    Break("render-behind-the-mark-trained", "data/chat.py", "return text[:at + len(mark)] if at >=", "return text if at >=", on(ROUND, *laws("chatml"))),
+    Break("render-spelt-mark-taken-for-the-end", "data/chat.py", "text[at - 1] != START else text", "text[at - 1] == START else text", on(ROUND, *laws("chatml"))),
+    Break("render-thought-not-closed", "data/chat.py", "{THOUGHT_END}\\n\\n{text[shared:]}", "{text[shared:]}", on(ROUND, *laws("deepseek"))),
+    Break("render-dropped-words-not-refused", "data/chat.py", "if content and content not in text:", "if content and content in text:", on("unit/data/test_chat_rules.py", "test_a_turn_that_the_template_drops_is_refused")),
+    Break("render-cut-words-of-the-system-turn", "data/chat.py", 'if turn["role"] in SYSTEM or not turn["content"]:', 'if not turn["content"]:', on(CUT, "test_what_is_cut_are_the_oldest_words_of_turns[chatml-True]")),
+    Break("render-system-turn-not-folded", "data/conversation.py", "return self.template.system if place == 0 else self.template.late_system", "return True", on(ROUND, *laws("gemma"))),
+    Break("render-folded-turn-lost", "data/conversation.py", "        if folded:\n            self._add_folded(folded)\n        return", "        return", on(ROUND, *laws("mistral"))),
+    Break("render-developer-kept", "data/conversation.py", 'role = "system" if message.role == "developer"', 'role = message.role if message.role == "developer"', on(ROUND, *laws("gemma"))),
+    Break("render-thoughts-lost", "data/conversation.py", "{self._mark(value, role).strip(chr(10))}", "", on(ROUND, *laws("chatml"))),
+    Break("render-calls-lost", "data/conversation.py", "said + [call_text(call) for call in self._mark(value, role)]", "said", on(ROUND, *laws("chatml"))),
+    Break("render-tool-role-kept", "data/conversation.py", 'if role == "tool" and not self.template.tool:', "if False:", on(ROUND, *laws("mistral"))),
+    Break("render-unknown-key-dropped", "data/conversation.py", "                raise RenderError(f\"{key!r} of a message", "                RenderError(f\"{key!r} of a message", on(ROUND, "test_the_remedy_of_a_key_that_is_not_rendered_works")),
+    Break("render-template-without-calls-chosen", "data/templates.py", "if all(template.renders(*need) for need in needs)), usual)", "if True), usual)", on(ROUND, "test_the_template_that_renders_what_a_row_holds_is_chosen")),
+    Break("render-eos-not-added", "data/templates.py", "if found.end_of_turn is None and eos:", "if found.end_of_turn is not None and eos:", on(ROUND, *laws("nomark"))),
+    Break("control-tokens-of-the-user-kept", "data/control_tokens.py", "_pattern(own), _pattern(special | written)", "_pattern(own), _pattern(set())", on(ROUND, *laws("chatml"))),
+    Break("control-tokens-of-the-assistant-kept", "data/control_tokens.py", "_pattern(own), _pattern(special | written)", "_pattern(set()), _pattern(special | written)", on(ROUND, *laws("chatml"))),
+    Break("control-token-encoded-as-itself", "data/tokens.py", 'options["split_special_tokens"] = True', 'options["split_special_tokens"] = False', on(ROUND, *laws("chatml"))),
+    Break("boundary-ignored", "data/control_tokens.py", "inner = [b for b in boundaries if at < b < start - 1]", "inner: list[int] = []", on(ROUND, "test_a_bare_prompt_is_asked_as_it_is_trained")),
+    Break("opening-token-twice", "data/encode.py", "ids, starts, ends = tokens(text, tokenizer, special=closed)", "ids, starts, ends = tokens(text, tokenizer, special=True)", on(ROUND, *laws("llama3"))),
+    Break("cut-newest-words", "data/trees.py", "frozenset(words[:excess])", "frozenset(words[-excess:])", on(CUT, "test_what_is_cut_are_the_oldest_words_of_turns[chatml-True]")),
+    Break("cut-opening-token", "data/trees.py", "range(len(marks_around(tokenizer)[0]), prompt)", "range(0, prompt)", on(CUT, "test_a_bare_prompt_keeps_its_opening_token")),
+    Break("split-part-without-opening", "data/encode.py", "if start and opening:", "if not start and opening:", on("unit/data/test_encode.py", "test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text")),
+)
 BREAKS = (*SCHEDULE_BREAKS, *OPTIMIZER_BREAKS, *STEP_BREAKS, *LOOP_BREAKS, *DATA_BREAKS, *MODEL_BREAKS, *OBJECTIVE_BREAKS,
+          *RENDERING_BREAKS,
           *POLICY_BREAKS, *ROLLOUT_BREAKS, *GENERATION_BREAKS)
 
 

@@ -11,7 +11,8 @@ import pytest
 from mutations import BREAKS, ROOT, SOURCE, Break, broken
 
 AREAS = {"objectives": 30, "runtime/optim.py": 15, "runtime/step.py": 8, "runtime/loop.py": 12, "data/pack.py": 6,
-         "families/generate.py": 15, "rollout": 12, "families/forest.py": 6}
+         "families/generate.py": 15, "rollout": 12, "families/forest.py": 6,
+         "data/chat.py": 6, "data/conversation.py": 6}
 
 
 def problem(one: Break) -> str:
