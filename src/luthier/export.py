@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -60,10 +62,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     """
     if to not in FORMS:
         raise RunError(f"a run cannot be exported to {to!r}", f"one of: {', '.join(FORMS)}")
-    if dtype is not None and dtype not in DTYPES.get(to, ()):
-        raise RunError(f"dtype {dtype!r} has no effect on {to!r}" if to not in DTYPES else
-                       f"--to {to} does not write {dtype}", f"one of: {', '.join(DTYPES[to])}" if to in DTYPES else
-                       "omit --dtype, or export with --to merged or --to gguf")
+    _refuse_dtype(dtype, to)
     _refuse_rank(lora_rank, to)
     run = run if isinstance(run, Run) else Run(run)
     out = Path(out) if out else run.path / FILES.get(to, to)
@@ -80,8 +79,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     if to in ("merged", "gguf") and attached is not None:
         merge(base, attached)
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
+    with _whole_or_not(out) as temporary:
         if to == "gguf":
             assert dtype != "bfloat16"
             build.gguf_model(made, base, temporary, dtype or "float16", out.stem)
@@ -93,12 +91,27 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             _folder(temporary, to, made, base, attached)
             text = card(Run(temporary), run, made, base)
             Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))
+    return out
+
+
+@contextmanager
+def _whole_or_not(out: Path) -> Iterator[Path]:
+    """A place beside `out` to write to, which becomes `out` where all goes well and is removed where it does not."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        yield temporary
         temporary.replace(out)
     finally:  # gone already where all went well
         if temporary.is_dir():
             shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
-    return out
+
+
+def _refuse_dtype(dtype: str | None, to: str) -> None:
+    if dtype is not None and dtype not in DTYPES.get(to, ()):
+        raise RunError(f"dtype {dtype!r} has no effect on {to!r}" if to not in DTYPES else
+                       f"--to {to} does not write {dtype}", f"one of: {', '.join(DTYPES[to])}" if to in DTYPES else
+                       "omit --dtype, or export with --to merged or --to gguf")
 
 
 def _refuse_rank(rank: int | str | None, to: str) -> None:

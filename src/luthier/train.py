@@ -283,7 +283,7 @@ def _finish(run: Run, made: build.Recipe, job: Job, summary: Summary, part: str,
         results["scores"] = after.scores
     run.write("results.json", results | build.record_results(run))
     loss_picture(run.metrics, run.path / "loss.png")
-    run.write("README.md", card(run, run, build.make_public(made), base))
+    run.write("README.md", card(run, run, made, base))
 
 
 def _measured(made: build.Recipe, base: Any, test: list[Encoded], reference: Reference,

@@ -358,7 +358,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
     for answer in answers:
         words = judge.tokenizer.apply_chat_template(
             [{"role": "user", "content": "p1?"}, {"role": "assistant", "content": answer.text}], tokenize=True)
-        ids = torch.tensor(words["input_ids"] if not isinstance(words, list) else words)
+        ids = torch.tensor(words["input_ids"] if not isinstance(words, list) else words)[:-1]  # no line break at the end
         target = Target(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([0]))
         inputs = Inputs(ids, torch.arange(len(ids)), Forest((len(ids),), (-1,)))
         with torch.no_grad():

@@ -447,7 +447,7 @@ def test_what_a_method_writes_says_the_same_in_peft_and_here(name: str, tmp_path
     exported = export(folder, "adapter", tmp_path / "adapter")
     assert (in_peft(kind, exported, **options) - wanted).abs().max() < near
     assert not (exported / "recipe.yaml").exists()
-    _, again, _ = build.open_run(Run(exported))  # by PEFT's settings alone
+    _, again, _ = build.open_run(Run(exported), False, str(tmp_path / "base"))  # by PEFT's settings alone
     assert (said(again) - wanted).abs().max() < SAME
     with attached.disabled():
         assert (said(family) - wanted).abs().max() > FAR
@@ -551,7 +551,8 @@ def test_a_prefix_is_exchanged_only_where_peft_computes_the_same(name: str, tmp_
     family, _ = made_run(kind, {"name": "prefix", "tokens": 5}, tmp_path / "run", **options)
     form = json.loads((tmp_path / "run/adapter_config.json").read_text())
     assert form["peft_type"] == ("LUTHIER" if windowed else "PREFIX_TUNING")
-    _, again, _ = build.open_run(Run(export(tmp_path / "run", "adapter", tmp_path / "adapter")))
+    exported = Run(export(tmp_path / "run", "adapter", tmp_path / "adapter"))
+    _, again, _ = build.open_run(exported, False, str(tmp_path / "base"))
     assert (said(again) - said(family)).abs().max() < SAME
     if not windowed:
         assert (in_peft(kind, tmp_path / "run", **options) - said(family)).abs().max() < 1e-5

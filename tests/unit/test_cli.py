@@ -260,9 +260,9 @@ def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:
     assert "train: 12 of 12 rows kept" in out
     assert "⟦yes 0<|im_end|>⟧" in out
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads(run(*words, "--json", "max_length=34", "data.overlong=refuse")[1])  # as a recipe has it, or short
+    report = json.loads(run(*words, "--json", "max_length=33", "data.overlong=refuse")[1])  # as a recipe has it, or short
     assert report["parts"]["train"]["reasons"] == {"longer than max_length": 2}
-    out = run(*words, "max_length=34", "overlong=refuse")[1]
+    out = run(*words, "max_length=33", "overlong=refuse")[1]
     assert "  train.jsonl:11: longer than max_length (" in out
     assert report == {**json.loads((tmp_path / "data_report.json").read_text()), "files": report["files"]}
 
@@ -280,7 +280,7 @@ def test_exported_models_say_what_the_run_says(run: Callable[..., Output], tmp_p
         folder = tmp_path / name
         command = ["merge", name] if name == "lora" else ["export", name, "--to", "merged"]  # two names for one thing
         code, out, _ = run(*command, "--out", str(folder), "--json")
-        assert (code, json.loads(out)) == (0, {"folder": str(folder)})
+        assert (code, json.loads(out)) == (0, {"folder": str(folder), "dtype": "float32"})
         run_of = json.loads(run("evaluate", name, "--json")[1])
         alone = json.loads(run("evaluate", str(folder), "--data", "test.jsonl", "data.max_length=128", "--json")[1])
         assert alone["perplexity"] == pytest.approx(run_of["perplexity"], rel=1e-5)

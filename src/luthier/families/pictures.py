@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class Pictures:
     deviation: tuple[float, ...]
     scale: float
     filter: str
-    source: str
+    source: str = field(compare=False)
 
     @classmethod
     def of(cls, path: Path) -> Pictures:
