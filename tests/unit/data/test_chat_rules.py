@@ -73,3 +73,9 @@ def test_each_rule_that_was_used_is_a_remark() -> None:
         assert any(words in remark for remark in found.remarks), words
     (plain,) = encode(ChatExample((Message("user", "q"), Message("assistant", "a")), HERE), tokenizer_with("chatml"), CONFIG)  # type: ignore[misc]
     assert plain.remarks == ()
+
+
+def test_a_system_turn_at_the_very_end_is_not_lost() -> None:
+    chat = ChatExample((Message("user", "q"), Message("assistant", "a"), Message("system", "be kind")), HERE)
+    (found,) = encode(chat, tokenizer_with("gemma"), CONFIG)  # type: ignore[misc]
+    assert "<start_of_turn>user\nbe kind<end_of_turn>" in tokenizer_with("gemma").decode(found.pieces[0].ids)
