@@ -5,6 +5,7 @@ The table: every kind of base, times every task, times adapter and merged model,
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from transformers import (
     pipeline,
 )
 
+import luthier
 from interop.table import DECODER_KINDS, ENCODER_KINDS, OBJECTIVES, TEXTS, Made, make_run
 from luthier import build
 from luthier.export import export
+from tiny import save_tiny
 
 SAME, FAR = 1e-5, 1e-3
 HEADED = ("single", "multi", "regression", "tags", "reward")
@@ -204,3 +207,22 @@ def test_images_too(task: str, form: str, tmp_path: Path) -> None:
             made.recipe.base.name, num_labels=head.width), made.run.path)
     with torch.no_grad():
         assert (model.eval()(pixel_values=pixels).logits - wanted).abs().max() < SAME
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("objective", ["classify", "reward"])
+def test_a_run_on_an_encoder_that_pools_by_mean_opens_again(objective: str, method: str, tmp_path: Path) -> None:
+    """A sentence encoder's folder names the mean; the head is its class's, and pools as the class does, then and later."""
+    base = save_tiny(tmp_path / "base", "bert", dtype=torch.float32)
+    (base / "1_Pooling").mkdir()
+    (base / "1_Pooling/config.json").write_text(json.dumps({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}))
+    rows = ([{"text": f"{word} thing", "label": label} for word, label in (("good", "up"), ("bad", "down"), ("odd", "down"))]
+            if objective == "classify" else [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(3)])
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = luthier.train(base=str(base), data=str(tmp_path / "rows.jsonl"), method=method, objective=objective,
+                        training={"steps": 2, "batch_size": 3}, run=str(tmp_path / "run"), quiet=True,
+                        **{"data.test": str(tmp_path / "rows.jsonl")})
+    found = luthier.evaluate(run, quiet=True)
+    assert found["loss"] == pytest.approx(run.results["test"]["loss"], rel=1e-5)
+    merged = export(run, "merged", tmp_path / "merged")
+    assert AutoModelForSequenceClassification.from_pretrained(merged).config.architectures == ["BertForSequenceClassification"]

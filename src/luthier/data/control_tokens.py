@@ -82,7 +82,8 @@ def unmark(text: str) -> str:
 
 def is_torn(text: str) -> bool:
     """Whether a template took a marked spelling apart."""
-    return START in MARKED.sub("", text) if START in text else END in text
+    rest = MARKED.sub("", text) if START in text else text
+    return START in rest or END in rest
 
 
 def split_text(text: str, boundaries: Sequence[int]) -> Iterator[TextPart]:

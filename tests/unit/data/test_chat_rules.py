@@ -7,6 +7,7 @@ import pytest
 from chat_templates import tokenizer_with
 from luthier.core.examples import ChatExample, Message, Origin
 from luthier.data.config import DataConfig
+from luthier.data.control_tokens import END, START, is_torn
 from luthier.data.items import encode
 from luthier.data.rows import Refusal
 from luthier.data.values import UnfitError
@@ -79,3 +80,12 @@ def test_a_system_turn_at_the_very_end_is_not_lost() -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a"), Message("system", "be kind")), HERE)
     (found,) = encode(chat, tokenizer_with("gemma"), CONFIG)  # type: ignore[misc]
     assert "<start_of_turn>user\nbe kind<end_of_turn>" in tokenizer_with("gemma").decode(found.pieces[0].ids)
+
+
+def test_a_mark_that_a_template_tore_is_noticed_beside_a_whole_one() -> None:
+    whole = f"{START}<|im_end|>{END}"
+    assert not is_torn(f"a {whole} b {whole}")
+    assert not is_torn("plain")
+    for torn in (START, END):
+        assert is_torn(f"a {torn} b")
+        assert is_torn(f"{whole} and {torn}")
