@@ -64,8 +64,20 @@ def card(out: Run, source: Run, made: build.Recipe, base: Family) -> str:
         f"# {out.path.name}", "",
         f"{kind} made with Luthier from `{upstream or Path(made.base.name).name}` by the method "
         f"`{build.method_name(made)}` with the objective `{made.objective.name}` on {names}. {recipe}".rstrip(), "",
-        "## Use", "", *_reason(out, made, base), "```python", *code, "```", "",
+        *_origin(made), "## Use", "", *_reason(out, made, base), "```python", *code, "```", "",
         *_results(source.results), *picture])
+
+
+def _origin(made: build.Recipe) -> list[str]:
+    """What is said of a base that was read from a file in few bits: its weights are not those on the hub."""
+    try:
+        found = build.resolve(made.base.name)
+    except LuthierError:  # the base is gone: nothing more is known of it
+        return []
+    if not isinstance(found, Path) or found.suffix != ".gguf":
+        return []
+    return [f"The weights of the base were read from `{found.name}`. Those on the hub differ from them by the rounding of "
+            "that file, so an adapter gives slightly different outputs on them.", ""]
 
 
 # ---------------------------------------------------------------- the front matter

@@ -129,10 +129,17 @@ def _measured_on(results: Mapping[str, Any]) -> str:
 
 
 def _next(run: Path, results: Mapping[str, Any]) -> Iterator[str]:
-    whole = (run / "config.json").exists()
-    yield f"luthier chat {run}" + ("" if whole else " --compare")
+    adapter, whole = (_json(run / name) for name in ("adapter_config.json", "config.json"))
+    classes = whole.get("architectures") or ()
+    if adapter.get("task_type") == "CAUSAL_LM" or any(name.endswith("ForCausalLM") for name in classes):
+        yield f"luthier chat {run}" + (" --compare" if adapter else "")
     yield f"luthier evaluate {run}" + ("" if "after" in results else " --data FILE")
     yield f"luthier export {run} --to merged"
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is none."""
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
 def _side_by_side(run: Path, metric: str) -> Table | None:

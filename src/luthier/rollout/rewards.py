@@ -225,15 +225,17 @@ def _imported(name: str) -> Callable[..., Any]:
             path = Path(place)
             module = _load_file(str(path), path.stat().st_mtime_ns)
         else:
-            sys.path.insert(0, str(Path.cwd()))
+            here = str(Path.cwd())
+            sys.path.insert(0, here)
             try:
                 module = importlib.import_module(place)
             finally:
-                sys.path.pop(0)
-    except (OSError, ModuleNotFoundError) as error:
-        raise RecipeError(f"the reward {name!r} cannot be imported: {error}",
-                          "name a module that Python finds from here, or a file: rewards.py:function") from error
+                sys.path.remove(here)  # the first such entry, wherever the module has moved it
     except (Exception, SystemExit) as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name and (place + ".").startswith(error.name + ".")
+        if isinstance(error, OSError) or (missing and not place.endswith(".py")):
+            raise RecipeError(f"the reward {name!r} cannot be imported: {error}",
+                              "name a module that Python finds from here, or a file: rewards.py:function") from error
         raise RecipeError(f"the reward {name!r} cannot be imported: {place} raised {_described(error)}",
                           "fix that line of the module") from error
     if not callable(function := vars(module).get(attribute)):

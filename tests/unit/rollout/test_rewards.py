@@ -120,3 +120,12 @@ def test_an_address_that_is_not_there_or_late_is_an_error_in_words(service: str)
         endpoint("http://127.0.0.1:9", 1.0)([answer("a")])
     with pytest.raises(RecipeError, match="no http"):
         endpoint("127.0.0.1:9", 1.0)
+
+
+def test_a_package_that_a_reward_needs_is_no_missing_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needy_reward.py").write_text("import no_such_package_here\ndef f(prompts, answers, facts): return [0.0] * len(prompts)\n")
+    with pytest.raises(RecipeError, match=r"needy_reward raised ModuleNotFoundError: No module named 'no_such_package_here'"):
+        named("needy_reward:f", 1.0)
+    with pytest.raises(RecipeError, match=r"name a module that Python finds"):
+        named("no_such_reward_here:f", 1.0)
