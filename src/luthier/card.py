@@ -76,8 +76,8 @@ def _origin(made: build.Recipe) -> list[str]:
         return []
     if not isinstance(found, Path) or found.suffix != ".gguf":
         return []
-    return [f"The weights of the base were read from `{found.name}`. Those on the hub differ from them by the rounding of "
-            "that file, so an adapter gives slightly different outputs on them.", ""]
+    return [f"The weights of the base were read from `{found.name}`. Those on the hub differ from them by the rounding "
+            "of that file, so an adapter gives slightly different outputs on them.", ""]
 
 
 # ---------------------------------------------------------------- the front matter
