@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.machine import machine, versions
-from luthier.cli import main
+from luthier.cli.main import main
 
 PARTS = ("augmentation", "features", "structure")
 

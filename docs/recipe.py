@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python docs/recipe.py
 
-A test holds the page against what this makes. Read `src/luthier/build.py` (Recipe) first.
+A test holds the page against what this makes. Read `src/luthier/assembly/recipe.py` (Recipe) first.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from luthier.build import Recipe
+from luthier.assembly import Recipe
 from luthier.core.config import Config
 from luthier.data import ChatConfig, DataConfig, MixupAugment, PictureAugment, Source, WordsAugment
-from luthier.families import BaseConfig
-from luthier.families.structure import StructureConfig
-from luthier.measure import EvaluateConfig
+from luthier.evaluation.generation_eval import EvaluateConfig
 from luthier.methods import METHODS
+from luthier.models import BaseConfig
+from luthier.models.surgery import StructureConfig
 from luthier.objectives import OBJECTIVES
-from luthier.objectives.rolls import WorthConfig
-from luthier.runtime.loop import TrainingConfig
-from luthier.runtime.optim import OptimizerConfig
+from luthier.objectives.rl_config import WorthConfig
+from luthier.training.loop import TrainingConfig
+from luthier.training.optimizer import OptimizerConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 SECTIONS: dict[str, type[Config]] = {

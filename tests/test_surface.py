@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 import luthier
-from luthier.build import Recipe
-from luthier.commands import COMMANDS
+from luthier.assembly import Recipe
+from luthier.cli.commands import COMMANDS
 from luthier.core.config import Config
 
 FILE = Path(__file__).with_name("surface.txt")

@@ -22,18 +22,18 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
-from luthier.families.heads import LOG_PROBS
 from luthier.methods import METHODS
+from luthier.models.task_heads import LOG_PROBS
 from luthier.objectives import OBJECTIVES
-from luthier.rollout import Rollouts
-from luthier.runtime import checkpoint
-from luthier.runtime.loop import Job, fit
-from luthier.runtime.random import seed_everything
-from luthier.runtime.run import Run
-from luthier.runtime.step import measure
+from luthier.rl import Rollouts
+from luthier.training import checkpoint
+from luthier.training.loop import Job, fit
+from luthier.training.rng import seed_everything
+from luthier.training.run_folder import Run
+from luthier.training.step import measure
 from tiny import ENCODERS, END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer, with_sentinels
 
 Pair = tuple[str, str, str]  # base, method, objective
@@ -102,13 +102,13 @@ def rows_of(base: str, objective: str) -> str:
     return known.get(objective, "reward") + ".jsonl"
 
 
-def recipe(home: Path, base: str, method: str, objective: str) -> build.Recipe:
+def recipe(home: Path, base: str, method: str, objective: str) -> assembly.Recipe:
     minimised: dict[str, Any] = {"name": objective}
     if OBJECTIVES[objective].rolls:
         minimised |= {"reward": f"{__file__}:vowels", "answers": 3, "max_new_tokens": 4}
     if base in VISIONS and objective == "contrastive":
         minimised |= {"kind": "labels"}
-    return build.recipe({
+    return assembly.recipe({
         "base": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
         "data": str(home / rows_of(base, objective)), "training": {"steps": STEPS, "batch_size": 4, "save_every": SAVED},
         "optimizer": {"learning_rate": RATES.get(method), "schedule": "constant", "warmup": 0}, "seed": 1})
@@ -125,21 +125,21 @@ def vowels(prompts: Sequence[Any], answers: Sequence[str], facts: Sequence[Any])
 class Trial:
     """A recipe, assembled. Raises the `LuthierError` by which it is refused."""
 
-    def __init__(self, made: build.Recipe, folder: Path) -> None:
+    def __init__(self, made: assembly.Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = build.family(made.base, made.objective.hides)
-        build.check(made, self.base)
-        found = build.datasets(made, self.base)
-        self.made = build.fitted(made, found)
-        self.attached, self.reference = build.begin(self.made, self.base)
-        found = build.asked(self.made, self.base, found, self.reference)
-        self.feed = build.feed(self.made, self.base, found, self.attached, self.reference)
+        self.base = assembly.family(made.base, made.objective.hides)
+        assembly.check(made, self.base)
+        found = assembly.datasets(made, self.base)
+        self.made = assembly.fitted(made, found)
+        self.attached, self.reference = assembly.begin(self.made, self.base)
+        found = assembly.asked(self.made, self.base, found, self.reference)
+        self.feed = assembly.feed(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
         self.job = Job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
-                       self.made.optimizer, made.optimizer.learning_rate or build.default_learning_rate(made), folder,
+                       self.made.optimizer, made.optimizer.learning_rate or assembly.default_learning_rate(made), folder,
                        reference=self.reference, rolling=self.feed if isinstance(self.feed, Rollouts) else None,
                        log=lambda step, numbers: self.lines.append(dict(numbers)))
-        self.batches: list[Batch] = [] if self.made.objective.rolls else build.rows.eval_batches(found.train, 1000)
+        self.batches: list[Batch] = [] if self.made.objective.rolls else assembly.rows.eval_batches(found.train, 1000)
 
     def loss(self) -> float:
         """On all rows, without dropout."""
@@ -205,9 +205,9 @@ def reopens(home: Path, one: Trial) -> None:
     """The run folder gives the same loss as the model that it was written from."""
     run = Run(home / "run")
     shutil.rmtree(run.path, ignore_errors=True)
-    run.begin(build.dump(one.made), {})
-    build.save_tuned(run, one.made, one.base, one.attached)
-    made, opened, _ = build.open_run(run)
+    run.begin(assembly.dump(one.made), {})
+    assembly.save_tuned(run, one.made, one.base, one.attached)
+    made, opened, _ = assembly.open_run(run)
     opened.train(False)
     assert abs(measure(opened, made.objective, one.batches)["loss"] - one.loss()) < 1e-6
 

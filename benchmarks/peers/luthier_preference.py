@@ -16,7 +16,7 @@ from benchmarks.peers.luthier_sft import recipe, steps
 from benchmarks.peers.watch import Watch
 from benchmarks.workload import PROGRESS, Job
 from luthier.core.types import Inputs, Target
-from luthier.families.causal import CausalLM
+from luthier.models.families.causal import CausalLM
 
 
 def note(watch: Watch, begun: list[float]) -> None:

@@ -20,7 +20,7 @@ import luthier
 from benchmarks.peers.watch import Account, Watch
 from benchmarks.workload import PROGRESS, Job
 from luthier.core.types import Inputs, Target
-from luthier.families.causal import CausalLM
+from luthier.models.families.causal import CausalLM
 
 
 def recipe(job: Job) -> dict[str, Any]:

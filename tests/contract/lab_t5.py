@@ -20,7 +20,7 @@ from transformers.models.t5 import modeling_t5
 from luthier.core.examples import Origin
 from luthier.core.protocols import Sampling
 from luthier.core.types import Encoded, Piece
-from luthier.families.seq2seq import Seq2Seq
+from luthier.models.families.seq2seq import Seq2Seq
 from tiny import END_OF_TEXT, IM_END, VOCABULARY, tiny_tokenizer
 
 SAME, FAR = 1e-9, 1e-3

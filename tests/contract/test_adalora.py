@@ -14,21 +14,21 @@ from lab import SFT, TOKENIZER, apart, attach, base, documents, logits
 from safetensors.torch import load_file
 from torch import Tensor
 
-from luthier import build
+from luthier import assembly
+from luthier.api.inspect_run import inspect
+from luthier.api.train import train
 from luthier.core.errors import NotFinite, RecipeError, RunError
 from luthier.core.protocols import TRAINING
-from luthier.data.pack import pack
-from luthier.families import CausalLM
-from luthier.inspect import inspect
+from luthier.data.packing import pack
 from luthier.methods.adalora import AdaLora, AdaLoraConfig
-from luthier.methods.bank import Bank
-from luthier.methods.named import Named
-from luthier.methods.several import SeveralConfig
-from luthier.runtime import checkpoint
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.run import Run
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.methods.composite import SeveralConfig
+from luthier.methods.multi_adapter import Bank
+from luthier.methods.prefixed import Named
+from luthier.models import CausalLM
+from luthier.training import checkpoint
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.run_folder import Run
+from luthier.training.step import step
 from tiny import save_tiny, tiny
 
 peft = pytest.importorskip("peft")
@@ -186,9 +186,9 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     family, attached = searched()
     bare, origin = logits(family), save_tiny(tmp_path / "base", "llama")
     take(family, attached, optimizer(attached), range(STEPS))
-    made = build.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
+    made = assembly.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
     form, saved = (json.loads((tmp_path / "run/adapter_config.json").read_text()),
                    load_file(tmp_path / "run/adapter_model.safetensors"))
     for layer in attached.layers:
@@ -200,9 +200,9 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     family.train(False)
     assert (logits(CausalLM(model, TOKENIZER)) - logits(family)).abs().max() < SAME
     assert (logits(family) - bare).abs().max() > FAR
-    again, fresh = build.attach(base("llama"), AdaLoraConfig.from_peft(form), 8), base("llama")
+    again, fresh = assembly.attach(base("llama"), AdaLoraConfig.from_peft(form), 8), base("llama")
     assert {n: t.shape for n, t in again.state().items()}.keys() == attached.state().keys()
-    build.attach(fresh, attached.config, 9).load(saved)
+    assembly.attach(fresh, attached.config, 9).load(saved)
     assert (logits(fresh) - logits(family)).abs().max() < SAME
 
 
@@ -214,12 +214,12 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
         wanted = other(input_ids=TOKENS).logits
     form = json.loads((tmp_path / "adapter_config.json").read_text())
     assert form["rank_pattern"]
-    config = build.recipe({"base": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
+    config = assembly.recipe({"base": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
     assert (config.rank, config.start_rank, config.alpha) == (2, 4, 12.0)
     assert config.schedule(STEPS) == attached.config.schedule(STEPS)
     family = base("llama")
     bare = logits(family)
-    loaded = build.attach(family, config, 0)
+    loaded = assembly.attach(family, config, 0)
     loaded.load(load_file(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
         assert (family.model(input_ids=TOKENS).logits - wanted).abs().max() < SAME
@@ -235,7 +235,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
     other = theirs("llama", attached)
     other.peft_config["default"].base_model_name_or_path = str(origin)
     other.save_pretrained(tmp_path / "run")
-    made, _, opened = build.open_run(Run(tmp_path / "run"))
+    made, _, opened = assembly.open_run(Run(tmp_path / "run"))
     assert made.method.name == "adalora"
     assert isinstance(opened, AdaLora)
 
@@ -419,11 +419,11 @@ def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:
     with torch.no_grad():  # a map that lost all of its ranks
         attached.layers[3].kept.fill_(False)
         attached.layers[3].e.zero_()
-    made = build.recipe({"base": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "run": str(tmp_path / "run"),
+    made = assembly.recipe({"base": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "run": str(tmp_path / "run"),
                          "method": attached.config.model_dump()})
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, family, attached)
+    run.begin(assembly.dump(made), {})
+    assembly.save_tuned(run, made, family, attached)
     (reading,) = inspect(run, quiet=True)["readings"]
     for layer, row in zip(attached.layers, reading["rows"], strict=True):
         assert row["of"] == int(layer.kept.sum())

@@ -11,9 +11,9 @@ from lab import base, documents, trees
 from torch import Tensor
 
 from luthier.core.types import Forest
-from luthier.data.pack import batch
-from luthier.families.forest import attention, describe
-from luthier.families.heads import pool
+from luthier.data.packing import batch
+from luthier.models.attention.packed import attention, describe
+from luthier.models.task_heads import pool
 
 TREE = Forest((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a piece behind the second
 FLAT = Forest((4, 1, 5), (-1, -1, -1))

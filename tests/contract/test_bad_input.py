@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 
-from luthier import build
-from luthier.build import runs, starts
-from luthier.cli import main
-from luthier.runtime import checkpoint, loop, run, track
-from luthier.runtime.run import Run
+from luthier import assembly
+from luthier.assembly import initialization, run_io
+from luthier.cli.main import main
+from luthier.training import checkpoint, loop, run_folder, trackers
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 Output = tuple[int, str, str]
@@ -235,7 +235,7 @@ def test_the_remedy_for_columns_is_one(train: Call) -> None:
 
 
 def test_a_missing_file_is_found_before_the_base_is_loaded(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "family", never)
+    monkeypatch.setattr(assembly, "family", never)
     refused(train("--data", "row.jsonl"), "there is no file row.jsonl", "did you mean rows.jsonl?")
     refused(train("data.test=tets.jsonl"), "there is no file tets.jsonl")
     refused(train("data.eval=deep/down/eval.jsonl"), "deep/down/eval.jsonl")
@@ -340,7 +340,7 @@ def test_a_recipe_that_is_none(call: Call) -> None:
 def test_a_run_folder_in_use_is_not_touched(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("--quiet")[0] == 0
     before = contents(Path("run"))
-    monkeypatch.setattr(build, "family", never)
+    monkeypatch.setattr(assembly, "family", never)
     refused(train(), "'run' already holds a run", "--resume", "run=NAME")
     refused(train("training.trackers=[wandb]"), "'run' already holds a run")  # before any tracker is opened
     assert contents(Path("run")) == before
@@ -353,16 +353,16 @@ def test_a_file_in_the_place_of_the_run_folder(train: Call) -> None:
 
 
 def test_a_missing_extra_is_told_before_any_work(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "family", never)
-    monkeypatch.setattr(track, "find_spec", lambda name: None)
+    monkeypatch.setattr(assembly, "family", never)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     refused(train("training.trackers=[wandb]"), "'wandb', which is not installed", "pip install 'luthier[wandb]'")
     assert not Path("run").exists()
 
 
 def test_no_tracker_is_opened_for_a_run_that_cannot_begin(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service would keep an empty run for every typo."""
-    monkeypatch.setattr(track, "_require", lambda package: None)
-    monkeypatch.setitem(track.TRACKERS, "wandb", never)
+    monkeypatch.setattr(trackers, "_require", lambda package: None)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", never)
     Path("a.jsonl").write_text("{broken\n")
     refused(train("training.trackers=[wandb]", "--data", "a.jsonl"), "a.jsonl:1")
     assert not Path("run").exists()
@@ -387,9 +387,9 @@ def contents(folder: Path) -> Mapping[str, bytes]:
 def test_a_rate_that_breaks_the_loss(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch is named, and the weights stay as the last good step left them."""
     kept: list[dict[str, torch.Tensor]] = []
-    attach, step = starts.attach, loop.step
+    attach, step = initialization.attach, loop.step
     attached: list[Any] = []
-    monkeypatch.setattr(starts, "attach", lambda *given: attached.append(attach(*given)) or attached[-1])
+    monkeypatch.setattr(initialization, "attach", lambda *given: attached.append(attach(*given)) or attached[-1])
 
     def noted(*given: Any) -> Any:
         kept.append({name: tensor.clone() for name, tensor in attached[0].state().items()})
@@ -443,18 +443,18 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monke
         if place == "checkpoint":
             refuse_at(patch, checkpoint, "_write", lambda folder, step, *_: step == 3)
         elif place == "metrics":
-            own = track.Path.open
-            patch.setattr(track.Path, "open", lambda path, *given, **named: Narrow(own(path, *given, **named)) if path.name == "metrics.jsonl" else own(path, *given, **named))
+            own = trackers.Path.open
+            patch.setattr(trackers.Path, "open", lambda path, *given, **named: Narrow(own(path, *given, **named)) if path.name == "metrics.jsonl" else own(path, *given, **named))
         elif place == "results":
-            refuse_at(patch, run.Path, "write_text", lambda path, text: "results" in path.name and "train_seconds" in text)
+            refuse_at(patch, run_folder.Path, "write_text", lambda path, text: "results" in path.name and "train_seconds" in text)
         elif place == "adapter":
             def broken(*_: Any, **__: Any) -> None:
                 raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-            patch.setattr(runs, "save_file", broken)
+            patch.setattr(run_io, "save_file", broken)
         elif place == "picture":
             patch.setattr("matplotlib.figure.Figure.savefig", picture_fails())
         else:
-            refuse_at(patch, run.Path, "write_text", lambda path, text: "README" in path.name)
+            refuse_at(patch, run_folder.Path, "write_text", lambda path, text: "README" in path.name)
         message = refused(train("--quiet"), os.strerror(errno.ENOSPC), "free some space", "resume")
         assert "run" in message
     last = 2 if place in ("checkpoint", "metrics") else 4
@@ -481,6 +481,6 @@ def picture_fails() -> Callable[..., None]:
 
 def test_a_full_disk_at_the_very_beginning(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        refuse_at(patch, run.Path, "write_text", lambda path, text: "recipe" in path.name)
+        refuse_at(patch, run_folder.Path, "write_text", lambda path, text: "recipe" in path.name)
         refused(train("--quiet"), "run/recipe.yaml", os.strerror(errno.ENOSPC))
     assert train("--quiet")[0] == 0

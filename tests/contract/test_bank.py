@@ -13,17 +13,17 @@ import torch
 from lab import SFT, apart, base, documents, logits, measured, stir
 from torch import Tensor
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Sampling
 from luthier.core.types import Batch
-from luthier.data.pack import batch
-from luthier.families import CausalLM
+from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.methods.bank import Bank
-from luthier.methods.several import Several
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
+from luthier.methods.composite import Several
+from luthier.methods.multi_adapter import Bank
+from luthier.models import CausalLM
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 
 NAMES = ("a", "b", None, "a", None, "b", "a", "b")  # of the lab's eight documents
 EXACT = 1e-9
@@ -37,7 +37,7 @@ def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **over
     family = base(kind, layout, **overrides)
     bank = Bank(family.anatomy)
     for i, name in enumerate(("a", "b")):
-        attached = build.attach(family, METHODS[method](), 3 + i)
+        attached = assembly.attach(family, METHODS[method](), 3 + i)
         stir(attached, seed=7 + i)
         bank.add(name, attached)
     family.router = bank
@@ -206,7 +206,7 @@ def test_the_chosen_adapter_alone_acts() -> None:
     alone = {}
     for i, name in enumerate(("a", "b")):
         single = base("llama")
-        stir(build.attach(single, METHODS["lora"](), 3 + i), seed=7 + i)
+        stir(assembly.attach(single, METHODS["lora"](), 3 + i), seed=7 + i)
         alone[name] = logits(single)
     with bank.using("a"):
         assert torch.equal(logits(family), alone["a"])
@@ -274,8 +274,8 @@ def test_a_frozen_adapter_stays_as_it_is_beside_the_one_that_trains() -> None:
 def test_a_list_of_methods_is_one_member() -> None:
     family = base("llama")
     bank = Bank(family.anatomy)
-    parts = build.recipe({"data": "-", "method": ["lora", "bitfit"]}).method
-    attached = build.attach(family, parts, 3)
+    parts = assembly.recipe({"data": "-", "method": ["lora", "bitfit"]}).method
+    attached = assembly.attach(family, parts, 3)
     assert isinstance(attached, Several)
     stir(attached)
     wanted = logits(family)
@@ -293,9 +293,9 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     with pytest.raises(RecipeError, match="did you mean 'a'"), bank.using("aa"):
         pass
     with pytest.raises(RecipeError, match="another name"):
-        bank.add("a", build.attach(family, METHODS["lora"](), 3))
+        bank.add("a", assembly.attach(family, METHODS["lora"](), 3))
     with pytest.raises(RunError, match="base's own parts"):
-        bank.add("full", build.attach(family, METHODS["full"](), 3))
+        bank.add("full", assembly.attach(family, METHODS["full"](), 3))
     row = mixed(bank)
     family.router = None
     with pytest.raises(RunError, match="no bank"):
@@ -315,7 +315,7 @@ def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:
 def test_measured_of_one_adapter_is_that_of_it_alone() -> None:
     family, bank = banked()
     single = base("llama")
-    attached = build.attach(single, METHODS["lora"](), 3)
+    attached = assembly.attach(single, METHODS["lora"](), 3)
     stir(attached, seed=7)
     with bank.using("a"):
         found = measured(family, bank.members["a"], [batch(documents())])

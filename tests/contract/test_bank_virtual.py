@@ -16,15 +16,15 @@ from test_virtual import READS, reader
 from torch import Tensor
 from transformers import DynamicCache
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import Sampling
 from luthier.core.types import Batch, Encoded, Forest, Inputs
-from luthier.data.pack import batch
-from luthier.families import CausalLM
-from luthier.methods.bank import Bank
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
+from luthier.data.packing import batch
+from luthier.methods.multi_adapter import Bank
+from luthier.models import CausalLM
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import KINDS
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -43,7 +43,7 @@ def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> Bank:
     """Adapters of every kind on one base, all stirred and unlike one another."""
     bank = Bank(family.anatomy)
     for i, name in enumerate(members):
-        attached = build.attach(family, build.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
+        attached = assembly.attach(family, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
         stir(attached, seed=7 + i)
         bank.add(name, attached)
     family.router = bank
@@ -271,7 +271,7 @@ def test_a_stack_of_weights_holds_virtual_tokens_once_and_changes_by_their_weigh
     with bank.using({"low": 0.3, "soft": 1.0, "deep": 1.0, "long": 0.0}):
         found = logits(family)
     again = base("llama")
-    attached: dict[str, Any] = {name: build.attach(again, build.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
+    attached: dict[str, Any] = {name: assembly.attach(again, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
                                 for i, name in enumerate(MEMBERS) if name in ("low", "soft", "deep")}
     for i, name in enumerate(MEMBERS):
         if name in attached:

@@ -11,9 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier import build
+from luthier import assembly
+from luthier.api.export import export
 from luthier.core.errors import BaseError, RunError
-from luthier.export import export
 from tiny import save_tiny
 
 CARRIED: dict[str, Any] = {
@@ -48,7 +48,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, tmp_path: Path) -> None:
     run = tuned(home, tmp_path / "run", CARRIED[name], **{"base.name": str(home / ("mixture" if name == "experts" else "base"))})
     whole = export(run, "whole", tmp_path / "whole")
-    _, family, attached = build.open_run(run)
+    _, family, attached = assembly.open_run(run)
     family.train(False)
     told = logits(family.model)
     found = AutoModelForCausalLM.from_pretrained(whole)
@@ -65,7 +65,7 @@ def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
     whole = export(tuned(home, tmp_path / "run", "lora"), "whole", tmp_path / "whole")
     assert luthier.evaluate(whole, data=str(home / "rows.jsonl"), base_model=str(home / "base"), quiet=True)["perplexity"] > 1
     with pytest.raises(BaseError, match="carries an adapter"):
-        build.family(build.BaseConfig(name=str(whole)))
+        assembly.family(assembly.BaseConfig(name=str(whole)))
 
 
 @pytest.mark.parametrize(("method", "settings", "words"), [

@@ -19,8 +19,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import luthier
 from chat_templates import NOMARK, tokenizer_with
-from luthier import build
-from luthier.chat import open_talk
+from luthier import assembly
+from luthier.api.chat import open_talk
 from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import Message
 from luthier.data.templates import FALLBACK_TEMPLATE
@@ -71,7 +71,7 @@ def test_the_end_of_a_turn_is_trained_saved_and_stopped_at(tmp_path: Path, templ
         assert tokenizer.decode(whole[len(asked["input_ids"]):]).startswith(f"yo{end}")
         (talk,) = open_talk(folder, max_new_tokens=20, quiet=True)
         assert "".join(talk.say("hi")) == "yo"  # it stopped by itself: 20 tokens would say more
-        assert build.chat_prompt(talk.base, [Message("user", "hi")], talk.form) == asked["input_ids"]
+        assert assembly.chat_prompt(talk.base, [Message("user", "hi")], talk.form) == asked["input_ids"]
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert int(reader.fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == tokenizer.eos_token_id
     assert reader.fields["tokenizer.chat_template"].contents() == AutoTokenizer.from_pretrained(merged).chat_template
@@ -102,7 +102,7 @@ def test_a_run_of_bare_prompts_is_asked_bare(tmp_path: Path, template: Any, sett
     assert "".join(talk.say("hi")) == " yo"
     with pytest.raises(RecipeError, match="tuned on bare prompts"):
         list(talk.say("more"))
-    served = build.served({"run": run})
+    served = assembly.served({"run": run})
     assert served.prompt("run", [Message("user", "hi")]) == served.continued("run", "hi")
     assert served.base.tokenizer.decode(served.continued("run", "hi")) == "hi"
     with pytest.raises(RecipeError, match="turns of system, user"):
@@ -114,7 +114,7 @@ def test_a_bank_of_runs_asks_each_in_its_own_form(tmp_path: Path) -> None:
     for name, rows in (("chats", CHATS), ("pairs", PAIRS)):
         (tmp_path / name).mkdir()
         train(tmp_path / name, base, rows)
-    served = build.served({name: tmp_path / name / "run" for name in ("chats", "pairs")})
+    served = assembly.served({name: tmp_path / name / "run" for name in ("chats", "pairs")})
     text = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "hi")])) for name in ("chats", "pairs", "base")}
     assert text == {"chats": "### User:\nhi\n\n### Assistant:\n", "pairs": "hi", "base": "### User:\nhi\n\n### Assistant:\n"}
     assert "### " in FALLBACK_TEMPLATE

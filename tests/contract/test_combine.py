@@ -11,13 +11,13 @@ import torch
 from lab import base, logits, stir
 from torch import Tensor
 
-from luthier import build
-from luthier.cli import main
-from luthier.combine import combine as combine_runs
+from luthier import assembly
+from luthier.api.merge_adapters import combine as combine_runs
+from luthier.api.train import train
+from luthier.cli.main import main
 from luthier.core.errors import RecipeError, RunError
-from luthier.methods.combine import combine
 from luthier.methods.lora import Lora, LoraConfig
-from luthier.train import train
+from luthier.methods.lora_merging import combine
 from tiny import save_tiny, tiny
 
 WEIGHTS = (0.7, -0.4)
@@ -163,7 +163,7 @@ def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     tuned = luthier.open_bank(str(tmp_path / "base"), {"one": one, "two": two})
     with tuned.using({"one": 0.7, "two": -0.4}):
         wanted = logits(tuned.family)
-    assert (logits(build.open_run(build.Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4
+    assert (logits(assembly.open_run(assembly.Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4
     assert (logits(tuned.family) - wanted).abs().max() > 1e-2
     assert combine_runs([one, two], tmp_path / "small", weights=WEIGHTS, how="svd", rank=2)["relative_error"] > 0.01
     with pytest.raises(RunError, match="already holds a run"):

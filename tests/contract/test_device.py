@@ -15,12 +15,12 @@ from lab import SFT, attach, base, documents, judged, trees
 from torch import Tensor, nn
 
 from luthier.core.types import Encoded, Forest, Loss, Outputs, Target, sent
-from luthier.data.pack import pack
-from luthier.families import forest
-from luthier.families.heads import Pooling, pool
-from luthier.objectives.tokens import SftConfig
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import Stepped, later, step
+from luthier.data.packing import pack
+from luthier.models.attention import packed
+from luthier.models.task_heads import Pooling, pool
+from luthier.objectives.cross_entropy import SftConfig
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import Stepped, later, step
 
 
 def stepped(objective: SftConfig, examples: Sequence[Encoded], recomputed: bool = False) -> Stepped:
@@ -86,7 +86,7 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
     met: list[tuple[torch.dtype, ...]] = []
     given: list[tuple[torch.dtype, ...]] = []
     family = base("llama", layout="packed", dtype=torch.float32)
-    narrowed, own = forest._narrowed, forest._per_segment
+    narrowed, own = packed._narrowed, packed._per_segment
 
     def noted(*tensors: Tensor) -> tuple[Tensor, ...]:
         given.append(tuple(t.dtype for t in tensors))
@@ -96,8 +96,8 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
         met.append((query.dtype, key.dtype, value.dtype))
         return own(query, key, value, *rest)
 
-    monkeypatch.setattr(forest, "_narrowed", noted)
-    monkeypatch.setattr(forest, "_per_segment", attended)
+    monkeypatch.setattr(packed, "_narrowed", noted)
+    monkeypatch.setattr(packed, "_per_segment", attended)
     (batch,) = pack(documents(), None)
     with torch.autocast("cpu", torch.bfloat16):
         family.forward(batch.inputs, batch.target, SFT.needs)
@@ -109,10 +109,10 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_mask_that_generation_made_can_be_kept_for_a_backward_pass() -> None:
-    forest._band.cache_clear()
+    packed._band.cache_clear()
     with torch.inference_mode():
-        assert not forest._band(3, 5, None, torch.device("cpu")).is_inference()
-    forest._band.cache_clear()
+        assert not packed._band(3, 5, None, torch.device("cpu")).is_inference()
+    packed._band.cache_clear()
 
 
 # ---------------------------------------------------------------- to the device and back
@@ -170,9 +170,9 @@ def test_flash_attention_is_asked_of_those_that_have_it(monkeypatch: pytest.Monk
         return query
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setattr(forest, "_has_flash", lambda device: True)
+    monkeypatch.setattr(packed, "_has_flash", lambda device: True)
     query = torch.randn(1, 4, 9, 16, dtype=torch.bfloat16)
     key = query[:, :2]
-    out = forest._one_kernel(query, key, key, Forest((5, 4), (-1, -1)), 0.25, 3, True)
+    out = packed._one_kernel(query, key, key, Forest((5, 4), (-1, -1)), 0.25, 3, True)
     assert torch.equal(out, query)
     assert said == [{"bounds": [0, 5, 9], "longest": 5, "scale": 0.25, "window_size": (2, 0)}]

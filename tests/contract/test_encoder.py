@@ -18,10 +18,10 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Sampling
 from luthier.core.types import Batch, Forest, Inputs, Target
-from luthier.data.pack import batch, pack
-from luthier.families import BaseConfig, CausalLM, Encoder, open_family, resolve
-from luthier.families.encoder import pooling_of, types
-from luthier.families.kinds import kind_of
+from luthier.data.packing import batch, pack
+from luthier.models import BaseConfig, CausalLM, Encoder, open_family, resolve
+from luthier.models.architectures import kind_of
+from luthier.models.families.encoder import pooling_of, types
 from tiny import ENCODERS, SEP, pair_tokenizer, save_tiny, tiny
 
 SAME, FAR = 1e-9, 1e-3

@@ -14,8 +14,9 @@ from transformers import AttentionInterface
 
 from luthier.core.examples import Origin
 from luthier.core.types import Encoded, Forest, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import forest, head
+from luthier.data.packing import batch, pack
+from luthier.models.attention import packed as forest
+from luthier.models.ops import fused_logprobs
 from tiny import KINDS
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -178,7 +179,7 @@ def test_log_probs_are_those_of_the_whole_logits(case: str, monkeypatch: pytest.
     softcap, scale = settings.get("softcap"), settings.get("scale", 1.0)
     generator = torch.Generator().manual_seed(0)
     positions, width, vocabulary = 70, 12, 50
-    monkeypatch.setattr(head, "CHUNK", 16 * vocabulary)  # five chunks, the last of them short
+    monkeypatch.setattr(fused_logprobs, "CHUNK", 16 * vocabulary)  # five chunks, the last of them short
     linear = nn.Linear(width, vocabulary, bias=settings.get("bias", False), dtype=torch.float64)
     linear.requires_grad_(settings.get("trains", False))
     if settings.get("hook"):
@@ -198,7 +199,7 @@ def test_log_probs_are_those_of_the_whole_logits(case: str, monkeypatch: pytest.
         slopes = torch.autograd.grad((logps * slope).sum(), list(trained.values()))
         return {"loss": logps.detach(), **dict(zip(trained, slopes, strict=True))}
 
-    logps, hits, _ = head.log_probs(linear, states, tokens, softcap, scale)
+    logps, hits, _ = fused_logprobs.log_probs(linear, states, tokens, softcap, scale)
     found, best = outcome(logps), whole().argmax(-1)
     assert torch.equal(hits, best == tokens)
     assert 0 < int(hits.sum()) < positions
@@ -216,9 +217,9 @@ def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         largest.append(size.stop - size.start)
         return size
 
-    real = head._chunks
-    monkeypatch.setattr(head, "CHUNK", 16 * 264)
-    monkeypatch.setattr(head, "_chunks", lambda *given: [watched(s) for s in real(*given)])
+    real = fused_logprobs._chunks
+    monkeypatch.setattr(fused_logprobs, "CHUNK", 16 * 264)
+    monkeypatch.setattr(fused_logprobs, "_chunks", lambda *given: [watched(s) for s in real(*given)])
     for method in ("lora", "full"):
         largest.clear()
         row = batch(documents())

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from luthier.api.evaluate import evaluate
+from luthier.api.train import train
 from luthier.core.errors import RecipeError
-from luthier.evaluate import evaluate
-from luthier.train import train
 from tiny import save_tiny
 
 

@@ -15,14 +15,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Attached
-from luthier.data.pack import batch
-from luthier.families import CausalLM
+from luthier.data.packing import batch
 from luthier.methods import METHODS, LoraConfig
-from luthier.methods.bank import Bank
-from luthier.runtime.run import Run
+from luthier.methods.multi_adapter import Bank
+from luthier.models import CausalLM
+from luthier.training.run_folder import Run
 from tiny import IM_END, VOCABULARY, save_tiny, tiny
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -158,16 +158,16 @@ def test_folders_go_both_ways(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     ours, origin = base("mixtral"), save_tiny(tmp_path / "base", "mixtral")
     attached = attach(ours)
-    made = build.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
+    made = assembly.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, ours, attached)
+    assembly.save_tuned(Run(tmp_path / "run"), made, ours, attached)
     loaded = peft.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "run", autocast_adapter_dtype=False).eval()
     assert (loaded(input_ids=torch.arange(40, 60)[None]).logits[0] - logits(ours)).abs().max() < SAME
 
     loaded.save_pretrained(tmp_path / "theirs")
     settings = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     fresh = base("mixtral")
-    build.attach(fresh, LoraConfig.from_peft(settings), 1).load(load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    assembly.attach(fresh, LoraConfig.from_peft(settings), 1).load(load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
     assert torch.equal(logits(fresh), logits(ours))
 
 
@@ -187,7 +187,7 @@ def test_tokens_of_a_row_cannot_be_told_apart() -> None:
     ours = family("mixtral")
     bank = Bank(ours.anatomy)
     for name in "ab":
-        bank.add(name, build.attach(ours, METHODS["lora"](targets=("experts",)), 0))
+        bank.add(name, assembly.attach(ours, METHODS["lora"](targets=("experts",)), 0))
     ours.router = bank
     row = batch(documents()[:2])
     with pytest.raises(RunError, match="some of a row's tokens"):

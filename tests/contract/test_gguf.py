@@ -19,15 +19,15 @@ from lab_gguf import CORPUS, TEXTS, distance, llama, opened, saved, theirs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.export import export
+from luthier.cli.main import main
 from luthier.core.errors import BaseError, LuthierError, RunError
 from luthier.core.protocols import Sampling
-from luthier.export import export
-from luthier.families import BaseConfig, CausalLM
-from luthier.families import gguf_out as out
-from luthier.families.gguf_words import CONTRACTIONS, DIGITS, GPT2, SPLITS, split_name
-from luthier.runtime.run import Run
+from luthier.models import BaseConfig, CausalLM
+from luthier.models.gguf import writer as out
+from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, SPLITS, split_name
+from luthier.training.run_folder import Run
 from tiny import CHATML, KINDS, tiny, tiny_tokenizer
 
 VOCABULARY = 480  # the tokenizers below have fewer words, so some rows of the embedding are unused
@@ -266,11 +266,11 @@ def test_the_command_line_names_the_file(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_heads_have_no_place_in_the_file(tmp_path: Path) -> None:
-    made = build.recipe({"base": "smollm2", "data": "-", "objective": "reward"})
+    made = assembly.recipe({"base": "smollm2", "data": "-", "objective": "reward"})
     with pytest.raises(RunError, match="heads of its own"):
-        build.gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
+        assembly.gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
     with pytest.raises(RunError, match="heads of its own"):
-        build.gguf_adapter(made, family("llama"), None, tmp_path / "a.gguf")
+        assembly.gguf_adapter(made, family("llama"), None, tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(("name", "overrides", "said"), [
@@ -308,14 +308,14 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
 @llama
 @pytest.mark.slow
 def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
-    base = build.family(BaseConfig(name="smollm2", device="cpu"))
+    base = assembly.family(BaseConfig(name="smollm2", device="cpu"))
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
-    made = build.recipe({"base": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
+    made = assembly.recipe({"base": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
     attached = attach(base, "lora", stirred=False, rslora=True)
     stir(attached, 0.01)
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, base, attached)
+    run.begin(assembly.dump(made), {})
+    assembly.save_tuned(run, made, base, attached)
     prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
                for text in ("Why is the sky blue?", "Write one line about rain.")]
     answers = {a.index: list(a.tokens) for a in base.generate(prompts, Sampling(max_new_tokens=16))}

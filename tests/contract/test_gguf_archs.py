@@ -19,11 +19,11 @@ from lab_gguf import TEXTS, distance, llama, opened, saved, theirs
 from test_gguf_pieces import tokenizer
 from torch import Tensor
 
+from luthier.api.export import export
 from luthier.core.errors import BaseError
-from luthier.export import export
-from luthier.families import CausalLM
-from luthier.families import gguf_archs as archs
-from luthier.families import gguf_out as out
+from luthier.models import CausalLM
+from luthier.models.gguf import archs as archs
+from luthier.models.gguf import writer as out
 from tiny import KINDS, tiny
 
 TOKENIZER = tokenizer("Gemma's")

@@ -18,10 +18,10 @@ from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from luthier.core.errors import BaseError
-from luthier.families import CausalLM
-from luthier.families import gguf_out as out
-from luthier.families import gguf_pieces as pieces
-from luthier.families.gguf_words import write_words
+from luthier.models import CausalLM
+from luthier.models.gguf import sentencepiece as pieces
+from luthier.models.gguf import writer as out
+from luthier.models.gguf.bpe import write_words
 from tiny import CHATML, tiny
 
 VOCABULARY = 800  # the tokenizers have fewer words, so some rows of the embedding are unused

@@ -17,16 +17,16 @@ from lab import SFT, attach, base, documents, trees
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from luthier.api.evaluate import evaluate
+from luthier.api.train import train
 from luthier.core.protocols import Head
 from luthier.core.types import Forest
-from luthier.data.pack import pack
-from luthier.evaluate import evaluate
-from luthier.families import forest as attention
-from luthier.families import head
-from luthier.families.head import log_probs
-from luthier.families.heads import Heads, pool
+from luthier.data.packing import pack
 from luthier.methods import METHODS
-from luthier.train import train
+from luthier.models.attention import packed as attention
+from luthier.models.ops import fused_logprobs
+from luthier.models.ops.fused_logprobs import log_probs
+from luthier.models.task_heads import Heads, pool
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default, torch.ops.aten.bmm.default}
@@ -67,8 +67,8 @@ def test_every_product_of_the_backward_pass_runs_in_the_dtype_of_autocast(
 
     assert products() == {torch.bfloat16}
     if method == "full":  # the control: without the forward pass's autocast
-        again = head._recomputed
-        monkeypatch.setattr(head, "_recomputed", lambda *given: _without_autocast(again, given))
+        again = fused_logprobs._recomputed
+        monkeypatch.setattr(fused_logprobs, "_recomputed", lambda *given: _without_autocast(again, given))
         assert torch.float32 in products()
 
 
@@ -120,7 +120,7 @@ def test_the_temperature_divides_logits_in_float32(softcap: float | None) -> Non
 
 
 def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "CHUNK", 1)  # sixteen positions at once
+    monkeypatch.setattr(fused_logprobs, "CHUNK", 1)  # sixteen positions at once
     linear, states, tokens = case(torch.bfloat16, positions=8192)
     linear64, states64 = linear.weight.detach().double().requires_grad_(True), states.detach().double()
     reference(linear64, states64, tokens, 1.0).sum().backward()
@@ -132,7 +132,7 @@ def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(monkeypatch: 
 
     assert error() < 0.01
     zeros = torch.zeros_like
-    monkeypatch.setattr(head.torch, "zeros_like", lambda x, dtype=None: zeros(x))  # the control: summed in bfloat16
+    monkeypatch.setattr(fused_logprobs.torch, "zeros_like", lambda x, dtype=None: zeros(x))  # the control: summed in bfloat16
     assert error() > 0.02
 
 

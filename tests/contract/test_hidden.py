@@ -19,18 +19,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from luthier import build
+from luthier import assembly
+from luthier.api.evaluate import evaluate
+from luthier.api.train import train
 from luthier.core.errors import BaseError, DataError, LuthierError, RecipeError
 from luthier.core.examples import Origin, TextExample
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, DividedConfig, Hide, encode
-from luthier.data.hide import drawn
-from luthier.data.pack import batch, pack
-from luthier.evaluate import evaluate
-from luthier.families import Encoder, head
+from luthier.data.masking import drawn
+from luthier.data.packing import batch, pack
+from luthier.models import Encoder
+from luthier.models.ops import fused_logprobs
 from luthier.objectives import OBJECTIVES
-from luthier.runtime.run import Run
-from luthier.train import train
+from luthier.training.run_folder import Run
 from tiny import ENCODERS, PAD, VOCABULARY, pair_tokenizer, save_tiny, tiny, with_sentinels
 
 KIND = pytest.mark.parametrize("kind", ENCODERS)
@@ -114,8 +115,8 @@ def test_rows_and_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatc
         wanted = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
         assert apart(measured(family, attached, pack(found, 90)), wanted) < SAME  # type: ignore[arg-type]
         with monkeypatch.context() as patched:
-            patched.setattr(head, "CHUNK", 1)
-            assert len(head._chunks(40, VOCABULARY, torch.device("cpu"))) == 3
+            patched.setattr(fused_logprobs, "CHUNK", 1)
+            assert len(fused_logprobs._chunks(40, VOCABULARY, torch.device("cpu"))) == 3
             assert apart(measured(family, attached, [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
         slow = encoder(kind, "padded")
         assert apart(measured(slow, attach(slow, method), [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
@@ -232,7 +233,7 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
     assert before.keys() == after.keys()
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {name.split(".")[0] for name in moved} == {name.split(".")[0] for name in after}
-    _, family, _ = build.open_run(run)
+    _, family, _ = assembly.open_run(run)
     assert family.anatomy.tied
     assert family.anatomy.head is not None
     plain = AutoModelForMaskedLM.from_pretrained(run.path).eval()
@@ -247,14 +248,14 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
     tuned = train(base=str(run.path), method="lora", objective="classify", data=str(tmp_path / "labels.jsonl"), quiet=True,
                   run=str(tmp_path / "classify"), training={"steps": 1, "batch_size": 2})
     assert tuned.results["steps"] == 1
-    _, bare, _ = build.open_run(tuned)
+    _, bare, _ = assembly.open_run(tuned)
     assert bare.anatomy.head is None  # whoever does not guess words has no head in memory
 
 
 def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     run = train(recipe(home(tmp_path, "bert"), method="lora"), run=str(tmp_path / "run"), quiet=True)
-    _, family, _ = build.open_run(run)
+    _, family, _ = assembly.open_run(run)
     family.train(False)
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
     bare = plain(input_ids=torch.tensor([[256, *b"hello", 257]])).logits
@@ -272,23 +273,23 @@ def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_pa
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
     row = batch(examples("words"))
 
-    def states(started: build.Recipe) -> Tensor:
-        family = build.family(started.base, started.objective.hides)
-        build.begin(started, family)
+    def states(started: assembly.Recipe) -> Tensor:
+        family = assembly.family(started.base, started.objective.hides)
+        assembly.begin(started, family)
         family.train(False)
         with torch.no_grad():
             return family.forward(row.inputs, row.target, frozenset({"states"})).states  # type: ignore[return-value]
 
-    _, tuned, _ = build.open_run(run)
+    _, tuned, _ = assembly.open_run(run)
     tuned.train(False)
     with torch.no_grad():
         wanted = tuned.forward(row.inputs, row.target, frozenset({"states"})).states
-    made = build.recipe({"start": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
+    made = assembly.recipe({"start": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
                          "data": str(tmp_path / "labels.jsonl"), "training": {"steps": 1, "batch_size": 2}})
     assert torch.allclose(states(made), wanted, atol=1e-6)
     assert not torch.allclose(states(made.model_copy(update={"start": None})), wanted, atol=1e-3)
     on = train(made, run=str(tmp_path / "on"), quiet=True)
-    back = build.recipe({"start": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
+    back = assembly.recipe({"start": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
     assert torch.allclose(states(back), wanted, atol=1e-1)
     assert not torch.equal(states(back), wanted)
 

@@ -16,13 +16,13 @@ import torch
 import yaml
 
 import luthier
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.train import train
+from luthier.cli.main import main
 from luthier.core.errors import BaseError, RecipeError
-from luthier.train import train
 from tiny import save_tiny
 
-PROVENANCE = import_module("luthier.build.provenance")
+PROVENANCE = import_module("luthier.assembly.provenance")
 
 
 @dataclass
@@ -190,7 +190,7 @@ def test_a_base_that_is_named_must_be_the_same(verb: str, home: Home, tmp_path: 
 def test_control_without_the_comparison_every_verb_takes_other_weights(
         verb: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So each row of the table above depends on the comparison of digests, and on nothing else."""
-    for name in ("luthier.build.provenance",):
+    for name in ("luthier.assembly.provenance",):
         monkeypatch.setattr(import_module(name), "compare_digests", lambda kept, found: "")
     with changed(home, flip_a_bit):
         assert call(home, verb, tmp_path) == 0
@@ -248,7 +248,7 @@ def test_a_base_model_without_a_run_is_refused(home: Home, capsys: pytest.Captur
     for words in (["train", "--data", home.rows, "--base-model", str(home.base)], ["chat", str(home.base) + "/x.gguf", "--base-model", "y"]):
         assert main(words) == 2
     with pytest.raises(luthier.LuthierError, match="is a base itself"):
-        build.open_run(luthier.Run("smollm2"), base_model="x")
+        assembly.open_run(luthier.Run("smollm2"), base_model="x")
 
 
 def test_another_tokenizer_is_told(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +261,7 @@ def test_another_tokenizer_is_told(home: Home, capsys: pytest.CaptureFixture[str
 
 
 def test_the_base_is_kept_in_recipe_checkpoint_and_results(home: Home) -> None:
-    identity = build.identify(build.BaseConfig(name=str(home.base))).to_json()
+    identity = assembly.identify(assembly.BaseConfig(name=str(home.base))).to_json()
     assert set(identity["sha256"]) == {"weights", "config", "tokenizer"}
     assert identity["path"] == str(home.base)
     run = luthier.Run(home.run)
@@ -271,7 +271,7 @@ def test_the_base_is_kept_in_recipe_checkpoint_and_results(home: Home) -> None:
 
 @pytest.mark.parametrize(("alias", "upstream"), [("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("minilm", "sentence-transformers/all-MiniLM-L6-v2")])
 def test_embedded_bases_have_a_digest_and_an_upstream(alias: str, upstream: str) -> None:
-    found = build.identify(build.BaseConfig(name=alias))
+    found = assembly.identify(assembly.BaseConfig(name=alias))
     assert found.upstream == upstream
     assert found.path.is_absolute()
     assert all(len(digest) == 64 for digest in found.digests.values())

@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from luthier import build
-from luthier.build.run_warnings import find_method_problems
-from luthier.cli import main
+from luthier import assembly
+from luthier.assembly.run_warnings import find_method_problems
+from luthier.cli.main import main
 from luthier.core.types import Outputs, Target
 from luthier.data import pack
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import count_correct_pairs
 from luthier.objectives.preference import PreferenceConfig
-from luthier.rollout.rewards import as_numbers
-from luthier.runtime.run import Run
+from luthier.rl.rewards import as_numbers
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 Output = tuple[int, str, str]
@@ -143,9 +143,9 @@ def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
     ({"method": "ln", "optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay"),
     ({"method": "lora", "optimizer": {"weight_decay": 0.1}}, ""), ({"method": ["bitfit", {"name": "lora", "rank": 64}]}, "rank 64")])
 def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[str, Any], words: str) -> None:
-    made = build.recipe({"base": str(base), "data": "-", **raw})
-    family = build.family(made.base)
-    lines = find_method_problems(made, family, build.attach(family, made.method, 0))
+    made = assembly.recipe({"base": str(base), "data": "-", **raw})
+    family = assembly.family(made.base)
+    lines = find_method_problems(made, family, assembly.attach(family, made.method, 0))
     assert bool(lines) == bool(words), lines
     assert not words or words in lines[0]
 
@@ -170,8 +170,8 @@ def test_equal_scores_count_half() -> None:
 
 def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp_path: Path) -> None:
     rows = [{"anchor": a, "positive": p} for a, p in (("a", "one"), ("b", "one"), ("one", "two"))]
-    made = build.recipe({"base": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
-    encoded = build.datasets(made, build.family(made.base)).train
+    made = assembly.recipe({"base": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
+    encoded = assembly.datasets(made, assembly.family(made.base)).train
     whole = pack(encoded, None)[0].target.text_ids.tolist()
     assert whole[1] == whole[3] == whole[4]
     assert len(set(whole)) == 4

@@ -8,14 +8,14 @@ import pytest
 import torch
 from lab import SFT, apart, attach, base, digest, documents, logits, measured, stir
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import Sampling
-from luthier.data.pack import batch
-from luthier.families import CausalLM
+from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
+from luthier.models import CausalLM
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import KINDS
 
 # Settings that a row of METHODS is tried with, besides its defaults.
@@ -296,5 +296,5 @@ def test_full_without_a_kept_base_says_that_it_is_gone() -> None:
 def test_attaching_freezes_the_rest_whatever_was_on() -> None:
     family = base("llama")
     family.model.requires_grad_(True)
-    build.attach(family, METHODS["lora"](), 0)
+    assembly.attach(family, METHODS["lora"](), 0)
     assert not any(p.requires_grad for p in family.model.parameters())

@@ -19,18 +19,18 @@ from test_weights import apart, made, measured
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import LabelledExample, Origin
 from luthier.core.types import Encoded, Item, Outputs, Piece
 from luthier.data import DataConfig, Loader, batch, load, preview
-from luthier.data.augment import MixupAugment
+from luthier.data.augmentation import MixupAugment
+from luthier.data.label_encoding import Known
 from luthier.data.mixup import Draw, draws, mixed
-from luthier.data.settle import Known
-from luthier.families import CausalLM
-from luthier.families.encoder import Encoder
-from luthier.families.seq2seq import Seq2Seq
 from luthier.methods import METHODS
+from luthier.models import CausalLM
+from luthier.models.families.encoder import Encoder
+from luthier.models.families.seq2seq import Seq2Seq
 from luthier.objectives import OBJECTIVES
 from tiny import END_OF_TEXT, IM_END, VOCABULARY, pair_tokenizer, save_tiny, tiny, tiny_tokenizer
 from trials import SETTINGS, prepare, trial
@@ -93,7 +93,7 @@ def by_hand(base: Any, one: Encoded, two: Encoded | None, share: float) -> Tenso
 @pytest.mark.parametrize("weights", [{}, WEIGHTS], ids=["plain", "weighted"])
 def test_it_is_torchs_by_hand(double: None, kind: str, layout: Any, method: str, weights: dict[str, float]) -> None:
     base = family(kind, layout)
-    attached = build.attach(base, METHODS[method](**SETTINGS.get(method, {})), 3)
+    attached = assembly.attach(base, METHODS[method](**SETTINGS.get(method, {})), 3)
     objective = OBJECTIVES["classify"](labels=CLASSES.classes, class_weights=weights)
     heads = base.add(objective.heads, 7)
     base.heads.modules["score"].double()

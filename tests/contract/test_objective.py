@@ -100,7 +100,7 @@ def test_it_reads_only_what_it_says_it_needs(name: str) -> None:
     assert all(field in vars(whole) for field in objective.needs)
 
 
-@pytest.mark.parametrize("room", ["objectives", "scoring"])
+@pytest.mark.parametrize("room", ["objectives", "evaluation"])
 def test_the_examples_in_the_docstrings_are_true(room: str) -> None:
     home = importlib.import_module(f"luthier.{room}")
     inner = [f"{home.__name__}.{m.name}" for m in pkgutil.iter_modules(vars(home).get("__path__", []))]

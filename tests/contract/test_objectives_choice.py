@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cases import answers
-from luthier.evaluate import evaluate
-from luthier.families import BaseConfig, open_family
+from luthier.api.evaluate import evaluate
+from luthier.models import BaseConfig, open_family
 from tiny import save_tiny
 
 LABELS = [[0, 1], [1, 0, 1], [1, 1, 0, 1], [2, 0, 1]]

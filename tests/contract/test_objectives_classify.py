@@ -12,7 +12,8 @@ from torch import Tensor
 from cases import Case, cases
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.types import Outputs, Target
-from luthier.objectives import OBJECTIVES, measures
+from luthier.objectives import OBJECTIVES
+from luthier.objectives import metrics as measures
 
 NAMES = ("a", "b", "c")
 

@@ -1,6 +1,6 @@
 """Contrastive losses against sentence-transformers' and the papers' formulas; parts and ranks against the whole batch.
 
-Read `cases.py` and `runtime/coupled.py` first. Its losses are called with the embeddings themselves: they need no model.
+Read `cases.py` and `training/grad_cache.py` first. Its losses are called with the embeddings themselves: they need no model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from lab import Dice, attach, base
 from torch import Tensor, multiprocessing
 
 from cases import Case, cases
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import Origin
 from luthier.core.types import Encoded, Item, Outputs, Target
-from luthier.data.pack import pack
+from luthier.data.packing import pack
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.contrastive import HOTTEST, SCALE, ContrastiveConfig
-from luthier.runtime import coupled
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import forward, step
+from luthier.training import grad_cache
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import forward, step
 
 
 def made(labels: list[list[float]], **settings: object) -> Case:
@@ -235,7 +235,7 @@ def test_a_batch_in_parts_is_the_whole_batch(name: str, kind: str, settings: dic
     """Loss and every gradient by gradient caching, against one row; the control: parts that know nothing of one another."""
     objective, examples = OBJECTIVES[name](**settings), rows(name, kind)
     family = base("llama")
-    attached = build.with_heads(family, attach(family, "lora"), objective, 3)
+    attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
 
     def measured(micro: int | None, apart: bool = False) -> dict[str, Tensor]:
         for parameter in attached.parameters().values():
@@ -244,7 +244,7 @@ def test_a_batch_in_parts_is_the_whole_batch(name: str, kind: str, settings: dic
         assert (len(batches) > 2) == (micro is not None)
         count = sum(objective.count(batch.target) for batch in batches)
         run = partial(forward, family, objective, reference=attached.disabled)
-        losses = [coupled.backward(run, objective, part, count, family.device, nullcontext)[0]
+        losses = [grad_cache.backward(run, objective, part, count, family.device, nullcontext)[0]
                   for part in ([[batch] for batch in batches] if apart else [batches])]
         return {"loss": sum(losses), **{n: p.grad for n, p in attached.parameters().items()}}
 
@@ -263,7 +263,7 @@ def test_parts_are_computed_again_with_the_same_dropout(name: str, kind: str, se
     """Else the gradients would be of other outputs than the loss is of. What is drawn afterwards goes on from there."""
     objective, examples = OBJECTIVES[name](**settings), rows(name, kind)
     family = base("llama")
-    attached = build.with_heads(family, attach(family, "lora", dropout=0.5), objective, 3)
+    attached = assembly.with_heads(family, attach(family, "lora", dropout=0.5), objective, 3)
     family.train(True)
     batches = pack(examples, 12)
     said: list[Tensor] = []
@@ -274,7 +274,7 @@ def test_parts_are_computed_again_with_the_same_dropout(name: str, kind: str, se
         return found
 
     torch.manual_seed(5)
-    coupled.backward(run, objective, batches, sum(objective.count(b.target) for b in batches), family.device, nullcontext)
+    grad_cache.backward(run, objective, batches, sum(objective.count(b.target) for b in batches), family.device, nullcontext)
     after = torch.rand(3)
     count = len(batches)
     assert len(said) == 2 * count > 4
@@ -292,7 +292,7 @@ def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
     torch.set_num_threads(1)
     objective, examples = OBJECTIVES["contrastive"](learned=True, both=True), rows("contrastive", "pairs")
     family = base("llama")
-    attached = build.with_heads(family, attach(family, "lora"), objective, 3)
+    attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
     for i in range(2):
         adam.set_rate(i)

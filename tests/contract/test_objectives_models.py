@@ -15,16 +15,16 @@ from lab import Dice, apart, attach, base
 from torch import Tensor
 
 from cases import PREFERENCES
-from luthier import build
+from luthier import assembly
 from luthier.core.examples import Origin
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded, Item, Piece
-from luthier.data.pack import pack
-from luthier.families import CausalLM
+from luthier.data.packing import pack
+from luthier.models import CausalLM
 from luthier.objectives import OBJECTIVES
-from luthier.runtime import coupled
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import forward, measure, step
+from luthier.training import grad_cache
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import forward, measure, step
 
 COMPARED = (*PREFERENCES, "reward", "choice")
 CLASSIFY: list[tuple[str, dict[str, Any]]] = [("classify", {"task": task, "labels": labels}) for task, labels in (
@@ -73,7 +73,7 @@ def rows(name: str, settings: dict[str, Any], shared: bool = True) -> list[Encod
 
 def ready(name: str, settings: dict[str, Any]) -> tuple[CausalLM, Any, Attached]:
     objective, family = OBJECTIVES[name](**settings), base("llama")
-    attached = build.with_heads(family, attach(family, "lora"), objective, 3)
+    attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
     for head in family.heads.modules.values():
         head.double()  # heads are made in float32
     return family, objective, attached
@@ -86,7 +86,7 @@ def measured(family: CausalLM, objective: Any, attached: Attached, examples: lis
     batches = pack(examples, micro)
     count = sum(objective.count(batch.target) for batch in batches)
     run = partial(forward, family, objective, reference=attached.disabled)
-    losses = [coupled.backward(run, objective, part, count, family.device, nullcontext)[0]
+    losses = [grad_cache.backward(run, objective, part, count, family.device, nullcontext)[0]
               for part in ([batches] if objective.coupled else [[batch] for batch in batches])]
     return {"loss": sum(losses), **{n: p.grad for n, p in attached.parameters().items()}}
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cases import Case, cases
 from luthier.core.types import Outputs, Target
-from luthier.objectives import OBJECTIVES, measures
+from luthier.objectives import OBJECTIVES, metrics
 
 
 def compared(ranks: list[list[int]], margins: bool = True, **settings: object) -> Case:
@@ -89,7 +89,7 @@ def test_only_the_best_may_be_known() -> None:
 
 
 def test_calibration_counts_by_hand() -> None:
-    found = measures.calibration(torch.tensor([0.95, 0.91, 0.07, 0.62, 0.5]), bins=5)
+    found = metrics.calibration(torch.tensor([0.95, 0.91, 0.07, 0.62, 0.5]), bins=5)
     assert found == pytest.approx({
         "calibration_predicted_0": 0.5, "calibration_observed_0": 0.5, "calibration_count_0": 1.0,
         "calibration_predicted_1": 0.62, "calibration_observed_1": 1.0, "calibration_count_1": 1.0,
@@ -102,9 +102,9 @@ def test_true_probabilities_are_calibrated_and_bold_ones_are_not() -> None:
     chance = torch.rand(20_000, generator=generator, dtype=torch.float64)
     won = torch.rand(20_000, generator=generator, dtype=torch.float64) < chance
     given = torch.where(won, chance, 1 - chance)
-    assert measures.calibration(given)["calibration_error"] < 0.02
+    assert metrics.calibration(given)["calibration_error"] < 0.02
     bold = torch.sigmoid(4 * torch.logit(given))
-    assert measures.calibration(bold)["calibration_error"] > 0.1
+    assert metrics.calibration(bold)["calibration_error"] > 0.1
 
 
 def test_its_quality_is_over_all_pairs() -> None:

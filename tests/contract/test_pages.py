@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.cli import main, parse
+from luthier.cli.main import main, parse
 from tiny import save_tiny
 from unit.test_docs import PAGES, ROOT, blocks, commands, text
 
@@ -76,8 +76,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys.modules["luthier.families.load"], "_packaged", lambda alias, where: home / alias)
-    monkeypatch.setattr("luthier.screen.ask", lambda: None)  # whoever chats says nothing
+    monkeypatch.setattr(sys.modules["luthier.models.loading"], "_packaged", lambda alias, where: home / alias)
+    monkeypatch.setattr("luthier.cli.console.ask", lambda: None)  # whoever chats says nothing
 
     def call(*words: str) -> int:
         return main(words)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from luthier.core.protocols import Attached
 from luthier.core.types import Batch
-from luthier.data.pack import pack
-from luthier.families import CausalLM
+from luthier.data.packing import pack
+from luthier.models import CausalLM
 
 WAYS: list[tuple[str, dict[str, Any]]] = [
     ("full", {}), ("lora", {}), ("lora", {"dora": True}), ("bitfit", {}), ("ia3", {}), ("ln", {}),

@@ -14,13 +14,13 @@ from lab import SFT, base, documents
 from safetensors.torch import load_file
 from torch import Tensor
 
-from luthier import build
+from luthier import assembly
+from luthier.api.train import train
 from luthier.core.errors import RecipeError
-from luthier.data.pack import batch
+from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import save_tiny
 
 RATE = 1e-3
@@ -29,7 +29,7 @@ RATE = 1e-3
 def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict[str, Tensor], set[str]]:
     """By how much each parameter moved, and the names of the embeddings'."""
     family = base(kind)
-    attached = build.attach(family, METHODS[method](**settings), 3)
+    attached = assembly.attach(family, METHODS[method](**settings), 3)
     before = {name: p.detach().clone() for name, p in attached.parameters().items()}
     optimizer = Optimizer(attached.parameters(), attached.rate, RATE, OptimizerConfig(schedule="constant", warmup=0), steps)
     for number in range(steps):
@@ -71,10 +71,10 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
                            {"path": str(tmp_path / "general.jsonl"), "weight": 0.5}],
                  "max_length": 48, "overlong": "split"},
         "training": {"epochs": 2, "batch_size": 4, "save_every": 2, "keep": 9}, "optimizer": {"learning_rate": 1e-3}}
-    made = build.recipe(raw)
-    family = build.family(made.base)
-    found = build.datasets(made, family)
-    feed = build.feed(made, family, found, *build.begin(made, family))
+    made = assembly.recipe(raw)
+    family = assembly.family(made.base)
+    found = assembly.datasets(made, family)
+    feed = assembly.feed(made, family, found, *assembly.begin(made, family))
     epochs = []
     for _ in range(2):
         seen = [origin for _ in range(feed.steps_per_epoch) for b in next(feed) for origin in b.origins]

@@ -1,6 +1,6 @@
 """A base in few bits: methods beside it train by its true gradients, and its weights are never written to.
 
-Read `families/quant.py` first. The oracle is the same model with each weight replaced by what its bits stand for.
+Read `models/quantization.py` first. The oracle is the same model with each weight replaced by what its bits stand for.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import pytest
 import torch
 from lab import TOKENIZER, apart, attach, digest, documents, logits, measured, stir
 
+from luthier.api.train import trainable_share
 from luthier.core.errors import BaseError, NotMergeable, RecipeError
-from luthier.data.pack import batch
-from luthier.families import BaseConfig, CausalLM, quant
-from luthier.families.load import load
-from luthier.families.quant import expander, quantize
-from luthier.train import trainable_share
+from luthier.data.packing import batch
+from luthier.models import BaseConfig, CausalLM, quantization
+from luthier.models.loading import load
+from luthier.models.quantization import expander, quantize
 from tiny import save_tiny, tiny
 
 pytest.importorskip("bitsandbytes", reason="the extra `quant` is not installed")
@@ -94,11 +94,11 @@ def test_one_map_forward_and_backward(bits: str) -> None:
 def test_four_bits_are_expanded_as_the_library_does(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     linear = torch.nn.Linear(shape[1], shape[0], bias=False)
-    module = quant._few(linear, "nf4", torch.float32, "cpu")
+    module = quantization._few(linear, "nf4", torch.float32, "cpu")
     whole = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
     for at_once in (1, 300, 1 << 18):  # a row at a time, some, all
-        monkeypatch.setattr(quant, "AT_ONCE", at_once)
-        assert torch.equal(quant._expanded(module), whole)
+        monkeypatch.setattr(quantization, "AT_ONCE", at_once)
+        assert torch.equal(quantization._expanded(module), whole)
     assert 0 < (whole - linear.weight).abs().max() < 0.1
 
 
@@ -107,7 +107,7 @@ def test_eight_bits_are_off_by_half_a_step_at_most(shape: tuple[int, int]) -> No
     """Dettmers et al. 2022, section 2.1: a row's step is its absolute maximum over 127. The library
     rounds a weight to float16 before: by 2^-11 of itself, and so by 127 / 2^11 of a step at most."""
     linear = torch.nn.Linear(shape[1], shape[0], bias=False)
-    found = quant._expanded(quant._few(linear, "int8", torch.float32, "cpu"))
+    found = quantization._expanded(quantization._few(linear, "int8", torch.float32, "cpu"))
     step = linear.weight.detach().abs().amax(1, keepdim=True) / 127
     off = ((found - linear.weight) / step).abs().max()
     assert 0.3 < off < 0.5 + 127 / 2**11
@@ -117,7 +117,7 @@ def test_eight_bits_are_off_by_half_a_step_at_most(shape: tuple[int, int]) -> No
 @BITS
 def test_a_product_keeps_nothing_and_a_trained_bias_has_its_gradient(bits: str) -> None:
     linear = torch.nn.Linear(64, 96)
-    module = quant._few(linear, bits, torch.float32, "cpu")
+    module = quantization._few(linear, bits, torch.float32, "cpu")
     module.bias.requires_grad_(True)
     kept: list[torch.Tensor] = []
     x = torch.randn(2, 9, 64, requires_grad=True)
@@ -128,7 +128,7 @@ def test_a_product_keeps_nothing_and_a_trained_bias_has_its_gradient(bits: str) 
     slope = torch.randn_like(y)
     y.backward(slope)
     assert torch.allclose(module.bias.grad, slope.sum((0, 1)), atol=1e-5)
-    assert torch.allclose(y, x @ quant._expanded(module).T + linear.bias, atol=1e-5)
+    assert torch.allclose(y, x @ quantization._expanded(module).T + linear.bias, atol=1e-5)
 
 
 @BITS
@@ -152,7 +152,7 @@ def test_pages_of_an_exchanged_weight_go_back(tmp_path: Path) -> None:
     weight = load_file(tmp_path / "a.safetensors")["w"]
     total = float(weight.sum())
     before = resident()
-    files = quant._Files()
+    files = quantization._Files()
     files.forget(torch.randn(1 << 16))  # in no file: left alone
     files.forget(weight)
     assert before - resident() > 15e6

@@ -1,4 +1,4 @@
-"""Two processes give the weights that one gives. Read `runtime/ranks.py` first."""
+"""Two processes give the weights that one gives. Read `distributed/process_group.py` first."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from torch import multiprocessing
 
 import luthier
 from luthier.core.errors import NotFinite
-from luthier.data.pack import pack
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
+from luthier.data.packing import pack
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import save_tiny
 
 CASES = [("full", 20), ("lora", None), ("adalora", 20)]  # several micro-batches a step; one, so that a rank has none

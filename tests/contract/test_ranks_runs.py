@@ -17,13 +17,14 @@ import torch.distributed as dist
 from lab import SFT, attach, base, documents
 from torch import multiprocessing, nn
 
+from luthier.api.train import train
 from luthier.core.errors import LuthierError, RunError
-from luthier.data.pack import pack
-from luthier.runtime import loop, ranks
-from luthier.runtime import random as states
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.data.packing import pack
+from luthier.distributed import process_group
+from luthier.training import loop
+from luthier.training import rng as states
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import save_tiny
 
 LIMIT = 120  # seconds: ranks that wait for each other wait for ever
@@ -119,12 +120,12 @@ def test_a_reward_that_is_not_deterministic_is_asked_once_and_leaves_the_ranks_a
 def judged_by_rank(place: Path) -> dict[str, list[Any]]:
     """Whether each evaluation is the best and the run is over, where every rank measures something else."""
     found: dict[str, list[Any]] = {}
-    for name, agree in (("agreed", ranks.agreed), ("alone", lambda value: value)):
-        losses = iter([[3.0, 2.0, 2.5], [3.0, 3.5, 1.0]][ranks.rank()])
+    for name, agree in (("agreed", process_group.agreed), ("alone", lambda value: value)):
+        losses = iter([[3.0, 2.0, 2.5], [3.0, 3.5, 1.0]][process_group.rank()])
         job: Any = SimpleNamespace(family=SimpleNamespace(train=lambda mode: None), log=lambda *_: None, show=lambda *_: None,
                                    rolling=SimpleNamespace(judged=lambda losses=losses: {"loss": next(losses)}))
         summary = loop.Summary(0, 0.0, 0)
-        before, loop.ranks = loop.ranks, SimpleNamespace(rank=ranks.rank, agreed=agree)  # type: ignore[assignment]
+        before, loop.ranks = loop.ranks, SimpleNamespace(rank=process_group.rank, agreed=agree)  # type: ignore[assignment]
         try:
             found[name] = [loop._evaluate(job, summary) for _ in range(3)] + [summary.best["eval_loss"]]
         finally:
@@ -149,13 +150,13 @@ def dropped(place: Path) -> list[Any]:
     found = [watched(recipe, run=str(place / "whole"))]
     restore = states.restore
     for name in ("resumed", "wrong"):
-        if ranks.rank() == 0:
+        if process_group.rank() == 0:
             shutil.copytree(place / "whole", place / name)
             shutil.rmtree(place / name / "checkpoints/step-4")
             (place / name / "README.md").unlink()
-        ranks.wait()
+        process_group.wait()
         if name == "wrong":
-            loop.random.restore = lambda state: restore(ranks.agreed(state))  # type: ignore[assignment]
+            loop.random.restore = lambda state: restore(process_group.agreed(state))  # type: ignore[assignment]
         found.append(watched(recipe, run=str(place / name), resume=True))
     loop.random.restore = restore
     return found
@@ -212,7 +213,7 @@ def test_two_processes_are_one_on_a_base_in_sixteen_bits(tmp_path: Path) -> None
 
 def collected(place: Path) -> dict[str, Any]:
     """Gradients summed in buckets and one by one, and what the other collectives give."""
-    generator = torch.Generator().manual_seed(ranks.rank())
+    generator = torch.Generator().manual_seed(process_group.rank())
     shapes = [(3,), (40, 5), (1,)] * 60 + [(700, 9), (2, 2)]
     made: dict[str, Any] = {}
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -227,18 +228,18 @@ def collected(place: Path) -> dict[str, Any]:
     for name, bucket in (("buckets", 5000), ("single", 1)):
         parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            if i != 7 or ranks.rank() == 0:  # a rank without a micro-batch has no gradient
+            if i != 7 or process_group.rank() == 0:  # a rank without a micro-batch has no gradient
                 parameter.grad = gradient.clone()
         calls[0], began = 0, time.perf_counter()
         for _ in range(20):
-            ranks.sum_gradients(parameters, bucket)
+            process_group.sum_gradients(parameters, bucket)
         made[name] = ([p.grad for p in parameters], calls[0] / 20, (time.perf_counter() - began) / 20)
     dist.all_reduce = reduce
-    made["named"] = ranks.sum_named({"a": (1.0, 2.0)} if ranks.rank() == 0 else {"b": (4.0,), "a": (0.5, 0.25)})
-    made["shards"] = ranks.map_shards(lambda items, start: (start, list(items)), range(5)), \
-        ranks.map_shards(lambda items, start: (start, list(items)), range(1))
+    made["named"] = process_group.sum_named({"a": (1.0, 2.0)} if process_group.rank() == 0 else {"b": (4.0,), "a": (0.5, 0.25)})
+    made["shards"] = process_group.map_shards(lambda items, start: (start, list(items)), range(5)), \
+        process_group.map_shards(lambda items, start: (start, list(items)), range(1))
     try:
-        ranks.map_shards(_refusing, range(4))
+        process_group.map_shards(_refusing, range(4))
     except LuthierError as error:
         made["error"] = (error.what, error.remedy)
     return made

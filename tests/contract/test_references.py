@@ -1,6 +1,6 @@
 """The reference by its three ways: switched off, a copy, or asked once beforehand. All of them give the same run.
 
-Read `luthier/build/references.py` first.
+Read `luthier/assembly/reference_model.py` first.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import yaml
 from lab import apart
 from torch import Tensor
 
-from luthier import build
-from luthier.build.pairs import fitting
+from luthier import assembly
+from luthier.api.train import train
+from luthier.assembly.compatibility import fitting
 from luthier.core.errors import RecipeError
 from luthier.methods import METHODS
-from luthier.runtime import checkpoint
-from luthier.runtime.coupled import backward
-from luthier.runtime.loop import fit
-from luthier.runtime.step import forward
-from luthier.train import train
+from luthier.training import checkpoint
+from luthier.training.grad_cache import backward
+from luthier.training.loop import fit
+from luthier.training.step import forward
 from tiny import save_tiny
 from trials import Trial, same
 
@@ -48,7 +48,7 @@ def recipe(home: Path, objective: str, method: Any, *, once: bool = False, dtype
     """Two shuffled epochs of steps of three rows, each row of tokens shorter than what is asked at once beforehand."""
     said: dict[str, Any] = {"name": objective} | ({"precompute_reference": True} if once else {})
     rows = str(home / ("verdicts.jsonl" if objective == "kto" else "pairs.jsonl"))
-    return build.recipe({
+    return assembly.recipe({
         "base": {"name": str(home / "base"), "dtype": dtype}, "method": method, "objective": said,
         "data": {"train": rows}, "optimizer": {"learning_rate": 0.0003 if method == "full" else 0.003, "schedule": "constant", "warmup": 0},
         "training": {"epochs": 2, "batch_size": 3, "micro_tokens": 150, "save_every": 4}, "seed": 1}, changes)
@@ -126,12 +126,12 @@ def test_what_a_model_says_of_rows_is_not_what_the_rows_are(home: Path, tmp_path
     ({"name": "ppo", "kl_weight": 0}, False), ({"name": "grpo", "kl_weight": 0.1}, True)])
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_a_copy_is_kept_where_the_objective_compares(method: str, objective: dict[str, Any], kept: bool) -> None:
-    made = build.recipe({"data": "-", "method": method, "objective": objective})
+    made = assembly.recipe({"data": "-", "method": method, "objective": objective})
     assert made.method.keep_base is kept
-    assert build.recipe(made).method.keep_base is kept
+    assert assembly.recipe(made).method.keep_base is kept
     for given in (True, False):
         raw = {"data": "-", "method": {"name": method, "keep_base": given}, "objective": objective}
-        assert build.recipe(raw).method.keep_base is given
+        assert assembly.recipe(raw).method.keep_base is given
 
 
 def test_a_copy_that_is_forbidden_is_refused_with_what_would_do(home: Path, tmp_path: Path) -> None:
@@ -166,11 +166,11 @@ def test_held_out_rows_are_asked_about_as_they_are_measured(home: Path, tmp_path
 
 
 def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Path, tmp_path: Path) -> None:
-    family = build.family(build.BaseConfig(name=str(home / "base")))
+    family = assembly.family(assembly.BaseConfig(name=str(home / "base")))
     for name in METHODS:
-        made = build.recipe({"base": str(home / "base"), "data": "-", "method": name, "objective": {
+        made = assembly.recipe({"base": str(home / "base"), "data": "-", "method": name, "objective": {
             "name": "ppo", "critic": "adapter", "reward": "length"}})
-        inside = build.attach(build.family(made.base), made.method, 0).scope is None
+        inside = assembly.attach(assembly.family(made.base), made.method, 0).scope is None
         if not inside:
             fitting(made, family)
             continue

@@ -21,13 +21,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from luthier.cli import main
+from luthier.api.train import Interrupted, train
+from luthier.cli.main import main
 from luthier.core.errors import RunError
-from luthier.runtime import checkpoint, loop
-from luthier.runtime import random as states
-from luthier.runtime.progress import Progress
-from luthier.runtime.run import Run
-from luthier.train import Interrupted, train
+from luthier.reporting.progress import Progress
+from luthier.training import checkpoint, loop
+from luthier.training import rng as states
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 STEPS, SAVE_EVERY = 12, 2
@@ -313,7 +313,7 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     def never(*_: Any) -> None:
         raise AssertionError("a finished run needs no base")
 
-    monkeypatch.setattr("luthier.build.family", never)
+    monkeypatch.setattr("luthier.assembly.family", never)
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(whole)]) == 0
     out, err = capsys.readouterr()
@@ -323,11 +323,11 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["save_tuned", "loss_picture", "card"])
+@pytest.mark.parametrize("name", ["save_tuned", "plot_loss", "card"])
 def test_killed_at_the_end_it_is_finished_without_a_step(home: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"
-    from luthier import build
-    home_of = sys.modules["luthier.train"] if name != "save_tuned" else build
+    from luthier import assembly
+    home_of = sys.modules["luthier.api.train"] if name != "save_tuned" else assembly
     assert begin(home, folder, lambda: mortal(home_of, name, 0)) == -signal.SIGKILL
     go_on(home, folder)
     assert equal(home / "whole", folder)
@@ -336,13 +336,13 @@ def test_killed_at_the_end_it_is_finished_without_a_step(home: Path, tmp_path: P
 
 
 def test_the_best_weights_damaged_at_the_end_can_be_done_without(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from luthier import build
+    from luthier import assembly
     folder = tmp_path / "run"
 
     def ever_worse() -> None:
         losses = iter(range(9))
         loop.measure = lambda *_: {"loss": float(next(losses))}
-        mortal(build, "save_tuned", 0)
+        mortal(assembly, "save_tuned", 0)
     assert begin(home, folder, ever_worse) == -signal.SIGKILL
     best = int(checkpoint.latest(folder / "checkpoints")[0].state["summary"]["best"]["step"])
     assert best == 3
@@ -363,8 +363,8 @@ def test_a_run_that_stopped_early_stays_stopped(home: Path, tmp_path: Path) -> N
     begin(home, tmp_path / "whole", **stopped)
     steps = Run(tmp_path / "whole").results["steps"]
     assert steps < STEPS
-    from luthier import build
-    assert begin(home, folder, lambda: mortal(build, "save_tuned", 0), **stopped) == -signal.SIGKILL
+    from luthier import assembly
+    assert begin(home, folder, lambda: mortal(assembly, "save_tuned", 0), **stopped) == -signal.SIGKILL
     assert begin(home, folder, resume=True, **stopped) == 0
     assert Run(folder).results["steps"] == steps
     assert Run(folder).results["stopped"] == "no better evaluation in 1 of them"

@@ -18,22 +18,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from luthier import build
+from luthier import assembly
+from luthier.api.train import train
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Origin
 from luthier.core.protocols import Attached
 from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
-from luthier.data.loader import Loader
-from luthier.data.pack import pack
-from luthier.families import CausalLM
+from luthier.data.batch_source import Loader
+from luthier.data.packing import pack
+from luthier.models import CausalLM
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rollout import Answer, Rollouts
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.run import Run
-from luthier.runtime.step import forward, step
-from luthier.train import train
+from luthier.rl import Answer, Rollouts
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.run_folder import Run
+from luthier.training.step import forward, step
 from tiny import save_tiny
 
 PROMPTS = [Encoded((Piece(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), facts={"number": i})
@@ -55,7 +55,7 @@ def set_up(objective: Any, kind: str = "llama", seed: int = 3, stirred: bool = T
            **model: Any) -> tuple[CausalLM, Attached]:
     family = base(kind, **model)
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)
-    return family, build.with_heads(family, attached, objective, seed)
+    return family, assembly.with_heads(family, attached, objective, seed)
 
 
 def alone(family: CausalLM, prompt: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> Tensor:
@@ -306,7 +306,7 @@ def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None
     made["training"] |= {"steps": 2, "keep": 1}
     run = train(made, run=str(tmp_path / "run"), quiet=True)
     assert all("kl" in line for line in run.metrics if "reward" in line)
-    _, family, _ = build.open_run(run)  # what was saved is the policy alone, and fits
+    _, family, _ = assembly.open_run(run)  # what was saved is the policy alone, and fits
     assert not family.heads.parameters()
 
 
@@ -339,20 +339,20 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
                    "data": str(home / "sft.jsonl"), "training": {"steps": 6, "batch_size": 6},
                    "optimizer": {"learning_rate": 0.01}, "run": str(tmp_path / "sft")}, quiet=True)
     raw = recipe(home, "ppo", reward={"run": str(reward.path)}, kl_weight=0.1)
-    made = build.recipe({key: raw[key] for key in raw if key not in ("base", "method")} | {"start": str(start.path)})
-    family = build.family(made.base)
+    made = assembly.recipe({key: raw[key] for key in raw if key not in ("base", "method")} | {"start": str(start.path)})
+    family = assembly.family(made.base)
     assert isinstance(family, CausalLM)
-    found = build.datasets(made, family)
-    attached, reference = build.begin(made, family)
+    found = assembly.datasets(made, family)
+    attached, reference = assembly.begin(made, family)
     warned: list[str] = []
-    feed = build.feed(made, family, found, attached, reference, None, warned.append)
+    feed = assembly.feed(made, family, found, attached, reference, None, warned.append)
     assert isinstance(feed, Rollouts)
     assert not warned  # one copy of the weights
     assert not any("reward" in name for name in attached.parameters())
 
     answers = [Answer("p1?", text, Origin("x", 1), {"prompt": "p1?"}) for text in ("aa", "zz", "")]
     mine = feed.rewards[0][0](answers)
-    _, judge, _ = build.open_run(reward)  # the same run, opened by itself
+    _, judge, _ = assembly.open_run(reward)  # the same run, opened by itself
     judge.train(False)
     scores = []
     for answer in answers:
@@ -382,30 +382,30 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
     reward = train({"base": str(tmp_path / "other"), "method": "lora", "objective": "reward",
                     "data": str(home / "pairs.jsonl"), "training": {"steps": 1, "batch_size": 4},
                     "run": str(tmp_path / "reward")}, quiet=True)
-    made = build.recipe(recipe(home, "grpo", reward={"run": str(reward.path)}))
-    family = build.family(made.base)
-    found = build.datasets(made, family)
+    made = assembly.recipe(recipe(home, "grpo", reward={"run": str(reward.path)}))
+    family = assembly.family(made.base)
+    found = assembly.datasets(made, family)
     warned: list[str] = []
-    feed = build.feed(made, family, found, *build.begin(made, family), None, warned.append)
+    feed = assembly.feed(made, family, found, *assembly.begin(made, family), None, warned.append)
     assert "second model of" in warned[0]
     assert len(next(feed)) > 0
 
 
 def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
-    made = build.recipe(recipe(home, "ppo", critic="adapter", kl_weight=0.1, value_weight=1.0))
+    made = assembly.recipe(recipe(home, "ppo", critic="adapter", kl_weight=0.1, value_weight=1.0))
     found: list[dict[str, Tensor]] = []
     for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the bank stands elsewhere
-        family = build.family(made.base)
+        family = assembly.family(made.base)
         assert isinstance(family, CausalLM)
-        data = build.datasets(made, family)
-        attached, reference = build.begin(made, family)
+        data = assembly.datasets(made, family)
+        attached, reference = assembly.begin(made, family)
         assert {name: attached.rate(name) * made.method.default_rate for name in attached.parameters() if "value" in name} == {
             f"base_model.model.value.{part}": pytest.approx(1e-3) for part in ("weight", "bias")}  # as a head of any objective
         with torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             for parameter in attached.parameters().values():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        feed = build.feed(made, family, data, attached, reference)
+        feed = assembly.feed(made, family, data, attached, reference)
         family.checkpointing(over)
         found.append(gradients(family, made.objective, attached, next(feed)))
     first, second = found
@@ -421,7 +421,7 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
 
 
 def feed_of(made: Any, family: Any, data: Any, attached: Any, reference: Any) -> Any:
-    return build.feed(made, family, data, attached, reference)
+    return assembly.feed(made, family, data, attached, reference)
 
 
 def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> None:
@@ -433,7 +433,7 @@ def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> N
     assert not any("critic" in name or "value" in name for name in tensors)
     saved = load_file(run.path / "checkpoints" / "step-3" / "method.safetensors")
     assert any("critic/" in name for name in saved)
-    _, _, attached = build.open_run(run)
+    _, _, attached = assembly.open_run(run)
     assert attached is not None
 
 

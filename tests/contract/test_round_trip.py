@@ -22,19 +22,19 @@ from typing import Any
 import pytest
 
 from chat_templates import KINDS, tokenizer_with
-from luthier.build.objects import PromptFormat, chat_prompt
+from luthier.assembly.factory import PromptFormat, chat_prompt
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
 from luthier.core.types import Encoded
 from luthier.data import chat, conversation
 from luthier.data.config import DataConfig
 from luthier.data.control_tokens import ControlTokens
-from luthier.data.encode import prompt_of
-from luthier.data.items import encode as encode_example
+from luthier.data.encoding import encode as encode_example
+from luthier.data.formats.text import turn
 from luthier.data.rows import Refusal
 from luthier.data.templates import ChatTemplate, chat_templates
-from luthier.data.worded import turn
+from luthier.data.tokenization import prompt_of
 
-encoding = import_module("luthier.data.encode")  # `luthier.data.encode` is a function
+encoding = import_module("luthier.data.tokenization")  # `luthier.data.tokenization` is a function
 HERE = Origin("rows.jsonl", 1)
 CONFIG = DataConfig.parse({"train": "-"})
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}

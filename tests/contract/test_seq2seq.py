@@ -29,14 +29,12 @@ from torch import Tensor
 from transformers import BartConfig, BartForConditionalGeneration, T5ForConditionalGeneration
 
 from luthier.core.errors import BaseError, DataError
-from luthier.core.examples import (
-    Origin,
-)
+from luthier.core.examples import Origin
 from luthier.core.protocols import Head, Sampling
 from luthier.core.types import Encoded, Item, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import seq2seq
-from luthier.families.seq2seq import Seq2Seq
+from luthier.data.packing import batch, pack
+from luthier.models.families import seq2seq
+from luthier.models.families.seq2seq import Seq2Seq
 from tiny import END_OF_TEXT, IM_END, VOCABULARY
 
 

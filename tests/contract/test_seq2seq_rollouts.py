@@ -13,17 +13,17 @@ from lab import attach
 from lab_t5 import FAR, KIND, SAME, t5, tokenizer, widen
 from torch import Tensor
 
-from luthier import build
+from luthier import assembly
+from luthier.api.train import train
 from luthier.core.examples import Origin
 from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
-from luthier.data.loader import Loader
-from luthier.families.seq2seq import Seq2Seq
+from luthier.data.batch_source import Loader
+from luthier.models.families.seq2seq import Seq2Seq
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rollout import Answer, Rollouts
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import forward, step
-from luthier.train import train
+from luthier.rl import Answer, Rollouts
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import forward, step
 from tiny import END_OF_TEXT, IM_END
 from trials import vowels
 
@@ -39,7 +39,7 @@ def letters(answers: Sequence[Answer]) -> list[float]:
 def set_up(objective: Any, kind: str = "gated", seed: int = 3, stirred: bool = True, **model: Any) -> tuple[Seq2Seq, Any]:
     family = Seq2Seq(t5(kind, **model), tokenizer())
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)  # type: ignore[arg-type]
-    return family, build.with_heads(family, attached, objective, seed)
+    return family, assembly.with_heads(family, attached, objective, seed)
 
 
 def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> Rollouts:
@@ -152,21 +152,21 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     sft = train({**common, "data": str(tmp_path / "sft.jsonl"), "run": str(tmp_path / "sft")}, quiet=True)
     judge = train({**common, "objective": "reward", "data": str(tmp_path / "pairs.jsonl"),
                    "run": str(tmp_path / "reward")}, quiet=True)
-    made = build.recipe({"start": str(sft.path), "seed": 3,
+    made = assembly.recipe({"start": str(sft.path), "seed": 3,
                          "objective": {"name": "ppo", "reward": {"run": str(judge.path)}, "kl_weight": 0.1,
                                        "critic": "adapter", "answers": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
                          "training": {"steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
-    family = build.family(made.base)
-    found = build.datasets(made, family)
-    attached, reference = build.begin(made, family)
+    family = assembly.family(made.base)
+    found = assembly.datasets(made, family)
+    attached, reference = assembly.begin(made, family)
     warned: list[str] = []
-    feed = build.feed(made, family, found, attached, reference, None, warned.append)
+    feed = assembly.feed(made, family, found, attached, reference, None, warned.append)
     assert isinstance(feed, Rollouts)
     assert not warned  # one copy of the weights
     answers = [Answer("p1:", text, Origin("x", 1), {"prompt": "p1:"}) for text in ("aa", "zz", "b")]
     mine = feed.rewards[0][0](answers)
-    _, alone_, _ = build.open_run(judge)  # the same run, opened by itself
+    _, alone_, _ = assembly.open_run(judge)  # the same run, opened by itself
     alone_.train(False)
     for answer, given in zip(answers, mine, strict=True):
         source, said = (torch.tensor(alone_.tokenizer(text)["input_ids"]) for text in ("p1:", answer.text))
@@ -186,7 +186,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     assert (batch.target.known["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
     run = train(made, run=str(tmp_path / "run"), quiet=True)
     assert run.results["metric"] == "reward"
-    standing = build.standing(run)
+    standing = assembly.standing(run)
     assert standing["start"]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(standing["tuned"]["kl"]) > 1e-5
 
@@ -196,9 +196,9 @@ def test_a_prompt_may_fill_the_source(tmp_path: Path) -> None:
     t5("gated", torch.float32).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "p" * n}) + "\n" for n in (3, 7, 8)))
-    made = build.recipe({"base": str(tmp_path / "base"), "objective": {
+    made = assembly.recipe({"base": str(tmp_path / "base"), "objective": {
         "name": "grpo", "reward": f"{Path(__file__).parents[1] / 'trials.py'}:{vowels.__name__}", "max_new_tokens": 6},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "max_length": 8}})
-    found = build.datasets(made, build.family(made.base))
+    found = assembly.datasets(made, assembly.family(made.base))
     assert [one.tokens for one in found.train] == [4, 8]
     assert found.report.parts["train"].reasons == {"longer than max_length": 1}

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 import luthier
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import RunError
 from luthier.core.examples import (
     ChatExample,
@@ -30,12 +30,12 @@ from luthier.core.examples import (
 from luthier.core.protocols import Sampling
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, DividedConfig, encode
-from luthier.data.pack import batch
-from luthier.families.seq2seq import Seq2Seq
+from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.methods.bank import Bank
+from luthier.methods.multi_adapter import Bank
 from luthier.methods.prompt import Words
-from luthier.runtime.run import Run
+from luthier.models.families.seq2seq import Seq2Seq
+from luthier.training.run_folder import Run
 from tiny import END_OF_TEXT, IM_END, IM_START
 
 
@@ -131,7 +131,7 @@ def test_a_run_learns_a_task_and_opens_again(method: str, tmp_path: Path) -> Non
     assert run.results["before"] == 0.0
     assert run.results["after"] == 1.0
     assert run.results["test"]["nll"] < 0.4 < run.results["test_before"]["nll"]
-    _, family, _ = build.open_run(Run(tmp_path / "run"))
+    _, family, _ = assembly.open_run(Run(tmp_path / "run"))
     assert isinstance(family, Seq2Seq)
     family.train(False)
     asked = tuple(b"cherry:")

@@ -12,18 +12,18 @@ import yaml
 from lab import SFT, apart, base, digest, documents, logits, stir
 from safetensors.torch import load_file
 
-from luthier import build
+from luthier import assembly
+from luthier.api.train import train
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Head, Sampling
-from luthier.data.pack import batch
-from luthier.families import CausalLM
+from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.methods.bank import Bank
-from luthier.methods.several import Several, SeveralConfig
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.run import Run
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.methods.composite import Several, SeveralConfig
+from luthier.methods.multi_adapter import Bank
+from luthier.models import CausalLM
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.run_folder import Run
+from luthier.training.step import step
 from tiny import save_tiny
 
 LORA = {"name": "lora", "rank": 4}
@@ -37,11 +37,11 @@ NAMED = {"ids": lambda parts: "+".join(p if isinstance(p, str) else "+".join(map
 
 
 def settings(parts: Any) -> Any:
-    return build.recipe({"data": "-", "method": parts}).method
+    return assembly.recipe({"data": "-", "method": parts}).method
 
 
 def put(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
-    found = build.attach(family, settings(parts), 3)
+    found = assembly.attach(family, settings(parts), 3)
     if stirred:
         stir(found)
     return found
@@ -51,19 +51,19 @@ def put(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
 
 
 def test_a_list_is_read_written_and_laid_over() -> None:
-    made = build.recipe({"data": "-", "method": ["bitfit", LORA]})
-    assert build.method_name(made) == "bitfit+lora"
-    written = build.dump(made)["method"]
+    made = assembly.recipe({"data": "-", "method": ["bitfit", LORA]})
+    assert assembly.method_name(made) == "bitfit+lora"
+    written = assembly.dump(made)["method"]
     assert [part["name"] for part in written] == ["bitfit", "lora"]
     assert written[1]["rank"] == 4
-    assert build.recipe(yaml.safe_load(yaml.safe_dump(build.dump(made)))) == made
-    over = build.recipe(build.dump(made), {"method.lora.rank": 2})
-    assert build.dump(over)["method"][1]["rank"] == 2
-    assert build.changed(made, over) == ["method.lora.rank: 4, now 2"]
-    assert build.recipe(made, {"method": "lora"}).method == METHODS["lora"]()
-    assert build.recipe(build.dump(made), {"method": ["ia3", "bitfit"]}).method == settings(["ia3", "bitfit"])
+    assert assembly.recipe(yaml.safe_load(yaml.safe_dump(assembly.dump(made)))) == made
+    over = assembly.recipe(assembly.dump(made), {"method.lora.rank": 2})
+    assert assembly.dump(over)["method"][1]["rank"] == 2
+    assert assembly.changed(made, over) == ["method.lora.rank: 4, now 2"]
+    assert assembly.recipe(made, {"method": "lora"}).method == METHODS["lora"]()
+    assert assembly.recipe(assembly.dump(made), {"method": ["ia3", "bitfit"]}).method == settings(["ia3", "bitfit"])
     assert settings(["bitfit"]) == METHODS["bitfit"]() == settings("bitfit")
-    assert build.method_name(build.recipe({"data": "-", "method": "lora"})) == "lora"
+    assert assembly.method_name(assembly.recipe({"data": "-", "method": "lora"})) == "lora"
 
 
 @pytest.mark.parametrize(("parts", "words"), [
@@ -80,7 +80,7 @@ def test_a_list_that_cannot_be_is_refused(parts: Any, words: str) -> None:
 
 def test_a_setting_of_a_list_says_whose_it_is() -> None:
     with pytest.raises(RecipeError, match=r"method\.rank: this recipe has a list of methods, bitfit, lora") as caught:
-        build.recipe({"data": "-", "method": ["bitfit", "lora"]}, {"method.rank": 2})
+        assembly.recipe({"data": "-", "method": ["bitfit", "lora"]}, {"method.rank": 2})
     assert "method.bitfit.rank" in caught.value.remedy
 
 
@@ -122,14 +122,14 @@ def test_heads_train_at_a_rate_of_their_own(name: str) -> None:
     family, method = base("llama"), METHODS[name]()
     scoring: Any = Scoring()
     default: float = method.default_rate  # type: ignore[attr-defined]
-    whole = build.with_heads(family, build.attach(family, settings(name), 3), scoring, 3, default)
+    whole = assembly.with_heads(family, assembly.attach(family, settings(name), 3), scoring, 3, default)
     found = rates(whole, default)
     heads = set(family.heads.parameters())
     assert len(heads) == 3
     assert all(rate == pytest.approx(1e-3) for n, rate in found.items() if n in heads)
     alone = base("llama")
     assert {n: r for n, r in found.items() if n not in heads} == pytest.approx(
-        rates(build.attach(alone, settings(name), 3), default))
+        rates(assembly.attach(alone, settings(name), 3), default))
 
 
 # ---------------------------------------------------------------- the law of a method
@@ -198,13 +198,13 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
     assert run.adapter["peft_type"] == "LUTHIER"
     assert [part["peft_type"] for part in run.adapter["parts"]] == ["LORA", "LUTHIER"]  # in the order in which they act
     assert "`bitfit+lora`" in (run.path / "README.md").read_text()
-    _, family, found = build.open_run(run)
+    _, family, found = assembly.open_run(run)
     assert isinstance(found, Several)
     wanted = logits(family)
     with found.disabled():
         assert not torch.equal(logits(family), wanted)
     (run.path / "recipe.yaml").unlink()
-    assert torch.equal(logits(build.open_run(run)[1]), wanted)
+    assert torch.equal(logits(assembly.open_run(run)[1]), wanted)
     whole = load_file(run.path / "adapter_model.safetensors")
     assert any("lora_A" in name for name in whole)
     assert any("bitfit" in name for name in whole)
@@ -216,13 +216,13 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
 @pytest.mark.parametrize("method", [LORA, ["bitfit", LORA], "prompt"], ids=str)
 def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, method: Any) -> None:
     first = trained(folder, "first", method=method)
-    wanted = logits(build.open_run(first)[1])
-    made = build.recipe({"data": str(folder / "rows.jsonl"), "start": str(first.path)})
-    assert made.method == build.Recipe.parse(first.recipe).method
+    wanted = logits(assembly.open_run(first)[1])
+    made = assembly.recipe({"data": str(folder / "rows.jsonl"), "start": str(first.path)})
+    assert made.method == assembly.Recipe.parse(first.recipe).method
     assert made.base.name == str(folder / "base")
-    family = build.family(made.base)
+    family = assembly.family(made.base)
     bare = logits(family)
-    policy, reference = build.begin(made, family)
+    policy, reference = assembly.begin(made, family)
     assert torch.equal(logits(family), wanted)
     assert not torch.equal(bare, wanted)
     stir(policy)
@@ -247,16 +247,16 @@ def test_a_started_run_goes_on_from_there_and_stands_alone(folder: Path) -> None
     one, two = (run.metrics for run in (first, second))
     assert two[1]["loss"] < one[1]["loss"]
     assert second.recipe["method"]["rank"] == 4
-    wanted = logits(build.open_run(first)[1])
-    made, family, attached = build.open_run(second)
+    wanted = logits(assembly.open_run(first)[1])
+    made, family, attached = assembly.open_run(second)
     assert attached is not None
     own = logits(family)
-    with build.beside(made, family, attached)():
+    with assembly.beside(made, family, attached)():
         assert torch.equal(logits(family), wanted)
     assert torch.equal(logits(family), own)
     assert not torch.equal(own, wanted)
     first.path.rename(folder / "elsewhere")  # a finished run needs its start no more
-    assert build.open_run(second)[2] is not None
+    assert assembly.open_run(second)[2] is not None
 
 
 def test_a_start_that_does_not_fit_is_refused_with_a_remedy(folder: Path) -> None:
@@ -283,7 +283,7 @@ def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     bare = logits(tuned.family)
     for name, run in runs.items():
         with tuned.using(name) as family:
-            assert torch.equal(logits(family), logits(build.open_run(run)[1]))
+            assert torch.equal(logits(family), logits(assembly.open_run(run)[1]))
     with tuned.using({"a": 0.5, "b": 0.5}):
         assert not torch.equal(logits(tuned.family), bare)
     assert torch.equal(logits(tuned.family), bare)

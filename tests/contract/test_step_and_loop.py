@@ -15,13 +15,13 @@ from lab import SFT, apart, attach, base, documents, measured, stir, trees
 
 from luthier.core.protocols import Attached
 from luthier.core.types import Batch
-from luthier.data.loader import Loader
-from luthier.data.pack import batch, pack
-from luthier.families import CausalLM
-from luthier.runtime import checkpoint
-from luthier.runtime.loop import Job, TrainingConfig, fit
-from luthier.runtime.optim import Optimizer, OptimizerConfig, factor
-from luthier.runtime.step import forward, measure, reference_logps, step
+from luthier.data.batch_source import Loader
+from luthier.data.packing import batch, pack
+from luthier.models import CausalLM
+from luthier.training import checkpoint
+from luthier.training.loop import Job, TrainingConfig, fit
+from luthier.training.optimizer import Optimizer, OptimizerConfig, factor
+from luthier.training.step import forward, measure, reference_logps, step
 
 PLAIN = {"clip": None, "warmup": 0.0, "schedule": "constant"}
 STILL = 1e-30  # a learning rate at which nothing moves
@@ -332,7 +332,7 @@ def test_seconds_are_those_that_passed(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_fraction_of_an_epoch_is_rounded_up_to_steps() -> None:
-    from luthier.runtime.loop import total_steps
+    from luthier.training.loop import total_steps
     assert [total_steps(TrainingConfig(epochs=epochs), 10) for epochs in (1.0, 0.5, 0.51, 2.0, 0.01)] == [10, 5, 6, 20, 1]
     assert total_steps(TrainingConfig(epochs=3.0, steps=7), 10) == 7
 

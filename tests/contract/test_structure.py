@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luthier import build
+from luthier import assembly
+from luthier.api.export import export
+from luthier.api.train import train
 from luthier.core.errors import BaseError, RecipeError
-from luthier.export import export
-from luthier.families import BaseConfig, folder
-from luthier.families.structure import StructureConfig, change
-from luthier.train import train
+from luthier.models import BaseConfig, folder
+from luthier.models.surgery import StructureConfig, change
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 DECODERS = ("llama", "qwen2", "gpt2", "mistral", "gemma2", "gemma3")
@@ -67,7 +67,7 @@ def test_added_blocks_start_as_the_identity_and_learn(kind: str) -> None:
     assert found.config.num_hidden_layers == 5
     assert torch.equal(said(found), said(base))
     found(input_ids=IDS, labels=IDS).loss.backward()
-    block: Any = build.CausalLM(found, tiny_tokenizer()).anatomy.blocks[1]
+    block: Any = assembly.CausalLM(found, tiny_tokenizer()).anatomy.blocks[1]
     gradients = {role: [p.grad for n, p in block.module.named_parameters() if n.rpartition(".")[0].endswith(role)]
                  for role in ("o_proj", "down_proj", "c_proj")}
     last = [g for found in gradients.values() for g in found]
@@ -163,7 +163,7 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
                 "base.structure": {"new_tokens": {"<crane>": "a bird"}, "add_blocks": 1, "drop_blocks": [0]}}
     run = train(None, quiet=True, **settings)
     (tmp_path / "cache").rename(tmp_path / "lost")  # a run needs its recipe and the base, and nothing of the cache
-    made, base, attached = build.open_run(run)
+    made, base, attached = assembly.open_run(run)
     assert base.anatomy.sizes["layers"] == 2
     assert made.base.structure is not None
     tuned = said(base.anatomy.model)
@@ -191,7 +191,7 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
 ])
 def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        build.recipe({"data": "-", "base": {"structure": structure}})
+        assembly.recipe({"data": "-", "base": {"structure": structure}})
 
 
 @pytest.mark.parametrize(("structure", "words"), [
@@ -216,18 +216,18 @@ def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> No
 @pytest.mark.parametrize(("method", "words"), [({"name": "lora", "dora": True}, "divides by"), ("ia3", "stays zero"),
                                                ({"name": "lora", "init": "pissa"}, "largest directions")])
 def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> None:
-    family = build.CausalLM(tiny("llama"), tiny_tokenizer())
+    family = assembly.CausalLM(tiny("llama"), tiny_tokenizer())
     structure = {"structure": {"add_blocks": 1}}
     with pytest.raises(RecipeError, match=words):
-        build.check(build.recipe({"data": "-", "base": structure, "method": ["bitfit", method]}), family)
-    build.check(build.recipe({"data": "-", "method": method}), family)
-    build.check(build.recipe({"data": "-", "base": structure, "method": "lora"}), family)
+        assembly.check(assembly.recipe({"data": "-", "base": structure, "method": ["bitfit", method]}), family)
+    assembly.check(assembly.recipe({"data": "-", "method": method}), family)
+    assembly.check(assembly.recipe({"data": "-", "base": structure, "method": "lora"}), family)
 
 
 def test_words_that_do_not_train_are_told() -> None:
     words = {"structure": {"new_tokens": {"<crane>": "a bird"}}}
-    assert any("new_tokens" in line for line in build.find_unused_settings(build.recipe({"data": "-", "base": words})))
-    assert not build.find_unused_settings(build.recipe({"data": "-", "base": words, "method": "full"}))
+    assert any("new_tokens" in line for line in assembly.find_unused_settings(assembly.recipe({"data": "-", "base": words})))
+    assert not assembly.find_unused_settings(assembly.recipe({"data": "-", "base": words, "method": "full"}))
 
 
 def test_added_blocks_share_the_config() -> None:

@@ -16,8 +16,8 @@ import torch
 
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
-from luthier.runtime import checkpoint
-from luthier.runtime.loop import fit
+from luthier.training import checkpoint
+from luthier.training.loop import fit
 from tiny import ENCODERS, VISIONS
 from trials import BASES, ELSEWHERE, FAMILIES, SAVED, SIMPLEST, Pair, Trial, prepare, recipe, same, trial, tried
 

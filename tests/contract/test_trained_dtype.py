@@ -11,16 +11,16 @@ import torch
 from lab import SFT, attach, base, documents
 from torch import Tensor, nn
 
-from luthier.build.candidates import least_gb
+from luthier.api.evaluate import evaluate
+from luthier.api.export import export
+from luthier.api.train import train
+from luthier.assembly.method_variants import least_gb
 from luthier.core.errors import RecipeError, RunError
-from luthier.data.pack import pack
-from luthier.evaluate import evaluate
-from luthier.export import export
-from luthier.families import BaseConfig
-from luthier.runtime import checkpoint
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.data.packing import pack
+from luthier.models import BaseConfig
+from luthier.training import checkpoint
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import save_tiny
 
 INSIDE: list[tuple[str, dict[str, Any], float]] = [  # methods that train the base's own weights, with a learning rate
@@ -191,7 +191,7 @@ def test_a_float16_base_is_refused_for_training_and_nothing_else(rows: Path, how
     save_tiny(rows / "base", "llama", dtype=torch.float16 if how == "auto" else torch.float32)
     given: dict[str, Any] = {"data": str(rows / "rows.jsonl"), "method": method, "training": {"steps": 1}}
     with monkeypatch.context() as patch:
-        patch.setattr("luthier.build.family", lambda *_: pytest.fail("loaded before it was refused"))
+        patch.setattr("luthier.assembly.family", lambda *_: pytest.fail("loaded before it was refused"))
         with pytest.raises(RecipeError, match="float16") as error:
             train(base={"name": str(rows / "base"), "dtype": how}, run=str(rows / "refused"), quiet=True, **given)
     assert "bfloat16 or float32" in error.value.remedy

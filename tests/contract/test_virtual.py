@@ -16,19 +16,19 @@ from lab import TOKENIZER, apart, attach, base, documents, logits, measured, pat
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, DynamicCache
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import BaseError, RecipeError, RunError
 from luthier.core.examples import Origin
 from luthier.core.protocols import TRAINING, Sampling
 from luthier.core.types import Encoded, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import CausalLM
-from luthier.families.encoder import Encoder
+from luthier.data.packing import batch, pack
 from luthier.methods import METHODS, READERS
 from luthier.methods.prompt import EMBEDDINGS
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.run import Run
-from luthier.runtime.step import step
+from luthier.models import CausalLM
+from luthier.models.families.encoder import Encoder
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.run_folder import Run
+from luthier.training.step import step
 from tiny import KINDS, save_tiny, tiny
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -317,17 +317,17 @@ def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
 
 def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="prompt and prefix are all virtual tokens"):
-        build.recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
+        assembly.recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
     origin = save_tiny(tmp_path / "base", "llama")
-    made = build.recipe({"base": str(origin), "data": "-", "method": [{"name": "ptuning", "tokens": N}, "bitfit"],
+    made = assembly.recipe({"base": str(origin), "data": "-", "method": [{"name": "ptuning", "tokens": N}, "bitfit"],
                          "run": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    family = build.family(made.base)
-    attached = build.attach(family, made.method, 0)
+    run.begin(assembly.dump(made), {})
+    family = assembly.family(made.base)
+    attached = assembly.attach(family, made.method, 0)
     stir(attached)
-    build.save_tuned(run, made, family, attached)
-    _, other, again = build.open_run(run)
+    assembly.save_tuned(run, made, family, attached)
+    _, other, again = assembly.open_run(run)
     assert (logits(other) - logits(family)).abs().max() < 1e-5  # the base was loaded in float32
     with again.disabled():
         assert (logits(other) - logits(family)).abs().max() > FAR
@@ -373,17 +373,17 @@ def test_the_rate_is_in_units_of_what_stands_there() -> None:
 def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: str, settings: dict[str, Any],
                                                                         tmp_path: Path) -> None:
     origin = save_tiny(tmp_path / "base", "llama")
-    made = build.recipe({"base": str(origin), "data": "-", "method": {"name": method, "tokens": N, **settings}})
+    made = assembly.recipe({"base": str(origin), "data": "-", "method": {"name": method, "tokens": N, **settings}})
 
     def begun() -> tuple[CausalLM, Any, Optimizer]:
         family = base("llama")
-        attached = build.attach(family, made.method, 0)
+        attached = assembly.attach(family, made.method, 0)
         return family, attached, Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 4)
 
     def go_on(family: CausalLM, adam: Optimizer, steps: range) -> None:
         for i in steps:
             adam.set_rate(i)
-            step(family, build.recipe({"data": "-"}).objective, [batch(documents())], adam)
+            step(family, assembly.recipe({"data": "-"}).objective, [batch(documents())], adam)
 
     family, attached, adam = begun()
     go_on(family, adam, range(2))
@@ -396,7 +396,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     assert torch.equal(logits(other), logits(family))
 
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert saved.keys() == {EMBEDDINGS}
     fresh, folded, _ = begun()
@@ -465,9 +465,9 @@ def test_our_folder_loads_in_peft(kind: str, method: str, tmp_path: Path) -> Non
     wide = {"sliding_window": 256} if kind in WINDOWED else {}  # as long as the context: there is no window
     origin, family = save_tiny(tmp_path / "base", kind, **wide), base(kind, **wide)
     attached = attach(family, method, **SETTINGS[method])
-    made = build.recipe({"base": str(origin), "data": "-", "method": {"name": method, **SETTINGS[method]}})
+    made = assembly.recipe({"base": str(origin), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
     other = peft.PeftModel.from_pretrained(tiny(kind, **wide), tmp_path / "run").double().eval()
     attached.load({EMBEDDINGS: attached.state()[EMBEDDINGS].to(torch.float32).to(torch.float64)})  # as PEFT holds them
     with torch.no_grad():
@@ -486,7 +486,7 @@ def test_a_folder_of_pefts_opens_as_a_run(kind: str, method: str, tmp_path: Path
     with torch.no_grad():
         wanted = other(input_ids=TOKENS).logits[:, 0 if method == "prefix" else N:]
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = build.open_run(Run(tmp_path / "run"))
+    made, family, attached = assembly.open_run(Run(tmp_path / "run"))
     assert isinstance(made.method, READERS[json.loads((tmp_path / "run/adapter_config.json").read_text())["peft_type"]])
     assert made.method.tokens == N
     with torch.no_grad():

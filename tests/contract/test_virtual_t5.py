@@ -19,13 +19,13 @@ from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
 from luthier.core.protocols import TRAINING, Sampling
 from luthier.core.types import Encoded, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import seq2seq
-from luthier.families.relative import Before
-from luthier.families.seq2seq import Seq2Seq
-from luthier.families.virtual_seq2seq import Carried
-from luthier.methods.bank import Bank
+from luthier.data.packing import batch, pack
+from luthier.methods.multi_adapter import Bank
 from luthier.methods.prompt import EMBEDDINGS
+from luthier.models.attention.biased import Before
+from luthier.models.families import seq2seq
+from luthier.models.families.seq2seq import Seq2Seq
+from luthier.models.soft_prompts.seq2seq import Carried
 from tiny import END_OF_TEXT, IM_END
 
 N = 5

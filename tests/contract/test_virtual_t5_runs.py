@@ -13,12 +13,12 @@ from lab_t5 import FAR, SAME, base, padded, pairs, t5, tokenizer, widen
 from test_virtual_t5 import CONFIGS, METHOD, ORACLE, SETTINGS, SUBMODULES, N
 from transformers import T5ForConditionalGeneration
 
-from luthier import build
+from luthier import assembly
 from luthier.core.errors import RunError
-from luthier.data.pack import batch
-from luthier.families.seq2seq import Seq2Seq
+from luthier.data.packing import batch
 from luthier.methods.prompt import EMBEDDINGS
-from luthier.runtime.run import Run
+from luthier.models.families.seq2seq import Seq2Seq
+from luthier.training.run_folder import Run
 
 
 def written(tmp_path: Path, dtype: torch.dtype = torch.float64) -> Path:
@@ -33,9 +33,9 @@ def test_our_folder_loads_in_peft(method: str, tmp_path: Path, monkeypatch: pyte
     widen(monkeypatch)
     family = base("relu")
     attached = attach(family, method, **SETTINGS[method])
-    made = build.recipe({"base": str(written(tmp_path)), "data": "-", "method": {"name": method, **SETTINGS[method]}})
+    made = assembly.recipe({"base": str(written(tmp_path)), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
     plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float64)
     other = peft.PeftModel.from_pretrained(plain, tmp_path / "run").double().eval()
     attached.load({EMBEDDINGS: attached.state()[EMBEDDINGS].float().double()})  # as PEFT holds them
@@ -56,7 +56,7 @@ def test_a_folder_of_pefts_opens_as_a_run(method: str, submodules: int, tmp_path
     with torch.no_grad():
         wanted = other(**padded(pairs())).logits
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = build.open_run(Run(tmp_path / "run"))
+    made, family, attached = assembly.open_run(Run(tmp_path / "run"))
     assert made.method.tokens == N
     with torch.no_grad():
         assert (family.model(**padded(pairs())).logits - wanted).abs().max() < 1e-4
@@ -70,24 +70,24 @@ def test_a_prefix_of_pefts_is_another_method(tmp_path: Path) -> None:
     other.peft_config["default"].base_model_name_or_path = str(written(tmp_path))
     other.save_pretrained(tmp_path / "run")
     with pytest.raises(RunError, match="decoder's own attention alone"):
-        build.open_run(Run(tmp_path / "run"))
+        assembly.open_run(Run(tmp_path / "run"))
 
 
 @METHOD
 def test_a_run_opens_again(method: str, tmp_path: Path) -> None:
     origin = written(tmp_path)
-    made = build.recipe({"base": {"name": str(origin), "dtype": "float32"}, "data": "-", "run": str(tmp_path / "run"),
+    made = assembly.recipe({"base": {"name": str(origin), "dtype": "float32"}, "data": "-", "run": str(tmp_path / "run"),
                          "method": {"name": method, **SETTINGS[method]}})
-    family = build.family(made.base)
-    attached = build.attach(family, made.method, 0)
+    family = assembly.family(made.base)
+    attached = assembly.attach(family, made.method, 0)
     stir(attached)
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, family, attached)
+    run.begin(assembly.dump(made), {})
+    assembly.save_tuned(run, made, family, attached)
     kind = json.loads((run.path / "adapter_config.json").read_text())["peft_type"]
     assert kind == {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING"}.get(method, "LUTHIER")
     (run.path / "recipe.yaml").unlink()  # the adapter alone says what it is
-    _, other, again = build.open_run(run)
+    _, other, again = assembly.open_run(run)
     given = padded(pairs())
     with torch.no_grad():
         assert torch.equal(other.model(**given).logits, family.model(**given).logits)

@@ -15,13 +15,13 @@ from test_vision import FAR, SAME, photographs, settings, states
 from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
-from luthier import build
+from luthier import assembly
+from luthier.api.inspect_run import inspect
 from luthier.core.errors import BaseError, RecipeError
-from luthier.data.pack import batch, pack
-from luthier.families import Vision
-from luthier.inspect import inspect
-from luthier.methods.bank import Bank
-from luthier.runtime.run import Run
+from luthier.data.packing import batch, pack
+from luthier.methods.multi_adapter import Bank
+from luthier.models import Vision
+from luthier.training.run_folder import Run
 from tiny import VISIONS, save_tiny, tiny
 
 N = 5
@@ -199,14 +199,14 @@ def test_a_model_whose_layers_know_places_is_refused(tmp_path: Path) -> None:
 @METHOD
 def test_a_run_opens_again_and_is_inspected(method: str, tmp_path: Path) -> None:
     origin = save_tiny(tmp_path / "base", "vit", dtype=torch.float32)
-    made = build.recipe({"base": str(origin), "data": "-", "run": str(tmp_path / "run"),
+    made = assembly.recipe({"base": str(origin), "data": "-", "run": str(tmp_path / "run"),
                          "method": {"name": method, **SETTINGS[method]}})
-    family = build.family(made.base)
-    attached = build.attach(family, made.method, made.seed)
+    family = assembly.family(made.base)
+    attached = assembly.attach(family, made.method, made.seed)
     stir(attached, size=1.0)
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, family, attached)
+    run.begin(assembly.dump(made), {})
+    assembly.save_tuned(run, made, family, attached)
     assert json.loads((run.path / "adapter_config.json").read_text())["peft_type"] == "LUTHIER"
     (reading,) = inspect(run, quiet=True)["readings"]
     assert "no words" in reading["about"]
@@ -216,7 +216,7 @@ def test_a_run_opens_again_and_is_inspected(method: str, tmp_path: Path) -> None
         assert 0.2 < row["start"]["size"] < 5
         assert row["start"]["size"] != row["end"]["size"]
     (run.path / "recipe.yaml").unlink()  # the adapter alone says what it is
-    _, other, _ = build.open_run(run)
+    _, other, _ = assembly.open_run(run)
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(other.model(pixel_values=pixels).last_hidden_state,

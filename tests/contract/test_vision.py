@@ -19,9 +19,9 @@ from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
 from luthier.core.protocols import Sampling
 from luthier.core.types import Encoded, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import BaseConfig, Vision, load_tokenizer, open_family
-from luthier.families.pictures import Pictures
+from luthier.data.packing import batch, pack
+from luthier.models import BaseConfig, Vision, load_tokenizer, open_family
+from luthier.models.image_processor import Pictures
 from tiny import VISIONS, save_tiny, tiny
 
 SAME, FAR = 1e-9, 1e-3

@@ -20,15 +20,15 @@ import yaml
 from torch import Tensor
 
 from cases import cases
-from luthier import build
+from luthier import assembly
+from luthier.api.train import train
 from luthier.core.errors import RecipeError, RunError
 from luthier.data import DataConfig, load
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.contrastive import info_nce, supervised
 from luthier.objectives.preference import answer_logps
-from luthier.runtime.coupled import backward
-from luthier.runtime.step import forward
-from luthier.train import train
+from luthier.training.grad_cache import backward
+from luthier.training.step import forward
 from tiny import save_tiny, tiny_tokenizer
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
@@ -65,24 +65,24 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> build.Recipe:
+def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> assembly.Recipe:
     path = home / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return build.recipe({"base": {"name": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
+    return assembly.recipe({"base": {"name": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
                          "objective": objective, "data": str(path), **more})
 
 
-def measured(recipe: build.Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
+def measured(recipe: assembly.Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
     """The loss of all rows as one batch, cut into rows of at most `micro_tokens`, and every gradient."""
-    base = build.family(recipe.base)
-    found = build.datasets(recipe, base)
-    recipe = build.fitted(recipe, found)
-    attached, reference = build.begin(recipe, base)
+    base = assembly.family(recipe.base)
+    found = assembly.datasets(recipe, base)
+    recipe = assembly.fitted(recipe, found)
+    attached, reference = assembly.begin(recipe, base)
     with torch.no_grad():
         for i, parameter in enumerate(attached.parameters().values()):
             parameter.data = parameter.double()
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-    batches = build.rows.eval_batches(found.train, micro_tokens)
+    batches = assembly.rows.eval_batches(found.train, micro_tokens)
     objective = recipe.objective
     count = sum(objective.count(batch.target) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from contract.lab import stir
-from luthier import build
+from luthier import assembly
 from luthier.core.types import Forest, Inputs, Target
-from luthier.runtime.run import Run
+from luthier.training.run_folder import Run
 from tiny import CLS, ENCODERS, MASK, PAD, SEP, VISIONS, VOCABULARY, pair_tokenizer, save_tiny
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -67,7 +67,7 @@ class Made:
     """A run that was saved, still open."""
 
     run: Run
-    recipe: build.Recipe
+    recipe: assembly.Recipe
     base: Any
     task: str
 
@@ -103,14 +103,14 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
              **base_settings: Any) -> Made:
     """Attach, move every trainable weight at random, save as `luthier train` does."""
     base_path = save_base(path / "base", kind, dtype)
-    recipe = build.recipe(None, {"base": {"name": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
+    recipe = assembly.recipe(None, {"base": {"name": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
                                  "objective": OBJECTIVES[task]})
-    base = build.family(recipe.base)
-    attached, _ = build.begin(recipe, base)
+    base = assembly.family(recipe.base)
+    attached, _ = assembly.begin(recipe, base)
     stir(attached)
     run = Run(path / "run")
-    run.begin(build.dump(recipe), build.provenance(recipe))
-    build.save_tuned(run, recipe, base, attached)
+    run.begin(assembly.dump(recipe), assembly.provenance(recipe))
+    assembly.save_tuned(run, recipe, base, attached)
     return Made(run, recipe, base, task)
 
 

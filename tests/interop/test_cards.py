@@ -12,8 +12,8 @@ import torch
 import yaml
 
 import luthier
+from luthier.api.export import export
 from luthier.core.errors import LuthierError
-from luthier.export import export
 from tiny import save_tiny
 
 LABELLED = [{"text": f"{word} thing", "label": label} for word, label in

@@ -19,10 +19,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier import build, screen
-from luthier.chat import bits
-from luthier.cli import main, parse
-from luthier.commands import COMMANDS
+from luthier import assembly
+from luthier.api.chat import bits
+from luthier.cli import console
+from luthier.cli.commands import COMMANDS
+from luthier.cli.main import main, parse
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -161,7 +162,7 @@ def test_a_full_disk_is_one_message(run: Callable[..., Output], monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(screen, "sections", full)
+    monkeypatch.setattr(console, "sections", full)
     code, out, err = run("doctor")
     assert (code, out) == (2, "")
     assert err.startswith("error: the disk is full: somewhere")
@@ -171,7 +172,7 @@ def test_other_errors_of_the_system_are_not_hidden(run: Callable[..., Output], m
     def broken(*_: Any) -> None:
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(screen, "sections", broken)
+    monkeypatch.setattr(console, "sections", broken)
     with pytest.raises(OSError, match="input/output"):
         run("doctor")
 
@@ -179,7 +180,7 @@ def test_other_errors_of_the_system_are_not_hidden(run: Callable[..., Output], m
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    number: signal.Signals, code: int) -> None:
-    from luthier.runtime.progress import Progress
+    from luthier.reporting.progress import Progress
     monkeypatch.setattr(Progress, "update", lambda self, step, **_: os.kill(os.getpid(), number) if step == 2 else None)
     folder = str(tmp_path / "run")
     words = ("train", "recipe.yaml", "--run", folder, "evaluate.metrics=[]", "data.test=null", "--quiet")
@@ -194,7 +195,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], t
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    script = "import sys; from luthier.cli import main; sys.exit(main(['schema']))"
+    script = "import sys; from luthier.cli.main import main; sys.exit(main(['schema']))"
     done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{script}" | true; echo ${{PIPESTATUS[0]}}'], text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     assert (done.stdout.strip(), done.stderr) == ("141", "")
@@ -230,15 +231,15 @@ def test_chat(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier import build
+    from luthier import assembly
     asked: list[list[str]] = []
-    ask = build.chat_prompt
+    ask = assembly.chat_prompt
 
     def noted(base: Any, messages: Any, system: Any) -> list[int]:
         asked.append([m.role for m in messages])
         return ask(base, messages, system)
 
-    monkeypatch.setattr(build, "chat_prompt", noted)
+    monkeypatch.setattr(assembly, "chat_prompt", noted)
     lines = iter(["one", "two", "x" * 300, "", "/reset", "three", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, _, err = run("chat", "lora", "--max-new-tokens", "2")
@@ -311,7 +312,7 @@ def test_doctor(run: Callable[..., Output]) -> None:
 
 
 def test_doctor_knows_every_extra_for_users() -> None:
-    from luthier.doctor import EXTRAS
+    from luthier.api.doctor import EXTRAS
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {extra: tuple(package.partition(">")[0] for package in packages) for extra, packages in extras.items()}
     assert {extra: packages for extra, packages in named.items() if extra not in ("test", "dev")} == EXTRAS
@@ -343,8 +344,8 @@ def test_help_is_quick_and_names_every_command(capsys: pytest.CaptureFixture[str
     assert subprocess.run([sys.executable, "-c", loaded], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}).returncode == 0
 
 
-def test_a_verb_wins_over_its_module() -> None:
-    script = ("from luthier.train import Interrupted; import luthier; from luthier import train; "
+def test_a_public_name_is_the_function() -> None:
+    script = ("from luthier.api.train import Interrupted; import luthier; from luthier import train; "
               "assert all(f.__name__ == n for n, f in (('train', train), ('train', luthier.train), "
               "('evaluate', luthier.evaluate), ('export', luthier.export))), luthier.train")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
@@ -355,7 +356,7 @@ def test_a_verb_wins_over_its_module() -> None:
 def test_null_and_an_empty_mapping_unset_what_a_recipe_set() -> None:
     recipe = {"data": {"train": "x", "limit": 3, "columns": {"prompt": "q"}}, "optimizer": {"clip": 2.0}}
     given = parse(["train", "data.limit=null", "data.columns={}", "optimizer.clip=null", "data.eval=0.5"]).settings
-    made = build.recipe(recipe, given)
+    made = assembly.recipe(recipe, given)
     assert (made.data.limit, made.data.columns, made.optimizer.clip, made.data.eval) == (None, {}, None, 0.5)
-    assert build.recipe(recipe, {"data.limit": None}).data.limit == 3, "from Python None is what was left out"
-    assert build.recipe(recipe, parse(["train", "data=x", "data.limit=null"]).settings).data.limit is None
+    assert assembly.recipe(recipe, {"data.limit": None}).data.limit == 3, "from Python None is what was left out"
+    assert assembly.recipe(recipe, parse(["train", "data=x", "data.limit=null"]).settings).data.limit is None

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.compare import compare
+from luthier.api.compare import compare
+from luthier.api.evaluate import evaluate
 from luthier.core.errors import LuthierError, RecipeError
-from luthier.evaluate import evaluate
-from luthier.runtime.run import Run
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 

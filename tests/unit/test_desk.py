@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
-from luthier.desk import Bit, Request, Words, _Answer
-from luthier.serve import Asked, _usage
+from luthier.api.serve import Asked, _usage
+from luthier.serving.engine import Bit, Request, Words, _Answer
 
 
 def decode(ids: Sequence[int], **_: Any) -> str:

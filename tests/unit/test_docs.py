@@ -13,15 +13,15 @@ import pytest
 import yaml
 
 from cases import cases
-from luthier import build
-from luthier.cli import parse
+from luthier import assembly
+from luthier.api.rlhf import plan
+from luthier.api.train import trainable_share
+from luthier.cli.main import parse
+from luthier.evaluation.answer_metrics import SCORERS
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
-from luthier.rlhf import plan
-from luthier.runtime import loop
-from luthier.runtime.step import Stepped
-from luthier.scoring import SCORERS
-from luthier.train import trainable_share
+from luthier.training import loop
+from luthier.training.step import Stepped
 from test_surface import settings as surface
 
 ROOT = Path(__file__).parents[2]
@@ -106,7 +106,7 @@ def test_commands_parse(page: Path) -> None:
             continue
         prefix = "data." if options["command"] == "data" else ""
         named = {"method": options.get("method"), "objective": options.get("objective")}
-        assert build.recipe({"data": "rows.jsonl"}, named | {prefix + key: value for key, value in laid.items()})
+        assert assembly.recipe({"data": "rows.jsonl"}, named | {prefix + key: value for key, value in laid.items()})
 
 
 def test_a_command_is_found_wherever_it_stands() -> None:
@@ -118,7 +118,7 @@ def test_a_command_is_found_wherever_it_stands() -> None:
 @PAGE
 def test_recipes_and_python_are_valid(page: Path) -> None:
     for body in blocks(page, "yaml"):
-        assert build.recipe(yaml.safe_load(body))
+        assert assembly.recipe(yaml.safe_load(body))
     for body in blocks(page, "python"):
         compile(body, page.name, "exec")
 
@@ -135,7 +135,7 @@ def test_the_recipe_page_is_fresh_and_whole() -> None:
     page = ROOT / "docs/recipe.md"
     again = "PYTHONPATH=src python docs/recipe.py"
     assert text(page) == runpy.run_path(str(ROOT / "docs/recipe.py"))["page"](), f"settings have changed: {again}"
-    for line in surface(build.Recipe):
+    for line in surface(assembly.Recipe):
         name = line.partition(":")[0].removeprefix("recipe ").rpartition(".")[2].partition("[")[0]
         if "[several]" not in line:  # a list of methods, which is written as a list
             assert f"| `{name}` |" in text(page), line

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import luthier
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.features import probe
+from luthier.api.train import train
+from luthier.cli.main import main
 from luthier.core.errors import RecipeError, RunError
-from luthier.features import probe
-from luthier.train import train
 from tiny import save_tiny
 
 WORDS = ("good", "bad", "a good thing", "what a bad, bad day it was", "fine and good", "bad luck", "good", "not bad at all")
@@ -70,7 +70,7 @@ def test_a_file_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path, rows, out = save_tiny(tmp_path / "base", "bert"), written(tmp_path / "rows.jsonl"), tmp_path / "f.safetensors"
     found, labels = luthier.features(path, rows, out=out, quiet=True)
     with monkeypatch.context() as closed:
-        closed.setattr(build, "family", None)  # nothing is loaded again
+        closed.setattr(assembly, "family", None)  # nothing is loaded again
         again = luthier.features(path, rows, out=out, quiet=True)
     assert np.array_equal(found, again[0])
     assert labels == again[1] == LABELS
@@ -96,11 +96,11 @@ def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
     tuned, labels = luthier.features(run, rows, quiet=True)
     assert labels == LABELS
     assert not np.allclose(tuned, luthier.features(path, rows, quiet=True)[0], atol=1e-3)
-    _, family, attached = build.open_run(run)
+    _, family, attached = assembly.open_run(run)
     assert attached is not None
     with torch.no_grad():
-        row = build.rows.load(build.recorded(run).data, family.tokenizer, seed=0).train[2]
-        batch = build.rows.eval_batches([row], None)[0]
+        row = assembly.rows.load(assembly.recorded(run).data, family.tokenizer, seed=0).train[2]
+        batch = assembly.rows.eval_batches([row], None)[0]
         pooled = family.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
     assert pooled is not None
     assert np.allclose(tuned[2], pooled[0].numpy(), atol=1e-4)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import luthier
-from luthier.export import export
+from luthier.api.export import export
 from tiny import save_tiny
 
 

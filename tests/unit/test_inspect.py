@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.inspect_run import inspect
+from luthier.cli.main import main
 from luthier.core.errors import RunError
-from luthier.inspect import inspect
-from luthier.runtime.run import Run
+from luthier.training.run_folder import Run
 from tiny import save_tiny, tiny
 
 TEXT = "abc"
@@ -22,15 +22,15 @@ TEXT = "abc"
 def tuned(tmp_path: Path, method: dict[str, Any], kind: str = "llama", move: float = 0.0) -> tuple[Run, Any]:
     """A run folder as `train` leaves it, of a method that has moved by so much."""
     origin = save_tiny(tmp_path / "base", kind, dtype=torch.float32)
-    made = build.recipe({"base": str(origin), "data": "-", "method": method, "run": str(tmp_path / "run")})
+    made = assembly.recipe({"base": str(origin), "data": "-", "method": method, "run": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    family = build.family(made.base)
-    attached = build.attach(family, made.method, made.seed)
+    run.begin(assembly.dump(made), {})
+    family = assembly.family(made.base)
+    attached = assembly.attach(family, made.method, made.seed)
     with torch.no_grad():
         for i, parameter in enumerate(attached.parameters().values()):
             parameter += move * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    build.save_tuned(run, made, family, attached)
+    assembly.save_tuned(run, made, family, attached)
     return run, attached
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.paraphrase import paraphrase
+from luthier.cli.main import main
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
 from luthier.core.protocols import Generated, Sampling
-from luthier.paraphrase import paraphrase
 from tiny import save_tiny
 
 ROWS = [{"text": f"some {word}", "label": word[0], "n": i} for i, word in enumerate(("alpha", "beta", "gamma"))]
@@ -40,11 +40,11 @@ def said(home: Path, **given: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 
 def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -> None:
-    base = build.family(build.BaseConfig(name=str(home / "base")))
+    base = assembly.family(assembly.BaseConfig(name=str(home / "base")))
     base.train(False)
 
     def answers(texts: list[str], ask: str) -> list[str]:
-        prompts = [build.chat_prompt(base, [Message("user", ask.replace("{text}", text))], build.PromptFormat()) for text in texts]
+        prompts = [assembly.chat_prompt(base, [Message("user", ask.replace("{text}", text))], assembly.PromptFormat()) for text in texts]
         found = {one.index: one for one in base.generate(prompts, Sampling(max_new_tokens=30))}
         assert all(one.finished for one in found.values())
         return [base.tokenizer.decode(found[i].tokens, skip_special_tokens=True).strip() for i in range(len(texts))]
@@ -68,7 +68,7 @@ def test_a_seed_says_the_same_again(home: Path) -> None:
 
 
 def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, heard = type(build.family(build.BaseConfig(name=str(home / "base")))), []
+    family, heard = type(assembly.family(assembly.BaseConfig(name=str(home / "base")))), []
 
     def says(*words: tuple[str, bool]) -> None:
         told = iter(words)

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.build import candidate, least_gb, recipe
+from luthier.api.plan import advice, plan
+from luthier.assembly import candidate, least_gb, recipe
 from luthier.core.errors import RecipeError
-from luthier.plan import advice, plan
 from tiny import save_tiny
 
 ROWS = 40
-MODULE = import_module("luthier.plan")  # the name `luthier.plan` is the verb
+MODULE = import_module("luthier.api.plan")
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
     made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
-    from luthier.build import family
+    from luthier.assembly import family
     held = {id(p): p.numel() for p in family(made.base).anatomy.model.parameters()}
     assert least_gb(made.base, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
     assert least_gb(made.base, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from luthier.cli import main
+from luthier.api.evaluate import evaluate
+from luthier.api.rlhf import plan, rlhf
+from luthier.cli.main import main
 from luthier.core.errors import RecipeError
-from luthier.evaluate import evaluate
-from luthier.rlhf import plan, rlhf
-from luthier.runtime.run import Run
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]

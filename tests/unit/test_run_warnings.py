@@ -8,21 +8,21 @@ from typing import Any
 
 import pytest
 
-from luthier import build
-from luthier.build.rollouts import check_rewards
-from luthier.build.run_warnings import RULES, find_data_problems, find_schedule_problems, find_unused_settings
+from luthier import assembly
+from luthier.assembly.rl_setup import check_rewards
+from luthier.assembly.run_warnings import RULES, find_data_problems, find_schedule_problems, find_unused_settings
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.data import load
-from luthier.data.loader import Loader
-from luthier.runtime.learning import STEPS, LearningMonitor
+from luthier.data.batch_source import Loader
+from luthier.training.learning_monitor import STEPS, LearningMonitor
 from tiny import tiny_tokenizer
 
 GRPO, PPO = ({"name": name, "reward": "number"} for name in ("grpo", "ppo"))
 EVALUATED = {"eval": "rows.jsonl"}
 
 
-def made(data: Any = None, **raw: Any) -> build.Recipe:
-    return build.recipe({"data": {"train": "rows.jsonl", **(data or {})}, **raw})
+def made(data: Any = None, **raw: Any) -> assembly.Recipe:
+    return assembly.recipe({"data": {"train": "rows.jsonl", **(data or {})}, **raw})
 
 
 # Each: the setting that has no effect, the recipe, and what to change so that it has one.

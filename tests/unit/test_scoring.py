@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier import scoring
 from luthier.core.errors import DataError
-from luthier.scoring import SCORERS
+from luthier.evaluation import answer_metrics
+from luthier.evaluation.answer_metrics import SCORERS
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
@@ -105,11 +105,11 @@ def test_bits_agree_with_the_table() -> None:
     rng = random.Random(0)
     for _ in range(300):
         left, right = (rng.choices("abcd", k=rng.randrange(1, 90)) for _ in range(2))
-        assert scoring._common(left, right) == table(left, right)
+        assert answer_metrics._common(left, right) == table(left, right)
 
 
 def test_docstrings_run() -> None:
-    found = doctest.testmod(scoring)
+    found = doctest.testmod(answer_metrics)
     assert found.attempted >= len(SCORERS)
     assert not found.failed
 

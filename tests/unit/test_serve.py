@@ -28,16 +28,16 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 import uvicorn
 
 import luthier
-from luthier import build
+from luthier import assembly
+from luthier.api.serve import Counter, _door, app, named
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
 from luthier.core.protocols import Sampling
-from luthier.desk import Bit, Desk, Request
-from luthier.serve import Counter, _door, app, named
+from luthier.serving.engine import Bit, Desk, Request
 from tiny import save_tiny
 
 RUNS = ("law", "medicine")
-MODULE = import_module("luthier.build.served")  # the name `luthier.build.served` is a function
+MODULE = import_module("luthier.assembly.multi_adapter_loading")  # the name `luthier.assembly.multi_adapter_loading` is a function
 
 
 @dataclass
@@ -84,7 +84,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         luthier.train(base=str(home / "base"), data=str(home / f"{name}.jsonl"), run=str(home / name), quiet=True,
                       **{"training.steps": 6, "optimizer.learning_rate": 0.05, "seed": number})
-    counter = Counter(build.served({name: home / name for name in RUNS}))
+    counter = Counter(assembly.served({name: home / name for name in RUNS}))
     server = opened(counter)
     yield House(home, counter, next(server))
     next(server, None)
@@ -170,7 +170,7 @@ def test_what_samples_otherwise_waits_for_the_next_batch() -> None:
 def test_a_runs_own_system_prompt_stands_where_none_is_brought(house: House, tmp_path: Path) -> None:
     luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "told"), quiet=True,
                   **{"training.steps": 1, "data.system": "Be brief."})
-    served = build.served({"told": tmp_path / "told", "law": house.path / "law"})
+    served = assembly.served({"told": tmp_path / "told", "law": house.path / "law"})
     said = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "Hi")])) for name in ("told", "law", "base")}
     assert "Be brief." in said["told"]
     assert said["law"] == said["base"] == said["told"].replace("<|im_start|>system\nBe brief.<|im_end|>\n", "")
@@ -214,7 +214,7 @@ def test_texts_to_embed_are_read_whole_or_refused(house: House, monkeypatch: pyt
 
 def test_an_encoder_embeds_and_does_not_chat(tmp_path: Path) -> None:
     save_tiny(tmp_path / "bert", "bert", dtype=torch.float32)
-    counter = Counter(build.served({"bert": tmp_path / "bert"}))
+    counter = Counter(assembly.served({"bert": tmp_path / "bert"}))
     server = opened(counter)
     house = House(tmp_path, counter, next(server))
     assert len(house.post("embeddings", model="bert", input="a cat")["data"][0]["embedding"]) == 32
@@ -271,7 +271,7 @@ def test_what_the_chat_template_refuses_is_told(house: House, monkeypatch: pytes
 def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: House, tmp_path: Path) -> None:
     luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "soft"), quiet=True,
                   method={"name": "prompt", "tokens": 20}, **{"training.steps": 1})
-    counter = Counter(build.served({"soft": tmp_path / "soft", "law": house.path / "law"}))
+    counter = Counter(assembly.served({"soft": tmp_path / "soft", "law": house.path / "law"}))
     try:
         long = {"prompt": "x" * 240, "max_tokens": 3, "temperature": 0}
         assert counter.served.rooms == {"base": 256, "law": 256, "soft": 236}
@@ -332,9 +332,9 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
 
 def test_whole_models_and_other_bases_are_not_served_together(house: House, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="by itself"):
-        build.served({"law": house.path / "law", "whole": house.path / "base"})
+        assembly.served({"law": house.path / "law", "whole": house.path / "base"})
     with pytest.raises(RecipeError, match="nothing to serve"):
-        build.served({})
+        assembly.served({})
 
 
 def test_a_failure_is_told_to_whoever_waits_and_the_desk_goes_on(house: House, monkeypatch: pytest.MonkeyPatch,

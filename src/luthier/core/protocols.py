@@ -5,11 +5,11 @@
 | Tokenizer  | families    | text to ids and back, and the base's chat template                 |
 | Site       | families    | one linear map of the model and what it is for (`q`, `up`, ...)    |
 | Anatomy    | families    | where the model's parts are                                        |
-| Ports      | families    | where virtual tokens enter (`ports.py`)                            |
+| Ports      | families    | where virtual tokens enter (`soft_prompts.py`)                            |
 | Head       | families    | a small map over the states that an objective asked for            |
 | Family     | families    | how to call the model                                              |
 | Method     | methods     | which parameters train, and how they enter the forward pass        |
-| Scope      | methods     | whether, where and how strongly a method acts (`scope.py`)         |
+| Scope      | methods     | whether, where and how strongly a method acts (`adapter_gate.py`)         |
 | Router     | methods     | who sends each token through its own adapter                       |
 | Attached   | methods     | a method on a model: its parameters, its off switch, its merge     |
 | Objective  | objectives  | what is minimised                                                  |
@@ -27,14 +27,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from luthier.core.answers import ChatFormat as ChatFormat
-from luthier.core.answers import Generated as Generated
-from luthier.core.answers import Sampling as Sampling
-from luthier.core.experts import Experts
-from luthier.core.ports import Ports
-from luthier.core.scope import Scope as Scope
+from luthier.core.adapter_gate import Scope as Scope
+from luthier.core.expert_layers import Experts
+from luthier.core.generation import ChatFormat as ChatFormat
+from luthier.core.generation import Generated as Generated
+from luthier.core.generation import Sampling as Sampling
+from luthier.core.optimizer_hook import Update
+from luthier.core.soft_prompts import Ports
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
-from luthier.core.update import Update
 
 
 class Tokenizer(Protocol):

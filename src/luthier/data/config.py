@@ -1,4 +1,4 @@
-"""The `data:` part of a recipe. Read `formats.py` first for what the files may hold."""
+"""The `data:` part of a recipe. Read `data/formats/registry.py` first for what the files may hold."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pydantic import Field, field_validator
 
 from luthier.core.config import Config
 from luthier.core.errors import nearest
-from luthier.data.augment import Augment
+from luthier.data.augmentation import Augment
 from luthier.data.conversation import ChatConfig, Rules
-from luthier.data.formats import COLUMNS, FormatName
+from luthier.data.formats.registry import COLUMNS, FormatName
 
 LENGTH = 1024  # tokens, where nobody says
 

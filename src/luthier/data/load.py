@@ -1,4 +1,5 @@
-"""From the `data:` part of a recipe to encoded examples and a report. Read `items.py` and `settle.py` first."""
+"""From the `data:` part of a recipe to encoded examples and a report. Read `encoding.py` and `label_encoding.py`
+first."""
 
 from __future__ import annotations
 
@@ -16,18 +17,18 @@ from luthier.core.examples import Example, ImageExample, LabelledExample, Tagged
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
 from luthier.data import sources
-from luthier.data.augment import MixupAugment, WordsAugment, augmented
-from luthier.data.choices import Numbering
+from luthier.data.answer_choices import Numbering
+from luthier.data.augmentation import MixupAugment, WordsAugment, augmented
+from luthier.data.batch_source import Mix
 from luthier.data.config import DataConfig, Source
-from luthier.data.encode import is_conversation, templated
-from luthier.data.formats import Reader, examples, numbering_of
-from luthier.data.hide import Hide, fixed, unchanged
-from luthier.data.items import encoded
-from luthier.data.loader import Mix
+from luthier.data.encoding import encoded
+from luthier.data.formats.registry import Reader, examples, numbering_of
+from luthier.data.label_encoding import Known, beside_others, class_counts, class_sums, known, settled
+from luthier.data.masking import Hide, fixed, unchanged
 from luthier.data.mixup import draws, mixed
 from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
 from luthier.data.rows import Refusal, Row, Rows
-from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
+from luthier.data.tokenization import is_conversation, templated
 
 Progress = Callable[[str, int], None]
 TICK = 200  # rows between two words of progress

@@ -1,4 +1,4 @@
-"""Mixup: two rows as one, what is read and the label alike. Read `augment.py` and `settle.py` first.
+"""Mixup: two rows as one, what is read and the label alike. Read `augmentation.py` and `label_encoding.py` first.
 
     read     share * a + (1 - share) * b        share ~ Beta(alpha, alpha), drawn once from the seed, row and change
     label    share * label_a + (1 - share) * label_b
@@ -21,8 +21,8 @@ import numpy as np
 from luthier.core.errors import DataError
 from luthier.core.examples import Example, ImageExample, LabelledExample
 from luthier.core.types import Encoded, Item, Piece
-from luthier.data.augment import MixupAugment
-from luthier.data.settle import Known
+from luthier.data.augmentation import MixupAugment
+from luthier.data.label_encoding import Known
 
 
 @dataclass(frozen=True)

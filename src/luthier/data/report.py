@@ -1,4 +1,5 @@
-"""What became of every row: kept, truncated or refused, and what the kept ones are like. Read `encode.py` first."""
+"""What became of every row: kept, truncated or refused, and what the kept ones are like. Read `tokenization.py`
+first."""
 
 from __future__ import annotations
 
@@ -9,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from luthier.core.examples import (
 )
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece
-from luthier.data.pictures import Picture
+from luthier.data.images import Picture
 from luthier.data.rows import Refusal
 
 if TYPE_CHECKING:
@@ -291,19 +291,3 @@ def _runs(piece: Piece) -> list[tuple[bool, int, int]]:
     starts = [i for i in range(len(piece.ids))
               if not i or (i in predicted) != (i - 1 in predicted) or (piece.tags and i in predicted)]
     return [(start in predicted, start, stop) for start, stop in pairwise([*starts, len(piece.ids)])]
-
-
-def length_picture(report: DataReport, path: str | Path) -> None:
-    """The token lengths of every part as a PNG of histograms."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.6 * len(report.parts)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, (name, part) in enumerate(report.parts.items()):
-        axes = figure.add_subplot(len(report.parts), 1, index + 1)
-        axes.stairs(part.histogram["counts"], part.histogram["edges"], fill=True)
-        axes.set(title=f"{name}: {part.encoded} examples, {part.tokens} tokens",
-                 xlabel="tokens in an example", ylabel="examples")
-        axes.axvline(part.lengths["median"], color="black", linewidth=1)
-    figure.savefig(path, dpi=120)

@@ -32,7 +32,7 @@ from typing import Any
 
 from luthier.core.errors import DataError
 from luthier.core.examples import Origin
-from luthier.data.pictures import IDX, in_folder, read_idx, read_pictures
+from luthier.data.images import IDX, in_folder, read_idx, read_pictures
 from luthier.data.readers import READERS, as_row
 from luthier.data.rows import OPENERS, Rows, opened
 from luthier.data.splits import ALL, DEFAULTS, KEYWORDS, TEST, TRAIN, choose_files, resolve_split

@@ -1,6 +1,6 @@
 """AdaLoRA: a LoRA in the form of a singular value decomposition, whose ranks are sought while it trains.
 
-Read `lora.py` and `merging.py` first, then `core/update.py`.
+Read `lora.py` and `merging.py` first, then `core/optimizer_hook.py`.
 
     y = W x + s B diag(e) A x          A: [R, in]   e: [R]   B: [out, R]   s = alpha / R
 
@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import TRAINING, Anatomy, Site
-from luthier.methods.experts import chosen_experts
+from luthier.methods.expert_lora import chosen_experts
 from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
 from luthier.methods.lora import PEFT_READ, PREFIX, add_product, chosen, refuse_moved_base
 from luthier.methods.merging import Merging

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
 from luthier.core.protocols import Anatomy, Block
-from luthier.methods.form import own_form
+from luthier.methods.adapter_format import own_form
 from luthier.methods.hooks import Hooks, load_into
 from luthier.methods.lora import PREFIX
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.form import own_form
+from luthier.methods.adapter_format import own_form
 from luthier.methods.freeze import norms
 from luthier.methods.hooks import Hooks, load_into
 from luthier.methods.lora import PREFIX, chosen

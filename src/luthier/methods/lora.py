@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.experts import ExpertLayer, chosen_experts, expert_layers, named
+from luthier.methods.expert_lora import ExpertLayer, chosen_experts, expert_layers, named
 from luthier.methods.hooks import Hooks, load_into, refuse_misfits, refuse_quantized
 from luthier.methods.peft_settings import (
     MERGE,

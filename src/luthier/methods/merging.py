@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from luthier.core.update import Update
+from luthier.core.optimizer_hook import Update
 from luthier.methods.hooks import Hooks
 
 

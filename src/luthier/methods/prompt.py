@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
-from luthier.core.ports import Kind, Ports
 from luthier.core.protocols import Anatomy, Scope
-from luthier.methods.form import own_form
+from luthier.core.soft_prompts import Kind, Ports
+from luthier.methods.adapter_format import own_form
 from luthier.methods.hooks import load_into
 
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name of all that it keeps of virtual tokens

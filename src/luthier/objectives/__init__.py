@@ -1,14 +1,15 @@
-"""What is minimised: pure functions from outputs and target to a sum and its count. Start with `tokens.py`.
+"""What is minimised: pure functions from outputs and target to a sum and its count. Start with `cross_entropy.py`.
 
 A new objective is one file and one line here.
 """
 
 from luthier.objectives.base import ObjectiveConfig
-from luthier.objectives.choice import ChoiceConfig
 from luthier.objectives.classify import ClassifyConfig
 from luthier.objectives.contrastive import ContrastiveConfig
+from luthier.objectives.cross_entropy import PretrainConfig, SftConfig
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.kto import KtoConfig
+from luthier.objectives.multiple_choice import ChoiceConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.preference import (
     CdpoConfig,
@@ -20,7 +21,6 @@ from luthier.objectives.preference import (
     SimpoConfig,
 )
 from luthier.objectives.reward import RewardConfig
-from luthier.objectives.tokens import PretrainConfig, SftConfig
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "sft": SftConfig,

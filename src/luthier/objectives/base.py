@@ -1,4 +1,5 @@
-"""What most objectives have in common, as defaults. Read `core/protocols.py` (Objective) first, then `tokens.py`.
+"""What most objectives have in common, as defaults. Read `core/protocols.py` (Objective) first, then
+`cross_entropy.py`.
 
 Shape letters: A items, G groups, K items of the largest group, N comparisons.
 """

@@ -1,4 +1,4 @@
-"""Classes, flags or a number for a text or a picture, and tags for words. Read `tokens.py` and `base.py` first.
+"""Classes, flags or a number for a text or a picture, and tags for words. Read `cross_entropy.py` and `base.py` first.
 
 With scores s of an item (or of a tagged token), its label y, its row's weight w, and a weight u_c for each class, 1
 where none is given:
@@ -34,7 +34,7 @@ from luthier.core.errors import DataError, RecipeError, nearest
 from luthier.core.labels import is_continuous, label_key, label_name
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives import measures
+from luthier.objectives import metrics
 from luthier.objectives.base import ObjectiveConfig, item_weights, sums, wide
 
 TASKS: Mapping[str, Any] = {"single": "single_label_classification", "multi": "multi_label_classification",
@@ -167,15 +167,15 @@ class ClassifyConfig(ObjectiveConfig):
             return {}
         if self.task == "regression":
             found, truth = scores[:, 0], target.labels
-            return {"pearson": measures.pearson(found, truth), "spearman": measures.spearman(found, truth)}
+            return {"pearson": metrics.pearson(found, truth), "spearman": metrics.spearman(found, truth)}
         if self.task == "multi":
             flags, wanted = scores > 0, target.labels > 0
-            macro, micro = measures.f1((flags & wanted).sum(0), wanted.sum(0), flags.sum(0))
+            macro, micro = metrics.f1((flags & wanted).sum(0), wanted.sum(0), flags.sum(0))
             return {"f1_macro": macro, "f1_micro": micro}
-        matrix = measures.confusion(self._truth(target), scores.argmax(-1), scores.shape[1])
-        macro, micro = measures.f1(matrix.diagonal(), matrix.sum(1), matrix.sum(0))
+        matrix = metrics.confusion(self._truth(target), scores.argmax(-1), scores.shape[1])
+        macro, micro = metrics.f1(matrix.diagonal(), matrix.sum(1), matrix.sum(0))
         cells = {f"confusion_{i}_{j}": float(matrix[i, j]) for i, j in matrix.nonzero().tolist()}
-        return {"f1_macro": macro, "f1_micro": micro, "mcc": measures.mcc(matrix), **cells}
+        return {"f1_macro": macro, "f1_micro": micro, "mcc": metrics.mcc(matrix), **cells}
 
     def _scores(self, outputs: Outputs) -> Tensor:
         scores = outputs.token_scores if self.task == "tokens" else outputs.scores

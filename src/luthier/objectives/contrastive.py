@@ -37,7 +37,7 @@ from luthier.core.errors import DataError, RecipeError
 from luthier.core.labels import is_continuous, label_key, label_name
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives import measures
+from luthier.objectives import metrics as measures
 from luthier.objectives.base import (
     Metrics,
     ObjectiveConfig,

@@ -9,7 +9,7 @@
 | `dr_grpo`   | r_i - mean r                                              | answers, of that sum / max_new_tokens |
 
 Shao et al. 2024 (arXiv:2402.03300), eq. 3 and 4; Ahmadian et al. 2024 (arXiv:2402.14740), eq. 8; Liu et al. 2025
-(arXiv:2503.20783), section 3. Read `rolls.py` first.
+(arXiv:2503.20783), section 3. Read `rl_config.py` first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.rolls import Columns, RollsConfig, k3, spread, surrogate
+from luthier.objectives.rl_config import Columns, RollsConfig, k3, spread, surrogate
 
 
 class GrpoConfig(RollsConfig):

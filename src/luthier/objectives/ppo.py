@@ -1,4 +1,4 @@
-"""PPO: raise the chance of answers that were better than a critic expected, in small steps. Read `rolls.py` first.
+"""PPO: raise the chance of answers that were better than a critic expected, in small steps. Read `rl_config.py` first.
 
     r_t  = - kl_weight (log p(t) - log p_reference(t)) + [t is last] R          what each token earned
     A_t  = sum_l (gamma lam)^l d_{t+l},  d_t = r_t + gamma V(s_{t+1}) - V(s_t)    Schulman et al. 2016, eq. 16
@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.rolls import Columns, RollsConfig, k3, surrogate
+from luthier.objectives.rl_config import Columns, RollsConfig, k3, surrogate
 
 
 class PpoConfig(RollsConfig):

@@ -1,4 +1,4 @@
-"""Preferences: which of two answers to one prompt is better. Read `tokens.py` and `base.py` first.
+"""Preferences: which of two answers to one prompt is better. Read `cross_entropy.py` and `base.py` first.
 
 One class for each name, which adds its own formula to what all share: the log-probabilities of whole answers, the
 pairs, the metrics. A ranking of K answers stands for all of its pairs.

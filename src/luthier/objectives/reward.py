@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luthier.core.protocols import Head
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives import measures
+from luthier.objectives import metrics
 from luthier.objectives.base import ObjectiveConfig, count_correct_pairs, gathered, group_weights, ranked, sums, wide
 
 
@@ -99,7 +99,7 @@ class RewardConfig(ObjectiveConfig):
     def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
         _, scores, _, better = self._ranked(outputs, target)
         group, i, j = better.nonzero(as_tuple=True)
-        return measures.calibration(torch.sigmoid(scores[group, i] - scores[group, j]))
+        return metrics.calibration(torch.sigmoid(scores[group, i] - scores[group, j]))
 
     def _ranked(self, outputs: Outputs, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The groups, their scores and margins, [G, K], 0 where one has fewer answers; what is better than what."""

@@ -8,10 +8,10 @@ from chat_templates import tokenizer_with
 from luthier.core.examples import ChatExample, Message, Origin
 from luthier.data.config import DataConfig
 from luthier.data.control_tokens import END, START, is_torn
-from luthier.data.items import encode
+from luthier.data.encoding import encode
+from luthier.data.formats.text import turn
+from luthier.data.row_values import UnfitError
 from luthier.data.rows import Refusal
-from luthier.data.values import UnfitError
-from luthier.data.worded import turn
 from tiny import CHATML, tiny_tokenizer
 
 HERE = Origin("rows.jsonl", 1)

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
 from luthier.data.config import DataConfig
-from luthier.data.encode import prompt_of
-from luthier.data.items import encode
+from luthier.data.encoding import encode
 from luthier.data.rows import Refusal
 from luthier.data.templates import FALLBACK_TEMPLATE
+from luthier.data.tokenization import prompt_of
 from tiny import CHATML
 
 HERE = Origin("f", 1)

@@ -13,13 +13,13 @@ from transformers import PreTrainedTokenizerFast
 
 from luthier.core.errors import DataError
 from luthier.core.examples import ComparedExample, Origin
-from luthier.data.choices import Choices, Numbering, find_numbering
+from luthier.data.answer_choices import Choices, Numbering, find_numbering
 from luthier.data.config import DataConfig, Source
-from luthier.data.formats import ANY, examples
+from luthier.data.formats.registry import ANY, examples
 from luthier.data.load import load, rows
+from luthier.data.row_values import UnfitError
 from luthier.data.rows import Refusal, Row
-from luthier.data.stream import Stream
-from luthier.data.values import UnfitError
+from luthier.data.streaming import Stream
 
 Write = Callable[[str, str | bytes], str]
 ABCD = ["ant", "bee", "cat", "dog"]

@@ -10,8 +10,9 @@ import pytest
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import Origin
 from luthier.core.types import Encoded, Piece
-from luthier.data import DataConfig, Loader, length_picture, load, preview
-from luthier.data.formats import COLUMNS, FORMATS
+from luthier.data import DataConfig, Loader, load, preview
+from luthier.data.formats.registry import COLUMNS, FORMATS
+from luthier.reporting.plots import plot_lengths
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 
@@ -135,7 +136,7 @@ def test_the_preview_shows_what_is_trained_in_green(letters) -> None:
 
 def test_the_lengths_are_drawn(write, letters, tmp_path) -> None:
     path = write("a.txt", "one\nthree\nseven seven\n")
-    length_picture(load(config(train=path, eval=path), letters, seed=0).report, tmp_path / "lengths.png")
+    plot_lengths(load(config(train=path, eval=path), letters, seed=0).report.parts, tmp_path / "lengths.png")
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -9,9 +9,9 @@ from tokenizers.processors import TemplateProcessing
 
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
 from luthier.data.config import DataConfig
-from luthier.data.encode import prompt_of
-from luthier.data.items import encode
+from luthier.data.encoding import encode
 from luthier.data.rows import Refusal
+from luthier.data.tokenization import prompt_of
 from tiny import END_OF_TEXT, IM_END, IM_START
 
 HERE = Origin("f", 1)

@@ -6,7 +6,7 @@ import pytest
 
 from luthier.core.errors import DataError
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
-from luthier.data.formats import FORMATS, Reader, examples
+from luthier.data.formats.registry import FORMATS, Reader, examples
 from luthier.data.rows import Refusal, Row
 
 HERE = Origin("f", 1)

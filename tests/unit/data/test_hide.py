@@ -17,10 +17,10 @@ from luthier.core.errors import BaseError, DataError
 from luthier.core.examples import Origin, TextExample
 from luthier.core.types import Batch, Encoded
 from luthier.data import DataConfig, DividedConfig, Hide, encode, load
-from luthier.data.hide import drawn, fixed
-from luthier.data.loader import Loader
-from luthier.data.pack import batch, eval_batches
-from luthier.data.stream import Stream
+from luthier.data.batch_source import Loader
+from luthier.data.masking import drawn, fixed
+from luthier.data.packing import batch, eval_batches
+from luthier.data.streaming import Stream
 from tiny import CLS, IM_END, MASK, SEP, pair_tokenizer, tiny_tokenizer, with_sentinels
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind; it has seen many a fox."

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from luthier.core.errors import DataError
 from luthier.core.examples import Origin
 from luthier.core.types import Batch, Encoded, Piece
+from luthier.data.batch_source import Loader
 from luthier.data.config import DataConfig
-from luthier.data.loader import Loader
-from luthier.data.stream import Stream
+from luthier.data.streaming import Stream
 
 
 def some(count: int, first: int = 0) -> list[Encoded]:

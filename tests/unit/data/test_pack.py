@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from luthier.core.examples import Origin
 from luthier.core.types import Batch, Encoded, Item, Piece
-from luthier.data.pack import eval_batches, pack
+from luthier.data.packing import eval_batches, pack
 
 TREES = st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=6),
                            st.integers(-1, 3)), min_size=1, max_size=4)

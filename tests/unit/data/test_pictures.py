@@ -14,7 +14,7 @@ import torch
 from luthier.core.errors import DataError
 from luthier.core.examples import Origin
 from luthier.data import DataConfig, Loader, PictureAugment, Refusal, Row, batch, examples, load, preview
-from luthier.data.pictures import Picture
+from luthier.data.images import Picture
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 

@@ -14,8 +14,8 @@ from luthier.core.errors import DataError
 from luthier.core.examples import ComparedExample, JudgedExample, Message, Origin, PromptExample
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, Reader, Refusal, Row, encode, examples, load
-from luthier.data.pack import batch
-from luthier.families import CausalLM
+from luthier.data.packing import batch
+from luthier.models import CausalLM
 from tiny import tiny
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"

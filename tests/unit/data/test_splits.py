@@ -223,7 +223,7 @@ def config(train: object, **more: object) -> DataConfig:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_each_source_of_a_mixture_has_its_own_columns(write: Write, letters: PreTrainedTokenizerFast, streaming: bool) -> None:
-    from luthier.data.stream import Stream
+    from luthier.data.streaming import Stream
 
     one = write("one.jsonl", '{"question": "q", "answer": "a"}\n')
     two = write("two.tsv", "why\tbecause\n")

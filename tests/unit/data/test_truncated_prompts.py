@@ -8,7 +8,7 @@ import pytest
 from chat_templates import KINDS, tokenizer_with
 from luthier.core.examples import ComparedExample, JudgedExample, Message, Origin
 from luthier.data.config import DataConfig
-from luthier.data.items import encoded
+from luthier.data.encoding import encoded
 from luthier.data.rows import Refusal
 
 HERE = Origin("pairs.jsonl", 3)

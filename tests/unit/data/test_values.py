@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from luthier.build import recipe
+from luthier.assembly import recipe
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import JudgedExample, LabelledExample, Origin, TaggedExample
 from luthier.core.labels import label_key, label_name, label_names, parse_number, sort_labels
-from luthier.data import values
+from luthier.data import row_values
 from luthier.data.config import DataConfig
-from luthier.data.formats import examples
+from luthier.data.formats.registry import examples
 from luthier.data.load import Datasets, load
 from luthier.data.rows import Refusal, Row
 from luthier.objectives.classify import ClassifyConfig
@@ -283,16 +283,16 @@ def test_verdicts_follow_the_rule() -> None:
             assert isinstance(found, JudgedExample)
             assert found.good is good
     for odd in (2, -1, 0.5, "yes", "", [], None, "nan"):
-        with pytest.raises(values.UnfitError, match="neither good nor bad"):
-            values.verdict(odd)
+        with pytest.raises(row_values.UnfitError, match="neither good nor bad"):
+            row_values.verdict(odd)
     assert KtoConfig.reads == {"JudgedExample"}
 
 
 @pytest.mark.parametrize("text", ["1_000", "\u0663", "1,5", "0x10", "one", "007"])
 def test_text_that_only_pythons_float_reads_is_no_number(text: str) -> None:
-    with pytest.raises(values.UnfitError, match="score is not a number"):
-        values.number(text, "score")
-    assert values.number("true", "score") == values.number(True, "score") == values.weight("1.0") == 1.0
+    with pytest.raises(row_values.UnfitError, match="score is not a number"):
+        row_values.number(text, "score")
+    assert row_values.number("true", "score") == row_values.number(True, "score") == row_values.weight("1.0") == 1.0
 
 
 def test_what_rows_become_keeps_all_digits() -> None:

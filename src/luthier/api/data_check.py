@@ -1,0 +1,65 @@
+"""The verb `data check`: what would become of every row of a file, before any training. Read `data/report.py` first.
+
+Only the base's tokenizer is loaded, so it takes seconds however large the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from luthier import assembly
+from luthier.core.errors import RunError
+from luthier.reporting.plots import plot_lengths
+from luthier.reporting.progress import status
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a data check found, and the files that it wrote.
+
+    Args:
+        previews: examples as the model meets them, what is trained in green.
+    """
+
+    report: assembly.rows.DataReport
+    previews: tuple[Text, ...]
+    report_file: Path
+    picture: Path
+
+
+def check(file: str, *, model: str | None = None, evaluated: str | None = None,
+          settings: Mapping[str, Any] | None = None, out: Path | str | None = None, previews: int = 2,
+          quiet: bool = False) -> Checked:
+    """Read, encode and report the rows of `file`, and draw their lengths.
+
+    Args:
+        model: the base whose tokenizer and chat template are used; left out: the embedded one.
+        evaluated: rows that will be evaluated on; those whose prompt is in `file` too are reported.
+        settings: of a recipe's `data`, such as ``{"max_length": 512}``; ``data.max_length`` is the same.
+        out: folder for data_report.json and lengths.png; left out: runs/check-<name of the file>.
+    """
+    given: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "base.name": model}
+    made = assembly.recipe(None, given | {f"data.{key.removeprefix('data.')}": value
+                                       for key, value in (settings or {}).items()})
+    with status("reading the data", quiet=quiet):
+        tokenizer = assembly.tokenizer(made.base)
+        most = made.data.max_length or min(made.data.most, assembly.context(made.base))
+        config = made.data.model_copy(update={"streaming": False, "max_length": most})
+        found = assembly.rows.load(config, tokenizer, seed=made.seed)
+    folder = Path(out) if out else Path("runs") / f"check-{Path(file).stem}"
+    run = assembly.Run(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        report_file = run.write("data_report.json", found.report.to_json())
+        plot_lengths(found.report.parts, folder / "lengths.png")
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise RunError(f"the report cannot be written to {str(folder)!r}: {error.strerror}",
+                       "name another folder with --out") from error
+    shown = tuple(assembly.rows.preview(example, tokenizer, found.labels) for example in found.train[:previews])
+    return Checked(found.report, shown, report_file, folder / "lengths.png")

@@ -1,0 +1,105 @@
+"""The verb `doctor`: what this machine has, as far as training depends on it. Stands alone but for `build.py`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier import assembly
+from luthier.core.errors import BaseError
+from luthier.training.memory import settle_allocator
+
+PACKAGES = ("luthier", "torch", "transformers", "safetensors", "datasets", "pydantic")
+EXTRAS = {  # extra -> what it brings; a test holds it against pyproject.toml
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+    "peft": ("peft",),
+    "vision": ("pillow",),
+    "quant": ("bitsandbytes",),
+    "features": ("scikit-learn",),
+    "serve": ("starlette", "uvicorn"),
+    "llama": ("llama-cpp-python",),
+    "bench": ("trl", "peft"),
+}
+ALLOCATOR = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "LD_PRELOAD", "PYTORCH_ALLOC_CONF",
+             "PYTORCH_CUDA_ALLOC_CONF")
+
+
+def doctor() -> dict[str, Any]:
+    """Versions, processor, memory, accelerators, disk, bases, extras, caches: section -> name -> value."""
+    return {
+        "versions": {"python": platform.python_version(), **{name: assembly.version(name) for name in PACKAGES}},
+        "cpu": _cpu(),
+        "memory": _memory(),
+        "accelerator": _accelerator(),
+        "disk": {"free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1), "here": str(Path.cwd())},
+        "bases": {alias: _base(alias) for alias in assembly.ALIASES},
+        "extras": {extra: _extra(extra, packages) for extra, packages in EXTRAS.items()},
+        "cache": {"folder": str(assembly.cache()), "gb": _size_gb(assembly.cache())},
+        "hub": {"offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
+                "token": bool(os.environ.get("HF_TOKEN")), "home": os.environ.get("HF_HOME", "~/.cache/huggingface")},
+        "allocator": {"c_library": " ".join(platform.libc_ver()).strip() or sys.platform,
+                      "keeps_freed_memory": settle_allocator(),
+                      **{name: os.environ[name] for name in ALLOCATOR if name in os.environ}},
+    }
+
+
+def _cpu() -> dict[str, Any]:
+    usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    return {"model": _cpu_model(), "cores": os.cpu_count(), "usable": usable, "torch_threads": torch.get_num_threads(),
+            "vector": torch.backends.cpu.get_cpu_capability()}
+
+
+def _cpu_model() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _memory() -> dict[str, float]:
+    """Gigabytes of 10**9 bytes; `available` counts what the system would give back from its caches."""
+    file = Path("/proc/meminfo")
+    if file.exists():
+        kib = {name: int(rest.split()[0]) for name, _, rest in
+               (line.partition(":") for line in file.read_text(encoding="ascii").splitlines())}
+        return {"total_gb": round(kib["MemTotal"] * 1024 / 1e9, 1),
+                "available_gb": round(kib["MemAvailable"] * 1024 / 1e9, 1)}
+    return {"total_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)}
+
+
+def _accelerator() -> dict[str, Any]:
+    found: dict[str, Any] = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    for index in range(torch.cuda.device_count() if found["cuda"] else 0):
+        free, total = torch.cuda.mem_get_info(index)
+        with torch.cuda.device(index):
+            bf16 = torch.cuda.is_bf16_supported()
+        found[f"gpu{index}"] = {"name": torch.cuda.get_device_name(index), "total_gb": round(total / 1e9, 1),
+                                "free_gb": round(free / 1e9, 1), "bf16": bf16}
+    return found
+
+
+def _base(alias: str) -> str:
+    try:
+        return f"installed: {assembly.resolve(alias)}"
+    except BaseError as error:
+        return f"missing: {error.remedy}"
+
+
+def _extra(extra: str, packages: tuple[str, ...]) -> str:
+    try:
+        return "installed: " + ", ".join(f"{package} {metadata.version(package)}" for package in packages)
+    except metadata.PackageNotFoundError:
+        return f"missing: pip install 'luthier[{extra}]'"
+
+
+def _size_gb(folder: Path) -> float:
+    return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9, 2)

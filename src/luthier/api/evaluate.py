@@ -1,0 +1,105 @@
+"""The verb `evaluate`: how good a run is on test rows, or others. Works on any run folder. Read `api/train.py`
+first."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from luthier import assembly
+from luthier.core.errors import RecipeError
+from luthier.evaluation.generation_eval import score, with_perplexity
+from luthier.reporting.progress import Progress, print_line, status
+from luthier.training.run_folder import Run
+from luthier.training.step import measure
+
+
+def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
+             limit: int | None = None, base: bool = False, max_new_tokens: int | None = None, quiet: bool = False,
+             base_model: str | None = None, **settings: Any) -> dict[str, Any]:
+    """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
+
+    Args:
+        run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
+        data: rows to use in place of the recipe's test (or validation) rows.
+        metrics: scores of generated answers; left out: the recipe's.
+        limit: only the first so many rows.
+        base: measure the bare base instead.
+        base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
+        settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
+
+    Returns:
+        metric -> value; docs/metrics.md defines each. Beside them `examples`, how many rows were used; `measured_on`,
+        what they are (`test`, `validation`, or `data`); `rows`, what became of every row that was
+        read, as in data_report.json: `read`, `kept`, `truncated`, `reasons` and the `refused` ones.
+    """
+    run = run if isinstance(run, Run) else Run(run)
+    with status("loading the run", quiet=quiet):
+        recorded, family, attached = assembly.open_run(run, False, base_model, partial(print_line, quiet=quiet))
+    wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
+              "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
+    raw = assembly.dump(recorded)
+    if "training.micro_tokens" in run.provenance.get("resolved", ()):  # left out: every machine has its own
+        raw["training"]["micro_tokens"] = None
+    if data:
+        raw["data"] |= {"train": data, "test": data, "eval": None}
+    made = assembly.recipe(raw, wanted)
+    # Streamed, so that the rows are read once, as those of a test: a folder may have no train split.
+    once = made.model_copy(update={"data": made.data.model_copy(update={"streaming": True})}) if data else made
+    found = assembly.datasets(once, family)
+    encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
+    part = "test" if found.test else "eval"
+    if encoded and not quiet:
+        _print_report(found.report, part, overlap=not data)  # `data` stands for the training rows too
+    if not encoded:
+        raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
+                          "name some: luthier evaluate RUN --data FILE")
+    if made.evaluate.limit:
+        encoded = encoded[:made.evaluate.limit]
+    if base and attached is None:
+        raise RecipeError("the run holds a whole model, so the bare base is not in it",
+                          f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
+    reference = _reference(run, recorded, made, family, attached)
+    family.train(False)
+    with attached.disabled() if base and attached else nullcontext():
+        batches = assembly.rows.eval_batches(encoded, assembly.micro_tokens(made, family))
+        results = (assembly.judged(made, family, attached, found, encoded) if made.objective.rolls
+                   else with_perplexity(measure(family, made.objective, batches, reference)))
+        if made.evaluate.metrics:
+            asked = assembly.questions(made, family, examples)
+            with Progress(len(asked), title="answering", quiet=quiet) as bar:
+                scored = score(family, asked, made.evaluate, tick=lambda done, total: bar.update(done))
+            results |= scored.scores
+    measured_on = "data" if data else "test" if found.test else "validation"
+    return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(found.report, part)}
+
+
+def _reference(run: Run, recorded: assembly.Recipe, made: assembly.Recipe, family: Any, attached: Any) -> Any:
+    """What makes the context in which the model is its reference. Raises `RecipeError` where there is none."""
+    if "reference_logps" not in made.objective.needs:
+        return attached.disabled if attached else nullcontext
+    if attached:
+        return assembly.beside(made, family, attached)
+    if not made.objective.rolls and recorded.base.name != str(run.path):
+        raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
+                          f"{str(run.path)!r} holds a whole model, trained over it",
+                          "read what was measured while both were there (results.json: test), or measure by an "
+                          "objective without a reference: objective=orpo")
+    return nullcontext
+
+
+def _print_report(report: assembly.rows.DataReport, part: str, overlap: bool) -> None:
+    """What became of the rows that are measured, in the sentences of `train`."""
+    for line in report.lines():
+        if line.startswith(f"{part}: ") and (overlap or "also in train" not in line):
+            print(line, file=sys.stderr)
+
+
+def _count_rows(report: assembly.rows.DataReport, part: str) -> dict[str, Any]:
+    """The same as data_report.json holds of them."""
+    counted = report.to_json()["parts"][part]
+    return {name: counted[name] for name in ("read", "kept", "truncated", "reasons", "refused")}

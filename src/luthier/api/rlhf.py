@@ -1,0 +1,143 @@
+"""The verb `rlhf`: SFT, then a reward model, then PPO, three runs in one folder. Read `api/train.py` first.
+
+    run/1-sft/  run/2-reward/  run/3-ppo/  run/report.json  run/report.md  run/rlhf.png
+
+Each is an ordinary run. PPO starts from the first and is rewarded by the second, all on one copy of the base. The same
+command goes on where it was interrupted: what has ended is left alone, what has begun is resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier import assembly
+from luthier.api.train import Interrupted, train
+from luthier.core.errors import RecipeError, nearest
+from luthier.reporting.plots import plot_rlhf
+from luthier.training.run_folder import Run
+
+STAGES = {"sft": "1-sft", "reward": "2-reward", "ppo": "3-ppo"}
+ROLES = {"base": "bare base", "start": "after SFT", "tuned": "after PPO"}
+
+
+def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **settings: Any) -> Run:
+    """Run the stages of a recipe, as far as they have not run yet. Returns the folder, with `report.json` and `.md`.
+
+    Args:
+        recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; what stands beside them (base,
+            method, data, seed, ...) holds for every part that does not say otherwise; `run` is the folder.
+        settings: laid over it; ``ppo.objective.kl_weight`` for one part, ``base.name`` for all.
+
+    Raises:
+        RecipeError: with everything that is wrong in any part, before the first one starts.
+    """
+    folder, made = plan(recipe, settings)
+    for stage, one in made.items():
+        place = folder / STAGES[stage]
+        if not quiet:
+            print(f"stage {stage}: {place}", flush=True)
+        try:
+            train(one, resume=(place / "recipe.yaml").exists(), quiet=quiet)
+        except Interrupted as error:
+            error.remedy = "give the same command once more: it goes on here"
+            raise
+    return _reported(Run(folder), made, quiet)
+
+
+def plan(recipe: str | Path | Mapping[str, Any],
+         settings: Mapping[str, Any]) -> tuple[Path, dict[str, assembly.Recipe]]:
+    """The folder, and the recipe of every stage."""
+    raw = dict(recipe) if isinstance(recipe, Mapping) else _read(Path(recipe))
+    stem = "rlhf" if isinstance(recipe, Mapping) else Path(recipe).stem
+    parts = {stage: dict(raw.pop(stage)) for stage in STAGES if stage in raw}
+    folder = Path(str(settings.get("run") or raw.get("run") or Path("runs") / stem))
+    if not {"sft", "ppo"} <= parts.keys():
+        raise RecipeError("a recipe of rlhf has the parts sft, reward and ppo, each with its data and training",
+                          f"see recipes/rlhf.yaml; this one has {', '.join([*parts, *raw]) or 'nothing'}")
+    unknown = [key for key in raw if key not in assembly.Recipe.model_fields]
+    if unknown:
+        raise RecipeError(f"unknown setting {unknown[0]!r}",
+                          nearest(unknown[0], [*STAGES, *assembly.Recipe.model_fields]))
+    shared = {key: value for key, value in raw.items() if key != "run"}
+    made: dict[str, assembly.Recipe] = {}
+    faults = []
+    for stage, part in parts.items():
+        over = {key: value for key, value in settings.items() if key.partition(".")[0] not in (*STAGES, "run")}
+        over |= {key.removeprefix(f"{stage}."): value for key, value in settings.items() if key.startswith(f"{stage}.")}
+        part = {**part, "objective": _objective(stage, part.get("objective", {}), folder, "reward" in parts),
+                "run": str(folder / STAGES[stage])}
+        if stage == "ppo":
+            first = assembly.dump(made["sft"]) if "sft" in made else {}
+            part = {"base": first.get("base", "-"), "method": first.get("method", "lora"), **part,
+                    "start": str(folder / STAGES["sft"])}
+        try:
+            made[stage] = assembly.recipe(shared, {**part, **over})
+        except RecipeError as error:
+            faults.append(f"{stage}:\n  " + error.what.replace("\n", "\n  "))
+    if faults:
+        raise RecipeError("\n".join(faults), "mend the settings named above; `luthier schema` prints every one")
+    return folder, made
+
+
+def _objective(stage: str, given: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
+    """The stage's objective, spelt out; PPO's reward is the second stage where nothing else is named."""
+    named = {"name": given} if isinstance(given, str) else {"name": stage, **given}
+    if stage == "ppo" and rewarded:
+        named = {"reward": {"run": str(folder / STAGES["reward"])}, **named}
+    return named
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}", "name a YAML file") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"the recipe {str(path)!r} holds a {type(raw).__name__}, not parts", "see recipes/rlhf.yaml")
+    return raw
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def _reported(folder: Run, made: Mapping[str, assembly.Recipe], quiet: bool) -> Run:
+    """What each stage gained, as JSON, as a page and as a picture."""
+    runs = {stage: Run(folder.path / STAGES[stage]) for stage in made}
+    told: dict[str, Any] = {stage: {key: run.results.get(key) for key in
+                                    ("metric", "before", "after", "measured_on", "examples", "steps", "train_seconds",
+                                     "peak_memory_gb")}
+                            for stage, run in runs.items()}
+    told["policies"] = assembly.standing(runs["ppo"])
+    folder.write("report.json", told)
+    folder.write("report.md", _page(told))
+    policies = told["policies"]
+    plot_rlhf(runs["ppo"].metrics, {ROLES[role]: one["reward"] for role, one in policies.items()},
+              policies["tuned"]["prompts"], folder.path / "rlhf.png")
+    if not quiet:
+        print(f"the report is {folder.path / 'report.md'}", flush=True)
+    return folder
+
+
+def _page(told: Mapping[str, Any]) -> str:
+    lines = ["# What each stage gained", "", "| stage | measure | before | after | steps | seconds |",
+             "|---|---|---|---|---|---|"]
+    for stage in (stage for stage in STAGES if stage in told):
+        one = told[stage]
+        lines.append(f"| {stage} | {one['metric'] or ''} | {_shown(one['before'])} | {_shown(one['after'])} | "
+                     f"{one['steps']} | {_shown(one['train_seconds'])} |")
+    rows = told["ppo"].get("measured_on") or "training"
+    lines += ["", f"On {_shown(told['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
+              "each with a fixed seed:", "",
+              "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
+              "|---|---|---|---|"]
+    lines += [f"| {ROLES[role]} | {_shown(one['reward'])} | {_shown(one.get('kl'))} | {_shown(one['answer_tokens'])} |"
+              for role, one in told["policies"].items()]
+    return "\n".join([*lines, "", "![reward and KL](rlhf.png)", ""])
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else str(value if value is not None else "")

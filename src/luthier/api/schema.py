@@ -1,0 +1,12 @@
+"""The verb `schema`: every setting of a recipe, for editors and for reading. Read `build.py` (Recipe) first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier import assembly
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe: each setting with its type, default and meaning."""
+    return assembly.Recipe.model_json_schema()

@@ -1,0 +1,87 @@
+"""Which objectives, methods and bases cannot go together, said before anything trains. Read `recipe.py` first.
+
+What only a base's parts decide (no place for virtual tokens, no map that fits) a method says itself as it is attached;
+what only the rows decide, `datasets` says. `docs/support.md` is the table of all pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from luthier.assembly.recipe import Recipe, beforehand, referred
+from luthier.core.errors import RecipeError
+from luthier.core.protocols import Family
+from luthier.methods.composite import parts_of
+from luthier.methods.freeze import FreezeConfig, LnConfig
+from luthier.methods.full import FullConfig
+from luthier.methods.peft import PeftConfig
+from luthier.models import BaseConfig, stored_dtype
+from luthier.models.task_heads import LOG_PROBS
+from luthier.objectives.cross_entropy import PretrainConfig
+from luthier.objectives.grpo import GrpoConfig
+from luthier.objectives.ppo import PpoConfig
+
+INSIDE = (FullConfig, FreezeConfig, LnConfig, PeftConfig)  # methods without a switch that a bank could turn
+
+
+def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
+    """Raises `RecipeError` where the base would train in float16.
+
+    Its smallest number is 6e-8, and the loss of a step is divided by all of its weighted tokens: without loss scaling
+    the gradients of the states underflow, the more the larger the batch (of LoRA on SmolLM2, three tenths are 0 at
+    131,072 tokens), whatever the trained weights themselves are kept in. bfloat16 has the range of float32.
+
+    Args:
+        loaded: of the loaded base; left out: what the config says, before anything is loaded.
+    """
+    known = stored_dtype(config) if config.dtype == "auto" and loaded is None else None
+    if config.dtype == "float16" or torch.float16 in (loaded, known):
+        raise RecipeError(f"base.dtype {config.dtype!r}: {config.name!r} would train in float16, where small gradients "
+                          "become 0 and no loss scaling is used",
+                          "set base.dtype to bfloat16 or float32 (evaluate, chat and export take float16)")
+
+
+def fitting(made: Recipe, base: Family) -> None:
+    """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
+    weight = base.anatomy.embedding.weight
+    assert isinstance(weight, torch.Tensor)
+    check_dtype(made.base, weight.dtype)
+    name, needs = made.objective.name, made.objective.needs
+    if isinstance(made.objective, PpoConfig | GrpoConfig):
+        needs = needs | made.objective.asks
+        if not base.writes:
+            raise RecipeError(f"objective {name!r} learns from the base's own answers, and {made.base.name!r} writes "
+                              "none", "choose a base that writes text, such as 'smollm2'")
+    guesses = made.objective.hides and base.anatomy.head is not None
+    if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION" and not guesses:
+        raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
+                          "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
+                          "a base that writes text, such as 'smollm2'")
+    inside = next((part.name for part in parts_of(made.method) if isinstance(part, INSIDE)), None)
+    if isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter" and inside:
+        raise RecipeError(f"objective.critic: adapter is a second adapter beside the policy's, and method {inside!r} "
+                          "works inside the base's own parts, which the two would share",
+                          "set objective.critic: shared, or train an adapter (method: lora)")
+    if isinstance(made.objective, PretrainConfig):
+        _hiding(made.objective, made.base.name, base)
+    if any(change.name == "mixup" for change in made.data.augment) and not made.objective.mixes:
+        raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
+                          "use objective: classify (but for tags), or leave mixup out")
+    kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
+    if referred(made.objective) and made.start is None and not kept and not beforehand(made):
+        without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \
+            else "objective.precompute_reference: true"
+        raise RecipeError(f"method.keep_base: false, but method {made.method.name!r} changes the base's own weights, "
+                          f"and objective {name!r} compares it with the base as it was",
+                          "leave keep_base out, which costs one copy of what trains; or train an adapter "
+                          f"(method: lora); or do without a copy: {without}")
+
+
+def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
+    """Refuse settings of what is hidden where nothing of the kind is."""
+    known = {"rate", "span"} if base.divided else set() if base.anatomy.task == "CAUSAL_LM" else {"rate", "whole_words"}
+    plain = PretrainConfig().model_dump()
+    for setting, value in objective.model_dump().items():
+        if value != plain[setting] and setting not in known:
+            raise RecipeError(f"objective.{setting} {value!r}: of what {name!r} reads nothing is hidden in that way",
+                              f"leave objective.{setting} out")

@@ -1,0 +1,261 @@
+"""A recipe to objects, one function for each: base, method, data, feed. Read `recipe.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from luthier import data as rows
+from luthier.assembly.compatibility import fitting
+from luthier.assembly.recipe import AnyMethod, Recipe, beforehand
+from luthier.core.errors import BaseError, RecipeError
+from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
+from luthier.core.protocols import Attached, ChatFormat, Family, Feed, Objective
+from luthier.core.types import Batch
+from luthier.data import DataConfig, Datasets, Loader, Stream
+from luthier.evaluation.generation_eval import Question, demand
+from luthier.methods.composite import Several, parts_of
+from luthier.methods.ia3 import Ia3Config
+from luthier.methods.lora import LoraConfig
+from luthier.methods.prompt import Words
+from luthier.models import BaseConfig, context_of, device_of, load_tokenizer, open_family
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.cross_entropy import PretrainConfig
+from luthier.training.memory import release
+
+DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
+HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
+
+
+def family(config: BaseConfig, words: bool = False) -> Family:
+    """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
+    loading held besides is given back."""
+    base = open_family(config, words)
+    if base.writes:
+        base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer))
+    release(base.device)
+    return base
+
+
+def device(made: Recipe) -> torch.device:
+    """The device that the base would be loaded to."""
+    return device_of(made.base.device)
+
+
+def tokenizer(config: BaseConfig) -> Any:
+    """The base's tokenizer, without its weights."""
+    return load_tokenizer(config)
+
+
+def context(config: BaseConfig) -> int:
+    """Tokens that the base can read at once, as its own config says, without its weights."""
+    return context_of(config)
+
+
+def attach(base: Family, method: AnyMethod, seed: int) -> Attached:
+    """The method on the base; everything that it does not train is frozen."""
+    base.anatomy.model.requires_grad_(False)
+    return method.attach(base.anatomy, seed=seed)
+
+
+def with_heads(base: Family, attached: Attached, objective: Objective, seed: int,
+               default_rate: float = HEAD_RATE) -> Attached:
+    """The method together with what the objective adds to the base's states.
+
+    Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
+    learning rate is another, by the recipe or by the objective's factor, theirs moves with it.
+    """
+    if not objective.heads:
+        return attached
+    return Several([attached, base.add(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
+
+
+def fitted(made: Recipe, found: Datasets) -> Recipe:
+    """The recipe with its objective made for the classes in the training rows. Raises `RecipeError` where the rows mean
+    nothing to it."""
+    strange = found.kinds - made.objective.reads
+    if strange:
+        raise RecipeError(f"objective {made.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it reads "
+                          f"{', '.join(sorted(made.objective.reads))}",
+                          "choose an objective for these rows: " + ", ".join(
+                              name for name, known in OBJECTIVES.items() if found.kinds <= known.reads))
+    return made.model_copy(update={"objective": made.objective.fitted(found.labels, found.counts)})
+
+
+def note_conversations(base: Family, found: Datasets) -> None:
+    """From now on, what is saved holds the rows' chat template and stop tokens, where the rows are conversations."""
+    if base.writes:
+        base.chat_format = replace(base.chat_format, trained=found.conversations)
+
+
+def check(made: Recipe, base: Family) -> None:
+    """What can only be known once the base is loaded. Raises `RecipeError`."""
+    fitting(made, base)
+    if made.data.streaming and not made.training.steps:
+        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
+    if made.data.streaming and beforehand(made):
+        raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
+                          "leave out data.streaming, or objective.precompute_reference")
+    context, room = base.anatomy.sizes["context"], room_for_text(made.method, base)
+    if made.data.max_length and made.data.max_length > room:
+        beside = f" and {context - room} virtual tokens are" if room < context else " is"
+        raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
+                          "tokens", f"set data.max_length to {room} or less" + (
+                              ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
+    added = made.base.structure is not None and made.base.structure.add_blocks
+    for part in parts_of(made.method) if added else ():
+        if why := _no_start(part):
+            raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
+                              f"{part.name} {why}", "train them by another method: freeze, full, lora")
+
+
+def room_for_text(method: AnyMethod, base: Family) -> int:
+    """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
+    context = base.anatomy.sizes["context"]
+    virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
+    if virtual + 2 > context:
+        raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
+                          f"{context} tokens", f"set method.tokens far below {context}")
+    return context - virtual
+
+
+def _no_start(method: AnyMethod) -> str:
+    """Why the method cannot train a map that is zero; empty where it can."""
+    if isinstance(method, Ia3Config):
+        return "multiplies what they give, which stays zero"
+    if isinstance(method, LoraConfig) and method.dora:
+        return "with dora divides by their rows' lengths"
+    return "with init: pissa starts from their largest directions" if isinstance(method, LoraConfig) \
+        and method.init == "pissa" else ""
+
+
+def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
+    """Everything the recipe trains and evaluates on, as far as this base can read it."""
+    objective, sees = made.objective, "channels" in base.anatomy.sizes
+    reads = frozenset(kind for kind in objective.reads if (kind == "ImageExample") == sees)
+    if not reads:
+        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
+                          f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
+    hide = _hide(made, base)
+    found = rows.load(settled(made, base), base.tokenizer, seed=made.seed, classes=objective.classes, hide=hide,
+                      reads=reads if hide is None else reads & DOCUMENTS,
+                      flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
+                      others={name: known.reads & DOCUMENTS if known.hides and base.anatomy.task != "CAUSAL_LM" else
+                              known.reads for name, known in OBJECTIVES.items()}, progress=progress)
+    _check_tokens(base, found)
+    return found
+
+
+def _check_tokens(base: Family, found: Datasets) -> None:
+    """Raises `BaseError` where a row holds a token that the base's embedding has no row for."""
+    size = base.anatomy.sizes.get("vocabulary")
+    if size is None or "channels" in base.anatomy.sizes:
+        return
+    for example in (*found.train, *found.eval, *found.test):
+        for piece in example.pieces:
+            if max(piece.ids) >= size:
+                token = next(token for token in piece.ids if token >= size)
+                words = base.tokenizer.convert_ids_to_tokens(token)
+                raise BaseError(
+                    f"{example.origin}: the token {words!r} has the id {token}, and the base's embedding has {size} "
+                    "rows",
+                    "add the token to the base (base.structure.new_tokens), or give the base its own tokenizer")
+
+
+def _hide(made: Recipe, base: Family) -> rows.Hide | None:
+    """How a part of each document is hidden, of bases that read a text whole."""
+    told = made.objective
+    if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
+        return None
+    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.rate, told.span,
+                        told.whole_words)
+
+
+def settled(made: Recipe, base: Family) -> DataConfig:
+    """The settings of the data for this base; without a `max_length`, what the base's context has room for
+    where that is less."""
+    most = min(made.data.most, room_for_text(made.method, base))
+    found = made.data.model_copy(update={"max_length": made.data.max_length or most})
+    return rows.DividedConfig.of(found) if base.divided else found
+
+
+def micro_tokens(made: Recipe, base: Family) -> int:
+    """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
+    A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
+    tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
+    return max(1, tokens // base.anatomy.sizes.get("unit", 1))
+
+
+def feed(made: Recipe, base: Family, found: Datasets) -> Feed:
+    """The batches of the run."""
+    micro = micro_tokens(made, base)
+    if made.data.streaming:
+        return Stream(settled(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
+                      use=found.use)
+    return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
+                  mix=found.mix)
+
+
+def held_out(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
+    """The rows to evaluate on while training."""
+    return rows.eval_batches(found.eval, micro_tokens(made, base))
+
+
+def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Question]:
+    """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer,
+    `RecipeError` where a row asks nothing."""
+    found = []
+    strange = next((example for example in examples if type(example).__name__ not in rows.ANSWERED), None)
+    if strange is not None:
+        raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which asks for no answer",
+                          "leave evaluate.metrics out, or name rows with prompts in data.test")
+    for example in examples[:made.evaluate.limit]:
+        ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
+        found.append(Question(tuple(ids), _asked(example), reference, example.origin))
+    demand(found, made.evaluate.metrics)
+    return found
+
+
+def _asked(example: Example) -> str:
+    """What a person would say was asked."""
+    if isinstance(example, ChatExample):
+        return next((m.content for m in reversed(example.messages) if m.role != "assistant"), "")
+    if isinstance(example, CompletionExample):
+        return example.prompt
+    return example.text if isinstance(example, TextExample) else ""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How the prompts of a run are written, as its rows were.
+
+    Args:
+        data: the settings that its rows were read with.
+        conversations: whether there were conversations among them; where the base has no chat template, they are
+            written by the fallback. Else a message is a bare prompt.
+    """
+
+    data: DataConfig = field(default_factory=lambda: DataConfig.parse({"train": "-"}))
+    conversations: bool = True
+
+
+def chat_prompt(base: Family, messages: Sequence[Message], form: PromptFormat,
+                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+    """Token ids of a conversation that ends with the user's turn, up to where the answer begins. Raises `RecipeError`
+    for one that the base's chat template refuses, or that a run of bare prompts has no place for."""
+    tokenizer = base.tokenizer
+    if not form.conversations and not rows.templated(tokenizer, form.data):
+        if [message.role for message in messages] != ["user"] or tools:
+            roles = ", ".join(message.role for message in messages)
+            raise RecipeError(f"turns of {roles}: this model was tuned on bare prompts, and knows no conversations",
+                              "send one message of the user, without a system prompt or tools")
+        return rows.encode_prompt_text(messages[0].content, tokenizer, form.data).ids
+    example = ChatExample((*messages, Message("assistant", "")), Origin("chat", 1), tools=tuple(tools))
+    try:
+        return rows.prompt_of(example, tokenizer, form.data)[0]
+    except rows.RenderError as fault:
+        raise RecipeError(f"the base's chat template refuses this conversation: {fault}",
+                          "let user and assistant take turns, the user last") from fault

@@ -1,0 +1,147 @@
+"""Runs and bases to be answered for by name, on one copy of the base. Read `initialization.py` (banked) and
+`run_io.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from luthier import data as rows
+from luthier.assembly.factory import PromptFormat, chat_prompt, family, room_for_text
+from luthier.assembly.initialization import banked
+from luthier.assembly.provenance import Report, base_conflict, ignore, open_recipe
+from luthier.assembly.recipe import recorded
+from luthier.assembly.run_io import open_run, prompt_format
+from luthier.core.errors import RecipeError, nearest
+from luthier.core.examples import LabelledExample, Message, Origin
+from luthier.core.protocols import Family
+from luthier.data import DataConfig
+from luthier.methods.composite import parts_of
+from luthier.methods.multi_adapter import Bank
+from luthier.methods.peft import PeftConfig
+from luthier.models import CausalLM
+from luthier.training.run_folder import Run
+
+ROW = 4096  # tokens of texts that are read together
+
+
+@dataclass(frozen=True)
+class Served:
+    """What answers.
+
+    Args:
+        names: by which it is asked for, to the adapter in the bank; None for the model as it stands.
+        formats: how the prompts of each are written.
+        rooms: tokens of text that each reads at once: the base's context without a run's virtual tokens.
+    """
+
+    base: Family
+    bank: Bank | None
+    names: Mapping[str, str | None]
+    formats: Mapping[str, PromptFormat]
+    rooms: Mapping[str, int]
+
+    @property
+    def writes(self) -> bool:
+        return isinstance(self.base, CausalLM)
+
+    def adapter(self, name: str) -> str | None:
+        """Raises `RecipeError` for a name that nothing has."""
+        if name not in self.names:
+            raise RecipeError(f"there is no model {name!r}: {nearest(name, self.names)}", "GET /v1/models lists them")
+        return self.names[name]
+
+    def numbers(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
+        """Names of adapters as `generate` knows them; empty where there is no bank."""
+        return () if self.bank is None else self.bank.numbers(adapters)
+
+    def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
+        """A conversation up to where the answer begins, written as the run's rows were."""
+        return chat_prompt(self.base, messages, self.formats[name])
+
+    def continued(self, name: str, text: str) -> list[int]:
+        """A bare text to go on with."""
+        return rows.encode_prompt_text(text, self.base.tokenizer, self.formats[name].data).ids
+
+    @torch.no_grad()
+    def states(self, name: str, texts: Sequence[str]) -> Tensor:
+        """[texts, D] pooled states, float32. Raises `RecipeError` for a text without tokens or beyond the context."""
+        adapter = self.adapter(name)
+        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "overlong": "refuse"})
+        encoded = []
+        for number, text in enumerate(texts):
+            found = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
+            if not isinstance(found, list):
+                raise RecipeError(f"input {number} cannot be read: {found}", "give texts of one word at least, and "
+                                  f"{self.rooms[name]} tokens at most")
+            encoded.append(found[0])
+        states = torch.zeros(len(encoded), self.base.anatomy.sizes["hidden"])
+        for row in rows.first_fit(encoded, ROW):
+            batch = rows.batch([encoded[i] for i in row]).to(self.base.device)
+            with nullcontext() if self.bank is None else self.bank.using(adapter):
+                pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
+            assert pooled is not None
+            states[row] = pooled.float().cpu()
+        return states
+
+
+def called(place: Path | str) -> str:
+    """What a run or base is called after its path: its last part, of a file without the ending. A folder's name is
+    whole: what stands behind its last dot is no ending (Qwen2.5-0.5B).
+
+    >>> called("runs/lora-0.1"), called("Qwen/Qwen2.5-0.5B"), called("models/tiny.Q4_1.gguf")
+    ('lora-0.1', 'Qwen2.5-0.5B', 'tiny.Q4_1')
+    """
+    path = Path(place)
+    return path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
+
+
+def _inside(run: Run) -> bool:
+    """Whether the run's method works inside the base's own modules, which nothing else can then share."""
+    return any(isinstance(part, PeftConfig) for part in parts_of(recorded(run.existing()).method))
+
+
+def served(runs: Mapping[str, Path | str], base_model: str | None = None, report: Report = ignore) -> Served:
+    """Load what is to be served: one base or whole model, or several runs that were tuned on one base.
+
+    Args:
+        base_model: where their base is now, if it was moved.
+        report: called with a sentence for everything that has changed since a run was made.
+
+    Raises:
+        RecipeError: runs of different bases, or a whole model among several.
+        RunError, BaseError: something cannot be read.
+    """
+    if not runs:
+        raise RecipeError("nothing to serve", "name a run folder or a base")
+    folders = {name: Run(path) for name, path in runs.items()}
+    alone = next((name for name, run in folders.items() if run.adapter is None or _inside(run)), None)
+    if alone is not None and (len(folders) == 1 or folders[alone].adapter is None):
+        if len(folders) > 1:
+            whole = alone
+            raise RecipeError(f"{whole!r} is a whole model, which shares nothing with the others",
+                              "serve it by itself, on a port of its own")
+        (name, run), = folders.items()
+        made, base, _ = open_run(run, False, base_model, report)
+        base.train(False)
+        return Served(base, None, {name: None}, {name: prompt_format(run, made)}, {name: base.anatomy.sizes["context"]})
+    recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
+    first = next(iter(recipes))
+    for name, made in recipes.items():
+        if base_model is None and (conflict := base_conflict(folders[name], recipes[first].base)):
+            raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on "
+                              f"{recipes[first].base.name!r}: {conflict}", "serve runs of one base together")
+    base = family(recipes[first].base)
+    bank = banked(base, folders)
+    base.train(False)
+    plain = called(recipes[first].base.name)
+    names: dict[str, str | None] = {plain: None} if plain not in runs else {}
+    return Served(base, bank, {**names, **{name: name for name in runs}},
+                  {plain: PromptFormat(), **{name: prompt_format(run, recipes[name]) for name, run in folders.items()}},
+                  {plain: base.anatomy.sizes["context"],
+                   **{name: room_for_text(made.method, base) for name, made in recipes.items()}})

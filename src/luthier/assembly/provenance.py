@@ -1,0 +1,281 @@
+"""What decides a run's result is kept with it by digest, and compared later. Read `recipe.py` first.
+
+| kept in                     | what                                                                                |
+|-----------------------------|-------------------------------------------------------------------------------------|
+| `provenance` of recipe.yaml | the base (digests, absolute path, hub id), runs that the recipe names, the recipe   |
+| each checkpoint's state     | the same, the recipe itself, and length and digest of metrics.jsonl                 |
+| results.json, at the end    | the base, and digests of what was trained, of the recipe and of metrics.jsonl       |
+
+Another base is refused wherever a run is opened. A changed recipe, or another run to start from, is refused by
+`--resume`, whose result it decides. All other changes are reported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, TypeVar
+
+from luthier.assembly.recipe import Recipe, changed, dump, provenance, recorded
+from luthier.assembly.settings import fill_left_out, map_paths
+from luthier.core.digests import file_sha256, json_sha256
+from luthier.core.errors import BaseError, RecipeError, RunError
+from luthier.models import BaseConfig, Identity, folder, identify, is_local, public_name
+from luthier.models.identity import DECISIVE
+from luthier.objectives.rl_config import RollsConfig
+from luthier.training.run_folder import Run
+
+Report = Callable[[str], None]
+Found = TypeVar("Found")
+METRICS = "metrics.jsonl"
+BASE_FILE = "base_model.json"  # in an exported adapter, which has no recipe
+TRAINED = ("*.safetensors", "adapter_config.json", "config.json")
+SHOWN = 16  # digits of a digest in a sentence
+
+
+def ignore(line: str) -> None:
+    """Reports nothing."""
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def record_start(made: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
+    """The `provenance` of recipe.yaml. `left_out`: settings whose values were not given but found at the start."""
+    return {**provenance(made), "base": identity.to_json(), "recipe_sha256": json_sha256(dump(made)),
+            "runs_sha256": _digest_runs(made), "resolved": left_out}
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """Makes what a checkpoint keeps besides the state of the training; called at every save."""
+
+    run: Run
+
+    def __call__(self) -> dict[str, Any]:
+        kept = self.run.provenance
+        return {"base": kept.get("base"), "runs_sha256": kept.get("runs_sha256"), "recipe": self.run.recipe,
+                "recipe_sha256": json_sha256(self.run.recipe), "metrics": digest_metrics(self.run)}
+
+
+def record_results(run: Run) -> dict[str, Any]:
+    """What results.json keeps besides the results."""
+    return {"base": run.provenance.get("base"),
+            "digests": {"trained": digest_trained(run), "recipe": json_sha256(run.recipe),
+                        "metrics": digest_metrics(run)}}
+
+
+def digest_trained(run: Run) -> dict[str, str]:
+    """File -> sha256 of the weights that a run folder holds and of the configs that say what they are."""
+    return {file.name: file_sha256(file) for pattern in TRAINED for file in sorted(run.path.glob(pattern))}
+
+
+def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
+    """Length and sha256 of metrics.jsonl, or of its first `size` bytes."""
+    file = run.path / METRICS
+    content = b""
+    if file.exists():
+        with open(file, "rb") as written:
+            content = written.read(-1 if size is None else size)
+    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+
+
+def _digest_runs(made: Recipe) -> dict[str, dict[str, str]]:
+    """The weights of the runs that a recipe names: the one to start from, and those that judge."""
+    rewards = made.objective.reward if isinstance(made.objective, RollsConfig) else ()
+    named = {"start": made.start, **{f"objective.reward.{i}.run": worth.run for i, worth in enumerate(rewards)}}
+    return {key: {file.name: file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
+            for key, place in named.items() if place is not None and Path(place).is_dir()}
+
+
+def describe_base(base: BaseConfig) -> dict[str, Any]:
+    """What an exported adapter says of its base: its public name and its digests, and no path."""
+    found = identify(base)
+    return {"name": public_name(base, found.upstream), "revision": found.revision, "sha256": dict(found.digests)}
+
+
+# ---------------------------------------------------------------- the base
+
+
+def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore) -> Recipe:
+    """The recipe of a run, its base found and proven to be the one that the run was trained on.
+
+    Args:
+        base_model: where the base is now, if it was moved.
+        report: called with a sentence for everything that has changed and for what cannot be checked.
+
+    Raises:
+        BaseError: the base is not there, or has other weights or another config.
+        RunError: `base_model` for a run that needs no base.
+    """
+    made = recorded(run)
+    for line in list_changes(run):
+        report(f"warning: {line}")
+    if run.adapter is None:
+        if base_model is not None:
+            raise RunError(f"{str(run.path)!r} holds a whole model, so it has no base that could have moved",
+                           "leave the base model out (--base-model)")
+        return made
+    return made.model_copy(update={"base": check_base(run, made.base, base_model, report)})
+
+
+def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report: Report = ignore) -> BaseConfig:
+    """The base of a run, or `base_model` in its place. Raises `BaseError` where it is not the one trained on."""
+    config = base if base_model is None else base.model_copy(update={"name": base_model, "revision": None})
+    kept = kept_digests(run)
+    if not kept:
+        if run.recipe:
+            report(f"note: {str(run.path)!r} was made before digests of bases were kept: the base {config.name!r} is "
+                   "used unchecked")
+        if base_model is None:
+            _find(run, config, folder)
+        return config
+    found = _find(run, config, identify)
+    if conflict := compare_digests(kept, found.digests):
+        raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name!r}: {conflict}",
+                        "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
+                        "base_model=PATH)")
+    if (old := kept.get("tokenizer")) and old != found.digests.get("tokenizer"):
+        report(f"warning: tokenizer or chat template of the base {config.name!r} have changed since "
+               f"{str(run.path)!r} was trained (sha256 {old[:SHOWN]}, now {found.digests['tokenizer'][:SHOWN]}): "
+               "prompts may be rendered in another way")
+    return config
+
+
+def _find(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> Found:
+    """`find(config)`, its error telling whose base it is and that it can be named."""
+    try:
+        return find(config)
+    except BaseError as error:
+        raise BaseError(f"the base of {str(run.path)!r} cannot be used: {error.what}",
+                        f"{error.remedy}; or name the place where that base is now: --base-model PATH (in Python: "
+                        "base_model=PATH)") from error
+
+
+def kept_digests(run: Run) -> Mapping[str, str]:
+    """The digests of the base that a run or an exported adapter was trained on; none where nobody kept them."""
+    file = run.path / BASE_FILE
+    kept = run.provenance.get("base") or (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
+    return dict(kept.get("sha256") or {})
+
+
+def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
+    """A sentence on the first digest by which a base is another one; empty where there is none."""
+    return next((f"its {part} should have the sha256 {kept[part][:SHOWN]}, and "
+                 + (f"{found[part][:SHOWN]} was found" if part in found else f"it has no {part} file")
+                 for part in DECISIVE if part in kept and kept[part] != found.get(part)), "")
+
+
+def base_conflict(run: Run, base: BaseConfig) -> str:
+    """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
+    found, kept = recorded(run).base, kept_digests(run)
+    if kept and found.structure == base.structure:
+        return compare_digests(kept, _find(run, base, identify).digests)
+    return "" if same_base(found, base) else f"it was made on {found.name!r}"
+
+
+def same_base(one: BaseConfig, other: BaseConfig) -> bool:
+    """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
+    named = (one.name, one.structure) == (other.name, other.structure)
+    return one.revision == other.revision and (named or folder(one) == folder(other))
+
+
+# ---------------------------------------------------------------- what has changed
+
+
+def list_changes(run: Run) -> list[str]:
+    """Sentences on the files of a finished run that are not what they were when it ended."""
+    kept = run.results.get("digests")
+    if not kept:
+        return []
+    found = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now {now[:SHOWN] or 'no file'})"
+             for name, old in kept["trained"].items()
+             if (now := file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
+    if json_sha256(run.recipe) != kept["recipe"]:
+        found.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
+    found += _changed_metrics(run, kept["metrics"], "the run ended")
+    if run.recipe and _digest_runs(recorded(run)) != (run.provenance.get("runs_sha256") or {}):
+        found.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) is not there any more, or "
+                     "has other weights")
+    return found
+
+
+def _changed_metrics(run: Run, kept: Mapping[str, Any], since: str) -> list[str]:
+    now = digest_metrics(run, kept["bytes"])
+    return [] if now == kept else [
+        f"{run.path / METRICS} has changed since {since}: its first {kept['bytes']:,} bytes are not those that were "
+        "written"]
+
+
+def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None:
+    """Compare a run with what its newest checkpoint keeps. Raises `RunError` where the result would not be that of the
+    run that wrote the checkpoint; reports all other changes."""
+    if not record:
+        return
+    if json_sha256(run.recipe) != record["recipe_sha256"]:
+        if lines := changed(*(_without_places(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
+            raise RunError(f"{run.path / 'recipe.yaml'} was changed after the checkpoint was written:\n  "
+                           + "\n  ".join(lines), "put these settings back, or start another run (run=NAME)")
+        report(f"warning: {run.path / 'recipe.yaml'} has changed since the checkpoint; no setting that decides the "
+               "result")
+    if _digest_runs(Recipe.parse(run.recipe)) != (record["runs_sha256"] or {}):
+        raise RunError(f"{str(run.path)!r}: a run that it starts from or is rewarded by (start, objective.reward) is "
+                       "not there any more, or has other weights than when this run began",
+                       "put it back as it was, or start another run (run=NAME)")
+    for line in _changed_metrics(run, record["metrics"], "the checkpoint"):
+        report(f"warning: {line}")
+
+
+def check_runs(made: Recipe, report: Report) -> None:
+    """Check the runs that a recipe names, before anything is loaded. Raises `RunError` or `RecipeError` where the run
+    to start from is not there or stands on another base."""
+    if made.start is None:
+        return
+    start = Run(made.start).existing()
+    if conflict := base_conflict(start, made.base):
+        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  base.name: "
+                          f"{recorded(start).base.name!r}, now {made.base.name!r}: {conflict}",
+                          "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
+                          "--base-model PATH (in Python: base_model=PATH)")
+    for line in list_changes(start):
+        report(f"warning: {line}")
+
+
+def _without_places(made: Recipe) -> Recipe:
+    """The recipe with bare names for paths: base, runs and rows have digests of their own, wherever they are."""
+    base = made.base.model_copy(update={"name": "-"})
+    return map_paths(made, lambda path: Path(path).name).model_copy(update={"base": base})
+
+
+def list_differences(run: Run, made: Recipe) -> list[str]:
+    """The settings by which a recipe is another one than the run's own: what it leaves out is as in the run, paths are
+    the same from any working directory, and a base is the same wherever it is."""
+    saved, kept = Recipe.parse(run.recipe), kept_digests(run)
+    if not kept:
+        saved = _make_absolute(saved)
+    known: set[str] = set()
+    map_paths(saved, lambda path: known.add(path) or path)  # type: ignore[func-returns-value]
+    ours = _make_absolute(fill_left_out(made, saved), known)
+    conflict = ""
+    if kept and ours.base.name != saved.base.name:
+        conflict = compare_digests(kept, identify(ours.base).digests)
+        if conflict:
+            conflict = f"base.name: {saved.base.name!r}, now {ours.base.name!r}: {conflict}"
+        ours = ours.model_copy(update={"base": ours.base.model_copy(update={
+            "name": saved.base.name, "revision": saved.base.revision})})
+    return [*([conflict] if conflict else []), *changed(saved, ours)]
+
+
+def _make_absolute(made: Recipe, known: Collection[str] = ()) -> Recipe:
+    """As `make_paths_absolute`, for a recipe whose files may not be there; `known` are absolute paths that were."""
+    base = made.base
+    if Path(base.name).expanduser().exists() and is_local(base.name):
+        base = base.model_copy(update={"name": str(Path(base.name).expanduser().absolute())})
+
+    def absolute(path: str) -> str:
+        place = str(Path(path).expanduser().absolute())
+        return place if place in known or Path(place).exists() else path
+    return map_paths(made, absolute).model_copy(update={"base": base})

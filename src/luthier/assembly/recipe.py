@@ -1,0 +1,307 @@
+"""A whole run as data: the recipe, how it is read, and what can be said about it before anything is loaded.
+
+Read `core/config.py` first.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from functools import reduce
+from importlib import metadata
+from operator import or_
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
+
+from luthier.assembly.peft_adapters import method_of
+from luthier.core.config import NULL, Config
+from luthier.core.errors import RecipeError, RunError
+from luthier.data import ANSWERED, DataConfig
+from luthier.evaluation.generation_eval import EvaluateConfig
+from luthier.methods import METHODS
+from luthier.methods.composite import SeveralConfig, parts_of
+from luthier.methods.freeze import FreezeConfig
+from luthier.methods.full import FullConfig
+from luthier.methods.lora import LoraConfig
+from luthier.models import BaseConfig
+from luthier.objectives import OBJECTIVES
+from luthier.objectives.grpo import GrpoConfig
+from luthier.objectives.ppo import PpoConfig
+from luthier.training.loop import TrainingConfig
+from luthier.training.optimizer import OptimizerConfig
+from luthier.training.run_folder import Run, digest
+
+AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), SeveralConfig),  # type: ignore[valid-type]
+                                 Field(discriminator="name")]
+AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+
+# The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
+FREE = ("run", "evaluate.", "base.device", "data.test", "method.keep_base", "training.micro_tokens",
+        "training.gradient_checkpointing", "training.save_every", "training.keep", "training.trackers",
+        "objective.labels")  # the last is read off the data, whose own fingerprint is compared
+SHORT = {"data": "train", "train": "path", "eval": "path", "test": "path"}  # what a bare word stands for; else: name
+
+class Recipe(Config):
+    """A whole run as data; one-to-one with a YAML file. `data: file.jsonl`, `method: lora` and the like are short for
+    `data: {train: file.jsonl}` and `method: {name: lora}`; `method: [bitfit, {name: lora, rank: 4}]` is both."""
+
+    base: BaseConfig = Field(BaseConfig(), description="the pretrained model")
+    method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
+    objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="what is minimised")
+    data: DataConfig = Field(description="what is trained and evaluated on")
+    training: TrainingConfig = TrainingConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+    start: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is the "
+                                                "reference; base and method are that run's")
+    run: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
+
+    @field_validator("base", "method", "objective", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
+        if info.field_name == "method" and isinstance(given, list | tuple):
+            if not given:
+                raise ValueError("an empty list trains nothing; name a method")
+            given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
+        if isinstance(given, dict):  # settings without a name are those of the default
+            return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
+        return {"name": given} if isinstance(given, str) else given
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _by_path(cls, given: Any) -> Any:
+        return {"train": given} if isinstance(given, (str, list, tuple)) else given
+
+
+def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Mapping[str, Any] | None = None) -> Recipe:
+    """A recipe from a file, a mapping or nothing, with `settings` (nested, or dotted keys) laid over it.
+
+    Raises one `RecipeError` that names every fault.
+    """
+    if isinstance(source, Recipe):
+        source = dump(source)
+    raw = _read(Path(source)) if isinstance(source, (str, Path)) else dict(source or {})
+    for key, value in (settings or {}).items():
+        if value is not None:
+            raw = _laid(raw, key.split("."), None if value is NULL else value)
+    return _kept(_demand_answers(Recipe.parse(_started(raw))))
+
+
+def _demand_answers(made: Recipe) -> Recipe:
+    """The recipe itself. Raises `RecipeError` where answers are to be scored to rows that ask nothing."""
+    if made.evaluate.metrics and not made.objective.reads & ANSWERED:
+        raise RecipeError(f"evaluate.metrics {', '.join(made.evaluate.metrics)}: these score generated answers, and "
+                          f"the rows of objective {made.objective.name!r} ask for none",
+                          "leave evaluate.metrics out: what the objective itself measures is measured anyway")
+    return made
+
+
+def _kept(made: Recipe) -> Recipe:
+    """The recipe with `method.keep_base` decided where it was left out."""
+    if not isinstance(made.method, FullConfig | FreezeConfig) or made.method.keep_base is not None:
+        return made
+    keep = referred(made.objective) and not beforehand(made)
+    return made.model_copy(update={"method": made.method.model_copy(update={"keep_base": keep})})
+
+
+def referred(objective: AnyObjective) -> bool:
+    """Whether the objective compares the model with what it was."""
+    asks: frozenset[str] = objective.asks if isinstance(objective, PpoConfig | GrpoConfig) else frozenset()
+    return "reference_logps" in objective.needs | asks
+
+
+def beforehand(made: Recipe) -> bool:
+    """Whether the reference is asked once, before anything trains."""
+    return bool(made.objective.model_dump().get("precompute_reference"))
+
+
+def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe that starts from a run takes from it the base and the method that it does not name itself."""
+    start = raw.get("start")
+    if start is None or {"base", "method"} <= raw.keys():
+        return raw
+    found = dump(recorded(adapted(Run(str(start)))))
+    return {"base": found["base"], "method": found["method"], **raw}
+
+
+def adapted(run: Run) -> Run:
+    """Itself, or a `RecipeError` where nothing can start from it."""
+    if run.existing().adapter is None:
+        raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
+                          f"a whole model is a base like any other: base.name={run.path}")
+    return run
+
+
+def recorded(run: Run) -> Recipe:
+    """The recipe of a run; what is known of it where PEFT or Transformers made the folder."""
+    if raw := run.recipe:
+        return Recipe.parse(raw)
+    adapter = run.adapter
+    if adapter is None:
+        return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+    if not adapter.get("base_model_name_or_path"):
+        raise RunError(f"{str(run.path / 'adapter_config.json')!r} names no base (base_model_name_or_path)",
+                       "write the hub id or folder of the base into it")
+    base = BaseConfig(name=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+    return Recipe.parse({"base": base.model_dump(), "method": method_of(adapter, run), "data": "-"})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        raise RecipeError(f"the recipe {str(path)!r} is a folder",
+                          "name a YAML file; to go on with a run: luthier train --resume RUN")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+    except FileNotFoundError:
+        near = sorted(str(p) for folder in (path.parent, Path("recipes")) for p in folder.glob("*.y*ml"))
+        raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}",
+                          "mend the YAML at the place named; rows to train on are given with --data") from None
+    if not isinstance(raw, dict):
+        held = "is empty" if raw is None else f"holds a {type(raw).__name__}, not settings"
+        raise RecipeError(f"the recipe {str(path)!r} {held}", "write lines such as `method: lora`")
+    return {key: value for key, value in raw.items() if key != "provenance"}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML, in which no key stands twice: the second would silence the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice",
+                                                        key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+    """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out,
+    mappings are laid over one another, and an empty one empties."""
+    first, *rest = path
+    old: Any = raw.get(first) or {}
+    if first == "method" and isinstance(old, list):
+        return {**raw, first: _laid_in_list(old, rest, value) if rest else value}
+    if isinstance(old, str) or (first == "data" and isinstance(old, list)):
+        old = {SHORT.get(first, "name"): old} if rest or isinstance(value, dict) else old
+    if first == "method" and len(rest) > 1 and rest[0] == old.get("name", LoraConfig().name):
+        rest = rest[1:]  # method.lora.rank, as it must be said of a list
+    if rest:
+        return {**raw, first: _laid(old, rest, value)}
+    if value and isinstance(value, dict) and isinstance(old, dict):
+        for key, inner in value.items():
+            old = _laid(old, [key], inner)
+        return {**raw, first: old}
+    if first == "data" and isinstance(old, dict) and isinstance(value, (str, list)):
+        return {**raw, first: {**old, "train": value}}
+    return {**raw, first: value}
+
+
+def _laid_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[Any]:
+    """A list of methods with `value` at ``<method>.<setting>``."""
+    spelt = [{"name": part} if isinstance(part, str) else dict(part) for part in methods]
+    names = [str(part.get("name", LoraConfig().name)) for part in spelt]
+    if path[0] not in names or len(path) < 2:
+        raise RecipeError(f"method.{'.'.join(path)}: this recipe has a list of methods, {', '.join(names)}",
+                          f"say whose setting it is, such as method.{names[0]}.{path[-1]}")
+    return [_laid(part, path[1:], value) if name == path[0] else part for name, part in zip(names, spelt, strict=True)]
+
+
+def default_learning_rate(made: Recipe) -> float:
+    """Where the recipe gives none: the method's default (as for instruction tuning) times the objective's factor."""
+    return float(made.method.default_rate * made.objective.learning_rate_factor)
+
+
+def describe_learning_rate(made: Recipe) -> str:
+    """The peak learning rate, and where it comes from."""
+    if made.optimizer.learning_rate is not None:
+        return f"{made.optimizer.learning_rate:g} (optimizer.learning_rate)"
+    factor = made.objective.learning_rate_factor
+    times = f" times {factor:g} for {made.objective.name}" if factor != 1 else ""
+    return f"{default_learning_rate(made):g} (the default: {made.method.default_rate:g} of {method_name(made)}{times})"
+
+
+def method_name(made: Recipe) -> str:
+    """What the run's method is called: ``lora``, or ``bitfit+lora`` for a list."""
+    return "+".join(part.name for part in parts_of(made.method))
+
+
+def dump(made: Recipe) -> dict[str, Any]:
+    """A recipe as YAML can hold it, every setting spelt out."""
+    return made.model_dump(mode="json")
+
+
+def idle(made: Recipe) -> list[str]:
+    """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
+    training, found = made.training, []
+    evaluates = made.data.eval is not None
+    if training.patience and not evaluates:
+        found.append("training.patience has no effect: there is nothing to evaluate on (data.eval)")
+    if training.eval_every and not evaluates:
+        found.append("training.eval_every has no effect: there is nothing to evaluate on (data.eval)")
+    if training.steps and made.optimizer.warmup >= training.steps:
+        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
+                     "as the run")
+    if training.steps and "epochs" in training.model_fields_set and training.epochs != 1.0:
+        found.append("training.epochs has no effect: training.steps is given")
+    if made.evaluate.metrics and not evaluates and made.data.test is None:
+        found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
+    structure = made.base.structure
+    if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in parts_of(made.method)}:
+        found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
+                     "mean that they start from")
+    if made.objective.rolls and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
+        found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
+                     "the first step of a round is already off its policy")
+    if made.data.train_on != "assistant" and made.objective.name == "pretrain":
+        found.append("data.train_on has no effect on documents (objective pretrain)")
+    return found
+
+
+def changed(old: Recipe, new: Recipe) -> list[str]:
+    """The settings that differ, each as ``optimizer.learning_rate: 0.001, now 0.01``, but for those in `FREE`."""
+    before, now = flatten(old), flatten(new)
+    weights = "objective.class_weights"  # balanced ones are numbers once the rows are read, and compared then
+    free = (*FREE, weights) if now.get(weights) == "balanced" else FREE
+    return [f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and not key.startswith(free)]
+
+
+def flatten(made: Recipe) -> dict[str, Any]:
+    """A recipe as dotted keys and values."""
+    return _flat(dump(made))
+
+
+def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """Dotted keys to values."""
+    found: dict[str, Any] = {}
+    for key, value in nested.items():
+        if path + key == "method" and isinstance(value, list):
+            value = {part["name"]: part for part in value}
+        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+    return found
+
+
+def provenance(made: Recipe) -> dict[str, Any]:
+    """What the recipe alone does not say: versions and the digests of the data files."""
+    named = [*made.data.train, made.data.eval, made.data.test]
+    paths = [Path(s.path) for s in named if s is not None and not isinstance(s, float)]
+    packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "data_sha256": {str(path): digest(path) for path in paths if path.exists()},
+    }
+
+
+def version(package: str) -> str:
+    """Of an installed package."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "from source"

@@ -1,0 +1,265 @@
+"""Run folders to objects and back. Read `factory.py` first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from luthier import data as rows
+from luthier.assembly.factory import PromptFormat, attach, family, settled, with_heads
+from luthier.assembly.peft_adapters import HEADS, adapter_weights, without_base_weights
+from luthier.assembly.provenance import BASE_FILE, Report, describe_base, ignore, open_recipe
+from luthier.assembly.recipe import Recipe, dump
+from luthier.assembly.settings import make_public
+from luthier.core.errors import BaseError, RunError
+from luthier.core.protocols import TRAINING, Attached, ChatFormat, Family, Objective
+from luthier.data import DataConfig
+from luthier.methods.adapter_format import OWN
+from luthier.methods.composite import Several
+from luthier.methods.lora import PREFIX
+from luthier.methods.peft_settings import with_whole_alphas
+from luthier.methods.plain_lora import fold_into_plain_lora
+from luthier.models import (
+    ALIASES,
+    BaseConfig,
+    embedding_tokenizer,
+    folder,
+    public_name,
+    read_weights,
+    resolve,
+    shards,
+    stored_dtype,
+    write_sentence_files,
+)
+from luthier.objectives.rl_config import RollsConfig
+from luthier.training.run_folder import Run
+
+STOPS = "generation_config.json"  # beside an adapter: which tokens end a turn
+NAMES_OF_MODULES = ("target_modules", "target_parameters", "feedforward_modules", "rank_pattern", "alpha_pattern")
+VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what puts tokens before a text
+
+
+def open_run(run: Run, whole: bool = False, base_model: str | None = None,
+             report: Report = ignore) -> tuple[Recipe, Family, Attached | None]:
+    """What a run folder holds: its recipe, its base, and the method with its trained weights.
+
+    The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
+    (then there is no method to attach). The name of a base in place of a folder is such a whole model.
+
+    Args:
+        whole: keep the base in its own numbers, also where the run was trained on one in few bits.
+        base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
+        report: called with a sentence for everything that has changed since the run was made.
+
+    Raises `BaseError` where the base is not the one that the run was trained on (see `provenance.py`).
+    """
+    if _names_base(run.path):
+        if base_model is not None:
+            raise RunError(f"{str(run.path)!r} is a base itself", "leave the base model out (--base-model)")
+        bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+        return bare, family(bare.base), None
+    run.existing()
+    made = open_recipe(run, base_model, report)
+    if whole and made.base.quantize != "none":
+        made = made.model_copy(update={"base": made.base.model_copy(update={"quantize": "none"})})
+    if run.adapter is None:
+        if not (run.path / "config.json").exists():
+            raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
+                           f"go on with it: luthier train --resume {run.path}")
+        base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}),  # it is in the weights
+                      made.objective.hides)
+        if kept_heads(made.objective):
+            base.add(made.objective.heads, made.seed).load(_whole_heads(run, base))
+        return made, base, None
+    base = family(made.base, made.objective.hides)
+    _restore_chat_format(run, base)
+    attached = attach(base, made.method, made.seed)
+    if kept_heads(made.objective):
+        attached = with_heads(base, attached, made.objective, made.seed)
+    saved = renamed(adapter_weights(run, base.anatomy), attached.state(), base)
+    attached.load(without_base_weights(saved, attached.state(), base.anatomy.model))
+    return made, base, attached
+
+
+def _restore_chat_format(run: Run, base: Family) -> None:
+    """The chat template and the stop tokens that the run was trained with, for a run of conversations."""
+    if not base.writes or not (run.path / STOPS).is_file():
+        return
+    template = run.path / "chat_template.jinja"
+    if isinstance(base.tokenizer.chat_template, str) and template.is_file():
+        base.tokenizer.chat_template = template.read_text(encoding="utf-8")
+    template, stops = rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer)
+    base.chat_format = ChatFormat(template, stops, trained=True)
+
+
+def prompt_format(run: Run, made: Recipe) -> PromptFormat:
+    """How prompts of a run, or of a base, are written. What was trained on conversations keeps its stop tokens; of what
+    others made nothing is known, and it is asked as a base is."""
+    known = bool(run.recipe) and run.adapter is not None
+    return PromptFormat(made.data, not known or (run.path / STOPS).is_file())
+
+
+def kept_heads(objective: Objective) -> bool:
+    """Whether a run is saved with its objective's heads. A critic has done its work when the policy is trained."""
+    return bool(objective.heads) and not isinstance(objective, RollsConfig)
+
+
+def _names_base(path: Path) -> bool:
+    """Whether this is a base's name: an alias, a file, or owner/name where no folder `owner` is (a run, else)."""
+    if path.is_dir():
+        return False
+    return str(path) in ALIASES or path.is_file() or (len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~")
+                                                      and not path.parent.is_dir())
+
+
+def _whole_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
+    """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
+    of Transformers' class, else beside it."""
+    found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
+    names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
+    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
+
+
+def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
+    """What an adapter's file holds, by the names that this model has for it.
+
+    A stack has one part more in its names under a head than alone, and a file is named after the model that others load
+    it on: a classifier's for a run with classes, the stack alone for embeddings.
+    """
+    homes = {f"{base.anatomy.model.base_model_prefix}.", base.home} - {""}
+    if base.heads.own is not None:
+        homes.add(base.heads.own.home)
+
+    def others(name: str) -> list[str]:
+        rest = name.removeprefix(PREFIX)
+        stem = next((rest.removeprefix(home) for home in homes if rest.startswith(home)), rest)
+        return [name, PREFIX + stem, *(PREFIX + home + stem for home in sorted(homes))]
+
+    there = {next((other for other in others(name) if other in saved), name): name for name in names}
+    return {there.get(name, name): tensor for name, tensor in saved.items()}
+
+
+def embeds(objective: Objective) -> bool:
+    """Whether the run gives vectors of whole texts."""
+    return objective.needs == frozenset({"pooled"})
+
+
+def save_whole(run: Run, made: Recipe, base: Family) -> None:
+    """Write the model as it now is. Heads that Transformers' class of the architecture has are in it; others, and
+    scalars, are put beside it, and the recipe says what they are for."""
+    base.save(run.path)
+    _save_embedding(run, made, base)
+    if not kept_heads(made.objective):
+        return
+    inside = base.heads.own.weights() if base.heads.own is not None else {}
+    if heads := {name: tensor for name, tensor in base.heads.state().items()
+                 if name.removeprefix(PREFIX) not in inside}:
+        save_file(heads, run.path / HEADS, metadata={"format": "pt"})
+    if not run.recipe:
+        run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
+
+
+def saved_dtype(made: Recipe, base: Family) -> torch.dtype:
+    """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
+    gone that of the model as it is."""
+    try:
+        return stored_dtype(made.base)
+    except BaseError:
+        weight = base.anatomy.embedding.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.dtype
+
+
+def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
+    """What Sentence Transformers reads, of a run that gives vectors of texts."""
+    if embeds(made.objective) and not base.divided and "channels" not in base.anatomy.sizes:
+        embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
+        write_sentence_files(run.path, base.anatomy.sizes["hidden"], base.pooling,
+                             max_length=settled(made, base).max_length, normalize=True)
+
+
+def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public: bool = False) -> None:
+    """Write the trained weights as Transformers and PEFT read them, and the tokenizer.
+
+    `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
+    base_model.json holds the base's digests.
+    """
+    if isinstance(made.objective, RollsConfig) and made.objective.heads:
+        assert isinstance(attached, Several), "the critic stands beside the method"
+        attached = attached.parts[0]
+    config = attached.peft()
+    if config is None:
+        save_whole(run, made, base)
+        return
+    state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
+             if not name.startswith(TRAINING)}
+    if scalars := {PREFIX + name: state.pop(PREFIX + name) for name in base.heads.scalars}:
+        save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
+    state, config = _as_loaded(state, config, made, base)
+    file = run.path / "adapter_model.safetensors"
+    save_file(state, file, metadata={"format": "pt"})
+    file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
+    name = name_base(made.base, public)
+    run.write("adapter_config.json", {**with_whole_alphas(config), "base_model_name_or_path": name,
+                                      "revision": made.base.revision})
+    if public:
+        run.write(BASE_FILE, describe_base(made.base))
+    base.padded_tokenizer().save_pretrained(run.path)
+    base.save_generation_config(run.path)
+    # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
+    if config["peft_type"] not in (OWN, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
+        _save_embedding(run, made, base)
+
+
+def name_base(config: BaseConfig, public: bool = False) -> str:
+    """The name by which PEFT loads the base: a hub id as it is, anything else as the Transformers folder that it
+    became. `public`: by its hub id or bare name, which other machines may know."""
+    if public:
+        return public_name(config) if config.structure is None else folder(config).name
+    hub = config.structure is None and isinstance(resolve(config.name), str)
+    return config.name if hub else str(folder(config).absolute())
+
+
+def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) -> Attached:
+    """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
+    to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
+    parts = list(attached.parts) if isinstance(attached, Several) else [attached]
+    forms = [part.peft() or {} for part in parts]
+    heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
+    tuned = [part for part in parts if part not in heads]
+    if len(tuned) > 1:
+        raise RunError("a list of methods is no plain LoRA", "leave --lora-rank out, or export with --to merged")
+    config, state = fold_into_plain_lora(tuned[0], rank)
+    found = config.attach(base.anatomy, seed=0)
+    found.load(state)
+    return Several([found, *heads]) if heads else found
+
+
+def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
+               base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
+    own, home = base.heads.own, base.home
+    if own is None and (not embeds(made.objective) or base.divided):
+        return state, config
+    new = "" if own is None else own.home
+    heads = set() if own is None else {PREFIX + name for name in own.weights()}
+
+    sites = {site.name for site in base.anatomy.sites}
+
+    def moved(name: str, start: str = "") -> str:
+        if not home and not start and not any(name == site or name.startswith(f"{site}.") for site in sites):
+            return name  # the end of a path
+        return start + new + name.removeprefix(start + home) if name.startswith(start + home) else name
+
+    state = {name if name in heads else moved(name, PREFIX): tensor for name, tensor in state.items()}
+    if own is None:
+        config = {**config, "task_type": "FEATURE_EXTRACTION"}
+    config = {key: ([moved(x) for x in value] if isinstance(value, list) else
+                    {moved(x): y for x, y in value.items()} if isinstance(value, dict) else value)
+              if key in NAMES_OF_MODULES else value for key, value in config.items()}
+    return state, config

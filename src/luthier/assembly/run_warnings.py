@@ -1,0 +1,327 @@
+"""Why a run cannot learn, or a setting has no effect, as far as it is known before the first step.
+
+Read `recipe.py` (`idle`) first. What only shows while a run trains, `training/learning_monitor.py` says. Each function
+returns sentences; which of them are known when:
+
+| function                     | needs                                  |
+|------------------------------|----------------------------------------|
+| `find_unused_settings`       | the recipe alone                       |
+| `find_data_problems`         | the encoded rows                       |
+| `find_method_problems`       | the base, with the method on it        |
+| `find_schedule_problems`     | the number of steps                    |
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.assembly.recipe import Recipe, idle
+from luthier.core.protocols import Attached, Family, Feed
+from luthier.core.types import Encoded
+from luthier.data import Datasets, Loader
+from luthier.methods.adalora import AdaLoraConfig
+from luthier.methods.composite import parts_of
+from luthier.methods.lora import LoraConfig, matches
+from luthier.models import ALIASES
+from luthier.objectives.classify import ClassifyConfig
+from luthier.objectives.contrastive import ContrastiveConfig
+from luthier.objectives.grpo import GrpoConfig
+from luthier.objectives.kto import KtoConfig
+from luthier.objectives.ppo import PpoConfig
+from luthier.objectives.reward import RewardConfig
+from luthier.objectives.rl_config import RollsConfig
+from luthier.training.loop import total_steps
+from luthier.training.optimizer import factor
+
+MANY = 0.5  # share of the batches without a learning signal from which on they are worth a warning
+TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
+UNUSED = "{} has no effect: {}"
+
+
+# ---------------------------------------------------------------- of the recipe alone
+
+
+def _not_of_kind(kind: str) -> Callable[[Recipe], bool]:
+    """Whether the objective is contrastive, of another kind."""
+    return lambda made: isinstance(made.objective, ContrastiveConfig) and made.objective.kind != kind
+
+
+def _untrained_critic(made: Recipe) -> bool:
+    return isinstance(made.objective, PpoConfig) and not made.objective.value_weight
+
+
+def _reads_none_of(*kinds: str) -> Callable[[Recipe], bool]:
+    return lambda made: not made.objective.reads & {f"{kind}Example" for kind in kinds}
+
+
+def _evaluates(made: Recipe) -> bool:
+    return made.data.eval is not None
+
+
+def _one_step_a_round(made: Recipe) -> bool:
+    return isinstance(made.objective, RollsConfig) and made.objective.once
+
+
+ONCE = "each round is one optimizer step (objective.epochs and minibatches are 1), taken by the policy that answered"
+# (setting, when it has no effect, why). A setting is named only where it differs from its default.
+RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
+    ("training.keep", lambda made: not (_evaluates(made) or made.training.save_every),
+     "one checkpoint alone is written, at the end (set training.save_every)"),
+    ("optimizer.floor", lambda made: made.optimizer.schedule == "constant", "optimizer.schedule is constant"),
+    ("evaluate.max_new_tokens", lambda made: not made.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
+    ("evaluate.batch_size", lambda made: not made.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
+    ("evaluate.limit", lambda made: not _evaluates(made) and made.data.test is None,
+     "there are no rows to evaluate on (data.test or data.eval)"),
+    ("evaluate.before", lambda made: not _evaluates(made) and made.data.test is None,
+     "there are no rows to evaluate on (data.test or data.eval)"),
+    ("base.pooling", lambda made: not made.objective.needs & {"pooled", "scores"},
+     "the objective reads no state of a whole text"),
+    ("base.revision", lambda made: made.base.name in ALIASES or Path(made.base.name).exists(),
+     "base.name is no id of the hub"),
+    ("data.train_on", lambda made: "ChatExample" not in made.objective.reads, "the objective reads no chats"),
+    ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "Judged"), "the objective reads no chats or prompts"),
+    ("data.share_prompt", _reads_none_of("Compared", "Judged"), "the objective compares no answers to one prompt"),
+    ("data.score_scale", lambda made: not (isinstance(made.objective, ContrastiveConfig)
+                                            and made.objective.kind == "scores"),
+     "the objective reads no similarity scores (contrastive with kind: scores)"),
+    ("objective.both", _not_of_kind("pairs"), "it is about kind: pairs"),
+    ("objective.mask_duplicates", _not_of_kind("pairs"), "it is about kind: pairs"),
+    ("objective.margin", _not_of_kind("triplet"), "it is about kind: triplet"),
+    ("objective.labels", _not_of_kind("labels"), "it is about kind: labels"),
+    ("objective.temperature", lambda made: isinstance(made.objective, ContrastiveConfig)
+     and made.objective.kind == "triplet", "a triplet has a margin, and no temperature"),
+    ("objective.clip", _one_step_a_round, ONCE),
+    ("objective.clip_high", _one_step_a_round, ONCE),
+    ("objective.target_kl", _one_step_a_round, ONCE),
+    ("objective.value_clip", _one_step_a_round, ONCE),
+    ("objective.value_clip", _untrained_critic, "objective.value_weight is 0, so the critic is not trained"),
+    ("objective.critic", _untrained_critic, "objective.value_weight is 0, so the critic is not trained"),
+    ("objective.kl_in", lambda made: isinstance(made.objective, PpoConfig) and not made.objective.kl_weight,
+     "objective.kl_weight is 0"),
+)
+
+
+def find_unused_settings(made: Recipe) -> list[str]:
+    """Settings that were given and have no effect, each with the reason."""
+    found = [UNUSED.format(setting, reason) for setting, unused, reason in RULES
+             if _is_changed(made, setting) and unused(made)]
+    return list(dict.fromkeys([*idle(made), *found, *_unused_sources(made), *_unused_rewards(made)]))
+
+
+def _is_changed(made: Recipe, setting: str) -> bool:
+    """Whether the recipe has such a setting, at another value than its default."""
+    part, _, name = setting.partition(".")
+    config = made.__dict__[part]
+    field = type(config).model_fields.get(name)
+    return field is not None and config.__dict__[name] != field.get_default(call_default_factory=True)
+
+
+def _unused_sources(made: Recipe) -> Iterator[str]:
+    sources = made.data.train
+    weights = {source.weight for source in sources}
+    if made.training.steps and len(weights) == 1 and weights != {1.0}:
+        yield UNUSED.format("data.train: weight", "all sources have the same, and training.steps is given")
+    for source in sources:
+        if source.document != "auto" and source.path.endswith(TABLES):
+            yield UNUSED.format("data.train: document", f"{source.path!r} is no plain text")
+
+
+def _unused_rewards(made: Recipe) -> Iterator[str]:
+    if not isinstance(made.objective, RollsConfig):
+        return
+    rewards = made.objective.reward
+    for reward in rewards:
+        name = reward.function or reward.run or reward.url
+        if not reward.weight:
+            yield f"objective.reward: {name!r} has weight 0, so what it says of an answer is not learned from"
+    scaled = isinstance(made.objective, GrpoConfig) and made.objective.advantage == "grpo"
+    if scaled and len(rewards) == 1 and rewards[0].weight > 0 and rewards[0].weight != 1:
+        yield UNUSED.format("objective.reward: weight", "there is one reward, and advantages are divided by its "
+                            "standard deviation")
+
+
+# ---------------------------------------------------------------- of the rows
+
+
+def find_data_problems(made: Recipe, found: Datasets) -> list[str]:
+    """Why the rows as they are teach nothing, or less than they seem to. Of streamed rows nothing is known yet."""
+    if not found.train:
+        return []
+    objective = made.objective
+    if isinstance(objective, KtoConfig):
+        return list(_of_verdicts(found.train))
+    if isinstance(objective, ClassifyConfig):
+        return list(_of_classes(made, objective, found))
+    if isinstance(objective, ContrastiveConfig):
+        return list(_of_contrast(made, objective, found))
+    widest = max((len(one.items) for one in found.train), default=0)
+    if isinstance(objective, RewardConfig) and objective.ranking == "all_pairs" and widest == 2:
+        return [UNUSED.format("objective.ranking", "every row compares two answers, of which both are the same loss")]
+    return []
+
+
+def _of_verdicts(train: Sequence[Encoded]) -> Iterator[str]:
+    labels = {item.label for one in train for item in one.items if item.label in (0.0, 1.0)}
+    if len(labels) == 1:
+        there, missing, weight = ("desirable", "undesirable", "bad_weight") if labels == {1.0} else (
+            "undesirable", "desirable", "good_weight")
+        yield (f"all {len(train)} train rows are {there} (label {'true' if labels == {1.0} else 'false'}), and KTO "
+               f"learns from the difference of both: add {missing} rows (objective.{weight} balances them)"
+               + ("; for good answers alone use objective: sft" if labels == {1.0} else ""))
+
+
+def _of_classes(made: Recipe, objective: ClassifyConfig, found: Datasets) -> Iterator[str]:
+    items = [item for one in found.train for item in one.items]
+    if objective.task == "regression":
+        if len({item.label for item in items}) == 1:
+            yield f"all {len(items)} train rows have the label {items[0].label:g}: only a constant can be learned"
+        return
+    if objective.task == "multi":
+        for index, name in enumerate(objective.labels):
+            flags = {item.label[index] for item in items if isinstance(item.label, tuple)}
+            if len(flags) == 1:
+                yield (f"{'all' if flags == {1.0} else 'none'} of the {len(items)} train rows have the class {name!r}: "
+                       "it cannot be told apart")
+        return
+    missing = [name for name in objective.labels if not found.counts.get(name)]
+    if len(objective.labels) - len(missing) == 1:
+        there = next(name for name in objective.labels if name not in missing)
+        yield f"all train rows have the class {there!r}: there is nothing to tell apart; give rows of other classes"
+    elif missing:
+        yield f"no train row has the class {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else "")
+    elif objective.task == "single" and not made.data.shuffle and made.training.batch_size > 1:
+        flat, total = _count_batches(made, found, lambda batch: len({one.items[0].label for one in batch}) == 1)
+        if flat >= MANY * total:
+            yield (f"in {flat} of {total} batches of an epoch all rows have one class, and data.shuffle is false: "
+                   "shuffle the rows")
+
+
+def _of_contrast(made: Recipe, objective: ContrastiveConfig, found: Datasets) -> Iterator[str]:
+    kinds = {"pairs": _has_no_negative, "labels": _has_no_contrast, "scores": _has_no_order, "triplet": _has_no_gap}
+    flat, total = _count_batches(made, found, lambda batch: kinds[objective.kind](batch, objective.mask_duplicates))
+    reasons = {
+        "pairs": "no anchor has a negative that differs from its positive (negatives are the batch's other positives)",
+        "labels": "no row has both a mate of its class and one of another class",
+        "scores": "all pairs have the same score, so none is to be closer than another",
+        "triplet": "every negative is the same text as its positive"}
+    if flat >= MANY * total:
+        what = "every batch" if flat == total else f"{flat} of {total} batches of an epoch"
+        yield (f"nothing can be learned from {what}: {reasons[objective.kind]}; raise training.batch_size "
+               f"({made.training.batch_size}), or give rows that differ")
+    if objective.kind != "pairs":
+        return
+    seen = Counter(item.text_id for one in found.train for item in one.items if item.label == 1)
+    twice = sum(count for text, count in seen.items() if text is not None and count > 1)
+    if twice and not objective.mask_duplicates and flat < total:
+        yield (f"{twice} of {sum(seen.values())} positives occur more than once, and where two share a batch each "
+               "counts as a negative of the other's anchor; objective.mask_duplicates: true leaves those negatives out")
+    if objective.mask_duplicates and not _has_duplicates(found.train):
+        yield UNUSED.format("objective.mask_duplicates", "no text occurs in two train rows")
+
+
+def _has_duplicates(train: Sequence[Encoded]) -> bool:
+    texts = Counter(text for one in train for text in {item.text_id for item in one.items})
+    return any(count > 1 for count in texts.values())
+
+
+def _content(one: Encoded, place: int) -> Any:
+    """What the item's text is, for comparison; a picture is like no other."""
+    text = one.items[place].text_id
+    return (id(one), place) if text is None else text
+
+
+def _has_no_negative(batch: Sequence[Encoded], masked: bool) -> bool:
+    """Pairs: whether the loss of every anchor is a constant."""
+    anchors = [_content(one, 0) for one in batch]
+    positives = [{_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch]
+    others = {_content(one, i) for one in batch for i, item in enumerate(one.items) if item.label != 0}
+    if masked:  # see `objectives.contrastive.known_pairs`
+        known: dict[Any, set[Any]] = {}
+        for anchor, own in zip(anchors, positives, strict=True):
+            known.setdefault(anchor, {anchor}).update(own)
+        positives = [known[anchor] for anchor in anchors]
+    return all(others <= own for own in positives)
+
+
+def _has_no_contrast(batch: Sequence[Encoded], _: bool) -> bool:
+    counts = Counter(item.label for one in batch for item in one.items)
+    return len(counts) == 1 or max(counts.values()) == 1
+
+
+def _has_no_order(batch: Sequence[Encoded], _: bool) -> bool:
+    return len({one.items[0].label for one in batch}) == 1
+
+
+def _has_no_gap(batch: Sequence[Encoded], _: bool) -> bool:
+    return all({_content(one, i) for i, item in enumerate(one.items) if item.label != 0}
+               == {_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch)
+
+
+def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[Encoded]], bool]) -> tuple[int, int]:
+    """Of the first epoch's batches those for which this is true, and how many there are."""
+    size = made.training.batch_size
+    order = Loader(found.train, size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix).order(0)
+    batches = [[found.train[i] for i in order[at:at + size]] for at in range(0, len(order), size)]
+    return sum(map(is_flat, batches)), len(batches)
+
+
+# ---------------------------------------------------------------- of the method on its base
+
+
+def find_method_problems(made: Recipe, base: Family, attached: Attached) -> list[str]:
+    """Ranks above a map's size, patterns that match nothing, a weight decay of what is never decayed."""
+    parameters, found = attached.parameters(), []
+    for part in parts_of(made.method):
+        if isinstance(part, LoraConfig):
+            for setting, patterns in (("rank_pattern", part.rank_pattern), ("alpha_pattern", part.alpha_pattern)):
+                found += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
+                          for pattern in patterns if not any(matches(site, pattern) for site in base.anatomy.sites)]
+        if isinstance(part, LoraConfig | AdaLoraConfig):
+            found += _of_ranks(part.name, [site for site in base.anatomy.sites if any(
+                f".{site.name}." in f".{name}." for name in parameters)], {
+                    name: tuple(parameter.shape) for name, parameter in parameters.items()})
+    if made.optimizer.weight_decay and all(parameter.ndim < 2 for parameter in parameters.values()):
+        found.append(UNUSED.format("optimizer.weight_decay", "all that trains are vectors, which are never decayed"))
+    return found
+
+
+def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """One sentence where a change has more rank than its map can have."""
+    above = []
+    for site in sites:
+        ranks = [shape[0] for name, shape in shapes.items() if f".{site.name}.lora_A" in f".{name}" and len(shape) == 2]
+        above += [(rank, site) for rank in ranks if rank > min(site.inputs, site.outputs)]
+    if not above:
+        return []
+    rank, site = above[0]
+    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.inputs} to {site.outputs}: its "
+            f"rank is {min(site.inputs, site.outputs)} at most ({len(above)} such maps), so the rest adds nothing"]
+
+
+# ---------------------------------------------------------------- of the number of steps
+
+
+def find_schedule_problems(made: Recipe, feed: Feed) -> list[str]:
+    """What does not happen within the run's steps."""
+    training, found = made.training, []
+    total = total_steps(training, feed.steps_per_epoch)
+    length = f"the run has {total} step{'s' if total > 1 else ''}"
+    known = training.steps and made.optimizer.warmup >= training.steps  # `idle` has said it
+    if not known and all(factor(made.optimizer, step, total) < 1 for step in range(total)):
+        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
+                     f"as the run, {total} steps")
+    if training.save_every and training.save_every > total:
+        found.append(UNUSED.format(f"training.save_every {training.save_every}", length))
+    every = training.eval_every or feed.steps_per_epoch or total
+    if made.data.eval is not None:
+        if training.eval_every and training.eval_every > total:
+            found.append(UNUSED.format(f"training.eval_every {training.eval_every}",
+                                       f"{length}; its end is evaluated anyway"))
+        evaluations = total // every + (total % every > 0)
+        if training.patience and training.patience >= evaluations:
+            found.append(UNUSED.format(f"training.patience {training.patience}",
+                                       f"{length}, with {evaluations} evaluations"))
+    return found

@@ -1,0 +1,179 @@
+"""Pictures: read from folders and IDX files, kept as they lie, made into tensors when a batch wants them.
+
+A folder's subfolders are the classes. An IDX file is the format of MNIST; the labels' file is found beside it. Read
+`rows.py` first. Pixels are bytes, [height, width] or [height, width, 3].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.core.errors import DataError, MissingExtra
+from luthier.core.examples import Origin
+from luthier.core.types import Encoded
+from luthier.data.row_values import UnfitError
+from luthier.data.rows import Refusal, Row, Rows, opened
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+IDX = re.compile(r"images[-.]idx3-ubyte(\.gz)?$")
+LIMIT = 64_000_000  # pixels of one picture: more is a decompression bomb or a scan that wants cutting up
+
+
+# ---------------------------------------------------------------- one file
+
+
+def opened_picture(file: Path | io.BytesIO) -> Pixels:
+    """A picture file as [height, width, 3], or [height, width] where it is grey. Raises `UnfitError`."""
+    if importlib.util.find_spec("PIL") is None:
+        raise MissingExtra("pillow", "vision", "reading pictures")
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            if picture.width * picture.height > LIMIT:
+                raise UnfitError("the picture is too large", f"{picture.width} x {picture.height} pixels")
+            grey = picture.mode in ("1", "L")
+            return np.asarray(picture.convert("L" if grey else "RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
+        if isinstance(fault, UnfitError):
+            raise
+        raise UnfitError("the picture cannot be read", str(fault)) from fault
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture on disk, decoded whenever it is asked for."""
+
+    path: Path
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Pixels:
+        return opened_picture(self.path)
+
+    def checked(self) -> PictureFile:
+        """Itself, once it has been decoded without a fault."""
+        opened_picture(self.path)
+        return self
+
+
+def in_folder(folder: Path) -> list[Path]:
+    """Its pictures, at any depth."""
+    return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
+
+
+def read_pictures(files: Sequence[tuple[Path, Path]]) -> Rows:
+    """A row for each picture, given behind the folder of its split; its label is the subfolder's name, or none where it
+    lies in that folder itself."""
+    for folder, file in files:
+        inside = file.relative_to(folder).parts
+        yield Row({"pixels": PictureFile(file), **({"label": inside[0]} if len(inside) > 1 else {})},
+                  Origin(str(file), 1))
+
+
+# ---------------------------------------------------------------- IDX
+
+
+def read_idx(file: Path) -> Iterator[Row | Refusal]:
+    """Every picture of an IDX file, with its label where the labels' file lies beside it."""
+    pixels = _array(file, 3)
+    beside = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
+    labels = _array(beside, 1) if beside.exists() else None
+    if labels is not None and len(labels) != len(pixels):
+        raise DataError(f"{file} holds {len(pixels)} pictures, {beside.name} beside it {len(labels)} labels",
+                        "get both files anew")
+    for number, picture in enumerate(pixels):
+        yield Row({"pixels": picture, **({} if labels is None else {"label": int(labels[number])})},
+                  Origin(str(file), number + 1))
+
+
+def _array(file: Path, dimensions: int) -> Pixels:
+    with opened(file) as stream:
+        raw = stream.read()
+    head = 4 + 4 * dimensions
+    if len(raw) < head or raw[:4] != bytes((0, 0, 8, dimensions)):
+        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions", "get it anew")
+    shape = struct.unpack(f">{dimensions}I", raw[4:head])
+    if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
+        raise DataError(f"{file} says it holds {' x '.join(map(str, shape))} bytes, and holds {len(raw) - head}",
+                        "it is damaged: get it anew")
+    return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
+
+
+# ---------------------------------------------------------------- on the way into a batch
+
+
+class Change(Protocol):
+    """A change to a picture: `augment.PictureAugment`."""
+
+    def picture(self, pixels: Pixels, chance: np.random.Generator) -> Pixels: ...
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of an encoded example: pixels, the changes that they go through, and who makes a tensor of them.
+
+    Args:
+        see: the family's processor: pixels to a float tensor [channels, height, width].
+        draw: what the changes are drawn from: run's seed, epoch, row and view.
+        other: a picture that is mixed in, at 1 - `share`; their tensors are, which is as good as their pixels.
+    """
+
+    pixels: Any
+    see: Callable[[Pixels], Tensor]
+    changes: tuple[Change, ...] = ()
+    draw: tuple[int, ...] = (0,)
+    other: Picture | None = None
+    share: float = 1.0
+
+    def tensor(self) -> Tensor:
+        if self.other is None:
+            return self._seen()
+        return self.share * self._seen() + (1 - self.share) * replace(self.other, draw=(*self.draw, 1)).tensor()
+
+    def _seen(self) -> Tensor:
+        pixels = np.asarray(self.pixels)
+        chance = np.random.default_rng(self.draw)
+        for change in self.changes:
+            pixels = change.picture(pixels, chance)
+        return torch.as_tensor(self.see(np.array(pixels)))  # a copy: changes are views, and an IDX file is read-only
+
+    @cached_property
+    def digest(self) -> bytes:
+        """Of the pixels (of a file, its name and size) and the changes."""
+        found = hashlib.blake2b(repr(self.changes).encode(), digest_size=16)
+        if isinstance(self.pixels, PictureFile):
+            found.update(f"{self.pixels.path} {self.pixels.path.stat().st_size}".encode())
+        else:
+            found.update(np.ascontiguousarray(self.pixels).tobytes())
+        if self.other is not None:
+            found.update(self.other.digest + repr(self.share).encode())
+        return found.digest()
+
+
+def unchanged(example: Encoded) -> Encoded:
+    """A single picture as it is, for held-out rows; two views of one need their changes."""
+    if len(example.images) != 1:
+        return example
+    return replace(example, images=(replace(example.images[0], changes=()),))
+
+
+def drawn(example: Encoded, *draw: int) -> Encoded:
+    """The example with its pictures' changes drawn anew; itself where it has none."""
+    if not any(isinstance(image, Picture) and image.changes for image in example.images):
+        return example
+    return replace(example, images=tuple(replace(image, draw=(*draw, view))
+                                         for view, image in enumerate(example.images)))

@@ -1,0 +1,199 @@
+"""What only all the training rows together say: the classes, the scale of scores, other rows' answers.
+
+Read `encoding.py` first, which leaves these open.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
+
+from luthier.core.errors import DataError, nearest
+from luthier.core.examples import Example, ImageExample, JudgedExample, LabelledExample, TaggedExample, TextsExample
+from luthier.core.labels import label_key, label_names, parse_number, sort_labels
+from luthier.core.protocols import Tokenizer
+from luthier.core.types import Encoded
+from luthier.data.config import DataConfig
+from luthier.data.preference_encoding import judged
+from luthier.data.row_values import Label, UnfitError, name, number
+from luthier.data.rows import Refusal
+
+SCALES = (1.0, 5.0, 10.0, 100.0)
+SHOWN = 12  # classes named in a message
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the training rows settle.
+
+    Args:
+        classes: names by their numbers; None where labels are numbers to regress to.
+        several: whether a row may have several classes; its label is then one flag for each.
+        scale: what scores are divided by.
+    """
+
+    classes: tuple[str, ...] | None = None
+    several: bool = False
+    scale: float = 1.0
+
+    @cached_property
+    def places(self) -> Mapping[str, int]:
+        """The number of each class by its name's value."""
+        return {label_key(one): place for place, one in enumerate(self.classes or ())}
+
+
+def known(examples: Sequence[Example], classes: tuple[str, ...] | None, config: DataConfig) -> Known:
+    """From the training rows. `classes` as the objective has them: None, their names, or () to find them here."""
+    labels = [label for example in examples for label in _labels(example)]
+    if classes == ():
+        if not config.streaming:  # a regression's features are read so, too
+            _demand_one_spelling(examples)
+        classes = sort_labels(label_names(_each(labels)).values())
+    scores = [e.score for e in examples if isinstance(e, TextsExample) and e.score is not None]
+    scale = config.score_scale or next((s for s in SCALES if s >= max(scores, default=0.0)), max(scores, default=1.0))
+    return Known(classes, any(isinstance(label, tuple) for label in labels), scale)
+
+
+def _each(labels: Iterable[Label]) -> Iterator[str | float]:
+    for label in labels:
+        yield from label if isinstance(label, tuple) else (label,)
+
+
+def _demand_one_spelling(examples: Sequence[Example]) -> None:
+    """Raises `DataError` where the text of one number with decimals has two spellings: 1.1 and 1.10 are one number, but
+    as the numbers of sections they are two classes, and nothing says which is meant."""
+    spelled: dict[str, str] = {}
+    for example in examples:
+        for one in _each(_labels(example)):
+            if isinstance(one, str) and isinstance(parse_number(one), float):
+                first = spelled.setdefault(label_key(one), one)
+                if first != one:
+                    raise DataError(f"{example.origin}: the label {one!r} is spelled {first!r} in another row: as "
+                                    "numbers they are one class, as text they are two",
+                                    "spell one class the same way everywhere, or name the classes by text, such as "
+                                    f"'v{one}'")
+
+
+def _labels(example: Example) -> tuple[Label, ...]:
+    if isinstance(example, TaggedExample):
+        return example.tags
+    labelled = isinstance(example, LabelledExample | ImageExample) and example.label is not None
+    return (example.label,) if labelled else ()  # type: ignore[union-attr,return-value]
+
+
+def settled(example: Example, encoded: Encoded, what: Known) -> Encoded | Refusal:
+    """The example with its labels as numbers, or why its row is refused."""
+    try:
+        if isinstance(example, TaggedExample):
+            return _with_tags(example, encoded, what)
+        labels = _labels(example)
+        if labels:
+            told = _numbers(labels[0], what)
+        elif isinstance(example, TextsExample) and example.score is not None:
+            told = _scaled(example.score, what.scale)
+        else:
+            return encoded
+    except UnfitError as unfit:
+        return Refusal(example.origin, unfit.reason, unfit.detail)
+    return replace(encoded, items=tuple(replace(item, label=told) for item in encoded.items))
+
+
+def _with_tags(example: TaggedExample, encoded: Encoded, what: Known) -> Encoded:
+    (piece,) = encoded.pieces
+    numbers = [_number(tag, what) for tag in example.tags]
+    tags = tuple(int(numbers[word]) if word >= 0 else -1 for word in piece.tags)
+    return replace(encoded, pieces=(replace(piece, tags=tags),))
+
+
+def _scaled(score: float, scale: float) -> float:
+    if score > scale:
+        raise UnfitError("score above the scale", f"{score:g}, and {scale:g} means the same (data.score_scale)")
+    return score / scale
+
+
+def _numbers(label: Label, what: Known) -> float | tuple[float, ...]:
+    """A class's number, one flag for each class, or the number itself."""
+    if what.classes is None and isinstance(label, tuple):
+        raise UnfitError("several labels where one number is wanted", ", ".join(label))
+    if what.classes is None or not what.several:
+        assert not isinstance(label, tuple), "`several` says whether there are any"
+        return _number(label, what)
+    flagged = {_number(one, what) for one in (label if isinstance(label, tuple) else (label,))}
+    return tuple(float(i in flagged) for i in range(len(what.classes)))
+
+
+def _number(label: str | float, what: Known) -> float:
+    """The number of the class that has the label's value for a name; of a regression the value itself."""
+    if what.classes is None:
+        return number(label, "label")
+    found = what.places.get(label_key(label))
+    if found is not None:
+        return float(found)
+    named = name(label)
+    position = "; a number is not read as the position of a class: write the class's name"
+    there = what.classes if len(what.classes) <= SHOWN else ()
+    positions = parse_number(label) is not None and all(parse_number(one) is None for one in what.classes)
+    raise UnfitError("a label that is none of the classes",
+                     f"{named!r}; " + (f"known: {', '.join(there)}" if there else nearest(named, what.classes))
+                     + (position if positions else ""))
+
+
+def beside_others(examples: Sequence[Example], everything: Sequence[Example], tokenizer: Tokenizer,
+                  config: DataConfig) -> dict[int, Encoded]:
+    """KTO's rows, by their places, each with the answer of the next row that has another one, behind its own prompt; if
+    none of `examples` has, of the first of `everything`.
+
+    Ethayarajh et al. 2024 (arXiv:2402.01306) section 4.1 estimate how far the policy has gone from its reference on
+    such mismatched pairs. Raises `DataError` where all answers are the same.
+    """
+    rows = [(place, example) for place, example in enumerate(examples) if isinstance(example, JudgedExample)]
+    found = {}
+    for turn, (place, example) in enumerate(rows):
+        near = (rows[(turn + step) % len(rows)][1] for step in range(1, len(rows)))
+        far = (one for one in everything if isinstance(one, JudgedExample))
+        other = next((one.answer for one in chain(near, far) if one.answer != example.answer), None)
+        if other is None:
+            raise DataError(f"{example.origin}: a row with a verdict is compared with other rows' answers; there is "
+                            "none", "give at least two rows with different answers")
+        made = judged(example, tokenizer, config, other)
+        assert not isinstance(made, Refusal), f"{example.origin} was encoded before"
+        found[place] = made[0][0]
+    return found
+
+
+def whole_needed(example: Example, what: tuple[str, ...] | None, config: DataConfig) -> str:
+    """Why this kind of example cannot be streamed; empty where it can."""
+    if isinstance(example, JudgedExample):
+        return "rows with a verdict need another row's answer beside them"
+    if _labels(example) and what == ():
+        return "the classes are found by reading all training rows (or name them in the objective)"
+    if any(isinstance(label, tuple) for label in _labels(example)):
+        return "only all rows together say whether a row may have several classes"
+    if isinstance(example, TextsExample) and example.score is not None and config.score_scale is None:
+        return "the scale of the scores is found by reading all training rows (or say it: data.score_scale)"
+    return ""
+
+
+def class_sums(encoded: Iterable[tuple[Encoded, float]], classes: Sequence[str]) -> dict[str, float]:
+    """Of each class how many labels the examples have, each as often as its weight says, times the number beside it."""
+    sums = [0.0] * len(classes)
+    for example, times in encoded:
+        for item in example.items:
+            told = item.shares or item.label
+            shares = enumerate(told) if isinstance(told, tuple) else [(int(told), 1.0)]
+            for index, share in shares:
+                sums[index] += share * item.weight * times
+        for piece in example.pieces:
+            for tag, weight in zip(piece.tags, piece.weights, strict=False):
+                sums[tag] += weight * times  # of a token without a tag the weight is 0
+    return dict(zip(classes, sums, strict=True))
+
+
+def class_counts(examples: Iterable[Example]) -> dict[str, int]:
+    """How many rows, or words, have each label."""
+    labels = [one for example in examples for one in _each(_labels(example))]
+    counts = Counter(map(label_key, labels))
+    return {known: counts[key] for key, known in label_names(labels).items()}

@@ -1,0 +1,122 @@
+"""Encoded examples to batches: rows without padding. Read `core/types.py` first, then nothing else.
+
+Shape letters: T tokens in a row, P predictions in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from luthier.core.types import Batch, Encoded, Forest, Inputs, Target
+from luthier.data.images import Picture
+from luthier.data.masking import fixed
+
+
+def pack(encoded: Sequence[Encoded], micro_tokens: int | None) -> list[Batch]:
+    """The examples in as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: in one row.
+
+    An example longer than `micro_tokens` has a row of its own. What is predicted, with which weight, does not depend on
+    `micro_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
+    """
+    if micro_tokens is None:
+        return [batch(encoded)] if encoded else []
+    return [batch([encoded[i] for i in row]) for row in first_fit(encoded, micro_tokens)]
+
+
+def first_fit(encoded: Sequence[Encoded], micro_tokens: int) -> list[list[int]]:
+    """Which examples share a row; see `pack`."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].tokens, i)):
+        tokens = encoded[index].tokens
+        row = next((r for r, free in enumerate(room) if free >= tokens), None)
+        if row is None:
+            rows.append([index])
+            room.append(micro_tokens - tokens)
+        else:
+            rows[row].append(index)
+            room[row] -= tokens
+    return [sorted(row) for row in rows]
+
+
+def eval_batches(encoded: Sequence[Encoded], micro_tokens: int | None, group: int = 512) -> list[Batch]:
+    """Batches to go through once, with the same hidden every time. Packs `group` examples at a time, which keeps
+    packing fast for many; `micro_tokens` None: rows of up to 8192 tokens."""
+    return [row for at in range(0, len(encoded), group)
+            for row in pack([fixed(one) for one in encoded[at:at + group]], micro_tokens or 8192)]
+
+
+def batch(encoded: Sequence[Encoded]) -> Batch:
+    """All the examples as one row.
+
+    A position counts on from its parent piece. The prediction of a child's first token is made at its parent's last
+    token; the first token of a root follows nothing and is not predicted. A tag is predicted at its own token.
+    """
+    tokens: list[int] = []
+    positions: list[int] = []
+    lengths: list[int] = []
+    parents: list[int] = []
+    at: list[int] = []
+    goals: list[int] = []
+    weights: list[float] = []
+    items: list[int] = []
+    labels: list[float | tuple[float, ...]] = []
+    margins: list[float] = []
+    counted: list[float] = []
+    others: list[int] = []
+    shares: list[float] = []
+    text_ids: list[int] = []
+    groups: list[int] = []
+    item_of: list[int] = []
+    images: list[torch.Tensor] = []
+    for owner, example in enumerate(encoded):
+        first = len(lengths)  # segment of the example's first piece
+        judged = {item.piece: len(items) + i for i, item in enumerate(example.items)}
+        items += [first + item.piece for item in example.items]
+        labels += [item.label for item in example.items]
+        margins += [item.margin for item in example.items]
+        counted += [item.weight for item in example.items]
+        groups += [owner] * len(example.items)
+        text_ids += [item.text_id for item in example.items if item.text_id is not None]
+        images += [image.tensor() if isinstance(image, Picture) else image for image in example.images]
+        spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
+        for number, piece in enumerate(example.pieces):
+            start, before, depth = len(tokens), -1, 0
+            if piece.parent >= 0:
+                before, depth = spans[piece.parent]
+            length = len(piece.ids)
+            tokens += piece.ids
+            others += piece.others or [-1] * length
+            shares += [piece.share] * length
+            positions += range(depth, depth + length)
+            lengths.append(length)
+            parents.append(first + piece.parent if piece.parent >= 0 else -1)
+            spans.append((start + length - 1, depth + length))
+            for i in piece.predicted:
+                at.append(start + i if piece.tags else start + i - 1 if i else before)
+                goals.append(piece.tags[i] if piece.tags else piece.ids[i])
+                weights.append(piece.weights[i])
+                item_of.append(judged.get(number, -1))
+    inputs = Inputs(_long(tokens), _long(positions), Forest(tuple(lengths), tuple(parents)),
+                    torch.stack(images) if images else None,
+                    *((_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else ()))
+    target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
+                    sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
+                    torch.tensor(margins, dtype=torch.float32), _long(groups), _long(item_of),
+                    {name: torch.cat([example.known[name] for example in encoded]) for name in encoded[0].known},
+                    torch.tensor(counted, dtype=torch.float32), _shares(encoded), _long(text_ids))
+    return Batch(inputs, target, tuple(example.origin for example in encoded))
+
+
+def _shares(encoded: Sequence[Encoded]) -> torch.Tensor:
+    """See `Target`: a class by itself is a mixture of one."""
+    items = [item for example in encoded for item in example.items]
+    width = max((len(item.shares) for item in items), default=0)
+    rows = [item.shares or [float(item.label == i) for i in range(width)] for item in items] if width else []
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _long(values: Iterable[int]) -> torch.Tensor:
+    return torch.tensor(list(values), dtype=torch.int64)

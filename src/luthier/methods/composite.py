@@ -1,0 +1,198 @@
+"""Several methods on one model as one: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
+
+Read `full.py` first. Every part keeps the names of its parameters, which must not meet, and its own learning rate: with
+the first part's default d_1 and rate r, part i trains at r d_i / d_1.
+
+Where parts change one module they do so in the order of the list, but for a LoRA, which comes first wherever it stands:
+its change is one of the map itself, and what others add or scale is then the changed map's. So a list can be merged
+part by part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from operator import or_
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import Field, SerializationInfo, SerializeAsAny, field_validator, model_serializer
+from torch import Tensor, nn
+
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.optimizer_hook import Update
+from luthier.core.protocols import Anatomy, Attached, Scope
+from luthier.methods import METHODS
+from luthier.methods.adalora import AdaLoraConfig
+from luthier.methods.lora import LoraConfig
+from luthier.methods.prefixed import Named
+from luthier.methods.prompt import Words
+
+OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
+
+
+class SeveralConfig(Config):
+    """A list of methods, as one."""
+
+    name: Literal["several"] = "several"
+    parts: tuple[SerializeAsAny[OneMethod], ...] = Field(min_length=2)
+
+    @field_validator("parts", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return [{"name": part} if isinstance(part, str) else part for part in given]
+
+    @field_validator("parts")
+    @classmethod
+    def _fitting(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [part.name for part in parts]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{twice[0]} stands in the list twice, and their parameters would have the same names; "
+                             "one with a larger size (rank) holds what two of them would")
+        virtual = [name for name, part in zip(names, parts, strict=True) if isinstance(part, Words)]
+        if len(virtual) > 1:
+            raise ValueError(f"{' and '.join(virtual)} are all virtual tokens, and a saved run holds one kind of them")
+        return parts
+
+    @model_serializer
+    def _as_list(self, info: SerializationInfo) -> list[Any]:
+        return [part.model_dump(mode=info.mode) for part in self.parts]
+
+    @property
+    def default_rate(self) -> float:
+        """The first part's."""
+        return float(self.parts[0].default_rate)
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Several:
+        """Every part. Raises `RecipeError` where the result could not be saved."""
+        found: list[Attached] = []
+        order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
+        for i, part in order:
+            found.append(part.attach(anatomy, seed=seed + i))
+            if found[-1].peft() is None:
+                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model without "
+                                  "room for another method", f"use {part.name} alone, or leave it out of the list")
+            before = {name for earlier in found[:-1] for name in earlier.state()}
+            if meet := sorted(before & found[-1].state().keys()):
+                raise RecipeError(f"{part.name} keeps what it trains as {meet[0]!r}, and so does another of the list: "
+                                  "one file cannot hold both", "leave one of them out")
+        return Several(found, [part.default_rate / self.default_rate for _, part in order])
+
+
+def parts_of(method: Config) -> tuple[Any, ...]:
+    """The methods of a list, or the one."""
+    return method.parts if isinstance(method, SeveralConfig) else (method,)
+
+
+class Several:
+    """Parts that train, are switched and are saved together. It has no switch of its own: see `scopes`.
+
+    Args:
+        parts: attached methods, in the order in which they were attached.
+        rates: factor on the learning rate for each part.
+    """
+
+    scope = None
+
+    def __init__(self, parts: Sequence[Attached], rates: Sequence[float] | None = None) -> None:
+        self.parts, self.rates = tuple(parts), tuple(rates or [1.0] * len(parts))
+        names = [name for part in parts for name in part.parameters()]
+        assert len(names) == len(set(names)), "two parts have parameters of one name"
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for part in self.parts for name, parameter in part.parameters().items()}
+
+    def rate(self, name: str) -> float:
+        return next(rate * part.rate(name) for part, rate in zip(self.parts, self.rates, strict=True)
+                    if name in part.parameters())
+
+    @property
+    def at_update(self) -> Update | None:
+        return together(part.at_update for part in self.parts)
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for part in reversed(self.parts):
+                stack.enter_context(part.disabled())
+            yield
+
+    def merge(self) -> None:
+        done: list[Attached] = []
+        try:
+            for part in self.parts:
+                part.merge()
+                done.append(part)
+        except BaseException:
+            for part in reversed(done):
+                part.unmerge()
+            raise
+
+    def unmerge(self) -> None:
+        for part in reversed(self.parts):
+            part.unmerge()
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: tensor for part in self.parts for name, tensor in part.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """All parts or none."""
+        wanted = [set(part.state()) for part in self.parts]
+        if unknown := sorted(state.keys() - set().union(*wanted)):
+            raise RunError(f"the saved weights do not fit these methods on this base: {len(unknown)} unknown, "
+                           f"the first {unknown[0]!r}", "use the base and the settings that they were trained with")
+        before = [{n: t.clone() for n, t in part.state().items()} for part in self.parts]
+        try:
+            for part, names in zip(self.parts, wanted, strict=True):
+                part.load({name: state[name] for name in names & state.keys()})
+        except RunError:
+            for part, kept in zip(self.parts, before, strict=True):
+                part.load(kept)
+            raise
+
+    def peft(self) -> dict[str, Any] | None:
+        """The one part's form with the heads as PEFT's `modules_to_save`; a form of our own where that does not do."""
+        forms = [form for part in self.parts if (form := part.peft()) is not None]
+        if len(forms) != len(self.parts):
+            return None
+        kept = sorted({name for form in forms for name in form.get("modules_to_save") or ()})
+        methods = [form for form in forms if form["peft_type"] is not None]
+        tasks = [form["task_type"] for form in forms if form["peft_type"] is None]  # what heads are for
+        if len(methods) == 1:
+            return {**methods[0], **({"task_type": tasks[0]} if tasks else {}),
+                    **({"modules_to_save": kept} if kept else {})}
+        return {"peft_type": "LUTHIER", "task_type": forms[0]["task_type"], "parts": methods,
+                **({"modules_to_save": kept} if kept else {})}
+
+
+@dataclass(frozen=True)
+class Together:
+    """What several methods do at an update, one after another."""
+
+    parts: tuple[Update, ...]
+
+    def before(self) -> None:
+        for part in self.parts:
+            part.before()
+
+    def after(self, step: int, total: int, sound: Tensor) -> None:
+        for part in self.parts:
+            part.after(step, total, sound)
+
+
+def together(found: Iterable[Update | None]) -> Update | None:
+    """All of them as one; None where there is none."""
+    parts = tuple(update for update in found if update is not None)
+    return Together(parts) if parts else None
+
+
+def scopes(attached: Attached) -> tuple[Scope, ...] | None:
+    """The switches of an attached method and of all its parts; None where one of them has none."""
+    if isinstance(attached, Named):
+        return scopes(attached.inner)
+    if not isinstance(attached, Several):
+        return None if attached.scope is None else (attached.scope,)
+    found = [scopes(part) for part in attached.parts]
+    return None if None in found else tuple(scope for inner in found if inner for scope in inner)

@@ -1,0 +1,54 @@
+"""A method under a name of its own, so that two of one kind can train and be saved beside each other.
+
+Read `composite.py` first. PPO's critic is the same method as its policy, as ``critic/...``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from luthier.core.optimizer_hook import Update
+from luthier.core.protocols import Attached, Scope
+
+
+class Named:
+    """`inner`, its parameters called ``<name>/...``."""
+
+    def __init__(self, name: str, inner: Attached) -> None:
+        self._prefix, self.inner = f"{name}/", inner
+
+    @property
+    def scope(self) -> Scope | None:
+        return self.inner.scope
+
+    @property
+    def at_update(self) -> Update | None:
+        return self.inner.at_update
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {self._prefix + name: parameter for name, parameter in self.inner.parameters().items()}
+
+    def rate(self, name: str) -> float:
+        return self.inner.rate(name.removeprefix(self._prefix))
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return self.inner.disabled()
+
+    def merge(self) -> None:
+        self.inner.merge()
+
+    def unmerge(self) -> None:
+        self.inner.unmerge()
+
+    def state(self) -> dict[str, Tensor]:
+        return {self._prefix + name: tensor for name, tensor in self.inner.state().items()}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.inner.load({name.removeprefix(self._prefix): tensor for name, tensor in state.items()})
+
+    def peft(self) -> dict[str, Any] | None:
+        return self.inner.peft()

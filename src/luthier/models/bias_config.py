@@ -1,0 +1,68 @@
+"""Saving a model whose linear maps have grown biases that its architecture did not have. Read
+`models/families/causal.py` first.
+
+A Transformers folder is loaded by building the model from its config, so a bias that the config does not ask for would
+be left unread. Many architectures have switches for it (`attention_bias`, `mlp_bias`); they are found by trying: the
+fewest switches are turned on with which a model built from the config has every bias that this one has grown.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier.core.errors import NotMergeable
+
+
+def settle_biases(model: Any) -> None:
+    """Turn on the config's switches for biases that the model has grown, and give zero biases to the maps that the
+    switches ask for besides. Nothing happens where none has grown.
+
+    Raises:
+        NotMergeable: the architecture has no switch for one of them.
+    """
+    built = _built(model.config, model)
+    mine = {name for name, _ in model.named_parameters()}
+    grown = {name for name in mine - built.keys() if _is_bias(name) and name.removesuffix("bias") + "weight" in built}
+    if not grown:
+        return
+    switches = [key for key, value in model.config.to_dict().items() if value is False and key.endswith("bias")]
+    for count in range(1, len(switches) + 1):
+        for chosen in combinations(switches, count):
+            config = copy.deepcopy(model.config)
+            for key in chosen:
+                setattr(config, key, True)
+            wanted = _built(config, model)
+            if grown <= wanted.keys():
+                for key in chosen:
+                    setattr(model.config, key, True)
+                _fill(model, {name: shape for name, shape in wanted.items() if name not in mine and _is_bias(name)})
+                return
+    first = min(grown)
+    raise NotMergeable(f"{first!r} is a bias that {type(model).__name__} cannot keep: its config has no switch for it, "
+                       "so whoever loads the saved model would leave it out",
+                       "use the adapter beside its base, or train only biases that the model has (bitfit: which)")
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith(".bias")
+
+
+def _built(config: Any, model: Any) -> dict[str, torch.Size]:
+    """The names and shapes of a model's parameters, as its config alone makes it; no memory is taken."""
+    with torch.device("meta"):
+        bare = type(model)(copy.deepcopy(config))
+    return {name: parameter.shape for name, parameter in bare.named_parameters()}
+
+
+def _fill(model: nn.Module, missing: dict[str, torch.Size]) -> None:
+    for name, shape in missing.items():
+        module = model.get_submodule(name.removesuffix(".bias"))
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        zeros = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        module.register_parameter("bias", nn.Parameter(zeros, requires_grad=False))

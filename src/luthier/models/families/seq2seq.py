@@ -1,0 +1,339 @@
+"""The sequence-to-sequence family: an encoder reads sources, a decoder writes their answers. Read `hf_model.py` first.
+
+It reads the same packed row. Roots are sources, their children are answers; several answers share one encoding, and a
+grandchild goes on in the decoder where its parent ends. In the row of states that comes back
+
+    a root's last token     stands for the decoder's start token: its state predicts the first token of every answer
+    its other tokens        have the encoder's states
+    an answer's tokens      have the decoder's
+
+so whoever predicts a child's first token from its parent's last one, as everywhere else, need not know of this family.
+
+Relative positions keep rows apart only in batches, so the row is cut into padded ones, of sources and of answers of
+like length. Paper: T5, Raffel et al. 2020 (arXiv:1910.10683) section 2.1.
+
+Shape letters: T tokens of the packed row, D hidden size, B rows and L columns of a padded batch, N places of all of
+them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, EncoderDecoderCache
+
+from luthier.core.errors import BaseError, DataError, RunError
+from luthier.core.protocols import Anatomy, Block, Generated, Sampling, Site
+from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.models.activation_recompute import Lean
+from luthier.models.adapter_routing import through
+from luthier.models.decoding import answer, answers, eos_tokens
+from luthier.models.hf_model import Loaded
+from luthier.models.mixed_embeddings import mixed
+from luthier.models.ops.fused_logprobs import log_probs
+from luthier.models.soft_prompts.seq2seq import SourcePorts
+from luthier.models.structure import linear_sites
+from luthier.models.task_heads import LOG_PROBS, Pooling
+
+SPARE, FLOOR = 1.5, 64  # a padded batch has at most so many places for each token, and so many besides
+
+
+class Seq2Seq(Loaded):
+    """An encoder and a decoder of Transformers behind the family's contract.
+
+    Args:
+        model: an `AutoModelForSeq2SeqLM` model.
+        tokenizer: its tokenizer.
+
+    Raises:
+        BaseError: no start token is known, or the model computes its logits in a way that is not known here, which a
+            probe of a few tokens shows.
+    """
+
+    task: ClassVar[str] = "SEQ_2_SEQ_LM"
+    divided: ClassVar[bool] = True
+    writes: ClassVar[bool] = True
+    pooling: Pooling = "last"
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        # Not as `Loaded` begins: attention stays Transformers' own, which knows relative positions.
+        self.model, self.tokenizer = model, tokenizer
+        self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
+        parts = anatomy(model, tokenizer)
+        self._ports = SourcePorts(parts, self.encoder, self.decoder)
+        self.anatomy = replace(parts, ports=self._ports)
+        self.start = _start(model)
+        # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
+        self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+        self._recompute_over: int | None = None
+        self._lean = Lean()  # never open
+        self.add((), 0)
+        self._prove()
+
+    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+        """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
+        if needs & LOG_PROBS:
+            torch._assert_async(_decoded(inputs.forest).to(self.device)[target.at].all(),
+                                "a source is read, never predicted")
+        return super().forward(inputs, target, needs)
+
+    def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
+                   temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
+        # Upon the states, not the logits: a head that stands alone has the quicker way.
+        head = self.model.get_output_embeddings()
+        return log_probs(head, states * (self.scale / temperature), tokens, entropies=entropies)
+
+    # ---------------------------------------------------------------- the packed row
+
+    def states(self, inputs: Inputs) -> Tensor:
+        """[T, D] states of the row, as the module's table says."""
+        recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
+        for block in self.anatomy.blocks:
+            block.module.gradient_checkpointing = recompute and torch.is_grad_enabled()  # type: ignore[assignment]
+        forest = inputs.forest
+        spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
+        home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] of each token its place among all states
+        read, memory = self._read(inputs, forest, spans, home)
+        written = self._written(inputs.tokens, forest, spans, read, memory, home)
+        return torch.cat([read, written]).index_select(0, home.to(read.device))
+
+    def _read(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
+              home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
+        """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
+        source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
+        found, before, tokens = [], 0, inputs.tokens
+        embeds = mixed(self.model.get_input_embeddings(), inputs)
+        memory: dict[int, Tensor] = {}
+        roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
+        for group in self._grouped(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
+            rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
+            seen = rows >= 0
+            places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
+            given = {"input_ids": tokens[places]} if embeds is None else {"inputs_embeds": embeds[places]}
+            with through(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
+                states = self.encoder(**given, attention_mask=mask).last_hidden_state
+            virtual = states.shape[1] - rows.shape[1]
+            places = before + torch.arange(states.shape[0] * states.shape[1]).view(states.shape[:2])
+            home[rows[seen]] = places[:, virtual:][seen]
+            memory |= {i: line[:virtual + len(spans[i])] for i, line in zip(group, places, strict=True)}
+            before += places.numel()
+            found.append(states.flatten(0, 1))
+        return torch.cat(found), memory
+
+    def _grouped(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
+                 owner: Mapping[int, int]) -> list[list[int]]:
+        """Rows for padded batches. Where there are virtual tokens a batch goes through one adapter as a whole."""
+        if not adapters or not self._ports.doors:
+            return _groups(names, sizes)
+        parted: dict[int, list[tuple[int, int]]] = {}
+        for name, size in zip(names, sizes, strict=True):
+            parted.setdefault(owner[name], []).append((name, size))
+        return [group for part in parted.values() for group in _groups(*zip(*part, strict=True))]
+
+    def _written(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
+                 home: Tensor) -> Tensor:
+        """[N, D] the decoder's states of every path from a root to a leaf, behind `read` where `home` counts them.
+
+        What several paths share is computed in each; the first of them is the one that counts.
+        """
+        inner = set(forest.parents)
+        paths = {i: forest.path(i) for i in range(len(spans)) if i not in inner}
+        sources = {i: memories[path[0]] for i, path in paths.items()}
+        owner = {i: _adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
+        # The root's last token gives its place to the start token.
+        answers = {i: torch.cat([spans[path[0]][-1:], *(spans[a] for a in path[1:])]) for i, path in paths.items()}
+        found, before = [], read.shape[0]
+        fresh = torch.ones_like(home, dtype=torch.bool)
+        sizes = [len(answers[i]) + len(sources[i]) for i in paths]
+        for group in self._grouped([*paths], sizes, forest.adapters, owner):
+            rows = pad_sequence([answers[i] for i in group], batch_first=True, padding_value=-1)
+            for line, i in enumerate(group):
+                new = fresh[answers[i]]
+                home[answers[i][new]] = (before + line * rows.shape[1] + torch.arange(len(new)))[new]
+                fresh[answers[i]] = False
+            before += rows.numel()
+            memory = pad_sequence([sources[i] for i in group], batch_first=True, padding_value=-1).to(tokens.device)
+            given = tokens[rows.to(tokens.device).clamp(min=0)]
+            given[:, 0] = self.start
+            with through(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
+                # Padding stands behind everything that counts, so a causal decoder needs no mask for it.
+                states = self.decoder(input_ids=given, use_cache=False, encoder_attention_mask=(memory >= 0).long(),
+                                      encoder_hidden_states=_taken(read, memory.clamp(min=0))).last_hidden_state
+            found.append(states.flatten(0, 1))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _prove(self) -> None:
+        """Whether the model's own logits are those of its parts as they are called here."""
+        was = self.model.training
+        self.model.eval()
+        row = torch.tensor([1, 2, 3, 2, 3], device=self.device)
+        own = self.model(input_ids=row[None, :3], use_cache=False,
+                         decoder_input_ids=torch.tensor([[self.start, 2, 3]], device=self.device)).logits[0]
+        states = self.states(Inputs(row, torch.arange(5, device=self.device), Forest((3, 2), (-1, 0))))
+        found = self.model.get_output_embeddings()(states[2:] * self.scale)
+        self.model.train(was)
+        if not torch.allclose(found.float(), own.float(), rtol=1e-2, atol=1e-2 * float(own.float().abs().max())):
+            raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
+                            "use a base of the T5 family")
+
+    # ---------------------------------------------------------------- answers
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
+                 adapters: Sequence[int] = ()) -> Iterator[Generated]:
+        """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
+        assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
+        sources = [self._source(i, prompt) for i, prompt in enumerate(prompts)]
+        return answers(partial(_Answers, self), sources, self._limits(len(sources), sampling), sampling, self.stops,
+                       lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
+                       adapters if self._ports.doors else ())
+
+    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        """One answer token by token."""
+        return answer(partial(_Answers, self), self._source(0, prompt), self._limits(1, sampling), sampling, self.stops)
+
+    def _source(self, index: int, prompt: Sequence[int]) -> list[int]:
+        """A prompt as the encoder knows sources: with the end mark."""
+        end, context = self.tokenizer.eos_token_id, self.anatomy.sizes["context"]
+        found = [*prompt] if not prompt or end is None or prompt[-1] == end else [*prompt, end]
+        if not found:
+            raise DataError(f"prompt {index} has no tokens", "give the prompt at least one token")
+        if len(found) > context:
+            raise BaseError(f"prompt {index} has {len(found)} tokens, and the base reads at most {context}",
+                            "shorten the prompt, or choose a base with a longer context")
+        return found
+
+    def _limits(self, count: int, sampling: Sampling) -> list[int]:
+        assert sampling.max_new_tokens > 0, sampling
+        assert sampling.batch_size > 0, sampling
+        return [min(sampling.max_new_tokens, self.anatomy.sizes["context"])] * count
+
+    @property
+    def stops(self) -> set[int]:
+        return eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
+
+
+class _Answers:
+    """Sources, read once, and the answers to them so far."""
+
+    def __init__(self, family: Seq2Seq, sources: Sequence[Sequence[int]]) -> None:
+        assert not family.training, "dropout would fall on the answers: call train(False) first"
+        self.family = family
+        rows = [torch.tensor(source, device=family.device) for source in sources]
+        self.mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        self.read = family.encoder(input_ids=pad_sequence(rows, batch_first=True),
+                                   attention_mask=self.mask).last_hidden_state
+        described = family.decoder.config
+        self.cache = EncoderDecoderCache(DynamicCache(config=described), DynamicCache(config=described))
+        self.tokens = self.mask.new_full((len(rows), 1), family.start)
+
+    def logits(self) -> Tensor:
+        family = self.family
+        states = family.decoder(input_ids=self.tokens, encoder_hidden_states=self.read,
+                                encoder_attention_mask=self.mask, past_key_values=self.cache,
+                                use_cache=True).last_hidden_state[:, -1]
+        found: Tensor = family.model.get_output_embeddings()(states * family.scale)
+        return found
+
+    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+        if kept is not None:
+            self.cache.batch_select_indices(kept)
+            chosen, self.mask, self.read = chosen[kept], self.mask[kept], self.read[kept]
+        self.tokens = chosen[:, None]
+
+
+# ---------------------------------------------------------------- parts
+
+
+def anatomy(model: Any, tokenizer: Any = None) -> Anatomy:
+    """The parts of a sequence-to-sequence model: the encoder's blocks first, then the decoder's."""
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks: list[Block] = []
+    for stack in (model.get_encoder(), model.get_decoder()):
+        layers = next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
+        if layers is None:
+            raise BaseError(f"{type(stack).__name__} has no stack of like layers, so its parts cannot be found",
+                            "use a base of the T5 family")
+        blocks += [_block(len(blocks) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
+    config, embedding, head = model.config, model.get_input_embeddings(), model.get_output_embeddings()
+    sizes = {
+        "hidden": config.hidden_size, "layers": len(blocks), "heads": config.num_attention_heads,
+        "kv_heads": config.num_attention_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "vocabulary": embedding.weight.shape[0],
+        "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
+    }
+    return Anatomy(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in linear_sites(b)), embedding,
+                   head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
+
+
+def _block(index: int, name: str, layer: nn.Module) -> Block:
+    """Of a decoder's two attentions, the one within the answer; the maps of both are sites."""
+    norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
+    bare = Block(index, name, layer, layer, layer, norms, layer, layer, layer)
+    first: dict[str, Site] = {}
+    for site in linear_sites(bare):
+        first.setdefault(site.role, site)
+    if not {"o", "down", "up"} <= first.keys():
+        raise BaseError(f"{type(layer).__name__} has no attention and MLP whose linear maps have known names",
+                        "use a base of the T5 family")
+    modules = {f"{name}.{path}": module for path, module in layer.named_modules() if path} | {name: layer}
+    attention, mlp = (modules[first[role].name.rpartition(".")[0]] for role in ("o", "down"))
+    alone = mlp is layer  # no module of its own: the two maps stand in the layer
+    return Block(index, name, layer, attention, mlp, norms, attention_out=first["o"].module,
+                 mlp_in=first["up"].module if alone else mlp, mlp_out=first["down"].module if alone else mlp)
+
+
+def _start(model: Any) -> int:
+    """The token that opens every answer."""
+    for config in (model.config, model.generation_config):
+        if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+            return int(token)
+    raise BaseError(f"the config of this {type(model).__name__} names no decoder_start_token_id",
+                    "write it into the base's config.json (T5: the id of the padding token)")
+
+
+# ---------------------------------------------------------------- rows
+
+
+def _decoded(forest: Forest) -> Tensor:
+    """[T] bool, whether the token's state is the decoder's."""
+    root = torch.tensor([parent < 0 for parent in forest.parents])
+    lengths = torch.tensor(forest.lengths)
+    found = ~root.repeat_interleave(lengths)
+    found[lengths.cumsum(0) - 1] = True
+    return found
+
+
+def _adapter(forest: Forest, path: Sequence[int]) -> int:
+    """The one that a row of the decoder goes through. Its source may have gone through another."""
+    found = {forest.adapters[i] for i in path[1:] or path}
+    if len(found) > 1:
+        raise RunError("a segment goes through another adapter than the one that it continues, and this base computes "
+                       "every answer as one padded row", "send whole answers through one adapter")
+    return found.pop()
+
+
+def _groups(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Rows of like size together, the longest first, so that little of a padded batch is padding."""
+    groups: list[list[int]] = []
+    longest = used = 0
+    for size, name in sorted(zip(sizes, names, strict=True), key=lambda pair: -pair[0]):
+        if groups and (len(groups[-1]) + 1) * longest <= SPARE * (used + size) + FLOOR:
+            groups[-1].append(name)
+            used += size
+        else:
+            groups.append([name])
+            longest = used = size
+    return groups
+
+
+def _taken(states: Tensor, rows: Tensor) -> Tensor:
+    """[B, L, D] of [N, D] those at [B, L]."""
+    return states.index_select(0, rows.flatten()).view(*rows.shape, -1)

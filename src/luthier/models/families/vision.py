@@ -1,0 +1,89 @@
+"""The vision family: ViT and its like. A picture is a segment of one placeholder token. Read `hf_model.py` first.
+
+The stack sees each picture's patches and one common token, [CLS]; that token's last state, after the final norm, is the
+state of the segment's only token. So heads, pooling and objectives work as they do for texts.
+
+Shape letters: S pictures of a batch, C channels, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Generated, Sampling
+from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.models.hf_model import Loaded
+from luthier.models.image_processor import Pictures
+from luthier.models.soft_prompts.vision import PicturePorts
+from luthier.models.task_heads import LOG_PROBS, Pooling
+
+
+class Vision(Loaded):
+    """A vision transformer of Transformers behind the family's contract.
+
+    Args:
+        model: an `AutoModel` model without a pooler.
+        tokenizer: turns pixels into its inputs.
+
+    Raises:
+        BaseError: the model has no common token, which a probe shows.
+    """
+
+    task: ClassVar[str] = "FEATURE_EXTRACTION"
+    pooling: Pooling = "first"
+
+    def __init__(self, model: Any, tokenizer: Pictures) -> None:
+        super().__init__(model, tokenizer)
+        config = model.config
+        embeddings: Any = getattr(self.anatomy.backbone, "embeddings", None)
+        if not isinstance(getattr(embeddings, "cls_token", None), Tensor):
+            raise BaseError(f"a {config.model_type} has no common token of all patches, whose state could stand for a "
+                            "picture", "choose a ViT, or another with a [CLS] token")
+        height, width = tokenizer.size
+        with torch.no_grad():
+            unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
+        self.anatomy = replace(self.anatomy, sizes={**self.anatomy.sizes, "unit": unit, "channels": tokenizer.channels,
+                                                    "height": height, "width": width})
+        self._ports = PicturePorts(self.anatomy, embeddings)
+        self.anatomy = replace(self.anatomy, ports=self._ports)
+
+    def states(self, inputs: Inputs) -> Tensor:
+        adapters = inputs.forest.adapters
+        if len(set(adapters)) < 2 or not self._ports.doors:
+            return super().states(inputs)
+        # Virtual tokens stand in every picture of a batch: each adapter's pictures are a batch by themselves.
+        assert inputs.images is not None, "a vision base takes pictures"
+        owner, found = torch.tensor(adapters), []
+        order = owner.argsort(stable=True)
+        for adapter in owner.unique().tolist():
+            rows = (owner == adapter).nonzero()[:, 0].to(self.device)
+            part = Forest((1,) * len(rows), (-1,) * len(rows), (adapter,) * len(rows))
+            found.append(super().states(replace(inputs, tokens=inputs.tokens[rows], positions=inputs.positions[rows],
+                                                forest=part, images=inputs.images[rows])))
+        return torch.cat(found)[order.argsort().to(self.device)]
+
+    def _run(self, inputs: Inputs) -> Tensor:
+        assert inputs.images is not None, "a vision base takes pictures"
+        assert inputs.images.shape[0] == inputs.tokens.shape[0] == len(inputs.forest.lengths), "one token each"
+        return self._run_images(inputs.images)[:, 0]
+
+    def _run_images(self, images: Tensor) -> Tensor:
+        """[S, patches + 1, D]."""
+        states: Tensor = self.anatomy.backbone(pixel_values=images).last_hidden_state
+        return states
+
+    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+        if needs & LOG_PROBS:
+            raise BaseError("a vision base predicts no tokens, so it gives no log-probabilities",
+                            "choose an objective that judges pictures, such as classify or contrastive")
+        return super().forward(inputs, target, needs)
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+        raise BaseError("a vision base looks at pictures and cannot write", "choose a base that writes text, such as "
+                        "'smollm2'")

@@ -1,0 +1,104 @@
+"""A tokenizer as llama.cpp reads it: the words, their kinds, the merges, and how text is split before merging.
+
+llama.cpp does not read how a tokenizer splits text; it knows some ways by name. So that it never splits otherwise than
+the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `SPLITS`. That is byte-level BPE;
+the other kind stands in `models/gguf/sentencepiece.py`, and what both have in `models/gguf/vocab.py`.
+`models/gguf/writer.py` goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import gguf
+
+from luthier.core.errors import BaseError
+from luthier.models.gguf.sentencepiece import write_pieces
+from luthier.models.gguf.vocab import REMEDY, refuse_odd, table, write_tasks
+
+CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+WORDS, REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2, DIGITS = "as GPT-2", "each digit alone"
+# (the splits one after another, whether a whole word of the vocabulary needs no merges) -> llama.cpp's name for it.
+SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGITS, GPT2), False): "smollm",
+    ((CONTRACTIONS + WORDS + REST,), False): "qwen2",
+    ((CONTRACTIONS + WORDS + "{1,3}" + REST,), False): "smaug-bpe",
+    ((CONTRACTIONS + WORDS + "{1,3}" + REST,), True): "llama-bpe",
+}
+
+
+def write_words(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: set[int], bos: int | None) -> None:
+    """Add everything about the tokenizer to the file's metadata.
+
+    NFC, which some tokenizers apply to a text first, is not known to llama.cpp: there text must come composed.
+
+    Args:
+        size: rows of the embedding; words are made up for those that the tokenizer leaves unused.
+        ends: the tokens that end an answer.
+        bos: the first token of a text, where the tokenizer has none of its own.
+
+    Raises:
+        BaseError: llama.cpp would make other tokens of a text, or none; the error says why.
+    """
+    if not tokenizer.is_fast:
+        raise BaseError("the base's tokenizer has no tokenizer.json, so nobody knows how it splits", REMEDY)
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = described["model"]
+    if model.get("type") == "BPE" and model.get("byte_fallback"):
+        write_pieces(writer, described, size)
+    else:
+        pre = split_name(described)
+        words, kinds = table(model["vocab"], described["added_tokens"], size)
+        writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(words)
+        writer.add_token_types(kinds)
+        writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]])
+        writer.add_add_space_prefix(False)
+    write_tasks(writer, tokenizer, ends, bos)
+
+
+def split_name(described: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how a tokenizer splits text. Raises `BaseError` where it has none.
+
+    Args:
+        described: the content of tokenizer.json.
+    """
+    model = described["model"]
+    strange = [key for key in ("byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout")
+               if model.get(key)]
+    if model.get("type") != "BPE" or strange:
+        raise BaseError(f"the tokenizer is {model.get('type')}{f' with {strange[0]}' if strange else ''}, and only "
+                        "byte-level BPE can be written", REMEDY)
+    if not model["merges"]:
+        raise BaseError("the tokenizer has no merges, and llama.cpp loads no BPE without them", "use another base")
+    normalizer = (described.get("normalizer") or {}).get("type", "NFC")
+    if normalizer != "NFC":
+        raise BaseError(f"the tokenizer changes text first ({normalizer}), and llama.cpp would not", REMEDY)
+    refuse_odd(described["added_tokens"])
+    splits = tuple(_splits(described.get("pre_tokenizer") or {}))
+    found = SPLITS.get((splits, bool(model.get("ignore_merges"))))
+    if found is None:
+        raise BaseError(f"the tokenizer splits text in a way that is not known here by llama.cpp's name: "
+                        f"{'; '.join(splits) or 'not at all'}", REMEDY)
+    return found
+
+
+def _splits(step: Mapping[str, Any]) -> list[str]:
+    """The splits that a pre-tokenizer makes, one after another; what is unknown stands there by its kind."""
+    kind = step.get("type")
+    if kind is None:
+        return []
+    if kind == "Sequence":
+        return [split for inner in step["pretokenizers"] for split in _splits(inner)]
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return [GPT2] if step.get("use_regex", True) else []
+    if kind == "Digits" and step.get("individual_digits"):
+        return [DIGITS]
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return [str(step["pattern"].get("Regex"))]
+    return [f"{kind} {json.dumps({key: value for key, value in step.items() if key != 'type'})}"]

@@ -1,0 +1,156 @@
+"""A model, or a LoRA, as one GGUF file for llama.cpp. Read `models/gguf/archs.py` and `models/gguf/bpe.py` first.
+
+Most tensors are written as they are under llama.cpp's names. Some are put in the order, or raised by the 1, that its
+architecture wants (`models/gguf/archs.py`): the rows of q and k in biases and in a LoRA's B too. GPT-2's maps are
+turned over; a LoRA on them is not, since A and B are [R, in] and [out, R] on any map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType, LlamaFileType
+from torch import Tensor
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Family
+from luthier.models.decoding import eos_tokens
+from luthier.models.gguf.archs import Names, describe
+from luthier.models.gguf.bpe import write_words
+
+Numbers = Literal["float32", "float16", "q8_0"]
+NUMBERS: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+    "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+Q8_BLOCK = 32
+LARGEST = float(np.finfo(np.float16).max)
+# In a model so named llama.cpp lets special tokens take the spaces behind them, whatever the tokenizer says.
+CHARMED = ("phi-3", "phi3", "modern-bert")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One LoRA: W + scale B A, with A [R, in] and B [out, R]."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+
+# ---------------------------------------------------------------- a whole model
+
+
+def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: str = "") -> None:
+    """Write the model and its tokenizer as one file.
+
+    A window over the last tokens (mistral, qwen2) is unknown to llama.cpp's architecture: the file's context ends where
+    the window would begin to matter.
+
+    Args:
+        numbers: of the matrices; vectors stay in float32, and so do rows that q8_0 cannot divide in float16.
+        name: `general.name`, left out where llama.cpp would change the tokenizer for it.
+
+    Raises:
+        BaseError: llama.cpp would not compute the same; the error says what.
+    """
+    if numbers not in get_args(Numbers):
+        raise BaseError(f"weights of a GGUF file cannot be {numbers!r}", f"one of: {', '.join(get_args(Numbers))}")
+    model: Any = family.anatomy.model
+    names = Names(model.config)
+    writer = gguf.GGUFWriter(None, names.row.name)
+    writer.add_type(gguf.GGUFType.MODEL)
+    if name and not any(word in name.lower() for word in CHARMED):
+        writer.add_name(name)
+    writer.add_file_type(NUMBERS[numbers][1])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    factors = describe(writer, model.config, family.anatomy.sizes["vocabulary"], names.row)
+    write_words(writer, family.saved_tokenizer(), family.anatomy.sizes["vocabulary"],
+                eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
+    tensors = dict(_tensors(family, names))
+    if factors is not None:
+        tensors["rope_freqs.weight"] = factors
+    _write(writer, path, tensors, numbers)
+
+
+def _tensors(family: Family, names: Names) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter under llama.cpp's name, in its order; a tied head is the embedding, which stands there once."""
+    turned = {f"{site.name}.weight" for site in family.anatomy.sites if site.transposed}
+    for path, parameter in family.anatomy.model.named_parameters():
+        stem, _, ending = path.rpartition(".")
+        name = names.name(stem)
+        if ending == "bias" and name.rpartition(".")[2] not in names.row.biases:
+            raise BaseError(f"{path!r} is a bias that llama.cpp's {names.row.name} does not add",
+                            "export with --to merged, or train another method")
+        weight = parameter.detach().T if path in turned else parameter.detach()
+        yield f"{name}.{ending}", names.raised(name, names.ordered(name, weight))
+
+
+# ---------------------------------------------------------------- an adapter
+
+
+def write_gguf_adapter(family: Family, changes: Mapping[str, Change], path: Path, name: str = "") -> None:
+    """Write LoRAs, by the paths of their maps, as one file that llama.cpp puts on the base's GGUF file.
+
+    There a file has one alpha, and a LoRA of rank R is scaled by alpha / R. Where that is not a map's own scale (other
+    ranks or alphas, rsLoRA), its B makes up for it.
+
+    Raises:
+        BaseError: the base is of no architecture that can be written.
+    """
+    names = Names(family.anatomy.model.config)
+    first = next(iter(changes.values()))
+    alpha = first.scale * first.a.shape[0]
+    writer = gguf.GGUFWriter(None, names.row.name)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    if name:
+        writer.add_name(name)
+    writer.add_file_type(LlamaFileType.ALL_F32)
+    tensors = {}
+    for site, change in changes.items():
+        at = names.name(site)
+        own = change.scale * change.a.shape[0] / alpha
+        tensors[f"{at}.weight.lora_a"] = change.a.detach()
+        tensors[f"{at}.weight.lora_b"] = names.ordered(at, change.b.detach()) * own
+    _write(writer, path, tensors, "float32")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def _write(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tensor], numbers: Numbers) -> None:
+    """The file, one tensor in memory at a time."""
+    kinds = {name: _kind(tensor, numbers) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kinds[name])
+        width: Any = np.uint8
+        writer.add_tensor_info(name, shape, np.dtype(width), int(np.prod(shape)), raw_dtype=kinds[name])
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor in tensors.items():
+        writer.write_tensor_data(_numbers(name, tensor, kinds[name]))
+    writer.close()
+
+
+def _kind(tensor: Tensor, numbers: Numbers) -> GGMLQuantizationType:
+    if tensor.dim() < 2:
+        return GGMLQuantizationType.F32
+    if numbers == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
+        return GGMLQuantizationType.F16
+    return NUMBERS[numbers][0]
+
+
+def _numbers(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+    values = tensor.float().cpu().contiguous().numpy()
+    if kind == GGMLQuantizationType.F16 and (largest := float(np.abs(values).max())) > LARGEST:
+        raise BaseError(f"{name} holds {largest:.3g}, and float16 ends at {LARGEST:.0f}", "export with --dtype float32")
+    return gguf.quantize(values, kind)

@@ -1,0 +1,1 @@
+"""Operations with a backward pass of their own. Read `fused_logprobs.py` first."""

@@ -1,0 +1,124 @@
+"""Where virtual tokens stand in a row, and what moves on because of them: indices alone, no model. Read `core/types.py`
+(Forest) first; `models/soft_prompts/causal.py` uses it.
+
+Rows that go through different adapters stand behind different virtual tokens. All that there are lie in one table, one
+adapter's after another's, and the row's own tokens behind them; a room says which entry stands where.
+
+    packed, causal      one more root for each adapter that has some, and the former roots of that adapter its children
+    packed, both ways   each root has its adapter's at its head, since they see what follows them
+    padded              every row has as many places as the longest needs, before its first token; those left over are
+                        padding
+
+Shape letters: B rows, L tokens of a row as the caller knows it, L' with the virtual ones, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from luthier.core.types import Forest
+
+
+@dataclass(frozen=True)
+class Room:
+    """Rows of L tokens with virtual ones among them, L' in all.
+
+    Args:
+        source: [B, L'] what stands where: an index into the table.
+        like: [B, L'] the own token whose mask and type it has: itself, or the first of its text.
+        own: [B, L] where each own token went.
+        shift: [B, L'] how much further on than that token's position it is.
+        live: [B, L'] False where there is padding instead of a virtual token; None: nowhere.
+        forest: of the longer row.
+        whose: for each segment of that forest the share that it has.
+    """
+
+    source: Tensor
+    like: Tensor
+    own: Tensor
+    shift: Tensor
+    live: Tensor | None = None
+    forest: Forest | None = None
+    whose: tuple[int, ...] = ()
+
+
+def padded_room(first: Tensor, width: int, sizes: Sequence[int], whose: Sequence[int], places: int = 0) -> Room:
+    """Virtual tokens before the first token of each row, which stands at `first` [B, 1].
+
+    Args:
+        sizes: how many virtual tokens each share has.
+        whose: the share of each row.
+        places: at least so many places in every row.
+    """
+    device, starts = first.device, [*accumulate(sizes, initial=0)]
+    places = max(places, *(sizes[share] for share in whose))
+    n, start = (torch.tensor([column[share] for share in whose], device=device)[:, None] for column in (sizes, starts))
+    at, own = (torch.arange(size, device=device) for size in (width + places, width))
+    virtual = (at >= first) & (at < first + places)
+    place = at - first - (places - n)  # among the row's virtual tokens; below 0 on padding
+    own_index = torch.where(at < first, at, at - places)
+    full = all(sizes[share] == places for share in whose)
+    return Room(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
+                torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
+                torch.where(virtual, place.clamp(min=0), n), None if full else ~virtual | (place >= 0))
+
+
+def packed_room(forest: Forest, sizes: Sequence[int], whose: Sequence[int], both_ways: bool,
+                device: torch.device) -> Room:
+    """One root for each share before all others, or, where texts are seen both ways, its places at every root's head.
+
+    Args:
+        sizes: how many virtual tokens each share has.
+        whose: the share of each segment; a child has its parent's.
+    """
+    make = _at_every_head if both_ways else _as_roots
+    return make(forest, sizes, [*accumulate(sizes, initial=0)], whose, device)
+
+
+def _as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
+              device: torch.device) -> Room:
+    used = {share: whose.index(share) for share in dict.fromkeys(whose) if sizes[share]}  # and its first segment
+    new, total = list(used), sum(forest.lengths)
+    above = {share: i for i, share in enumerate(new)}
+    parents = [parent + len(new) if parent >= 0 else above.get(share, -1)
+               for parent, share in zip(forest.parents, whose, strict=True)]
+    longer = Forest((*(sizes[share] for share in new), *forest.lengths), (*(-1 for _ in new), *parents),
+                    (*(forest.adapters[used[share]] for share in new), *forest.adapters) if forest.adapters else ())
+    heads = [torch.arange(sizes[share]) for share in new]
+    row, before = torch.arange(total), sum(sizes[share] for share in new)
+    source = torch.cat([*(head + starts[share] for head, share in zip(heads, new, strict=True)), row + starts[-1]])
+    like = torch.cat([*(torch.full_like(head, forest.starts[used[share]])
+                        for head, share in zip(heads, new, strict=True)), row])
+    shift = torch.cat([*heads, spread([sizes[share] for share in whose], forest.lengths)])
+    return _room(device, source, like, row + before, shift, longer, (*new, *whose))
+
+
+def _at_every_head(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
+                   device: torch.device) -> Room:
+    added = [sizes[share] if parent < 0 else 0 for parent, share in zip(forest.parents, whose, strict=True)]
+    longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
+    source, like, own, shift = [], [], [], []
+    for at, length, more, before, share in zip(forest.starts, forest.lengths, added, accumulate(added), whose,
+                                               strict=True):
+        head, span = torch.arange(more), torch.arange(at, at + length)
+        source += [head + starts[share], span + starts[-1]]
+        like += [torch.full_like(head, at), span]
+        own += [span + before]
+        shift += [head, torch.full_like(span, sizes[share])]
+    return _room(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(whose))
+
+
+def spread(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """[T] the value of each token's segment."""
+    return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))
+
+
+def _room(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: Forest,
+          whose: tuple[int, ...]) -> Room:
+    source, like, own, shift = (x[None].to(device, non_blocking=True) for x in (source, like, own, shift))
+    return Room(source, like, own, shift, forest=forest, whose=whose)

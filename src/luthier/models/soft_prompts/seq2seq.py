@@ -1,0 +1,223 @@
+"""Virtual tokens of an encoder and a decoder: T5 and its like. Read `models/soft_prompts/causal.py` and
+`models/attention/biased.py` first.
+
+A prompt stands before every source, in the encoder alone. Its states there are part of what the decoder looks back at
+(Lester et al. 2021, arXiv:2104.08691; PEFT does the same), so the encoder gives them out, before those of the source,
+and a caller who knows the source alone is met halfway: the decoder lengthens a mask that is too short.
+
+A prefix has keys and values for each of the three attentions: the encoder's, the decoder's own, and that of the decoder
+upon the encoder (Li and Liang 2021, arXiv:2101.00190, section 4). In the first two it stands in the N places before the
+first token, and T5's bias is that of those distances; the third has no positions, in T5 as such, and no bias. Learnt
+positions (BART) are added to embeddings, which a prefix has none of: there the text keeps the positions that it has.
+
+The order of a prefix's pairs is that in which the attentions run: the encoder's blocks, then of each of the decoder's
+its own attention and the one upon the encoder.
+
+Shape letters: B rows, L tokens of a source, N virtual tokens, H heads of width d.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Anatomy, Scope
+from luthier.core.soft_prompts import Kind
+from luthier.models.attention import biased
+from luthier.models.attention.biased import Before
+from luthier.models.attention.packed import Pair
+from luthier.models.hf_logging import quiet
+from luthier.models.soft_prompts.causal import Catch, Enough
+from luthier.models.soft_prompts.injection import Door, acts
+
+
+class Carried:
+    """Travels with one call of a stack down to its attention functions."""
+
+    def __init__(self, before: dict[nn.Module, Before]) -> None:
+        self.before = before
+
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
+        return self.before.get(module)
+
+
+class SourcePorts:
+    """See `core.ports.Ports`.
+
+    Args:
+        anatomy: of the whole model.
+        encoder, decoder: its two stacks.
+    """
+
+    usual: Callable[[int, int], Tensor] | None = None
+    peft: frozenset[Kind] = frozenset({"prompt"})  # its prefix acts on the decoder's own attention alone
+
+    def __init__(self, anatomy: Anatomy, encoder: nn.Module, decoder: nn.Module) -> None:
+        model: Any = anatomy.model
+        self._model, self._context = model, anatomy.sizes["context"]
+        self._encoder, self._decoder = encoder, decoder
+        self._names = {stack: list(inspect.signature(type(stack).forward).parameters)[1:]
+                       for stack in (encoder, decoder)}
+        self._modules: dict[nn.Module, list[nn.Module]] = {}  # the attentions of each stack, in their order
+        self._suspended = False
+        self.doors: list[Door] = []
+
+    # ------------------------------------------------------------ what methods call
+
+    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+        self._open(Door("prompt", make, scope, make().shape[0]))
+
+    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+        if not self._modules:
+            self.keys_values([0])
+        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+
+    def _open(self, door: Door) -> None:
+        if not self.doors:
+            for stack, enter in ((self._encoder, self._read), (self._decoder, self._write)):
+                stack.register_forward_pre_hook(enter, with_kwargs=True)
+        self.doors.append(door)
+
+    @torch.no_grad()
+    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+        assert not isinstance(start, Tensor), "there are words"
+        self._install()
+        tokens = torch.tensor([[*start]], device=self._device)
+        catch = Catch()
+        with self._bare():
+            read = self._encoder(input_ids=tokens, virtual=catch).last_hidden_state
+            self._modules[self._encoder] = list(catch.caught)
+            self._decoder(input_ids=tokens, encoder_hidden_states=read, use_cache=False, virtual=catch)
+        self._modules[self._decoder] = [m for m in catch.caught if m not in set(self._modules[self._encoder])]
+        maps = {name.rpartition(".")[0] for name, module in self._model.named_modules()
+                if name.rpartition(".")[2] in ("k", "k_proj") and isinstance(module, nn.Linear)}
+        if {self._model.get_submodule(name) for name in maps} != set(catch.caught):
+            raise self._unreachable()
+        return [(key[0], value[0]) for key, value in catch.caught.values()]
+
+    @torch.no_grad()
+    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
+        """Alike at every `place`: T5's keys know none. (BART's do; there it is the first.)"""
+        self._install()
+        catch = Catch(most=1)
+        with self._bare(), suppress(Enough):
+            self._encoder(input_ids=torch.tensor([[token] for token in ids], device=self._device), virtual=catch)
+        (key, _), = catch.caught.values()
+        return key.flatten(1)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._encoder.parameters()).device
+
+    def _install(self) -> None:
+        """Name our attention in the config. Raises `BaseError` where what is named there now is not what it calls."""
+        now = self._model.config._attn_implementation
+        carries = all(inspect.signature(type(stack).forward).parameters[names[-1]].kind is inspect.Parameter.VAR_KEYWORD
+                      for stack, names in self._names.items())
+        if not carries or now not in ("sdpa", biased.NAME):
+            raise self._unreachable()
+        with quiet():
+            self._model.set_attn_implementation(biased.NAME)
+
+    def _unreachable(self) -> BaseError:
+        return BaseError(f"{type(self._model).__name__} keeps the keys and values of its layers out of reach, so no "
+                         "prefix can stand before them", "use the method prompt, or another base")
+
+    @contextmanager
+    def _bare(self) -> Iterator[None]:
+        was, self._suspended = self._model.training, True
+        self._model.eval()
+        try:
+            yield
+        finally:
+            self._model.train(was)
+            self._suspended = False
+
+    # ------------------------------------------------------------ the two hooks
+
+    def _acting(self, kind: Kind) -> list[Door]:
+        return [] if self._suspended else [d for d in self.doors if d.kind == kind and acts(d.scope)]
+
+    def _read(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """Before the encoder: the prompt before each source, the prefix on its way."""
+        given = {**dict(zip(self._names[stack], args, strict=False)), **given}
+        if prompts := self._acting("prompt"):
+            given = self._put_in(given, torch.cat([door.make() for door in prompts]))
+        return (), self._with_prefix(stack, given, 0)
+
+    def _write(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        """Before the decoder: a mask of the source that knows no virtual tokens becomes one that does."""
+        given = {**dict(zip(self._names[stack], args, strict=False)), **given}
+        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
+            given["encoder_attention_mask"] = mask.gather(1, _places(mask, states.shape[1] - mask.shape[1])[1])
+        cache = given.get("past_key_values")
+        return (), self._with_prefix(stack, given, 0 if cache is None else int(cache.get_seq_length()))
+
+    def _put_in(self, given: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
+        embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+        if embeds is None:
+            embeds = self._encoder.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
+        width = embeds.shape[1] if mask is None else int(mask.sum(1).max())
+        if width + len(virtual) > self._context:
+            raise BaseError(f"a source of {width} tokens and {len(virtual)} virtual ones do not fit into the base's "
+                            f"context of {self._context} tokens", f"set data.max_length to "
+                            f"{self._context - len(virtual)} or less, or use fewer virtual tokens (method.tokens)")
+        virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
+        if mask is None:
+            return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
+        source, like = _places(mask, virtual.shape[1])
+        embeds = torch.cat([virtual, embeds], 1).gather(1, source[..., None].expand(-1, -1, embeds.shape[2]))
+        return {**given, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
+
+    # ------------------------------------------------------------ a prefix
+
+    def _with_prefix(self, stack: nn.Module, given: dict[str, Any], seen: int) -> dict[str, Any]:
+        made = [door.make() for door in self._acting("prefix")]
+        if not made:
+            return given
+        pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*made, strict=True)]
+        modules, before = self._modules[stack], len(self._modules[self._encoder]) * (stack is self._decoder)
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
+        biases = self._biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
+        found = {module: Before(key[None], value[None], biases.get(module))
+                 for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
+        return {**given, "virtual": Carried(found)}
+
+    def _biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
+        """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
+        call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
+        Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
+        within = [m for m in self._modules[stack] if stack is self._encoder or getattr(m, "is_causal", False)]
+        left = mask.ne(0).int().argmax(1) if mask is not None and mask.ndim == 2 else None
+        shifted = left is not None and bool(left.any())
+        found: dict[nn.Module, Tensor] = {}
+        last = None
+        for module in within:
+            if getattr(module, "has_relative_attention_bias", False):
+                rows, past = (seen + width, n) if shifted else (width, seen + n)
+                last = module.compute_bias(rows, n, device=self._device, past_seen_tokens=past)  # type: ignore[operator]
+                if shifted:
+                    assert left is not None
+                    place = torch.arange(seen, seen + width, device=left.device) - left[:, None]
+                    last = last[0].transpose(0, 1)[place.clamp(min=0)].transpose(1, 2)
+            if last is not None:
+                found[module] = last
+        return found
+
+
+def _places(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """For rows with the mask [B, L] and n virtual tokens before the first token of each: [B, n + L] what stands where
+    (an index into the virtual tokens, and the own ones behind them), and the own token whose mask it has."""
+    first = mask.ne(0).int().argmax(1, keepdim=True)
+    at = torch.arange(mask.shape[1] + n, device=mask.device)
+    virtual = (at >= first) & (at < first + n)
+    own = torch.where(at < first, at, at - n)
+    return torch.where(virtual, at - first, own + n), torch.where(virtual, first, own)

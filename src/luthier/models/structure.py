@@ -1,0 +1,118 @@
+"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (Anatomy) first.
+
+One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM, BERT, ViT and their like; a linear map
+whose ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
+asks for "all linear maps".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.core.errors import BaseError
+from luthier.core.protocols import Anatomy, Block, Site
+from luthier.models.expert_layers import experts_in
+from luthier.models.quantization import expander
+
+# Ending of a module's path -> role. `qkv` holds queries, keys and values one after another, `qkv_mixed` head by head.
+# The longest ending that fits wins, so `attn.c_proj` goes before `c_proj`.
+ROLES = {
+    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
+    "query": "q", "key": "k", "value": "v", "attention.output.dense": "o",
+    "qkv_proj": "qkv", "query_key_value": "qkv_mixed", "attn.c_attn": "qkv", "attn.c_proj": "o",
+    "self_attention.dense": "o", "attention.dense": "o", "self_attn.dense": "o", "Wqkv": "qkv", "attn.Wo": "o",
+    "q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o", "ffn.lin1": "up", "ffn.lin2": "down",
+    "query_proj": "q", "key_proj": "k", "value_proj": "v", "attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.o": "o",
+    "ffn": "up", "ffn_output": "down", "mlp.Wi": "gate_up", "mlp.Wo": "down",
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "gate_up_proj": "gate_up",
+    "mlp.c_fc": "up", "mlp.c_proj": "down", "fc1": "up", "fc2": "down", "w1": "gate", "w3": "up", "w2": "down",
+    "dense_h_to_4h": "up", "dense_4h_to_h": "down", "intermediate.dense": "up", "output.dense": "down",
+    "gate": "router", "router": "router",
+    "SelfAttention.q": "q", "SelfAttention.k": "k", "SelfAttention.v": "v", "SelfAttention.o": "o",  # T5
+    "EncDecAttention.q": "q", "EncDecAttention.k": "k", "EncDecAttention.v": "v", "EncDecAttention.o": "o",
+    "DenseReluDense.wi": "up", "DenseReluDense.wi_0": "gate", "DenseReluDense.wi_1": "up", "DenseReluDense.wo": "down",
+}
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
+
+
+def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anatomy:
+    """The parts of a model of Transformers. Raises `BaseError` where no stack of blocks is found.
+
+    Besides what `Anatomy` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a token,
+    and for a picture its patches and their common token.
+    """
+    backbone = model.base_model if model.base_model is not model else model
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
+    path, stack = _stack(backbone)
+    blocks = tuple(_block(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head = head if hasattr(head, "weight") else None  # a classifier's base has none
+    embedding = getattr(embedding, "projection", embedding)  # of pictures: the map of their patches
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    sizes = {
+        "hidden": config.hidden_size, "layers": len(blocks), "heads": heads,
+        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "vocabulary": embedding.weight.shape[0] if hasattr(config, "vocab_size") else 0,
+        "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
+    }
+    sites = tuple(site for block in blocks for site in linear_sites(block))
+    tied = head is not None and head.weight is embedding.weight
+    experts = tuple(found for block in blocks for found in experts_in(block.name, block.module, block.index))
+    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer, experts=experts)
+
+
+def role_of(path: str) -> str:
+    """What a linear map is for, by the ending of its path; `other` where the table does not know it."""
+    fitting = [ending for ending in ROLES if path == ending or path.endswith("." + ending)]
+    return ROLES[max(fitting, key=len)] if fitting else "other"
+
+
+def _stack(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The blocks: the longest list of alike modules."""
+    lists = [(name, module) for name, module in backbone.named_modules()
+             if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1]
+    if not lists:
+        raise BaseError(f"{type(backbone).__name__} has no stack of like layers, so its parts cannot be found",
+                        "use a transformer of the Transformers library")
+    # Outermost before innermost at equal length: an MoE block's experts are a list too.
+    return max(lists, key=lambda pair: (len(pair[1]) if pair[0].count(".") < 3 else 0, -pair[0].count(".")))
+
+
+def _block(index: int, name: str, layer: nn.Module) -> Block:
+    children = dict(layer.named_children())
+    attention = _home(layer) or next((children[key] for key in ATTENTION if key in children), layer)
+    mlp = next((children[key] for key in MLP if key in children), layer)
+    norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
+    maps = {role: module for path, module in layer.named_modules() for role in ("o", "up", "down")
+            if isinstance(module, (nn.Linear, Conv1D)) and role_of(f"{name}.{path}") == role}
+    single = sum(role_of(path) == "down" for path, _ in layer.named_modules()) == 1
+    alone = single and mlp is layer  # OPT's two maps stand in the layer, whose own input is not theirs
+    return Block(index, name, layer, attention, mlp, norms, attention_out=maps.get("o", attention),
+                 mlp_in=maps.get("up", mlp) if alone else mlp, mlp_out=maps.get("down", mlp) if single else mlp)
+
+
+def _home(layer: nn.Module) -> nn.Module | None:
+    """The module that the queries are made in, which is the one that attention functions are called with."""
+    found = next((path for path, _ in layer.named_modules() if role_of(path) in ("q", "qkv", "qkv_mixed")), None)
+    return None if found is None or "." not in found else layer.get_submodule(found.rpartition(".")[0])
+
+
+def linear_sites(block: Block) -> list[Site]:
+    """Every linear map in a block."""
+    found = []
+    for name, module in block.module.named_modules():
+        if isinstance(module, Conv1D):
+            rows, columns = module.weight.shape
+            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index, rows, columns,
+                              transposed=True))
+        elif isinstance(module, nn.Linear):
+            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index,
+                              module.in_features, module.out_features,
+                              expand=expander(module)))
+    return found

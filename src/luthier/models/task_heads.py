@@ -1,0 +1,156 @@
+"""From a row of states to what an objective asked for: pooling, heads, the loss's end. Read
+`models/ops/fused_logprobs.py` first.
+
+Shape letters: T tokens of the row, P predictions, A items, S segments, D hidden size, C width of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from luthier.core.errors import RunError
+from luthier.core.protocols import Head, Scope
+from luthier.core.types import Forest, Outputs, Target, sent
+from luthier.models.attention.packed import describe
+from luthier.models.hf_task_heads import TaskHead
+
+Pooling = Literal["last", "first", "mean"]
+PREFIX = "base_model.model."  # PEFT's files put this before the path of a module that is saved whole
+LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
+
+
+class Heads:
+    """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
+
+    at_update = None
+
+    def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str,
+                 build: Callable[[Head, torch.Generator], TaskHead | str] | None = None) -> None:
+        """`build`: makes a head from Transformers' own class of its task, or says why there is none."""
+        self.heads, self.task = tuple(heads), task
+        self.scope = Scope()  # nobody reads it: heads change nothing in the base
+        self.modules: dict[str, nn.Linear | TaskHead] = {}
+        self.own: TaskHead | None = None  # the one that Transformers' class has
+        self.why = ""  # why there is none, where one was wanted
+        self.scalars: dict[str, nn.Parameter] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for head in heads:
+            if head.kind == "scalar":
+                self.scalars[head.name] = nn.Parameter(torch.tensor(head.start, device=device))
+                continue
+            found = build(head, generator) if head.task and build is not None else ""
+            if isinstance(found, TaskHead):
+                self.modules[head.name] = self.own = found.to(device)
+                self.task = found.task or ""
+                continue
+            self.why = found
+            module = nn.Linear(hidden, head.width)
+            with torch.no_grad():
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
+                module.bias.zero_()
+            self.modules[head.name] = module.to(device)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        found: dict[str, nn.Parameter] = {}
+        for name, module in self.modules.items():
+            if isinstance(module, TaskHead):
+                found |= {f"{PREFIX}{path}": parameter for path, parameter in module.weights().items()}
+            else:
+                found |= {f"{PREFIX}{name}.{part}": parameter for part, parameter in module.named_parameters()}
+        return found | {f"{PREFIX}{name}": parameter for name, parameter in self.scalars.items()}
+
+    def rate(self, name: str) -> float:
+        return 1.0
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Heads change nothing in the base, so there is nothing to switch off."""
+        yield
+
+    def merge(self) -> None:
+        """Heads stand beside the base's weights, so there is nothing to fold in."""
+
+    unmerge = merge
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.parameters().items()}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        mine = self.parameters()
+        wrong = sorted(name for name in mine.keys() | state.keys()
+                       if name not in mine or name not in state or state[name].shape != mine[name].shape)
+        if wrong:
+            kind = ("missing" if wrong[0] not in state else "unknown" if wrong[0] not in mine else "misshapen")
+            raise RunError(f"the saved heads do not fit this objective: {len(wrong)} {kind}, the first {wrong[0]!r}",
+                           "use the objective and the classes that they were trained with")
+        for name, parameter in mine.items():
+            parameter.copy_(state[name])
+
+    def peft(self) -> dict[str, Any] | None:
+        """What of PEFT's config the heads decide. A scalar is no module, so it is none of `modules_to_save`."""
+        kept = [name for name, module in self.modules.items() if not isinstance(module, TaskHead)]
+        kept += self.own.modules_to_save() if self.own is not None else []
+        return {"peft_type": None, "task_type": self.task or None, "modules_to_save": sorted(kept)}
+
+    def _of(self, kind: str, states: Tensor) -> Tensor:
+        """In float32, under autocast too: a reward or a value with the three digits of bfloat16 is not one."""
+        name = next(head.name for head in self.heads if head.kind == kind)
+        module = self.modules[name]
+        with _exact(states.device):
+            scores: Tensor = module(states.to(next(module.parameters()).dtype))
+        return scores
+
+    def outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
+                log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
+        """What is asked for of a row of states.
+
+        Args:
+            row: [T, D].
+            log_probs: (states [P, D], tokens [P], entropies too?, temperature) -> log-probabilities, hits, entropies,
+                all [P].
+        """
+        made: dict[str, Any] = {"scalars": dict(self.scalars)}
+        if needs & (LOG_PROBS | {"states", "token_scores"}):
+            made["states"] = states = row.index_select(0, target.at)
+            if needs & LOG_PROBS:
+                logps, hits, entropies = log_probs(states, target.tokens, "token_entropies" in needs,
+                                                   target.temperature)
+                made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
+            if "token_scores" in needs:
+                made["token_scores"] = self._of("token", states)
+        if "pooled" in needs:
+            made["pooled"] = pool(row, forest, target.items, pooling)
+        if "scores" in needs:
+            own = pooling if self.own is None else cast(Pooling, self.own.pooling)
+            made["scores"] = self._of("item", pool(row, forest, target.items, own))
+        return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
+
+
+def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
+    """[A, D] one state for each item: its last token's, that of its root's first token, or the mean over its path."""
+    starts, lengths = (sent(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
+    if how == "last":
+        return row.index_select(0, (starts + lengths - 1)[items])
+    if how == "first":
+        roots = sent(torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))]), row.device)
+        return row.index_select(0, starts[roots[items]])
+    # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
+    # and in an order of its own in every run.
+    segment, _, related = (sent(x, row.device) for x in describe(forest))
+    wide = torch.promote_types(row.dtype, torch.float32)
+    counts = related[items].index_select(1, segment).to(wide)
+    with _exact(row.device):
+        return (counts @ row.to(wide)) / counts.sum(1, keepdim=True)
+
+
+def _exact(device: torch.device) -> AbstractContextManager[Any]:
+    """Without autocast."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

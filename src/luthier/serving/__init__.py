@@ -1,0 +1,1 @@
+"""Schedules requests and speaks the OpenAI protocol. Read `engine.py` first."""

@@ -1,0 +1,248 @@
+"""Checkpoints that are whole or not there: a folder of tensors, state and a manifest. Read `core/errors.py` first.
+
+    step-N/
+      <part>.safetensors    one for each part: method, optimizer, ...
+      state.json            everything that is not a tensor: cursor, schedule, random states
+      manifest.json         size and sha256 of every other file
+
+A folder is written under a hidden name, forced to the disk and only then renamed. So a process killed at any moment
+leaves no `step-N` or a whole one, and the manifest finds what a disk or a hand did to it later. Hidden names:
+
+    .writing-step-N-<pid>   not whole yet
+    .replaced-step-N        whole: the step's former checkpoint, until the new one stands in its place
+    .dropped-step-N         no longer wanted, perhaps half deleted
+
+One process writes a run. A `.writing` folder whose process is gone is litter, and the next save sweeps it away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier.core.errors import RunError
+from luthier.training.os_errors import REMEDIES, of_the_system
+
+STATE, MANIFEST, SUFFIX = "state.json", "manifest.json", ".safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: `tensors[part][name]` on the CPU, bit for bit as saved, and `state` as JSON gives it back."""
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+    path: Path
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any],
+         keep: int, protect: int | None = None) -> Path:
+    """Write `folder/step-N/`, then remove what is older than the last `keep`, never the step `protect`.
+
+    Args:
+        tensors: part -> name -> tensor, of any dtype, shape and device.
+        state: what JSON can hold. Tuples come back as lists, keys as strings: JSON knows no others.
+        keep: how many checkpoints stay, this one included. Later steps are neither counted nor removed.
+
+    Raises `RunError` where the disk is full or the folder closed; the earlier checkpoints are then as they were.
+    """
+    assert keep >= 1, keep
+    place, temporary = folder / f"step-{step}", folder / f".writing-step-{step}-{os.getpid()}"
+    needed = sum(t.nbytes for part in tensors.values() for t in part.values())
+    with _explained(place, needed):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _sweep(folder)
+            temporary.mkdir()
+            _write(temporary, step, tensors, state)
+            if place.exists():
+                place.rename(folder / f".replaced-{place.name}")
+            temporary.rename(place)
+            _sync(folder)
+        finally:  # gone already where all went well; where not, that first error is the one to hear of
+            shutil.rmtree(temporary, ignore_errors=True)
+        _sweep(folder)
+        older = sorted(s for s in _steps(folder) if s < step)
+        for old in older[:max(0, len(older) - (keep - 1))]:
+            if old != protect:
+                _drop(folder / f"step-{old}")
+    return place
+
+
+def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+    for part, named in tensors.items():
+        _write_tensors(folder / f"{part}{SUFFIX}", named)
+    (folder / STATE).write_text(json.dumps({"step": step, "state": state}), encoding="utf-8")
+    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
+    """One safetensors file. Views of one storage are written each by itself: the format knows no sharing."""
+    seen: set[int] = set()
+    plain = {}
+    for name, tensor in named.items():
+        whole = tensor.detach().contiguous()
+        pointer = whole.untyped_storage().data_ptr()
+        plain[name] = whole.clone() if pointer in seen else whole
+        seen.add(pointer)
+    try:
+        save_file(plain, path)
+    except SafetensorError as error:
+        if number := of_the_system(error):
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _explained(place: Path, needed: int) -> Iterator[None]:
+    """Errors of the file system as one `RunError`."""
+    try:
+        yield
+    except OSError as error:
+        there = next(path for path in (place, *place.parents) if path.is_dir())
+        free = shutil.disk_usage(there).free
+        raise RunError(
+            f"cannot save {place.name} in {place.parent}: {error.strerror} ({error.filename or place.parent}); "
+            f"its tensors need {needed:,} bytes, and {free:,} are free",
+            REMEDIES.get(error.errno or 0, "look after that disk or folder, then resume")) from error
+
+
+# ---------------------------------------------------------------- tidying
+
+
+def _steps(folder: Path) -> list[int]:
+    return [int(found[1]) for path in folder.iterdir() if (found := re.fullmatch(r"step-(\d+)", path.name))]
+
+
+def _drop(path: Path) -> None:
+    """Delete a checkpoint. The rename comes first: a half-deleted `step-N` must never be seen."""
+    hidden = path.with_name(".dropped-" + path.name.removeprefix(".replaced-"))
+    path.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def _sweep(folder: Path) -> None:
+    """Finish what a killed writer began."""
+    for path in sorted(folder.glob(".*-step-*")):
+        if path.name.startswith(".dropped-"):
+            shutil.rmtree(path)
+        elif path.name.startswith(".replaced-"):
+            place = path.with_name(path.name.removeprefix(".replaced-"))
+            if place.exists():
+                _drop(path)
+            else:
+                path.rename(place)
+        elif path.name.startswith(".writing-") and not _alive(int(path.name.rpartition("-")[2])):
+            shutil.rmtree(path)
+
+
+def _alive(pid: int) -> bool:
+    """Whether another process of that number runs. Ours is not writing now, so its folder is an earlier namesake's."""
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
+
+
+# ---------------------------------------------------------------- reading
+
+
+def load(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`, each file checked against the manifest. `RunError` where one is damaged."""
+    if reason := _damage(path):
+        raise RunError(f"the checkpoint {path} is damaged: {reason}", "resume from an older checkpoint, or start again")
+    return _read(path)
+
+
+def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint in `folder`, or None; and a sentence on each damaged one that was passed over."""
+    skipped = []
+    found = None
+    for path in _candidates(folder):
+        reason = _damage(path)
+        if not reason:
+            found = _read(path)
+            break
+        skipped.append((path, reason))
+    instead = f"step-{found.step} is used instead" if found else "no older checkpoint is whole"
+    return found, [f"the checkpoint {path} is damaged: {reason}; {instead}" for path, reason in skipped]
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoints, newest first. A replaced one counts where nothing stands in its place: its writer was killed."""
+    if not folder.is_dir():
+        return []
+    steps = {step: folder / f"step-{step}" for step in _steps(folder)}
+    for path in folder.glob(".replaced-step-*"):
+        steps.setdefault(int(path.name.rpartition("-")[2]), path)
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def _read(path: Path) -> Checkpoint:
+    names = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    tensors = {name.removesuffix(SUFFIX): load_file(path / name) for name in names if name.endswith(SUFFIX)}
+    saved = json.loads((path / STATE).read_text(encoding="utf-8"))
+    return Checkpoint(saved["step"], tensors, saved["state"], path)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the checkpoint, or None."""
+    name = MANIFEST
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (entry["size"], entry["sha256"]) for name, entry in manifest.items()}
+        if STATE not in files:
+            return f"{MANIFEST} does not name {STATE}"
+        for name, (size, sha256) in files.items():
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found:,} bytes instead of {size:,}"
+            if _sha256(path / name) != sha256:
+                return f"{name} has changed since it was written (its sha256 is another)"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:  # a bad sector is damage like any other
+        return f"{name} cannot be read ({error.strerror})"
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{name} is not what was written ({error})"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,75 @@
+"""The backward pass of one sum: of a micro-batch, or of a batch whose rows meet in the loss. Read `step.py` first.
+
+Rows that meet (in-batch negatives) are computed in parts by gradient caching (Gao et al. 2021, arXiv:2101.06983): the
+outputs of all parts are computed without a graph, the loss of them all gives each output's gradient, and each part is
+then computed again with a graph, to take its own gradients back. The result is that of the whole batch at once, at
+the memory of one part and a second forward pass.
+
+Over ranks, every rank sees all outputs and takes back what is its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from luthier.core.protocols import Objective
+from luthier.core.types import Batch, Outputs, Target
+from luthier.distributed import process_group
+from luthier.training import rng
+
+Forward = Callable[[Batch], Outputs]
+Metrics = Mapping[str, tuple[Tensor, Tensor | float]]
+
+
+def backward(forward: Forward, objective: Objective, mine: list[Batch], count: float, device: torch.device,
+             autocast: Callable[[], AbstractContextManager[None]]) -> tuple[Tensor, Metrics]:
+    """Loss and metrics; the gradients are left on the parameters. A function of its own, so that nothing of a graph
+    outlives it: what is still named while the next micro-batch runs is memory that both hold at once.
+
+    Args:
+        forward: a batch's outputs, with a graph where gradients are on.
+        mine: one micro-batch, or where rows meet this rank's parts of the whole batch; on the device.
+        count: what the loss is divided by.
+    """
+    if not objective.coupled or (len(mine) == 1 and process_group.world() == 1):
+        with autocast():
+            part = objective(forward(mine[0]), mine[0].target)
+        (part.total / count).backward()
+        return part.total.detach() / count, part.metrics
+    states, outputs = [], []
+    for batch in mine:
+        states.append(rng.capture(device))
+        with torch.no_grad(), autocast():
+            outputs.append(forward(batch))
+    leaves = [_leaf(output) for output in outputs]
+    mine_now = [(output.tensors(), batch.target) for output, batch in zip(outputs, mine, strict=True)]
+    others = process_group.others(mine_now, device)
+    if not mine:
+        return torch.zeros((), device=device), {}
+    every = [*zip(leaves, [batch.target for batch in mine], strict=True),
+             *((Outputs(**tensors), target) for tensors, target in others)]  # type: ignore[arg-type]
+    part = objective(Outputs.joined([o for o, _ in every]), Target.joined([t for _, t in every]))
+    (part.total / count).backward()  # the scalars get their gradient here
+    after = rng.capture(device)
+    for batch, state, leaf in zip(mine, states, leaves, strict=True):
+        rng.restore(state)
+        with autocast():
+            again = forward(batch).tensors()
+        pairs = [(again[name], t.grad) for name, t in leaf.tensors().items() if t.grad is not None]
+        torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
+    rng.restore(after)
+    if process_group.rank() != 0:  # the sums are of the whole batch: one rank reports them
+        return torch.zeros_like(part.total.detach()), {}
+    return part.total.detach() / count, part.metrics
+
+
+def _leaf(output: Outputs) -> Outputs:
+    tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in output.tensors().items()}
+    # Every rank computes the whole loss, so all but one leave the scalars alone: gradients are summed over ranks.
+    scalars = output.scalars if process_group.rank() == 0 else {name: t.detach() for name, t in output.scalars.items()}
+    return replace(output, **tensors, scalars=scalars)

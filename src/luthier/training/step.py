@@ -1,0 +1,162 @@
+"""One optimiser step, whole, on one screen. Read `core/protocols.py` first; `loop.py` calls this.
+
+Only the step divides. The count is taken over all micro-batches (and ranks) before the first forward pass, and each
+backward pass is of total / count; so the result does not depend on how a batch was cut.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from luthier.core.errors import NotFinite
+from luthier.core.examples import Origin
+from luthier.core.protocols import Family, Objective
+from luthier.core.types import Batch, Outputs, Target
+from luthier.distributed import process_group
+from luthier.training.grad_cache import Metrics, backward
+from luthier.training.optimizer import Optimizer
+
+Sums = dict[str, tuple[Tensor | float, Tensor | float]]
+Reference = Callable[[], AbstractContextManager[None]]
+
+
+def later(values: Sequence[Tensor | float], device: torch.device) -> Callable[[], list[float]]:
+    """What reads `values`. From a GPU they set out now, in one copy behind the work that makes them: whoever reads them
+    waits for that work and for nothing that was queued after it, so the next step may be under way."""
+    if device.type != "cuda":
+        return lambda: [float(value) for value in values]
+    there = [value.detach() for value in values if isinstance(value, Tensor) and value.is_cuda]
+    wide = torch.stack([value.to(torch.float64) for value in there])
+    here = torch.empty(wide.shape, dtype=wide.dtype, pin_memory=True)
+    here.copy_(wide, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        found = iter(here.tolist())
+        return [next(found) if isinstance(value, Tensor) and value.is_cuda else float(value) for value in values]
+
+    return read
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What one step measured. `read` gives what its `names` sum to, total and count of each in turn, then the loss and
+    the gradient's length; it waits for the step to end."""
+
+    count: float
+    names: tuple[str, ...]
+    read: Callable[[], list[float]]
+    device: torch.device
+    tokens: int
+    examples: int
+    micro_batches: int
+    origins: tuple[Origin, ...]
+
+    def numbers(self) -> dict[str, float]:
+        """The metrics as plain numbers. Raises `NotFinite`, naming the batch, where the loss or gradient is not."""
+        *read, loss, norm = self.read()
+        own = dict(zip(self.names, zip(read[0::2], read[1::2], strict=True), strict=True))
+        summed = process_group.sum_named({**own, "": (loss,)})
+        (loss,) = summed.pop("")
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            shown = ", ".join(map(str, self.origins[:8])) + (" ..." if len(self.origins) > 8 else "")
+            raise NotFinite(f"loss {loss} with gradient length {norm} on the batch of {shown}; "
+                            "the weights were not updated with it",
+                            "lower optimizer.learning_rate, or look at these rows with `luthier data check`")
+        means = {name: total / n for name, (total, n) in summed.items() if n}
+        return {"loss": loss, **means, "grad_norm": norm}
+
+
+def step(family: Family, objective: Objective, batches: list[Batch], optimizer: Optimizer,
+         autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+         reference: Reference | None = None) -> Stepped:
+    """Forward and backward through every micro-batch, then one update.
+
+    Args:
+        batches: the micro-batches of one optimiser step; this rank takes its share of them.
+        optimizer: its rate is already set.
+        autocast: makes a context for mixed precision, entered anew for each forward pass.
+        reference: makes the context in which the model is the reference, for objectives that need one.
+    """
+    device = family.device
+    mine = [batch.to(device) for batch in batches[process_group.rank()::process_group.world()]]
+    count = sum(objective.count(batch.target) for batch in batches)
+    assert count > 0, "an encoded example always has a weight above 0"
+    loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+    sums: Sums = {}
+    # Where rows meet in the loss, the micro-batches are parts of one sum; elsewhere each is a sum of its own.
+    for part in [mine] if objective.coupled else [[batch] for batch in mine]:
+        part_loss, metrics = backward(partial(forward, family, objective, reference=reference), objective, part, count,
+                                      device, autocast)
+        loss += part_loss
+        _add(sums, metrics)
+    process_group.sum_gradients(optimizer.parameters.values())
+    optimizer.complete()
+    norm = optimizer.clip()
+    optimizer.step(norm)
+    read = later([*(x for pair in sums.values() for x in pair), loss, norm], device)
+    return Stepped(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
+                   sum(b.target.examples for b in batches), len(batches), tuple(o for b in batches for o in b.origins))
+
+
+def forward(family: Family, objective: Objective, batch: Batch, reference: Reference | None = None) -> Outputs:
+    """What the objective needs of one micro-batch; the reference's log-probabilities from a pass of its own, unless
+    they were computed before."""
+    if "reference_logps" not in objective.needs:
+        return family.forward(batch.inputs, batch.target, objective.needs)
+    logps = batch.target.known.get("reference_logps")
+    if logps is None:
+        assert reference is not None, "whoever trains with a reference says what it is"
+        logps = reference_logps(family, batch, reference)
+    return replace(family.forward(batch.inputs, batch.target, objective.needs - {"reference_logps"}),
+                   reference_logps=logps)
+
+
+def reference_logps(family: Family, batch: Batch, reference: Reference) -> Tensor:
+    """[P] the reference's log-probability of every prediction. It has no dropout and no gradient."""
+    training = family.training
+    family.train(False)
+    with torch.no_grad(), reference():
+        logps = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
+    family.train(training)
+    assert logps is not None
+    return logps
+
+
+def _add(sums: Sums, metrics: Metrics) -> None:
+    for name, (total, n) in metrics.items():
+        old = sums.get(name, (0.0, 0.0))
+        sums[name] = (old[0] + total, old[1] + n)
+
+
+@torch.no_grad()
+def measure(family: Family, objective: Objective, batches: list[Batch],
+            reference: Reference | None = None) -> dict[str, float]:
+    """The objective's metrics over held-out batches: each sum divided once, at the end; and its `quality`."""
+    sums: Sums = {}
+    kept: list[tuple[Outputs, Target]] = []
+    whole = objective.coupled or objective.judged
+    for batch in (b.to(family.device) for b in batches):
+        outputs = forward(family, objective, batch, reference)
+        if whole:
+            kept.append((outputs, batch.target))
+        if not objective.coupled:
+            part = objective(outputs, batch.target)
+            _add(sums, {**part.metrics, "loss": (part.total, part.count)})
+    found: dict[str, float] = {}
+    if kept:
+        outputs, target = Outputs.joined([o for o, _ in kept]), Target.joined([t for _, t in kept])
+        if objective.coupled:
+            part = objective(outputs, target)
+            _add(sums, {**part.metrics, "loss": (part.total, part.count)})
+        found = objective.quality(outputs, target)
+    return {name: float(total) / float(n) for name, (total, n) in sums.items() if float(n)} | found

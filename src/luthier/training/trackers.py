@@ -1,0 +1,167 @@
+"""Where metrics go: lines of JSON in the run folder, and the trackers a recipe names. Read `core/errors.py` first."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from luthier.core.errors import MissingExtra, RecipeError, RunError, nearest
+from luthier.training.os_errors import explained
+
+
+class Tracker(Protocol):
+    """Takes a step's metrics."""
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """One line of JSON for each call of `log`, on its way to the disk when `log` returns. NaN is written as `NaN`.
+
+    Args:
+        path: the file; its folder is there.
+        resume_at: None starts the file anew. A step keeps the lines up to it, so that the steps that a killed run had
+            made after its last checkpoint do not stand there twice; a last line that was cut short goes too.
+    """
+
+    def __init__(self, path: Path, resume_at: int | None = None) -> None:
+        self._path = path
+        with explained(path):
+            _keep(path, resume_at)
+            self._file = path.open("ab", buffering=0)  # what a full disk refused is not tried again at the close
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        assert "step" not in metrics
+        line = (json.dumps({"step": step, **metrics}) + "\n").encode()
+        with explained(self._path):
+            while line:
+                line = line[self._file.write(line):]
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _keep(path: Path, resume_at: int | None) -> None:
+    """Cut `path` back to the lines up to `resume_at`, in one move: a kill leaves the old file or the new."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, 1):
+        if resume_at is None:
+            break
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, LookupError, TypeError) as error:
+            if number == len(lines):
+                continue
+            raise RunError(f"{path}:{number} is not a line of metrics ({error})",
+                           "delete that line, then resume") from error
+        if step <= resume_at:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+    if kept != lines:
+        temporary = path.with_name(f".{path.name}.writing")
+        with temporary.open("wb") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+class TensorBoard:
+    """Event files in `folder/tensorboard`."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        _require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = None if resume_at is None else resume_at + 1  # hides what a killed run had logged beyond
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+        self._writer.add_text("recipe", f"```json\n{json.dumps(config, indent=1, default=str)}\n```")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """Weights & Biases, in the project that `WANDB_PROJECT` names, else `luthier`.
+
+    A resumed run goes on under the id kept in the folder; steps that the service has seen already stay as they were.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        _require("wandb")
+        import wandb
+
+        file = folder / "wandb" / "run-id"
+        if resume_at is None or not file.exists():
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(uuid.uuid4().hex[:12])
+        self._run = wandb.init(project=os.environ.get("WANDB_PROJECT", "luthier"), name=folder.name, dir=str(folder),
+                               id=file.read_text(), resume="allow", config=dict(config))
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """Trackio, in the project that `TRACKIO_PROJECT` names, else `luthier`; its database is the user's own."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
+        _require("trackio")
+        import trackio
+
+        self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", "luthier"), name=folder.name,
+                                 config=dict(config), resume="never" if resume_at is None else "allow")
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Tracker]] = {  # name = package = extra
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "trackio": Trackio,
+}
+
+
+def demand(names: Iterable[str]) -> None:
+    """An error where a tracker is not known or its package not installed. Opens nothing."""
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f"unknown tracker {name!r}: {nearest(name, TRACKERS)}",
+                              "metrics.jsonl is always written and needs no name")
+        _require(name)
+
+
+def open_trackers(names: Iterable[str], folder: Path, config: Mapping[str, Any],
+                  resume_at: int | None = None) -> list[Tracker]:
+    """The trackers named, besides `JsonLines`. All names and packages are checked before any is opened."""
+    names = list(dict.fromkeys(names))
+    demand(names)
+    if names:
+        folder.mkdir(parents=True, exist_ok=True)
+    return [TRACKERS[name](folder, config, resume_at) for name in names]
+
+
+def _require(package: str) -> None:
+    # No origin: a mere folder of that name on the path, such as the `wandb/` that wandb leaves in working folders.
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingExtra(package, package, f"the tracker {package!r}")

@@ -1,0 +1,131 @@
+"""Rewards: built in, a user's own, an address; and what happens when one breaks."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from luthier.core.errors import RecipeError, RunError
+from luthier.core.examples import Origin
+from luthier.rl.rewards import Answer, code_in, endpoint, from_function, judged, named
+
+
+def answer(text: str, **facts: Any) -> Answer:
+    return Answer("What is it?", text, Origin("rows.jsonl", 7), facts)
+
+
+@pytest.mark.parametrize(("name", "text", "facts", "wanted"), [
+    ("number", "so it is 18.0", {"reference": "#### 18"}, 1.0),
+    ("number", "so it is 17", {"reference": "#### 18"}, 0.0),
+    ("json_equal", '{"a": 1}', {"reference": '{"a": 1.0}'}, 1.0),
+    ("contains", "in Paris", {"reference": "Paris"}, 1.0),
+    ("length", "one two three", {"length": 3}, 1.0),
+    ("length", "one two", {"length": 4}, 0.5),
+    ("length", "one two three four five six seven eight nine", {"length": 4}, 0.0),
+    ("code_tests", "```python\ndef f(x):\n    return x + 1\n```", {"tests": ["assert f(1) == 2", "assert f(1) == 3"]}, 0.5),
+    ("code_tests", "def f(x): return x", {"tests": "assert f(1) == 1"}, 1.0),
+])
+def test_built_in_rewards(name: str, text: str, facts: dict[str, Any], wanted: float) -> None:
+    assert judged([answer(text, **facts)], [(named(name, 5.0), 1.0)]) == [wanted]
+
+
+def test_several_rewards_are_added_by_their_weights() -> None:
+    rewards = [(named("length", 1.0), 2.0), (from_function(lambda p, a, f: [len(x) for x in a], "f"), -0.5)]
+    assert judged([answer("one two", length=2), answer("one", length=2)], rewards) == [2 - 3.5, 1 - 1.5]
+
+
+@pytest.mark.parametrize(("name", "facts", "word"), [
+    ("number", {}, "has no 'reference'"), ("number", {"reference": "none"}, "has no number"),
+    ("length", {"length": "long"}, "wants a number of words"), ("code_tests", {"tests": []}, "is empty")])
+def test_a_row_that_cannot_be_judged_is_named(name: str, facts: dict[str, Any], word: str) -> None:
+    with pytest.raises(RunError, match=word) as caught:
+        named(name, 1.0)([answer("3", **facts)])
+    assert "rows.jsonl:7" in str(caught.value)
+    assert "What is it?" in str(caught.value)
+
+
+@pytest.mark.parametrize(("function", "word"), [
+    (lambda p, a, f: 1 / 0, "ZeroDivisionError"), (lambda p, a, f: [math.nan], "nan for answer 0, not a finite number"),
+    (lambda p, a, f: [math.inf], "inf"), (lambda p, a, f: [1.0, 2.0], "2 numbers for 1 answers"),
+    (lambda p, a, f: ["good"], "str 'good' for answer 0"), (lambda p, a, f: None, "returned NoneType None")])
+def test_a_function_that_breaks_names_the_prompt(function: Any, word: str) -> None:
+    with pytest.raises(RunError, match=word) as caught:
+        judged([answer("3")], [(from_function(function, "mine:f"), 1.0)])
+    assert "What is it?" in str(caught.value)
+
+
+def test_a_function_of_a_file_is_told_prompts_answers_and_facts(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(prompts, answers, facts):\n    return [len(p) + len(a) + f['x'] for p, a, f "
+                                      "in zip(prompts, answers, facts)]\n")
+    assert named(f"{tmp_path}/mine.py:f", 1.0)([answer("abc", x=100)]) == [11 + 3 + 100]
+    with pytest.raises(RecipeError, match="defines no function 'g'"):
+        named(f"{tmp_path}/mine.py:g", 1.0)
+    with pytest.raises(RecipeError, match="cannot be imported"):
+        named(f"{tmp_path}/none.py:g", 1.0)
+    with pytest.raises(RecipeError, match="did you mean 'length'"):
+        named("lenght", 1.0)
+
+
+@pytest.mark.parametrize(("text", "code"), [
+    ("a\n```python\nx = 1\n```\nb", "x = 1\n"), ("```\nx = 1\n```", "x = 1\n"), ("x = 1", "x = 1"),
+    ("```py\nx = 1", "x = 1")])
+def test_the_code_of_an_answer(text: str, code: str) -> None:
+    assert code_in(text) == code
+
+
+class _Service(BaseHTTPRequestHandler):
+    said: bytes = b"{}"
+    code = 200
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.send_response(self.code)
+        self.end_headers()
+        self.wfile.write(self.said or json.dumps({"rewards": [len(a) for a in asked["answers"]]}).encode())
+
+    def log_message(self, *words: Any) -> None:
+        """Nothing to say."""
+
+
+@pytest.fixture
+def service() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), _Service)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_an_address_gives_rewards_or_says_why_not(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Service, "said", b"")
+    assert judged([answer("abc"), answer("")], [(endpoint(service, 5.0), 1.0)]) == [3.0, 0.0]
+    for said, code, word in ((b"nonsense", 200, "its answer is not"), (b'{"scores": [1]}', 200, "KeyError"),
+                             (b"", 503, "answered 503")):
+        monkeypatch.setattr(_Service, "said", said)
+        monkeypatch.setattr(_Service, "code", code)
+        with pytest.raises(RunError, match=word) as caught:
+            endpoint(service, 5.0)([answer("abc")])
+        assert service in str(caught.value)
+
+
+def test_an_address_that_is_not_there_or_late_is_an_error_in_words(service: str) -> None:
+    with pytest.raises(RunError, match="failed for"):
+        endpoint("http://127.0.0.1:9", 1.0)([answer("a")])
+    with pytest.raises(RecipeError, match="no http"):
+        endpoint("127.0.0.1:9", 1.0)
+
+
+def test_a_package_that_a_reward_needs_is_no_missing_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needy_reward.py").write_text("import no_such_package_here\ndef f(prompts, answers, facts): return [0.0] * len(prompts)\n")
+    with pytest.raises(RecipeError, match=r"needy_reward raised ModuleNotFoundError: No module named 'no_such_package_here'"):
+        named("needy_reward:f", 1.0)
+    with pytest.raises(RecipeError, match=r"name a module that Python finds"):
+        named("no_such_reward_here:f", 1.0)
