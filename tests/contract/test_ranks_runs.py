@@ -125,11 +125,11 @@ def judged_by_rank(place: Path) -> dict[str, list[Any]]:
         job: Any = SimpleNamespace(family=SimpleNamespace(train=lambda mode: None), log=lambda *_: None, show=lambda *_: None,
                                    rolling=SimpleNamespace(judged=lambda losses=losses: {"loss": next(losses)}))
         summary = loop.Summary(0, 0.0, 0)
-        before, loop.ranks = loop.ranks, SimpleNamespace(rank=process_group.rank, agreed=agree)  # type: ignore[assignment]
+        before, loop.process_group = loop.process_group, SimpleNamespace(rank=process_group.rank, agreed=agree)  # type: ignore[assignment]
         try:
             found[name] = [loop._evaluate(job, summary) for _ in range(3)] + [summary.best["eval_loss"]]
         finally:
-            loop.ranks = before
+            loop.process_group = before
     return found
 
 
@@ -156,9 +156,9 @@ def dropped(place: Path) -> list[Any]:
             (place / name / "README.md").unlink()
         process_group.wait()
         if name == "wrong":
-            loop.random.restore = lambda state: restore(process_group.agreed(state))  # type: ignore[assignment]
+            loop.rng.restore = lambda state: restore(process_group.agreed(state))  # type: ignore[assignment]
         found.append(watched(recipe, run=str(place / name), resume=True))
-    loop.random.restore = restore
+    loop.rng.restore = restore
     return found
 
 

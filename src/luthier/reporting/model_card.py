@@ -146,8 +146,8 @@ def is_embedding(made: assembly.Recipe) -> bool:
 def loading(out: Run, made: assembly.Recipe, base: Family) -> tuple[str, list[str]]:
     """The library that loads the folder, and Python code that does and gives an output."""
     if _reason(out, made, base):
-        return "luthier", ["from luthier import build", "", HERE, "",
-                           "recipe, model, method = build.open_run(build.Run(FOLDER))"]
+        return "luthier", ["from luthier import assembly", "", HERE, "",
+                           "recipe, model, method = assembly.open_run(assembly.Run(FOLDER))"]
     library = "peft" if out.adapter else "transformers"
     images = "channels" in base.anatomy.sizes
     if base.heads.own is not None:
