@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.machine import machine, versions
 from luthier import assembly
+from luthier.assembly.factory import attach_method, load_family
 from luthier.core.types import Forest, Inputs
 
 MEMBERS: dict[str, Any] = {"low": "lora", "low_too": "lora", "soft": "prompt", "deep": "prefix", "both": ["prompt", "lora"]}
@@ -28,10 +29,10 @@ EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and ho
 
 
 def main() -> None:
-    family = assembly.family(assembly.BaseConfig(name="smollm2"))
+    family = load_family(assembly.BaseConfig(name="smollm2"))
     bank = assembly.Bank(family.anatomy)
     for i, (name, method) in enumerate(MEMBERS.items()):
-        bank.add(name, assembly.attach(family, assembly.recipe({"data": "-", "method": method}).method, i))
+        bank.add(name, attach_method(family, assembly.recipe({"data": "-", "method": method}).method, i))
     family.router = bank
     names = [name for name in MEMBERS for _ in range(EACH)]
     tokens = torch.randint(1000, 40_000, (LENGTH * len(names),), generator=torch.Generator().manual_seed(0))

@@ -304,7 +304,7 @@ GENERATION_BREAKS = (
     Break("desk-last-of-several-stops", "serving/engine.py", "self.held[:min(found)]", "self.held[:max(found)]", on(DESK, "test_a_text_that_ends_an_answer")),
     Break("desk-first-named-stop", "serving/engine.py", "self.held[:min(found)]", "self.held[:found[0]]", on(DESK, "test_a_text_that_ends_an_answer")),
     Break("desk-stop-not-held-back", "serving/engine.py", "range(1, len(stop)) if", "range(1, 1) if", on(DESK, "test_no_part_of_a_stop_is_ever_told")),
-    Break("desk-held-words-lost", "serving/engine.py", "self.request.tell(Bit(self.held, self.tokens, how))", 'self.request.tell(Bit("", self.tokens, how))', on(DESK, "test_a_text_that_ends_an_answer")),
+    Break("desk-held-words-lost", "serving/engine.py", "self.request.tell(TokenDelta(self.held, self.tokens, how))", 'self.request.tell(TokenDelta("", self.tokens, how))', on(DESK, "test_a_text_that_ends_an_answer")),
     Break("desk-one-token-too-many", "serving/engine.py", "self.tokens >= self.request.max_new_tokens", "self.tokens > self.request.max_new_tokens", on(DESK, "test_an_answer_ends_at_its_length")),
     Break("desk-half-letters", "serving/engine.py", " or text.endswith(UNFINISHED):", ":", on(DESK, "test_a_letter_is_told_when_all_its_bytes_are_there")),
     Break("desk-seeds-share-a-batch", "serving/engine.py", "r.seed is not None and r.group)", "False)", on(DESK, "test_requests_that_sample_alike_share_a_batch")),

@@ -23,6 +23,11 @@ from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
 from luthier import assembly
+from luthier.assembly.factory import check_loaded_model, fit_objective, load_datasets, load_family
+from luthier.assembly.recipe import Recipe, default_learning_rate
+from luthier.assembly.reference_model import asked
+from luthier.assembly.rl_setup import begin, feed
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
 from luthier.methods import METHODS
@@ -102,7 +107,7 @@ def rows_of(base: str, objective: str) -> str:
     return known.get(objective, "reward") + ".jsonl"
 
 
-def recipe(home: Path, base: str, method: str, objective: str) -> assembly.Recipe:
+def recipe(home: Path, base: str, method: str, objective: str) -> Recipe:
     minimised: dict[str, Any] = {"name": objective}
     if OBJECTIVES[objective].rolls:
         minimised |= {"reward": f"{__file__}:vowels", "answers": 3, "max_new_tokens": 4}
@@ -125,18 +130,18 @@ def vowels(prompts: Sequence[Any], answers: Sequence[str], facts: Sequence[Any])
 class Trial:
     """A recipe, assembled. Raises the `LuthierError` by which it is refused."""
 
-    def __init__(self, made: assembly.Recipe, folder: Path) -> None:
+    def __init__(self, made: Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = assembly.family(made.base, made.objective.hides)
-        assembly.check(made, self.base)
-        found = assembly.datasets(made, self.base)
-        self.made = assembly.fitted(made, found)
-        self.attached, self.reference = assembly.begin(self.made, self.base)
-        found = assembly.asked(self.made, self.base, found, self.reference)
-        self.feed = assembly.feed(self.made, self.base, found, self.attached, self.reference)
+        self.base = load_family(made.base, made.objective.hides)
+        check_loaded_model(made, self.base)
+        found = load_datasets(made, self.base)
+        self.made = fit_objective(made, found)
+        self.attached, self.reference = begin(self.made, self.base)
+        found = asked(self.made, self.base, found, self.reference)
+        self.feed = feed(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
         self.job = Job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
-                       self.made.optimizer, made.optimizer.learning_rate or assembly.default_learning_rate(made), folder,
+                       self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
                        reference=self.reference, rolling=self.feed if isinstance(self.feed, Rollouts) else None,
                        log=lambda step, numbers: self.lines.append(dict(numbers)))
         self.batches: list[Batch] = [] if self.made.objective.rolls else assembly.rows.eval_batches(found.train, 1000)
@@ -206,8 +211,8 @@ def reopens(home: Path, one: Trial) -> None:
     run = Run(home / "run")
     shutil.rmtree(run.path, ignore_errors=True)
     run.begin(assembly.dump(one.made), {})
-    assembly.save_tuned(run, one.made, one.base, one.attached)
-    made, opened, _ = assembly.open_run(run)
+    save_tuned(run, one.made, one.base, one.attached)
+    made, opened, _ = open_run(run)
     opened.train(False)
     assert abs(measure(opened, made.objective, one.batches)["loss"] - one.loss()) < 1e-6
 

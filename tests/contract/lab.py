@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier import assembly
+from luthier.assembly.factory import attach_method
 from luthier.core.examples import Origin
 from luthier.core.protocols import Attached, Head
 from luthier.core.types import Batch, Encoded, Item, Piece
@@ -70,7 +70,7 @@ def base(kind: str, layout: Any = None, **overrides: Any) -> CausalLM:
 
 def attach(family: CausalLM, name: str, seed: int = 3, stirred: bool = True, **settings: Any) -> Attached:
     """A method on the family, by its name in `METHODS`; `stirred` away from its start, where half of LoRA's gradients are 0."""
-    attached = assembly.attach(family, METHODS[name](**settings), seed)
+    attached = attach_method(family, METHODS[name](**settings), seed)
     if stirred:
         stir(attached)
     return attached

@@ -14,6 +14,7 @@ from lab import attach
 from torch import Tensor
 
 from luthier import assembly
+from luthier.assembly.run_io import save_tuned
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
 
@@ -59,5 +60,5 @@ def saved(place: Path, base: CausalLM, method: dict[str, Any], objective: str = 
     attached = attach(base, method["name"], **{key: value for key, value in method.items() if key != "name"})
     run = Run(place / "run")
     run.begin(assembly.dump(made), {})
-    assembly.save_tuned(run, made, base, attached)
+    save_tuned(run, made, base, attached)
     return run

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from luthier import assembly
-from luthier.api.inspect_run import inspect
+from luthier.api.inspect_run import inspect_run
 from luthier.api.train import train
+from luthier.assembly.factory import attach_method
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import NotFinite, RecipeError, RunError
 from luthier.core.protocols import TRAINING
 from luthier.data.packing import pack
@@ -188,7 +190,7 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     take(family, attached, optimizer(attached), range(STEPS))
     made = assembly.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
-    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     form, saved = (json.loads((tmp_path / "run/adapter_config.json").read_text()),
                    load_file(tmp_path / "run/adapter_model.safetensors"))
     for layer in attached.layers:
@@ -200,9 +202,9 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     family.train(False)
     assert (logits(CausalLM(model, TOKENIZER)) - logits(family)).abs().max() < SAME
     assert (logits(family) - bare).abs().max() > FAR
-    again, fresh = assembly.attach(base("llama"), AdaLoraConfig.from_peft(form), 8), base("llama")
+    again, fresh = attach_method(base("llama"), AdaLoraConfig.from_peft(form), 8), base("llama")
     assert {n: t.shape for n, t in again.state().items()}.keys() == attached.state().keys()
-    assembly.attach(fresh, attached.config, 9).load(saved)
+    attach_method(fresh, attached.config, 9).load(saved)
     assert (logits(fresh) - logits(family)).abs().max() < SAME
 
 
@@ -219,7 +221,7 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
     assert config.schedule(STEPS) == attached.config.schedule(STEPS)
     family = base("llama")
     bare = logits(family)
-    loaded = assembly.attach(family, config, 0)
+    loaded = attach_method(family, config, 0)
     loaded.load(load_file(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
         assert (family.model(input_ids=TOKENS).logits - wanted).abs().max() < SAME
@@ -235,7 +237,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
     other = theirs("llama", attached)
     other.peft_config["default"].base_model_name_or_path = str(origin)
     other.save_pretrained(tmp_path / "run")
-    made, _, opened = assembly.open_run(Run(tmp_path / "run"))
+    made, _, opened = open_run(Run(tmp_path / "run"))
     assert made.method.name == "adalora"
     assert isinstance(opened, AdaLora)
 
@@ -423,8 +425,8 @@ def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:
                          "method": attached.config.model_dump()})
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
-    assembly.save_tuned(run, made, family, attached)
-    (reading,) = inspect(run, quiet=True)["readings"]
+    save_tuned(run, made, family, attached)
+    (reading,) = inspect_run(run, quiet=True)["readings"]
     for layer, row in zip(attached.layers, reading["rows"], strict=True):
         assert row["of"] == int(layer.kept.sum())
         change = layer.scale * (layer.b @ torch.diag(layer.e[:, 0]) @ layer.a).detach()

@@ -235,7 +235,7 @@ def test_the_remedy_for_columns_is_one(train: Call) -> None:
 
 
 def test_a_missing_file_is_found_before_the_base_is_loaded(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "family", never)
+    monkeypatch.setattr(assembly, "load_family", never)
     refused(train("--data", "row.jsonl"), "there is no file row.jsonl", "did you mean rows.jsonl?")
     refused(train("data.test=tets.jsonl"), "there is no file tets.jsonl")
     refused(train("data.eval=deep/down/eval.jsonl"), "deep/down/eval.jsonl")
@@ -340,7 +340,7 @@ def test_a_recipe_that_is_none(call: Call) -> None:
 def test_a_run_folder_in_use_is_not_touched(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("--quiet")[0] == 0
     before = contents(Path("run"))
-    monkeypatch.setattr(assembly, "family", never)
+    monkeypatch.setattr(assembly, "load_family", never)
     refused(train(), "'run' already holds a run", "--resume", "run=NAME")
     refused(train("training.trackers=[wandb]"), "'run' already holds a run")  # before any tracker is opened
     assert contents(Path("run")) == before
@@ -353,7 +353,7 @@ def test_a_file_in_the_place_of_the_run_folder(train: Call) -> None:
 
 
 def test_a_missing_extra_is_told_before_any_work(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "family", never)
+    monkeypatch.setattr(assembly, "load_family", never)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     refused(train("training.trackers=[wandb]"), "'wandb', which is not installed", "pip install 'luthier[wandb]'")
     assert not Path("run").exists()
@@ -387,9 +387,9 @@ def contents(folder: Path) -> Mapping[str, bytes]:
 def test_a_rate_that_breaks_the_loss(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch is named, and the weights stay as the last good step left them."""
     kept: list[dict[str, torch.Tensor]] = []
-    attach, step = initialization.attach, loop.step
+    attach, step = initialization.attach_method, loop.step
     attached: list[Any] = []
-    monkeypatch.setattr(initialization, "attach", lambda *given: attached.append(attach(*given)) or attached[-1])
+    monkeypatch.setattr(initialization, "attach_method", lambda *given: attached.append(attach(*given)) or attached[-1])
 
     def noted(*given: Any) -> Any:
         kept.append({name: tensor.clone() for name, tensor in attached[0].state().items()})

@@ -14,6 +14,7 @@ from lab import SFT, apart, base, documents, logits, measured, stir
 from torch import Tensor
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Sampling
 from luthier.core.types import Batch
@@ -37,7 +38,7 @@ def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **over
     family = base(kind, layout, **overrides)
     bank = Bank(family.anatomy)
     for i, name in enumerate(("a", "b")):
-        attached = assembly.attach(family, METHODS[method](), 3 + i)
+        attached = attach_method(family, METHODS[method](), 3 + i)
         stir(attached, seed=7 + i)
         bank.add(name, attached)
     family.router = bank
@@ -206,7 +207,7 @@ def test_the_chosen_adapter_alone_acts() -> None:
     alone = {}
     for i, name in enumerate(("a", "b")):
         single = base("llama")
-        stir(assembly.attach(single, METHODS["lora"](), 3 + i), seed=7 + i)
+        stir(attach_method(single, METHODS["lora"](), 3 + i), seed=7 + i)
         alone[name] = logits(single)
     with bank.using("a"):
         assert torch.equal(logits(family), alone["a"])
@@ -275,7 +276,7 @@ def test_a_list_of_methods_is_one_member() -> None:
     family = base("llama")
     bank = Bank(family.anatomy)
     parts = assembly.recipe({"data": "-", "method": ["lora", "bitfit"]}).method
-    attached = assembly.attach(family, parts, 3)
+    attached = attach_method(family, parts, 3)
     assert isinstance(attached, Several)
     stir(attached)
     wanted = logits(family)
@@ -293,9 +294,9 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     with pytest.raises(RecipeError, match="did you mean 'a'"), bank.using("aa"):
         pass
     with pytest.raises(RecipeError, match="another name"):
-        bank.add("a", assembly.attach(family, METHODS["lora"](), 3))
+        bank.add("a", attach_method(family, METHODS["lora"](), 3))
     with pytest.raises(RunError, match="base's own parts"):
-        bank.add("full", assembly.attach(family, METHODS["full"](), 3))
+        bank.add("full", attach_method(family, METHODS["full"](), 3))
     row = mixed(bank)
     family.router = None
     with pytest.raises(RunError, match="no bank"):
@@ -315,7 +316,7 @@ def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:
 def test_measured_of_one_adapter_is_that_of_it_alone() -> None:
     family, bank = banked()
     single = base("llama")
-    attached = assembly.attach(single, METHODS["lora"](), 3)
+    attached = attach_method(single, METHODS["lora"](), 3)
     stir(attached, seed=7)
     with bank.using("a"):
         found = measured(family, bank.members["a"], [batch(documents())])

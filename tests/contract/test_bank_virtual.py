@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import Sampling
 from luthier.core.types import Batch, Encoded, Forest, Inputs
@@ -43,7 +44,7 @@ def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> Bank:
     """Adapters of every kind on one base, all stirred and unlike one another."""
     bank = Bank(family.anatomy)
     for i, name in enumerate(members):
-        attached = assembly.attach(family, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
+        attached = attach_method(family, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
         stir(attached, seed=7 + i)
         bank.add(name, attached)
     family.router = bank
@@ -271,7 +272,7 @@ def test_a_stack_of_weights_holds_virtual_tokens_once_and_changes_by_their_weigh
     with bank.using({"low": 0.3, "soft": 1.0, "deep": 1.0, "long": 0.0}):
         found = logits(family)
     again = base("llama")
-    attached: dict[str, Any] = {name: assembly.attach(again, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
+    attached: dict[str, Any] = {name: attach_method(again, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
                                 for i, name in enumerate(MEMBERS) if name in ("low", "soft", "deep")}
     for i, name in enumerate(MEMBERS):
         if name in attached:

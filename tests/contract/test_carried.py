@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 import luthier
 from luthier import assembly
 from luthier.api.export import export
+from luthier.assembly.factory import load_family
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import BaseError, RunError
 from tiny import save_tiny
 
@@ -48,7 +50,7 @@ def logits(model: Any) -> torch.Tensor:
 def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, tmp_path: Path) -> None:
     run = tuned(home, tmp_path / "run", CARRIED[name], **{"base.name": str(home / ("mixture" if name == "experts" else "base"))})
     whole = export(run, "whole", tmp_path / "whole")
-    _, family, attached = assembly.open_run(run)
+    _, family, attached = open_run(run)
     family.train(False)
     told = logits(family.model)
     found = AutoModelForCausalLM.from_pretrained(whole)
@@ -65,7 +67,7 @@ def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
     whole = export(tuned(home, tmp_path / "run", "lora"), "whole", tmp_path / "whole")
     assert luthier.evaluate(whole, data=str(home / "rows.jsonl"), base_model=str(home / "base"), quiet=True)["perplexity"] > 1
     with pytest.raises(BaseError, match="carries an adapter"):
-        assembly.family(assembly.BaseConfig(name=str(whole)))
+        load_family(assembly.BaseConfig(name=str(whole)))
 
 
 @pytest.mark.parametrize(("method", "settings", "words"), [

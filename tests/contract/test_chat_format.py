@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import luthier
 from chat_templates import NOMARK, tokenizer_with
-from luthier import assembly
-from luthier.api.chat import open_talk
+from luthier.api.chat import open_chat
+from luthier.assembly.factory import encode_chat_prompt
+from luthier.assembly.multi_adapter_loading import load_served_models
 from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import Message
 from luthier.data.templates import FALLBACK_TEMPLATE
@@ -69,9 +70,9 @@ def test_the_end_of_a_turn_is_trained_saved_and_stopped_at(tmp_path: Path, templ
         asked = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=True)
         whole = tokenizer.apply_chat_template([*CHATS[0]["messages"]], return_dict=True)["input_ids"]
         assert tokenizer.decode(whole[len(asked["input_ids"]):]).startswith(f"yo{end}")
-        (talk,) = open_talk(folder, max_new_tokens=20, quiet=True)
+        (talk,) = open_chat(folder, max_new_tokens=20, quiet=True)
         assert "".join(talk.say("hi")) == "yo"  # it stopped by itself: 20 tokens would say more
-        assert assembly.chat_prompt(talk.base, [Message("user", "hi")], talk.form) == asked["input_ids"]
+        assert encode_chat_prompt(talk.base, [Message("user", "hi")], talk.form) == asked["input_ids"]
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert int(reader.fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == tokenizer.eos_token_id
     assert reader.fields["tokenizer.chat_template"].contents() == AutoTokenizer.from_pretrained(merged).chat_template
@@ -98,11 +99,11 @@ def test_what_was_said_of_the_template_is_in_the_data_report(tmp_path: Path, cap
 @pytest.mark.parametrize(("template", "settings"), [(None, {}), (CHATML, {"data.format": "completion"})])
 def test_a_run_of_bare_prompts_is_asked_bare(tmp_path: Path, template: Any, settings: dict[str, Any]) -> None:
     run = train(tmp_path, make_base(tmp_path / "base", template), PAIRS, **settings)
-    (talk,) = open_talk(run, max_new_tokens=20, quiet=True)
+    (talk,) = open_chat(run, max_new_tokens=20, quiet=True)
     assert "".join(talk.say("hi")) == " yo"
     with pytest.raises(RecipeError, match="tuned on bare prompts"):
         list(talk.say("more"))
-    served = assembly.served({"run": run})
+    served = load_served_models({"run": run})
     assert served.prompt("run", [Message("user", "hi")]) == served.continued("run", "hi")
     assert served.base.tokenizer.decode(served.continued("run", "hi")) == "hi"
     with pytest.raises(RecipeError, match="turns of system, user"):
@@ -114,7 +115,7 @@ def test_a_bank_of_runs_asks_each_in_its_own_form(tmp_path: Path) -> None:
     for name, rows in (("chats", CHATS), ("pairs", PAIRS)):
         (tmp_path / name).mkdir()
         train(tmp_path / name, base, rows)
-    served = assembly.served({name: tmp_path / name / "run" for name in ("chats", "pairs")})
+    served = load_served_models({name: tmp_path / name / "run" for name in ("chats", "pairs")})
     text = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "hi")])) for name in ("chats", "pairs", "base")}
     assert text == {"chats": "### User:\nhi\n\n### Assistant:\n", "pairs": "hi", "base": "### User:\nhi\n\n### Assistant:\n"}
     assert "### " in FALLBACK_TEMPLATE

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method
+from luthier.assembly.run_io import save_tuned
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Attached
 from luthier.data.packing import batch
@@ -160,14 +162,14 @@ def test_folders_go_both_ways(tmp_path: Path) -> None:
     attached = attach(ours)
     made = assembly.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
-    assembly.save_tuned(Run(tmp_path / "run"), made, ours, attached)
+    save_tuned(Run(tmp_path / "run"), made, ours, attached)
     loaded = peft.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "run", autocast_adapter_dtype=False).eval()
     assert (loaded(input_ids=torch.arange(40, 60)[None]).logits[0] - logits(ours)).abs().max() < SAME
 
     loaded.save_pretrained(tmp_path / "theirs")
     settings = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     fresh = base("mixtral")
-    assembly.attach(fresh, LoraConfig.from_peft(settings), 1).load(load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    attach_method(fresh, LoraConfig.from_peft(settings), 1).load(load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
     assert torch.equal(logits(fresh), logits(ours))
 
 
@@ -187,7 +189,7 @@ def test_tokens_of_a_row_cannot_be_told_apart() -> None:
     ours = family("mixtral")
     bank = Bank(ours.anatomy)
     for name in "ab":
-        bank.add(name, assembly.attach(ours, METHODS["lora"](targets=("experts",)), 0))
+        bank.add(name, attach_method(ours, METHODS["lora"](targets=("experts",)), 0))
     ours.router = bank
     row = batch(documents()[:2])
     with pytest.raises(RunError, match="some of a row's tokens"):

@@ -21,6 +21,9 @@ from transformers import PreTrainedTokenizerFast
 
 from luthier import assembly
 from luthier.api.export import export
+from luthier.assembly.factory import load_family
+from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
+from luthier.assembly.run_io import save_tuned
 from luthier.cli.main import main
 from luthier.core.errors import BaseError, LuthierError, RunError
 from luthier.core.protocols import Sampling
@@ -268,9 +271,9 @@ def test_the_command_line_names_the_file(tmp_path: Path, capsys: pytest.CaptureF
 def test_heads_have_no_place_in_the_file(tmp_path: Path) -> None:
     made = assembly.recipe({"base": "smollm2", "data": "-", "objective": "reward"})
     with pytest.raises(RunError, match="heads of its own"):
-        assembly.gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
+        export_gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
     with pytest.raises(RunError, match="heads of its own"):
-        assembly.gguf_adapter(made, family("llama"), None, tmp_path / "a.gguf")
+        export_gguf_adapter(made, family("llama"), None, tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(("name", "overrides", "said"), [
@@ -308,14 +311,14 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
 @llama
 @pytest.mark.slow
 def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
-    base = assembly.family(BaseConfig(name="smollm2", device="cpu"))
+    base = load_family(BaseConfig(name="smollm2", device="cpu"))
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
     made = assembly.recipe({"base": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
     attached = attach(base, "lora", stirred=False, rslora=True)
     stir(attached, 0.01)
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
-    assembly.save_tuned(run, made, base, attached)
+    save_tuned(run, made, base, attached)
     prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
                for text in ("Why is the sky blue?", "Write one line about rain.")]
     answers = {a.index: list(a.tokens) for a in base.generate(prompts, Sampling(max_new_tokens=16))}

@@ -22,6 +22,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 from luthier import assembly
 from luthier.api.evaluate import evaluate
 from luthier.api.train import train
+from luthier.assembly.factory import load_family
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.rl_setup import begin
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import BaseError, DataError, LuthierError, RecipeError
 from luthier.core.examples import Origin, TextExample
 from luthier.core.types import Encoded
@@ -233,7 +237,7 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
     assert before.keys() == after.keys()
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {name.split(".")[0] for name in moved} == {name.split(".")[0] for name in after}
-    _, family, _ = assembly.open_run(run)
+    _, family, _ = open_run(run)
     assert family.anatomy.tied
     assert family.anatomy.head is not None
     plain = AutoModelForMaskedLM.from_pretrained(run.path).eval()
@@ -248,14 +252,14 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
     tuned = train(base=str(run.path), method="lora", objective="classify", data=str(tmp_path / "labels.jsonl"), quiet=True,
                   run=str(tmp_path / "classify"), training={"steps": 1, "batch_size": 2})
     assert tuned.results["steps"] == 1
-    _, bare, _ = assembly.open_run(tuned)
+    _, bare, _ = open_run(tuned)
     assert bare.anatomy.head is None  # whoever does not guess words has no head in memory
 
 
 def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     run = train(recipe(home(tmp_path, "bert"), method="lora"), run=str(tmp_path / "run"), quiet=True)
-    _, family, _ = assembly.open_run(run)
+    _, family, _ = open_run(run)
     family.train(False)
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
     bare = plain(input_ids=torch.tensor([[256, *b"hello", 257]])).logits
@@ -273,14 +277,14 @@ def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_pa
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
     row = batch(examples("words"))
 
-    def states(started: assembly.Recipe) -> Tensor:
-        family = assembly.family(started.base, started.objective.hides)
-        assembly.begin(started, family)
+    def states(started: Recipe) -> Tensor:
+        family = load_family(started.base, started.objective.hides)
+        begin(started, family)
         family.train(False)
         with torch.no_grad():
             return family.forward(row.inputs, row.target, frozenset({"states"})).states  # type: ignore[return-value]
 
-    _, tuned, _ = assembly.open_run(run)
+    _, tuned, _ = open_run(run)
     tuned.train(False)
     with torch.no_grad():
         wanted = tuned.forward(row.inputs, row.target, frozenset({"states"})).states

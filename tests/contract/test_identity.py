@@ -18,6 +18,7 @@ import yaml
 import luthier
 from luthier import assembly
 from luthier.api.train import train
+from luthier.assembly.run_io import open_run
 from luthier.cli.main import main
 from luthier.core.errors import BaseError, RecipeError
 from tiny import save_tiny
@@ -239,16 +240,16 @@ def test_an_exported_adapter_keeps_the_digest(home: Home, tmp_path: Path) -> Non
 
 
 def test_a_bank_takes_runs_of_the_base_that_it_is_given(home: Home) -> None:
-    luthier.open_bank(str(home.base), {"a": home.run})
+    luthier.load_adapters(str(home.base), {"a": home.run})
     with changed(home, flip_a_bit), pytest.raises(RecipeError, match="its weights should have the sha256"):
-        luthier.open_bank(str(home.base), {"a": home.run})
+        luthier.load_adapters(str(home.base), {"a": home.run})
 
 
 def test_a_base_model_without_a_run_is_refused(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train", "--data", home.rows, "--base-model", str(home.base)], ["chat", str(home.base) + "/x.gguf", "--base-model", "y"]):
         assert main(words) == 2
     with pytest.raises(luthier.LuthierError, match="is a base itself"):
-        assembly.open_run(luthier.Run("smollm2"), base_model="x")
+        open_run(luthier.Run("smollm2"), base_model="x")
 
 
 def test_another_tokenizer_is_told(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method, load_datasets, load_family
 from luthier.assembly.run_warnings import find_method_problems
 from luthier.cli.main import main
 from luthier.core.types import Outputs, Target
@@ -144,8 +145,8 @@ def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
     ({"method": "lora", "optimizer": {"weight_decay": 0.1}}, ""), ({"method": ["bitfit", {"name": "lora", "rank": 64}]}, "rank 64")])
 def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[str, Any], words: str) -> None:
     made = assembly.recipe({"base": str(base), "data": "-", **raw})
-    family = assembly.family(made.base)
-    lines = find_method_problems(made, family, assembly.attach(family, made.method, 0))
+    family = load_family(made.base)
+    lines = find_method_problems(made, family, attach_method(family, made.method, 0))
     assert bool(lines) == bool(words), lines
     assert not words or words in lines[0]
 
@@ -171,7 +172,7 @@ def test_equal_scores_count_half() -> None:
 def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp_path: Path) -> None:
     rows = [{"anchor": a, "positive": p} for a, p in (("a", "one"), ("b", "one"), ("one", "two"))]
     made = assembly.recipe({"base": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
-    encoded = assembly.datasets(made, assembly.family(made.base)).train
+    encoded = load_datasets(made, load_family(made.base)).train
     whole = pack(encoded, None)[0].target.text_ids.tolist()
     assert whole[1] == whole[3] == whole[4]
     assert len(set(whole)) == 4

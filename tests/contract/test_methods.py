@@ -8,7 +8,7 @@ import pytest
 import torch
 from lab import SFT, apart, attach, base, digest, documents, logits, measured, stir
 
-from luthier import assembly
+from luthier.assembly.factory import attach_method
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import Sampling
 from luthier.data.packing import batch
@@ -296,5 +296,5 @@ def test_full_without_a_kept_base_says_that_it_is_gone() -> None:
 def test_attaching_freezes_the_rest_whatever_was_on() -> None:
     family = base("llama")
     family.model.requires_grad_(True)
-    assembly.attach(family, METHODS["lora"](), 0)
+    attach_method(family, METHODS["lora"](), 0)
     assert not any(p.requires_grad for p in family.model.parameters())

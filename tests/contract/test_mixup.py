@@ -19,7 +19,7 @@ from test_weights import apart, made, measured
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from luthier import assembly
+from luthier.assembly.factory import attach_method
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import LabelledExample, Origin
 from luthier.core.types import Encoded, Item, Outputs, Piece
@@ -93,7 +93,7 @@ def by_hand(base: Any, one: Encoded, two: Encoded | None, share: float) -> Tenso
 @pytest.mark.parametrize("weights", [{}, WEIGHTS], ids=["plain", "weighted"])
 def test_it_is_torchs_by_hand(double: None, kind: str, layout: Any, method: str, weights: dict[str, float]) -> None:
     base = family(kind, layout)
-    attached = assembly.attach(base, METHODS[method](**SETTINGS.get(method, {})), 3)
+    attached = attach_method(base, METHODS[method](**SETTINGS.get(method, {})), 3)
     objective = OBJECTIVES["classify"](labels=CLASSES.classes, class_weights=weights)
     heads = base.add(objective.heads, 7)
     base.heads.modules["score"].double()

@@ -22,7 +22,7 @@ from lab import Dice, attach, base
 from torch import Tensor, multiprocessing
 
 from cases import Case, cases
-from luthier import assembly
+from luthier.assembly.factory import attach_heads
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import Origin
 from luthier.core.types import Encoded, Item, Outputs, Target
@@ -235,7 +235,7 @@ def test_a_batch_in_parts_is_the_whole_batch(name: str, kind: str, settings: dic
     """Loss and every gradient by gradient caching, against one row; the control: parts that know nothing of one another."""
     objective, examples = OBJECTIVES[name](**settings), rows(name, kind)
     family = base("llama")
-    attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
+    attached = attach_heads(family, attach(family, "lora"), objective, 3)
 
     def measured(micro: int | None, apart: bool = False) -> dict[str, Tensor]:
         for parameter in attached.parameters().values():
@@ -263,7 +263,7 @@ def test_parts_are_computed_again_with_the_same_dropout(name: str, kind: str, se
     """Else the gradients would be of other outputs than the loss is of. What is drawn afterwards goes on from there."""
     objective, examples = OBJECTIVES[name](**settings), rows(name, kind)
     family = base("llama")
-    attached = assembly.with_heads(family, attach(family, "lora", dropout=0.5), objective, 3)
+    attached = attach_heads(family, attach(family, "lora", dropout=0.5), objective, 3)
     family.train(True)
     batches = pack(examples, 12)
     said: list[Tensor] = []
@@ -292,7 +292,7 @@ def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
     torch.set_num_threads(1)
     objective, examples = OBJECTIVES["contrastive"](learned=True, both=True), rows("contrastive", "pairs")
     family = base("llama")
-    attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
+    attached = attach_heads(family, attach(family, "lora"), objective, 3)
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
     for i in range(2):
         adam.set_rate(i)

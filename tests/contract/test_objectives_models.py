@@ -15,7 +15,7 @@ from lab import Dice, apart, attach, base
 from torch import Tensor
 
 from cases import PREFERENCES
-from luthier import assembly
+from luthier.assembly.factory import attach_heads
 from luthier.core.examples import Origin
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded, Item, Piece
@@ -73,7 +73,7 @@ def rows(name: str, settings: dict[str, Any], shared: bool = True) -> list[Encod
 
 def ready(name: str, settings: dict[str, Any]) -> tuple[CausalLM, Any, Attached]:
     objective, family = OBJECTIVES[name](**settings), base("llama")
-    attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
+    attached = attach_heads(family, attach(family, "lora"), objective, 3)
     for head in family.heads.modules.values():
         head.double()  # heads are made in float32
     return family, objective, attached

@@ -15,6 +15,8 @@ from lab import TOKENIZER, apart, attach, base, digest, logits
 from safetensors.torch import load_file
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import RunError
 from luthier.methods import LoraConfig
 from luthier.models import CausalLM
@@ -81,7 +83,7 @@ def save(family: CausalLM, attached: Any, place: Path, method: LoraConfig, origi
     """Our run folder's adapter, as `train` writes it."""
     made = assembly.recipe({"base": str(origin), "data": "-", "method": method.model_dump()})
     place.mkdir()
-    assembly.save_tuned(Run(place), made, family, attached)
+    save_tuned(Run(place), made, family, attached)
     return place
 
 
@@ -130,7 +132,7 @@ def test_a_folder_of_pefts_loads_here(case: str, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     method = LoraConfig.from_peft(json.loads((tmp_path / "adapter_config.json").read_text()))
     family = base(kind)
-    attached = assembly.attach(family, method, 0)
+    attached = attach_method(family, method, 0)
     attached.load(load_file(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
         assert (family.model(input_ids=TOKENS).logits - wanted).abs().max() < SAME
@@ -143,7 +145,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
     other = theirs("llama", CASES["plain"][2])
     other.peft_config["default"].base_model_name_or_path = str(origin)
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = assembly.open_run(Run(tmp_path / "run"))
+    made, family, attached = open_run(Run(tmp_path / "run"))
     assert made.method.rank == 4
     assert attached is not None
     assert attached.state().keys() == adapter(other).keys()
@@ -214,7 +216,7 @@ def test_pissa_is_exported_for_the_untouched_base(kind: str, rslora: bool, dora:
     model = peft.PeftModel.from_pretrained(tiny(kind), folder, autocast_adapter_dtype=False).eval()
     assert (logits(CausalLM(model, TOKENIZER)) - logits(family)).abs().max() < SAME
     fresh = base(kind)
-    assembly.attach(fresh, attached.config, 77).load(load_file(folder / "adapter_model.safetensors"))
+    attach_method(fresh, attached.config, 77).load(load_file(folder / "adapter_model.safetensors"))
     assert torch.equal(logits(fresh), logits(family))
 
 

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from luthier import assembly
 from luthier.api.train import train
+from luthier.assembly.factory import attach_method, load_datasets, load_family
+from luthier.assembly.rl_setup import begin
 from luthier.core.errors import RecipeError
 from luthier.data.packing import batch
 from luthier.methods import METHODS
@@ -29,7 +31,7 @@ RATE = 1e-3
 def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict[str, Tensor], set[str]]:
     """By how much each parameter moved, and the names of the embeddings'."""
     family = base(kind)
-    attached = assembly.attach(family, METHODS[method](**settings), 3)
+    attached = attach_method(family, METHODS[method](**settings), 3)
     before = {name: p.detach().clone() for name, p in attached.parameters().items()}
     optimizer = Optimizer(attached.parameters(), attached.rate, RATE, OptimizerConfig(schedule="constant", warmup=0), steps)
     for number in range(steps):
@@ -72,9 +74,9 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
                  "max_length": 48, "overlong": "split"},
         "training": {"epochs": 2, "batch_size": 4, "save_every": 2, "keep": 9}, "optimizer": {"learning_rate": 1e-3}}
     made = assembly.recipe(raw)
-    family = assembly.family(made.base)
-    found = assembly.datasets(made, family)
-    feed = assembly.feed(made, family, found, *assembly.begin(made, family))
+    family = load_family(made.base)
+    found = load_datasets(made, family)
+    feed = assembly.feed(made, family, found, *begin(made, family))
     epochs = []
     for _ in range(2):
         seen = [origin for _ in range(feed.steps_per_epoch) for b in next(feed) for origin in b.origins]

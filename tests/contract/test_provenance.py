@@ -19,7 +19,10 @@ from transformers import PreTrainedTokenizerFast
 import luthier
 from luthier import assembly
 from luthier.api.train import train
-from luthier.assembly.settings import LEFT_OUT, RESOLVED, UNSET, make_public, map_paths
+from luthier.assembly.factory import load_family, resolve_micro_batch_tokens
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.run_io import name_base
+from luthier.assembly.settings import LEFT_OUT, RESOLVED, UNSET, fill_left_out, make_public, map_paths, resolve_settings
 from luthier.cli.main import main
 from luthier.core import digests
 from luthier.core.config import Config
@@ -125,7 +128,7 @@ def test_control_the_search_finds_paths(home: Path) -> None:
 
 def test_an_embedded_base_is_named_by_its_id(home: Path) -> None:
     made = assembly.recipe({"base": "smollm2", "data": str(home / "rows.jsonl")})
-    assert assembly.name_base(made.base, public=True) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert name_base(made.base, public=True) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert make_public(made).base.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -134,7 +137,7 @@ def test_a_snapshot_of_the_hub_is_named_by_its_id(home: Path, tmp_path: Path) ->
     shutil.copytree(home / "base", place)
     found = assembly.identify(assembly.BaseConfig(name=str(place)))
     assert (found.upstream, found.revision) == ("some-owner/a-model", "0a" * 20)
-    assert assembly.name_base(assembly.BaseConfig(name=str(place)), public=True) == "some-owner/a-model"
+    assert name_base(assembly.BaseConfig(name=str(place)), public=True) == "some-owner/a-model"
 
 
 def test_every_path_of_a_recipe_is_known(home: Path, tmp_path: Path) -> None:
@@ -257,7 +260,7 @@ def configs(annotation: Any) -> Iterator[type[Config]]:
 
 def test_every_setting_that_can_be_left_out_is_resolved_or_means_something() -> None:
     resolved = {f"{section}.{name}".lstrip(".") for section, names in RESOLVED.items() for name in names}
-    assert set(left_out(assembly.Recipe)) == resolved | LEFT_OUT.keys()
+    assert set(left_out(Recipe)) == resolved | LEFT_OUT.keys()
     assert not resolved & LEFT_OUT.keys()
 
 
@@ -268,15 +271,15 @@ SPELT: dict[str, Any] = {**{name: name for name in METHODS if name != "peft"}, "
 @pytest.mark.parametrize("method", SPELT)
 def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -> None:
     made = assembly.recipe({"base": str(home / "base"), "method": SPELT[method], "data": str(home / "rows.jsonl")})
-    base = assembly.family(made.base)
-    saved = assembly.resolve_settings(made, base, assembly.identify(made.base), 0.1, home / "none")
+    base = load_family(made.base)
+    saved = resolve_settings(made, base, assembly.identify(made.base), 0.1, home / "none")
     for section, names in RESOLVED.items():
         parts = saved.method.parts if section == "method" and method == "list" else [dict(saved)[section]] if section else [saved]
         for part in parts:
             unset = {name for name in names if dict(part).get(name, "no such setting") in UNSET}
             assert unset <= ({"revision", "pooling"} | ({"hidden"} if method == "prefix" else set())), (section, unset)  # no hub, no state of a whole text; no MLP
     assert assembly.recipe(yaml.safe_load(yaml.safe_dump(assembly.dump(saved)))) == saved
-    assert assembly.changed(saved, assembly.fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
+    assert assembly.changed(saved, fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
 
 
 @pytest.fixture
@@ -284,7 +287,7 @@ def other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version, in which every default that decides a result is another one."""
     monkeypatch.setattr(METHODS["lora"], "default_rate", 0.3)
     monkeypatch.setattr(import_module("luthier.data.config"), "LENGTH", 27)
-    monkeypatch.setattr(import_module("luthier.assembly.factory"), "micro_tokens", lambda made, base: made.training.micro_tokens or 11)
+    monkeypatch.setattr(import_module("luthier.assembly.factory"), "resolve_micro_batch_tokens", lambda made, base: made.training.micro_tokens or 11)
 
 
 def test_training_from_the_saved_recipe_gives_the_same_run(home: Path, tmp_path: Path, other_defaults: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,8 +314,8 @@ def test_a_run_goes_on_with_its_own_values(home: Path, tmp_path: Path, other_def
 
 def test_a_machine_of_another_size_evaluates_in_its_own_portions(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int | None] = []
-    plain = assembly.micro_tokens
-    monkeypatch.setattr(assembly, "micro_tokens", lambda made, base: asked.append(made.training.micro_tokens) or plain(made, base))
+    plain = resolve_micro_batch_tokens
+    monkeypatch.setattr(assembly, "resolve_micro_batch_tokens", lambda made, base: asked.append(made.training.micro_tokens) or plain(made, base))
     luthier.evaluate(home / "run", quiet=True)
     assert asked == [None]
     assert luthier.Run(home / "run").recipe["training"]["micro_tokens"] == 320

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lab import TOKENIZER, apart, attach, digest, documents, logits, measured, stir
 
-from luthier.api.train import trainable_share
+from luthier.api.train import count_trainable
 from luthier.core.errors import BaseError, NotMergeable, RecipeError
 from luthier.data.packing import batch
 from luthier.models import BaseConfig, CausalLM, quantization
@@ -220,7 +220,7 @@ def test_float64_has_no_few_bits() -> None:
 @BITS
 def test_packed_weights_are_counted_as_the_weights_that_they_are(bits: str) -> None:
     family, whole = few("llama", bits), CausalLM(tiny("llama", dtype=torch.float32, hidden_size=32, intermediate_size=64), TOKENIZER)
-    shares = [trainable_share(base, attach(base, "lora")) for base in (family, whole)]
+    shares = [count_trainable(base, attach(base, "lora")) for base in (family, whole)]
     assert shares[0] == shares[1]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from luthier import assembly
 from luthier.api.train import train
 from luthier.assembly.compatibility import fitting
+from luthier.assembly.factory import attach_method, load_family
 from luthier.core.errors import RecipeError
 from luthier.methods import METHODS
 from luthier.training import checkpoint
@@ -166,11 +167,11 @@ def test_held_out_rows_are_asked_about_as_they_are_measured(home: Path, tmp_path
 
 
 def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Path, tmp_path: Path) -> None:
-    family = assembly.family(assembly.BaseConfig(name=str(home / "base")))
+    family = load_family(assembly.BaseConfig(name=str(home / "base")))
     for name in METHODS:
         made = assembly.recipe({"base": str(home / "base"), "data": "-", "method": name, "objective": {
             "name": "ppo", "critic": "adapter", "reward": "length"}})
-        inside = assembly.attach(assembly.family(made.base), made.method, 0).scope is None
+        inside = attach_method(load_family(made.base), made.method, 0).scope is None
         if not inside:
             fitting(made, family)
             continue

@@ -313,7 +313,7 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     def never(*_: Any) -> None:
         raise AssertionError("a finished run needs no base")
 
-    monkeypatch.setattr("luthier.assembly.family", never)
+    monkeypatch.setattr("luthier.api.train.load_family", never)
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(whole)]) == 0
     out, err = capsys.readouterr()
@@ -323,12 +323,10 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["save_tuned", "plot_loss", "card"])
+@pytest.mark.parametrize("name", ["save_tuned", "plot_loss", "build_model_card"])
 def test_killed_at_the_end_it_is_finished_without_a_step(home: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"
-    from luthier import assembly
-    home_of = sys.modules["luthier.api.train"] if name != "save_tuned" else assembly
-    assert begin(home, folder, lambda: mortal(home_of, name, 0)) == -signal.SIGKILL
+    assert begin(home, folder, lambda: mortal(sys.modules["luthier.api.train"], name, 0)) == -signal.SIGKILL
     go_on(home, folder)
     assert equal(home / "whole", folder)
     assert lines(home / "whole") == lines(folder)

@@ -10,7 +10,7 @@ import torch
 from lab import attach, base
 from test_rollouts import letters
 
-from luthier import assembly
+from luthier.assembly.factory import attach_heads
 from luthier.core.examples import Origin
 from luthier.core.protocols import Attached, Sampling
 from luthier.core.types import Batch, Encoded, Piece
@@ -34,7 +34,7 @@ def feed(objective: Any, size: int = 2, ends: Sequence[int] = (), seed: int = 0,
     family = base("llama", eos_token_id=None)
     family.model.generation_config.eos_token_id = list(ends) or None
     attached = plain(family)
-    assembly.with_heads(family, attached, objective, 0)
+    attach_heads(family, attached, objective, 0)
     return Rollouts(family, PROMPTS, objective, [(reward, 1.0)], Loader(PROMPTS, size, None, shuffle=shuffle, seed=seed), 1000,
                     seed, attached.disabled, held=held)
 
@@ -130,7 +130,7 @@ def test_the_policy_is_asked_without_dropout_and_goes_on_training() -> None:
         family = base("gpt2", eos_token_id=None, resid_pdrop=dropout, embd_pdrop=dropout)
         family.model.generation_config.eos_token_id = None
         attached = plain(family)
-        assembly.with_heads(family, attached, objective, 0)
+        attach_heads(family, attached, objective, 0)
         family.train(True)
         rolled = Rollouts(family, PROMPTS, objective, [(letters, 1.0)], Loader(PROMPTS, 3, None), 1000, 0, attached.disabled)
         outcomes.append(next(rolled))
@@ -145,7 +145,7 @@ def test_the_weight_of_kl_is_steered_after_its_round() -> None:
     objective = PpoConfig(answers=2, max_new_tokens=4, kl_weight=0.1, kl_target=1e-6)
     family = base("llama", eos_token_id=None)
     attached = plain(family)
-    assembly.with_heads(family, attached, objective, 0)
+    attach_heads(family, attached, objective, 0)
     rolled = Rollouts(family, PROMPTS, objective, [(letters, 1.0)], Loader(PROMPTS, 3, None), 1000, 0, attached.disabled)
     next(rolled)
     first = rolled.heard(dict)

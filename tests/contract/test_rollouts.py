@@ -20,6 +20,9 @@ from torch.utils._pytree import tree_leaves
 
 from luthier import assembly
 from luthier.api.train import train
+from luthier.assembly.factory import attach_heads, load_datasets, load_family
+from luthier.assembly.rl_setup import begin
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Origin
 from luthier.core.protocols import Attached
@@ -55,7 +58,7 @@ def set_up(objective: Any, kind: str = "llama", seed: int = 3, stirred: bool = T
            **model: Any) -> tuple[CausalLM, Attached]:
     family = base(kind, **model)
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)
-    return family, assembly.with_heads(family, attached, objective, seed)
+    return family, attach_heads(family, attached, objective, seed)
 
 
 def alone(family: CausalLM, prompt: Sequence[int], answer: Sequence[int], temperature: float = 1.0) -> Tensor:
@@ -306,7 +309,7 @@ def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None
     made["training"] |= {"steps": 2, "keep": 1}
     run = train(made, run=str(tmp_path / "run"), quiet=True)
     assert all("kl" in line for line in run.metrics if "reward" in line)
-    _, family, _ = assembly.open_run(run)  # what was saved is the policy alone, and fits
+    _, family, _ = open_run(run)  # what was saved is the policy alone, and fits
     assert not family.heads.parameters()
 
 
@@ -340,10 +343,10 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
                    "optimizer": {"learning_rate": 0.01}, "run": str(tmp_path / "sft")}, quiet=True)
     raw = recipe(home, "ppo", reward={"run": str(reward.path)}, kl_weight=0.1)
     made = assembly.recipe({key: raw[key] for key in raw if key not in ("base", "method")} | {"start": str(start.path)})
-    family = assembly.family(made.base)
+    family = load_family(made.base)
     assert isinstance(family, CausalLM)
-    found = assembly.datasets(made, family)
-    attached, reference = assembly.begin(made, family)
+    found = load_datasets(made, family)
+    attached, reference = begin(made, family)
     warned: list[str] = []
     feed = assembly.feed(made, family, found, attached, reference, None, warned.append)
     assert isinstance(feed, Rollouts)
@@ -352,7 +355,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
 
     answers = [Answer("p1?", text, Origin("x", 1), {"prompt": "p1?"}) for text in ("aa", "zz", "")]
     mine = feed.rewards[0][0](answers)
-    _, judge, _ = assembly.open_run(reward)  # the same run, opened by itself
+    _, judge, _ = open_run(reward)  # the same run, opened by itself
     judge.train(False)
     scores = []
     for answer in answers:
@@ -383,10 +386,10 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
                     "data": str(home / "pairs.jsonl"), "training": {"steps": 1, "batch_size": 4},
                     "run": str(tmp_path / "reward")}, quiet=True)
     made = assembly.recipe(recipe(home, "grpo", reward={"run": str(reward.path)}))
-    family = assembly.family(made.base)
-    found = assembly.datasets(made, family)
+    family = load_family(made.base)
+    found = load_datasets(made, family)
     warned: list[str] = []
-    feed = assembly.feed(made, family, found, *assembly.begin(made, family), None, warned.append)
+    feed = assembly.feed(made, family, found, *begin(made, family), None, warned.append)
     assert "second model of" in warned[0]
     assert len(next(feed)) > 0
 
@@ -395,10 +398,10 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
     made = assembly.recipe(recipe(home, "ppo", critic="adapter", kl_weight=0.1, value_weight=1.0))
     found: list[dict[str, Tensor]] = []
     for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the bank stands elsewhere
-        family = assembly.family(made.base)
+        family = load_family(made.base)
         assert isinstance(family, CausalLM)
-        data = assembly.datasets(made, family)
-        attached, reference = assembly.begin(made, family)
+        data = load_datasets(made, family)
+        attached, reference = begin(made, family)
         assert {name: attached.rate(name) * made.method.default_rate for name in attached.parameters() if "value" in name} == {
             f"base_model.model.value.{part}": pytest.approx(1e-3) for part in ("weight", "bias")}  # as a head of any objective
         with torch.no_grad():
@@ -433,7 +436,7 @@ def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> N
     assert not any("critic" in name or "value" in name for name in tensors)
     saved = load_file(run.path / "checkpoints" / "step-3" / "method.safetensors")
     assert any("critic/" in name for name in saved)
-    _, _, attached = assembly.open_run(run)
+    _, _, attached = open_run(run)
     assert attached is not None
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from chat_templates import KINDS, tokenizer_with
-from luthier.assembly.factory import PromptFormat, chat_prompt
+from luthier.assembly.factory import PromptFormat, encode_chat_prompt
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
 from luthier.core.types import Encoded
 from luthier.data import chat, conversation
@@ -132,7 +132,7 @@ def law_prompt(case: Case) -> None:
         asked = prompt_of(ChatExample(case.messages[:k + 1], HERE, tools=case.tools), case.tokenizer, CONFIG)[0]
         assert asked == before, (case.tokenizer.decode(asked), case.tokenizer.decode(before))
         if k:  # nobody asks a server for an opening turn
-            served = chat_prompt(_Base(case.tokenizer), case.messages[:k], PromptFormat(), case.tools)  # type: ignore[arg-type]
+            served = encode_chat_prompt(_Base(case.tokenizer), case.messages[:k], PromptFormat(), case.tools)  # type: ignore[arg-type]
             assert served == before, (case.tokenizer.decode(served), case.tokenizer.decode(before))
 
 

@@ -15,6 +15,9 @@ from torch import Tensor
 
 from luthier import assembly
 from luthier.api.train import train
+from luthier.assembly.factory import attach_heads, load_datasets, load_family
+from luthier.assembly.rl_setup import begin
+from luthier.assembly.run_io import open_run
 from luthier.core.examples import Origin
 from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
 from luthier.data.batch_source import Loader
@@ -39,7 +42,7 @@ def letters(answers: Sequence[Answer]) -> list[float]:
 def set_up(objective: Any, kind: str = "gated", seed: int = 3, stirred: bool = True, **model: Any) -> tuple[Seq2Seq, Any]:
     family = Seq2Seq(t5(kind, **model), tokenizer())
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)  # type: ignore[arg-type]
-    return family, assembly.with_heads(family, attached, objective, seed)
+    return family, attach_heads(family, attached, objective, seed)
 
 
 def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> Rollouts:
@@ -157,16 +160,16 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
                                        "critic": "adapter", "answers": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
                          "training": {"steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
-    family = assembly.family(made.base)
-    found = assembly.datasets(made, family)
-    attached, reference = assembly.begin(made, family)
+    family = load_family(made.base)
+    found = load_datasets(made, family)
+    attached, reference = begin(made, family)
     warned: list[str] = []
     feed = assembly.feed(made, family, found, attached, reference, None, warned.append)
     assert isinstance(feed, Rollouts)
     assert not warned  # one copy of the weights
     answers = [Answer("p1:", text, Origin("x", 1), {"prompt": "p1:"}) for text in ("aa", "zz", "b")]
     mine = feed.rewards[0][0](answers)
-    _, alone_, _ = assembly.open_run(judge)  # the same run, opened by itself
+    _, alone_, _ = open_run(judge)  # the same run, opened by itself
     alone_.train(False)
     for answer, given in zip(answers, mine, strict=True):
         source, said = (torch.tensor(alone_.tokenizer(text)["input_ids"]) for text in ("p1:", answer.text))
@@ -199,6 +202,6 @@ def test_a_prompt_may_fill_the_source(tmp_path: Path) -> None:
     made = assembly.recipe({"base": str(tmp_path / "base"), "objective": {
         "name": "grpo", "reward": f"{Path(__file__).parents[1] / 'trials.py'}:{vowels.__name__}", "max_new_tokens": 6},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "max_length": 8}})
-    found = assembly.datasets(made, assembly.family(made.base))
+    found = load_datasets(made, load_family(made.base))
     assert [one.tokens for one in found.train] == [4, 8]
     assert found.report.parts["train"].reasons == {"longer than max_length": 1}

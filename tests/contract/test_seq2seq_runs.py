@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 import luthier
-from luthier import assembly
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import RunError
 from luthier.core.examples import (
     ChatExample,
@@ -131,7 +131,7 @@ def test_a_run_learns_a_task_and_opens_again(method: str, tmp_path: Path) -> Non
     assert run.results["before"] == 0.0
     assert run.results["after"] == 1.0
     assert run.results["test"]["nll"] < 0.4 < run.results["test_before"]["nll"]
-    _, family, _ = assembly.open_run(Run(tmp_path / "run"))
+    _, family, _ = open_run(Run(tmp_path / "run"))
     assert isinstance(family, Seq2Seq)
     family.train(False)
     asked = tuple(b"cherry:")

@@ -14,6 +14,11 @@ from safetensors.torch import load_file
 
 from luthier import assembly
 from luthier.api.train import train
+from luthier.assembly.factory import attach_heads, attach_method, load_family
+from luthier.assembly.initialization import reference_context
+from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.rl_setup import begin
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Head, Sampling
 from luthier.data.packing import batch
@@ -41,7 +46,7 @@ def settings(parts: Any) -> Any:
 
 
 def put(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
-    found = assembly.attach(family, settings(parts), 3)
+    found = attach_method(family, settings(parts), 3)
     if stirred:
         stir(found)
     return found
@@ -52,7 +57,7 @@ def put(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
 
 def test_a_list_is_read_written_and_laid_over() -> None:
     made = assembly.recipe({"data": "-", "method": ["bitfit", LORA]})
-    assert assembly.method_name(made) == "bitfit+lora"
+    assert method_name(made) == "bitfit+lora"
     written = assembly.dump(made)["method"]
     assert [part["name"] for part in written] == ["bitfit", "lora"]
     assert written[1]["rank"] == 4
@@ -63,7 +68,7 @@ def test_a_list_is_read_written_and_laid_over() -> None:
     assert assembly.recipe(made, {"method": "lora"}).method == METHODS["lora"]()
     assert assembly.recipe(assembly.dump(made), {"method": ["ia3", "bitfit"]}).method == settings(["ia3", "bitfit"])
     assert settings(["bitfit"]) == METHODS["bitfit"]() == settings("bitfit")
-    assert assembly.method_name(assembly.recipe({"data": "-", "method": "lora"})) == "lora"
+    assert method_name(assembly.recipe({"data": "-", "method": "lora"})) == "lora"
 
 
 @pytest.mark.parametrize(("parts", "words"), [
@@ -122,14 +127,14 @@ def test_heads_train_at_a_rate_of_their_own(name: str) -> None:
     family, method = base("llama"), METHODS[name]()
     scoring: Any = Scoring()
     default: float = method.default_rate  # type: ignore[attr-defined]
-    whole = assembly.with_heads(family, assembly.attach(family, settings(name), 3), scoring, 3, default)
+    whole = attach_heads(family, attach_method(family, settings(name), 3), scoring, 3, default)
     found = rates(whole, default)
     heads = set(family.heads.parameters())
     assert len(heads) == 3
     assert all(rate == pytest.approx(1e-3) for n, rate in found.items() if n in heads)
     alone = base("llama")
     assert {n: r for n, r in found.items() if n not in heads} == pytest.approx(
-        rates(assembly.attach(alone, settings(name), 3), default))
+        rates(attach_method(alone, settings(name), 3), default))
 
 
 # ---------------------------------------------------------------- the law of a method
@@ -198,13 +203,13 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
     assert run.adapter["peft_type"] == "LUTHIER"
     assert [part["peft_type"] for part in run.adapter["parts"]] == ["LORA", "LUTHIER"]  # in the order in which they act
     assert "`bitfit+lora`" in (run.path / "README.md").read_text()
-    _, family, found = assembly.open_run(run)
+    _, family, found = open_run(run)
     assert isinstance(found, Several)
     wanted = logits(family)
     with found.disabled():
         assert not torch.equal(logits(family), wanted)
     (run.path / "recipe.yaml").unlink()
-    assert torch.equal(logits(assembly.open_run(run)[1]), wanted)
+    assert torch.equal(logits(open_run(run)[1]), wanted)
     whole = load_file(run.path / "adapter_model.safetensors")
     assert any("lora_A" in name for name in whole)
     assert any("bitfit" in name for name in whole)
@@ -216,13 +221,13 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
 @pytest.mark.parametrize("method", [LORA, ["bitfit", LORA], "prompt"], ids=str)
 def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, method: Any) -> None:
     first = trained(folder, "first", method=method)
-    wanted = logits(assembly.open_run(first)[1])
+    wanted = logits(open_run(first)[1])
     made = assembly.recipe({"data": str(folder / "rows.jsonl"), "start": str(first.path)})
-    assert made.method == assembly.Recipe.parse(first.recipe).method
+    assert made.method == Recipe.parse(first.recipe).method
     assert made.base.name == str(folder / "base")
-    family = assembly.family(made.base)
+    family = load_family(made.base)
     bare = logits(family)
-    policy, reference = assembly.begin(made, family)
+    policy, reference = begin(made, family)
     assert torch.equal(logits(family), wanted)
     assert not torch.equal(bare, wanted)
     stir(policy)
@@ -247,16 +252,16 @@ def test_a_started_run_goes_on_from_there_and_stands_alone(folder: Path) -> None
     one, two = (run.metrics for run in (first, second))
     assert two[1]["loss"] < one[1]["loss"]
     assert second.recipe["method"]["rank"] == 4
-    wanted = logits(assembly.open_run(first)[1])
-    made, family, attached = assembly.open_run(second)
+    wanted = logits(open_run(first)[1])
+    made, family, attached = open_run(second)
     assert attached is not None
     own = logits(family)
-    with assembly.beside(made, family, attached)():
+    with reference_context(made, family, attached)():
         assert torch.equal(logits(family), wanted)
     assert torch.equal(logits(family), own)
     assert not torch.equal(own, wanted)
     first.path.rename(folder / "elsewhere")  # a finished run needs its start no more
-    assert assembly.open_run(second)[2] is not None
+    assert open_run(second)[2] is not None
 
 
 def test_a_start_that_does_not_fit_is_refused_with_a_remedy(folder: Path) -> None:
@@ -279,11 +284,11 @@ def test_a_start_that_does_not_fit_is_refused_with_a_remedy(folder: Path) -> Non
 def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     import luthier
     runs = {"a": trained(folder, "a", method=LORA), "b": trained(folder, "b", method=["bitfit", LORA], seed=5)}
-    tuned = luthier.open_bank(str(folder / "base"), runs)
+    tuned = luthier.load_adapters(str(folder / "base"), runs)
     bare = logits(tuned.family)
     for name, run in runs.items():
         with tuned.using(name) as family:
-            assert torch.equal(logits(family), logits(assembly.open_run(run)[1]))
+            assert torch.equal(logits(family), logits(open_run(run)[1]))
     with tuned.using({"a": 0.5, "b": 0.5}):
         assert not torch.equal(logits(tuned.family), bare)
     assert torch.equal(logits(tuned.family), bare)
@@ -297,4 +302,4 @@ def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     with pytest.raises(RecipeError, match="2 adapters"):
         tuned.answer(prompts, ["a", "b"])
     with pytest.raises(RecipeError, match="holds a whole model"):
-        luthier.open_bank(str(folder / "base"), {"w": trained(folder, "w", method="full")})
+        luthier.load_adapters(str(folder / "base"), {"w": trained(folder, "w", method="full")})

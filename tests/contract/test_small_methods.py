@@ -20,6 +20,8 @@ from transformers import AutoModelForCausalLM
 
 from luthier import assembly
 from luthier.api.export import export
+from luthier.assembly.factory import attach_method
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import Sampling
 from luthier.core.types import Forest, Inputs
@@ -55,7 +57,7 @@ def outcome(model: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
 def saved(family: CausalLM, attached: Any, place: Path, origin: Path, method: Any) -> Run:
     """A run folder's adapter, as `train` writes it, without a recipe."""
     place.mkdir()
-    assembly.save_tuned(Run(place), assembly.recipe({"base": str(origin), "data": "-", "method": method}), family, attached)
+    save_tuned(Run(place), assembly.recipe({"base": str(origin), "data": "-", "method": method}), family, attached)
     return Run(place)
 
 
@@ -144,7 +146,7 @@ def test_ia3_files_go_both_ways(case: str, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path / "theirs")
     fresh = base(kind)
     method = READERS["IA3"].from_peft(json.loads((tmp_path / "theirs" / "adapter_config.json").read_text()))
-    assembly.attach(fresh, method, 0).load(load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
+    attach_method(fresh, method, 0).load(load_file(tmp_path / "theirs" / "adapter_model.safetensors"))
     with torch.no_grad():
         assert (fresh.model(input_ids=TOKENS).logits - other(input_ids=TOKENS).logits).abs().max() < SAME
         assert (fresh.model(input_ids=TOKENS).logits - mine).abs().max() > FAR
@@ -358,7 +360,7 @@ def test_a_part_of_the_base_is_saved_as_a_whole_model(name: str, tmp_path: Path)
     family, origin = base("llama", dtype=torch.float32), save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
     attached = attach(family, name)
     run = saved(family, attached, tmp_path / "run", origin, name)
-    _, again, none = assembly.open_run(run)
+    _, again, none = open_run(run)
     assert none is None
     assert torch.equal(logits(again), logits(family))
 
@@ -376,7 +378,7 @@ def test_a_run_opens_again_with_and_without_its_recipe(name: str, settings: dict
     run = saved(family, attached, tmp_path / "run", origin, {"name": name, **settings})
     if recipe:
         run.begin(assembly.dump(assembly.recipe({"base": str(origin), "data": "-", "method": {"name": name, **settings}})), {})
-    made, again, method = assembly.open_run(run)
+    made, again, method = open_run(run)
     assert made.method.name == name
     assert torch.equal(logits(again), logits(family))
     assert not torch.equal(logits(again), bare)
@@ -491,7 +493,7 @@ def test_what_the_bridge_trains_is_a_folder_of_pefts(kind: str, config: dict[str
     with torch.no_grad():
         wanted = family.model(input_ids=TOKENS).logits
         assert (theirs(input_ids=TOKENS).logits - wanted).abs().max() < 1e-4
-    made, again, _ = assembly.open_run(run)
+    made, again, _ = open_run(run)
     assert (made.method.name, made.method.type) == ("peft", kind)
     with torch.no_grad():
         assert torch.equal(again.model(input_ids=TOKENS).logits, wanted)

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from luthier import assembly
 from luthier.api.export import export
 from luthier.api.train import train
+from luthier.assembly.factory import check_loaded_model
+from luthier.assembly.run_io import open_run
+from luthier.assembly.run_warnings import find_unused_settings
 from luthier.core.errors import BaseError, RecipeError
 from luthier.models import BaseConfig, folder
 from luthier.models.surgery import StructureConfig, change
@@ -163,7 +166,7 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
                 "base.structure": {"new_tokens": {"<crane>": "a bird"}, "add_blocks": 1, "drop_blocks": [0]}}
     run = train(None, quiet=True, **settings)
     (tmp_path / "cache").rename(tmp_path / "lost")  # a run needs its recipe and the base, and nothing of the cache
-    made, base, attached = assembly.open_run(run)
+    made, base, attached = open_run(run)
     assert base.anatomy.sizes["layers"] == 2
     assert made.base.structure is not None
     tuned = said(base.anatomy.model)
@@ -219,15 +222,15 @@ def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> No
     family = assembly.CausalLM(tiny("llama"), tiny_tokenizer())
     structure = {"structure": {"add_blocks": 1}}
     with pytest.raises(RecipeError, match=words):
-        assembly.check(assembly.recipe({"data": "-", "base": structure, "method": ["bitfit", method]}), family)
-    assembly.check(assembly.recipe({"data": "-", "method": method}), family)
-    assembly.check(assembly.recipe({"data": "-", "base": structure, "method": "lora"}), family)
+        check_loaded_model(assembly.recipe({"data": "-", "base": structure, "method": ["bitfit", method]}), family)
+    check_loaded_model(assembly.recipe({"data": "-", "method": method}), family)
+    check_loaded_model(assembly.recipe({"data": "-", "base": structure, "method": "lora"}), family)
 
 
 def test_words_that_do_not_train_are_told() -> None:
     words = {"structure": {"new_tokens": {"<crane>": "a bird"}}}
-    assert any("new_tokens" in line for line in assembly.find_unused_settings(assembly.recipe({"data": "-", "base": words})))
-    assert not assembly.find_unused_settings(assembly.recipe({"data": "-", "base": words, "method": "full"}))
+    assert any("new_tokens" in line for line in find_unused_settings(assembly.recipe({"data": "-", "base": words})))
+    assert not find_unused_settings(assembly.recipe({"data": "-", "base": words, "method": "full"}))
 
 
 def test_added_blocks_share_the_config() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from luthier.api.evaluate import evaluate
 from luthier.api.export import export
 from luthier.api.train import train
-from luthier.assembly.method_variants import least_gb
+from luthier.assembly.method_variants import estimate_weight_gb
 from luthier.core.errors import RecipeError, RunError
 from luthier.data.packing import pack
 from luthier.models import BaseConfig
@@ -191,7 +191,7 @@ def test_a_float16_base_is_refused_for_training_and_nothing_else(rows: Path, how
     save_tiny(rows / "base", "llama", dtype=torch.float16 if how == "auto" else torch.float32)
     given: dict[str, Any] = {"data": str(rows / "rows.jsonl"), "method": method, "training": {"steps": 1}}
     with monkeypatch.context() as patch:
-        patch.setattr("luthier.assembly.family", lambda *_: pytest.fail("loaded before it was refused"))
+        patch.setattr("luthier.api.train.load_family", lambda *_: pytest.fail("loaded before it was refused"))
         with pytest.raises(RecipeError, match="float16") as error:
             train(base={"name": str(rows / "base"), "dtype": how}, run=str(rows / "refused"), quiet=True, **given)
     assert "bfloat16 or float32" in error.value.remedy
@@ -211,7 +211,7 @@ def test_a_float16_base_whose_config_does_not_say_so_is_refused_once_it_is_loade
 
 def test_the_plan_counts_the_copies(rows: Path) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.bfloat16)
-    frozen, whole = ({d: least_gb(BaseConfig(name=str(rows / "base"), dtype=d), whole=w) for d in ("float32", "bfloat16")}
+    frozen, whole = ({d: estimate_weight_gb(BaseConfig(name=str(rows / "base"), dtype=d), whole=w) for d in ("float32", "bfloat16")}
                      for w in (False, True))
     assert whole["bfloat16"] / frozen["bfloat16"] == pytest.approx(9)  # 18 bytes a weight instead of 2
     assert whole["float32"] / frozen["float32"] == pytest.approx(4)

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, DynamicCache
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import BaseError, RecipeError, RunError
 from luthier.core.examples import Origin
 from luthier.core.protocols import TRAINING, Sampling
@@ -323,11 +325,11 @@ def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
                          "run": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
-    family = assembly.family(made.base)
-    attached = assembly.attach(family, made.method, 0)
+    family = load_family(made.base)
+    attached = attach_method(family, made.method, 0)
     stir(attached)
-    assembly.save_tuned(run, made, family, attached)
-    _, other, again = assembly.open_run(run)
+    save_tuned(run, made, family, attached)
+    _, other, again = open_run(run)
     assert (logits(other) - logits(family)).abs().max() < 1e-5  # the base was loaded in float32
     with again.disabled():
         assert (logits(other) - logits(family)).abs().max() > FAR
@@ -377,7 +379,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
 
     def begun() -> tuple[CausalLM, Any, Optimizer]:
         family = base("llama")
-        attached = assembly.attach(family, made.method, 0)
+        attached = attach_method(family, made.method, 0)
         return family, attached, Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 4)
 
     def go_on(family: CausalLM, adam: Optimizer, steps: range) -> None:
@@ -396,7 +398,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     assert torch.equal(logits(other), logits(family))
 
     (tmp_path / "run").mkdir()
-    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert saved.keys() == {EMBEDDINGS}
     fresh, folded, _ = begun()
@@ -467,7 +469,7 @@ def test_our_folder_loads_in_peft(kind: str, method: str, tmp_path: Path) -> Non
     attached = attach(family, method, **SETTINGS[method])
     made = assembly.recipe({"base": str(origin), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
-    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     other = peft.PeftModel.from_pretrained(tiny(kind, **wide), tmp_path / "run").double().eval()
     attached.load({EMBEDDINGS: attached.state()[EMBEDDINGS].to(torch.float32).to(torch.float64)})  # as PEFT holds them
     with torch.no_grad():
@@ -486,7 +488,7 @@ def test_a_folder_of_pefts_opens_as_a_run(kind: str, method: str, tmp_path: Path
     with torch.no_grad():
         wanted = other(input_ids=TOKENS).logits[:, 0 if method == "prefix" else N:]
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = assembly.open_run(Run(tmp_path / "run"))
+    made, family, attached = open_run(Run(tmp_path / "run"))
     assert isinstance(made.method, READERS[json.loads((tmp_path / "run/adapter_config.json").read_text())["peft_type"]])
     assert made.method.tokens == N
     with torch.no_grad():

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from luthier import assembly
+from luthier.assembly.factory import check_loaded_model, load_datasets, load_family
+from luthier.assembly.recipe import Recipe
 from luthier.core.errors import RecipeError
 from luthier.methods import METHODS
 from tiny import save_tiny
@@ -17,7 +19,7 @@ CONTEXT = {"llama": 256, "bert": 128}
 SIMPLEST = {"llama": "pretrain", "bert": "classify"}
 
 
-def recipe(home: Path, kind: str, method: Any, **data: Any) -> assembly.Recipe:
+def recipe(home: Path, kind: str, method: Any, **data: Any) -> Recipe:
     save_tiny(home / kind, kind)
     (home / "rows.jsonl").write_text("".join(json.dumps({"text": letter * 900, "label": letter}) + "\n" for letter in "ab"))
     return assembly.recipe({"base": str(home / kind), "method": method, "objective": SIMPLEST[kind],
@@ -31,23 +33,23 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
     most = CONTEXT[kind] - 9
     for given in (named, ["lora", named] if kind == "llama" else named):
         made = recipe(tmp_path, kind, given, max_length=most + 1)
-        base = assembly.family(made.base)
+        base = load_family(made.base)
         with pytest.raises(RecipeError, match=rf"max_length {most + 1} and 9 virtual tokens .* {CONTEXT[kind]} tokens"):
-            assembly.check(made, base)
-        assembly.check(recipe(tmp_path, kind, given, max_length=most), base)
+            check_loaded_model(made, base)
+        check_loaded_model(recipe(tmp_path, kind, given, max_length=most), base)
     with pytest.raises(RecipeError, match="no room for a text"):
-        assembly.check(recipe(tmp_path, kind, {"name": method, "tokens": CONTEXT[kind] - 1}), base)
+        check_loaded_model(recipe(tmp_path, kind, {"name": method, "tokens": CONTEXT[kind] - 1}), base)
     with pytest.raises(RecipeError, match=f"max_length {CONTEXT[kind] + 1} is longer"):
-        assembly.check(recipe(tmp_path, kind, "lora", max_length=CONTEXT[kind] + 1), base)
+        check_loaded_model(recipe(tmp_path, kind, "lora", max_length=CONTEXT[kind] + 1), base)
 
 
 @pytest.mark.parametrize("kind", CONTEXT)
 @pytest.mark.parametrize(("method", "tokens"), [("prompt", 9), ("lora", 0)])
 def test_rows_are_cut_to_what_they_leave(kind: str, method: str, tokens: int, tmp_path: Path) -> None:
     made = recipe(tmp_path, kind, {"name": method, "tokens": tokens} if tokens else method)
-    base = assembly.family(made.base)
-    assembly.check(made, base)
-    longest = max(len(piece.ids) for e in assembly.datasets(made, base).train for piece in e.pieces)
+    base = load_family(made.base)
+    check_loaded_model(made, base)
+    longest = max(len(piece.ids) for e in load_datasets(made, base).train for piece in e.pieces)
     assert longest == CONTEXT[kind] - tokens
 
 

@@ -14,6 +14,8 @@ from test_virtual_t5 import CONFIGS, METHOD, ORACLE, SETTINGS, SUBMODULES, N
 from transformers import T5ForConditionalGeneration
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import RunError
 from luthier.data.packing import batch
 from luthier.methods.prompt import EMBEDDINGS
@@ -35,7 +37,7 @@ def test_our_folder_loads_in_peft(method: str, tmp_path: Path, monkeypatch: pyte
     attached = attach(family, method, **SETTINGS[method])
     made = assembly.recipe({"base": str(written(tmp_path)), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
-    assembly.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float64)
     other = peft.PeftModel.from_pretrained(plain, tmp_path / "run").double().eval()
     attached.load({EMBEDDINGS: attached.state()[EMBEDDINGS].float().double()})  # as PEFT holds them
@@ -56,7 +58,7 @@ def test_a_folder_of_pefts_opens_as_a_run(method: str, submodules: int, tmp_path
     with torch.no_grad():
         wanted = other(**padded(pairs())).logits
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = assembly.open_run(Run(tmp_path / "run"))
+    made, family, attached = open_run(Run(tmp_path / "run"))
     assert made.method.tokens == N
     with torch.no_grad():
         assert (family.model(**padded(pairs())).logits - wanted).abs().max() < 1e-4
@@ -70,7 +72,7 @@ def test_a_prefix_of_pefts_is_another_method(tmp_path: Path) -> None:
     other.peft_config["default"].base_model_name_or_path = str(written(tmp_path))
     other.save_pretrained(tmp_path / "run")
     with pytest.raises(RunError, match="decoder's own attention alone"):
-        assembly.open_run(Run(tmp_path / "run"))
+        open_run(Run(tmp_path / "run"))
 
 
 @METHOD
@@ -78,16 +80,16 @@ def test_a_run_opens_again(method: str, tmp_path: Path) -> None:
     origin = written(tmp_path)
     made = assembly.recipe({"base": {"name": str(origin), "dtype": "float32"}, "data": "-", "run": str(tmp_path / "run"),
                          "method": {"name": method, **SETTINGS[method]}})
-    family = assembly.family(made.base)
-    attached = assembly.attach(family, made.method, 0)
+    family = load_family(made.base)
+    attached = attach_method(family, made.method, 0)
     stir(attached)
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
-    assembly.save_tuned(run, made, family, attached)
+    save_tuned(run, made, family, attached)
     kind = json.loads((run.path / "adapter_config.json").read_text())["peft_type"]
     assert kind == {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING"}.get(method, "LUTHIER")
     (run.path / "recipe.yaml").unlink()  # the adapter alone says what it is
-    _, other, again = assembly.open_run(run)
+    _, other, again = open_run(run)
     given = padded(pairs())
     with torch.no_grad():
         assert torch.equal(other.model(**given).logits, family.model(**given).logits)

@@ -16,7 +16,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel
 
 from luthier import assembly
-from luthier.api.inspect_run import inspect
+from luthier.api.inspect_run import inspect_run
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import BaseError, RecipeError
 from luthier.data.packing import batch, pack
 from luthier.methods.multi_adapter import Bank
@@ -201,14 +203,14 @@ def test_a_run_opens_again_and_is_inspected(method: str, tmp_path: Path) -> None
     origin = save_tiny(tmp_path / "base", "vit", dtype=torch.float32)
     made = assembly.recipe({"base": str(origin), "data": "-", "run": str(tmp_path / "run"),
                          "method": {"name": method, **SETTINGS[method]}})
-    family = assembly.family(made.base)
-    attached = assembly.attach(family, made.method, made.seed)
+    family = load_family(made.base)
+    attached = attach_method(family, made.method, made.seed)
     stir(attached, size=1.0)
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
-    assembly.save_tuned(run, made, family, attached)
+    save_tuned(run, made, family, attached)
     assert json.loads((run.path / "adapter_config.json").read_text())["peft_type"] == "LUTHIER"
-    (reading,) = inspect(run, quiet=True)["readings"]
+    (reading,) = inspect_run(run, quiet=True)["readings"]
     assert "no words" in reading["about"]
     assert len(reading["rows"]) == N
     for row in reading["rows"]:
@@ -216,7 +218,7 @@ def test_a_run_opens_again_and_is_inspected(method: str, tmp_path: Path) -> None
         assert 0.2 < row["start"]["size"] < 5
         assert row["start"]["size"] != row["end"]["size"]
     (run.path / "recipe.yaml").unlink()  # the adapter alone says what it is
-    _, other, _ = assembly.open_run(run)
+    _, other, _ = open_run(run)
     pixels = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert torch.equal(other.model(pixel_values=pixels).last_hidden_state,

@@ -22,6 +22,9 @@ from torch import Tensor
 from cases import cases
 from luthier import assembly
 from luthier.api.train import train
+from luthier.assembly.factory import fit_objective, load_datasets, load_family
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.rl_setup import begin
 from luthier.core.errors import RecipeError, RunError
 from luthier.data import DataConfig, load
 from luthier.objectives import OBJECTIVES
@@ -65,19 +68,19 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> assembly.Recipe:
+def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> Recipe:
     path = home / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return assembly.recipe({"base": {"name": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
                          "objective": objective, "data": str(path), **more})
 
 
-def measured(recipe: assembly.Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
+def measured(recipe: Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
     """The loss of all rows as one batch, cut into rows of at most `micro_tokens`, and every gradient."""
-    base = assembly.family(recipe.base)
-    found = assembly.datasets(recipe, base)
-    recipe = assembly.fitted(recipe, found)
-    attached, reference = assembly.begin(recipe, base)
+    base = load_family(recipe.base)
+    found = load_datasets(recipe, base)
+    recipe = fit_objective(recipe, found)
+    attached, reference = begin(recipe, base)
     with torch.no_grad():
         for i, parameter in enumerate(attached.parameters().values()):
             parameter.data = parameter.double()

@@ -17,6 +17,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from contract.lab import stir
 from luthier import assembly
+from luthier.assembly.factory import load_family
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.rl_setup import begin
+from luthier.assembly.run_io import save_tuned
 from luthier.core.types import Forest, Inputs, Target
 from luthier.training.run_folder import Run
 from tiny import CLS, ENCODERS, MASK, PAD, SEP, VISIONS, VOCABULARY, pair_tokenizer, save_tiny
@@ -67,7 +71,7 @@ class Made:
     """A run that was saved, still open."""
 
     run: Run
-    recipe: assembly.Recipe
+    recipe: Recipe
     base: Any
     task: str
 
@@ -105,12 +109,12 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
     base_path = save_base(path / "base", kind, dtype)
     recipe = assembly.recipe(None, {"base": {"name": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
                                  "objective": OBJECTIVES[task]})
-    base = assembly.family(recipe.base)
-    attached, _ = assembly.begin(recipe, base)
+    base = load_family(recipe.base)
+    attached, _ = begin(recipe, base)
     stir(attached)
     run = Run(path / "run")
     run.begin(assembly.dump(recipe), assembly.provenance(recipe))
-    assembly.save_tuned(run, recipe, base, attached)
+    save_tuned(run, recipe, base, attached)
     return Made(run, recipe, base, task)
 
 

@@ -21,6 +21,11 @@ from transformers import AutoModelForCausalLM
 from luthier import assembly
 from luthier.api.export import export
 from luthier.assembly import run_io
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.multi_adapter_loading import load_served_models
+from luthier.assembly.provenance import open_recipe
+from luthier.assembly.rl_setup import begin
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.cli.main import main
 from luthier.core.errors import LuthierError, NotMergeable, RunError
 from luthier.core.types import Forest, Inputs, Target
@@ -131,7 +136,7 @@ def said_by_peft(kind: str, folder: Path) -> Tensor:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's folders name no precision: bases are loaded in float64."""
     def opened(run: Run, *options: Any) -> Any:
-        made = assembly.open_recipe(run, *options)
+        made = open_recipe(run, *options)
         return made.model_copy(update={"base": made.base.model_copy(update={"dtype": "float64"})})
     monkeypatch.setattr(run_io, "open_recipe", opened)
 
@@ -158,7 +163,7 @@ def picked(logits: Tensor) -> Tensor:
 def test_an_adapter_of_pefts_says_the_same_here(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
-    _, family, attached = assembly.open_run(Run(tmp_path / "run"))
+    _, family, attached = open_run(Run(tmp_path / "run"))
     assert attached is not None
     bare = tiny(kind)(input_ids=TOKENS).logits[0].detach()
     assert (said(family) - wanted).abs().max() < SAME
@@ -178,7 +183,7 @@ def test_an_adapter_of_pefts_says_the_same_here(name: str, tmp_path: Path) -> No
 def test_it_merges_into_a_model_that_says_the_same(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
-    _, family, attached = assembly.open_run(Run(tmp_path / "run"))
+    _, family, attached = open_run(Run(tmp_path / "run"))
     before = {n: t.clone() for n, t in attached.state().items()}
     attached.merge()
     assert (said(family) - wanted).abs().max() < 1e-7
@@ -195,7 +200,7 @@ def test_it_merges_into_a_model_that_says_the_same(name: str, tmp_path: Path) ->
 
 def test_what_peft_itself_cannot_merge_stays_as_it_is(tmp_path: Path) -> None:
     wanted = theirs(*READ["lora_bias"], tmp_path / "run")
-    _, family, attached = assembly.open_run(Run(tmp_path / "run"))
+    _, family, attached = open_run(Run(tmp_path / "run"))
     with pytest.raises(NotMergeable, match="lora_bias"):
         attached.merge()
     assert (said(family) - wanted).abs().max() < SAME
@@ -254,17 +259,17 @@ def plain(tmp_path: Path) -> tuple[Path, Tensor]:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_setting_that_is_not_read_is_refused_by_its_name(name: str, plain: tuple[Path, Tensor]) -> None:
     changes, words = REFUSED[name]
-    assembly.open_run(Run(plain[0]))  # the control: without the change it is read
+    open_run(Run(plain[0]))  # the control: without the change it is read
     edit(plain[0], changes)
     with pytest.raises(LuthierError, match=words) as caught:
-        assembly.open_run(Run(plain[0]))
+        open_run(Run(plain[0]))
     assert caught.value.remedy
 
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_setting_without_effect_is_no_reason_to_refuse(name: str, plain: tuple[Path, Tensor]) -> None:
     edit(plain[0], HARMLESS[name])
-    _, family, _ = assembly.open_run(Run(plain[0]))
+    _, family, _ = open_run(Run(plain[0]))
     assert (said(family) - plain[1]).abs().max() < SAME
 
 
@@ -273,7 +278,7 @@ def test_what_an_old_config_leaves_out_is_pefts_default(plain: tuple[Path, Tenso
                                    "alpha_pattern", "fan_in_fan_out", "modules_to_save", "task_type", "peft_version"))
     wanted = said_by_peft("llama", plain[0])
     assert (wanted - plain[1]).abs().max() > FAR  # alpha is 8 now
-    _, family, _ = assembly.open_run(Run(plain[0]))
+    _, family, _ = open_run(Run(plain[0]))
     assert (said(family) - wanted).abs().max() < SAME
 
 
@@ -342,13 +347,13 @@ DAMAGED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_folder_is_one_clear_error(name: str, plain: tuple[Path, Tensor], capsys: Any) -> None:
     damage, words = DAMAGED[name]
-    assembly.open_run(Run(plain[0]))
+    open_run(Run(plain[0]))
     damage(plain[0])
     with pytest.raises(LuthierError, match=words) as caught:
-        assembly.open_run(Run(plain[0]))
+        open_run(Run(plain[0]))
     assert caught.value.remedy
     with pytest.raises(LuthierError, match=words):  # several adapters on one base read the same
-        assembly.served({"mine": plain[0], "again": plain[0]})
+        load_served_models({"mine": plain[0], "again": plain[0]})
     assert main(["export", str(plain[0]), "--out", str(plain[0].parent / "out")]) == 2
     assert "Traceback" not in (told := capsys.readouterr().err)
     assert told.strip()
@@ -358,7 +363,7 @@ def test_weights_of_the_base_that_are_the_bases_own_are_no_reason_to_refuse(plai
     base = tiny("llama").state_dict()
     _change_weights(lambda s: s | {f"base_model.model.{n}": base[n].clone()
                                    for n in ("model.embed_tokens.weight", "lm_head.weight")})(plain[0])
-    _, family, _ = assembly.open_run(Run(plain[0]))
+    _, family, _ = open_run(Run(plain[0]))
     assert (said(family) - plain[1]).abs().max() < SAME
 
 
@@ -369,12 +374,12 @@ def test_weights_of_the_base_that_are_the_bases_own_are_no_reason_to_refuse(plai
 def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
-    served = assembly.served({"mine": tmp_path / "run"})
+    served = load_served_models({"mine": tmp_path / "run"})
     with served.bank.using(served.adapter("mine")) if served.bank else nullcontext():
         assert (said(served.base).double() - wanted).abs().max() < 1e-4  # served in float32
     made = assembly.recipe({"start": str(tmp_path / "run"), "data": "-"})
-    family = assembly.family(made.base)
-    attached, reference = assembly.begin(made, family)
+    family = load_family(made.base)
+    attached, reference = begin(made, family)
     if name != "plain":
         with pytest.raises(RunError, match="Transformers reads"):
             export(tmp_path / "run", "whole", tmp_path / "whole")
@@ -421,13 +426,13 @@ def made_run(kind: str, method: Any, folder: Path, **options: Any) -> tuple[Any,
     made = assembly.recipe({"base": {"name": str(origin), "dtype": "float64"}, "data": "-", "method": method, "run": str(folder)})
     run = Run(folder)
     run.begin(assembly.dump(made), {})
-    family = assembly.family(made.base)
-    attached = assembly.attach(family, made.method, 3)
+    family = load_family(made.base)
+    attached = attach_method(family, made.method, 3)
     dice = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in attached.parameters().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=dice, dtype=torch.float64).to(parameter.dtype)
-    assembly.save_tuned(run, made, family, attached)
+    save_tuned(run, made, family, attached)
     return family, attached
 
 
@@ -447,7 +452,7 @@ def test_what_a_method_writes_says_the_same_in_peft_and_here(name: str, tmp_path
     exported = export(folder, "adapter", tmp_path / "adapter")
     assert (in_peft(kind, exported, **options) - wanted).abs().max() < near
     assert not (exported / "recipe.yaml").exists()
-    _, again, _ = assembly.open_run(Run(exported), False, str(tmp_path / "base"))  # by PEFT's settings alone
+    _, again, _ = open_run(Run(exported), False, str(tmp_path / "base"))  # by PEFT's settings alone
     assert (said(again) - wanted).abs().max() < SAME
     with attached.disabled():
         assert (said(family) - wanted).abs().max() > FAR
@@ -459,7 +464,7 @@ def test_a_method_that_peft_has_not_is_written_in_a_form_that_peft_refuses(name:
     if (tmp_path / "run/adapter_config.json").exists():
         with pytest.raises((KeyError, ValueError, TypeError)):
             in_peft(OWN[name], tmp_path / "run")
-    _, again, _ = assembly.open_run(Run(tmp_path / "run"))
+    _, again, _ = open_run(Run(tmp_path / "run"))
     assert (said(again) - said(family)).abs().max() < SAME
 
 
@@ -552,7 +557,7 @@ def test_a_prefix_is_exchanged_only_where_peft_computes_the_same(name: str, tmp_
     form = json.loads((tmp_path / "run/adapter_config.json").read_text())
     assert form["peft_type"] == ("LUTHIER" if windowed else "PREFIX_TUNING")
     exported = Run(export(tmp_path / "run", "adapter", tmp_path / "adapter"))
-    _, again, _ = assembly.open_run(exported, False, str(tmp_path / "base"))
+    _, again, _ = open_run(exported, False, str(tmp_path / "base"))
     assert (said(again) - said(family)).abs().max() < SAME
     if not windowed:
         assert (in_peft(kind, tmp_path / "run", **options) - said(family)).abs().max() < 1e-5
@@ -566,6 +571,6 @@ def test_a_prefix_of_pefts_is_refused_beside_a_window(name: str, tmp_path: Path)
     model.peft_config["default"].base_model_name_or_path = str(origin)
     model.save_pretrained(tmp_path / "run")
     with pytest.raises(RunError, match="window"):
-        assembly.open_run(Run(tmp_path / "run"))
+        open_run(Run(tmp_path / "run"))
     with pytest.raises(RunError, match="window"):
-        assembly.served({"mine": tmp_path / "run"})
+        load_served_models({"mine": tmp_path / "run"})

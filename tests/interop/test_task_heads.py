@@ -25,8 +25,8 @@ from transformers import (
 
 import luthier
 from interop.table import DECODER_KINDS, ENCODER_KINDS, OBJECTIVES, TEXTS, Made, make_run
-from luthier import assembly
 from luthier.api.export import export
+from luthier.assembly.run_io import open_run
 from tiny import save_tiny
 
 SAME, FAR = 1e-5, 1e-3
@@ -99,8 +99,8 @@ def test_vectors_are_those_of_sentence_transformers(kind: str, task: str, form: 
 
 
 def build_length(made: Made) -> int:
-    from luthier.assembly.factory import settled
-    return int(settled(made.recipe, made.base).max_length or 0)
+    from luthier.assembly.factory import resolve_data_config
+    return int(resolve_data_config(made.recipe, made.base).max_length or 0)
 
 
 @pytest.mark.parametrize(("kind", "task"), [("bert", "single"), ("llama", "single"), ("gpt2", "multi"), ("llama", "regression"),
@@ -162,7 +162,7 @@ def test_every_format_of_peft_carries_heads_and_vectors(method: str, task: str, 
     else:
         found = theirs(*loaded(made, "adapter"), made.ids(), False)
     assert (found - wanted).abs().max() < SAME * wanted.abs().max().clamp(min=1)
-    again = assembly.open_run(made.run)[1]
+    again = open_run(made.run)[1]
     assert (Made(made.run, made.recipe, again, task).outputs(made.ids()) - wanted).abs().max() < SAME
 
 
@@ -172,7 +172,7 @@ def test_every_format_of_peft_carries_heads_and_vectors(method: str, task: str, 
 def test_every_method_merges_with_its_head_or_is_opened_here(method: str, task: str, kind: str, tmp_path: Path) -> None:
     made = make_run(tmp_path, kind, task, ["bitfit", "lora"] if method == "lists" else method)
     wanted = made.outputs(made.ids())
-    again = assembly.open_run(made.run)[1]
+    again = open_run(made.run)[1]
     assert (Made(made.run, made.recipe, again, task).outputs(made.ids()) - wanted).abs().max() < SAME
     if method != "adapter":
         found = theirs(*loaded(made, "merged"), made.ids(), task == "tags")

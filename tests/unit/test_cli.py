@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 
 import luthier
 from luthier import assembly
-from luthier.api.chat import bits
+from luthier.api.chat import stream
+from luthier.assembly.factory import encode_chat_prompt
 from luthier.cli import console
 from luthier.cli.commands import COMMANDS
 from luthier.cli.main import main, parse
@@ -233,13 +234,13 @@ def test_chat(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> No
 def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:
     from luthier import assembly
     asked: list[list[str]] = []
-    ask = assembly.chat_prompt
+    ask = encode_chat_prompt
 
     def noted(base: Any, messages: Any, system: Any) -> list[int]:
         asked.append([m.role for m in messages])
         return ask(base, messages, system)
 
-    monkeypatch.setattr(assembly, "chat_prompt", noted)
+    monkeypatch.setattr(assembly, "encode_chat_prompt", noted)
     lines = iter(["one", "two", "x" * 300, "", "/reset", "three", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, _, err = run("chat", "lora", "--max-new-tokens", "2")
@@ -250,8 +251,8 @@ def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pyt
 
 def test_letters_come_whole() -> None:
     tokens = "añ→".encode()
-    assert list(bits(iter(tokens), lambda ids, **_: bytes(ids).decode(errors="replace"))) == ["a", "ñ", "→"]
-    assert "".join(bits(iter(tokens[:-1]), lambda ids, **_: bytes(ids).decode(errors="replace"))) == "añ\ufffd"
+    assert list(stream(iter(tokens), lambda ids, **_: bytes(ids).decode(errors="replace"))) == ["a", "ñ", "→"]
+    assert "".join(stream(iter(tokens[:-1]), lambda ids, **_: bytes(ids).decode(errors="replace"))) == "añ\ufffd"
 
 
 def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:

@@ -9,20 +9,20 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 
-from luthier.api.serve import Asked, _usage
-from luthier.serving.engine import Bit, Request, Words, _Answer
+from luthier.api.serve import CompletionRequest, _count_usage
+from luthier.serving.engine import IncrementalDetokenizer, Request, TokenDelta, _RunningRequest
 
 
 def decode(ids: Sequence[int], **_: Any) -> str:
     return bytes(ids).decode(errors="replace")
 
 
-def answered(text: str, most: int = 100, stop: tuple[str, ...] = (), ended: bool = True) -> tuple[str, list[Bit]]:
+def answered(text: str, most: int = 100, stop: tuple[str, ...] = (), ended: bool = True) -> tuple[str, list[TokenDelta]]:
     """What an answer says where the model writes this text byte by byte and then ends."""
-    told: list[Bit] = []
+    told: list[TokenDelta] = []
     request = Request((1,), max_new_tokens=most, stop=stop)
     request.tell = told.append
-    answer = _Answer(request, decode)
+    answer = _RunningRequest(request, decode)
     for token in text.encode():
         answer.hear(token)
     if ended:
@@ -66,17 +66,17 @@ def test_an_answer_ends_at_its_length(most: int, end: str, tokens: int) -> None:
 
 
 def test_a_letter_is_told_when_all_its_bytes_are_there() -> None:
-    words = Words(decode)
+    words = IncrementalDetokenizer(decode)
     assert [words.hear(token) for token in "aäb".encode()] == ["a", "", "ä", "b"]
     assert words.rest() == ""
     assert answered("ä"[:1] + "x")[0] == "äx"
 
 
 def test_whoever_cancels_is_told_no_more() -> None:
-    told: list[Bit] = []
+    told: list[TokenDelta] = []
     request = Request((1,), max_new_tokens=9)
     request.tell = told.append
-    answer = _Answer(request, decode)
+    answer = _RunningRequest(request, decode)
     answer.hear(97)
     request.cancelled = True
     answer.hear(98)
@@ -86,11 +86,11 @@ def test_whoever_cancels_is_told_no_more() -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_prompt_counts_once_however_many_answers_it_has(n: int) -> None:
-    asked = Asked(model="m", prompt=["a", "b"], n=n)
+    asked = CompletionRequest(model="m", prompt=["a", "b"], n=n)
     requests = [Request(prompt) for prompt in ((1, 2, 3), (4, 5)) for _ in range(n)]
-    last = [Bit("", tokens=7 + i) for i in range(2 * n)]
+    last = [TokenDelta("", tokens=7 + i) for i in range(2 * n)]
     written = sum(7 + i for i in range(2 * n))
-    assert _usage(asked, requests, last) == {"prompt_tokens": 5, "completion_tokens": written, "total_tokens": 5 + written}
+    assert _count_usage(asked, requests, last) == {"prompt_tokens": 5, "completion_tokens": written, "total_tokens": 5 + written}
 
 
 def test_requests_that_sample_alike_share_a_batch() -> None:

@@ -14,10 +14,11 @@ import yaml
 
 from cases import cases
 from luthier import assembly
-from luthier.api.rlhf import plan
-from luthier.api.train import trainable_share
+from luthier.api.rlhf import plan_stages
+from luthier.api.train import count_trainable
+from luthier.assembly.recipe import Recipe
 from luthier.cli.main import parse
-from luthier.evaluation.answer_metrics import SCORERS
+from luthier.evaluation.answer_metrics import METRICS
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
 from luthier.training import loop
@@ -102,7 +103,7 @@ def test_commands_parse(page: Path) -> None:
         options = vars(parse(words))
         laid: dict[str, Any] = options.get("settings", {})
         if options["command"] == "rlhf":
-            assert plan(ROOT / options["words"][0], laid)
+            assert plan_stages(ROOT / options["words"][0], laid)
             continue
         prefix = "data." if options["command"] == "data" else ""
         named = {"method": options.get("method"), "objective": options.get("objective")}
@@ -135,7 +136,7 @@ def test_the_recipe_page_is_fresh_and_whole() -> None:
     page = ROOT / "docs/recipe.md"
     again = "PYTHONPATH=src python docs/recipe.py"
     assert text(page) == runpy.run_path(str(ROOT / "docs/recipe.py"))["page"](), f"settings have changed: {again}"
-    for line in surface(assembly.Recipe):
+    for line in surface(Recipe):
         name = line.partition(":")[0].removeprefix("recipe ").rpartition(".")[2].partition("[")[0]
         if "[several]" not in line:  # a list of methods, which is written as a list
             assert f"| `{name}` |" in text(page), line
@@ -157,8 +158,8 @@ def test_every_page_is_listed() -> None:
 
 def test_every_metric_has_its_entry() -> None:
     glossary = re.findall(r"^### (\w+)$", text(ROOT / "docs/metrics.md"), re.MULTILINE)
-    share = re.findall(r'"(\w+_share)"', inspect.getsource(trainable_share))
-    wanted = line_names() | set(SCORERS) | set(share) | {"perplexity"}
+    share = re.findall(r'"(\w+_share)"', inspect.getsource(count_trainable))
+    wanted = line_names() | set(METRICS) | set(share) | {"perplexity"}
     assert {"nll", "grad_norm", "tokens_per_second"} <= wanted
     assert not wanted - set(glossary)
 

@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import luthier
 from luthier import assembly
-from luthier.api.features import probe
+from luthier.api.features import fit_linear_probe
 from luthier.api.train import train
+from luthier.assembly.run_io import open_run
 from luthier.cli.main import main
 from luthier.core.errors import RecipeError, RunError
 from tiny import save_tiny
@@ -70,7 +71,7 @@ def test_a_file_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path, rows, out = save_tiny(tmp_path / "base", "bert"), written(tmp_path / "rows.jsonl"), tmp_path / "f.safetensors"
     found, labels = luthier.features(path, rows, out=out, quiet=True)
     with monkeypatch.context() as closed:
-        closed.setattr(assembly, "family", None)  # nothing is loaded again
+        closed.setattr(assembly, "load_family", None)  # nothing is loaded again
         again = luthier.features(path, rows, out=out, quiet=True)
     assert np.array_equal(found, again[0])
     assert labels == again[1] == LABELS
@@ -96,7 +97,7 @@ def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
     tuned, labels = luthier.features(run, rows, quiet=True)
     assert labels == LABELS
     assert not np.allclose(tuned, luthier.features(path, rows, quiet=True)[0], atol=1e-3)
-    _, family, attached = assembly.open_run(run)
+    _, family, attached = open_run(run)
     assert attached is not None
     with torch.no_grad():
         row = assembly.rows.load(assembly.recorded(run).data, family.tokenizer, seed=0).train[2]
@@ -113,15 +114,15 @@ def test_a_probe_separates_what_is_separable() -> None:
     truth = ["a" if i % 3 else "b" for i in range(120)]
     states = chance.normal(size=(120, 5))
     states[:, 2] += [4.0 if name == "a" else -4.0 for name in truth]
-    found = probe(states[:80], truth[:80], states[80:], truth[80:])
+    found = fit_linear_probe(states[:80], truth[:80], states[80:], truth[80:])
     assert found["accuracy"] == 1.0
     assert found["majority"] == pytest.approx(truth[80:].count("a") / 40)
     shuffled = chance.permutation(states[80:])
-    assert probe(states[:80], truth[:80], shuffled, truth[80:])["accuracy"] < 0.9
+    assert fit_linear_probe(states[:80], truth[:80], shuffled, truth[80:])["accuracy"] < 0.9
     with pytest.raises(RecipeError, match="two classes"):
-        probe(states[:2], ["a", "a"], states, truth)
+        fit_linear_probe(states[:2], ["a", "a"], states, truth)
     with pytest.raises(RecipeError, match="one class for each row"):
-        probe(states[:2], [("a", "b"), ("a",)], states, truth)
+        fit_linear_probe(states[:2], [("a", "b"), ("a",)], states, truth)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

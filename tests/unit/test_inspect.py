@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from luthier import assembly
-from luthier.api.inspect_run import inspect
+from luthier.api.inspect_run import inspect_run
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.run_io import save_tuned
 from luthier.cli.main import main
 from luthier.core.errors import RunError
 from luthier.training.run_folder import Run
@@ -25,12 +27,12 @@ def tuned(tmp_path: Path, method: dict[str, Any], kind: str = "llama", move: flo
     made = assembly.recipe({"base": str(origin), "data": "-", "method": method, "run": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
-    family = assembly.family(made.base)
-    attached = assembly.attach(family, made.method, made.seed)
+    family = load_family(made.base)
+    attached = attach_method(family, made.method, made.seed)
     with torch.no_grad():
         for i, parameter in enumerate(attached.parameters().values()):
             parameter += move * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    assembly.save_tuned(run, made, family, attached)
+    save_tuned(run, made, family, attached)
     return run, attached
 
 
@@ -39,7 +41,7 @@ def tuned(tmp_path: Path, method: dict[str, Any], kind: str = "llama", move: flo
 def test_virtual_tokens_start_as_their_words_and_end_elsewhere(method: str, kind: str, tmp_path: Path) -> None:
     settings = {"name": method, "tokens": 3, "text": TEXT, "init": "words"}
     run, _ = tuned(tmp_path, settings, kind, move=2.0)
-    (reading,) = inspect(run, quiet=True)["readings"]
+    (reading,) = inspect_run(run, quiet=True)["readings"]
     assert reading["kind"] == "words"
     for letter, row in zip(TEXT, reading["rows"], strict=True):
         first, second = row["start"]["nearest"][:2]
@@ -55,7 +57,7 @@ def test_the_nearest_words_are_those_of_the_whole_table(tmp_path: Path) -> None:
     table = tiny("llama", dtype=torch.float32).get_input_embeddings().weight
     virtual = attached.virtual().detach()
     cosine = virtual @ table.T / virtual.norm(dim=1)[:, None] / table.norm(dim=1)
-    (reading,) = inspect(run, quiet=True)["readings"]
+    (reading,) = inspect_run(run, quiet=True)["readings"]
     for i, row in enumerate(reading["rows"]):
         found = [near["distance"] for near in row["end"]["nearest"]]
         assert found == pytest.approx((1 - cosine[i].topk(5).values).tolist(), abs=1e-5)
@@ -65,14 +67,14 @@ def test_the_nearest_words_are_those_of_the_whole_table(tmp_path: Path) -> None:
 def test_an_adapter_without_a_recipe_has_no_start(tmp_path: Path) -> None:
     run, _ = tuned(tmp_path, {"name": "prompt", "tokens": 2})
     (run.path / "recipe.yaml").unlink()
-    (reading,) = inspect(run, quiet=True)["readings"]
+    (reading,) = inspect_run(run, quiet=True)["readings"]
     assert [row["start"] for row in reading["rows"]] == [None, None]
 
 
 @pytest.mark.parametrize("settings", [{}, {"init": "pissa"}, {"rank_pattern": {"q": 1}}])
 def test_loras_changes_by_size_and_rank(settings: dict[str, Any], tmp_path: Path) -> None:
     run, attached = tuned(tmp_path, {"name": "lora", "rank": 3, **settings}, move=0.2)
-    found = inspect(run, quiet=True)
+    found = inspect_run(run, quiet=True)
     (reading,) = found["readings"]
     assert len(reading["rows"]) == len(attached.layers) == 14
     for layer, row in zip(attached.layers, reading["rows"], strict=True):
@@ -90,7 +92,7 @@ def test_loras_changes_by_size_and_rank(settings: dict[str, Any], tmp_path: Path
 
 def test_an_untrained_lora_has_size_and_rank_zero(tmp_path: Path) -> None:
     run, _ = tuned(tmp_path, {"name": "lora"})
-    (reading,) = inspect(run, quiet=True)["readings"]
+    (reading,) = inspect_run(run, quiet=True)["readings"]
     assert all(row["size"] == row["rank"] == 0 for row in reading["rows"])
 
 
@@ -108,4 +110,4 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
 def test_a_method_that_says_nothing_is_refused(tmp_path: Path) -> None:
     run, _ = tuned(tmp_path, {"name": "bitfit"})
     with pytest.raises(RunError, match="bitfit"):
-        inspect(run)
+        inspect_run(run)

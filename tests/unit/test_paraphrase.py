@@ -11,6 +11,7 @@ import torch
 
 from luthier import assembly
 from luthier.api.paraphrase import paraphrase
+from luthier.assembly.factory import PromptFormat, encode_chat_prompt, load_family
 from luthier.cli.main import main
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
@@ -40,11 +41,11 @@ def said(home: Path, **given: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 
 def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -> None:
-    base = assembly.family(assembly.BaseConfig(name=str(home / "base")))
+    base = load_family(assembly.BaseConfig(name=str(home / "base")))
     base.train(False)
 
     def answers(texts: list[str], ask: str) -> list[str]:
-        prompts = [assembly.chat_prompt(base, [Message("user", ask.replace("{text}", text))], assembly.PromptFormat()) for text in texts]
+        prompts = [encode_chat_prompt(base, [Message("user", ask.replace("{text}", text))], PromptFormat()) for text in texts]
         found = {one.index: one for one in base.generate(prompts, Sampling(max_new_tokens=30))}
         assert all(one.finished for one in found.values())
         return [base.tokenizer.decode(found[i].tokens, skip_special_tokens=True).strip() for i in range(len(texts))]
@@ -68,7 +69,7 @@ def test_a_seed_says_the_same_again(home: Path) -> None:
 
 
 def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, heard = type(assembly.family(assembly.BaseConfig(name=str(home / "base")))), []
+    family, heard = type(load_family(assembly.BaseConfig(name=str(home / "base")))), []
 
     def says(*words: tuple[str, bool]) -> None:
         told = iter(words)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.api.plan import advice, plan
-from luthier.assembly import candidate, least_gb, recipe
+from luthier.api.plan import build_advice, plan
+from luthier.assembly import build_variant, estimate_weight_gb, recipe
 from luthier.core.errors import RecipeError
 from tiny import save_tiny
 
@@ -62,7 +62,7 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
         return 2, "error: no place | for it"
 
     made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
-    room = 2 * least_gb(made.base, whole=False)
+    room = 2 * estimate_weight_gb(made.base, whole=False)
     monkeypatch.setattr(MODULE, "room_gb", lambda device: room)
     monkeypatch.setattr(MODULE, "train_apart", refuse)
     folder = plan(made, ["full", "lora"], quiet=True)
@@ -77,10 +77,10 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
     made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
-    from luthier.assembly import family
-    held = {id(p): p.numel() for p in family(made.base).anatomy.model.parameters()}
-    assert least_gb(made.base, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
-    assert least_gb(made.base, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
+    from luthier.assembly import load_family
+    held = {id(p): p.numel() for p in load_family(made.base).anatomy.model.parameters()}
+    assert estimate_weight_gb(made.base, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
+    assert estimate_weight_gb(made.base, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
 
 
 def row(method: str, memory: float, seconds: float, *, fits: bool = True, tokens: int = 1000) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def row(method: str, memory: float, seconds: float, *, fits: bool = True, tokens
     ([row("prompt", 2, 9), row("bitfit", 1, 10)], "sft", "bitfit"),
 ])
 def test_the_choice_follows_from_what_was_measured(rows: list[dict[str, Any]], objective: str, chosen: str) -> None:
-    said = advice({"methods": rows, "room_gb": 5.0}, objective)
+    said = build_advice({"methods": rows, "room_gb": 5.0}, objective)
     assert said[0].startswith(f"Choose {chosen}:")
     for one in rows:
         assert one["fits"] or any(line.startswith(f"{one['method']} does not fit") for line in said)
@@ -105,13 +105,13 @@ def test_the_choice_follows_from_what_was_measured(rows: list[dict[str, Any]], o
 
 def test_ways_are_spelt(home: Path) -> None:
     made = recipe(None, {"base.name": "base", "data": "rows.jsonl", "optimizer.learning_rate": 0.5})
-    assert candidate(made, "qlora") == candidate(made, "lora@nf4")
-    assert candidate(made, "qlora")["base"]["quantize"] == "nf4"
-    assert candidate(made, "bitfit+lora")["method"] == ["bitfit", "lora"]
-    assert candidate(made, "lora")["optimizer"]["learning_rate"] is None, "each way has its own rate"
+    assert build_variant(made, "qlora") == build_variant(made, "lora@nf4")
+    assert build_variant(made, "qlora")["base"]["quantize"] == "nf4"
+    assert build_variant(made, "bitfit+lora")["method"] == ["bitfit", "lora"]
+    assert build_variant(made, "lora")["optimizer"]["learning_rate"] is None, "each way has its own rate"
     with pytest.raises(RecipeError, match="'lorra'"):
-        candidate(made, "lorra")
+        build_variant(made, "lorra")
     with pytest.raises(RecipeError, match="'nf5'"):
-        candidate(made, "lora@nf5")
+        build_variant(made, "lora@nf5")
     with pytest.raises(RecipeError, match="times nothing"):
         plan(made, ["lora"], steps=1, quiet=True)

@@ -8,13 +8,13 @@ import torch
 
 from cases import cases
 from luthier.objectives import metrics
-from luthier.reporting.plots import calibration_of, confusion_of, plot_calibration, plot_confusion
+from luthier.reporting.plots import collect_calibration, collect_confusion, plot_calibration, plot_confusion
 
 
 def test_a_confusion_matrix(tmp_path: Path) -> None:
     case = cases()["classify"]
     truth, found = case.target.labels.long(), case.outputs.scores.argmax(-1)
-    matrix = confusion_of(case.objective.quality(case.outputs, case.target), 3)
+    matrix = collect_confusion(case.objective.quality(case.outputs, case.target), 3)
     assert matrix == [[float(((truth == i) & (found == j)).sum()) for j in range(3)] for i in range(3)]
     assert sum(map(sum, matrix)) == 9
     plot_confusion(matrix, "abc", tmp_path / "one.png")
@@ -26,7 +26,7 @@ def test_a_confusion_matrix(tmp_path: Path) -> None:
 
 def test_a_calibration(tmp_path: Path) -> None:
     chances = torch.linspace(0.1, 0.95, 20)
-    bins = calibration_of(metrics.calibration(chances, bins=20))
+    bins = collect_calibration(metrics.calibration(chances, bins=20))
     assert bins == sorted(bins)
     assert sum(n for *_, n in bins) == 20
     assert all(0.5 <= predicted <= 1 for predicted, _, _ in bins)

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from luthier import assembly
+from luthier.assembly.recipe import Recipe, default_learning_rate, describe_learning_rate
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
 
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 PREFERENCES = {"dpo", "ipo", "cdpo", "robust", "hinge", "simpo", "kto"}
 
 
-def made(objective: str, method: str = "lora", **optimizer: float) -> assembly.Recipe:
+def made(objective: str, method: str = "lora", **optimizer: float) -> Recipe:
     named = {"name": objective, "reward": "number"} if OBJECTIVES[objective].rolls else {"name": objective}
     return assembly.recipe({"data": "-", "objective": named, "method": method, "optimizer": optimizer})
 
@@ -36,23 +37,23 @@ def page() -> dict[str, tuple[float, float, float]]:
 def test_the_page_has_every_objective_and_says_what_is_used(objective: str) -> None:
     factor, full, lora = page()[objective]
     assert OBJECTIVES[objective].learning_rate_factor == factor
-    assert assembly.default_learning_rate(made(objective, "full")) == pytest.approx(full)
-    assert assembly.default_learning_rate(made(objective, "lora")) == pytest.approx(lora)
+    assert default_learning_rate(made(objective, "full")) == pytest.approx(full)
+    assert default_learning_rate(made(objective, "lora")) == pytest.approx(lora)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_preferences_and_rewards_are_far_below_instruction_tuning(method: str) -> None:
-    tuned = assembly.default_learning_rate(made("sft", method))
+    tuned = default_learning_rate(made("sft", method))
     for objective in OBJECTIVES:
-        rate = assembly.default_learning_rate(made(objective, method))
+        rate = default_learning_rate(made(objective, method))
         low = objective in PREFERENCES or OBJECTIVES[objective].rolls
         assert rate <= tuned / 10 if low else tuned / 10 < rate <= tuned, objective
 
 
 def test_a_run_says_which_rate_and_why() -> None:
-    assert assembly.describe_learning_rate(made("sft")) == "0.0005 (the default: 0.0005 of lora)"
-    assert assembly.describe_learning_rate(made("dpo")) == "2.5e-05 (the default: 0.0005 of lora times 0.05 for dpo)"
-    assert assembly.describe_learning_rate(made("dpo", learning_rate=1e-4)) == "0.0001 (optimizer.learning_rate)"
+    assert describe_learning_rate(made("sft")) == "0.0005 (the default: 0.0005 of lora)"
+    assert describe_learning_rate(made("dpo")) == "2.5e-05 (the default: 0.0005 of lora times 0.05 for dpo)"
+    assert describe_learning_rate(made("dpo", learning_rate=1e-4)) == "0.0001 (optimizer.learning_rate)"
 
 
 def test_recipes_whose_objective_has_a_factor_name_their_rate() -> None:

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from luthier.api.evaluate import evaluate
-from luthier.api.rlhf import plan, rlhf
+from luthier.api.rlhf import plan_stages, rlhf
 from luthier.cli.main import main
 from luthier.core.errors import RecipeError
 from luthier.training.run_folder import Run
@@ -117,14 +117,14 @@ def test_all_faults_come_at_once(home: Path, change: dict[str, Any], words: list
 
 
 def test_settings_are_laid_over_one_part_or_all(home: Path) -> None:
-    folder, made = plan(recipe(home), {"ppo.objective.kl_weight": 0.7, "seed": 3, "run": "there"})
+    folder, made = plan_stages(recipe(home), {"ppo.objective.kl_weight": 0.7, "seed": 3, "run": "there"})
     assert folder == Path("there")
     assert [one.seed for one in made.values()] == [3, 3, 3]
     assert made["ppo"].model_dump()["objective"]["kl_weight"] == 0.7
 
 
 def test_the_shipped_recipe_is_whole() -> None:
-    folder, made = plan(ROOT / "recipes" / "rlhf.yaml", {})
+    folder, made = plan_stages(ROOT / "recipes" / "rlhf.yaml", {})
     assert list(made) == ["sft", "reward", "ppo"]
     for one in made.values():
         for source in filter(None, (*one.data.train, one.data.test)):

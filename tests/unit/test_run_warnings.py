@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from luthier import assembly
+from luthier.assembly.recipe import Recipe
 from luthier.assembly.rl_setup import check_rewards
 from luthier.assembly.run_warnings import RULES, find_data_problems, find_schedule_problems, find_unused_settings
 from luthier.core.errors import LuthierError, RecipeError
@@ -21,7 +22,7 @@ GRPO, PPO = ({"name": name, "reward": "number"} for name in ("grpo", "ppo"))
 EVALUATED = {"eval": "rows.jsonl"}
 
 
-def made(data: Any = None, **raw: Any) -> assembly.Recipe:
+def made(data: Any = None, **raw: Any) -> Recipe:
     return assembly.recipe({"data": {"train": "rows.jsonl", **(data or {})}, **raw})
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from luthier.core.errors import DataError
 from luthier.evaluation import answer_metrics
-from luthier.evaluation.answer_metrics import SCORERS
+from luthier.evaluation.answer_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
@@ -79,7 +79,7 @@ OBJECT = '{"part":"bridge","hours":1.5,"tags":["a",{"b":null}],"ok":true}'
     ("rouge_l", "a b c d", "d c b a", 0.25),
 ])
 def test_score(name: str, answer: str, reference: str, score: float) -> None:
-    assert SCORERS[name](answer, reference) == pytest.approx(score, abs=1e-12)
+    assert METRICS[name](answer, reference) == pytest.approx(score, abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "reference"), [
@@ -87,7 +87,7 @@ def test_score(name: str, answer: str, reference: str, score: float) -> None:
 ])
 def test_unreadable_reference_is_the_users_to_mend(name: str, reference: str) -> None:
     with pytest.raises(DataError, match="reference"):
-        SCORERS[name]("anything", reference)
+        METRICS[name]("anything", reference)
 
 
 def table(left: list[str], right: list[str]) -> int:
@@ -110,14 +110,14 @@ def test_bits_agree_with_the_table() -> None:
 
 def test_docstrings_run() -> None:
     found = doctest.testmod(answer_metrics)
-    assert found.attempted >= len(SCORERS)
+    assert found.attempted >= len(METRICS)
     assert not found.failed
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", METRICS)
 def test_every_scorer_is_in_the_glossary_and_says_its_definition(name: str) -> None:
     assert f"### {name}\n" in (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-    doc = SCORERS[name].__doc__ or ""
+    doc = METRICS[name].__doc__ or ""
     assert all(word in doc for word in ("Definition:", "Range:", "Source:"))
 
 
@@ -126,5 +126,5 @@ def test_gsm8k_references_score_themselves() -> None:
     rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()[:200]]
     for row in rows:
         final = row["answer"].rsplit("#### ", 1)[1]
-        assert SCORERS["number"](f"Therefore the answer is ${final}.", row["answer"]) == 1
-        assert SCORERS["number"](f"Therefore the answer is {final}1.", row["answer"]) == 0
+        assert METRICS["number"](f"Therefore the answer is ${final}.", row["answer"]) == 1
+        assert METRICS["number"](f"Therefore the answer is {final}1.", row["answer"]) == 0

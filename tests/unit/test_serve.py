@@ -28,12 +28,12 @@ pytest.importorskip("starlette", reason="the extra `serve` is not installed")
 import uvicorn
 
 import luthier
-from luthier import assembly
-from luthier.api.serve import Counter, _door, app, named
+from luthier.api.serve import OpenAIServing, _open_socket, build_app, name_runs
+from luthier.assembly.multi_adapter_loading import load_served_models
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
 from luthier.core.protocols import Sampling
-from luthier.serving.engine import Bit, Desk, Request
+from luthier.serving.engine import InferenceEngine, Request, TokenDelta
 from tiny import save_tiny
 
 RUNS = ("law", "medicine")
@@ -45,7 +45,7 @@ class House:
     """A server of two runs on one tiny base, at an address of this machine."""
 
     path: Path
-    counter: Counter
+    counter: OpenAIServing
     url: str
 
     def post(self, where: str, **body: Any) -> Any:
@@ -62,9 +62,9 @@ class House:
         return caught.value.code, json.load(caught.value)["error"]["message"]
 
 
-def opened(counter: Counter) -> Iterator[str]:
-    door = _door("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(app(counter), log_level="error"))
+def opened(counter: OpenAIServing) -> Iterator[str]:
+    door = _open_socket("127.0.0.1", 0)
+    server = uvicorn.Server(uvicorn.Config(build_app(counter), log_level="error"))
     thread = Thread(target=server.run, kwargs={"sockets": [door]}, daemon=True)
     thread.start()
     while not server.started:
@@ -84,7 +84,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         luthier.train(base=str(home / "base"), data=str(home / f"{name}.jsonl"), run=str(home / name), quiet=True,
                       **{"training.steps": 6, "optimizer.learning_rate": 0.05, "seed": number})
-    counter = Counter(assembly.served({name: home / name for name in RUNS}))
+    counter = OpenAIServing(load_served_models({name: home / name for name in RUNS}))
     server = opened(counter)
     yield House(home, counter, next(server))
     next(server, None)
@@ -100,7 +100,7 @@ def text(answer: Any) -> str:
 def test_every_run_answers_by_its_name_as_it_does_in_python(house: House) -> None:
     with urlopen(f"{house.url}/models") as got:
         assert [model["id"] for model in json.load(got)["data"]] == ["base", *RUNS]
-    tuned = luthier.open_bank(str(house.path / "base"), {name: house.path / name for name in RUNS})
+    tuned = luthier.load_adapters(str(house.path / "base"), {name: house.path / name for name in RUNS})
     wanted = {name: tuned.answer(["Who?"], None if name == "base" else name, Sampling(max_new_tokens=12))[0]
               for name in ("base", *RUNS)}
     assert {name: text(house.chat(name, "Who?")) for name in wanted} == wanted
@@ -170,7 +170,7 @@ def test_what_samples_otherwise_waits_for_the_next_batch() -> None:
 def test_a_runs_own_system_prompt_stands_where_none_is_brought(house: House, tmp_path: Path) -> None:
     luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "told"), quiet=True,
                   **{"training.steps": 1, "data.system": "Be brief."})
-    served = assembly.served({"told": tmp_path / "told", "law": house.path / "law"})
+    served = load_served_models({"told": tmp_path / "told", "law": house.path / "law"})
     said = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "Hi")])) for name in ("told", "law", "base")}
     assert "Be brief." in said["told"]
     assert said["law"] == said["base"] == said["told"].replace("<|im_start|>system\nBe brief.<|im_end|>\n", "")
@@ -214,7 +214,7 @@ def test_texts_to_embed_are_read_whole_or_refused(house: House, monkeypatch: pyt
 
 def test_an_encoder_embeds_and_does_not_chat(tmp_path: Path) -> None:
     save_tiny(tmp_path / "bert", "bert", dtype=torch.float32)
-    counter = Counter(assembly.served({"bert": tmp_path / "bert"}))
+    counter = OpenAIServing(load_served_models({"bert": tmp_path / "bert"}))
     server = opened(counter)
     house = House(tmp_path, counter, next(server))
     assert len(house.post("embeddings", model="bert", input="a cat")["data"][0]["embedding"]) == 32
@@ -271,7 +271,7 @@ def test_what_the_chat_template_refuses_is_told(house: House, monkeypatch: pytes
 def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: House, tmp_path: Path) -> None:
     luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "soft"), quiet=True,
                   method={"name": "prompt", "tokens": 20}, **{"training.steps": 1})
-    counter = Counter(assembly.served({"soft": tmp_path / "soft", "law": house.path / "law"}))
+    counter = OpenAIServing(load_served_models({"soft": tmp_path / "soft", "law": house.path / "law"}))
     try:
         long = {"prompt": "x" * 240, "max_tokens": 3, "temperature": 0}
         assert counter.served.rooms == {"base": 256, "law": 256, "soft": 236}
@@ -279,7 +279,7 @@ def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: Ho
             counter.requests({"model": "soft", **long}, chat=False)
         _, (whole,) = counter.requests({"model": "law", **long}, chat=False)
         _, (fits,) = counter.requests({"model": "soft", **long, "prompt": "x" * 235}, chat=False)
-        heard: list[Bit] = []
+        heard: list[TokenDelta] = []
         with counter.desk._bell:  # both in one batch
             for one in (whole, fits):
                 counter.desk._waiting.append(replace(one, tell=heard.append))
@@ -292,7 +292,7 @@ def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: Ho
 
 
 def test_a_group_of_more_than_one_batch_throws_other_dice_in_each(house: House) -> None:
-    counter = Counter(house.counter.served, most=2)
+    counter = OpenAIServing(house.counter.served, most=2)
     try:
         asked = {"model": "base", "prompt": "Dice?", "temperature": 1.0, "max_tokens": 12, "seed": 7, "n": 4}
 
@@ -307,12 +307,12 @@ def test_a_group_of_more_than_one_batch_throws_other_dice_in_each(house: House) 
 
 
 def test_runs_are_called_by_their_whole_names(tmp_path: Path) -> None:
-    assert named(["runs/lora-0.1", "runs/lora-0.2", "law=runs/x"]) == {
+    assert name_runs(["runs/lora-0.1", "runs/lora-0.2", "law=runs/x"]) == {
         "lora-0.1": "runs/lora-0.1", "lora-0.2": "runs/lora-0.2", "law": "runs/x"}
     (tmp_path / "lr=0.1").mkdir()
-    assert list(named([str(tmp_path / "lr=0.1")])) == ["lr=0.1"]
+    assert list(name_runs([str(tmp_path / "lr=0.1")])) == ["lr=0.1"]
     with pytest.raises(RecipeError, match="have the name 'law'"):
-        named(["a/law", "law=b"])
+        name_runs(["a/law", "law=b"])
 
 
 def test_a_broken_body_is_told(house: House) -> None:
@@ -332,17 +332,17 @@ def test_a_port_that_is_taken_is_told_before_anything_is_loaded() -> None:
 
 def test_whole_models_and_other_bases_are_not_served_together(house: House, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="by itself"):
-        assembly.served({"law": house.path / "law", "whole": house.path / "base"})
+        load_served_models({"law": house.path / "law", "whole": house.path / "base"})
     with pytest.raises(RecipeError, match="nothing to serve"):
-        assembly.served({})
+        load_served_models({})
 
 
 def test_a_failure_is_told_to_whoever_waits_and_the_desk_goes_on(house: House, monkeypatch: pytest.MonkeyPatch,
                                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    desk: Desk = house.counter.desk
+    desk: InferenceEngine = house.counter.desk
     with monkeypatch.context() as broken:
         broken.setattr(type(desk.family), "tokens", lambda *_: iter([(99, 1)]))
-        heard: list[Bit] = []
+        heard: list[TokenDelta] = []
         desk.ask(Request([1, 2]), heard.append)
         while not heard:
             time.sleep(0.01)
@@ -352,8 +352,8 @@ def test_a_failure_is_told_to_whoever_waits_and_the_desk_goes_on(house: House, m
 
 
 def test_whoever_hangs_up_is_told_no_more(house: House) -> None:
-    desk: Desk = house.counter.desk
-    heard: list[Bit] = []
+    desk: InferenceEngine = house.counter.desk
+    heard: list[TokenDelta] = []
     request = desk.ask(Request([1, 2, 3], "law", 40), heard.append)
     request.cancelled = True
     assert text(house.chat("law", "Next?")) is not None

@@ -10,16 +10,18 @@ from functools import partial
 from pathlib import Path
 
 from luthier import assembly
+from luthier.assembly.factory import PromptFormat, encode_chat_prompt
+from luthier.assembly.run_io import build_prompt_format, open_run
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
 from luthier.core.protocols import Attached, Sampling
 from luthier.reporting.progress import print_line, status
-from luthier.serving.engine import bits
+from luthier.serving.engine import stream
 from luthier.training.run_folder import Run
 
 
 @dataclass
-class Talk:
+class ChatSession:
     """A conversation that remembers what was said.
 
     Args:
@@ -29,7 +31,7 @@ class Talk:
 
     base: assembly.CausalLM
     attached: Attached | None
-    form: assembly.PromptFormat
+    form: PromptFormat
     sampling: Sampling
     bare: bool = False
     said: list[Message] = field(default_factory=list)
@@ -37,10 +39,10 @@ class Talk:
     def say(self, text: str) -> Iterator[str]:
         """The answer to `text`, bit by bit. A conversation that is broken off forgets this turn."""
         turns = [*self.said, Message("user", text)]
-        prompt = assembly.chat_prompt(self.base, turns, self.form)
+        prompt = encode_chat_prompt(self.base, turns, self.form)
         answer = ""
         with self.attached.disabled() if self.bare and self.attached else nullcontext():
-            for bit in bits(self.base.stream(prompt, self.sampling), self.base.tokenizer.decode):
+            for bit in stream(self.base.stream(prompt, self.sampling), self.base.tokenizer.decode):
                 answer += bit
                 yield bit
         self.said = [*turns, Message("assistant", answer)]
@@ -50,8 +52,8 @@ class Talk:
         self.said = []
 
 
-def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | None = None, temperature: float = 0.0,
-              max_new_tokens: int = 256, quiet: bool = False, base_model: str | None = None) -> list[Talk]:
+def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | None = None, temperature: float = 0.0,
+              max_new_tokens: int = 256, quiet: bool = False, base_model: str | None = None) -> list[ChatSession]:
     """Conversations with a run folder or a base: one, or with `compare` two, the bare base's and the tuned model's.
 
     Args:
@@ -63,7 +65,7 @@ def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | Non
         raise RecipeError(f"temperature {temperature}, max_new_tokens {max_new_tokens}: the first is at least 0, "
                           "the second at least 1", "leave them out, or give such numbers")
     with status("loading the model", quiet=quiet):
-        made, base, attached = assembly.open_run(run if isinstance(run, Run) else Run(run), False, base_model,
+        made, base, attached = open_run(run if isinstance(run, Run) else Run(run), False, base_model,
                                               partial(print_line, quiet=quiet))
     if not isinstance(base, assembly.CausalLM):
         raise RecipeError(f"{str(run)!r} stands on {made.base.name!r}, which holds no conversations",
@@ -73,8 +75,8 @@ def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | Non
                           "leave out --compare, or name a run that trained an adapter")
     base.train(False)
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    form = assembly.prompt_format(run if isinstance(run, Run) else Run(run), made)
+    form = build_prompt_format(run if isinstance(run, Run) else Run(run), made)
     if system:
         form = replace(form, data=form.data.model_copy(update={"system": system}))
-    return [Talk(base, attached, form, sampling, bare)
+    return [ChatSession(base, attached, form, sampling, bare)
             for bare in ((True, False) if compare else (False,))]

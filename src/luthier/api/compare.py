@@ -16,6 +16,8 @@ from typing import Any
 
 from luthier import assembly
 from luthier.api.evaluate import evaluate
+from luthier.assembly.method_variants import build_variant
+from luthier.assembly.recipe import Recipe
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample
 from luthier.reporting.plots import plot_bars
@@ -47,8 +49,8 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
         RunError: a run failed; its own words are in `<method>.log`.
     """
     made = assembly.recipe(recipe, settings)
-    ways = {method: assembly.candidate(made, method) for method in methods}
-    other = _other(made, general) if general else None
+    ways = {method: build_variant(made, method) for method in methods}
+    other = _load_retention_data(made, general) if general else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -56,15 +58,15 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
         for done, method in enumerate(methods, 1):
             run = folder.path / method
             if not (run / "README.md").exists():
-                _train(ways[method], method, run, before=not rows)
-            rows.append(_row(method, Run(run), other, quiet))
+                _train_method(ways[method], method, run, before=not rows)
+            rows.append(_build_row(method, Run(run), other, quiet))
             bar.update(done, score=rows[-1]["after"])
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
     told = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
     if other:
         told |= {"general": other.measure, "general_before": other.of(made.base.name, quiet)}
     folder.write("comparison.json", told)
-    folder.write("comparison.md", table(told))
+    folder.write("comparison.md", format_table(told))
     plot_bars([row["method"] for row in rows], {
         str(told["metric"]): [row["after"] for row in rows],
         "seconds of training": [row["train_seconds"] for row in rows],
@@ -73,7 +75,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     return folder
 
 
-def _train(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
+def _train_method(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
     """One run in a process of its own; `before`: whether the base is measured too, which need be done only once."""
     raw["evaluate"]["before"] = before
     code, words = train_apart(raw, run)
@@ -83,7 +85,7 @@ def _train(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Other:
+class _RetentionData:
     """Rows that have nothing to do with the task, and what is measured of them under which objective."""
 
     rows: str
@@ -94,7 +96,7 @@ class _Other:
         return evaluate(run, data=self.rows, quiet=quiet, objective=self.objective, **AS_IT_IS)[self.measure]
 
 
-def _other(made: assembly.Recipe, rows: str) -> _Other:
+def _load_retention_data(made: Recipe, rows: str) -> _RetentionData:
     """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
     if "token_logps" not in made.objective.needs or made.objective.heads:
         raise RecipeError(f"--general {rows!r}: the objective {made.objective.name!r} does not train a model of words, "
@@ -102,13 +104,13 @@ def _other(made: assembly.Recipe, rows: str) -> _Other:
     for _, lines in assembly.rows.read(rows):
         for example in assembly.rows.examples(lines):
             if isinstance(example, ComparedExample):
-                return _Other(rows, "choice", "accuracy")
+                return _RetentionData(rows, "choice", "accuracy")
             if not isinstance(example, assembly.rows.Refusal):
-                return _Other(rows, "sft", "perplexity")
+                return _RetentionData(rows, "sft", "perplexity")
     raise RecipeError(f"--general {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
 
 
-def _row(method: str, run: Run, other: _Other | None, quiet: bool) -> dict[str, Any]:
+def _build_row(method: str, run: Run, other: _RetentionData | None, quiet: bool) -> dict[str, Any]:
     results = run.results
     if "after" not in results:
         raise RecipeError("the recipe has no test rows and no score, so there is nothing to compare",
@@ -122,7 +124,7 @@ def _row(method: str, run: Run, other: _Other | None, quiet: bool) -> dict[str, 
             **{name: results[name] for name in COLUMNS if name in results}}
 
 
-def table(told: Mapping[str, Any]) -> str:
+def format_table(told: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table."""
     general, rows = told.get("general_before"), told["methods"]
     aside = f"other text, {told.get('general')}"
@@ -132,11 +134,11 @@ def table(told: Mapping[str, Any]) -> str:
     cells = []
     if told["base"] is not None:
         cells.append({"method": "base", told["metric"]: f"{told['base']:.3g}",
-                      "perplexity": _short(first and first["perplexity_before"]),
-                      aside: _short(general)})
+                      "perplexity": _format_number(first and first["perplexity_before"]),
+                      aside: _format_number(general)})
     for row in rows:
         cells.append({"method": row["method"], told["metric"]: f"{row['after']:.3g}",
-                      "perplexity": _short(row["perplexity"]), aside: _short(row["general"]),
+                      "perplexity": _format_number(row["perplexity"]), aside: _format_number(row["general"]),
                       "trains": f"{row['trainable_share']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
                       "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",
                       "rate": f"{row['rate']:.1g}"})
@@ -145,5 +147,5 @@ def table(told: Mapping[str, Any]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + measured
 
 
-def _short(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from luthier import assembly
+from luthier.assembly.factory import load_base_tokenizer, read_context_length
 from luthier.core.errors import RunError
 from luthier.reporting.plots import plot_lengths
 from luthier.reporting.progress import status
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Checked:
+class DataCheck:
     """What a data check found, and the files that it wrote.
 
     Args:
@@ -33,9 +34,9 @@ class Checked:
     picture: Path
 
 
-def check(file: str, *, model: str | None = None, evaluated: str | None = None,
-          settings: Mapping[str, Any] | None = None, out: Path | str | None = None, previews: int = 2,
-          quiet: bool = False) -> Checked:
+def check_data(file: str, *, model: str | None = None, evaluated: str | None = None,
+               settings: Mapping[str, Any] | None = None, out: Path | str | None = None, previews: int = 2,
+               quiet: bool = False) -> DataCheck:
     """Read, encode and report the rows of `file`, and draw their lengths.
 
     Args:
@@ -48,8 +49,8 @@ def check(file: str, *, model: str | None = None, evaluated: str | None = None,
     made = assembly.recipe(None, given | {f"data.{key.removeprefix('data.')}": value
                                        for key, value in (settings or {}).items()})
     with status("reading the data", quiet=quiet):
-        tokenizer = assembly.tokenizer(made.base)
-        most = made.data.max_length or min(made.data.most, assembly.context(made.base))
+        tokenizer = load_base_tokenizer(made.base)
+        most = made.data.max_length or min(made.data.most, read_context_length(made.base))
         config = made.data.model_copy(update={"streaming": False, "max_length": most})
         found = assembly.rows.load(config, tokenizer, seed=made.seed)
     folder = Path(out) if out else Path("runs") / f"check-{Path(file).stem}"
@@ -62,4 +63,4 @@ def check(file: str, *, model: str | None = None, evaluated: str | None = None,
         raise RunError(f"the report cannot be written to {str(folder)!r}: {error.strerror}",
                        "name another folder with --out") from error
     shown = tuple(assembly.rows.preview(example, tokenizer, found.labels) for example in found.train[:previews])
-    return Checked(found.report, shown, report_file, folder / "lengths.png")
+    return DataCheck(found.report, shown, report_file, folder / "lengths.png")

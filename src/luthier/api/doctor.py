@@ -37,13 +37,13 @@ def doctor() -> dict[str, Any]:
     """Versions, processor, memory, accelerators, disk, bases, extras, caches: section -> name -> value."""
     return {
         "versions": {"python": platform.python_version(), **{name: assembly.version(name) for name in PACKAGES}},
-        "cpu": _cpu(),
-        "memory": _memory(),
-        "accelerator": _accelerator(),
+        "cpu": _describe_cpu(),
+        "memory": _describe_memory(),
+        "accelerator": _describe_accelerator(),
         "disk": {"free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1), "here": str(Path.cwd())},
-        "bases": {alias: _base(alias) for alias in assembly.ALIASES},
-        "extras": {extra: _extra(extra, packages) for extra, packages in EXTRAS.items()},
-        "cache": {"folder": str(assembly.cache()), "gb": _size_gb(assembly.cache())},
+        "bases": {alias: _find_embedded_model(alias) for alias in assembly.ALIASES},
+        "extras": {extra: _find_extra(extra, packages) for extra, packages in EXTRAS.items()},
+        "cache": {"folder": str(assembly.cache()), "gb": _measure_size_gb(assembly.cache())},
         "hub": {"offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
                 "token": bool(os.environ.get("HF_TOKEN")), "home": os.environ.get("HF_HOME", "~/.cache/huggingface")},
         "allocator": {"c_library": " ".join(platform.libc_ver()).strip() or sys.platform,
@@ -52,20 +52,21 @@ def doctor() -> dict[str, Any]:
     }
 
 
-def _cpu() -> dict[str, Any]:
+def _describe_cpu() -> dict[str, Any]:
     usable = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    return {"model": _cpu_model(), "cores": os.cpu_count(), "usable": usable, "torch_threads": torch.get_num_threads(),
+    return {"model": _read_cpu_model(), "cores": os.cpu_count(), "usable": usable,
+            "torch_threads": torch.get_num_threads(),
             "vector": torch.backends.cpu.get_cpu_capability()}
 
 
-def _cpu_model() -> str:
+def _read_cpu_model() -> str:
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
 
 
-def _memory() -> dict[str, float]:
+def _describe_memory() -> dict[str, float]:
     """Gigabytes of 10**9 bytes; `available` counts what the system would give back from its caches."""
     file = Path("/proc/meminfo")
     if file.exists():
@@ -76,7 +77,7 @@ def _memory() -> dict[str, float]:
     return {"total_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1)}
 
 
-def _accelerator() -> dict[str, Any]:
+def _describe_accelerator() -> dict[str, Any]:
     found: dict[str, Any] = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
     for index in range(torch.cuda.device_count() if found["cuda"] else 0):
         free, total = torch.cuda.mem_get_info(index)
@@ -87,19 +88,19 @@ def _accelerator() -> dict[str, Any]:
     return found
 
 
-def _base(alias: str) -> str:
+def _find_embedded_model(alias: str) -> str:
     try:
         return f"installed: {assembly.resolve(alias)}"
     except BaseError as error:
         return f"missing: {error.remedy}"
 
 
-def _extra(extra: str, packages: tuple[str, ...]) -> str:
+def _find_extra(extra: str, packages: tuple[str, ...]) -> str:
     try:
         return "installed: " + ", ".join(f"{package} {metadata.version(package)}" for package in packages)
     except metadata.PackageNotFoundError:
         return f"missing: pip install 'luthier[{extra}]'"
 
 
-def _size_gb(folder: Path) -> float:
+def _measure_size_gb(folder: Path) -> float:
     return round(sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e9, 2)

@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from luthier import assembly
+from luthier.assembly.factory import build_eval_prompts, load_datasets, resolve_micro_batch_tokens
+from luthier.assembly.initialization import reference_context
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.rl_setup import judged
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError
-from luthier.evaluation.generation_eval import score, with_perplexity
+from luthier.evaluation.generation_eval import add_perplexity, evaluate_generations
 from luthier.reporting.progress import Progress, print_line, status
 from luthier.training.run_folder import Run
 from luthier.training.step import measure
@@ -39,7 +44,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     """
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
-        recorded, family, attached = assembly.open_run(run, False, base_model, partial(print_line, quiet=quiet))
+        recorded, family, attached = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = assembly.dump(recorded)
@@ -50,7 +55,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     made = assembly.recipe(raw, wanted)
     # Streamed, so that the rows are read once, as those of a test: a folder may have no train split.
     once = made.model_copy(update={"data": made.data.model_copy(update={"streaming": True})}) if data else made
-    found = assembly.datasets(once, family)
+    found = load_datasets(once, family)
     encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
     part = "test" if found.test else "eval"
     if encoded and not quiet:
@@ -63,27 +68,27 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if base and attached is None:
         raise RecipeError("the run holds a whole model, so the bare base is not in it",
                           f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
-    reference = _reference(run, recorded, made, family, attached)
+    reference = _build_reference(run, recorded, made, family, attached)
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
-        batches = assembly.rows.eval_batches(encoded, assembly.micro_tokens(made, family))
-        results = (assembly.judged(made, family, attached, found, encoded) if made.objective.rolls
-                   else with_perplexity(measure(family, made.objective, batches, reference)))
+        batches = assembly.rows.eval_batches(encoded, resolve_micro_batch_tokens(made, family))
+        results = (judged(made, family, attached, found, encoded) if made.objective.rolls
+                   else add_perplexity(measure(family, made.objective, batches, reference)))
         if made.evaluate.metrics:
-            asked = assembly.questions(made, family, examples)
+            asked = build_eval_prompts(made, family, examples)
             with Progress(len(asked), title="answering", quiet=quiet) as bar:
-                scored = score(family, asked, made.evaluate, tick=lambda done, total: bar.update(done))
+                scored = evaluate_generations(family, asked, made.evaluate, tick=lambda done, total: bar.update(done))
             results |= scored.scores
     measured_on = "data" if data else "test" if found.test else "validation"
     return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(found.report, part)}
 
 
-def _reference(run: Run, recorded: assembly.Recipe, made: assembly.Recipe, family: Any, attached: Any) -> Any:
+def _build_reference(run: Run, recorded: Recipe, made: Recipe, family: Any, attached: Any) -> Any:
     """What makes the context in which the model is its reference. Raises `RecipeError` where there is none."""
     if "reference_logps" not in made.objective.needs:
         return attached.disabled if attached else nullcontext
     if attached:
-        return assembly.beside(made, family, attached)
+        return reference_context(made, family, attached)
     if not made.objective.rolls and recorded.base.name != str(run.path):
         raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
                           f"{str(run.path)!r} holds a whole model, trained over it",

@@ -13,10 +13,20 @@ from typing import Literal
 import torch
 
 from luthier import assembly
+from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
+from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.run_io import (
+    convert_to_plain_lora,
+    has_saved_heads,
+    open_run,
+    resolve_saved_dtype,
+    save_full_model,
+    save_tuned,
+)
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.core.types import Forest, Inputs, Target
-from luthier.reporting.model_card import card
+from luthier.reporting.model_card import build_model_card
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
 
@@ -66,36 +76,36 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     _refuse_rank(lora_rank, to)
     run = run if isinstance(run, Run) else Run(run)
     out = Path(out) if out else run.path / FILES.get(to, to)
-    _refuse_taken(out, to)
-    made, base, attached = assembly.open_run(run, to != "adapter", base_model, print_line)
+    _refuse_existing(out, to)
+    made, base, attached = open_run(run, to != "adapter", base_model, print_line)
     if to == "adapter" and (attached is None or attached.peft() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
     if lora_rank is not None and attached is not None:
-        attached = assembly.convert_to_plain_lora(base, attached, None if lora_rank == "auto" else lora_rank)
+        attached = convert_to_plain_lora(base, attached, None if lora_rank == "auto" else lora_rank)
     if to == "adapter":
-        _refuse_unread(run, made, attached)
+        _refuse_unreadable(run, made, attached)
     if to == "whole":
-        _refuse_uncarried(run, made, attached)
+        _refuse_unsupported(run, made, attached)
     if to in ("merged", "gguf") and attached is not None:
-        merge(base, attached)
+        merge_adapter(base, attached)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with _whole_or_not(out) as temporary:
+    with _write_atomically(out) as temporary:
         if to == "gguf":
             assert dtype != "bfloat16"
-            assembly.gguf_model(made, base, temporary, dtype or "float16", out.stem)
+            export_gguf_model(made, base, temporary, dtype or "float16", out.stem)
         elif to == "gguf-adapter":
-            assembly.gguf_adapter(made, base, attached, temporary, out.stem)
+            export_gguf_adapter(made, base, attached, temporary, out.stem)
         else:
             if to != "adapter":
-                assembly.cast(base, NUMBERS[dtype] if dtype else assembly.saved_dtype(made, base))
-            _folder(temporary, to, made, base, attached)
-            text = card(Run(temporary), run, made, base)
+                assembly.cast(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(made, base))
+            _write_folder(temporary, to, made, base, attached)
+            text = build_model_card(Run(temporary), run, made, base)
             Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))
     return out
 
 
 @contextmanager
-def _whole_or_not(out: Path) -> Iterator[Path]:
+def _write_atomically(out: Path) -> Iterator[Path]:
     """A place beside `out` to write to, which becomes `out` where all goes well and is removed where it does not."""
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
@@ -122,7 +132,7 @@ def _refuse_rank(rank: int | str | None, to: str) -> None:
         raise RunError(f"lora_rank is {rank!r}, and a rank is a whole number of at least 1", "give one, or auto")
 
 
-def _refuse_taken(out: Path, to: str) -> None:
+def _refuse_existing(out: Path, to: str) -> None:
     if to in FILES and out.suffix != ".gguf":
         raise RunError(f"--to {to} writes one file, and {str(out)!r} does not end in .gguf", f"--out {out}.gguf")
     if out.exists() and (to in FILES or not out.is_dir() or any(out.iterdir())):
@@ -130,32 +140,32 @@ def _refuse_taken(out: Path, to: str) -> None:
                        "remove it, or give another name with --out")
 
 
-def _refuse_unread(run: Run, made: assembly.Recipe, attached: Attached | None) -> None:
+def _refuse_unreadable(run: Run, made: Recipe, attached: Attached | None) -> None:
     """Raises `RunError` where PEFT would compute something else with the adapter."""
     form = (attached.peft() if attached is not None else None) or {}
     if form.get("peft_type") in VIRTUAL and (made.objective.needs & {"pooled", "scores", "token_scores"}):
-        raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({assembly.method_name(made)}) move the place of the "
+        raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({method_name(made)}) move the place of the "
                        f"state that objective {made.objective.name!r} reads",
                        "open the run with Luthier, or train a lora")
 
 
-def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Attached | None) -> None:
+def _refuse_unsupported(run: Run, made: Recipe, attached: Attached | None) -> None:
     """Raises `RunError` where Transformers would not put the adapter into the model by itself."""
     form = attached.peft() if attached is not None else None
     what = f"{str(run.path)!r} cannot be a whole model with an adapter in it: "
     if form is None:
         raise RunError(what + "it is a whole model without one", "export it with --to merged")
     if form["peft_type"] == "LUTHIER":
-        raise RunError(what + f"neither Transformers nor PEFT knows {assembly.method_name(made)}",
+        raise RunError(what + f"neither Transformers nor PEFT knows {method_name(made)}",
                        "--to merged, where it merges; else chat, serve and evaluate open the run itself")
     if form["peft_type"] in VIRTUAL:
-        raise RunError(what + f"Transformers puts no virtual tokens ({assembly.method_name(made)}) into a model",
+        raise RunError(what + f"Transformers puts no virtual tokens ({method_name(made)}) into a model",
                        "--to adapter, then let PEFT do it: PeftModel.from_pretrained(base, FOLDER)")
     if form.get("use_dora") or form["peft_type"] == "ADALORA":
         unread = "lengths of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
         raise RunError(what + f"Transformers reads no {unread} from the file",
                        "--to merged, or --to adapter, which PEFT reads whole")
-    if form["peft_type"] in assembly.BRIDGED and assembly.kept_heads(made.objective) is False:
+    if form["peft_type"] in assembly.BRIDGED and has_saved_heads(made.objective) is False:
         for key in assembly.BRIDGED[form["peft_type"]]:
             if form.get(key) not in (None, False, "none", [], {}):
                 raise RunError(what + f"it is not known that Transformers reads {key} from the file",
@@ -165,23 +175,23 @@ def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Attached | None
                        "--to merged writes one model with the head in it, where Transformers has a class for it")
 
 
-def _folder(out: Path, to: str, made: assembly.Recipe, base: Family, attached: Attached | None) -> None:
+def _write_folder(out: Path, to: str, made: Recipe, base: Family, attached: Attached | None) -> None:
     out.mkdir()
     if to == "whole" and attached is not None:
         with attached.disabled():
-            assembly.save_whole(Run(out), made, base)
+            save_full_model(Run(out), made, base)
     if to in ("adapter", "whole") and attached is not None:
-        assembly.save_tuned(Run(out), made, base, attached, public=True)
+        save_tuned(Run(out), made, base, attached, public=True)
     else:
-        assembly.save_whole(Run(out), made, base)
+        save_full_model(Run(out), made, base)
 
 
-def merge(base: Family, attached: Attached) -> None:
+def merge_adapter(base: Family, attached: Attached) -> None:
     """Fold the method into the base's weights. Raises `RunError` where the model then says something else."""
     base.train(False)
-    before = _probe(base)
+    before = _compute_probe_outputs(base)
     attached.merge()
-    moved = float((_probe(base) - before).abs().max())
+    moved = float((_compute_probe_outputs(base) - before).abs().max())
     allowed = TOLERANCE[base.anatomy.embedding.weight.dtype]  # type: ignore[index]
     if not moved <= allowed:
         raise RunError(f"merging moved an output by {moved:.2g}, and rounding explains {allowed} at most",
@@ -189,7 +199,7 @@ def merge(base: Family, attached: Attached) -> None:
 
 
 @torch.no_grad()
-def _probe(base: Family) -> torch.Tensor:
+def _compute_probe_outputs(base: Family) -> torch.Tensor:
     """Log-probabilities of some tokens, each after the ones before it; the states of a base that predicts none."""
     sizes = base.anatomy.sizes
     if "channels" in sizes:

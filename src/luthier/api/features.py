@@ -20,6 +20,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from luthier import assembly
+from luthier.assembly.factory import load_family, resolve_micro_batch_tokens
+from luthier.assembly.provenance import open_recipe
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import MissingExtra, RecipeError, RunError
 from luthier.core.examples import ImageExample, LabelledExample
 from luthier.core.labels import label_key
@@ -52,13 +56,14 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
         LuthierError: the base or the rows cannot be read.
     """
     tell = partial(print_line, quiet=quiet)
-    made, run = _recipe(base.path if isinstance(base, Run) else Path(base), data, settings, base_model, tell)
+    made, run = _build_feature_recipe(base.path if isinstance(base, Run) else Path(base), data, settings, base_model,
+                                      tell)
     if out is None:
-        return _computed(made, run, quiet, base_model)
+        return _compute_features(made, run, quiet, base_model)
     file = Path(out)
     if file.suffix != ".safetensors":
         raise RunError(f"features are kept in a .safetensors file, not in {str(file)!r}", "give its name that ending")
-    beside, made_of = file.with_suffix(".json"), _made_of(made, run)
+    beside, made_of = file.with_suffix(".json"), _describe_features(made, run)
     if file.exists():
         kept = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         if kept.get("made_of") != made_of:
@@ -67,7 +72,7 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
         return load_file(file)["features"].numpy(), kept["labels"]
     with explained(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    found, labels = _computed(made, run, quiet, base_model)
+    found, labels = _compute_features(made, run, quiet, base_model)
     Run(file.parent).write(beside.name, {"made_of": made_of, "pooling": made.base.pooling, "labels": labels})
     with explained(file):
         save_file({"features": torch.from_numpy(found)}, file, metadata={"format": "pt"})
@@ -75,7 +80,7 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
     return found, labels
 
 
-def probe(states: np.ndarray, labels: Labels, tested: np.ndarray, truth: Labels) -> dict[str, float]:
+def fit_linear_probe(states: np.ndarray, labels: Labels, tested: np.ndarray, truth: Labels) -> dict[str, float]:
     """A logistic regression on standardised states: its accuracy on the rows that it learned from and on others.
 
     Raises: `MissingExtra` without scikit-learn; `RecipeError` where labels are no single classes, or are all the same.
@@ -101,13 +106,13 @@ def probe(states: np.ndarray, labels: Labels, tested: np.ndarray, truth: Labels)
 # ---------------------------------------------------------------- computing
 
 
-def _recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str | None,
-            report: Callable[[str], None]) -> tuple[assembly.Recipe, Run | None]:
+def _build_feature_recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str | None,
+                          report: Callable[[str], None]) -> tuple[Recipe, Run | None]:
     """How the rows are read and by which base; and the run, where it is one."""
     is_run = any((base / name).exists() for name in ("recipe.yaml", "adapter_config.json"))
     if base_model is not None and not is_run:
         raise RecipeError(f"{str(base)!r} is a base itself", "leave the base model out (--base-model)")
-    raw: dict[str, Any] = (assembly.dump(assembly.open_recipe(Run(base), base_model, report)) if is_run
+    raw: dict[str, Any] = (assembly.dump(open_recipe(Run(base), base_model, report)) if is_run
                            else {"base": {"name": str(base)}})
     if is_run and any(key.partition(".")[0] == "base" for key in settings):
         raise RecipeError(f"{str(base)!r} is a run, and its base is as it was trained", "leave settings of base out")
@@ -115,7 +120,7 @@ def _recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str 
     return assembly.recipe({**raw, "objective": "classify"}, settings), Run(base) if is_run else None
 
 
-def _made_of(made: assembly.Recipe, run: Run | None) -> str:
+def _describe_features(made: Recipe, run: Run | None) -> str:
     """A fingerprint of all that decides the features: weights, rows, settings."""
     data, base = made.data.test, made.base.model_dump_json(exclude={"name", "device"})
     assert data is not None
@@ -128,9 +133,9 @@ def _made_of(made: assembly.Recipe, run: Run | None) -> str:
 
 
 @torch.no_grad()
-def _computed(made: assembly.Recipe, run: Run | None, quiet: bool, base_model: str | None) -> tuple[np.ndarray, Labels]:
+def _compute_features(made: Recipe, run: Run | None, quiet: bool, base_model: str | None) -> tuple[np.ndarray, Labels]:
     with status("loading the base", quiet=quiet):
-        family = assembly.open_run(run, False, base_model)[1] if run else assembly.family(made.base)
+        family = open_run(run, False, base_model)[1] if run else load_family(made.base)
     with status("reading the data", quiet=quiet):
         # Streamed, so that the rows are read once: as those of a test, which nothing changes.
         found = assembly.rows.load(made.data, family.tokenizer, seed=made.seed, reads=KINDS)
@@ -139,7 +144,7 @@ def _computed(made: assembly.Recipe, run: Run | None, quiet: bool, base_model: s
     rows: list[Encoded] = [replace(row, items=row.items[:1]) for row in found.test]
     places = {row.origin: place for place, row in enumerate(rows)}
     states = torch.zeros(len(rows), family.anatomy.sizes["hidden"])
-    batches = assembly.rows.eval_batches(rows, assembly.micro_tokens(made, family))
+    batches = assembly.rows.eval_batches(rows, resolve_micro_batch_tokens(made, family))
     family.train(False)
     done = 0
     with Progress(len(rows), title="states", quiet=quiet) as bar:

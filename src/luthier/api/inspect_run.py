@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier import assembly
+from luthier.assembly.factory import attach_method
+from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.reporting.plots import plot_weight_changes
@@ -18,7 +21,7 @@ from luthier.training.run_folder import Run
 PICTURE = "layers.png"
 
 
-def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | None = None) -> dict[str, Any]:
+def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str | None = None) -> dict[str, Any]:
     """Virtual tokens as their nearest words at the start and at the end of training; LoRA's changes by size and rank.
 
     Args:
@@ -34,14 +37,14 @@ def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | Non
     """
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
-        made, family, attached = assembly.open_run(run, False, base_model, partial(print_line, quiet=quiet))
+        made, family, attached = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     readings = assembly.describe(attached, family.anatomy) if attached else []
     if not readings:
-        raise RunError(f"{str(run.path)!r} was tuned by {assembly.method_name(made)}, whose numbers say nothing by "
+        raise RunError(f"{str(run.path)!r} was tuned by {method_name(made)}, whose numbers say nothing by "
                        "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
-    found: dict[str, Any] = {"run": str(run.path), "method": assembly.method_name(made), "readings": [],
+    found: dict[str, Any] = {"run": str(run.path), "method": method_name(made), "readings": [],
                              "picture": None}
-    starts = _starts(run, made, family, attached) if any(r.kind == "words" for r in readings) else []
+    starts = _init_method_again(run, made, family, attached) if any(r.kind == "words" for r in readings) else []
     for i, reading in enumerate(readings):
         rows = list(reading.rows)
         if reading.kind == "words":
@@ -56,9 +59,9 @@ def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | Non
     return found
 
 
-def _starts(run: Run, made: assembly.Recipe, family: Family, attached: Attached | None) -> Sequence[assembly.Reading]:
+def _init_method_again(run: Run, made: Recipe, family: Family, attached: Attached | None) -> Sequence[assembly.Reading]:
     """The method as it was before the first step, made once more from the recipe's seed; none where nobody knows."""
     if not run.recipe or made.start is not None or attached is None:
         return []
     with attached.disabled():
-        return assembly.describe(assembly.attach(family, made.method, made.seed), family.anatomy)
+        return assembly.describe(attach_method(family, made.method, made.seed), family.anatomy)

@@ -1,7 +1,7 @@
-"""The verb `open_bank`: several runs on one copy of their base, answering side by side. Read
+"""The verb `load_adapters`: several runs on one copy of their base, answering side by side. Read
 `methods/multi_adapter.py` first.
 
-    tuned = luthier.open_bank("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
+    tuned = luthier.load_adapters("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
     tuned.answer(["Who may sue?", "What is a fever?", "Hello"], adapters=["law", "medicine", None])
     with tuned.using("law"):
         tuned.answer(["Who may sue?"])
@@ -14,13 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from luthier import assembly
+from luthier.assembly.factory import PromptFormat, encode_chat_prompt, load_family
+from luthier.assembly.initialization import attach_runs
+from luthier.assembly.provenance import describe_model_conflict
+from luthier.assembly.run_io import build_prompt_format
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Message
 from luthier.core.protocols import Sampling
 from luthier.training.run_folder import Run
 
 
-class Tuned:
+class MultiAdapterModel:
     """A base and the runs tuned on it.
 
     Attributes:
@@ -29,7 +33,7 @@ class Tuned:
     """
 
     def __init__(self, family: assembly.CausalLM, bank: assembly.Bank,
-                 formats: Mapping[str, assembly.PromptFormat]) -> None:
+                 formats: Mapping[str, PromptFormat]) -> None:
         self.family, self.bank, self.formats = family, bank, formats
         self._chosen: str | None = None
 
@@ -57,15 +61,15 @@ class Tuned:
         if len(through) != len(prompts):
             raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
         numbers = () if adapters is None else self.bank.numbers(through)  # refuses unknown names, before any work
-        forms = [self.formats.get(name or "", assembly.PromptFormat()) for name in through]
-        ids = [assembly.chat_prompt(self.family, [Message("user", prompt)], form)
+        forms = [self.formats.get(name or "", PromptFormat()) for name in through]
+        ids = [encode_chat_prompt(self.family, [Message("user", prompt)], form)
                for prompt, form in zip(prompts, forms, strict=True)]
         self.family.train(False)
         found = {made.index: made.tokens for made in self.family.generate(ids, sampling or Sampling(), numbers)}
         return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 
-def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
+def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapterModel:
     """Load a base once and the adapters of several runs beside one another.
 
     Args:
@@ -77,15 +81,15 @@ def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
         RecipeError: a run of another base.
     """
     config = assembly.BaseConfig(name=base)
-    family = assembly.family(config)
+    family = load_family(config)
     if not isinstance(family, assembly.CausalLM):
         raise RunError(f"{base!r} is no causal language model, so it answers nothing",
                        "open its runs one by one: luthier evaluate RUN")
     folders = {name: run if isinstance(run, Run) else Run(run) for name, run in runs.items()}
     made = {name: assembly.recorded(run.existing()) for name, run in folders.items()}
     for name, recipe in made.items():
-        if conflict := assembly.base_conflict(folders[name], config):
+        if conflict := describe_model_conflict(folders[name], config):
             raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}: {conflict}",
                               "open it with the runs of its own base")
-    return Tuned(family, assembly.banked(family, folders),
-                 {name: assembly.prompt_format(run, made[name]) for name, run in folders.items()})
+    return MultiAdapterModel(family, attach_runs(family, folders),
+                             {name: build_prompt_format(run, made[name]) for name, run in folders.items()})

@@ -13,9 +13,9 @@ from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
 
 
-def combine(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Sequence[float] = (),
-            how: Literal["sum", "concatenation", "svd"] = "sum", rank: int | None = None,
-            base_model: str | None = None) -> dict[str, float]:
+def merge_adapters(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Sequence[float] = (),
+                   how: Literal["sum", "concatenation", "svd"] = "sum", rank: int | None = None,
+                   base_model: str | None = None) -> dict[str, float]:
     """Write one run whose change is the weighted sum of several runs' changes.
 
     Args:
@@ -36,5 +36,5 @@ def combine(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Seque
     if not runs:
         raise RecipeError("there is no run to combine", "luthier combine RUN_A RUN_B --out DIR")
     folders = [run if isinstance(run, Run) else Run(run) for run in runs]
-    return assembly.combined(folders, Run(out), tuple(weights) or (1.0,) * len(folders), how, rank,
+    return assembly.merge_adapters(folders, Run(out), tuple(weights) or (1.0,) * len(folders), how, rank,
                           base_model, print_line)

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from luthier import assembly
+from luthier.assembly.factory import PromptFormat, encode_chat_prompt
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
 from luthier.core.protocols import Family, Sampling
@@ -60,14 +62,14 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
         raise DataError(f"no row of {file} has words in a column {column!r}", "name a column of texts with --column")
     rows = rows[:limit]
     with status("loading the model", quiet=quiet):
-        _, base, _ = assembly.open_run(Run(model) if not isinstance(model, Run) else model, False, base_model,
+        _, base, _ = open_run(Run(model) if not isinstance(model, Run) else model, False, base_model,
                                    partial(print_line, quiet=quiet))
     if not base.writes:
         raise RecipeError(f"{str(model)!r} does not write", "use a base that writes text, such as 'smollm2'")
     base.train(False)
     sampling = Sampling(max_new_tokens, temperature, batch_size=batch_size, seed=seed)
     with Progress(len(rows) * len(asked), title="rows said anew", quiet=quiet) as bar:
-        words, cut = _anew(base, [str(row[column]) for row in rows], asked, sampling, bar)
+        words, cut = _paraphrase_texts(base, [str(row[column]) for row in rows], asked, sampling, bar)
     made = [{**row, column: text} for row, text in zip(rows, words, strict=True) if text not in ("", row[column])]
     told = {"rows": len(rows), "written": len(made), "empty": words.count("") - cut, "cut_off": cut,
             "unreadable": unread, "unchanged": sum(bool(text) and text == row[column]
@@ -80,15 +82,15 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
     return {"file": str(target), **told}
 
 
-def _anew(base: Family, words: Sequence[str], asked: Sequence[str], sampling: Sampling,
-          bar: Progress) -> tuple[list[str], int]:
+def _paraphrase_texts(base: Family, words: Sequence[str], asked: Sequence[str], sampling: Sampling,
+                      bar: Progress) -> tuple[list[str], int]:
     """The words as the last request left them, empty where an answer was, or where one was cut off; and how many of
     those there are. Nothing is asked about words that are not there: a model would make some up."""
     found, cut = [text if text.strip() else "" for text in words], 0
     for turn, one in enumerate(asked):
         left = [place for place, text in enumerate(found) if text]
-        prompts = [assembly.chat_prompt(base, [Message("user", one.replace("{text}", found[place]))],
-                                        assembly.PromptFormat())
+        prompts = [encode_chat_prompt(base, [Message("user", one.replace("{text}", found[place]))],
+                                      PromptFormat())
                    for place in left]
         for done, answer in enumerate(base.generate(prompts, sampling), 1):
             said = base.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()

@@ -18,6 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from luthier import assembly
+from luthier.assembly.factory import select_device
+from luthier.assembly.method_variants import build_variant, estimate_weight_gb
+from luthier.assembly.multi_adapter_loading import display_name
+from luthier.assembly.recipe import Recipe, method_name
 from luthier.core.errors import RecipeError
 from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
@@ -48,22 +52,22 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     if steps < 2:
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
     made = assembly.recipe(recipe, settings)
-    ways = {name: assembly.candidate(made, name) for name in dict.fromkeys(methods)}
-    room = room_gb(assembly.device(made))
-    folder = Run(out or Path("runs") / f"plan-{assembly.called(made.base.name)}")
+    ways = {name: build_variant(made, name) for name in dict.fromkeys(methods)}
+    room = room_gb(select_device(made))
+    folder = Run(out or Path("runs") / f"plan-{display_name(made.base.name)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     data: dict[str, Any] = {}
     with TemporaryDirectory() as temporary, Progress(len(ways), title="ways tried", quiet=quiet) as bar:
         for done, (name, raw) in enumerate(ways.items(), 1):
             run = Path(temporary) / name
-            rows.append({"method": name, **_tried(made, raw, run, steps, room)})
-            data = data or _read(run)
+            rows.append({"method": name, **_time_method(made, raw, run, steps, room)})
+            data = data or _read_trial(run)
             bar.update(done)
     told = {"base": made.base.name, "room_gb": room, "steps": steps, "data": data, "methods": rows}
-    told |= {"advice": advice(told, made.objective.name)}
+    told |= {"advice": build_advice(told, made.objective.name)}
     folder.write("plan.json", told)
-    folder.write("plan.md", table(told))
+    folder.write("plan.md", format_table(told))
     if measured := [row for row in rows if "seconds" in row]:
         plot_bars([row["method"] for row in measured], {
             "minutes, whole run": [row["seconds"] / 60 for row in measured],
@@ -72,10 +76,10 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     return folder
 
 
-def _tried(made: assembly.Recipe, raw: dict[str, Any], run: Path, steps: int, room: float) -> dict[str, Any]:
+def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room: float) -> dict[str, Any]:
     """What a trial measured, or `why` there is none."""
-    candidate = assembly.Recipe.parse(raw)
-    least = assembly.least_gb(candidate.base, whole=assembly.method_name(candidate) == "full")
+    candidate = Recipe.parse(raw)
+    least = estimate_weight_gb(candidate.base, whole=method_name(candidate) == "full")
     if least > room:
         return {"why": f"the weights alone need {least:.1f} GB, and {room:.1f} GB are free", "fits": False}
     raw["training"] |= {"steps": steps, "save_every": None, "trackers": []}
@@ -90,20 +94,20 @@ def _tried(made: assembly.Recipe, raw: dict[str, Any], run: Path, steps: int, ro
     timed = found.metrics[2:]  # line 0 tells the shares, line 1 is of the first step
     length = statistics.median(line["tokens"] for line in timed)
     per_token = statistics.median(line["step_seconds"] / line["tokens"] for line in timed)
-    total = made.training.steps or _whole(made, round(timed[0]["step"] / timed[0]["epoch"]))
+    total = made.training.steps or _estimate_whole_run(made, round(timed[0]["step"] / timed[0]["epoch"]))
     results = found.results
     return {"fits": results["peak_memory_gb"] * SPARE <= room, "steps": total, "tokens": round(total * length),
             "seconds": total * per_token * length, "tokens_per_second": 1 / per_token,
             **{name: results[name] for name in ("peak_memory_gb", "trainable", "trainable_share", "file_bytes")}}
 
 
-def _whole(made: assembly.Recipe, steps: int) -> int:
+def _estimate_whole_run(made: Recipe, steps: int) -> int:
     """Steps of the whole run, of which a trial had so many an epoch. A trial holds nothing out."""
     held = made.data.eval if isinstance(made.data.eval, float) else 0.0
     return max(1, math.ceil(round(made.training.epochs * steps * (1 - held), 6)))
 
 
-def _read(run: Path) -> dict[str, Any]:
+def _read_trial(run: Path) -> dict[str, Any]:
     """What a trial's data report says of the rows to train on."""
     report = run / "data_report.json"
     if not report.exists():
@@ -115,7 +119,7 @@ def _read(run: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- what follows from it
 
 
-def advice(told: Mapping[str, Any], objective: str) -> list[str]:
+def build_advice(told: Mapping[str, Any], objective: str) -> list[str]:
     """What to do, the choice first, each with its reason in this plan's own figures."""
     measured = {row["method"]: row for row in told["methods"] if "seconds" in row}
     fits = {name: row for name, row in measured.items() if row["fits"]}
@@ -130,7 +134,8 @@ def advice(told: Mapping[str, Any], objective: str) -> list[str]:
         chosen = next((name for name in ("lora", "qlora", "lora@nf4") if name in fits),
                       min(fits, key=lambda name: fits[name]["peak_memory_gb"]))
         why = ("it comes nearest to full tuning in most comparisons, merges into the base and costs "
-               f"{_cost(fits, 'lora', 'full')}" if chosen == "lora" else "of what fits it needs the least memory")
+               f"{_compare_cost(fits, 'lora', 'full')}" if chosen == "lora"
+               else "of what fits it needs the least memory")
     said = [f"Choose {chosen}: {why}."]
     for name, row in measured.items():
         if not row["fits"]:
@@ -145,7 +150,7 @@ def advice(told: Mapping[str, Any], objective: str) -> list[str]:
     return said
 
 
-def _cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -> str:
+def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -> str:
     if other not in rows:
         return f"{rows[one]['peak_memory_gb']:.1f} GB"
     share = {key: rows[one][key] / rows[other][key] for key in ("seconds", "peak_memory_gb", "file_bytes")}
@@ -153,7 +158,7 @@ def _cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -> str:
             f"{share['file_bytes']:.3f} of its disk")
 
 
-def table(told: Mapping[str, Any]) -> str:
+def format_table(told: Mapping[str, Any]) -> str:
     """The plan as Markdown: the rows, the ways, the advice."""
     data = told["data"]
     lines = [f"Base {told['base']}, {told['room_gb']:.1f} GB free."]

@@ -16,6 +16,8 @@ import yaml
 
 from luthier import assembly
 from luthier.api.train import Interrupted, train
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.rl_setup import standing
 from luthier.core.errors import RecipeError, nearest
 from luthier.reporting.plots import plot_rlhf
 from luthier.training.run_folder import Run
@@ -35,7 +37,7 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
     Raises:
         RecipeError: with everything that is wrong in any part, before the first one starts.
     """
-    folder, made = plan(recipe, settings)
+    folder, made = plan_stages(recipe, settings)
     for stage, one in made.items():
         place = folder / STAGES[stage]
         if not quiet:
@@ -45,30 +47,31 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
         except Interrupted as error:
             error.remedy = "give the same command once more: it goes on here"
             raise
-    return _reported(Run(folder), made, quiet)
+    return _write_report(Run(folder), made, quiet)
 
 
-def plan(recipe: str | Path | Mapping[str, Any],
-         settings: Mapping[str, Any]) -> tuple[Path, dict[str, assembly.Recipe]]:
+def plan_stages(recipe: str | Path | Mapping[str, Any],
+                settings: Mapping[str, Any]) -> tuple[Path, dict[str, Recipe]]:
     """The folder, and the recipe of every stage."""
-    raw = dict(recipe) if isinstance(recipe, Mapping) else _read(Path(recipe))
+    raw = dict(recipe) if isinstance(recipe, Mapping) else _read_recipe(Path(recipe))
     stem = "rlhf" if isinstance(recipe, Mapping) else Path(recipe).stem
     parts = {stage: dict(raw.pop(stage)) for stage in STAGES if stage in raw}
     folder = Path(str(settings.get("run") or raw.get("run") or Path("runs") / stem))
     if not {"sft", "ppo"} <= parts.keys():
         raise RecipeError("a recipe of rlhf has the parts sft, reward and ppo, each with its data and training",
                           f"see recipes/rlhf.yaml; this one has {', '.join([*parts, *raw]) or 'nothing'}")
-    unknown = [key for key in raw if key not in assembly.Recipe.model_fields]
+    unknown = [key for key in raw if key not in Recipe.model_fields]
     if unknown:
         raise RecipeError(f"unknown setting {unknown[0]!r}",
-                          nearest(unknown[0], [*STAGES, *assembly.Recipe.model_fields]))
+                          nearest(unknown[0], [*STAGES, *Recipe.model_fields]))
     shared = {key: value for key, value in raw.items() if key != "run"}
-    made: dict[str, assembly.Recipe] = {}
+    made: dict[str, Recipe] = {}
     faults = []
     for stage, part in parts.items():
         over = {key: value for key, value in settings.items() if key.partition(".")[0] not in (*STAGES, "run")}
         over |= {key.removeprefix(f"{stage}."): value for key, value in settings.items() if key.startswith(f"{stage}.")}
-        part = {**part, "objective": _objective(stage, part.get("objective", {}), folder, "reward" in parts),
+        part = {**part, "objective": _build_stage_objective(stage, part.get("objective", {}), folder,
+                                                            "reward" in parts),
                 "run": str(folder / STAGES[stage])}
         if stage == "ppo":
             first = assembly.dump(made["sft"]) if "sft" in made else {}
@@ -83,7 +86,7 @@ def plan(recipe: str | Path | Mapping[str, Any],
     return folder, made
 
 
-def _objective(stage: str, given: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
+def _build_stage_objective(stage: str, given: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
     """The stage's objective, spelt out; PPO's reward is the second stage where nothing else is named."""
     named = {"name": given} if isinstance(given, str) else {"name": stage, **given}
     if stage == "ppo" and rewarded:
@@ -91,7 +94,7 @@ def _objective(stage: str, given: Any, folder: Path, rewarded: bool) -> dict[str
     return named
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_recipe(path: Path) -> dict[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -104,16 +107,16 @@ def _read(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- what came out
 
 
-def _reported(folder: Run, made: Mapping[str, assembly.Recipe], quiet: bool) -> Run:
+def _write_report(folder: Run, made: Mapping[str, Recipe], quiet: bool) -> Run:
     """What each stage gained, as JSON, as a page and as a picture."""
     runs = {stage: Run(folder.path / STAGES[stage]) for stage in made}
     told: dict[str, Any] = {stage: {key: run.results.get(key) for key in
                                     ("metric", "before", "after", "measured_on", "examples", "steps", "train_seconds",
                                      "peak_memory_gb")}
                             for stage, run in runs.items()}
-    told["policies"] = assembly.standing(runs["ppo"])
+    told["policies"] = standing(runs["ppo"])
     folder.write("report.json", told)
-    folder.write("report.md", _page(told))
+    folder.write("report.md", _format_report(told))
     policies = told["policies"]
     plot_rlhf(runs["ppo"].metrics, {ROLES[role]: one["reward"] for role, one in policies.items()},
               policies["tuned"]["prompts"], folder.path / "rlhf.png")
@@ -122,22 +125,24 @@ def _reported(folder: Run, made: Mapping[str, assembly.Recipe], quiet: bool) -> 
     return folder
 
 
-def _page(told: Mapping[str, Any]) -> str:
+def _format_report(told: Mapping[str, Any]) -> str:
     lines = ["# What each stage gained", "", "| stage | measure | before | after | steps | seconds |",
              "|---|---|---|---|---|---|"]
     for stage in (stage for stage in STAGES if stage in told):
         one = told[stage]
-        lines.append(f"| {stage} | {one['metric'] or ''} | {_shown(one['before'])} | {_shown(one['after'])} | "
-                     f"{one['steps']} | {_shown(one['train_seconds'])} |")
+        lines.append(f"| {stage} | {one['metric'] or ''} | {_format_value(one['before'])} | {_format_value(one['after'])} | "
+                     f"{one['steps']} | {_format_value(one['train_seconds'])} |")
     rows = told["ppo"].get("measured_on") or "training"
-    lines += ["", f"On {_shown(told['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
+    lines += ["",
+              f"On {_format_value(told['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
               "each with a fixed seed:", "",
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
-    lines += [f"| {ROLES[role]} | {_shown(one['reward'])} | {_shown(one.get('kl'))} | {_shown(one['answer_tokens'])} |"
+    lines += [f"| {ROLES[role]} | {_format_value(one['reward'])} | {_format_value(one.get('kl'))} | "
+              f"{_format_value(one['answer_tokens'])} |"
               for role, one in told["policies"].items()]
     return "\n".join([*lines, "", "![reward and KL](rlhf.png)", ""])
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, int | float) else str(value if value is not None else "")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier import assembly
+from luthier.assembly.recipe import Recipe
 
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe: each setting with its type, default and meaning."""
-    return assembly.Recipe.model_json_schema()
+    return Recipe.model_json_schema()

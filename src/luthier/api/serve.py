@@ -29,10 +29,11 @@ from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from luthier import assembly
+from luthier.assembly.multi_adapter_loading import ServedModels, display_name, load_served_models
 from luthier.core.errors import LuthierError, MissingExtra, RecipeError
 from luthier.core.examples import Message
 from luthier.reporting.progress import print_line, status
-from luthier.serving.engine import Bit, Desk, Request
+from luthier.serving.engine import InferenceEngine, Request, TokenDelta
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -52,7 +53,7 @@ ASIDE = frozenset({"user", "metadata", "store", "service_tier", "parallel_tool_c
 ASIDE_IN_TURN = frozenset({"refusal", "annotations"})
 
 
-class Turn(BaseModel):
+class ChatMessage(BaseModel):
     """One message, read as a row's is; `content` is a text, or parts of which each is a text."""
 
     role: str
@@ -73,11 +74,11 @@ class Turn(BaseModel):
                               "fix that message") from None
 
 
-class Asked(BaseModel):
+class CompletionRequest(BaseModel):
     """What chat and text completions have in common, with the protocol's own defaults."""
 
     model: str
-    messages: list[Turn] = Field(default_factory=list)
+    messages: list[ChatMessage] = Field(default_factory=list)
     prompt: str | list[str] = Field(default_factory=list)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -90,7 +91,7 @@ class Asked(BaseModel):
     stream_options: dict[str, Any] | None = None
 
 
-class Embedded(BaseModel):
+class EmbeddingRequest(BaseModel):
     """What is asked of the embeddings."""
 
     model: str
@@ -101,7 +102,7 @@ class Embedded(BaseModel):
 # ---------------------------------------------------------------- the protocol, without a server
 
 
-class Counter:
+class OpenAIServing:
     """Turns bodies of requests into answers of the protocol.
 
     Args:
@@ -109,9 +110,9 @@ class Counter:
         most: requests in one batch.
     """
 
-    def __init__(self, served: assembly.Served, most: int = 16) -> None:
+    def __init__(self, served: ServedModels, most: int = 16) -> None:
         self.served = served
-        self.desk = Desk(served.base, served.numbers, most)
+        self.desk = InferenceEngine(served.base, served.numbers, most)
         self.born = int(time.time())
 
     def models(self) -> dict[str, Any]:
@@ -119,19 +120,19 @@ class Counter:
                                            for name in self.served.names]}
 
     async def embeddings(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        asked = _parsed(Embedded, body)
+        asked = _parse_request(EmbeddingRequest, body)
         texts = [asked.input] if isinstance(asked.input, str) else asked.input
         if not texts:
             raise RecipeError("input: there is no text to embed", "send one text at least")
         states = await asyncio.wrap_future(self.desk.run(lambda: self.served.states(asked.model, texts)))
-        rows = [_written(row, asked.encoding_format) for row in states / states.norm(dim=-1, keepdim=True)]
+        rows = [_encode_embedding(row, asked.encoding_format) for row in states / states.norm(dim=-1, keepdim=True)]
         used = sum(len(self.served.base.tokenizer(text)["input_ids"]) for text in texts)
         return {"object": "list", "model": asked.model, "usage": {"prompt_tokens": used, "total_tokens": used},
                 "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]}
 
-    def requests(self, body: Mapping[str, Any], chat: bool) -> tuple[Asked, list[Request]]:
+    def requests(self, body: Mapping[str, Any], chat: bool) -> tuple[CompletionRequest, list[Request]]:
         """The answers that a body asks for: `n` for each prompt. Raises `RecipeError` for what cannot be."""
-        asked = _parsed(Asked, body)
+        asked = _parse_request(CompletionRequest, body)
         adapter = self.served.adapter(asked.model)
         if not self.served.writes:
             raise RecipeError(f"{asked.model!r} reads and does not write", "ask it for /v1/embeddings")
@@ -151,11 +152,11 @@ class Counter:
         several = [prompt for prompt in prompts for _ in range(asked.n)]
         return asked, [replace(one, prompt=prompt, place=place) for place, prompt in enumerate(several)]
 
-    async def bits(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, Bit]]:
+    async def bits(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, TokenDelta]]:
         """(which answer, its next bit) until all have ended. Whoever stops listening cancels them."""
-        loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, Bit]]()
+        loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[int, TokenDelta]]()
 
-        def tell(index: int, bit: Bit) -> None:
+        def tell(index: int, bit: TokenDelta) -> None:
             loop.call_soon_threadsafe(heard.put_nowait, (index, bit))
 
         left = set(range(len(requests)))
@@ -173,24 +174,26 @@ class Counter:
             for request in requests:
                 request.cancelled = True
 
-    async def answered(self, asked: Asked, requests: Sequence[Request], chat: bool) -> dict[str, Any]:
+    async def answered(self, asked: CompletionRequest, requests: Sequence[Request], chat: bool) -> dict[str, Any]:
         """The whole answer at once."""
-        texts, last = [""] * len(requests), [Bit("")] * len(requests)
+        texts, last = [""] * len(requests), [TokenDelta("")] * len(requests)
         async for index, bit in self.bits(requests):
             texts[index] += bit.text
             last[index] = bit
         choices = [{"index": i, "finish_reason": bit.end, "logprobs": None, **(
             {"message": {"role": "assistant", "content": text}} if chat else {"text": text})}
             for i, (text, bit) in enumerate(zip(texts, last, strict=True))]
-        return {**_head(asked, chat, ""), "choices": choices, "usage": _usage(asked, requests, last)}
+        return {**_build_response_head(asked, chat, ""), "choices": choices,
+                "usage": _count_usage(asked, requests, last)}
 
-    async def streamed(self, asked: Asked, requests: Sequence[Request], chat: bool) -> AsyncIterator[str]:
+    async def streamed(self, asked: CompletionRequest, requests: Sequence[Request], chat: bool) -> AsyncIterator[str]:
         """The answer as server-sent events. What fails once it has begun is told as an event."""
-        head, last = _head(asked, chat, ".chunk" if chat else ""), [Bit("")] * len(requests)
+        head, last = _build_response_head(asked, chat, ".chunk" if chat else ""), [TokenDelta("")] * len(requests)
 
         def event(index: int, said: dict[str, Any], end: str | None) -> str:
             inner = {"delta": said} if chat else {"text": said.get("content", "")}
-            return _event({**head, "choices": [{"index": index, **inner, "logprobs": None, "finish_reason": end}]})
+            return _format_event({**head, "choices": [{"index": index, **inner, "logprobs": None,
+                                                       "finish_reason": end}]})
 
         if chat:
             for index in range(len(requests)):
@@ -200,20 +203,20 @@ class Counter:
                 last[index] = bit
                 yield event(index, {"content": bit.text} if bit.text else {}, bit.end or None)
         except LuthierError as error:
-            yield _event(_error(error))
+            yield _format_event(_format_error(error))
             return
         if (asked.stream_options or {}).get("include_usage"):
-            yield _event({**head, "choices": [], "usage": _usage(asked, requests, last)})
+            yield _format_event({**head, "choices": [], "usage": _count_usage(asked, requests, last)})
         yield "data: [DONE]\n\n"
 
 
-def _parsed(kind: type[Any], body: Mapping[str, Any]) -> Any:
+def _parse_request(kind: type[Any], body: Mapping[str, Any]) -> Any:
     """A body as its type. Raises `RecipeError` naming every fault, and everything that would silently be ignored."""
     _refuse_unknown(body, kind, "")
     turns = body.get("messages")
     for number, turn in enumerate(turns if isinstance(turns, list) else ()):
         if isinstance(turn, Mapping):
-            _refuse_unknown(turn, Turn, f"messages.{number}.")
+            _refuse_unknown(turn, ChatMessage, f"messages.{number}.")
     try:
         return kind.model_validate({key: value for key, value in body.items() if value is not None})
     except ValidationError as error:
@@ -221,7 +224,7 @@ def _parsed(kind: type[Any], body: Mapping[str, Any]) -> Any:
                                     for fault in error.errors(include_url=False)), "mend the request") from None
 
 
-def _written(row: Tensor, encoding: str) -> list[float] | str:
+def _encode_embedding(row: Tensor, encoding: str) -> list[float] | str:
     """Numbers as they are, or the bytes of their float32, the lowest first, in base64."""
     if encoding == "float":
         numbers: list[float] = row.tolist()
@@ -231,7 +234,7 @@ def _written(row: Tensor, encoding: str) -> list[float] | str:
 
 def _refuse_unknown(body: Mapping[str, Any], kind: type[BaseModel], where: str) -> None:
     """Raises `RecipeError` for what is said and not known: who said it expects another answer than would come."""
-    aside = ASIDE_IN_TURN if kind is Turn else ASIDE
+    aside = ASIDE_IN_TURN if kind is ChatMessage else ASIDE
     for name, value in body.items():
         if name in kind.model_fields or name in aside or value is None or value == []:
             continue
@@ -240,22 +243,22 @@ def _refuse_unknown(body: Mapping[str, Any], kind: type[BaseModel], where: str) 
                               f"leave {name} out")
 
 
-def _head(asked: Asked, chat: bool, form: str) -> dict[str, Any]:
+def _build_response_head(asked: CompletionRequest, chat: bool, form: str) -> dict[str, Any]:
     return {"id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}", "created": int(time.time()),
             "model": asked.model, "object": f"{'chat' if chat else 'text'}{'.' if chat else '_'}completion{form}"}
 
 
-def _usage(asked: Asked, requests: Sequence[Request], last: Sequence[Bit]) -> dict[str, int]:
+def _count_usage(asked: CompletionRequest, requests: Sequence[Request], last: Sequence[TokenDelta]) -> dict[str, int]:
     read = sum(len(request.prompt) for request in requests[::asked.n])
     written = sum(bit.tokens for bit in last)
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def _event(content: Mapping[str, Any]) -> str:
+def _format_event(content: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def _error(error: LuthierError) -> dict[str, Any]:
+def _format_error(error: LuthierError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": "invalid_request_error", "param": None,
                       "code": type(error).__name__}}
 
@@ -263,7 +266,7 @@ def _error(error: LuthierError) -> dict[str, Any]:
 # ---------------------------------------------------------------- the server
 
 
-def app(counter: Counter) -> Starlette:
+def build_app(counter: OpenAIServing) -> Starlette:
     """The protocol over HTTP."""
     from starlette.applications import Starlette
     from starlette.concurrency import run_in_threadpool
@@ -294,7 +297,7 @@ def app(counter: Counter) -> Starlette:
 
     async def refused(call: Call, error: Exception) -> Response:
         assert isinstance(error, LuthierError)
-        return JSONResponse(_error(error), 404 if "there is no model" in error.what else 400)
+        return JSONResponse(_format_error(error), 404 if "there is no model" in error.what else 400)
 
     async def chat(call: Call) -> Response:
         return await completions(call, True)
@@ -326,33 +329,33 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
         if find_spec(package) is None:
             raise MissingExtra(package, "serve", "luthier serve")
     import uvicorn
-    found = dict(runs) if isinstance(runs, Mapping) else named(runs)
-    door = _door(host, port)
+    found = dict(runs) if isinstance(runs, Mapping) else name_runs(runs)
+    door = _open_socket(host, port)
     with status("loading", quiet=quiet):
-        counter = Counter(assembly.served(found, base_model, partial(print_line, quiet=quiet)), most)
+        counter = OpenAIServing(load_served_models(found, base_model, partial(print_line, quiet=quiet)), most)
     if not quiet:
         address = f"http://{host}:{door.getsockname()[1]}/v1"
         print(f"serving {', '.join(counter.served.names)} at {address}  (Ctrl-C ends)", flush=True)
     try:
-        uvicorn.Server(uvicorn.Config(app(counter), log_level="warning")).run(sockets=[door])
+        uvicorn.Server(uvicorn.Config(build_app(counter), log_level="warning")).run(sockets=[door])
     finally:
         counter.desk.close()
 
 
-def named(runs: Sequence[str]) -> dict[str, str]:
+def name_runs(runs: Sequence[str]) -> dict[str, str]:
     """Runs by the names that they are given, as NAME=RUN, or else by their own. Raises `RecipeError` for one name
     twice."""
     found: dict[str, str] = {}
     for word in runs:
         name, given, run = word.partition("=")
-        name, run = (name, run) if given and not Path(word).exists() else (assembly.called(word), word)
+        name, run = (name, run) if given and not Path(word).exists() else (display_name(word), word)
         if name in found:
             raise RecipeError(f"two of {', '.join(runs)} have the name {name!r}", "name them: NAME=RUN")
         found[name] = run
     return found
 
 
-def _door(host: str, port: int) -> socket.socket:
+def _open_socket(host: str, port: int) -> socket.socket:
     """A socket that listens, before any model is loaded. Raises `RecipeError` where it cannot."""
     door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -7,41 +7,41 @@ trains or prints.
 """
 
 from luthier import data as rows
-from luthier.assembly.adapter_merging import combined
+from luthier.assembly.adapter_merging import merge_adapters
 from luthier.assembly.compatibility import check_dtype
 from luthier.assembly.factory import (
     PromptFormat,
-    attach,
-    chat_prompt,
-    check,
-    context,
-    datasets,
-    device,
-    family,
-    fitted,
-    held_out,
-    micro_tokens,
-    note_conversations,
-    questions,
-    tokenizer,
-    with_heads,
+    attach_heads,
+    attach_method,
+    build_eval_batches,
+    build_eval_prompts,
+    check_loaded_model,
+    encode_chat_prompt,
+    fit_objective,
+    load_base_tokenizer,
+    load_datasets,
+    load_family,
+    read_context_length,
+    resolve_micro_batch_tokens,
+    select_device,
+    set_chat_format,
 )
-from luthier.assembly.gguf_export import gguf_adapter, gguf_model
-from luthier.assembly.initialization import banked, beside
-from luthier.assembly.method_variants import candidate, least_gb
-from luthier.assembly.multi_adapter_loading import Served, called, served
+from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
+from luthier.assembly.initialization import attach_runs, reference_context
+from luthier.assembly.method_variants import build_variant, estimate_weight_gb
+from luthier.assembly.multi_adapter_loading import ServedModels, display_name, load_served_models
 from luthier.assembly.provenance import (
     CheckpointRecord,
-    base_conflict,
     check_base,
     check_resumable,
     check_runs,
+    describe_model_conflict,
+    is_same_model,
     list_changes,
     list_differences,
     open_recipe,
     record_results,
     record_start,
-    same_base,
 )
 from luthier.assembly.recipe import (
     Recipe,
@@ -59,14 +59,14 @@ from luthier.assembly.recipe import (
 from luthier.assembly.reference_model import asked, master_price, price, untrained
 from luthier.assembly.rl_setup import begin, check_rewards, feed, judged, rolling, standing
 from luthier.assembly.run_io import (
+    build_prompt_format,
     convert_to_plain_lora,
-    kept_heads,
+    has_saved_heads,
     name_base,
     open_run,
-    prompt_format,
+    resolve_saved_dtype,
+    save_full_model,
     save_tuned,
-    save_whole,
-    saved_dtype,
 )
 from luthier.assembly.run_warnings import (
     find_data_problems,
@@ -86,16 +86,23 @@ from luthier.training.run_folder import Run
 
 __all__ = [
     "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
-    "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
-    "beforehand", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt", "check",
-    "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
-    "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
-    "dump", "family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
-    "find_schedule_problems", "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter",
-    "gguf_model", "held_out", "identify", "judged", "kept_heads", "least_gb", "list_changes", "list_differences",
-    "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "micro_tokens",
-    "name_base", "note_conversations", "open_recipe", "open_run", "price", "prompt_format", "provenance",
-    "questions", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling",
-    "rows", "same_base", "save_tuned", "save_whole", "saved_dtype", "served", "standing", "tokenizer", "untrained",
-    "version", "with_heads",
+    "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "ServedModels", "asked", "attach_method", "attach_runs",
+    "describe_model_conflict",
+    "beforehand", "begin", "reference_context", "cache", "display_name", "build_variant", "cast", "changed",
+    "encode_chat_prompt", "check_loaded_model",
+    "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "merge_adapters",
+    "read_context_length",
+    "convert_to_plain_lora", "load_datasets", "default_learning_rate", "describe", "describe_learning_rate",
+    "select_device",
+    "dump", "load_family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
+    "find_schedule_problems", "find_unused_settings", "fingerprint", "fit_objective", "folder", "export_gguf_adapter",
+    "export_gguf_model", "build_eval_batches", "identify", "judged", "has_saved_heads", "estimate_weight_gb",
+    "list_changes", "list_differences",
+    "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "resolve_micro_batch_tokens",
+    "name_base", "set_chat_format", "open_recipe", "open_run", "price", "build_prompt_format", "provenance",
+    "build_eval_prompts", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings",
+    "rolling",
+    "rows", "is_same_model", "save_tuned", "save_full_model", "resolve_saved_dtype", "load_served_models", "standing",
+    "load_base_tokenizer", "untrained",
+    "version", "attach_heads",
 ]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from luthier.assembly.factory import attach, family
-from luthier.assembly.initialization import banked
-from luthier.assembly.provenance import Report, base_conflict, ignore, open_recipe, record_start
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.initialization import attach_runs
+from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe, record_start
 from luthier.assembly.recipe import adapted, dump
-from luthier.assembly.run_io import kept_heads, save_tuned
+from luthier.assembly.run_io import has_saved_heads, save_tuned
 from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import Lora
@@ -17,8 +17,8 @@ from luthier.models import identify
 from luthier.training.run_folder import Run
 
 
-def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None,
-             base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
+def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None,
+                   base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
     """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
 
     Raises:
@@ -29,25 +29,25 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
     recipes = [open_recipe(adapted(run), base_model, report) for run in runs]
     first = recipes[0]
     for run, made in zip(runs, recipes, strict=True):
-        if base_model is None and (conflict := base_conflict(run, first.base)):
+        if base_model is None and (conflict := describe_model_conflict(run, first.base)):
             raise RecipeError(f"{str(run.path)!r} was made on {made.base.name!r}, and {str(runs[0].path)!r} on "
                               f"{first.base.name!r}: {conflict}", "combine runs of one base")
-        if kept_heads(made.objective):
+        if has_saved_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
-                              "runs have no sum", "use them side by side: luthier.open_bank")
-    base = family(first.base, first.objective.hides)
-    bank = banked(base, {str(i): run for i, run in enumerate(runs)})
+                              "runs have no sum", "use them side by side: luthier.load_adapters")
+    base = load_family(first.base, first.objective.hides)
+    bank = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
     loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
-            "stack others by their weights: luthier.open_bank and using({...})")
+            "stack others by their weights: luthier.load_adapters and using({...})")
     found = combine(loras, weights, how, rank)
     made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
     made = make_paths_absolute(made)
     out.begin(dump(made), {**record_start(made, identify(made.base), []), "combined": {str(run.path): float(weight)
                                                             for run, weight in zip(runs, weights, strict=True)}})
-    attached = attach(base, made.method, made.seed)
+    attached = attach_method(base, made.method, made.seed)
     attached.load(found.state)
     save_tuned(out, made, base, attached)
     results = {"rank": found.config.rank, "relative_error": found.error}

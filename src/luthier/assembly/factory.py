@@ -16,7 +16,7 @@ from luthier.core.examples import ChatExample, CompletionExample, Example, Messa
 from luthier.core.protocols import Attached, ChatFormat, Family, Feed, Objective
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
-from luthier.evaluation.generation_eval import Question, demand
+from luthier.evaluation.generation_eval import EvalPrompt, check_references
 from luthier.methods.composite import Several, parts_of
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
@@ -30,7 +30,7 @@ DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
 HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
-def family(config: BaseConfig, words: bool = False) -> Family:
+def load_family(config: BaseConfig, words: bool = False) -> Family:
     """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
     loading held besides is given back."""
     base = open_family(config, words)
@@ -40,29 +40,29 @@ def family(config: BaseConfig, words: bool = False) -> Family:
     return base
 
 
-def device(made: Recipe) -> torch.device:
+def select_device(made: Recipe) -> torch.device:
     """The device that the base would be loaded to."""
     return device_of(made.base.device)
 
 
-def tokenizer(config: BaseConfig) -> Any:
+def load_base_tokenizer(config: BaseConfig) -> Any:
     """The base's tokenizer, without its weights."""
     return load_tokenizer(config)
 
 
-def context(config: BaseConfig) -> int:
+def read_context_length(config: BaseConfig) -> int:
     """Tokens that the base can read at once, as its own config says, without its weights."""
     return context_of(config)
 
 
-def attach(base: Family, method: AnyMethod, seed: int) -> Attached:
+def attach_method(base: Family, method: AnyMethod, seed: int) -> Attached:
     """The method on the base; everything that it does not train is frozen."""
     base.anatomy.model.requires_grad_(False)
     return method.attach(base.anatomy, seed=seed)
 
 
-def with_heads(base: Family, attached: Attached, objective: Objective, seed: int,
-               default_rate: float = HEAD_RATE) -> Attached:
+def attach_heads(base: Family, attached: Attached, objective: Objective, seed: int,
+                 default_rate: float = HEAD_RATE) -> Attached:
     """The method together with what the objective adds to the base's states.
 
     Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
@@ -73,7 +73,7 @@ def with_heads(base: Family, attached: Attached, objective: Objective, seed: int
     return Several([attached, base.add(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
 
 
-def fitted(made: Recipe, found: Datasets) -> Recipe:
+def fit_objective(made: Recipe, found: Datasets) -> Recipe:
     """The recipe with its objective made for the classes in the training rows. Raises `RecipeError` where the rows mean
     nothing to it."""
     strange = found.kinds - made.objective.reads
@@ -85,13 +85,13 @@ def fitted(made: Recipe, found: Datasets) -> Recipe:
     return made.model_copy(update={"objective": made.objective.fitted(found.labels, found.counts)})
 
 
-def note_conversations(base: Family, found: Datasets) -> None:
+def set_chat_format(base: Family, found: Datasets) -> None:
     """From now on, what is saved holds the rows' chat template and stop tokens, where the rows are conversations."""
     if base.writes:
         base.chat_format = replace(base.chat_format, trained=found.conversations)
 
 
-def check(made: Recipe, base: Family) -> None:
+def check_loaded_model(made: Recipe, base: Family) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
     fitting(made, base)
     if made.data.streaming and not made.training.steps:
@@ -99,7 +99,7 @@ def check(made: Recipe, base: Family) -> None:
     if made.data.streaming and beforehand(made):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
-    context, room = base.anatomy.sizes["context"], room_for_text(made.method, base)
+    context, room = base.anatomy.sizes["context"], compute_text_length(made.method, base)
     if made.data.max_length and made.data.max_length > room:
         beside = f" and {context - room} virtual tokens are" if room < context else " is"
         raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
@@ -107,12 +107,12 @@ def check(made: Recipe, base: Family) -> None:
                               ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
     added = made.base.structure is not None and made.base.structure.add_blocks
     for part in parts_of(made.method) if added else ():
-        if why := _no_start(part):
+        if why := _explain_zero_start(part):
             raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
                               f"{part.name} {why}", "train them by another method: freeze, full, lora")
 
 
-def room_for_text(method: AnyMethod, base: Family) -> int:
+def compute_text_length(method: AnyMethod, base: Family) -> int:
     """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
     context = base.anatomy.sizes["context"]
     virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
@@ -122,7 +122,7 @@ def room_for_text(method: AnyMethod, base: Family) -> int:
     return context - virtual
 
 
-def _no_start(method: AnyMethod) -> str:
+def _explain_zero_start(method: AnyMethod) -> str:
     """Why the method cannot train a map that is zero; empty where it can."""
     if isinstance(method, Ia3Config):
         return "multiplies what they give, which stays zero"
@@ -132,15 +132,16 @@ def _no_start(method: AnyMethod) -> str:
         and method.init == "pissa" else ""
 
 
-def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
+def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     """Everything the recipe trains and evaluates on, as far as this base can read it."""
     objective, sees = made.objective, "channels" in base.anatomy.sizes
     reads = frozenset(kind for kind in objective.reads if (kind == "ImageExample") == sees)
     if not reads:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
-    hide = _hide(made, base)
-    found = rows.load(settled(made, base), base.tokenizer, seed=made.seed, classes=objective.classes, hide=hide,
+    hide = _build_masking(made, base)
+    found = rows.load(resolve_data_config(made, base), base.tokenizer, seed=made.seed, classes=objective.classes,
+                      hide=hide,
                       reads=reads if hide is None else reads & DOCUMENTS,
                       flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
                       others={name: known.reads & DOCUMENTS if known.hides and base.anatomy.task != "CAUSAL_LM" else
@@ -165,7 +166,7 @@ def _check_tokens(base: Family, found: Datasets) -> None:
                     "add the token to the base (base.structure.new_tokens), or give the base its own tokenizer")
 
 
-def _hide(made: Recipe, base: Family) -> rows.Hide | None:
+def _build_masking(made: Recipe, base: Family) -> rows.Hide | None:
     """How a part of each document is hidden, of bases that read a text whole."""
     told = made.objective
     if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
@@ -174,37 +175,37 @@ def _hide(made: Recipe, base: Family) -> rows.Hide | None:
                         told.whole_words)
 
 
-def settled(made: Recipe, base: Family) -> DataConfig:
+def resolve_data_config(made: Recipe, base: Family) -> DataConfig:
     """The settings of the data for this base; without a `max_length`, what the base's context has room for
     where that is less."""
-    most = min(made.data.most, room_for_text(made.method, base))
+    most = min(made.data.most, compute_text_length(made.method, base))
     found = made.data.model_copy(update={"max_length": made.data.max_length or most})
     return rows.DividedConfig.of(found) if base.divided else found
 
 
-def micro_tokens(made: Recipe, base: Family) -> int:
+def resolve_micro_batch_tokens(made: Recipe, base: Family) -> int:
     """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
     A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
     tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
     return max(1, tokens // base.anatomy.sizes.get("unit", 1))
 
 
-def feed(made: Recipe, base: Family, found: Datasets) -> Feed:
+def build_batch_source(made: Recipe, base: Family, found: Datasets) -> Feed:
     """The batches of the run."""
-    micro = micro_tokens(made, base)
+    micro = resolve_micro_batch_tokens(made, base)
     if made.data.streaming:
-        return Stream(settled(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
+        return Stream(resolve_data_config(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
                       use=found.use)
     return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
                   mix=found.mix)
 
 
-def held_out(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
+def build_eval_batches(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
     """The rows to evaluate on while training."""
-    return rows.eval_batches(found.eval, micro_tokens(made, base))
+    return rows.eval_batches(found.eval, resolve_micro_batch_tokens(made, base))
 
 
-def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Question]:
+def build_eval_prompts(made: Recipe, base: Family, examples: Sequence[Example]) -> list[EvalPrompt]:
     """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer,
     `RecipeError` where a row asks nothing."""
     found = []
@@ -214,12 +215,12 @@ def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Q
                           "leave evaluate.metrics out, or name rows with prompts in data.test")
     for example in examples[:made.evaluate.limit]:
         ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
-        found.append(Question(tuple(ids), _asked(example), reference, example.origin))
-    demand(found, made.evaluate.metrics)
+        found.append(EvalPrompt(tuple(ids), _get_question_text(example), reference, example.origin))
+    check_references(found, made.evaluate.metrics)
     return found
 
 
-def _asked(example: Example) -> str:
+def _get_question_text(example: Example) -> str:
     """What a person would say was asked."""
     if isinstance(example, ChatExample):
         return next((m.content for m in reversed(example.messages) if m.role != "assistant"), "")
@@ -242,8 +243,8 @@ class PromptFormat:
     conversations: bool = True
 
 
-def chat_prompt(base: Family, messages: Sequence[Message], form: PromptFormat,
-                tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+def encode_chat_prompt(base: Family, messages: Sequence[Message], form: PromptFormat,
+                       tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
     """Token ids of a conversation that ends with the user's turn, up to where the answer begins. Raises `RecipeError`
     for one that the base's chat template refuses, or that a run of bare prompts has no place for."""
     tokenizer = base.tokenizer

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from luthier.assembly.recipe import Recipe, method_name
-from luthier.assembly.run_io import kept_heads
+from luthier.assembly.run_io import has_saved_heads
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.methods.lora import Lora
@@ -13,14 +13,14 @@ from luthier.models import CausalLM
 from luthier.models.gguf.writer import Change, Numbers, write_gguf, write_gguf_adapter
 
 
-def gguf_model(made: Recipe, base: Family, path: Path, numbers: Numbers, name: str = "") -> None:
+def export_gguf_model(made: Recipe, base: Family, path: Path, numbers: Numbers, name: str = "") -> None:
     """Write the model as it now is. Raises `RunError` where it is none that llama.cpp writes text with."""
     _refuse_others(made, base)
     write_gguf(base, path, numbers, name)
 
 
-def gguf_adapter(made: Recipe, base: Family, attached: Attached | None, path: Path,
-                 name: str = "") -> None:
+def export_gguf_adapter(made: Recipe, base: Family, attached: Attached | None, path: Path,
+                        name: str = "") -> None:
     """Write the run's LoRA. Raises `RunError` where the run holds something else."""
     _refuse_others(made, base)
     if not isinstance(attached, Lora):
@@ -37,6 +37,6 @@ def _refuse_others(made: Recipe, base: Family) -> None:
     if not isinstance(base, CausalLM):
         raise RunError(f"the base is no causal language model ({base.anatomy.task}), and only those can be written as "
                        "GGUF here", "export it with --to merged")
-    if kept_heads(made.objective):
+    if has_saved_heads(made.objective):
         raise RunError(f"the run has heads of its own ({made.objective.name}), which a GGUF file has no place for",
                        "export it with --to adapter")

@@ -13,11 +13,11 @@ from functools import partial
 
 from torch import Tensor
 
-from luthier.assembly.factory import attach, with_heads
-from luthier.assembly.peft_adapters import adapter_weights, without_base_weights
-from luthier.assembly.provenance import base_conflict
+from luthier.assembly.factory import attach_heads, attach_method
+from luthier.assembly.peft_adapters import drop_base_weights, load_adapter_weights
+from luthier.assembly.provenance import describe_model_conflict
 from luthier.assembly.recipe import Recipe, adapted, changed, recorded, referred
-from luthier.assembly.run_io import renamed
+from luthier.assembly.run_io import rename_weights
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Attached, Family
@@ -29,27 +29,29 @@ Reference = Callable[[], AbstractContextManager[None]]
 POLICY, REFERENCE = "policy", "reference"
 
 
-def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
+def init_policy(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
 
     Raises:
         RecipeError: the recipe starts from a run with another base or method than its own.
         RunError: that run, or what it trained, cannot be read.
     """
-    policy = attach(base, made.method, made.seed)
+    policy = attach_method(base, made.method, made.seed)
     if made.start is not None:
-        _load(policy, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
-    reference = beside(made, base, policy)
-    return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
+        _load_method_weights(policy, _read_compatible_weights(made, Run(made.start), base), base,
+                             whole=not Run(made.start).recipe)
+    reference = reference_context(made, base, policy)
+    return attach_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
 
-def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
+def reference_context(made: Recipe, base: Family, policy: Attached) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
     if made.start is None or (scopes(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
-    _load(reference, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
+    bank, reference = Bank(base.anatomy), attach_method(base, made.method, made.seed)
+    _load_method_weights(reference, _read_compatible_weights(made, Run(made.start), base), base,
+                         whole=not Run(made.start).recipe)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
     bank.frozen(REFERENCE)
@@ -58,7 +60,7 @@ def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
     return partial(bank.using, REFERENCE)
 
 
-def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
+def attach_runs(base: Family, runs: Mapping[str, Run]) -> Bank:
     """The adapters of several runs on one base, silent until one is chosen. Heads stay behind: what answers needs none.
 
     Raises:
@@ -68,32 +70,32 @@ def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
     bank = Bank(base.anatomy)
     for name, run in runs.items():
         found = recorded(adapted(run))
-        attached = attach(base, found.method, found.seed)
-        _load(attached, adapter_weights(run, base.anatomy), base, whole=not run.recipe)
+        attached = attach_method(base, found.method, found.seed)
+        _load_method_weights(attached, load_adapter_weights(run, base.anatomy), base, whole=not run.recipe)
         bank.add(name, attached)
     base.router = bank
     return bank
 
 
-def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
+def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
     found = recorded(adapted(start))
     other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
-    if conflict := base_conflict(start, made.base):
+    if conflict := describe_model_conflict(start, made.base):
         other.append(f"base.name: {found.base.name!r}, now {made.base.name!r}: {conflict}")
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other),
                           "leave base and method out of the recipe: they are taken from that run; a base that was "
                           "moved is named by --base-model PATH (in Python: base_model=PATH)")
-    return adapter_weights(start, base.anatomy)
+    return load_adapter_weights(start, base.anatomy)
 
 
-def _load(attached: Attached, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
+def _load_method_weights(attached: Attached, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
     """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file."""
     names = attached.state().keys()
-    named = renamed(saved, names, base)
+    named = rename_weights(saved, names, base)
     left = {name: tensor for name, tensor in named.items() if name not in names}
     if whole:  # PEFT's folder holds no heads of ours: whatever is left would be passed over
-        left = without_base_weights(left, {}, base.anatomy.model)
+        left = drop_base_weights(left, {}, base.anatomy.model)
     attached.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})

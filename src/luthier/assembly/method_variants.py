@@ -20,7 +20,7 @@ BYTES = {"float64": 8.0, "float32": 4.0, "auto": 2.0, "bfloat16": 2.0, "float16"
 TRAINED = 16  # bytes of a weight that trains: its float32 value, its gradient, Adam's two moments
 
 
-def candidate(made: Recipe, spelled: str) -> dict[str, Any]:
+def build_variant(made: Recipe, spelled: str) -> dict[str, Any]:
     """The recipe with this way to train, spelt out. Raises `RecipeError` for one that there is not."""
     methods, _, bits = SHORT.get(spelled, spelled).partition("@")
     names = methods.split("+")
@@ -38,7 +38,7 @@ def candidate(made: Recipe, spelled: str) -> dict[str, Any]:
     return raw
 
 
-def least_gb(base: BaseConfig, whole: bool) -> float:
+def estimate_weight_gb(base: BaseConfig, whole: bool) -> float:
     """What the weights alone need in memory, in GB of 10**9 bytes; `whole`: where every one of them trains."""
     width = BYTES[base.dtype if base.quantize == "none" else base.quantize]
     if whole:  # a base in sixteen bits is there beside the float32 copy that trains: `training/optimizer.py`

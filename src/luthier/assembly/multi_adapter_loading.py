@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from luthier import data as rows
-from luthier.assembly.factory import PromptFormat, chat_prompt, family, room_for_text
-from luthier.assembly.initialization import banked
-from luthier.assembly.provenance import Report, base_conflict, ignore, open_recipe
+from luthier.assembly.factory import PromptFormat, compute_text_length, encode_chat_prompt, load_family
+from luthier.assembly.initialization import attach_runs
+from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe
 from luthier.assembly.recipe import recorded
-from luthier.assembly.run_io import open_run, prompt_format
+from luthier.assembly.run_io import build_prompt_format, open_run
 from luthier.core.errors import RecipeError, nearest
 from luthier.core.examples import LabelledExample, Message, Origin
 from luthier.core.protocols import Family
@@ -31,7 +31,7 @@ ROW = 4096  # tokens of texts that are read together
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedModels:
     """What answers.
 
     Args:
@@ -62,7 +62,7 @@ class Served:
 
     def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
         """A conversation up to where the answer begins, written as the run's rows were."""
-        return chat_prompt(self.base, messages, self.formats[name])
+        return encode_chat_prompt(self.base, messages, self.formats[name])
 
     def continued(self, name: str, text: str) -> list[int]:
         """A bare text to go on with."""
@@ -90,23 +90,24 @@ class Served:
         return states
 
 
-def called(place: Path | str) -> str:
+def display_name(place: Path | str) -> str:
     """What a run or base is called after its path: its last part, of a file without the ending. A folder's name is
     whole: what stands behind its last dot is no ending (Qwen2.5-0.5B).
 
-    >>> called("runs/lora-0.1"), called("Qwen/Qwen2.5-0.5B"), called("models/tiny.Q4_1.gguf")
+    >>> display_name("runs/lora-0.1"), display_name("Qwen/Qwen2.5-0.5B"), display_name("models/tiny.Q4_1.gguf")
     ('lora-0.1', 'Qwen2.5-0.5B', 'tiny.Q4_1')
     """
     path = Path(place)
     return path.stem if path.suffix == ".gguf" else path.name or path.resolve().name
 
 
-def _inside(run: Run) -> bool:
+def _modifies_base(run: Run) -> bool:
     """Whether the run's method works inside the base's own modules, which nothing else can then share."""
     return any(isinstance(part, PeftConfig) for part in parts_of(recorded(run.existing()).method))
 
 
-def served(runs: Mapping[str, Path | str], base_model: str | None = None, report: Report = ignore) -> Served:
+def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = None,
+                       report: Report = ignore) -> ServedModels:
     """Load what is to be served: one base or whole model, or several runs that were tuned on one base.
 
     Args:
@@ -120,7 +121,7 @@ def served(runs: Mapping[str, Path | str], base_model: str | None = None, report
     if not runs:
         raise RecipeError("nothing to serve", "name a run folder or a base")
     folders = {name: Run(path) for name, path in runs.items()}
-    alone = next((name for name, run in folders.items() if run.adapter is None or _inside(run)), None)
+    alone = next((name for name, run in folders.items() if run.adapter is None or _modifies_base(run)), None)
     if alone is not None and (len(folders) == 1 or folders[alone].adapter is None):
         if len(folders) > 1:
             whole = alone
@@ -129,19 +130,21 @@ def served(runs: Mapping[str, Path | str], base_model: str | None = None, report
         (name, run), = folders.items()
         made, base, _ = open_run(run, False, base_model, report)
         base.train(False)
-        return Served(base, None, {name: None}, {name: prompt_format(run, made)}, {name: base.anatomy.sizes["context"]})
+        return ServedModels(base, None, {name: None}, {name: build_prompt_format(run, made)},
+                            {name: base.anatomy.sizes["context"]})
     recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
-        if base_model is None and (conflict := base_conflict(folders[name], recipes[first].base)):
+        if base_model is None and (conflict := describe_model_conflict(folders[name], recipes[first].base)):
             raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on "
                               f"{recipes[first].base.name!r}: {conflict}", "serve runs of one base together")
-    base = family(recipes[first].base)
-    bank = banked(base, folders)
+    base = load_family(recipes[first].base)
+    bank = attach_runs(base, folders)
     base.train(False)
-    plain = called(recipes[first].base.name)
+    plain = display_name(recipes[first].base.name)
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
-    return Served(base, bank, {**names, **{name: name for name in runs}},
-                  {plain: PromptFormat(), **{name: prompt_format(run, recipes[name]) for name, run in folders.items()}},
-                  {plain: base.anatomy.sizes["context"],
-                   **{name: room_for_text(made.method, base) for name, made in recipes.items()}})
+    return ServedModels(base, bank, {**names, **{name: name for name in runs}},
+                        {plain: PromptFormat(),
+                         **{name: build_prompt_format(run, recipes[name]) for name, run in folders.items()}},
+                        {plain: base.anatomy.sizes["context"],
+                         **{name: compute_text_length(made.method, base) for name, made in recipes.items()}})

@@ -33,7 +33,7 @@ HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 TUNED = re.compile(r"\.(lora_A\.weight|lora_embedding_A|lora_A|lora_E|ia3_l)$")
 
 
-def method_of(form: Mapping[str, Any], run: Run | None = None) -> Any:
+def read_method(form: Mapping[str, Any], run: Run | None = None) -> Any:
     """The settings of the method that an adapter_config.json describes: PEFT's of a tuner, or our own of any method or
     list. `run`: the folder, whose file of weights says which modules were changed.
 
@@ -42,7 +42,7 @@ def method_of(form: Mapping[str, Any], run: Run | None = None) -> Any:
     """
     try:
         if form.get("peft_type") == OWN:
-            return form["method"] if "method" in form else [method_of(part) for part in form["parts"]]
+            return form["method"] if "method" in form else [read_method(part) for part in form["parts"]]
         check_types(form)
         kind = str(form.get("peft_type"))
         reader = READERS.get(kind, PeftConfig)
@@ -73,7 +73,7 @@ def _needs_bridge(form: Mapping[str, Any], run: Run | None) -> bool:
             return True
     if run is None:
         return False
-    changed = {TUNED.sub("", name) for name in stored_names(run) if TUNED.search(name)}
+    changed = {TUNED.sub("", name) for name in list_stored_names(run) if TUNED.search(name)}
     return any(not re.search(r"\.\d+\.", name) for name in changed)  # it stands in no layer: an embedding or a head
 
 
@@ -87,7 +87,7 @@ def _refuse_heads(form: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- the file of weights
 
 
-def adapter_weights(run: Run, anatomy: Anatomy) -> dict[str, Tensor]:
+def load_adapter_weights(run: Run, anatomy: Anatomy) -> dict[str, Tensor]:
     """What a run trained, by its names in the file; scalars of its objective stand in `HEADS`. Raises `RunError` for a
     missing or damaged file, and for a prefix of PEFT that would act otherwise on this base.
 
@@ -104,7 +104,7 @@ def adapter_weights(run: Run, anatomy: Anatomy) -> dict[str, Tensor]:
     return load_file(run.path / WEIGHTS) | (load_file(scalars) if run.recipe and scalars.exists() else {})
 
 
-def stored_names(run: Run) -> list[str]:
+def list_stored_names(run: Run) -> list[str]:
     """Names in the file of weights, without reading a weight. Raises as `adapter_weights` does."""
     _check_weights(run)
     with safe_open(run.path / WEIGHTS, framework="pt") as file:
@@ -127,7 +127,7 @@ def _check_weights(run: Run) -> None:
             from None
 
 
-def without_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+def drop_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """The saved weights without those of the base itself, which PEFT's `save_embedding_layers` puts among them.
 
     Args:
@@ -142,11 +142,12 @@ def without_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], mo
     for name, tensor in saved.items():
         path = name.removeprefix(PREFIX)
         if name not in own and path != name:
-            weights = weights or {_bare(key): value for key, value in model.state_dict().items()}
-            base = weights.get(_bare(path))
+            weights = weights or {_strip_peft_prefix(key): value for key, value in model.state_dict().items()}
+            base = weights.get(_strip_peft_prefix(path))
             if base is not None:
                 if base.shape != tensor.shape or not torch.equal(base, tensor.to(base)):
-                    raise RunError(f"the adapter's file holds {_bare(path)!r}, {list(tensor.shape)}, a weight of the "
+                    raise RunError(f"the adapter's file holds {_strip_peft_prefix(path)!r}, {list(tensor.shape)}, "
+                                   "a weight of the "
                                    f"base itself (save_embedding_layers), with other values than the base's, "
                                    f"{list(base.shape)}: its vocabulary or embeddings were changed", MERGE)
                 continue
@@ -154,6 +155,6 @@ def without_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], mo
     return kept
 
 
-def _bare(name: str) -> str:
+def _strip_peft_prefix(name: str) -> str:
     """The name of a base's weight without the parts that PEFT puts in."""
     return name.replace(".token_adapter.", ".").replace(".base_layer.", ".").replace(".original_module.", ".")

@@ -125,15 +125,15 @@ def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore
 def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report: Report = ignore) -> BaseConfig:
     """The base of a run, or `base_model` in its place. Raises `BaseError` where it is not the one trained on."""
     config = base if base_model is None else base.model_copy(update={"name": base_model, "revision": None})
-    kept = kept_digests(run)
+    kept = read_digests(run)
     if not kept:
         if run.recipe:
             report(f"note: {str(run.path)!r} was made before digests of bases were kept: the base {config.name!r} is "
                    "used unchecked")
         if base_model is None:
-            _find(run, config, folder)
+            _find_model(run, config, folder)
         return config
-    found = _find(run, config, identify)
+    found = _find_model(run, config, identify)
     if conflict := compare_digests(kept, found.digests):
         raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name!r}: {conflict}",
                         "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
@@ -145,7 +145,7 @@ def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report
     return config
 
 
-def _find(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> Found:
+def _find_model(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> Found:
     """`find(config)`, its error telling whose base it is and that it can be named."""
     try:
         return find(config)
@@ -155,7 +155,7 @@ def _find(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> 
                         "base_model=PATH)") from error
 
 
-def kept_digests(run: Run) -> Mapping[str, str]:
+def read_digests(run: Run) -> Mapping[str, str]:
     """The digests of the base that a run or an exported adapter was trained on; none where nobody kept them."""
     file = run.path / BASE_FILE
     kept = run.provenance.get("base") or (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
@@ -169,15 +169,15 @@ def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
                  for part in DECISIVE if part in kept and kept[part] != found.get(part)), "")
 
 
-def base_conflict(run: Run, base: BaseConfig) -> str:
+def describe_model_conflict(run: Run, base: BaseConfig) -> str:
     """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
-    found, kept = recorded(run).base, kept_digests(run)
+    found, kept = recorded(run).base, read_digests(run)
     if kept and found.structure == base.structure:
-        return compare_digests(kept, _find(run, base, identify).digests)
-    return "" if same_base(found, base) else f"it was made on {found.name!r}"
+        return compare_digests(kept, _find_model(run, base, identify).digests)
+    return "" if is_same_model(found, base) else f"it was made on {found.name!r}"
 
 
-def same_base(one: BaseConfig, other: BaseConfig) -> bool:
+def is_same_model(one: BaseConfig, other: BaseConfig) -> bool:
     """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
     named = (one.name, one.structure) == (other.name, other.structure)
     return one.revision == other.revision and (named or folder(one) == folder(other))
@@ -196,14 +196,14 @@ def list_changes(run: Run) -> list[str]:
              if (now := file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
     if json_sha256(run.recipe) != kept["recipe"]:
         found.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
-    found += _changed_metrics(run, kept["metrics"], "the run ended")
+    found += _describe_changed_metrics(run, kept["metrics"], "the run ended")
     if run.recipe and _digest_runs(recorded(run)) != (run.provenance.get("runs_sha256") or {}):
         found.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) is not there any more, or "
                      "has other weights")
     return found
 
 
-def _changed_metrics(run: Run, kept: Mapping[str, Any], since: str) -> list[str]:
+def _describe_changed_metrics(run: Run, kept: Mapping[str, Any], since: str) -> list[str]:
     now = digest_metrics(run, kept["bytes"])
     return [] if now == kept else [
         f"{run.path / METRICS} has changed since {since}: its first {kept['bytes']:,} bytes are not those that were "
@@ -216,7 +216,7 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
     if not record:
         return
     if json_sha256(run.recipe) != record["recipe_sha256"]:
-        if lines := changed(*(_without_places(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
+        if lines := changed(*(_drop_paths(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
             raise RunError(f"{run.path / 'recipe.yaml'} was changed after the checkpoint was written:\n  "
                            + "\n  ".join(lines), "put these settings back, or start another run (run=NAME)")
         report(f"warning: {run.path / 'recipe.yaml'} has changed since the checkpoint; no setting that decides the "
@@ -225,7 +225,7 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
         raise RunError(f"{str(run.path)!r}: a run that it starts from or is rewarded by (start, objective.reward) is "
                        "not there any more, or has other weights than when this run began",
                        "put it back as it was, or start another run (run=NAME)")
-    for line in _changed_metrics(run, record["metrics"], "the checkpoint"):
+    for line in _describe_changed_metrics(run, record["metrics"], "the checkpoint"):
         report(f"warning: {line}")
 
 
@@ -235,7 +235,7 @@ def check_runs(made: Recipe, report: Report) -> None:
     if made.start is None:
         return
     start = Run(made.start).existing()
-    if conflict := base_conflict(start, made.base):
+    if conflict := describe_model_conflict(start, made.base):
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  base.name: "
                           f"{recorded(start).base.name!r}, now {made.base.name!r}: {conflict}",
                           "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
@@ -244,7 +244,7 @@ def check_runs(made: Recipe, report: Report) -> None:
         report(f"warning: {line}")
 
 
-def _without_places(made: Recipe) -> Recipe:
+def _drop_paths(made: Recipe) -> Recipe:
     """The recipe with bare names for paths: base, runs and rows have digests of their own, wherever they are."""
     base = made.base.model_copy(update={"name": "-"})
     return map_paths(made, lambda path: Path(path).name).model_copy(update={"base": base})
@@ -253,7 +253,7 @@ def _without_places(made: Recipe) -> Recipe:
 def list_differences(run: Run, made: Recipe) -> list[str]:
     """The settings by which a recipe is another one than the run's own: what it leaves out is as in the run, paths are
     the same from any working directory, and a base is the same wherever it is."""
-    saved, kept = Recipe.parse(run.recipe), kept_digests(run)
+    saved, kept = Recipe.parse(run.recipe), read_digests(run)
     if not kept:
         saved = _make_absolute(saved)
     known: set[str] = set()

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeAlias
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
-from luthier.assembly.peft_adapters import method_of
+from luthier.assembly.peft_adapters import read_method
 from luthier.core.config import NULL, Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.data import ANSWERED, DataConfig
@@ -147,7 +147,7 @@ def recorded(run: Run) -> Recipe:
         raise RunError(f"{str(run.path / 'adapter_config.json')!r} names no base (base_model_name_or_path)",
                        "write the hub id or folder of the base into it")
     base = BaseConfig(name=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
-    return Recipe.parse({"base": base.model_dump(), "method": method_of(adapter, run), "data": "-"})
+    return Recipe.parse({"base": base.model_dump(), "method": read_method(adapter, run), "data": "-"})
 
 
 def _read(path: Path) -> dict[str, Any]:

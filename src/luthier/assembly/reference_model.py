@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from luthier import data as rows
-from luthier.assembly.factory import micro_tokens
+from luthier.assembly.factory import resolve_micro_batch_tokens
 from luthier.assembly.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
@@ -98,7 +98,7 @@ def _known(made: Recipe, base: Family, encoded: Sequence[Encoded], reference: Re
     """Each example with the column `reference_logps`: one number for each of its predictions, in their order."""
     found, done = list(encoded), 0
     for start in range(0, len(found), GROUP):
-        for row in rows.first_fit(found[start:start + GROUP], micro_tokens(made, base)):
+        for row in rows.first_fit(found[start:start + GROUP], resolve_micro_batch_tokens(made, base)):
             places = [start + i for i in row]
             there = rows.batch([found[i] for i in places]).to(base.device)
             logps = reference_logps(base, there, partial(untrained, reference)).cpu()

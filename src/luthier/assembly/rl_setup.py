@@ -26,11 +26,11 @@ import torch
 
 from luthier import data as rows
 from luthier.assembly import factory, initialization
-from luthier.assembly.peft_adapters import adapter_weights
-from luthier.assembly.provenance import base_conflict, open_recipe
+from luthier.assembly.peft_adapters import load_adapter_weights
+from luthier.assembly.provenance import describe_model_conflict, open_recipe
 from luthier.assembly.recipe import Recipe, recorded
 from luthier.assembly.reference_model import autocast
-from luthier.assembly.run_io import open_run, renamed
+from luthier.assembly.run_io import open_run, rename_weights
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample, Message
 from luthier.core.protocols import Attached, Family, Feed
@@ -55,7 +55,7 @@ CRITIC, REWARD = "critic", "reward"
 
 def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     """What trains, the critic included; and what makes the context in which the model is the reference."""
-    attached, reference = initialization.begin(made, base)
+    attached, reference = initialization.init_policy(made, base)
     if not (isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter"):
         return attached, reference
     assert isinstance(attached, Several), "PPO has a value head"
@@ -73,7 +73,7 @@ def feed(made: Recipe, base: Family, found: Datasets, attached: Attached, refere
          folder: Path | None = None, warn: Warn = lambda sentence: None) -> Feed:
     """The batches of the run: read from files, or the policy's own answers."""
     if not isinstance(made.objective, PpoConfig | GrpoConfig):
-        return factory.feed(made, base, found)
+        return factory.build_batch_source(made, base, found)
     return rolling(made, base, found, attached, reference, folder, warn)
 
 
@@ -100,7 +100,7 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
                                                    for one in objective.reward],
-                    cursor, factory.micro_tokens(made, base), made.seed, reference,
+                    cursor, factory.resolve_micro_batch_tokens(made, base), made.seed, reference,
                     partial(autocast, made, base), found.eval, _noted(folder), process_group.map_shards)
 
 
@@ -147,8 +147,8 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
     rows (or validation, or train rows where there are none), and how far each is from the start."""
     made = open_recipe(run.existing())
-    base = factory.family(made.base)
-    found = factory.datasets(made, base)
+    base = factory.load_family(made.base)
+    found = factory.load_datasets(made, base)
     attached, reference = begin(made, base)
     policy = attached.parts[0] if isinstance(attached, Several) and made.objective.heads else attached
     rolled = rolling(made, base, found, attached, reference)
@@ -157,7 +157,7 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     with attached.disabled():
         told["base"] = rolled.judged(prompts)
     told["start"] = rolled.judged(prompts)
-    policy.load(adapter_weights(run, base.anatomy))
+    policy.load(load_adapter_weights(run, base.anatomy))
     told["tuned"] = rolled.judged(prompts)
     return {role: {name: value for name, value in one.items() if name != "loss"} | {"prompts": len(prompts)}
             for role, one in told.items()}
@@ -191,7 +191,7 @@ def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached,
 def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _reward_recipe(run)
-    if run.adapter is None or scopes(attached) is None or base_conflict(run, made.base):
+    if run.adapter is None or scopes(attached) is None or describe_model_conflict(run, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())
@@ -202,8 +202,8 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn
     adapter, before = found.method.attach(base.anatomy, seed=found.seed), base.heads
     base.add(found.objective.heads, found.seed)
     heads, base.heads = base.heads, before
-    saved = adapter_weights(run, base.anatomy)
-    own = renamed(saved, adapter.state(), base)
+    saved = load_adapter_weights(run, base.anatomy)
+    own = rename_weights(saved, adapter.state(), base)
     adapter.load({name: own[name] for name in adapter.state() if name in own})
     heads.load({name: saved[name] for name in heads.state() if name in saved})
     name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in bank.members)
@@ -236,10 +236,10 @@ def _bank(base: Family, attached: Attached) -> Bank:
 
 def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:
     """Answers put into words as the reward's own training rows were, and its scores of them."""
-    config = factory.settled(found, judge)
+    config = factory.resolve_data_config(found, judge)
     if judge.anatomy.task != "CAUSAL_LM" and not judge.divided:
         config = config.model_copy(update={"share_prompt": False})
-    micro = factory.micro_tokens(found, judge)
+    micro = factory.resolve_micro_batch_tokens(found, judge)
 
     def reward(answers: Sequence[Answer]) -> list[float]:
         groups = [list(group) for _, group in groupby(answers, key=lambda answer: (answer.ids, str(answer.origin)))]

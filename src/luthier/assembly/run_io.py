@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from luthier import data as rows
-from luthier.assembly.factory import PromptFormat, attach, family, settled, with_heads
-from luthier.assembly.peft_adapters import HEADS, adapter_weights, without_base_weights
+from luthier.assembly.factory import PromptFormat, attach_heads, attach_method, load_family, resolve_data_config
+from luthier.assembly.peft_adapters import HEADS, drop_base_weights, load_adapter_weights
 from luthier.assembly.provenance import BASE_FILE, Report, describe_base, ignore, open_recipe
 from luthier.assembly.recipe import Recipe, dump
 from luthier.assembly.settings import make_public
@@ -58,11 +58,11 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
 
     Raises `BaseError` where the base is not the one that the run was trained on (see `provenance.py`).
     """
-    if _names_base(run.path):
+    if _is_model_name(run.path):
         if base_model is not None:
             raise RunError(f"{str(run.path)!r} is a base itself", "leave the base model out (--base-model)")
         bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
-        return bare, family(bare.base), None
+        return bare, load_family(bare.base), None
     run.existing()
     made = open_recipe(run, base_model, report)
     if whole and made.base.quantize != "none":
@@ -71,18 +71,19 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
-        base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}),  # it is in the weights
-                      made.objective.hides)
-        if kept_heads(made.objective):
-            base.add(made.objective.heads, made.seed).load(_whole_heads(run, base))
+        # it is in the weights
+        base = load_family(made.base.model_copy(update={"name": str(run.path), "structure": None}),
+                           made.objective.hides)
+        if has_saved_heads(made.objective):
+            base.add(made.objective.heads, made.seed).load(_read_full_model_heads(run, base))
         return made, base, None
-    base = family(made.base, made.objective.hides)
+    base = load_family(made.base, made.objective.hides)
     _restore_chat_format(run, base)
-    attached = attach(base, made.method, made.seed)
-    if kept_heads(made.objective):
-        attached = with_heads(base, attached, made.objective, made.seed)
-    saved = renamed(adapter_weights(run, base.anatomy), attached.state(), base)
-    attached.load(without_base_weights(saved, attached.state(), base.anatomy.model))
+    attached = attach_method(base, made.method, made.seed)
+    if has_saved_heads(made.objective):
+        attached = attach_heads(base, attached, made.objective, made.seed)
+    saved = rename_weights(load_adapter_weights(run, base.anatomy), attached.state(), base)
+    attached.load(drop_base_weights(saved, attached.state(), base.anatomy.model))
     return made, base, attached
 
 
@@ -97,19 +98,19 @@ def _restore_chat_format(run: Run, base: Family) -> None:
     base.chat_format = ChatFormat(template, stops, trained=True)
 
 
-def prompt_format(run: Run, made: Recipe) -> PromptFormat:
+def build_prompt_format(run: Run, made: Recipe) -> PromptFormat:
     """How prompts of a run, or of a base, are written. What was trained on conversations keeps its stop tokens; of what
     others made nothing is known, and it is asked as a base is."""
     known = bool(run.recipe) and run.adapter is not None
     return PromptFormat(made.data, not known or (run.path / STOPS).is_file())
 
 
-def kept_heads(objective: Objective) -> bool:
+def has_saved_heads(objective: Objective) -> bool:
     """Whether a run is saved with its objective's heads. A critic has done its work when the policy is trained."""
     return bool(objective.heads) and not isinstance(objective, RollsConfig)
 
 
-def _names_base(path: Path) -> bool:
+def _is_model_name(path: Path) -> bool:
     """Whether this is a base's name: an alias, a file, or owner/name where no folder `owner` is (a run, else)."""
     if path.is_dir():
         return False
@@ -117,7 +118,7 @@ def _names_base(path: Path) -> bool:
                                                       and not path.parent.is_dir())
 
 
-def _whole_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
+def _read_full_model_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
     """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
     of Transformers' class, else beside it."""
     found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
@@ -125,7 +126,7 @@ def _whole_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
     return found | {PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
 
 
-def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
+def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
     """What an adapter's file holds, by the names that this model has for it.
 
     A stack has one part more in its names under a head than alone, and a file is named after the model that others load
@@ -144,17 +145,17 @@ def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Famil
     return {there.get(name, name): tensor for name, tensor in saved.items()}
 
 
-def embeds(objective: Objective) -> bool:
+def is_embedding_objective(objective: Objective) -> bool:
     """Whether the run gives vectors of whole texts."""
     return objective.needs == frozenset({"pooled"})
 
 
-def save_whole(run: Run, made: Recipe, base: Family) -> None:
+def save_full_model(run: Run, made: Recipe, base: Family) -> None:
     """Write the model as it now is. Heads that Transformers' class of the architecture has are in it; others, and
     scalars, are put beside it, and the recipe says what they are for."""
     base.save(run.path)
     _save_embedding(run, made, base)
-    if not kept_heads(made.objective):
+    if not has_saved_heads(made.objective):
         return
     inside = base.heads.own.weights() if base.heads.own is not None else {}
     if heads := {name: tensor for name, tensor in base.heads.state().items()
@@ -164,7 +165,7 @@ def save_whole(run: Run, made: Recipe, base: Family) -> None:
         run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
 
 
-def saved_dtype(made: Recipe, base: Family) -> torch.dtype:
+def resolve_saved_dtype(made: Recipe, base: Family) -> torch.dtype:
     """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
     gone that of the model as it is."""
     try:
@@ -177,10 +178,10 @@ def saved_dtype(made: Recipe, base: Family) -> torch.dtype:
 
 def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
     """What Sentence Transformers reads, of a run that gives vectors of texts."""
-    if embeds(made.objective) and not base.divided and "channels" not in base.anatomy.sizes:
+    if is_embedding_objective(made.objective) and not base.divided and "channels" not in base.anatomy.sizes:
         embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
         write_sentence_files(run.path, base.anatomy.sizes["hidden"], base.pooling,
-                             max_length=settled(made, base).max_length, normalize=True)
+                             max_length=resolve_data_config(made, base).max_length, normalize=True)
 
 
 def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public: bool = False) -> None:
@@ -194,13 +195,13 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public:
         attached = attached.parts[0]
     config = attached.peft()
     if config is None:
-        save_whole(run, made, base)
+        save_full_model(run, made, base)
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
              if not name.startswith(TRAINING)}
     if scalars := {PREFIX + name: state.pop(PREFIX + name) for name in base.heads.scalars}:
         save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
-    state, config = _as_loaded(state, config, made, base)
+    state, config = _rename_for_loading(state, config, made, base)
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
@@ -240,11 +241,11 @@ def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) ->
     return Several([found, *heads]) if heads else found
 
 
-def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
-               base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
+                        base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
     own, home = base.heads.own, base.home
-    if own is None and (not embeds(made.objective) or base.divided):
+    if own is None and (not is_embedding_objective(made.objective) or base.divided):
         return state, config
     new = "" if own is None else own.home
     heads = set() if own is None else {PREFIX + name for name in own.weights()}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.assembly.factory import micro_tokens, settled
+from luthier.assembly.factory import resolve_data_config, resolve_micro_batch_tokens
 from luthier.assembly.recipe import AnyMethod, Recipe, flatten
 from luthier.core.config import Config
 from luthier.core.protocols import Family
@@ -63,8 +63,8 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
         rate: the learning rate of the run.
         run: its folder.
     """
-    micro = made.training.micro_tokens or micro_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
-    length = made.data.max_length if "channels" in base.anatomy.sizes else settled(made, base).max_length
+    micro = made.training.micro_tokens or resolve_micro_batch_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
+    length = made.data.max_length if "channels" in base.anatomy.sizes else resolve_data_config(made, base).max_length
     pools = "pooled" in made.objective.needs  # a head pools as its class does, unless the recipe says how
     methods = [_resolve_method(part, base) for part in parts_of(made.method)]
     objective = made.objective

@@ -74,8 +74,8 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _chat(options: argparse.Namespace) -> int:
-    from luthier.api.chat import open_talk
-    talks = open_talk(options.run, compare=options.compare, system=options.system, temperature=options.temperature,
+    from luthier.api.chat import open_chat
+    talks = open_chat(options.run, compare=options.compare, system=options.system, temperature=options.temperature,
                       max_new_tokens=options.max_new_tokens, quiet=options.quiet, base_model=options.base_model)
     if options.message is not None:
         console.answer(talks, options.message)
@@ -110,15 +110,15 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _data(options: argparse.Namespace) -> int:
-    from luthier.api.data_check import check
+    from luthier.api.data_check import check_data
     if options.words[:1] != ["check"]:
         given = f" {options.words[0]!r}" if options.words else ""
         raise RecipeError(f"luthier data has no command{given}", f"{nearest((options.words or [''])[0], ['check'])}: "
                           "luthier data check FILE")
     if len(options.words) != 2:
         raise RecipeError("luthier data check takes one file", "luthier data check FILE [key=value ...]")
-    found = check(options.words[1], model=options.model, evaluated=options.eval, settings=options.settings,
-                  out=options.out, quiet=options.quiet)
+    found = check_data(options.words[1], model=options.model, evaluated=options.eval, settings=options.settings,
+                       out=options.out, quiet=options.quiet)
     return console.checked(found.report.to_json(), found.report.lines(), found.previews,
                           (found.report_file, found.picture), options.json)
 
@@ -153,7 +153,7 @@ def _dtype_of(written: Path) -> dict[str, str]:
 
 
 def _features(options: argparse.Namespace) -> int:
-    from luthier.api.features import features, probe
+    from luthier.api.features import features, fit_linear_probe
     base, out = _only(options, "base or run"), Path(options.out) if options.out else None
     if options.probe != (options.test is not None):
         raise RecipeError("a probe is measured on rows that it has not seen, so --probe and --test belong together",
@@ -166,19 +166,19 @@ def _features(options: argparse.Namespace) -> int:
     shown |= {"rows": len(states), "size": states.shape[1]}
     if options.probe:
         test = out and out.with_name(f"{out.stem}-test{out.suffix}")
-        shown |= probe(states, labels, *features(base, options.test, out=test, quiet=options.quiet,
+        shown |= fit_linear_probe(states, labels, *features(base, options.test, out=test, quiet=options.quiet,
                                                   base_model=options.base_model, **options.settings))
     return console.table(shown, options.json)
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from luthier.api.inspect_run import inspect
-    return console.inspected(inspect(options.run, quiet=options.quiet, base_model=options.base_model), options.json)
+    from luthier.api.inspect_run import inspect_run
+    return console.inspected(inspect_run(options.run, quiet=options.quiet, base_model=options.base_model), options.json)
 
 
 def _combine(options: argparse.Namespace) -> int:
-    from luthier.api.merge_adapters import combine
-    return console.table(combine(options.runs, options.out, weights=options.weights, how=options.how,
+    from luthier.api.merge_adapters import merge_adapters
+    return console.table(merge_adapters(options.runs, options.out, weights=options.weights, how=options.how,
                                 rank=options.rank, base_model=options.base_model), options.json)
 
 

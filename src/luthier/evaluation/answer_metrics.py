@@ -19,14 +19,14 @@ Scorer = Callable[[str, str], float]
 _MISSING = object()
 
 
-def exact(answer: str, reference: str) -> float:
+def exact_match(answer: str, reference: str) -> float:
     """Whether the two texts are the same but for whitespace.
 
     Definition: 1 if equal after every run of whitespace becomes one space and the ends are stripped, else 0.
     Range: 0 or 1. Case and punctuation count.
     Source: exact match as in Rajpurkar et al. 2016 (SQuAD), without its removal of articles, case and punctuation.
 
-    >>> exact("Paris \\n", "Paris"), exact("paris", "Paris")
+    >>> exact_match("Paris \\n", "Paris"), exact_match("paris", "Paris")
     (1.0, 0.0)
     """
     return float(_spaced(answer) == _spaced(reference))
@@ -94,7 +94,7 @@ def json_fields(answer: str, reference: str) -> float:
     return sum(_same(found.get(key, _MISSING), value) for key, value in wanted.items()) / len(wanted)
 
 
-def number(answer: str, reference: str) -> float:
+def numeric_match(answer: str, reference: str) -> float:
     """Whether the answer ends on the right number.
 
     Definition: 1 if the two texts' final numbers are equal as decimals, else 0. The final number is the first one after
@@ -105,7 +105,7 @@ def number(answer: str, reference: str) -> float:
     Raises:
         DataError: the reference has no number.
 
-    >>> number("She pays $1,250.00 in all.", "... #### 1250")
+    >>> numeric_match("She pays $1,250.00 in all.", "... #### 1250")
     1.0
     """
     wanted = _final_number(reference)
@@ -134,12 +134,12 @@ def rouge_l(answer: str, reference: str) -> float:
     return 2 * _common(left, right) / (len(left) + len(right))
 
 
-SCORERS: dict[str, Scorer] = {
-    "exact": exact,
+METRICS: dict[str, Scorer] = {
+    "exact": exact_match,
     "contains": contains,
     "json_equal": json_equal,
     "json_fields": json_fields,
-    "number": number,
+    "number": numeric_match,
     "rouge_l": rouge_l,
 }
 

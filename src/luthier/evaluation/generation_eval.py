@@ -16,13 +16,13 @@ from luthier.core.config import Config
 from luthier.core.errors import DataError, nearest
 from luthier.core.examples import Origin
 from luthier.core.protocols import Family, Sampling
-from luthier.evaluation.answer_metrics import SCORERS
+from luthier.evaluation.answer_metrics import METRICS
 
 
 class EvaluateConfig(Config):
     """How generated answers are measured on the test rows (or the validation rows where there are none)."""
 
-    metrics: tuple[str, ...] = Field((), description=f"scores of generated answers: {', '.join(SCORERS)}")
+    metrics: tuple[str, ...] = Field((), description=f"scores of generated answers: {', '.join(METRICS)}")
     max_new_tokens: int = Field(256, ge=1, description="longest answer")
     batch_size: int = Field(32, ge=1, description="answers generated at once")
     limit: int | None = Field(None, ge=1, description="use only the first so many rows")
@@ -37,19 +37,19 @@ class EvaluateConfig(Config):
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
-            if name not in SCORERS:
-                raise ValueError(f"unknown metric {name!r}: {nearest(name, SCORERS)}")
+            if name not in METRICS:
+                raise ValueError(f"unknown metric {name!r}: {nearest(name, METRICS)}")
         return names
 
 
-def with_perplexity(measured: Mapping[str, float]) -> dict[str, float]:
+def add_perplexity(measured: Mapping[str, float]) -> dict[str, float]:
     """The measures, and e to the power of the mean negative log-likelihood where they have one."""
     known = {"perplexity": math.exp(min(measured["nll"], 700.0))} if "nll" in measured else {}
     return {**measured, **known}
 
 
 @dataclass(frozen=True)
-class Question:
+class EvalPrompt:
     """A prompt as the model sees it, and as a person does, and the answer that is right."""
 
     ids: tuple[int, ...]
@@ -59,7 +59,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Scored:
+class GenerationScores:
     """What was answered to every question, and the mean of each score over all of them."""
 
     answers: tuple[str, ...]
@@ -67,19 +67,19 @@ class Scored:
     kind: Literal["base", "tuned"] = "tuned"
 
 
-def demand(questions: Sequence[Question], metrics: Sequence[str]) -> None:
+def check_references(questions: Sequence[EvalPrompt], metrics: Sequence[str]) -> None:
     """A `DataError`, before anything is answered, where a score cannot read the right answer of a row."""
     for question in questions:
         for name in metrics:
             try:
-                SCORERS[name]("", question.reference)
+                METRICS[name]("", question.reference)
             except DataError as error:
                 where = question.origin or repr(question.text)
                 raise DataError(f"{where}: {error.what} (metric {name})", error.remedy) from None
 
 
-def score(family: Family, questions: Sequence[Question], config: EvaluateConfig,
-          tick: Callable[[int, int], None] = lambda done, total: None) -> Scored:
+def evaluate_generations(family: Family, questions: Sequence[EvalPrompt], config: EvaluateConfig,
+                         tick: Callable[[int, int], None] = lambda done, total: None) -> GenerationScores:
     """Answer every question greedily and score the answers.
 
     Args:
@@ -90,6 +90,6 @@ def score(family: Family, questions: Sequence[Question], config: EvaluateConfig,
     for done, answer in enumerate(family.generate([q.ids for q in questions], sampling), 1):
         answers[answer.index] = family.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
         tick(done, len(questions))
-    scores = {name: sum(SCORERS[name](a, q.reference) for a, q in zip(answers, questions, strict=True)) / len(questions)
+    scores = {name: sum(METRICS[name](a, q.reference) for a, q in zip(answers, questions, strict=True)) / len(questions)
               for name in config.metrics}
-    return Scored(tuple(answers), scores)
+    return GenerationScores(tuple(answers), scores)

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from luthier import assembly
+from luthier.assembly.recipe import Recipe, method_name
 from luthier.core.errors import LuthierError
 from luthier.core.protocols import Family
 from luthier.training.run_folder import Run
@@ -34,7 +35,7 @@ LEFT_OUT = re.compile(r"confusion_|calibration_|bin_")
 HERE = 'FOLDER = "."  # this folder, or its name on the hub'
 
 
-def card(out: Run, source: Run, made: assembly.Recipe, base: Family) -> str:
+def build_model_card(out: Run, source: Run, made: Recipe, base: Family) -> str:
     """The text of README.md.
 
     Args:
@@ -43,18 +44,18 @@ def card(out: Run, source: Run, made: assembly.Recipe, base: Family) -> str:
         made: the run's recipe, for the classes of its rows.
         base: as it is saved, with the heads of the objective.
     """
-    upstream, license_of = base_of(made)
-    library, code = loading(out, made, base)
+    upstream, license_of = find_base_model(made)
+    library, code = build_loading_code(out, made, base)
     front: dict[str, Any] = {"library_name": library}
     if upstream:
         front |= {"base_model": upstream, "base_model_relation": "adapter" if out.adapter else "finetune"}
-    front["pipeline_tag"] = tag(made, base)
-    if data := [source.path for source in made.data.train if _on_hub(source.path)]:
+    front["pipeline_tag"] = pick_pipeline_tag(made, base)
+    if data := [source.path for source in made.data.train if _is_on_hub(source.path)]:
         front["datasets"] = sorted(set(data))
     if license_of:
         front["license"] = license_of
-    front["tags"] = ["luthier", assembly.method_name(made), made.objective.name]
-    names = ", ".join(f"`{path if _on_hub(path) else Path(path).name}`" for path in
+    front["tags"] = ["luthier", method_name(made), made.objective.name]
+    names = ", ".join(f"`{path if _is_on_hub(path) else Path(path).name}`" for path in
                       dict.fromkeys(source.path for source in made.data.train))
     kind = "An adapter" if out.adapter else "A model"
     picture = ["![loss](loss.png)", ""] if (out.path / "loss.png").exists() else []
@@ -63,12 +64,12 @@ def card(out: Run, source: Run, made: assembly.Recipe, base: Family) -> str:
         "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
         f"# {out.path.name}", "",
         f"{kind} made with Luthier from `{upstream or Path(made.base.name).name}` by the method "
-        f"`{assembly.method_name(made)}` with the objective `{made.objective.name}` on {names}. {recipe}".rstrip(), "",
-        *_origin(made), "## Use", "", *_reason(out, made, base), "```python", *code, "```", "",
-        *_results(source.results), *picture])
+        f"`{method_name(made)}` with the objective `{made.objective.name}` on {names}. {recipe}".rstrip(), "",
+        *_describe_origin(made), "## Use", "", *_explain_native_loading(out, made, base), "```python", *code, "```", "",
+        *_format_results(source.results), *picture])
 
 
-def _origin(made: assembly.Recipe) -> list[str]:
+def _describe_origin(made: Recipe) -> list[str]:
     """What is said of a base that was read from a file in few bits: its weights are not those on the hub."""
     try:
         found = assembly.resolve(made.base.name)
@@ -83,16 +84,16 @@ def _origin(made: assembly.Recipe) -> list[str]:
 # ---------------------------------------------------------------- the front matter
 
 
-def base_of(made: assembly.Recipe) -> tuple[str, str]:
+def find_base_model(made: Recipe) -> tuple[str, str]:
     """The base's name on the hub and its license, each empty where it is not known. A folder tells in its own card."""
     name = made.base.name
     if name in UPSTREAM:
         return UPSTREAM[name]
     try:
         found = assembly.resolve(name)
-        told = _front_of(Path(found) / "README.md") if isinstance(found, Path) and found.is_dir() else {}
+        told = _read_front_matter(Path(found) / "README.md") if isinstance(found, Path) and found.is_dir() else {}
         if isinstance(found, str):
-            told = _front_of(assembly.folder(made.base) / "README.md")
+            told = _read_front_matter(assembly.folder(made.base) / "README.md")
             return found, str(told.get("license") or "")
     except LuthierError:  # the base is gone: nothing more is known of it
         return ("", "")
@@ -102,7 +103,7 @@ def base_of(made: assembly.Recipe) -> tuple[str, str]:
             str(told.get("license") or ""))
 
 
-def _front_of(file: Path) -> Mapping[str, Any]:
+def _read_front_matter(file: Path) -> Mapping[str, Any]:
     """The YAML at the beginning of a card; empty where there is none."""
     if not file.is_file():
         return {}
@@ -116,13 +117,13 @@ def _front_of(file: Path) -> Mapping[str, Any]:
     return read if isinstance(read, dict) else {}
 
 
-def _on_hub(path: str) -> bool:
+def _is_on_hub(path: str) -> bool:
     """Whether this is the name of a data set on the hub, and of nothing here."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).exists() and not re.search(
         r"\.(jsonl?|csv|tsv|parquet|txt|ndjson|gz|bz2|xz|zst|zip)$", path)
 
 
-def tag(made: assembly.Recipe, base: Family) -> str:
+def pick_pipeline_tag(made: Recipe, base: Family) -> str:
     """The hub's pipeline tag."""
     head = next((head for head in made.objective.heads if head.task), None)
     images = "channels" in base.anatomy.sizes
@@ -135,7 +136,7 @@ def tag(made: assembly.Recipe, base: Family) -> str:
     return TAGS.get(base.anatomy.task, "fill-mask" if made.objective.hides else "feature-extraction")
 
 
-def is_embedding(made: assembly.Recipe) -> bool:
+def is_embedding(made: Recipe) -> bool:
     """Whether the run gives vectors."""
     return made.objective.needs == frozenset({"pooled"})
 
@@ -143,31 +144,31 @@ def is_embedding(made: assembly.Recipe) -> bool:
 # ---------------------------------------------------------------- how it is loaded
 
 
-def loading(out: Run, made: assembly.Recipe, base: Family) -> tuple[str, list[str]]:
+def build_loading_code(out: Run, made: Recipe, base: Family) -> tuple[str, list[str]]:
     """The library that loads the folder, and Python code that does and gives an output."""
-    if _reason(out, made, base):
+    if _explain_native_loading(out, made, base):
         return "luthier", ["from luthier import assembly", "", HERE, "",
                            "recipe, model, method = assembly.open_run(assembly.Run(FOLDER))"]
     library = "peft" if out.adapter else "transformers"
     images = "channels" in base.anatomy.sizes
     if base.heads.own is not None:
-        return library, list(_classifier(out, base.heads.own))
+        return library, list(_write_classifier_code(out, base.heads.own))
     if is_embedding(made) and not images and not base.divided:
         return "sentence-transformers", [
             "from sentence_transformers import SentenceTransformer", "", HERE, "",
             "model = SentenceTransformer(FOLDER)",
             'vectors = model.encode(["A first text.", "A second text."])', "print(model.similarity(vectors, vectors))"]
     if base.writes:
-        return library, list(_generation(out, made, base))
+        return library, list(_write_generation_code(out, made, base))
     auto = "AutoModelForMaskedLM" if made.objective.hides else "AutoModel"
-    return library, list(_stack(out, auto, images))
+    return library, list(_write_encoder_code(out, auto, images))
 
 
-def _reason(out: Run, made: assembly.Recipe, base: Family) -> list[str]:
+def _explain_native_loading(out: Run, made: Recipe, base: Family) -> list[str]:
     """Why neither Transformers nor PEFT loads the folder; empty where they do."""
     form, headed = out.adapter, bool([head for head in made.objective.heads if head.task])
     if form is not None and form.get("peft_type") == "LUTHIER":
-        why = f"PEFT has no format for `{assembly.method_name(made)}`"
+        why = f"PEFT has no format for `{method_name(made)}`"
     elif headed and base.heads.own is None:
         why = base.heads.why or "Transformers has no class with this head"
     elif form is not None and form.get("peft_type") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") and (
@@ -182,7 +183,7 @@ def _reason(out: Run, made: assembly.Recipe, base: Family) -> list[str]:
     return [f"This folder is opened by Luthier: {why}.", ""]
 
 
-def _classifier(out: Run, own: Any) -> Iterator[str]:
+def _write_classifier_code(out: Run, own: Any) -> Iterator[str]:
     """Of a run with a head of Transformers' class: the scores of two inputs."""
     auto, labels = f"AutoModelFor{HEADS[own.kind]}", own.head.labels
     reader = "AutoImageProcessor" if own.kind == "image" else "AutoTokenizer"
@@ -221,7 +222,7 @@ def _classifier(out: Run, own: Any) -> Iterator[str]:
                 "print(logits)" if not labels else "print(model.config.id2label, logits)")
 
 
-def _generation(out: Run, made: assembly.Recipe, base: Family) -> Iterator[str]:
+def _write_generation_code(out: Run, made: Recipe, base: Family) -> Iterator[str]:
     task = base.anatomy.task
     name = PEFT_CLASSES[task] if out.adapter else CLASSES[task]
     if out.adapter:
@@ -247,7 +248,7 @@ def _generation(out: Run, made: assembly.Recipe, base: Family) -> Iterator[str]:
     yield f"print(tokenizer.decode(output[0, {start}:], skip_special_tokens=True))"
 
 
-def _stack(out: Run, auto: str, images: bool) -> Iterator[str]:
+def _write_encoder_code(out: Run, auto: str, images: bool) -> Iterator[str]:
     if out.adapter:
         yield "from peft import PeftConfig, PeftModel"
     yield f"from transformers import {auto}" + ("" if images else ", AutoTokenizer")
@@ -264,15 +265,15 @@ def _stack(out: Run, auto: str, images: bool) -> Iterator[str]:
 # ---------------------------------------------------------------- the figures
 
 
-def _results(results: Mapping[str, Any]) -> Iterator[str]:
+def _format_results(results: Mapping[str, Any]) -> Iterator[str]:
     """Tables of what was measured, on how many rows, and of what the training cost."""
-    before, after = (_measures(results, when) for when in ("before", "after"))
+    before, after = (_select_metrics(results, when) for when in ("before", "after"))
     rows = results.get("examples")
     if after:
         held = f"{rows:,} held-out row{'' if rows == 1 else 's'}" if isinstance(rows, int) else "held-out rows"
         yield from ("## Results", "", f"Measured on {held}.", "", "| measure | before | after |", "|---|---|---|")
         for name in sorted(after, key=lambda name: (FIRST.index(name) if name in FIRST else len(FIRST), name)):
-            yield f"| {name} | {_rounded(before.get(name, ''))} | {_rounded(after[name])} |"
+            yield f"| {name} | {_round_value(before.get(name, ''))} | {_round_value(after[name])} |"
         yield ""
     shown = [(label, results[name]) for name, label in (
         ("steps", "steps"), ("train_tokens", "trained tokens"), ("train_seconds", "seconds"),
@@ -281,11 +282,11 @@ def _results(results: Mapping[str, Any]) -> Iterator[str]:
         if results.get(name) not in (None, "")]
     if shown:
         yield from ("## Training", "", "| figure | value |", "|---|---|")
-        yield from (f"| {label} | {_rounded(value)} |" for label, value in shown)
+        yield from (f"| {label} | {_round_value(value)} |" for label, value in shown)
         yield ""
 
 
-def _measures(results: Mapping[str, Any], when: str) -> dict[str, float]:
+def _select_metrics(results: Mapping[str, Any], when: str) -> dict[str, float]:
     test, single, metric = results.get("test_before" if when == "before" else "test"), results.get(when), \
         results.get("metric")
     found = dict(test) if isinstance(test, Mapping) else {}
@@ -299,7 +300,7 @@ def _measures(results: Mapping[str, Any], when: str) -> dict[str, float]:
             if isinstance(value, int | float) and not LEFT_OUT.match(name)}
 
 
-def _rounded(value: Any) -> str:
+def _round_value(value: Any) -> str:
     """Four digits; whole numbers with their thousands set apart."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)

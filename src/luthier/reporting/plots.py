@@ -17,17 +17,17 @@ Bin = tuple[float, float, float]  # mean confidence, share that was right, how m
 def plot_metrics(numbers: Mapping[str, float], labels: Sequence[str], folder: Path) -> None:
     """Write `confusion.png` and `calibration.png` into a folder, as far as the numbers of a measure hold them."""
     if any(name.startswith("confusion_") for name in numbers):
-        plot_confusion(confusion_of(numbers, len(labels)), labels, folder / "confusion.png")
-    if bins := calibration_of(numbers):
+        plot_confusion(collect_confusion(numbers, len(labels)), labels, folder / "confusion.png")
+    if bins := collect_calibration(numbers):
         plot_calibration(bins, folder / "calibration.png")
 
 
-def confusion_of(numbers: Mapping[str, float], classes: int) -> list[list[float]]:
+def collect_confusion(numbers: Mapping[str, float], classes: int) -> list[list[float]]:
     """[classes][classes] how often the class of the row was taken for that of the column."""
     return [[numbers.get(f"confusion_{i}_{j}", 0.0) for j in range(classes)] for i in range(classes)]
 
 
-def calibration_of(numbers: Mapping[str, float]) -> list[Bin]:
+def collect_calibration(numbers: Mapping[str, float]) -> list[Bin]:
     """The bins that are not empty, from the least to the most confident."""
     found = sorted(int(name.rpartition("_")[2]) for name in numbers if re.fullmatch(r"calibration_count_\d+", name))
     return [(numbers[f"calibration_predicted_{b}"], numbers[f"calibration_observed_{b}"],

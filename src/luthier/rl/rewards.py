@@ -29,7 +29,7 @@ import torch
 
 from luthier.core.errors import DataError, LuthierError, RecipeError, RunError, nearest
 from luthier.core.examples import Origin
-from luthier.evaluation.answer_metrics import SCORERS
+from luthier.evaluation.answer_metrics import METRICS
 from luthier.rl.sandbox import Limits, passed
 
 SHOWN = 80  # characters of a value in an error
@@ -112,7 +112,7 @@ def _fact(facts: Mapping[str, Any], name: str) -> Any:
 
 
 def _scored(name: str) -> Judge:
-    return lambda text, facts, _: SCORERS[name](text, str(_fact(facts, "reference")))
+    return lambda text, facts, _: METRICS[name](text, str(_fact(facts, "reference")))
 
 
 def _length(text: str, facts: Mapping[str, Any], _: float) -> float:
@@ -142,7 +142,7 @@ def code_in(text: str) -> str:
     return (block if first.strip().isalnum() or not first.strip() else rest).partition("```")[0]
 
 
-BUILT_IN: dict[str, Judge] = {**{name: _scored(name) for name in SCORERS}, "length": _length, "code_tests": _code_tests}
+BUILT_IN: dict[str, Judge] = {**{name: _scored(name) for name in METRICS}, "length": _length, "code_tests": _code_tests}
 
 
 # ---------------------------------------------------------------- a user's own

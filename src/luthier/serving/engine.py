@@ -27,7 +27,7 @@ UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a letter w
 
 
 @dataclass(frozen=True)
-class Bit:
+class TokenDelta:
     """What became certain of an answer: its next words, how many tokens it has so far, and how it ended, if it did."""
 
     text: str
@@ -60,7 +60,7 @@ class Request:
     stop: tuple[str, ...] = ()
     place: int = 0
     cancelled: bool = False
-    tell: Callable[[Bit], None] = field(default=lambda bit: None, repr=False)
+    tell: Callable[[TokenDelta], None] = field(default=lambda bit: None, repr=False)
 
     def alike(self, other: Request) -> bool:
         """Whether both can be sampled in one batch."""
@@ -69,14 +69,14 @@ class Request:
 
 
 @dataclass(eq=False)
-class Errand:
+class EngineTask:
     """Other work on the model, done between two batches."""
 
     work: Callable[[], Any]
     done: Future[Any]
 
 
-class Desk:
+class InferenceEngine:
     """Requests and the thread that answers them.
 
     Args:
@@ -89,14 +89,14 @@ class Desk:
                  most: int = 16) -> None:
         self.family, self.numbers, self.most = family, numbers, most
         self.batches = 0
-        self._waiting: deque[Request | Errand] = deque()
+        self._waiting: deque[Request | EngineTask] = deque()
         self._bell = Condition()
         self._open = True
         family.train(False)
         self._thread = Thread(target=self._work, name="desk", daemon=True)
         self._thread.start()
 
-    def ask(self, request: Request, tell: Callable[[Bit], None]) -> Request:
+    def ask(self, request: Request, tell: Callable[[TokenDelta], None]) -> Request:
         """Put a request in the line. `tell` hears every bit, from the desk's own thread; the last one has an `end` or
         an `error`. Set `cancelled` on what comes back to be told no more."""
         request.tell = tell
@@ -105,11 +105,11 @@ class Desk:
 
     def run(self, work: Callable[[], Any]) -> Future[Any]:
         """Do something else with the model, in the line like everybody."""
-        errand = Errand(work, Future())
+        errand = EngineTask(work, Future())
         self._queue(errand)
         return errand.done
 
-    def _queue(self, one: Request | Errand) -> None:
+    def _queue(self, one: Request | EngineTask) -> None:
         with self._bell:
             self._waiting.append(one)
             self._bell.notify()
@@ -121,35 +121,35 @@ class Desk:
             self._bell.notify()
         self._thread.join()
         for one in self._waiting:
-            if isinstance(one, Errand):
+            if isinstance(one, EngineTask):
                 one.done.cancel()
             else:
-                one.tell(Bit("", 0, "cancelled"))
+                one.tell(TokenDelta("", 0, "cancelled"))
 
     # ------------------------------------------------------------ the desk's own thread
 
     def _work(self) -> None:
         while batch := self._next():
-            if isinstance(batch, Errand):
-                _run(batch)
+            if isinstance(batch, EngineTask):
+                _run_task(batch)
                 continue
             self.batches += 1
             try:
                 self._answer(batch)
             except LuthierError as error:
-                _all_told(batch, error)
+                _fail_requests(batch, error)
             except Exception as error:  # else whoever waits would wait for ever
                 traceback.print_exc()
-                _all_told(batch, RunError(f"the server failed: {error}", "its words on stderr say where"))
+                _fail_requests(batch, RunError(f"the server failed: {error}", "its words on stderr say where"))
 
-    def _next(self) -> list[Request] | Errand | None:
+    def _next(self) -> list[Request] | EngineTask | None:
         """The first in the line, and whoever goes with it; waits for one. None once the desk is closed."""
         with self._bell:
             self._bell.wait_for(lambda: self._waiting or not self._open)
             if not self._open:
                 return None
             first = self._waiting[0]
-            if isinstance(first, Errand):
+            if isinstance(first, EngineTask):
                 self._waiting.popleft()
                 return first
             batch = [r for r in self._waiting if isinstance(r, Request) and r.alike(first)][:self.most]
@@ -161,7 +161,7 @@ class Desk:
         sampling = Sampling(max(r.max_new_tokens for r in batch), first.temperature, first.top_p, batch_size=len(batch),
                             seed=secrets.randbits(32) if first.seed is None else first.seed + 1_000_003 * first.place)
         numbers = self.numbers([request.adapter for request in batch]) if self.numbers else ()
-        answers = [_Answer(request, self.family.tokenizer.decode) for request in batch]
+        answers = [_RunningRequest(request, self.family.tokenizer.decode) for request in batch]
         assert isinstance(self.family, assembly.CausalLM), "nobody asks a base that does not write"
         for index, token in self.family.tokens([request.prompt for request in batch], sampling, numbers):
             answers[index].hear(token)
@@ -171,23 +171,23 @@ class Desk:
             answer.end("length")
 
 
-def _run(errand: Errand) -> None:
+def _run_task(errand: EngineTask) -> None:
     try:
         errand.done.set_result(errand.work())
     except Exception as error:  # it is raised again where the result is waited for
         errand.done.set_exception(error)
 
 
-def _all_told(batch: Iterable[Request], error: LuthierError) -> None:
+def _fail_requests(batch: Iterable[Request], error: LuthierError) -> None:
     for request in batch:
-        request.tell(Bit("", error=error))
+        request.tell(TokenDelta("", error=error))
 
 
-class _Answer:
+class _RunningRequest:
     """One answer on its way out."""
 
     def __init__(self, request: Request, decode: Callable[..., str]) -> None:
-        self.request, self.words, self.tokens, self.ended = request, Words(decode), 0, False
+        self.request, self.words, self.tokens, self.ended = request, IncrementalDetokenizer(decode), 0, False
         self.held = ""  # words that may be the beginning of a text that ends the answer
 
     def hear(self, token: int | None) -> None:
@@ -211,26 +211,26 @@ class _Answer:
             self._say(self.words.rest())
         if not self.ended:
             self.ended = True
-            self.request.tell(Bit(self.held, self.tokens, how))
+            self.request.tell(TokenDelta(self.held, self.tokens, how))
 
     def _say(self, text: str) -> None:
         self.held += text
         found = [at for stop in self.request.stop if (at := self.held.find(stop)) >= 0]
         if found:
             self.ended = True
-            self.request.tell(Bit(self.held[:min(found)], self.tokens, "stop"))
+            self.request.tell(TokenDelta(self.held[:min(found)], self.tokens, "stop"))
             return
         keep = max((n for stop in self.request.stop for n in range(1, len(stop)) if self.held.endswith(stop[:n])),
                    default=0)
         said, self.held = self.held[:len(self.held) - keep], self.held[len(self.held) - keep:]
         if said:
-            self.request.tell(Bit(said, self.tokens))
+            self.request.tell(TokenDelta(said, self.tokens))
 
 
 # ---------------------------------------------------------------- tokens to words
 
 
-class Words:
+class IncrementalDetokenizer:
     """The text of a stream of tokens, as it becomes certain: no letter is said before all its bytes are there."""
 
     def __init__(self, decode: Callable[..., str]) -> None:
@@ -253,13 +253,13 @@ class Words:
         return new
 
 
-def bits(tokens: Iterable[int], decode: Callable[..., Any]) -> Iterator[str]:
+def stream(tokens: Iterable[int], decode: Callable[..., Any]) -> Iterator[str]:
     """The text of an answer's tokens, bit by bit.
 
-    >>> list(bits(iter([72, 105, 195, 164]), lambda ids, **_: bytes(ids).decode(errors="replace")))
+    >>> list(stream(iter([72, 105, 195, 164]), lambda ids, **_: bytes(ids).decode(errors="replace")))
     ['H', 'i', 'ä']
     """
-    words = Words(decode)
+    words = IncrementalDetokenizer(decode)
     for token in tokens:
         if new := words.hear(token):
             yield new
