@@ -143,13 +143,13 @@ def _language() -> Iterator[tuple[str, Case]]:
         "llama", {"name": "full"}, sft, "chat.jsonl", data={"train_on": "last", "max_length": 100, "system": "Be brief."},
         optimizer={"schedule": "cosine", "warmup": 0.25, "floor": 0.1, "weight_decay": 0.1, "clip": 0.5, "beta2": 0.95},
         training={"keep_best": True, "gradient_checkpointing": True}, evaluate=ANSWERS),
-        [EVALUATE, CHAT, SAMPLED, _export("merged"),
-         ["export", "{run}", "--to", "gguf", "--out", "{run}/model.gguf", "--dtype", "float32"]])
+        [EVALUATE, CHAT, SAMPLED, _export("merged")])
     yield "sft-lora-qwen2", Case(_run(
         "qwen2", {"name": "lora", "rank": 4, "dropout": 0.1, "plus": 4, "rank_pattern": {"q": 2}, "targets": ["q", "v", "down"]},
         sft, "sft.jsonl", training={"steps": 6, "save_every": 2, "keep": 5}, optimizer={"schedule": "wsd", "warmup": 2},
         evaluate=ANSWERS), [EVALUATE, [*EVALUATE, "--base"], CHAT, _export("merged"), _export("whole"),
-                            _export("adapter", "--lora-rank", "auto")], resume=2)
+                            _export("adapter", "--lora-rank", "auto"),
+                            ["export", "{run}", "--to", "gguf-adapter", "--out", "{run}/adapter.gguf"]], resume=2)
     yield "sft-dora-gemma2", Case(_run("gemma2", {"name": "lora", "rank": 2, "dora": True, "rslora": True}, sft, "sft.jsonl"),
                                   [EVALUATE, CHAT, _export("merged")])
     yield "sft-pissa-gpt2", Case(_run("gpt2", {"name": "lora", "rank": 3, "init": "pissa"}, sft, "sft.jsonl"), [EVALUATE])
