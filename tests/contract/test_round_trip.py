@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from importlib import import_module
 from itertools import product
@@ -31,7 +32,7 @@ from luthier.data.control_tokens import ControlTokens
 from luthier.data.encoding import encode as encode_example
 from luthier.data.formats.text import turn
 from luthier.data.rows import Refusal
-from luthier.data.templates import ChatTemplate, chat_templates
+from luthier.data.templates import ChatTemplate, chat_templates, stop_tokens
 from luthier.data.tokenization import prompt_of
 
 encoding = import_module("luthier.data.tokenization")  # `luthier.data.tokenization` is a function
@@ -293,6 +294,24 @@ def test_control_tokens_are_read_as_transformers_reads_them(kind: str) -> None:
         "default"].source, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True)["input_ids"]
     mine = prompt_of(ChatExample((Message("user", spelt), Message("assistant", "")), HERE), tokenizer, CONFIG)[0]
     assert mine == theirs
+
+
+CALL_END = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
+            "{{ c.function | tojson }}{% endfor %}{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}{% endfor %}"
+            "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+
+
+@pytest.mark.parametrize("kind", [*(name for name, kind in KINDS.items() if kind.template), "call end"])
+def test_what_ends_a_trained_turn_stops_generation(kind: str) -> None:
+    """`call end`: a turn of function calls ends with a token of its own, as in the templates of gpt-oss."""
+    name = "chatml" if kind == "call end" else kind
+    tokenizer = deepcopy(tokenizer_with(name))
+    tokenizer.chat_template = CALL_END if kind == "call end" else tokenizer.chat_template
+    ends = set()
+    for shape in ("two", "silent call"):
+        case = Case([_message(role, n, TEXTS[0]) for n, role in enumerate(SHAPES[shape])], (), tokenizer, name)
+        ends |= {own[-1] for _, _, own in case.runs()}
+    assert ends == set(stop_tokens(tokenizer))
 
 
 def test_the_template_that_renders_what_a_row_holds_is_chosen() -> None:

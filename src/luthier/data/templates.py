@@ -143,24 +143,33 @@ class ChatTemplate:
     @cached_property
     def end_of_turn(self) -> str | None:
         """The text of the token that ends an assistant's turn; None where the template writes none."""
-        tail = self._tail()
-        if tail is None:
-            return None
-        ids = self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self._tail_ids(*({"content": content} for content in ("qqq", "jjj")))
         marks = {**_added(self.tokenizer)}
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token is not None:
             marks[self.tokenizer.eos_token_id] = self.tokenizer.eos_token
         return next((marks[token] for token in ids if token in marks and marks[token].strip()), None)
 
-    def _tail(self) -> str | None:
-        """What the template writes behind the content of an assistant's last turn: all that two renderings, which
-        differ in nothing but this content, have in common at their ends."""
-        rendered = [self._try([USER, {"role": "assistant", "content": content}]) for content in ("qqq", "jjj")]
+    def _tail_ids(self, *keys: Turn) -> Sequence[int]:
+        """The tokens behind an assistant's last turn: all that the renderings of two turns, which differ in these keys
+        alone, have in common at their ends."""
+        rendered = [self._try([USER, {"role": "assistant", **key}]) for key in keys]
         if None in rendered:
-            return None
+            return ()
         first, second = (str(text) for text in rendered)
         count = next((i for i, (a, b) in enumerate(zip(reversed(first), reversed(second), strict=False)) if a != b), 0)
-        return first[len(first) - count:] if count else ""
+        tail = first[len(first) - count:] if count else ""
+        return self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @cached_property
+    def call_stop_token(self) -> int | None:
+        """The id of the token that ends a turn of function calls, where it is another than `stop_token`."""
+        (call,) = PROBES["tool_calls"]
+        ids = self._tail_ids(*({"content": "", "tool_calls": [
+            {**call, "function": {"name": "vvv", "arguments": {"w": value}}}]} for value in ("qqq", "jjj")))
+        special = set(self.tokenizer.all_special_ids) | {
+            index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        last = next((index for index in reversed(ids) if index in special), None)
+        return None if self.stop_token in ids else last
 
     @cached_property
     def stop_token(self) -> int | None:
@@ -236,5 +245,6 @@ def saved_chat_template(tokenizer: Tokenizer) -> Any:
 def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end an answer because a chat template ends a turn with them; the default template's first. Empty for
     a tokenizer that brought no template."""
-    found = [template.stop_token for template in chat_templates(tokenizer).values() if template.given]
+    templates = [template for template in chat_templates(tokenizer).values() if template.given]
+    found = [*(template.stop_token for template in templates), *(template.call_stop_token for template in templates)]
     return tuple(dict.fromkeys(token for token in found if token is not None))
