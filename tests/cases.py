@@ -52,7 +52,7 @@ class Case:
         part = replace(t, at=t.at[points], tokens=t.tokens[points], weights=t.weights[points], examples=len(examples),
                        items=t.items[items], labels=t.labels[items], margins=t.margins[items],
                        groups=number[t.groups[items]], item_of=place[t.item_of[points]],
-                       known={column: values[points] for column, values in t.known.items()},
+                       precomputed={column: values[points] for column, values in t.precomputed.items()},
                        item_weights=t.item_weights[items] if len(t.item_weights) else t.item_weights,
                        shares=t.shares[items] if len(t.shares) else t.shares)
         outputs = {name: value[items if name in BY_ITEM else points] for name, value in self.outputs.tensors().items()}
@@ -106,9 +106,9 @@ def answers(name: str, dice: torch.Generator, labels: Sequence[Sequence[float]],
     target = Target(torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.ones(n), len(labels),
                     items=torch.arange(len(flat)), labels=torch.tensor(flat, dtype=torch.float32),
                     margins=torch.zeros(len(flat)), groups=groups, item_of=item_of,
-                    known={column: torch.randn(n, generator=dice, dtype=torch.float64) for column in known})
+                    precomputed={column: torch.randn(n, generator=dice, dtype=torch.float64) for column in known})
     outputs = Outputs(token_logps=logps[0].requires_grad_(), reference_logps=logps[1])
-    if "token_scores" in (made := OBJECTIVES[name](**settings)).needs:
+    if "token_scores" in (made := OBJECTIVES[name](**settings)).required_outputs:
         outputs = replace(outputs, token_scores=torch.randn(n, 1, generator=dice, dtype=torch.float64).requires_grad_())
     return Case(made, outputs, target, owner)
 

@@ -113,7 +113,7 @@ STEP_BREAKS = (
     Break("step-reference-with-dropout", "training/step.py", "    family.train(False)\n    with torch.no_grad(), reference():", "    with torch.no_grad(), reference():", on(STEP, "test_the_reference_is_asked_without_dropout_and_the_mode_comes_back")),
     Break("step-reference-leaves-evaluation-mode", "training/step.py", "    family.train(training)\n", "", on(STEP, "test_the_reference_is_asked_without_dropout_and_the_mode_comes_back", "test_what_trains_is_computed_with_dropout_beside_the_reference")),
     Break("step-reference-is-the-policy", "training/step.py", "with torch.no_grad(), reference():", "with torch.no_grad():", on("contract/test_objectives_models.py", "test_the_reference_is_the_base_however_far_the_method_went")),
-    Break("step-known-reference-asked-again", "training/step.py", 'batch.target.known.get("reference_logps")', "None", on(STEP, "test_a_known_reference_is_not_asked_again")),
+    Break("step-known-reference-asked-again", "training/step.py", 'batch.target.precomputed.get("reference_logps")', "None", on(STEP, "test_a_known_reference_is_not_asked_again")),
     Break("measure-divisor", "training/step.py", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total, part.count)})", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total, 1.0)})", on(STEP, "test_measured_numbers_are_sums_divided_once")),
     Break("measure-mean-of-means", "training/step.py", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total, part.count)})", "            part = objective(outputs, batch.target)\n            _add(sums, {**part.metrics, \"loss\": (part.total / part.count, 1.0)})", on(STEP, "test_measured_numbers_are_sums_divided_once")),
     Break("measure-counts-do-not-add-up", "training/step.py", "(old[0] + total, old[1] + n)", "(old[0] + total, n)", on(STEP, "test_measured_numbers_are_sums_divided_once")),
@@ -275,7 +275,7 @@ ROLLOUT_BREAKS = (
     Break("rollout-reference-is-the-policy", "rl/collector.py", "with self.reference():", "if True:", on(ROLLS, "test_every_column_stands_at_its_token")),
     Break("rollout-with-dropout", "rl/collector.py", "        self.family.train(False)\n", "", on(ROUNDS, "test_the_policy_is_asked_without_dropout_and_goes_on_training")),
     Break("rollout-trains-without-dropout", "rl/collector.py", "        self.family.train(training)\n", "", on(ROUNDS, "test_the_policy_is_asked_without_dropout_and_goes_on_training")),
-    Break("rollout-early-end-never", "rl/collector.py", '["kl_old"] > self.objective.target_kl', '["kl_old"] < self.objective.target_kl', on(ROLLS, "test_a_round_ends_early_where_the_policy_has_moved_too_far")),
+    Break("rollout-early-end-never", "rl/collector.py", '["approx_kl"] > self.objective.target_kl', '["approx_kl"] < self.objective.target_kl', on(ROLLS, "test_a_round_ends_early_where_the_policy_has_moved_too_far")),
     Break("rollout-one-epoch-too-few", "rl/collector.py", "for epoch in range(self.objective.epochs):", "for epoch in range(max(1, self.objective.epochs - 1)):", on(ROLLS, "test_a_round_is_learned_from_as_often_as_it_says")),
     Break("rollout-reward-weight-lost", "rl/rewards.py", "totals[i] += weight * value", "totals[i] += value", on("unit/rl/test_rewards.py", "test_several_rewards_are_added_by_their_weights")),
 )

@@ -104,7 +104,7 @@ def rows_of(base: str, objective: str) -> str:
 
 def recipe(home: Path, base: str, method: str, objective: str) -> assembly.Recipe:
     minimised: dict[str, Any] = {"name": objective}
-    if OBJECTIVES[objective].rolls:
+    if OBJECTIVES[objective].is_online:
         minimised |= {"reward": f"{__file__}:vowels", "answers": 3, "max_new_tokens": 4}
     if base in VISIONS and objective == "contrastive":
         minimised |= {"kind": "labels"}
@@ -127,7 +127,7 @@ class Trial:
 
     def __init__(self, made: assembly.Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = assembly.family(made.base, made.objective.hides)
+        self.base = assembly.family(made.base, made.objective.uses_masking)
         assembly.check(made, self.base)
         found = assembly.datasets(made, self.base)
         self.made = assembly.fitted(made, found)
@@ -139,7 +139,7 @@ class Trial:
                        self.made.optimizer, made.optimizer.learning_rate or assembly.default_learning_rate(made), folder,
                        reference=self.reference, rolling=self.feed if isinstance(self.feed, Rollouts) else None,
                        log=lambda step, numbers: self.lines.append(dict(numbers)))
-        self.batches: list[Batch] = [] if self.made.objective.rolls else assembly.rows.eval_batches(found.train, 1000)
+        self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.eval_batches(found.train, 1000)
 
     def loss(self) -> float:
         """On all rows, without dropout."""
@@ -179,7 +179,7 @@ def learned(one: Trial, before: dict[str, tuple[Tensor, Tensor]]) -> None:
     predicted, a bias of scores that are only compared with one another, and queries, keys and distances in a decoder that
     has written nothing: its one place sees itself alone."""
     head = one.base.anatomy.head
-    spared = {id(p) for p in head.parameters()} if head and not one.made.objective.needs & LOG_PROBS else set()
+    spared = {id(p) for p in head.parameters()} if head and not one.made.objective.required_outputs & LOG_PROBS else set()
     silent = one.made.objective.name in ("classify", "contrastive")
     for name, parameter in one.attached.parameters().items():
         compared = one.made.objective.name == "reward" and parameter.ndim == 1

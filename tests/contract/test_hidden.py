@@ -159,7 +159,7 @@ def test_heads_of_other_architectures_are_found(kind: str) -> None:
     family = Encoder(model, WORDS)
     row = batch(found)
     with torch.no_grad():
-        loss = PRETRAIN(family.forward(row.inputs, row.target, PRETRAIN.needs), row.target)
+        loss = PRETRAIN(family.forward(row.inputs, row.target, PRETRAIN.required_outputs), row.target)
         assert abs(loss.total / loss.count - theirs(model, found)) < 1e-5
         assert abs(loss.total / loss.count - theirs(model, found, shift=-1)) > FAR
 
@@ -274,7 +274,7 @@ def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_pa
     row = batch(examples("words"))
 
     def states(started: assembly.Recipe) -> Tensor:
-        family = assembly.family(started.base, started.objective.hides)
+        family = assembly.family(started.base, started.objective.uses_masking)
         assembly.begin(started, family)
         family.train(False)
         with torch.no_grad():

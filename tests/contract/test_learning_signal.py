@@ -162,9 +162,9 @@ def test_equal_scores_count_half() -> None:
     for name, known in OBJECTIVES.items():
         if issubclass(known, PreferenceConfig):
             outputs = Outputs(token_logps=logps, reference_logps=logps)
-            total, count = known()(outputs, pair).metrics["pair_accuracy"]
-            assert float(total / count) == (0.5 if "reference_logps" in known.needs else 0.0), name
-    total, count = OBJECTIVES["reward"]()(Outputs(scores=torch.zeros(2, 1)), pair).metrics["pair_accuracy"]
+            total, count = known()(outputs, pair).metrics["rewards/accuracies"]
+            assert float(total / count) == (0.5 if "reference_logps" in known.required_outputs else 0.0), name
+    total, count = OBJECTIVES["reward"]()(Outputs(scores=torch.zeros(2, 1)), pair).metrics["rewards/accuracies"]
     assert float(total / count) == 0.5
 
 

@@ -168,14 +168,14 @@ def test_retrieval_counts_by_hand() -> None:
     states = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.9], [1, 1], [0.1, 1], [1, 1.1]])
     # anchor 0: its positive is first; anchor 2: behind (0.1, 1) and (1, 1.1); anchor 4: behind both (1, 0.9) and (1, 1.1),
     # and before (1, 0.1) by less than nothing: their cosines with (1, 1) are equal, which counts half.
-    found = case.objective.quality(Outputs(pooled=states), case.target)
+    found = case.objective.compute_eval_metrics(Outputs(pooled=states), case.target)
     assert found == pytest.approx({"mrr": (1 + 1 / 3 + 1 / 3.5) / 3, "recall_at_1": 1 / 3, "recall_at_5": 1.0, "recall_at_10": 1.0})
 
 
 def test_of_classes_the_nearest_other_counts() -> None:
     case = made([[0], [0], [1], [1], [2]], kind="labels")
     states = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.3], [-1, 0]])
-    found = case.objective.quality(Outputs(pooled=states), case.target)  # 2 is nearest to 3, its mate; 3 is behind 0 and 1
+    found = case.objective.compute_eval_metrics(Outputs(pooled=states), case.target)  # 2 is nearest to 3, its mate; 3 is behind 0 and 1
     assert found == pytest.approx({"mrr": (1 + 1 + 1 + 1 / 3) / 4, "recall_at_1": 0.75, "recall_at_5": 1.0, "recall_at_10": 1.0})
 
 
@@ -184,7 +184,7 @@ def test_likeness_is_spearmans() -> None:
     case = cases()["contrastive-scores"]
     z = F.normalize(case.outputs.pooled.detach(), dim=1)
     cosines, scores = (z[::2] * z[1::2]).sum(1), case.target.labels[::2]
-    found = case.objective.quality(case.outputs, case.target)
+    found = case.objective.compute_eval_metrics(case.outputs, case.target)
     assert found == pytest.approx({"spearman": stats.spearmanr(cosines, scores)[0], "pearson": stats.pearsonr(cosines, scores)[0]})
 
 
@@ -204,8 +204,8 @@ def test_an_example_without_its_items_is_refused(kind: str, labels: list, match:
 
 def test_only_of_labels_are_there_classes() -> None:
     bare = OBJECTIVES["contrastive"](kind="labels")
-    assert (bare.classes, bare.fitted(("cat", "dog")).classes) == ((), ("cat", "dog"))
-    assert OBJECTIVES["contrastive"]().fitted(("cat", "dog")).classes is None
+    assert (bare.classes, bare.with_labels(("cat", "dog")).classes) == ((), ("cat", "dog"))
+    assert OBJECTIVES["contrastive"]().with_labels(("cat", "dog")).classes is None
 
 
 # ---------------------------------------------------------------- in parts, and over ranks

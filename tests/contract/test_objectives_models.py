@@ -87,7 +87,7 @@ def measured(family: CausalLM, objective: Any, attached: Attached, examples: lis
     count = sum(objective.count(batch.target) for batch in batches)
     run = partial(forward, family, objective, reference=attached.disabled)
     losses = [grad_cache.backward(run, objective, part, count, family.device, nullcontext)[0]
-              for part in ([batches] if objective.coupled else [[batch] for batch in batches])]
+              for part in ([batches] if objective.needs_full_batch else [[batch] for batch in batches])]
     return {"loss": sum(losses), **{n: p.grad for n, p in attached.parameters().items()}}
 
 
@@ -135,7 +135,7 @@ def test_the_reference_is_the_base_however_far_the_method_went() -> None:
         gain = measure(family, objective, [batch], attached.disabled)
         with attached.disabled():
             none = measure(family, objective, [batch], attached.disabled)
-    assert none["reward_margin"] == 0.0
+    assert none["rewards/margins"] == 0.0
     assert none["loss"] == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
-    assert gain["reward_chosen"] == pytest.approx(2.0 * (gain["logps_chosen"] - none["logps_chosen"]), rel=1e-5)
-    assert abs(gain["reward_chosen"]) > 1e-3
+    assert gain["rewards/chosen"] == pytest.approx(2.0 * (gain["logps/chosen"] - none["logps/chosen"]), rel=1e-5)
+    assert abs(gain["rewards/chosen"]) > 1e-3

@@ -140,8 +140,8 @@ def test_its_metrics_are_trls(name: str) -> None:
     case = made(name, beta=0.3)
     theirs = trl_dpo(case, {"dpo": "sigmoid"}.get(name, name))[1]
     ours = {metric: float(total) / float(n) for metric, (total, n) in case.loss().metrics.items()}
-    names = {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected", "reward_margin": "rewards/margins",
-             "pair_accuracy": "rewards/accuracies", "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected"}
+    names = {"rewards/chosen": "rewards/chosen", "rewards/rejected": "rewards/rejected", "rewards/margins": "rewards/margins",
+             "rewards/accuracies": "rewards/accuracies", "logps/chosen": "logps/chosen", "logps/rejected": "logps/rejected"}
     assert ours == pytest.approx({name: theirs[other] for name, other in names.items()}, rel=1e-6)
 
 

@@ -49,9 +49,9 @@ def test_of_pairs_it_is_trls(ranking: str, centring: float, margins: bool) -> No
     same(case, wanted)
     theirs = {name: values[-1] for name, values in made._metrics["train"].items()}
     ours = {name: float(total) / float(n) for name, (total, n) in case.loss().metrics.items()}
-    assert ours["pair_accuracy"] == pytest.approx(theirs["accuracy"])
-    assert ours["reward_margin"] == pytest.approx(theirs["margin"])
-    assert ours["reward_chosen"] - ours["reward_rejected"] == pytest.approx(theirs["margin"])
+    assert ours["rewards/accuracies"] == pytest.approx(theirs["accuracy"])
+    assert ours["rewards/margins"] == pytest.approx(theirs["margin"])
+    assert ours["rewards/chosen"] - ours["rewards/rejected"] == pytest.approx(theirs["margin"])
 
 
 def test_a_ranking_is_plackett_and_luces() -> None:
@@ -109,5 +109,5 @@ def test_true_probabilities_are_calibrated_and_bold_ones_are_not() -> None:
 
 def test_its_quality_is_over_all_pairs() -> None:
     case = cases()["reward"]
-    found = case.objective.quality(case.outputs, case.target)
+    found = case.objective.compute_eval_metrics(case.outputs, case.target)
     assert sum(value for name, value in found.items() if "_count_" in name) == 1 + 3 + 1 + 6

@@ -36,7 +36,7 @@ def target(known: dict[str, Tensor]) -> Target:
     return Target(torch.arange(TOTAL), torch.zeros(TOTAL, dtype=torch.long), torch.ones(TOTAL), 2,
                   items=torch.arange(answers), labels=torch.zeros(answers), margins=torch.zeros(answers),
                   groups=torch.arange(answers) // 3, item_of=torch.repeat_interleave(torch.arange(answers), LENGTHS),
-                  known=known)
+                  precomputed=known)
 
 
 def mean(objective: Any, outputs: Outputs, known: dict[str, Tensor]) -> Tensor:
@@ -102,7 +102,7 @@ def test_rloos_gradient_is_reinforce_with_the_others_as_a_baseline() -> None:
     rewards = torch.tensor([[1.0, 0.0, 2.0], [5.0, 3.0, 3.5]], dtype=torch.float64)
     each = torch.stack([row[i] - (row.sum() - row[i]) / 2 for row in rewards for i in range(3)])
     wanted = -(torch.stack([part.sum() for part in logps.split(LENGTHS.tolist())]) * each).mean()
-    columns = GrpoConfig(advantage="rloo", answers=3).columns(rewards.flatten(), LENGTHS, {}, 0.0)
+    columns = GrpoConfig(advantage="rloo", answers=3).compute_advantages(rewards.flatten(), LENGTHS, {}, 0.0)
     found = mean(GrpoConfig(advantage="rloo", answers=3), Outputs(token_logps=logps), columns)
     torch.testing.assert_close(torch.autograd.grad(found, logps)[0], torch.autograd.grad(wanted, logps)[0])
 
@@ -164,8 +164,8 @@ def test_it_reports_what_it_says() -> None:
     a = known["advantages"]
     decided = (ratio.clamp(0.8, 1.2) * a < ratio * a).double().mean()
     assert 0 < float(decided) < 1
-    wanted = {"clip_share": decided, "value_error": ((values - known["returns"]) ** 2).mean(),
-              "entropy": numbers(7).mean(), "kl_old": (ratio - 1 - ratio.log()).mean()}
+    wanted = {"clip_fraction": decided, "value_loss": ((values - known["returns"]) ** 2).mean(),
+              "entropy": numbers(7).mean(), "approx_kl": (ratio - 1 - ratio.log()).mean()}
     for name, value in wanted.items():
         total, n = found[name]
         assert float(total) / float(n) == pytest.approx(float(value)), name
@@ -193,13 +193,13 @@ def test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end() -> N
     _, known = drawn()
     objective = PpoConfig(kl_weight=0.5, whiten=False, lam=1.0)
     rewards = torch.arange(6.0, dtype=torch.float64)
-    found = objective.columns(rewards, LENGTHS, known, 0.7)  # 0.7: where the controller has steered it
+    found = objective.compute_advantages(rewards, LENGTHS, known, 0.7)  # 0.7: where the controller has steered it
     apart = known["old_logps"] - known["reference_logps"]
     begins = LENGTHS.cumsum(0) - LENGTHS
     paid = torch.stack([part.sum() for part in apart.split(LENGTHS.tolist())])
     torch.testing.assert_close(found["returns"][begins], rewards - 0.7 * paid)
     torch.testing.assert_close(found["advantages"], found["returns"] - known["old_values"])
-    white = PpoConfig(kl_weight=0.5, lam=1.0).columns(rewards, LENGTHS, known, 0.7)
+    white = PpoConfig(kl_weight=0.5, lam=1.0).compute_advantages(rewards, LENGTHS, known, 0.7)
     torch.testing.assert_close(white["returns"], found["returns"])
     assert float(white["advantages"].mean()) == pytest.approx(0, abs=1e-12)
     assert float(white["advantages"].var()) == pytest.approx(1, rel=1e-6)
@@ -208,12 +208,12 @@ def test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end() -> N
 
 def test_the_controller_steers_towards_its_target() -> None:
     objective = PpoConfig(kl_weight=0.1, kl_target=2.0)
-    assert objective.steered(0.1, 2.0) == 0.1
-    assert objective.steered(0.1, 100.0) == pytest.approx(0.1 * 1.02)
-    assert objective.steered(0.1, 1.9) == pytest.approx(0.1 * (1 - 0.1 * 0.05))
-    assert objective.steered(0.1, 0.0) == pytest.approx(0.1 * 0.98)
-    assert PpoConfig(kl_weight=0.1).steered(0.1, 100.0) == 0.1
-    assert not math.isnan(objective.steered(0.1, -5.0))
+    assert objective.update_kl_coef(0.1, 2.0) == 0.1
+    assert objective.update_kl_coef(0.1, 100.0) == pytest.approx(0.1 * 1.02)
+    assert objective.update_kl_coef(0.1, 1.9) == pytest.approx(0.1 * (1 - 0.1 * 0.05))
+    assert objective.update_kl_coef(0.1, 0.0) == pytest.approx(0.1 * 0.98)
+    assert PpoConfig(kl_weight=0.1).update_kl_coef(0.1, 100.0) == 0.1
+    assert not math.isnan(objective.update_kl_coef(0.1, -5.0))
 
 
 def test_each_token_earns_its_own_part_by_hand() -> None:
@@ -222,7 +222,7 @@ def test_each_token_earns_its_own_part_by_hand() -> None:
     known = {"old_logps": torch.tensor([-1.0, -2.0, -3.0, -4.0]), "reference_logps": torch.tensor([-1.5, -2.0, -2.0, -4.4]),
              "old_values": torch.tensor([0.5, 0.25, 1.0, 2.0])}
     objective = PpoConfig(kl_weight=0.2, whiten=False, lam=0.0, gamma=0.5)
-    found = objective.columns(torch.tensor([10.0, 20.0]), lengths, known, 0.2)["advantages"]
+    found = objective.compute_advantages(torch.tensor([10.0, 20.0]), lengths, known, 0.2)["advantages"]
     torch.testing.assert_close(found, torch.tensor([
         -0.2 * 0.5 + 0.5 * 0.25 - 0.5,
         0.0 + 0.5 * 1.0 - 0.25,
@@ -235,7 +235,7 @@ def test_an_answer_that_was_cut_off_is_worth_its_reward_and_no_more() -> None:
     than expected. Counting V behind the cut, the control, would say that every answer is worth R too much."""
     rewards, lengths = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.tensor([3, 2])
     values = rewards.repeat_interleave(lengths)
-    found = PpoConfig(kl_weight=0, whiten=False, lam=1.0).columns(
+    found = PpoConfig(kl_weight=0, whiten=False, lam=1.0).compute_advantages(
         rewards, lengths, {"old_logps": torch.zeros(5, dtype=torch.float64), "old_values": values}, 0.0)
     assert torch.equal(found["advantages"], torch.zeros(5, dtype=torch.float64))
     assert torch.equal(found["returns"], values)

@@ -100,8 +100,8 @@ def test_what_is_judged_is_the_mean_reward_and_the_best_is_the_lowest_loss() -> 
     found = rolled.judged()
     assert found["reward"] == pytest.approx(1.5 - 0.5)  # one answer each, none of which ended
     assert found["loss"] == pytest.approx(-found["reward"])
-    assert found["finished_share"] == 0
-    assert found["answer_tokens"] == 4
+    assert found["eos_rate"] == 0
+    assert found["completion_length"] == 4
 
 
 def test_what_a_round_says_is_means_over_its_answers() -> None:
@@ -114,10 +114,10 @@ def test_what_a_round_says_is_means_over_its_answers() -> None:
     batches = next(rolled)
     told = rolled.heard(dict)
     n = len(said)
-    assert told["answer_tokens"] == pytest.approx(sum(len(a.tokens) for a in said) / n)
-    assert told["reward"] == pytest.approx(told["answer_tokens"])
-    assert told["finished_share"] == pytest.approx(sum(a.finished for a in said) / n)
-    apart = [each.target.known["old_logps"] - each.target.known["reference_logps"] for each in batches]
+    assert told["completion_length"] == pytest.approx(sum(len(a.tokens) for a in said) / n)
+    assert told["reward"] == pytest.approx(told["completion_length"])
+    assert told["eos_rate"] == pytest.approx(sum(a.finished for a in said) / n)
+    apart = [each.target.precomputed["old_logps"] - each.target.precomputed["reference_logps"] for each in batches]
     assert told["kl"] == pytest.approx(float(torch.cat(apart).double().sum()) / n, rel=1e-6)  # nats an answer
     assert abs(told["kl"]) > 1e-3
     assert not rolled.heard(dict)
@@ -137,8 +137,8 @@ def test_the_policy_is_asked_without_dropout_and_goes_on_training() -> None:
         assert family.training
     for calm, shaken in zip(*outcomes, strict=True):
         assert torch.equal(calm.inputs.tokens, shaken.inputs.tokens)
-        for name, column in calm.target.known.items():
-            torch.testing.assert_close(shaken.target.known[name], column)
+        for name, column in calm.target.precomputed.items():
+            torch.testing.assert_close(shaken.target.precomputed[name], column)
 
 
 def test_the_weight_of_kl_is_steered_after_its_round() -> None:
@@ -164,7 +164,7 @@ def test_every_token_has_the_advantage_of_its_own_answer(micro: int) -> None:
     seen: dict[int, list[tuple[float, float]]] = {}
     for each in next(rolled):
         for item, label in enumerate(each.target.labels.tolist()):
-            mine = each.target.known["advantages"][each.target.item_of == item]
+            mine = each.target.precomputed["advantages"][each.target.item_of == item]
             assert len(set(mine.tolist())) == 1
             seen.setdefault(each.origins[int(each.target.groups[item])].line, []).append((label, float(mine[0])))
     assert sorted(map(len, seen.values())) == [3] * 4

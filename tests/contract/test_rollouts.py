@@ -95,10 +95,10 @@ def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None
                 mine = target.item_of == item
                 assert target.tokens[mine].tolist() == list(answer)
                 wanted = alone(family, prompt, answer, temperature)
-                torch.testing.assert_close(target.known["old_logps"][mine], wanted, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(target.precomputed["old_logps"][mine], wanted, rtol=1e-4, atol=1e-5)
                 with attached.disabled():
                     reference = alone(family, prompt, answer, temperature)
-                torch.testing.assert_close(target.known["reference_logps"][mine], reference, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(target.precomputed["reference_logps"][mine], reference, rtol=1e-4, atol=1e-5)
                 assert (wanted - reference).abs().max() > 1e-3
                 seen.append((*prompt, -1, *answer))
     assert len(seen) == 12
@@ -161,8 +161,8 @@ def test_the_first_step_is_on_policy_and_its_kl_is_none() -> None:
     family, attached = set_up(objective)
     batch, = next(rolls(objective, family, attached))
     loss = objective(forward(family, objective, batch, attached.disabled), batch.target)
-    assert abs(float(loss.metrics["kl_old"][0])) < 1e-9
-    assert float(loss.metrics["clip_share"][0]) == 0
+    assert abs(float(loss.metrics["approx_kl"][0])) < 1e-9
+    assert float(loss.metrics["clip_fraction"][0]) == 0
 
 
 def test_a_round_of_ppo_says_its_entropy() -> None:
@@ -178,7 +178,7 @@ def test_a_round_of_ppo_says_its_entropy() -> None:
             with torch.no_grad():
                 logits = family.model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1:-1]
             spread.append(torch.distributions.Categorical(logits=logits / 0.7).entropy())
-        assert "entropies" not in batch.target.known
+        assert "entropies" not in batch.target.precomputed
     wanted = torch.cat(spread)
     assert feed.heard(dict)["entropy"] == pytest.approx(float(wanted.mean()), rel=1e-4)
     assert float(wanted.std()) > 1e-3
@@ -189,11 +189,11 @@ def test_a_round_ends_early_where_the_policy_has_moved_too_far() -> None:
     family, attached = set_up(objective)
     feed = rolls(objective, family, attached)
     next(feed)
-    said = feed.heard(lambda: {"kl_old": 0.05})
-    assert {"reward", "answer_tokens", "finished_share"} <= said.keys()
+    said = feed.heard(lambda: {"approx_kl": 0.05})
+    assert {"reward", "completion_length", "eos_rate"} <= said.keys()
     next(feed)
     assert feed.rounds == 1
-    assert not feed.heard(lambda: {"kl_old": 0.2})  # said once a round
+    assert not feed.heard(lambda: {"approx_kl": 0.2})  # said once a round
     next(feed)
     assert feed.rounds == 2
 
@@ -374,7 +374,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
     with attached.disabled(), torch.no_grad():
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     assert bare is not None
-    assert (batch.target.known["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
+    assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
 
 
 def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path, tmp_path: Path) -> None:

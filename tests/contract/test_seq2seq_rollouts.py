@@ -85,10 +85,10 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
             mine = target.item_of == item
             assert target.tokens[mine].tolist() == list(answer)
             wanted = alone(family, prompt, answer, temperature)
-            assert (target.known["old_logps"][mine] - wanted).abs().max() < SAME
+            assert (target.precomputed["old_logps"][mine] - wanted).abs().max() < SAME
             with attached.disabled():
                 reference = alone(family, prompt, answer, temperature)
-            assert (target.known["reference_logps"][mine] - reference).abs().max() < SAME
+            assert (target.precomputed["reference_logps"][mine] - reference).abs().max() < SAME
             assert (wanted - reference).abs().max() > FAR
             assert (wanted - alone(family, prompt, answer, 1.3)).abs().max() > FAR
             assert IM_END not in answer[:-1]
@@ -100,7 +100,7 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
     if kind == "gated":
         assert 0 < ended < 12
     again = forward(family, objective, batches[0], attached.disabled).token_logps
-    assert torch.equal(again, batches[0].target.known["old_logps"])  # the same row, the same bits
+    assert torch.equal(again, batches[0].target.precomputed["old_logps"])  # the same row, the same bits
 
 
 @pytest.mark.parametrize("objective", [PpoConfig(answers=3, max_new_tokens=6, kl_in="loss"),
@@ -183,7 +183,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     with attached.disabled(), torch.no_grad():
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     assert bare is not None
-    assert (batch.target.known["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
+    assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
     run = train(made, run=str(tmp_path / "run"), quiet=True)
     assert run.results["metric"] == "reward"
     standing = assembly.standing(run)

@@ -86,7 +86,7 @@ def measured(recipe: assembly.Recipe, micro_tokens: int = 10_000) -> dict[str, T
     objective = recipe.objective
     count = sum(objective.count(batch.target) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
-    for part in [batches] if objective.coupled else [[batch] for batch in batches]:
+    for part in [batches] if objective.needs_full_batch else [[batch] for batch in batches]:
         loss += backward(lambda batch: forward(base, objective, batch, reference), objective, part, count, base.device,
                          nullcontext)[0]
     return {"loss": loss, **{name: p.grad for name, p in attached.parameters().items() if p.grad is not None}}
@@ -177,14 +177,14 @@ def test_balanced_weights_are_scikit_learns() -> None:
     utils = pytest.importorskip("sklearn.utils")
     labels = ["a"] * 7 + ["b"] * 2 + ["c"] * 3
     counts = {name: float(labels.count(name)) for name in "abc"}
-    made = OBJECTIVES["classify"](class_weights="balanced").fitted(("a", "b", "c"), counts)
+    made = OBJECTIVES["classify"](class_weights="balanced").with_labels(("a", "b", "c"), counts)
     wanted = utils.compute_class_weight("balanced", classes=np.array(list("abc")), y=labels)
     assert made.class_weights == pytest.approx(dict(zip("abc", wanted, strict=True)), rel=1e-12)
     shares = [made.class_weights[name] * counts[name] for name in "abc"]
     assert shares == pytest.approx([4.0] * 3)
     for lacking in ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0, "c": 0.0}, None):
         with pytest.raises(RecipeError, match="no train row has the class"):
-            OBJECTIVES["classify"](class_weights="balanced", labels=("a", "b", "c")).fitted(("a", "b"), lacking)
+            OBJECTIVES["classify"](class_weights="balanced", labels=("a", "b", "c")).with_labels(("a", "b"), lacking)
     with pytest.raises(RecipeError, match="class_weights"):
         OBJECTIVES["classify"].parse({"class_weights": "balance"})
 

@@ -94,7 +94,7 @@ class Made:
 
     def _of(self, inputs: Inputs, target: Target) -> Tensor:
         self.base.train(False)
-        needs = self.recipe.objective.needs
+        needs = self.recipe.objective.required_outputs
         found = self.base.forward(inputs, target, needs).tensors()[next(iter(needs))]
         return torch.nn.functional.normalize(found, dim=-1) if needs == {"pooled"} else found
 

@@ -39,7 +39,7 @@ def test_methods_beside_one_another(recipe: str) -> None:
         assert 0 < row["rate"] < 0.5, "every method has its own default rate, not the recipe's"
         assert row["general"] > 1
     lora, both = told["methods"]
-    assert both["trainable_share"] > lora["trainable_share"]
+    assert both["trainable_fraction"] > lora["trainable_fraction"]
     assert told["base"] == pytest.approx(Run(folder.path / "lora").results["before"])
     assert told["general_before"] > 1
     table = (folder.path / "comparison.md").read_text()

@@ -14,7 +14,7 @@ from luthier.reporting.plots import calibration_of, confusion_of, plot_calibrati
 def test_a_confusion_matrix(tmp_path: Path) -> None:
     case = cases()["classify"]
     truth, found = case.target.labels.long(), case.outputs.scores.argmax(-1)
-    matrix = confusion_of(case.objective.quality(case.outputs, case.target), 3)
+    matrix = confusion_of(case.objective.compute_eval_metrics(case.outputs, case.target), 3)
     assert matrix == [[float(((truth == i) & (found == j)).sum()) for j in range(3)] for i in range(3)]
     assert sum(map(sum, matrix)) == 9
     plot_confusion(matrix, "abc", tmp_path / "one.png")

@@ -17,7 +17,7 @@ PREFERENCES = {"dpo", "ipo", "cdpo", "robust", "hinge", "simpo", "kto"}
 
 
 def made(objective: str, method: str = "lora", **optimizer: float) -> assembly.Recipe:
-    named = {"name": objective, "reward": "number"} if OBJECTIVES[objective].rolls else {"name": objective}
+    named = {"name": objective, "reward": "number"} if OBJECTIVES[objective].is_online else {"name": objective}
     return assembly.recipe({"data": "-", "objective": named, "method": method, "optimizer": optimizer})
 
 
@@ -45,7 +45,7 @@ def test_preferences_and_rewards_are_far_below_instruction_tuning(method: str) -
     tuned = assembly.default_learning_rate(made("sft", method))
     for objective in OBJECTIVES:
         rate = assembly.default_learning_rate(made(objective, method))
-        low = objective in PREFERENCES or OBJECTIVES[objective].rolls
+        low = objective in PREFERENCES or OBJECTIVES[objective].is_online
         assert rate <= tuned / 10 if low else tuned / 10 < rate <= tuned, objective
 
 

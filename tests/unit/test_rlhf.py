@@ -50,7 +50,7 @@ def recipe(home: Path) -> dict[str, Any]:
 def test_three_runs_and_a_report(home: Path) -> None:
     folder = home / "whole"
     report = json.loads((folder / "report.json").read_text())
-    assert report["reward"]["metric"] == "pair_accuracy"
+    assert report["reward"]["metric"] == "rewards/accuracies"
     assert [report[stage]["steps"] for stage in ("sft", "reward", "ppo")] == [3, 3, 3]
     assert report["policies"].keys() == {"base", "start", "tuned"}
     assert report["policies"]["start"]["kl"] == pytest.approx(0, abs=1e-4)

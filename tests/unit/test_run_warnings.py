@@ -171,9 +171,9 @@ def test_sorted_classes_without_shuffling_are_named(tmp_path: Path) -> None:
 def read(objective: Any, rows: list[dict[str, Any]], folder: Path, data: Any = None, **raw: Any) -> tuple[Any, Any]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = made({"train": str(folder / "rows.jsonl"), **(data or {})}, objective=objective, **raw)
-    found = load(recipe.data, tiny_tokenizer(), seed=0, reads=recipe.objective.reads, classes=recipe.objective.classes)
+    found = load(recipe.data, tiny_tokenizer(), seed=0, reads=recipe.objective.example_types, classes=recipe.objective.classes)
     assert len(found.train) == len(rows), found.report.lines()
-    return recipe.model_copy(update={"objective": recipe.objective.fitted(found.labels, found.counts)}), found
+    return recipe.model_copy(update={"objective": recipe.objective.with_labels(found.labels, found.counts)}), found
 
 
 # ---------------------------------------------------------------- of the number of steps

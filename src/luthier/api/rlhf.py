@@ -134,7 +134,7 @@ def _page(told: Mapping[str, Any]) -> str:
               "each with a fixed seed:", "",
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
-    lines += [f"| {ROLES[role]} | {_shown(one['reward'])} | {_shown(one.get('kl'))} | {_shown(one['answer_tokens'])} |"
+    lines += [f"| {ROLES[role]} | {_shown(one['reward'])} | {_shown(one.get('kl'))} | {_shown(one['completion_length'])} |"
               for role, one in told["policies"].items()]
     return "\n".join([*lines, "", "![reward and KL](rlhf.png)", ""])
 

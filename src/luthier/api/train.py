@@ -81,7 +81,7 @@ def _train(made: assembly.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoi
     with status("loading the base", quiet=quiet):
         identity = assembly.identify(made.base)
         seed_everything(made.seed)
-        base = assembly.family(made.base, made.objective.hides)
+        base = assembly.family(made.base, made.objective.uses_masking)
         assembly.check(made, base)
         base.checkpointing(0 if made.training.gradient_checkpointing else assembly.micro_tokens(made, base))
     if base.padded_why:
@@ -104,7 +104,7 @@ def _train(made: assembly.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoi
     _warn(quiet, [*assembly.find_data_problems(made, found), *assembly.find_method_problems(made, base, attached)])
     share = trainable_share(base, attached)
     _say(quiet, f"{assembly.method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_share']:.2%}) at a learning rate of {assembly.describe_learning_rate(before)}")
+                f"({share['trainable_fraction']:.2%}) at a learning rate of {assembly.describe_learning_rate(before)}")
     for line in (assembly.price(made, attached), assembly.master_price(attached)):
         _say(quiet or not line, line)
     found = _referred(made, base, found, reference, quiet)
@@ -153,7 +153,7 @@ def _referred(made: assembly.Recipe, base: Any, found: Any, reference: Reference
 
 
 # Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
-HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "pair_accuracy", "nll")
+HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "rewards/accuracies", "nll")
 
 
 class Interrupted(RunError):
@@ -174,7 +174,7 @@ def trainable_share(base: Any, attached: Attached) -> dict[str, float]:
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
     whole += sum(s.inputs * s.outputs - s.weight.numel() for s in base.anatomy.sites if s.expand is not None)
     count = sum(p.numel() for p in trained.values())
-    return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
+    return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 
 
 def _finished(run: Run, made: assembly.Recipe, quiet: bool) -> bool:

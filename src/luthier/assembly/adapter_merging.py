@@ -35,7 +35,7 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
         if kept_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
                               "runs have no sum", "use them side by side: luthier.open_bank")
-    base = family(first.base, first.objective.hides)
+    base = family(first.base, first.objective.uses_masking)
     bank = banked(base, {str(i): run for i, run in enumerate(runs)})
     loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):

@@ -72,11 +72,11 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
         base = family(made.base.model_copy(update={"name": str(run.path), "structure": None}),  # it is in the weights
-                      made.objective.hides)
+                      made.objective.uses_masking)
         if kept_heads(made.objective):
             base.add(made.objective.heads, made.seed).load(_whole_heads(run, base))
         return made, base, None
-    base = family(made.base, made.objective.hides)
+    base = family(made.base, made.objective.uses_masking)
     _restore_chat_format(run, base)
     attached = attach(base, made.method, made.seed)
     if kept_heads(made.objective):
@@ -146,7 +146,7 @@ def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Famil
 
 def embeds(objective: Objective) -> bool:
     """Whether the run gives vectors of whole texts."""
-    return objective.needs == frozenset({"pooled"})
+    return objective.required_outputs == frozenset({"pooled"})
 
 
 def save_whole(run: Run, made: Recipe, base: Family) -> None:

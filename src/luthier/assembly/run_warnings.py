@@ -54,7 +54,7 @@ def _untrained_critic(made: Recipe) -> bool:
 
 
 def _reads_none_of(*kinds: str) -> Callable[[Recipe], bool]:
-    return lambda made: not made.objective.reads & {f"{kind}Example" for kind in kinds}
+    return lambda made: not made.objective.example_types & {f"{kind}Example" for kind in kinds}
 
 
 def _evaluates(made: Recipe) -> bool:
@@ -62,7 +62,7 @@ def _evaluates(made: Recipe) -> bool:
 
 
 def _one_step_a_round(made: Recipe) -> bool:
-    return isinstance(made.objective, RollsConfig) and made.objective.once
+    return isinstance(made.objective, RollsConfig) and made.objective.is_single_step
 
 
 ONCE = "each round is one optimizer step (objective.epochs and minibatches are 1), taken by the policy that answered"
@@ -77,13 +77,13 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
      "there are no rows to evaluate on (data.test or data.eval)"),
     ("evaluate.before", lambda made: not _evaluates(made) and made.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
-    ("base.pooling", lambda made: not made.objective.needs & {"pooled", "scores"},
+    ("base.pooling", lambda made: not made.objective.required_outputs & {"pooled", "scores"},
      "the objective reads no state of a whole text"),
     ("base.revision", lambda made: made.base.name in ALIASES or Path(made.base.name).exists(),
      "base.name is no id of the hub"),
-    ("data.train_on", lambda made: "ChatExample" not in made.objective.reads, "the objective reads no chats"),
-    ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "Judged"), "the objective reads no chats or prompts"),
-    ("data.share_prompt", _reads_none_of("Compared", "Judged"), "the objective compares no answers to one prompt"),
+    ("data.train_on", lambda made: "ChatExample" not in made.objective.example_types, "the objective reads no chats"),
+    ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "UnpairedPreference"), "the objective reads no chats or prompts"),
+    ("data.share_prompt", _reads_none_of("Compared", "UnpairedPreference"), "the objective compares no answers to one prompt"),
     ("data.score_scale", lambda made: not (isinstance(made.objective, ContrastiveConfig)
                                             and made.objective.kind == "scores"),
      "the objective reads no similarity scores (contrastive with kind: scores)"),

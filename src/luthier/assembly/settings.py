@@ -65,7 +65,7 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
     """
     micro = made.training.micro_tokens or micro_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
     length = made.data.max_length if "channels" in base.anatomy.sizes else settled(made, base).max_length
-    pools = "pooled" in made.objective.needs  # a head pools as its class does, unless the recipe says how
+    pools = "pooled" in made.objective.required_outputs  # a head pools as its class does, unless the recipe says how
     methods = [_resolve_method(part, base) for part in parts_of(made.method)]
     objective = made.objective
     if isinstance(objective, GrpoConfig) and objective.clip_high is None:

@@ -21,7 +21,7 @@ from luthier.core.examples import (
     CompletionExample,
     Example,
     ImageExample,
-    JudgedExample,
+    UnpairedPreferenceExample,
     LabelledExample,
     PromptExample,
     TaggedExample,
@@ -204,5 +204,5 @@ def _picture(example: ImageExample, tokenizer: Any, config: DataConfig) -> Made:
 ENCODERS: dict[type, Callable[[Any, Tokenizer, DataConfig], Made]] = {
     TextExample: encode_words, CompletionExample: encode_words, ChatExample: encode_words,
     LabelledExample: _labelled, TaggedExample: _tagged, TextsExample: _texts,
-    ComparedExample: compared, JudgedExample: judged, ImageExample: _picture,
+    ComparedExample: compared, UnpairedPreferenceExample: judged, ImageExample: _picture,
 }

@@ -26,13 +26,13 @@ PRECOMPUTE = ("ask the reference once about every row, before anything trains, i
 class ObjectiveConfig(Config):
     """Settings of an objective, which is itself a pure function of outputs and target."""
 
-    reads: ClassVar[frozenset[str]]
-    needs: ClassVar[frozenset[str]]
-    coupled: ClassVar[bool] = False
-    judged: ClassVar[bool] = False
-    mixes: ClassVar[bool] = False
-    rolls: ClassVar[bool] = False  # whether it learns from the model's own answers
-    hides: ClassVar[bool] = False  # whether of a base that reads texts whole it hides what is to be predicted
+    example_types: ClassVar[frozenset[str]]
+    required_outputs: ClassVar[frozenset[str]]
+    needs_full_batch: ClassVar[bool] = False
+    has_eval_metrics: ClassVar[bool] = False
+    supports_soft_labels: ClassVar[bool] = False
+    is_online: ClassVar[bool] = False  # whether it learns from the model's own answers
+    uses_masking: ClassVar[bool] = False  # whether of a base that reads texts whole it hides what is to be predicted
     learning_rate_factor: ClassVar[float] = 1.0  # times the method's default rate: the default where none is given
 
     @property
@@ -43,10 +43,10 @@ class ObjectiveConfig(Config):
     def classes(self) -> tuple[str, ...] | None:
         return None
 
-    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
+    def with_labels(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
         return self
 
-    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
         return {}
 
 

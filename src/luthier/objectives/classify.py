@@ -60,11 +60,11 @@ class ClassifyConfig(ObjectiveConfig):
     """
 
     name: Literal["classify"] = "classify"
-    reads: ClassVar[frozenset[str]] = frozenset({"LabelledExample", "TaggedExample", "ImageExample"})
-    judged: ClassVar[bool] = True
+    example_types: ClassVar[frozenset[str]] = frozenset({"LabelledExample", "TaggedExample", "ImageExample"})
+    has_eval_metrics: ClassVar[bool] = True
 
     @property
-    def mixes(self) -> bool:  # type: ignore[override]
+    def supports_soft_labels(self) -> bool:  # type: ignore[override]
         return self.task != "tokens"
 
     task: Literal["single", "multi", "regression", "tokens"] = Field("single", description=(
@@ -100,7 +100,7 @@ class ClassifyConfig(ObjectiveConfig):
         return {} if isinstance(self.class_weights, str) else self.class_weights
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def required_outputs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"token_scores" if self.task == "tokens" else "scores"})
 
     @property
@@ -116,7 +116,7 @@ class ClassifyConfig(ObjectiveConfig):
     def classes(self) -> tuple[str, ...] | None:
         return None if self.task == "regression" else self.labels
 
-    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
+    def with_labels(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
         """With the classes of the train rows where the recipe names none, and their weights where these are to balance
         them. Raises `RecipeError` if they do not fit."""
         if self.task == "regression":
@@ -161,7 +161,7 @@ class ClassifyConfig(ObjectiveConfig):
             each, right = F.cross_entropy(scores, truth, reduction="none"), scores.argmax(-1) == truth
         return Loss((counts.to(scores.dtype) * each).sum(), counts.sum(), sums(accuracy=right))
 
-    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
         scores = self._scores(outputs)
         if not scores.shape[0]:
             return {}
@@ -197,7 +197,7 @@ class ClassifyConfig(ObjectiveConfig):
                             f"set objective.task to {found}, or give rows with {SHAPES[wanted]}")
         if self.task == "regression":
             return item_weights(target)
-        assert self.class_weights != "balanced", "`fitted` puts the numbers in"
+        assert self.class_weights != "balanced", "`with_labels` puts the numbers in"
         weights = self._weights(target)
         if target.shares.shape[0]:
             return target.shares @ weights * item_weights(target)

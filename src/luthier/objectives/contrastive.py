@@ -136,10 +136,10 @@ class ContrastiveConfig(ObjectiveConfig):
     """
 
     name: Literal["contrastive"] = "contrastive"
-    reads: ClassVar[frozenset[str]] = frozenset({"TextsExample", "LabelledExample", "ImageExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"pooled"})
-    coupled: ClassVar[bool] = True
-    judged: ClassVar[bool] = True
+    example_types: ClassVar[frozenset[str]] = frozenset({"TextsExample", "LabelledExample", "ImageExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"pooled"})
+    needs_full_batch: ClassVar[bool] = True
+    has_eval_metrics: ClassVar[bool] = True
 
     kind: Literal["pairs", "labels", "scores", "triplet"] = Field("pairs", description=(
         "what the rows say: anchor, positive, negatives; a class; how alike two texts are; anchor, positive, negative"))
@@ -174,7 +174,7 @@ class ContrastiveConfig(ObjectiveConfig):
     def classes(self) -> tuple[str, ...] | None:
         return self.labels if self.kind == "labels" else None
 
-    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
+    def with_labels(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Self:
         if self.kind != "labels":
             return self
         if not self.labels and is_continuous(labels, sum(counts.values()) if counts else math.inf):
@@ -221,7 +221,7 @@ class ContrastiveConfig(ObjectiveConfig):
         best = positive[torch.arange(anchors.shape[0], device=anchors.device), cosines.argmax(1)]
         return _weighted(each, item_weights(target)[anchors], {**sums(match_accuracy=best), **metrics})
 
-    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
         states = self._states(outputs)
         if self.kind == "scores":
             cosines, scores = self._cosines(states, target)

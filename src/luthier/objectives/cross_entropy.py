@@ -34,8 +34,8 @@ class TokensConfig(ObjectiveConfig):
         (5.0, 4.0)
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"ChatExample", "CompletionExample", "TextExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"ChatExample", "CompletionExample", "TextExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
 
     def count(self, target: Target) -> float:
         return float(target.weights.double().sum())
@@ -72,7 +72,7 @@ class PretrainConfig(TokensConfig):
     Devlin et al. 2019 (arXiv:1810.04805) section 3.1; Raffel et al. 2020 (1910.10683) section 3.1.4.
     """
 
-    hides: ClassVar[bool] = True
+    uses_masking: ClassVar[bool] = True
 
     name: Literal["pretrain"] = "pretrain"
     rate: float = Field(0.15, gt=0, le=0.5, description="an encoder, or a sequence-to-sequence base: the share of a "

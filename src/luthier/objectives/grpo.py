@@ -29,7 +29,7 @@ class GrpoConfig(RollsConfig):
 
     Requires: `token_logps`, and `reference_logps` where kl_weight is above 0; of the target the column `advantages`,
     and `old_logps` where a round has several steps; every answer an item.
-    Metrics: `policy_loss`, `clip_share`, `kl_old`, and `kl_loss` where there is a KL; each a mean over tokens.
+    Metrics: `policy_loss`, `clip_fraction`, `approx_kl`, and `kl_loss` where there is a KL; each a mean over tokens.
     """
 
     name: Literal["grpo"] = "grpo"
@@ -46,20 +46,20 @@ class GrpoConfig(RollsConfig):
         return self
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def required_outputs(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset({"token_logps"}) | ({"reference_logps"} if self.kl_weight else set())
 
     @property
-    def asks(self) -> frozenset[str]:
+    def rollout_outputs(self) -> frozenset[str]:
         """What a rollout must know of its answers: nothing where the policy that learns is still the one that spoke."""
-        return ((frozenset() if self.once else frozenset({"token_logps"}))
+        return ((frozenset() if self.is_single_step else frozenset({"token_logps"}))
                 | ({"reference_logps", "token_logps"} if self.kl_weight else set()))
 
-    def columns(self, rewards: Tensor, lengths: Tensor, found: Columns, kl_weight: float) -> dict[str, Tensor]:
+    def compute_advantages(self, rewards: Tensor, lengths: Tensor, found: Columns, kl_weight: float) -> dict[str, Tensor]:
         """`advantages` [M] of rewards [N]; see the table."""
         return {"advantages": spread(advantages(rewards.view(-1, self.answers), self.advantage).flatten(), lengths)}
 
-    def steered(self, kl_weight: float, kl: float) -> float:
+    def update_kl_coef(self, kl_weight: float, kl: float) -> float:
         return kl_weight
 
     def count(self, target: Target) -> float:
@@ -68,11 +68,11 @@ class GrpoConfig(RollsConfig):
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
         assert outputs.token_logps is not None
-        logps, known = outputs.token_logps, target.known
+        logps, known = outputs.token_logps, target.precomputed
         old = known["old_logps"] if "old_logps" in known else logps.detach()
         high = self.clip if self.clip_high is None else self.clip_high
         each, clipped, moved = surrogate(logps, old, known["advantages"].to(logps.dtype), self.clip, high)
-        metrics = {"policy_loss": each.detach().sum(), "clip_share": clipped.sum(), "kl_old": moved.sum()}
+        metrics = {"policy_loss": each.detach().sum(), "clip_fraction": clipped.sum(), "approx_kl": moved.sum()}
         if self.kl_weight:
             assert outputs.reference_logps is not None
             kl = k3(logps, outputs.reference_logps)

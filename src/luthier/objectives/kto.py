@@ -34,9 +34,9 @@ class KtoConfig(ObjectiveConfig):
     """
 
     name: Literal["kto"] = "kto"
-    reads: ClassVar[frozenset[str]] = frozenset({"JudgedExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
-    coupled: ClassVar[bool] = True
+    example_types: ClassVar[frozenset[str]] = frozenset({"UnpairedPreferenceExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
+    needs_full_batch: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 0.05  # 1e-6 for `full`, TRL's default; the paper has 5e-7 to 5e-6
 
     beta: float = Field(0.1, gt=0, description="how closely the model is held to the reference: large is close")

@@ -47,8 +47,8 @@ class ChoiceConfig(ObjectiveConfig):
     """
 
     name: Literal["choice"] = "choice"
-    reads: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
 
     per_token: bool = Field(True, description="whether an answer's log-probability is divided by its tokens, so that "
                                               "short answers have no advantage")

@@ -27,7 +27,7 @@ class PpoConfig(RollsConfig):
 
     Requires: `token_logps` and `token_scores` (the critic's values); of the target the columns `old_logps`,
     `old_values`, `advantages`, `returns`, and `kl_weight` where the KL is in the loss.
-    Metrics: `policy_loss`, `value_error` (mean squared, of the returns), `clip_share`, `kl_old`; `entropy` and
+    Metrics: `policy_loss`, `value_loss` (mean squared, of the returns), `clip_fraction`, `approx_kl`; `entropy` and
     `kl_loss` where they are asked for.
     """
 
@@ -53,7 +53,7 @@ class PpoConfig(RollsConfig):
         return self
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
+    def required_outputs(self) -> frozenset[str]:  # type: ignore[override]
         return (frozenset({"token_logps", "token_scores"})
                 | (frozenset({"token_entropies"}) if self.entropy_weight else frozenset())
                 | (frozenset({"reference_logps"}) if self.kl_weight and self.kl_in == "loss" else frozenset()))
@@ -63,12 +63,12 @@ class PpoConfig(RollsConfig):
         return (Head("value", "token", 1),)
 
     @property
-    def asks(self) -> frozenset[str]:
+    def rollout_outputs(self) -> frozenset[str]:
         """What a rollout must know of its answers."""
         return (frozenset({"token_logps", "token_scores", "token_entropies"})
                 | ({"reference_logps"} if self.kl_weight else set()))
 
-    def columns(self, rewards: Tensor, lengths: Tensor, found: Columns, kl_weight: float) -> dict[str, Tensor]:
+    def compute_advantages(self, rewards: Tensor, lengths: Tensor, found: Columns, kl_weight: float) -> dict[str, Tensor]:
         """What the loss must know of each token of a round.
 
         Args:
@@ -86,7 +86,7 @@ class PpoConfig(RollsConfig):
         made = {"advantages": whitened(advantages) if self.whiten else advantages, "returns": advantages + values}
         return made | ({"kl_weight": torch.full_like(logps, kl_weight)} if self.kl_in == "loss" else {})
 
-    def steered(self, kl_weight: float, kl: float) -> float:
+    def update_kl_coef(self, kl_weight: float, kl: float) -> float:
         """The next round's kl_weight, after answers whose KL was `kl` nats each: Ziegler et al. 2019, section 2.2."""
         if self.kl_target is None:
             return kl_weight
@@ -98,13 +98,13 @@ class PpoConfig(RollsConfig):
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
         assert outputs.token_logps is not None
         assert outputs.token_scores is not None
-        logps, known = outputs.token_logps, target.known
+        logps, known = outputs.token_logps, target.precomputed
         weights, n = target.weights.to(logps.dtype), target.weights.sum()
         policy, clipped, moved = surrogate(logps, known["old_logps"], known["advantages"], self.clip, self.clip)
         values, returns = outputs.token_scores[:, 0].to(logps.dtype), known["returns"]
         error = (values - returns) ** 2
-        metrics = {"policy_loss": (weights * policy.detach()).sum(), "value_error": (weights * error.detach()).sum(),
-                   "clip_share": (weights * clipped).sum(), "kl_old": (weights * moved).sum()}
+        metrics = {"policy_loss": (weights * policy.detach()).sum(), "value_loss": (weights * error.detach()).sum(),
+                   "clip_fraction": (weights * clipped).sum(), "approx_kl": (weights * moved).sum()}
         if self.value_clip is not None:
             near = known["old_values"] + (values - known["old_values"]).clamp(-self.value_clip, self.value_clip)
             error = torch.maximum(error, (near - returns) ** 2)
@@ -113,7 +113,7 @@ class PpoConfig(RollsConfig):
             assert outputs.token_entropies is not None
             each = each - self.entropy_weight * outputs.token_entropies
             metrics["entropy"] = (weights * outputs.token_entropies.detach()).sum()
-        if "reference_logps" in self.needs:
+        if "reference_logps" in self.required_outputs:
             assert outputs.reference_logps is not None
             kl = k3(logps, outputs.reference_logps)
             each = each + known["kl_weight"] * kl

@@ -128,12 +128,12 @@ class PreferenceConfig(ObjectiveConfig):
 
     Requires: `token_logps`, and `reference_logps` where the formula has a reference. Items: the answers of an example,
     labelled by rank, 0 best.
-    Metrics: `reward_chosen`, `reward_rejected` (beta times w - w' and l - l'), `reward_margin`, `pair_accuracy`,
-    `logps_chosen`, `logps_rejected`.
+    Metrics: `rewards/chosen`, `rewards/rejected` (beta times w - w' and l - l'), `rewards/margins`, `rewards/accuracies`,
+    `logps/chosen`, `logps/rejected`.
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
     mean: ClassVar[bool] = False  # per token instead of per answer
     # 1e-6 for `full`, 2.5e-5 for LoRA: TRL's DPO default of 1e-6 beside 2e-5 for SFT; the papers' 5e-7 to 1e-6.
     learning_rate_factor: ClassVar[float] = 0.05
@@ -158,7 +158,7 @@ class PreferenceConfig(ObjectiveConfig):
         assert outputs.token_logps is not None
         policy = answer_logps(outputs.token_logps, target, self.mean)
         reference = torch.zeros_like(policy)
-        if "reference_logps" in self.needs:
+        if "reference_logps" in self.required_outputs:
             assert outputs.reference_logps is not None
             reference = answer_logps(outputs.reference_logps, target, self.mean).detach()
         table, better = ranked(target)
@@ -181,7 +181,7 @@ class PreferenceConfig(ObjectiveConfig):
 class ReferredConfig(PreferenceConfig):
     """What the names below share whose formula has a reference."""
 
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
 
     precompute_reference: bool = Field(False, description=PRECOMPUTE)
 

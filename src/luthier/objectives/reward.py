@@ -54,7 +54,7 @@ class RewardConfig(ObjectiveConfig):
         total = sum over prompts of w (the ranking's loss + centring * its centring)      count = sum over prompts of w
 
     Requires: `scores` [A, 1] of the head `score`. Items: the answers of an example, labelled by rank, 0 best.
-    Metrics: `reward_chosen`, `reward_rejected`, `reward_margin`, `pair_accuracy`, over all pairs; of held-out rows
+    Metrics: `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, over all pairs; of held-out rows
     `calibration_error` and the bins that it is made of.
     Raises: `DataError` where an example has no two answers of which one is better.
 
@@ -67,9 +67,9 @@ class RewardConfig(ObjectiveConfig):
     """
 
     name: Literal["reward"] = "reward"
-    reads: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"scores"})
-    judged: ClassVar[bool] = True
+    example_types: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"scores"})
+    has_eval_metrics: ClassVar[bool] = True
     # 1e-5 for `full`: TRL's example of a reward model is at half the rate of its SFT, with LoRA as without.
     learning_rate_factor: ClassVar[float] = 0.5
 
@@ -96,7 +96,7 @@ class RewardConfig(ObjectiveConfig):
             reward_chosen=chosen, reward_rejected=rejected, reward_margin=chosen - rejected,
             pair_accuracy=count_correct_pairs(chosen, rejected)))
 
-    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
         _, scores, _, better = self._ranked(outputs, target)
         group, i, j = better.nonzero(as_tuple=True)
         return metrics.calibration(torch.sigmoid(scores[group, i] - scores[group, j]))

@@ -38,8 +38,8 @@ class WorthConfig(Config):
 class RollsConfig(ObjectiveConfig):
     """Settings of a rollout: each round, the next `training.batch_size` prompts are answered and the answers judged."""
 
-    reads: ClassVar[frozenset[str]] = frozenset({"PromptExample"})
-    rolls: ClassVar[bool] = True
+    example_types: ClassVar[frozenset[str]] = frozenset({"PromptExample"})
+    is_online: ClassVar[bool] = True
     # 1e-6 for `full`, 2.5e-5 for LoRA: TRL's GRPO default, DeepSeekMath's GRPO and Llama 2's PPO are at 1e-6.
     learning_rate_factor: ClassVar[float] = 0.05
 
@@ -62,7 +62,7 @@ class RollsConfig(ObjectiveConfig):
         return [{"function": one} if isinstance(one, str) else one for one in listed]
 
     @property
-    def once(self) -> bool:
+    def is_single_step(self) -> bool:
         """Whether every answer is learned from in one step alone, by the very policy that gave it."""
         return self.epochs * self.minibatches == 1
 

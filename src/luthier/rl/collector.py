@@ -72,10 +72,10 @@ class Rolls(Protocol):
     @property
     def kl_weight(self) -> float: ...
     @property
-    def asks(self) -> frozenset[str]: ...
-    def columns(self, rewards: Tensor, lengths: Tensor, found: Mapping[str, Tensor],
+    def rollout_outputs(self) -> frozenset[str]: ...
+    def compute_advantages(self, rewards: Tensor, lengths: Tensor, found: Mapping[str, Tensor],
                 kl_weight: float) -> dict[str, Tensor]: ...
-    def steered(self, kl_weight: float, kl: float) -> float: ...
+    def update_kl_coef(self, kl_weight: float, kl: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Rollouts:
     def _known(self, found: Batch, places: Tensor) -> Batch:
         assert self._round is not None
         columns = {name: column[places] for name, column in self._round.columns.items()}
-        return replace(found, target=replace(found.target, known=columns))
+        return replace(found, target=replace(found.target, precomputed=columns))
 
     def state(self) -> dict[str, Any]:
         left = self._round is not None and self.taken < len(self._plan())
@@ -185,7 +185,7 @@ class Rollouts:
 
     def heard(self, numbers: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
         """Told after each step how to learn what it measured; answers what there is to say of its round."""
-        if self.objective.target_kl is not None and numbers()["kl_old"] > self.objective.target_kl:
+        if self.objective.target_kl is not None and numbers()["approx_kl"] > self.objective.target_kl:
             self._round = None
         news, self._news = self._news, {}
         return news
@@ -202,9 +202,9 @@ class Rollouts:
         cursor.row += len(chosen)
         self.rounds += 1
         answers, rewards, found = self._answered([self.prompts[i] for i in chosen], self.objective.answers,
-                                                 self.seed * 1_000_003 + self.rounds, self.objective.asks)
+                                                 self.seed * 1_000_003 + self.rounds, self.objective.rollout_outputs)
         lengths = torch.tensor([len(answer.tokens) for answer in answers])
-        columns = self.objective.columns(torch.tensor(rewards, dtype=torch.float64), lengths, found, self.kl_weight)
+        columns = self.objective.compute_advantages(torch.tensor(rewards, dtype=torch.float64), lengths, found, self.kl_weight)
         dtype = next((column.dtype for column in found.values()), torch.float32)
         self._news = self._said(answers, rewards, found) | _spread_of_rewards(rewards, self.objective.answers)
         found.pop("entropies", None)  # told, and nothing that the loss must know
@@ -212,7 +212,7 @@ class Rollouts:
                                    for a, r in list(zip(answers, rewards, strict=True))[:SHOWN]])
         if "kl" in self._news:
             self._news["kl_weight"] = self.kl_weight
-            self.kl_weight = self.objective.steered(self.kl_weight, self._news["kl"])
+            self.kl_weight = self.objective.update_kl_coef(self.kl_weight, self._news["kl"])
         return Round(chosen, tuple(answer.tokens for answer in answers), tuple(rewards),
                      {name: column.to(dtype) for name, column in {**found, **columns}.items()})
 
@@ -223,7 +223,7 @@ class Rollouts:
         prompts = self.held if prompts is None else prompts
         if not prompts:
             return {}
-        asks = self.objective.asks & {"reference_logps"}
+        asks = self.objective.rollout_outputs & {"reference_logps"}
         answers, rewards, found = self._answered(prompts, 1, self.seed, asks | ({"token_logps"} if asks else set()))
         said = self._said(answers, rewards, found)
         return {"loss": -said["reward"], **said}
@@ -291,8 +291,8 @@ class Rollouts:
     def _said(self, answers: Sequence[Answer], rewards: Sequence[float],
               found: Mapping[str, Tensor]) -> dict[str, float]:
         count = len(answers)
-        said = {"reward": sum(rewards) / count, "answer_tokens": sum(len(a.tokens) for a in answers) / count,
-                "finished_share": sum(a.finished for a in answers) / count}
+        said = {"reward": sum(rewards) / count, "completion_length": sum(len(a.tokens) for a in answers) / count,
+                "eos_rate": sum(a.finished for a in answers) / count}
         if "entropies" in found:
             said["entropy"] = float(found["entropies"].double().mean())
         if "reference_logps" in found:
