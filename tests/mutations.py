@@ -65,7 +65,7 @@ CONTRASTIVE, CLASSIFY, LAWS = ("contract/test_objectives_contrastive.py", "contr
                                "contract/test_objectives_laws.py")
 GENERATE, PACK, LOADER, EQUAL = ("unit/models/test_generate.py", "unit/data/test_pack.py", "unit/data/test_loader.py",
                                  "contract/test_equivalence.py")
-CHOICE, HIDE = "contract/test_objectives_choice.py", "unit/data/test_hide.py"
+CHOICE, HIDE = "contract/test_objectives_multiple_choice.py", "unit/data/test_hide.py"
 ROUND, CUT = "contract/test_round_trip.py", "unit/data/test_truncated_prompts.py"
 
 
@@ -211,7 +211,7 @@ OBJECTIVE_BREAKS = (
     Break("kto-z0-not-clamped", "objectives/kto.py", ".clamp(min=0)", "", on(PREFERENCE, "test_kto_is_trls")),
     Break("kto-z0-has-a-gradient", "objectives/kto.py", "(weights * ratios.detach())[other]", "(weights * ratios)[other]", on(PREFERENCE, "test_kto_is_trls")),
     Break("kto-bad-sign", "objectives/kto.py", "self.beta * (z0 - ratios[bad])", "self.beta * (ratios[bad] - z0)", on(PREFERENCE, "test_kto_is_trls")),
-    Break("kto-weights-swapped", "objectives/kto.py", "self.good_weight * each_good.sum() + self.bad_weight * each_bad.sum()", "self.bad_weight * each_good.sum() + self.good_weight * each_bad.sum()", on(PREFERENCE, "test_kto_is_trls")),
+    Break("kto-weights-swapped", "objectives/kto.py", "self.desirable_weight * each_good.sum() + self.undesirable_weight * each_bad.sum()", "self.undesirable_weight * each_good.sum() + self.desirable_weight * each_bad.sum()", on(PREFERENCE, "test_kto_is_trls")),
     Break("kto-counts-mismatched-answers", "objectives/kto.py", "return Loss(total, item_weights(target)[~other].sum(), metrics)", "return Loss(total, item_weights(target).sum(), metrics)", on(LAWS, "test_its_count_is_known_before_the_forward_pass")),
     Break("reward-margin-sign", "objectives/reward.py", "scores[:, None, :] + margins[:, :, None] - scores", "scores[:, None, :] - margins[:, :, None] - scores", on(REWARD, "test_of_pairs_it_is_trls")),
     Break("reward-plackett-luce-margin-sign", "objectives/reward.py", "(worse - (scores - margins))", "(worse - (scores + margins))", on(REWARD, "test_of_pairs_it_is_trls")),
@@ -236,17 +236,17 @@ POLICY_BREAKS = (
     Break("surrogate-never-clipped", "objectives/rl_config.py", "return torch.maximum(free, clipped)", "return free", on(LOSSES, "test_ppo_is_the_papers")),
     Break("kl-direction", "objectives/rl_config.py", "apart = reference - logps", "apart = logps - reference", on(LOSSES, "test_ppo_is_the_papers", "test_grpo_is_trls")),
     Break("kl-without-its-control-variate", "objectives/rl_config.py", "return apart.exp() - apart - 1", "return apart.exp() - 1", on(LOSSES, "test_grpo_is_trls")),
-    Break("ppo-kl-reward-sign", "objectives/ppo.py", "earned -= kl_weight *", "earned += kl_weight *", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
-    Break("ppo-kl-weight-not-the-steered-one", "objectives/ppo.py", "earned -= kl_weight *", "earned -= self.kl_weight *", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-kl-reward-sign", "objectives/ppo.py", "earned -= kl_coef *", "earned += kl_coef *", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-kl-weight-not-the-steered-one", "objectives/ppo.py", "earned -= kl_coef *", "earned -= self.kl_coef *", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
     Break("ppo-reward-at-the-first-token", "objectives/ppo.py", "earned[lengths.cumsum(0) - 1] +=", "earned[lengths.cumsum(0) - lengths] +=", on(LOSSES, "test_each_token_earns_its_own_part_by_hand")),
     Break("ppo-returns-without-values", "objectives/ppo.py", '"returns": advantages + values}', '"returns": advantages}', on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
     Break("ppo-returns-of-whitened-advantages", "objectives/ppo.py", '"returns": advantages + values}', '"returns": whitened(advantages) + values}', on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
-    Break("ppo-advantages-not-whitened", "objectives/ppo.py", "whitened(advantages) if self.whiten else advantages", "advantages", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
+    Break("ppo-advantages-not-whitened", "objectives/ppo.py", "whitened(advantages) if self.whiten_advantages else advantages", "advantages", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
     Break("ppo-whitening-keeps-the-mean", "objectives/ppo.py", "return (numbers - numbers.mean()) /", "return numbers /", on(LOSSES, "test_the_price_of_kl_is_paid_token_by_token_and_the_reward_at_the_end")),
     Break("ppo-value-clip-takes-the-smaller", "objectives/ppo.py", "torch.maximum(error, (near", "torch.minimum(error, (near", on(LOSSES, "test_ppo_is_the_papers")),
-    Break("ppo-value-weight-not-halved", "objectives/ppo.py", "self.value_weight * error / 2", "self.value_weight * error", on(LOSSES, "test_ppo_is_the_papers")),
-    Break("ppo-entropy-sign", "objectives/ppo.py", "each = each - self.entropy_weight", "each = each + self.entropy_weight", on(LOSSES, "test_ppo_is_the_papers")),
-    Break("ppo-controller-sign", "objectives/ppo.py", "kl / self.kl_target - 1", "1 - kl / self.kl_target", on(LOSSES, "test_the_controller_steers_towards_its_target")),
+    Break("ppo-value-weight-not-halved", "objectives/ppo.py", "self.vf_coef * error / 2", "self.vf_coef * error", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("ppo-entropy-sign", "objectives/ppo.py", "each = each - self.entropy_coef", "each = each + self.entropy_coef", on(LOSSES, "test_ppo_is_the_papers")),
+    Break("ppo-controller-sign", "objectives/ppo.py", "kl / self.adaptive_kl_target - 1", "1 - kl / self.adaptive_kl_target", on(LOSSES, "test_the_controller_steers_towards_its_target")),
     Break("gae-without-lambda", "objectives/ppo.py", "gamma * lam * later", "gamma * later", on(LOSSES, "test_gae_is_the_papers_sum")),
     Break("gae-without-the-next-value", "objectives/ppo.py", "earned[:, t] + gamma * after - expected[:, t]", "earned[:, t] - expected[:, t]", on(LOSSES, "test_gae_is_the_papers_sum")),
     Break("gae-wrong-way-round", "objectives/ppo.py", "for t in reversed(range(earned.shape[1])):", "for t in range(earned.shape[1]):", on(LOSSES, "test_gae_is_the_papers_sum")),
@@ -263,7 +263,7 @@ ROLLOUT_BREAKS = (
     Break("rollout-end-token-not-trained", "rl/collector.py", "one.tokens + ((one.end,) if one.end is not None else ())", "one.tokens or (one.end,)", on(ROUNDS, "test_the_token_that_ended_an_answer_is_trained_as_part_of_it")),
     Break("rollout-same-dice-in-every-round", "rl/collector.py", "self.seed * 1_000_003 + self.rounds", "self.seed * 1_000_003", on(ROUNDS, "test_every_round_and_every_seed_throws_other_dice_and_an_evaluation_always_the_same")),
     Break("rollout-same-dice-for-every-seed", "rl/collector.py", "self.seed * 1_000_003 + self.rounds", "self.rounds", on(ROUNDS, "test_every_round_and_every_seed_throws_other_dice_and_an_evaluation_always_the_same")),
-    Break("rollout-unfinished-is-rewarded", "rl/collector.py", "[r - off * (not a.finished)", "[r + off * (not a.finished)", on(ROLLS, "test_rewards_reach_their_answers_and_unfinished_ones_pay")),
+    Break("rollout-missing_eos_penalty-is-rewarded", "rl/collector.py", "[r - off * (not a.finished)", "[r + off * (not a.finished)", on(ROLLS, "test_rewards_reach_their_answers_and_unfinished_ones_pay")),
     Break("rollout-finished-pay", "rl/collector.py", "[r - off * (not a.finished)", "[r - off * a.finished", on(ROLLS, "test_rewards_reach_their_answers_and_unfinished_ones_pay")),
     Break("rollout-evaluation-sign", "rl/collector.py", '{"loss": -said["reward"]', '{"loss": said["reward"]', on(ROUNDS, "test_what_is_judged_is_the_mean_reward_and_the_best_is_the_lowest_loss")),
     Break("rollout-kl-per-token", "rl/collector.py", 'found["reference_logps"]).double().sum()) / count', 'found["reference_logps"]).double().mean())', on(ROUNDS, "test_what_a_round_says_is_means_over_its_answers")),
@@ -275,7 +275,7 @@ ROLLOUT_BREAKS = (
     Break("rollout-reference-is-the-policy", "rl/collector.py", "with self.reference():", "if True:", on(ROLLS, "test_every_column_stands_at_its_token")),
     Break("rollout-with-dropout", "rl/collector.py", "        self.family.train(False)\n", "", on(ROUNDS, "test_the_policy_is_asked_without_dropout_and_goes_on_training")),
     Break("rollout-trains-without-dropout", "rl/collector.py", "        self.family.train(training)\n", "", on(ROUNDS, "test_the_policy_is_asked_without_dropout_and_goes_on_training")),
-    Break("rollout-early-end-never", "rl/collector.py", '["approx_kl"] > self.objective.target_kl', '["approx_kl"] < self.objective.target_kl', on(ROLLS, "test_a_round_ends_early_where_the_policy_has_moved_too_far")),
+    Break("rollout-early-end-never", "rl/collector.py", '["approx_kl"] > self.objective.early_stop_kl', '["approx_kl"] < self.objective.early_stop_kl', on(ROLLS, "test_a_round_ends_early_where_the_policy_has_moved_too_far")),
     Break("rollout-one-epoch-too-few", "rl/collector.py", "for epoch in range(self.objective.epochs):", "for epoch in range(max(1, self.objective.epochs - 1)):", on(ROLLS, "test_a_round_is_learned_from_as_often_as_it_says")),
     Break("rollout-reward-weight-lost", "rl/rewards.py", "totals[i] += weight * value", "totals[i] += value", on("unit/rl/test_rewards.py", "test_several_rewards_are_added_by_their_weights")),
 )

@@ -27,7 +27,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
 from luthier.methods import METHODS
 from luthier.models.task_heads import LOG_PROBS
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, SHORT_FORMS
 from luthier.rl import Rollouts
 from luthier.training import checkpoint
 from luthier.training.loop import Job, fit
@@ -37,6 +37,7 @@ from luthier.training.step import measure
 from tiny import ENCODERS, END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer, with_sentinels
 
 Pair = tuple[str, str, str]  # base, method, objective
+OBJECTIVE_NAMES = (*OBJECTIVES, *SHORT_FORMS)
 
 STEPS, SAVED = 3, 2  # a run's, and that of the checkpoint from which it goes on
 SIMPLEST = {  # of each base, what it is tried with under every method
@@ -104,10 +105,10 @@ def rows_of(base: str, objective: str) -> str:
 
 def recipe(home: Path, base: str, method: str, objective: str) -> assembly.Recipe:
     minimised: dict[str, Any] = {"name": objective}
-    if OBJECTIVES[objective].is_online:
-        minimised |= {"reward": f"{__file__}:vowels", "answers": 3, "max_new_tokens": 4}
+    if objective in OBJECTIVES and OBJECTIVES[objective].is_online:
+        minimised |= {"reward": f"{__file__}:vowels", "num_generations": 3, "max_new_tokens": 4}
     if base in VISIONS and objective == "contrastive":
-        minimised |= {"kind": "labels"}
+        minimised |= {"loss": "supcon"}
     return assembly.recipe({
         "base": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
         "data": str(home / rows_of(base, objective)), "training": {"steps": STEPS, "batch_size": 4, "save_every": SAVED},
@@ -215,7 +216,7 @@ def reopens(home: Path, one: Trial) -> None:
 def tried() -> list[Pair]:
     """Every (base, method, objective) of the page, each once."""
     found = [(base, method, SIMPLEST[base]) for base in BASES for method in METHODS]
-    found += [(base, "lora", objective) for base in FAMILIES for objective in OBJECTIVES]
-    found += [("llama", method, objective) for method in METHODS for objective in OBJECTIVES]
+    found += [(base, "lora", objective) for base in FAMILIES for objective in OBJECTIVE_NAMES]
+    found += [("llama", method, objective) for method in METHODS for objective in OBJECTIVE_NAMES]
     found += [(base, method, objective) for method in METHODS for base, objective in ELSEWHERE]
     return list(dict.fromkeys(found))

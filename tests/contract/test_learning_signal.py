@@ -51,7 +51,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 PROMPTS = [{"prompt": f"say {i}", "reference": str(i)} for i in range(4)]
-ROLLS = ("training.steps=3", "training.batch_size=2", "objective.answers=2", "objective.max_new_tokens=3")
+ROLLS = ("training.steps=3", "training.batch_size=2", "objective.num_generations=2", "objective.max_new_tokens=3")
 REWARDS = """import random
 dice = random.Random(0)
 def constant(prompts, answers, facts): return [1.0] * len(answers)

@@ -119,9 +119,9 @@ def test_correlations_are_scipys_with_ties() -> None:
 
 def test_measures_of_nothing_say_nothing() -> None:
     flat = torch.ones(5)
-    assert measures.pearson(flat, torch.arange(5.0)) == measures.spearman(torch.arange(5.0), flat) == 0.0
-    assert measures.f1(*torch.zeros(3, 4)) == (0.0, 0.0)
-    assert measures.mcc(measures.confusion(torch.zeros(4).long(), torch.zeros(4).long(), 2)) == 0.0
+    assert measures.compute_pearson(flat, torch.arange(5.0)) == measures.compute_spearman(torch.arange(5.0), flat) == 0.0
+    assert measures.compute_f1(*torch.zeros(3, 4)) == (0.0, 0.0)
+    assert measures.compute_mcc(measures.compute_confusion_matrix(torch.zeros(4).long(), torch.zeros(4).long(), 2)) == 0.0
 
 
 # ---------------------------------------------------------------- what cannot be
@@ -141,7 +141,7 @@ def test_classes_come_from_the_rows_or_the_recipe() -> None:
 @pytest.mark.parametrize(("settings", "labels", "match"), [
     ({}, ("only",), "1 class: only"),
     ({"labels": ("yes", "no")}, ("yes", "noo"), "'noo'.*did you mean 'no'"),
-    ({"class_weights": {"yess": 2.0}}, ("yes", "no"), "'yess', which is no class.*did you mean 'yes'"),
+    ({"class_weights": {"yess": 2.0}}, ("yes", "no"), "'yess', which is not a class.*did you mean 'yes'"),
 ])
 def test_classes_that_do_not_fit_are_told(settings: dict, labels: tuple, match: str) -> None:
     with pytest.raises(RecipeError, match=match):
@@ -149,7 +149,7 @@ def test_classes_that_do_not_fit_are_told(settings: dict, labels: tuple, match: 
 
 
 @pytest.mark.parametrize(("settings", "match"), [
-    ({"labels": ["a", "a"]}, "named once"), ({"task": "regression", "labels": ["a", "b"]}, "no classes"),
+    ({"labels": ["a", "a"]}, "appears twice"), ({"task": "regression", "labels": ["a", "b"]}, "no classes"),
     ({"class_weights": {"a": 0.0}}, "above 0")])
 def test_settings_that_cannot_be_are_told(settings: dict, match: str) -> None:
     with pytest.raises(RecipeError, match=match):
@@ -164,9 +164,9 @@ def test_heads_without_classes_are_told() -> None:
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_class_that_no_train_row_has_is_caught(label: int) -> None:
     case = made("single", torch.tensor([0, label]), dice(2, 3))
-    with pytest.raises(AssertionError, match="no train row"):
+    with pytest.raises(AssertionError, match="data rejects rows"):
         case.objective.count(case.target)
-    with pytest.raises(AssertionError, match="no train row"):
+    with pytest.raises(AssertionError, match="data rejects rows"):
         case.loss()
 
 

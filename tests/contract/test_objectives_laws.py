@@ -7,7 +7,7 @@ import torch
 
 from cases import cases
 from luthier.core.types import Outputs, Target
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, SHORT_FORMS
 
 CASES = cases()
 CASE = pytest.mark.parametrize("name", CASES)
@@ -23,7 +23,7 @@ def gradients(case, loss) -> dict[str, torch.Tensor]:
 
 
 def test_every_objective_has_a_case() -> None:
-    assert {name.partition("-")[0] for name in CASES} == set(OBJECTIVES), "give the new objective a case in tests/cases.py"
+    assert {name.partition("-")[0] for name in CASES} == {*OBJECTIVES, *SHORT_FORMS}, "give the new objective a case in tests/cases.py"
 
 
 @CASE

@@ -123,7 +123,7 @@ def test_what_a_model_says_of_rows_is_not_what_the_rows_are(home: Path, tmp_path
 @pytest.mark.parametrize(("objective", "kept"), [
     ({"name": "dpo"}, True), ({"name": "kto"}, True), ({"name": "sft"}, False), ({"name": "simpo"}, False),
     ({"name": "dpo", "precompute_reference": True}, False), ({"name": "ppo"}, True), ({"name": "grpo"}, False),
-    ({"name": "ppo", "kl_weight": 0}, False), ({"name": "grpo", "kl_weight": 0.1}, True)])
+    ({"name": "ppo", "kl_coef": 0}, False), ({"name": "grpo", "beta": 0.1}, True)])
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_a_copy_is_kept_where_the_objective_compares(method: str, objective: dict[str, Any], kept: bool) -> None:
     made = assembly.recipe({"data": "-", "method": method, "objective": objective})

@@ -42,7 +42,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "tags": {"name": "classify", "task": "tokens", "labels": ["O", "B-PER", "I-PER"]},
     "reward": {"name": "reward"},
     "embedding": {"name": "contrastive"},
-    "embedding-learned": {"name": "contrastive", "learned": True},
+    "embedding-learned": {"name": "contrastive", "learn_temperature": True},
 }
 TEXTS = ("a", "good food, and quickly", "not my taste at all; I would not go there again")
 

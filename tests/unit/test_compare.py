@@ -62,11 +62,11 @@ def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None
                         "data.limit": 3, "evaluate.limit": 2})
     told = json.loads((folder.path / "comparison.json").read_text())
     assert told["general"] == "accuracy"
-    wanted = evaluate("base", data="asked.jsonl", objective="choice", quiet=True)
+    wanted = evaluate("base", data="asked.jsonl", objective="multiple_choice", quiet=True)
     assert wanted["examples"] == 4
     assert told["general_before"] == wanted["accuracy"]
     assert told["methods"][0]["general"] == evaluate(
-        folder.path / "lora", data="asked.jsonl", objective="choice", limit=9, quiet=True, **{"data.columns": {}, "data.limit": 9})["accuracy"]
+        folder.path / "lora", data="asked.jsonl", objective="multiple_choice", limit=9, quiet=True, **{"data.columns": {}, "data.limit": 9})["accuracy"]
     assert "other text, accuracy" in (folder.path / "comparison.md").read_text()
 
 

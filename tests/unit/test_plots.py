@@ -26,7 +26,7 @@ def test_a_confusion_matrix(tmp_path: Path) -> None:
 
 def test_a_calibration(tmp_path: Path) -> None:
     chances = torch.linspace(0.1, 0.95, 20)
-    bins = calibration_of(metrics.calibration(chances, bins=20))
+    bins = calibration_of(metrics.compute_calibration(chances, bins=20))
     assert bins == sorted(bins)
     assert sum(n for *_, n in bins) == 20
     assert all(0.5 <= predicted <= 1 for predicted, _, _ in bins)

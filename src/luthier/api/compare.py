@@ -102,7 +102,7 @@ def _other(made: assembly.Recipe, rows: str) -> _Other:
     for _, lines in assembly.rows.read(rows):
         for example in assembly.rows.examples(lines):
             if isinstance(example, ComparedExample):
-                return _Other(rows, "choice", "accuracy")
+                return _Other(rows, "multiple_choice", "accuracy")
             if not isinstance(example, assembly.rows.Refusal):
                 return _Other(rows, "sft", "perplexity")
     raise RecipeError(f"--general {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")

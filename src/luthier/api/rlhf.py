@@ -30,7 +30,7 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
     Args:
         recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; what stands beside them (base,
             method, data, seed, ...) holds for every part that does not say otherwise; `run` is the folder.
-        settings: laid over it; ``ppo.objective.kl_weight`` for one part, ``base.name`` for all.
+        settings: laid over it; ``ppo.objective.kl_coef`` for one part, ``base.name`` for all.
 
     Raises:
         RecipeError: with everything that is wrong in any part, before the first one starts.
@@ -87,7 +87,7 @@ def _objective(stage: str, given: Any, folder: Path, rewarded: bool) -> dict[str
     """The stage's objective, spelt out; PPO's reward is the second stage where nothing else is named."""
     named = {"name": given} if isinstance(given, str) else {"name": stage, **given}
     if stage == "ppo" and rewarded:
-        named = {"reward": {"run": str(folder / STAGES["reward"])}, **named}
+        named = {"reward": {"model": str(folder / STAGES["reward"])}, **named}
     return named
 
 
@@ -134,7 +134,8 @@ def _page(told: Mapping[str, Any]) -> str:
               "each with a fixed seed:", "",
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
-    lines += [f"| {ROLES[role]} | {_shown(one['reward'])} | {_shown(one.get('kl'))} | {_shown(one['completion_length'])} |"
+    lines += [f"| {ROLES[role]} | {_shown(one['reward'])} | {_shown(one.get('kl'))} | "
+              f"{_shown(one['completion_length'])} |"
               for role, one in told["policies"].items()]
     return "\n".join([*lines, "", "![reward and KL](rlhf.png)", ""])
 

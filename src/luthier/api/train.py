@@ -118,7 +118,7 @@ def _train(made: assembly.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoi
             results |= _before(out, made, base, part, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
     trackers = [*_trackers(out, made, saved, share), LearningMonitor(
-        made.objective.name, made.objective.name == "grpo", lambda sentence: _warn(quiet, [sentence]))]
+        made.objective.variant, made.objective.name == "grpo", lambda sentence: _warn(quiet, [sentence]))]
     if process_group.rank() > 0:
         # Everything that ranks must have alike is made by now; dropout need not be alike.
         seed_everything(made.seed + process_group.rank())

@@ -69,7 +69,8 @@ def fitting(made: Recipe, base: Family) -> None:
                           "use objective: classify (but for tags), or leave mixup out")
     kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
     if referred(made.objective) and made.start is None and not kept and not beforehand(made):
-        without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \
+        without = "objective.kl_coef: 0" if isinstance(made.objective, PpoConfig) \
+            else "objective.beta: 0" if isinstance(made.objective, GrpoConfig) \
             else "objective.precompute_reference: true"
         raise RecipeError(f"method.keep_base: false, but method {made.method.name!r} changes the base's own weights, "
                           f"and objective {name!r} compares it with the base as it was",
@@ -79,7 +80,8 @@ def fitting(made: Recipe, base: Family) -> None:
 
 def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
     """Refuse settings of what is hidden where nothing of the kind is."""
-    known = {"rate", "span"} if base.divided else set() if base.anatomy.task == "CAUSAL_LM" else {"rate", "whole_words"}
+    known = {"mlm_probability", "mean_noise_span_length"} if base.divided else set() \
+        if base.anatomy.task == "CAUSAL_LM" else {"mlm_probability", "whole_word_mask"}
     plain = PretrainConfig().model_dump()
     for setting, value in objective.model_dump().items():
         if value != plain[setting] and setting not in known:

@@ -137,13 +137,15 @@ def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     objective, sees = made.objective, "channels" in base.anatomy.sizes
     reads = frozenset(kind for kind in objective.example_types if (kind == "ImageExample") == sees)
     if not reads:
-        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.example_types))}, and the base "
+        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.example_types))}, "
+                          f"and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
     hide = _hide(made, base)
     found = rows.load(settled(made, base), base.tokenizer, seed=made.seed, classes=objective.classes, hide=hide,
                       reads=reads if hide is None else reads & DOCUMENTS,
                       flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
-                      others={name: known.example_types & DOCUMENTS if known.uses_masking and base.anatomy.task != "CAUSAL_LM" else
+                      others={name: known.example_types & DOCUMENTS if known.uses_masking
+                              and base.anatomy.task != "CAUSAL_LM" else
                               known.example_types for name, known in OBJECTIVES.items()}, progress=progress)
     _check_tokens(base, found)
     return found
@@ -170,8 +172,9 @@ def _hide(made: Recipe, base: Family) -> rows.Hide | None:
     told = made.objective
     if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.rate, told.span,
-                        told.whole_words)
+    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.mlm_probability,
+                        told.mean_noise_span_length,
+                        told.whole_word_mask)
 
 
 def settled(made: Recipe, base: Family) -> DataConfig:

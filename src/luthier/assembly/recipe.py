@@ -27,7 +27,7 @@ from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
 from luthier.models import BaseConfig
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, expand_short_form
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.training.loop import TrainingConfig
@@ -68,8 +68,9 @@ class Recipe(Config):
                 raise ValueError("an empty list trains nothing; name a method")
             given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
         if isinstance(given, dict):  # settings without a name are those of the default
-            return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
-        return {"name": given} if isinstance(given, str) else given
+            given = {"name": cls.model_fields[str(info.field_name)].default.name, **given}
+        given = {"name": given} if isinstance(given, str) else given
+        return expand_short_form(given) if info.field_name == "objective" and isinstance(given, dict) else given
 
     @field_validator("data", mode="before")
     @classmethod

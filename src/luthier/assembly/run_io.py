@@ -36,7 +36,7 @@ from luthier.models import (
     stored_dtype,
     write_sentence_files,
 )
-from luthier.objectives.rl_config import RollsConfig
+from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
 
 STOPS = "generation_config.json"  # beside an adapter: which tokens end a turn
@@ -106,7 +106,7 @@ def prompt_format(run: Run, made: Recipe) -> PromptFormat:
 
 def kept_heads(objective: Objective) -> bool:
     """Whether a run is saved with its objective's heads. A critic has done its work when the policy is trained."""
-    return bool(objective.heads) and not isinstance(objective, RollsConfig)
+    return bool(objective.heads) and not isinstance(objective, OnlineRLConfig)
 
 
 def _names_base(path: Path) -> bool:
@@ -189,7 +189,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public:
     `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
     base_model.json holds the base's digests.
     """
-    if isinstance(made.objective, RollsConfig) and made.objective.heads:
+    if isinstance(made.objective, OnlineRLConfig) and made.objective.heads:
         assert isinstance(attached, Several), "the critic stands beside the method"
         attached = attached.parts[0]
     config = attached.peft()

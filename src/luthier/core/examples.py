@@ -156,5 +156,5 @@ class ImageExample:
 
 
 Worded = TextExample | CompletionExample | ChatExample  # examples whose own words are predicted
-Example = (Worded | LabelledExample | TaggedExample | ComparedExample | UnpairedPreferenceExample | TextsExample | PromptExample
-           | ImageExample)
+Example = (Worded | LabelledExample | TaggedExample | ComparedExample | UnpairedPreferenceExample | TextsExample
+           | PromptExample | ImageExample)

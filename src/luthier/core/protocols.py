@@ -335,8 +335,8 @@ class Objective(Protocol):
         example_types: the kinds of example that mean something to it, by the names of their types.
         required_outputs: the fields of `Outputs` that it reads.
         heads: what the family must add to its states.
-        needs_full_batch: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be computed in
-            parts, but its loss is always of the whole.
+        needs_full_batch: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be
+            computed in parts, but its loss is always of the whole.
         has_eval_metrics: whether `compute_eval_metrics` says something about held-out rows.
         supports_soft_labels: whether a label may be a mixture of others.
         learning_rate_factor: times the method's default learning rate: the rate where a recipe gives none.

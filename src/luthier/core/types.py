@@ -222,7 +222,8 @@ class Target(Movable):
         margins: [A] float32, by how much an item is better than the rest of its group; 0 where nobody said.
         groups: [A] which example of the batch each item belongs to; items of one group are compared with one another.
         item_of: [P] the item that each prediction belongs to, -1 for none.
-        precomputed: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
+        precomputed: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`,
+            ...).
         item_weights: [A] float32, how much each item's loss counts; empty: 1 each.
         shares: [A, C] float32, of each item the share of every class, where some are mixtures; empty where none is.
         text_ids: [A] a hash of each item's tokens: equal texts have equal numbers; empty where texts are not compared.

@@ -21,12 +21,12 @@ from luthier.core.examples import (
     CompletionExample,
     Example,
     ImageExample,
-    UnpairedPreferenceExample,
     LabelledExample,
     PromptExample,
     TaggedExample,
     TextExample,
     TextsExample,
+    UnpairedPreferenceExample,
 )
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece

@@ -12,7 +12,14 @@ from functools import cached_property
 from itertools import chain
 
 from luthier.core.errors import DataError, nearest
-from luthier.core.examples import Example, ImageExample, UnpairedPreferenceExample, LabelledExample, TaggedExample, TextsExample
+from luthier.core.examples import (
+    Example,
+    ImageExample,
+    LabelledExample,
+    TaggedExample,
+    TextsExample,
+    UnpairedPreferenceExample,
+)
 from luthier.core.labels import label_key, label_names, parse_number, sort_labels
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
@@ -149,7 +156,8 @@ def beside_others(examples: Sequence[Example], everything: Sequence[Example], to
     Ethayarajh et al. 2024 (arXiv:2402.01306) section 4.1 estimate how far the policy has gone from its reference on
     such mismatched pairs. Raises `DataError` where all answers are the same.
     """
-    rows = [(place, example) for place, example in enumerate(examples) if isinstance(example, UnpairedPreferenceExample)]
+    rows = [(place, example) for place, example in enumerate(examples)
+            if isinstance(example, UnpairedPreferenceExample)]
     found = {}
     for turn, (place, example) in enumerate(rows):
         near = (rows[(turn + step) % len(rows)][1] for step in range(1, len(rows)))

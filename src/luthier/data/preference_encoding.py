@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from luthier.core.examples import ChatExample, ComparedExample, CompletionExample, UnpairedPreferenceExample, Message, Origin
+from luthier.core.examples import (
+    ChatExample,
+    ComparedExample,
+    CompletionExample,
+    Message,
+    Origin,
+    UnpairedPreferenceExample,
+)
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece
 from luthier.data.char_offsets import marks_around

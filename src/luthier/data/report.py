@@ -20,7 +20,6 @@ from luthier.core.examples import (
     CompletionExample,
     Example,
     ImageExample,
-    UnpairedPreferenceExample,
     LabelledExample,
     Message,
     Origin,
@@ -28,6 +27,7 @@ from luthier.core.examples import (
     TaggedExample,
     TextExample,
     TextsExample,
+    UnpairedPreferenceExample,
 )
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece

@@ -19,11 +19,11 @@ from luthier.core.examples import (
     ComparedExample,
     CompletionExample,
     Example,
-    UnpairedPreferenceExample,
     Message,
     Origin,
     PromptExample,
     TextExample,
+    UnpairedPreferenceExample,
     Worded,
 )
 from luthier.core.protocols import Tokenizer

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.core.examples import ComparedExample, UnpairedPreferenceExample, Message, Origin, PromptExample
+from luthier.core.examples import ComparedExample, Message, Origin, PromptExample, UnpairedPreferenceExample
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, Reader, Refusal, Row, encode, examples, load
 from luthier.data.packing import batch

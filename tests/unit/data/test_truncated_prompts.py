@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from chat_templates import KINDS, tokenizer_with
-from luthier.core.examples import ComparedExample, UnpairedPreferenceExample, Message, Origin
+from luthier.core.examples import ComparedExample, Message, Origin, UnpairedPreferenceExample
 from luthier.data.config import DataConfig
 from luthier.data.encoding import encoded
 from luthier.data.rows import Refusal

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, takewhile
 from typing import Any
 
-from luthier.core.examples import ComparedExample, Example, UnpairedPreferenceExample, Message, Origin
+from luthier.core.examples import ComparedExample, Example, Message, Origin, UnpairedPreferenceExample
 from luthier.data.answer_choices import Choices, Numbering, find_numbering
 from luthier.data.formats.text import SYSTEM, turn, turns
 from luthier.data.row_values import UnfitError, Values, listed, number, parsed, row_weight, text, tools, verdict, words
@@ -89,7 +89,8 @@ def from_judged(values: Values, origin: Origin) -> Example:
 
 def from_judged_chat(values: Values, origin: Origin) -> Example:
     prompt, answer = _last(values)
-    return UnpairedPreferenceExample(prompt, answer, verdict(values["label"]), origin, row_weight(values), tools(values))
+    return UnpairedPreferenceExample(prompt, answer, verdict(values["label"]), origin, row_weight(values),
+                                     tools(values))
 
 
 # ---------------------------------------------------------------- parts
