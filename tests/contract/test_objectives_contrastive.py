@@ -156,7 +156,7 @@ def test_the_scale_stops_at_a_hundred_and_may_turn_back(good: bool, moves: bool)
 
 
 def test_a_triplet_has_no_temperature_to_learn() -> None:
-    with pytest.raises(RecipeError, match="leave out learned"):
+    with pytest.raises(RecipeError, match="omit learn_temperature"):
         OBJECTIVES["contrastive"].parse({"loss": "triplet", "learn_temperature": True})
 
 
