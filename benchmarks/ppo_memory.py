@@ -53,8 +53,8 @@ def measured(place: Path) -> dict[str, Any]:
     steps = {"steps": STEPS, "batch_size": BATCH}
     ppo = train(place, "ppo", {
         "start": str(place / "start"), "data": {"train": str(DEMO / "prompts.jsonl"), "shuffle": False}, "training": steps,
-        "objective": {"name": "ppo", "critic": "adapter", "answers": 1, "max_new_tokens": ANSWER, "at_once": BATCH,
-                      "reward": [{"run": str(place / "reward")}, {"function": f"{keeper}:keep"}]}})
+        "objective": {"name": "ppo", "critic": "adapter", "num_generations": 1, "max_new_tokens": ANSWER, "generation_batch_size": BATCH,
+                      "reward": [{"model": str(place / "reward")}, {"function": f"{keeper}:keep"}]}})
     prompts = [json.loads(line)["prompt"] for line in (DEMO / "prompts.jsonl").read_text(encoding="utf-8").splitlines()]
     answers = [json.loads(line) for line in kept.read_text(encoding="utf-8").splitlines()]
     rows = [{"prompt": next(p for p in prompts if p in row["asked"]), "completion": row["completion"]} for row in answers]

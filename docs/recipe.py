@@ -22,7 +22,7 @@ from luthier.methods import METHODS
 from luthier.models import BaseConfig
 from luthier.models.surgery import StructureConfig
 from luthier.objectives import OBJECTIVES
-from luthier.objectives.rl_config import WorthConfig
+from luthier.objectives.rl_config import RewardSourceConfig
 from luthier.training.loop import TrainingConfig
 from luthier.training.optimizer import OptimizerConfig
 
@@ -31,7 +31,7 @@ SECTIONS: dict[str, type[Config]] = {
     "Top level": Recipe, "`base`": BaseConfig, "`base.structure`": StructureConfig,
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
-    "`objective.reward` of ppo and grpo": WorthConfig, "`data`": DataConfig, "a source of `data`": Source,
+    "`objective.reward` of ppo and grpo": RewardSourceConfig, "`data`": DataConfig, "a source of `data`": Source,
     "`data.chat`": ChatConfig,
     "`data.augment`: words": WordsAugment, "`data.augment`: pictures": PictureAugment,
     "`data.augment`: mixup": MixupAugment,

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, SHORT_FORMS, expand_short_form
 from luthier.objectives.base import ObjectiveConfig
 
-PREFERENCES = ("dpo", "ipo", "cdpo", "robust", "hinge", "simpo", "orpo")
+PREFERENCES = ("dpo", *SHORT_FORMS, "simpo", "orpo")
 ROLLED = ("old_logps", "old_values", "advantages", "returns")
 WEIGHTED = ("classify", "classify-multi", "classify-regression", "contrastive", "contrastive-both", "contrastive-labels",
-            "contrastive-scores", "contrastive-triplet", "reward", "reward-pairs", *PREFERENCES, "kto", "choice")
+            "contrastive-scores", "contrastive-triplet", "reward", "reward-pairs", *PREFERENCES, "kto", "multiple_choice")
 BY_ITEM = ("pooled", "scores")
 
 
@@ -52,7 +52,7 @@ class Case:
         part = replace(t, at=t.at[points], tokens=t.tokens[points], weights=t.weights[points], examples=len(examples),
                        items=t.items[items], labels=t.labels[items], margins=t.margins[items],
                        groups=number[t.groups[items]], item_of=place[t.item_of[points]],
-                       known={column: values[points] for column, values in t.known.items()},
+                       precomputed={column: values[points] for column, values in t.precomputed.items()},
                        item_weights=t.item_weights[items] if len(t.item_weights) else t.item_weights,
                        shares=t.shares[items] if len(t.shares) else t.shares)
         outputs = {name: value[items if name in BY_ITEM else points] for name, value in self.outputs.tensors().items()}
@@ -71,20 +71,21 @@ def cases(seed: int = 0) -> dict[str, Case]:
         "classify-regression": _items("classify", dice, [[0.3], [-2.0], [5.5], [1.0]], scores=1, task="regression"),
         "classify-tokens": _tokens("classify", dice, 3, task="tokens", classes="abc", class_weights=weights),
         "contrastive": _items("contrastive", dice, [[0, 1, 2], [0, 1, 1], [0, 1], [0, 1, 2, 3]], pooled=5),
-        "contrastive-both": _items("contrastive", dice, [[0, 1, 2], [0, 1, 1], [0, 1]], pooled=5, both=True, learned=True),
-        "contrastive-labels": _items("contrastive", dice, [[0], [1], [0], [2], [0], [1]], pooled=5, kind="labels"),
-        "contrastive-scores": _items("contrastive", dice, [[x, x] for x in (0.1, 0.7, 0.3, 0.7, 1.0)], pooled=5, kind="scores"),
-        "contrastive-triplet": _items("contrastive", dice, [[0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 3]], pooled=5, kind="triplet"),
+        "contrastive-both": _items("contrastive", dice, [[0, 1, 2], [0, 1, 1], [0, 1]], pooled=5, symmetric=True, learn_temperature=True),
+        "contrastive-labels": _items("contrastive", dice, [[0], [1], [0], [2], [0], [1]], pooled=5, loss="supcon"),
+        "contrastive-scores": _items("contrastive", dice, [[x, x] for x in (0.1, 0.7, 0.3, 0.7, 1.0)], pooled=5, loss="cosent"),
+        "contrastive-triplet": _items("contrastive", dice, [[0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 3]], pooled=5, loss="triplet"),
         "reward": _items("reward", dice, [[0, 1], [2, 0, 1], [1, 0], [0, 3, 2, 1]], scores=1, margins=True),
         "reward-pairs": _items("reward", dice, [[0, 1], [2, 0, 1], [1, 0]], scores=1, margins=True, ranking="all_pairs",
-                               centring=0.3),
+                               center_rewards_coefficient=0.3),
     }
     found |= {name: answers(name, dice, [[0, 1], [2, 0, 1], [1, 0]]) for name in PREFERENCES}
-    found |= {"kto": answers("kto", dice, [[1, -1], [0, -1], [0, -1], [1, -1]], good_weight=1.5)}
-    found |= {"choice": answers("choice", dice, [[0, 1], [1, 0, 1], [1, 1, 1, 0]]),
-              "choice-whole": answers("choice", dice, [[1, 0], [0, 1, 1]], per_token=False)}
+    found |= {"kto": answers("kto", dice, [[1, -1], [0, -1], [0, -1], [1, -1]], desirable_weight=1.5)}
+    found |= {"multiple_choice": answers("multiple_choice", dice, [[0, 1], [1, 0, 1], [1, 1, 1, 0]]),
+              "multiple_choice-whole": answers("multiple_choice", dice, [[1, 0], [0, 1, 1]], per_token=False)}
     found |= {f"{name}-weighted": _weighted(found[name], dice) for name in WEIGHTED}
-    return found | {name: answers(name, dice, [[0, 0, 0], [0, 0, 0]], 0, ROLLED, kl_weight=0.1) for name in ("ppo", "grpo")}
+    return found | {
+        name: answers(name, dice, [[0, 0, 0], [0, 0, 0]], 0, ROLLED, **{kl: 0.1}) for name, kl in (("ppo", "kl_coef"), ("grpo", "beta"))}
 
 
 def _weighted(case: Case, dice: torch.Generator) -> Case:
@@ -106,9 +107,9 @@ def answers(name: str, dice: torch.Generator, labels: Sequence[Sequence[float]],
     target = Target(torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.ones(n), len(labels),
                     items=torch.arange(len(flat)), labels=torch.tensor(flat, dtype=torch.float32),
                     margins=torch.zeros(len(flat)), groups=groups, item_of=item_of,
-                    known={column: torch.randn(n, generator=dice, dtype=torch.float64) for column in known})
+                    precomputed={column: torch.randn(n, generator=dice, dtype=torch.float64) for column in known})
     outputs = Outputs(token_logps=logps[0].requires_grad_(), reference_logps=logps[1])
-    if "token_scores" in (made := OBJECTIVES[name](**settings)).needs:
+    if "token_scores" in (made := make_objective(name, **settings)).required_outputs:
         outputs = replace(outputs, token_scores=torch.randn(n, 1, generator=dice, dtype=torch.float64).requires_grad_())
     return Case(made, outputs, target, owner)
 
@@ -138,6 +139,12 @@ def _items(name: str, dice: torch.Generator, labels: Sequence[Sequence[object]],
                for head in made.heads if head.kind == "scalar"}
     return Case(made, Outputs(**{"pooled" if pooled else "scores": values}, scalars=scalars), target,
                 torch.zeros(0, dtype=torch.int64))
+
+
+def make_objective(name: str, **settings: object) -> ObjectiveConfig:
+    """The objective of a name or of a short form (`ipo`), with these settings."""
+    given = expand_short_form({"name": name, **settings})
+    return OBJECTIVES[given["name"]](**given)
 
 
 def _made(name: str, settings: dict[str, object]) -> ObjectiveConfig:

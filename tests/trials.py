@@ -32,7 +32,7 @@ from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
 from luthier.methods import METHODS
 from luthier.models.task_heads import LOG_PROBS
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, SHORT_FORMS
 from luthier.rl import Rollouts
 from luthier.training import checkpoint
 from luthier.training.loop import Job, fit
@@ -42,6 +42,7 @@ from luthier.training.step import measure
 from tiny import ENCODERS, END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer, with_sentinels
 
 Pair = tuple[str, str, str]  # base, method, objective
+OBJECTIVE_NAMES = (*OBJECTIVES, *SHORT_FORMS)
 
 STEPS, SAVED = 3, 2  # a run's, and that of the checkpoint from which it goes on
 SIMPLEST = {  # of each base, what it is tried with under every method
@@ -109,10 +110,10 @@ def rows_of(base: str, objective: str) -> str:
 
 def recipe(home: Path, base: str, method: str, objective: str) -> Recipe:
     minimised: dict[str, Any] = {"name": objective}
-    if OBJECTIVES[objective].rolls:
-        minimised |= {"reward": f"{__file__}:vowels", "answers": 3, "max_new_tokens": 4}
+    if objective in OBJECTIVES and OBJECTIVES[objective].is_online:
+        minimised |= {"reward": f"{__file__}:vowels", "num_generations": 3, "max_new_tokens": 4}
     if base in VISIONS and objective == "contrastive":
-        minimised |= {"kind": "labels"}
+        minimised |= {"loss": "supcon"}
     return assembly.recipe({
         "base": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
         "data": str(home / rows_of(base, objective)), "training": {"steps": STEPS, "batch_size": 4, "save_every": SAVED},
@@ -132,7 +133,7 @@ class Trial:
 
     def __init__(self, made: Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = load_family(made.base, made.objective.hides)
+        self.base = load_family(made.base, made.objective.uses_masking)
         check_loaded_model(made, self.base)
         found = load_datasets(made, self.base)
         self.made = fit_objective(made, found)
@@ -144,7 +145,7 @@ class Trial:
                        self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
                        reference=self.reference, rolling=self.feed if isinstance(self.feed, Rollouts) else None,
                        log=lambda step, numbers: self.lines.append(dict(numbers)))
-        self.batches: list[Batch] = [] if self.made.objective.rolls else assembly.rows.eval_batches(found.train, 1000)
+        self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.eval_batches(found.train, 1000)
 
     def loss(self) -> float:
         """On all rows, without dropout."""
@@ -184,7 +185,7 @@ def learned(one: Trial, before: dict[str, tuple[Tensor, Tensor]]) -> None:
     predicted, a bias of scores that are only compared with one another, and queries, keys and distances in a decoder that
     has written nothing: its one place sees itself alone."""
     head = one.base.anatomy.head
-    spared = {id(p) for p in head.parameters()} if head and not one.made.objective.needs & LOG_PROBS else set()
+    spared = {id(p) for p in head.parameters()} if head and not one.made.objective.required_outputs & LOG_PROBS else set()
     silent = one.made.objective.name in ("classify", "contrastive")
     for name, parameter in one.attached.parameters().items():
         compared = one.made.objective.name == "reward" and parameter.ndim == 1
@@ -220,7 +221,7 @@ def reopens(home: Path, one: Trial) -> None:
 def tried() -> list[Pair]:
     """Every (base, method, objective) of the page, each once."""
     found = [(base, method, SIMPLEST[base]) for base in BASES for method in METHODS]
-    found += [(base, "lora", objective) for base in FAMILIES for objective in OBJECTIVES]
-    found += [("llama", method, objective) for method in METHODS for objective in OBJECTIVES]
+    found += [(base, "lora", objective) for base in FAMILIES for objective in OBJECTIVE_NAMES]
+    found += [("llama", method, objective) for method in METHODS for objective in OBJECTIVE_NAMES]
     found += [(base, method, objective) for method in METHODS for base, objective in ELSEWHERE]
     return list(dict.fromkeys(found))

@@ -93,7 +93,7 @@ def measured(family: CausalLM, attached: Attached, batches: Iterable[Batch]) -> 
     for parameter in attached.parameters().values():
         parameter.grad = None
     for batch in batches:
-        total = SFT(family.forward(batch.inputs, batch.target, SFT.needs), batch.target).total
+        total = SFT(family.forward(batch.inputs, batch.target, SFT.required_outputs), batch.target).total
         (total / count).backward()
         loss += total.detach() / count
     gradients = {name: p.grad for name, p in attached.parameters().items()}

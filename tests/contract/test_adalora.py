@@ -319,7 +319,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     before, ranks = {n: t.clone() for n, t in attached.state().items()}, kept(attached)
 
     class Infinite:
-        needs, count, coupled = SFT.needs, SFT.count, False
+        required_outputs, count, needs_full_batch = SFT.required_outputs, SFT.count, False
 
         def __call__(self, outputs: Any, target: Any) -> Any:
             loss = SFT(outputs, target)

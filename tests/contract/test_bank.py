@@ -59,7 +59,7 @@ def run(family: CausalLM, bank: Bank, rows: Sequence[Batch]) -> dict[str, Tensor
         parameter.grad = None
     loss = torch.zeros((), dtype=torch.float64)
     for row in rows:
-        total = SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+        total = SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
         if total.requires_grad:
             total.backward()
         loss += total.detach()
@@ -124,7 +124,7 @@ def test_the_backward_pass_goes_through_the_same_adapters(recompute: bool) -> No
     for parameter in bank.parameters().values():
         parameter.grad = None
     with bank.using({"a": 0.7, "b": 0.3}):
-        total = SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+        total = SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
     with bank.disabled(), bank.using("a"):
         total.backward()
     late = {name: p.grad for name, p in bank.parameters().items() if p.grad is not None}
@@ -269,7 +269,7 @@ def test_a_frozen_adapter_stays_as_it_is_beside_the_one_that_trains() -> None:
     assert all(torch.equal(t, before[name]) for name, t in reference.state().items())
     with bank.using("b"):
         row = batch(documents())
-        assert not SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total.requires_grad
+        assert not SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total.requires_grad
 
 
 def test_a_list_of_methods_is_one_member() -> None:
@@ -300,7 +300,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     row = mixed(bank)
     family.router = None
     with pytest.raises(RunError, match="no bank"):
-        family.forward(row.inputs, row.target, SFT.needs)
+        family.forward(row.inputs, row.target, SFT.required_outputs)
 
 
 def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:

@@ -100,11 +100,11 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(packed, "_per_segment", attended)
     (batch,) = pack(documents(), None)
     with torch.autocast("cpu", torch.bfloat16):
-        family.forward(batch.inputs, batch.target, SFT.needs)
+        family.forward(batch.inputs, batch.target, SFT.required_outputs)
     assert set(met) == {(torch.bfloat16,) * 3}
     assert set(given) == {(torch.float32, torch.float32, torch.bfloat16)}  # the trap is there
     met.clear()
-    family.forward(batch.inputs, batch.target, SFT.needs)
+    family.forward(batch.inputs, batch.target, SFT.required_outputs)
     assert set(met) == {(torch.float32,) * 3}
 
 

@@ -109,7 +109,7 @@ def test_a_chopped_segment_is_the_whole(kind: str, method: str, monkeypatch: pyt
 def log_probs(family, rows) -> torch.Tensor:
     """Log-probabilities in the order of their weights, each of which is another one."""
     found = [(float(w), lp) for row in rows
-             for w, lp in zip(row.target.weights, family.forward(row.inputs, row.target, SFT.needs).token_logps, strict=True)]
+             for w, lp in zip(row.target.weights, family.forward(row.inputs, row.target, SFT.required_outputs).token_logps, strict=True)]
     assert len({w for w, _ in found}) == len(found) > 20
     return torch.stack([lp for _, lp in sorted(found, key=lambda pair: pair[0])])
 
@@ -238,8 +238,8 @@ def test_weights_of_tokens_are_factors_of_their_log_probs(kind: str) -> None:
     family = base(kind)
     row = batch(documents())
     with torch.no_grad():
-        logps = family.forward(row.inputs, row.target, SFT.needs).token_logps
-        total = SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+        logps = family.forward(row.inputs, row.target, SFT.required_outputs).token_logps
+        total = SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
     weights = row.target.weights.double()
     assert float(total) == pytest.approx(float(-(weights * logps).sum()), rel=1e-12)
     assert float(total) != pytest.approx(float(-logps.sum() * weights.mean()), rel=FAR)
@@ -303,11 +303,11 @@ def test_a_block_that_is_recomputed_leaves_no_notes() -> None:
     noted: list[bool] = []
     family._lean.note, real = lambda *given: noted.append(family._lean._open) or real(*given), family._lean.note
     row = batch(documents())
-    family.forward(row.inputs, row.target, SFT.needs)
+    family.forward(row.inputs, row.target, SFT.required_outputs)
     every = len(noted)
     assert every == sum(noted) > 6
     noted.clear()
     family.checkpointing(row.inputs.tokens.shape[0] * 2 // 3 + 1)
-    family.forward(row.inputs, row.target, SFT.needs)
+    family.forward(row.inputs, row.target, SFT.required_outputs)
     assert len(noted) == every
     assert sum(noted) * 3 == every * 2

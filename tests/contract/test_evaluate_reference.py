@@ -32,15 +32,15 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_an_adapter_is_compared_with_its_base(recipe: dict[str, Any], tmp_path: Path) -> None:
     run = train({**recipe, "method": "lora"}, run=str(tmp_path / "lora"), quiet=True)
     found, told = evaluate(run, quiet=True), run.results["validation"]
-    assert found["reward_margin"] != 0
+    assert found["rewards/margins"] != 0
     assert {name: found[name] for name in told} == pytest.approx(told)
 
 
 def test_a_whole_model_has_nothing_left_to_be_compared_with(recipe: dict[str, Any], tmp_path: Path) -> None:
     full = {**recipe, "method": "full"}
     run = train(full, run=str(tmp_path / "full"), quiet=True)
-    assert run.results["validation"]["reward_margin"] != 0
+    assert run.results["validation"]["rewards/margins"] != 0
     with pytest.raises(RecipeError, match="whole model") as refused:
         evaluate(run, quiet=True)
     assert "objective=orpo" in str(refused.value)
-    assert evaluate(run, quiet=True, objective="orpo")["reward_margin"] != 0  # the remedy
+    assert evaluate(run, quiet=True, objective="orpo")["rewards/margins"] != 0  # the remedy

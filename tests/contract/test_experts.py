@@ -193,4 +193,4 @@ def test_tokens_of_a_row_cannot_be_told_apart() -> None:
     ours.router = bank
     row = batch(documents()[:2])
     with pytest.raises(RunError, match="some of a row's tokens"):
-        ours.forward(bank.through(row.inputs, ["a", "b"]), row.target, SFT.needs)
+        ours.forward(bank.through(row.inputs, ["a", "b"]), row.target, SFT.required_outputs)

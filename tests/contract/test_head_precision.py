@@ -60,7 +60,7 @@ def test_every_product_of_the_backward_pass_runs_in_the_dtype_of_autocast(
     def products() -> set[torch.dtype]:
         batch, = pack(documents(), 400)
         with torch.autocast("cpu", torch.bfloat16):
-            total = SFT(family.forward(batch.inputs, batch.target, SFT.needs), batch.target).total
+            total = SFT(family.forward(batch.inputs, batch.target, SFT.required_outputs), batch.target).total
         with Products() as found:
             total.backward()
         return set(found.dtypes)

@@ -163,7 +163,7 @@ def test_heads_of_other_architectures_are_found(kind: str) -> None:
     family = Encoder(model, WORDS)
     row = batch(found)
     with torch.no_grad():
-        loss = PRETRAIN(family.forward(row.inputs, row.target, PRETRAIN.needs), row.target)
+        loss = PRETRAIN(family.forward(row.inputs, row.target, PRETRAIN.required_outputs), row.target)
         assert abs(loss.total / loss.count - theirs(model, found)) < 1e-5
         assert abs(loss.total / loss.count - theirs(model, found, shift=-1)) > FAR
 
@@ -278,7 +278,7 @@ def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_pa
     row = batch(examples("words"))
 
     def states(started: Recipe) -> Tensor:
-        family = load_family(started.base, started.objective.hides)
+        family = load_family(started.base, started.objective.uses_masking)
         begin(started, family)
         family.train(False)
         with torch.no_grad():
@@ -316,8 +316,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     refused(BaseError, r"bare'.* its files hold no head for masked words \(there is no cls\.", base=str(tmp_path / "bare"))
     refused(BaseError, r"t5' has no sentinels", base=str(tmp_path / "t5"))
     refused(RecipeError, "predicts none", objective="sft")
-    refused(RecipeError, r"objective.span 5.0: of what .*base' reads", objective={"name": "pretrain", "span": 5})
-    refused(RecipeError, r"objective.rate 0.3: of what .*llama' reads", base=str(tmp_path / "llama"),
-            objective={"name": "pretrain", "rate": 0.3})
+    refused(RecipeError, r"objective.mean_noise_span_length 5.0: of what .*base' reads", objective={"name": "pretrain", "mean_noise_span_length": 5})
+    refused(RecipeError, r"objective.mlm_probability 0.3: of what .*llama' reads", base=str(tmp_path / "llama"),
+            objective={"name": "pretrain", "mlm_probability": 0.3})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     refused(DataError, r"reads TextExample\n.*reads them: sft;")

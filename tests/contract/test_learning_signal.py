@@ -52,7 +52,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 PROMPTS = [{"prompt": f"say {i}", "reference": str(i)} for i in range(4)]
-ROLLS = ("training.steps=3", "training.batch_size=2", "objective.answers=2", "objective.max_new_tokens=3")
+ROLLS = ("training.steps=3", "training.batch_size=2", "objective.num_generations=2", "objective.max_new_tokens=3")
 REWARDS = """import random
 dice = random.Random(0)
 def constant(prompts, answers, facts): return [1.0] * len(answers)
@@ -163,9 +163,9 @@ def test_equal_scores_count_half() -> None:
     for name, known in OBJECTIVES.items():
         if issubclass(known, PreferenceConfig):
             outputs = Outputs(token_logps=logps, reference_logps=logps)
-            total, count = known()(outputs, pair).metrics["pair_accuracy"]
-            assert float(total / count) == (0.5 if "reference_logps" in known.needs else 0.0), name
-    total, count = OBJECTIVES["reward"]()(Outputs(scores=torch.zeros(2, 1)), pair).metrics["pair_accuracy"]
+            total, count = known()(outputs, pair).metrics["rewards/accuracies"]
+            assert float(total / count) == (0.5 if "reference_logps" in known.required_outputs else 0.0), name
+    total, count = OBJECTIVES["reward"]()(Outputs(scores=torch.zeros(2, 1)), pair).metrics["rewards/accuracies"]
     assert float(total / count) == 0.5
 
 

@@ -103,7 +103,7 @@ def test_it_is_torchs_by_hand(double: None, kind: str, layout: Any, method: str,
         stir(one)
     trained = {**attached.parameters(), **heads.parameters()}
     one = batch(mixtures())
-    loss = objective(base.forward(one.inputs, one.target, objective.needs), one.target)
+    loss = objective(base.forward(one.inputs, one.target, objective.required_outputs), one.target)
     found = torch.autograd.grad(loss.total / loss.count, list(trained.values()), allow_unused=True)
 
     states = torch.stack([by_hand(base, a, b, share) for a, b, share in couples()] + [by_hand(base, mixtures()[-1], None, 1.0)])
@@ -124,7 +124,7 @@ def test_it_is_torchs_by_hand(double: None, kind: str, layout: Any, method: str,
         assert mine is None or float((mine - other).abs().max()) < 1e-6 * largest, name
     # The controls: with other shares it is another loss.
     hard = batch([mixed(a, b, 1.0, CLASSES) for a, b, _ in couples()] + mixtures()[-1:])
-    other = objective(base.forward(hard.inputs, hard.target, objective.needs), hard.target)
+    other = objective(base.forward(hard.inputs, hard.target, objective.required_outputs), hard.target)
     assert abs(float(other.total / other.count - wanted)) > 1e-3
 
 
@@ -287,4 +287,4 @@ def test_what_cannot_be_mixed_is_told(home: Path) -> None:
         rows(home, "mixup", given=ROWS[:1])
     with pytest.raises(RecipeError, match="mixup is named once"):
         DataConfig.parse({"train": "x", "augment": ["mixup", {"name": "mixup"}]})
-    assert not OBJECTIVES["classify"](task="tokens").mixes
+    assert not OBJECTIVES["classify"](task="tokens").supports_soft_labels

@@ -65,7 +65,7 @@ def test_its_count_is_known_before_the_forward_pass(name: str) -> None:
 @NAME
 def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
-    assert not objective.coupled, "a coupled objective is never split"
+    assert not objective.needs_full_batch, "a coupled objective is never split"
     whole = objective(outputs(logits, target), target)
     parts = []
     for rows in (slice(0, 10), slice(10, 40)):
@@ -95,9 +95,9 @@ def test_it_is_pure_and_its_metrics_have_no_gradient(name: str) -> None:
 def test_it_reads_only_what_it_says_it_needs(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
     whole = outputs(logits, target)
-    asked = Outputs(**{field: vars(whole)[field] for field in objective.needs})
+    asked = Outputs(**{field: vars(whole)[field] for field in objective.required_outputs})
     assert torch.equal(objective(asked, target).total, objective(whole, target).total)
-    assert all(field in vars(whole) for field in objective.needs)
+    assert all(field in vars(whole) for field in objective.required_outputs)
 
 
 @pytest.mark.parametrize("room", ["objectives", "evaluation"])

@@ -94,7 +94,7 @@ def test_its_quality_is_scikit_learns() -> None:
     metrics = pytest.importorskip("sklearn.metrics")
     truth, scores = torch.randint(2, (60,), generator=torch.Generator().manual_seed(0)), dice(60, 3)  # class c is never true
     case = made("single", truth, scores)
-    found = case.objective.quality(case.outputs, case.target)
+    found = case.objective.compute_eval_metrics(case.outputs, case.target)
     guess = scores.argmax(-1)
     matrix = metrics.confusion_matrix(truth, guess, labels=[0, 1, 2])
     for i in range(3):
@@ -105,7 +105,7 @@ def test_its_quality_is_scikit_learns() -> None:
                                    "mcc": metrics.matthews_corrcoef(truth, guess)}, rel=1e-12)
     flags, scores = dice(60, 3) > 0.5, dice(61, 3)[1:]
     case = made("multi", flags, scores)
-    assert case.objective.quality(case.outputs, case.target) == pytest.approx(
+    assert case.objective.compute_eval_metrics(case.outputs, case.target) == pytest.approx(
         {f"f1_{how}": metrics.f1_score(flags, scores > 0, average=how) for how in ("macro", "micro")}, rel=1e-12)
 
 
@@ -114,14 +114,14 @@ def test_correlations_are_scipys_with_ties() -> None:
     truth, guess = (dice(2, 40) * 3).round().unbind()
     case = made("regression", truth, guess[:, None].clone())
     wanted = {"pearson": stats.pearsonr(truth, guess)[0], "spearman": stats.spearmanr(truth, guess)[0]}
-    assert case.objective.quality(case.outputs, case.target) == pytest.approx(wanted, rel=1e-6)
+    assert case.objective.compute_eval_metrics(case.outputs, case.target) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_measures_of_nothing_say_nothing() -> None:
     flat = torch.ones(5)
-    assert measures.pearson(flat, torch.arange(5.0)) == measures.spearman(torch.arange(5.0), flat) == 0.0
-    assert measures.f1(*torch.zeros(3, 4)) == (0.0, 0.0)
-    assert measures.mcc(measures.confusion(torch.zeros(4).long(), torch.zeros(4).long(), 2)) == 0.0
+    assert measures.compute_pearson(flat, torch.arange(5.0)) == measures.compute_spearman(torch.arange(5.0), flat) == 0.0
+    assert measures.compute_f1(*torch.zeros(3, 4)) == (0.0, 0.0)
+    assert measures.compute_mcc(measures.compute_confusion_matrix(torch.zeros(4).long(), torch.zeros(4).long(), 2)) == 0.0
 
 
 # ---------------------------------------------------------------- what cannot be
@@ -130,26 +130,26 @@ def test_measures_of_nothing_say_nothing() -> None:
 def test_classes_come_from_the_rows_or_the_recipe() -> None:
     bare = OBJECTIVES["classify"](class_weights={"no": 2.0})
     assert bare.classes == ()
-    assert bare.fitted(("no", "yes")).heads[0].width == 2
-    assert OBJECTIVES["classify"](labels=("yes", "no", "rare")).fitted(("no", "yes")).classes == ("yes", "no", "rare")
-    assert OBJECTIVES["classify"](task="regression").fitted(()).heads[0].width == 1
+    assert bare.with_labels(("no", "yes")).heads[0].width == 2
+    assert OBJECTIVES["classify"](labels=("yes", "no", "rare")).with_labels(("no", "yes")).classes == ("yes", "no", "rare")
+    assert OBJECTIVES["classify"](task="regression").with_labels(()).heads[0].width == 1
     assert OBJECTIVES["classify"](task="regression").classes is None
-    tags = OBJECTIVES["classify"](task="tokens").fitted(("B", "I", "O"))
-    assert (tags.heads[0].kind, tags.heads[0].width, tags.needs) == ("token", 3, frozenset({"token_scores"}))
+    tags = OBJECTIVES["classify"](task="tokens").with_labels(("B", "I", "O"))
+    assert (tags.heads[0].kind, tags.heads[0].width, tags.required_outputs) == ("token", 3, frozenset({"token_scores"}))
 
 
 @pytest.mark.parametrize(("settings", "labels", "match"), [
     ({}, ("only",), "1 class: only"),
     ({"labels": ("yes", "no")}, ("yes", "noo"), "'noo'.*did you mean 'no'"),
-    ({"class_weights": {"yess": 2.0}}, ("yes", "no"), "'yess', which is no class.*did you mean 'yes'"),
+    ({"class_weights": {"yess": 2.0}}, ("yes", "no"), "'yess', which is not a class.*did you mean 'yes'"),
 ])
 def test_classes_that_do_not_fit_are_told(settings: dict, labels: tuple, match: str) -> None:
     with pytest.raises(RecipeError, match=match):
-        OBJECTIVES["classify"](**settings).fitted(labels)
+        OBJECTIVES["classify"](**settings).with_labels(labels)
 
 
 @pytest.mark.parametrize(("settings", "match"), [
-    ({"labels": ["a", "a"]}, "named once"), ({"task": "regression", "labels": ["a", "b"]}, "no classes"),
+    ({"labels": ["a", "a"]}, "appears twice"), ({"task": "regression", "labels": ["a", "b"]}, "no classes"),
     ({"class_weights": {"a": 0.0}}, "above 0")])
 def test_settings_that_cannot_be_are_told(settings: dict, match: str) -> None:
     with pytest.raises(RecipeError, match=match):
@@ -164,9 +164,9 @@ def test_heads_without_classes_are_told() -> None:
 @pytest.mark.parametrize("label", [3, -1])
 def test_a_class_that_no_train_row_has_is_caught(label: int) -> None:
     case = made("single", torch.tensor([0, label]), dice(2, 3))
-    with pytest.raises(AssertionError, match="no train row"):
+    with pytest.raises(AssertionError, match="data rejects rows"):
         case.objective.count(case.target)
-    with pytest.raises(AssertionError, match="no train row"):
+    with pytest.raises(AssertionError, match="data rejects rows"):
         case.loss()
 
 

@@ -28,7 +28,7 @@ from luthier.core.examples import Origin
 from luthier.core.types import Encoded, Item, Outputs, Target
 from luthier.data.packing import pack
 from luthier.objectives import OBJECTIVES
-from luthier.objectives.contrastive import HOTTEST, SCALE, ContrastiveConfig
+from luthier.objectives.contrastive import MAX_LOG_SCALE, SCALE, ContrastiveConfig
 from luthier.training import grad_cache
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import forward, step
@@ -60,28 +60,28 @@ def same(case: Case, wanted: Tensor) -> None:
 @pytest.mark.parametrize("negatives", [0, 1, 2])
 def test_pairs_are_multiple_negatives_ranking(both: bool, negatives: int) -> None:
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    case = made([[0, 1, *range(2, 2 + negatives)]] * 5, temperature=0.1, both=both)
+    case = made([[0, 1, *range(2, 2 + negatives)]] * 5, temperature=0.1, symmetric=both)
     directions = ("query_to_doc", "doc_to_query") if both else ("query_to_doc",)
     theirs = losses.MultipleNegativesRankingLoss(None, scale=10.0, directions=directions, partition_mode="per_direction")
     same(case, theirs.compute_loss_from_embeddings(columns(case, 2 + negatives), None))
-    other = replace(case, objective=OBJECTIVES["contrastive"](temperature=0.1, both=not both))
+    other = replace(case, objective=OBJECTIVES["contrastive"](temperature=0.1, symmetric=not both))
     assert abs(float(other.loss().total - case.loss().total)) > 1e-3
 
 
 def test_scores_are_cosent() -> None:
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    case = made([[x, x] for x in (0.1, 0.9, 0.5, 0.5, 0.3, 1.0)], kind="scores")
+    case = made([[x, x] for x in (0.1, 0.9, 0.5, 0.5, 0.3, 1.0)], loss="cosent")
     pooled = case.outputs.pooled
     same(case, losses.CoSENTLoss(None, scale=20.0).compute_loss_from_embeddings([pooled[::2], pooled[1::2]], case.target.labels[::2]))
 
 
 def test_triplets_are_triplet_loss() -> None:
     losses = pytest.importorskip("sentence_transformers.sentence_transformer.losses")
-    case = made([[0, 1, 2]] * 6, kind="triplet", margin=0.4)
+    case = made([[0, 1, 2]] * 6, loss="triplet", margin=0.4)
     cosine = losses.TripletDistanceMetric.COSINE
     same(case, losses.TripletLoss(None, distance_metric=cosine, triplet_margin=0.4)
          .compute_loss_from_embeddings(columns(case, 3), None))
-    several = made([[0, 1, 2, 3], [0, 1, 1, 2]], kind="triplet", margin=0.4)
+    several = made([[0, 1, 2, 3], [0, 1, 1, 2]], loss="triplet", margin=0.4)
     z = F.normalize(several.outputs.pooled, dim=1)
     triples = [(0, 1, 2), (0, 1, 3), (4, 5, 7), (4, 6, 7)]
     same(several, sum(torch.relu(z[a] @ z[n] - z[a] @ z[p] + 0.4) for a, p, n in triples) / 4)
@@ -90,7 +90,7 @@ def test_triplets_are_triplet_loss() -> None:
 def test_classes_are_supervised_contrastive() -> None:
     """Khosla et al. 2020, eq. 2, in loops; the only one of its class adds nothing."""
     labels = [[0], [1], [0], [2], [0], [1]]
-    case = made(labels, kind="labels", temperature=0.2)
+    case = made(labels, loss="supcon", temperature=0.2)
     z = F.normalize(case.outputs.pooled, dim=1)
     wanted = torch.zeros((), dtype=torch.float64)
     for i in range(6):
@@ -131,7 +131,7 @@ def test_mixed_precision_does_not_reach_the_cosines(name: str) -> None:
 
 def test_a_learned_temperature_is_clips() -> None:
     case = cases()["contrastive-both"]
-    fixed = replace(case, objective=OBJECTIVES["contrastive"](both=True), outputs=replace(case.outputs, scalars={}))
+    fixed = replace(case, objective=OBJECTIVES["contrastive"](symmetric=True), outputs=replace(case.outputs, scalars={}))
     assert float(case.loss().total) == pytest.approx(float(fixed.loss().total), rel=1e-12)
     head, = case.objective.heads
     assert (head.name, head.kind) == (SCALE, "scalar")
@@ -143,12 +143,12 @@ def test_a_learned_temperature_is_clips() -> None:
 @pytest.mark.parametrize(("good", "moves"), [(False, True), (True, False)])
 def test_the_scale_stops_at_a_hundred_and_may_turn_back(good: bool, moves: bool) -> None:
     """Beyond the limit the value is the limit's; a gradient that would lead further out is 0, one that leads back stays."""
-    case = made([[0, 1], [0, 1]], learned=True)
+    case = made([[0, 1], [0, 1]], learn_temperature=True)
     near = torch.eye(4, 6, dtype=torch.float64)[[0, 0, 1, 1]] + 0.1 * torch.arange(24, dtype=torch.float64).view(4, 6).sin()
     states = near if good else near[[0, 2, 1, 3]]  # each anchor beside its positive, or beside the other's
-    beyond = torch.tensor(HOTTEST + 1, dtype=torch.float64, requires_grad=True)
+    beyond = torch.tensor(MAX_LOG_SCALE + 1, dtype=torch.float64, requires_grad=True)
     found = case.objective(Outputs(pooled=states, scalars={SCALE: beyond}), case.target).total
-    limit = case.objective(Outputs(pooled=states, scalars={SCALE: torch.tensor(HOTTEST, dtype=torch.float64)}), case.target)
+    limit = case.objective(Outputs(pooled=states, scalars={SCALE: torch.tensor(MAX_LOG_SCALE, dtype=torch.float64)}), case.target)
     assert float(found) == float(limit.total)
     gradient, = torch.autograd.grad(found, beyond)
     assert (float(gradient) > 0) == moves
@@ -156,8 +156,8 @@ def test_the_scale_stops_at_a_hundred_and_may_turn_back(good: bool, moves: bool)
 
 
 def test_a_triplet_has_no_temperature_to_learn() -> None:
-    with pytest.raises(RecipeError, match="leave out learned"):
-        OBJECTIVES["contrastive"].parse({"kind": "triplet", "learned": True})
+    with pytest.raises(RecipeError, match="omit learn_temperature"):
+        OBJECTIVES["contrastive"].parse({"loss": "triplet", "learn_temperature": True})
 
 
 # ---------------------------------------------------------------- held-out rows
@@ -168,14 +168,14 @@ def test_retrieval_counts_by_hand() -> None:
     states = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.9], [1, 1], [0.1, 1], [1, 1.1]])
     # anchor 0: its positive is first; anchor 2: behind (0.1, 1) and (1, 1.1); anchor 4: behind both (1, 0.9) and (1, 1.1),
     # and before (1, 0.1) by less than nothing: their cosines with (1, 1) are equal, which counts half.
-    found = case.objective.quality(Outputs(pooled=states), case.target)
+    found = case.objective.compute_eval_metrics(Outputs(pooled=states), case.target)
     assert found == pytest.approx({"mrr": (1 + 1 / 3 + 1 / 3.5) / 3, "recall_at_1": 1 / 3, "recall_at_5": 1.0, "recall_at_10": 1.0})
 
 
 def test_of_classes_the_nearest_other_counts() -> None:
-    case = made([[0], [0], [1], [1], [2]], kind="labels")
+    case = made([[0], [0], [1], [1], [2]], loss="supcon")
     states = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [1, 0.3], [-1, 0]])
-    found = case.objective.quality(Outputs(pooled=states), case.target)  # 2 is nearest to 3, its mate; 3 is behind 0 and 1
+    found = case.objective.compute_eval_metrics(Outputs(pooled=states), case.target)  # 2 is nearest to 3, its mate; 3 is behind 0 and 1
     assert found == pytest.approx({"mrr": (1 + 1 + 1 + 1 / 3) / 4, "recall_at_1": 0.75, "recall_at_5": 1.0, "recall_at_10": 1.0})
 
 
@@ -184,7 +184,7 @@ def test_likeness_is_spearmans() -> None:
     case = cases()["contrastive-scores"]
     z = F.normalize(case.outputs.pooled.detach(), dim=1)
     cosines, scores = (z[::2] * z[1::2]).sum(1), case.target.labels[::2]
-    found = case.objective.quality(case.outputs, case.target)
+    found = case.objective.compute_eval_metrics(case.outputs, case.target)
     assert found == pytest.approx({"spearman": stats.spearmanr(cosines, scores)[0], "pearson": stats.pearsonr(cosines, scores)[0]})
 
 
@@ -192,20 +192,20 @@ def test_likeness_is_spearmans() -> None:
 
 
 @pytest.mark.parametrize(("kind", "labels", "match"), [
-    ("pairs", [[0, 1], [0]], "one anchor and at least one positive"), ("pairs", [[1, 1]], "one anchor"),
-    ("pairs", [[0, 0, 1]], "one anchor"), ("triplet", [[0, 1, 2], [0, 1]], "no hard negative"),
-    ("scores", [[0.5, 0.5], [0.2]], "two texts"), ("scores", [[0.5] * 3], "two texts")])
+    ("infonce", [[0, 1], [0]], "one anchor and at least one positive"), ("infonce", [[1, 1]], "one anchor"),
+    ("infonce", [[0, 0, 1]], "one anchor"), ("triplet", [[0, 1, 2], [0, 1]], "no hard negative"),
+    ("cosent", [[0.5, 0.5], [0.2]], "two texts"), ("cosent", [[0.5] * 3], "two texts")])
 def test_an_example_without_its_items_is_refused(kind: str, labels: list, match: str) -> None:
-    case = made(labels, kind=kind)
+    case = made(labels, loss=kind)
     for call in (lambda: case.objective.count(case.target), case.loss):
         with pytest.raises(DataError, match=match):
             call()
 
 
 def test_only_of_labels_are_there_classes() -> None:
-    bare = OBJECTIVES["contrastive"](kind="labels")
-    assert (bare.classes, bare.fitted(("cat", "dog")).classes) == ((), ("cat", "dog"))
-    assert OBJECTIVES["contrastive"]().fitted(("cat", "dog")).classes is None
+    bare = OBJECTIVES["contrastive"](loss="supcon")
+    assert (bare.classes, bare.with_labels(("cat", "dog")).classes) == ((), ("cat", "dog"))
+    assert OBJECTIVES["contrastive"]().with_labels(("cat", "dog")).classes is None
 
 
 # ---------------------------------------------------------------- in parts, and over ranks
@@ -214,7 +214,7 @@ def test_only_of_labels_are_there_classes() -> None:
 def rows(objective: str, kind: str) -> list[Encoded]:
     """Random examples for an objective whose rows meet, of several lengths."""
     dice = Dice(7)
-    labels = {"labels": [[0], [1], [0], [1], [0]], "scores": [[x, x] for x in (0.1, 0.8, 0.4, 1.0)],
+    labels = {"supcon": [[0], [1], [0], [1], [0]], "cosent": [[x, x] for x in (0.1, 0.8, 0.4, 1.0)],
               "kto": [[1, -1], [0, -1], [0, -1], [1, -1]]}.get(kind, [[0, 1, 2], [0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 3]])
     found = []
     for number, group in enumerate(labels):
@@ -225,8 +225,8 @@ def rows(objective: str, kind: str) -> list[Encoded]:
     return found
 
 
-COUPLED = [("contrastive", kind, {"kind": kind}) for kind in ("labels", "scores", "triplet")]
-COUPLED += [("contrastive", "pairs", {"learned": True, "both": True}), ("kto", "kto", {})]
+COUPLED = [("contrastive", kind, {"loss": kind}) for kind in ("supcon", "cosent", "triplet")]
+COUPLED += [("contrastive", "infonce", {"learn_temperature": True, "symmetric": True}), ("kto", "kto", {})]
 
 
 @pytest.mark.usefixtures("double")
@@ -290,7 +290,7 @@ def test_parts_are_computed_again_with_the_same_dropout(name: str, kind: str, se
 def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
     """Weights and metrics after two steps of a contrastive tuning with a learned temperature; `alone`: of one part only."""
     torch.set_num_threads(1)
-    objective, examples = OBJECTIVES["contrastive"](learned=True, both=True), rows("contrastive", "pairs")
+    objective, examples = OBJECTIVES["contrastive"](learn_temperature=True, symmetric=True), rows("contrastive", "infonce")
     family = base("llama")
     attached = attach_heads(family, attach(family, "lora"), objective, 3)
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
@@ -376,7 +376,7 @@ def test_duplicates_are_left_out_of_the_negatives_as_by_hand(name: str, both: bo
     dice = torch.Generator().manual_seed(5)
     states = {text: torch.randn(6, generator=dice, dtype=torch.float64).requires_grad_()
               for text in sorted({text for row in rows for text in row})}
-    settings = {"temperature": 0.5, "both": both}
+    settings = {"temperature": 0.5, "symmetric": both}
     ours = contrast(rows, states, mask_duplicates=True, **settings)
     wanted = by_hand(rows, states, 0.5, both).sum()
     torch.testing.assert_close(ours.total, wanted, rtol=1e-12, atol=1e-12)
@@ -402,5 +402,5 @@ def test_equal_distances_of_a_triplet_count_half() -> None:
                     labels=torch.tensor([0.0, 1, 2]), groups=torch.zeros(3, dtype=torch.int64))
     for far, wanted in (((1.0, 0.0), 0.5), ((0.0, 1.0), 1.0)):
         states = torch.tensor([[1.0, 0.0], [1.0, 0.0], far])
-        total, count = ContrastiveConfig(kind="triplet")(Outputs(pooled=states), target).metrics["match_accuracy"]
+        total, count = ContrastiveConfig(loss="triplet")(Outputs(pooled=states), target).metrics["match_accuracy"]
         assert float(total / count) == wanted

@@ -7,11 +7,11 @@ import torch
 
 from cases import cases
 from luthier.core.types import Outputs, Target
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, SHORT_FORMS
 
 CASES = cases()
 CASE = pytest.mark.parametrize("name", CASES)
-COUPLED = sorted(name for name, case in CASES.items() if case.objective.coupled)
+COUPLED = sorted(name for name, case in CASES.items() if case.objective.needs_full_batch)
 FREE = sorted(CASES.keys() - set(COUPLED))
 
 
@@ -23,7 +23,7 @@ def gradients(case, loss) -> dict[str, torch.Tensor]:
 
 
 def test_every_objective_has_a_case() -> None:
-    assert {name.partition("-")[0] for name in CASES} == set(OBJECTIVES), "give the new objective a case in tests/cases.py"
+    assert {name.partition("-")[0] for name in CASES} == {*OBJECTIVES, *SHORT_FORMS}, "give the new objective a case in tests/cases.py"
 
 
 @CASE
@@ -51,7 +51,7 @@ def test_it_is_pure(name: str) -> None:
 @CASE
 def test_it_reads_only_what_it_says_it_needs(name: str) -> None:
     case = CASES[name]
-    asked = Outputs(**{field: vars(case.outputs)[field] for field in case.objective.needs}, scalars=case.outputs.scalars)
+    asked = Outputs(**{field: vars(case.outputs)[field] for field in case.objective.required_outputs}, scalars=case.outputs.scalars)
     assert torch.equal(case.objective(asked, case.target).total, case.loss().total)
     assert {head.name for head in case.objective.heads if head.kind == "scalar"} == set(case.outputs.scalars)
 
@@ -69,8 +69,8 @@ def test_the_order_of_everything_is_nothing(name: str) -> None:
             torch.testing.assert_close(gradients(case, found.total)[leaf], gradient, rtol=1e-10, atol=1e-12)
         assert {n: float(a) / float(b) for n, (a, b) in found.metrics.items()} == pytest.approx(
             {n: float(a) / float(b) for n, (a, b) in wanted.metrics.items()}, rel=1e-5)
-        assert case.objective.quality(other.outputs, other.target) == pytest.approx(
-            case.objective.quality(case.outputs, case.target), rel=1e-6)
+        assert case.objective.compute_eval_metrics(other.outputs, other.target) == pytest.approx(
+            case.objective.compute_eval_metrics(case.outputs, case.target), rel=1e-6)
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -129,7 +129,7 @@ def test_an_example_alone_and_sixteen_bits_stay_finite(name: str) -> None:
     assert all(g.isfinite().all() for g in gradients(case, loss.total).values())
     half = Outputs(**{n: t.detach().bfloat16() if t.is_floating_point() else t for n, t in case.outputs.tensors().items()},
                    scalars={n: t.detach().float() for n, t in case.outputs.scalars.items()})
-    if "token_logps" not in case.objective.needs:  # which are never below 32 bits
+    if "token_logps" not in case.objective.required_outputs:  # which are never below 32 bits
         assert case.objective(half, case.target).total.dtype == torch.float32
 
 

@@ -14,23 +14,22 @@ import torch
 from lab import Dice, apart, attach, base
 from torch import Tensor
 
-from cases import PREFERENCES
+from cases import PREFERENCES, make_objective
 from luthier.assembly.factory import attach_heads
 from luthier.core.examples import Origin
 from luthier.core.protocols import Attached
 from luthier.core.types import Encoded, Item, Piece
 from luthier.data.packing import pack
 from luthier.models import CausalLM
-from luthier.objectives import OBJECTIVES
 from luthier.training import grad_cache
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import forward, measure, step
 
-COMPARED = (*PREFERENCES, "reward", "choice")
+COMPARED = (*PREFERENCES, "reward", "multiple_choice")
 CLASSIFY: list[tuple[str, dict[str, Any]]] = [("classify", {"task": task, "labels": labels}) for task, labels in (
     ("single", ("a", "b", "c")), ("multi", ("a", "b", "c")), ("regression", ()), ("tokens", ("a", "b", "c")))]
-CONTRASTIVE: list[tuple[str, dict[str, Any]]] = [("contrastive", {"kind": kind, "learned": kind != "triplet"})
-                                                 for kind in ("pairs", "labels", "scores", "triplet")]
+CONTRASTIVE: list[tuple[str, dict[str, Any]]] = [("contrastive", {"loss": kind, "learn_temperature": kind != "triplet"})
+                                                 for kind in ("infonce", "supcon", "cosent", "triplet")]
 EVERY = [*((name, {}) for name in (*COMPARED, "kto")), *CLASSIFY, *CONTRASTIVE]
 NAMED = pytest.mark.parametrize(("name", "settings"), EVERY, ids=[" ".join([n, *map(str, s.values())][:2]) for n, s in EVERY])
 
@@ -67,12 +66,12 @@ def rows(name: str, settings: dict[str, Any], shared: bool = True) -> list[Encod
     flags = [(1.0, 0.0, 1.0), (0.0, 0.0, 1.0), (0.0, 1.0, 0.0), (1.0, 0.0, 0.0)]
     kinds: dict[str, list[list[Any]]] = {
         "single": [[0], [1], [2], [0]], "multi": [[flag] for flag in flags], "regression": [[0.5], [-1.0], [2.0], [0.0]],
-        "tokens": [[]] * 4, "labels": [[0], [1], [0], [1]], "scores": [[x, x] for x in (0.1, 0.8, 0.4)]}
-    return roots(kinds.get(settings.get("task", settings.get("kind")), [[0, 1, 2], [0, 1, 2], [0, 1, 2]]))
+        "tokens": [[]] * 4, "supcon": [[0], [1], [0], [1]], "cosent": [[x, x] for x in (0.1, 0.8, 0.4)]}
+    return roots(kinds.get(settings.get("task", settings.get("loss")), [[0, 1, 2], [0, 1, 2], [0, 1, 2]]))
 
 
 def ready(name: str, settings: dict[str, Any]) -> tuple[CausalLM, Any, Attached]:
-    objective, family = OBJECTIVES[name](**settings), base("llama")
+    objective, family = make_objective(name, **settings), base("llama")
     attached = attach_heads(family, attach(family, "lora"), objective, 3)
     for head in family.heads.modules.values():
         head.double()  # heads are made in float32
@@ -87,7 +86,7 @@ def measured(family: CausalLM, objective: Any, attached: Attached, examples: lis
     count = sum(objective.count(batch.target) for batch in batches)
     run = partial(forward, family, objective, reference=attached.disabled)
     losses = [grad_cache.backward(run, objective, part, count, family.device, nullcontext)[0]
-              for part in ([batches] if objective.coupled else [[batch] for batch in batches])]
+              for part in ([batches] if objective.needs_full_batch else [[batch] for batch in batches])]
     return {"loss": sum(losses), **{n: p.grad for n, p in attached.parameters().items()}}
 
 
@@ -135,7 +134,7 @@ def test_the_reference_is_the_base_however_far_the_method_went() -> None:
         gain = measure(family, objective, [batch], attached.disabled)
         with attached.disabled():
             none = measure(family, objective, [batch], attached.disabled)
-    assert none["reward_margin"] == 0.0
+    assert none["rewards/margins"] == 0.0
     assert none["loss"] == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
-    assert gain["reward_chosen"] == pytest.approx(2.0 * (gain["logps_chosen"] - none["logps_chosen"]), rel=1e-5)
-    assert abs(gain["reward_chosen"]) > 1e-3
+    assert gain["rewards/chosen"] == pytest.approx(2.0 * (gain["logps/chosen"] - none["logps/chosen"]), rel=1e-5)
+    assert abs(gain["rewards/chosen"]) > 1e-3

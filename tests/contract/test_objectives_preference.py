@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import Case, answers, cases
-from luthier.core.errors import DataError
+from cases import Case, answers, cases, make_objective
+from luthier.assembly import recipe
+from luthier.core.errors import DataError, RecipeError
 from luthier.core.types import Outputs
-from luthier.objectives import OBJECTIVES
-from luthier.objectives.preference import answer_logps, log1mexp
+from luthier.objectives import SHORT_FORMS
+from luthier.objectives.preference import DPO_LOSSES, DpoConfig, compute_completion_logps, log1mexp
 
 trl = pytest.importorskip("trl")
 RANKS = [[0, 1], [2, 0, 1], [1, 0], [3, 1, 0, 2]]
@@ -70,7 +71,7 @@ def trl_dpo(case: Case, loss_type: str) -> tuple[Tensor, dict[str, float]]:
     settings = case.objective
     made = trainer(DPOTrainer, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
                    loss_types=[loss_type], loss_weights=[1.0], use_weighting=False, beta=settings.beta,
-                   label_smoothing=dict(settings).get("flipped", 0.0))
+                   label_smoothing=dict(settings).get("label_smoothing") or 0.0)
     policy, mask = rows(case, case.outputs.token_logps, best + worst)
     reference = rows(case, case.outputs.reference_logps, best + worst)[0].sum(1)
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
@@ -82,7 +83,7 @@ def trl_dpo(case: Case, loss_type: str) -> tuple[Tensor, dict[str, float]]:
 def trl_cpo(case: Case, loss_type: str, reference: bool, mean: bool) -> Tensor:
     from trl.experimental.cpo import CPOTrainer
     made = trainer(CPOTrainer, alpha=0.0, loss_type=loss_type, beta=case.objective.beta,
-                   simpo_gamma=dict(case.objective).get("gamma"), label_smoothing=dict(case.objective).get("flipped", 0.0))
+                   simpo_gamma=dict(case.objective).get("gamma"), label_smoothing=dict(case.objective).get("label_smoothing") or 0.0)
     logps = case.outputs.token_logps - (case.outputs.reference_logps if reference else 0)
     sides = [rows(case, logps, items) for items in pairs(case)]
     return made.cpo_loss(*(values.sum(1) / (mask.sum(1) if mean else 1) for values, mask in sides))[0].mean()
@@ -106,6 +107,36 @@ ORACLES = {
     "simpo": lambda case: trl_cpo(case, "simpo", reference=False, mean=True),
     "orpo": trl_orpo,
 }
+
+
+def test_every_loss_of_dpo_is_held_against_another_implementation() -> None:
+    assert {*DPO_LOSSES} == {"sigmoid", *SHORT_FORMS}
+    assert {"dpo", *SHORT_FORMS} < ORACLES.keys()
+    for loss_type in DPO_LOSSES:
+        assert DpoConfig(loss_type=loss_type).loss_type == loss_type
+
+
+@pytest.mark.parametrize("name", SHORT_FORMS)
+def test_a_short_form_is_dpo_with_that_loss(name: str) -> None:
+    """In a recipe as a word, with settings, and laid over another recipe; a loss_type that contradicts it is an error."""
+    whole = {"name": "dpo", "loss_type": name}
+    for given, wanted in ((name, whole), ({"name": name, "beta": 0.3}, {**whole, "beta": 0.3}),
+                          ({"name": name, "loss_type": name}, whole)):
+        assert recipe({"data": "-", "objective": given}).objective == DpoConfig(**wanted)
+    assert recipe({"data": "-", "objective": "sft"}, {"objective.name": name, "objective.beta": 0.3}).objective \
+        == DpoConfig(**whole, beta=0.3)
+    other = next(loss_type for loss_type in SHORT_FORMS if loss_type != name)
+    with pytest.raises(RecipeError, match=f"loss_type: {name}, and loss_type is {other}"):
+        recipe({"data": "-", "objective": {"name": name, "loss_type": other}})
+
+
+def test_label_smoothing_belongs_to_two_losses() -> None:
+    assert {loss_type: DpoConfig(loss_type=loss_type).label_smoothing for loss_type in DPO_LOSSES} == {
+        "sigmoid": None, "ipo": None, "hinge": None, "robust": 0.1, "cdpo": 0.1}
+    assert DpoConfig(loss_type="cdpo", label_smoothing=0.0).label_smoothing == 0.0
+    for loss_type in ("sigmoid", "ipo", "hinge"):
+        with pytest.raises(RecipeError, match="label_smoothing has no effect with loss_type " + loss_type):
+            recipe({"data": "-", "objective": {"name": "dpo", "loss_type": loss_type, "label_smoothing": 0.1}})
 
 
 def same(case: Case, wanted: Tensor) -> None:
@@ -140,19 +171,19 @@ def test_its_metrics_are_trls(name: str) -> None:
     case = made(name, beta=0.3)
     theirs = trl_dpo(case, {"dpo": "sigmoid"}.get(name, name))[1]
     ours = {metric: float(total) / float(n) for metric, (total, n) in case.loss().metrics.items()}
-    names = {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected", "reward_margin": "rewards/margins",
-             "pair_accuracy": "rewards/accuracies", "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected"}
+    names = {"rewards/chosen": "rewards/chosen", "rewards/rejected": "rewards/rejected", "rewards/margins": "rewards/margins",
+             "rewards/accuracies": "rewards/accuracies", "logps/chosen": "logps/chosen", "logps/rejected": "logps/rejected"}
     assert ours == pytest.approx({name: theirs[other] for name, other in names.items()}, rel=1e-6)
 
 
 def test_weights_scale_log_probabilities_and_prompts_are_nobodys() -> None:
     case = made("dpo")
     target = replace(case.target, weights=torch.where(case.target.item_of < 0, 7.0, 2.0))
-    twice = answer_logps(case.outputs.token_logps, target, mean=False)
-    once = answer_logps(case.outputs.token_logps, case.target, mean=False)
+    twice = compute_completion_logps(case.outputs.token_logps, target, mean=False)
+    once = compute_completion_logps(case.outputs.token_logps, case.target, mean=False)
     torch.testing.assert_close(twice, 2 * once)
-    torch.testing.assert_close(answer_logps(case.outputs.token_logps, target, mean=True),
-                               answer_logps(case.outputs.token_logps, case.target, mean=True))
+    torch.testing.assert_close(compute_completion_logps(case.outputs.token_logps, target, mean=True),
+                               compute_completion_logps(case.outputs.token_logps, case.target, mean=True))
     assert float(once.sum()) == pytest.approx(float(case.outputs.token_logps[case.target.item_of >= 0].sum()))
     gradient = torch.autograd.grad(case.loss().total, case.outputs.token_logps)[0]
     assert not gradient[case.target.item_of < 0].any()
@@ -160,7 +191,7 @@ def test_weights_scale_log_probabilities_and_prompts_are_nobodys() -> None:
 
 def test_a_robust_mean_over_flips_is_dpo() -> None:
     """What the name promises: over pairs of which a share is flipped, the mean loss is that of the true ones."""
-    right, wrong = made("robust", [[0, 1]], flipped=0.2), made("robust", [[1, 0]], flipped=0.2)
+    right, wrong = made("robust", [[0, 1]], label_smoothing=0.2), made("robust", [[1, 0]], label_smoothing=0.2)
     flipped = 0.8 * right.loss().total + 0.2 * wrong.loss().total
     assert float(flipped) == pytest.approx(float(made("dpo", [[0, 1]]).loss().total), rel=1e-12)
 
@@ -176,7 +207,7 @@ def test_log1mexp_is_exact_at_both_ends() -> None:
 @pytest.mark.parametrize("name", [*ORACLES, "reward"])
 def test_an_answer_alone_is_refused(name: str) -> None:
     case = made("dpo", [[0, 1], [0]])
-    objective, outputs = OBJECTIVES[name](), replace(case.outputs, scores=torch.zeros(3, 1))
+    objective, outputs = make_objective(name), replace(case.outputs, scores=torch.zeros(3, 1))
     for call in (lambda: objective.count(case.target), lambda: objective(outputs, case.target)):
         with pytest.raises(DataError, match="at least two"):
             call()
@@ -192,7 +223,7 @@ def trl_kto(case: Case) -> Tensor:
     from trl import KTOTrainer
     settings, labels = case.objective, case.target.labels
     made = trainer(KTOTrainer, calculate_KL=True, loss_type="kto", precompute_ref_logps=True, beta=settings.beta,
-                   desirable_weight=settings.good_weight, undesirable_weight=settings.bad_weight)
+                   desirable_weight=settings.desirable_weight, undesirable_weight=settings.undesirable_weight)
     judged, other = ((labels >= 0).nonzero()[:, 0].tolist(), (labels < 0).nonzero()[:, 0].tolist())
     given: dict[str, Any] = {"label": labels[judged] == 1}
     runs = []
@@ -212,7 +243,7 @@ def trl_kto(case: Case) -> Tensor:
 @pytest.mark.parametrize(("labels", "lifted"), [([[1, -1], [0, -1], [0, -1], [1, -1], [0, -1]], 0.0), ([[1, -1], [0, -1]], 2.0),
                                                 ([[0, -1], [0, -1]], 2.0)])
 def test_kto_is_trls(labels: Any, lifted: float) -> None:
-    case = made("kto", labels, good_weight=1.5, bad_weight=0.7, beta=0.4)
+    case = made("kto", labels, desirable_weight=1.5, undesirable_weight=0.7, beta=0.4)
     below = case.outputs.reference_logps - 1.0 * (lifted == 0.0)  # z0 above 0, or clamped to it
     case = replace(case, outputs=replace(case.outputs, reference_logps=below + lifted))
     same(case, trl_kto(case))
@@ -225,7 +256,7 @@ def test_kto_is_trls(labels: Any, lifted: float) -> None:
 
 
 def test_kto_without_a_mismatched_answer_is_refused() -> None:
-    with pytest.raises(DataError, match="another prompt"):
+    with pytest.raises(DataError, match=r"another row.s prompt"):
         made("kto", [[1], [0]]).loss()
 
 

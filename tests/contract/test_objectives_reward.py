@@ -41,7 +41,7 @@ def same(case: Case, wanted: Tensor) -> None:
 @pytest.mark.parametrize("margins", [True, False])
 def test_of_pairs_it_is_trls(ranking: str, centring: float, margins: bool) -> None:
     trl = pytest.importorskip("trl")
-    case = compared([[0, 1], [1, 0], [1, 0], [0, 1]], margins, ranking=ranking, centring=centring)
+    case = compared([[0, 1], [1, 0], [1, 0], [0, 1]], margins, ranking=ranking, center_rewards_coefficient=centring)
     order = torch.tensor([0, 3, 5, 6, 1, 2, 4, 7])  # the better ones first
     made = trainer(trl.RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=centring or None))
     given = {"attention_mask": torch.ones(8, 1)} | ({"margin": case.target.margins[order[:4]].double()} if margins else {})
@@ -49,9 +49,9 @@ def test_of_pairs_it_is_trls(ranking: str, centring: float, margins: bool) -> No
     same(case, wanted)
     theirs = {name: values[-1] for name, values in made._metrics["train"].items()}
     ours = {name: float(total) / float(n) for name, (total, n) in case.loss().metrics.items()}
-    assert ours["pair_accuracy"] == pytest.approx(theirs["accuracy"])
-    assert ours["reward_margin"] == pytest.approx(theirs["margin"])
-    assert ours["reward_chosen"] - ours["reward_rejected"] == pytest.approx(theirs["margin"])
+    assert ours["rewards/accuracies"] == pytest.approx(theirs["accuracy"])
+    assert ours["rewards/margins"] == pytest.approx(theirs["margin"])
+    assert ours["rewards/chosen"] - ours["rewards/rejected"] == pytest.approx(theirs["margin"])
 
 
 def test_a_ranking_is_plackett_and_luces() -> None:
@@ -71,7 +71,7 @@ def test_a_ranking_is_plackett_and_luces() -> None:
 
 
 def test_all_pairs_of_a_ranking_are_instructgpts() -> None:
-    case = compared([[2, 0, 1], [0, 1]], ranking="all_pairs", centring=0.2)
+    case = compared([[2, 0, 1], [0, 1]], ranking="all_pairs", center_rewards_coefficient=0.2)
     s, m = case.outputs.scores[:, 0], case.target.margins.double()
     groups = [[(1, 2), (1, 0), (2, 0)], [(3, 4)]]
     wanted = sum((-F.logsigmoid(s[i] - s[j] - m[i]) + 0.2 * (s[i] + s[j]) ** 2) / len(pairs) / 2
@@ -89,7 +89,7 @@ def test_only_the_best_may_be_known() -> None:
 
 
 def test_calibration_counts_by_hand() -> None:
-    found = metrics.calibration(torch.tensor([0.95, 0.91, 0.07, 0.62, 0.5]), bins=5)
+    found = metrics.compute_calibration(torch.tensor([0.95, 0.91, 0.07, 0.62, 0.5]), bins=5)
     assert found == pytest.approx({
         "calibration_predicted_0": 0.5, "calibration_observed_0": 0.5, "calibration_count_0": 1.0,
         "calibration_predicted_1": 0.62, "calibration_observed_1": 1.0, "calibration_count_1": 1.0,
@@ -102,12 +102,12 @@ def test_true_probabilities_are_calibrated_and_bold_ones_are_not() -> None:
     chance = torch.rand(20_000, generator=generator, dtype=torch.float64)
     won = torch.rand(20_000, generator=generator, dtype=torch.float64) < chance
     given = torch.where(won, chance, 1 - chance)
-    assert metrics.calibration(given)["calibration_error"] < 0.02
+    assert metrics.compute_calibration(given)["calibration_error"] < 0.02
     bold = torch.sigmoid(4 * torch.logit(given))
-    assert metrics.calibration(bold)["calibration_error"] > 0.1
+    assert metrics.compute_calibration(bold)["calibration_error"] > 0.1
 
 
 def test_its_quality_is_over_all_pairs() -> None:
     case = cases()["reward"]
-    found = case.objective.quality(case.outputs, case.target)
+    found = case.objective.compute_eval_metrics(case.outputs, case.target)
     assert sum(value for name, value in found.items() if "_count_" in name) == 1 + 3 + 1 + 6

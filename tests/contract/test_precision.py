@@ -31,7 +31,7 @@ def gradient(family: CausalLM, attached: Attached, batches: Iterable[Batch], mix
         parameter.grad = None
     for batch in batches:
         with torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
-            total = SFT(family.forward(batch.inputs, batch.target, SFT.needs), batch.target).total
+            total = SFT(family.forward(batch.inputs, batch.target, SFT.required_outputs), batch.target).total
         total.backward()
     return torch.cat([p.grad.flatten() for p in attached.parameters().values() if p.grad is not None])
 

@@ -50,7 +50,7 @@ def broken() -> str:
     before = {n: t.clone() for n, t in attached.state().items()}
 
     class Infinite:
-        needs, count, coupled = SFT.needs, SFT.count, False
+        required_outputs, count, needs_full_batch = SFT.required_outputs, SFT.count, False
 
         def __call__(self, outputs: Any, target: Any) -> Any:
             loss = SFT(outputs, target)

@@ -96,7 +96,7 @@ def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
 def grpo(place: Path) -> dict[str, Any]:
     return watched({"base": str(place / "base"), "method": {"name": "lora", "rank": 2},
                     "data": {"train": str(place / "train.jsonl"), "eval": str(place / "eval.jsonl"), "max_length": 64},
-                    "objective": {"name": "grpo", "answers": 2, "max_new_tokens": 3, "kl_weight": 0.1,
+                    "objective": {"name": "grpo", "num_generations": 2, "max_new_tokens": 3, "beta": 0.1,
                                   "reward": {"function": f"{place}/noisy.py:noisy"}},
                     "training": {"steps": 6, "batch_size": 4, "eval_every": 1, "patience": 4}, "optimizer": {"learning_rate": 0.01},
                     "evaluate": {"before": False}}, run=str(place / "run"))

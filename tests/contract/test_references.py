@@ -64,7 +64,7 @@ def gradients(one: Trial) -> dict[str, Tensor]:
     batches, objective = next(one.feed), one.made.objective
     count = sum(objective.count(batch.target) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
-    for part in [batches] if objective.coupled else [[batch] for batch in batches]:
+    for part in [batches] if objective.needs_full_batch else [[batch] for batch in batches]:
         loss, _ = backward(lambda batch: forward(one.base, objective, batch, one.reference), objective, part, count,
                            one.base.device, nullcontext)
         total += loss
@@ -88,8 +88,8 @@ def test_asked_once_is_asked_in_every_step(home: Path, tmp_path: Path, objective
 def test_the_gradients_are_the_same(home: Path, tmp_path: Path, objective: str, method: str) -> None:
     made = recipe(home, objective, method, once=True)
     live, once, other = Trial(recipe(home, objective, method), tmp_path), Trial(made, tmp_path), Trial(made, tmp_path)
-    columns = [example.known["reference_logps"] for example in other.feed.encoded]
-    other.feed.encoded = [replace(example, known={"reference_logps": column + torch.sin(torch.arange(len(column)) + number)})
+    columns = [example.precomputed["reference_logps"] for example in other.feed.encoded]
+    other.feed.encoded = [replace(example, precomputed={"reference_logps": column + torch.sin(torch.arange(len(column)) + number)})
                           for number, (example, column) in enumerate(zip(other.feed.encoded, columns, strict=True))]
     found, wanted, control = (gradients(one) for one in (once, live, other))
     assert apart(found, wanted) < TOLERANCE
@@ -102,7 +102,7 @@ def test_a_run_that_starts_from_a_run_asks_that_one(home: Path, tmp_path: Path) 
     live, once = (Trial(recipe(home, "dpo", "lora", once=once, start=str(first.path)), tmp_path) for once in (False, True))
     bare = Trial(recipe(home, "dpo", "lora", once=True), tmp_path)
     assert apart(gradients(once), gradients(live)) < TOLERANCE
-    told, other = (one.feed.encoded[0].known["reference_logps"] for one in (once, bare))
+    told, other = (one.feed.encoded[0].precomputed["reference_logps"] for one in (once, bare))
     assert (told - other).abs().max() > 1e-3  # the control: the bare base says something else
 
 
@@ -124,7 +124,7 @@ def test_what_a_model_says_of_rows_is_not_what_the_rows_are(home: Path, tmp_path
 @pytest.mark.parametrize(("objective", "kept"), [
     ({"name": "dpo"}, True), ({"name": "kto"}, True), ({"name": "sft"}, False), ({"name": "simpo"}, False),
     ({"name": "dpo", "precompute_reference": True}, False), ({"name": "ppo"}, True), ({"name": "grpo"}, False),
-    ({"name": "ppo", "kl_weight": 0}, False), ({"name": "grpo", "kl_weight": 0.1}, True)])
+    ({"name": "ppo", "kl_coef": 0}, False), ({"name": "grpo", "beta": 0.1}, True)])
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_a_copy_is_kept_where_the_objective_compares(method: str, objective: dict[str, Any], kept: bool) -> None:
     made = assembly.recipe({"data": "-", "method": method, "objective": objective})
@@ -152,8 +152,8 @@ def test_a_full_run_says_what_its_reference_costs(home: Path, tmp_path: Path, on
     count = int(run.results["parameters"])
     sentence = f"full keeps a copy of the {count:,} weights that it trains ({count * 4 / 1e9:.3g} GB)"
     assert (sentence in said) is not once, said
-    assert run.results["test_before"]["reward_margin"] == 0
-    assert run.results["test"]["reward_margin"] > 0  # held-out and test rows have their reference too
+    assert run.results["test_before"]["rewards/margins"] == 0
+    assert run.results["test"]["rewards/margins"] > 0  # held-out and test rows have their reference too
     assert yaml.safe_load((run.path / "recipe.yaml").read_text())["method"]["keep_base"] is not once
 
 
@@ -163,7 +163,7 @@ def test_held_out_rows_are_asked_about_as_they_are_measured(home: Path, tmp_path
     rows = str(home / "pairs.jsonl")
     made = recipe(home, "dpo", "lora", once=True, dtype="float32", **{"data.test": rows, "training.precision": precision})
     run = train(made, run=str(tmp_path / "run"), quiet=True)
-    assert run.results["test_before"]["reward_margin"] == 0
+    assert run.results["test_before"]["rewards/margins"] == 0
 
 
 def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Path, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def gradients(family: CausalLM, objective: Any, attached: Attached, batches: Seq
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None:
-    objective = PpoConfig(answers=3, max_new_tokens=6, temperature=temperature, kl_weight=0.2, minibatches=2)
+    objective = PpoConfig(num_generations=3, max_new_tokens=6, temperature=temperature, kl_coef=0.2, num_mini_batches=2)
     family, attached = set_up(objective, kind)
     feed = rolls(objective, family, attached, micro=25)
     seen: list[tuple[int, ...]] = []
@@ -98,10 +98,10 @@ def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None
                 mine = target.item_of == item
                 assert target.tokens[mine].tolist() == list(answer)
                 wanted = alone(family, prompt, answer, temperature)
-                torch.testing.assert_close(target.known["old_logps"][mine], wanted, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(target.precomputed["old_logps"][mine], wanted, rtol=1e-4, atol=1e-5)
                 with attached.disabled():
                     reference = alone(family, prompt, answer, temperature)
-                torch.testing.assert_close(target.known["reference_logps"][mine], reference, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(target.precomputed["reference_logps"][mine], reference, rtol=1e-4, atol=1e-5)
                 assert (wanted - reference).abs().max() > 1e-3
                 seen.append((*prompt, -1, *answer))
     assert len(seen) == 12
@@ -110,7 +110,7 @@ def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None
 
 def test_the_temperature_is_that_of_the_rollouts_batches_alone() -> None:
     """What measures the family between or after rollouts gets log-probabilities at temperature 1."""
-    objective = GrpoConfig(answers=2, max_new_tokens=6, temperature=0.5, kl_weight=0.1)
+    objective = GrpoConfig(num_generations=2, max_new_tokens=6, temperature=0.5, beta=0.1)
     family, attached = set_up(objective)
     feed = rolls(objective, family, attached)
     rolled, *_ = next(feed)
@@ -128,8 +128,8 @@ def test_the_temperature_is_that_of_the_rollouts_batches_alone() -> None:
 
 
 def test_micro_tokens_change_nothing_but_the_rows() -> None:
-    for objective in (PpoConfig(answers=3, max_new_tokens=6, kl_in="loss"),
-                      GrpoConfig(answers=3, max_new_tokens=6, kl_weight=0.1)):
+    for objective in (PpoConfig(num_generations=3, max_new_tokens=6, kl_penalty_in="loss"),
+                      GrpoConfig(num_generations=3, max_new_tokens=6, beta=0.1)):
         found = []
         for micro in (1000, 14):
             family, attached = set_up(objective)
@@ -144,7 +144,7 @@ def test_micro_tokens_change_nothing_but_the_rows() -> None:
 
 
 def test_a_round_is_learned_from_as_often_as_it_says() -> None:
-    objective = GrpoConfig(answers=2, max_new_tokens=4, epochs=3, minibatches=2)
+    objective = GrpoConfig(num_generations=2, max_new_tokens=4, num_iterations=3, num_mini_batches=2)
     family, attached = set_up(objective)
     feed = rolls(objective, family, attached, rounds=3)
     assert feed.steps_per_epoch == 3 * 2 + 3 * 1  # a round of three prompts, and one of the fourth alone
@@ -160,16 +160,16 @@ def test_a_round_is_learned_from_as_often_as_it_says() -> None:
 
 
 def test_the_first_step_is_on_policy_and_its_kl_is_none() -> None:
-    objective = PpoConfig(answers=2, max_new_tokens=5, kl_weight=0.1)
+    objective = PpoConfig(num_generations=2, max_new_tokens=5, kl_coef=0.1)
     family, attached = set_up(objective)
     batch, = next(rolls(objective, family, attached))
     loss = objective(forward(family, objective, batch, attached.disabled), batch.target)
-    assert abs(float(loss.metrics["kl_old"][0])) < 1e-9
-    assert float(loss.metrics["clip_share"][0]) == 0
+    assert abs(float(loss.metrics["approx_kl"][0])) < 1e-9
+    assert float(loss.metrics["clip_fraction"][0]) == 0
 
 
 def test_a_round_of_ppo_says_its_entropy() -> None:
-    objective = PpoConfig(answers=2, max_new_tokens=5, temperature=0.7)
+    objective = PpoConfig(num_generations=2, max_new_tokens=5, temperature=0.7)
     family, attached = set_up(objective)
     feed = rolls(objective, family, attached)
     batches = next(feed)
@@ -181,28 +181,28 @@ def test_a_round_of_ppo_says_its_entropy() -> None:
             with torch.no_grad():
                 logits = family.model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1:-1]
             spread.append(torch.distributions.Categorical(logits=logits / 0.7).entropy())
-        assert "entropies" not in batch.target.known
+        assert "entropies" not in batch.target.precomputed
     wanted = torch.cat(spread)
     assert feed.heard(dict)["entropy"] == pytest.approx(float(wanted.mean()), rel=1e-4)
     assert float(wanted.std()) > 1e-3
 
 
 def test_a_round_ends_early_where_the_policy_has_moved_too_far() -> None:
-    objective = GrpoConfig(answers=2, max_new_tokens=4, epochs=5, target_kl=0.1)
+    objective = GrpoConfig(num_generations=2, max_new_tokens=4, num_iterations=5, early_stop_kl=0.1)
     family, attached = set_up(objective)
     feed = rolls(objective, family, attached)
     next(feed)
-    said = feed.heard(lambda: {"kl_old": 0.05})
-    assert {"reward", "answer_tokens", "finished_share"} <= said.keys()
+    said = feed.heard(lambda: {"approx_kl": 0.05})
+    assert {"reward", "completion_length", "eos_rate"} <= said.keys()
     next(feed)
     assert feed.rounds == 1
-    assert not feed.heard(lambda: {"kl_old": 0.2})  # said once a round
+    assert not feed.heard(lambda: {"approx_kl": 0.2})  # said once a round
     next(feed)
     assert feed.rounds == 2
 
 
 def test_rewards_reach_their_answers_and_unfinished_ones_pay() -> None:
-    objective = GrpoConfig(answers=2, max_new_tokens=4, unfinished=0.25, advantage="dr_grpo")
+    objective = GrpoConfig(num_generations=2, max_new_tokens=4, missing_eos_penalty=0.25, advantage_estimator="dr_grpo")
     family, attached = set_up(objective)
     told: list[Answer] = []
 
@@ -239,8 +239,8 @@ def learn(objective: Any, seed: int, steps: int, rate: float = 0.05, **settings:
 
 
 OPTIMISED = {
-    "ppo": PpoConfig(answers=16, max_new_tokens=3, kl_weight=0.0, epochs=2),
-    **{kind: GrpoConfig(answers=16, max_new_tokens=3, advantage=kind) for kind in ("grpo", "rloo", "dr_grpo")},
+    "ppo": PpoConfig(num_generations=16, max_new_tokens=3, kl_coef=0.0, num_ppo_epochs=2),
+    **{kind: GrpoConfig(num_generations=16, max_new_tokens=3, advantage_estimator=kind) for kind in ("grpo", "rloo", "dr_grpo")},
 }
 
 
@@ -257,13 +257,13 @@ def test_a_bandit_finds_its_best_arm(seed: int) -> None:
     """Half of the tokens pay 1, a tenth pays 2: the best that can be is 2, and 1 is the trap."""
     def pay(answers: Sequence[Answer]) -> list[float]:
         return [2.0 if a.tokens[0] >= 80 else 1.0 if a.tokens[0] >= 36 else 0.0 for a in answers]
-    said = learn(PpoConfig(answers=32, max_new_tokens=1, kl_weight=0.0, epochs=2), seed, 50, reward=pay)
+    said = learn(PpoConfig(num_generations=32, max_new_tokens=1, kl_coef=0.0, num_ppo_epochs=2), seed, 50, reward=pay)
     assert sum(one["reward"] for one in said[-3:]) / 3 > 1.9, [round(one["reward"], 2) for one in said]
 
 
 @pytest.mark.parametrize("where", ["reward", "loss"])
 def test_a_large_price_of_kl_holds_the_policy_and_none_lets_it_drift(where: Any) -> None:
-    kl = {weight: learn(PpoConfig(answers=16, max_new_tokens=3, kl_weight=weight, kl_in=where, epochs=2),
+    kl = {weight: learn(PpoConfig(num_generations=16, max_new_tokens=3, kl_coef=weight, kl_penalty_in=where, num_ppo_epochs=2),
                         0, 30, rate=0.01)[-1]["kl"]
           for weight in (1e-9, 0.1, 10.0)}  # the smallest is no price at all, but measures
     assert kl[1e-9] > 5
@@ -291,7 +291,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipe(home: Path, name: str, **objective: Any) -> dict[str, Any]:
     return {"base": str(home / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.2},
             "data": {"train": str(home / "prompts.jsonl"), "eval": str(home / "held.jsonl")},
-            "objective": {"name": name, "reward": "length", "answers": 2, "max_new_tokens": 4, **objective},
+            "objective": {"name": name, "reward": "length", "num_generations": 2, "max_new_tokens": 4, **objective},
             "training": {"steps": 9, "batch_size": 2, "micro_tokens": 60, "save_every": 1, "keep": 20,
                          "eval_every": 4, "keep_best": False},
             "optimizer": {"learning_rate": 0.01}, "evaluate": {"before": False}, "seed": 5}
@@ -305,7 +305,7 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
 
 @pytest.mark.parametrize("method", ["bitfit", "ln", "prefix", ["bitfit", {"name": "lora", "rank": 2}]], ids=str)
 def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None:
-    made = recipe(home, "ppo", kl_weight=0.1) | {"method": method}
+    made = recipe(home, "ppo", kl_coef=0.1) | {"method": method}
     made["training"] |= {"steps": 2, "keep": 1}
     run = train(made, run=str(tmp_path / "run"), quiet=True)
     assert all("kl" in line for line in run.metrics if "reward" in line)
@@ -314,7 +314,7 @@ def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None
 
 
 @pytest.mark.parametrize(("name", "settings"), [
-    ("ppo", {"epochs": 2, "minibatches": 2, "kl_target": 0.5}), ("grpo", {"epochs": 2, "kl_weight": 0.1}), ("grpo", {})])
+    ("ppo", {"num_ppo_epochs": 2, "num_mini_batches": 2, "adaptive_kl_target": 0.5}), ("grpo", {"num_iterations": 2, "beta": 0.1}), ("grpo", {})])
 def test_a_resumed_run_ends_with_the_same_bits(home: Path, tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     made = recipe(home, name, **settings)
     whole = train(made, run=str(tmp_path / "whole"), quiet=True)
@@ -341,7 +341,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
     start = train({"base": str(home / "base"), "method": {"name": "lora", "rank": 3}, "objective": "sft",
                    "data": str(home / "sft.jsonl"), "training": {"steps": 6, "batch_size": 6},
                    "optimizer": {"learning_rate": 0.01}, "run": str(tmp_path / "sft")}, quiet=True)
-    raw = recipe(home, "ppo", reward={"run": str(reward.path)}, kl_weight=0.1)
+    raw = recipe(home, "ppo", reward={"model": str(reward.path)}, kl_coef=0.1)
     made = assembly.recipe({key: raw[key] for key in raw if key not in ("base", "method")} | {"start": str(start.path)})
     family = load_family(made.base)
     assert isinstance(family, CausalLM)
@@ -377,7 +377,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
     with attached.disabled(), torch.no_grad():
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     assert bare is not None
-    assert (batch.target.known["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
+    assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
 
 
 def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path, tmp_path: Path) -> None:
@@ -385,7 +385,7 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
     reward = train({"base": str(tmp_path / "other"), "method": "lora", "objective": "reward",
                     "data": str(home / "pairs.jsonl"), "training": {"steps": 1, "batch_size": 4},
                     "run": str(tmp_path / "reward")}, quiet=True)
-    made = assembly.recipe(recipe(home, "grpo", reward={"run": str(reward.path)}))
+    made = assembly.recipe(recipe(home, "grpo", reward={"model": str(reward.path)}))
     family = load_family(made.base)
     found = load_datasets(made, family)
     warned: list[str] = []
@@ -395,7 +395,7 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
 
 
 def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
-    made = assembly.recipe(recipe(home, "ppo", critic="adapter", kl_weight=0.1, value_weight=1.0))
+    made = assembly.recipe(recipe(home, "ppo", critic="adapter", kl_coef=0.1, vf_coef=1.0))
     found: list[dict[str, Tensor]] = []
     for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the bank stands elsewhere
         family = load_family(made.base)
@@ -418,7 +418,7 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
     for part in ("critic/", "value"):
         assert any(part in name and float(g.abs().max()) > 1e-6 for name, g in first.items()), part
     # The policy's own gradient knows nothing of the critic's error.
-    quiet = made.objective.model_copy(update={"value_weight": 0.0})
+    quiet = made.objective.model_copy(update={"vf_coef": 0.0})
     again = gradients(family, quiet, attached, next(feed_of(made, family, data, attached, reference)))
     assert all(float(g.abs().max()) == 0 for name, g in again.items() if "critic/" in name)
 
@@ -446,11 +446,11 @@ def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> N
     ({"objective": {"name": "ppo", "reward": "nowhere:f"}}, "cannot be imported"),
     ({"objective": {"name": "ppo", "reward": "math:nothing"}}, "defines no function"),
     ({"objective": {"name": "ppo", "reward": {"url": "ftp://x"}}}, "http"),
-    ({"objective": {"name": "ppo", "reward": {"url": "http://x", "run": "y"}}}, "one of"),
-    ({"objective": {"name": "ppo", "reward": "length", "minibatches": 9}}, "minibatches"),
+    ({"objective": {"name": "ppo", "reward": {"url": "http://x", "model": "y"}}}, "one of"),
+    ({"objective": {"name": "ppo", "reward": "length", "num_mini_batches": 9}}, "num_mini_batches"),
     ({"objective": {"name": "ppo", "reward": "length"}, "method": {"name": "full", "keep_base": False}}, "keep_base"),
-    ({"objective": {"name": "grpo", "reward": "length", "answers": 1}}, "answers"),
-    ({"objective": {"name": "ppo", "reward": "length", "kl_weight": 0, "kl_target": 1}}, "kl_target"),
+    ({"objective": {"name": "grpo", "reward": "length", "num_generations": 1}}, "num_generations"),
+    ({"objective": {"name": "ppo", "reward": "length", "kl_coef": 0, "adaptive_kl_target": 1}}, "adaptive_kl_target"),
 ])
 def test_a_recipe_that_cannot_be_is_refused(home: Path, tmp_path: Path, change: dict[str, Any], word: str) -> None:
     with pytest.raises(RecipeError, match=word):
@@ -463,7 +463,7 @@ def test_a_reward_that_lacks_its_fact_names_the_prompt(home: Path, tmp_path: Pat
 
 
 def test_a_full_policy_trains_with_a_copy_of_its_base(home: Path, tmp_path: Path) -> None:
-    made = recipe(home, "ppo", kl_weight=0.1) | {"method": "full"}
+    made = recipe(home, "ppo", kl_coef=0.1) | {"method": "full"}
     made["training"] |= {"steps": 3, "keep": 1}
     made["optimizer"] = {"learning_rate": 0.001}
     run = train(made, run=str(tmp_path / "run"), quiet=True)
@@ -502,7 +502,7 @@ class Live(TorchDispatchMode):
 
 
 def test_the_four_roles_of_ppo_cost_at_most_half_more_memory_than_sft() -> None:
-    objective = PpoConfig(answers=8, max_new_tokens=16, kl_weight=0.1, at_once=8)
+    objective = PpoConfig(num_generations=8, max_new_tokens=16, kl_coef=0.1, generation_batch_size=8)
     peaks = {}
     for name in ("sft", "ppo"):
         family, attached = set_up(objective, dtype=torch.float32)
@@ -522,7 +522,7 @@ def test_the_four_roles_of_ppo_cost_at_most_half_more_memory_than_sft() -> None:
 
 def test_prompts_that_processes_share_get_the_answers_that_one_process_gives() -> None:
     """Shards as on two ranks: the same answers, rewards and columns; the control numbers the second shard from 0."""
-    objective = PpoConfig(answers=3, max_new_tokens=6, kl_weight=0.2)
+    objective = PpoConfig(num_generations=3, max_new_tokens=6, kl_coef=0.2)
 
     def drawn(start: int | None) -> dict[str, Any]:
         family, attached = set_up(objective)

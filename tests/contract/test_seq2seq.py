@@ -69,7 +69,7 @@ def test_weights_of_tokens_are_factors_of_their_log_probs(kind: str) -> None:
     family, examples = base(kind), pairs()
     row, given = batch(examples), padded(examples)
     with torch.no_grad():
-        logps = family.forward(row.inputs, row.target, SFT.needs).token_logps
+        logps = family.forward(row.inputs, row.target, SFT.required_outputs).token_logps
         every = -F.cross_entropy(family.model(**given).logits.transpose(1, 2), given["labels"], reduction="none")
     wanted = torch.cat([every[i, :n] for i, n in enumerate(ANSWERS)])
     assert (logps - wanted).abs().max() < SAME
@@ -106,7 +106,7 @@ def test_a_source_is_read_once_however_many_answers_it_has() -> None:
     family, widths = base(), []
     family.encoder.register_forward_pre_hook(lambda _m, _a, given: widths.append(given["input_ids"].numel()), with_kwargs=True)
     row = batch([forest()])
-    family.forward(row.inputs, row.target, SFT.needs)
+    family.forward(row.inputs, row.target, SFT.required_outputs)
     assert widths == [len(forest().pieces[0].ids)]
 
 
@@ -157,7 +157,7 @@ def test_a_source_is_never_predicted() -> None:
     dice, family = Dice(), base()
     row = batch([Encoded((dice.piece(6), dice.piece(3, 0)), Origin("lab", 0))])
     with pytest.raises(RuntimeError, match="never predicted"):
-        family.forward(row.inputs, row.target, SFT.needs)
+        family.forward(row.inputs, row.target, SFT.required_outputs)
 
 
 def test_heads_stand_on_the_decoders_states() -> None:

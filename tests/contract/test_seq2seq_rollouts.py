@@ -72,7 +72,7 @@ def gradients(family: Seq2Seq, objective: Any, attached: Any, batches: Sequence[
 def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a round remembers of its answers is what Transformers computes of them, end marks too."""
     widen(monkeypatch)
-    objective = PpoConfig(answers=3, max_new_tokens=6, temperature=temperature, kl_weight=0.2)
+    objective = PpoConfig(num_generations=3, max_new_tokens=6, temperature=temperature, kl_coef=0.2)
     family, attached = set_up(objective, kind)
     if kind == "gated":
         with torch.no_grad():  # so that some answers end by themselves
@@ -88,10 +88,10 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
             mine = target.item_of == item
             assert target.tokens[mine].tolist() == list(answer)
             wanted = alone(family, prompt, answer, temperature)
-            assert (target.known["old_logps"][mine] - wanted).abs().max() < SAME
+            assert (target.precomputed["old_logps"][mine] - wanted).abs().max() < SAME
             with attached.disabled():
                 reference = alone(family, prompt, answer, temperature)
-            assert (target.known["reference_logps"][mine] - reference).abs().max() < SAME
+            assert (target.precomputed["reference_logps"][mine] - reference).abs().max() < SAME
             assert (wanted - reference).abs().max() > FAR
             assert (wanted - alone(family, prompt, answer, 1.3)).abs().max() > FAR
             assert IM_END not in answer[:-1]
@@ -103,11 +103,11 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
     if kind == "gated":
         assert 0 < ended < 12
     again = forward(family, objective, batches[0], attached.disabled).token_logps
-    assert torch.equal(again, batches[0].target.known["old_logps"])  # the same row, the same bits
+    assert torch.equal(again, batches[0].target.precomputed["old_logps"])  # the same row, the same bits
 
 
-@pytest.mark.parametrize("objective", [PpoConfig(answers=3, max_new_tokens=6, kl_in="loss"),
-                                       GrpoConfig(answers=3, max_new_tokens=6, kl_weight=0.1)], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [PpoConfig(num_generations=3, max_new_tokens=6, kl_penalty_in="loss"),
+                                       GrpoConfig(num_generations=3, max_new_tokens=6, beta=0.1)], ids=lambda o: o.name)
 def test_micro_tokens_change_nothing_but_the_rows(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     widen(monkeypatch)
     found = []
@@ -122,8 +122,8 @@ def test_micro_tokens_change_nothing_but_the_rows(objective: Any, monkeypatch: p
         torch.testing.assert_close(found[1][1][name], wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("objective", [PpoConfig(answers=16, max_new_tokens=3, kl_weight=0.0, epochs=2),
-                                       GrpoConfig(answers=16, max_new_tokens=3)], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [PpoConfig(num_generations=16, max_new_tokens=3, kl_coef=0.0, num_ppo_epochs=2),
+                                       GrpoConfig(num_generations=16, max_new_tokens=3)], ids=lambda o: o.name)
 def test_a_countable_reward_rises(objective: Any) -> None:
     family, attached = set_up(objective, stirred=False, dtype=torch.float32, num_decoder_layers=1)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     judge = train({**common, "objective": "reward", "data": str(tmp_path / "pairs.jsonl"),
                    "run": str(tmp_path / "reward")}, quiet=True)
     made = assembly.recipe({"start": str(sft.path), "seed": 3,
-                         "objective": {"name": "ppo", "reward": {"run": str(judge.path)}, "kl_weight": 0.1,
+                         "objective": {"name": "ppo", "reward": {"model": str(judge.path)}, "kl_coef": 0.1,
                                        "critic": "adapter", "answers": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
                          "training": {"steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
@@ -186,7 +186,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     with attached.disabled(), torch.no_grad():
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     assert bare is not None
-    assert (batch.target.known["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
+    assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
     run = train(made, run=str(tmp_path / "run"), quiet=True)
     assert run.results["metric"] == "reward"
     standing = assembly.standing(run)

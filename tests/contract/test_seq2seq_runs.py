@@ -216,13 +216,13 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     def total(who: str | None, examples: list[Encoded]) -> Tensor:
         with bank.using(who):
             row = batch(examples)
-            return SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+            return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     apart_ = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", None))
     row = batch(examples)
     inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
-    assert (SFT(family.forward(inputs, row.target, SFT.needs), row.target).total - apart_).abs() < SAME
+    assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - apart_).abs() < SAME
     assert (total("a", examples) - apart_).abs() > FAR
 
     found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
@@ -232,7 +232,7 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
 
     tree = batch([forest()])
     with pytest.raises(RunError, match="another adapter"):
-        family.forward(bank.through(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.needs)
+        family.forward(bank.through(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.required_outputs)
 
 
 def test_a_saved_base_is_the_same_base(tmp_path: Path) -> None:

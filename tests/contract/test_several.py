@@ -236,7 +236,7 @@ def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, m
     with reference():
         assert torch.equal(logits(family), wanted)
         rows = batch(documents())
-        assert not family.forward(rows.inputs, rows.target, SFT.needs).token_logps.requires_grad  # type: ignore[union-attr]
+        assert not family.forward(rows.inputs, rows.target, SFT.required_outputs).token_logps.requires_grad  # type: ignore[union-attr]
     with policy.disabled():
         assert torch.equal(logits(family), bare)
     assert torch.equal(logits(family), moved)

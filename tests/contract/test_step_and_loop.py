@@ -141,7 +141,7 @@ def test_a_known_reference_is_not_asked_again() -> None:
     from luthier.objectives import OBJECTIVES
     family, row = base("llama"), batch(documents())
     told = torch.arange(row.target.at.shape[0]).double()
-    known = replace(row, target=replace(row.target, known={"reference_logps": told}))
+    known = replace(row, target=replace(row.target, precomputed={"reference_logps": told}))
     assert torch.equal(forward(family, OBJECTIVES["dpo"](), known).reference_logps, told)
 
 

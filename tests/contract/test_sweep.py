@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from luthier.methods import METHODS
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, SHORT_FORMS
 from luthier.training import checkpoint
 from luthier.training.loop import fit
 from tiny import ENCODERS, VISIONS
@@ -74,8 +74,8 @@ def test_a_checkpoint_that_lacks_something_is_not_gone_on_from_exactly(home: Pat
 def test_no_axis_is_left_out() -> None:
     pairs = set(tried())
     assert all((base, method, SIMPLEST[base]) in pairs for base in BASES for method in METHODS)
-    assert all((base, "lora", objective) in pairs for base in FAMILIES for objective in OBJECTIVES)
-    assert all(("llama", method, objective) in pairs for method in METHODS for objective in OBJECTIVES)
+    assert all((base, "lora", objective) in pairs for base in FAMILIES for objective in (*OBJECTIVES, *SHORT_FORMS))
+    assert all(("llama", method, objective) in pairs for method in METHODS for objective in (*OBJECTIVES, *SHORT_FORMS))
     assert {base for base, _ in ELSEWHERE} < set(BASES)
 
 

@@ -102,7 +102,7 @@ def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[st
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for batch in batches:
-            total = SFT(family.forward(batch.inputs, batch.target, SFT.needs), batch.target).total
+            total = SFT(family.forward(batch.inputs, batch.target, SFT.required_outputs), batch.target).total
             for master, slope in zip(masters.values(), torch.autograd.grad(total / count, list(named.values())), strict=True):
                 master.grad += slope.float()
         norm = torch.stack([m.grad.norm() for m in masters.values()]).norm()

@@ -228,13 +228,13 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     def total(who: str | None, examples: list[Encoded]) -> Tensor:
         with bank.using(who):
             row = batch(examples)
-            return SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+            return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     single = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", "c", None))
     row = batch(examples)
     inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
-    assert (SFT(family.forward(inputs, row.target, SFT.needs), row.target).total - single).abs() < SAME
+    assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - single).abs() < SAME
     assert (total("a", examples) - single).abs() > FAR
     owners = ["b", "a", None, "c", "a"]
     found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6), bank.numbers(owners)), key=lambda g: g.index)

@@ -106,7 +106,7 @@ def test_sixteen_bits_give_about_the_same_loss(method: str, dtype: torch.dtype, 
         attached = attach(family, method, **SETTINGS[method])
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
             row = batch(pairs())
-            loss = SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total / SFT.count(row.target)
+            loss = SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total / SFT.count(row.target)
         loss.backward()
         assert all(p.grad.isfinite().all() and p.grad.any() for p in attached.parameters().values())
         losses.append(float(loss))

@@ -28,8 +28,8 @@ from luthier.assembly.rl_setup import begin
 from luthier.core.errors import RecipeError, RunError
 from luthier.data import DataConfig, load
 from luthier.objectives import OBJECTIVES
-from luthier.objectives.contrastive import info_nce, supervised
-from luthier.objectives.preference import answer_logps
+from luthier.objectives.contrastive import infonce_loss, supcon_loss
+from luthier.objectives.preference import compute_completion_logps
 from luthier.training.grad_cache import backward
 from luthier.training.step import forward
 from tiny import save_tiny, tiny_tokenizer
@@ -47,12 +47,12 @@ TWICE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # where 2 is 
     "regression": ({"name": "classify", "task": "regression"}, [{"text": w, "label": 1.5 * i - 2} for i, w in enumerate(WORDS)]),
     "tags": ({"name": "classify", "task": "tokens", "class_weights": "balanced"},
              [{"words": [w, "and", w[::-1]], "tags": ["ABAB"[i % 4], "C", "BABA"[i % 4]]} for i, w in enumerate(WORDS)]),
-    "scores": ({"name": "contrastive", "kind": "scores"},
+    "scores": ({"name": "contrastive", "loss": "cosent"},
                [{"sentence1": w, "sentence2": w[::-1], "score": i / 4} for i, w in enumerate(WORDS)]),
-    "triplet": ({"name": "contrastive", "kind": "triplet", "margin": 2.0},
+    "triplet": ({"name": "contrastive", "loss": "triplet", "margin": 2.0},
                 [{"anchor": w, "positive": w[::-1], "negative": "no"} for w in WORDS]),
-    "reward": ({"name": "reward", "centring": 0.1}, RANKED),
-    "choice": ({"name": "choice"}, RANKED),
+    "reward": ({"name": "reward", "center_rewards_coefficient": 0.1}, RANKED),
+    "choice": ({"name": "multiple_choice"}, RANKED),
     "all pairs": ({"name": "reward", "ranking": "all_pairs"}, RANKED),
     "kto": ({"name": "kto"}, [{"prompt": f"{w}?", "completion": w[::-1], "label": i % 2} for i, w in enumerate(WORDS)]),
     "sft": ({"name": "sft"}, [{"prompt": f"{w}?", "completion": w[::-1]} for w in WORDS]),
@@ -89,7 +89,7 @@ def measured(recipe: Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
     objective = recipe.objective
     count = sum(objective.count(batch.target) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
-    for part in [batches] if objective.coupled else [[batch] for batch in batches]:
+    for part in [batches] if objective.needs_full_batch else [[batch] for batch in batches]:
         loss += backward(lambda batch: forward(base, objective, batch, reference), objective, part, count, base.device,
                          nullcontext)[0]
     return {"loss": loss, **{name: p.grad for name, p in attached.parameters().items() if p.grad is not None}}
@@ -145,11 +145,11 @@ def test_among_negatives_it_is_a_factor_on_the_anchors_own_loss(kind: str) -> No
     similar = states @ states.T / objective.temperature
     weights = target.item_weights.double()
     if kind == "contrastive-labels":
-        each = supervised(similar, target.labels)
+        each = supcon_loss(similar, target.labels)
     else:
         anchor = target.labels == 0
         own = (target.groups[anchor][:, None] == target.groups[~anchor][None]) & (target.labels[~anchor] == 1)
-        each, weights = info_nce(similar[anchor][:, ~anchor], own, objective.both), weights[anchor]
+        each, weights = infonce_loss(similar[anchor][:, ~anchor], own, objective.symmetric), weights[anchor]
     found, wanted = case.loss(), (weights * each).sum()
     torch.testing.assert_close(found.total, wanted, rtol=1e-6, atol=0)
     assert float(found.count) == float(weights.sum())
@@ -161,13 +161,13 @@ def test_ktos_divergence_is_a_mean_by_weight() -> None:
     weights = torch.tensor([2.0, 0.5, 3.0, 1.0])[case.target.groups]
     case = replace(case, target=replace(case.target, item_weights=weights))
     target, settings = case.target, case.objective
-    ratios = answer_logps(case.outputs.token_logps - case.outputs.reference_logps, target, mean=False)
+    ratios = compute_completion_logps(case.outputs.token_logps - case.outputs.reference_logps, target, mean=False)
     weights, other = target.item_weights.double(), target.labels < 0
     z0 = ((weights * ratios)[other].sum() / weights[other].sum()).detach()
     assert z0 > 1e-2
     assert abs(float(z0 - ratios[other].mean())) > 1e-2  # the control
     sign = 2 * target.labels.double() - 1
-    scale = torch.where(target.labels == 1, settings.good_weight, settings.bad_weight) * weights
+    scale = torch.where(target.labels == 1, settings.desirable_weight, settings.undesirable_weight) * weights
     wanted = (scale * (1 - torch.sigmoid(settings.beta * sign * (ratios - z0))))[~other].sum()
     torch.testing.assert_close(case.loss().total, wanted, rtol=1e-12, atol=0)
     assert float(case.loss().count) == float(weights[~other].sum())
@@ -180,14 +180,14 @@ def test_balanced_weights_are_scikit_learns() -> None:
     utils = pytest.importorskip("sklearn.utils")
     labels = ["a"] * 7 + ["b"] * 2 + ["c"] * 3
     counts = {name: float(labels.count(name)) for name in "abc"}
-    made = OBJECTIVES["classify"](class_weights="balanced").fitted(("a", "b", "c"), counts)
+    made = OBJECTIVES["classify"](class_weights="balanced").with_labels(("a", "b", "c"), counts)
     wanted = utils.compute_class_weight("balanced", classes=np.array(list("abc")), y=labels)
     assert made.class_weights == pytest.approx(dict(zip("abc", wanted, strict=True)), rel=1e-12)
     shares = [made.class_weights[name] * counts[name] for name in "abc"]
     assert shares == pytest.approx([4.0] * 3)
     for lacking in ({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 2.0, "c": 0.0}, None):
         with pytest.raises(RecipeError, match="no train row has the class"):
-            OBJECTIVES["classify"](class_weights="balanced", labels=("a", "b", "c")).fitted(("a", "b"), lacking)
+            OBJECTIVES["classify"](class_weights="balanced", labels=("a", "b", "c")).with_labels(("a", "b"), lacking)
     with pytest.raises(RecipeError, match="class_weights"):
         OBJECTIVES["classify"].parse({"class_weights": "balance"})
 

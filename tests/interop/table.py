@@ -46,7 +46,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "tags": {"name": "classify", "task": "tokens", "labels": ["O", "B-PER", "I-PER"]},
     "reward": {"name": "reward"},
     "embedding": {"name": "contrastive"},
-    "embedding-learned": {"name": "contrastive", "learned": True},
+    "embedding-learned": {"name": "contrastive", "learn_temperature": True},
 }
 TEXTS = ("a", "good food, and quickly", "not my taste at all; I would not go there again")
 
@@ -98,7 +98,7 @@ class Made:
 
     def _of(self, inputs: Inputs, target: Target) -> Tensor:
         self.base.train(False)
-        needs = self.recipe.objective.needs
+        needs = self.recipe.objective.required_outputs
         found = self.base.forward(inputs, target, needs).tensors()[next(iter(needs))]
         return torch.nn.functional.normalize(found, dim=-1) if needs == {"pooled"} else found
 

@@ -39,7 +39,7 @@ def test_methods_beside_one_another(recipe: str) -> None:
         assert 0 < row["rate"] < 0.5, "every method has its own default rate, not the recipe's"
         assert row["general"] > 1
     lora, both = told["methods"]
-    assert both["trainable_share"] > lora["trainable_share"]
+    assert both["trainable_fraction"] > lora["trainable_fraction"]
     assert told["base"] == pytest.approx(Run(folder.path / "lora").results["before"])
     assert told["general_before"] > 1
     table = (folder.path / "comparison.md").read_text()
@@ -62,11 +62,11 @@ def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None
                         "data.limit": 3, "evaluate.limit": 2})
     told = json.loads((folder.path / "comparison.json").read_text())
     assert told["general"] == "accuracy"
-    wanted = evaluate("base", data="asked.jsonl", objective="choice", quiet=True)
+    wanted = evaluate("base", data="asked.jsonl", objective="multiple_choice", quiet=True)
     assert wanted["examples"] == 4
     assert told["general_before"] == wanted["accuracy"]
     assert told["methods"][0]["general"] == evaluate(
-        folder.path / "lora", data="asked.jsonl", objective="choice", limit=9, quiet=True, **{"data.columns": {}, "data.limit": 9})["accuracy"]
+        folder.path / "lora", data="asked.jsonl", objective="multiple_choice", limit=9, quiet=True, **{"data.columns": {}, "data.limit": 9})["accuracy"]
     assert "other text, accuracy" in (folder.path / "comparison.md").read_text()
 
 

@@ -75,7 +75,7 @@ def line_names() -> set[str]:
     """What metrics.jsonl holds; a class or a bin in a name is left out."""
     reported = {re.sub(r"(_\d+)+$", "", name) if name.startswith(("confusion", "calibration")) else name
                 for case in cases().values()
-                for name in [*case.loss().metrics, *case.objective.quality(case.outputs, case.target)]}
+                for name in [*case.loss().metrics, *case.objective.compute_eval_metrics(case.outputs, case.target)]}
     written = "".join(inspect.getsource(function) for function in (loop._report, Stepped.numbers))
     return reported | set(re.findall(r'"(\w+)"(?=:|\])', written))
 

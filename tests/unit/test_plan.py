@@ -85,7 +85,7 @@ def test_weights_are_counted_without_loading_them(home: Path) -> None:
 
 def row(method: str, memory: float, seconds: float, *, fits: bool = True, tokens: int = 1000) -> dict[str, Any]:
     return {"method": method, "fits": fits, "seconds": seconds, "peak_memory_gb": memory, "file_bytes": 1e6,
-            "tokens": tokens, "tokens_per_second": 1.0, "steps": 1, "trainable_share": 0.1}
+            "tokens": tokens, "tokens_per_second": 1.0, "steps": 1, "trainable_fraction": 0.1}
 
 
 @pytest.mark.parametrize(("rows", "objective", "chosen"), [

@@ -14,7 +14,7 @@ from luthier.reporting.plots import collect_calibration, collect_confusion, plot
 def test_a_confusion_matrix(tmp_path: Path) -> None:
     case = cases()["classify"]
     truth, found = case.target.labels.long(), case.outputs.scores.argmax(-1)
-    matrix = collect_confusion(case.objective.quality(case.outputs, case.target), 3)
+    matrix = collect_confusion(case.objective.compute_eval_metrics(case.outputs, case.target), 3)
     assert matrix == [[float(((truth == i) & (found == j)).sum()) for j in range(3)] for i in range(3)]
     assert sum(map(sum, matrix)) == 9
     plot_confusion(matrix, "abc", tmp_path / "one.png")
@@ -26,7 +26,7 @@ def test_a_confusion_matrix(tmp_path: Path) -> None:
 
 def test_a_calibration(tmp_path: Path) -> None:
     chances = torch.linspace(0.1, 0.95, 20)
-    bins = collect_calibration(metrics.calibration(chances, bins=20))
+    bins = collect_calibration(metrics.compute_calibration(chances, bins=20))
     assert bins == sorted(bins)
     assert sum(n for *_, n in bins) == 20
     assert all(0.5 <= predicted <= 1 for predicted, _, _ in bins)

@@ -11,14 +11,23 @@ import yaml
 from luthier import assembly
 from luthier.assembly.recipe import Recipe, default_learning_rate, describe_learning_rate
 from luthier.methods import METHODS
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, SHORT_FORMS, expand_short_form
+from luthier.objectives.base import ObjectiveConfig
 
 ROOT = Path(__file__).parents[2]
 PREFERENCES = {"dpo", "ipo", "cdpo", "robust", "hinge", "simpo", "kto"}
 
 
+def config_of(objective: str) -> type[ObjectiveConfig]:
+    return OBJECTIVES[expand_short_form({"name": objective})["name"]]
+
+
+def is_online(objective: str) -> bool:
+    return config_of(objective).is_online
+
+
 def made(objective: str, method: str = "lora", **optimizer: float) -> Recipe:
-    named = {"name": objective, "reward": "number"} if OBJECTIVES[objective].rolls else {"name": objective}
+    named = {"name": objective, "reward": "number"} if is_online(objective) else {"name": objective}
     return assembly.recipe({"data": "-", "objective": named, "method": method, "optimizer": optimizer})
 
 
@@ -33,10 +42,10 @@ def page() -> dict[str, tuple[float, float, float]]:
     return found
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *SHORT_FORMS])
 def test_the_page_has_every_objective_and_says_what_is_used(objective: str) -> None:
     factor, full, lora = page()[objective]
-    assert OBJECTIVES[objective].learning_rate_factor == factor
+    assert config_of(objective).learning_rate_factor == factor
     assert default_learning_rate(made(objective, "full")) == pytest.approx(full)
     assert default_learning_rate(made(objective, "lora")) == pytest.approx(lora)
 
@@ -44,9 +53,9 @@ def test_the_page_has_every_objective_and_says_what_is_used(objective: str) -> N
 @pytest.mark.parametrize("method", METHODS)
 def test_preferences_and_rewards_are_far_below_instruction_tuning(method: str) -> None:
     tuned = default_learning_rate(made("sft", method))
-    for objective in OBJECTIVES:
+    for objective in (*OBJECTIVES, *SHORT_FORMS):
         rate = default_learning_rate(made(objective, method))
-        low = objective in PREFERENCES or OBJECTIVES[objective].rolls
+        low = objective in PREFERENCES or is_online(objective)
         assert rate <= tuned / 10 if low else tuned / 10 < rate <= tuned, objective
 
 
@@ -63,4 +72,4 @@ def test_recipes_whose_objective_has_a_factor_name_their_rate() -> None:
         for part in [raw[name] for name in ("sft", "reward", "ppo") if name in raw] or [raw]:
             objective = part.get("objective", "sft")
             name = objective if isinstance(objective, str) else objective.get("name", "ppo")
-            assert OBJECTIVES[name].learning_rate_factor == 1 or part["optimizer"]["learning_rate"], path
+            assert config_of(name).learning_rate_factor == 1 or part["optimizer"]["learning_rate"], path

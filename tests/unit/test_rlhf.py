@@ -43,14 +43,14 @@ def recipe(home: Path) -> dict[str, Any]:
         "sft": {"data": str(home / "sft.jsonl")},
         "reward": {"data": {"train": str(home / "pairs.jsonl"), "test": str(home / "pairs.jsonl")}},
         "ppo": {"data": {"train": str(home / "prompts.jsonl"), "test": str(home / "held.jsonl")},
-                "objective": {"answers": 2, "max_new_tokens": 4, "minibatches": 2}, "training": {"batch_size": 2}},
+                "objective": {"num_generations": 2, "max_new_tokens": 4, "num_mini_batches": 2}, "training": {"batch_size": 2}},
     }
 
 
 def test_three_runs_and_a_report(home: Path) -> None:
     folder = home / "whole"
     report = json.loads((folder / "report.json").read_text())
-    assert report["reward"]["metric"] == "pair_accuracy"
+    assert report["reward"]["metric"] == "rewards/accuracies"
     assert [report[stage]["steps"] for stage in ("sft", "reward", "ppo")] == [3, 3, 3]
     assert report["policies"].keys() == {"base", "start", "tuned"}
     assert report["policies"]["start"]["kl"] == pytest.approx(0, abs=1e-4)
@@ -61,7 +61,7 @@ def test_three_runs_and_a_report(home: Path) -> None:
     assert (folder / "rlhf.png").stat().st_size > 5000
     ppo = Run(folder / "3-ppo")
     assert ppo.recipe["start"] == str(folder / "1-sft")
-    assert ppo.recipe["objective"]["reward"][0]["run"] == str(folder / "2-reward")
+    assert ppo.recipe["objective"]["reward"][0]["model"] == str(folder / "2-reward")
     assert ppo.recipe["training"]["batch_size"] == 2
     assert ppo.recipe["training"]["steps"] == 3
 
@@ -106,7 +106,7 @@ def test_the_command_prints_what_came_out(home: Path, capsys: pytest.CaptureFixt
     ({"ppo": None}, ["parts sft, reward and ppo"]),
     ({"trainng": {}}, ["did you mean 'training'"]),
     ({"sft": {"data": "x", "training": {"stepz": 3}}, "ppo": {"data": "x", "objective": {"klweight": 3}}},
-     ["sft:", "'training.stepz'", "did you mean 'steps'", "ppo:", "did you mean 'kl_weight'"]),
+     ["sft:", "'training.stepz'", "did you mean 'steps'", "ppo:", "did you mean 'kl_coef'"]),
 ])
 def test_all_faults_come_at_once(home: Path, change: dict[str, Any], words: list[str]) -> None:
     raw = {key: value for key, value in (recipe(home) | change).items() if value is not None}
@@ -117,10 +117,10 @@ def test_all_faults_come_at_once(home: Path, change: dict[str, Any], words: list
 
 
 def test_settings_are_laid_over_one_part_or_all(home: Path) -> None:
-    folder, made = plan_stages(recipe(home), {"ppo.objective.kl_weight": 0.7, "seed": 3, "run": "there"})
+    folder, made = plan_stages(recipe(home), {"ppo.objective.kl_coef": 0.7, "seed": 3, "run": "there"})
     assert folder == Path("there")
     assert [one.seed for one in made.values()] == [3, 3, 3]
-    assert made["ppo"].model_dump()["objective"]["kl_weight"] == 0.7
+    assert made["ppo"].model_dump()["objective"]["kl_coef"] == 0.7
 
 
 def test_the_shipped_recipe_is_whole() -> None:

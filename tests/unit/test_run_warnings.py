@@ -47,31 +47,31 @@ UNUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("data.system", {"data": {"system": "x"}, "objective": "contrastive"}, {"data": {"system": "x"}}),
     ("data.share_prompt", {"data": {"share_prompt": False}}, {"data": {"share_prompt": False}, "objective": "dpo"}),
     ("data.score_scale", {"data": {"score_scale": 5.0}, "objective": "contrastive"},
-     {"data": {"score_scale": 5.0}, "objective": {"name": "contrastive", "kind": "scores"}}),
+     {"data": {"score_scale": 5.0}, "objective": {"name": "contrastive", "loss": "cosent"}}),
     ("data.train: weight", {"data": {"train": {"path": "rows.jsonl", "weight": 2}}, "training": {"steps": 3}},
      {"data": {"train": ["rows.jsonl", {"path": "rows.jsonl", "weight": 2}]}, "training": {"steps": 3}}),
     ("data.train: document", {"data": {"train": {"path": "rows.jsonl", "document": "file"}}},
      {"data": {"train": {"path": "rows.txt", "document": "file"}}}),
-    ("objective.both", {"objective": {"name": "contrastive", "kind": "labels", "both": True}},
-     {"objective": {"name": "contrastive", "both": True}}),
-    ("objective.mask_duplicates", {"objective": {"name": "contrastive", "kind": "scores", "mask_duplicates": True}},
+    ("objective.symmetric", {"objective": {"name": "contrastive", "loss": "supcon", "symmetric": True}},
+     {"objective": {"name": "contrastive", "symmetric": True}}),
+    ("objective.mask_duplicates", {"objective": {"name": "contrastive", "loss": "cosent", "mask_duplicates": True}},
      {"objective": {"name": "contrastive", "mask_duplicates": True}}),
     ("objective.margin", {"objective": {"name": "contrastive", "margin": 0.1}},
-     {"objective": {"name": "contrastive", "margin": 0.1, "kind": "triplet"}}),
+     {"objective": {"name": "contrastive", "margin": 0.1, "loss": "triplet"}}),
     ("objective.labels", {"objective": {"name": "contrastive", "labels": ["a"]}},
-     {"objective": {"name": "contrastive", "labels": ["a"], "kind": "labels"}}),
-    ("objective.temperature", {"objective": {"name": "contrastive", "temperature": 0.1, "kind": "triplet"}},
+     {"objective": {"name": "contrastive", "labels": ["a"], "loss": "supcon"}}),
+    ("objective.temperature", {"objective": {"name": "contrastive", "temperature": 0.1, "loss": "triplet"}},
      {"objective": {"name": "contrastive", "temperature": 0.1}}),
-    ("objective.clip", {"objective": {**GRPO, "clip": 0.1}}, {"objective": {**GRPO, "clip": 0.1, "epochs": 2}}),
-    ("objective.clip_high", {"objective": {**GRPO, "clip_high": 0.3}},
-     {"objective": {**GRPO, "clip_high": 0.3, "minibatches": 2}}),
-    ("objective.target_kl", {"objective": {**PPO, "target_kl": 0.3}},
-     {"objective": {**PPO, "target_kl": 0.3, "minibatches": 2}}),
-    ("objective.value_clip", {"objective": {**PPO, "value_clip": 0.3}},
-     {"objective": {**PPO, "value_clip": 0.3, "epochs": 2}}),
-    ("objective.critic", {"objective": {**PPO, "critic": "adapter", "value_weight": 0}},
+    ("objective.epsilon", {"objective": {**GRPO, "epsilon": 0.1}}, {"objective": {**GRPO, "epsilon": 0.1, "num_iterations": 2}}),
+    ("objective.epsilon_high", {"objective": {**GRPO, "epsilon_high": 0.3}},
+     {"objective": {**GRPO, "epsilon_high": 0.3, "num_mini_batches": 2}}),
+    ("objective.early_stop_kl", {"objective": {**PPO, "early_stop_kl": 0.3}},
+     {"objective": {**PPO, "early_stop_kl": 0.3, "num_mini_batches": 2}}),
+    ("objective.cliprange_value", {"objective": {**PPO, "cliprange_value": 0.3}},
+     {"objective": {**PPO, "cliprange_value": 0.3, "num_ppo_epochs": 2}}),
+    ("objective.critic", {"objective": {**PPO, "critic": "adapter", "vf_coef": 0}},
      {"objective": {**PPO, "critic": "adapter"}}),
-    ("objective.kl_in", {"objective": {**PPO, "kl_in": "loss", "kl_weight": 0}}, {"objective": {**PPO, "kl_in": "loss"}}),
+    ("objective.kl_penalty_in", {"objective": {**PPO, "kl_penalty_in": "loss", "kl_coef": 0}}, {"objective": {**PPO, "kl_penalty_in": "loss"}}),
     ("objective.reward: weight", {"objective": {"name": "grpo", "reward": {"function": "number", "weight": 2}}},
      {"objective": {"name": "ppo", "reward": {"function": "number", "weight": 2}}}),
     ("objective.reward: 'number' has weight 0",
@@ -91,7 +91,7 @@ def test_a_setting_without_effect_is_named_and_one_with_effect_is_not(setting: s
 
 def test_every_rule_has_a_row_and_plain_recipes_are_silent() -> None:
     assert {setting for setting, *_ in RULES} <= {setting for setting, *_ in UNUSED}
-    for objective in ("sft", "dpo", "kto", "reward", "classify", "contrastive", "choice", "pretrain", GRPO, PPO):
+    for objective in ("sft", "dpo", "kto", "reward", "classify", "contrastive", "multiple_choice", "pretrain", GRPO, PPO):
         assert not find_unused_settings(made(objective=objective))
 
 
@@ -118,9 +118,9 @@ APART = pairs(("a", "1"), ("b", "2"), ("c", "3"), ("d", "4"))
 SAME = pairs(("a", "1"), ("b", "1"), ("c", "1"), ("d", "1"))
 TWICE = pairs(("a", "1"), ("b", "1"), ("c", "3"), ("d", "4"))
 MASKED = {"name": "contrastive", "mask_duplicates": True}
-LABELS = {"name": "contrastive", "kind": "labels"}
-SCORES = {"name": "contrastive", "kind": "scores"}
-TRIPLET = {"name": "contrastive", "kind": "triplet"}
+LABELS = {"name": "contrastive", "loss": "supcon"}
+SCORES = {"name": "contrastive", "loss": "cosent"}
+TRIPLET = {"name": "contrastive", "loss": "triplet"}
 # (objective, rows, batch size, words of the warning; none: a healthy run)
 ROWS: list[tuple[Any, list[dict[str, Any]], int, str]] = [
     ("contrastive", APART, 1, "every batch: no anchor has a negative"), ("contrastive", APART, 2, ""),
@@ -172,9 +172,9 @@ def test_sorted_classes_without_shuffling_are_named(tmp_path: Path) -> None:
 def read(objective: Any, rows: list[dict[str, Any]], folder: Path, data: Any = None, **raw: Any) -> tuple[Any, Any]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = made({"train": str(folder / "rows.jsonl"), **(data or {})}, objective=objective, **raw)
-    found = load(recipe.data, tiny_tokenizer(), seed=0, reads=recipe.objective.reads, classes=recipe.objective.classes)
+    found = load(recipe.data, tiny_tokenizer(), seed=0, reads=recipe.objective.example_types, classes=recipe.objective.classes)
     assert len(found.train) == len(rows), found.report.lines()
-    return recipe.model_copy(update={"objective": recipe.objective.fitted(found.labels, found.counts)}), found
+    return recipe.model_copy(update={"objective": recipe.objective.with_labels(found.labels, found.counts)}), found
 
 
 # ---------------------------------------------------------------- of the number of steps
@@ -259,6 +259,6 @@ def test_a_whole_reward_is_accepted(body: str, tmp_path: Path) -> None:
 
 
 def test_rewards_that_are_missing_are_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
-    for reward in ([], {"run": str(tmp_path / "none")}, {"url": "no-address"}, "lenght", {"function": "no.such:thing"}):
+    for reward in ([], {"model": str(tmp_path / "none")}, {"url": "no-address"}, "lenght", {"function": "no.such:thing"}):
         with pytest.raises(LuthierError):
             check_rewards(made(objective={"name": "grpo", "reward": reward}))

@@ -28,7 +28,7 @@ from luthier.training.run_folder import Run
 AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing that the recipe says of its own rows holds
     "evaluate.metrics": [], "evaluate.limit": sys.maxsize, "data.columns": {}, "data.format": "auto",
     "data.limit": sys.maxsize, "data.system": ""}
-COLUMNS = ("after", "general", "trainable_share", "train_seconds", "peak_memory_gb", "file_bytes")
+COLUMNS = ("after", "general", "trainable_fraction", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
 def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None = None, out: Path | str | None = None,
@@ -98,13 +98,13 @@ class _RetentionData:
 
 def _load_retention_data(made: Recipe, rows: str) -> _RetentionData:
     """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
-    if "token_logps" not in made.objective.needs or made.objective.heads:
+    if "token_logps" not in made.objective.required_outputs or made.objective.heads:
         raise RecipeError(f"--general {rows!r}: the objective {made.objective.name!r} does not train a model of words, "
                           "so what was forgotten of other text cannot be said", "leave --general out")
     for _, lines in assembly.rows.read(rows):
         for example in assembly.rows.examples(lines):
             if isinstance(example, ComparedExample):
-                return _RetentionData(rows, "choice", "accuracy")
+                return _RetentionData(rows, "multiple_choice", "accuracy")
             if not isinstance(example, assembly.rows.Refusal):
                 return _RetentionData(rows, "sft", "perplexity")
     raise RecipeError(f"--general {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
@@ -139,7 +139,7 @@ def format_table(told: Mapping[str, Any]) -> str:
     for row in rows:
         cells.append({"method": row["method"], told["metric"]: f"{row['after']:.3g}",
                       "perplexity": _format_number(row["perplexity"]), aside: _format_number(row["general"]),
-                      "trains": f"{row['trainable_share']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
+                      "trains": f"{row['trainable_fraction']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
                       "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",
                       "rate": f"{row['rate']:.1g}"})
     lines = [titles, ["---"] * len(titles), *([cell.get(title, "") for title in titles] for cell in cells)]

@@ -72,7 +72,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
         batches = assembly.rows.eval_batches(encoded, resolve_micro_batch_tokens(made, family))
-        results = (judged(made, family, attached, found, encoded) if made.objective.rolls
+        results = (judged(made, family, attached, found, encoded) if made.objective.is_online
                    else add_perplexity(measure(family, made.objective, batches, reference)))
         if made.evaluate.metrics:
             asked = build_eval_prompts(made, family, examples)
@@ -85,11 +85,11 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
 
 def _build_reference(run: Run, recorded: Recipe, made: Recipe, family: Any, attached: Any) -> Any:
     """What makes the context in which the model is its reference. Raises `RecipeError` where there is none."""
-    if "reference_logps" not in made.objective.needs:
+    if "reference_logps" not in made.objective.required_outputs:
         return attached.disabled if attached else nullcontext
     if attached:
         return reference_context(made, family, attached)
-    if not made.objective.rolls and recorded.base.name != str(run.path):
+    if not made.objective.is_online and recorded.base.name != str(run.path):
         raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
                           f"{str(run.path)!r} holds a whole model, trained over it",
                           "read what was measured while both were there (results.json: test), or measure by an "

@@ -143,7 +143,7 @@ def _refuse_existing(out: Path, to: str) -> None:
 def _refuse_unreadable(run: Run, made: Recipe, attached: Attached | None) -> None:
     """Raises `RunError` where PEFT would compute something else with the adapter."""
     form = (attached.peft() if attached is not None else None) or {}
-    if form.get("peft_type") in VIRTUAL and (made.objective.needs & {"pooled", "scores", "token_scores"}):
+    if form.get("peft_type") in VIRTUAL and (made.objective.required_outputs & {"pooled", "scores", "token_scores"}):
         raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({method_name(made)}) move the place of the "
                        f"state that objective {made.objective.name!r} reads",
                        "open the run with Luthier, or train a lora")

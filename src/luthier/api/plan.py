@@ -98,7 +98,7 @@ def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room:
     results = found.results
     return {"fits": results["peak_memory_gb"] * SPARE <= room, "steps": total, "tokens": round(total * length),
             "seconds": total * per_token * length, "tokens_per_second": 1 / per_token,
-            **{name: results[name] for name in ("peak_memory_gb", "trainable", "trainable_share", "file_bytes")}}
+            **{name: results[name] for name in ("peak_memory_gb", "trainable", "trainable_fraction", "file_bytes")}}
 
 
 def _estimate_whole_run(made: Recipe, steps: int) -> int:
@@ -170,7 +170,7 @@ def format_table(told: Mapping[str, Any]) -> str:
         if "why" in row:
             lines.append(f"| {row['method']} | no: {row['why'].replace('|', '/')} |" + " |" * (len(titles) - 2))
             continue
-        cells = (row["method"], "yes" if row["fits"] else "no", f"{row['trainable_share']:.3%}",
+        cells = (row["method"], "yes" if row["fits"] else "no", f"{row['trainable_fraction']:.3%}",
                  f"{row['seconds'] / 60:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_memory_gb']:.2f}",
                  f"{row['file_bytes'] / 1e6:.2f}")
         lines.append(f"| {' | '.join(cells)} |")

@@ -32,7 +32,7 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
     Args:
         recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; what stands beside them (base,
             method, data, seed, ...) holds for every part that does not say otherwise; `run` is the folder.
-        settings: laid over it; ``ppo.objective.kl_weight`` for one part, ``base.name`` for all.
+        settings: laid over it; ``ppo.objective.kl_coef`` for one part, ``base.name`` for all.
 
     Raises:
         RecipeError: with everything that is wrong in any part, before the first one starts.
@@ -90,7 +90,7 @@ def _build_stage_objective(stage: str, given: Any, folder: Path, rewarded: bool)
     """The stage's objective, spelt out; PPO's reward is the second stage where nothing else is named."""
     named = {"name": given} if isinstance(given, str) else {"name": stage, **given}
     if stage == "ppo" and rewarded:
-        named = {"reward": {"run": str(folder / STAGES["reward"])}, **named}
+        named = {"reward": {"model": str(folder / STAGES["reward"])}, **named}
     return named
 
 
@@ -139,7 +139,7 @@ def _format_report(told: Mapping[str, Any]) -> str:
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
     lines += [f"| {ROLES[role]} | {_format_value(one['reward'])} | {_format_value(one.get('kl'))} | "
-              f"{_format_value(one['answer_tokens'])} |"
+              f"{_format_value(one['completion_length'])} |"
               for role, one in told["policies"].items()]
     return "\n".join([*lines, "", "![reward and KL](rlhf.png)", ""])
 

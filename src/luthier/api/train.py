@@ -114,7 +114,7 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     with status("loading the base", quiet=quiet):
         identity = assembly.identify(made.base)
         seed_everything(made.seed)
-        base = load_family(made.base, made.objective.hides)
+        base = load_family(made.base, made.objective.uses_masking)
         check_loaded_model(made, base)
         base.checkpointing(0 if made.training.gradient_checkpointing else resolve_micro_batch_tokens(made, base))
     if base.padded_why:
@@ -137,7 +137,7 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     _print_warnings(quiet, [*find_data_problems(made, found), *find_method_problems(made, base, attached)])
     share = count_trainable(base, attached)
     _print_line(quiet, f"{method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_share']:.2%}) at a learning rate of {describe_learning_rate(before)}")
+                f"({share['trainable_fraction']:.2%}) at a learning rate of {describe_learning_rate(before)}")
     for line in (price(made, attached), master_price(attached)):
         _print_line(quiet or not line, line)
     found = _precompute_references(made, base, found, reference, quiet)
@@ -153,7 +153,7 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
                                         quiet)
     out.write("results.json", results)
     trackers = [*_build_trackers(out, made, saved, share), LearningMonitor(
-        made.objective.name, made.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
+        made.objective.variant, made.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
     if process_group.rank() > 0:
         # Everything that ranks must have alike is made by now; dropout need not be alike.
         seed_everything(made.seed + process_group.rank())
@@ -188,7 +188,7 @@ def _precompute_references(made: Recipe, base: Any, found: Any, reference: Refer
 
 
 # Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
-HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "pair_accuracy", "nll")
+HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "rewards/accuracies", "nll")
 
 
 class Interrupted(RunError):
@@ -209,7 +209,7 @@ def count_trainable(base: Any, attached: Attached) -> dict[str, float]:
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
     whole += sum(s.inputs * s.outputs - s.weight.numel() for s in base.anatomy.sites if s.expand is not None)
     count = sum(p.numel() for p in trained.values())
-    return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
+    return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 
 
 def _is_finished(run: Run, made: Recipe, quiet: bool) -> bool:

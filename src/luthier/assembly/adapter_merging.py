@@ -35,7 +35,7 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how:
         if has_saved_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
                               "runs have no sum", "use them side by side: luthier.load_adapters")
-    base = load_family(first.base, first.objective.hides)
+    base = load_family(first.base, first.objective.uses_masking)
     bank = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
     loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):

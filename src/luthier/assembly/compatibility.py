@@ -46,13 +46,13 @@ def fitting(made: Recipe, base: Family) -> None:
     weight = base.anatomy.embedding.weight
     assert isinstance(weight, torch.Tensor)
     check_dtype(made.base, weight.dtype)
-    name, needs = made.objective.name, made.objective.needs
+    name, needs = made.objective.name, made.objective.required_outputs
     if isinstance(made.objective, PpoConfig | GrpoConfig):
-        needs = needs | made.objective.asks
+        needs = needs | made.objective.rollout_outputs
         if not base.writes:
             raise RecipeError(f"objective {name!r} learns from the base's own answers, and {made.base.name!r} writes "
                               "none", "choose a base that writes text, such as 'smollm2'")
-    guesses = made.objective.hides and base.anatomy.head is not None
+    guesses = made.objective.uses_masking and base.anatomy.head is not None
     if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION" and not guesses:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
@@ -64,12 +64,13 @@ def fitting(made: Recipe, base: Family) -> None:
                           "set objective.critic: shared, or train an adapter (method: lora)")
     if isinstance(made.objective, PretrainConfig):
         _hiding(made.objective, made.base.name, base)
-    if any(change.name == "mixup" for change in made.data.augment) and not made.objective.mixes:
+    if any(change.name == "mixup" for change in made.data.augment) and not made.objective.supports_soft_labels:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
     kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
     if referred(made.objective) and made.start is None and not kept and not beforehand(made):
-        without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \
+        without = "objective.kl_coef: 0" if isinstance(made.objective, PpoConfig) \
+            else "objective.beta: 0" if isinstance(made.objective, GrpoConfig) \
             else "objective.precompute_reference: true"
         raise RecipeError(f"method.keep_base: false, but method {made.method.name!r} changes the base's own weights, "
                           f"and objective {name!r} compares it with the base as it was",
@@ -79,7 +80,8 @@ def fitting(made: Recipe, base: Family) -> None:
 
 def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
     """Refuse settings of what is hidden where nothing of the kind is."""
-    known = {"rate", "span"} if base.divided else set() if base.anatomy.task == "CAUSAL_LM" else {"rate", "whole_words"}
+    known = {"mlm_probability", "mean_noise_span_length"} if base.divided else set() \
+        if base.anatomy.task == "CAUSAL_LM" else {"mlm_probability", "whole_word_mask"}
     plain = PretrainConfig().model_dump()
     for setting, value in objective.model_dump().items():
         if value != plain[setting] and setting not in known:

@@ -76,13 +76,13 @@ def attach_heads(base: Family, attached: Attached, objective: Objective, seed: i
 def fit_objective(made: Recipe, found: Datasets) -> Recipe:
     """The recipe with its objective made for the classes in the training rows. Raises `RecipeError` where the rows mean
     nothing to it."""
-    strange = found.kinds - made.objective.reads
+    strange = found.kinds - made.objective.example_types
     if strange:
         raise RecipeError(f"objective {made.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it reads "
-                          f"{', '.join(sorted(made.objective.reads))}",
+                          f"{', '.join(sorted(made.objective.example_types))}",
                           "choose an objective for these rows: " + ", ".join(
-                              name for name, known in OBJECTIVES.items() if found.kinds <= known.reads))
-    return made.model_copy(update={"objective": made.objective.fitted(found.labels, found.counts)})
+                              name for name, known in OBJECTIVES.items() if found.kinds <= known.example_types))
+    return made.model_copy(update={"objective": made.objective.with_labels(found.labels, found.counts)})
 
 
 def set_chat_format(base: Family, found: Datasets) -> None:
@@ -135,17 +135,19 @@ def _explain_zero_start(method: AnyMethod) -> str:
 def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     """Everything the recipe trains and evaluates on, as far as this base can read it."""
     objective, sees = made.objective, "channels" in base.anatomy.sizes
-    reads = frozenset(kind for kind in objective.reads if (kind == "ImageExample") == sees)
+    reads = frozenset(kind for kind in objective.example_types if (kind == "ImageExample") == sees)
     if not reads:
-        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
+        raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.example_types))}, "
+                          f"and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
     hide = _build_masking(made, base)
     found = rows.load(resolve_data_config(made, base), base.tokenizer, seed=made.seed, classes=objective.classes,
                       hide=hide,
                       reads=reads if hide is None else reads & DOCUMENTS,
                       flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
-                      others={name: known.reads & DOCUMENTS if known.hides and base.anatomy.task != "CAUSAL_LM" else
-                              known.reads for name, known in OBJECTIVES.items()}, progress=progress)
+                      others={name: known.example_types & DOCUMENTS if known.uses_masking
+                              and base.anatomy.task != "CAUSAL_LM" else
+                              known.example_types for name, known in OBJECTIVES.items()}, progress=progress)
     _check_tokens(base, found)
     return found
 
@@ -171,8 +173,9 @@ def _build_masking(made: Recipe, base: Family) -> rows.Hide | None:
     told = made.objective
     if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.rate, told.span,
-                        told.whole_words)
+    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.mlm_probability,
+                        told.mean_noise_span_length,
+                        told.whole_word_mask)
 
 
 def resolve_data_config(made: Recipe, base: Family) -> DataConfig:

@@ -25,7 +25,7 @@ from luthier.core.digests import file_sha256, json_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
 from luthier.models import BaseConfig, Identity, folder, identify, is_local, public_name
 from luthier.models.identity import DECISIVE
-from luthier.objectives.rl_config import RollsConfig
+from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
 
 Report = Callable[[str], None]
@@ -85,8 +85,8 @@ def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
 
 def _digest_runs(made: Recipe) -> dict[str, dict[str, str]]:
     """The weights of the runs that a recipe names: the one to start from, and those that judge."""
-    rewards = made.objective.reward if isinstance(made.objective, RollsConfig) else ()
-    named = {"start": made.start, **{f"objective.reward.{i}.run": worth.run for i, worth in enumerate(rewards)}}
+    rewards = made.objective.reward if isinstance(made.objective, OnlineRLConfig) else ()
+    named = {"start": made.start, **{f"objective.reward.{i}.model": worth.model for i, worth in enumerate(rewards)}}
     return {key: {file.name: file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
             for key, place in named.items() if place is not None and Path(place).is_dir()}
 

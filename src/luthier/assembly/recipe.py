@@ -27,7 +27,7 @@ from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
 from luthier.models import BaseConfig
-from luthier.objectives import OBJECTIVES
+from luthier.objectives import OBJECTIVES, expand_short_form
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.training.loop import TrainingConfig
@@ -68,8 +68,9 @@ class Recipe(Config):
                 raise ValueError("an empty list trains nothing; name a method")
             given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
         if isinstance(given, dict):  # settings without a name are those of the default
-            return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
-        return {"name": given} if isinstance(given, str) else given
+            given = {"name": cls.model_fields[str(info.field_name)].default.name, **given}
+        given = {"name": given} if isinstance(given, str) else given
+        return expand_short_form(given) if info.field_name == "objective" and isinstance(given, dict) else given
 
     @field_validator("data", mode="before")
     @classmethod
@@ -93,7 +94,7 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
 
 def _demand_answers(made: Recipe) -> Recipe:
     """The recipe itself. Raises `RecipeError` where answers are to be scored to rows that ask nothing."""
-    if made.evaluate.metrics and not made.objective.reads & ANSWERED:
+    if made.evaluate.metrics and not made.objective.example_types & ANSWERED:
         raise RecipeError(f"evaluate.metrics {', '.join(made.evaluate.metrics)}: these score generated answers, and "
                           f"the rows of objective {made.objective.name!r} ask for none",
                           "leave evaluate.metrics out: what the objective itself measures is measured anyway")
@@ -110,8 +111,8 @@ def _kept(made: Recipe) -> Recipe:
 
 def referred(objective: AnyObjective) -> bool:
     """Whether the objective compares the model with what it was."""
-    asks: frozenset[str] = objective.asks if isinstance(objective, PpoConfig | GrpoConfig) else frozenset()
-    return "reference_logps" in objective.needs | asks
+    asks: frozenset[str] = objective.rollout_outputs if isinstance(objective, PpoConfig | GrpoConfig) else frozenset()
+    return "reference_logps" in objective.required_outputs | asks
 
 
 def beforehand(made: Recipe) -> bool:
@@ -256,7 +257,7 @@ def idle(made: Recipe) -> list[str]:
     if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in parts_of(made.method)}:
         found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
-    if made.objective.rolls and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
+    if made.objective.is_online and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
         found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
                      "the first step of a round is already off its policy")
     if made.data.train_on != "assistant" and made.objective.name == "pretrain":

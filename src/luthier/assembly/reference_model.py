@@ -104,7 +104,7 @@ def _known(made: Recipe, base: Family, encoded: Sequence[Encoded], reference: Re
             logps = reference_logps(base, there, partial(untrained, reference)).cpu()
             sizes = [sum(len(piece.predicted) for piece in found[i].pieces) for i in places]
             for i, own in zip(places, logps.split(sizes), strict=True):
-                found[i] = replace(found[i], known={"reference_logps": own.clone()})
+                found[i] = replace(found[i], precomputed={"reference_logps": own.clone()})
             done += len(places)
             tick(done)
     return found

@@ -43,7 +43,7 @@ from luthier.methods.multi_adapter import Bank
 from luthier.methods.prefixed import Named
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.objectives.rl_config import WorthConfig
+from luthier.objectives.rl_config import RewardSourceConfig
 from luthier.rl import Answer, Reward, Rollouts, endpoint, named
 from luthier.training.run_folder import Run
 from luthier.training.trackers import JsonLines
@@ -93,9 +93,10 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
     check_rewards(made)
     if made.data.streaming:
         raise RecipeError("data.streaming: prompts of a rollout are kept in memory", "leave out data.streaming")
-    if objective.minibatches > training.batch_size:
-        raise RecipeError(f"objective.minibatches {objective.minibatches}: a round has only training.batch_size "
-                          f"{training.batch_size} prompts", "a minibatch has at least one prompt: set it lower")
+    if objective.num_mini_batches > training.batch_size:
+        raise RecipeError(f"objective.num_mini_batches {objective.num_mini_batches}: a round has only "
+                          f"training.batch_size {training.batch_size} prompts",
+                          "a minibatch has at least one prompt: set it lower")
     assert base.writes, "other bases are refused when the recipe is checked"
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
@@ -111,21 +112,21 @@ def check_rewards(made: Recipe) -> None:
         return
     if not objective.reward:
         raise RecipeError(f"objective.reward: {objective.name} needs to know what an answer is worth",
-                          "objective.reward=number, or {run: FOLDER}, {function: module:name}, {url: http://...}")
+                          "objective.reward=number, or {model: FOLDER}, {function: module:name}, {url: http://...}")
     for one in objective.reward:
         if one.function is not None:
             named(one.function, one.timeout)
         elif one.url is not None:
             endpoint(one.url, one.timeout)
         else:
-            _reward_recipe(Run(str(one.run)))
+            _reward_recipe(Run(str(one.model)))
 
 
 def _reward_recipe(run: Run) -> Recipe:
     """What a reward run was trained with."""
     found = recorded(run.existing())
     if found.objective.name != "reward":
-        raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
+        raise RecipeError(f"objective.reward.model: {str(run.path)!r} was trained with the objective "
                           f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
     return found
 
@@ -133,8 +134,9 @@ def _reward_recipe(run: Run) -> Recipe:
 def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,
            prompts: list[Encoded]) -> dict[str, float]:
     """What a trained policy earns on prompts. There is no KL in it: its reference is not in the run folder."""
-    free = {"kl_weight": 0.0, "kl_target": None}
     assert isinstance(made.objective, PpoConfig | GrpoConfig)
+    free: dict[str, Any] = ({"kl_coef": 0.0, "adaptive_kl_target": None} if isinstance(made.objective, PpoConfig)
+                            else {"beta": 0.0})
     made = made.model_copy(update={"objective": made.objective.model_copy(update=free)})
     # A whole model has no switch, so its reward run cannot share it.
     here = attached if attached is not None else FullConfig().attach(base.anatomy, seed=0)
@@ -180,12 +182,12 @@ def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
 # ---------------------------------------------------------------- rewards
 
 
-def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
+def _reward(config: RewardSourceConfig, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     if config.url is not None:
         return endpoint(config.url, config.timeout)
     if config.function is not None:
         return named(config.function, config.timeout)
-    return _of_run(Run(str(config.run)), made, base, attached, warn)
+    return _of_run(Run(str(config.model)), made, base, attached, warn)
 
 
 def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:

@@ -36,7 +36,7 @@ from luthier.models import (
     stored_dtype,
     write_sentence_files,
 )
-from luthier.objectives.rl_config import RollsConfig
+from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
 
 STOPS = "generation_config.json"  # beside an adapter: which tokens end a turn
@@ -73,11 +73,11 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
                            f"go on with it: luthier train --resume {run.path}")
         # it is in the weights
         base = load_family(made.base.model_copy(update={"name": str(run.path), "structure": None}),
-                           made.objective.hides)
+                           made.objective.uses_masking)
         if has_saved_heads(made.objective):
             base.add(made.objective.heads, made.seed).load(_read_full_model_heads(run, base))
         return made, base, None
-    base = load_family(made.base, made.objective.hides)
+    base = load_family(made.base, made.objective.uses_masking)
     _restore_chat_format(run, base)
     attached = attach_method(base, made.method, made.seed)
     if has_saved_heads(made.objective):
@@ -107,7 +107,7 @@ def build_prompt_format(run: Run, made: Recipe) -> PromptFormat:
 
 def has_saved_heads(objective: Objective) -> bool:
     """Whether a run is saved with its objective's heads. A critic has done its work when the policy is trained."""
-    return bool(objective.heads) and not isinstance(objective, RollsConfig)
+    return bool(objective.heads) and not isinstance(objective, OnlineRLConfig)
 
 
 def _is_model_name(path: Path) -> bool:
@@ -147,7 +147,7 @@ def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base
 
 def is_embedding_objective(objective: Objective) -> bool:
     """Whether the run gives vectors of whole texts."""
-    return objective.needs == frozenset({"pooled"})
+    return objective.required_outputs == frozenset({"pooled"})
 
 
 def save_full_model(run: Run, made: Recipe, base: Family) -> None:
@@ -190,7 +190,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public:
     `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
     base_model.json holds the base's digests.
     """
-    if isinstance(made.objective, RollsConfig) and made.objective.heads:
+    if isinstance(made.objective, OnlineRLConfig) and made.objective.heads:
         assert isinstance(attached, Several), "the critic stands beside the method"
         attached = attached.parts[0]
     config = attached.peft()

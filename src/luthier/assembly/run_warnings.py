@@ -32,7 +32,7 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.kto import KtoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.reward import RewardConfig
-from luthier.objectives.rl_config import RollsConfig
+from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.loop import total_steps
 from luthier.training.optimizer import factor
 
@@ -44,17 +44,17 @@ UNUSED = "{} has no effect: {}"
 # ---------------------------------------------------------------- of the recipe alone
 
 
-def _not_of_kind(kind: str) -> Callable[[Recipe], bool]:
-    """Whether the objective is contrastive, of another kind."""
-    return lambda made: isinstance(made.objective, ContrastiveConfig) and made.objective.kind != kind
+def _has_other_loss(loss: str) -> Callable[[Recipe], bool]:
+    """Whether the objective is contrastive, with another loss."""
+    return lambda made: isinstance(made.objective, ContrastiveConfig) and made.objective.loss != loss
 
 
 def _untrained_critic(made: Recipe) -> bool:
-    return isinstance(made.objective, PpoConfig) and not made.objective.value_weight
+    return isinstance(made.objective, PpoConfig) and not made.objective.vf_coef
 
 
 def _reads_none_of(*kinds: str) -> Callable[[Recipe], bool]:
-    return lambda made: not made.objective.reads & {f"{kind}Example" for kind in kinds}
+    return lambda made: not made.objective.example_types & {f"{kind}Example" for kind in kinds}
 
 
 def _evaluates(made: Recipe) -> bool:
@@ -62,10 +62,10 @@ def _evaluates(made: Recipe) -> bool:
 
 
 def _one_step_a_round(made: Recipe) -> bool:
-    return isinstance(made.objective, RollsConfig) and made.objective.once
+    return isinstance(made.objective, OnlineRLConfig) and made.objective.is_single_step
 
 
-ONCE = "each round is one optimizer step (objective.epochs and minibatches are 1), taken by the policy that answered"
+ONCE = "each round is one optimizer step (one epoch of one mini-batch), taken by the policy that answered"
 # (setting, when it has no effect, why). A setting is named only where it differs from its default.
 RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("training.keep", lambda made: not (_evaluates(made) or made.training.save_every),
@@ -77,30 +77,33 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
      "there are no rows to evaluate on (data.test or data.eval)"),
     ("evaluate.before", lambda made: not _evaluates(made) and made.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
-    ("base.pooling", lambda made: not made.objective.needs & {"pooled", "scores"},
+    ("base.pooling", lambda made: not made.objective.required_outputs & {"pooled", "scores"},
      "the objective reads no state of a whole text"),
     ("base.revision", lambda made: made.base.name in ALIASES or Path(made.base.name).exists(),
      "base.name is no id of the hub"),
-    ("data.train_on", lambda made: "ChatExample" not in made.objective.reads, "the objective reads no chats"),
-    ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "Judged"), "the objective reads no chats or prompts"),
-    ("data.share_prompt", _reads_none_of("Compared", "Judged"), "the objective compares no answers to one prompt"),
+    ("data.train_on", lambda made: "ChatExample" not in made.objective.example_types, "the objective reads no chats"),
+    ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "UnpairedPreference"),
+     "the objective reads no chats or prompts"),
+    ("data.share_prompt", _reads_none_of("Compared", "UnpairedPreference"),
+     "the objective compares no answers to one prompt"),
     ("data.score_scale", lambda made: not (isinstance(made.objective, ContrastiveConfig)
-                                            and made.objective.kind == "scores"),
-     "the objective reads no similarity scores (contrastive with kind: scores)"),
-    ("objective.both", _not_of_kind("pairs"), "it is about kind: pairs"),
-    ("objective.mask_duplicates", _not_of_kind("pairs"), "it is about kind: pairs"),
-    ("objective.margin", _not_of_kind("triplet"), "it is about kind: triplet"),
-    ("objective.labels", _not_of_kind("labels"), "it is about kind: labels"),
+                                            and made.objective.loss == "cosent"),
+     "the objective reads no similarity scores (contrastive with loss: cosent)"),
+    ("objective.symmetric", _has_other_loss("infonce"), "it belongs to loss: infonce"),
+    ("objective.mask_duplicates", _has_other_loss("infonce"), "it belongs to loss: infonce"),
+    ("objective.margin", _has_other_loss("triplet"), "it belongs to loss: triplet"),
+    ("objective.labels", _has_other_loss("supcon"), "it belongs to loss: supcon"),
     ("objective.temperature", lambda made: isinstance(made.objective, ContrastiveConfig)
-     and made.objective.kind == "triplet", "a triplet has a margin, and no temperature"),
-    ("objective.clip", _one_step_a_round, ONCE),
-    ("objective.clip_high", _one_step_a_round, ONCE),
-    ("objective.target_kl", _one_step_a_round, ONCE),
-    ("objective.value_clip", _one_step_a_round, ONCE),
-    ("objective.value_clip", _untrained_critic, "objective.value_weight is 0, so the critic is not trained"),
-    ("objective.critic", _untrained_critic, "objective.value_weight is 0, so the critic is not trained"),
-    ("objective.kl_in", lambda made: isinstance(made.objective, PpoConfig) and not made.objective.kl_weight,
-     "objective.kl_weight is 0"),
+     and made.objective.loss == "triplet", "a triplet has a margin, and no temperature"),
+    ("objective.cliprange", _one_step_a_round, ONCE),
+    ("objective.epsilon", _one_step_a_round, ONCE),
+    ("objective.epsilon_high", _one_step_a_round, ONCE),
+    ("objective.early_stop_kl", _one_step_a_round, ONCE),
+    ("objective.cliprange_value", _one_step_a_round, ONCE),
+    ("objective.cliprange_value", _untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
+    ("objective.critic", _untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
+    ("objective.kl_penalty_in", lambda made: isinstance(made.objective, PpoConfig) and not made.objective.kl_coef,
+     "objective.kl_coef is 0"),
 )
 
 
@@ -130,14 +133,14 @@ def _unused_sources(made: Recipe) -> Iterator[str]:
 
 
 def _unused_rewards(made: Recipe) -> Iterator[str]:
-    if not isinstance(made.objective, RollsConfig):
+    if not isinstance(made.objective, OnlineRLConfig):
         return
     rewards = made.objective.reward
     for reward in rewards:
-        name = reward.function or reward.run or reward.url
+        name = reward.function or reward.model or reward.url
         if not reward.weight:
             yield f"objective.reward: {name!r} has weight 0, so what it says of an answer is not learned from"
-    scaled = isinstance(made.objective, GrpoConfig) and made.objective.advantage == "grpo"
+    scaled = isinstance(made.objective, GrpoConfig) and made.objective.advantage_estimator == "grpo"
     if scaled and len(rewards) == 1 and rewards[0].weight > 0 and rewards[0].weight != 1:
         yield UNUSED.format("objective.reward: weight", "there is one reward, and advantages are divided by its "
                             "standard deviation")
@@ -166,8 +169,8 @@ def find_data_problems(made: Recipe, found: Datasets) -> list[str]:
 def _of_verdicts(train: Sequence[Encoded]) -> Iterator[str]:
     labels = {item.label for one in train for item in one.items if item.label in (0.0, 1.0)}
     if len(labels) == 1:
-        there, missing, weight = ("desirable", "undesirable", "bad_weight") if labels == {1.0} else (
-            "undesirable", "desirable", "good_weight")
+        there, missing, weight = ("desirable", "undesirable", "undesirable_weight") if labels == {1.0} else (
+            "undesirable", "desirable", "desirable_weight")
         yield (f"all {len(train)} train rows are {there} (label {'true' if labels == {1.0} else 'false'}), and KTO "
                f"learns from the difference of both: add {missing} rows (objective.{weight} balances them)"
                + ("; for good answers alone use objective: sft" if labels == {1.0} else ""))
@@ -200,18 +203,19 @@ def _of_classes(made: Recipe, objective: ClassifyConfig, found: Datasets) -> Ite
 
 
 def _of_contrast(made: Recipe, objective: ContrastiveConfig, found: Datasets) -> Iterator[str]:
-    kinds = {"pairs": _has_no_negative, "labels": _has_no_contrast, "scores": _has_no_order, "triplet": _has_no_gap}
-    flat, total = _count_batches(made, found, lambda batch: kinds[objective.kind](batch, objective.mask_duplicates))
+    kinds = {"infonce": _has_no_negative, "supcon": _has_no_contrast, "cosent": _has_no_order, "triplet": _has_no_gap}
+    flat, total = _count_batches(made, found, lambda batch: kinds[objective.loss](batch, objective.mask_duplicates))
     reasons = {
-        "pairs": "no anchor has a negative that differs from its positive (negatives are the batch's other positives)",
-        "labels": "no row has both a mate of its class and one of another class",
-        "scores": "all pairs have the same score, so none is to be closer than another",
+        "infonce": "no anchor has a negative that differs from its positive (negatives are the batch's other "
+                   "positives)",
+        "supcon": "no row has both a mate of its class and one of another class",
+        "cosent": "all pairs have the same score, so none is to be closer than another",
         "triplet": "every negative is the same text as its positive"}
     if flat >= MANY * total:
         what = "every batch" if flat == total else f"{flat} of {total} batches of an epoch"
-        yield (f"nothing can be learned from {what}: {reasons[objective.kind]}; raise training.batch_size "
+        yield (f"nothing can be learned from {what}: {reasons[objective.loss]}; raise training.batch_size "
                f"({made.training.batch_size}), or give rows that differ")
-    if objective.kind != "pairs":
+    if objective.loss != "infonce":
         return
     seen = Counter(item.text_id for one in found.train for item in one.items if item.label == 1)
     twice = sum(count for text, count in seen.items() if text is not None and count > 1)
@@ -238,7 +242,7 @@ def _has_no_negative(batch: Sequence[Encoded], masked: bool) -> bool:
     anchors = [_content(one, 0) for one in batch]
     positives = [{_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch]
     others = {_content(one, i) for one in batch for i, item in enumerate(one.items) if item.label != 0}
-    if masked:  # see `objectives.contrastive.known_pairs`
+    if masked:  # see `objectives.contrastive.find_false_negatives`
         known: dict[Any, set[Any]] = {}
         for anchor, own in zip(anchors, positives, strict=True):
             known.setdefault(anchor, {anchor}).update(own)

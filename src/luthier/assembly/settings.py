@@ -24,13 +24,13 @@ from luthier.methods.prefix import PrefixConfig
 from luthier.methods.ptuning import PTuningConfig
 from luthier.models import Identity, is_local, public_name
 from luthier.objectives.grpo import GrpoConfig
-from luthier.objectives.rl_config import RollsConfig
+from luthier.objectives.rl_config import OnlineRLConfig
 
 UNSET = (None, "auto")
 RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings that the start of a run decides
     "base": ("revision", "pooling"),
     "method": ("keep_base", "start_rank", "scale", "last", "hidden"),
-    "objective": ("clip_high",),
+    "objective": ("epsilon_high",),
     "data": ("max_length",),
     "training": ("micro_tokens",),
     "optimizer": ("learning_rate",),
@@ -38,9 +38,11 @@ RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings t
 }
 LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
     "base.device": "every machine has its own", "base.structure": "no change", "method.layers": "none",
-    "method.text": "words are drawn by the seed", "objective.run": "another kind of reward",
+    "method.text": "words are drawn by the seed", "objective.model": "another kind of reward",
+    "objective.label_smoothing": "robust and cdpo have a number, the other losses have none",
     "objective.function": "another kind of reward", "objective.url": "another kind of reward",
-    "objective.target_kl": "no early end", "objective.kl_target": "a fixed weight", "data.subset": "the only one",
+    "objective.early_stop_kl": "no early end", "objective.adaptive_kl_target": "a fixed weight",
+    "data.subset": "the only one",
     "data.split": "by the part that it is named for", "data.first_choice": "as all rows show it",
     "data.columns": "those of the whole part",
     "data.document": "by the file's ending", "data.eval": "no rows", "data.test": "no rows",
@@ -65,11 +67,11 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
     """
     micro = made.training.micro_tokens or resolve_micro_batch_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
     length = made.data.max_length if "channels" in base.anatomy.sizes else resolve_data_config(made, base).max_length
-    pools = "pooled" in made.objective.needs  # a head pools as its class does, unless the recipe says how
+    pools = "pooled" in made.objective.required_outputs  # a head pools as its class does, unless the recipe says how
     methods = [_resolve_method(part, base) for part in parts_of(made.method)]
     objective = made.objective
-    if isinstance(objective, GrpoConfig) and objective.clip_high is None:
-        objective = objective.model_copy(update={"clip_high": objective.clip})
+    if isinstance(objective, GrpoConfig) and objective.epsilon_high is None:
+        objective = objective.model_copy(update={"epsilon_high": objective.epsilon})
     return made.model_copy(update={
         "base": made.base.model_copy(update={"pooling": base.pooling if pools else made.base.pooling,
                                              "revision": identity.revision or made.base.revision}),
@@ -139,9 +141,9 @@ def map_paths(made: Recipe, path: Callable[[str], str]) -> Recipe:
     changes = tuple(change.model_copy(update={"file": path(str(dict(change)["file"]))})
                     if dict(change).get("file") else change for change in data.augment)
     objective = made.objective
-    if isinstance(objective, RollsConfig):
+    if isinstance(objective, OnlineRLConfig):
         objective = objective.model_copy(update={"reward": tuple(
-            worth.model_copy(update={"run": optional(worth.run), "function": _map_function(worth.function, path)})
+            worth.model_copy(update={"model": optional(worth.model), "function": _map_function(worth.function, path)})
             for worth in objective.reward)})
     return made.model_copy(update={
         "data": data.model_copy(update={"train": tuple(source(one) for one in data.train), "eval": source(data.eval),

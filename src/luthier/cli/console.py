@@ -115,7 +115,7 @@ def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         yield "perplexity", f"{before}{tested['perplexity']:.4g}  ({results['examples']} {part} rows)"
     elif perplexity := (results.get("best") or {}).get("eval_perplexity"):
         yield "perplexity", f"{perplexity:.4g} at step {int(results['best']['step'])}  (validation rows)"
-    share = f"{results['trainable']:,} of {results['parameters']:,} parameters ({results['trainable_share']:.2%})"
+    share = f"{results['trainable']:,} of {results['parameters']:,} parameters ({results['trainable_fraction']:.2%})"
     yield "trained", share
     yield "time", f"{results['train_seconds']:.4g} s for {results['steps']} steps, {results['train_tokens']:,} tokens"
     yield "memory", f"{results['peak_memory_gb']:.3g} GB at most"

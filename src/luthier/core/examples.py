@@ -106,7 +106,7 @@ class ComparedExample:
 
 
 @dataclass(frozen=True)
-class JudgedExample:
+class UnpairedPreferenceExample:
     """One answer to one prompt, found good or bad (KTO)."""
 
     prompt: tuple[Message, ...] | str
@@ -156,5 +156,5 @@ class ImageExample:
 
 
 Worded = TextExample | CompletionExample | ChatExample  # examples whose own words are predicted
-Example = (Worded | LabelledExample | TaggedExample | ComparedExample | JudgedExample | TextsExample | PromptExample
-           | ImageExample)
+Example = (Worded | LabelledExample | TaggedExample | ComparedExample | UnpairedPreferenceExample | TextsExample
+           | PromptExample | ImageExample)

@@ -332,22 +332,22 @@ class Objective(Protocol):
     """Pure: no rank, no device move, no model.
 
     Args:
-        reads: the kinds of example that mean something to it, by the names of their types.
-        needs: the fields of `Outputs` that it reads.
+        example_types: the kinds of example that mean something to it, by the names of their types.
+        required_outputs: the fields of `Outputs` that it reads.
         heads: what the family must add to its states.
-        coupled: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be computed in
-            parts, but its loss is always of the whole.
-        judged: whether `quality` says something about held-out rows.
-        mixes: whether a label may be a mixture of others.
+        needs_full_batch: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be
+            computed in parts, but its loss is always of the whole.
+        has_eval_metrics: whether `compute_eval_metrics` says something about held-out rows.
+        supports_soft_labels: whether a label may be a mixture of others.
         learning_rate_factor: times the method's default learning rate: the rate where a recipe gives none.
     """
 
     name: str
-    reads: frozenset[str]
-    needs: frozenset[str]
-    coupled: bool
-    judged: bool
-    mixes: bool
+    example_types: frozenset[str]
+    required_outputs: frozenset[str]
+    needs_full_batch: bool
+    has_eval_metrics: bool
+    supports_soft_labels: bool
     learning_rate_factor: float
 
     @property
@@ -358,7 +358,7 @@ class Objective(Protocol):
         """The names of its classes by their numbers; empty where the training rows decide; None: labels are numbers."""
         ...
 
-    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Objective:
+    def with_labels(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Objective:
         """The objective for these classes of the training rows, `counts` labels of each; itself where it has none."""
         ...
 
@@ -368,7 +368,7 @@ class Objective(Protocol):
 
     def __call__(self, outputs: Outputs, target: Target) -> Loss: ...
 
-    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
         """Measures that no sum over batches gives (F1, rank correlations), over all held-out rows at once."""
         ...
 

@@ -94,7 +94,7 @@ class Encoded:
         images: one picture for each piece, [channels, height, width], where the pieces are pictures; the pieces then
             hold one placeholder token each.
         facts: what a reward function is told about a prompt.
-        known: name -> one number for each prediction, in their order, computed before (see `Target.known`).
+        precomputed: name -> one number for each prediction, in their order, computed before (see `Target.precomputed`).
         hidden: what hides some of its tokens, drawn anew in every epoch; None: it is as it goes into a batch.
         remarks: rules that were applied to make text of its row, which the data report counts.
     """
@@ -105,7 +105,7 @@ class Encoded:
     items: tuple[Item, ...] = ()
     images: tuple[Any, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
-    known: Mapping[str, Tensor] = field(default_factory=dict)
+    precomputed: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Any = None
     remarks: tuple[str, ...] = ()
 
@@ -222,7 +222,8 @@ class Target(Movable):
         margins: [A] float32, by how much an item is better than the rest of its group; 0 where nobody said.
         groups: [A] which example of the batch each item belongs to; items of one group are compared with one another.
         item_of: [P] the item that each prediction belongs to, -1 for none.
-        known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
+        precomputed: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`,
+            ...).
         item_weights: [A] float32, how much each item's loss counts; empty: 1 each.
         shares: [A, C] float32, of each item the share of every class, where some are mixtures; empty where none is.
         text_ids: [A] a hash of each item's tokens: equal texts have equal numbers; empty where texts are not compared.
@@ -239,7 +240,7 @@ class Target(Movable):
     margins: Tensor = field(default_factory=lambda: torch.zeros(0))
     groups: Tensor = field(default_factory=_none)
     item_of: Tensor = field(default_factory=_none)
-    known: Mapping[str, Tensor] = field(default_factory=dict)
+    precomputed: Mapping[str, Tensor] = field(default_factory=dict)
     item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
     text_ids: Tensor = field(default_factory=_none)
@@ -258,7 +259,7 @@ class Target(Movable):
             torch.cat([t.groups + start for t, start in zip(targets, examples, strict=True)]),
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),
-            {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known},
+            {name: torch.cat([t.precomputed[name] for t in targets]) for name in targets[0].precomputed},
             torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]),
             torch.cat([t.text_ids for t in targets]), targets[0].temperature)
 

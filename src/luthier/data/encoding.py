@@ -21,12 +21,12 @@ from luthier.core.examples import (
     CompletionExample,
     Example,
     ImageExample,
-    JudgedExample,
     LabelledExample,
     PromptExample,
     TaggedExample,
     TextExample,
     TextsExample,
+    UnpairedPreferenceExample,
 )
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece
@@ -204,5 +204,5 @@ def _picture(example: ImageExample, tokenizer: Any, config: DataConfig) -> Made:
 ENCODERS: dict[type, Callable[[Any, Tokenizer, DataConfig], Made]] = {
     TextExample: encode_words, CompletionExample: encode_words, ChatExample: encode_words,
     LabelledExample: _labelled, TaggedExample: _tagged, TextsExample: _texts,
-    ComparedExample: compared, JudgedExample: judged, ImageExample: _picture,
+    ComparedExample: compared, UnpairedPreferenceExample: judged, ImageExample: _picture,
 }

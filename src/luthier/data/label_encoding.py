@@ -12,7 +12,14 @@ from functools import cached_property
 from itertools import chain
 
 from luthier.core.errors import DataError, nearest
-from luthier.core.examples import Example, ImageExample, JudgedExample, LabelledExample, TaggedExample, TextsExample
+from luthier.core.examples import (
+    Example,
+    ImageExample,
+    LabelledExample,
+    TaggedExample,
+    TextsExample,
+    UnpairedPreferenceExample,
+)
 from luthier.core.labels import label_key, label_names, parse_number, sort_labels
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded
@@ -149,11 +156,12 @@ def beside_others(examples: Sequence[Example], everything: Sequence[Example], to
     Ethayarajh et al. 2024 (arXiv:2402.01306) section 4.1 estimate how far the policy has gone from its reference on
     such mismatched pairs. Raises `DataError` where all answers are the same.
     """
-    rows = [(place, example) for place, example in enumerate(examples) if isinstance(example, JudgedExample)]
+    rows = [(place, example) for place, example in enumerate(examples)
+            if isinstance(example, UnpairedPreferenceExample)]
     found = {}
     for turn, (place, example) in enumerate(rows):
         near = (rows[(turn + step) % len(rows)][1] for step in range(1, len(rows)))
-        far = (one for one in everything if isinstance(one, JudgedExample))
+        far = (one for one in everything if isinstance(one, UnpairedPreferenceExample))
         other = next((one.answer for one in chain(near, far) if one.answer != example.answer), None)
         if other is None:
             raise DataError(f"{example.origin}: a row with a verdict is compared with other rows' answers; there is "
@@ -166,7 +174,7 @@ def beside_others(examples: Sequence[Example], everything: Sequence[Example], to
 
 def whole_needed(example: Example, what: tuple[str, ...] | None, config: DataConfig) -> str:
     """Why this kind of example cannot be streamed; empty where it can."""
-    if isinstance(example, JudgedExample):
+    if isinstance(example, UnpairedPreferenceExample):
         return "rows with a verdict need another row's answer beside them"
     if _labels(example) and what == ():
         return "the classes are found by reading all training rows (or name them in the objective)"

@@ -77,7 +77,7 @@ class Hide:
                             "choose an encoder that was trained on masked words, such as BERT or RoBERTa")
         if whole and not tokenizer.is_fast:
             raise BaseError(f"the tokenizer of {name!r} does not say which tokens are one word",
-                            "leave out objective.whole_words")
+                            "leave out objective.whole_word_mask")
         special = frozenset(tokenizer.all_special_ids)
         return Hide(how, rate, span, whole, (tokenizer.mask_token_id,), special, None, len(tokenizer))
 
@@ -160,7 +160,8 @@ def _whole(example: TextExample, before: list[int], body: list[int], after: list
                        + (" and one seen" if hide.how == "spans" else ""))
     if hide.how == "spans" and (needed := _spans(count, hide)[1] + 1) > len(hide.stand):
         return Refusal(example.origin, "more spans than the tokenizer has sentinels",
-                       f"{needed}, and there are {len(hide.stand)}; lower data.max_length or raise objective.span")
+                       f"{needed}, and there are {len(hide.stand)}; lower data.max_length or raise "
+                       "objective.mean_noise_span_length")
     words = [-1] * len(before) + [-1 if owner is None else owner for owner in owners] + [-1] * len(after)
     piece = Piece((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
     return Encoded((piece,), example.origin, hidden=Hidden(hide, tuple(words) if owners else ()))

@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from luthier.core.examples import ChatExample, ComparedExample, CompletionExample, JudgedExample, Message, Origin
+from luthier.core.examples import (
+    ChatExample,
+    ComparedExample,
+    CompletionExample,
+    Message,
+    Origin,
+    UnpairedPreferenceExample,
+)
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece
 from luthier.data.char_offsets import marks_around
@@ -43,7 +50,7 @@ def compared(example: ComparedExample, tokenizer: Tokenizer,
     return _tree(row, labels, example.weight, tokenizer, config)
 
 
-def judged(example: JudgedExample, tokenizer: Tokenizer, config: DataConfig,
+def judged(example: UnpairedPreferenceExample, tokenizer: Tokenizer, config: DataConfig,
            other: Words | None = None) -> tuple[list[Encoded], bool] | Refusal:
     """One item, labelled 1 or 0; and `other`, an answer to another prompt put behind this one, labelled -1."""
     answers = (example.answer,) if other is None else (example.answer, other)

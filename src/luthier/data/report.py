@@ -20,7 +20,6 @@ from luthier.core.examples import (
     CompletionExample,
     Example,
     ImageExample,
-    JudgedExample,
     LabelledExample,
     Message,
     Origin,
@@ -28,6 +27,7 @@ from luthier.core.examples import (
     TaggedExample,
     TextExample,
     TextsExample,
+    UnpairedPreferenceExample,
 )
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import Encoded, Item, Piece
@@ -231,7 +231,7 @@ ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
     ChatExample: _before_last,
     CompletionExample: lambda example: example.prompt,
     ComparedExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
-    JudgedExample: lambda example: example.prompt,
+    UnpairedPreferenceExample: lambda example: example.prompt,
     PromptExample: lambda example: example.prompt,
     TextExample: lambda example: example.text,
     LabelledExample: lambda example: f"{example.text} {example.second or ''}",

@@ -19,11 +19,11 @@ from luthier.core.examples import (
     ComparedExample,
     CompletionExample,
     Example,
-    JudgedExample,
     Message,
     Origin,
     PromptExample,
     TextExample,
+    UnpairedPreferenceExample,
     Worded,
 )
 from luthier.core.protocols import Tokenizer
@@ -115,7 +115,7 @@ def is_conversation(example: Example, tokenizer: Tokenizer, config: DataConfig) 
     """Whether the example is put into a chat template."""
     if isinstance(example, ChatExample):
         return True
-    if not isinstance(example, CompletionExample | ComparedExample | JudgedExample | PromptExample):
+    if not isinstance(example, CompletionExample | ComparedExample | UnpairedPreferenceExample | PromptExample):
         return False
     return templated(tokenizer, config) or not isinstance(example.prompt, str) or bool(tools_of(example))
 

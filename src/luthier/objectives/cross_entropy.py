@@ -1,9 +1,11 @@
-"""Weighted token cross-entropy: what instruction tuning and continued pretraining minimise.
+"""Weighted token cross-entropy: the loss of supervised fine-tuning and of continued pretraining. Read this file first.
 
-    total = - sum_p w_p log p(t_p | what stands before it)          count = sum_p w_p
+    total = - sum_p w_p log p(t_p | all tokens before it)          count = sum_p w_p
 
-`sft` and `pretrain` are the same function; they differ in the data they are given (answers with a weight, or whole
-documents) and so in what their perplexity means. See docs/metrics.md for each metric.
+`sft` and `pretrain` use the same function on different data: completions with weights, or whole documents. Their
+perplexities therefore mean different things. docs/metrics.md defines each metric.
+
+Shape letter: P predicted tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from luthier.core.types import Loss, Outputs, Target
 from luthier.objectives.base import ObjectiveConfig
 
 
-class TokensConfig(ObjectiveConfig):
+class CrossEntropyConfig(ObjectiveConfig):
     """Weighted token cross-entropy.
 
     Requires: `token_logps` and `token_hits` of the family.
@@ -34,8 +36,8 @@ class TokensConfig(ObjectiveConfig):
         (5.0, 4.0)
     """
 
-    reads: ClassVar[frozenset[str]] = frozenset({"ChatExample", "CompletionExample", "TextExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"ChatExample", "CompletionExample", "TextExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
 
     def count(self, target: Target) -> float:
         return float(target.weights.double().sum())
@@ -43,39 +45,40 @@ class TokensConfig(ObjectiveConfig):
     def __call__(self, outputs: Outputs, target: Target) -> Loss:
         assert outputs.token_logps is not None
         assert outputs.token_hits is not None
-        logps = outputs.token_logps
-        total = -(target.weights.to(logps.dtype) * logps).sum()
-        plain = logps.detach().sum()
-        weight = target.weights.sum()
+        logps = outputs.token_logps  # [P]
+        total = -(target.weights.to(logps.dtype) * logps).sum()  # []
+        unweighted = logps.detach().sum()  # []
+        weight = target.weights.sum()  # []
         return Loss(total, weight, {
             "nll": (total.detach(), weight),
             "token_accuracy": (outputs.token_hits.sum(), float(logps.shape[0])),
-            "bits_per_byte": (-plain / math.log(2), float(target.bytes)),
+            "bits_per_byte": (-unweighted / math.log(2), float(target.bytes)),
         })
 
 
-class SftConfig(TokensConfig):
-    """Instruction tuning: the weight is on the assistant's words."""
+class SftConfig(CrossEntropyConfig):
+    """Supervised fine-tuning: only the assistant's tokens have a weight."""
 
     name: Literal["sft"] = "sft"
 
 
-class PretrainConfig(TokensConfig):
-    """Continued pretraining on documents, as the base was pretrained.
+class PretrainConfig(CrossEntropyConfig):
+    """Continued pretraining on documents, with the task that the model was pretrained with.
 
-    A causal language model predicts every token from those before it. Of a base that reads a text whole a part is
-    hidden (`data/masking.py`), and the sum is over that part, P, alone:
+    A causal language model predicts every token from the tokens before it. For encoders and sequence-to-sequence
+    models a set P of tokens is masked (`data/masking.py`), and only these are predicted:
 
         encoder                 total = - sum_(p in P) w_p log p(t_p | the text without P)
-        encoder and decoder     total = - sum_p w_p log p(t_p | the text without P, the answer so far)
+        sequence to sequence    total = - sum_p w_p log p(t_p | the text without P, the target tokens before p)
 
     Devlin et al. 2019 (arXiv:1810.04805) section 3.1; Raffel et al. 2020 (1910.10683) section 3.1.4.
     """
 
-    hides: ClassVar[bool] = True
+    uses_masking: ClassVar[bool] = True
 
     name: Literal["pretrain"] = "pretrain"
-    rate: float = Field(0.15, gt=0, le=0.5, description="an encoder, or a sequence-to-sequence base: the share of a "
-                                                        "document's tokens that is hidden")
-    whole_words: bool = Field(False, description="an encoder: hide all tokens of a word, or none")
-    span: float = Field(3.0, ge=1, description="a sequence-to-sequence base: mean length of a hidden span, in tokens")
+    mlm_probability: float = Field(0.15, gt=0, le=0.5, description=(
+        "encoders and sequence-to-sequence models: share of a document's tokens that is masked"))
+    whole_word_mask: bool = Field(False, description="encoders: mask all tokens of a word, or none")
+    mean_noise_span_length: float = Field(3.0, ge=1, description=(
+        "sequence-to-sequence models: mean length of a masked span, in tokens"))

@@ -29,7 +29,7 @@ TAGS = {"item": "text-classification", "token": "token-classification", "image":
         "CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text-generation"}  # the hub's pipeline tags
 HEADS = {"item": "SequenceClassification", "token": "TokenClassification", "image": "ImageClassification"}
 # The measures that stand first in the table; the others follow by name.
-FIRST = ("accuracy", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "pair_accuracy", "mrr", "recall_at_1",
+FIRST = ("accuracy", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "rewards/accuracies", "mrr", "recall_at_1",
          "reward", "win_rate", "perplexity", "loss")
 LEFT_OUT = re.compile(r"confusion_|calibration_|bin_")
 HERE = 'FOLDER = "."  # this folder, or its name on the hub'
@@ -133,12 +133,12 @@ def pick_pipeline_tag(made: Recipe, base: Family) -> str:
         return "image-feature-extraction"
     if is_embedding(made):
         return "sentence-similarity"
-    return TAGS.get(base.anatomy.task, "fill-mask" if made.objective.hides else "feature-extraction")
+    return TAGS.get(base.anatomy.task, "fill-mask" if made.objective.uses_masking else "feature-extraction")
 
 
 def is_embedding(made: Recipe) -> bool:
     """Whether the run gives vectors."""
-    return made.objective.needs == frozenset({"pooled"})
+    return made.objective.required_outputs == frozenset({"pooled"})
 
 
 # ---------------------------------------------------------------- how it is loaded
@@ -160,7 +160,7 @@ def build_loading_code(out: Run, made: Recipe, base: Family) -> tuple[str, list[
             'vectors = model.encode(["A first text.", "A second text."])', "print(model.similarity(vectors, vectors))"]
     if base.writes:
         return library, list(_write_generation_code(out, made, base))
-    auto = "AutoModelForMaskedLM" if made.objective.hides else "AutoModel"
+    auto = "AutoModelForMaskedLM" if made.objective.uses_masking else "AutoModel"
     return library, list(_write_encoder_code(out, auto, images))
 
 
@@ -277,7 +277,7 @@ def _format_results(results: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     shown = [(label, results[name]) for name, label in (
         ("steps", "steps"), ("train_tokens", "trained tokens"), ("train_seconds", "seconds"),
-        ("trainable", "trained parameters"), ("parameters", "parameters"), ("trainable_share", "share that trains"),
+        ("trainable", "trained parameters"), ("parameters", "parameters"), ("trainable_fraction", "share that trains"),
         ("peak_memory_gb", "peak memory, GB"), ("file_bytes", "bytes of the saved weights"), ("stopped", "ended by"))
         if results.get(name) not in (None, "")]
     if shown:

@@ -54,28 +54,28 @@ class Rolls(Protocol):
     """What a rollout asks of its objective; see `objectives/rl_config.py`."""
 
     @property
-    def answers(self) -> int: ...
+    def num_generations(self) -> int: ...
     @property
     def max_new_tokens(self) -> int: ...
     @property
     def temperature(self) -> float: ...
     @property
-    def at_once(self) -> int: ...
+    def generation_batch_size(self) -> int: ...
     @property
-    def epochs(self) -> int: ...
+    def epochs_per_rollout(self) -> int: ...
     @property
-    def minibatches(self) -> int: ...
+    def num_mini_batches(self) -> int: ...
     @property
-    def unfinished(self) -> float: ...
+    def missing_eos_penalty(self) -> float: ...
     @property
-    def target_kl(self) -> float | None: ...
+    def early_stop_kl(self) -> float | None: ...
     @property
-    def kl_weight(self) -> float: ...
+    def kl_coef(self) -> float: ...
     @property
-    def asks(self) -> frozenset[str]: ...
-    def columns(self, rewards: Tensor, lengths: Tensor, found: Mapping[str, Tensor],
-                kl_weight: float) -> dict[str, Tensor]: ...
-    def steered(self, kl_weight: float, kl: float) -> float: ...
+    def rollout_outputs(self) -> frozenset[str]: ...
+    def compute_advantages(self, rewards: Tensor, lengths: Tensor, found: Mapping[str, Tensor],
+                kl_coef: float) -> dict[str, Tensor]: ...
+    def update_kl_coef(self, kl_coef: float, kl: float) -> float: ...
 
 
 @dataclass(frozen=True)
@@ -134,13 +134,13 @@ class Rollouts:
         self.cursor, self.micro_tokens, self.seed = cursor, micro_tokens, seed
         self.reference, self.autocast, self.held, self.note = reference, autocast, held, note
         self.map_shards = map_shards
-        self.kl_weight = objective.kl_weight
+        self.kl_coef = objective.kl_coef
         self.rounds, self.steps, self.taken = 0, 0, 0
         self._round: Round | None = None
         self._news: dict[str, float] = {}
         whole, rest = divmod(len(cursor.order(0)), cursor.batch_size)
-        parts = whole * min(objective.minibatches, cursor.batch_size) + min(objective.minibatches, rest)
-        self.steps_per_epoch = objective.epochs * parts
+        parts = whole * min(objective.num_mini_batches, cursor.batch_size) + min(objective.num_mini_batches, rest)
+        self.steps_per_epoch = objective.epochs_per_rollout * parts
 
     # ------------------------------------------------------------ the feed
 
@@ -161,31 +161,31 @@ class Rollouts:
         """The prompts (by their place in the round) of every step of the round."""
         assert self._round is not None
         count, found = len(self._round.prompts), []
-        for epoch in range(self.objective.epochs):
+        for epoch in range(self.objective.epochs_per_rollout):
             order = np.random.default_rng([self.seed, self.rounds, epoch]).permutation(count)
-            parts = np.array_split(order, min(self.objective.minibatches, count))
+            parts = np.array_split(order, min(self.objective.num_mini_batches, count))
             found += [sorted(part.tolist()) for part in parts]
         return found
 
     def _known(self, found: Batch, places: Tensor) -> Batch:
         assert self._round is not None
         columns = {name: column[places] for name, column in self._round.columns.items()}
-        return replace(found, target=replace(found.target, known=columns))
+        return replace(found, target=replace(found.target, precomputed=columns))
 
     def state(self) -> dict[str, Any]:
         left = self._round is not None and self.taken < len(self._plan())
         return {"cursor": self.cursor.state(), "rounds": self.rounds, "steps": self.steps, "taken": self.taken,
-                "kl_weight": self.kl_weight, "round": self._round.state() if left and self._round else None}
+                "kl_coef": self.kl_coef, "round": self._round.state() if left and self._round else None}
 
     def load(self, state: Mapping[str, Any]) -> None:
         self.cursor.load(state["cursor"])
         self.rounds, self.steps, self.taken = state["rounds"], state["steps"], state["taken"]
-        self.kl_weight = state["kl_weight"]
+        self.kl_coef = state["kl_coef"]
         self._round = Round.loaded(state["round"]) if state["round"] else None
 
     def heard(self, numbers: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
         """Told after each step how to learn what it measured; answers what there is to say of its round."""
-        if self.objective.target_kl is not None and numbers()["kl_old"] > self.objective.target_kl:
+        if self.objective.early_stop_kl is not None and numbers()["approx_kl"] > self.objective.early_stop_kl:
             self._round = None
         news, self._news = self._news, {}
         return news
@@ -201,18 +201,19 @@ class Rollouts:
         chosen = tuple(int(i) for i in order[cursor.row:cursor.row + cursor.batch_size])
         cursor.row += len(chosen)
         self.rounds += 1
-        answers, rewards, found = self._answered([self.prompts[i] for i in chosen], self.objective.answers,
-                                                 self.seed * 1_000_003 + self.rounds, self.objective.asks)
+        answers, rewards, found = self._answered([self.prompts[i] for i in chosen], self.objective.num_generations,
+                                                 self.seed * 1_000_003 + self.rounds, self.objective.rollout_outputs)
         lengths = torch.tensor([len(answer.tokens) for answer in answers])
-        columns = self.objective.columns(torch.tensor(rewards, dtype=torch.float64), lengths, found, self.kl_weight)
+        columns = self.objective.compute_advantages(torch.tensor(rewards, dtype=torch.float64), lengths, found,
+                                                    self.kl_coef)
         dtype = next((column.dtype for column in found.values()), torch.float32)
-        self._news = self._said(answers, rewards, found) | _spread_of_rewards(rewards, self.objective.answers)
+        self._news = self._said(answers, rewards, found) | _spread_of_rewards(rewards, self.objective.num_generations)
         found.pop("entropies", None)  # told, and nothing that the loss must know
         self.note(self.steps + 1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
                                    for a, r in list(zip(answers, rewards, strict=True))[:SHOWN]])
         if "kl" in self._news:
-            self._news["kl_weight"] = self.kl_weight
-            self.kl_weight = self.objective.steered(self.kl_weight, self._news["kl"])
+            self._news["kl_coef"] = self.kl_coef
+            self.kl_coef = self.objective.update_kl_coef(self.kl_coef, self._news["kl"])
         return Round(chosen, tuple(answer.tokens for answer in answers), tuple(rewards),
                      {name: column.to(dtype) for name, column in {**found, **columns}.items()})
 
@@ -223,7 +224,7 @@ class Rollouts:
         prompts = self.held if prompts is None else prompts
         if not prompts:
             return {}
-        asks = self.objective.asks & {"reference_logps"}
+        asks = self.objective.rollout_outputs & {"reference_logps"}
         answers, rewards, found = self._answered(prompts, 1, self.seed, asks | ({"token_logps"} if asks else set()))
         said = self._said(answers, rewards, found)
         return {"loss": -said["reward"], **said}
@@ -246,13 +247,13 @@ class Rollouts:
             answers = self._answers(prompts, times, seed, start)
             rewards = judged(answers, self.rewards)
             found = self._measured(prompts, [answer.tokens for answer in answers], asks)
-        off = self.objective.unfinished
+        off = self.objective.missing_eos_penalty
         return answers, [r - off * (not a.finished) for a, r in zip(answers, rewards, strict=True)], found
 
     def _answers(self, prompts: Sequence[Encoded], times: int, seed: int, start: int = 0) -> list[Answer]:
         asked = [prompt.pieces[0].ids for prompt in prompts for _ in range(times)]
         sampling = Sampling(self.objective.max_new_tokens, self.objective.temperature,
-                            batch_size=self.objective.at_once, seed=seed, first=start * times)
+                            batch_size=self.objective.generation_batch_size, seed=seed, first=start * times)
         said = sorted(self.family.generate(asked, sampling), key=lambda answer: answer.index)
         words = self.family.tokenizer
         texts = [_read(prompt, words) for prompt in prompts]
@@ -291,8 +292,8 @@ class Rollouts:
     def _said(self, answers: Sequence[Answer], rewards: Sequence[float],
               found: Mapping[str, Tensor]) -> dict[str, float]:
         count = len(answers)
-        said = {"reward": sum(rewards) / count, "answer_tokens": sum(len(a.tokens) for a in answers) / count,
-                "finished_share": sum(a.finished for a in answers) / count}
+        said = {"reward": sum(rewards) / count, "completion_length": sum(len(a.tokens) for a in answers) / count,
+                "eos_rate": sum(a.finished for a in answers) / count}
         if "entropies" in found:
             said["entropy"] = float(found["entropies"].double().mean())
         if "reference_logps" in found:

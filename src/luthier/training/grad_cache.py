@@ -36,7 +36,7 @@ def backward(forward: Forward, objective: Objective, mine: list[Batch], count: f
         mine: one micro-batch, or where rows meet this rank's parts of the whole batch; on the device.
         count: what the loss is divided by.
     """
-    if not objective.coupled or (len(mine) == 1 and process_group.world() == 1):
+    if not objective.needs_full_batch or (len(mine) == 1 and process_group.world() == 1):
         with autocast():
             part = objective(forward(mine[0]), mine[0].target)
         (part.total / count).backward()

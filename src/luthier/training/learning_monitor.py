@@ -25,7 +25,7 @@ class LearningMonitor:
     """A `Tracker` that warns, once for each kind, where the metrics say that nothing is learned.
 
     Args:
-        objective: its name.
+        objective: the name of its loss (`variant`).
         grouped: whether answers are compared within their group (GRPO); else rewards of a whole round count.
         warn: called with a sentence.
     """
@@ -62,7 +62,8 @@ class LearningMonitor:
             "all answers had the same reward"
         self._once("spread", f"in {self._without_spread} consecutive rounds {what}, so none is preferred over another. "
                    "Likely reasons: the reward is constant, the prompts are too hard or too easy for this model, or "
-                   "the answers are alike (raise objective.temperature or objective.answers); samples.jsonl shows some")
+                   "the answers are alike (raise objective.temperature or objective.num_generations); "
+                   "samples.jsonl shows some")
 
     def _once(self, kind: str, sentence: str) -> None:
         if kind not in self._warned:

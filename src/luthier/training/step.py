@@ -94,7 +94,7 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     sums: Sums = {}
     # Where rows meet in the loss, the micro-batches are parts of one sum; elsewhere each is a sum of its own.
-    for part in [mine] if objective.coupled else [[batch] for batch in mine]:
+    for part in [mine] if objective.needs_full_batch else [[batch] for batch in mine]:
         part_loss, metrics = backward(partial(forward, family, objective, reference=reference), objective, part, count,
                                       device, autocast)
         loss += part_loss
@@ -111,13 +111,13 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
 def forward(family: Family, objective: Objective, batch: Batch, reference: Reference | None = None) -> Outputs:
     """What the objective needs of one micro-batch; the reference's log-probabilities from a pass of its own, unless
     they were computed before."""
-    if "reference_logps" not in objective.needs:
-        return family.forward(batch.inputs, batch.target, objective.needs)
-    logps = batch.target.known.get("reference_logps")
+    if "reference_logps" not in objective.required_outputs:
+        return family.forward(batch.inputs, batch.target, objective.required_outputs)
+    logps = batch.target.precomputed.get("reference_logps")
     if logps is None:
         assert reference is not None, "whoever trains with a reference says what it is"
         logps = reference_logps(family, batch, reference)
-    return replace(family.forward(batch.inputs, batch.target, objective.needs - {"reference_logps"}),
+    return replace(family.forward(batch.inputs, batch.target, objective.required_outputs - {"reference_logps"}),
                    reference_logps=logps)
 
 
@@ -144,19 +144,19 @@ def measure(family: Family, objective: Objective, batches: list[Batch],
     """The objective's metrics over held-out batches: each sum divided once, at the end; and its `quality`."""
     sums: Sums = {}
     kept: list[tuple[Outputs, Target]] = []
-    whole = objective.coupled or objective.judged
+    whole = objective.needs_full_batch or objective.has_eval_metrics
     for batch in (b.to(family.device) for b in batches):
         outputs = forward(family, objective, batch, reference)
         if whole:
             kept.append((outputs, batch.target))
-        if not objective.coupled:
+        if not objective.needs_full_batch:
             part = objective(outputs, batch.target)
             _add(sums, {**part.metrics, "loss": (part.total, part.count)})
     found: dict[str, float] = {}
     if kept:
         outputs, target = Outputs.joined([o for o, _ in kept]), Target.joined([t for _, t in kept])
-        if objective.coupled:
+        if objective.needs_full_batch:
             part = objective(outputs, target)
             _add(sums, {**part.metrics, "loss": (part.total, part.count)})
-        found = objective.quality(outputs, target)
+        found = objective.compute_eval_metrics(outputs, target)
     return {name: float(total) / float(n) for name, (total, n) in sums.items() if float(n)} | found

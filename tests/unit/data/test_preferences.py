@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.core.examples import ComparedExample, JudgedExample, Message, Origin, PromptExample
+from luthier.core.examples import ComparedExample, Message, Origin, PromptExample, UnpairedPreferenceExample
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, Reader, Refusal, Row, encode, examples, load
 from luthier.data.packing import batch
@@ -65,8 +65,8 @@ CASES = {
     "choices with labels": ({"question": "q", "choices": {"text": ["b", "a"], "label": ["1", "2"]}, "answerKey": "2"},
                             ComparedExample("q", ("a", "b"), (0, 1), HERE)),
     "endings": ({"ctx": "q", "endings": ["a", "b"], "label": "0"}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
-    "a verdict": ({"prompt": "q", "completion": "a", "label": "true"}, JudgedExample("q", "a", True, HERE)),
-    "a judged chat": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": False}, JudgedExample((ASK,), (BAD,), False, HERE)),
+    "a verdict": ({"prompt": "q", "completion": "a", "label": "true"}, UnpairedPreferenceExample("q", "a", True, HERE)),
+    "a judged chat": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": False}, UnpairedPreferenceExample((ASK,), (BAD,), False, HERE)),
 }
 
 
@@ -137,7 +137,7 @@ def test_whoever_reads_prompts_gets_them_from_any_row_that_holds_one(name) -> No
 
 def test_the_kinds_that_are_read_decide_between_formats() -> None:
     row = {"messages": [turn("user", "q"), turn("assistant", "a")], "label": True}
-    assert [type(become(row, kinds=kind)[0]).__name__ for kind in ("Chat", "Judged")] == ["ChatExample", "JudgedExample"]
+    assert [type(become(row, kinds=kind)[0]).__name__ for kind in ("Chat", "UnpairedPreference")] == ["ChatExample", "UnpairedPreferenceExample"]
     with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads ComparedExample"):
         become({"text": "t"}, kinds="Compared")
     with pytest.raises(DataError, match="format: pair: rows with prompt, chosen, rejected"):
@@ -248,7 +248,7 @@ def test_a_prompt_keeps_its_facts_and_must_leave_room(letters) -> None:
 
 
 REAL = {"hh_rlhf_harmless.jsonl": ("Compared", 40, {}), "dpo_en_demo.json": ("Compared", 40, {}),
-        "kto_en_demo.json": ("Judged", 40, {})}
+        "kto_en_demo.json": ("UnpairedPreference", 40, {})}
 
 
 @pytest.mark.parametrize("name", REAL)

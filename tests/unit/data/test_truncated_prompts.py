@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from chat_templates import KINDS, tokenizer_with
-from luthier.core.examples import ComparedExample, JudgedExample, Message, Origin
+from luthier.core.examples import ComparedExample, Message, Origin, UnpairedPreferenceExample
 from luthier.data.config import DataConfig
 from luthier.data.encoding import encoded
 from luthier.data.rows import Refusal
@@ -72,7 +72,7 @@ def test_a_prompt_of_which_no_word_would_be_left_is_refused() -> None:
 
 def test_a_single_answer_with_a_verdict_is_cut_in_the_same_way() -> None:
     tokenizer = tokenizer_with("chatml")
-    made = encoded(JudgedExample(PROMPT, (Message("assistant", "yes"),), True, HERE), tokenizer, config(max_length=200))
+    made = encoded(UnpairedPreferenceExample(PROMPT, (Message("assistant", "yes"),), True, HERE), tokenizer, config(max_length=200))
     assert not isinstance(made, Refusal)
     text = tokenizer.decode(made[0][0].pieces[0].ids)
     assert text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nx")

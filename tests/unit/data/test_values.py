@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from luthier.assembly import recipe
 from luthier.core.errors import DataError, RecipeError
-from luthier.core.examples import JudgedExample, LabelledExample, Origin, TaggedExample
+from luthier.core.examples import LabelledExample, Origin, TaggedExample, UnpairedPreferenceExample
 from luthier.core.labels import label_key, label_name, label_names, parse_number, sort_labels
 from luthier.data import row_values
 from luthier.data.config import DataConfig
@@ -196,15 +196,15 @@ def test_several_labels_and_tags_follow_the_rule(write: Write, letters: Letters)
 def test_the_classes_of_a_recipe_follow_the_rule(classes: list[Any], write: Write, letters: Letters) -> None:
     made = ClassifyConfig.parse({"labels": classes, "class_weights": {classes[1]: 3.0}})
     assert (made.labels, dict(made.class_weights)) == (("0", "1"), {"1": 3.0})  # type: ignore[arg-type]
-    assert ContrastiveConfig.parse({"kind": "labels", "labels": classes}).labels == ("0", "1")
+    assert ContrastiveConfig.parse({"loss": "supcon", "labels": classes}).labels == ("0", "1")
     found = load(config(train=write("a.csv", "text,label\na,1.0\nb,0\n")), letters, seed=0, classes=made.labels)
     assert numbers(found, "train") == [1, 0]
-    assert made.fitted(found.labels, found.counts).labels == ("0", "1")
+    assert made.with_labels(found.labels, found.counts).labels == ("0", "1")
 
 
 def test_a_class_is_named_once_in_a_recipe() -> None:
     for made in (ClassifyConfig, ContrastiveConfig):
-        with pytest.raises(RecipeError, match="a class is named once"):
+        with pytest.raises(RecipeError, match="a class appears twice"):
             made.parse({"labels": [1, "1.0"]})
     assert ClassifyConfig.parse({"labels": ["yes", "no", True]}).labels == ("yes", "no", "true")
 
@@ -280,12 +280,12 @@ def test_verdicts_follow_the_rule() -> None:
     for good, spellings in VERDICTS.items():
         for one in spellings:
             (found,) = examples([Row({"prompt": "q", "completion": "a", "label": one}, HERE)])
-            assert isinstance(found, JudgedExample)
+            assert isinstance(found, UnpairedPreferenceExample)
             assert found.good is good
     for odd in (2, -1, 0.5, "yes", "", [], None, "nan"):
         with pytest.raises(row_values.UnfitError, match="neither good nor bad"):
             row_values.verdict(odd)
-    assert KtoConfig.reads == {"JudgedExample"}
+    assert KtoConfig.example_types == {"UnpairedPreferenceExample"}
 
 
 @pytest.mark.parametrize("text", ["1_000", "\u0663", "1,5", "0x10", "one", "007"])
@@ -312,11 +312,11 @@ def test_decimals_as_classes_propose_a_regression(count: int, write: Write, lett
     rows = [{"text": f"t{i}", "label": 0.11 + 1.37 * i} for i in range(count)]
     found = load(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0)
     with pytest.raises(RecipeError, match=rf"{count} different numbers for labels, such as 0.11 .*\n.*set objective.task to regression"):
-        ClassifyConfig().fitted(found.labels, found.counts)
-    with pytest.raises(RecipeError, match=r"objective.kind: scores"):
-        ContrastiveConfig(kind="labels").fitted(found.labels, found.counts)
+        ClassifyConfig().with_labels(found.labels, found.counts)
+    with pytest.raises(RecipeError, match=r"objective.loss: cosent"):
+        ContrastiveConfig(loss="supcon").with_labels(found.labels, found.counts)
     named = ClassifyConfig(labels=found.labels)
-    assert named.fitted(found.labels, found.counts) == named
+    assert named.with_labels(found.labels, found.counts) == named
     found = load(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0, classes=None)
     assert numbers(found, "train") == [row["label"] for row in rows]
 
@@ -325,7 +325,7 @@ def test_decimals_as_classes_propose_a_regression(count: int, write: Write, lett
 def test_half_stars_many_classes_and_names_are_classes(labels: list[Any], write: Write, letters: Letters) -> None:
     rows = [{"text": f"t{i}", "label": label} for i, label in enumerate([*labels, *labels])]
     found = load(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0)
-    assert len(ClassifyConfig().fitted(found.labels, found.counts).labels) == len(labels)
+    assert len(ClassifyConfig().with_labels(found.labels, found.counts).labels) == len(labels)
 
 
 # ---------------------------------------------------------------- what else such rows end in

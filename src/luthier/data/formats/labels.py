@@ -16,13 +16,13 @@ from luthier.core.examples import (
     CompletionExample,
     Example,
     ImageExample,
-    JudgedExample,
     LabelledExample,
     Message,
     Origin,
     PromptExample,
     TaggedExample,
     TextsExample,
+    UnpairedPreferenceExample,
 )
 from luthier.data.formats.text import SYSTEM, turns
 from luthier.data.images import PictureFile, opened_picture
@@ -148,13 +148,14 @@ def asked_of(example: Example) -> tuple[tuple[Message, ...] | str, str]:
         return example.prompt, said(example.answers[0])
     if isinstance(example, PromptExample):
         return example.prompt, str(example.facts.get("reference", ""))
-    assert isinstance(example, JudgedExample), f"{type(example).__name__} holds no prompt"
+    assert isinstance(example, UnpairedPreferenceExample), f"{type(example).__name__} holds no prompt"
     return example.prompt, said(example.answer) if example.good else ""
 
 
 def tools_of(example: Example) -> tuple[Mapping[str, Any], ...]:
     """The functions that the assistant of an example may call."""
-    return example.tools if isinstance(example, ChatExample | ComparedExample | JudgedExample | PromptExample) else ()
+    return example.tools if isinstance(example, ChatExample | ComparedExample | UnpairedPreferenceExample
+                                       | PromptExample) else ()
 
 
 def said(answer: tuple[Message, ...] | str) -> str:
@@ -162,5 +163,6 @@ def said(answer: tuple[Message, ...] | str) -> str:
     return answer if isinstance(answer, str) else answer[-1].content
 
 
-ASKED = frozenset({"ChatExample", "CompletionExample", "ComparedExample", "JudgedExample"})  # what `as_prompt` takes
+ASKED = frozenset({"ChatExample", "CompletionExample", "ComparedExample",
+                   "UnpairedPreferenceExample"})  # what `as_prompt` takes
 ANSWERED = ASKED | {"PromptExample", "TextExample"}  # kinds of example that an answer can be generated to

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from itertools import combinations, takewhile
 from typing import Any
 
-from luthier.core.examples import ComparedExample, Example, JudgedExample, Message, Origin
+from luthier.core.examples import ComparedExample, Example, Message, Origin, UnpairedPreferenceExample
 from luthier.data.answer_choices import Choices, Numbering, find_numbering
 from luthier.data.formats.text import SYSTEM, turn, turns
 from luthier.data.row_values import UnfitError, Values, listed, number, parsed, row_weight, text, tools, verdict, words
@@ -84,12 +84,13 @@ def from_choices(values: Values, origin: Origin, numbering: Callable[[], Numberi
 def from_judged(values: Values, origin: Origin) -> Example:
     good = verdict(values["label"])
     prompt, answer = _alike(_prompt(values, "prompt"), (_answer(values["completion"], "completion"),))
-    return JudgedExample(prompt, answer[0], good, origin, row_weight(values), tools(values))
+    return UnpairedPreferenceExample(prompt, answer[0], good, origin, row_weight(values), tools(values))
 
 
 def from_judged_chat(values: Values, origin: Origin) -> Example:
     prompt, answer = _last(values)
-    return JudgedExample(prompt, answer, verdict(values["label"]), origin, row_weight(values), tools(values))
+    return UnpairedPreferenceExample(prompt, answer, verdict(values["label"]), origin, row_weight(values),
+                                     tools(values))
 
 
 # ---------------------------------------------------------------- parts

@@ -19,7 +19,7 @@ LABELS = [[0, 1], [1, 0, 1], [1, 1, 0, 1], [2, 0, 1]]
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_value_and_gradient_are_the_formula_s(per_token: bool) -> None:
-    case = answers("choice", torch.Generator().manual_seed(5), LABELS, per_token=per_token)
+    case = answers("multiple_choice", torch.Generator().manual_seed(5), LABELS, per_token=per_token)
     logps, target = case.outputs.token_logps, case.target
     wanted, right, chance = torch.zeros((), dtype=torch.float64), 0, 0.0
     for group, labels in enumerate(LABELS):
@@ -35,12 +35,12 @@ def test_value_and_gradient_are_the_formula_s(per_token: bool) -> None:
     assert float(found.count) == len(LABELS)
     assert float(found.metrics["accuracy"][0]) == right
     assert float(found.metrics["chance"][0]) == pytest.approx(chance)
-    other = answers("choice", torch.Generator().manual_seed(5), LABELS, per_token=not per_token)
+    other = answers("multiple_choice", torch.Generator().manual_seed(5), LABELS, per_token=not per_token)
     assert abs(float(other.loss().total - found.total)) > 1e-2, "the control: the other score is another loss"
 
 
 def test_equal_scores_are_not_right() -> None:
-    case = answers("choice", torch.Generator().manual_seed(5), [[0, 1]])
+    case = answers("multiple_choice", torch.Generator().manual_seed(5), [[0, 1]])
     with torch.no_grad():
         case.outputs.token_logps.fill_(-1.0)
     found = case.loss()
@@ -55,7 +55,7 @@ def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: objec
     rows = [{"context": f"What is {word} of many things?", "choices": [word, word * 2, "no", "x y z"][:2 + n], "answer": n}
             for n, word in enumerate(("one", "two", "six"))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    found = evaluate(tmp_path / "base", data=str(tmp_path / "rows.jsonl"), objective="choice", quiet=True,
+    found = evaluate(tmp_path / "base", data=str(tmp_path / "rows.jsonl"), objective="multiple_choice", quiet=True,
                      **{"data.share_prompt": shared})
     family = open_family(BaseConfig(name=str(tmp_path / "base")))
     total, right = 0.0, 0
@@ -82,4 +82,4 @@ def test_of_a_folder_the_test_rows_are_measured(tmp_path: Path) -> None:
         (tmp_path / "rows" / name).mkdir(parents=True)
         (tmp_path / "rows" / name / "a.jsonl").write_text((json.dumps(row) + "\n") * count)
     for folder, wanted in ((tmp_path / "rows", 3), (tmp_path / "rows" / "train", 5)):
-        assert evaluate(tmp_path / "base", data=str(folder), objective="choice", quiet=True)["examples"] == wanted
+        assert evaluate(tmp_path / "base", data=str(folder), objective="multiple_choice", quiet=True)["examples"] == wanted
