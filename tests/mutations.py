@@ -260,7 +260,7 @@ POLICY_BREAKS = (
 
 ROLLOUT_BREAKS = (
     Break("rollout-skips-prompts-between-rounds", "rl/collector.py", "cursor.row += len(chosen)", "cursor.row += len(chosen) + 1", on(ROUNDS, "test_an_epoch_of_rounds_asks_every_prompt_once_in_the_order_of_the_cursor")),
-    Break("rollout-end-token-not-trained", "rl/collector.py", "one.tokens + ((one.end,) if one.end is not None else ())", "one.tokens or (one.end,)", on(ROUNDS, "test_the_token_that_ended_an_answer_is_trained_as_part_of_it")),
+    Break("rollout-end-token-not-trained", "rl/collector.py", "one.token_ids + ((one.stop_token,) if one.stop_token is not None else ())", "one.token_ids or (one.stop_token,)", on(ROUNDS, "test_the_token_that_ended_an_answer_is_trained_as_part_of_it")),
     Break("rollout-same-dice-in-every-round", "rl/collector.py", "self.seed * 1_000_003 + self.rounds", "self.seed * 1_000_003", on(ROUNDS, "test_every_round_and_every_seed_throws_other_dice_and_an_evaluation_always_the_same")),
     Break("rollout-same-dice-for-every-seed", "rl/collector.py", "self.seed * 1_000_003 + self.rounds", "self.rounds", on(ROUNDS, "test_every_round_and_every_seed_throws_other_dice_and_an_evaluation_always_the_same")),
     Break("rollout-unfinished-is-rewarded", "rl/collector.py", "[r - off * (not a.finished)", "[r + off * (not a.finished)", on(ROLLS, "test_rewards_reach_their_answers_and_unfinished_ones_pay")),
@@ -286,7 +286,7 @@ GENERATION_BREAKS = (
     Break("generate-position-stays", "models/decoding.py", "(self.positions[:, -1:] + 1)", "self.positions[:, -1:]", on(GENERATE, "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),
     Break("generate-cache-of-rows-that-left", "models/decoding.py", "            self.cache.batch_select_indices(kept)\n            chosen, self.mask", "            self.cache.batch_select_indices(kept.flip(0))\n            chosen, self.mask", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
     Break("generate-rows-keep-their-old-names", "models/decoding.py", "rows = [index for index in rows if index in left]", "rows = list(left)[::-1]", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
-    Break("generate-stop-token-in-the-answer", "models/decoding.py", "yield Generated(index, tuple(found[index]), True, token)", "yield Generated(index, (*found[index], token), True, token)", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
+    Break("generate-stop-token-in-the-answer", "models/decoding.py", "yield GenerationOutput(index, tuple(found[index]), True, token)", "yield GenerationOutput(index, (*found[index], token), True, token)", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
     Break("generate-own-stops-ignored", "models/decoding.py", "    stops = eos | set(sampling.stop)\n    kinds", "    stops = set(eos)\n    kinds", on(GENERATE, "test_rows_that_leave_change_nothing_for_those_that_stay")),
     Break("generate-eos-of-the-config-ignored", "models/decoding.py", "for token in [*listed, tokenizer.eos_token_id]", "for token in [tokenizer.eos_token_id]", on(GENERATE, "test_eos_is_the_models_and_the_tokenizers")),
     Break("generate-one-token-too-many", "models/decoding.py", "min(sampling.max_new_tokens, context - len(prompt))", "min(sampling.max_new_tokens + 1, context - len(prompt))", on(GENERATE, "test_the_context_ends_an_answer", "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),

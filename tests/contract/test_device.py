@@ -29,7 +29,7 @@ def stepped(objective: SftConfig, examples: Sequence[Encoded], recomputed: bool 
     attached = attach(family, "lora")
     family.train(True)
     if recomputed:
-        family.checkpointing(0)
+        family.enable_gradient_checkpointing(0)
     family.model.to("meta")
     for layer in attached.layers:
         layer.a, layer.b = (nn.Parameter(half.detach().to("meta")) for half in (layer.a, layer.b))

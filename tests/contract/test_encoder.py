@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Batch, Forest, Inputs, Target
 from luthier.data.packing import batch, pack
 from luthier.models import BaseConfig, CausalLM, Encoder, open_family, resolve
@@ -145,13 +145,13 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
         family = encoder("bert")
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
 
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        family.anatomy.blocks[0].attention.register_forward_hook(count)
+        family.structure.layers[0].attention.register_forward_hook(count)
         return scored(family, attach(family, method), rows)
 
     without = run(False)
@@ -220,9 +220,9 @@ def test_pooling_is_read_from_the_folder(told: dict[str, Any] | None, pooling: s
 @KIND
 def test_the_parts_are_found(kind: str) -> None:
     family, called = encoder(kind), []
-    for number, block in enumerate(family.anatomy.blocks):
-        assert [s.role for s in family.anatomy.sites if s.block == number] == ["q", "k", "v", "o", "up", "down"]
-        sites = {s.role: s.module for s in family.anatomy.sites if s.block == number}
+    for number, block in enumerate(family.structure.layers):
+        assert [s.role for s in family.structure.linears if s.layer_index == number] == ["q", "k", "v", "o", "up", "down"]
+        sites = {s.role: s.module for s in family.structure.linears if s.layer_index == number}
         assert (block.attention_out, block.mlp_out) == (sites["o"], sites["down"])
         assert len(block.norms) == 2
         assert sites["q"] in list(block.attention.children())
@@ -232,8 +232,8 @@ def test_the_parts_are_found(kind: str) -> None:
     states(family, [5, 6, 7])
     assert len(called) == 4
     assert torch.equal(called[0], called[1])  # what enters the MLP is its first argument
-    assert family.anatomy.task == "FEATURE_EXTRACTION"
-    assert family.anatomy.head is None
+    assert family.structure.task == "FEATURE_EXTRACTION"
+    assert family.structure.head is None
     for name, parameter in family.model.named_parameters():
         assert "pooler" not in name, parameter.shape
 
@@ -342,7 +342,7 @@ def test_an_encoder_refuses_what_it_cannot() -> None:
     with pytest.raises(BaseError, match="sees the very token"):
         family.forward(row.inputs, target, frozenset({"token_logps"}))
     with pytest.raises(BaseError, match="cannot write"):
-        family.generate([[1, 2]], Sampling())
+        family.generate([[1, 2]], SamplingParams())
 
 
 def test_what_is_written_is_a_sentence_transformer(tmp_path: Path) -> None:

@@ -257,13 +257,13 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(kind: str, method: 
         family = base(kind)
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
 
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        family.anatomy.blocks[0].attention.register_forward_hook(count)
+        family.structure.layers[0].attention.register_forward_hook(count)
         return measured(family, attach(family, method), rows)
 
     without = run(False)
@@ -282,9 +282,9 @@ def test_a_long_row_keeps_the_blocks_that_fit(kind: str, method: str) -> None:
         family = base(kind, num_hidden_layers=3)
         family.train(True)
         if over is not None:
-            family.checkpointing(over)
+            family.enable_gradient_checkpointing(over)
         calls = [0] * 3
-        for i, block in enumerate(family.anatomy.blocks):
+        for i, block in enumerate(family.structure.layers):
             block.attention.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
         return measured(family, attach(family, method), [row]), calls
 
@@ -307,7 +307,7 @@ def test_a_block_that_is_recomputed_leaves_no_notes() -> None:
     every = len(noted)
     assert every == sum(noted) > 6
     noted.clear()
-    family.checkpointing(row.inputs.tokens.shape[0] * 2 // 3 + 1)
+    family.enable_gradient_checkpointing(row.inputs.tokens.shape[0] * 2 // 3 + 1)
     family.forward(row.inputs, row.target, SFT.needs)
     assert len(noted) == every
     assert sum(noted) * 3 == every * 2

@@ -23,7 +23,7 @@ from luthier import assembly
 from luthier.api.export import export
 from luthier.cli.main import main
 from luthier.core.errors import BaseError, LuthierError, RunError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.models import BaseConfig, CausalLM
 from luthier.models.gguf import writer as out
 from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, SPLITS, split_name
@@ -131,7 +131,7 @@ def test_the_same_answers_word_for_word(tmp_path: Path) -> None:
     base, file = family("llama", initializer_range=0.3), tmp_path / "a.gguf"
     out.write_gguf(base, file, "float32")
     prompts = [TOKENIZER(text).input_ids for text in ("I'll say", "x = [1,", "日本")]
-    mine = {answer.index: list(answer.tokens) for answer in base.generate(prompts, Sampling(max_new_tokens=24))}
+    mine = {answer.index: list(answer.token_ids) for answer in base.generate(prompts, SamplingParams(max_new_tokens=24))}
     with opened(file) as found:
         for i, prompt in enumerate(prompts):
             found.reset()
@@ -318,7 +318,7 @@ def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
     assembly.save_tuned(run, made, base, attached)
     prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
                for text in ("Why is the sky blue?", "Write one line about rain.")]
-    answers = {a.index: list(a.tokens) for a in base.generate(prompts, Sampling(max_new_tokens=16))}
+    answers = {a.index: list(a.token_ids) for a in base.generate(prompts, SamplingParams(max_new_tokens=16))}
     wanted = logits(base, prompts[0])
     with attached.disabled():
         assert distance(logits(base, prompts[0]), wanted) > 1  # the run says something else than its base

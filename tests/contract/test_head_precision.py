@@ -26,7 +26,7 @@ from luthier.methods import METHODS
 from luthier.models.attention import packed as attention
 from luthier.models.ops import fused_logprobs
 from luthier.models.ops.fused_logprobs import log_probs
-from luthier.models.task_heads import Heads, pool
+from luthier.models.task_heads import TaskHeads, pool
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default, torch.ops.aten.bmm.default}
@@ -161,7 +161,7 @@ def test_the_mean_of_a_text_is_summed_in_float32(dtype: torch.dtype, autocast: b
 
 @pytest.mark.parametrize("kind", ["item", "token"])
 def test_heads_are_computed_in_float32_under_autocast(kind: Any) -> None:
-    heads = Heads([Head("score", kind, 3)], 32, torch.device("cpu"), 0, "CAUSAL_LM")
+    heads = TaskHeads([Head("score", kind, 3)], 32, torch.device("cpu"), 0, "CAUSAL_LM")
     states = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
         found, control = heads._of(kind, states), heads.modules["score"](states)
@@ -210,7 +210,7 @@ def test_bits_per_byte_has_the_nats_of_all_that_is_predicted_and_the_bytes_of_th
 def test_the_unit_of_a_prompt_is_the_size_of_the_words_that_it_starts_from() -> None:
     family = base("llama")
     for settings in ({"tokens": 4}, {"tokens": 4, "text": "ab"}):
-        attached = METHODS["prompt"](**settings).attach(family.anatomy, seed=3)
+        attached = METHODS["prompt"](**settings).attach(family.structure, seed=3)
         start = next(iter(attached.parameters().values())).detach()
         assert attached.rate("prompt_embeddings") == pytest.approx(float(start.square().mean().sqrt()))
 

@@ -234,13 +234,13 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {name.split(".")[0] for name in moved} == {name.split(".")[0] for name in after}
     _, family, _ = assembly.open_run(run)
-    assert family.anatomy.tied
-    assert family.anatomy.head is not None
+    assert family.structure.tied
+    assert family.structure.head is not None
     plain = AutoModelForMaskedLM.from_pretrained(run.path).eval()
     ids = torch.tensor([[256, *b"hello", 257]])
     family.train(False)
     with torch.no_grad():
-        assert torch.allclose(plain(input_ids=ids).logits, family.anatomy.model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(plain(input_ids=ids).logits, family.structure.model(input_ids=ids).logits, atol=1e-5)
         assert not torch.allclose(plain(input_ids=ids).logits, AutoModelForMaskedLM.from_pretrained(
             tmp_path / "base").eval()(input_ids=ids).logits, atol=1e-2)
         assert AutoModel.from_pretrained(run.path)(input_ids=ids).last_hidden_state.shape == (1, 7, 32)
@@ -249,7 +249,7 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
                   run=str(tmp_path / "classify"), training={"steps": 1, "batch_size": 2})
     assert tuned.results["steps"] == 1
     _, bare, _ = assembly.open_run(tuned)
-    assert bare.anatomy.head is None  # whoever does not guess words has no head in memory
+    assert bare.structure.head is None  # whoever does not guess words has no head in memory
 
 
 def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
     other = peft.PeftModel.from_pretrained(plain, run.path).eval()
     with torch.no_grad():
         ids = torch.tensor([[256, *b"hello", 257]])
-        assert torch.allclose(other(input_ids=ids).logits, family.anatomy.model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(other(input_ids=ids).logits, family.structure.model(input_ids=ids).logits, atol=1e-5)
         assert not torch.allclose(other(input_ids=ids).logits, bare, atol=1e-3)
 
 

@@ -37,8 +37,8 @@ def few(kind: str, bits: Any, hidden: int = 32) -> CausalLM:
 def widened(kind: str, family: CausalLM) -> CausalLM:
     """The same model with ordinary weights that hold what the bits stand for."""
     model = tiny(kind, dtype=torch.float32, intermediate_size=64)
-    for site in family.anatomy.sites:
-        model.get_submodule(site.name).weight.data.copy_(site.matrix())
+    for site in family.structure.linears:
+        model.get_submodule(site.name).weight.data.copy_(site.base_weight())
     return CausalLM(model, TOKENIZER)
 
 
@@ -61,15 +61,15 @@ def test_loss_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
 @BITS
 def test_the_bits_stand_for_nearly_the_weights(bits: str) -> None:
     family, whole = few("llama", bits, 64), tiny("llama", dtype=torch.float32, hidden_size=64, intermediate_size=64)
-    for site in family.anatomy.sites:
+    for site in family.structure.linears:
         weight = whole.get_submodule(site.name).weight
         if weight.numel() < 4096:  # of so few maxima the second quantisation makes little
             continue
-        off = (site.matrix() - weight).abs().mean() / weight.abs().mean()
+        off = (site.base_weight() - weight).abs().mean() / weight.abs().mean()
         assert 0 < off < {"nf4": 0.12, "int8": 0.02}[bits]
         assert expander(whole.get_submodule(site.name)) is None
     stored = sum(t.numel() * t.element_size() for n, t in family.model.state_dict().items() if n.endswith("proj.weight"))
-    ordinary = sum(site.inputs * site.outputs * 4 for site in family.anatomy.sites)
+    ordinary = sum(site.in_features * site.out_features * 4 for site in family.structure.linears)
     assert stored <= ordinary / {"nf4": 8, "int8": 4}[bits]
 
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from luthier import assembly
 from luthier.api.export import export
 from luthier.core.errors import NotMergeable, RecipeError, RunError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Forest, Inputs
 from luthier.data.packing import batch
 from luthier.methods import READERS
@@ -75,7 +75,7 @@ def test_packed_padded_recomputed_and_cut_up_are_the_same(name: str, settings: d
     padded = base(kind, layout="padded")
     assert apart(measured(padded, attach(padded, name, **settings), [batch(rows)]), wanted) < SAME
     again = base(kind, layout="packed")
-    again.checkpointing(0)
+    again.enable_gradient_checkpointing(0)
     again.train(True)
     attached = attach(again, name, **settings)
     assert apart(measured(again, attached, [batch(rows)]), wanted) < SAME
@@ -512,7 +512,7 @@ def test_the_bridge_works_packed_recomputed_and_in_answers() -> None:
     for way in ("packed", "padded", "recomputed"):
         family = base("llama", layout="padded" if way == "padded" else "packed")
         if way == "recomputed":
-            family.checkpointing(0)
+            family.enable_gradient_checkpointing(0)
             family.train(True)
         found[way] = measured(family, attach(family, "peft", type="LOHA", config={"r": 4}), [batch(rows)])
     assert apart(found["packed"], found["padded"]) < 1e-5
@@ -520,8 +520,8 @@ def test_the_bridge_works_packed_recomputed_and_in_answers() -> None:
     family = base("llama")
     attach(family, "peft", type="LOHA", config={"r": 4})
     prompt = list(range(9, 27))
-    (answer,) = family.generate([prompt], Sampling(max_new_tokens=8))
-    for token in answer.tokens:
+    (answer,) = family.generate([prompt], SamplingParams(max_new_tokens=8))
+    for token in answer.token_ids:
         assert int(logits(family, prompt)[-1].argmax()) == token
         prompt.append(token)
 

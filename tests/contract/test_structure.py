@@ -67,7 +67,7 @@ def test_added_blocks_start_as_the_identity_and_learn(kind: str) -> None:
     assert found.config.num_hidden_layers == 5
     assert torch.equal(said(found), said(base))
     found(input_ids=IDS, labels=IDS).loss.backward()
-    block: Any = assembly.CausalLM(found, tiny_tokenizer()).anatomy.blocks[1]
+    block: Any = assembly.CausalLM(found, tiny_tokenizer()).structure.layers[1]
     gradients = {role: [p.grad for n, p in block.module.named_parameters() if n.rpartition(".")[0].endswith(role)]
                  for role in ("o_proj", "down_proj", "c_proj")}
     last = [g for found in gradients.values() for g in found]
@@ -164,16 +164,16 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
     run = train(None, quiet=True, **settings)
     (tmp_path / "cache").rename(tmp_path / "lost")  # a run needs its recipe and the base, and nothing of the cache
     made, base, attached = assembly.open_run(run)
-    assert base.anatomy.sizes["layers"] == 2
+    assert base.structure.sizes["layers"] == 2
     assert made.base.structure is not None
-    tuned = said(base.anatomy.model)
+    tuned = said(base.structure.model)
     bare = said(reopened(path, **made.base.structure.model_dump())[0])
     assert not torch.allclose(tuned, bare, atol=1e-4)
     if method == "lora":
         from peft import PeftModel
         assert attached is not None
         with attached.disabled():
-            assert torch.equal(said(base.anatomy.model), bare)
+            assert torch.equal(said(base.structure.model), bare)
         named = json.loads((run.path / "adapter_config.json").read_text())["base_model_name_or_path"]
         peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named, dtype="auto"), run.path).eval()
         assert torch.allclose(said(peft), tuned, atol=1e-12)

@@ -12,7 +12,7 @@ from pathlib import Path
 from luthier import assembly
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
-from luthier.core.protocols import Attached, Sampling
+from luthier.core.protocols import SamplingParams, Tuner
 from luthier.reporting.progress import print_line, status
 from luthier.serving.engine import bits
 from luthier.training.run_folder import Run
@@ -28,9 +28,9 @@ class Talk:
     """
 
     base: assembly.CausalLM
-    attached: Attached | None
+    attached: Tuner | None
     form: assembly.PromptFormat
-    sampling: Sampling
+    sampling: SamplingParams
     bare: bool = False
     said: list[Message] = field(default_factory=list)
 
@@ -72,7 +72,7 @@ def open_talk(run: Run | Path | str, *, compare: bool = False, system: str | Non
         raise RecipeError(f"{str(run)!r} is a whole model without an adapter, so there are not two to compare",
                           "leave out --compare, or name a run that trained an adapter")
     base.train(False)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
     form = assembly.prompt_format(run if isinstance(run, Run) else Run(run), made)
     if system:
         form = replace(form, data=form.data.model_copy(update={"system": system}))

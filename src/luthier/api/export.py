@@ -14,7 +14,7 @@ import torch
 
 from luthier import assembly
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.core.types import Forest, Inputs, Target
 from luthier.reporting.model_card import card
 from luthier.reporting.progress import print_line
@@ -130,7 +130,7 @@ def _refuse_taken(out: Path, to: str) -> None:
                        "remove it, or give another name with --out")
 
 
-def _refuse_unread(run: Run, made: assembly.Recipe, attached: Attached | None) -> None:
+def _refuse_unread(run: Run, made: assembly.Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where PEFT would compute something else with the adapter."""
     form = (attached.peft() if attached is not None else None) or {}
     if form.get("peft_type") in VIRTUAL and (made.objective.needs & {"pooled", "scores", "token_scores"}):
@@ -139,7 +139,7 @@ def _refuse_unread(run: Run, made: assembly.Recipe, attached: Attached | None) -
                        "open the run with Luthier, or train a lora")
 
 
-def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Attached | None) -> None:
+def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where Transformers would not put the adapter into the model by itself."""
     form = attached.peft() if attached is not None else None
     what = f"{str(run.path)!r} cannot be a whole model with an adapter in it: "
@@ -165,7 +165,7 @@ def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Attached | None
                        "--to merged writes one model with the head in it, where Transformers has a class for it")
 
 
-def _folder(out: Path, to: str, made: assembly.Recipe, base: Family, attached: Attached | None) -> None:
+def _folder(out: Path, to: str, made: assembly.Recipe, base: Family, attached: Tuner | None) -> None:
     out.mkdir()
     if to == "whole" and attached is not None:
         with attached.disabled():
@@ -176,13 +176,13 @@ def _folder(out: Path, to: str, made: assembly.Recipe, base: Family, attached: A
         assembly.save_whole(Run(out), made, base)
 
 
-def merge(base: Family, attached: Attached) -> None:
+def merge(base: Family, attached: Tuner) -> None:
     """Fold the method into the base's weights. Raises `RunError` where the model then says something else."""
     base.train(False)
     before = _probe(base)
     attached.merge()
     moved = float((_probe(base) - before).abs().max())
-    allowed = TOLERANCE[base.anatomy.embedding.weight.dtype]  # type: ignore[index]
+    allowed = TOLERANCE[base.structure.embedding.weight.dtype]  # type: ignore[index]
     if not moved <= allowed:
         raise RunError(f"merging moved an output by {moved:.2g}, and rounding explains {allowed} at most",
                        "train and export with base.dtype: float32, or use the adapter as it is")
@@ -191,7 +191,7 @@ def merge(base: Family, attached: Attached) -> None:
 @torch.no_grad()
 def _probe(base: Family) -> torch.Tensor:
     """Log-probabilities of some tokens, each after the ones before it; the states of a base that predicts none."""
-    sizes = base.anatomy.sizes
+    sizes = base.structure.sizes
     if "channels" in sizes:
         place, forest = torch.arange(2), Forest((1, 1), (-1, -1))
         shape = (2, sizes["channels"], sizes["height"], sizes["width"])
@@ -201,9 +201,9 @@ def _probe(base: Family) -> torch.Tensor:
         half = PROBE // 2  # a source and its answer
         place = torch.arange(PROBE)
         tokens = (place + 1) * 7 % sizes["vocabulary"]
-        first = 0 if base.anatomy.head is not None else -1  # what predicts nothing has no answers either
+        first = 0 if base.structure.head is not None else -1  # what predicts nothing has no answers either
         inputs = Inputs(tokens, place, Forest((half, PROBE - half), (-1, first)))
         target = Target(place[half - 1:-1], tokens[half:], torch.ones(PROBE - half), 1)
-    need = "states" if base.anatomy.task == "FEATURE_EXTRACTION" or base.anatomy.head is None else "token_logps"
+    need = "states" if base.structure.task == "FEATURE_EXTRACTION" or base.structure.head is None else "token_logps"
     outputs = base.forward(inputs.to(base.device), target.to(base.device), frozenset({need}))
     return outputs.tensors()[need]

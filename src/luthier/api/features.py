@@ -138,7 +138,7 @@ def _computed(made: assembly.Recipe, run: Run | None, quiet: bool, base_model: s
         print(line, file=sys.stderr) if not quiet else None
     rows: list[Encoded] = [replace(row, items=row.items[:1]) for row in found.test]
     places = {row.origin: place for place, row in enumerate(rows)}
-    states = torch.zeros(len(rows), family.anatomy.sizes["hidden"])
+    states = torch.zeros(len(rows), family.structure.sizes["hidden"])
     batches = assembly.rows.eval_batches(rows, assembly.micro_tokens(made, family))
     family.train(False)
     done = 0

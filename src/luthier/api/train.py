@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier import assembly
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Encoded
 from luthier.distributed import process_group
 from luthier.evaluation.generation_eval import Question, Scored, score, with_perplexity
@@ -83,9 +83,9 @@ def _train(made: assembly.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoi
         seed_everything(made.seed)
         base = assembly.family(made.base, made.objective.hides)
         assembly.check(made, base)
-        base.checkpointing(0 if made.training.gradient_checkpointing else assembly.micro_tokens(made, base))
-    if base.padded_why:
-        _say(quiet, f"warning: {base.padded_why}")
+        base.enable_gradient_checkpointing(0 if made.training.gradient_checkpointing else assembly.micro_tokens(made, base))
+    if base.padding_reason:
+        _say(quiet, f"warning: {base.padding_reason}")
     with status("reading the data", quiet=quiet):
         made = assembly.fitted(made, found := assembly.datasets(made, base))
         assembly.note_conversations(base, found)
@@ -166,13 +166,13 @@ class Interrupted(RunError):
                          f"go on with: luthier train --resume {run.path}")
 
 
-def trainable_share(base: Any, attached: Attached) -> dict[str, float]:
+def trainable_share(base: Any, attached: Tuner) -> dict[str, float]:
     """How many parameters train, of how many, counting both the base's and the method's own."""
     trained = attached.parameters()
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
-    whole += sum(s.inputs * s.outputs - s.weight.numel() for s in base.anatomy.sites if s.expand is not None)
+    whole += sum(s.inputs * s.outputs - s.weight.numel() for s in base.structure.linears if s.expand is not None)
     count = sum(p.numel() for p in trained.values())
     return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
 

@@ -43,17 +43,17 @@ def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
 
 def fitting(made: Recipe, base: Family) -> None:
     """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
-    weight = base.anatomy.embedding.weight
+    weight = base.structure.embedding.weight
     assert isinstance(weight, torch.Tensor)
     check_dtype(made.base, weight.dtype)
     name, needs = made.objective.name, made.objective.needs
     if isinstance(made.objective, PpoConfig | GrpoConfig):
         needs = needs | made.objective.asks
-        if not base.writes:
+        if not base.can_generate:
             raise RecipeError(f"objective {name!r} learns from the base's own answers, and {made.base.name!r} writes "
                               "none", "choose a base that writes text, such as 'smollm2'")
-    guesses = made.objective.hides and base.anatomy.head is not None
-    if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION" and not guesses:
+    guesses = made.objective.hides and base.structure.head is not None
+    if needs & LOG_PROBS and base.structure.task == "FEATURE_EXTRACTION" and not guesses:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
@@ -79,7 +79,7 @@ def fitting(made: Recipe, base: Family) -> None:
 
 def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
     """Refuse settings of what is hidden where nothing of the kind is."""
-    known = {"rate", "span"} if base.divided else set() if base.anatomy.task == "CAUSAL_LM" else {"rate", "whole_words"}
+    known = {"rate", "span"} if base.is_encoder_decoder else set() if base.structure.task == "CAUSAL_LM" else {"rate", "whole_words"}
     plain = PretrainConfig().model_dump()
     for setting, value in objective.model_dump().items():
         if value != plain[setting] and setting not in known:

@@ -13,7 +13,7 @@ from luthier.assembly.compatibility import fitting
 from luthier.assembly.recipe import AnyMethod, Recipe, beforehand
 from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
-from luthier.core.protocols import Attached, ChatFormat, Family, Feed, Objective
+from luthier.core.protocols import BatchSource, ChatFormat, Family, Objective, Tuner
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
 from luthier.evaluation.generation_eval import Question, demand
@@ -34,7 +34,7 @@ def family(config: BaseConfig, words: bool = False) -> Family:
     """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
     loading held besides is given back."""
     base = open_family(config, words)
-    if base.writes:
+    if base.can_generate:
         base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer))
     release(base.device)
     return base
@@ -55,14 +55,14 @@ def context(config: BaseConfig) -> int:
     return context_of(config)
 
 
-def attach(base: Family, method: AnyMethod, seed: int) -> Attached:
+def attach(base: Family, method: AnyMethod, seed: int) -> Tuner:
     """The method on the base; everything that it does not train is frozen."""
-    base.anatomy.model.requires_grad_(False)
-    return method.attach(base.anatomy, seed=seed)
+    base.structure.model.requires_grad_(False)
+    return method.attach(base.structure, seed=seed)
 
 
-def with_heads(base: Family, attached: Attached, objective: Objective, seed: int,
-               default_rate: float = HEAD_RATE) -> Attached:
+def with_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
+               default_rate: float = HEAD_RATE) -> Tuner:
     """The method together with what the objective adds to the base's states.
 
     Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
@@ -70,7 +70,7 @@ def with_heads(base: Family, attached: Attached, objective: Objective, seed: int
     """
     if not objective.heads:
         return attached
-    return Several([attached, base.add(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
+    return Several([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
 
 
 def fitted(made: Recipe, found: Datasets) -> Recipe:
@@ -87,7 +87,7 @@ def fitted(made: Recipe, found: Datasets) -> Recipe:
 
 def note_conversations(base: Family, found: Datasets) -> None:
     """From now on, what is saved holds the rows' chat template and stop tokens, where the rows are conversations."""
-    if base.writes:
+    if base.can_generate:
         base.chat_format = replace(base.chat_format, trained=found.conversations)
 
 
@@ -99,7 +99,7 @@ def check(made: Recipe, base: Family) -> None:
     if made.data.streaming and beforehand(made):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
-    context, room = base.anatomy.sizes["context"], room_for_text(made.method, base)
+    context, room = base.structure.sizes["context"], room_for_text(made.method, base)
     if made.data.max_length and made.data.max_length > room:
         beside = f" and {context - room} virtual tokens are" if room < context else " is"
         raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
@@ -114,7 +114,7 @@ def check(made: Recipe, base: Family) -> None:
 
 def room_for_text(method: AnyMethod, base: Family) -> int:
     """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
-    context = base.anatomy.sizes["context"]
+    context = base.structure.sizes["context"]
     virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
     if virtual + 2 > context:
         raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
@@ -134,7 +134,7 @@ def _no_start(method: AnyMethod) -> str:
 
 def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     """Everything the recipe trains and evaluates on, as far as this base can read it."""
-    objective, sees = made.objective, "channels" in base.anatomy.sizes
+    objective, sees = made.objective, "channels" in base.structure.sizes
     reads = frozenset(kind for kind in objective.reads if (kind == "ImageExample") == sees)
     if not reads:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.reads))}, and the base "
@@ -142,8 +142,8 @@ def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     hide = _hide(made, base)
     found = rows.load(settled(made, base), base.tokenizer, seed=made.seed, classes=objective.classes, hide=hide,
                       reads=reads if hide is None else reads & DOCUMENTS,
-                      flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
-                      others={name: known.reads & DOCUMENTS if known.hides and base.anatomy.task != "CAUSAL_LM" else
+                      flat=base.structure.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
+                      others={name: known.reads & DOCUMENTS if known.hides and base.structure.task != "CAUSAL_LM" else
                               known.reads for name, known in OBJECTIVES.items()}, progress=progress)
     _check_tokens(base, found)
     return found
@@ -151,8 +151,8 @@ def datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
 
 def _check_tokens(base: Family, found: Datasets) -> None:
     """Raises `BaseError` where a row holds a token that the base's embedding has no row for."""
-    size = base.anatomy.sizes.get("vocabulary")
-    if size is None or "channels" in base.anatomy.sizes:
+    size = base.structure.sizes.get("vocabulary")
+    if size is None or "channels" in base.structure.sizes:
         return
     for example in (*found.train, *found.eval, *found.test):
         for piece in example.pieces:
@@ -168,9 +168,9 @@ def _check_tokens(base: Family, found: Datasets) -> None:
 def _hide(made: Recipe, base: Family) -> rows.Hide | None:
     """How a part of each document is hidden, of bases that read a text whole."""
     told = made.objective
-    if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
+    if not isinstance(told, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.rate, told.span,
+    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name, told.rate, told.span,
                         told.whole_words)
 
 
@@ -179,17 +179,17 @@ def settled(made: Recipe, base: Family) -> DataConfig:
     where that is less."""
     most = min(made.data.most, room_for_text(made.method, base))
     found = made.data.model_copy(update={"max_length": made.data.max_length or most})
-    return rows.DividedConfig.of(found) if base.divided else found
+    return rows.DividedConfig.of(found) if base.is_encoder_decoder else found
 
 
 def micro_tokens(made: Recipe, base: Family) -> int:
     """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
     A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
     tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
-    return max(1, tokens // base.anatomy.sizes.get("unit", 1))
+    return max(1, tokens // base.structure.sizes.get("unit", 1))
 
 
-def feed(made: Recipe, base: Family, found: Datasets) -> Feed:
+def feed(made: Recipe, base: Family, found: Datasets) -> BatchSource:
     """The batches of the run."""
     micro = micro_tokens(made, base)
     if made.data.streaming:

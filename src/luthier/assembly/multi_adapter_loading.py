@@ -47,7 +47,7 @@ class Served:
     rooms: Mapping[str, int]
 
     @property
-    def writes(self) -> bool:
+    def can_generate(self) -> bool:
         return isinstance(self.base, CausalLM)
 
     def adapter(self, name: str) -> str | None:
@@ -80,7 +80,7 @@ class Served:
                 raise RecipeError(f"input {number} cannot be read: {found}", "give texts of one word at least, and "
                                   f"{self.rooms[name]} tokens at most")
             encoded.append(found[0])
-        states = torch.zeros(len(encoded), self.base.anatomy.sizes["hidden"])
+        states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
         for row in rows.first_fit(encoded, ROW):
             batch = rows.batch([encoded[i] for i in row]).to(self.base.device)
             with nullcontext() if self.bank is None else self.bank.using(adapter):
@@ -129,7 +129,7 @@ def served(runs: Mapping[str, Path | str], base_model: str | None = None, report
         (name, run), = folders.items()
         made, base, _ = open_run(run, False, base_model, report)
         base.train(False)
-        return Served(base, None, {name: None}, {name: prompt_format(run, made)}, {name: base.anatomy.sizes["context"]})
+        return Served(base, None, {name: None}, {name: prompt_format(run, made)}, {name: base.structure.sizes["context"]})
     recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
@@ -143,5 +143,5 @@ def served(runs: Mapping[str, Path | str], base_model: str | None = None, report
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
     return Served(base, bank, {**names, **{name: name for name in runs}},
                   {plain: PromptFormat(), **{name: prompt_format(run, recipes[name]) for name, run in folders.items()}},
-                  {plain: base.anatomy.sizes["context"],
+                  {plain: base.structure.sizes["context"],
                    **{name: room_for_text(made.method, base) for name, made in recipes.items()}})

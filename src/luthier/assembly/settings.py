@@ -63,8 +63,8 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
         rate: the learning rate of the run.
         run: its folder.
     """
-    micro = made.training.micro_tokens or micro_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
-    length = made.data.max_length if "channels" in base.anatomy.sizes else settled(made, base).max_length
+    micro = made.training.micro_tokens or micro_tokens(made, base) * base.structure.sizes.get("unit", 1)
+    length = made.data.max_length if "channels" in base.structure.sizes else settled(made, base).max_length
     pools = "pooled" in made.objective.needs  # a head pools as its class does, unless the recipe says how
     methods = [_resolve_method(part, base) for part in parts_of(made.method)]
     objective = made.objective
@@ -91,9 +91,9 @@ def _resolve_method(method: AnyMethod, base: Family) -> AnyMethod:
     elif isinstance(method, FreezeConfig):
         found = {"last": method.last_blocks}
     elif isinstance(method, PrefixConfig) and method.projection:
-        found = {"hidden": method.hidden or base.anatomy.sizes["hidden"]}
+        found = {"hidden": method.hidden or base.structure.sizes["hidden"]}
     elif isinstance(method, PTuningConfig):
-        found = {"hidden": method.hidden or int(base.anatomy.embedding.weight.shape[1])}  # type: ignore[index]
+        found = {"hidden": method.hidden or int(base.structure.embedding.weight.shape[1])}  # type: ignore[index]
     return method.model_copy(update=found)
 
 

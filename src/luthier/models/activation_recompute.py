@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from luthier.core.protocols import Block
+from luthier.core.protocols import TransformerLayer
 
 GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -36,7 +36,7 @@ class Lean:
         self._last: tuple[Callable[[], Tensor] | None, Tensor | None] = (None, None)
         self._open = False
 
-    def watch(self, blocks: tuple[Block, ...]) -> None:
+    def watch(self, blocks: tuple[TransformerLayer, ...]) -> None:
         """Note the outputs of every norm that stands directly in a block."""
         for block in blocks:
             for norm in block.module.children():

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from luthier.core.errors import BaseError, DataError, NotFinite
-from luthier.core.protocols import Generated, Sampling
+from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.models.soft_prompts import causal
 
 CROWDED = 0.75  # rows leave together, once at most this share still runs: each leaving copies the whole cache
@@ -55,8 +55,8 @@ def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
 
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
-             device: torch.device | str, routed: Routed = _straight) -> Iterator[Generated]:
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
+             device: torch.device | str, routed: Routed = _straight) -> Iterator[GenerationOutput]:
     """Answer every prompt; each answer is yielded as soon as it is done, with the index of its prompt.
 
     Args:
@@ -75,7 +75,7 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
     return answers(begin, prompts, _limits(model, prompts, sampling, routed), sampling, eos, routed)
 
 
-def written(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
+def written(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
             device: torch.device | str, routed: Routed = _straight) -> Iterator[tuple[int, int | None]]:
     """`generate` with all prompts in one batch, token by token: (index, token), and (index, None) where an answer ended
     by itself. Whoever stops listening ends the batch."""
@@ -86,14 +86,14 @@ def written(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampli
         yield index, None if token in stops else token
 
 
-def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set[int]) -> Iterator[int]:
+def stream(model: nn.Module, prompt: Sequence[int], sampling: SamplingParams, eos: Set[int]) -> Iterator[int]:
     """The answer to one prompt, token by token: the same tokens that `generate` gives it as its only prompt."""
     begin = partial(_Causal, model, 0, next(model.parameters()).device)
     return answer(begin, prompt, _limits(model, [prompt], sampling), sampling, eos)
 
 
-def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: Sampling,
-            eos: Set[int], routed: Routed = _straight, apart: Sequence[int] = ()) -> Iterator[Generated]:
+def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
+            eos: Set[int], routed: Routed = _straight, apart: Sequence[int] = ()) -> Iterator[GenerationOutput]:
     """`generate` for any family.
 
     Args:
@@ -110,14 +110,14 @@ def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int
         found: dict[int, list[int]] = {index: [] for index in batch}
         for index, token in _decode(begin, batch, limits, sampling, stops, routed):
             if token in stops:
-                yield Generated(index, tuple(found[index]), True, token)
+                yield GenerationOutput(index, tuple(found[index]), True, token)
                 continue
             found[index].append(token)
             if len(found[index]) == limits[index]:
-                yield Generated(index, tuple(found[index]), False)
+                yield GenerationOutput(index, tuple(found[index]), False)
 
 
-def answer(begin: Begin, prompt: Sequence[int], limits: Sequence[int], sampling: Sampling,
+def answer(begin: Begin, prompt: Sequence[int], limits: Sequence[int], sampling: SamplingParams,
            eos: Set[int]) -> Iterator[int]:
     """`stream` for any family."""
     stops = eos | set(sampling.stop)
@@ -127,7 +127,7 @@ def answer(begin: Begin, prompt: Sequence[int], limits: Sequence[int], sampling:
         yield token
 
 
-def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling,
+def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
             routed: Routed = _straight) -> list[int]:
     """How many tokens each answer may have: what was asked for, or what the context and virtual tokens leave to it."""
     assert sampling.max_new_tokens > 0, sampling
@@ -153,14 +153,14 @@ def _contexts(model: nn.Module, rows: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _decode(begin: Begin, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: Sampling,
+def _decode(begin: Begin, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
             stops: Set[int], routed: Routed = _straight) -> Iterator[tuple[int, int]]:
     """(index, token) for every prompt of one batch and every step, until it has met a stop token or its limit."""
     rows = list(prompts)  # rows[i]: the prompt that row i of the batch belongs to
     with routed(rows):
         batch = begin(list(prompts.values()))
     left = {index: limits[index] for index in rows}
-    dice = {index: Random(f"{sampling.seed} {sampling.first + index}") for index in rows}
+    dice = {index: Random(f"{sampling.seed} {sampling.first_prompt_index + index}") for index in rows}
     while True:
         with routed(rows):  # not around a `yield`: whoever takes the answer works outside of it
             logits = batch.logits()
@@ -220,7 +220,7 @@ def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | st
     return tokens, mask
 
 
-def choose(logits: Tensor, sampling: Sampling, dice: Sequence[float]) -> Tensor:
+def choose(logits: Tensor, sampling: SamplingParams, dice: Sequence[float]) -> Tensor:
     """The next token of each row, [B].
 
     Greedy at temperature 0. Else the row's die u in [0, 1) picks the token at which the cumulative probability passes

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from luthier.core.errors import RunError
-from luthier.core.expert_layers import ExpertChange, Experts
+from luthier.core.expert_layers import ExpertChange, ExpertLinears
 from luthier.core.protocols import Scope
 
 NAME = "luthier"
@@ -39,7 +39,7 @@ class _Entered:
         module.config._experts_implementation = NAME
 
 
-def experts_in(name: str, layer: nn.Module, block: int) -> list[Experts]:
+def experts_in(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]:
     """The maps of every module of experts in a block."""
     found = []
     for path, module in layer.named_modules():
@@ -49,7 +49,7 @@ def experts_in(name: str, layer: nn.Module, block: int) -> list[Experts]:
             count, outputs, inputs = weight.shape
             if module.is_transposed:
                 inputs, outputs = outputs, inputs
-            found.append(Experts(f"{name}.{path}.{parameter}", weight, ROLES[parameter], block, count, inputs, outputs,
+            found.append(ExpertLinears(f"{name}.{path}.{parameter}", weight, ROLES[parameter], block, count, inputs, outputs,
                                  bool(module.is_transposed), _door(module, parameter)))
     return found
 

@@ -23,7 +23,7 @@ def open_family(config: BaseConfig, words: bool = False) -> Family:
         words: load an encoder with its own head for masked words.
     """
     made = _family(config, words)
-    made.pooling_given = config.pooling != "auto"
+    made.has_explicit_pooling = config.pooling != "auto"
     return made
 
 

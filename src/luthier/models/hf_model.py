@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from luthier.core.errors import BaseError, LuthierError
-from luthier.core.protocols import Attached, ChatFormat, Head, Router
+from luthier.core.protocols import ChatFormat, Head, Router, Tuner
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.models.activation_recompute import Lean, slim
 from luthier.models.adapter_routing import as_now, routed
@@ -33,8 +33,8 @@ from luthier.models.hf_task_heads import TaskHead, task_head
 from luthier.models.mixed_embeddings import mixed
 from luthier.models.padding_token import with_padding
 from luthier.models.soft_prompts import causal
-from luthier.models.structure import anatomy
-from luthier.models.task_heads import Heads, Pooling
+from luthier.models.structure import find_structure
+from luthier.models.task_heads import Pooling, TaskHeads
 
 Layout = Literal["packed", "padded"]
 
@@ -48,12 +48,12 @@ class Loaded:
     """
 
     task: ClassVar[str]
-    divided: ClassVar[bool] = False
-    writes: ClassVar[bool] = False
+    is_encoder_decoder: ClassVar[bool] = False
+    can_generate: ClassVar[bool] = False
     pooling: Pooling
-    pooling_given: bool = False  # whether the recipe names it; else a head may pool as its class of Transformers does
+    has_explicit_pooling: bool = False  # whether the recipe names it; else a head may pool as its class of Transformers does
     layout: Layout = "padded"
-    padded_why = ""  # why rows are padded although the family packs them
+    padding_reason = ""  # why rows are padded although the family packs them
     router: Router | None = None  # who sends segments and rows through adapters of their own
     chat_format: ChatFormat = ChatFormat()
     critic: Callable[[], AbstractContextManager[None]] | None = None  # where values are read; None: on the same states
@@ -64,14 +64,14 @@ class Loaded:
         self.model, self.tokenizer = model, tokenizer
         self._lean = Lean()
         slim(model, self._lean)
-        self.anatomy = anatomy(model, tokenizer, self.task)
-        self._lean.watch(self.anatomy.blocks)
+        self.structure = find_structure(model, tokenizer, self.task)
+        self._lean.watch(self.structure.layers)
         self._recompute_over: int | None = None
-        self.add((), 0)
+        self.add_heads((), 0)
 
     @property
     def device(self) -> torch.device:
-        weight = self.anatomy.embedding.weight
+        weight = self.structure.embedding.weight
         assert isinstance(weight, Tensor)
         return weight.device
 
@@ -82,35 +82,35 @@ class Loaded:
     def train(self, mode: bool) -> None:
         self.model.train(mode)
 
-    def checkpointing(self, over: int = 0) -> None:
+    def enable_gradient_checkpointing(self, over: int = 0) -> None:
         """From now on, in rows of more than `over` tokens, keep the activations of as many blocks as fit into the
         memory of a row of `over`, and recompute the others in the backward pass. The one long document of a data set
         then does not set the memory of the whole run."""
         self._recompute_over = over
-        for block in self.anatomy.blocks:
+        for block in self.structure.layers:
             block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
                 checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), as_now(self.router)))
 
-    def add(self, heads: Sequence[Head], seed: int) -> Attached:
-        self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task, self._task_head)
+    def add_heads(self, heads: Sequence[Head], seed: int) -> Tuner:
+        self.heads = TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task, self._task_head)
         return self.heads
 
     def _task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
-        if self.divided:
+        if self.is_encoder_decoder:
             return "an encoder-decoder's class of Transformers classifies by the state of the text's own end mark"
-        return task_head(head, self.model, self.anatomy.backbone, self.pooling if self.pooling_given else None,
-                         "channels" in self.anatomy.sizes, generator)
+        return task_head(head, self.model, self.structure.backbone, self.pooling if self.has_explicit_pooling else None,
+                         "channels" in self.structure.sizes, generator)
 
-    def padded_tokenizer(self) -> Any:
+    def get_padded_tokenizer(self) -> Any:
         """The tokenizer that is saved: of a decoder with a head, one that pads with a token that ends no text."""
-        if self.heads.own is None or not self.writes:
-            return self.saved_tokenizer()
-        return with_padding(self.saved_tokenizer(), eos_tokens(self.model, self.tokenizer))
+        if self.heads.task_head is None or not self.can_generate:
+            return self.get_saved_tokenizer()
+        return with_padding(self.get_saved_tokenizer(), eos_tokens(self.model, self.tokenizer))
 
     @property
-    def home(self) -> str:
+    def backbone_prefix(self) -> str:
         """What the names of the stack's weights begin with: `model.` in a Llama with its head, nothing in a stack."""
-        return next((f"{name}." for name, module in self.model.named_modules() if module is self.anatomy.backbone
+        return next((f"{name}." for name, module in self.model.named_modules() if module is self.structure.backbone
                      and name), "")
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
@@ -132,15 +132,15 @@ class Loaded:
         if not torch.is_grad_enabled():
             return self._run(inputs)
         # The last blocks are kept: the backward pass lets go of them before the first ones are computed again.
-        again = len(self.anatomy.blocks) - self._kept(inputs.tokens.shape[0])
-        for place, block in enumerate(self.anatomy.blocks):
+        again = len(self.structure.layers) - self._kept(inputs.tokens.shape[0])
+        for place, block in enumerate(self.structure.layers):
             block.module.gradient_checkpointing = place < again  # type: ignore[assignment]
         with self._lean():
             return self._run(inputs)
 
     def _kept(self, tokens: int) -> int:
         """How many blocks of a row keep their activations."""
-        count, over = len(self.anatomy.blocks), self._recompute_over
+        count, over = len(self.structure.layers), self._recompute_over
         return count if over is None or tokens <= over else count * over // tokens
 
     def _run(self, inputs: Inputs) -> Tensor:
@@ -153,24 +153,24 @@ class Loaded:
     def save(self, path: Path) -> None:
         """Write the whole model as a Transformers folder, tokenizer included."""
         settle_biases(self.model)
-        own, tokenizer = self.heads.own, self.padded_tokenizer()
+        own, tokenizer = self.heads.task_head, self.get_padded_tokenizer()
         with (quiet(), self._saved_stops(),
-              nullcontext(self.model) if own is None else own.whole(self.model, self.anatomy.backbone) as whole):
-            if own is not None and self.writes:
+              nullcontext(self.model) if own is None else own.whole(self.model, self.structure.backbone) as whole):
+            if own is not None and self.can_generate:
                 whole.config.pad_token_id = tokenizer.pad_token_id
             whole.save_pretrained(path)
             tokenizer.save_pretrained(path)
         for file in path.glob("*.safetensors"):  # the library makes its files readable to their owner alone
             file.chmod(path.stat().st_mode & 0o666)
 
-    def saved_tokenizer(self) -> Any:
+    def get_saved_tokenizer(self) -> Any:
         """The tokenizer as it is written beside what was trained: where that were conversations, with the chat template
         that rendered them, and with the token that ends a turn as its eos token."""
         if not self.chat_format.trained:
             return self.tokenizer
         tokenizer = deepcopy(self.tokenizer)
         tokenizer.chat_template = self.chat_format.template
-        if self.chat_format.stop_tokens and not self.divided:  # a source of a divided base ends with eos
+        if self.chat_format.stop_tokens and not self.is_encoder_decoder:  # a source of a divided base ends with eos
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.chat_format.stop_tokens[0])
         return tokenizer
 
@@ -209,7 +209,7 @@ class Packed(Loaded):
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None) -> None:
         super().__init__(model, tokenizer)
-        self.anatomy = causal.installed(self.anatomy, router=lambda: self.router)
+        self.structure = causal.installed(self.structure, router=lambda: self.router)
         self.layout = layout or self._proven_layout()
 
     def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -232,7 +232,7 @@ class Packed(Loaded):
         # would use it instead of the forest fails loudly.
         placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
         columns = {name: column[None] for name, column in self._told(inputs).items()}
-        result = self.anatomy.backbone(**columns, attention_mask=placeholder, forest=inputs.forest, **self.options)
+        result = self.structure.backbone(**columns, attention_mask=placeholder, forest=inputs.forest, **self.options)
         return result.last_hidden_state[0]
 
     def _padded(self, inputs: Inputs) -> Tensor:
@@ -243,7 +243,7 @@ class Packed(Loaded):
         runs = [sent(run, device) for run in runs]
         columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
                    for name, column in self._told(inputs).items()}
-        result = self.anatomy.backbone(**columns, attention_mask=mask, **self.options)
+        result = self.structure.backbone(**columns, attention_mask=mask, **self.options)
         return result.last_hidden_state.flatten(0, 1)[sent(home(mask.shape[-1]), device)]
 
     def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
@@ -276,7 +276,7 @@ class Packed(Loaded):
         return "packed" if close else self._unpacked("documents of one row influence each other")
 
     def _unpacked(self, why: str) -> Layout:
-        self.padded_why = (f"{type(self.model).__name__} cannot compute several documents in one row ({why}); each "
+        self.padding_reason = (f"{type(self.model).__name__} cannot compute several documents in one row ({why}); each "
                            "gets a padded row of its own, which is slower and changes no result")
         return "padded"
 

@@ -1,4 +1,4 @@
-"""Heads that are Transformers' own: of the class `...ForSequenceClassification` (tokens, images) of the architecture.
+"""TaskHeads that are Transformers' own: of the class `...ForSequenceClassification` (tokens, images) of the architecture.
 
 Read `task_heads.py` first. The class is built without memory, its stack is replaced by a stand-in that returns given
 states,
@@ -75,7 +75,7 @@ class TaskHead(nn.Module):
     def __init__(self, shell: Any, kind: str, head: Head) -> None:
         super().__init__()
         self.shell, self.kind, self.head = shell, kind, head
-        self.home = f"{shell.base_model_prefix}."  # begins the names of the stack's weights in the class
+        self.backbone_prefix = f"{shell.base_model_prefix}."  # begins the names of the stack's weights in the class
         self.pooling: str = "first"
         self.train(False)
 
@@ -99,7 +99,7 @@ class TaskHead(nn.Module):
 
     def modules_to_save(self) -> list[str]:
         """PEFT's names of the modules that are the head."""
-        return sorted({name.removeprefix(self.home).partition(".")[0] for name in self.weights()})
+        return sorted({name.removeprefix(self.backbone_prefix).partition(".")[0] for name in self.weights()})
 
     def forward(self, states: Tensor) -> Tensor:
         if self.kind == "token":
@@ -208,12 +208,12 @@ def _pooling(head: TaskHead, hidden: int) -> str | None:
 @torch.no_grad()
 def _take(head: TaskHead, folder: Path) -> None:
     """A pooler that stands in the stack, from the base's files where they hold one."""
-    wanted = {name: parameter for name, parameter in head.weights().items() if name.startswith(head.home)}
+    wanted = {name: parameter for name, parameter in head.weights().items() if name.startswith(head.backbone_prefix)}
     for file in sorted(folder.glob("*.safetensors")) if wanted and folder.is_dir() else ():
         with safe_open(file, framework="pt") as stored:
             there = set(stored.keys())
             for name, parameter in wanted.items():
-                key = next((key for key in (name, name.removeprefix(head.home)) if key in there), None)
+                key = next((key for key in (name, name.removeprefix(head.backbone_prefix)) if key in there), None)
                 if key is not None and tuple(stored.get_slice(key).get_shape()) == tuple(parameter.shape):
                     parameter.copy_(stored.get_tensor(key))
 

@@ -30,6 +30,6 @@ def stored_dtype(config: BaseConfig) -> torch.dtype:
 
 def cast(base: Family, dtype: torch.dtype) -> None:
     """Convert the weights of the model and of its heads."""
-    base.anatomy.model.to(dtype)
-    if base.heads.own is not None:
-        base.heads.own.to(dtype)
+    base.structure.model.to(dtype)
+    if base.heads.task_head is not None:
+        base.heads.task_head.to(dtype)

@@ -1,4 +1,4 @@
-"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (Anatomy) first.
+"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (ModelStructure) first.
 
 One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM, BERT, ViT and their like; a linear map
 whose ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Block, Site
+from luthier.core.protocols import ModelStructure, TargetLinear, TransformerLayer
 from luthier.models.expert_layers import experts_in
 from luthier.models.quantization import expander
 
@@ -39,10 +39,10 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
 
 
-def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anatomy:
+def find_structure(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> ModelStructure:
     """The parts of a model of Transformers. Raises `BaseError` where no stack of blocks is found.
 
-    Besides what `Anatomy` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a token,
+    Besides what `ModelStructure` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a token,
     and for a picture its patches and their common token.
     """
     backbone = model.base_model if model.base_model is not model else model
@@ -64,7 +64,7 @@ def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anato
     sites = tuple(site for block in blocks for site in linear_sites(block))
     tied = head is not None and head.weight is embedding.weight
     experts = tuple(found for block in blocks for found in experts_in(block.name, block.module, block.index))
-    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer, experts=experts)
+    return ModelStructure(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer, experts=experts)
 
 
 def role_of(path: str) -> str:
@@ -84,7 +84,7 @@ def _stack(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: (len(pair[1]) if pair[0].count(".") < 3 else 0, -pair[0].count(".")))
 
 
-def _block(index: int, name: str, layer: nn.Module) -> Block:
+def _block(index: int, name: str, layer: nn.Module) -> TransformerLayer:
     children = dict(layer.named_children())
     attention = _home(layer) or next((children[key] for key in ATTENTION if key in children), layer)
     mlp = next((children[key] for key in MLP if key in children), layer)
@@ -93,7 +93,7 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
             if isinstance(module, (nn.Linear, Conv1D)) and role_of(f"{name}.{path}") == role}
     single = sum(role_of(path) == "down" for path, _ in layer.named_modules()) == 1
     alone = single and mlp is layer  # OPT's two maps stand in the layer, whose own input is not theirs
-    return Block(index, name, layer, attention, mlp, norms, attention_out=maps.get("o", attention),
+    return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=maps.get("o", attention),
                  mlp_in=maps.get("up", mlp) if alone else mlp, mlp_out=maps.get("down", mlp) if single else mlp)
 
 
@@ -103,16 +103,16 @@ def _home(layer: nn.Module) -> nn.Module | None:
     return None if found is None or "." not in found else layer.get_submodule(found.rpartition(".")[0])
 
 
-def linear_sites(block: Block) -> list[Site]:
+def linear_sites(block: TransformerLayer) -> list[TargetLinear]:
     """Every linear map in a block."""
     found = []
     for name, module in block.module.named_modules():
         if isinstance(module, Conv1D):
             rows, columns = module.weight.shape
-            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index, rows, columns,
+            found.append(TargetLinear(f"{block.name}.{name}", module, role_of(name), block.index, rows, columns,
                               transposed=True))
         elif isinstance(module, nn.Linear):
-            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index,
+            found.append(TargetLinear(f"{block.name}.{name}", module, role_of(name), block.index,
                               module.in_features, module.out_features,
-                              expand=expander(module)))
+                              dequantize=expander(module)))
     return found

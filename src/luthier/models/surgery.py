@@ -35,7 +35,7 @@ from luthier.core.errors import BaseError, RecipeError
 from luthier.models.architectures import kind_of
 from luthier.models.gguf.reader import once
 from luthier.models.hf_logging import complete
-from luthier.models.structure import anatomy, linear_sites
+from luthier.models.structure import find_structure, linear_sites
 
 MAKER = "2"  # raise it when `change` makes something else: folders made by older ones are then left unused
 WORDS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json", "generation_config.json")
@@ -141,7 +141,7 @@ def change(model: Any, tokenizer: Any, structure: StructureConfig) -> None:
     where the changes do not fit it, and `BaseError` where an added block of it would not be the identity."""
     if structure.new_tokens:
         _grow(model, tokenizer, structure.new_tokens)
-    blocks = anatomy(model).blocks
+    blocks = find_structure(model).layers
     order = structure.order(len(blocks))
     home = blocks[0].name.rpartition(".")[0]
     sources, kind = [block.module for block in blocks], model.config.model_type

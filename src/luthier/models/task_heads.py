@@ -24,7 +24,7 @@ PREFIX = "base_model.model."  # PEFT's files put this before the path of a modul
 LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
 
 
-class Heads:
+class TaskHeads:
     """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
 
     at_update = None
@@ -35,8 +35,8 @@ class Heads:
         self.heads, self.task = tuple(heads), task
         self.scope = Scope()  # nobody reads it: heads change nothing in the base
         self.modules: dict[str, nn.Linear | TaskHead] = {}
-        self.own: TaskHead | None = None  # the one that Transformers' class has
-        self.why = ""  # why there is none, where one was wanted
+        self.task_head: TaskHead | None = None  # the one that Transformers' class has
+        self.no_task_head_reason = ""  # why there is none, where one was wanted
         self.scalars: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)
         for head in heads:
@@ -45,10 +45,10 @@ class Heads:
                 continue
             found = build(head, generator) if head.task and build is not None else ""
             if isinstance(found, TaskHead):
-                self.modules[head.name] = self.own = found.to(device)
+                self.modules[head.name] = self.task_head = found.to(device)
                 self.task = found.task or ""
                 continue
-            self.why = found
+            self.no_task_head_reason = found
             module = nn.Linear(hidden, head.width)
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
@@ -69,11 +69,11 @@ class Heads:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Heads change nothing in the base, so there is nothing to switch off."""
+        """TaskHeads change nothing in the base, so there is nothing to switch off."""
         yield
 
     def merge(self) -> None:
-        """Heads stand beside the base's weights, so there is nothing to fold in."""
+        """TaskHeads stand beside the base's weights, so there is nothing to fold in."""
 
     unmerge = merge
 
@@ -95,7 +95,7 @@ class Heads:
     def peft(self) -> dict[str, Any] | None:
         """What of PEFT's config the heads decide. A scalar is no module, so it is none of `modules_to_save`."""
         kept = [name for name, module in self.modules.items() if not isinstance(module, TaskHead)]
-        kept += self.own.modules_to_save() if self.own is not None else []
+        kept += self.task_head.modules_to_save() if self.task_head is not None else []
         return {"peft_type": None, "task_type": self.task or None, "modules_to_save": sorted(kept)}
 
     def _of(self, kind: str, states: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class Heads:
         if "pooled" in needs:
             made["pooled"] = pool(row, forest, target.items, pooling)
         if "scores" in needs:
-            own = pooling if self.own is None else cast(Pooling, self.own.pooling)
+            own = pooling if self.task_head is None else cast(Pooling, self.task_head.pooling)
             made["scores"] = self._of("item", pool(row, forest, target.items, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 

@@ -125,14 +125,14 @@ def _on_hub(path: str) -> bool:
 def tag(made: assembly.Recipe, base: Family) -> str:
     """The hub's pipeline tag."""
     head = next((head for head in made.objective.heads if head.task), None)
-    images = "channels" in base.anatomy.sizes
+    images = "channels" in base.structure.sizes
     if head is not None:
         return TAGS["image" if images and head.kind == "item" else head.kind]
     if images:
         return "image-feature-extraction"
     if is_embedding(made):
         return "sentence-similarity"
-    return TAGS.get(base.anatomy.task, "fill-mask" if made.objective.hides else "feature-extraction")
+    return TAGS.get(base.structure.task, "fill-mask" if made.objective.hides else "feature-extraction")
 
 
 def is_embedding(made: assembly.Recipe) -> bool:
@@ -149,15 +149,15 @@ def loading(out: Run, made: assembly.Recipe, base: Family) -> tuple[str, list[st
         return "luthier", ["from luthier import build", "", HERE, "",
                            "recipe, model, method = build.open_run(build.Run(FOLDER))"]
     library = "peft" if out.adapter else "transformers"
-    images = "channels" in base.anatomy.sizes
-    if base.heads.own is not None:
-        return library, list(_classifier(out, base.heads.own))
-    if is_embedding(made) and not images and not base.divided:
+    images = "channels" in base.structure.sizes
+    if base.heads.task_head is not None:
+        return library, list(_classifier(out, base.heads.task_head))
+    if is_embedding(made) and not images and not base.is_encoder_decoder:
         return "sentence-transformers", [
             "from sentence_transformers import SentenceTransformer", "", HERE, "",
             "model = SentenceTransformer(FOLDER)",
             'vectors = model.encode(["A first text.", "A second text."])', "print(model.similarity(vectors, vectors))"]
-    if base.writes:
+    if base.can_generate:
         return library, list(_generation(out, made, base))
     auto = "AutoModelForMaskedLM" if made.objective.hides else "AutoModel"
     return library, list(_stack(out, auto, images))
@@ -168,12 +168,12 @@ def _reason(out: Run, made: assembly.Recipe, base: Family) -> list[str]:
     form, headed = out.adapter, bool([head for head in made.objective.heads if head.task])
     if form is not None and form.get("peft_type") == "LUTHIER":
         why = f"PEFT has no format for `{assembly.method_name(made)}`"
-    elif headed and base.heads.own is None:
-        why = base.heads.why or "Transformers has no class with this head"
+    elif headed and base.heads.task_head is None:
+        why = base.heads.no_task_head_reason or "Transformers has no class with this head"
     elif form is not None and form.get("peft_type") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") and (
             headed or is_embedding(made)):
         why = "PEFT's virtual tokens move the place of the state that stands for a text"
-    elif form is not None and is_embedding(made) and "channels" not in base.anatomy.sizes and (
+    elif form is not None and is_embedding(made) and "channels" not in base.structure.sizes and (
             form.get("use_dora") or form.get("peft_type") == "ADALORA"):
         why = ("Sentence Transformers loads adapters by Transformers, which reads no DoRA and no AdaLoRA; "
                "`luthier export --to merged` writes a model that it loads")
@@ -222,7 +222,7 @@ def _classifier(out: Run, own: Any) -> Iterator[str]:
 
 
 def _generation(out: Run, made: assembly.Recipe, base: Family) -> Iterator[str]:
-    task = base.anatomy.task
+    task = base.structure.task
     name = PEFT_CLASSES[task] if out.adapter else CLASSES[task]
     if out.adapter:
         yield f"from peft import {name}"
@@ -237,7 +237,7 @@ def _generation(out: Run, made: assembly.Recipe, base: Family) -> Iterator[str]:
                "return_dict=True)")
     else:
         yield 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
-    if base.divided:
+    if base.is_encoder_decoder:
         start = "0"
     else:
         yield 'start = inputs["input_ids"].shape[1]'

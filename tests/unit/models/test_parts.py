@@ -34,12 +34,12 @@ def base(kind: str) -> CausalLM:
     ("phi", "parallel", "mlp.fc1", "mlp.fc2"), ("phi", "houlsby", "self_attn.dense", "self_attn.dense")])
 def test_an_adapter_reads_and_writes_at_its_own_place(kind: str, placement: Any, read: str, written: str) -> None:
     family = base(kind)
-    family.anatomy.model.requires_grad_(False)
-    attached = AdapterConfig(placement=placement).attach(family.anatomy, seed=0)
+    family.structure.model.requires_grad_(False)
+    attached = AdapterConfig(placement=placement).attach(family.structure, seed=0)
     with torch.no_grad():
         for parameter in attached.parameters().values():
             parameter += 0.3
-    block = family.anatomy.blocks[0].module
+    block = family.structure.layers[0].module
     source, last = block.get_submodule(read), block.get_submodule(written)
     seen: dict[str, Tensor] = {}
     source.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))

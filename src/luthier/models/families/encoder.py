@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Generated, Sampling
+from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.models.attention.packed import describe
 from luthier.models.hf_model import Layout, Packed
@@ -52,10 +52,10 @@ class Encoder(Packed):
         self._separator = _separator(tokenizer) if getattr(model.config, "type_vocab_size", 0) > 1 else None
         self._offset = _offset(model)
         super().__init__(model, tokenizer, layout)
-        context = self.anatomy.sizes["context"] - self._offset
-        self.anatomy = causal.installed(replace(self.anatomy, sizes={**self.anatomy.sizes, "context": context}),
+        context = self.structure.sizes["context"] - self._offset
+        self.structure = causal.installed(replace(self.structure, sizes={**self.structure.sizes, "context": context}),
                                          self._offset, lambda: self.router)
-        self.words = None if self.anatomy.head is None else Words(model)
+        self.words = None if self.structure.head is None else Words(model)
         if self.words is not None:
             self._prove(self.words)
 
@@ -97,7 +97,7 @@ class Encoder(Packed):
             raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
                             "choose another encoder, such as BERT or RoBERTa")
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[GenerationOutput]:
         raise BaseError("an encoder reads text and cannot write any",
                         "choose a base that writes text, such as 'smollm2'")
 
@@ -105,8 +105,8 @@ class Encoder(Packed):
         """Write the whole model as a Transformers folder; one without a head of its own class also with the files by
         which Sentence Transformers loads it."""
         super().save(path)
-        if self.heads.own is None:
-            write_sentence_files(path, self.anatomy.sizes["hidden"], self.pooling)
+        if self.heads.task_head is None:
+            write_sentence_files(path, self.structure.sizes["hidden"], self.pooling)
 
 
 def types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:

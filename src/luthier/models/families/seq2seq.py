@@ -29,7 +29,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, EncoderDecoderCache
 
 from luthier.core.errors import BaseError, DataError, RunError
-from luthier.core.protocols import Anatomy, Block, Generated, Sampling, Site
+from luthier.core.protocols import GenerationOutput, ModelStructure, SamplingParams, TargetLinear, TransformerLayer
 from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.models.activation_recompute import Lean
 from luthier.models.adapter_routing import through
@@ -37,7 +37,7 @@ from luthier.models.decoding import answer, answers, eos_tokens
 from luthier.models.hf_model import Loaded
 from luthier.models.mixed_embeddings import mixed
 from luthier.models.ops.fused_logprobs import log_probs
-from luthier.models.soft_prompts.seq2seq import SourcePorts
+from luthier.models.soft_prompts.seq2seq import Seq2SeqInjector
 from luthier.models.structure import linear_sites
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
@@ -57,23 +57,23 @@ class Seq2Seq(Loaded):
     """
 
     task: ClassVar[str] = "SEQ_2_SEQ_LM"
-    divided: ClassVar[bool] = True
-    writes: ClassVar[bool] = True
+    is_encoder_decoder: ClassVar[bool] = True
+    can_generate: ClassVar[bool] = True
     pooling: Pooling = "last"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         # Not as `Loaded` begins: attention stays Transformers' own, which knows relative positions.
         self.model, self.tokenizer = model, tokenizer
         self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
-        parts = anatomy(model, tokenizer)
-        self._ports = SourcePorts(parts, self.encoder, self.decoder)
-        self.anatomy = replace(parts, ports=self._ports)
+        parts = find_structure(model, tokenizer)
+        self._ports = Seq2SeqInjector(parts, self.encoder, self.decoder)
+        self.structure = replace(parts, injector=self._ports)
         self.start = _start(model)
         # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
         self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
         self._recompute_over: int | None = None
         self._lean = Lean()  # never open
-        self.add((), 0)
+        self.add_heads((), 0)
         self._prove()
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
@@ -94,7 +94,7 @@ class Seq2Seq(Loaded):
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] states of the row, as the module's table says."""
         recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
-        for block in self.anatomy.blocks:
+        for block in self.structure.layers:
             block.module.gradient_checkpointing = recompute and torch.is_grad_enabled()  # type: ignore[assignment]
         forest = inputs.forest
         spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
@@ -185,8 +185,8 @@ class Seq2Seq(Loaded):
 
     # ---------------------------------------------------------------- answers
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
-                 adapters: Sequence[int] = ()) -> Iterator[Generated]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
+                 adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._source(i, prompt) for i, prompt in enumerate(prompts)]
@@ -194,13 +194,13 @@ class Seq2Seq(Loaded):
                        lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
                        adapters if self._ports.doors else ())
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""
         return answer(partial(_Answers, self), self._source(0, prompt), self._limits(1, sampling), sampling, self.stops)
 
     def _source(self, index: int, prompt: Sequence[int]) -> list[int]:
         """A prompt as the encoder knows sources: with the end mark."""
-        end, context = self.tokenizer.eos_token_id, self.anatomy.sizes["context"]
+        end, context = self.tokenizer.eos_token_id, self.structure.sizes["context"]
         found = [*prompt] if not prompt or end is None or prompt[-1] == end else [*prompt, end]
         if not found:
             raise DataError(f"prompt {index} has no tokens", "give the prompt at least one token")
@@ -209,10 +209,10 @@ class Seq2Seq(Loaded):
                             "shorten the prompt, or choose a base with a longer context")
         return found
 
-    def _limits(self, count: int, sampling: Sampling) -> list[int]:
+    def _limits(self, count: int, sampling: SamplingParams) -> list[int]:
         assert sampling.max_new_tokens > 0, sampling
         assert sampling.batch_size > 0, sampling
-        return [min(sampling.max_new_tokens, self.anatomy.sizes["context"])] * count
+        return [min(sampling.max_new_tokens, self.structure.sizes["context"])] * count
 
     @property
     def stops(self) -> set[int]:
@@ -251,10 +251,10 @@ class _Answers:
 # ---------------------------------------------------------------- parts
 
 
-def anatomy(model: Any, tokenizer: Any = None) -> Anatomy:
+def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
     """The parts of a sequence-to-sequence model: the encoder's blocks first, then the decoder's."""
     names = {id(module): name for name, module in model.named_modules()}
-    blocks: list[Block] = []
+    blocks: list[TransformerLayer] = []
     for stack in (model.get_encoder(), model.get_decoder()):
         layers = next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
         if layers is None:
@@ -269,15 +269,15 @@ def anatomy(model: Any, tokenizer: Any = None) -> Anatomy:
         "vocabulary": embedding.weight.shape[0],
         "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    return Anatomy(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in linear_sites(b)), embedding,
+    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in linear_sites(b)), embedding,
                    head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
 
 
-def _block(index: int, name: str, layer: nn.Module) -> Block:
+def _block(index: int, name: str, layer: nn.Module) -> TransformerLayer:
     """Of a decoder's two attentions, the one within the answer; the maps of both are sites."""
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
-    bare = Block(index, name, layer, layer, layer, norms, layer, layer, layer)
-    first: dict[str, Site] = {}
+    bare = TransformerLayer(index, name, layer, layer, layer, norms, layer, layer, layer)
+    first: dict[str, TargetLinear] = {}
     for site in linear_sites(bare):
         first.setdefault(site.role, site)
     if not {"o", "down", "up"} <= first.keys():
@@ -286,7 +286,7 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
     modules = {f"{name}.{path}": module for path, module in layer.named_modules() if path} | {name: layer}
     attention, mlp = (modules[first[role].name.rpartition(".")[0]] for role in ("o", "down"))
     alone = mlp is layer  # no module of its own: the two maps stand in the layer
-    return Block(index, name, layer, attention, mlp, norms, attention_out=first["o"].module,
+    return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=first["o"].module,
                  mlp_in=first["up"].module if alone else mlp, mlp_out=first["down"].module if alone else mlp)
 
 

@@ -62,7 +62,7 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
     """
     if numbers not in get_args(Numbers):
         raise BaseError(f"weights of a GGUF file cannot be {numbers!r}", f"one of: {', '.join(get_args(Numbers))}")
-    model: Any = family.anatomy.model
+    model: Any = family.structure.model
     names = Names(model.config)
     writer = gguf.GGUFWriter(None, names.row.name)
     writer.add_type(gguf.GGUFType.MODEL)
@@ -70,8 +70,8 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
         writer.add_name(name)
     writer.add_file_type(NUMBERS[numbers][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    factors = describe(writer, model.config, family.anatomy.sizes["vocabulary"], names.row)
-    write_words(writer, family.saved_tokenizer(), family.anatomy.sizes["vocabulary"],
+    factors = describe(writer, model.config, family.structure.sizes["vocabulary"], names.row)
+    write_words(writer, family.get_saved_tokenizer(), family.structure.sizes["vocabulary"],
                 eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
     tensors = dict(_tensors(family, names))
     if factors is not None:
@@ -81,8 +81,8 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
 
 def _tensors(family: Family, names: Names) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under llama.cpp's name, in its order; a tied head is the embedding, which stands there once."""
-    turned = {f"{site.name}.weight" for site in family.anatomy.sites if site.transposed}
-    for path, parameter in family.anatomy.model.named_parameters():
+    turned = {f"{site.name}.weight" for site in family.structure.linears if site.transposed}
+    for path, parameter in family.structure.model.named_parameters():
         stem, _, ending = path.rpartition(".")
         name = names.name(stem)
         if ending == "bias" and name.rpartition(".")[2] not in names.row.biases:
@@ -104,7 +104,7 @@ def write_gguf_adapter(family: Family, changes: Mapping[str, Change], path: Path
     Raises:
         BaseError: the base is of no architecture that can be written.
     """
-    names = Names(family.anatomy.model.config)
+    names = Names(family.structure.model.config)
     first = next(iter(changes.values()))
     alpha = first.scale * first.a.shape[0]
     writer = gguf.GGUFWriter(None, names.row.name)

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import Anatomy, Router, Scope
-from luthier.core.soft_prompts import Kind
+from luthier.core.protocols import ModelStructure, Router, Scope
+from luthier.core.soft_prompts import SoftPromptKind
 from luthier.core.types import Forest
 from luthier.models.adapter_routing import routed
 from luthier.models.attention.packed import Before, Pair
@@ -41,12 +41,12 @@ from luthier.models.soft_prompts.layout import Room, packed_room, padded_room, s
 ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
 
 
-def installed(anatomy: Anatomy, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> Anatomy:
-    """The anatomy with `ports`, of a model that counts positions from `first`. Nothing is hung into the model before a
+def installed(structure: ModelStructure, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
+    """The structure with `ports`, of a model that counts positions from `first`. Nothing is hung into the model before a
     method asks for it. `router()`: who sends segments through adapters of their own."""
-    ports = VirtualPorts(anatomy, first, router)
-    _PORTS[anatomy.model] = ref(ports)
-    return replace(anatomy, ports=ports)
+    ports = CausalInjector(structure, first, router)
+    _PORTS[structure.model] = ref(ports)
+    return replace(structure, injector=ports)
 
 
 def has_window(model: Any, context: int) -> bool:
@@ -108,20 +108,20 @@ class Catch:
         return None
 
 
-class VirtualPorts:
-    """See `core.ports.Ports`. One for each loaded model."""
+class CausalInjector:
+    """See `core.soft_prompts.SoftPromptInjector`. One for each loaded model."""
 
-    usual: Callable[[int, int], Tensor] | None = None
+    typical_embeddings: Callable[[int, int], Tensor] | None = None
 
-    def __init__(self, anatomy: Anatomy, first: int, router: Callable[[], Router | None]) -> None:
+    def __init__(self, structure: ModelStructure, first: int, router: Callable[[], Router | None]) -> None:
         self._first, self._router = first, router
-        self._backbone, self._embedding = anatomy.backbone, anatomy.embedding
-        self._layers, self._context = len(anatomy.blocks), anatomy.sizes["context"]
-        self._both_ways = anatomy.task == "FEATURE_EXTRACTION"
+        self._backbone, self._embedding = structure.backbone, structure.embedding
+        self._layers, self._context = len(structure.layers), structure.sizes["context"]
+        self._both_ways = structure.task == "FEATURE_EXTRACTION"
         # PEFT puts a prefix into the cache, where a layer with a window loses sight of it; here every token sees it.
-        windowed = has_window(anatomy.model, self._context)
-        self.peft: frozenset[Kind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
-        arguments = inspect.signature(type(anatomy.backbone).forward).parameters
+        windowed = has_window(structure.model, self._context)
+        self.peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
+        arguments = inspect.signature(type(structure.backbone).forward).parameters
         self._names = list(arguments)[1:]
         self._carries = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
         self._suspended = False
@@ -133,10 +133,10 @@ class VirtualPorts:
 
     # ------------------------------------------------------------ what methods call
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
         self._open(Door("prompt", make, scope, make().shape[0]))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
         self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
 
     def _open(self, door: Door) -> None:
@@ -155,14 +155,14 @@ class VirtualPorts:
         return BaseError(f"{type(self._backbone).__name__} keeps the keys and values of its layers out of reach, so no "
                          "prefix can stand before them", "use the method prompt, or another base")
 
-    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
         assert not isinstance(start, Tensor), "there are words"
         caught = self._caught([start]).caught
         if len(caught) != self._layers:
             raise self._unreachable()
         return [(k[0], v[0]) for k, v in caught.values()]
 
-    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
+    def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         caught = self._caught([[token] for token in ids], place, most=1).caught
         if not caught:
             raise self._unreachable()
@@ -351,4 +351,4 @@ def _depths(forest: Forest) -> list[int]:
     return depths
 
 
-_PORTS: WeakKeyDictionary[nn.Module, ref[VirtualPorts]] = WeakKeyDictionary()
+_PORTS: WeakKeyDictionary[nn.Module, ref[CausalInjector]] = WeakKeyDictionary()

@@ -1,4 +1,4 @@
-"""Doors for virtual tokens, and which of them stand open for whom. Read `core/protocols.py` (Scope, Ports) first;
+"""Doors for virtual tokens, and which of them stand open for whom. Read `core/protocols.py` (Scope, SoftPromptInjector) first;
 `models/soft_prompts/causal.py` uses it.
 
 A door is what one attached method puts in. Every segment of a packed row, and every row of a batch, has a share: the
@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier.core.errors import RunError
 from luthier.core.protocols import Scope
-from luthier.core.soft_prompts import Kind
+from luthier.core.soft_prompts import SoftPromptKind
 from luthier.core.types import Forest
 
 
@@ -21,7 +21,7 @@ from luthier.core.types import Forest
 class Door:
     """What one method puts in."""
 
-    kind: Kind
+    kind: SoftPromptKind
     make: Callable[[], Any]
     scope: Scope
     n: int
@@ -39,7 +39,7 @@ class Shares:
     doors: tuple[tuple[Door, ...], ...]
     whose: tuple[int, ...]
 
-    def sizes(self, kind: Kind) -> list[int]:
+    def sizes(self, kind: SoftPromptKind) -> list[int]:
         """Virtual tokens of a kind in each share."""
         return [sum(door.n for door in share if door.kind == kind) for share in self.doors]
 
@@ -93,7 +93,7 @@ def _switched_on(scope: Scope) -> bool:
     return True
 
 
-def made_by(shares: Shares, kind: Kind) -> dict[Door, Any]:
+def made_by(shares: Shares, kind: SoftPromptKind) -> dict[Door, Any]:
     """What the doors of a kind put in, each made once."""
     every = dict.fromkeys(door for share in shares.doors for door in share)
     return {door: door.make() for door in every if door.kind == kind}

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Scope
-from luthier.core.soft_prompts import Kind
+from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention import biased
 from luthier.models.attention.biased import Before
 from luthier.models.attention.packed import Pair
@@ -47,20 +47,20 @@ class Carried:
         return self.before.get(module)
 
 
-class SourcePorts:
-    """See `core.ports.Ports`.
+class Seq2SeqInjector:
+    """See `core.soft_prompts.SoftPromptInjector`.
 
     Args:
-        anatomy: of the whole model.
+        structure: of the whole model.
         encoder, decoder: its two stacks.
     """
 
-    usual: Callable[[int, int], Tensor] | None = None
-    peft: frozenset[Kind] = frozenset({"prompt"})  # its prefix acts on the decoder's own attention alone
+    typical_embeddings: Callable[[int, int], Tensor] | None = None
+    peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"})  # its prefix acts on the decoder's own attention alone
 
-    def __init__(self, anatomy: Anatomy, encoder: nn.Module, decoder: nn.Module) -> None:
-        model: Any = anatomy.model
-        self._model, self._context = model, anatomy.sizes["context"]
+    def __init__(self, structure: ModelStructure, encoder: nn.Module, decoder: nn.Module) -> None:
+        model: Any = structure.model
+        self._model, self._context = model, structure.sizes["context"]
         self._encoder, self._decoder = encoder, decoder
         self._names = {stack: list(inspect.signature(type(stack).forward).parameters)[1:]
                        for stack in (encoder, decoder)}
@@ -70,12 +70,12 @@ class SourcePorts:
 
     # ------------------------------------------------------------ what methods call
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
         self._open(Door("prompt", make, scope, make().shape[0]))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
         if not self._modules:
-            self.keys_values([0])
+            self.compute_keys_values([0])
         self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
 
     def _open(self, door: Door) -> None:
@@ -85,7 +85,7 @@ class SourcePorts:
         self.doors.append(door)
 
     @torch.no_grad()
-    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
         assert not isinstance(start, Tensor), "there are words"
         self._install()
         tokens = torch.tensor([[*start]], device=self._device)
@@ -102,7 +102,7 @@ class SourcePorts:
         return [(key[0], value[0]) for key, value in catch.caught.values()]
 
     @torch.no_grad()
-    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
+    def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         """Alike at every `place`: T5's keys know none. (BART's do; there it is the first.)"""
         self._install()
         catch = Catch(most=1)
@@ -141,7 +141,7 @@ class SourcePorts:
 
     # ------------------------------------------------------------ the two hooks
 
-    def _acting(self, kind: Kind) -> list[Door]:
+    def _acting(self, kind: SoftPromptKind) -> list[Door]:
         return [] if self._suspended else [d for d in self.doors if d.kind == kind and acts(d.scope)]
 
     def _read(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:

@@ -24,28 +24,28 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Scope
-from luthier.core.soft_prompts import Kind
+from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention.packed import Pair
 from luthier.models.soft_prompts.causal import Carried, Catch
 from luthier.models.soft_prompts.injection import Door, acts
 
 
-class PicturePorts:
-    """See `core.ports.Ports`.
+class VisionInjector:
+    """See `core.soft_prompts.SoftPromptInjector`.
 
     Args:
-        anatomy: of the whole model; its sizes have `channels`, `height` and `width`.
+        structure: of the whole model; its sizes have `channels`, `height` and `width`.
         embeddings: the module that makes [CLS] and patches out of pixels.
     """
 
-    peft: frozenset[Kind] = frozenset()  # it puts nothing into a model without words
+    peft_kinds: frozenset[SoftPromptKind] = frozenset()  # it puts nothing into a model without words
 
-    def __init__(self, anatomy: Anatomy, embeddings: nn.Module) -> None:
-        self._backbone, self._embeddings = anatomy.backbone, embeddings
-        self._layers = len(anatomy.blocks)
-        self._shape = tuple(anatomy.sizes[name] for name in ("channels", "height", "width"))
-        arguments = inspect.signature(type(anatomy.backbone).forward).parameters
+    def __init__(self, structure: ModelStructure, embeddings: nn.Module) -> None:
+        self._backbone, self._embeddings = structure.backbone, embeddings
+        self._layers = len(structure.layers)
+        self._shape = tuple(structure.sizes[name] for name in ("channels", "height", "width"))
+        arguments = inspect.signature(type(structure.backbone).forward).parameters
         self._names = list(arguments)[1:]
         self._carries = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
         self._modules: list[nn.Module] = []
@@ -54,7 +54,7 @@ class PicturePorts:
     # ------------------------------------------------------------ what methods call
 
     @torch.no_grad()
-    def usual(self, n: int, seed: int) -> Tensor:
+    def typical_embeddings(self, n: int, seed: int) -> Tensor:
         """[n, D] plain patches, as the module's text says."""
         dice = torch.Generator().manual_seed(seed)
         colours = torch.randn(n, self._shape[0], generator=dice)
@@ -65,16 +65,16 @@ class PicturePorts:
         found: Tensor = seen[torch.arange(n, device=seen.device), places]
         return found
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
         n = make().shape[0]
         with torch.no_grad(), self._bare():
             seen = self._seen_of(self._pixels(1))[0]
             self._run_on(torch.cat([seen, seen[:1].expand(n, -1)]))
         self._open(Door("prompt", make, scope, n))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
         if not self._modules:
-            self.keys_values(self.usual(1, 0))
+            self.compute_keys_values(self.typical_embeddings(1, 0))
         self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
 
     def _open(self, door: Door) -> None:
@@ -88,7 +88,7 @@ class PicturePorts:
         self.doors.append(door)
 
     @torch.no_grad()
-    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
         assert isinstance(start, Tensor), "there are no words"
         with self._bare():
             catch = self._run_on(start)
@@ -98,7 +98,7 @@ class PicturePorts:
         self._modules = list(catch.caught)
         return [(key[0], value[0]) for key, value in catch.caught.values()]
 
-    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
+    def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         raise AssertionError("there are no words")
 
     def _pixels(self, n: int) -> Tensor:
@@ -142,7 +142,7 @@ class PicturePorts:
 
     # ------------------------------------------------------------ the hooks
 
-    def _acting(self, kind: Kind) -> list[Door]:
+    def _acting(self, kind: SoftPromptKind) -> list[Door]:
         return [door for door in self.doors if door.kind == kind and acts(door.scope)]
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
