@@ -228,7 +228,7 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
     for i, who in enumerate(["a", "b", None, "a", "b"]):
         with bank.using(who):
-            assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].tokens]
+            assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].token_ids]
 
     tree = batch([forest()])
     with pytest.raises(RunError, match="another adapter"):

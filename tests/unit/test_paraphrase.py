@@ -47,7 +47,7 @@ def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -
         prompts = [assembly.chat_prompt(base, [Message("user", ask.replace("{text}", text))], assembly.PromptFormat()) for text in texts]
         found = {one.index: one for one in base.generate(prompts, SamplingParams(max_new_tokens=30))}
         assert all(one.finished for one in found.values())
-        return [base.tokenizer.decode(found[i].tokens, skip_special_tokens=True).strip() for i in range(len(texts))]
+        return [base.tokenizer.decode(found[i].token_ids, skip_special_tokens=True).strip() for i in range(len(texts))]
 
     wanted = answers([row["text"] for row in ROWS], ASKS[0])
     told, rows = said(home, ask=ASKS[0])

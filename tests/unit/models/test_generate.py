@@ -74,8 +74,8 @@ def test_answers_come_as_they_finish() -> None:
     model = tiny("llama")
     first = by_transformers(model, prompts()[2], 1)[0]
     found = list(generate(model, prompts(), SamplingParams(max_new_tokens=12), {first}, 0, "cpu"))
-    assert found[0].tokens == ()
-    assert len(found[-1].tokens) == 12
+    assert found[0].token_ids == ()
+    assert len(found[-1].token_ids) == 12
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 1.0}, {"temperature": 0.8, "top_p": 0.9},
@@ -98,7 +98,7 @@ def test_the_same_prompt_gets_different_answers_at_different_places() -> None:
 def test_stream_gives_the_tokens_of_generate(temperature: float) -> None:
     model, prompt = tiny("qwen2"), prompts()[3]
     sampling = SamplingParams(max_new_tokens=20, temperature=temperature, seed=3)
-    whole = answers(model, sampling, asked=[prompt])[0].tokens
+    whole = answers(model, sampling, asked=[prompt])[0].token_ids
     assert tuple(stream(model, prompt, sampling, set())) == whole
     assert tuple(stream(model, prompt, sampling, {whole[9]})) == whole[:whole.index(whole[9])]
     steps = stream(model, prompt, sampling, set())
