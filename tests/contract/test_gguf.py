@@ -26,7 +26,7 @@ from luthier.core.errors import BaseError, LuthierError, RunError
 from luthier.core.protocols import SamplingParams
 from luthier.models import BaseConfig, CausalLM
 from luthier.models.gguf import writer as out
-from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, SPLITS, split_name
+from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, PRETOKENIZERS, get_pretokenizer_name
 from luthier.training.run_folder import Run
 from tiny import CHATML, KINDS, tiny, tiny_tokenizer
 
@@ -157,7 +157,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
 
 
 @llama
-@pytest.mark.parametrize(("splits", "whole"), SPLITS)
+@pytest.mark.parametrize(("splits", "whole"), PRETOKENIZERS)
 def test_text_becomes_the_same_tokens(splits: tuple[str, ...], whole: bool, tmp_path: Path) -> None:
     words = tokenizer(splits, whole)
     out.write_gguf(family("llama", words), tmp_path / "a.gguf", "float32")
@@ -194,9 +194,9 @@ def described(**changes: Any) -> dict[str, Any]:
     ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": CONTRACTIONS}, "behavior": "Isolated"}}, "ll"),
 ])
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(changes: dict[str, Any], said: str) -> None:
-    assert split_name(described()) == "gpt-2"
+    assert get_pretokenizer_name(described()) == "gpt-2"
     with pytest.raises(BaseError, match=said):
-        split_name(described(**changes))
+        get_pretokenizer_name(described(**changes))
 
 
 # ---------------------------------------------------------------- runs

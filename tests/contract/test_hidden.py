@@ -115,8 +115,8 @@ def test_rows_and_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatc
         wanted = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
         assert apart(measured(family, attached, pack(found, 90)), wanted) < SAME  # type: ignore[arg-type]
         with monkeypatch.context() as patched:
-            patched.setattr(fused_logprobs, "CHUNK", 1)
-            assert len(fused_logprobs._chunks(40, VOCABULARY, torch.device("cpu"))) == 3
+            patched.setattr(fused_logprobs, "CHUNK_LOGITS", 1)
+            assert len(fused_logprobs._split_positions(40, VOCABULARY, torch.device("cpu"))) == 3
             assert apart(measured(family, attached, [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
         slow = encoder(kind, "padded")
         assert apart(measured(slow, attach(slow, method), [batch(found)]), wanted) < SAME  # type: ignore[arg-type]

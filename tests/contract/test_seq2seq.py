@@ -120,16 +120,16 @@ def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str, monkeypatch:
         rows = pack(examples, micro_tokens)
         assert len(rows) > 1
         assert apart(measured(family, attached, rows), whole) < SAME
-    monkeypatch.setattr(seq2seq, "SPARE", 1e9)
+    monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1e9)
     assert apart(measured(family, attached, pack(examples, None)), whole) < SAME
 
 
 def test_little_of_a_padded_batch_is_padding() -> None:
     sizes = [300, *[2] * 200, 290, 40, 41, 39]
-    groups = seq2seq._groups(range(len(sizes)), sizes)
+    groups = seq2seq._group_by_length(range(len(sizes)), sizes)
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     places = sum(len(group) * max(sizes[i] for i in group) for group in groups)
-    assert places <= seq2seq.SPARE * sum(sizes) + seq2seq.FLOOR * len(groups)
+    assert places <= seq2seq.PADDING_FACTOR * sum(sizes) + seq2seq.PADDING_ALLOWANCE * len(groups)
     assert len(groups) <= 4
 
 

@@ -31,7 +31,7 @@ from luthier.models import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.models.families.vision import Vision
-from luthier.models.image_processor import Pictures
+from luthier.models.image_processor import ImageProcessor
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.run_folder import Run
 from luthier.training.step import step
@@ -546,7 +546,7 @@ def t5() -> Any:
 def vit() -> Any:
     model = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **STACK),
                                   add_pooling_layer=False)
-    return Vision(shaken(model), Pictures(1, (8, 8), (8, 8), (0.5,), (0.5,), 1 / 255, "bilinear", "{}"))
+    return Vision(shaken(model), ImageProcessor(1, (8, 8), (8, 8), (0.5,), (0.5,), 1 / 255, "bilinear", "{}"))
 
 
 def alike(make: Any) -> Any:

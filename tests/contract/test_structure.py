@@ -16,8 +16,8 @@ from luthier import assembly
 from luthier.api.export import export
 from luthier.api.train import train
 from luthier.core.errors import BaseError, RecipeError
-from luthier.models import BaseConfig, folder
-from luthier.models.surgery import StructureConfig, change
+from luthier.models import BaseConfig, prepare_folder
+from luthier.models.surgery import StructureConfig, modify_model
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 DECODERS = ("llama", "qwen2", "gpt2", "mistral", "gemma2", "gemma3")
@@ -48,13 +48,13 @@ def changed(kind: str, **settings: Any) -> tuple[Any, Any, Any]:
     """The base, the changed base, and its tokenizer."""
     base, tokenizer = tiny(kind, **deep(kind)), tiny_tokenizer()
     found = deepcopy(base)
-    change(found, tokenizer, StructureConfig(**settings))
+    modify_model(found, tokenizer, StructureConfig(**settings))
     return base, found, tokenizer
 
 
 def reopened(path: Path, **structure: Any) -> tuple[Any, Any]:
     """The changed base of a folder, as Transformers alone loads it, and its tokenizer."""
-    found = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    found = prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
     return AutoModelForCausalLM.from_pretrained(found, dtype="auto").eval(), AutoTokenizer.from_pretrained(found)
 
 
@@ -94,7 +94,7 @@ def test_dropped_blocks_are_stepped_over(kind: str) -> None:
 def test_blocks_keep_what_the_config_says_of_each() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     base: Any = tiny("gemma2", num_hidden_layers=4, layer_types=types)
-    change(base, tiny_tokenizer(), StructureConfig(drop_blocks=(0,), add_blocks=(1, 2)))
+    modify_model(base, tiny_tokenizer(), StructureConfig(drop_blocks=(0,), add_blocks=(1, 2)))
     assert base.config.layer_types == [types[i] for i in (1, 1, 2, 2, 3)]
     assert [block.self_attn.layer_idx for block in base.model.layers] == [0, 1, 2, 3, 4]
 
@@ -116,7 +116,7 @@ def test_new_words_start_from_their_description(kind: str, size: int) -> None:
     tokenizer = tiny_tokenizer()
     base: Any = tiny(kind, vocab_size=size)
     old = deepcopy(base)
-    change(base, tokenizer, StructureConfig(new_tokens={"<crane>": "a bird", "<lift>": "up"}))
+    modify_model(base, tokenizer, StructureConfig(new_tokens={"<crane>": "a bird", "<lift>": "up"}))
     assert tokenizer("x<crane><lift>")["input_ids"] == [ord("x"), 259, 260]
     assert tokenizer.decode([259]) == "<crane>"
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -146,11 +146,11 @@ def test_transformers_loads_the_changed_base(kind: str, tmp_path: Path) -> None:
     plain = [model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=cached).tolist()
              for cached in (True, False)]
     assert plain[0] == plain[1]
-    made = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    made = prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
     before = (made / "model.safetensors").stat().st_mtime_ns
-    assert folder(BaseConfig(name=str(path), structure=StructureConfig(**structure))) == made
+    assert prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure))) == made
     assert (made / "model.safetensors").stat().st_mtime_ns == before
-    assert folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1))) != made
+    assert prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1))) != made
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -202,7 +202,7 @@ def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None
 def test_faults_that_the_base_shows(structure: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", "llama", num_hidden_layers=3)
     with pytest.raises(RecipeError, match=words):
-        folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+        prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
@@ -210,7 +210,7 @@ def test_faults_that_the_base_shows(structure: dict[str, Any], words: str, tmp_p
 def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", kind)
     with pytest.raises(BaseError, match=words):
-        folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1)))
+        prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1)))
 
 
 @pytest.mark.parametrize(("method", "words"), [({"name": "lora", "dora": True}, "divides by"), ("ia3", "stays zero"),
@@ -243,4 +243,4 @@ def test_a_block_that_is_not_silent_is_refused() -> None:
     for block in model.model.layers:
         block.register_forward_hook(lambda module, args, out: out + 1.0)
     with pytest.raises(BaseError, match="do not become the identity"):
-        change(model, tiny_tokenizer(), StructureConfig(add_blocks=1))
+        modify_model(model, tiny_tokenizer(), StructureConfig(add_blocks=1))

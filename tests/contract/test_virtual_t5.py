@@ -22,10 +22,10 @@ from luthier.core.types import Encoded, Piece
 from luthier.data.packing import batch, pack
 from luthier.methods.multi_adapter import Bank
 from luthier.methods.prompt import EMBEDDINGS
-from luthier.models.attention.biased import Before
+from luthier.models.attention.biased import BiasedVirtualKeyValues
 from luthier.models.families import seq2seq
 from luthier.models.families.seq2seq import Seq2Seq
-from luthier.models.soft_prompts.seq2seq import Carried
+from luthier.models.soft_prompts.seq2seq import InjectedKeyValues
 from tiny import END_OF_TEXT, IM_END
 
 N = 5
@@ -146,8 +146,8 @@ def test_how_a_batch_is_cut_changes_nothing(method: str, monkeypatch: pytest.Mon
     family, attached = tuned("gated", method)
     whole = measured(family, attached, pack(pairs(), None))
     assert apart(measured(family, attached, pack(pairs(), 40)), whole) < SAME
-    monkeypatch.setattr(seq2seq, "SPARE", 1.0)
-    monkeypatch.setattr(seq2seq, "FLOOR", 0)
+    monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1.0)
+    monkeypatch.setattr(seq2seq, "PADDING_ALLOWANCE", 0)
     assert apart(measured(family, attached, pack(pairs(), None)), whole) < SAME
 
 
@@ -261,7 +261,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
         decoder = [m for m in attentions(fresh.model) if m.is_decoder]
         pairs_ = [p for p, m in zip(prefix.virtual(), attentions(fresh.model), strict=True) if m.is_decoder]
         biases = fresh.structure.injector._biases(fresh.decoder, 3, 0, 5, None)
-        own_only = Carried({m: Before(p[0][None], p[1][None], biases.get(m))
+        own_only = InjectedKeyValues({m: BiasedVirtualKeyValues(p[0][None], p[1][None], biases.get(m))
                             for m, p in zip(decoder, pairs_, strict=True) if m.is_causal})
         with prefix.disabled():
             found = fresh.decoder(input_ids=own, encoder_hidden_states=read, virtual=own_only).last_hidden_state
@@ -344,7 +344,7 @@ def test_pefts_prefix_is_a_part_of_ours_with_shared_pairs() -> None:
         with attached.disabled():
             read = family.encoder(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
             for zero in (False, True):  # zero: the control, a prefix without T5's bias
-                carried = Carried({every[i]: Before(k[None], v[None], None if zero else biases[every[i]])
+                carried = InjectedKeyValues({every[i]: BiasedVirtualKeyValues(k[None], v[None], None if zero else biases[every[i]])
                                    for i, (k, v) in zip(own, chosen, strict=True)})
                 states = family.decoder(input_ids=start, encoder_hidden_states=read, virtual=carried,
                                         encoder_attention_mask=given["attention_mask"]).last_hidden_state

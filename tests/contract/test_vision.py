@@ -21,20 +21,20 @@ from luthier.core.protocols import SamplingParams
 from luthier.core.types import Encoded, Piece
 from luthier.data.packing import batch, pack
 from luthier.models import BaseConfig, Vision, load_tokenizer, open_family
-from luthier.models.image_processor import Pictures
+from luthier.models.image_processor import ImageProcessor
 from tiny import VISIONS, save_tiny, tiny
 
 SAME, FAR = 1e-9, 1e-3
 METHOD = pytest.mark.parametrize("method", ["full", "lora"])
 
 
-def settings(path: Path, told: dict[str, Any] | None = None, **changes: Any) -> Pictures:
+def settings(path: Path, told: dict[str, Any] | None = None, **changes: Any) -> ImageProcessor:
     """What turns pixels into inputs, as a folder with these settings says."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps({"image_size": 8, "num_channels": 3, **changes}))
     if told is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(told))
-    return Pictures.of(path)
+    return ImageProcessor.of(path)
 
 
 @pytest.fixture

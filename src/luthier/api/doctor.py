@@ -89,7 +89,7 @@ def _accelerator() -> dict[str, Any]:
 
 def _base(alias: str) -> str:
     try:
-        return f"installed: {assembly.resolve(alias)}"
+        return f"installed: {assembly.resolve_name(alias)}"
     except BaseError as error:
         return f"missing: {error.remedy}"
 

@@ -87,7 +87,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             assembly.gguf_adapter(made, base, attached, temporary, out.stem)
         else:
             if to != "adapter":
-                assembly.cast(base, NUMBERS[dtype] if dtype else assembly.saved_dtype(made, base))
+                assembly.cast_weights(base, NUMBERS[dtype] if dtype else assembly.saved_dtype(made, base))
             _folder(temporary, to, made, base, attached)
             text = card(Run(temporary), run, made, base)
             Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))

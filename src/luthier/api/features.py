@@ -121,7 +121,7 @@ def _made_of(made: assembly.Recipe, run: Run | None) -> str:
     assert data is not None
     weights = [digest(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
     if run is None or run.adapter is not None:
-        weights.append(assembly.fingerprint(assembly.folder(made.base)))
+        weights.append(assembly.compute_fingerprint(assembly.prepare_folder(made.base)))
     rows = digest(Path(data.path)) if Path(data.path).exists() else data.path
     told = [weights, rows, base, made.data.model_dump_json(exclude={"train"})]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -79,7 +79,7 @@ def _train(made: assembly.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoi
     _warn(quiet, assembly.find_unused_settings(made))
     assembly.check_rewards(made)
     with status("loading the base", quiet=quiet):
-        identity = assembly.identify(made.base)
+        identity = assembly.identify_base(made.base)
         seed_everything(made.seed)
         base = assembly.family(made.base, made.objective.hides)
         assembly.check(made, base)

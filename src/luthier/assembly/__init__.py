@@ -80,22 +80,32 @@ from luthier.methods import METHODS
 from luthier.methods.diagnostics import Reading, describe
 from luthier.methods.multi_adapter import Bank
 from luthier.methods.peft import BRIDGED
-from luthier.models import ALIASES, BaseConfig, CausalLM, cache, cast, fingerprint, folder, identify, resolve
+from luthier.models import (
+    ALIASES,
+    BaseConfig,
+    CausalLM,
+    cache,
+    cast_weights,
+    compute_fingerprint,
+    identify_base,
+    prepare_folder,
+    resolve_name,
+)
 from luthier.rl import Rollouts
 from luthier.training.run_folder import Run
 
 __all__ = [
     "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
     "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
-    "beforehand", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt", "check",
+    "beforehand", "begin", "beside", "cache", "called", "candidate", "cast_weights", "changed", "chat_prompt", "check",
     "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
     "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
     "dump", "family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
-    "find_schedule_problems", "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter",
-    "gguf_model", "held_out", "identify", "judged", "kept_heads", "least_gb", "list_changes", "list_differences",
+    "find_schedule_problems", "find_unused_settings", "compute_fingerprint", "fitted", "prepare_folder", "gguf_adapter",
+    "gguf_model", "held_out", "identify_base", "judged", "kept_heads", "least_gb", "list_changes", "list_differences",
     "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "micro_tokens",
     "name_base", "note_conversations", "open_recipe", "open_run", "price", "prompt_format", "provenance",
-    "questions", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling",
+    "questions", "recipe", "record_results", "record_start", "recorded", "resolve_name", "resolve_settings", "rolling",
     "rows", "same_base", "save_tuned", "save_whole", "saved_dtype", "served", "standing", "tokenizer", "untrained",
     "version", "with_heads",
 ]

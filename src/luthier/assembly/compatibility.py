@@ -15,7 +15,7 @@ from luthier.methods.composite import parts_of
 from luthier.methods.freeze import FreezeConfig, LnConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.peft import PeftConfig
-from luthier.models import BaseConfig, stored_dtype
+from luthier.models import BaseConfig, read_stored_dtype
 from luthier.models.task_heads import LOG_PROBS
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
@@ -34,7 +34,7 @@ def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
     Args:
         loaded: of the loaded base; left out: what the config says, before anything is loaded.
     """
-    known = stored_dtype(config) if config.dtype == "auto" and loaded is None else None
+    known = read_stored_dtype(config) if config.dtype == "auto" and loaded is None else None
     if config.dtype == "float16" or torch.float16 in (loaded, known):
         raise RecipeError(f"base.dtype {config.dtype!r}: {config.name!r} would train in float16, where small gradients "
                           "become 0 and no loss scaling is used",

@@ -21,7 +21,7 @@ from luthier.methods.composite import Several, parts_of
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
 from luthier.methods.prompt import Words
-from luthier.models import BaseConfig, context_of, device_of, load_tokenizer, open_family
+from luthier.models import BaseConfig, get_context_length, load_tokenizer, open_family, resolve_device
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.training.memory import release
@@ -42,7 +42,7 @@ def family(config: BaseConfig, words: bool = False) -> Family:
 
 def device(made: Recipe) -> torch.device:
     """The device that the base would be loaded to."""
-    return device_of(made.base.device)
+    return resolve_device(made.base.device)
 
 
 def tokenizer(config: BaseConfig) -> Any:
@@ -52,7 +52,7 @@ def tokenizer(config: BaseConfig) -> Any:
 
 def context(config: BaseConfig) -> int:
     """Tokens that the base can read at once, as its own config says, without its weights."""
-    return context_of(config)
+    return get_context_length(config)
 
 
 def attach(base: Family, method: AnyMethod, seed: int) -> Tuner:

@@ -10,10 +10,10 @@ from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
 from luthier.methods.lora import Lora
 from luthier.models import CausalLM
-from luthier.models.gguf.writer import Change, Numbers, write_gguf, write_gguf_adapter
+from luthier.models.gguf.writer import LoraDelta, WeightType, write_gguf, write_gguf_adapter
 
 
-def gguf_model(made: Recipe, base: Family, path: Path, numbers: Numbers, name: str = "") -> None:
+def gguf_model(made: Recipe, base: Family, path: Path, numbers: WeightType, name: str = "") -> None:
     """Write the model as it now is. Raises `RunError` where it is none that llama.cpp writes text with."""
     _refuse_others(made, base)
     write_gguf(base, path, numbers, name)
@@ -29,7 +29,7 @@ def gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path: Path,
     if attached.config.dora:
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
-    changes = {layer.site.name: Change(*layer.factors(), layer.scale) for layer in attached.layers}
+    changes = {layer.site.name: LoraDelta(*layer.factors(), layer.scale) for layer in attached.layers}
     write_gguf_adapter(base, changes, path, name)
 
 

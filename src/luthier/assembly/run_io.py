@@ -27,13 +27,13 @@ from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
     ALIASES,
     BaseConfig,
-    embedding_tokenizer,
-    folder,
-    public_name,
+    get_public_name,
+    list_weight_files,
+    make_embedding_tokenizer,
+    prepare_folder,
+    read_stored_dtype,
     read_weights,
-    resolve,
-    shards,
-    stored_dtype,
+    resolve_name,
     write_sentence_files,
 )
 from luthier.objectives.rl_config import RollsConfig
@@ -122,7 +122,7 @@ def _whole_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
     of Transformers' class, else beside it."""
     found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
     names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
-    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
+    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, list_weight_files(run.path)).items()}
 
 
 def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def saved_dtype(made: Recipe, base: Family) -> torch.dtype:
     """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
     gone that of the model as it is."""
     try:
-        return stored_dtype(made.base)
+        return read_stored_dtype(made.base)
     except BaseError:
         weight = base.structure.embedding.weight
         assert isinstance(weight, torch.Tensor)
@@ -178,7 +178,7 @@ def saved_dtype(made: Recipe, base: Family) -> torch.dtype:
 def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
     """What Sentence Transformers reads, of a run that gives vectors of texts."""
     if embeds(made.objective) and not base.is_encoder_decoder and "channels" not in base.structure.sizes:
-        embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
+        make_embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
         write_sentence_files(run.path, base.structure.sizes["hidden"], base.pooling,
                              max_length=settled(made, base).max_length, normalize=True)
 
@@ -220,9 +220,9 @@ def name_base(config: BaseConfig, public: bool = False) -> str:
     """The name by which PEFT loads the base: a hub id as it is, anything else as the Transformers folder that it
     became. `public`: by its hub id or bare name, which other machines may know."""
     if public:
-        return public_name(config) if config.structure is None else folder(config).name
-    hub = config.structure is None and isinstance(resolve(config.name), str)
-    return config.name if hub else str(folder(config).absolute())
+        return get_public_name(config) if config.structure is None else prepare_folder(config).name
+    hub = config.structure is None and isinstance(resolve_name(config.name), str)
+    return config.name if hub else str(prepare_folder(config).absolute())
 
 
 def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tuner:

@@ -22,7 +22,7 @@ from luthier.methods.composite import SeveralConfig, parts_of
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.prefix import PrefixConfig
 from luthier.methods.ptuning import PTuningConfig
-from luthier.models import Identity, is_local, public_name
+from luthier.models import Identity, get_public_name, is_local_path
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.rl_config import RollsConfig
 
@@ -158,7 +158,7 @@ def _map_function(function: str | None, path: Callable[[str], str]) -> str | Non
 def make_paths_absolute(made: Recipe) -> Recipe:
     """The recipe with an absolute path for every file and folder that exists here."""
     base = made.base
-    if is_local(base.name):
+    if is_local_path(base.name):
         base = base.model_copy(update={"name": str(Path(base.name).expanduser().absolute())})
     absolute = map_paths(made, lambda path: str(Path(path).expanduser().absolute()) if _exists(path) else path)
     run = None if made.run is None else str(Path(made.run).expanduser().absolute())
@@ -172,7 +172,7 @@ def make_public(made: Recipe, upstream: str | None = None) -> Recipe:
         upstream: the base's hub id, where it is known to have one.
     """
     public = map_paths(made, lambda path: Path(path).name if _exists(path) or Path(path).is_absolute() else path)
-    base = made.base.model_copy(update={"name": public_name(made.base, upstream)})
+    base = made.base.model_copy(update={"name": get_public_name(made.base, upstream)})
     return public.model_copy(update={"base": base, "run": Path(made.run).name if made.run else None})
 
 

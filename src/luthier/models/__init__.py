@@ -14,25 +14,25 @@ from luthier.models.families.causal import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.vision import Vision
 from luthier.models.hf_task_heads import read_weights
-from luthier.models.identity import Identity, identify, is_local, public_name
+from luthier.models.identity import Identity, get_public_name, identify_base, is_local_path
 from luthier.models.loading import (
     ALIASES,
     BaseConfig,
-    context_of,
-    device_of,
-    fingerprint,
-    folder,
-    load,
+    compute_fingerprint,
+    count_parameters,
+    get_context_length,
+    list_weight_files,
+    load_model,
     load_tokenizer,
-    parameter_count,
-    resolve,
-    shards,
+    prepare_folder,
+    resolve_device,
+    resolve_name,
 )
-from luthier.models.padding_token import embedding_tokenizer
-from luthier.models.precision import cast, stored_dtype
+from luthier.models.padding_token import make_embedding_tokenizer
+from luthier.models.precision import cast_weights, read_stored_dtype
 from luthier.models.sentence_files import write_sentence_files
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "cast", "context_of",
-           "device_of", "embedding_tokenizer", "fingerprint", "folder", "identify", "is_local", "load",
-           "load_tokenizer", "open_family", "parameter_count", "public_name", "read_weights", "resolve", "shards",
-           "stored_dtype", "write_sentence_files"]
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "cast_weights", "get_context_length",
+           "resolve_device", "make_embedding_tokenizer", "compute_fingerprint", "prepare_folder", "identify_base", "is_local_path", "load_model",
+           "load_tokenizer", "open_family", "count_parameters", "get_public_name", "read_weights", "resolve_name", "list_weight_files",
+           "read_stored_dtype", "write_sentence_files"]

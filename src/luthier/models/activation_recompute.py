@@ -24,10 +24,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from luthier.core.protocols import TransformerLayer
 
-GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATED_MLP_CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-class Lean:
+class ActivationRecomputer:
     """What can be made again in one model, and the exchange of saved tensors for notes."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Lean:
         return made.view(shape)
 
 
-class _Gated(torch.autograd.Function):
+class _GatedProduct(torch.autograd.Function):
     """act(gate) * up, keeping gate and up only."""
 
     @staticmethod
@@ -118,7 +118,7 @@ class GatedMLP(nn.Module):
     down_proj: nn.Module
     act_fn: nn.Module
 
-    def __init__(self, mlp: nn.Module, lean: Lean) -> None:
+    def __init__(self, mlp: nn.Module, lean: ActivationRecomputer) -> None:
         super().__init__()
         for name, child in mlp.named_children():
             self.add_module(name, child)
@@ -126,7 +126,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = _Gated.apply(gate, up, self.act_fn)
+        inner = _GatedProduct.apply(gate, up, self.act_fn)
         # In the backward pass `inner` is asked for before gate and up are let go.
         g, u = gate.detach(), up.detach()
         self._lean.note(inner, lambda: self.act_fn(g) * u)
@@ -135,20 +135,20 @@ class GatedMLP(nn.Module):
 
 
 @torch.no_grad()
-def slim(model: Any, lean: Lean) -> None:
+def replace_gated_mlps(model: Any, lean: ActivationRecomputer) -> None:
     """Put `GatedMLP` in the place of every MLP that computes just that, which one probe of it decides."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if {n for n, _ in child.named_children()} == GATED and not isinstance(child, GatedMLP):
+            if {n for n, _ in child.named_children()} == GATED_MLP_CHILDREN and not isinstance(child, GatedMLP):
                 lean_mlp = GatedMLP(child, lean)
                 weight = child.gate_proj.weight
                 dtype = weight.dtype if weight.is_floating_point() else torch.float32  # few bits are expanded to this
                 probe = torch.linspace(-1, 1, 2 * child.gate_proj.in_features, dtype=dtype, device=weight.device)
-                if _alike(lean_mlp, child, probe.view(1, 2, -1)):
+                if _is_equal(lean_mlp, child, probe.view(1, 2, -1)):
                     setattr(parent, name, lean_mlp)
 
 
-def _alike(one: nn.Module, other: nn.Module, probe: Tensor) -> bool:
+def _is_equal(one: nn.Module, other: nn.Module, probe: Tensor) -> bool:
     """Whether both give the same bits, with dropout on, and for numbers so large that they would meet any bound."""
     was, probe = other.training, torch.cat([probe, 1e4 * probe])
     with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What the families share: `Loaded`, a base behind the contract, and `Packed`, one that takes rows of segments.
+"""What the families share: `HFModel`, a base behind the contract, and `PackedHFModel`, one that takes rows of segments.
 
 Read `structure.py` (the parts), `models/attention/packed.py` (attention) and `task_heads.py` (what becomes of the
 states) first. `models/families/causal.py`
@@ -23,15 +23,15 @@ from torch.utils.checkpoint import checkpoint
 from luthier.core.errors import BaseError, LuthierError
 from luthier.core.protocols import ChatFormat, Head, Router, Tuner
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
-from luthier.models.activation_recompute import Lean, slim
-from luthier.models.adapter_routing import as_now, routed
+from luthier.models.activation_recompute import ActivationRecomputer, replace_gated_mlps
+from luthier.models.adapter_routing import route_segments, snapshot_routing
 from luthier.models.attention import packed as _forest
-from luthier.models.bias_config import settle_biases
-from luthier.models.decoding import eos_tokens
-from luthier.models.hf_logging import quiet, short
-from luthier.models.hf_task_heads import TaskHead, task_head
-from luthier.models.mixed_embeddings import mixed
-from luthier.models.padding_token import with_padding
+from luthier.models.bias_config import sync_bias_config
+from luthier.models.decoding import find_eos_tokens
+from luthier.models.hf_logging import silence_transformers, summarize_error
+from luthier.models.hf_task_heads import TaskHead, build_task_head
+from luthier.models.mixed_embeddings import mix_embeddings
+from luthier.models.padding_token import make_padding_tokenizer
 from luthier.models.soft_prompts import causal
 from luthier.models.structure import find_structure
 from luthier.models.task_heads import Pooling, TaskHeads
@@ -39,7 +39,7 @@ from luthier.models.task_heads import Pooling, TaskHeads
 Layout = Literal["packed", "padded"]
 
 
-class Loaded:
+class HFModel:
     """A model of Transformers behind the family's contract; a subclass says how a row runs (`_run`).
 
     Args:
@@ -59,11 +59,11 @@ class Loaded:
     critic: Callable[[], AbstractContextManager[None]] | None = None  # where values are read; None: on the same states
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        with quiet():  # whoever knows no registry keeps its own attention, and its rows are padded
+        with silence_transformers():  # whoever knows no registry keeps its own attention, and its rows are padded
             model.set_attn_implementation(_forest.NAME)
         self.model, self.tokenizer = model, tokenizer
-        self._lean = Lean()
-        slim(model, self._lean)
+        self._lean = ActivationRecomputer()
+        replace_gated_mlps(model, self._lean)
         self.structure = find_structure(model, tokenizer, self.task)
         self._lean.watch(self.structure.layers)
         self._recompute_over: int | None = None
@@ -89,7 +89,7 @@ class Loaded:
         self._recompute_over = over
         for block in self.structure.layers:
             block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
-                checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), as_now(self.router)))
+                checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), snapshot_routing(self.router)))
 
     def add_heads(self, heads: Sequence[Head], seed: int) -> Tuner:
         self.heads = TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task, self._task_head)
@@ -98,14 +98,14 @@ class Loaded:
     def _task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
         if self.is_encoder_decoder:
             return "an encoder-decoder's class of Transformers classifies by the state of the text's own end mark"
-        return task_head(head, self.model, self.structure.backbone, self.pooling if self.has_explicit_pooling else None,
+        return build_task_head(head, self.model, self.structure.backbone, self.pooling if self.has_explicit_pooling else None,
                          "channels" in self.structure.sizes, generator)
 
     def get_padded_tokenizer(self) -> Any:
         """The tokenizer that is saved: of a decoder with a head, one that pads with a token that ends no text."""
         if self.heads.task_head is None or not self.can_generate:
             return self.get_saved_tokenizer()
-        return with_padding(self.get_saved_tokenizer(), eos_tokens(self.model, self.tokenizer))
+        return make_padding_tokenizer(self.get_saved_tokenizer(), find_eos_tokens(self.model, self.tokenizer))
 
     @property
     def backbone_prefix(self) -> str:
@@ -125,7 +125,7 @@ class Loaded:
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] last hidden states of the row."""
-        with routed(self.router, inputs.forest, self.layout == "packed"):
+        with route_segments(self.router, inputs.forest, self.layout == "packed"):
             return self._states(inputs)
 
     def _states(self, inputs: Inputs) -> Tensor:
@@ -152,9 +152,9 @@ class Loaded:
 
     def save(self, path: Path) -> None:
         """Write the whole model as a Transformers folder, tokenizer included."""
-        settle_biases(self.model)
+        sync_bias_config(self.model)
         own, tokenizer = self.heads.task_head, self.get_padded_tokenizer()
-        with (quiet(), self._saved_stops(),
+        with (silence_transformers(), self._saved_stops(),
               nullcontext(self.model) if own is None else own.whole(self.model, self.structure.backbone) as whole):
             if own is not None and self.can_generate:
                 whole.config.pad_token_id = tokenizer.pad_token_id
@@ -193,11 +193,11 @@ class Loaded:
     def save_generation_config(self, path: Path) -> None:
         """Write which tokens end an answer beside an adapter, where it was tuned on conversations."""
         if self.chat_format.trained and (settings := getattr(self.model, "generation_config", None)) is not None:
-            with quiet(), self._saved_stops():
+            with silence_transformers(), self._saved_stops():
                 settings.save_pretrained(path)
 
 
-class Packed(Loaded):
+class PackedHFModel(HFModel):
     """A stack that takes rows of tokens.
 
     Args:
@@ -209,7 +209,7 @@ class Packed(Loaded):
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None) -> None:
         super().__init__(model, tokenizer)
-        self.structure = causal.installed(self.structure, router=lambda: self.router)
+        self.structure = causal.attach_injector(self.structure, router=lambda: self.router)
         self.layout = layout or self._proven_layout()
 
     def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ class Packed(Loaded):
     def _told(self, inputs: Inputs) -> dict[str, Tensor]:
         """The columns, with embeddings in place of the tokens where these are mixtures."""
         columns = self._columns(inputs)
-        if (embeds := mixed(self.model.get_input_embeddings(), inputs)) is not None:
+        if (embeds := mix_embeddings(self.model.get_input_embeddings(), inputs)) is not None:
             columns["inputs_embeds"] = embeds
             del columns["input_ids"]
         return columns
@@ -237,7 +237,7 @@ class Packed(Loaded):
 
     def _padded(self, inputs: Inputs) -> Tensor:
         """Every leaf of the forest with all its ancestors as one padded row; shared prompts are computed repeatedly."""
-        runs, home = leaves(inputs.forest)
+        runs, home = list_leaf_paths(inputs.forest)
         device = inputs.tokens.device
         mask = sent(self._mask(inputs.forest, runs), device)
         runs = [sent(run, device) for run in runs]
@@ -266,7 +266,7 @@ class Packed(Loaded):
                 raise
             return self._unpacked("it takes no arguments for its attention")
         except (RuntimeError, ValueError, AttributeError) as error:  # the model took the mask, not the forest
-            return self._unpacked(short(error))
+            return self._unpacked(summarize_error(error))
         finally:
             self.model.train(was)
         if not bool(padded.isfinite().all()):
@@ -281,7 +281,7 @@ class Packed(Loaded):
         return "padded"
 
 
-def leaves(forest: Forest) -> tuple[list[Tensor], Callable[[int], Tensor]]:
+def list_leaf_paths(forest: Forest) -> tuple[list[Tensor], Callable[[int], Tensor]]:
     """For each leaf the row's indices that make up its path, and a map of each token to its first place there."""
     parents = set(forest.parents)
     starts = forest.starts

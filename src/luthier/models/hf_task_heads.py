@@ -33,7 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from luthier.core.protocols import Head
-from luthier.models.hf_logging import quiet
+from luthier.models.hf_logging import silence_transformers
 
 CLASSES: Mapping[str, Any] = {"item": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification,
                               "image": AutoModelForImageClassification}
@@ -125,7 +125,7 @@ class TaskHead(nn.Module):
         """The class with the trained stack in it, and with the config that is saved; for the time of the context."""
         name, own = self.shell.base_model_prefix, self.shell.config
         stand_in = self.shell.get_submodule(name)
-        config = labelled(model.config, self.head)
+        config = make_labeled_config(model.config, self.head)
         if hasattr(own, "classifier_pooling"):
             config.classifier_pooling = own.classifier_pooling
         setattr(self.shell, name, backbone)
@@ -141,7 +141,7 @@ class TaskHead(nn.Module):
             self.shell.config = own
 
 
-def labelled(config: Any, head: Head) -> Any:
+def make_labeled_config(config: Any, head: Head) -> Any:
     """A copy of the config with the head's classes and kind of task, as Transformers names them."""
     config = copy.deepcopy(config)
     config.id2label = dict(enumerate(head.labels or [f"LABEL_{i}" for i in range(head.width)]))
@@ -150,7 +150,7 @@ def labelled(config: Any, head: Head) -> Any:
     return config
 
 
-def task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | None, images: bool,
+def build_task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | None, images: bool,
               generator: torch.Generator) -> TaskHead | str:
     """The head, its parameters random but for a pooler that the base's files hold; or why there is none.
 
@@ -160,28 +160,28 @@ def task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | None, 
     kind = "image" if images and head.kind == "item" else head.kind
     if kind not in CLASSES or type(model.config) not in CLASSES[kind]._model_mapping:
         return f"Transformers has no class for {head.task.replace('_', ' ')} with {model.config.model_type}"
-    config = labelled(model.config, head)
+    config = make_labeled_config(model.config, head)
     config.pad_token_id = 0
     if pooling in POOLED and hasattr(config, "classifier_pooling"):
         config.classifier_pooling = POOLED[pooling]
-    with quiet(), torch.device("meta"):
+    with silence_transformers(), torch.device("meta"):
         shell: Any = CLASSES[kind].from_config(config)
     stack = shell.get_submodule(shell.base_model_prefix)
     if type(stack) is not type(backbone):
         return f"{type(shell).__name__} has a {type(stack).__name__}, and the base is a {type(backbone).__name__}"
     setattr(shell, shell.base_model_prefix, StackOutput(stack))
     made = TaskHead(shell.to_empty(device="cpu"), kind, head)
-    _start(made, generator)
-    found = _pooling(made, config.hidden_size)
+    _init_weights(made, generator)
+    found = _detect_pooling(made, config.hidden_size)
     if found is None or (pooling is not None and kind == "item" and found != pooling):
         return f"{type(shell).__name__} does not pool by {pooling or 'last, first or mean'}"
     made.pooling = found
-    _take(made, Path(str(model.name_or_path)))
+    _load_pooler(made, Path(str(model.name_or_path)))
     return made
 
 
 @torch.no_grad()
-def _start(head: TaskHead, generator: torch.Generator) -> None:
+def _init_weights(head: TaskHead, generator: torch.Generator) -> None:
     for name, parameter in head.weights().items():
         if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * STD)
@@ -190,7 +190,7 @@ def _start(head: TaskHead, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def _pooling(head: TaskHead, hidden: int) -> str | None:
+def _detect_pooling(head: TaskHead, hidden: int) -> str | None:
     """How the class makes one state of those of a text; None where it does so in a way that is not known here."""
     states = torch.linspace(-3, 3, 6 * hidden).sin().view(2, 3, hidden) * torch.linspace(1, 2, 6).view(2, 3, 1)
     if head.kind != "item":
@@ -206,7 +206,7 @@ def _pooling(head: TaskHead, hidden: int) -> str | None:
 
 
 @torch.no_grad()
-def _take(head: TaskHead, folder: Path) -> None:
+def _load_pooler(head: TaskHead, folder: Path) -> None:
     """A pooler that stands in the stack, from the base's files where they hold one."""
     wanted = {name: parameter for name, parameter in head.weights().items() if name.startswith(head.backbone_prefix)}
     for file in sorted(folder.glob("*.safetensors")) if wanted and folder.is_dir() else ():

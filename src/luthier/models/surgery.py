@@ -32,14 +32,14 @@ from transformers import AddedToken, AutoConfig, AutoModelForCausalLM, AutoToken
 from luthier.core.config import Config
 from luthier.core.digests import cache
 from luthier.core.errors import BaseError, RecipeError
-from luthier.models.architectures import kind_of
-from luthier.models.gguf.reader import once
-from luthier.models.hf_logging import complete
-from luthier.models.structure import find_structure, linear_sites
+from luthier.models.architectures import detect_architecture
+from luthier.models.gguf.reader import build_once
+from luthier.models.hf_logging import check_weights_fit
+from luthier.models.structure import find_linears, find_structure
 
-MAKER = "2"  # raise it when `change` makes something else: folders made by older ones are then left unused
-WORDS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json", "generation_config.json")
-LAST = ("o", "down")  # the roles of the maps that end a block's attention and its MLP
+FORMAT_VERSION = "2"  # raise it when `modify_model` makes something else: folders made by older ones are then left unused
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json", "generation_config.json")
+OUTPUT_ROLES = ("o", "down")  # the roles of the maps that end a block's attention and its MLP
 
 
 class StructureConfig(Config):
@@ -88,7 +88,7 @@ class StructureConfig(Config):
 # ---------------------------------------------------------------- a folder to a folder
 
 
-def restructured(path: Path, name: str, fingerprint: str, structure: StructureConfig) -> Path:
+def prepare_modified_folder(path: Path, name: str, fingerprint: str, structure: StructureConfig) -> Path:
     """The folder of the changed base: found in the cache, or made now.
 
     Args:
@@ -101,32 +101,32 @@ def restructured(path: Path, name: str, fingerprint: str, structure: StructureCo
         RecipeError: the changes do not fit it.
     """
     digest = hashlib.sha256(f"{fingerprint} {structure.model_dump_json()}".encode())
-    for file in sorted({file for pattern in WORDS for file in path.glob(pattern)}):
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in path.glob(pattern)}):
         digest.update(file.name.encode() + file.read_bytes())
-    made = cache() / f"{path.name}-{digest.hexdigest()[:32]}-{MAKER}"
-    return once(made, lambda to: _make(path, name, to, structure))
+    made = cache() / f"{path.name}-{digest.hexdigest()[:32]}-{FORMAT_VERSION}"
+    return build_once(made, lambda to: _write_modified_folder(path, name, to, structure))
 
 
-def _make(path: Path, name: str, to: Path, structure: StructureConfig) -> None:
+def _write_modified_folder(path: Path, name: str, to: Path, structure: StructureConfig) -> None:
     described = AutoConfig.from_pretrained(path)
-    if kind_of(described) != "causal" or described.get_text_config() is not described:
+    if detect_architecture(described) != "causal" or described.get_text_config() is not described:
         raise BaseError(f"base {name!r} ({described.model_type}) is no plain causal language model, and the structure "
                         "of others is not changed", "leave base.structure out, or choose another base")
-    model = _opened(path, name)
+    model = _load(path, name)
     tokenizer = AutoTokenizer.from_pretrained(path)
-    change(model, tokenizer, structure)
+    modify_model(model, tokenizer, structure)
     model.save_pretrained(to)
     tokenizer.save_pretrained(to)
-    if not torch.equal(_probe(_opened(to, name)), _probe(model)):
+    if not torch.equal(_probe_logits(_load(to, name)), _probe_logits(model)):
         raise BaseError(f"base {name!r} ({described.model_type}) says something else once its changed blocks are "
                         "saved and loaded: what a block is depends on its number in a way that is not known here",
                         "leave base.structure.add_blocks and drop_blocks out, or choose another base")
 
 
-def _opened(path: Path, name: str) -> Any:
+def _load(path: Path, name: str) -> Any:
     read: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", use_safetensors=True,
                                                      ignore_mismatched_sizes=True, output_loading_info=True)
-    complete(name, read[1])
+    check_weights_fit(name, read[1])
     if read[0].dtype == torch.float64:
         read[0].set_experts_implementation("eager")  # the grouped product of experts knows no float64
     return read[0].eval()
@@ -136,31 +136,31 @@ def _opened(path: Path, name: str) -> Any:
 
 
 @torch.no_grad()
-def change(model: Any, tokenizer: Any, structure: StructureConfig) -> None:
+def modify_model(model: Any, tokenizer: Any, structure: StructureConfig) -> None:
     """Change a causal language model of Transformers, its config and its tokenizer in place. Raises `RecipeError`
     where the changes do not fit it, and `BaseError` where an added block of it would not be the identity."""
     if structure.new_tokens:
-        _grow(model, tokenizer, structure.new_tokens)
+        _add_tokens(model, tokenizer, structure.new_tokens)
     blocks = find_structure(model).layers
     order = structure.order(len(blocks))
     home = blocks[0].name.rpartition(".")[0]
     sources, kind = [block.module for block in blocks], model.config.model_type
     if structure.drop_blocks:
-        _stack(model, home, [(block, sources[block]) for block, copy in order if not copy])
+        _replace_layers(model, home, [(block, sources[block]) for block, copy in order if not copy])
     if structure.add_blocks:
-        silent = {block: _silent(blocks[block], model.config) for block, copy in order if copy}
-        before, numbers = _probe(model), [block for block, copy in order if not copy]
-        _stack(model, home, [(numbers.index(block), silent[block] if copy else sources[block])
+        silent = {block: _make_identity_layer(blocks[block], model.config) for block, copy in order if copy}
+        before, numbers = _probe_logits(model), [block for block, copy in order if not copy]
+        _replace_layers(model, home, [(numbers.index(block), silent[block] if copy else sources[block])
                              for block, copy in order])
-        if not torch.equal(_probe(model), before):
+        if not torch.equal(_probe_logits(model), before):
             raise BaseError(f"blocks of {kind} do not become the identity when the last maps of their attention and "
                             "MLP are zero", "leave base.structure.add_blocks out, or choose another base")
 
 
-def _silent(block: Any, config: Any) -> nn.Module:
+def _make_identity_layer(block: Any, config: Any) -> nn.Module:
     """A copy of the block that adds nothing to what goes in."""
-    last = [site for site in linear_sites(block) if site.role in LAST]
-    if {site.role for site in last} != set(LAST):
+    last = [site for site in find_linears(block) if site.role in OUTPUT_ROLES]
+    if {site.role for site in last} != set(OUTPUT_ROLES):
         raise BaseError(f"a block of {config.model_type} has no linear map that ends its attention, or none that "
                         "ends its MLP, so no copy of it can start as the identity",
                         "leave base.structure.add_blocks out, or choose another base")
@@ -171,7 +171,7 @@ def _silent(block: Any, config: Any) -> nn.Module:
     return found
 
 
-def _stack(model: Any, home: str, blocks: Sequence[tuple[int, nn.Module]]) -> None:
+def _replace_layers(model: Any, home: str, blocks: Sequence[tuple[int, nn.Module]]) -> None:
     """Put `blocks` in place of the model's, each with the number in the present config that it is described by."""
     config = model.config
     for key, value in list(vars(config).items()):
@@ -186,7 +186,7 @@ def _stack(model: Any, home: str, blocks: Sequence[tuple[int, nn.Module]]) -> No
     model.set_submodule(home, nn.ModuleList(block for _, block in blocks))
 
 
-def _grow(model: Any, tokenizer: Any, new: Mapping[str, str]) -> None:
+def _add_tokens(model: Any, tokenizer: Any, new: Mapping[str, str]) -> None:
     """Make each word a token of its own, with the mean of its description's rows."""
     known, rows = tokenizer.get_vocab(), model.get_input_embeddings().weight.shape[0]
     described = {word: tokenizer(words, add_special_tokens=False)["input_ids"] for word, words in new.items()}
@@ -209,7 +209,7 @@ def _grow(model: Any, tokenizer: Any, new: Mapping[str, str]) -> None:
 
 
 @torch.no_grad()
-def _probe(model: Any) -> Tensor:
+def _probe_logits(model: Any) -> Tensor:
     """Logits of some tokens, each after the ones before it."""
     tokens = (torch.arange(16) + 1) * 7 % model.get_input_embeddings().weight.shape[0]
     found: Tensor = model(input_ids=tokens[None], use_cache=False).logits

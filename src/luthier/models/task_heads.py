@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from luthier.core.errors import RunError
 from luthier.core.protocols import Head, Scope
 from luthier.core.types import Forest, Outputs, Target, sent
-from luthier.models.attention.packed import describe
+from luthier.models.attention.packed import describe_segments
 from luthier.models.hf_task_heads import TaskHead
 
 Pooling = Literal["last", "first", "mean"]
@@ -102,7 +102,7 @@ class TaskHeads:
         """In float32, under autocast too: a reward or a value with the three digits of bfloat16 is not one."""
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
-        with _exact(states.device):
+        with _without_autocast(states.device):
             scores: Tensor = module(states.to(next(module.parameters()).dtype))
         return scores
 
@@ -125,14 +125,14 @@ class TaskHeads:
             if "token_scores" in needs:
                 made["token_scores"] = self._of("token", states)
         if "pooled" in needs:
-            made["pooled"] = pool(row, forest, target.items, pooling)
+            made["pooled"] = pool_states(row, forest, target.items, pooling)
         if "scores" in needs:
             own = pooling if self.task_head is None else cast(Pooling, self.task_head.pooling)
-            made["scores"] = self._of("item", pool(row, forest, target.items, own))
+            made["scores"] = self._of("item", pool_states(row, forest, target.items, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 
-def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
+def pool_states(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
     """[A, D] one state for each item: its last token's, that of its root's first token, or the mean over its path."""
     starts, lengths = (sent(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
     if how == "last":
@@ -142,14 +142,14 @@ def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
         return row.index_select(0, starts[roots[items]])
     # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
     # and in an order of its own in every run.
-    segment, _, related = (sent(x, row.device) for x in describe(forest))
+    segment, _, related = (sent(x, row.device) for x in describe_segments(forest))
     wide = torch.promote_types(row.dtype, torch.float32)
     counts = related[items].index_select(1, segment).to(wide)
-    with _exact(row.device):
+    with _without_autocast(row.device):
         return (counts @ row.to(wide)) / counts.sum(1, keepdim=True)
 
 
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Without autocast."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()

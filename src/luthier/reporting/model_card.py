@@ -71,7 +71,7 @@ def card(out: Run, source: Run, made: assembly.Recipe, base: Family) -> str:
 def _origin(made: assembly.Recipe) -> list[str]:
     """What is said of a base that was read from a file in few bits: its weights are not those on the hub."""
     try:
-        found = assembly.resolve(made.base.name)
+        found = assembly.resolve_name(made.base.name)
     except LuthierError:  # the base is gone: nothing more is known of it
         return []
     if not isinstance(found, Path) or found.suffix != ".gguf":
@@ -89,10 +89,10 @@ def base_of(made: assembly.Recipe) -> tuple[str, str]:
     if name in UPSTREAM:
         return UPSTREAM[name]
     try:
-        found = assembly.resolve(name)
+        found = assembly.resolve_name(name)
         told = _front_of(Path(found) / "README.md") if isinstance(found, Path) and found.is_dir() else {}
         if isinstance(found, str):
-            told = _front_of(assembly.folder(made.base) / "README.md")
+            told = _front_of(assembly.prepare_folder(made.base) / "README.md")
             return found, str(told.get("license") or "")
     except LuthierError:  # the base is gone: nothing more is known of it
         return ("", "")

@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import GenerationOutput, SamplingParams
-from luthier.models.decoding import choose, eos_tokens, generate, stream
+from luthier.models.decoding import find_eos_tokens, generate, sample_tokens, stream_tokens
 from tiny import IM_END, KINDS, tiny
 
 LENGTHS = (3, 17, 1, 30, 9, 12, 5)
@@ -99,9 +99,9 @@ def test_stream_gives_the_tokens_of_generate(temperature: float) -> None:
     model, prompt = tiny("qwen2"), prompts()[3]
     sampling = SamplingParams(max_new_tokens=20, temperature=temperature, seed=3)
     whole = answers(model, sampling, asked=[prompt])[0].token_ids
-    assert tuple(stream(model, prompt, sampling, set())) == whole
-    assert tuple(stream(model, prompt, sampling, {whole[9]})) == whole[:whole.index(whole[9])]
-    steps = stream(model, prompt, sampling, set())
+    assert tuple(stream_tokens(model, prompt, sampling, set())) == whole
+    assert tuple(stream_tokens(model, prompt, sampling, {whole[9]})) == whole[:whole.index(whole[9])]
+    steps = stream_tokens(model, prompt, sampling, set())
     next(steps)
     assert not torch.is_inference_mode_enabled(), "between two tokens the caller is in his own mode"
 
@@ -118,7 +118,7 @@ def test_choices_follow_the_distribution_of_transformers(temperature: float, top
     expected = warpers(None, logits).softmax(-1)[0]
     throws = 20000
     dice = [(i + 0.5) / throws for i in range(throws)]  # evenly, so that frequencies are exact to one throw
-    picked = choose(logits.expand(throws, -1), SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p), dice)
+    picked = sample_tokens(logits.expand(throws, -1), SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p), dice)
     shares = torch.bincount(picked, minlength=16) / throws
     assert torch.allclose(shares.double(), expected, atol=2 / throws)
     assert (shares[expected == 0] == 0).all()
@@ -157,9 +157,9 @@ def test_no_token_is_made_of_what_is_not_a_number() -> None:
 
 def test_eos_is_the_models_and_the_tokenizers() -> None:
     model = tiny("llama")
-    assert eos_tokens(model, SimpleNamespace(eos_token_id=None)) == {IM_END}
-    assert eos_tokens(model, SimpleNamespace(eos_token_id=3)) == {IM_END, 3}
+    assert find_eos_tokens(model, SimpleNamespace(eos_token_id=None)) == {IM_END}
+    assert find_eos_tokens(model, SimpleNamespace(eos_token_id=3)) == {IM_END, 3}
     model.generation_config.eos_token_id = [4, 5]
-    assert eos_tokens(model, SimpleNamespace(eos_token_id=3)) == {3, 4, 5}
+    assert find_eos_tokens(model, SimpleNamespace(eos_token_id=3)) == {3, 4, 5}
     model.generation_config.eos_token_id = None
-    assert eos_tokens(model, SimpleNamespace(eos_token_id=None)) == set()
+    assert find_eos_tokens(model, SimpleNamespace(eos_token_id=None)) == set()

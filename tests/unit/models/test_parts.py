@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from luthier.methods.adapter import AdapterConfig
 from luthier.models import CausalLM
-from luthier.models.activation_recompute import GatedMLP, Lean, slim
+from luthier.models.activation_recompute import ActivationRecomputer, GatedMLP, replace_gated_mlps
 from tiny import tiny_tokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -74,7 +74,7 @@ def test_an_mlp_that_computes_something_else_is_left_alone(make: type, replaced:
     torch.manual_seed(0)
     holder = nn.ModuleDict({"mlp": make(AutoConfig.for_model("llama", hidden_size=32, intermediate_size=48))}).to(dtype).eval()
     before = torch.get_rng_state()
-    slim(holder, Lean())
+    replace_gated_mlps(holder, ActivationRecomputer())
     assert isinstance(holder["mlp"], GatedMLP) is replaced
     assert not any(module.training for module in holder.modules())
     assert torch.equal(torch.get_rng_state(), before)

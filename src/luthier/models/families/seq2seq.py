@@ -31,20 +31,20 @@ from transformers import DynamicCache, EncoderDecoderCache
 from luthier.core.errors import BaseError, DataError, RunError
 from luthier.core.protocols import GenerationOutput, ModelStructure, SamplingParams, TargetLinear, TransformerLayer
 from luthier.core.types import Forest, Inputs, Outputs, Target
-from luthier.models.activation_recompute import Lean
-from luthier.models.adapter_routing import through
-from luthier.models.decoding import answer, answers, eos_tokens
-from luthier.models.hf_model import Loaded
-from luthier.models.mixed_embeddings import mixed
-from luthier.models.ops.fused_logprobs import log_probs
+from luthier.models.activation_recompute import ActivationRecomputer
+from luthier.models.adapter_routing import route_indices
+from luthier.models.decoding import find_eos_tokens, generate_outputs, stream_single
+from luthier.models.hf_model import HFModel
+from luthier.models.mixed_embeddings import mix_embeddings
+from luthier.models.ops.fused_logprobs import compute_logprobs
 from luthier.models.soft_prompts.seq2seq import Seq2SeqInjector
-from luthier.models.structure import linear_sites
+from luthier.models.structure import find_linears
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
-SPARE, FLOOR = 1.5, 64  # a padded batch has at most so many places for each token, and so many besides
+PADDING_FACTOR, PADDING_ALLOWANCE = 1.5, 64  # a padded batch has at most so many places for each token, and so many besides
 
 
-class Seq2Seq(Loaded):
+class Seq2Seq(HFModel):
     """An encoder and a decoder of Transformers behind the family's contract.
 
     Args:
@@ -62,24 +62,24 @@ class Seq2Seq(Loaded):
     pooling: Pooling = "last"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        # Not as `Loaded` begins: attention stays Transformers' own, which knows relative positions.
+        # Not as `HFModel` begins: attention stays Transformers' own, which knows relative positions.
         self.model, self.tokenizer = model, tokenizer
         self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
         parts = find_structure(model, tokenizer)
         self._ports = Seq2SeqInjector(parts, self.encoder, self.decoder)
         self.structure = replace(parts, injector=self._ports)
-        self.start = _start(model)
+        self.start = _find_start_token(model)
         # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
         self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
         self._recompute_over: int | None = None
-        self._lean = Lean()  # never open
+        self._lean = ActivationRecomputer()  # never open
         self.add_heads((), 0)
         self._prove()
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
         if needs & LOG_PROBS:
-            torch._assert_async(_decoded(inputs.forest).to(self.device)[target.at].all(),
+            torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.at].all(),
                                 "a source is read, never predicted")
         return super().forward(inputs, target, needs)
 
@@ -87,7 +87,7 @@ class Seq2Seq(Loaded):
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         # Upon the states, not the logits: a head that stands alone has the quicker way.
         head = self.model.get_output_embeddings()
-        return log_probs(head, states * (self.scale / temperature), tokens, entropies=entropies)
+        return compute_logprobs(head, states * (self.scale / temperature), tokens, entropies=entropies)
 
     # ---------------------------------------------------------------- the packed row
 
@@ -108,7 +108,7 @@ class Seq2Seq(Loaded):
         """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
         source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
         found, before, tokens = [], 0, inputs.tokens
-        embeds = mixed(self.model.get_input_embeddings(), inputs)
+        embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
         for group in self._grouped(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
@@ -116,7 +116,7 @@ class Seq2Seq(Loaded):
             seen = rows >= 0
             places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
             given = {"input_ids": tokens[places]} if embeds is None else {"inputs_embeds": embeds[places]}
-            with through(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
+            with route_indices(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
                 states = self.encoder(**given, attention_mask=mask).last_hidden_state
             virtual = states.shape[1] - rows.shape[1]
             places = before + torch.arange(states.shape[0] * states.shape[1]).view(states.shape[:2])
@@ -130,11 +130,11 @@ class Seq2Seq(Loaded):
                  owner: Mapping[int, int]) -> list[list[int]]:
         """Rows for padded batches. Where there are virtual tokens a batch goes through one adapter as a whole."""
         if not adapters or not self._ports.doors:
-            return _groups(names, sizes)
+            return _group_by_length(names, sizes)
         parted: dict[int, list[tuple[int, int]]] = {}
         for name, size in zip(names, sizes, strict=True):
             parted.setdefault(owner[name], []).append((name, size))
-        return [group for part in parted.values() for group in _groups(*zip(*part, strict=True))]
+        return [group for part in parted.values() for group in _group_by_length(*zip(*part, strict=True))]
 
     def _written(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Seq2Seq(Loaded):
         inner = set(forest.parents)
         paths = {i: forest.path(i) for i in range(len(spans)) if i not in inner}
         sources = {i: memories[path[0]] for i, path in paths.items()}
-        owner = {i: _adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
+        owner = {i: _get_adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
         # The root's last token gives its place to the start token.
         answers = {i: torch.cat([spans[path[0]][-1:], *(spans[a] for a in path[1:])]) for i, path in paths.items()}
         found, before = [], read.shape[0]
@@ -161,10 +161,10 @@ class Seq2Seq(Loaded):
             memory = pad_sequence([sources[i] for i in group], batch_first=True, padding_value=-1).to(tokens.device)
             given = tokens[rows.to(tokens.device).clamp(min=0)]
             given[:, 0] = self.start
-            with through(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
+            with route_indices(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
                 # Padding stands behind everything that counts, so a causal decoder needs no mask for it.
                 states = self.decoder(input_ids=given, use_cache=False, encoder_attention_mask=(memory >= 0).long(),
-                                      encoder_hidden_states=_taken(read, memory.clamp(min=0))).last_hidden_state
+                                      encoder_hidden_states=_gather_rows(read, memory.clamp(min=0))).last_hidden_state
             found.append(states.flatten(0, 1))
         return torch.cat(found)
 
@@ -190,13 +190,13 @@ class Seq2Seq(Loaded):
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._source(i, prompt) for i, prompt in enumerate(prompts)]
-        return answers(partial(_Answers, self), sources, self._limits(len(sources), sampling), sampling, self.stops,
-                       lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
+        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling), sampling, self.stops,
+                       lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
                        adapters if self._ports.doors else ())
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""
-        return answer(partial(_Answers, self), self._source(0, prompt), self._limits(1, sampling), sampling, self.stops)
+        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._source(0, prompt), self._limits(1, sampling), sampling, self.stops)
 
     def _source(self, index: int, prompt: Sequence[int]) -> list[int]:
         """A prompt as the encoder knows sources: with the end mark."""
@@ -216,10 +216,10 @@ class Seq2Seq(Loaded):
 
     @property
     def stops(self) -> set[int]:
-        return eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
+        return find_eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
 
 
-class _Answers:
+class _Seq2SeqDecodeBatch:
     """Sources, read once, and the answers to them so far."""
 
     def __init__(self, family: Seq2Seq, sources: Sequence[Sequence[int]]) -> None:
@@ -260,7 +260,7 @@ def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
         if layers is None:
             raise BaseError(f"{type(stack).__name__} has no stack of like layers, so its parts cannot be found",
                             "use a base of the T5 family")
-        blocks += [_block(len(blocks) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
+        blocks += [_describe_layer(len(blocks) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
     config, embedding, head = model.config, model.get_input_embeddings(), model.get_output_embeddings()
     sizes = {
         "hidden": config.hidden_size, "layers": len(blocks), "heads": config.num_attention_heads,
@@ -269,16 +269,16 @@ def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
         "vocabulary": embedding.weight.shape[0],
         "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in linear_sites(b)), embedding,
+    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)), embedding,
                    head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
 
 
-def _block(index: int, name: str, layer: nn.Module) -> TransformerLayer:
+def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer:
     """Of a decoder's two attentions, the one within the answer; the maps of both are sites."""
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
     bare = TransformerLayer(index, name, layer, layer, layer, norms, layer, layer, layer)
     first: dict[str, TargetLinear] = {}
-    for site in linear_sites(bare):
+    for site in find_linears(bare):
         first.setdefault(site.role, site)
     if not {"o", "down", "up"} <= first.keys():
         raise BaseError(f"{type(layer).__name__} has no attention and MLP whose linear maps have known names",
@@ -290,7 +290,7 @@ def _block(index: int, name: str, layer: nn.Module) -> TransformerLayer:
                  mlp_in=first["up"].module if alone else mlp, mlp_out=first["down"].module if alone else mlp)
 
 
-def _start(model: Any) -> int:
+def _find_start_token(model: Any) -> int:
     """The token that opens every answer."""
     for config in (model.config, model.generation_config):
         if (token := getattr(config, "decoder_start_token_id", None)) is not None:
@@ -302,7 +302,7 @@ def _start(model: Any) -> int:
 # ---------------------------------------------------------------- rows
 
 
-def _decoded(forest: Forest) -> Tensor:
+def _is_decoder_token(forest: Forest) -> Tensor:
     """[T] bool, whether the token's state is the decoder's."""
     root = torch.tensor([parent < 0 for parent in forest.parents])
     lengths = torch.tensor(forest.lengths)
@@ -311,7 +311,7 @@ def _decoded(forest: Forest) -> Tensor:
     return found
 
 
-def _adapter(forest: Forest, path: Sequence[int]) -> int:
+def _get_adapter(forest: Forest, path: Sequence[int]) -> int:
     """The one that a row of the decoder goes through. Its source may have gone through another."""
     found = {forest.adapters[i] for i in path[1:] or path}
     if len(found) > 1:
@@ -320,12 +320,12 @@ def _adapter(forest: Forest, path: Sequence[int]) -> int:
     return found.pop()
 
 
-def _groups(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+def _group_by_length(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     """Rows of like size together, the longest first, so that little of a padded batch is padding."""
     groups: list[list[int]] = []
     longest = used = 0
     for size, name in sorted(zip(sizes, names, strict=True), key=lambda pair: -pair[0]):
-        if groups and (len(groups[-1]) + 1) * longest <= SPARE * (used + size) + FLOOR:
+        if groups and (len(groups[-1]) + 1) * longest <= PADDING_FACTOR * (used + size) + PADDING_ALLOWANCE:
             groups[-1].append(name)
             used += size
         else:
@@ -334,6 +334,6 @@ def _groups(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _taken(states: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(states: Tensor, rows: Tensor) -> Tensor:
     """[B, L, D] of [N, D] those at [B, L]."""
     return states.index_select(0, rows.flatten()).view(*rows.shape, -1)

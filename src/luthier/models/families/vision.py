@@ -18,13 +18,13 @@ from torch import Tensor
 from luthier.core.errors import BaseError
 from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.core.types import Forest, Inputs, Outputs, Target
-from luthier.models.hf_model import Loaded
-from luthier.models.image_processor import Pictures
+from luthier.models.hf_model import HFModel
+from luthier.models.image_processor import ImageProcessor
 from luthier.models.soft_prompts.vision import VisionInjector
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
 
-class Vision(Loaded):
+class Vision(HFModel):
     """A vision transformer of Transformers behind the family's contract.
 
     Args:
@@ -38,7 +38,7 @@ class Vision(Loaded):
     task: ClassVar[str] = "FEATURE_EXTRACTION"
     pooling: Pooling = "first"
 
-    def __init__(self, model: Any, tokenizer: Pictures) -> None:
+    def __init__(self, model: Any, tokenizer: ImageProcessor) -> None:
         super().__init__(model, tokenizer)
         config = model.config
         embeddings: Any = getattr(self.structure.backbone, "embeddings", None)

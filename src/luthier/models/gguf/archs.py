@@ -24,7 +24,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
-class Row:
+class ArchSpec:
     """What llama.cpp does for one architecture.
 
     Args:
@@ -52,29 +52,29 @@ class Row:
         return str(gguf.MODEL_ARCH_NAMES[self.arch])
 
 
-LLAMA = Row(MODEL_ARCH.LLAMA, (*ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), turned=True)
-ROWS: Mapping[str, Row] = {
+LLAMA = ArchSpec(MODEL_ARCH.LLAMA, (*ATTENTION, "attn_output", "ffn_gate", "ffn_up", "ffn_down"), turned=True)
+ARCHS: Mapping[str, ArchSpec] = {
     "llama": LLAMA, "mistral": LLAMA,
-    "qwen2": Row(MODEL_ARCH.QWEN2, ATTENTION),
-    "qwen3": Row(MODEL_ARCH.QWEN3),
-    "gemma": Row(MODEL_ARCH.GEMMA, acts=GELU, raised=True),
-    "gemma2": Row(MODEL_ARCH.GEMMA2, acts=GELU, act="hidden_activation", raised=True, windows=True, large=46),
-    "gemma3_text": Row(MODEL_ARCH.GEMMA3, acts=GELU, act="hidden_activation", raised=True, windows=True, large=62),
-    "gpt2": Row(MODEL_ARCH.GPT2, ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm",
+    "qwen2": ArchSpec(MODEL_ARCH.QWEN2, ATTENTION),
+    "qwen3": ArchSpec(MODEL_ARCH.QWEN3),
+    "gemma": ArchSpec(MODEL_ARCH.GEMMA, acts=GELU, raised=True),
+    "gemma2": ArchSpec(MODEL_ARCH.GEMMA2, acts=GELU, act="hidden_activation", raised=True, windows=True, large=46),
+    "gemma3_text": ArchSpec(MODEL_ARCH.GEMMA3, acts=GELU, act="hidden_activation", raised=True, windows=True, large=62),
+    "gpt2": ArchSpec(MODEL_ARCH.GPT2, ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm",
                                   "output_norm"), acts=GELU, act="activation_function", learnt=True),
 }
 
 
-class Names:
+class TensorNames:
     """llama.cpp's names and order for a model's tensors. Raises `BaseError` for an architecture not in the table."""
 
     def __init__(self, config: Any) -> None:
-        if config.model_type not in ROWS:
+        if config.model_type not in ARCHS:
             raise BaseError(f"a model of type {config.model_type!r} cannot be written as GGUF here; those that can: "
-                            f"{', '.join(ROWS)}", REMEDY)
-        self.row = ROWS[config.model_type]
+                            f"{', '.join(ARCHS)}", REMEDY)
+        self.row = ARCHS[config.model_type]
         self._known = gguf.get_tensor_name_map(self.row.arch, config.num_hidden_layers)
-        self._heads = {"attn_q": config.num_attention_heads, "attn_k": _key_heads(config)}
+        self._heads = {"attn_q": config.num_attention_heads, "attn_k": _num_key_value_heads(config)}
 
     def name(self, path: str) -> str:
         """Of the weight of a module, without its ending."""
@@ -95,11 +95,11 @@ class Names:
         return weight + 1 if self.row.raised and name.endswith("norm") else weight
 
 
-def _key_heads(config: Any) -> int:
+def _num_key_value_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
-def describe(writer: gguf.GGUFWriter, config: Any, vocabulary: int, row: Row) -> Tensor | None:
+def write_hyperparameters(writer: gguf.GGUFWriter, config: Any, vocabulary: int, row: ArchSpec) -> Tensor | None:
     """Sizes, windows, caps and rotary angles; what divides each rotary frequency, where the model changes them one by
     one. Raises `BaseError` where llama.cpp would compute otherwise."""
     act = getattr(config, row.act)
@@ -111,22 +111,22 @@ def describe(writer: gguf.GGUFWriter, config: Any, vocabulary: int, row: Row) ->
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(_key_heads(config))
+    writer.add_head_count_kv(_num_key_value_heads(config))
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_vocab_size(vocabulary)
     if row.learnt:
-        _gpt2(writer, config)
+        _write_gpt2(writer, config)
         return None
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_dimension_count(head)
     if row.raised:
-        _gemma(writer, config, head, row)
-    return _angles(writer, config, head, row)
+        _write_gemma(writer, config, head, row)
+    return _write_rope(writer, config, head, row)
 
 
-def _gpt2(writer: gguf.GGUFWriter, config: Any) -> None:
+def _write_gpt2(writer: gguf.GGUFWriter, config: Any) -> None:
     """What only GPT-2 has."""
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
         raise BaseError("the model does not divide its scores by the root of a head's width alone, as llama.cpp would",
@@ -135,7 +135,7 @@ def _gpt2(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
 
 
-def _gemma(writer: gguf.GGUFWriter, config: Any, head: int, row: Row) -> None:
+def _write_gemma(writer: gguf.GGUFWriter, config: Any, head: int, row: ArchSpec) -> None:
     """How scores are scaled and capped, and which layers have a window."""
     if getattr(config, "use_bidirectional_attention", None):
         raise BaseError("the model's tokens see the ones behind them too, and llama.cpp's would not", REMEDY)
@@ -161,8 +161,8 @@ def _gemma(writer: gguf.GGUFWriter, config: Any, head: int, row: Row) -> None:
         writer.add_sliding_window_pattern(near)
 
 
-def _angles(writer: gguf.GGUFWriter, config: Any, head: int, row: Row) -> Tensor | None:
-    """Of the rotary positions; see `describe`."""
+def _write_rope(writer: gguf.GGUFWriter, config: Any, head: int, row: ArchSpec) -> Tensor | None:
+    """Of the rotary positions; see `write_hyperparameters`."""
     rope = config.rope_parameters
     near = rope.get(SLIDING)
     if near is not None:  # layers with a window have angles of their own

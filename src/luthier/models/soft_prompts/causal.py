@@ -33,23 +33,23 @@ from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import ModelStructure, Router, Scope
 from luthier.core.soft_prompts import SoftPromptKind
 from luthier.core.types import Forest
-from luthier.models.adapter_routing import routed
-from luthier.models.attention.packed import Before, Pair
-from luthier.models.soft_prompts.injection import Door, Shares, made_by, shares_of
-from luthier.models.soft_prompts.layout import Room, packed_room, padded_room, spread
+from luthier.models.adapter_routing import route_segments
+from luthier.models.attention.packed import KeyValue, VirtualKeyValues
+from luthier.models.soft_prompts.injection import Injection, InjectionPlan, compute_injected, plan_injections
+from luthier.models.soft_prompts.layout import VirtualTokenLayout, layout_packed, layout_padded, repeat_per_token
 
 ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
 
 
-def installed(structure: ModelStructure, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
+def attach_injector(structure: ModelStructure, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
     """The structure with `ports`, of a model that counts positions from `first`. Nothing is hung into the model before a
     method asks for it. `router()`: who sends segments through adapters of their own."""
     ports = CausalInjector(structure, first, router)
-    _PORTS[structure.model] = ref(ports)
+    _INJECTORS[structure.model] = ref(ports)
     return replace(structure, injector=ports)
 
 
-def has_window(model: Any, context: int) -> bool:
+def has_sliding_window(model: Any, context: int) -> bool:
     """Whether some layer lets a token see only the last ones before it, fewer than the context holds."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -59,14 +59,14 @@ def has_window(model: Any, context: int) -> bool:
     return any(isinstance(window, int) and 0 < window < context for window in windows)
 
 
-def lengths(model: nn.Module, rows: int) -> list[int]:
+def count_virtual_tokens(model: nn.Module, rows: int) -> list[int]:
     """How many places of the model's context virtual tokens take now, in each of the rows of a batch."""
-    ports = _PORTS[model]() if model in _PORTS else None
-    found = None if ports is None else shares_of(ports.doors, None, rows)
+    ports = _INJECTORS[model]() if model in _INJECTORS else None
+    found = None if ports is None else plan_injections(ports.doors, None, rows)
     return [0] * rows if found is None else [found.size(i) for i in range(rows)]
 
 
-class Carried:
+class InjectedKeyValues:
     """Travels with one call down to its attention functions, which call it, and to the end of the backbone.
 
     It holds its own tensors, so that blocks that are recomputed in the backward pass meet those of their forward pass.
@@ -77,34 +77,34 @@ class Carried:
         own: [B, L] where each own token went.
     """
 
-    def __init__(self, pairs: dict[nn.Module, list[Pair]], whose: tuple[int, ...] = (),
+    def __init__(self, pairs: dict[nn.Module, list[KeyValue]], whose: tuple[int, ...] = (),
                  own: Tensor | None = None) -> None:
         self.pairs, self.whose, self.own = pairs, whose, own
         self.open = ExitStack()  # what lasts until the backbone ends
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> VirtualKeyValues | None:
         """What stands before keys and values [B, G, L, d]; None for nothing."""
         found = self.pairs.get(module)
         if found is None:
             return None
-        return Before([(k[None].to(key), v[None].to(value)) for k, v in found], self.whose)
+        return VirtualKeyValues([(k[None].to(key), v[None].to(value)) for k, v in found], self.whose)
 
 
-class Enough(Exception):
+class RecordingComplete(Exception):
     """The catch is complete: nothing more need be computed."""
 
 
-class Catch:
-    """Travels like `Carried`, and keeps the keys and values that it meets."""
+class KeyValueRecorder:
+    """Travels like `InjectedKeyValues`, and keeps the keys and values that it meets."""
 
     def __init__(self, most: int | None = None) -> None:
         self.most = most
-        self.caught: dict[nn.Module, Pair] = {}
+        self.caught: dict[nn.Module, KeyValue] = {}
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> VirtualKeyValues | None:
         self.caught[module] = (key, value)
         if len(self.caught) == self.most:
-            raise Enough
+            raise RecordingComplete
         return None
 
 
@@ -119,13 +119,13 @@ class CausalInjector:
         self._layers, self._context = len(structure.layers), structure.sizes["context"]
         self._both_ways = structure.task == "FEATURE_EXTRACTION"
         # PEFT puts a prefix into the cache, where a layer with a window loses sight of it; here every token sees it.
-        windowed = has_window(structure.model, self._context)
+        windowed = has_sliding_window(structure.model, self._context)
         self.peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
         arguments = inspect.signature(type(structure.backbone).forward).parameters
         self._names = list(arguments)[1:]
         self._carries = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
         self._suspended = False
-        self.doors: list[Door] = []
+        self.doors: list[Injection] = []
 
     @property
     def _device(self) -> torch.device:
@@ -134,12 +134,12 @@ class CausalInjector:
     # ------------------------------------------------------------ what methods call
 
     def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
-        self._open(Door("prompt", make, scope, make().shape[0]))
+        self._open(Injection("prompt", make, scope, make().shape[0]))
 
-    def add_prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
+        self._open(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
-    def _open(self, door: Door) -> None:
+    def _open(self, door: Injection) -> None:
         if not self._carries:
             raise BaseError(f"{type(self._backbone).__name__} takes no more arguments than it knows, so nothing can be "
                             "handed through it", "use a method that changes its layers, such as lora, or another base")
@@ -155,7 +155,7 @@ class CausalInjector:
         return BaseError(f"{type(self._backbone).__name__} keeps the keys and values of its layers out of reach, so no "
                          "prefix can stand before them", "use the method prompt, or another base")
 
-    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert not isinstance(start, Tensor), "there are words"
         caught = self._caught([start]).caught
         if len(caught) != self._layers:
@@ -170,18 +170,18 @@ class CausalInjector:
         return key.flatten(1)
 
     @torch.no_grad()
-    def _caught(self, rows: Sequence[Any], place: int = 0, most: int | None = None) -> Catch:
+    def _caught(self, rows: Sequence[Any], place: int = 0, most: int | None = None) -> KeyValueRecorder:
         """The bare base's keys and values of rows that begin at `place`."""
         device = self._device
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
-        catch, was = Catch(most), self._backbone.training
+        catch, was = KeyValueRecorder(most), self._backbone.training
         start = self._first + place
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(tokens.shape)
         self._backbone.eval()
         try:
             with self._alone():
                 self._backbone(input_ids=tokens, position_ids=positions, virtual=catch)
-        except Enough:
+        except RecordingComplete:
             pass  # a signal, no error
         finally:
             self._backbone.train(was)
@@ -201,14 +201,14 @@ class CausalInjector:
         if self._suspended:
             return None
         given = {**dict(zip(self._names, args, strict=False)), **given}
-        cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _shape(given)
+        cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _get_shape(given)
         seen = cache.get_seq_length() if cache is not None else 0
-        shares = shares_of(self.doors, given.get("forest"), rows)
+        shares = plan_injections(self.doors, given.get("forest"), rows)
         # What the cache holds and its caller does not know of; rows that had virtual tokens may have left it since.
         held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
         if shares is None and not held:
             return None
-        shares = shares or Shares(((),), (0,) * rows)
+        shares = shares or InjectionPlan(((),), (0,) * rows)
         before, behind = shares.sizes("prompt"), shares.sizes("prefix")
         places = max(held, *before)
         uneven = given.get("forest") is None and {*before, places} != {places}
@@ -222,35 +222,35 @@ class CausalInjector:
             given = self._moved_on(given, [moved[share] for share in shares.whose], max(seen - places, 0))
         room = None
         if places and seen and mask is not None:
-            room = padded_room(_first(mask, mask), mask.shape[1], before, shares.whose, places)
+            room = layout_padded(_find_first_token(mask, mask), mask.shape[1], before, shares.whose, places)
             given = {**given, "attention_mask": self._spread(mask, room)}
         elif places and not seen:
             given, room = self._put_in(given, shares)
         pairs, whose = self._pairs(shares, shares.whose if room is None or room.forest is None else room.whose)
-        carried = Carried(pairs, whose, None if seen or room is None else room.own)
+        carried = InjectedKeyValues(pairs, whose, None if seen or room is None else room.own)
         if room is not None and room.forest is not None:  # the other parts of these adapters meet the longer row
-            carried.open.enter_context(routed(self._router(), room.forest, packed=True))
+            carried.open.enter_context(route_segments(self._router(), room.forest, packed=True))
         return (), {**given, "virtual": carried}
 
     def _leave(self, _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], result: Any) -> Any:
         carried = given.get("virtual")
-        if not isinstance(carried, Carried):
+        if not isinstance(carried, InjectedKeyValues):
             return None
         carried.open.close()
         if carried.own is None or result is None:  # None: the backbone has raised
             return None
         if isinstance(result, tuple):
-            return _taken(result[0], carried.own), *result[1:]
-        result.last_hidden_state = _taken(result.last_hidden_state, carried.own)
+            return _gather_tokens(result[0], carried.own), *result[1:]
+        result.last_hidden_state = _gather_tokens(result.last_hidden_state, carried.own)
         if getattr(result, "hidden_states", None) is not None:
-            result.hidden_states = tuple(_taken(states, carried.own) for states in result.hidden_states)
+            result.hidden_states = tuple(_gather_tokens(states, carried.own) for states in result.hidden_states)
         return result
 
-    def _pairs(self, shares: Shares, whose: Sequence[int]) -> tuple[dict[nn.Module, list[Pair]], tuple[int, ...]]:
+    def _pairs(self, shares: InjectionPlan, whose: Sequence[int]) -> tuple[dict[nn.Module, list[KeyValue]], tuple[int, ...]]:
         """The keys and values of every share that has a prefix, by the module that they are for; and for each segment
         or row its number among these, -1 for none."""
-        made = made_by(shares, "prefix")
-        found: dict[int, list[Pair]] = {}
+        made = compute_injected(shares, "prefix")
+        found: dict[int, list[KeyValue]] = {}
         for i, share in enumerate(shares.doors):
             layers = zip(*(made[door] for door in share if door.kind == "prefix"), strict=True)
             if joined := [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]:
@@ -259,13 +259,13 @@ class CausalInjector:
         return ({module: [pairs[i] for pairs in found.values()] for i, module in enumerate(self._modules)} if found
                 else {}, tuple(order.index(share) if share in found else -1 for share in whose))
 
-    def _refuse_too_long(self, given: dict[str, Any], shares: Shares) -> None:
+    def _refuse_too_long(self, given: dict[str, Any], shares: InjectionPlan) -> None:
         """Raises `BaseError` where a text and its virtual tokens are more than the context holds."""
-        forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _shape(given)
+        forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _get_shape(given)
         extra = [shares.size(i) for i in range(len(shares.whose))]
         widths = [width] * rows
         if forest is not None:
-            widths = _depths(forest)
+            widths = _path_lengths(forest)
         elif width + max(extra) > self._context and isinstance(mask, Tensor) and mask.ndim == 2:
             widths = mask.sum(1).tolist()  # of rows without their padding
         width, n = max(zip(widths, extra, strict=True), key=sum)
@@ -276,28 +276,28 @@ class CausalInjector:
 
     def _moved_on(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
         """The call with the positions of every segment or row moved on; without any, they count from `seen`."""
-        rows, width = _shape(given)
+        rows, width = _get_shape(given)
         positions, forest = given.get("position_ids"), given.get("forest")
         if positions is None:
             start = self._first + seen
             positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
         if len(set(by)) == 1:
             return {**given, "position_ids": positions + by[0]}
-        further = torch.tensor(by)[:, None] if forest is None else spread(by, forest.lengths)[None]
+        further = torch.tensor(by)[:, None] if forest is None else repeat_per_token(by, forest.lengths)[None]
         return {**given, "position_ids": positions + further.to(self._device, non_blocking=True)}
 
-    def _put_in(self, given: dict[str, Any], shares: Shares) -> tuple[dict[str, Any], Room]:
+    def _put_in(self, given: dict[str, Any], shares: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
         """The call with the virtual tokens in their places."""
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self._embedding(given["input_ids"])
         forest, mask, sizes = given.get("forest"), given.get("attention_mask"), shares.sizes("prompt")
-        room = (padded_room(_first(mask, embeds), embeds.shape[1], sizes, shares.whose) if forest is None
-                else packed_room(forest, sizes, shares.whose, self._both_ways, embeds.device))
-        made = made_by(shares, "prompt")
+        room = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, shares.whose) if forest is None
+                else layout_packed(forest, sizes, shares.whose, self._both_ways, embeds.device))
+        made = compute_injected(shares, "prompt")
         virtual = torch.cat([made[door] for share in shares.doors for door in share if door in made])
         table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)
-        given = {**given, "input_ids": None, "inputs_embeds": _taken(table, room.source)}
+        given = {**given, "input_ids": None, "inputs_embeds": _gather_tokens(table, room.source)}
         for name in ROW_ARGUMENTS:
             if (column := given.get(name)) is not None:
                 given[name] = column.expand(embeds.shape[:2]).gather(1, room.like)
@@ -307,7 +307,7 @@ class CausalInjector:
             return {**given, "forest": room.forest}, room
         return {**given, "attention_mask": self._spread(mask, room)}, room
 
-    def _spread(self, mask: Any, room: Room) -> Tensor | None:
+    def _spread(self, mask: Any, room: VirtualTokenLayout) -> Tensor | None:
         """The mask of the longer rows, in which a virtual token counts as the text's first token does."""
         like, live = room.like, room.live
         if mask is None:
@@ -323,19 +323,19 @@ class CausalInjector:
         return longer if live is None else longer & live[:, None, None]
 
 
-def _first(mask: Tensor | None, rows: Tensor) -> Tensor:
+def _find_first_token(mask: Tensor | None, rows: Tensor) -> Tensor:
     """[B, 1] where each row's first token stands, behind padding on its left."""
     if mask is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return torch.zeros(rows.shape[0], 1, dtype=torch.int64, device=rows.device)
     return mask.ne(0).int().argmax(1, keepdim=True)
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
+def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x [B, K, D] at index [B, L]: [B, L, D]."""
     return x.gather(1, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
-def _shape(given: dict[str, Any]) -> torch.Size:
+def _get_shape(given: dict[str, Any]) -> torch.Size:
     """[B, L] of a call."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     shape = ids.shape if ids is not None else embeds.shape[:2]  # type: ignore[union-attr]
@@ -343,7 +343,7 @@ def _shape(given: dict[str, Any]) -> torch.Size:
     return shape
 
 
-def _depths(forest: Forest) -> list[int]:
+def _path_lengths(forest: Forest) -> list[int]:
     """Tokens of each segment's path."""
     depths: list[int] = []
     for size, parent in zip(forest.lengths, forest.parents, strict=True):
@@ -351,4 +351,4 @@ def _depths(forest: Forest) -> list[int]:
     return depths
 
 
-_PORTS: WeakKeyDictionary[nn.Module, ref[CausalInjector]] = WeakKeyDictionary()
+_INJECTORS: WeakKeyDictionary[nn.Module, ref[CausalInjector]] = WeakKeyDictionary()

@@ -18,7 +18,7 @@ from luthier.core.types import Forest
 
 
 @dataclass(frozen=True)
-class Door:
+class Injection:
     """What one method puts in."""
 
     kind: SoftPromptKind
@@ -28,7 +28,7 @@ class Door:
 
 
 @dataclass(frozen=True)
-class Shares:
+class InjectionPlan:
     """Who stands behind which doors.
 
     Args:
@@ -36,7 +36,7 @@ class Shares:
         whose: for each segment or row, which of them it has.
     """
 
-    doors: tuple[tuple[Door, ...], ...]
+    doors: tuple[tuple[Injection, ...], ...]
     whose: tuple[int, ...]
 
     def sizes(self, kind: SoftPromptKind) -> list[int]:
@@ -48,35 +48,35 @@ class Shares:
         return sum(door.n for door in self.doors[self.whose[i]])
 
 
-def shares_of(doors: Sequence[Door], forest: Forest | None, rows: int) -> Shares | None:
+def plan_injections(doors: Sequence[Injection], forest: Forest | None, rows: int) -> InjectionPlan | None:
     """The share of every segment of the forest, or of every row; None where nothing acts. Raises `RunError` where a
     segment has other virtual tokens than the one that it continues."""
-    acting = [door for door in doors if _switched_on(door.scope)]
+    acting = [door for door in doors if _is_enabled(door.scope)]
     if not acting:
         return None
     places = range(rows) if forest is None else forest.starts
-    found: list[tuple[Door, ...]] = [()] * len(places)
+    found: list[tuple[Injection, ...]] = [()] * len(places)
     for door in acting:
-        for i in _named(door.scope, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
+        for i in _list_targets(door.scope, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
             found[i] = (*found[i], door)
     if forest is not None and any(p >= 0 and found[p] != own for p, own in zip(forest.parents, found, strict=True)):
         raise RunError("a segment goes through other virtual tokens than the one that it continues, and these stand "
                        "before whole documents", "send every document as a whole through one adapter")
     number = {share: i for i, share in enumerate(dict.fromkeys(found))}
-    return Shares(tuple(number), tuple(number[share] for share in found))
+    return InjectionPlan(tuple(number), tuple(number[share] for share in found))
 
 
-def _named(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
+def _list_targets(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
     """Which of the places a scope names, in a call of so many (tokens or rows) along a dimension."""
     if scope.part is None or (scope.part[0], scope.among) != call:
-        return range(len(places)) if acts(scope) else ()
+        return range(len(places)) if is_active(scope) else ()
     named = set(scope.where)
     return (i for i, place in enumerate(places) if place in named)
 
 
-def acts(scope: Scope) -> bool:
+def is_active(scope: Scope) -> bool:
     """Whether a scope lets virtual tokens act on all of a call. Raises `RunError` where it asks for a part of it."""
-    if not _switched_on(scope):
+    if not _is_enabled(scope):
         return False
     if scope.part is not None and len(scope.where) != scope.among:
         raise RunError("virtual tokens stand before whole texts, and this call is one that cannot be told apart into "
@@ -84,7 +84,7 @@ def acts(scope: Scope) -> bool:
     return True
 
 
-def _switched_on(scope: Scope) -> bool:
+def _is_enabled(scope: Scope) -> bool:
     if scope.off or scope.weight == 0:
         return False
     if scope.weight != 1:
@@ -93,7 +93,7 @@ def _switched_on(scope: Scope) -> bool:
     return True
 
 
-def made_by(shares: Shares, kind: SoftPromptKind) -> dict[Door, Any]:
+def compute_injected(shares: InjectionPlan, kind: SoftPromptKind) -> dict[Injection, Any]:
     """What the doors of a kind put in, each made once."""
     every = dict.fromkeys(door for share in shares.doors for door in share)
     return {door: door.make() for door in every if door.kind == kind}

@@ -25,7 +25,7 @@ from luthier.core.types import Forest
 
 
 @dataclass(frozen=True)
-class Room:
+class VirtualTokenLayout:
     """Rows of L tokens with virtual ones among them, L' in all.
 
     Args:
@@ -47,7 +47,7 @@ class Room:
     whose: tuple[int, ...] = ()
 
 
-def padded_room(first: Tensor, width: int, sizes: Sequence[int], whose: Sequence[int], places: int = 0) -> Room:
+def layout_padded(first: Tensor, width: int, sizes: Sequence[int], whose: Sequence[int], places: int = 0) -> VirtualTokenLayout:
     """Virtual tokens before the first token of each row, which stands at `first` [B, 1].
 
     Args:
@@ -63,25 +63,25 @@ def padded_room(first: Tensor, width: int, sizes: Sequence[int], whose: Sequence
     place = at - first - (places - n)  # among the row's virtual tokens; below 0 on padding
     own_index = torch.where(at < first, at, at - places)
     full = all(sizes[share] == places for share in whose)
-    return Room(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
+    return VirtualTokenLayout(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
                 torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
                 torch.where(virtual, place.clamp(min=0), n), None if full else ~virtual | (place >= 0))
 
 
-def packed_room(forest: Forest, sizes: Sequence[int], whose: Sequence[int], both_ways: bool,
-                device: torch.device) -> Room:
+def layout_packed(forest: Forest, sizes: Sequence[int], whose: Sequence[int], both_ways: bool,
+                device: torch.device) -> VirtualTokenLayout:
     """One root for each share before all others, or, where texts are seen both ways, its places at every root's head.
 
     Args:
         sizes: how many virtual tokens each share has.
         whose: the share of each segment; a child has its parent's.
     """
-    make = _at_every_head if both_ways else _as_roots
+    make = _layout_in_every_root if both_ways else _layout_as_roots
     return make(forest, sizes, [*accumulate(sizes, initial=0)], whose, device)
 
 
-def _as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
-              device: torch.device) -> Room:
+def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
+              device: torch.device) -> VirtualTokenLayout:
     used = {share: whose.index(share) for share in dict.fromkeys(whose) if sizes[share]}  # and its first segment
     new, total = list(used), sum(forest.lengths)
     above = {share: i for i, share in enumerate(new)}
@@ -94,12 +94,12 @@ def _as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose
     source = torch.cat([*(head + starts[share] for head, share in zip(heads, new, strict=True)), row + starts[-1]])
     like = torch.cat([*(torch.full_like(head, forest.starts[used[share]])
                         for head, share in zip(heads, new, strict=True)), row])
-    shift = torch.cat([*heads, spread([sizes[share] for share in whose], forest.lengths)])
-    return _room(device, source, like, row + before, shift, longer, (*new, *whose))
+    shift = torch.cat([*heads, repeat_per_token([sizes[share] for share in whose], forest.lengths)])
+    return _make_layout(device, source, like, row + before, shift, longer, (*new, *whose))
 
 
-def _at_every_head(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
-                   device: torch.device) -> Room:
+def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
+                   device: torch.device) -> VirtualTokenLayout:
     added = [sizes[share] if parent < 0 else 0 for parent, share in zip(forest.parents, whose, strict=True)]
     longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
     source, like, own, shift = [], [], [], []
@@ -110,15 +110,15 @@ def _at_every_head(forest: Forest, sizes: Sequence[int], starts: Sequence[int], 
         like += [torch.full_like(head, at), span]
         own += [span + before]
         shift += [head, torch.full_like(span, sizes[share])]
-    return _room(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(whose))
+    return _make_layout(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(whose))
 
 
-def spread(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """[T] the value of each token's segment."""
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))
 
 
-def _room(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: Forest,
-          whose: tuple[int, ...]) -> Room:
+def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: Forest,
+          whose: tuple[int, ...]) -> VirtualTokenLayout:
     source, like, own, shift = (x[None].to(device, non_blocking=True) for x in (source, like, own, shift))
-    return Room(source, like, own, shift, forest=forest, whose=whose)
+    return VirtualTokenLayout(source, like, own, shift, forest=forest, whose=whose)

@@ -30,20 +30,20 @@ from luthier.core.errors import BaseError
 from luthier.core.protocols import ModelStructure, Scope
 from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention import biased
-from luthier.models.attention.biased import Before
-from luthier.models.attention.packed import Pair
-from luthier.models.hf_logging import quiet
-from luthier.models.soft_prompts.causal import Catch, Enough
-from luthier.models.soft_prompts.injection import Door, acts
+from luthier.models.attention.biased import BiasedVirtualKeyValues
+from luthier.models.attention.packed import KeyValue
+from luthier.models.hf_logging import silence_transformers
+from luthier.models.soft_prompts.causal import KeyValueRecorder, RecordingComplete
+from luthier.models.soft_prompts.injection import Injection, is_active
 
 
-class Carried:
+class InjectedKeyValues:
     """Travels with one call of a stack down to its attention functions."""
 
-    def __init__(self, before: dict[nn.Module, Before]) -> None:
+    def __init__(self, before: dict[nn.Module, BiasedVirtualKeyValues]) -> None:
         self.before = before
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> BiasedVirtualKeyValues | None:
         return self.before.get(module)
 
 
@@ -66,30 +66,30 @@ class Seq2SeqInjector:
                        for stack in (encoder, decoder)}
         self._modules: dict[nn.Module, list[nn.Module]] = {}  # the attentions of each stack, in their order
         self._suspended = False
-        self.doors: list[Door] = []
+        self.doors: list[Injection] = []
 
     # ------------------------------------------------------------ what methods call
 
     def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
-        self._open(Door("prompt", make, scope, make().shape[0]))
+        self._open(Injection("prompt", make, scope, make().shape[0]))
 
-    def add_prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
         if not self._modules:
             self.compute_keys_values([0])
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+        self._open(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
-    def _open(self, door: Door) -> None:
+    def _open(self, door: Injection) -> None:
         if not self.doors:
             for stack, enter in ((self._encoder, self._read), (self._decoder, self._write)):
                 stack.register_forward_pre_hook(enter, with_kwargs=True)
         self.doors.append(door)
 
     @torch.no_grad()
-    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert not isinstance(start, Tensor), "there are words"
         self._install()
         tokens = torch.tensor([[*start]], device=self._device)
-        catch = Catch()
+        catch = KeyValueRecorder()
         with self._bare():
             read = self._encoder(input_ids=tokens, virtual=catch).last_hidden_state
             self._modules[self._encoder] = list(catch.caught)
@@ -105,8 +105,8 @@ class Seq2SeqInjector:
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         """Alike at every `place`: T5's keys know none. (BART's do; there it is the first.)"""
         self._install()
-        catch = Catch(most=1)
-        with self._bare(), suppress(Enough):
+        catch = KeyValueRecorder(most=1)
+        with self._bare(), suppress(RecordingComplete):
             self._encoder(input_ids=torch.tensor([[token] for token in ids], device=self._device), virtual=catch)
         (key, _), = catch.caught.values()
         return key.flatten(1)
@@ -122,7 +122,7 @@ class Seq2SeqInjector:
                       for stack, names in self._names.items())
         if not carries or now not in ("sdpa", biased.NAME):
             raise self._unreachable()
-        with quiet():
+        with silence_transformers():
             self._model.set_attn_implementation(biased.NAME)
 
     def _unreachable(self) -> BaseError:
@@ -141,8 +141,8 @@ class Seq2SeqInjector:
 
     # ------------------------------------------------------------ the two hooks
 
-    def _acting(self, kind: SoftPromptKind) -> list[Door]:
-        return [] if self._suspended else [d for d in self.doors if d.kind == kind and acts(d.scope)]
+    def _acting(self, kind: SoftPromptKind) -> list[Injection]:
+        return [] if self._suspended else [d for d in self.doors if d.kind == kind and is_active(d.scope)]
 
     def _read(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the encoder: the prompt before each source, the prefix on its way."""
@@ -156,7 +156,7 @@ class Seq2SeqInjector:
         given = {**dict(zip(self._names[stack], args, strict=False)), **given}
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
-            given["encoder_attention_mask"] = mask.gather(1, _places(mask, states.shape[1] - mask.shape[1])[1])
+            given["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
         cache = given.get("past_key_values")
         return (), self._with_prefix(stack, given, 0 if cache is None else int(cache.get_seq_length()))
 
@@ -172,7 +172,7 @@ class Seq2SeqInjector:
         virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
         if mask is None:
             return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
-        source, like = _places(mask, virtual.shape[1])
+        source, like = _index_padded(mask, virtual.shape[1])
         embeds = torch.cat([virtual, embeds], 1).gather(1, source[..., None].expand(-1, -1, embeds.shape[2]))
         return {**given, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
 
@@ -187,9 +187,9 @@ class Seq2SeqInjector:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
         biases = self._biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
-        found = {module: Before(key[None], value[None], biases.get(module))
+        found = {module: BiasedVirtualKeyValues(key[None], value[None], biases.get(module))
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
-        return {**given, "virtual": Carried(found)}
+        return {**given, "virtual": InjectedKeyValues(found)}
 
     def _biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
         """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
@@ -213,7 +213,7 @@ class Seq2SeqInjector:
         return found
 
 
-def _places(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _index_padded(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """For rows with the mask [B, L] and n virtual tokens before the first token of each: [B, n + L] what stands where
     (an index into the virtual tokens, and the own ones behind them), and the own token whose mask it has."""
     first = mask.ne(0).int().argmax(1, keepdim=True)

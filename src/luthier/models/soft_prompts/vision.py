@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from luthier.core.errors import BaseError
 from luthier.core.protocols import ModelStructure, Scope
 from luthier.core.soft_prompts import SoftPromptKind
-from luthier.models.attention.packed import Pair
-from luthier.models.soft_prompts.causal import Carried, Catch
-from luthier.models.soft_prompts.injection import Door, acts
+from luthier.models.attention.packed import KeyValue
+from luthier.models.soft_prompts.causal import InjectedKeyValues, KeyValueRecorder
+from luthier.models.soft_prompts.injection import Injection, is_active
 
 
 class VisionInjector:
@@ -49,7 +49,7 @@ class VisionInjector:
         self._names = list(arguments)[1:]
         self._carries = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
         self._modules: list[nn.Module] = []
-        self.doors: list[Door] = []
+        self.doors: list[Injection] = []
 
     # ------------------------------------------------------------ what methods call
 
@@ -70,14 +70,14 @@ class VisionInjector:
         with torch.no_grad(), self._bare():
             seen = self._seen_of(self._pixels(1))[0]
             self._run_on(torch.cat([seen, seen[:1].expand(n, -1)]))
-        self._open(Door("prompt", make, scope, n))
+        self._open(Injection("prompt", make, scope, n))
 
-    def add_prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
         if not self._modules:
             self.compute_keys_values(self.typical_embeddings(1, 0))
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+        self._open(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
-    def _open(self, door: Door) -> None:
+    def _open(self, door: Injection) -> None:
         if not self._carries:
             raise BaseError(f"{type(self._backbone).__name__} takes no more arguments than it knows, so nothing can be "
                             "handed through it", "use a method that changes its layers, such as lora, or another base")
@@ -88,7 +88,7 @@ class VisionInjector:
         self.doors.append(door)
 
     @torch.no_grad()
-    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert isinstance(start, Tensor), "there are no words"
         with self._bare():
             catch = self._run_on(start)
@@ -111,10 +111,10 @@ class VisionInjector:
             raise self._strange()
         return seen
 
-    def _run_on(self, row: Tensor) -> Catch:
+    def _run_on(self, row: Tensor) -> KeyValueRecorder:
         """The keys and values of a picture in whose place the layers see `row` [L, D]. Raises `BaseError` where they
         cannot see rows of another length than a picture's."""
-        catch = Catch()
+        catch = KeyValueRecorder()
         handle = self._embeddings.register_forward_hook(lambda _module, _args, seen: row[None].to(seen))
         try:
             self._backbone(pixel_values=self._pixels(1), virtual=catch)
@@ -142,8 +142,8 @@ class VisionInjector:
 
     # ------------------------------------------------------------ the hooks
 
-    def _acting(self, kind: SoftPromptKind) -> list[Door]:
-        return [door for door in self.doors if door.kind == kind and acts(door.scope)]
+    def _acting(self, kind: SoftPromptKind) -> list[Injection]:
+        return [door for door in self.doors if door.kind == kind and is_active(door.scope)]
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         made = [door.make() for door in self._acting("prefix")]
@@ -151,7 +151,7 @@ class VisionInjector:
             return None
         joined = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in zip(*made, strict=True)]
         pairs = {module: [(key, value)] for module, (key, value) in zip(self._modules, joined, strict=True)}
-        return (), {**dict(zip(self._names, args, strict=False)), **given, "virtual": Carried(pairs)}
+        return (), {**dict(zip(self._names, args, strict=False)), **given, "virtual": InjectedKeyValues(pairs)}
 
     def _put_in(self, _module: nn.Module, _args: tuple[Any, ...], seen: Tensor) -> Tensor:
         """[S, 1 + N + P, D] of [S, 1 + P, D]."""
@@ -163,13 +163,13 @@ class VisionInjector:
         if not n:
             return None
         if isinstance(result, tuple):
-            return _without(result[0], n), *result[1:]
-        result.last_hidden_state = _without(result.last_hidden_state, n)
+            return _remove_prompt(result[0], n), *result[1:]
+        result.last_hidden_state = _remove_prompt(result.last_hidden_state, n)
         if getattr(result, "hidden_states", None) is not None:
-            result.hidden_states = tuple(_without(states, n) for states in result.hidden_states)
+            result.hidden_states = tuple(_remove_prompt(states, n) for states in result.hidden_states)
         return result
 
 
-def _without(states: Tensor, n: int) -> Tensor:
+def _remove_prompt(states: Tensor, n: int) -> Tensor:
     """Behind the first token n taken out."""
     return torch.cat([states[:, :1], states[:, 1 + n:]], 1)
