@@ -217,7 +217,7 @@ def test_an_answer_has_the_room_that_its_own_adapter_leaves() -> None:
     found = {g.index: g.token_ids for g in family.generate(prompts, SamplingParams(max_new_tokens=50), bank.numbers(names))}
     assert [len(found[i]) for i in range(4)] == [10, 13, 16, 12]
     told: dict[int, tuple[int, ...]] = dict.fromkeys(range(4), ())
-    for index, token in family.tokens(prompts, SamplingParams(max_new_tokens=50), bank.numbers(names)):
+    for index, token in family.stream_batch(prompts, SamplingParams(max_new_tokens=50), bank.numbers(names)):
         assert token is not None
         told[index] += (token,)
     assert told == found

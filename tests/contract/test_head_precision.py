@@ -164,7 +164,7 @@ def test_heads_are_computed_in_float32_under_autocast(kind: Any) -> None:
     heads = TaskHeads([Head("score", kind, 3)], 32, torch.device("cpu"), 0, "CAUSAL_LM")
     states = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
-        found, control = heads._of(kind, states), heads.modules["score"](states)
+        found, control = heads._compute_scores(kind, states), heads.modules["score"](states)
     wanted = states @ heads.modules["score"].weight.T
     assert found.dtype == torch.float32
     assert (found - wanted).abs().max() < 1e-6

@@ -236,7 +236,7 @@ def test_a_base_that_would_stay_whole_is_refused(bits: Any, kind: str) -> None:
 @BITS
 def test_an_encoders_own_head_stays_whole(bits: Any, tmp_path: Path) -> None:
     save_tiny(tmp_path, "bert", dtype=torch.float32, words=True)
-    model, _ = load_model(BaseConfig(name=str(tmp_path), quantize=bits, device="cpu"), words=True)
+    model, _ = load_model(BaseConfig(name=str(tmp_path), quantize=bits, device="cpu"), with_mlm_head=True)
     few = {name for name, module in model.named_modules()
            if "Linear" in type(module).__name__ and type(module) is not torch.nn.Linear}
     assert few

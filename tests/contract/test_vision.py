@@ -34,7 +34,7 @@ def settings(path: Path, told: dict[str, Any] | None = None, **changes: Any) -> 
     (path / "config.json").write_text(json.dumps({"image_size": 8, "num_channels": 3, **changes}))
     if told is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(told))
-    return ImageProcessor.of(path)
+    return ImageProcessor.from_pretrained(path)
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ class DecodeBatch(Protocol):
         """[B, V] of every row's next token."""
         ...
 
-    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+    def append(self, chosen: Tensor, kept: Tensor | None) -> None:
         """Put `chosen` [B] at the end of the rows; those at `kept` stay, None for all."""
         ...
 
@@ -180,7 +180,7 @@ def _decode(begin: StartBatch, prompts: Mapping[int, Sequence[int]], limits: Seq
         if len(left) <= COMPACTION_THRESHOLD * len(rows):
             kept = torch.tensor([i for i, index in enumerate(rows) if index in left], device=logits.device)
             rows = [index for index in rows if index in left]
-        batch.go_on(chosen, kept)
+        batch.append(chosen, kept)
 
 
 class CausalDecodeBatch:
@@ -201,7 +201,7 @@ class CausalDecodeBatch:
                                    past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         return found
 
-    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+    def append(self, chosen: Tensor, kept: Tensor | None) -> None:
         if kept is not None:
             self.cache.batch_select_indices(kept)
             chosen, self.mask = chosen[kept], self.mask[kept]

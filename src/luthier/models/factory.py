@@ -16,19 +16,19 @@ from luthier.models.loading import BaseConfig, load_model
 from luthier.models.sentence_files import read_pooling
 
 
-def open_family(config: BaseConfig, words: bool = False) -> Family:
+def open_family(config: BaseConfig, with_mlm_head: bool = False) -> Family:
     """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why.
 
     Args:
         words: load an encoder with its own head for masked words.
     """
-    made = _load_family(config, words)
+    made = _load_family(config, with_mlm_head)
     made.has_explicit_pooling = config.pooling != "auto"
     return made
 
 
-def _load_family(config: BaseConfig, words: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
-    model, tokenizer = load_model(config, words)
+def _load_family(config: BaseConfig, with_mlm_head: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
+    model, tokenizer = load_model(config, with_mlm_head)
     kind = detect_architecture(model.config)
     if kind == "encoder":
         auto = read_pooling(Path(model.name_or_path)) if config.pooling == "auto" else config.pooling

@@ -62,10 +62,10 @@ class HFModel:
         with silence_transformers():  # whoever knows no registry keeps its own attention, and its rows are padded
             model.set_attn_implementation(_forest.NAME)
         self.model, self.tokenizer = model, tokenizer
-        self._lean = ActivationRecomputer()
-        replace_gated_mlps(model, self._lean)
+        self._recomputer = ActivationRecomputer()
+        replace_gated_mlps(model, self._recomputer)
         self.structure = find_structure(model, tokenizer, self.task)
-        self._lean.watch(self.structure.layers)
+        self._recomputer.register(self.structure.layers)
         self._recompute_over: int | None = None
         self.add_heads((), 0)
 
@@ -89,13 +89,13 @@ class HFModel:
         self._recompute_over = over
         for block in self.structure.layers:
             block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
-                checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), snapshot_routing(self.router)))
+                checkpoint, use_reentrant=False, context_fn=lambda: (self._recomputer.suspended(), snapshot_routing(self.router)))
 
     def add_heads(self, heads: Sequence[Head], seed: int) -> Tuner:
-        self.heads = TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task, self._task_head)
+        self.heads = TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task, self._build_task_head)
         return self.heads
 
-    def _task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
+    def _build_task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
         if self.is_encoder_decoder:
             return "an encoder-decoder's class of Transformers classifies by the state of the text's own end mark"
         return build_task_head(head, self.model, self.structure.backbone, self.pooling if self.has_explicit_pooling else None,
@@ -121,7 +121,7 @@ class HFModel:
         return replace(self._outputs(inputs, target, needs - {"token_scores"}), token_scores=values)
 
     def _outputs(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        return self.heads.outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
+        return self.heads.compute_outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] last hidden states of the row."""
@@ -132,13 +132,13 @@ class HFModel:
         if not torch.is_grad_enabled():
             return self._run(inputs)
         # The last blocks are kept: the backward pass lets go of them before the first ones are computed again.
-        again = len(self.structure.layers) - self._kept(inputs.tokens.shape[0])
+        again = len(self.structure.layers) - self._count_kept_layers(inputs.tokens.shape[0])
         for place, block in enumerate(self.structure.layers):
             block.module.gradient_checkpointing = place < again  # type: ignore[assignment]
-        with self._lean():
+        with self._recomputer():
             return self._run(inputs)
 
-    def _kept(self, tokens: int) -> int:
+    def _count_kept_layers(self, tokens: int) -> int:
         """How many blocks of a row keep their activations."""
         count, over = len(self.structure.layers), self._recompute_over
         return count if over is None or tokens <= over else count * over // tokens
@@ -154,8 +154,8 @@ class HFModel:
         """Write the whole model as a Transformers folder, tokenizer included."""
         sync_bias_config(self.model)
         own, tokenizer = self.heads.task_head, self.get_padded_tokenizer()
-        with (silence_transformers(), self._saved_stops(),
-              nullcontext(self.model) if own is None else own.whole(self.model, self.structure.backbone) as whole):
+        with (silence_transformers(), self._saved_stop_tokens(),
+              nullcontext(self.model) if own is None else own.assembled(self.model, self.structure.backbone) as whole):
             if own is not None and self.can_generate:
                 whole.config.pad_token_id = tokenizer.pad_token_id
             whole.save_pretrained(path)
@@ -175,7 +175,7 @@ class HFModel:
         return tokenizer
 
     @contextmanager
-    def _saved_stops(self) -> Iterator[None]:
+    def _saved_stop_tokens(self) -> Iterator[None]:
         """While open, the model's generation config names the tokens that end a turn before its own."""
         settings = getattr(self.model, "generation_config", None)
         if settings is None or not self.chat_format.trained or not self.chat_format.stop_tokens:
@@ -193,7 +193,7 @@ class HFModel:
     def save_generation_config(self, path: Path) -> None:
         """Write which tokens end an answer beside an adapter, where it was tuned on conversations."""
         if self.chat_format.trained and (settings := getattr(self.model, "generation_config", None)) is not None:
-            with silence_transformers(), self._saved_stops():
+            with silence_transformers(), self._saved_stop_tokens():
                 settings.save_pretrained(path)
 
 
@@ -210,72 +210,72 @@ class PackedHFModel(HFModel):
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None) -> None:
         super().__init__(model, tokenizer)
         self.structure = causal.attach_injector(self.structure, router=lambda: self.router)
-        self.layout = layout or self._proven_layout()
+        self.layout = layout or self._detect_layout()
 
-    def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
+    def _build_columns(self, inputs: Inputs) -> dict[str, Tensor]:
         """What the backbone is told about each token, by its argument's name, each [T]."""
         return {"input_ids": inputs.tokens, "position_ids": inputs.positions}
 
-    def _told(self, inputs: Inputs) -> dict[str, Tensor]:
+    def _build_arguments(self, inputs: Inputs) -> dict[str, Tensor]:
         """The columns, with embeddings in place of the tokens where these are mixtures."""
-        columns = self._columns(inputs)
+        columns = self._build_columns(inputs)
         if (embeds := mix_embeddings(self.model.get_input_embeddings(), inputs)) is not None:
             columns["inputs_embeds"] = embeds
             del columns["input_ids"]
         return columns
 
     def _run(self, inputs: Inputs) -> Tensor:
-        return self._packed(inputs) if self.layout == "packed" else self._padded(inputs)
+        return self._run_packed(inputs) if self.layout == "packed" else self._run_padded(inputs)
 
-    def _packed(self, inputs: Inputs) -> Tensor:
+    def _run_packed(self, inputs: Inputs) -> Tensor:
         # A mask that is already four-dimensional is handed through untouched; it is empty, so that a model which
         # would use it instead of the forest fails loudly.
         placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
-        columns = {name: column[None] for name, column in self._told(inputs).items()}
+        columns = {name: column[None] for name, column in self._build_arguments(inputs).items()}
         result = self.structure.backbone(**columns, attention_mask=placeholder, forest=inputs.forest, **self.options)
         return result.last_hidden_state[0]
 
-    def _padded(self, inputs: Inputs) -> Tensor:
+    def _run_padded(self, inputs: Inputs) -> Tensor:
         """Every leaf of the forest with all its ancestors as one padded row; shared prompts are computed repeatedly."""
         runs, home = list_leaf_paths(inputs.forest)
         device = inputs.tokens.device
-        mask = sent(self._mask(inputs.forest, runs), device)
+        mask = sent(self._build_mask(inputs.forest, runs), device)
         runs = [sent(run, device) for run in runs]
         columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
-                   for name, column in self._told(inputs).items()}
+                   for name, column in self._build_arguments(inputs).items()}
         result = self.structure.backbone(**columns, attention_mask=mask, **self.options)
         return result.last_hidden_state.flatten(0, 1)[sent(home(mask.shape[-1]), device)]
 
-    def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
+    def _build_mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
         """Of the padded rows: [rows, L] which tokens count, or [rows, 1, L, L] which token sees which."""
         return pad_sequence([torch.ones_like(run) for run in runs], batch_first=True)
 
     @torch.no_grad()
-    def _proven_layout(self) -> Layout:
+    def _detect_layout(self) -> Layout:
         """Two segments in one row must get what they have alone; some architectures leak or cannot."""
         device, was = self.device, self.model.training
         self.model.eval()
         inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),
                         torch.tensor([0, 1, 2, 0, 1, 2], device=device), Forest((3, 3), (-1, -1)))
         try:
-            packed, padded = self._packed(inputs).float(), self._padded(inputs).float()
+            packed, padded = self._run_packed(inputs).float(), self._run_padded(inputs).float()
         except LuthierError:
             raise
         except TypeError as error:
             if "forest" not in str(error):  # not the model that refuses the argument: a defect here or in a kernel
                 raise
-            return self._unpacked("it takes no arguments for its attention")
+            return self._fall_back_to_padded("it takes no arguments for its attention")
         except (RuntimeError, ValueError, AttributeError) as error:  # the model took the mask, not the forest
-            return self._unpacked(summarize_error(error))
+            return self._fall_back_to_padded(summarize_error(error))
         finally:
             self.model.train(was)
         if not bool(padded.isfinite().all()):
             raise BaseError(f"base {self.model.name_or_path!r}: its output is not a number",
                             "set base.dtype to float32; if it is, the weights are damaged: get them anew")
         close = torch.allclose(packed, padded, rtol=1e-2, atol=1e-2 * float(padded.abs().max()))
-        return "packed" if close else self._unpacked("documents of one row influence each other")
+        return "packed" if close else self._fall_back_to_padded("documents of one row influence each other")
 
-    def _unpacked(self, why: str) -> Layout:
+    def _fall_back_to_padded(self, why: str) -> Layout:
         self.padding_reason = (f"{type(self.model).__name__} cannot compute several documents in one row ({why}); each "
                            "gets a padded row of its own, which is slower and changes no result")
         return "padded"

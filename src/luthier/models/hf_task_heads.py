@@ -103,11 +103,11 @@ class TaskHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         if self.kind == "token":
-            logits: Tensor = self.call(states[None])[0]
+            logits: Tensor = self.compute_logits(states[None])[0]
             return logits
-        return self.call(states[:, None])
+        return self.compute_logits(states[:, None])
 
-    def call(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute_logits(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits as the class computes them of a stack's states, [N, L, D]; `mask`: [N, L], 0 for padding."""
         seen = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask
         stack = self.shell.get_submodule(self.shell.base_model_prefix)
@@ -121,7 +121,7 @@ class TaskHead(nn.Module):
             stack.states = None
 
     @contextmanager
-    def whole(self, model: Any, backbone: Any) -> Iterator[Any]:
+    def assembled(self, model: Any, backbone: Any) -> Iterator[Any]:
         """The class with the trained stack in it, and with the config that is saved; for the time of the context."""
         name, own = self.shell.base_model_prefix, self.shell.config
         stand_in = self.shell.get_submodule(name)
@@ -195,10 +195,10 @@ def _detect_pooling(head: TaskHead, hidden: int) -> str | None:
     states = torch.linspace(-3, 3, 6 * hidden).sin().view(2, 3, hidden) * torch.linspace(1, 2, 6).view(2, 3, 1)
     if head.kind != "item":
         alone = head(states.flatten(0, 1)) if head.kind == "token" else head(states[:, 0])
-        whole = head.call(states)
+        whole = head.compute_logits(states)
         return "first" if torch.allclose(whole.flatten(0, -2), alone, rtol=1e-4, atol=1e-6) else None
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    whole = head.call(states, mask)
+    whole = head.compute_logits(states, mask)
     ways = {"first": states[:, 0], "last": states[[0, 1], [2, 1]],
             "mean": (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)}
     return next((name for name, state in ways.items()

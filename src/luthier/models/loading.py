@@ -226,10 +226,10 @@ def compute_fingerprint(path: Path) -> str:
 # ---------------------------------------------------------------- from a folder to a model
 
 
-def load_model(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
+def load_model(config: BaseConfig, with_mlm_head: bool = False) -> tuple[Any, Any]:
     """The base in evaluation mode on the config's device, and its tokenizer (of pictures: `ImageProcessor`).
 
-    `words`: an encoder with its own head for masked words. Raises `BaseError` where its files hold none.
+    `with_mlm_head`: an encoder with its own head for masked words. Raises `BaseError` where its files hold none.
 
     Memory peaks near one copy of the weights: they are mapped from the file and copied tensor by tensor.
     """
@@ -240,7 +240,7 @@ def load_model(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
         described = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
         kind = _require_architecture(config, described)
         tokenizer = _load_tokenizer(config, path, kind)
-        headed = words and kind == "encoder"
+        headed = with_mlm_head and kind == "encoder"
         loader: Any = AutoModelForMaskedLM if headed else architectures.AUTO_CLASSES[kind]
         read: Any = loader.from_pretrained(
             path, config=described, dtype="auto" if dtype is None or config.quantize != "none" else dtype,
@@ -297,7 +297,7 @@ def _require_architecture(config: BaseConfig, described: Any) -> Architecture:
 
 def _load_tokenizer(config: BaseConfig, path: Path, kind: Architecture) -> Any:
     if kind == "vision":
-        return ImageProcessor.of(path)
+        return ImageProcessor.from_pretrained(path)
     return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 

@@ -98,7 +98,7 @@ class TaskHeads:
         kept += self.task_head.modules_to_save() if self.task_head is not None else []
         return {"peft_type": None, "task_type": self.task or None, "modules_to_save": sorted(kept)}
 
-    def _of(self, kind: str, states: Tensor) -> Tensor:
+    def _compute_scores(self, kind: str, states: Tensor) -> Tensor:
         """In float32, under autocast too: a reward or a value with the three digits of bfloat16 is not one."""
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
@@ -106,7 +106,7 @@ class TaskHeads:
             scores: Tensor = module(states.to(next(module.parameters()).dtype))
         return scores
 
-    def outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
+    def compute_outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
                 log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
         """What is asked for of a row of states.
 
@@ -123,12 +123,12 @@ class TaskHeads:
                                                    target.temperature)
                 made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
             if "token_scores" in needs:
-                made["token_scores"] = self._of("token", states)
+                made["token_scores"] = self._compute_scores("token", states)
         if "pooled" in needs:
             made["pooled"] = pool_states(row, forest, target.items, pooling)
         if "scores" in needs:
             own = pooling if self.task_head is None else cast(Pooling, self.task_head.pooling)
-            made["scores"] = self._of("item", pool_states(row, forest, target.items, own))
+            made["scores"] = self._compute_scores("item", pool_states(row, forest, target.items, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 

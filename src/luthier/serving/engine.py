@@ -163,7 +163,7 @@ class Desk:
         numbers = self.numbers([request.adapter for request in batch]) if self.numbers else ()
         answers = [_Answer(request, self.family.tokenizer.decode) for request in batch]
         assert isinstance(self.family, assembly.CausalLM), "nobody asks a base that does not write"
-        for index, token in self.family.tokens([request.prompt for request in batch], sampling, numbers):
+        for index, token in self.family.stream_batch([request.prompt for request in batch], sampling, numbers):
             answers[index].hear(token)
             if all(answer.ended for answer in answers):
                 return

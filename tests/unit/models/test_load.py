@@ -55,10 +55,10 @@ def test_dtype_is_the_one_asked_for(dtype: str, held: torch.dtype, tmp_path: Pat
 def test_sharded_weights(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path, max_shard_size="50KB")
     tiny_tokenizer().save_pretrained(tmp_path)
-    assert len(loading.shards(tmp_path)) > 1
+    assert len(loading.list_weight_files(tmp_path)) > 1
     model, _ = load_model(base(tmp_path))
     assert torch.equal(model.lm_head.weight, tiny("llama").lm_head.weight)
-    (tmp_path / loading.shards(tmp_path)[0].name).unlink()
+    (tmp_path / loading.list_weight_files(tmp_path)[0].name).unlink()
     with pytest.raises(BaseError, match="missing or damaged"):
         load_model(base(tmp_path))
 
@@ -100,7 +100,7 @@ def test_an_alias_never_imports_its_package() -> None:
 
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     code = ("from luthier.models.loading import *\n"
-            "try: load(BaseConfig(name='owner/nothing'))\n"
+            "try: load_model(BaseConfig(name='owner/nothing'))\n"
             "except BaseError as error: print(error)")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)})
@@ -225,13 +225,13 @@ def test_one_flipped_bit_anywhere_is_another_fingerprint(llama: Path) -> None:
 
 
 def test_a_folder_of_the_cache_whose_weights_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = converting.once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
-    assert converting.once(made, lambda to: None) == made
+    made = converting.build_once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
+    assert converting.build_once(made, lambda to: None) == made
     content = bytearray((made / "model.safetensors").read_bytes())
     content[-9] ^= 1
     (made / "model.safetensors").write_bytes(content)
     with pytest.raises(BaseError, match="are not those that were written there") as caught:
-        converting.once(made, lambda to: None)
+        converting.build_once(made, lambda to: None)
     assert "delete that folder" in caught.value.remedy
 
 
@@ -314,22 +314,22 @@ def test_a_gguf_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: pytes
     same_as_straight_from(file, model, tokenizer)
     model.save_pretrained(tmp_path / "again")  # what was quantised once is an ordinary model now
 
-    monkeypatch.setattr(converting, "convert", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(converting, "convert_gguf", lambda *_: pytest.fail("converted twice"))
     moved = file.rename(tmp_path / "renamed.gguf").rename(tmp_path / "tiny.gguf")
     assert list((tmp_path / "cache").iterdir()) == [prepare_folder(base(moved))]
 
 
 def test_whoever_converts_second_takes_the_first_ones_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), converting.convert
+    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), converting.convert_gguf
 
     def overtaken(source: Path, to: Path) -> None:
         convert(source, to)
-        monkeypatch.setattr(converting, "convert", convert)
+        monkeypatch.setattr(converting, "convert_gguf", convert)
         first.append(prepare_folder(base(file)))
 
     first: list[Path] = []
-    monkeypatch.setattr(converting, "convert", overtaken)
+    monkeypatch.setattr(converting, "convert_gguf", overtaken)
     assert [prepare_folder(base(file))] == first == list((tmp_path / "cache").iterdir())
 
 

@@ -48,10 +48,10 @@ class VirtualKeyValues:
     """
 
     pairs: Sequence[KeyValue]
-    whose: tuple[int, ...] = ()
+    assignment: tuple[int, ...] = ()
 
-    def of(self, segment: int) -> KeyValue | None:
-        found = self.whose[segment] if self.whose else 0
+    def get(self, segment: int) -> KeyValue | None:
+        found = self.assignment[segment] if self.assignment else 0
         return None if found < 0 else self.pairs[found]
 
 
@@ -112,11 +112,11 @@ def _prepend(before: KeyValue, key: Tensor, value: Tensor, mask: Tensor | None,
 def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Tensor | None,
                  last: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """`_prepend` for rows that each have their own: the shorter ones are padded, and the padding is seen by none."""
-    if len(set(before.whose)) < 2 and (one := before.of(0)) is not None:
+    if len(set(before.assignment)) < 2 and (one := before.get(0)) is not None:
         return _prepend(one, key, value, mask, last)
     sizes = tuple(k.shape[2] for k, _ in before.pairs)
     most, device = max(sizes), key.device
-    index, seen = _index_pairs(before.whose, sizes, device)
+    index, seen = _index_pairs(before.assignment, sizes, device)
     joined = []
     for each in zip(*before.pairs, strict=True):  # all keys, all values
         padded = [F.pad(x, (0, 0, 0, most - x.shape[2])) for x in each]
@@ -130,9 +130,9 @@ def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Te
 
 
 @lru_cache(maxsize=4)  # every layer of a step asks for the same one
-def _index_pairs(whose: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """[B] which pair each row has, the one behind the last for none; [B, N] which of its places hold something."""
-    index = torch.tensor([found if found >= 0 else len(sizes) for found in whose])
+    index = torch.tensor([found if found >= 0 else len(sizes) for found in assignment])
     seen = torch.arange(max(sizes)) < torch.tensor((*sizes, 0))[index][:, None]
     return index.to(device), seen.to(device)
 
@@ -149,7 +149,7 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Fores
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
                                                            torch.cat([values[a] for a in path], 2))
         mask = _causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
-        own = None if before is None else before.of(i)
+        own = None if before is None else before.get(i)
         if own is not None:
             k, v, mask = _prepend(own, k, v, mask, q.shape[2] if causal else 0)
         outs.append(_attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))

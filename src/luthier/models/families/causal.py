@@ -53,19 +53,19 @@ class CausalLM(PackedHFModel):
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
-        return generate(self.model, prompts, sampling, eos=self.stops, pad=0, device=self.device,
+        return generate(self.model, prompts, sampling, eos=self.stop_tokens, pad=0, device=self.device,
                         routed=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
 
-    def tokens(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
+    def stream_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                adapters: Sequence[int] = ()) -> Iterator[tuple[int, int | None]]:
         """As `generate`, all prompts in one batch, token by token: (index, token); None where an answer has ended."""
-        return stream_batch(self.model, prompts, sampling, self.stops, pad=0, device=self.device,
+        return stream_batch(self.model, prompts, sampling, self.stop_tokens, pad=0, device=self.device,
                        routed=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""
-        return stream_tokens(self.model, prompt, sampling, eos=self.stops)
+        return stream_tokens(self.model, prompt, sampling, eos=self.stop_tokens)
 
     @property
-    def stops(self) -> set[int]:
+    def stop_tokens(self) -> set[int]:
         return find_eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)

@@ -55,19 +55,19 @@ class Encoder(PackedHFModel):
         context = self.structure.sizes["context"] - self._offset
         self.structure = causal.attach_injector(replace(self.structure, sizes={**self.structure.sizes, "context": context}),
                                          self._offset, lambda: self.router)
-        self.words = None if self.structure.head is None else MaskedLMHead(model)
-        if self.words is not None:
-            self._prove(self.words)
+        self.mlm_head = None if self.structure.head is None else MaskedLMHead(model)
+        if self.mlm_head is not None:
+            self._check_logits(self.mlm_head)
 
-    def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
+    def _build_columns(self, inputs: Inputs) -> dict[str, Tensor]:
         columns = {"input_ids": inputs.tokens, "position_ids": inputs.positions + self._offset}
         if self._separator is not None:
             columns["token_type_ids"] = compute_token_types(inputs.tokens, inputs.forest, self._separator)
         return columns
 
-    def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
+    def _build_mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
         if forest.flat:
-            return super()._mask(forest, runs)
+            return super()._build_mask(forest, runs)
         # An ancestor does not see its descendants, although they stand in one padded row.
         segment, _, related = describe_segments(forest)
         rows = pad_sequence([segment[run] for run in runs], batch_first=True, padding_value=-1)
@@ -75,23 +75,23 @@ class Encoder(PackedHFModel):
         return (sees | torch.eye(rows.shape[1], dtype=torch.bool))[:, None]
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        if needs & LOG_PROBS and self.words is None:
+        if needs & LOG_PROBS and self.mlm_head is None:
             raise BaseError("an encoder sees the very token that it should predict, so without its head it gives none",
                             "choose an objective that judges texts or words, or a base that writes text")
         return super().forward(inputs, target, needs)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        return compute_logprobs(self.words, states, tokens, entropies=entropies, temperature=temperature)
+        return compute_logprobs(self.mlm_head, states, tokens, entropies=entropies, temperature=temperature)
 
     @torch.no_grad()
-    def _prove(self, words: MaskedLMHead) -> None:
+    def _check_logits(self, mlm_head: MaskedLMHead) -> None:
         """Whether the model's own logits are those of its parts as they are called here."""
         was = self.model.training
         self.model.eval()
         row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
         own = self.model(input_ids=row[None]).logits[0].float()
-        found = words(self.states(Inputs(row, torch.arange(3, device=self.device), Forest((3,), (-1,))))).float()
+        found = mlm_head(self.states(Inputs(row, torch.arange(3, device=self.device), Forest((3,), (-1,))))).float()
         self.model.train(was)
         if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",

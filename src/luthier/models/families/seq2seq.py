@@ -66,15 +66,15 @@ class Seq2Seq(HFModel):
         self.model, self.tokenizer = model, tokenizer
         self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
         parts = find_structure(model, tokenizer)
-        self._ports = Seq2SeqInjector(parts, self.encoder, self.decoder)
-        self.structure = replace(parts, injector=self._ports)
+        self._injector = Seq2SeqInjector(parts, self.encoder, self.decoder)
+        self.structure = replace(parts, injector=self._injector)
         self.start = _find_start_token(model)
         # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
         self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
         self._recompute_over: int | None = None
-        self._lean = ActivationRecomputer()  # never open
+        self._recomputer = ActivationRecomputer()  # never open
         self.add_heads((), 0)
-        self._prove()
+        self._check_logits()
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
@@ -99,11 +99,11 @@ class Seq2Seq(HFModel):
         forest = inputs.forest
         spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
         home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] of each token its place among all states
-        read, memory = self._read(inputs, forest, spans, home)
-        written = self._written(inputs.tokens, forest, spans, read, memory, home)
+        read, memory = self._run_encoder(inputs, forest, spans, home)
+        written = self._run_decoder(inputs.tokens, forest, spans, read, memory, home)
         return torch.cat([read, written]).index_select(0, home.to(read.device))
 
-    def _read(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
+    def _run_encoder(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
         source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
@@ -111,7 +111,7 @@ class Seq2Seq(HFModel):
         embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
-        for group in self._grouped(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
+        for group in self._group_rows(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
             seen = rows >= 0
             places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
@@ -126,17 +126,17 @@ class Seq2Seq(HFModel):
             found.append(states.flatten(0, 1))
         return torch.cat(found), memory
 
-    def _grouped(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
+    def _group_rows(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
                  owner: Mapping[int, int]) -> list[list[int]]:
         """Rows for padded batches. Where there are virtual tokens a batch goes through one adapter as a whole."""
-        if not adapters or not self._ports.doors:
+        if not adapters or not self._injector.injections:
             return _group_by_length(names, sizes)
         parted: dict[int, list[tuple[int, int]]] = {}
         for name, size in zip(names, sizes, strict=True):
             parted.setdefault(owner[name], []).append((name, size))
         return [group for part in parted.values() for group in _group_by_length(*zip(*part, strict=True))]
 
-    def _written(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
+    def _run_decoder(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
         """[N, D] the decoder's states of every path from a root to a leaf, behind `read` where `home` counts them.
 
@@ -151,7 +151,7 @@ class Seq2Seq(HFModel):
         found, before = [], read.shape[0]
         fresh = torch.ones_like(home, dtype=torch.bool)
         sizes = [len(answers[i]) + len(sources[i]) for i in paths]
-        for group in self._grouped([*paths], sizes, forest.adapters, owner):
+        for group in self._group_rows([*paths], sizes, forest.adapters, owner):
             rows = pad_sequence([answers[i] for i in group], batch_first=True, padding_value=-1)
             for line, i in enumerate(group):
                 new = fresh[answers[i]]
@@ -169,7 +169,7 @@ class Seq2Seq(HFModel):
         return torch.cat(found)
 
     @torch.no_grad()
-    def _prove(self) -> None:
+    def _check_logits(self) -> None:
         """Whether the model's own logits are those of its parts as they are called here."""
         was = self.model.training
         self.model.eval()
@@ -189,16 +189,16 @@ class Seq2Seq(HFModel):
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
-        sources = [self._source(i, prompt) for i, prompt in enumerate(prompts)]
-        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling), sampling, self.stops,
+        sources = [self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)]
+        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling), sampling, self.stop_tokens,
                        lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
-                       adapters if self._ports.doors else ())
+                       adapters if self._injector.injections else ())
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""
-        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._source(0, prompt), self._limits(1, sampling), sampling, self.stops)
+        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt), self._limits(1, sampling), sampling, self.stop_tokens)
 
-    def _source(self, index: int, prompt: Sequence[int]) -> list[int]:
+    def _prepare_source(self, index: int, prompt: Sequence[int]) -> list[int]:
         """A prompt as the encoder knows sources: with the end mark."""
         end, context = self.tokenizer.eos_token_id, self.structure.sizes["context"]
         found = [*prompt] if not prompt or end is None or prompt[-1] == end else [*prompt, end]
@@ -215,7 +215,7 @@ class Seq2Seq(HFModel):
         return [min(sampling.max_new_tokens, self.structure.sizes["context"])] * count
 
     @property
-    def stops(self) -> set[int]:
+    def stop_tokens(self) -> set[int]:
         return find_eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
 
 
@@ -241,7 +241,7 @@ class _Seq2SeqDecodeBatch:
         found: Tensor = family.model.get_output_embeddings()(states * family.scale)
         return found
 
-    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+    def append(self, chosen: Tensor, kept: Tensor | None) -> None:
         if kept is not None:
             self.cache.batch_select_indices(kept)
             chosen, self.mask, self.read = chosen[kept], self.mask[kept], self.read[kept]

@@ -50,12 +50,12 @@ class Vision(HFModel):
             unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
         self.structure = replace(self.structure, sizes={**self.structure.sizes, "unit": unit, "channels": tokenizer.channels,
                                                     "height": height, "width": width})
-        self._ports = VisionInjector(self.structure, embeddings)
-        self.structure = replace(self.structure, injector=self._ports)
+        self._injector = VisionInjector(self.structure, embeddings)
+        self.structure = replace(self.structure, injector=self._injector)
 
     def states(self, inputs: Inputs) -> Tensor:
         adapters = inputs.forest.adapters
-        if len(set(adapters)) < 2 or not self._ports.doors:
+        if len(set(adapters)) < 2 or not self._injector.injections:
             return super().states(inputs)
         # Virtual tokens stand in every picture of a batch: each adapter's pictures are a batch by themselves.
         assert inputs.images is not None, "a vision base takes pictures"

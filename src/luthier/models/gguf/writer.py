@@ -47,7 +47,7 @@ class LoraDelta:
 # ---------------------------------------------------------------- a whole model
 
 
-def write_gguf(family: Family, path: Path, numbers: WeightType = "float16", name: str = "") -> None:
+def write_gguf(family: Family, path: Path, weight_type: WeightType = "float16", name: str = "") -> None:
     """Write the model and its tokenizer as one file.
 
     A window over the last tokens (mistral, qwen2) is unknown to llama.cpp's architecture: the file's context ends where
@@ -60,23 +60,23 @@ def write_gguf(family: Family, path: Path, numbers: WeightType = "float16", name
     Raises:
         BaseError: llama.cpp would not compute the same; the error says what.
     """
-    if numbers not in get_args(WeightType):
-        raise BaseError(f"weights of a GGUF file cannot be {numbers!r}", f"one of: {', '.join(get_args(WeightType))}")
+    if weight_type not in get_args(WeightType):
+        raise BaseError(f"weights of a GGUF file cannot be {weight_type!r}", f"one of: {', '.join(get_args(WeightType))}")
     model: Any = family.structure.model
     names = TensorNames(model.config)
-    writer = gguf.GGUFWriter(None, names.row.name)
+    writer = gguf.GGUFWriter(None, names.spec.name)
     writer.add_type(gguf.GGUFType.MODEL)
     if name and not any(word in name.lower() for word in RSTRIP_MODEL_NAMES):
         writer.add_name(name)
-    writer.add_file_type(WEIGHT_TYPES[numbers][1])
+    writer.add_file_type(WEIGHT_TYPES[weight_type][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    factors = write_hyperparameters(writer, model.config, family.structure.sizes["vocabulary"], names.row)
+    factors = write_hyperparameters(writer, model.config, family.structure.sizes["vocabulary"], names.spec)
     write_tokenizer(writer, family.get_saved_tokenizer(), family.structure.sizes["vocabulary"],
                 find_eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
     tensors = dict(_list_tensors(family, names))
     if factors is not None:
         tensors["rope_freqs.weight"] = factors
-    _write_file(writer, path, tensors, numbers)
+    _write_file(writer, path, tensors, weight_type)
 
 
 def _list_tensors(family: Family, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
@@ -84,12 +84,12 @@ def _list_tensors(family: Family, names: TensorNames) -> Iterator[tuple[str, Ten
     turned = {f"{site.name}.weight" for site in family.structure.linears if site.transposed}
     for path, parameter in family.structure.model.named_parameters():
         stem, _, ending = path.rpartition(".")
-        name = names.name(stem)
-        if ending == "bias" and name.rpartition(".")[2] not in names.row.biases:
-            raise BaseError(f"{path!r} is a bias that llama.cpp's {names.row.name} does not add",
+        name = names.map_name(stem)
+        if ending == "bias" and name.rpartition(".")[2] not in names.spec.biases:
+            raise BaseError(f"{path!r} is a bias that llama.cpp's {names.spec.name} does not add",
                             "export with --to merged, or train another method")
         weight = parameter.detach().T if path in turned else parameter.detach()
-        yield f"{name}.{ending}", names.raised(name, names.ordered(name, weight))
+        yield f"{name}.{ending}", names.adjust_norm(name, names.permute_rows(name, weight))
 
 
 # ---------------------------------------------------------------- an adapter
@@ -107,7 +107,7 @@ def write_gguf_adapter(family: Family, changes: Mapping[str, LoraDelta], path: P
     names = TensorNames(family.structure.model.config)
     first = next(iter(changes.values()))
     alpha = first.scale * first.a.shape[0]
-    writer = gguf.GGUFWriter(None, names.row.name)
+    writer = gguf.GGUFWriter(None, names.spec.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -116,19 +116,19 @@ def write_gguf_adapter(family: Family, changes: Mapping[str, LoraDelta], path: P
     writer.add_file_type(LlamaFileType.ALL_F32)
     tensors = {}
     for site, change in changes.items():
-        at = names.name(site)
+        at = names.map_name(site)
         own = change.scale * change.a.shape[0] / alpha
         tensors[f"{at}.weight.lora_a"] = change.a.detach()
-        tensors[f"{at}.weight.lora_b"] = names.ordered(at, change.b.detach()) * own
+        tensors[f"{at}.weight.lora_b"] = names.permute_rows(at, change.b.detach()) * own
     _write_file(writer, path, tensors, "float32")
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def _write_file(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tensor], numbers: WeightType) -> None:
+def _write_file(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tensor], weight_type: WeightType) -> None:
     """The file, one tensor in memory at a time."""
-    kinds = {name: _select_type(tensor, numbers) for name, tensor in tensors.items()}
+    kinds = {name: _select_type(tensor, weight_type) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kinds[name])
         width: Any = np.uint8
@@ -141,12 +141,12 @@ def _write_file(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tenso
     writer.close()
 
 
-def _select_type(tensor: Tensor, numbers: WeightType) -> GGMLQuantizationType:
+def _select_type(tensor: Tensor, weight_type: WeightType) -> GGMLQuantizationType:
     if tensor.dim() < 2:
         return GGMLQuantizationType.F32
-    if numbers == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
+    if weight_type == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
         return GGMLQuantizationType.F16
-    return WEIGHT_TYPES[numbers][0]
+    return WEIGHT_TYPES[weight_type][0]
 
 
 def _encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:

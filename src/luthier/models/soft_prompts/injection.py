@@ -22,9 +22,9 @@ class Injection:
     """What one method puts in."""
 
     kind: SoftPromptKind
-    make: Callable[[], Any]
+    compute: Callable[[], Any]
     scope: Scope
-    n: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -36,34 +36,34 @@ class InjectionPlan:
         whose: for each segment or row, which of them it has.
     """
 
-    doors: tuple[tuple[Injection, ...], ...]
-    whose: tuple[int, ...]
+    combinations: tuple[tuple[Injection, ...], ...]
+    assignment: tuple[int, ...]
 
-    def sizes(self, kind: SoftPromptKind) -> list[int]:
+    def count_tokens(self, kind: SoftPromptKind) -> list[int]:
         """Virtual tokens of a kind in each share."""
-        return [sum(door.n for door in share if door.kind == kind) for share in self.doors]
+        return [sum(injection.num_tokens for injection in combination if injection.kind == kind) for combination in self.combinations]
 
-    def size(self, i: int) -> int:
+    def count_tokens_at(self, i: int) -> int:
         """Virtual tokens of the i-th segment or row."""
-        return sum(door.n for door in self.doors[self.whose[i]])
+        return sum(injection.num_tokens for injection in self.combinations[self.assignment[i]])
 
 
-def plan_injections(doors: Sequence[Injection], forest: Forest | None, rows: int) -> InjectionPlan | None:
+def plan_injections(injections: Sequence[Injection], forest: Forest | None, rows: int) -> InjectionPlan | None:
     """The share of every segment of the forest, or of every row; None where nothing acts. Raises `RunError` where a
     segment has other virtual tokens than the one that it continues."""
-    acting = [door for door in doors if _is_enabled(door.scope)]
+    acting = [injection for injection in injections if _is_enabled(injection.scope)]
     if not acting:
         return None
     places = range(rows) if forest is None else forest.starts
     found: list[tuple[Injection, ...]] = [()] * len(places)
-    for door in acting:
-        for i in _list_targets(door.scope, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
-            found[i] = (*found[i], door)
+    for injection in acting:
+        for i in _list_targets(injection.scope, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
+            found[i] = (*found[i], injection)
     if forest is not None and any(p >= 0 and found[p] != own for p, own in zip(forest.parents, found, strict=True)):
         raise RunError("a segment goes through other virtual tokens than the one that it continues, and these stand "
                        "before whole documents", "send every document as a whole through one adapter")
-    number = {share: i for i, share in enumerate(dict.fromkeys(found))}
-    return InjectionPlan(tuple(number), tuple(number[share] for share in found))
+    number = {combination: i for i, combination in enumerate(dict.fromkeys(found))}
+    return InjectionPlan(tuple(number), tuple(number[combination] for combination in found))
 
 
 def _list_targets(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
@@ -93,7 +93,7 @@ def _is_enabled(scope: Scope) -> bool:
     return True
 
 
-def compute_injected(shares: InjectionPlan, kind: SoftPromptKind) -> dict[Injection, Any]:
+def compute_injected(plan: InjectionPlan, kind: SoftPromptKind) -> dict[Injection, Any]:
     """What the doors of a kind put in, each made once."""
-    every = dict.fromkeys(door for share in shares.doors for door in share)
-    return {door: door.make() for door in every if door.kind == kind}
+    every = dict.fromkeys(injection for combination in plan.combinations for injection in combination)
+    return {injection: injection.compute() for injection in every if injection.kind == kind}

@@ -38,16 +38,16 @@ class VirtualTokenLayout:
         whose: for each segment of that forest the share that it has.
     """
 
-    source: Tensor
-    like: Tensor
-    own: Tensor
-    shift: Tensor
-    live: Tensor | None = None
+    source_index: Tensor
+    template: Tensor
+    own_index: Tensor
+    position_shift: Tensor
+    is_token: Tensor | None = None
     forest: Forest | None = None
-    whose: tuple[int, ...] = ()
+    assignment: tuple[int, ...] = ()
 
 
-def layout_padded(first: Tensor, width: int, sizes: Sequence[int], whose: Sequence[int], places: int = 0) -> VirtualTokenLayout:
+def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: Sequence[int], places: int = 0) -> VirtualTokenLayout:
     """Virtual tokens before the first token of each row, which stands at `first` [B, 1].
 
     Args:
@@ -56,19 +56,19 @@ def layout_padded(first: Tensor, width: int, sizes: Sequence[int], whose: Sequen
         places: at least so many places in every row.
     """
     device, starts = first.device, [*accumulate(sizes, initial=0)]
-    places = max(places, *(sizes[share] for share in whose))
-    n, start = (torch.tensor([column[share] for share in whose], device=device)[:, None] for column in (sizes, starts))
+    places = max(places, *(sizes[combination] for combination in assignment))
+    n, start = (torch.tensor([column[combination] for combination in assignment], device=device)[:, None] for column in (sizes, starts))
     at, own = (torch.arange(size, device=device) for size in (width + places, width))
     virtual = (at >= first) & (at < first + places)
     place = at - first - (places - n)  # among the row's virtual tokens; below 0 on padding
     own_index = torch.where(at < first, at, at - places)
-    full = all(sizes[share] == places for share in whose)
+    full = all(sizes[combination] == places for combination in assignment)
     return VirtualTokenLayout(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
                 torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
                 torch.where(virtual, place.clamp(min=0), n), None if full else ~virtual | (place >= 0))
 
 
-def layout_packed(forest: Forest, sizes: Sequence[int], whose: Sequence[int], both_ways: bool,
+def layout_packed(forest: Forest, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
                 device: torch.device) -> VirtualTokenLayout:
     """One root for each share before all others, or, where texts are seen both ways, its places at every root's head.
 
@@ -77,40 +77,40 @@ def layout_packed(forest: Forest, sizes: Sequence[int], whose: Sequence[int], bo
         whose: the share of each segment; a child has its parent's.
     """
     make = _layout_in_every_root if both_ways else _layout_as_roots
-    return make(forest, sizes, [*accumulate(sizes, initial=0)], whose, device)
+    return make(forest, sizes, [*accumulate(sizes, initial=0)], assignment, device)
 
 
-def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
+def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
               device: torch.device) -> VirtualTokenLayout:
-    used = {share: whose.index(share) for share in dict.fromkeys(whose) if sizes[share]}  # and its first segment
+    used = {combination: assignment.index(combination) for combination in dict.fromkeys(assignment) if sizes[combination]}  # and its first segment
     new, total = list(used), sum(forest.lengths)
-    above = {share: i for i, share in enumerate(new)}
-    parents = [parent + len(new) if parent >= 0 else above.get(share, -1)
-               for parent, share in zip(forest.parents, whose, strict=True)]
-    longer = Forest((*(sizes[share] for share in new), *forest.lengths), (*(-1 for _ in new), *parents),
-                    (*(forest.adapters[used[share]] for share in new), *forest.adapters) if forest.adapters else ())
-    heads = [torch.arange(sizes[share]) for share in new]
-    row, before = torch.arange(total), sum(sizes[share] for share in new)
-    source = torch.cat([*(head + starts[share] for head, share in zip(heads, new, strict=True)), row + starts[-1]])
-    like = torch.cat([*(torch.full_like(head, forest.starts[used[share]])
-                        for head, share in zip(heads, new, strict=True)), row])
-    shift = torch.cat([*heads, repeat_per_token([sizes[share] for share in whose], forest.lengths)])
-    return _make_layout(device, source, like, row + before, shift, longer, (*new, *whose))
+    above = {combination: i for i, combination in enumerate(new)}
+    parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
+               for parent, combination in zip(forest.parents, assignment, strict=True)]
+    longer = Forest((*(sizes[combination] for combination in new), *forest.lengths), (*(-1 for _ in new), *parents),
+                    (*(forest.adapters[used[combination]] for combination in new), *forest.adapters) if forest.adapters else ())
+    heads = [torch.arange(sizes[combination]) for combination in new]
+    row, before = torch.arange(total), sum(sizes[combination] for combination in new)
+    source = torch.cat([*(head + starts[combination] for head, combination in zip(heads, new, strict=True)), row + starts[-1]])
+    like = torch.cat([*(torch.full_like(head, forest.starts[used[combination]])
+                        for head, combination in zip(heads, new, strict=True)), row])
+    shift = torch.cat([*heads, repeat_per_token([sizes[combination] for combination in assignment], forest.lengths)])
+    return _make_layout(device, source, like, row + before, shift, longer, (*new, *assignment))
 
 
-def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
+def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
                    device: torch.device) -> VirtualTokenLayout:
-    added = [sizes[share] if parent < 0 else 0 for parent, share in zip(forest.parents, whose, strict=True)]
+    added = [sizes[combination] if parent < 0 else 0 for parent, combination in zip(forest.parents, assignment, strict=True)]
     longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
     source, like, own, shift = [], [], [], []
-    for at, length, more, before, share in zip(forest.starts, forest.lengths, added, accumulate(added), whose,
+    for at, length, more, before, combination in zip(forest.starts, forest.lengths, added, accumulate(added), assignment,
                                                strict=True):
         head, span = torch.arange(more), torch.arange(at, at + length)
-        source += [head + starts[share], span + starts[-1]]
+        source += [head + starts[combination], span + starts[-1]]
         like += [torch.full_like(head, at), span]
         own += [span + before]
-        shift += [head, torch.full_like(span, sizes[share])]
-    return _make_layout(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(whose))
+        shift += [head, torch.full_like(span, sizes[combination])]
+    return _make_layout(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(assignment))
 
 
 def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -119,6 +119,6 @@ def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
 
 
 def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: Forest,
-          whose: tuple[int, ...]) -> VirtualTokenLayout:
+          assignment: tuple[int, ...]) -> VirtualTokenLayout:
     source, like, own, shift = (x[None].to(device, non_blocking=True) for x in (source, like, own, shift))
-    return VirtualTokenLayout(source, like, own, shift, forest=forest, whose=whose)
+    return VirtualTokenLayout(source, like, own, shift, forest=forest, assignment=assignment)

@@ -66,49 +66,49 @@ class Seq2SeqInjector:
                        for stack in (encoder, decoder)}
         self._modules: dict[nn.Module, list[nn.Module]] = {}  # the attentions of each stack, in their order
         self._suspended = False
-        self.doors: list[Injection] = []
+        self.injections: list[Injection] = []
 
     # ------------------------------------------------------------ what methods call
 
     def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
-        self._open(Injection("prompt", make, scope, make().shape[0]))
+        self._add_injection(Injection("prompt", make, scope, make().shape[0]))
 
     def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
         if not self._modules:
             self.compute_keys_values([0])
-        self._open(Injection("prefix", make, scope, make()[0][0].shape[1]))
+        self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
-    def _open(self, door: Injection) -> None:
-        if not self.doors:
-            for stack, enter in ((self._encoder, self._read), (self._decoder, self._write)):
+    def _add_injection(self, injection: Injection) -> None:
+        if not self.injections:
+            for stack, enter in ((self._encoder, self._before_encoder), (self._decoder, self._before_decoder)):
                 stack.register_forward_pre_hook(enter, with_kwargs=True)
-        self.doors.append(door)
+        self.injections.append(injection)
 
     @torch.no_grad()
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert not isinstance(start, Tensor), "there are words"
         self._install()
         tokens = torch.tensor([[*start]], device=self._device)
-        catch = KeyValueRecorder()
-        with self._bare():
-            read = self._encoder(input_ids=tokens, virtual=catch).last_hidden_state
-            self._modules[self._encoder] = list(catch.caught)
-            self._decoder(input_ids=tokens, encoder_hidden_states=read, use_cache=False, virtual=catch)
-        self._modules[self._decoder] = [m for m in catch.caught if m not in set(self._modules[self._encoder])]
+        recorder = KeyValueRecorder()
+        with self._base_only():
+            read = self._encoder(input_ids=tokens, virtual=recorder).last_hidden_state
+            self._modules[self._encoder] = list(recorder.recorded)
+            self._decoder(input_ids=tokens, encoder_hidden_states=read, use_cache=False, virtual=recorder)
+        self._modules[self._decoder] = [m for m in recorder.recorded if m not in set(self._modules[self._encoder])]
         maps = {name.rpartition(".")[0] for name, module in self._model.named_modules()
                 if name.rpartition(".")[2] in ("k", "k_proj") and isinstance(module, nn.Linear)}
-        if {self._model.get_submodule(name) for name in maps} != set(catch.caught):
-            raise self._unreachable()
-        return [(key[0], value[0]) for key, value in catch.caught.values()]
+        if {self._model.get_submodule(name) for name in maps} != set(recorder.recorded):
+            raise self._unreachable_error()
+        return [(key[0], value[0]) for key, value in recorder.recorded.values()]
 
     @torch.no_grad()
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         """Alike at every `place`: T5's keys know none. (BART's do; there it is the first.)"""
         self._install()
-        catch = KeyValueRecorder(most=1)
-        with self._bare(), suppress(RecordingComplete):
-            self._encoder(input_ids=torch.tensor([[token] for token in ids], device=self._device), virtual=catch)
-        (key, _), = catch.caught.values()
+        recorder = KeyValueRecorder(max_modules=1)
+        with self._base_only(), suppress(RecordingComplete):
+            self._encoder(input_ids=torch.tensor([[token] for token in ids], device=self._device), virtual=recorder)
+        (key, _), = recorder.recorded.values()
         return key.flatten(1)
 
     @property
@@ -121,16 +121,16 @@ class Seq2SeqInjector:
         carries = all(inspect.signature(type(stack).forward).parameters[names[-1]].kind is inspect.Parameter.VAR_KEYWORD
                       for stack, names in self._names.items())
         if not carries or now not in ("sdpa", biased.NAME):
-            raise self._unreachable()
+            raise self._unreachable_error()
         with silence_transformers():
             self._model.set_attn_implementation(biased.NAME)
 
-    def _unreachable(self) -> BaseError:
+    def _unreachable_error(self) -> BaseError:
         return BaseError(f"{type(self._model).__name__} keeps the keys and values of its layers out of reach, so no "
                          "prefix can stand before them", "use the method prompt, or another base")
 
     @contextmanager
-    def _bare(self) -> Iterator[None]:
+    def _base_only(self) -> Iterator[None]:
         was, self._suspended = self._model.training, True
         self._model.eval()
         try:
@@ -141,26 +141,26 @@ class Seq2SeqInjector:
 
     # ------------------------------------------------------------ the two hooks
 
-    def _acting(self, kind: SoftPromptKind) -> list[Injection]:
-        return [] if self._suspended else [d for d in self.doors if d.kind == kind and is_active(d.scope)]
+    def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
+        return [] if self._suspended else [d for d in self.injections if d.kind == kind and is_active(d.scope)]
 
-    def _read(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the encoder: the prompt before each source, the prefix on its way."""
         given = {**dict(zip(self._names[stack], args, strict=False)), **given}
-        if prompts := self._acting("prompt"):
-            given = self._put_in(given, torch.cat([door.make() for door in prompts]))
-        return (), self._with_prefix(stack, given, 0)
+        if prompts := self._list_active("prompt"):
+            given = self._insert_prompts(given, torch.cat([injection.compute() for injection in prompts]))
+        return (), self._add_prefix_argument(stack, given, 0)
 
-    def _write(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_decoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the decoder: a mask of the source that knows no virtual tokens becomes one that does."""
         given = {**dict(zip(self._names[stack], args, strict=False)), **given}
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
             given["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
         cache = given.get("past_key_values")
-        return (), self._with_prefix(stack, given, 0 if cache is None else int(cache.get_seq_length()))
+        return (), self._add_prefix_argument(stack, given, 0 if cache is None else int(cache.get_seq_length()))
 
-    def _put_in(self, given: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
+    def _insert_prompts(self, given: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
         embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
         if embeds is None:
             embeds = self._encoder.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
@@ -178,20 +178,20 @@ class Seq2SeqInjector:
 
     # ------------------------------------------------------------ a prefix
 
-    def _with_prefix(self, stack: nn.Module, given: dict[str, Any], seen: int) -> dict[str, Any]:
-        made = [door.make() for door in self._acting("prefix")]
+    def _add_prefix_argument(self, stack: nn.Module, given: dict[str, Any], seen: int) -> dict[str, Any]:
+        made = [injection.compute() for injection in self._list_active("prefix")]
         if not made:
             return given
         pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*made, strict=True)]
         modules, before = self._modules[stack], len(self._modules[self._encoder]) * (stack is self._decoder)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
-        biases = self._biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
+        biases = self._compute_biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
         found = {module: BiasedVirtualKeyValues(key[None], value[None], biases.get(module))
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
         return {**given, "virtual": InjectedKeyValues(found)}
 
-    def _biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
+    def _compute_biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
         """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
         call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
         Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
