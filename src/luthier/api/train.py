@@ -172,7 +172,7 @@ def trainable_share(base: Any, attached: Tuner) -> dict[str, float]:
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
-    whole += sum(s.inputs * s.outputs - s.weight.numel() for s in base.structure.linears if s.expand is not None)
+    whole += sum(s.in_features * s.out_features - s.weight.numel() for s in base.structure.linears if s.dequantize is not None)
     count = sum(p.numel() for p in trained.values())
     return {"trainable": count, "parameters": whole, "trainable_share": count / whole}
 
