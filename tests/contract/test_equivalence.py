@@ -301,7 +301,7 @@ def test_a_block_that_is_recomputed_leaves_no_notes() -> None:
     family.train(True)
     attach(family, "lora")
     noted: list[bool] = []
-    family._lean.note, real = lambda *given: noted.append(family._lean._open) or real(*given), family._lean.note
+    family._recomputer.record, real = lambda *given: noted.append(family._recomputer._open) or real(*given), family._recomputer.record
     row = batch(documents())
     family.forward(row.inputs, row.target, SFT.needs)
     every = len(noted)

@@ -100,10 +100,10 @@ def test_blocks_keep_what_the_config_says_of_each() -> None:
 
 
 def test_order_of_blocks() -> None:
-    spread = StructureConfig(add_blocks=2).order(6)
+    spread = StructureConfig(add_blocks=2).list_layers(6)
     assert [block for block, copy in spread if copy] == [2, 5]
-    assert StructureConfig(add_blocks=(1,), drop_blocks=(0,)).order(3) == [(1, False), (1, True), (2, False)]
-    assert StructureConfig(add_blocks=3, drop_blocks=(0,)).order(4) == [(i, copy) for i in (1, 2, 3)
+    assert StructureConfig(add_blocks=(1,), drop_blocks=(0,)).list_layers(3) == [(1, False), (1, True), (2, False)]
+    assert StructureConfig(add_blocks=3, drop_blocks=(0,)).list_layers(4) == [(i, copy) for i in (1, 2, 3)
                                                                          for copy in (False, True)]
 
 
@@ -187,7 +187,7 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("structure", "words"), [
     ({}, "nothing is changed"), ({"add_blocks": -1}, "above 0"), ({"drop_blocks": (1, 1)}, "once"),
-    ({"add_blocks": (1,), "drop_blocks": (1,)}, "both copied and left out"),
+    ({"add_blocks": (1,), "drop_blocks": (1,)}, "both copied and dropped"),
 ])
 def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
@@ -195,8 +195,8 @@ def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None
 
 
 @pytest.mark.parametrize(("structure", "words"), [
-    ({"drop_blocks": (3,)}, "0 to 2"), ({"drop_blocks": (0, 1, 2)}, "no block would be left"),
-    ({"add_blocks": 4}, "3 at most"), ({"new_tokens": {"a": "b"}}, "already"), ({"new_tokens": {" ": "b"}}, "empty"),
+    ({"drop_blocks": (3,)}, "0 to 2"), ({"drop_blocks": (0, 1, 2)}, "no layer would be left"),
+    ({"add_blocks": 4}, "at most one copy after each of 3"), ({"new_tokens": {"a": "b"}}, "already"), ({"new_tokens": {" ": "b"}}, "empty"),
     ({"new_tokens": {"<x>": ""}}, "no tokens"),
 ])
 def test_faults_that_the_base_shows(structure: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_faults_that_the_base_shows(structure: dict[str, Any], words: str, tmp_p
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
-@pytest.mark.parametrize(("kind", "words"), [("mixtral", "no linear map that ends"), ("bert", "no plain causal")])
+@pytest.mark.parametrize(("kind", "words"), [("mixtral", "no linear output projection"), ("bert", "plain causal language models only")])
 def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", kind)
     with pytest.raises(BaseError, match=words):

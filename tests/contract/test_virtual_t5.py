@@ -260,7 +260,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
         longer = bare.decoder(input_ids=torch.cat([words, own], 1), encoder_hidden_states=read).last_hidden_state[:, 5:]
         decoder = [m for m in attentions(fresh.model) if m.is_decoder]
         pairs_ = [p for p, m in zip(prefix.virtual(), attentions(fresh.model), strict=True) if m.is_decoder]
-        biases = fresh.structure.injector._biases(fresh.decoder, 3, 0, 5, None)
+        biases = fresh.structure.injector._compute_biases(fresh.decoder, 3, 0, 5, None)
         own_only = InjectedKeyValues({m: BiasedVirtualKeyValues(p[0][None], p[1][None], biases.get(m))
                             for m, p in zip(decoder, pairs_, strict=True) if m.is_causal})
         with prefix.disabled():
@@ -340,7 +340,7 @@ def test_pefts_prefix_is_a_part_of_ours_with_shared_pairs() -> None:
         given = padded(pairs())
         wanted = other(**given).logits
         start = family.model._shift_right(given["labels"])
-        biases = family.structure.injector._biases(family.decoder, start.shape[1], 0, N, None)
+        biases = family.structure.injector._compute_biases(family.decoder, start.shape[1], 0, N, None)
         with attached.disabled():
             read = family.encoder(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
             for zero in (False, True):  # zero: the control, a prefix without T5's bias

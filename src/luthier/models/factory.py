@@ -12,7 +12,8 @@ from luthier.models.families.causal import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.models.families.vision import Vision
-from luthier.models.loading import BaseConfig, load_model
+from luthier.models.loading import load_model
+from luthier.models.model_config import BaseConfig
 from luthier.models.sentence_files import read_pooling
 
 

