@@ -30,7 +30,7 @@ EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and ho
 
 def main() -> None:
     family = load_family(assembly.BaseConfig(name="smollm2"))
-    bank = assembly.Bank(family.anatomy)
+    bank = assembly.Bank(family.structure)
     for i, (name, method) in enumerate(MEMBERS.items()):
         bank.add(name, attach_method(family, assembly.recipe({"data": "-", "method": method}).method, i))
     family.router = bank

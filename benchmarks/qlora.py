@@ -42,9 +42,9 @@ def side(base: str, bits: str, work: Path) -> dict[str, Any]:
     family = assembly.load_family(made.base)
     reading = peak_gb("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
-    held = sum(tensor.nbytes for tensor in family.anatomy.model.state_dict().values())
+    held = sum(tensor.nbytes for tensor in family.structure.model.state_dict().values())
     assembly.check_loaded_model(made, family)
-    family.checkpointing(assembly.resolve_micro_batch_tokens(made, family))
+    family.enable_gradient_checkpointing(assembly.resolve_micro_batch_tokens(made, family))
     found = assembly.load_datasets(made, family)
     attached, reference = assembly.begin(made, family)
     lines: list[dict[str, float]] = []

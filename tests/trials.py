@@ -184,19 +184,19 @@ def learned(one: Trial, before: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Everything that trains has moved, but for what the loss does not depend on: an output projection where no token is
     predicted, a bias of scores that are only compared with one another, and queries, keys and distances in a decoder that
     has written nothing: its one place sees itself alone."""
-    head = one.base.anatomy.head
+    head = one.base.structure.head
     spared = {id(p) for p in head.parameters()} if head and not one.made.objective.required_outputs & LOG_PROBS else set()
     silent = one.made.objective.name in ("classify", "contrastive")
     for name, parameter in one.attached.parameters().items():
         compared = one.made.objective.name == "reward" and parameter.ndim == 1
-        single = one.base.divided and silent and re.search(r"decoder.*SelfAttention\.([qk]\b|relative)", name)
+        single = one.base.is_encoder_decoder and silent and re.search(r"decoder.*SelfAttention\.([qk]\b|relative)", name)
         assert (not torch.equal(*before[f"trained {name}"]) or compared or single or id(parameter) in spared), \
             f"{name} did not learn"
 
 
 def copies(one: Trial) -> dict[str, tuple[Tensor, Tensor]]:
     """Every parameter, of the base and of what trains, and its copy."""
-    named = dict(one.base.anatomy.model.named_parameters())
+    named = dict(one.base.structure.model.named_parameters())
     named |= {f"trained {name}": p for name, p in one.attached.parameters().items()}
     return {name: (p, p.detach().clone()) for name, p in named.items()}
 

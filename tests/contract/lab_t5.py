@@ -18,7 +18,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5 import modeling_t5
 
 from luthier.core.examples import Origin
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Encoded, Piece
 from luthier.models.families.seq2seq import Seq2Seq
 from tiny import END_OF_TEXT, IM_END, VOCABULARY, tiny_tokenizer
@@ -123,6 +123,6 @@ def slowly(family: Seq2Seq, prompt: Sequence[int], steps: int, start: int = END_
 
 
 def said(family: Seq2Seq, prompts: Sequence[Sequence[int]] = PROMPTS, **sampling: Any) -> list[tuple[int, ...]]:
-    found = sorted(family.generate(prompts, Sampling(**{"max_new_tokens": 12, **sampling})), key=lambda g: g.index)
+    found = sorted(family.generate(prompts, SamplingParams(**{"max_new_tokens": 12, **sampling})), key=lambda g: g.index)
     assert [g.index for g in found] == list(range(len(prompts)))
-    return [g.tokens for g in found]
+    return [g.token_ids for g in found]

@@ -386,13 +386,13 @@ def test_a_run_searches(tmp_path: Path) -> None:
 
 def test_wrappers_pass_the_update_on() -> None:
     family = base("llama")
-    several = SeveralConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.anatomy, seed=0)
+    several = SeveralConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.structure, seed=0)
     inner = next(part for part in several.parts if isinstance(part, AdaLora))
     assert several.parts[0] is inner, "it comes before what adds to the changed map"
     take(family, several, optimizer(several), range(STEPS))
     assert sum(map(sum, kept(inner))) == 2 * len(inner.layers)
     assert Named("critic", inner).at_update is inner
-    bank = Bank(family.anatomy)
+    bank = Bank(family.structure)
     bank.add("policy", inner)
     assert bank.at_update is not None
     bank.frozen("policy")

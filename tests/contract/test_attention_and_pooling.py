@@ -12,8 +12,8 @@ from torch import Tensor
 
 from luthier.core.types import Forest
 from luthier.data.packing import batch
-from luthier.models.attention.packed import attention, describe
-from luthier.models.task_heads import pool
+from luthier.models.attention.packed import describe_segments, packed_attention
+from luthier.models.task_heads import pool_states
 
 TREE = Forest((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a piece behind the second
 FLAT = Forest((4, 1, 5), (-1, -1, -1))
@@ -51,7 +51,7 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, forest: Forest, causal: b
 def test_each_token_sees_itself_its_past_and_its_ancestors(forest: Forest, settings: dict[str, Any]) -> None:
     query, key, value = parts(forest)
     module = SimpleNamespace(is_causal=settings.get("causal", True))
-    found, _ = attention(module, query, key, value, None, forest=forest, sliding_window=settings.get("window"),
+    found, _ = packed_attention(module, query, key, value, None, forest=forest, sliding_window=settings.get("window"),
                          scaling=settings.get("scale"), softcap=settings.get("softcap"))
     torch.testing.assert_close(found, by_hand(query, key, value, forest, **settings), rtol=1e-9, atol=1e-12)
     alone = by_hand(query, key, value, Forest((sum(forest.lengths),), (-1,)), **settings)
@@ -66,7 +66,7 @@ def test_dropout_reaches_attention_and_keeps_its_mean(forest: Forest | None, sof
     torch.manual_seed(0)
 
     def once(dropout: float) -> Tensor:
-        return attention(module, query, key, value, None, forest=forest, softcap=softcap, dropout=dropout)[0]
+        return packed_attention(module, query, key, value, None, forest=forest, softcap=softcap, dropout=dropout)[0]
     exact, throws = once(0.0), torch.stack([once(0.5) for _ in range(500)])
     assert (throws[0] - exact).abs().max() > 0.1
     error = throws.std(0) / len(throws) ** 0.5
@@ -89,13 +89,13 @@ def test_a_models_attention_dropout_acts_in_packed_rows_in_training_alone(kind: 
 
 
 def test_a_forest_described() -> None:
-    segment, place, related = describe(TREE)
+    segment, place, related = describe_segments(TREE)
     assert segment.tolist() == [0, 0, 0, 1, 1, 2, 2, 2, 2, 3]
     assert place.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7]
     assert related.tolist() == [[True, False, False, False], [True, True, False, False], [True, False, True, False],
                                 [True, False, True, True]]
     row = batch(trees())
-    assert torch.equal(row.inputs.positions, describe(row.inputs.forest)[1])
+    assert torch.equal(row.inputs.positions, describe_segments(row.inputs.forest)[1])
 
 
 @pytest.mark.parametrize(("how", "wanted"), [
@@ -104,12 +104,12 @@ def test_a_forest_described() -> None:
     ("mean", [1.0, (0 + 1 + 2 + 3 + 4) / 5, (0 + 1 + 2 + 5 + 6 + 7 + 8) / 7, (0 + 1 + 2 + 5 + 6 + 7 + 8 + 9) / 8])])
 def test_items_of_a_tree_are_pooled_over_their_own_text(how: Any, wanted: list[float]) -> None:
     row = torch.arange(10.0)[:, None].expand(10, 2) * torch.tensor([1.0, 10.0])
-    found = pool(row, TREE, torch.tensor([0, 1, 2, 3]), how)
+    found = pool_states(row, TREE, torch.tensor([0, 1, 2, 3]), how)
     torch.testing.assert_close(found, torch.tensor(wanted)[:, None] * torch.tensor([1.0, 10.0]))
-    assert torch.equal(pool(row, TREE, torch.tensor([3, 1]), how), found[[3, 1]])
+    assert torch.equal(pool_states(row, TREE, torch.tensor([3, 1]), how), found[[3, 1]])
 
 
 @pytest.mark.parametrize(("how", "wanted"), [("last", [3.0, 4.0, 9.0]), ("first", [0.0, 4.0, 5.0]), ("mean", [1.5, 4.0, 7.0])])
 def test_items_of_plain_rows_are_pooled_by_themselves(how: Any, wanted: list[float]) -> None:
-    found = pool(torch.arange(10.0)[:, None], FLAT, torch.tensor([0, 1, 2]), how)
+    found = pool_states(torch.arange(10.0)[:, None], FLAT, torch.tensor([0, 1, 2]), how)
     torch.testing.assert_close(found[:, 0], torch.tensor(wanted))

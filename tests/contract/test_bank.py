@@ -16,7 +16,7 @@ from torch import Tensor
 from luthier import assembly
 from luthier.assembly.factory import attach_method
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Batch
 from luthier.data.packing import batch
 from luthier.methods import METHODS
@@ -36,7 +36,7 @@ UNROUTED = {  # why -> methods; the others route
 def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **overrides: Any) -> tuple[CausalLM, Bank]:
     """Two stirred adapters, unlike one another, on one base."""
     family = base(kind, layout, **overrides)
-    bank = Bank(family.anatomy)
+    bank = Bank(family.structure)
     for i, name in enumerate(("a", "b")):
         attached = attach_method(family, METHODS[method](), 3 + i)
         stir(attached, seed=7 + i)
@@ -109,11 +109,11 @@ def test_the_backward_pass_goes_through_the_same_adapters(recompute: bool) -> No
     family, bank = banked()
     wanted = by_themselves(family, bank)
     if recompute:
-        family.checkpointing(0)
+        family.enable_gradient_checkpointing(0)
     family.train(True)
     bank.choose("b")
     passes = []
-    handle = family.anatomy.blocks[0].attention.register_forward_pre_hook(lambda *_: passes.append(1))
+    handle = family.structure.layers[0].attention.register_forward_pre_hook(lambda *_: passes.append(1))
     found = run(family, bank, [mixed(bank)])
     handle.remove()
     assert len(passes) == 1 + recompute
@@ -176,15 +176,15 @@ def test_prompts_of_one_batch_are_answered_through_their_own_adapters(layout: st
     family, bank = banked(layout=layout)
     prompts = [list(range(3 + i, 9 + 2 * i)) for i in range(9)]
     names = ("a", "b", None) * 3
-    sampling = Sampling(max_new_tokens=24, batch_size=9, temperature=1.5, seed=5, stop=tuple(range(0, 256, 9)))
-    together = {g.index: g.tokens for g in family.generate(prompts, sampling, bank.numbers(names))}
+    sampling = SamplingParams(max_new_tokens=24, batch_size=9, temperature=1.5, seed=5, stop=tuple(range(0, 256, 9)))
+    together = {g.index: g.token_ids for g in family.generate(prompts, sampling, bank.numbers(names))}
     alone: dict[int, tuple[int, ...]] = {}
     for who in ("a", "b", None):
         with bank.using(who):
-            alone |= {g.index: g.tokens for g in family.generate(prompts, sampling) if names[g.index] == who}
+            alone |= {g.index: g.token_ids for g in family.generate(prompts, sampling) if names[g.index] == who}
     assert together == alone
     assert len({len(tokens) for tokens in together.values()}) > 3
-    swapped = {g.index: g.tokens for g in family.generate(prompts, sampling, bank.numbers(names[1:] + names[:1]))}
+    swapped = {g.index: g.token_ids for g in family.generate(prompts, sampling, bank.numbers(names[1:] + names[:1]))}
     assert swapped != alone
 
 
@@ -192,7 +192,7 @@ def test_a_suspended_answer_leaves_the_setting_alone() -> None:
     family, bank = banked()
     bank.choose("a")
     wanted = logits(family)
-    answers = family.generate([[1, 2, 3], [4, 5]], Sampling(max_new_tokens=3), bank.numbers(["b", None]))
+    answers = family.generate([[1, 2, 3], [4, 5]], SamplingParams(max_new_tokens=3), bank.numbers(["b", None]))
     next(answers)
     assert torch.equal(logits(family), wanted)
 
@@ -274,7 +274,7 @@ def test_a_frozen_adapter_stays_as_it_is_beside_the_one_that_trains() -> None:
 
 def test_a_list_of_methods_is_one_member() -> None:
     family = base("llama")
-    bank = Bank(family.anatomy)
+    bank = Bank(family.structure)
     parts = assembly.recipe({"data": "-", "method": ["lora", "bitfit"]}).method
     attached = attach_method(family, parts, 3)
     assert isinstance(attached, Several)
@@ -305,7 +305,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
 
 def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:
     family, bank = banked()
-    module: Any = family.anatomy.sites[0].module
+    module: Any = family.structure.linears[0].module
     with bank.routed(1, [0, 1, -1]), pytest.raises(RunError, match="cannot be told which of 3 tokens"):
         module(torch.zeros(3, 32, dtype=torch.float64))
     with bank.routed(1, [0, 1, -1]), nullcontext():

@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from luthier import assembly
 from luthier.assembly.factory import attach_method
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Batch, Encoded, Forest, Inputs
 from luthier.data.packing import batch
 from luthier.methods.multi_adapter import Bank
@@ -42,7 +42,7 @@ LAYOUT = pytest.mark.parametrize("layout", ["packed", "padded"])
 
 def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> Bank:
     """Adapters of every kind on one base, all stirred and unlike one another."""
-    bank = Bank(family.anatomy)
+    bank = Bank(family.structure)
     for i, name in enumerate(members):
         attached = attach_method(family, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
         stir(attached, seed=7 + i)
@@ -108,7 +108,7 @@ def test_trees_go_through_their_adapters_as_wholes(kind: str, layout: str) -> No
 def test_an_adapters_virtual_tokens_are_one_root_and_computed_once() -> None:
     family, bank = begun(layout="packed")
     seen: list[Forest] = []
-    family.anatomy.blocks[0].attention.register_forward_pre_hook(
+    family.structure.layers[0].attention.register_forward_pre_hook(
         lambda _m, _a, given: seen.append(given["forest"]), with_kwargs=True)
     row = mixed(bank, [*documents((5, 4, 6)), *trees()[:1], *documents((3, 7))],
                 ("soft", None, "both", "soft", "deep", "soft"))
@@ -127,11 +127,11 @@ def test_recomputed_blocks_go_through_the_same_adapters(kind: str) -> None:
     family, bank = begun(kind)
     examples = documents(LENGTHS)
     alone = by_themselves(family, bank, examples, NAMES)
-    family.checkpointing(0)
+    family.enable_gradient_checkpointing(0)
     family.train(True)
     bank.choose("soft")
     passes: list[int] = []
-    family.anatomy.blocks[0].attention.register_forward_pre_hook(lambda *_: passes.append(1))
+    family.structure.layers[0].attention.register_forward_pre_hook(lambda *_: passes.append(1))
     assert apart(run(family, bank, [mixed(bank, examples, NAMES)]), alone) < EXACT
     assert len(passes) == 2
     assert apart(run(family, bank, [mixed(bank, examples, turned(NAMES))]), alone) > FAR
@@ -163,16 +163,16 @@ def test_prompts_of_one_batch_are_answered_through_their_own_adapters(layout: st
     family, bank = begun(layout=layout)
     prompts = [list(range(3 + i, 9 + 2 * i)) for i in range(len(NAMES))]
     for temperature in (0.0, 1.5):
-        sampling = Sampling(max_new_tokens=24, batch_size=12, temperature=temperature, seed=5,
+        sampling = SamplingParams(max_new_tokens=24, batch_size=12, temperature=temperature, seed=5,
                             stop=tuple(range(0, 256, 9)))
-        together = {g.index: g.tokens for g in family.generate(prompts, sampling, bank.numbers(NAMES))}
+        together = {g.index: g.token_ids for g in family.generate(prompts, sampling, bank.numbers(NAMES))}
         alone: dict[int, tuple[int, ...]] = {}
         for who in set(NAMES):
             with bank.using(who):
-                alone |= {g.index: g.tokens for g in family.generate(prompts, sampling) if NAMES[g.index] == who}
+                alone |= {g.index: g.token_ids for g in family.generate(prompts, sampling) if NAMES[g.index] == who}
         assert together == alone
         assert len({len(tokens) for tokens in together.values()}) > 3
-        swapped = {g.index: g.tokens for g in family.generate(prompts, sampling, bank.numbers(turned(NAMES)))}
+        swapped = {g.index: g.token_ids for g in family.generate(prompts, sampling, bank.numbers(turned(NAMES)))}
         assert swapped != alone
 
 
@@ -215,15 +215,15 @@ def test_a_cache_holds_rows_behind_different_virtual_tokens(kind: str, told: boo
 def test_an_answer_has_the_room_that_its_own_adapter_leaves() -> None:
     family, bank = begun()
     prompts, names = [[5] * 240] * 4, ("long", "soft", None, "deep")
-    found = {g.index: g.tokens for g in family.generate(prompts, Sampling(max_new_tokens=50), bank.numbers(names))}
+    found = {g.index: g.token_ids for g in family.generate(prompts, SamplingParams(max_new_tokens=50), bank.numbers(names))}
     assert [len(found[i]) for i in range(4)] == [10, 13, 16, 12]
     told: dict[int, tuple[int, ...]] = dict.fromkeys(range(4), ())
-    for index, token in family.tokens(prompts, Sampling(max_new_tokens=50), bank.numbers(names)):
+    for index, token in family.stream_batch(prompts, SamplingParams(max_new_tokens=50), bank.numbers(names)):
         assert token is not None
         told[index] += (token,)
     assert told == found
     with pytest.raises(BaseError, match="context of 250"):
-        next(family.generate([[5] * 251] * 2, Sampling(max_new_tokens=50), bank.numbers(("soft", "long"))))
+        next(family.generate([[5] * 251] * 2, SamplingParams(max_new_tokens=50), bank.numbers(("soft", "long"))))
     row = mixed(bank, documents((251, 251)), ("soft", None))
     with torch.no_grad():
         family.states(row.inputs)
@@ -312,7 +312,7 @@ def test_a_call_that_fails_leaves_the_routes_as_they_were() -> None:
     def setting() -> list[Any]:
         return [(scope.off, scope.weight, scope.where, scope.among) for found in bank._scopes.values() for scope in found]
 
-    family.anatomy.blocks[1].attention.register_forward_pre_hook(broken)
+    family.structure.layers[1].attention.register_forward_pre_hook(broken)
     with bank.routed(1, bank.numbers(["soft"] * 5 + ["both"] * 6)):
         wanted = setting()
         with pytest.raises(KeyError) as caught:  # kept: what its frames hold is not closed by being forgotten

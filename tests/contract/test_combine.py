@@ -35,7 +35,7 @@ def pair(name: str, kind: str = "llama") -> list[Lora]:
     found: list[Lora] = []
     for i, settings in enumerate(PAIRS[name]):
         family = base(kind)
-        lora = LoraConfig.parse(settings).attach(family.anatomy, seed=3 + i)
+        lora = LoraConfig.parse(settings).attach(family.structure, seed=3 + i)
         stir(lora, seed=7 + i)
         found.append(lora)
     return found
@@ -56,7 +56,7 @@ def summed(loras: list[Lora]) -> dict[str, Tensor]:
 
 def made(loras: list[Lora], kind: str = "llama", **settings: Any) -> tuple[dict[str, Tensor], Any]:
     found = combine(loras, WEIGHTS, **settings)
-    fresh = found.config.attach(base(kind).anatomy, seed=0)
+    fresh = found.config.attach(base(kind).structure, seed=0)
     fresh.load(found.state)
     return dense(fresh), found
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None
 def test_a_dora_is_refused_with_the_reason() -> None:
     family = base("llama")
     with pytest.raises(RecipeError, match="no sum"):
-        combine([LoraConfig(dora=True).attach(family.anatomy, seed=0)], (1.0,))
+        combine([LoraConfig(dora=True).attach(family.structure, seed=0)], (1.0,))
 
 
 # ---------------------------------------------------------------- run folders

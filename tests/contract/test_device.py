@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luthier.core.types import Encoded, Forest, Loss, Outputs, Target, sent
 from luthier.data.packing import pack
 from luthier.models.attention import packed
-from luthier.models.task_heads import Pooling, pool
+from luthier.models.task_heads import Pooling, pool_states
 from luthier.objectives.cross_entropy import SftConfig
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import Stepped, later, step
@@ -29,7 +29,7 @@ def stepped(objective: SftConfig, examples: Sequence[Encoded], recomputed: bool 
     attached = attach(family, "lora")
     family.train(True)
     if recomputed:
-        family.checkpointing(0)
+        family.enable_gradient_checkpointing(0)
     family.model.to("meta")
     for layer in attached.layers:
         layer.a, layer.b = (nn.Parameter(half.detach().to("meta")) for half in (layer.a, layer.b))
@@ -63,8 +63,8 @@ def test_a_step_that_waits_is_found(wait: Any) -> None:
 def test_pooling_never_waits(examples: Sequence[Encoded], how: Pooling) -> None:
     (batch,) = pack(judged(examples), None)
     row = torch.randn(batch.inputs.tokens.shape[0], 4)
-    wanted = pool(row, batch.inputs.forest, batch.target.items, how)
-    found = pool(row.to("meta"), batch.inputs.forest, batch.target.items.to("meta"), how)
+    wanted = pool_states(row, batch.inputs.forest, batch.target.items, how)
+    found = pool_states(row.to("meta"), batch.inputs.forest, batch.target.items.to("meta"), how)
     assert (found.device.type, found.shape) == ("meta", wanted.shape)
 
 
@@ -86,7 +86,7 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
     met: list[tuple[torch.dtype, ...]] = []
     given: list[tuple[torch.dtype, ...]] = []
     family = base("llama", layout="packed", dtype=torch.float32)
-    narrowed, own = packed._narrowed, packed._per_segment
+    narrowed, own = packed._cast_to_autocast, packed._attend_per_segment
 
     def noted(*tensors: Tensor) -> tuple[Tensor, ...]:
         given.append(tuple(t.dtype for t in tensors))
@@ -96,8 +96,8 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
         met.append((query.dtype, key.dtype, value.dtype))
         return own(query, key, value, *rest)
 
-    monkeypatch.setattr(packed, "_narrowed", noted)
-    monkeypatch.setattr(packed, "_per_segment", attended)
+    monkeypatch.setattr(packed, "_cast_to_autocast", noted)
+    monkeypatch.setattr(packed, "_attend_per_segment", attended)
     (batch,) = pack(documents(), None)
     with torch.autocast("cpu", torch.bfloat16):
         family.forward(batch.inputs, batch.target, SFT.required_outputs)
@@ -109,10 +109,10 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_mask_that_generation_made_can_be_kept_for_a_backward_pass() -> None:
-    packed._band.cache_clear()
+    packed._causal_mask.cache_clear()
     with torch.inference_mode():
-        assert not packed._band(3, 5, None, torch.device("cpu")).is_inference()
-    packed._band.cache_clear()
+        assert not packed._causal_mask(3, 5, None, torch.device("cpu")).is_inference()
+    packed._causal_mask.cache_clear()
 
 
 # ---------------------------------------------------------------- to the device and back
@@ -173,6 +173,6 @@ def test_flash_attention_is_asked_of_those_that_have_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(packed, "_has_flash", lambda device: True)
     query = torch.randn(1, 4, 9, 16, dtype=torch.bfloat16)
     key = query[:, :2]
-    out = packed._one_kernel(query, key, key, Forest((5, 4), (-1, -1)), 0.25, 3, True)
+    out = packed._attend_one_kernel(query, key, key, Forest((5, 4), (-1, -1)), 0.25, 3, True)
     assert torch.equal(out, query)
     assert said == [{"bounds": [0, 5, 9], "longest": 5, "scale": 0.25, "window_size": (2, 0)}]

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Batch, Forest, Inputs, Target
 from luthier.data.packing import batch, pack
-from luthier.models import BaseConfig, CausalLM, Encoder, open_family, resolve
-from luthier.models.architectures import kind_of
-from luthier.models.families.encoder import pooling_of, types
+from luthier.models import BaseConfig, CausalLM, Encoder, open_family, resolve_name
+from luthier.models.architectures import detect_architecture
+from luthier.models.families.encoder import compute_token_types, read_pooling
 from tiny import ENCODERS, SEP, pair_tokenizer, save_tiny, tiny
 
 SAME, FAR = 1e-9, 1e-3
@@ -145,13 +145,13 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
         family = encoder("bert")
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
 
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        family.anatomy.blocks[0].attention.register_forward_hook(count)
+        family.structure.layers[0].attention.register_forward_hook(count)
         return scored(family, attach(family, method), rows)
 
     without = run(False)
@@ -190,9 +190,9 @@ def test_pairs_have_the_types_of_the_tokenizer() -> None:
 
 def test_types_count_from_the_root_of_each_document() -> None:
     tokens = torch.tensor([1, SEP, 2, SEP, 3, 3, SEP, 1, SEP, 4])
-    assert types(tokens, Forest((4, 6), (-1, -1)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
-    assert types(tokens, Forest((2, 2, 3, 3), (-1, 0, -1, 2)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
-    assert types(tokens, Forest((1, 3, 6), (-1, 0, 0)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, Forest((4, 6), (-1, -1)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, Forest((2, 2, 3, 3), (-1, 0, -1, 2)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, Forest((1, 3, 6), (-1, 0, 0)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("told", "pooling"), [
@@ -207,9 +207,9 @@ def test_pooling_is_read_from_the_folder(told: dict[str, Any] | None, pooling: s
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(told))
     if pooling is None:
         with pytest.raises(BaseError, match=r"set base\.pooling"):
-            pooling_of(tmp_path)
+            read_pooling(tmp_path)
         return
-    assert pooling_of(tmp_path) == pooling
+    assert read_pooling(tmp_path) == pooling
     assert open_family(folder(tmp_path)).pooling == pooling
     assert open_family(folder(tmp_path).model_copy(update={"pooling": "last"})).pooling == "last"
 
@@ -220,9 +220,9 @@ def test_pooling_is_read_from_the_folder(told: dict[str, Any] | None, pooling: s
 @KIND
 def test_the_parts_are_found(kind: str) -> None:
     family, called = encoder(kind), []
-    for number, block in enumerate(family.anatomy.blocks):
-        assert [s.role for s in family.anatomy.sites if s.block == number] == ["q", "k", "v", "o", "up", "down"]
-        sites = {s.role: s.module for s in family.anatomy.sites if s.block == number}
+    for number, block in enumerate(family.structure.layers):
+        assert [s.role for s in family.structure.linears if s.layer_index == number] == ["q", "k", "v", "o", "up", "down"]
+        sites = {s.role: s.module for s in family.structure.linears if s.layer_index == number}
         assert (block.attention_out, block.mlp_out) == (sites["o"], sites["down"])
         assert len(block.norms) == 2
         assert sites["q"] in list(block.attention.children())
@@ -232,8 +232,8 @@ def test_the_parts_are_found(kind: str) -> None:
     states(family, [5, 6, 7])
     assert len(called) == 4
     assert torch.equal(called[0], called[1])  # what enters the MLP is its first argument
-    assert family.anatomy.task == "FEATURE_EXTRACTION"
-    assert family.anatomy.head is None
+    assert family.structure.task == "FEATURE_EXTRACTION"
+    assert family.structure.head is None
     for name, parameter in family.model.named_parameters():
         assert "pooler" not in name, parameter.shape
 
@@ -327,11 +327,11 @@ def test_the_config_decides_which_family_it_is(tmp_path: Path) -> None:
     for changed, kind in (({}, "encoder"), ({"is_decoder": True}, "causal"), ({"architectures": ["BertModel"]}, "encoder"),
                           ({"architectures": ["BertLMHeadModel"]}, "causal"),
                           ({"architectures": ["BertForMaskedLM"]}, "encoder")):
-        assert kind_of(AutoConfig.for_model("bert", **{**config, **changed})) == kind
-    assert kind_of(AutoConfig.for_model("llama")) == "causal"
-    assert kind_of(AutoConfig.for_model("t5")) == "seq2seq"
-    assert kind_of(AutoConfig.for_model("vit")) == "vision"
-    assert kind_of(AutoConfig.for_model("wav2vec2")) is None
+        assert detect_architecture(AutoConfig.for_model("bert", **{**config, **changed})) == kind
+    assert detect_architecture(AutoConfig.for_model("llama")) == "causal"
+    assert detect_architecture(AutoConfig.for_model("t5")) == "seq2seq"
+    assert detect_architecture(AutoConfig.for_model("vit")) == "vision"
+    assert detect_architecture(AutoConfig.for_model("wav2vec2")) is None
     assert isinstance(open_family(folder(save_tiny(tmp_path, "llama"))), CausalLM)
 
 
@@ -342,7 +342,7 @@ def test_an_encoder_refuses_what_it_cannot() -> None:
     with pytest.raises(BaseError, match="sees the very token"):
         family.forward(row.inputs, target, frozenset({"token_logps"}))
     with pytest.raises(BaseError, match="cannot write"):
-        family.generate([[1, 2]], Sampling())
+        family.generate([[1, 2]], SamplingParams())
 
 
 def test_what_is_written_is_a_sentence_transformer(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_what_is_written_is_a_sentence_transformer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "pooling"), [("minilm", "mean"), ("../shared/models/bge-small-zh", "first")])
 def test_real_encoders_load(name: str, pooling: str) -> None:
     try:
-        resolve(name)
+        resolve_name(name)
     except BaseError as absent:
         pytest.skip(str(absent))
     family = open_family(BaseConfig(name=name, device="cpu"))

@@ -47,7 +47,7 @@ def test_a_model_that_leaks_or_cannot_falls_to_padded(how: str, monkeypatch: pyt
         mask = attention_mask if forest is None or how == "cannot" else None
         return real(module, query, key, value, mask, **options)
 
-    real = forest.attention
+    real = forest.packed_attention
     monkeypatch.setitem(AttentionInterface._global_mapping, forest.NAME, leaks)
     assert base("llama").layout == "padded"
 
@@ -87,13 +87,13 @@ def test_a_tree_is_each_of_its_paths_alone(kind: str, method: str) -> None:
 def test_a_chopped_segment_is_the_whole(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of links of 4 tokens against rows that are not chopped at all; beside them links that have lost theirs."""
     def found(link: int, cut: bool = False) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(forest, "LINK", link)
-        forest._chopped.cache_clear()
+        monkeypatch.setattr(forest, "CHAIN_LENGTH", link)
+        forest._split_long_segments.cache_clear()
         row = batch([*documents(), *trees()])
-        chain = forest._chopped(row.inputs.forest)
+        chain = forest._split_long_segments(row.inputs.forest)
         links.append(len(chain.lengths))
         if cut:
-            monkeypatch.setattr(forest, "_chopped", lambda f: Forest(chain.lengths, (-1,) * len(chain.lengths)))
+            monkeypatch.setattr(forest, "_split_long_segments", lambda f: Forest(chain.lengths, (-1,) * len(chain.lengths)))
         family = base(kind, "packed")
         return measured(family, attach(family, method), [row])
 
@@ -103,7 +103,7 @@ def test_a_chopped_segment_is_the_whole(kind: str, method: str, monkeypatch: pyt
     assert links[1] > 2 * links[0]
     assert apart(found(4, cut=True), whole) > FAR
     monkeypatch.undo()
-    forest._chopped.cache_clear()
+    forest._split_long_segments.cache_clear()
 
 
 def log_probs(family, rows) -> torch.Tensor:
@@ -179,7 +179,7 @@ def test_log_probs_are_those_of_the_whole_logits(case: str, monkeypatch: pytest.
     softcap, scale = settings.get("softcap"), settings.get("scale", 1.0)
     generator = torch.Generator().manual_seed(0)
     positions, width, vocabulary = 70, 12, 50
-    monkeypatch.setattr(fused_logprobs, "CHUNK", 16 * vocabulary)  # five chunks, the last of them short
+    monkeypatch.setattr(fused_logprobs, "CHUNK_LOGITS", 16 * vocabulary)  # five chunks, the last of them short
     linear = nn.Linear(width, vocabulary, bias=settings.get("bias", False), dtype=torch.float64)
     linear.requires_grad_(settings.get("trains", False))
     if settings.get("hook"):
@@ -199,7 +199,7 @@ def test_log_probs_are_those_of_the_whole_logits(case: str, monkeypatch: pytest.
         slopes = torch.autograd.grad((logps * slope).sum(), list(trained.values()))
         return {"loss": logps.detach(), **dict(zip(trained, slopes, strict=True))}
 
-    logps, hits, _ = fused_logprobs.log_probs(linear, states, tokens, softcap, scale)
+    logps, hits, _ = fused_logprobs.compute_logprobs(linear, states, tokens, softcap, scale)
     found, best = outcome(logps), whole().argmax(-1)
     assert torch.equal(hits, best == tokens)
     assert 0 < int(hits.sum()) < positions
@@ -217,9 +217,9 @@ def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         largest.append(size.stop - size.start)
         return size
 
-    real = fused_logprobs._chunks
-    monkeypatch.setattr(fused_logprobs, "CHUNK", 16 * 264)
-    monkeypatch.setattr(fused_logprobs, "_chunks", lambda *given: [watched(s) for s in real(*given)])
+    real = fused_logprobs._split_positions
+    monkeypatch.setattr(fused_logprobs, "CHUNK_LOGITS", 16 * 264)
+    monkeypatch.setattr(fused_logprobs, "_split_positions", lambda *given: [watched(s) for s in real(*given)])
     for method in ("lora", "full"):
         largest.clear()
         row = batch(documents())
@@ -257,13 +257,13 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(kind: str, method: 
         family = base(kind)
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
 
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        family.anatomy.blocks[0].attention.register_forward_hook(count)
+        family.structure.layers[0].attention.register_forward_hook(count)
         return measured(family, attach(family, method), rows)
 
     without = run(False)
@@ -282,9 +282,9 @@ def test_a_long_row_keeps_the_blocks_that_fit(kind: str, method: str) -> None:
         family = base(kind, num_hidden_layers=3)
         family.train(True)
         if over is not None:
-            family.checkpointing(over)
+            family.enable_gradient_checkpointing(over)
         calls = [0] * 3
-        for i, block in enumerate(family.anatomy.blocks):
+        for i, block in enumerate(family.structure.layers):
             block.attention.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
         return measured(family, attach(family, method), [row]), calls
 
@@ -301,13 +301,13 @@ def test_a_block_that_is_recomputed_leaves_no_notes() -> None:
     family.train(True)
     attach(family, "lora")
     noted: list[bool] = []
-    family._lean.note, real = lambda *given: noted.append(family._lean._open) or real(*given), family._lean.note
+    family._recomputer.record, real = lambda *given: noted.append(family._recomputer._open) or real(*given), family._recomputer.record
     row = batch(documents())
     family.forward(row.inputs, row.target, SFT.required_outputs)
     every = len(noted)
     assert every == sum(noted) > 6
     noted.clear()
-    family.checkpointing(row.inputs.tokens.shape[0] * 2 // 3 + 1)
+    family.enable_gradient_checkpointing(row.inputs.tokens.shape[0] * 2 // 3 + 1)
     family.forward(row.inputs, row.target, SFT.required_outputs)
     assert len(noted) == every
     assert sum(noted) * 3 == every * 2

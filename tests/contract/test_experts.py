@@ -19,7 +19,7 @@ from luthier import assembly
 from luthier.assembly.factory import attach_method
 from luthier.assembly.run_io import save_tuned
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.data.packing import batch
 from luthier.methods import METHODS, LoraConfig
 from luthier.methods.multi_adapter import Bank
@@ -65,7 +65,7 @@ def family(kind: str) -> CausalLM:
     return made
 
 
-def attach(on: CausalLM, targets: Sequence[str] = ALL, **settings: Any) -> Attached:
+def attach(on: CausalLM, targets: Sequence[str] = ALL, **settings: Any) -> Tuner:
     return attached_to(on, "lora", targets=tuple(targets), rank=3, alpha=7.0, **settings)
 
 
@@ -136,7 +136,7 @@ def test_the_function_that_ran_before_runs_while_nothing_acts(real: str) -> None
 
 def test_a_mixture_that_nobody_touches_keeps_its_own_function() -> None:
     ours = family("mixtral")
-    modules = [block.mlp.experts for block in ours.anatomy.blocks]
+    modules = [block.mlp.experts for block in ours.structure.layers]
     attached_to(ours, "lora")
     assert all(module.config is ours.model.config for module in modules)
     attach(ours)
@@ -152,7 +152,7 @@ def test_a_row_trains_packed_recomputed_and_every_parameter() -> None:
     assert apart(measured(padded, attach(padded), rows), found) < SAME
     again = family("mixtral")
     again.train(True)
-    again.checkpointing()
+    again.enable_gradient_checkpointing()
     assert apart(measured(again, attach(again), rows), found) < SAME
 
 
@@ -187,7 +187,7 @@ def test_a_dense_model_has_no_experts() -> None:
 
 def test_tokens_of_a_row_cannot_be_told_apart() -> None:
     ours = family("mixtral")
-    bank = Bank(ours.anatomy)
+    bank = Bank(ours.structure)
     for name in "ab":
         bank.add(name, attach_method(ours, METHODS["lora"](targets=("experts",)), 0))
     ours.router = bank

@@ -26,10 +26,10 @@ from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
 from luthier.assembly.run_io import save_tuned
 from luthier.cli.main import main
 from luthier.core.errors import BaseError, LuthierError, RunError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.models import BaseConfig, CausalLM
 from luthier.models.gguf import writer as out
-from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, SPLITS, split_name
+from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, PRETOKENIZERS, get_pretokenizer_name
 from luthier.training.run_folder import Run
 from tiny import CHATML, KINDS, tiny, tiny_tokenizer
 
@@ -134,7 +134,7 @@ def test_the_same_answers_word_for_word(tmp_path: Path) -> None:
     base, file = family("llama", initializer_range=0.3), tmp_path / "a.gguf"
     out.write_gguf(base, file, "float32")
     prompts = [TOKENIZER(text).input_ids for text in ("I'll say", "x = [1,", "日本")]
-    mine = {answer.index: list(answer.tokens) for answer in base.generate(prompts, Sampling(max_new_tokens=24))}
+    mine = {answer.index: list(answer.token_ids) for answer in base.generate(prompts, SamplingParams(max_new_tokens=24))}
     with opened(file) as found:
         for i, prompt in enumerate(prompts):
             found.reset()
@@ -160,7 +160,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
 
 
 @llama
-@pytest.mark.parametrize(("splits", "whole"), SPLITS)
+@pytest.mark.parametrize(("splits", "whole"), PRETOKENIZERS)
 def test_text_becomes_the_same_tokens(splits: tuple[str, ...], whole: bool, tmp_path: Path) -> None:
     words = tokenizer(splits, whole)
     out.write_gguf(family("llama", words), tmp_path / "a.gguf", "float32")
@@ -197,9 +197,9 @@ def described(**changes: Any) -> dict[str, Any]:
     ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": CONTRACTIONS}, "behavior": "Isolated"}}, "ll"),
 ])
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(changes: dict[str, Any], said: str) -> None:
-    assert split_name(described()) == "gpt-2"
+    assert get_pretokenizer_name(described()) == "gpt-2"
     with pytest.raises(BaseError, match=said):
-        split_name(described(**changes))
+        get_pretokenizer_name(described(**changes))
 
 
 # ---------------------------------------------------------------- runs
@@ -321,7 +321,7 @@ def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
     save_tuned(run, made, base, attached)
     prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
                for text in ("Why is the sky blue?", "Write one line about rain.")]
-    answers = {a.index: list(a.tokens) for a in base.generate(prompts, Sampling(max_new_tokens=16))}
+    answers = {a.index: list(a.token_ids) for a in base.generate(prompts, SamplingParams(max_new_tokens=16))}
     wanted = logits(base, prompts[0])
     with attached.disabled():
         assert distance(logits(base, prompts[0]), wanted) > 1  # the run says something else than its base

@@ -111,7 +111,7 @@ def test_the_activation_too_as_closely_as_its_table(name: str, tmp_path: Path) -
 def test_the_comparison_would_see_a_mistake(name: str, forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = family(name)
     if forgotten == "raised":
-        monkeypatch.setattr(archs.Names, "raised", lambda self, name, weight: weight)
+        monkeypatch.setattr(archs.TensorNames, "raised", lambda self, name, weight: weight)
     else:
         key = {"scores": "attn_logit_softcapping", "logits": "final_logit_softcapping", "windows": "sliding_window",
                "angles": "rope_freq_base_swa", "epsilon": "layer_norm_eps"}[forgotten]
@@ -138,7 +138,7 @@ def test_a_lora_on_the_base_is_the_run(name: str, settings: dict[str, Any], tmp_
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
     bare = logits(base, ids())
     attached = attach(base, "lora", **settings)
-    changes = {layer.site.name: out.Change(*layer.factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
+    changes = {layer.site.name: out.LoraDelta(*layer.factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
     out.write_gguf_adapter(base, changes, tmp_path / "adapter.gguf")
     right = wanted(base, ids())
     assert distance(bare, right) > 1e-2

@@ -25,8 +25,8 @@ from luthier.data.packing import pack
 from luthier.methods import METHODS
 from luthier.models.attention import packed as attention
 from luthier.models.ops import fused_logprobs
-from luthier.models.ops.fused_logprobs import log_probs
-from luthier.models.task_heads import Heads, pool
+from luthier.models.ops.fused_logprobs import compute_logprobs
+from luthier.models.task_heads import TaskHeads, pool_states
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.addmm_.default, torch.ops.aten.bmm.default}
@@ -67,8 +67,8 @@ def test_every_product_of_the_backward_pass_runs_in_the_dtype_of_autocast(
 
     assert products() == {torch.bfloat16}
     if method == "full":  # the control: without the forward pass's autocast
-        again = fused_logprobs._recomputed
-        monkeypatch.setattr(fused_logprobs, "_recomputed", lambda *given: _without_autocast(again, given))
+        again = fused_logprobs._recompute_gradients
+        monkeypatch.setattr(fused_logprobs, "_recompute_gradients", lambda *given: _without_autocast(again, given))
         assert torch.float32 in products()
 
 
@@ -95,7 +95,7 @@ def case(dtype: torch.dtype, positions: int = 64, vocabulary: int = 50, width: i
 def test_log_probabilities_at_a_temperature_are_those_of_the_definition(temperature: float, trains: bool) -> None:
     linear, states, tokens = case(torch.float64)
     linear.requires_grad_(trains)
-    found, _, _ = log_probs(linear, states, tokens, temperature=temperature)
+    found, _, _ = compute_logprobs(linear, states, tokens, temperature=temperature)
     wanted = reference(linear.weight, states, tokens, temperature)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
     push = torch.linspace(-1, 1, len(tokens), dtype=torch.float64)
@@ -112,22 +112,22 @@ def test_the_temperature_divides_logits_in_float32(softcap: float | None) -> Non
         logits = (states @ linear.weight.T).float()
         capped = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         wanted = (capped / 0.7).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-        found, _, _ = log_probs(linear, states, tokens, softcap, temperature=0.7)
-        control, _, _ = log_probs(linear, states / 0.7, tokens, softcap)
+        found, _, _ = compute_logprobs(linear, states, tokens, softcap, temperature=0.7)
+        control, _, _ = compute_logprobs(linear, states / 0.7, tokens, softcap)
     assert (found - wanted).abs().max() < 1e-5
     if softcap is None:
         assert (control - wanted).abs().max() > 1e-2
 
 
 def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_logprobs, "CHUNK", 1)  # sixteen positions at once
+    monkeypatch.setattr(fused_logprobs, "CHUNK_LOGITS", 1)  # sixteen positions at once
     linear, states, tokens = case(torch.bfloat16, positions=8192)
     linear64, states64 = linear.weight.detach().double().requires_grad_(True), states.detach().double()
     reference(linear64, states64, tokens, 1.0).sum().backward()
     assert linear64.grad is not None
 
     def error() -> float:
-        found, = torch.autograd.grad(log_probs(linear, states, tokens)[0].sum(), linear.weight)
+        found, = torch.autograd.grad(compute_logprobs(linear, states, tokens)[0].sum(), linear.weight)
         return float((found.double() - linear64.grad).norm() / linear64.grad.norm())  # type: ignore[operator]
 
     assert error() < 0.01
@@ -147,8 +147,8 @@ def test_the_mean_of_a_text_is_summed_in_float32(dtype: torch.dtype, autocast: b
     forest, parts = Forest(lengths, parents), row.double().split(lengths)
     items = torch.tensor([3, 0, 2, 4, 3])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = pool(row, forest, items, "mean")
-        flat = pool(row, Forest(lengths, (-1,) * 5), items, "mean")
+        found = pool_states(row, forest, items, "mean")
+        flat = pool_states(row, Forest(lengths, (-1,) * 5), items, "mean")
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     for i, item in enumerate(items.tolist()):
         path = torch.cat([parts[a] for a in forest.path(item)])
@@ -161,10 +161,10 @@ def test_the_mean_of_a_text_is_summed_in_float32(dtype: torch.dtype, autocast: b
 
 @pytest.mark.parametrize("kind", ["item", "token"])
 def test_heads_are_computed_in_float32_under_autocast(kind: Any) -> None:
-    heads = Heads([Head("score", kind, 3)], 32, torch.device("cpu"), 0, "CAUSAL_LM")
+    heads = TaskHeads([Head("score", kind, 3)], 32, torch.device("cpu"), 0, "CAUSAL_LM")
     states = torch.randn(20, 32, generator=torch.Generator().manual_seed(1))
     with torch.autocast("cpu", torch.bfloat16):
-        found, control = heads._of(kind, states), heads.modules["score"](states)
+        found, control = heads._compute_scores(kind, states), heads.modules["score"](states)
     wanted = states @ heads.modules["score"].weight.T
     assert found.dtype == torch.float32
     assert (found - wanted).abs().max() < 1e-6
@@ -210,7 +210,7 @@ def test_bits_per_byte_has_the_nats_of_all_that_is_predicted_and_the_bytes_of_th
 def test_the_unit_of_a_prompt_is_the_size_of_the_words_that_it_starts_from() -> None:
     family = base("llama")
     for settings in ({"tokens": 4}, {"tokens": 4, "text": "ab"}):
-        attached = METHODS["prompt"](**settings).attach(family.anatomy, seed=3)
+        attached = METHODS["prompt"](**settings).attach(family.structure, seed=3)
         start = next(iter(attached.parameters().values())).detach()
         assert attached.rate("prompt_embeddings") == pytest.approx(float(start.square().mean().sqrt()))
 
@@ -232,7 +232,7 @@ def test_padding_in_place_of_packing_is_said(home: Path, monkeypatch: pytest.Mon
     given: dict[str, Any] = {"base": str(home / "base"), "data": rows, "objective": "pretrain", "training": {"steps": 1}}
     train(**given, run=str(home / "packed"))
     assert "padded row" not in capsys.readouterr().err
-    real = attention.attention
+    real = attention.packed_attention
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME,
                         lambda module, q, k, v, mask, forest=None, **options: real(module, q, k, v, None, **options))
     train(**given, run=str(home / "padded"))
@@ -245,15 +245,15 @@ def test_an_older_variable_length_attention_is_not_called(monkeypatch: pytest.Mo
             is_causal: bool = False, return_aux: Any = None) -> None:
         pytest.fail("called")
 
-    assert attention._varlen() is not None  # of the installed torch
+    assert attention._get_varlen_attention() is not None  # of the installed torch
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", old)
-    assert attention._varlen() is None
+    assert attention._get_varlen_attention() is None
     monkeypatch.setattr(attention, "_has_flash", lambda device: True)
-    monkeypatch.setattr(attention, "_compiled", lambda flex: flex)
+    monkeypatch.setattr(attention, "_compile_flex", lambda flex: flex)
     query = torch.randn(1, 4, 12, 16).bfloat16()
     row = Forest((7, 5), (-1, -1))
-    found = attention._one_kernel(query, query, query, row, 0.25, None, True)
-    wanted = attention._per_segment(query, query, query, row, 0.25, 0.0, None, None, True)
+    found = attention._attend_one_kernel(query, query, query, row, 0.25, None, True)
+    wanted = attention._attend_per_segment(query, query, query, row, 0.25, 0.0, None, None, True)
     torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
 
 
@@ -263,4 +263,4 @@ def test_trees_too_are_pooled_as_they_are_alone() -> None:
     with torch.no_grad():
         states = family.states(batch.inputs)
     assert states.dtype == torch.bfloat16
-    assert pool(states, batch.inputs.forest, torch.arange(4), "mean").dtype == torch.float32
+    assert pool_states(states, batch.inputs.forest, torch.arange(4), "mean").dtype == torch.float32

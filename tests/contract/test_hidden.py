@@ -119,8 +119,8 @@ def test_rows_and_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatc
         wanted = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
         assert apart(measured(family, attached, pack(found, 90)), wanted) < SAME  # type: ignore[arg-type]
         with monkeypatch.context() as patched:
-            patched.setattr(fused_logprobs, "CHUNK", 1)
-            assert len(fused_logprobs._chunks(40, VOCABULARY, torch.device("cpu"))) == 3
+            patched.setattr(fused_logprobs, "CHUNK_LOGITS", 1)
+            assert len(fused_logprobs._split_positions(40, VOCABULARY, torch.device("cpu"))) == 3
             assert apart(measured(family, attached, [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
         slow = encoder(kind, "padded")
         assert apart(measured(slow, attach(slow, method), [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
@@ -238,13 +238,13 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {name.split(".")[0] for name in moved} == {name.split(".")[0] for name in after}
     _, family, _ = open_run(run)
-    assert family.anatomy.tied
-    assert family.anatomy.head is not None
+    assert family.structure.tied
+    assert family.structure.head is not None
     plain = AutoModelForMaskedLM.from_pretrained(run.path).eval()
     ids = torch.tensor([[256, *b"hello", 257]])
     family.train(False)
     with torch.no_grad():
-        assert torch.allclose(plain(input_ids=ids).logits, family.anatomy.model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(plain(input_ids=ids).logits, family.structure.model(input_ids=ids).logits, atol=1e-5)
         assert not torch.allclose(plain(input_ids=ids).logits, AutoModelForMaskedLM.from_pretrained(
             tmp_path / "base").eval()(input_ids=ids).logits, atol=1e-2)
         assert AutoModel.from_pretrained(run.path)(input_ids=ids).last_hidden_state.shape == (1, 7, 32)
@@ -253,7 +253,7 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
                   run=str(tmp_path / "classify"), training={"steps": 1, "batch_size": 2})
     assert tuned.results["steps"] == 1
     _, bare, _ = open_run(tuned)
-    assert bare.anatomy.head is None  # whoever does not guess words has no head in memory
+    assert bare.structure.head is None  # whoever does not guess words has no head in memory
 
 
 def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
     other = peft.PeftModel.from_pretrained(plain, run.path).eval()
     with torch.no_grad():
         ids = torch.tensor([[256, *b"hello", 257]])
-        assert torch.allclose(other(input_ids=ids).logits, family.anatomy.model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(other(input_ids=ids).logits, family.structure.model(input_ids=ids).logits, atol=1e-5)
         assert not torch.allclose(other(input_ids=ids).logits, bare, atol=1e-3)
 
 

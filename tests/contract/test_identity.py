@@ -262,7 +262,7 @@ def test_another_tokenizer_is_told(home: Home, capsys: pytest.CaptureFixture[str
 
 
 def test_the_base_is_kept_in_recipe_checkpoint_and_results(home: Home) -> None:
-    identity = assembly.identify(assembly.BaseConfig(name=str(home.base))).to_json()
+    identity = assembly.identify_base(assembly.BaseConfig(name=str(home.base))).to_json()
     assert set(identity["sha256"]) == {"weights", "config", "tokenizer"}
     assert identity["path"] == str(home.base)
     run = luthier.Run(home.run)
@@ -272,7 +272,7 @@ def test_the_base_is_kept_in_recipe_checkpoint_and_results(home: Home) -> None:
 
 @pytest.mark.parametrize(("alias", "upstream"), [("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("minilm", "sentence-transformers/all-MiniLM-L6-v2")])
 def test_embedded_bases_have_a_digest_and_an_upstream(alias: str, upstream: str) -> None:
-    found = assembly.identify(assembly.BaseConfig(name=alias))
+    found = assembly.identify_base(assembly.BaseConfig(name=alias))
     assert found.upstream == upstream
     assert found.path.is_absolute()
     assert all(len(digest) == 64 for digest in found.digests.values())

@@ -10,7 +10,7 @@ from lab import SFT, apart, attach, base, digest, documents, logits, measured, s
 
 from luthier.assembly.factory import attach_method
 from luthier.core.errors import NotMergeable, RecipeError, RunError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.data.packing import batch
 from luthier.methods import METHODS
 from luthier.models import CausalLM
@@ -184,10 +184,10 @@ def test_under_a_bfloat16_base_the_change_is_kept_in_float32(name: str, settings
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "mistral"])
 def test_answers_are_the_same_attached_merged_and_without_a_cache(name: str, settings: dict[str, Any], kind: str) -> None:
     family = base(kind)
-    prompts, sampling = [tuple(range(n, 3 * n)) for n in (4, 9, 15)], Sampling(max_new_tokens=12, batch_size=2)
+    prompts, sampling = [tuple(range(n, 3 * n)) for n in (4, 9, 15)], SamplingParams(max_new_tokens=12, batch_size=2)
 
     def answers() -> list[tuple[int, ...]]:
-        return [g.tokens for g in sorted(family.generate(prompts, sampling), key=lambda g: g.index)]
+        return [g.token_ids for g in sorted(family.generate(prompts, sampling), key=lambda g: g.index)]
 
     bare = answers()
     attached = attach(family, name, **settings)

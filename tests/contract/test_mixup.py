@@ -70,17 +70,17 @@ def family(kind: str, layout: Any = None) -> Any:
 
 def by_hand(base: Any, one: Encoded, two: Encoded | None, share: float) -> Tensor:
     """[D] the pooled state of one example alone, its embeddings mixed by torch and put into Transformers' own backbone."""
-    weight = base.anatomy.embedding.weight
+    weight = base.structure.embedding.weight
     texts = [torch.tensor(e.pieces[0].ids) for e in (one, *([two] if two else []))]
     width = max(map(len, texts))
-    scale = getattr(base.anatomy.embedding, "embed_scale", torch.ones(())).double()
+    scale = getattr(base.structure.embedding, "embed_scale", torch.ones(())).double()
     rows = [F.pad(scale * F.embedding(ids, weight), (0, 0, 0, width - len(ids))) for ids in texts]
     embeds = (share * rows[0] + (1 - share) * rows[1] if two else rows[0])[None]
     if isinstance(base, Seq2Seq):
         read = base.encoder(inputs_embeds=embeds).last_hidden_state
         return base.decoder(input_ids=torch.tensor([[base.start]]), encoder_hidden_states=read).last_hidden_state[0, 0]
     types = {"token_type_ids": torch.zeros(1, width, dtype=torch.int64)} if base.model.config.model_type == "bert" else {}
-    states = base.anatomy.backbone(inputs_embeds=embeds, attention_mask=torch.ones(1, width, dtype=torch.int64), **types,
+    states = base.structure.backbone(inputs_embeds=embeds, attention_mask=torch.ones(1, width, dtype=torch.int64), **types,
                                    **base.options).last_hidden_state[0]
     return states[-1] if base.pooling == "last" else states[0]
 
@@ -95,7 +95,7 @@ def test_it_is_torchs_by_hand(double: None, kind: str, layout: Any, method: str,
     base = family(kind, layout)
     attached = attach_method(base, METHODS[method](**SETTINGS.get(method, {})), 3)
     objective = OBJECTIVES["classify"](labels=CLASSES.classes, class_weights=weights)
-    heads = base.add(objective.heads, 7)
+    heads = base.add_heads(objective.heads, 7)
     base.heads.modules["score"].double()
     for one in (attached, heads):
         for parameter in one.parameters().values():

@@ -66,7 +66,7 @@ def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: objec
             begun = family.tokenizer.apply_chat_template(said[:1], add_generation_prompt=True, return_dict=False)
             whole = family.tokenizer.apply_chat_template(said, return_dict=False)[:-1]  # no line break behind the end
             with torch.no_grad():
-                logps = family.anatomy.model(torch.tensor([whole])).logits[0].log_softmax(-1)
+                logps = family.structure.model(torch.tensor([whole])).logits[0].log_softmax(-1)
             scores.append(float(sum(logps[i - 1, whole[i]] for i in range(len(begun), len(whole)))) / (len(whole) - len(begun)))
         total -= float(torch.tensor(scores).log_softmax(0)[row["answer"]])
         right += scores.index(max(scores)) == row["answer"]

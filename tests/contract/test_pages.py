@@ -76,7 +76,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys.modules["luthier.models.loading"], "_packaged", lambda alias, where: home / alias)
+    monkeypatch.setattr(sys.modules["luthier.models.model_names"], "_find_packaged", lambda alias, where: home / alias)
     monkeypatch.setattr("luthier.cli.console.ask", lambda: None)  # whoever chats says nothing
 
     def call(*words: str) -> int:

@@ -149,7 +149,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
     assert made.method.rank == 4
     assert attached is not None
     assert attached.state().keys() == adapter(other).keys()
-    assert family.anatomy.sizes["layers"] == 2
+    assert family.structure.sizes["layers"] == 2
 
 
 # ---------------------------------------------------------------- PiSSA: PEFT changes the base, we do not

@@ -14,7 +14,7 @@ import torch
 from lab import SFT, attach, base, documents
 from torch import Tensor
 
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Batch
 from luthier.data.packing import pack
 from luthier.models import CausalLM
@@ -25,7 +25,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"tokens": 3}), ("ptuning", {"tokens": 3}), ("prefix", {"tokens": 3}), ("prefix", {"tokens": 3, "projection": True})]
 
 
-def gradient(family: CausalLM, attached: Attached, batches: Iterable[Batch], mixed: bool) -> Tensor:
+def gradient(family: CausalLM, attached: Tuner, batches: Iterable[Batch], mixed: bool) -> Tensor:
     """Of everything that trains, one after another."""
     for parameter in attached.parameters().values():
         parameter.grad = None
@@ -46,5 +46,5 @@ def test_mixed_precision_has_nearly_the_gradient(name: str, settings: dict[str, 
     assert mixed.dtype == torch.float32
     assert torch.cosine_similarity(mixed, exact, dim=0) > 0.98
     assert not torch.equal(mixed, exact)  # the control: it was mixed
-    family.checkpointing(0)
+    family.enable_gradient_checkpointing(0)
     assert torch.equal(gradient(family, attached, batches, True), mixed)

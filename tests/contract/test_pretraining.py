@@ -37,7 +37,7 @@ def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict
     for number in range(steps):
         optimizer.set_rate(number)
         step(family, SFT, [batch(documents())], optimizer)
-    mine = {id(p) for p in family.anatomy.embedding.parameters()}
+    mine = {id(p) for p in family.structure.embedding.parameters()}
     return ({name: p.detach() - before[name] for name, p in attached.parameters().items()},
             {name for name, p in attached.parameters().items() if id(p) in mine})
 

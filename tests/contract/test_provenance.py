@@ -135,7 +135,7 @@ def test_an_embedded_base_is_named_by_its_id(home: Path) -> None:
 def test_a_snapshot_of_the_hub_is_named_by_its_id(home: Path, tmp_path: Path) -> None:
     place = tmp_path / "hub/models--some-owner--a-model/snapshots" / ("0a" * 20)
     shutil.copytree(home / "base", place)
-    found = assembly.identify(assembly.BaseConfig(name=str(place)))
+    found = assembly.identify_base(assembly.BaseConfig(name=str(place)))
     assert (found.upstream, found.revision) == ("some-owner/a-model", "0a" * 20)
     assert name_base(assembly.BaseConfig(name=str(place)), public=True) == "some-owner/a-model"
 
@@ -272,7 +272,7 @@ SPELT: dict[str, Any] = {**{name: name for name in METHODS if name != "peft"}, "
 def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -> None:
     made = assembly.recipe({"base": str(home / "base"), "method": SPELT[method], "data": str(home / "rows.jsonl")})
     base = load_family(made.base)
-    saved = resolve_settings(made, base, assembly.identify(made.base), 0.1, home / "none")
+    saved = resolve_settings(made, base, assembly.identify_base(made.base), 0.1, home / "none")
     for section, names in RESOLVED.items():
         parts = saved.method.parts if section == "method" and method == "list" else [dict(saved)[section]] if section else [saved]
         for part in parts:

@@ -30,7 +30,7 @@ from transformers import BartConfig, BartForConditionalGeneration, T5ForConditio
 
 from luthier.core.errors import BaseError, DataError
 from luthier.core.examples import Origin
-from luthier.core.protocols import Head, Sampling
+from luthier.core.protocols import Head, SamplingParams
 from luthier.core.types import Encoded, Item, Piece
 from luthier.data.packing import batch, pack
 from luthier.models.families import seq2seq
@@ -120,16 +120,16 @@ def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str, monkeypatch:
         rows = pack(examples, micro_tokens)
         assert len(rows) > 1
         assert apart(measured(family, attached, rows), whole) < SAME
-    monkeypatch.setattr(seq2seq, "SPARE", 1e9)
+    monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1e9)
     assert apart(measured(family, attached, pack(examples, None)), whole) < SAME
 
 
 def test_little_of_a_padded_batch_is_padding() -> None:
     sizes = [300, *[2] * 200, 290, 40, 41, 39]
-    groups = seq2seq._groups(range(len(sizes)), sizes)
+    groups = seq2seq._group_by_length(range(len(sizes)), sizes)
     assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
     places = sum(len(group) * max(sizes[i] for i in group) for group in groups)
-    assert places <= seq2seq.SPARE * sum(sizes) + seq2seq.FLOOR * len(groups)
+    assert places <= seq2seq.PADDING_FACTOR * sum(sizes) + seq2seq.PADDING_ALLOWANCE * len(groups)
     assert len(groups) <= 4
 
 
@@ -141,9 +141,9 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
         family = base()
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
-        for block in family.anatomy.blocks:
+        for block in family.structure.layers:
             block.attention.register_forward_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
         return measured(family, attach(family, method), [batch([forest()])])
 
@@ -163,7 +163,7 @@ def test_a_source_is_never_predicted() -> None:
 def test_heads_stand_on_the_decoders_states() -> None:
     """An answer's item is its last token's state; a source's is that of the start token."""
     family, dice = base(), Dice()
-    family.add([Head("score", "item", 2)], 0)
+    family.add_heads([Head("score", "item", 2)], 0)
     pieces = (dice.piece(7, masked=7), dice.piece(4, 0), dice.piece(5, 0))
     whole = batch([Encoded(pieces, Origin("lab", 0), items=(Item(0, 0.0), Item(1, 0.0), Item(2, 1.0)))])
     lone = batch([Encoded(pieces[:1], Origin("lab", 0), items=(Item(0, 0.0),))])
@@ -198,10 +198,10 @@ def test_bart_is_understood_too() -> None:
     assert apart(found, {"loss": loss.detach(), **{n: p.grad for n, p in plain.named_parameters() if n in found}}) < SAME
     for prompt, answer in zip(PROMPTS, said(family, batch_size=2), strict=True):
         assert list(answer) == slowly(family, prompt, len(answer), start=IM_END)
-    assert {site.role for site in family.anatomy.sites} == {"q", "k", "v", "o", "up", "down"}
-    assert family.anatomy.blocks[3].mlp_in is family.decoder.layers[1].fc1
+    assert {site.role for site in family.structure.linears} == {"q", "k", "v", "o", "up", "down"}
+    assert family.structure.layers[3].mlp_in is family.decoder.layers[1].fc1
     with pytest.raises(BaseError, match="reads at most 64"):
-        family.generate([range(64)], Sampling())
+        family.generate([range(64)], SamplingParams())
 
 
 # ---------------------------------------------------------------- bases
@@ -228,10 +228,10 @@ def test_a_base_without_a_start_token_is_refused() -> None:
 def test_every_linear_map_has_its_role() -> None:
     for kind, mlp in (("relu", {"up": 5, "down": 5}), ("gated", {"gate": 5, "up": 5, "down": 5})):
         family = base(kind)
-        roles = [site.role for site in family.anatomy.sites]
+        roles = [site.role for site in family.structure.linears]
         assert {role: roles.count(role) for role in set(roles)} == {"q": 8, "k": 8, "v": 8, "o": 8, **mlp}
-        assert family.anatomy.task == "SEQ_2_SEQ_LM"
-        for block in family.anatomy.blocks:
+        assert family.structure.task == "SEQ_2_SEQ_LM"
+        for block in family.structure.layers:
             inside = block.module.layer
             assert block.attention is inside[0].SelfAttention
             assert block.attention_out is inside[0].SelfAttention.o
@@ -249,17 +249,17 @@ def test_answers_are_those_of_one_step_after_another(kind: str) -> None:
     for batch_size in (1, 2, 5):
         assert said(family, batch_size=batch_size) == wanted
     assert said(family, [(*p, IM_END) for p in PROMPTS]) == wanted
-    assert tuple(family.stream(PROMPTS[1], Sampling(max_new_tokens=12))) == wanted[1]
+    assert tuple(family.stream(PROMPTS[1], SamplingParams(max_new_tokens=12))) == wanted[1]
 
 
 def test_answers_end_where_they_stop_and_leave_the_others_alone() -> None:
     family = base()
     wanted = said(family)
     stop = wanted[0][3]
-    found = list(family.generate(PROMPTS, Sampling(max_new_tokens=12, stop=(stop,))))
+    found = list(family.generate(PROMPTS, SamplingParams(max_new_tokens=12, stop=(stop,))))
     for answer in found:
         whole = wanted[answer.index]
-        assert answer.tokens == (whole[:whole.index(stop)] if stop in whole else whole)
+        assert answer.token_ids == (whole[:whole.index(stop)] if stop in whole else whole)
         assert answer.finished == (stop in whole)
     assert 0 < sum(answer.finished for answer in found) < len(found)
 
@@ -270,9 +270,9 @@ def test_a_drawn_answer_depends_on_its_index_and_the_seed_alone() -> None:
     wanted = said(family, **drawn)
     assert said(family, batch_size=2, **drawn) == wanted
     assert said(family, **{**drawn, "seed": 4}) != wanted
-    assert tuple(family.stream(PROMPTS[0], Sampling(max_new_tokens=12, **drawn))) == wanted[0]
+    assert tuple(family.stream(PROMPTS[0], SamplingParams(max_new_tokens=12, **drawn))) == wanted[0]
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="prompt 1"):
-        list(base().generate([(3, 4), ()], Sampling()))
+        list(base().generate([(3, 4), ()], SamplingParams()))

@@ -27,7 +27,7 @@ from luthier.core.examples import (
     PromptExample,
     TextExample,
 )
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, DividedConfig, encode
 from luthier.data.packing import batch
@@ -206,7 +206,7 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.anatomy)
+    bank = Bank(family.structure)
     for i, name in enumerate("ab"):
         bank.add(name, attach(family, "lora", seed=i))
         stir(bank.members[name], seed=10 + i)
@@ -225,10 +225,10 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - apart_).abs() < SAME
     assert (total("a", examples) - apart_).abs() > FAR
 
-    found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
+    found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
     for i, who in enumerate(["a", "b", None, "a", "b"]):
         with bank.using(who):
-            assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].tokens]
+            assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].token_ids]
 
     tree = batch([forest()])
     with pytest.raises(RunError, match="another adapter"):

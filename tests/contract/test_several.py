@@ -20,7 +20,7 @@ from luthier.assembly.recipe import Recipe, method_name
 from luthier.assembly.rl_setup import begin
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Head, Sampling
+from luthier.core.protocols import Head, SamplingParams
 from luthier.data.packing import batch
 from luthier.methods import METHODS
 from luthier.methods.composite import Several, SeveralConfig
@@ -111,11 +111,11 @@ def test_every_part_trains_at_its_own_default() -> None:
     method = settings(["bitfit", {**LORA, "plus": 16}])
     assert isinstance(method, SeveralConfig)
     assert method.default_rate == METHODS["bitfit"].default_rate  # type: ignore[attr-defined]
-    found = rates(method.attach(base("llama").anatomy, seed=0), method.default_rate)
+    found = rates(method.attach(base("llama").structure, seed=0), method.default_rate)
     for name, rate in found.items():
         wanted = 1e-3 if name.endswith("bitfit") else 5e-4 * (16 if "lora_B" in name else 1)
         assert rate == pytest.approx(wanted)
-    doubled = rates(method.attach(base("llama").anatomy, seed=0), 2 * method.default_rate)
+    doubled = rates(method.attach(base("llama").structure, seed=0), 2 * method.default_rate)
     assert doubled == pytest.approx({name: 2 * rate for name, rate in found.items()})
 
 
@@ -292,7 +292,7 @@ def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     with tuned.using({"a": 0.5, "b": 0.5}):
         assert not torch.equal(logits(tuned.family), bare)
     assert torch.equal(logits(tuned.family), bare)
-    sampling = Sampling(max_new_tokens=12)
+    sampling = SamplingParams(max_new_tokens=12)
     prompts, names = ["1 and 1?", "2 and 2?", "3?"], ["a", None, "b"]
     alone = [tuned.answer([prompt], name, sampling)[0] for prompt, name in zip(prompts, names, strict=True)]
     assert tuned.answer(prompts, names, sampling) == alone

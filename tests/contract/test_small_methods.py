@@ -23,7 +23,7 @@ from luthier.api.export import export
 from luthier.assembly.factory import attach_method
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import NotMergeable, RecipeError, RunError
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Forest, Inputs
 from luthier.data.packing import batch
 from luthier.methods import READERS
@@ -33,7 +33,7 @@ from luthier.models import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.models.families.vision import Vision
-from luthier.models.image_processor import Pictures
+from luthier.models.image_processor import ImageProcessor
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.run_folder import Run
 from luthier.training.step import step
@@ -77,7 +77,7 @@ def test_packed_padded_recomputed_and_cut_up_are_the_same(name: str, settings: d
     padded = base(kind, layout="padded")
     assert apart(measured(padded, attach(padded, name, **settings), [batch(rows)]), wanted) < SAME
     again = base(kind, layout="packed")
-    again.checkpointing(0)
+    again.enable_gradient_checkpointing(0)
     again.train(True)
     attached = attach(again, name, **settings)
     assert apart(measured(again, attached, [batch(rows)]), wanted) < SAME
@@ -514,7 +514,7 @@ def test_the_bridge_works_packed_recomputed_and_in_answers() -> None:
     for way in ("packed", "padded", "recomputed"):
         family = base("llama", layout="padded" if way == "padded" else "packed")
         if way == "recomputed":
-            family.checkpointing(0)
+            family.enable_gradient_checkpointing(0)
             family.train(True)
         found[way] = measured(family, attach(family, "peft", type="LOHA", config={"r": 4}), [batch(rows)])
     assert apart(found["packed"], found["padded"]) < 1e-5
@@ -522,8 +522,8 @@ def test_the_bridge_works_packed_recomputed_and_in_answers() -> None:
     family = base("llama")
     attach(family, "peft", type="LOHA", config={"r": 4})
     prompt = list(range(9, 27))
-    (answer,) = family.generate([prompt], Sampling(max_new_tokens=8))
-    for token in answer.tokens:
+    (answer,) = family.generate([prompt], SamplingParams(max_new_tokens=8))
+    for token in answer.token_ids:
         assert int(logits(family, prompt)[-1].argmax()) == token
         prompt.append(token)
 
@@ -548,7 +548,7 @@ def t5() -> Any:
 def vit() -> Any:
     model = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=4, num_channels=1, **STACK),
                                   add_pooling_layer=False)
-    return Vision(shaken(model), Pictures(1, (8, 8), (8, 8), (0.5,), (0.5,), 1 / 255, "bilinear", "{}"))
+    return Vision(shaken(model), ImageProcessor(1, (8, 8), (8, 8), (0.5,), (0.5,), 1 / 255, "bilinear", "{}"))
 
 
 def alike(make: Any) -> Any:

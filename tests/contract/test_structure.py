@@ -19,8 +19,8 @@ from luthier.assembly.factory import check_loaded_model
 from luthier.assembly.run_io import open_run
 from luthier.assembly.run_warnings import find_unused_settings
 from luthier.core.errors import BaseError, RecipeError
-from luthier.models import BaseConfig, folder
-from luthier.models.surgery import StructureConfig, change
+from luthier.models import BaseConfig, prepare_folder
+from luthier.models.surgery import StructureConfig, modify_model
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 DECODERS = ("llama", "qwen2", "gpt2", "mistral", "gemma2", "gemma3")
@@ -51,13 +51,13 @@ def changed(kind: str, **settings: Any) -> tuple[Any, Any, Any]:
     """The base, the changed base, and its tokenizer."""
     base, tokenizer = tiny(kind, **deep(kind)), tiny_tokenizer()
     found = deepcopy(base)
-    change(found, tokenizer, StructureConfig(**settings))
+    modify_model(found, tokenizer, StructureConfig(**settings))
     return base, found, tokenizer
 
 
 def reopened(path: Path, **structure: Any) -> tuple[Any, Any]:
     """The changed base of a folder, as Transformers alone loads it, and its tokenizer."""
-    found = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    found = prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
     return AutoModelForCausalLM.from_pretrained(found, dtype="auto").eval(), AutoTokenizer.from_pretrained(found)
 
 
@@ -70,7 +70,7 @@ def test_added_blocks_start_as_the_identity_and_learn(kind: str) -> None:
     assert found.config.num_hidden_layers == 5
     assert torch.equal(said(found), said(base))
     found(input_ids=IDS, labels=IDS).loss.backward()
-    block: Any = assembly.CausalLM(found, tiny_tokenizer()).anatomy.blocks[1]
+    block: Any = assembly.CausalLM(found, tiny_tokenizer()).structure.layers[1]
     gradients = {role: [p.grad for n, p in block.module.named_parameters() if n.rpartition(".")[0].endswith(role)]
                  for role in ("o_proj", "down_proj", "c_proj")}
     last = [g for found in gradients.values() for g in found]
@@ -97,16 +97,16 @@ def test_dropped_blocks_are_stepped_over(kind: str) -> None:
 def test_blocks_keep_what_the_config_says_of_each() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     base: Any = tiny("gemma2", num_hidden_layers=4, layer_types=types)
-    change(base, tiny_tokenizer(), StructureConfig(drop_blocks=(0,), add_blocks=(1, 2)))
+    modify_model(base, tiny_tokenizer(), StructureConfig(drop_blocks=(0,), add_blocks=(1, 2)))
     assert base.config.layer_types == [types[i] for i in (1, 1, 2, 2, 3)]
     assert [block.self_attn.layer_idx for block in base.model.layers] == [0, 1, 2, 3, 4]
 
 
 def test_order_of_blocks() -> None:
-    spread = StructureConfig(add_blocks=2).order(6)
+    spread = StructureConfig(add_blocks=2).list_layers(6)
     assert [block for block, copy in spread if copy] == [2, 5]
-    assert StructureConfig(add_blocks=(1,), drop_blocks=(0,)).order(3) == [(1, False), (1, True), (2, False)]
-    assert StructureConfig(add_blocks=3, drop_blocks=(0,)).order(4) == [(i, copy) for i in (1, 2, 3)
+    assert StructureConfig(add_blocks=(1,), drop_blocks=(0,)).list_layers(3) == [(1, False), (1, True), (2, False)]
+    assert StructureConfig(add_blocks=3, drop_blocks=(0,)).list_layers(4) == [(i, copy) for i in (1, 2, 3)
                                                                          for copy in (False, True)]
 
 
@@ -119,7 +119,7 @@ def test_new_words_start_from_their_description(kind: str, size: int) -> None:
     tokenizer = tiny_tokenizer()
     base: Any = tiny(kind, vocab_size=size)
     old = deepcopy(base)
-    change(base, tokenizer, StructureConfig(new_tokens={"<crane>": "a bird", "<lift>": "up"}))
+    modify_model(base, tokenizer, StructureConfig(new_tokens={"<crane>": "a bird", "<lift>": "up"}))
     assert tokenizer("x<crane><lift>")["input_ids"] == [ord("x"), 259, 260]
     assert tokenizer.decode([259]) == "<crane>"
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -149,11 +149,11 @@ def test_transformers_loads_the_changed_base(kind: str, tmp_path: Path) -> None:
     plain = [model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=cached).tolist()
              for cached in (True, False)]
     assert plain[0] == plain[1]
-    made = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    made = prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
     before = (made / "model.safetensors").stat().st_mtime_ns
-    assert folder(BaseConfig(name=str(path), structure=StructureConfig(**structure))) == made
+    assert prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure))) == made
     assert (made / "model.safetensors").stat().st_mtime_ns == before
-    assert folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1))) != made
+    assert prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1))) != made
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -167,16 +167,16 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
     run = train(None, quiet=True, **settings)
     (tmp_path / "cache").rename(tmp_path / "lost")  # a run needs its recipe and the base, and nothing of the cache
     made, base, attached = open_run(run)
-    assert base.anatomy.sizes["layers"] == 2
+    assert base.structure.sizes["layers"] == 2
     assert made.base.structure is not None
-    tuned = said(base.anatomy.model)
+    tuned = said(base.structure.model)
     bare = said(reopened(path, **made.base.structure.model_dump())[0])
     assert not torch.allclose(tuned, bare, atol=1e-4)
     if method == "lora":
         from peft import PeftModel
         assert attached is not None
         with attached.disabled():
-            assert torch.equal(said(base.anatomy.model), bare)
+            assert torch.equal(said(base.structure.model), bare)
         named = json.loads((run.path / "adapter_config.json").read_text())["base_model_name_or_path"]
         peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named, dtype="auto"), run.path).eval()
         assert torch.allclose(said(peft), tuned, atol=1e-12)
@@ -190,7 +190,7 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("structure", "words"), [
     ({}, "nothing is changed"), ({"add_blocks": -1}, "above 0"), ({"drop_blocks": (1, 1)}, "once"),
-    ({"add_blocks": (1,), "drop_blocks": (1,)}, "both copied and left out"),
+    ({"add_blocks": (1,), "drop_blocks": (1,)}, "both copied and dropped"),
 ])
 def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
@@ -198,22 +198,22 @@ def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None
 
 
 @pytest.mark.parametrize(("structure", "words"), [
-    ({"drop_blocks": (3,)}, "0 to 2"), ({"drop_blocks": (0, 1, 2)}, "no block would be left"),
-    ({"add_blocks": 4}, "3 at most"), ({"new_tokens": {"a": "b"}}, "already"), ({"new_tokens": {" ": "b"}}, "empty"),
+    ({"drop_blocks": (3,)}, "0 to 2"), ({"drop_blocks": (0, 1, 2)}, "no layer would be left"),
+    ({"add_blocks": 4}, "at most one copy after each of 3"), ({"new_tokens": {"a": "b"}}, "already"), ({"new_tokens": {" ": "b"}}, "empty"),
     ({"new_tokens": {"<x>": ""}}, "no tokens"),
 ])
 def test_faults_that_the_base_shows(structure: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", "llama", num_hidden_layers=3)
     with pytest.raises(RecipeError, match=words):
-        folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+        prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
-@pytest.mark.parametrize(("kind", "words"), [("mixtral", "no linear map that ends"), ("bert", "no plain causal")])
+@pytest.mark.parametrize(("kind", "words"), [("mixtral", "no linear output projection"), ("bert", "plain causal language models only")])
 def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", kind)
     with pytest.raises(BaseError, match=words):
-        folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1)))
+        prepare_folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1)))
 
 
 @pytest.mark.parametrize(("method", "words"), [({"name": "lora", "dora": True}, "divides by"), ("ia3", "stays zero"),
@@ -246,4 +246,4 @@ def test_a_block_that_is_not_silent_is_refused() -> None:
     for block in model.model.layers:
         block.register_forward_hook(lambda module, args, out: out + 1.0)
     with pytest.raises(BaseError, match="do not become the identity"):
-        change(model, tiny_tokenizer(), StructureConfig(add_blocks=1))
+        modify_model(model, tiny_tokenizer(), StructureConfig(add_blocks=1))

@@ -21,7 +21,7 @@ from luthier.assembly.factory import attach_method, load_family
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import BaseError, RecipeError, RunError
 from luthier.core.examples import Origin
-from luthier.core.protocols import TRAINING, Sampling
+from luthier.core.protocols import TRAINING, SamplingParams
 from luthier.core.types import Encoded, Piece
 from luthier.data.packing import batch, pack
 from luthier.methods import METHODS, READERS
@@ -58,7 +58,7 @@ def alone(family: CausalLM, attached: Any, ids: torch.Tensor, deep: bool) -> tor
     """[1, L, V] logits of one document behind the virtual tokens, by Transformers' own arguments."""
     with attached.disabled():
         if not deep:
-            embeds = torch.cat([attached.virtual()[None], family.anatomy.embedding(ids)], dim=1)
+            embeds = torch.cat([attached.virtual()[None], family.structure.embedding(ids)], dim=1)
             return family.model(inputs_embeds=embeds).logits[:, attached.virtual().shape[0]:]
         cache = DynamicCache()
         for i, (key, value) in enumerate(attached.virtual()):
@@ -118,7 +118,7 @@ def test_recomputed_blocks_meet_the_tokens_of_their_forward_pass(kind: str, meth
     rows = [batch(documents())]
     family, attached = tuned(kind, method)
     wanted = measured(family, attached, rows)
-    family.checkpointing()
+    family.enable_gradient_checkpointing()
     family.train(True)
     total = torch.zeros((), dtype=torch.float64)
     for row in rows:  # the virtual tokens move between the forward and the backward pass of an earlier call
@@ -181,7 +181,7 @@ def test_calls_with_a_cache_go_on_where_the_last_ended(kind: str, method: str) -
 def test_transformers_own_generation_gives_our_answers(kind: str, method: str) -> None:
     family, _ = tuned(kind, method)
     prompts = [list(range(40, 49)), [9, 8, 7]]
-    ours = [g.tokens for g in sorted(family.generate(prompts, Sampling(max_new_tokens=8)), key=lambda g: g.index)]
+    ours = [g.token_ids for g in sorted(family.generate(prompts, SamplingParams(max_new_tokens=8)), key=lambda g: g.index)]
     ids = torch.tensor([prompts[0], [0] * 6 + prompts[1]])
     mask = torch.tensor([[1] * 9, [0] * 6 + [1] * 3])
     theirs = family.model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0,
@@ -206,8 +206,8 @@ def test_a_text_that_leaves_no_room_is_refused_and_one_that_just_does_is_not(kin
         long = documents((last + 1,))
         with pytest.raises(BaseError, match="virtual"):
             family.forward(batch(long).inputs, batch(long).target, frozenset({"token_logps"}))
-    (answer,) = family.generate([[5] * (last - 3)], Sampling(max_new_tokens=50))
-    assert len(answer.tokens) <= 3
+    (answer,) = family.generate([[5] * (last - 3)], SamplingParams(max_new_tokens=50))
+    assert len(answer.token_ids) <= 3
     with attached.disabled(), torch.no_grad():
         family.model(input_ids=torch.zeros(1, 256, dtype=torch.int64))
 
@@ -218,7 +218,7 @@ def test_two_kinds_of_virtual_tokens_stand_behind_one_another() -> None:
     with torch.no_grad():
         found = family.model(input_ids=TOKENS).logits
         with prompt.disabled():
-            longer = torch.cat([prompt.virtual()[None], family.anatomy.embedding(TOKENS)], dim=1)
+            longer = torch.cat([prompt.virtual()[None], family.structure.embedding(TOKENS)], dim=1)
             assert (family.model(inputs_embeds=longer).logits[:, 3:] - found).abs().max() < SAME
     rows = [batch(documents())]
     both = {n: p for part in (prompt, prefix) for n, p in part.parameters().items()}
@@ -239,7 +239,7 @@ def test_what_has_no_meaning_is_refused() -> None:
     with pytest.raises(RunError, match="cannot be told apart"):
         logits(family)
     with pytest.raises(RecipeError, match="no place for virtual tokens"):
-        METHODS["prefix"]().attach(replace(family.anatomy, ports=None), seed=0)
+        METHODS["prefix"]().attach(replace(family.structure, injector=None), seed=0)
 
 
 # ---------------------------------------------------------------- encoders: what is put in sees what follows it
@@ -270,15 +270,15 @@ def states(family: Encoder, attached: Any, examples: list[Encoded]) -> dict[str,
 def behind(family: Encoder, attached: Any, ids: torch.Tensor, deep: bool) -> torch.Tensor:
     """[L, D] states of one text behind the virtual tokens, by the bare model. A prefix is played by N more tokens whose
     keys and values are exchanged for it in every layer: what else becomes of them, nobody sees."""
-    embeds = family.anatomy.embedding(torch.cat([torch.full((N,), 9), ids]))[None]
+    embeds = family.structure.embedding(torch.cat([torch.full((N,), 9), ids]))[None]
     with attached.disabled():
         if not deep:
             embeds = torch.cat([attached.virtual()[None], embeds[:, N:]], dim=1)
             return family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
         handles = []
-        for site in family.anatomy.sites:
+        for site in family.structure.linears:
             if site.role in ("k", "v"):
-                rows = attached.virtual()[site.block, int(site.role == "v")].transpose(0, 1).flatten(1)
+                rows = attached.virtual()[site.layer_index, int(site.role == "v")].transpose(0, 1).flatten(1)
                 handles.append(site.module.register_forward_hook(
                     lambda _m, _a, out, rows=rows: torch.cat([rows[None], out[:, N:]], dim=1)))
         found = family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
@@ -310,7 +310,7 @@ def test_an_encoders_packed_row_is_padded_and_each_text_by_itself(kind: str, met
 def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
     family = reader(kind)
     attach(family, "prefix", tokens=N)
-    last = family.anatomy.sizes["context"] - N
+    last = family.structure.sizes["context"] - N
     with torch.no_grad():
         family.model(input_ids=torch.full((1, last), 7))
         with pytest.raises(BaseError, match="virtual"):
@@ -342,7 +342,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
     family = base("llama")
     ids = list(b"to to")
     prompt = attach(family, "prompt", stirred=False, tokens=7, text="to to")
-    assert torch.equal(prompt.virtual(), family.anatomy.embedding(torch.tensor((ids * 2)[:7])))
+    assert torch.equal(prompt.virtual(), family.structure.embedding(torch.tensor((ids * 2)[:7])))
     for name in ("ptuning", "prefix"):
         fresh = base("llama")
         attached = attach(fresh, name, stirred=False, tokens=5, text="to to")

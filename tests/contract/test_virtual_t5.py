@@ -17,15 +17,15 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
-from luthier.core.protocols import TRAINING, Sampling
+from luthier.core.protocols import TRAINING, SamplingParams
 from luthier.core.types import Encoded, Piece
 from luthier.data.packing import batch, pack
 from luthier.methods.multi_adapter import Bank
 from luthier.methods.prompt import EMBEDDINGS
-from luthier.models.attention.biased import Before
+from luthier.models.attention.biased import BiasedVirtualKeyValues
 from luthier.models.families import seq2seq
 from luthier.models.families.seq2seq import Seq2Seq
-from luthier.models.soft_prompts.seq2seq import Carried
+from luthier.models.soft_prompts.seq2seq import InjectedKeyValues
 from tiny import END_OF_TEXT, IM_END
 
 N = 5
@@ -146,8 +146,8 @@ def test_how_a_batch_is_cut_changes_nothing(method: str, monkeypatch: pytest.Mon
     family, attached = tuned("gated", method)
     whole = measured(family, attached, pack(pairs(), None))
     assert apart(measured(family, attached, pack(pairs(), 40)), whole) < SAME
-    monkeypatch.setattr(seq2seq, "SPARE", 1.0)
-    monkeypatch.setattr(seq2seq, "FLOOR", 0)
+    monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1.0)
+    monkeypatch.setattr(seq2seq, "PADDING_ALLOWANCE", 0)
     assert apart(measured(family, attached, pack(pairs(), None)), whole) < SAME
 
 
@@ -173,8 +173,8 @@ def test_recomputed_blocks_change_nothing_but_the_work(method: str) -> None:
     family, attached = tuned("gated", method)
     wanted = measured(family, attached, [batch(pairs())])
     calls: list[int] = []
-    family.anatomy.blocks[0].attention.register_forward_hook(lambda *_: calls.append(1))
-    family.checkpointing()
+    family.structure.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    family.enable_gradient_checkpointing()
     family.train(True)
     assert apart(measured(family, attached, [batch(pairs())]), wanted) < SAME
     assert len(calls) % 2 == 0, "each is computed twice"
@@ -219,7 +219,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.anatomy)
+    bank = Bank(family.structure)
     for name, method in (("a", "prompt"), ("b", "prefix"), ("c", "lora")):
         bank.add(name, attach(family, method, **SETTINGS.get(method, {})))
     family.router = bank
@@ -237,10 +237,10 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - single).abs() < SAME
     assert (total("a", examples) - single).abs() > FAR
     owners = ["b", "a", None, "c", "a"]
-    found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6), bank.numbers(owners)), key=lambda g: g.index)
+    found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6), bank.numbers(owners)), key=lambda g: g.index)
     for prompt, answer, who in zip(PROMPTS, found, owners, strict=True):
         with bank.using(who):
-            assert said(family, [prompt], max_new_tokens=6) == [answer.tokens]
+            assert said(family, [prompt], max_new_tokens=6) == [answer.token_ids]
 
 
 # ---------------------------------------------------------------- where they start, and what is refused
@@ -250,7 +250,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
     family = base()
     prompt = attach(family, "prompt", stirred=False, tokens=7, text="to to")
     ids = (list(b"to to") * 2)[:7]
-    assert torch.equal(prompt.virtual(), family.anatomy.embedding(torch.tensor(ids)))
+    assert torch.equal(prompt.virtual(), family.structure.embedding(torch.tensor(ids)))
     fresh, bare = base(), base()
     prefix = attach(fresh, "prefix", stirred=False, tokens=5, text="to to")
     words = torch.tensor([list(b"to to")])
@@ -260,8 +260,8 @@ def test_they_start_as_the_words_of_a_text() -> None:
         longer = bare.decoder(input_ids=torch.cat([words, own], 1), encoder_hidden_states=read).last_hidden_state[:, 5:]
         decoder = [m for m in attentions(fresh.model) if m.is_decoder]
         pairs_ = [p for p, m in zip(prefix.virtual(), attentions(fresh.model), strict=True) if m.is_decoder]
-        biases = fresh.anatomy.ports._biases(fresh.decoder, 3, 0, 5, None)
-        own_only = Carried({m: Before(p[0][None], p[1][None], biases.get(m))
+        biases = fresh.structure.injector._compute_biases(fresh.decoder, 3, 0, 5, None)
+        own_only = InjectedKeyValues({m: BiasedVirtualKeyValues(p[0][None], p[1][None], biases.get(m))
                             for m, p in zip(decoder, pairs_, strict=True) if m.is_causal})
         with prefix.disabled():
             found = fresh.decoder(input_ids=own, encoder_hidden_states=read, virtual=own_only).last_hidden_state
@@ -340,13 +340,13 @@ def test_pefts_prefix_is_a_part_of_ours_with_shared_pairs() -> None:
         given = padded(pairs())
         wanted = other(**given).logits
         start = family.model._shift_right(given["labels"])
-        biases = family.anatomy.ports._biases(family.decoder, start.shape[1], 0, N, None)
+        biases = family.structure.injector._compute_biases(family.decoder, start.shape[1], 0, N, None)
         with attached.disabled():
             read = family.encoder(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
             for zero in (False, True):  # zero: the control, a prefix without T5's bias
-                carried = Carried({every[i]: Before(k[None], v[None], None if zero else biases[every[i]])
+                carried = InjectedKeyValues({every[i]: BiasedVirtualKeyValues(k[None], v[None], None if zero else biases[every[i]])
                                    for i, (k, v) in zip(own, chosen, strict=True)})
                 states = family.decoder(input_ids=start, encoder_hidden_states=read, virtual=carried,
                                         encoder_attention_mask=given["attention_mask"]).last_hidden_state
-                apart_ = float((family.anatomy.head(states * family.scale) - wanted).abs().max())
+                apart_ = float((family.structure.head(states * family.scale) - wanted).abs().max())
                 assert (apart_ > FAR) if zero else (apart_ < SAME)

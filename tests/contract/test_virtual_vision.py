@@ -88,7 +88,7 @@ def test_whoever_calls_the_model_gets_its_own_tokens_and_no_others(method: str, 
         wanted = by_hand(tiny("vit"), pixels[0], attached.virtual(), method in DEEP)
         found = family.model(pixel_values=pixels, output_hidden_states=True)
         assert (found.last_hidden_state[0] - wanted).abs().max() < SAME
-        assert {states.shape[1] for states in found.hidden_states} == {family.anatomy.sizes["unit"]}
+        assert {states.shape[1] for states in found.hidden_states} == {family.structure.sizes["unit"]}
         assert torch.equal(family.model(pixels, return_dict=False)[0], found.last_hidden_state)
 
 
@@ -115,7 +115,7 @@ def test_how_a_batch_is_cut_and_recomputed_changes_nothing(method: str, family: 
     attached = attach(family, method, **SETTINGS[method])
     whole = scored(family, attached, pack(examples, None))
     assert apart(scored(family, attached, pack(examples, 2)), whole) < SAME
-    family.checkpointing()
+    family.enable_gradient_checkpointing()
     family.train(True)
     assert apart(scored(family, attached, pack(examples, None)), whole) < SAME
     assert apart(scored(family, attached, pack(judged(examples[1:]), None)), whole) > FAR
@@ -138,7 +138,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
 
 
 def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
-    bank = Bank(family.anatomy)
+    bank = Bank(family.structure)
     for name, method in (("a", "prompt"), ("b", "prefix")):
         bank.add(name, attach(family, method, **SETTINGS[method]))
     found = {}

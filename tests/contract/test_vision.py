@@ -17,24 +17,24 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.core.types import Encoded, Piece
 from luthier.data.packing import batch, pack
 from luthier.models import BaseConfig, Vision, load_tokenizer, open_family
-from luthier.models.image_processor import Pictures
+from luthier.models.image_processor import ImageProcessor
 from tiny import VISIONS, save_tiny, tiny
 
 SAME, FAR = 1e-9, 1e-3
 METHOD = pytest.mark.parametrize("method", ["full", "lora"])
 
 
-def settings(path: Path, told: dict[str, Any] | None = None, **changes: Any) -> Pictures:
+def settings(path: Path, told: dict[str, Any] | None = None, **changes: Any) -> ImageProcessor:
     """What turns pixels into inputs, as a folder with these settings says."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps({"image_size": 8, "num_channels": 3, **changes}))
     if told is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(told))
-    return Pictures.of(path)
+    return ImageProcessor.from_pretrained(path)
 
 
 @pytest.fixture
@@ -99,13 +99,13 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str, tmp_pa
         family = Vision(tiny("vit"), settings(tmp_path))
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
 
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        family.anatomy.blocks[0].attention.register_forward_hook(count)
+        family.structure.layers[0].attention.register_forward_hook(count)
         return scored(family, attach(family, method), [batch(photographs(family))])
 
     without = run(False)
@@ -114,16 +114,16 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str, tmp_pa
 
 
 def test_the_parts_are_found(family: Vision) -> None:
-    for number, block in enumerate(family.anatomy.blocks):
-        sites = {s.role: s.module for s in family.anatomy.sites if s.block == number}
+    for number, block in enumerate(family.structure.layers):
+        sites = {s.role: s.module for s in family.structure.linears if s.layer_index == number}
         assert list(sites) == ["q", "k", "v", "o", "up", "down"]
         assert (block.attention_out, block.mlp_out) == (sites["o"], sites["down"])
         assert block.mlp_in is block.mlp
         assert sites["q"] in list(block.attention.children())
         assert len(block.norms) == 2
-    assert family.anatomy.task == "FEATURE_EXTRACTION"
-    assert family.anatomy.embedding.weight.shape == (32, 3, 4, 4)
-    assert {"unit": 5, "channels": 3, "height": 8, "width": 8}.items() <= family.anatomy.sizes.items()
+    assert family.structure.task == "FEATURE_EXTRACTION"
+    assert family.structure.embedding.weight.shape == (32, 3, 4, 4)
+    assert {"unit": 5, "channels": 3, "height": 8, "width": 8}.items() <= family.structure.sizes.items()
 
 
 @pytest.mark.parametrize(("name", "options"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"dora": True})])
@@ -202,7 +202,7 @@ def test_it_refuses_what_it_cannot(family: Vision, tmp_path: Path) -> None:
     with pytest.raises(BaseError, match="predicts no tokens"):
         family.forward(row.inputs, row.target, frozenset({"token_logps"}))
     with pytest.raises(BaseError, match="cannot write"):
-        family.generate([[1, 2]], Sampling())
+        family.generate([[1, 2]], SamplingParams())
     with pytest.raises(AssertionError, match="takes pictures"):
         family.states(replace(row.inputs, images=None))
     save_tiny(tmp_path / "base", "vit")

@@ -63,7 +63,7 @@ def rows(kinds: tuple[str, ...]) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("kind", "task", "form"), rows((*ENCODER_KINDS, *DECODER_KINDS)))
 def test_scores_are_those_of_transformers_own_class(kind: str, task: str, form: str, tmp_path: Path) -> None:
     made = make_run(tmp_path, kind, task)
-    assert made.base.heads.own is not None, made.base.heads.why
+    assert made.base.heads.task_head is not None, made.base.heads.no_task_head_reason
     ids = made.ids(end=task == "reward" and kind in DECODER_KINDS)
     wanted = made.outputs(ids)
     model, tokenizer = loaded(made, form)

@@ -15,7 +15,7 @@ from luthier.assembly.factory import PromptFormat, encode_chat_prompt, load_fami
 from luthier.cli.main import main
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
-from luthier.core.protocols import Generated, Sampling
+from luthier.core.protocols import GenerationOutput, SamplingParams
 from tiny import save_tiny
 
 ROWS = [{"text": f"some {word}", "label": word[0], "n": i} for i, word in enumerate(("alpha", "beta", "gamma"))]
@@ -46,9 +46,9 @@ def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -
 
     def answers(texts: list[str], ask: str) -> list[str]:
         prompts = [encode_chat_prompt(base, [Message("user", ask.replace("{text}", text))], PromptFormat()) for text in texts]
-        found = {one.index: one for one in base.generate(prompts, Sampling(max_new_tokens=30))}
+        found = {one.index: one for one in base.generate(prompts, SamplingParams(max_new_tokens=30))}
         assert all(one.finished for one in found.values())
-        return [base.tokenizer.decode(found[i].tokens, skip_special_tokens=True).strip() for i in range(len(texts))]
+        return [base.tokenizer.decode(found[i].token_ids, skip_special_tokens=True).strip() for i in range(len(texts))]
 
     wanted = answers([row["text"] for row in ROWS], ASKS[0])
     told, rows = said(home, ask=ASKS[0])
@@ -74,11 +74,11 @@ def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.Mon
     def says(*words: tuple[str, bool]) -> None:
         told = iter(words)
 
-        def generate(self: Any, prompts: list[list[int]], sampling: Sampling) -> Any:
+        def generate(self: Any, prompts: list[list[int]], sampling: SamplingParams) -> Any:
             heard.append([self.tokenizer.decode(prompt) for prompt in prompts])
             for i in range(len(prompts)):
                 text, finished = next(told)
-                yield Generated(i, tuple(self.tokenizer(text)["input_ids"]), finished)
+                yield GenerationOutput(i, tuple(self.tokenizer(text)["input_ids"]), finished)
         monkeypatch.setattr(family, "generate", generate)
 
     says(("", True), ("some beta", True), ("other", True))

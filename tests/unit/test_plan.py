@@ -78,7 +78,7 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
     made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
     from luthier.assembly import load_family
-    held = {id(p): p.numel() for p in load_family(made.base).anatomy.model.parameters()}
+    held = {id(p): p.numel() for p in load_family(made.base).structure.model.parameters()}
     assert estimate_weight_gb(made.base, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
     assert estimate_weight_gb(made.base, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
 

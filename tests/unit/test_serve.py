@@ -32,7 +32,7 @@ from luthier.api.serve import OpenAIServing, _open_socket, build_app, name_runs
 from luthier.assembly.multi_adapter_loading import load_served_models
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.serving.engine import InferenceEngine, Request, TokenDelta
 from tiny import save_tiny
 
@@ -101,7 +101,7 @@ def test_every_run_answers_by_its_name_as_it_does_in_python(house: House) -> Non
     with urlopen(f"{house.url}/models") as got:
         assert [model["id"] for model in json.load(got)["data"]] == ["base", *RUNS]
     tuned = luthier.load_adapters(str(house.path / "base"), {name: house.path / name for name in RUNS})
-    wanted = {name: tuned.answer(["Who?"], None if name == "base" else name, Sampling(max_new_tokens=12))[0]
+    wanted = {name: tuned.answer(["Who?"], None if name == "base" else name, SamplingParams(max_new_tokens=12))[0]
               for name in ("base", *RUNS)}
     assert {name: text(house.chat(name, "Who?")) for name in wanted} == wanted
     assert len(set(wanted.values())) == 3, "each answers in its own way, or this says nothing"

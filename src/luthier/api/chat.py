@@ -14,7 +14,7 @@ from luthier.assembly.factory import PromptFormat, encode_chat_prompt
 from luthier.assembly.run_io import build_prompt_format, open_run
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
-from luthier.core.protocols import Attached, Sampling
+from luthier.core.protocols import SamplingParams, Tuner
 from luthier.reporting.progress import print_line, status
 from luthier.serving.engine import stream
 from luthier.training.run_folder import Run
@@ -30,9 +30,9 @@ class ChatSession:
     """
 
     base: assembly.CausalLM
-    attached: Attached | None
+    attached: Tuner | None
     form: PromptFormat
-    sampling: Sampling
+    sampling: SamplingParams
     bare: bool = False
     said: list[Message] = field(default_factory=list)
 
@@ -74,7 +74,7 @@ def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | Non
         raise RecipeError(f"{str(run)!r} is a whole model without an adapter, so there are not two to compare",
                           "leave out --compare, or name a run that trained an adapter")
     base.train(False)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+    sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
     form = build_prompt_format(run if isinstance(run, Run) else Run(run), made)
     if system:
         form = replace(form, data=form.data.model_copy(update={"system": system}))

@@ -90,7 +90,7 @@ def _describe_accelerator() -> dict[str, Any]:
 
 def _find_embedded_model(alias: str) -> str:
     try:
-        return f"installed: {assembly.resolve(alias)}"
+        return f"installed: {assembly.resolve_name(alias)}"
     except BaseError as error:
         return f"missing: {error.remedy}"
 

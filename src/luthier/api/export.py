@@ -24,7 +24,7 @@ from luthier.assembly.run_io import (
     save_tuned,
 )
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.core.types import Forest, Inputs, Target
 from luthier.reporting.model_card import build_model_card
 from luthier.reporting.progress import print_line
@@ -97,7 +97,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             export_gguf_adapter(made, base, attached, temporary, out.stem)
         else:
             if to != "adapter":
-                assembly.cast(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(made, base))
+                assembly.cast_weights(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(made, base))
             _write_folder(temporary, to, made, base, attached)
             text = build_model_card(Run(temporary), run, made, base)
             Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))
@@ -140,7 +140,7 @@ def _refuse_existing(out: Path, to: str) -> None:
                        "remove it, or give another name with --out")
 
 
-def _refuse_unreadable(run: Run, made: Recipe, attached: Attached | None) -> None:
+def _refuse_unreadable(run: Run, made: Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where PEFT would compute something else with the adapter."""
     form = (attached.peft() if attached is not None else None) or {}
     if form.get("peft_type") in VIRTUAL and (made.objective.required_outputs & {"pooled", "scores", "token_scores"}):
@@ -149,7 +149,7 @@ def _refuse_unreadable(run: Run, made: Recipe, attached: Attached | None) -> Non
                        "open the run with Luthier, or train a lora")
 
 
-def _refuse_unsupported(run: Run, made: Recipe, attached: Attached | None) -> None:
+def _refuse_unsupported(run: Run, made: Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where Transformers would not put the adapter into the model by itself."""
     form = attached.peft() if attached is not None else None
     what = f"{str(run.path)!r} cannot be a whole model with an adapter in it: "
@@ -175,7 +175,7 @@ def _refuse_unsupported(run: Run, made: Recipe, attached: Attached | None) -> No
                        "--to merged writes one model with the head in it, where Transformers has a class for it")
 
 
-def _write_folder(out: Path, to: str, made: Recipe, base: Family, attached: Attached | None) -> None:
+def _write_folder(out: Path, to: str, made: Recipe, base: Family, attached: Tuner | None) -> None:
     out.mkdir()
     if to == "whole" and attached is not None:
         with attached.disabled():
@@ -186,13 +186,13 @@ def _write_folder(out: Path, to: str, made: Recipe, base: Family, attached: Atta
         save_full_model(Run(out), made, base)
 
 
-def merge_adapter(base: Family, attached: Attached) -> None:
+def merge_adapter(base: Family, attached: Tuner) -> None:
     """Fold the method into the base's weights. Raises `RunError` where the model then says something else."""
     base.train(False)
     before = _compute_probe_outputs(base)
     attached.merge()
     moved = float((_compute_probe_outputs(base) - before).abs().max())
-    allowed = TOLERANCE[base.anatomy.embedding.weight.dtype]  # type: ignore[index]
+    allowed = TOLERANCE[base.structure.embedding.weight.dtype]  # type: ignore[index]
     if not moved <= allowed:
         raise RunError(f"merging moved an output by {moved:.2g}, and rounding explains {allowed} at most",
                        "train and export with base.dtype: float32, or use the adapter as it is")
@@ -201,7 +201,7 @@ def merge_adapter(base: Family, attached: Attached) -> None:
 @torch.no_grad()
 def _compute_probe_outputs(base: Family) -> torch.Tensor:
     """Log-probabilities of some tokens, each after the ones before it; the states of a base that predicts none."""
-    sizes = base.anatomy.sizes
+    sizes = base.structure.sizes
     if "channels" in sizes:
         place, forest = torch.arange(2), Forest((1, 1), (-1, -1))
         shape = (2, sizes["channels"], sizes["height"], sizes["width"])
@@ -211,9 +211,9 @@ def _compute_probe_outputs(base: Family) -> torch.Tensor:
         half = PROBE // 2  # a source and its answer
         place = torch.arange(PROBE)
         tokens = (place + 1) * 7 % sizes["vocabulary"]
-        first = 0 if base.anatomy.head is not None else -1  # what predicts nothing has no answers either
+        first = 0 if base.structure.head is not None else -1  # what predicts nothing has no answers either
         inputs = Inputs(tokens, place, Forest((half, PROBE - half), (-1, first)))
         target = Target(place[half - 1:-1], tokens[half:], torch.ones(PROBE - half), 1)
-    need = "states" if base.anatomy.task == "FEATURE_EXTRACTION" or base.anatomy.head is None else "token_logps"
+    need = "states" if base.structure.task == "FEATURE_EXTRACTION" or base.structure.head is None else "token_logps"
     outputs = base.forward(inputs.to(base.device), target.to(base.device), frozenset({need}))
     return outputs.tensors()[need]

@@ -126,7 +126,7 @@ def _describe_features(made: Recipe, run: Run | None) -> str:
     assert data is not None
     weights = [digest(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
     if run is None or run.adapter is not None:
-        weights.append(assembly.fingerprint(assembly.folder(made.base)))
+        weights.append(assembly.compute_fingerprint(assembly.prepare_folder(made.base)))
     rows = digest(Path(data.path)) if Path(data.path).exists() else data.path
     told = [weights, rows, base, made.data.model_dump_json(exclude={"train"})]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -143,7 +143,7 @@ def _compute_features(made: Recipe, run: Run | None, quiet: bool, base_model: st
         print(line, file=sys.stderr) if not quiet else None
     rows: list[Encoded] = [replace(row, items=row.items[:1]) for row in found.test]
     places = {row.origin: place for place, row in enumerate(rows)}
-    states = torch.zeros(len(rows), family.anatomy.sizes["hidden"])
+    states = torch.zeros(len(rows), family.structure.sizes["hidden"])
     batches = assembly.rows.eval_batches(rows, resolve_micro_batch_tokens(made, family))
     family.train(False)
     done = 0

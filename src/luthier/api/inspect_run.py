@@ -12,7 +12,7 @@ from luthier.assembly.factory import attach_method
 from luthier.assembly.recipe import Recipe, method_name
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.reporting.plots import plot_weight_changes
 from luthier.reporting.progress import print_line, status
 from luthier.training.os_errors import explained
@@ -38,7 +38,7 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str |
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
         made, family, attached = open_run(run, False, base_model, partial(print_line, quiet=quiet))
-    readings = assembly.describe(attached, family.anatomy) if attached else []
+    readings = assembly.describe(attached, family.structure) if attached else []
     if not readings:
         raise RunError(f"{str(run.path)!r} was tuned by {method_name(made)}, whose numbers say nothing by "
                        "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
@@ -59,9 +59,9 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str |
     return found
 
 
-def _init_method_again(run: Run, made: Recipe, family: Family, attached: Attached | None) -> Sequence[assembly.Reading]:
+def _init_method_again(run: Run, made: Recipe, family: Family, attached: Tuner | None) -> Sequence[assembly.Reading]:
     """The method as it was before the first step, made once more from the recipe's seed; none where nobody knows."""
     if not run.recipe or made.start is not None or attached is None:
         return []
     with attached.disabled():
-        return assembly.describe(attach_method(family, made.method, made.seed), family.anatomy)
+        return assembly.describe(attach_method(family, made.method, made.seed), family.structure)

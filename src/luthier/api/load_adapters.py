@@ -20,7 +20,7 @@ from luthier.assembly.provenance import describe_model_conflict
 from luthier.assembly.run_io import build_prompt_format
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Message
-from luthier.core.protocols import Sampling
+from luthier.core.protocols import SamplingParams
 from luthier.training.run_folder import Run
 
 
@@ -49,7 +49,7 @@ class MultiAdapterModel:
                 self._chosen = before
 
     def answer(self, prompts: Sequence[str], adapters: Sequence[str | None] | str | None = None,
-               sampling: Sampling | None = None) -> list[str]:
+               sampling: SamplingParams | None = None) -> list[str]:
         """Answers to users' messages, in one batch, each through its own adapter.
 
         Args:
@@ -65,7 +65,7 @@ class MultiAdapterModel:
         ids = [encode_chat_prompt(self.family, [Message("user", prompt)], form)
                for prompt, form in zip(prompts, forms, strict=True)]
         self.family.train(False)
-        found = {made.index: made.tokens for made in self.family.generate(ids, sampling or Sampling(), numbers)}
+        found = {made.index: made.token_ids for made in self.family.generate(ids, sampling or SamplingParams(), numbers)}
         return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 

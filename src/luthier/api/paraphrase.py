@@ -20,7 +20,7 @@ from luthier.assembly.factory import PromptFormat, encode_chat_prompt
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
-from luthier.core.protocols import Family, Sampling
+from luthier.core.protocols import Family, SamplingParams
 from luthier.reporting.progress import Progress, print_line, status
 from luthier.training.run_folder import Run
 
@@ -64,10 +64,10 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
     with status("loading the model", quiet=quiet):
         _, base, _ = open_run(Run(model) if not isinstance(model, Run) else model, False, base_model,
                                    partial(print_line, quiet=quiet))
-    if not base.writes:
+    if not base.can_generate:
         raise RecipeError(f"{str(model)!r} does not write", "use a base that writes text, such as 'smollm2'")
     base.train(False)
-    sampling = Sampling(max_new_tokens, temperature, batch_size=batch_size, seed=seed)
+    sampling = SamplingParams(max_new_tokens, temperature, batch_size=batch_size, seed=seed)
     with Progress(len(rows) * len(asked), title="rows said anew", quiet=quiet) as bar:
         words, cut = _paraphrase_texts(base, [str(row[column]) for row in rows], asked, sampling, bar)
     made = [{**row, column: text} for row, text in zip(rows, words, strict=True) if text not in ("", row[column])]
@@ -82,7 +82,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
     return {"file": str(target), **told}
 
 
-def _paraphrase_texts(base: Family, words: Sequence[str], asked: Sequence[str], sampling: Sampling,
+def _paraphrase_texts(base: Family, words: Sequence[str], asked: Sequence[str], sampling: SamplingParams,
                       bar: Progress) -> tuple[list[str], int]:
     """The words as the last request left them, empty where an answer was, or where one was cut off; and how many of
     those there are. Nothing is asked about words that are not there: a model would make some up."""
@@ -93,7 +93,7 @@ def _paraphrase_texts(base: Family, words: Sequence[str], asked: Sequence[str], 
                                       PromptFormat())
                    for place in left]
         for done, answer in enumerate(base.generate(prompts, sampling), 1):
-            said = base.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+            said = base.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
             found[left[answer.index]] = said if answer.finished else ""
             cut += bool(said) and not answer.finished
             bar.update(turn * len(words) + done)

@@ -134,7 +134,7 @@ class OpenAIServing:
         """The answers that a body asks for: `n` for each prompt. Raises `RecipeError` for what cannot be."""
         asked = _parse_request(CompletionRequest, body)
         adapter = self.served.adapter(asked.model)
-        if not self.served.writes:
+        if not self.served.can_generate:
             raise RecipeError(f"{asked.model!r} reads and does not write", "ask it for /v1/embeddings")
         if chat and not asked.messages:
             raise RecipeError("messages: a conversation has at least one", "send messages")

@@ -46,7 +46,7 @@ from luthier.assembly.run_warnings import (
 )
 from luthier.assembly.settings import fill_left_out, list_resolved, make_paths_absolute, make_public, resolve_settings
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Encoded
 from luthier.distributed import process_group
 from luthier.evaluation.generation_eval import EvalPrompt, GenerationScores, add_perplexity, evaluate_generations
@@ -112,13 +112,13 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     _print_warnings(quiet, find_unused_settings(made))
     check_rewards(made)
     with status("loading the base", quiet=quiet):
-        identity = assembly.identify(made.base)
+        identity = assembly.identify_base(made.base)
         seed_everything(made.seed)
         base = load_family(made.base, made.objective.uses_masking)
         check_loaded_model(made, base)
-        base.checkpointing(0 if made.training.gradient_checkpointing else resolve_micro_batch_tokens(made, base))
-    if base.padded_why:
-        _print_line(quiet, f"warning: {base.padded_why}")
+        base.enable_gradient_checkpointing(0 if made.training.gradient_checkpointing else resolve_micro_batch_tokens(made, base))
+    if base.padding_reason:
+        _print_line(quiet, f"warning: {base.padding_reason}")
     with status("reading the data", quiet=quiet):
         made = fit_objective(made, found := load_datasets(made, base))
         set_chat_format(base, found)
@@ -201,13 +201,13 @@ class Interrupted(RunError):
                          f"go on with: luthier train --resume {run.path}")
 
 
-def count_trainable(base: Any, attached: Attached) -> dict[str, float]:
+def count_trainable(base: Any, attached: Tuner) -> dict[str, float]:
     """How many parameters train, of how many, counting both the base's and the method's own."""
     trained = attached.parameters()
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
-    whole += sum(s.inputs * s.outputs - s.weight.numel() for s in base.anatomy.sites if s.expand is not None)
+    whole += sum(s.in_features * s.out_features - s.weight.numel() for s in base.structure.linears if s.dequantize is not None)
     count = sum(p.numel() for p in trained.values())
     return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 

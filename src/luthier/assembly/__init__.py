@@ -80,7 +80,17 @@ from luthier.methods import METHODS
 from luthier.methods.diagnostics import Reading, describe
 from luthier.methods.multi_adapter import Bank
 from luthier.methods.peft import BRIDGED
-from luthier.models import ALIASES, BaseConfig, CausalLM, cache, cast, fingerprint, folder, identify, resolve
+from luthier.models import (
+    ALIASES,
+    BaseConfig,
+    CausalLM,
+    cache,
+    cast_weights,
+    compute_fingerprint,
+    identify_base,
+    prepare_folder,
+    resolve_name,
+)
 from luthier.rl import Rollouts
 from luthier.training.run_folder import Run
 
@@ -88,19 +98,19 @@ __all__ = [
     "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
     "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "ServedModels", "asked", "attach_method", "attach_runs",
     "describe_model_conflict",
-    "beforehand", "begin", "reference_context", "cache", "display_name", "build_variant", "cast", "changed",
+    "beforehand", "begin", "reference_context", "cache", "display_name", "build_variant", "cast_weights", "changed",
     "encode_chat_prompt", "check_loaded_model",
     "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "merge_adapters",
     "read_context_length",
     "convert_to_plain_lora", "load_datasets", "default_learning_rate", "describe", "describe_learning_rate",
     "select_device",
     "dump", "load_family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
-    "find_schedule_problems", "find_unused_settings", "fingerprint", "fit_objective", "folder", "export_gguf_adapter",
-    "export_gguf_model", "build_eval_batches", "identify", "judged", "has_saved_heads", "estimate_weight_gb",
+    "find_schedule_problems", "find_unused_settings", "compute_fingerprint", "fit_objective", "prepare_folder", "export_gguf_adapter",
+    "export_gguf_model", "build_eval_batches", "identify_base", "judged", "has_saved_heads", "estimate_weight_gb",
     "list_changes", "list_differences",
     "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "resolve_micro_batch_tokens",
     "name_base", "set_chat_format", "open_recipe", "open_run", "price", "build_prompt_format", "provenance",
-    "build_eval_prompts", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings",
+    "build_eval_prompts", "recipe", "record_results", "record_start", "recorded", "resolve_name", "resolve_settings",
     "rolling",
     "rows", "is_same_model", "save_tuned", "save_full_model", "resolve_saved_dtype", "load_served_models", "standing",
     "load_base_tokenizer", "untrained",

@@ -13,7 +13,7 @@ from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import Lora
 from luthier.methods.lora_merging import How, combine
-from luthier.models import identify
+from luthier.models import identify_base
 from luthier.training.run_folder import Run
 
 
@@ -45,7 +45,7 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how:
     found = combine(loras, weights, how, rank)
     made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
     made = make_paths_absolute(made)
-    out.begin(dump(made), {**record_start(made, identify(made.base), []), "combined": {str(run.path): float(weight)
+    out.begin(dump(made), {**record_start(made, identify_base(made.base), []), "combined": {str(run.path): float(weight)
                                                             for run, weight in zip(runs, weights, strict=True)}})
     attached = attach_method(base, made.method, made.seed)
     attached.load(found.state)

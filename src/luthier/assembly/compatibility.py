@@ -15,7 +15,7 @@ from luthier.methods.composite import parts_of
 from luthier.methods.freeze import FreezeConfig, LnConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.peft import PeftConfig
-from luthier.models import BaseConfig, stored_dtype
+from luthier.models import BaseConfig, read_stored_dtype
 from luthier.models.task_heads import LOG_PROBS
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
@@ -34,7 +34,7 @@ def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
     Args:
         loaded: of the loaded base; left out: what the config says, before anything is loaded.
     """
-    known = stored_dtype(config) if config.dtype == "auto" and loaded is None else None
+    known = read_stored_dtype(config) if config.dtype == "auto" and loaded is None else None
     if config.dtype == "float16" or torch.float16 in (loaded, known):
         raise RecipeError(f"base.dtype {config.dtype!r}: {config.name!r} would train in float16, where small gradients "
                           "become 0 and no loss scaling is used",
@@ -43,17 +43,17 @@ def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
 
 def fitting(made: Recipe, base: Family) -> None:
     """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
-    weight = base.anatomy.embedding.weight
+    weight = base.structure.embedding.weight
     assert isinstance(weight, torch.Tensor)
     check_dtype(made.base, weight.dtype)
     name, needs = made.objective.name, made.objective.required_outputs
     if isinstance(made.objective, PpoConfig | GrpoConfig):
         needs = needs | made.objective.rollout_outputs
-        if not base.writes:
+        if not base.can_generate:
             raise RecipeError(f"objective {name!r} learns from the base's own answers, and {made.base.name!r} writes "
                               "none", "choose a base that writes text, such as 'smollm2'")
-    guesses = made.objective.uses_masking and base.anatomy.head is not None
-    if needs & LOG_PROBS and base.anatomy.task == "FEATURE_EXTRACTION" and not guesses:
+    guesses = made.objective.uses_masking and base.structure.head is not None
+    if needs & LOG_PROBS and base.structure.task == "FEATURE_EXTRACTION" and not guesses:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
@@ -80,8 +80,8 @@ def fitting(made: Recipe, base: Family) -> None:
 
 def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
     """Refuse settings of what is hidden where nothing of the kind is."""
-    known = {"mlm_probability", "mean_noise_span_length"} if base.divided else set() \
-        if base.anatomy.task == "CAUSAL_LM" else {"mlm_probability", "whole_word_mask"}
+    known = {"mlm_probability", "mean_noise_span_length"} if base.is_encoder_decoder else set() \
+        if base.structure.task == "CAUSAL_LM" else {"mlm_probability", "whole_word_mask"}
     plain = PretrainConfig().model_dump()
     for setting, value in objective.model_dump().items():
         if value != plain[setting] and setting not in known:

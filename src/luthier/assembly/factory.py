@@ -13,7 +13,7 @@ from luthier.assembly.compatibility import fitting
 from luthier.assembly.recipe import AnyMethod, Recipe, beforehand
 from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
-from luthier.core.protocols import Attached, ChatFormat, Family, Feed, Objective
+from luthier.core.protocols import BatchSource, ChatFormat, Family, Objective, Tuner
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
 from luthier.evaluation.generation_eval import EvalPrompt, check_references
@@ -21,7 +21,7 @@ from luthier.methods.composite import Several, parts_of
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
 from luthier.methods.prompt import Words
-from luthier.models import BaseConfig, context_of, device_of, load_tokenizer, open_family
+from luthier.models import BaseConfig, get_context_length, load_tokenizer, open_family, resolve_device
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.training.memory import release
@@ -34,7 +34,7 @@ def load_family(config: BaseConfig, words: bool = False) -> Family:
     """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
     loading held besides is given back."""
     base = open_family(config, words)
-    if base.writes:
+    if base.can_generate:
         base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer))
     release(base.device)
     return base
@@ -42,7 +42,7 @@ def load_family(config: BaseConfig, words: bool = False) -> Family:
 
 def select_device(made: Recipe) -> torch.device:
     """The device that the base would be loaded to."""
-    return device_of(made.base.device)
+    return resolve_device(made.base.device)
 
 
 def load_base_tokenizer(config: BaseConfig) -> Any:
@@ -52,17 +52,17 @@ def load_base_tokenizer(config: BaseConfig) -> Any:
 
 def read_context_length(config: BaseConfig) -> int:
     """Tokens that the base can read at once, as its own config says, without its weights."""
-    return context_of(config)
+    return get_context_length(config)
 
 
-def attach_method(base: Family, method: AnyMethod, seed: int) -> Attached:
+def attach_method(base: Family, method: AnyMethod, seed: int) -> Tuner:
     """The method on the base; everything that it does not train is frozen."""
-    base.anatomy.model.requires_grad_(False)
-    return method.attach(base.anatomy, seed=seed)
+    base.structure.model.requires_grad_(False)
+    return method.attach(base.structure, seed=seed)
 
 
-def attach_heads(base: Family, attached: Attached, objective: Objective, seed: int,
-                 default_rate: float = HEAD_RATE) -> Attached:
+def attach_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
+                 default_rate: float = HEAD_RATE) -> Tuner:
     """The method together with what the objective adds to the base's states.
 
     Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
@@ -70,7 +70,7 @@ def attach_heads(base: Family, attached: Attached, objective: Objective, seed: i
     """
     if not objective.heads:
         return attached
-    return Several([attached, base.add(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
+    return Several([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
 
 
 def fit_objective(made: Recipe, found: Datasets) -> Recipe:
@@ -87,7 +87,7 @@ def fit_objective(made: Recipe, found: Datasets) -> Recipe:
 
 def set_chat_format(base: Family, found: Datasets) -> None:
     """From now on, what is saved holds the rows' chat template and stop tokens, where the rows are conversations."""
-    if base.writes:
+    if base.can_generate:
         base.chat_format = replace(base.chat_format, trained=found.conversations)
 
 
@@ -99,7 +99,7 @@ def check_loaded_model(made: Recipe, base: Family) -> None:
     if made.data.streaming and beforehand(made):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
-    context, room = base.anatomy.sizes["context"], compute_text_length(made.method, base)
+    context, room = base.structure.sizes["context"], compute_text_length(made.method, base)
     if made.data.max_length and made.data.max_length > room:
         beside = f" and {context - room} virtual tokens are" if room < context else " is"
         raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
@@ -114,7 +114,7 @@ def check_loaded_model(made: Recipe, base: Family) -> None:
 
 def compute_text_length(method: AnyMethod, base: Family) -> int:
     """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
-    context = base.anatomy.sizes["context"]
+    context = base.structure.sizes["context"]
     virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
     if virtual + 2 > context:
         raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
@@ -134,7 +134,7 @@ def _explain_zero_start(method: AnyMethod) -> str:
 
 def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     """Everything the recipe trains and evaluates on, as far as this base can read it."""
-    objective, sees = made.objective, "channels" in base.anatomy.sizes
+    objective, sees = made.objective, "channels" in base.structure.sizes
     reads = frozenset(kind for kind in objective.example_types if (kind == "ImageExample") == sees)
     if not reads:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.example_types))}, "
@@ -144,9 +144,9 @@ def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
     found = rows.load(resolve_data_config(made, base), base.tokenizer, seed=made.seed, classes=objective.classes,
                       hide=hide,
                       reads=reads if hide is None else reads & DOCUMENTS,
-                      flat=base.anatomy.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
+                      flat=base.structure.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
                       others={name: known.example_types & DOCUMENTS if known.uses_masking
-                              and base.anatomy.task != "CAUSAL_LM" else
+                              and base.structure.task != "CAUSAL_LM" else
                               known.example_types for name, known in OBJECTIVES.items()}, progress=progress)
     _check_tokens(base, found)
     return found
@@ -154,8 +154,8 @@ def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
 
 def _check_tokens(base: Family, found: Datasets) -> None:
     """Raises `BaseError` where a row holds a token that the base's embedding has no row for."""
-    size = base.anatomy.sizes.get("vocabulary")
-    if size is None or "channels" in base.anatomy.sizes:
+    size = base.structure.sizes.get("vocabulary")
+    if size is None or "channels" in base.structure.sizes:
         return
     for example in (*found.train, *found.eval, *found.test):
         for piece in example.pieces:
@@ -171,9 +171,9 @@ def _check_tokens(base: Family, found: Datasets) -> None:
 def _build_masking(made: Recipe, base: Family) -> rows.Hide | None:
     """How a part of each document is hidden, of bases that read a text whole."""
     told = made.objective
-    if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
+    if not isinstance(told, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.mlm_probability,
+    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name, told.mlm_probability,
                         told.mean_noise_span_length,
                         told.whole_word_mask)
 
@@ -183,17 +183,17 @@ def resolve_data_config(made: Recipe, base: Family) -> DataConfig:
     where that is less."""
     most = min(made.data.most, compute_text_length(made.method, base))
     found = made.data.model_copy(update={"max_length": made.data.max_length or most})
-    return rows.DividedConfig.of(found) if base.divided else found
+    return rows.DividedConfig.of(found) if base.is_encoder_decoder else found
 
 
 def resolve_micro_batch_tokens(made: Recipe, base: Family) -> int:
     """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
     A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
     tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
-    return max(1, tokens // base.anatomy.sizes.get("unit", 1))
+    return max(1, tokens // base.structure.sizes.get("unit", 1))
 
 
-def build_batch_source(made: Recipe, base: Family, found: Datasets) -> Feed:
+def build_batch_source(made: Recipe, base: Family, found: Datasets) -> BatchSource:
     """The batches of the run."""
     micro = resolve_micro_batch_tokens(made, base)
     if made.data.streaming:

@@ -7,19 +7,19 @@ from pathlib import Path
 from luthier.assembly.recipe import Recipe, method_name
 from luthier.assembly.run_io import has_saved_heads
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.methods.lora import Lora
 from luthier.models import CausalLM
-from luthier.models.gguf.writer import Change, Numbers, write_gguf, write_gguf_adapter
+from luthier.models.gguf.writer import LoraDelta, WeightType, write_gguf, write_gguf_adapter
 
 
-def export_gguf_model(made: Recipe, base: Family, path: Path, numbers: Numbers, name: str = "") -> None:
+def export_gguf_model(made: Recipe, base: Family, path: Path, numbers: WeightType, name: str = "") -> None:
     """Write the model as it now is. Raises `RunError` where it is none that llama.cpp writes text with."""
     _refuse_others(made, base)
     write_gguf(base, path, numbers, name)
 
 
-def export_gguf_adapter(made: Recipe, base: Family, attached: Attached | None, path: Path,
+def export_gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path: Path,
                         name: str = "") -> None:
     """Write the run's LoRA. Raises `RunError` where the run holds something else."""
     _refuse_others(made, base)
@@ -29,13 +29,13 @@ def export_gguf_adapter(made: Recipe, base: Family, attached: Attached | None, p
     if attached.config.dora:
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
-    changes = {layer.site.name: Change(*layer.factors(), layer.scale) for layer in attached.layers}
+    changes = {layer.site.name: LoraDelta(*layer.factors(), layer.scale) for layer in attached.layers}
     write_gguf_adapter(base, changes, path, name)
 
 
 def _refuse_others(made: Recipe, base: Family) -> None:
     if not isinstance(base, CausalLM):
-        raise RunError(f"the base is no causal language model ({base.anatomy.task}), and only those can be written as "
+        raise RunError(f"the base is no causal language model ({base.structure.task}), and only those can be written as "
                        "GGUF here", "export it with --to merged")
     if has_saved_heads(made.objective):
         raise RunError(f"the run has heads of its own ({made.objective.name}), which a GGUF file has no place for",

@@ -20,7 +20,7 @@ from luthier.assembly.recipe import Recipe, adapted, changed, recorded, referred
 from luthier.assembly.run_io import rename_weights
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.methods.composite import scopes
 from luthier.methods.multi_adapter import Bank
 from luthier.training.run_folder import Run
@@ -29,7 +29,7 @@ Reference = Callable[[], AbstractContextManager[None]]
 POLICY, REFERENCE = "policy", "reference"
 
 
-def init_policy(made: Recipe, base: Family) -> tuple[Attached, Reference]:
+def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
     """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
 
     Raises:
@@ -44,12 +44,12 @@ def init_policy(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     return attach_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
 
-def reference_context(made: Recipe, base: Family, policy: Attached) -> Reference:
+def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
     if made.start is None or (scopes(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    bank, reference = Bank(base.anatomy), attach_method(base, made.method, made.seed)
+    bank, reference = Bank(base.structure), attach_method(base, made.method, made.seed)
     _load_method_weights(reference, _read_compatible_weights(made, Run(made.start), base), base,
                          whole=not Run(made.start).recipe)
     bank.add(POLICY, policy)
@@ -67,11 +67,11 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> Bank:
         RecipeError: a run holds a whole model, or was made on another base.
         RunError: a run's method cannot share its base.
     """
-    bank = Bank(base.anatomy)
+    bank = Bank(base.structure)
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach_method(base, found.method, found.seed)
-        _load_method_weights(attached, load_adapter_weights(run, base.anatomy), base, whole=not run.recipe)
+        _load_method_weights(attached, load_adapter_weights(run, base.structure), base, whole=not run.recipe)
         bank.add(name, attached)
     base.router = bank
     return bank
@@ -88,14 +88,14 @@ def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str
                           + "\n  ".join(other),
                           "leave base and method out of the recipe: they are taken from that run; a base that was "
                           "moved is named by --base-model PATH (in Python: base_model=PATH)")
-    return load_adapter_weights(start, base.anatomy)
+    return load_adapter_weights(start, base.structure)
 
 
-def _load_method_weights(attached: Attached, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
+def _load_method_weights(attached: Tuner, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
     """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file."""
     names = attached.state().keys()
     named = rename_weights(saved, names, base)
     left = {name: tensor for name, tensor in named.items() if name not in names}
     if whole:  # PEFT's folder holds no heads of ours: whatever is left would be passed over
-        left = drop_base_weights(left, {}, base.anatomy.model)
+        left = drop_base_weights(left, {}, base.structure.model)
     attached.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})

@@ -12,8 +12,8 @@ from typing import Any, get_args
 from luthier.assembly.recipe import Recipe, dump
 from luthier.core.errors import RecipeError, nearest
 from luthier.methods import METHODS
-from luthier.models import BaseConfig, parameter_count
-from luthier.models.quantization import Bits
+from luthier.models import BaseConfig, count_parameters
+from luthier.models.quantization import QuantizationType
 
 SHORT = {"qlora": "lora@nf4"}
 BYTES = {"float64": 8.0, "float32": 4.0, "auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "nf4": 0.5}
@@ -27,8 +27,8 @@ def build_variant(made: Recipe, spelled: str) -> dict[str, Any]:
     for name in names:
         if name not in METHODS:
             raise RecipeError(f"there is no method {name!r}: {nearest(name, [*METHODS, *SHORT])}", "name methods")
-    if bits and bits not in get_args(Bits):
-        raise RecipeError(f"{spelled!r}: a base is not kept in {bits!r}: {nearest(bits, get_args(Bits))}",
+    if bits and bits not in get_args(QuantizationType):
+        raise RecipeError(f"{spelled!r}: a base is not kept in {bits!r}: {nearest(bits, get_args(QuantizationType))}",
                           "write METHOD@nf4 or METHOD@int8")
     raw = dump(made)
     raw["method"] = names if len(names) > 1 else names[0]
@@ -43,4 +43,4 @@ def estimate_weight_gb(base: BaseConfig, whole: bool) -> float:
     width = BYTES[base.dtype if base.quantize == "none" else base.quantize]
     if whole:  # a base in sixteen bits is there beside the float32 copy that trains: `training/optimizer.py`
         width = width * 4 if width >= 4 else width + TRAINED
-    return parameter_count(base) * width / 1e9
+    return count_parameters(base) * width / 1e9

@@ -47,7 +47,7 @@ class ServedModels:
     rooms: Mapping[str, int]
 
     @property
-    def writes(self) -> bool:
+    def can_generate(self) -> bool:
         return isinstance(self.base, CausalLM)
 
     def adapter(self, name: str) -> str | None:
@@ -80,7 +80,7 @@ class ServedModels:
                 raise RecipeError(f"input {number} cannot be read: {found}", "give texts of one word at least, and "
                                   f"{self.rooms[name]} tokens at most")
             encoded.append(found[0])
-        states = torch.zeros(len(encoded), self.base.anatomy.sizes["hidden"])
+        states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
         for row in rows.first_fit(encoded, ROW):
             batch = rows.batch([encoded[i] for i in row]).to(self.base.device)
             with nullcontext() if self.bank is None else self.bank.using(adapter):
@@ -131,7 +131,7 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
         made, base, _ = open_run(run, False, base_model, report)
         base.train(False)
         return ServedModels(base, None, {name: None}, {name: build_prompt_format(run, made)},
-                            {name: base.anatomy.sizes["context"]})
+                            {name: base.structure.sizes["context"]})
     recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
@@ -146,5 +146,5 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
     return ServedModels(base, bank, {**names, **{name: name for name in runs}},
                         {plain: PromptFormat(),
                          **{name: build_prompt_format(run, recipes[name]) for name, run in folders.items()}},
-                        {plain: base.anatomy.sizes["context"],
+                        {plain: base.structure.sizes["context"],
                          **{name: compute_text_length(made.method, base) for name, made in recipes.items()}})

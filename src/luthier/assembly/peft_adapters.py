@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from luthier.core.errors import LuthierError, RunError
-from luthier.core.protocols import Anatomy
+from luthier.core.protocols import ModelStructure
 from luthier.methods import READERS
 from luthier.methods.adapter_format import OWN
 from luthier.methods.lora import PREFIX
@@ -87,16 +87,16 @@ def _refuse_heads(form: Mapping[str, Any]) -> None:
 # ---------------------------------------------------------------- the file of weights
 
 
-def load_adapter_weights(run: Run, anatomy: Anatomy) -> dict[str, Tensor]:
+def load_adapter_weights(run: Run, structure: ModelStructure) -> dict[str, Tensor]:
     """What a run trained, by its names in the file; scalars of its objective stand in `HEADS`. Raises `RunError` for a
     missing or damaged file, and for a prefix of PEFT that would act otherwise on this base.
 
     Args:
-        anatomy: of the base.
+        structure: of the base.
     """
     _check_weights(run)
-    form, ports = run.adapter or {}, anatomy.ports
-    if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and (ports is None or "prefix" not in ports.peft):
+    form, ports = run.adapter or {}, structure.injector
+    if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and (ports is None or "prefix" not in ports.peft_kinds):
         raise RunError("this is PEFT's prefix for a base some of whose layers see a window of the text: there PEFT's "
                        "prefix leaves the window, and a prefix here is seen by every token",
                        "use it with PEFT, or train a prefix here")

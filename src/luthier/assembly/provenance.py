@@ -23,8 +23,8 @@ from luthier.assembly.recipe import Recipe, changed, dump, provenance, recorded
 from luthier.assembly.settings import fill_left_out, map_paths
 from luthier.core.digests import file_sha256, json_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
-from luthier.models import BaseConfig, Identity, folder, identify, is_local, public_name
-from luthier.models.identity import DECISIVE
+from luthier.models import BaseConfig, Identity, get_public_name, identify_base, is_local_path, prepare_folder
+from luthier.models.identity import DECISIVE_DIGESTS
 from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
 
@@ -93,8 +93,8 @@ def _digest_runs(made: Recipe) -> dict[str, dict[str, str]]:
 
 def describe_base(base: BaseConfig) -> dict[str, Any]:
     """What an exported adapter says of its base: its public name and its digests, and no path."""
-    found = identify(base)
-    return {"name": public_name(base, found.upstream), "revision": found.revision, "sha256": dict(found.digests)}
+    found = identify_base(base)
+    return {"name": get_public_name(base, found.upstream), "revision": found.revision, "sha256": dict(found.digests)}
 
 
 # ---------------------------------------------------------------- the base
@@ -131,9 +131,9 @@ def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report
             report(f"note: {str(run.path)!r} was made before digests of bases were kept: the base {config.name!r} is "
                    "used unchecked")
         if base_model is None:
-            _find_model(run, config, folder)
+            _find_model(run, config, prepare_folder)
         return config
-    found = _find_model(run, config, identify)
+    found = _find_model(run, config, identify_base)
     if conflict := compare_digests(kept, found.digests):
         raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name!r}: {conflict}",
                         "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
@@ -166,21 +166,21 @@ def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
     """A sentence on the first digest by which a base is another one; empty where there is none."""
     return next((f"its {part} should have the sha256 {kept[part][:SHOWN]}, and "
                  + (f"{found[part][:SHOWN]} was found" if part in found else f"it has no {part} file")
-                 for part in DECISIVE if part in kept and kept[part] != found.get(part)), "")
+                 for part in DECISIVE_DIGESTS if part in kept and kept[part] != found.get(part)), "")
 
 
 def describe_model_conflict(run: Run, base: BaseConfig) -> str:
     """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
     found, kept = recorded(run).base, read_digests(run)
     if kept and found.structure == base.structure:
-        return compare_digests(kept, _find_model(run, base, identify).digests)
+        return compare_digests(kept, _find_model(run, base, identify_base).digests)
     return "" if is_same_model(found, base) else f"it was made on {found.name!r}"
 
 
 def is_same_model(one: BaseConfig, other: BaseConfig) -> bool:
     """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
     named = (one.name, one.structure) == (other.name, other.structure)
-    return one.revision == other.revision and (named or folder(one) == folder(other))
+    return one.revision == other.revision and (named or prepare_folder(one) == prepare_folder(other))
 
 
 # ---------------------------------------------------------------- what has changed
@@ -261,7 +261,7 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
     ours = _make_absolute(fill_left_out(made, saved), known)
     conflict = ""
     if kept and ours.base.name != saved.base.name:
-        conflict = compare_digests(kept, identify(ours.base).digests)
+        conflict = compare_digests(kept, identify_base(ours.base).digests)
         if conflict:
             conflict = f"base.name: {saved.base.name!r}, now {ours.base.name!r}: {conflict}"
         ours = ours.model_copy(update={"base": ours.base.model_copy(update={
@@ -272,7 +272,7 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
 def _make_absolute(made: Recipe, known: Collection[str] = ()) -> Recipe:
     """As `make_paths_absolute`, for a recipe whose files may not be there; `known` are absolute paths that were."""
     base = made.base
-    if Path(base.name).expanduser().exists() and is_local(base.name):
+    if Path(base.name).expanduser().exists() and is_local_path(base.name):
         base = base.model_copy(update={"name": str(Path(base.name).expanduser().absolute())})
 
     def absolute(path: str) -> str:

@@ -33,7 +33,7 @@ from luthier.assembly.reference_model import autocast
 from luthier.assembly.run_io import open_run, rename_weights
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample, Message
-from luthier.core.protocols import Attached, Family, Feed
+from luthier.core.protocols import BatchSource, Family, Tuner
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, Datasets, Loader
 from luthier.distributed import process_group
@@ -53,7 +53,7 @@ Reference = Callable[[], AbstractContextManager[None]]
 CRITIC, REWARD = "critic", "reward"
 
 
-def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
+def begin(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
     """What trains, the critic included; and what makes the context in which the model is the reference."""
     attached, reference = initialization.init_policy(made, base)
     if not (isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter"):
@@ -61,7 +61,7 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     assert isinstance(attached, Several), "PPO has a value head"
     policy, heads = attached.parts
     bank = _bank(base, policy)
-    critic = made.method.attach(base.anatomy, seed=made.seed + 1)
+    critic = made.method.attach(base.structure, seed=made.seed + 1)
     if made.start is not None:
         critic.load(policy.state())
     bank.add(CRITIC, critic)
@@ -69,15 +69,15 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     return Several([policy, Named(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
 
 
-def feed(made: Recipe, base: Family, found: Datasets, attached: Attached, reference: Reference,
-         folder: Path | None = None, warn: Warn = lambda sentence: None) -> Feed:
+def feed(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
+         folder: Path | None = None, warn: Warn = lambda sentence: None) -> BatchSource:
     """The batches of the run: read from files, or the policy's own answers."""
     if not isinstance(made.objective, PpoConfig | GrpoConfig):
         return factory.build_batch_source(made, base, found)
     return rolling(made, base, found, attached, reference, folder, warn)
 
 
-def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, reference: Reference,
+def rolling(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
             folder: Path | None = None, warn: Warn = lambda sentence: None) -> Rollouts:
     """The feed that rolls.
 
@@ -97,7 +97,7 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
         raise RecipeError(f"objective.num_mini_batches {objective.num_mini_batches}: a round has only "
                           f"training.batch_size {training.batch_size} prompts",
                           "a minibatch has at least one prompt: set it lower")
-    assert base.writes, "other bases are refused when the recipe is checked"
+    assert base.can_generate, "other bases are refused when the recipe is checked"
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
                                                    for one in objective.reward],
@@ -131,7 +131,7 @@ def _reward_recipe(run: Run) -> Recipe:
     return found
 
 
-def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,
+def judged(made: Recipe, base: Family, attached: Tuner | None, found: Datasets,
            prompts: list[Encoded]) -> dict[str, float]:
     """What a trained policy earns on prompts. There is no KL in it: its reference is not in the run folder."""
     assert isinstance(made.objective, PpoConfig | GrpoConfig)
@@ -139,7 +139,7 @@ def judged(made: Recipe, base: Family, attached: Attached | None, found: Dataset
                             else {"beta": 0.0})
     made = made.model_copy(update={"objective": made.objective.model_copy(update=free)})
     # A whole model has no switch, so its reward run cannot share it.
-    here = attached if attached is not None else FullConfig().attach(base.anatomy, seed=0)
+    here = attached if attached is not None else FullConfig().attach(base.structure, seed=0)
     rolled = feed(made, base, found if found.train else replace(found, train=prompts, mix=()), here, nullcontext)
     assert isinstance(rolled, Rollouts)
     return rolled.judged(prompts)
@@ -159,7 +159,7 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     with attached.disabled():
         told["base"] = rolled.judged(prompts)
     told["start"] = rolled.judged(prompts)
-    policy.load(load_adapter_weights(run, base.anatomy))
+    policy.load(load_adapter_weights(run, base.structure))
     told["tuned"] = rolled.judged(prompts)
     return {role: {name: value for name, value in one.items() if name != "loss"} | {"prompts": len(prompts)}
             for role, one in told.items()}
@@ -182,7 +182,7 @@ def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
 # ---------------------------------------------------------------- rewards
 
 
-def _reward(config: RewardSourceConfig, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
+def _reward(config: RewardSourceConfig, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     if config.url is not None:
         return endpoint(config.url, config.timeout)
     if config.function is not None:
@@ -190,21 +190,21 @@ def _reward(config: RewardSourceConfig, made: Recipe, base: Family, attached: At
     return _of_run(Run(str(config.model)), made, base, attached, warn)
 
 
-def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
+def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _reward_recipe(run)
     if run.adapter is None or scopes(attached) is None or describe_model_conflict(run, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)
-        count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())
+        count = sum(parameter.numel() for parameter in judge.structure.model.parameters())
         warn(f"the reward {str(run.path)!r} cannot share the policy's base, so a second model of {count:,} parameters "
              "is in memory")
         return _scored(run, found, judge, nullcontext)
     bank = _bank(base, attached)
-    adapter, before = found.method.attach(base.anatomy, seed=found.seed), base.heads
-    base.add(found.objective.heads, found.seed)
+    adapter, before = found.method.attach(base.structure, seed=found.seed), base.heads
+    base.add_heads(found.objective.heads, found.seed)
     heads, base.heads = base.heads, before
-    saved = load_adapter_weights(run, base.anatomy)
+    saved = load_adapter_weights(run, base.structure)
     own = rename_weights(saved, adapter.state(), base)
     adapter.load({name: own[name] for name in adapter.state() if name in own})
     heads.load({name: saved[name] for name in heads.state() if name in saved})
@@ -225,11 +225,11 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn
     return _scored(run, found, base, acting)
 
 
-def _bank(base: Family, attached: Attached) -> Bank:
+def _bank(base: Family, attached: Tuner) -> Bank:
     """The bank on this base; a new one holds what trains, acting."""
     if isinstance(base.router, Bank):
         return base.router
-    bank = Bank(base.anatomy)
+    bank = Bank(base.structure)
     bank.add(initialization.POLICY, attached)
     bank.choose(initialization.POLICY)
     base.router = bank
@@ -239,7 +239,7 @@ def _bank(base: Family, attached: Attached) -> Bank:
 def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:
     """Answers put into words as the reward's own training rows were, and its scores of them."""
     config = factory.resolve_data_config(found, judge)
-    if judge.anatomy.task != "CAUSAL_LM" and not judge.divided:
+    if judge.structure.task != "CAUSAL_LM" and not judge.is_encoder_decoder:
         config = config.model_copy(update={"share_prompt": False})
     micro = factory.resolve_micro_batch_tokens(found, judge)
 

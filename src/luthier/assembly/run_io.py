@@ -17,7 +17,7 @@ from luthier.assembly.provenance import BASE_FILE, Report, describe_base, ignore
 from luthier.assembly.recipe import Recipe, dump
 from luthier.assembly.settings import make_public
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import TRAINING, Attached, ChatFormat, Family, Objective
+from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tuner
 from luthier.data import DataConfig
 from luthier.methods.adapter_format import OWN
 from luthier.methods.composite import Several
@@ -27,13 +27,13 @@ from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
     ALIASES,
     BaseConfig,
-    embedding_tokenizer,
-    folder,
-    public_name,
+    get_public_name,
+    list_weight_files,
+    make_embedding_tokenizer,
+    prepare_folder,
+    read_stored_dtype,
     read_weights,
-    resolve,
-    shards,
-    stored_dtype,
+    resolve_name,
     write_sentence_files,
 )
 from luthier.objectives.rl_config import OnlineRLConfig
@@ -45,7 +45,7 @@ VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what
 
 
 def open_run(run: Run, whole: bool = False, base_model: str | None = None,
-             report: Report = ignore) -> tuple[Recipe, Family, Attached | None]:
+             report: Report = ignore) -> tuple[Recipe, Family, Tuner | None]:
     """What a run folder holds: its recipe, its base, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
@@ -75,21 +75,21 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
         base = load_family(made.base.model_copy(update={"name": str(run.path), "structure": None}),
                            made.objective.uses_masking)
         if has_saved_heads(made.objective):
-            base.add(made.objective.heads, made.seed).load(_read_full_model_heads(run, base))
+            base.add_heads(made.objective.heads, made.seed).load(_read_full_model_heads(run, base))
         return made, base, None
     base = load_family(made.base, made.objective.uses_masking)
     _restore_chat_format(run, base)
     attached = attach_method(base, made.method, made.seed)
     if has_saved_heads(made.objective):
         attached = attach_heads(base, attached, made.objective, made.seed)
-    saved = rename_weights(load_adapter_weights(run, base.anatomy), attached.state(), base)
-    attached.load(drop_base_weights(saved, attached.state(), base.anatomy.model))
+    saved = rename_weights(load_adapter_weights(run, base.structure), attached.state(), base)
+    attached.load(drop_base_weights(saved, attached.state(), base.structure.model))
     return made, base, attached
 
 
 def _restore_chat_format(run: Run, base: Family) -> None:
     """The chat template and the stop tokens that the run was trained with, for a run of conversations."""
-    if not base.writes or not (run.path / STOPS).is_file():
+    if not base.can_generate or not (run.path / STOPS).is_file():
         return
     template = run.path / "chat_template.jinja"
     if isinstance(base.tokenizer.chat_template, str) and template.is_file():
@@ -123,7 +123,7 @@ def _read_full_model_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
     of Transformers' class, else beside it."""
     found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
     names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
-    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
+    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, list_weight_files(run.path)).items()}
 
 
 def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
@@ -132,9 +132,9 @@ def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base
     A stack has one part more in its names under a head than alone, and a file is named after the model that others load
     it on: a classifier's for a run with classes, the stack alone for embeddings.
     """
-    homes = {f"{base.anatomy.model.base_model_prefix}.", base.home} - {""}
-    if base.heads.own is not None:
-        homes.add(base.heads.own.home)
+    homes = {f"{base.structure.model.base_model_prefix}.", base.backbone_prefix} - {""}
+    if base.heads.task_head is not None:
+        homes.add(base.heads.task_head.backbone_prefix)
 
     def others(name: str) -> list[str]:
         rest = name.removeprefix(PREFIX)
@@ -157,7 +157,7 @@ def save_full_model(run: Run, made: Recipe, base: Family) -> None:
     _save_embedding(run, made, base)
     if not has_saved_heads(made.objective):
         return
-    inside = base.heads.own.weights() if base.heads.own is not None else {}
+    inside = base.heads.task_head.weights() if base.heads.task_head is not None else {}
     if heads := {name: tensor for name, tensor in base.heads.state().items()
                  if name.removeprefix(PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
@@ -169,22 +169,22 @@ def resolve_saved_dtype(made: Recipe, base: Family) -> torch.dtype:
     """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
     gone that of the model as it is."""
     try:
-        return stored_dtype(made.base)
+        return read_stored_dtype(made.base)
     except BaseError:
-        weight = base.anatomy.embedding.weight
+        weight = base.structure.embedding.weight
         assert isinstance(weight, torch.Tensor)
         return weight.dtype
 
 
 def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
     """What Sentence Transformers reads, of a run that gives vectors of texts."""
-    if is_embedding_objective(made.objective) and not base.divided and "channels" not in base.anatomy.sizes:
-        embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
-        write_sentence_files(run.path, base.anatomy.sizes["hidden"], base.pooling,
+    if is_embedding_objective(made.objective) and not base.is_encoder_decoder and "channels" not in base.structure.sizes:
+        make_embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
+        write_sentence_files(run.path, base.structure.sizes["hidden"], base.pooling,
                              max_length=resolve_data_config(made, base).max_length, normalize=True)
 
 
-def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public: bool = False) -> None:
+def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bool = False) -> None:
     """Write the trained weights as Transformers and PEFT read them, and the tokenizer.
 
     `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
@@ -210,7 +210,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public:
                                       "revision": made.base.revision})
     if public:
         run.write(BASE_FILE, describe_base(made.base))
-    base.padded_tokenizer().save_pretrained(run.path)
+    base.get_padded_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
     # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
     if config["peft_type"] not in (OWN, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
@@ -221,12 +221,12 @@ def name_base(config: BaseConfig, public: bool = False) -> str:
     """The name by which PEFT loads the base: a hub id as it is, anything else as the Transformers folder that it
     became. `public`: by its hub id or bare name, which other machines may know."""
     if public:
-        return public_name(config) if config.structure is None else folder(config).name
-    hub = config.structure is None and isinstance(resolve(config.name), str)
-    return config.name if hub else str(folder(config).absolute())
+        return get_public_name(config) if config.structure is None else prepare_folder(config).name
+    hub = config.structure is None and isinstance(resolve_name(config.name), str)
+    return config.name if hub else str(prepare_folder(config).absolute())
 
 
-def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) -> Attached:
+def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tuner:
     """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
     to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
     parts = list(attached.parts) if isinstance(attached, Several) else [attached]
@@ -236,7 +236,7 @@ def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) ->
     if len(tuned) > 1:
         raise RunError("a list of methods is no plain LoRA", "leave --lora-rank out, or export with --to merged")
     config, state = fold_into_plain_lora(tuned[0], rank)
-    found = config.attach(base.anatomy, seed=0)
+    found = config.attach(base.structure, seed=0)
     found.load(state)
     return Several([found, *heads]) if heads else found
 
@@ -244,13 +244,13 @@ def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) ->
 def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
                         base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
-    own, home = base.heads.own, base.home
-    if own is None and (not is_embedding_objective(made.objective) or base.divided):
+    own, home = base.heads.task_head, base.backbone_prefix
+    if own is None and (not is_embedding_objective(made.objective) or base.is_encoder_decoder):
         return state, config
-    new = "" if own is None else own.home
+    new = "" if own is None else own.backbone_prefix
     heads = set() if own is None else {PREFIX + name for name in own.weights()}
 
-    sites = {site.name for site in base.anatomy.sites}
+    sites = {site.name for site in base.structure.linears}
 
     def moved(name: str, start: str = "") -> str:
         if not home and not start and not any(name == site or name.startswith(f"{site}.") for site in sites):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.assembly.recipe import Recipe, idle
-from luthier.core.protocols import Attached, Family, Feed
+from luthier.core.protocols import BatchSource, Family, Tuner
 from luthier.core.types import Encoded
 from luthier.data import Datasets, Loader
 from luthier.methods.adalora import AdaLoraConfig
@@ -275,16 +275,16 @@ def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[En
 # ---------------------------------------------------------------- of the method on its base
 
 
-def find_method_problems(made: Recipe, base: Family, attached: Attached) -> list[str]:
+def find_method_problems(made: Recipe, base: Family, attached: Tuner) -> list[str]:
     """Ranks above a map's size, patterns that match nothing, a weight decay of what is never decayed."""
     parameters, found = attached.parameters(), []
     for part in parts_of(made.method):
         if isinstance(part, LoraConfig):
             for setting, patterns in (("rank_pattern", part.rank_pattern), ("alpha_pattern", part.alpha_pattern)):
                 found += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
-                          for pattern in patterns if not any(matches(site, pattern) for site in base.anatomy.sites)]
+                          for pattern in patterns if not any(matches(site, pattern) for site in base.structure.linears)]
         if isinstance(part, LoraConfig | AdaLoraConfig):
-            found += _of_ranks(part.name, [site for site in base.anatomy.sites if any(
+            found += _of_ranks(part.name, [site for site in base.structure.linears if any(
                 f".{site.name}." in f".{name}." for name in parameters)], {
                     name: tuple(parameter.shape) for name, parameter in parameters.items()})
     if made.optimizer.weight_decay and all(parameter.ndim < 2 for parameter in parameters.values()):
@@ -297,18 +297,18 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
     above = []
     for site in sites:
         ranks = [shape[0] for name, shape in shapes.items() if f".{site.name}.lora_A" in f".{name}" and len(shape) == 2]
-        above += [(rank, site) for rank in ranks if rank > min(site.inputs, site.outputs)]
+        above += [(rank, site) for rank in ranks if rank > min(site.in_features, site.out_features)]
     if not above:
         return []
     rank, site = above[0]
-    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.inputs} to {site.outputs}: its "
-            f"rank is {min(site.inputs, site.outputs)} at most ({len(above)} such maps), so the rest adds nothing"]
+    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to {site.out_features}: its "
+            f"rank is {min(site.in_features, site.out_features)} at most ({len(above)} such maps), so the rest adds nothing"]
 
 
 # ---------------------------------------------------------------- of the number of steps
 
 
-def find_schedule_problems(made: Recipe, feed: Feed) -> list[str]:
+def find_schedule_problems(made: Recipe, feed: BatchSource) -> list[str]:
     """What does not happen within the run's steps."""
     training, found = made.training, []
     total = total_steps(training, feed.steps_per_epoch)

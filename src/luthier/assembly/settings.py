@@ -22,7 +22,7 @@ from luthier.methods.composite import SeveralConfig, parts_of
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.prefix import PrefixConfig
 from luthier.methods.ptuning import PTuningConfig
-from luthier.models import Identity, is_local, public_name
+from luthier.models import Identity, get_public_name, is_local_path
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.rl_config import OnlineRLConfig
 
@@ -65,8 +65,8 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
         rate: the learning rate of the run.
         run: its folder.
     """
-    micro = made.training.micro_tokens or resolve_micro_batch_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
-    length = made.data.max_length if "channels" in base.anatomy.sizes else resolve_data_config(made, base).max_length
+    micro = made.training.micro_tokens or resolve_micro_batch_tokens(made, base) * base.structure.sizes.get("unit", 1)
+    length = made.data.max_length if "channels" in base.structure.sizes else resolve_data_config(made, base).max_length
     pools = "pooled" in made.objective.required_outputs  # a head pools as its class does, unless the recipe says how
     methods = [_resolve_method(part, base) for part in parts_of(made.method)]
     objective = made.objective
@@ -93,9 +93,9 @@ def _resolve_method(method: AnyMethod, base: Family) -> AnyMethod:
     elif isinstance(method, FreezeConfig):
         found = {"last": method.last_blocks}
     elif isinstance(method, PrefixConfig) and method.projection:
-        found = {"hidden": method.hidden or base.anatomy.sizes["hidden"]}
+        found = {"hidden": method.hidden or base.structure.sizes["hidden"]}
     elif isinstance(method, PTuningConfig):
-        found = {"hidden": method.hidden or int(base.anatomy.embedding.weight.shape[1])}  # type: ignore[index]
+        found = {"hidden": method.hidden or int(base.structure.embedding.weight.shape[1])}  # type: ignore[index]
     return method.model_copy(update=found)
 
 
@@ -160,7 +160,7 @@ def _map_function(function: str | None, path: Callable[[str], str]) -> str | Non
 def make_paths_absolute(made: Recipe) -> Recipe:
     """The recipe with an absolute path for every file and folder that exists here."""
     base = made.base
-    if is_local(base.name):
+    if is_local_path(base.name):
         base = base.model_copy(update={"name": str(Path(base.name).expanduser().absolute())})
     absolute = map_paths(made, lambda path: str(Path(path).expanduser().absolute()) if _exists(path) else path)
     run = None if made.run is None else str(Path(made.run).expanduser().absolute())
@@ -174,7 +174,7 @@ def make_public(made: Recipe, upstream: str | None = None) -> Recipe:
         upstream: the base's hub id, where it is known to have one.
     """
     public = map_paths(made, lambda path: Path(path).name if _exists(path) or Path(path).is_absolute() else path)
-    base = made.base.model_copy(update={"name": public_name(made.base, upstream)})
+    base = made.base.model_copy(update={"name": get_public_name(made.base, upstream)})
     return public.model_copy(update={"base": base, "run": Path(made.run).name if made.run else None})
 
 

@@ -1,4 +1,4 @@
-"""Experts of a mixture as one part of the anatomy. Read `protocols.py` (Site) and `adapter_gate.py` first."""
+"""ExpertLinears of a mixture as one part of the structure. Read `protocols.py` (TargetLinear) and `adapter_gate.py` first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
 
 
 @dataclass(frozen=True)
-class Experts:
+class ExpertLinears:
     """One linear map of all experts of a block, kept as one parameter: no module of its own, so nothing to hook.
 
     Args:
@@ -28,9 +28,9 @@ class Experts:
     name: str
     weight: nn.Parameter
     role: str
-    block: int
-    count: int
-    inputs: int
-    outputs: int
+    layer_index: int
+    num_experts: int
+    in_features: int
+    out_features: int
     transposed: bool
-    enter: Callable[[Scope, ExpertChange], None]
+    add_change: Callable[[Scope, ExpertChange], None]

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How to generate. `temperature` 0 is greedy. `first`: the number of the first prompt among all those that share
     `seed`, which are answered in several calls; a prompt's random numbers follow from its number and the seed."""
 
@@ -18,17 +18,17 @@ class Sampling:
     batch_size: int = 16
     stop: tuple[int, ...] = ()
     seed: int = 0
-    first: int = 0
+    first_prompt_index: int = 0
 
 
 @dataclass(frozen=True)
-class Generated:
+class GenerationOutput:
     """One answer: which prompt, its token ids without the stop token, whether it ended by itself, and on which one."""
 
     index: int
-    tokens: tuple[int, ...]
+    token_ids: tuple[int, ...]
     finished: bool
-    end: int | None = None
+    stop_token: int | None = None
 
 
 @dataclass(frozen=True)

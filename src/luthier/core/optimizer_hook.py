@@ -1,4 +1,4 @@
-"""What a method does at each update of the weights, where it has a say in it. Read `protocols.py` (Attached) first.
+"""What a method does at each update of the weights, where it has a say in it. Read `protocols.py` (Tuner) first.
 
 A search for ranks looks at weights and gradients together, once a step: after the gradients of all micro-batches and
 ranks are summed, so that it cannot depend on how a batch was cut, and decides alike on every rank.

@@ -3,17 +3,17 @@
 | protocol   | room        | one sentence                                                       |
 |------------|-------------|--------------------------------------------------------------------|
 | Tokenizer  | families    | text to ids and back, and the base's chat template                 |
-| Site       | families    | one linear map of the model and what it is for (`q`, `up`, ...)    |
-| Anatomy    | families    | where the model's parts are                                        |
-| Ports      | families    | where virtual tokens enter (`soft_prompts.py`)                            |
+| TargetLinear       | families    | one linear map of the model and what it is for (`q`, `up`, ...)    |
+| ModelStructure    | families    | where the model's parts are                                        |
+| SoftPromptInjector      | families    | where virtual tokens enter (`soft_prompts.py`)                            |
 | Head       | families    | a small map over the states that an objective asked for            |
 | Family     | families    | how to call the model                                              |
 | Method     | methods     | which parameters train, and how they enter the forward pass        |
 | Scope      | methods     | whether, where and how strongly a method acts (`adapter_gate.py`)         |
 | Router     | methods     | who sends each token through its own adapter                       |
-| Attached   | methods     | a method on a model: its parameters, its off switch, its merge     |
+| Tuner   | methods     | a method on a model: its parameters, its off switch, its merge     |
 | Objective  | objectives  | what is minimised                                                  |
-| Feed       | data        | the batches of a run, with a cursor                                |
+| BatchSource       | data        | the batches of a run, with a cursor                                |
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.adapter_gate import Scope as Scope
-from luthier.core.expert_layers import Experts
+from luthier.core.expert_layers import ExpertLinears
 from luthier.core.generation import ChatFormat as ChatFormat
-from luthier.core.generation import Generated as Generated
-from luthier.core.generation import Sampling as Sampling
+from luthier.core.generation import GenerationOutput as GenerationOutput
+from luthier.core.generation import SamplingParams as SamplingParams
 from luthier.core.optimizer_hook import Update
-from luthier.core.soft_prompts import Ports
+from luthier.core.soft_prompts import SoftPromptInjector
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
 
 
@@ -62,7 +62,7 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Site:
+class TargetLinear:
     """One linear map inside a block.
 
     Args:
@@ -77,16 +77,16 @@ class Site:
     name: str
     module: nn.Module
     role: str
-    block: int
-    inputs: int
-    outputs: int
+    layer_index: int
+    in_features: int
+    out_features: int
     transposed: bool = False
-    expand: Callable[[], Tensor] | None = None
+    dequantize: Callable[[], Tensor] | None = None
 
-    def matrix(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """The frozen weight, [out, in], however the module keeps it."""
-        if self.expand is not None:
-            return self.expand()
+        if self.dequantize is not None:
+            return self.dequantize()
         weight = self.weight.detach()
         return weight.T if self.transposed else weight
 
@@ -98,7 +98,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Block:
+class TransformerLayer:
     """One layer of the stack.
 
     Args:
@@ -120,7 +120,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelStructure:
     """Where the parts of one loaded model are. Methods find their places here, never by an architecture's name.
 
     Args:
@@ -137,16 +137,16 @@ class Anatomy:
 
     model: nn.Module
     backbone: nn.Module
-    blocks: tuple[Block, ...]
-    sites: tuple[Site, ...]
+    layers: tuple[TransformerLayer, ...]
+    linears: tuple[TargetLinear, ...]
     embedding: nn.Module
     head: nn.Module | None
     tied: bool
     sizes: Mapping[str, int] = field(default_factory=dict)
     task: str = "CAUSAL_LM"
     tokenizer: Any = None
-    ports: Ports | None = None
-    experts: tuple[Experts, ...] = ()
+    injector: SoftPromptInjector | None = None
+    experts: tuple[ExpertLinears, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -175,28 +175,28 @@ class Head:
 
 
 class Family(Protocol):
-    """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Attached`).
+    """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Tuner`).
 
-    `padded_why` says why its rows are padded where others of its kind pack them; empty where there is nothing to say.
+    `padding_reason` says why its rows are padded where others of its kind pack them; empty where there is nothing to say.
 
     A family that writes asks a `critic`, where there is one, for the context in which its values are read.
     """
 
-    anatomy: Anatomy
+    structure: ModelStructure
     tokenizer: Any
-    padded_why: str
+    padding_reason: str
     heads: Any
     router: Router | None
     critic: Callable[[], AbstractContextManager[None]] | None
     chat_format: ChatFormat  # set by assembly: only `data` can find it
 
     @property
-    def writes(self) -> bool:
+    def can_generate(self) -> bool:
         """Whether `generate` answers prompts; else it refuses."""
         ...
 
     @property
-    def divided(self) -> bool:
+    def is_encoder_decoder(self) -> bool:
         """Whether it reads a source and writes its answer, each a piece of tokens with an end mark of its own."""
         ...
 
@@ -212,11 +212,11 @@ class Family(Protocol):
         ...
 
     @property
-    def home(self) -> str:
+    def backbone_prefix(self) -> str:
         """What the names of the stack's weights begin with in the whole model; empty where it is the stack alone."""
         ...
 
-    def padded_tokenizer(self) -> Any:
+    def get_padded_tokenizer(self) -> Any:
         """The tokenizer as it is saved: it pads as the heads' class wants it."""
         ...
 
@@ -224,7 +224,7 @@ class Family(Protocol):
         """What the objective asked for (names of `Outputs`' fields), at the target's positions."""
         ...
 
-    def add(self, heads: Sequence[Head], seed: int) -> Attached:
+    def add_heads(self, heads: Sequence[Head], seed: int) -> Tuner:
         """Put heads on the states; what comes back trains and is saved like a method."""
         ...
 
@@ -232,7 +232,7 @@ class Family(Protocol):
         """Dropout and the like on or off."""
         ...
 
-    def checkpointing(self, over: int = 0) -> None:
+    def enable_gradient_checkpointing(self, over: int = 0) -> None:
         """In rows of more than `over` tokens, recompute blocks in the backward pass that a row of `over` has no room
         for; 0: every block."""
         ...
@@ -241,7 +241,7 @@ class Family(Protocol):
         """Write the whole model as a Transformers folder, tokenizer included."""
         ...
 
-    def saved_tokenizer(self) -> Any:
+    def get_saved_tokenizer(self) -> Any:
         """The tokenizer as it is written beside what was trained (see `ChatFormat`)."""
         ...
 
@@ -249,7 +249,7 @@ class Family(Protocol):
         """Write which tokens end an answer beside an adapter, where it was tuned on conversations."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[GenerationOutput]:
         """Answers to prompts of token ids, in batches with a cache; yielded as they finish, each with its index."""
         ...
 
@@ -273,7 +273,7 @@ class Router(Protocol):
 TRAINING = "training."  # begins the names in a method's state that going on needs and the saved adapter does not
 
 
-class Attached(Protocol):
+class Tuner(Protocol):
     """A method on a model. Same call in, same shapes out: no objective can notice it."""
 
     @property
@@ -325,7 +325,7 @@ class Method(Protocol):
 
     name: str
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Attached: ...
+    def attach(self, structure: ModelStructure, *, seed: int) -> Tuner: ...
 
 
 class Objective(Protocol):
@@ -373,7 +373,7 @@ class Objective(Protocol):
         ...
 
 
-class Feed(Protocol):
+class BatchSource(Protocol):
     """An endless run of optimiser steps' worth of micro-batches, with an exact cursor."""
 
     steps_per_epoch: int

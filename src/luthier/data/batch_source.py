@@ -49,7 +49,7 @@ def changed(wanted: Any, found: Any) -> DataError:
 
 
 class Loader:
-    """An endless run of steps over examples in memory; a `core.protocols.Feed`.
+    """An endless run of steps over examples in memory; a `core.protocols.BatchSource`.
 
     Args:
         batch_size: examples of one optimiser step; the last step of an epoch has what is left.

@@ -43,7 +43,7 @@ class Source(Config):
 class DataConfig(Config):
     """What is trained and evaluated on, and how rows become tokens."""
 
-    divided: ClassVar[bool] = False
+    is_encoder_decoder: ClassVar[bool] = False
 
     train: tuple[Source, ...] = Field(description="what to train on: a path, a hub name, or a list of them")
     eval: float | Source | None = Field(None, description=(
@@ -143,7 +143,7 @@ class DataConfig(Config):
 class DividedConfig(DataConfig):
     """The same settings, for a base that reads a source and writes its answer, each of at most `max_length` tokens."""
 
-    divided: ClassVar[bool] = True
+    is_encoder_decoder: ClassVar[bool] = True
 
     @classmethod
     def of(cls, config: DataConfig) -> DividedConfig:

@@ -178,9 +178,9 @@ def _prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig, ro
     ids = prompt.ids
     if not ids:
         return Refusal(example.origin, "the tokenizer makes no tokens of it")
-    if config.divided and tokenizer.eos_token_id not in (None, ids[-1]):
+    if config.is_encoder_decoder and tokenizer.eos_token_id not in (None, ids[-1]):
         ids = [*ids, tokenizer.eos_token_id]  # as every source ends
-    room = 0 if config.divided else room  # the decoder has a length of its own
+    room = 0 if config.is_encoder_decoder else room  # the decoder has a length of its own
     if len(ids) + room > config.most:
         return Refusal(example.origin, "the prompt leaves no room to answer" if room else "longer than max_length",
                        f"{len(ids)} tokens and {room} for the answer, at most {config.most}")

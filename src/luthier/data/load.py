@@ -61,7 +61,7 @@ class Use:
 
     def fitted(self, config: DataConfig) -> DataConfig:
         """The settings as this use allows."""
-        return config.model_copy(update={"share_prompt": False}) if self.flat and not config.divided else config
+        return config.model_copy(update={"share_prompt": False}) if self.flat and not config.is_encoder_decoder else config
 
 
 ANY_USE = Use()

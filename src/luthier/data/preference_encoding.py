@@ -155,7 +155,7 @@ def _cut(row: _Row, texts: Sequence[Spelled], whole: int, tokenizer: Tokenizer, 
 
 def _cuttable(row: _Row, text: Spelled, prompt: int, tokenizer: Tokenizer, config: DataConfig) -> list[int]:
     """The places of the tokens that are words of the prompt's turns, and nothing of the template or the tokenizer."""
-    if config.divided:
+    if config.is_encoder_decoder:
         return list(range(prompt - 1))  # a source keeps its end mark
     if isinstance(row.prompt, str) and not templated(tokenizer, config) and not row.tools:
         return list(range(len(marks_around(tokenizer)[0]), prompt))

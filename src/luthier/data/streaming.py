@@ -32,7 +32,7 @@ from luthier.data.rows import Refusal
 
 
 class Stream:
-    """An endless run of steps over rows that are read anew in every epoch; a `core.protocols.Feed`.
+    """An endless run of steps over rows that are read anew in every epoch; a `core.protocols.BatchSource`.
 
     Args:
         block: examples that are shuffled together, and kept in memory.

@@ -80,7 +80,7 @@ def encode_words(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> t
 def spell(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[Spelled] | Refusal:
     """The example's texts, uncut: one, but for chats under a template that rewrites history."""
     bare = isinstance(example, CompletionExample) and not templated(tokenizer, config)
-    if config.divided:
+    if config.is_encoder_decoder:
         return _divided(example, tokenizer, config, bare)
     texts = _texts(example, tokenizer, config, bare)
     if isinstance(texts, Refusal):

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from luthier.core.config import Config
 from luthier.core.errors import DataError, nearest
 from luthier.core.examples import Origin
-from luthier.core.protocols import Family, Sampling
+from luthier.core.protocols import Family, SamplingParams
 from luthier.evaluation.answer_metrics import METRICS
 
 
@@ -85,10 +85,10 @@ def evaluate_generations(family: Family, questions: Sequence[EvalPrompt], config
     Args:
         tick: told (answers done, answers in all).
     """
-    sampling = Sampling(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
+    sampling = SamplingParams(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
     answers = [""] * len(questions)
     for done, answer in enumerate(family.generate([q.ids for q in questions], sampling), 1):
-        answers[answer.index] = family.tokenizer.decode(answer.tokens, skip_special_tokens=True).strip()
+        answers[answer.index] = family.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
         tick(done, len(questions))
     scores = {name: sum(METRICS[name](a, q.reference) for a, q in zip(answers, questions, strict=True)) / len(questions)
               for name in config.metrics}

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import TRAINING, Anatomy, Site
+from luthier.core.protocols import TRAINING, ModelStructure, TargetLinear
 from luthier.methods.expert_lora import chosen_experts
 from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
 from luthier.methods.lora import PEFT_READ, PREFIX, add_product, chosen, refuse_moved_base
@@ -125,13 +125,13 @@ class AdaLoraConfig(Config):
             return None
         return int((start - end) * (1 - (step - first) / (last - first)) ** 3 + end)
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> AdaLora:
-        if chosen_experts(anatomy.experts, self.targets):
+    def attach(self, structure: ModelStructure, *, seed: int) -> AdaLora:
+        if chosen_experts(structure.experts, self.targets):
             raise RecipeError("method.targets names experts, whose changes are of one rank for all",
                               "use the method lora for them, or leave the experts out")
         generator = torch.Generator().manual_seed(seed)
-        layers = [Layer(site, self, generator) for site in chosen(anatomy.sites, self.targets)]
-        return AdaLora(self, layers, anatomy.task)
+        layers = [Layer(site, self, generator) for site in chosen(structure.linears, self.targets)]
+        return AdaLora(self, layers, structure.task)
 
 
 class Part:
@@ -161,13 +161,13 @@ class Part:
 class Layer:
     """The change beside one linear map. `kept`: [R] what the last pruning left."""
 
-    def __init__(self, site: Site, config: AdaLoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, site: TargetLinear, config: AdaLoraConfig, generator: torch.Generator) -> None:
         self.site, self.p, self.rank, self.path = site, config.dropout, config.begin, PREFIX + site.name
         self.scale = config.alpha / (self.rank + ROUGHLY)
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
         dtype, device = torch.promote_types(site.weight.dtype, torch.float32), site.weight.device
-        a, b = (0.02 * torch.randn(shape, generator=generator) for shape in ((self.rank, site.inputs),
-                                                                            (site.outputs, self.rank)))
+        a, b = (0.02 * torch.randn(shape, generator=generator) for shape in ((self.rank, site.in_features),
+                                                                            (site.out_features, self.rank)))
         self.parts = tuple(Part(name, start.to(device, dtype), dim) for name, start, dim in (
             ("lora_A", a, 0), ("lora_E", torch.zeros(self.rank, 1), 0), ("lora_B", b, 1)))
         self.a, self.e, self.b = (part.parameter for part in self.parts)
@@ -192,7 +192,7 @@ class Layer:
 
     def matrix(self) -> Tensor:
         """The frozen W, [out, in]."""
-        return self.site.matrix()
+        return self.site.base_weight()
 
     def merged(self) -> Tensor:
         """The weight, as the module keeps it, that gives the same outputs alone."""

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
-from luthier.core.protocols import Anatomy, Block
+from luthier.core.protocols import ModelStructure, TransformerLayer
 from luthier.methods.adapter_format import own_form
 from luthier.methods.hooks import Hooks, load_into
 from luthier.methods.lora import PREFIX
@@ -59,15 +59,15 @@ class AdapterConfig(Config):
         """s"""
         return self.scale or (4.0 if self.placement == "parallel" else 1.0)
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Adapter:
-        names = [place for block in anatomy.blocks for place in self.places(block)]
+    def attach(self, structure: ModelStructure, *, seed: int) -> Adapter:
+        names = [place for block in structure.layers for place in self.places(block)]
         for pattern in self.reduction_pattern:
             if not any(_fits(name, pattern) for name in names):
                 raise RecipeError(f"method.reduction_pattern: {pattern!r} fits no place of an adapter",
                                   f"the places are called {names[0]} and so on")
-        return Adapter(self, anatomy, seed)
+        return Adapter(self, structure, seed)
 
-    def places(self, block: Block) -> list[str]:
+    def places(self, block: TransformerLayer) -> list[str]:
         """The names of a block's adapters."""
         return [f"{block.name}.{part}" for part in (("attention", "mlp") if self.placement == "houlsby" else ("mlp",))]
 
@@ -84,7 +84,7 @@ def _fits(place: str, pattern: str) -> bool:
 class Bottleneck:
     """f of one place."""
 
-    def __init__(self, config: AdapterConfig, place: str, block: Block, hidden: int,
+    def __init__(self, config: AdapterConfig, place: str, block: TransformerLayer, hidden: int,
                  generator: torch.Generator) -> None:
         self.p, self.act, self.block = config.dropout, ACTIVATIONS[config.activation], block.module
         self.scale = config.factor
@@ -129,18 +129,18 @@ class Adapter:
 
     at_update = None
 
-    def __init__(self, config: AdapterConfig, anatomy: Anatomy, seed: int) -> None:
-        self.config, self.task, self.hooks = config, anatomy.task, Hooks()
+    def __init__(self, config: AdapterConfig, structure: ModelStructure, seed: int) -> None:
+        self.config, self.task, self.hooks = config, structure.task, Hooks()
         self.scope = self.hooks.scope
         self.bottlenecks: dict[str, Bottleneck] = {}
         generator = torch.Generator().manual_seed(seed)
-        for block in anatomy.blocks:
+        for block in structure.layers:
             for place in config.places(block):
-                made = Bottleneck(config, place, block, anatomy.sizes["hidden"], generator)
+                made = Bottleneck(config, place, block, structure.sizes["hidden"], generator)
                 self.bottlenecks[place] = made
                 self._hang(made, block, place)
 
-    def _hang(self, made: Bottleneck, block: Block, place: str) -> None:
+    def _hang(self, made: Bottleneck, block: TransformerLayer, place: str) -> None:
         if self.config.placement != "parallel":
             self.hooks.after(block.attention_out if place.endswith(".attention") else block.mlp_out, made.after)
         elif block.mlp_in is block.mlp_out:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Anatomy, Site
+from luthier.core.protocols import ModelStructure, TargetLinear
 from luthier.methods.adapter_format import own_form
 from luthier.methods.freeze import norms
 from luthier.methods.hooks import Hooks, load_into
@@ -44,8 +44,8 @@ class BitfitConfig(Config):
         "all", description="all: linear maps of the blocks, and norms that have a bias; paper: the query's and that of "
                            "the MLP's first map; norms; or roles (q, k, v, o, gate, up, down), endings or expressions")
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Bitfit:
-        return Bitfit(self, places(anatomy, self.which), anatomy.task)
+    def attach(self, structure: ModelStructure, *, seed: int) -> Bitfit:
+        return Bitfit(self, places(structure, self.which), structure.task)
 
 
 @dataclass(frozen=True)
@@ -60,29 +60,29 @@ class Place:
     norm: bool = False
 
 
-def places(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[Place]:
+def places(structure: ModelStructure, which: str | tuple[str, ...]) -> list[Place]:
     """What `which` names. Raises `RecipeError` where that is nothing."""
     biased = [Place(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
-              for name, module in norms(anatomy).items() if (bias := own(module, "bias")) is not None]
+              for name, module in norms(structure).items() if (bias := own(module, "bias")) is not None]
     if which == "norms" and not biased:
         raise RecipeError("method.which: the norms of this model have no biases",
                           "use all (biases of the linear maps), or the method ln (weights of the norms)")
     if which == "paper":
-        maps = [_query(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
-        if not any(site.role in ("q", "qkv") for site in anatomy.sites):
+        maps = [_query(structure, site) for site in structure.linears if site.role in ("q", "qkv", "up")]
+        if not any(site.role in ("q", "qkv") for site in structure.linears):
             raise RecipeError("method.which: no query was found in this model, as a map of its own or as the first "
                               "part of one", "use all, or name the maps by their endings")
         return maps
     maps = [] if which == "norms" else [
-        Place(site.name, site.module, 0, site.outputs, site.outputs)
-        for site in chosen(anatomy.sites, "all-linear" if which == "all" else which)]
+        Place(site.name, site.module, 0, site.out_features, site.out_features)
+        for site in chosen(structure.linears, "all-linear" if which == "all" else which)]
     return maps + (biased if which in ("all", "norms") else [])
 
 
-def _query(anatomy: Anatomy, site: Site) -> Place:
+def _query(structure: ModelStructure, site: TargetLinear) -> Place:
     """A fused map's query part: its first outputs."""
-    end = anatomy.sizes["heads"] * anatomy.sizes["head_dim"] if site.role == "qkv" else site.outputs
-    return Place(site.name, site.module, 0, end, site.outputs)
+    end = structure.sizes["heads"] * structure.sizes["head_dim"] if site.role == "qkv" else site.out_features
+    return Place(site.name, site.module, 0, end, site.out_features)
 
 
 class Bitfit(Merging):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.optimizer_hook import Update
-from luthier.core.protocols import Anatomy, Attached, Scope
+from luthier.core.protocols import ModelStructure, Scope, Tuner
 from luthier.methods import METHODS
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.lora import LoraConfig
@@ -65,12 +65,12 @@ class SeveralConfig(Config):
         """The first part's."""
         return float(self.parts[0].default_rate)
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Several:
+    def attach(self, structure: ModelStructure, *, seed: int) -> Several:
         """Every part. Raises `RecipeError` where the result could not be saved."""
-        found: list[Attached] = []
+        found: list[Tuner] = []
         order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
         for i, part in order:
-            found.append(part.attach(anatomy, seed=seed + i))
+            found.append(part.attach(structure, seed=seed + i))
             if found[-1].peft() is None:
                 raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model without "
                                   "room for another method", f"use {part.name} alone, or leave it out of the list")
@@ -96,7 +96,7 @@ class Several:
 
     scope = None
 
-    def __init__(self, parts: Sequence[Attached], rates: Sequence[float] | None = None) -> None:
+    def __init__(self, parts: Sequence[Tuner], rates: Sequence[float] | None = None) -> None:
         self.parts, self.rates = tuple(parts), tuple(rates or [1.0] * len(parts))
         names = [name for part in parts for name in part.parameters()]
         assert len(names) == len(set(names)), "two parts have parameters of one name"
@@ -120,7 +120,7 @@ class Several:
             yield
 
     def merge(self) -> None:
-        done: list[Attached] = []
+        done: list[Tuner] = []
         try:
             for part in self.parts:
                 part.merge()
@@ -188,7 +188,7 @@ def together(found: Iterable[Update | None]) -> Update | None:
     return Together(parts) if parts else None
 
 
-def scopes(attached: Attached) -> tuple[Scope, ...] | None:
+def scopes(attached: Tuner) -> tuple[Scope, ...] | None:
     """The switches of an attached method and of all its parts; None where one of them has none."""
     if isinstance(attached, Named):
         return scopes(attached.inner)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.core.protocols import Anatomy, Attached
+from luthier.core.protocols import ModelStructure, Tuner
 from luthier.methods.adalora import AdaLora
 from luthier.methods.adalora import Layer as Searched
 from luthier.methods.composite import Several
@@ -51,21 +51,21 @@ class Reading:
 
 
 @torch.no_grad()
-def describe(attached: Attached, anatomy: Anatomy) -> list[Reading]:
+def describe(attached: Tuner, structure: ModelStructure) -> list[Reading]:
     """All that can be read off a method; nothing of methods whose numbers mean nothing by themselves."""
     if isinstance(attached, Several):
-        return [reading for part in attached.parts for reading in describe(part, anatomy)]
+        return [reading for part in attached.parts for reading in describe(part, structure)]
     if isinstance(attached, Prompt | PTuning):
-        if (usual := ports_of(anatomy).usual) is not None:
+        if (usual := ports_of(structure).typical_embeddings) is not None:
             return [_sizes(attached.virtual(), usual(SAMPLE, 0), "the virtual tokens")]
         return [Reading("words", "embeddings of the virtual tokens, and of every word of the vocabulary",
-                        tuple(_prompt(attached.virtual(), anatomy)))]
+                        tuple(_prompt(attached.virtual(), structure)))]
     if isinstance(attached, Prefix | ProjectedPrefix):
-        if (usual := ports_of(anatomy).usual) is not None:
-            keys = ports_of(anatomy).keys_values(usual(SAMPLE, 0))[0][0]
+        if (usual := ports_of(structure).typical_embeddings) is not None:
+            keys = ports_of(structure).compute_keys_values(usual(SAMPLE, 0))[0][0]
             return [_sizes(_rows(attached.virtual()[0, 0]), _rows(keys), "the first layer's keys of the prefix")]
         return [Reading("words", "the first layer's keys of the prefix, and of every word as if it stood in that place",
-                        tuple(_prefix(attached.virtual()[0, 0], anatomy)))]
+                        tuple(_prefix(attached.virtual()[0, 0], structure)))]
     if isinstance(attached, AdaLora):
         return [Reading("layers", "the length |s B diag(e) A| of each change relative to its weight's |W|, and its "
                         "effective rank, of the ranks that the search left",
@@ -79,16 +79,16 @@ def describe(attached: Attached, anatomy: Anatomy) -> list[Reading]:
 # ---------------------------------------------------------------- words
 
 
-def _prompt(virtual: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
-    device = next(anatomy.embedding.parameters()).device
-    yield from _compared(virtual, lambda ids: anatomy.embedding(torch.tensor(ids, device=device)), anatomy)
+def _prompt(virtual: Tensor, structure: ModelStructure) -> Iterator[dict[str, Any]]:
+    device = next(structure.embedding.parameters()).device
+    yield from _compared(virtual, lambda ids: structure.embedding(torch.tensor(ids, device=device)), structure)
 
 
-def _prefix(keys: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
+def _prefix(keys: Tensor, structure: ModelStructure) -> Iterator[dict[str, Any]]:
     """`keys` [G, N, d]."""
-    ports = ports_of(anatomy)
+    ports = ports_of(structure)
     for i, key in enumerate(_rows(keys)):
-        yield from _compared(key[None], lambda ids, i=i: ports.first_keys(ids, i), anatomy)  # type: ignore[misc]
+        yield from _compared(key[None], lambda ids, i=i: ports.compute_first_layer_keys(ids, i), structure)  # type: ignore[misc]
 
 
 def _rows(keys: Tensor) -> Tensor:
@@ -103,9 +103,9 @@ def _sizes(virtual: Tensor, usual: Tensor, what: str) -> Reading:
                    tuple({"size": size, "nearest": []} for size in sizes.tolist()))
 
 
-def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], anatomy: Anatomy) -> Iterator[dict[str, Any]]:
+def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], structure: ModelStructure) -> Iterator[dict[str, Any]]:
     """A row for each virtual token [N, D], out of the vectors of words, [n, D]."""
-    size, lengths = anatomy.sizes["vocabulary"], []
+    size, lengths = structure.sizes["vocabulary"], []
     best = torch.full((len(virtual), 0), 2.0).to(virtual)
     who = torch.zeros(len(virtual), 0, dtype=torch.int64, device=virtual.device)
     for start in range(0, size, CHUNK):
@@ -119,7 +119,7 @@ def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], anatomy: An
     usual = torch.cat(lengths).mean()
     for vector, distances, found in zip(virtual, best.tolist(), who.tolist(), strict=True):
         yield {"size": float(vector.norm() / usual),
-               "nearest": [{"word": anatomy.tokenizer.decode([token]), "distance": distance}
+               "nearest": [{"word": structure.tokenizer.decode([token]), "distance": distance}
                            for token, distance in zip(found, distances, strict=True)]}
 
 
@@ -135,5 +135,5 @@ def _layer(layer: Layer | Searched, of: int) -> dict[str, Any]:
     shares = found / found.sum().clamp(min=torch.finfo(found.dtype).tiny)
     rank = torch.special.entr(shares).sum().exp() if found.any() else found.new_zeros(())
     weight = layer.matrix()
-    return {"name": layer.site.name, "block": layer.site.block, "role": layer.site.role,
+    return {"name": layer.site.name, "block": layer.site.layer_index, "role": layer.site.role,
             "size": float(found.norm() / weight.to(found.dtype).norm()), "rank": float(rank), "of": of}

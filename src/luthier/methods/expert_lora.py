@@ -2,7 +2,7 @@
 
     y_e = W_e x + s B_e A_e x          A_e: [R, in]   B_e: [out, R]   for each expert e of E
 
-All experts of a map are one parameter of the base, so no hook sees their outputs; the family's door (`Experts.enter`)
+All experts of a map are one parameter of the base, so no hook sees their outputs; the family's door (`ExpertLinears.add_change`)
 hands the rows over, sorted by expert. Only the experts that some token was sent to are computed. The file is that of
 PEFT's `target_parameters`, which keeps A as [E R, in] and B as [out, R E], and one map's change inside the other's.
 """
@@ -18,29 +18,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError
-from luthier.core.expert_layers import Experts
+from luthier.core.expert_layers import ExpertLinears
 from luthier.methods.hooks import Hooks
 
 if TYPE_CHECKING:
     from luthier.methods.lora import LoraConfig
 
 
-def named(target: str, experts: Experts) -> bool:
+def named(target: str, experts: ExpertLinears) -> bool:
     """Whether a target means these experts: `experts` for all of them, or an ending such as `experts.down_proj`."""
     return target == "experts" or ("experts." in target and f".{experts.name}".endswith(f".{target}"))
 
 
-def applies(pattern: str, experts: Experts) -> bool:
+def applies(pattern: str, experts: ExpertLinears) -> bool:
     """Whether a key of a pattern means these experts: as a target does, or as an expression for their whole path."""
     return named(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
 
 
-def chosen_experts(experts: Sequence[Experts], targets: str | Sequence[str]) -> list[Experts]:
+def chosen_experts(experts: Sequence[ExpertLinears], targets: str | Sequence[str]) -> list[ExpertLinears]:
     """Those that `targets` names; `all-linear` leaves them alone, for they are most of a model's weights."""
     return [] if targets == "all-linear" else [e for e in experts if any(named(target, e) for target in targets)]
 
 
-def expert_layers(found: Sequence[Experts], config: LoraConfig, generator: torch.Generator) -> list[ExpertLayer]:
+def expert_layers(found: Sequence[ExpertLinears], config: LoraConfig, generator: torch.Generator) -> list[ExpertLayer]:
     """Raises `RecipeError` for the variants that have no form for experts."""
     unfit = [setting for setting, given in (
         ("dora", config.dora), ("dropout", config.dropout > 0), ("init: pissa", config.init == "pissa"),
@@ -65,24 +65,24 @@ class ExpertLayer:
 
     m = start = None
 
-    def __init__(self, site: Experts, config: LoraConfig, generator: torch.Generator, inside: int) -> None:
+    def __init__(self, site: ExpertLinears, config: LoraConfig, generator: torch.Generator, inside: int) -> None:
         self.site, self.rank = site, config.rank
         self.scale = config.alpha / (self.rank ** 0.5 if config.rslora else self.rank)
         self.module = site.name.rpartition(".")[0]
         self.path = self.module + ".base_layer" * inside
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
-        shape = (site.count * self.rank, site.inputs)
+        shape = (site.num_experts * self.rank, site.in_features)
         a = (torch.randn(shape, generator=generator) / self.rank if config.init == "gaussian"
-             else (torch.rand(shape, generator=generator) * 2 - 1) / site.inputs ** 0.5)
+             else (torch.rand(shape, generator=generator) * 2 - 1) / site.in_features ** 0.5)
         self.a = nn.Parameter(a.to(site.weight.device, dtype))
-        self.b = nn.Parameter(torch.zeros(site.outputs, self.rank * site.count, device=site.weight.device, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(site.out_features, self.rank * site.num_experts, device=site.weight.device, dtype=dtype))
 
     def enter(self, hooks: Hooks) -> None:
-        self.site.enter(hooks.scope, self.change)
+        self.site.add_change(hooks.scope, self.change)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A as [E, R, in] and B as [E, out, R]."""
-        count = self.site.count
+        count = self.site.num_experts
         return self.a.view(count, self.rank, -1), self.b.view(-1, self.rank, count).permute(2, 0, 1)
 
     def change(self, x: Tensor, counts: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ from torch import nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Anatomy
+from luthier.core.protocols import ModelStructure
 from luthier.methods.full import EMBEDDING_RATE, KEEP_BASE, Full, of_embeddings
 
 
@@ -49,9 +49,9 @@ class FreezeConfig(Config):
         chosen = self.layers is not None or self.patterns or self.embeddings or self.head
         return self.last if self.last is not None or chosen else 2
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        wanted = {id(p) for module in self._modules(anatomy) for p in module.parameters()}
-        named = dict(anatomy.model.named_parameters())  # tied weights are named once
+    def attach(self, structure: ModelStructure, *, seed: int) -> Full:
+        wanted = {id(p) for module in self._modules(structure) for p in module.parameters()}
+        named = dict(structure.model.named_parameters())  # tied weights are named once
         for pattern in self.patterns:
             found = {id(p) for name, p in named.items() if fits(name, pattern)}
             if not found:
@@ -60,10 +60,10 @@ class FreezeConfig(Config):
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
             wanted |= found
         trained = {name: p for name, p in named.items() if id(p) in wanted}
-        return Full(trained, bool(self.keep_base), of_embeddings(anatomy, trained, self.embedding_rate))
+        return Full(trained, bool(self.keep_base), of_embeddings(structure, trained, self.embedding_rate))
 
-    def _modules(self, anatomy: Anatomy) -> Iterable[nn.Module]:
-        blocks = [block.module for block in anatomy.blocks]
+    def _modules(self, structure: ModelStructure) -> Iterable[nn.Module]:
+        blocks = [block.module for block in structure.layers]
         last = self.last_blocks or 0
         if last > len(blocks) and self.last is not None:
             raise RecipeError(f"method.last: {last} blocks, and this model has {len(blocks)}",
@@ -72,11 +72,11 @@ class FreezeConfig(Config):
         if self.layers is not None:
             yield from _range(blocks, *self.layers)
         if self.embeddings:
-            yield anatomy.embedding
+            yield structure.embedding
         if self.head:
-            if anatomy.head is None:
+            if structure.head is None:
                 raise RecipeError("method.head: this model has no output projection", "leave it out")
-            yield anatomy.head
+            yield structure.head
 
 
 def _range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
@@ -101,17 +101,17 @@ class LnConfig(Config):
     name: Literal["ln"] = "ln"
     biases: bool = Field(True, description="the norms' biases too, where there are any")
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        named = {f"{path}.{name}": p for path, norm in norms(anatomy).items() for name, p in norm.named_parameters()
+    def attach(self, structure: ModelStructure, *, seed: int) -> Full:
+        named = {f"{path}.{name}": p for path, norm in norms(structure).items() for name, p in norm.named_parameters()
                  if self.biases or name != "bias"}
         if not named:
             raise RecipeError("method ln: the norms of this model have no weights", "use another method: bitfit, lora")
         return Full(named, keep_base=True)
 
 
-def norms(anatomy: Anatomy) -> dict[str, nn.Module]:
+def norms(structure: ModelStructure) -> dict[str, nn.Module]:
     """Every norm of the model by its path: those of the blocks, and those outside of them that are of the same make."""
-    inner = {id(norm) for block in anatomy.blocks for norm in block.norms}
-    makes = {type(norm) for block in anatomy.blocks for norm in block.norms}
-    return {name: module for name, module in anatomy.model.named_modules()
+    inner = {id(norm) for block in structure.layers for norm in block.norms}
+    makes = {type(norm) for block in structure.layers for norm in block.norms}
+    return {name: module for name, module in structure.model.named_modules()
             if id(module) in inner or type(module) in makes}

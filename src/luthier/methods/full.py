@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError, RunError
-from luthier.core.protocols import Anatomy
+from luthier.core.protocols import ModelStructure
 from luthier.methods.hooks import load_into
 
 KEEP_BASE = ("keep a copy of what trains as it was, so that the base can be switched back to; costs its size in "
@@ -34,15 +34,15 @@ class FullConfig(Config):
     keep_base: bool | None = Field(None, description=KEEP_BASE)
     embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        named = dict(anatomy.model.named_parameters())  # tied weights are named once
-        return Full(named, bool(self.keep_base), of_embeddings(anatomy, named, self.embedding_rate))
+    def attach(self, structure: ModelStructure, *, seed: int) -> Full:
+        named = dict(structure.model.named_parameters())  # tied weights are named once
+        return Full(named, bool(self.keep_base), of_embeddings(structure, named, self.embedding_rate))
 
 
-def of_embeddings(anatomy: Anatomy, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, float]:
+def of_embeddings(structure: ModelStructure, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, float]:
     """The factor of each of `parameters` that is the input embeddings'. Raises `RecipeError` where a factor would have
     no effect."""
-    mine = {id(p) for p in anatomy.embedding.parameters()}
+    mine = {id(p) for p in structure.embedding.parameters()}
     found = {name: rate for name, parameter in parameters.items() if id(parameter) in mine}
     if rate != 1 and not found:
         raise RecipeError(f"method.embedding_rate {rate}: no embeddings train", "set method.embeddings: true, or leave "

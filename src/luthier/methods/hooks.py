@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import NotMergeable, RunError
-from luthier.core.protocols import Scope, Site
+from luthier.core.protocols import Scope, TargetLinear
 
 Change = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
 
@@ -84,9 +84,9 @@ def _dimension(dim: int, among: int, shape: torch.Size) -> int:
     return fitting[0]
 
 
-def refuse_quantized(sites: Iterable[Site]) -> None:
+def refuse_quantized(sites: Iterable[TargetLinear]) -> None:
     """Raises `NotMergeable` where a weight that would be written to is kept in few bits."""
-    if any(site.expand is not None for site in sites):
+    if any(site.dequantize is not None for site in sites):
         raise NotMergeable("the base is kept in few bits, and a merged weight would be rounded to them",
                            "merge into the whole base: luthier export RUN --to merged opens it so")
 

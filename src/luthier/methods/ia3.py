@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Anatomy, Site
+from luthier.core.protocols import ModelStructure, TargetLinear
 from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
 from luthier.methods.lora import PREFIX, chosen, matches
 from luthier.methods.merging import Merging, own
@@ -62,31 +62,31 @@ class Ia3Config(Config):
             return cls.parse({"targets": [selected], "feedforward": []})
         return cls.parse({"targets": outer, "feedforward": [f"(?={ends}$){selected}"]})
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Ia3:
+    def attach(self, structure: ModelStructure, *, seed: int) -> Ia3:
         if self.targets == "paper":
-            outer = [site for site in anatomy.sites if site.role in ("k", "v", "qkv")]
+            outer = [site for site in structure.linears if site.role in ("k", "v", "qkv")]
             # Where experts share one tensor, the MLP has no map of its own to scale.
-            inner = [site for site in anatomy.sites if any(matches(site, pattern) for pattern in self.feedforward)]
+            inner = [site for site in structure.linears if any(matches(site, pattern) for pattern in self.feedforward)]
             if not outer:
                 raise RecipeError("method.targets: no keys and values were found in this model, as maps of their own "
                                   "or one after another in one map", "name the maps to scale: targets: [ending]")
         else:
-            inner = chosen(anatomy.sites, self.feedforward)
-            outer = [site for site in chosen(anatomy.sites, self.targets) if site not in inner]
-        skip = anatomy.sizes["heads"] * anatomy.sizes["head_dim"]
+            inner = chosen(structure.linears, self.feedforward)
+            outer = [site for site in chosen(structure.linears, self.targets) if site not in inner]
+        skip = structure.sizes["heads"] * structure.sizes["head_dim"]
         layers = [Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.targets == "paper" else 0)
                   for site in outer]
-        return Ia3(layers + [Layer(site, inputs=True) for site in inner], anatomy.task)
+        return Ia3(layers + [Layer(site, inputs=True) for site in inner], structure.task)
 
 
 class Layer:
     """The scale of one linear map's outputs, all but the first `skip`, or of its inputs."""
 
-    def __init__(self, site: Site, inputs: bool, skip: int = 0) -> None:
+    def __init__(self, site: TargetLinear, inputs: bool, skip: int = 0) -> None:
         self.site, self.inputs, self.skip = site, inputs, skip
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
-        size = site.inputs if inputs else site.outputs - skip
+        size = site.in_features if inputs else site.out_features - skip
         self.l = nn.Parameter(torch.ones(size, dtype=dtype, device=site.weight.device))
 
     def scaled(self, x: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Anatomy, Site
+from luthier.core.protocols import ModelStructure, TargetLinear
 from luthier.methods.expert_lora import ExpertLayer, chosen_experts, expert_layers, named
 from luthier.methods.hooks import Hooks, load_into, refuse_misfits, refuse_quantized
 from luthier.methods.peft_settings import (
@@ -98,15 +98,15 @@ class LoraConfig(Config):
             "rank_pattern": {pattern_expression(key): r for key, r in (adapter.get("rank_pattern") or {}).items()},
             "alpha_pattern": {pattern_expression(key): a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
-        experts = chosen_experts(anatomy.experts, self.targets)
+    def attach(self, structure: ModelStructure, *, seed: int) -> Lora:
+        experts = chosen_experts(structure.experts, self.targets)
         rest = [target for target in self.targets if not any(named(target, e) for e in experts)]
-        sites = chosen(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
+        sites = chosen(structure.linears, self.targets if self.targets == "all-linear" else tuple(rest))
         generator = torch.Generator().manual_seed(seed)
         layers = [Layer(site, self, generator) for site in sites]
         # Models of other tasks get heads whose maps may have the names of these.
-        every = [name for name, _ in anatomy.model.named_modules()] if anatomy.task in GENERATES else None
-        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task, every)
+        every = [name for name, _ in structure.model.named_modules()] if structure.task in GENERATES else None
+        return Lora(self, [*layers, *expert_layers(experts, self, generator)], structure.task, every)
 
 
 def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
@@ -118,13 +118,13 @@ def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
                        "path_initial_model_for_weight_conversion), or " + MERGE)
 
 
-def matches(site: Site, pattern: str) -> bool:
+def matches(site: TargetLinear, pattern: str) -> bool:
     """Whether `pattern` names the site: its role, the end of its path, or an expression that fits the whole path."""
     return (pattern == site.role or site.name == pattern or site.name.endswith("." + pattern)
             or re.fullmatch(pattern, site.name) is not None)
 
 
-def chosen(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site]:
+def chosen(sites: tuple[TargetLinear, ...], targets: str | tuple[str, ...]) -> list[TargetLinear]:
     """The sites that `targets` names. A target that matches nothing is an error."""
     if targets == "all-linear":
         return [site for site in sites if site.role != "router"]
@@ -140,7 +140,7 @@ def chosen(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site
 class Layer:
     """The change beside one linear map."""
 
-    def __init__(self, site: Site, config: LoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, site: TargetLinear, config: LoraConfig, generator: torch.Generator) -> None:
         self.site, self.p, self.path = site, config.dropout, site.name
         self.rank = next((r for k, r in config.rank_pattern.items() if matches(site, k)), config.rank)
         alpha = next((a for k, a in config.alpha_pattern.items() if matches(site, k)), config.alpha)
@@ -155,7 +155,7 @@ class Layer:
         self.m = nn.Parameter(self.length.clone()) if self.length is not None else None
 
     def _start(self, init: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        shape = (self.rank, self.site.inputs)
+        shape = (self.rank, self.site.in_features)
         if init == "pissa":
             u, s, v = torch.linalg.svd(self.matrix().float(), full_matrices=False)
             root = (s[:self.rank] / self.scale).sqrt()
@@ -163,15 +163,15 @@ class Layer:
         if init == "gaussian":
             a = torch.randn(shape, generator=generator) / self.rank
         else:  # Kaiming's uniform with a = sqrt 5, as in the paper's code
-            a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.inputs ** 0.5
-        return a, torch.zeros(self.site.outputs, self.rank)
+            a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.in_features ** 0.5
+        return a, torch.zeros(self.site.out_features, self.rank)
 
     def enter(self, hooks: Hooks) -> None:
         hooks.after(self.site.module, self.change)
 
     def matrix(self) -> Tensor:
         """The frozen W, [out, in]."""
-        return self.site.matrix()
+        return self.site.base_weight()
 
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., out] with the change added, from x [..., in]."""

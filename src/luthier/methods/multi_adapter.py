@@ -1,6 +1,6 @@
 """Several adapters on one base: who acts, how strongly, and on which tokens. Read `hooks.py` and `composite.py` first.
 
-    bank = Bank(anatomy)
+    bank = Bank(structure)
     bank.add("law", attached_a)                       # silent until it is chosen
     bank.add("medicine", attached_b)
     with bank.using("law"): ...                       # that one alone
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError, RunError, nearest
 from luthier.core.optimizer_hook import Update
-from luthier.core.protocols import Anatomy, Attached, Scope
+from luthier.core.protocols import ModelStructure, Scope, Tuner
 from luthier.core.types import Inputs
 from luthier.methods.composite import scopes, together
 
@@ -46,17 +46,17 @@ class Bank:
     """Adapters by name on one base. Whoever adds one hands its switch over to the bank.
 
     Args:
-        anatomy: of the base that they all are attached to.
+        structure: of the base that they all are attached to.
     """
 
-    def __init__(self, anatomy: Anatomy) -> None:
-        self._anatomy = anatomy
-        self.members: dict[str, Attached] = {}
+    def __init__(self, structure: ModelStructure) -> None:
+        self._anatomy = structure
+        self.members: dict[str, Tuner] = {}
         self._scopes: dict[str, tuple[Scope, ...]] = {}
         self._acting: dict[str, Acts] = {}
         self._frozen: set[str] = set()
 
-    def add(self, name: str, attached: Attached) -> None:
+    def add(self, name: str, attached: Tuner) -> None:
         """Take an adapter in, silent until it is chosen. Raises `RunError` for one that has no switch."""
         if name in self.members:
             raise RecipeError(f"the bank has an adapter {name!r} already", "give this one another name")
@@ -68,7 +68,7 @@ class Bank:
             scope.off += 1
         self.members[name], self._scopes[name] = attached, found
 
-    def frozen(self, name: str) -> Attached:
+    def frozen(self, name: str) -> Tuner:
         """The adapter, which trains no more from now on: a reference beside the policy that started from it."""
         self._known([name])
         self._frozen.add(name)

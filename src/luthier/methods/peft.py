@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, RunError, nearest
-from luthier.core.protocols import Anatomy
+from luthier.core.protocols import ModelStructure
 from luthier.methods.hooks import refuse_misfits, refuse_quantized
 from luthier.methods.ia3 import PEFT_READ as IA3_READ
 from luthier.methods.lora import PEFT_READ as LORA_READ
@@ -96,8 +96,8 @@ class PeftConfig(Config):
             raise RecipeError(f"method.type: PEFT has no tuner {self.type!r}", nearest(self.type, names))
         return frozenset(names[self.type].__dataclass_fields__)
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Peft:
-        return Peft(self.theirs(anatomy.task), anatomy, seed)
+    def attach(self, structure: ModelStructure, *, seed: int) -> Peft:
+        return Peft(self.theirs(structure.task), structure, seed)
 
     def theirs(self, task: str) -> Any:
         """PEFT's config. Raises `RecipeError` for a tuner or field that PEFT does not know or that cannot work here."""
@@ -123,10 +123,10 @@ class Peft:
     scope = None
     at_update = None
 
-    def __init__(self, config: Any, anatomy: Anatomy, seed: int) -> None:
+    def __init__(self, config: Any, structure: ModelStructure, seed: int) -> None:
         from peft import get_peft_model
-        self.config, self.base, self._tied = config, anatomy.model, anatomy.tied
-        self._embedding, self._head = anatomy.embedding, anatomy.head
+        self.config, self.base, self._tied = config, structure.model, structure.tied
+        self._embedding, self._head = structure.embedding, structure.head
         before, own = dict(self.base.named_modules()), {id(parameter) for parameter in self.base.parameters()}
         _check_saved_modules(config, before)
         with torch.random.fork_rng(devices=[]):  # PEFT draws from the one generator that all share
@@ -147,7 +147,7 @@ class Peft:
         self._acting = True
         self._off = 0
         self._originals: dict[str, Tensor] = {}
-        self._few = [site for site in anatomy.sites if site.expand is not None and site.name in self._own]
+        self._few = [site for site in structure.linears if site.dequantize is not None and site.name in self._own]
         self._probe()
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class Peft:
         for site in self._few[:1]:
             module = self._theirs[site.name]
             try:
-                module(torch.zeros(1, 1, site.inputs, device=next(module.parameters()).device))
+                module(torch.zeros(1, 1, site.in_features, device=next(module.parameters()).device))
             except RuntimeError as error:
                 self._put(self._own)
                 raise RecipeError(f"PEFT's {self.config.peft_type.value} does not work beside a base in these few "

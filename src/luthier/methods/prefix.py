@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import Anatomy
+from luthier.core.protocols import ModelStructure
 from luthier.methods.hooks import refuse_misfits
 from luthier.methods.prompt import (
     EMBEDDINGS,
@@ -71,20 +71,20 @@ class PrefixConfig(Words):
                            "use it with PEFT, or train a prefix here, which acts on all three attentions")
         return cls(tokens=adapter["num_virtual_tokens"])
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix | ProjectedPrefix:
-        start, scale = starting_pairs(anatomy, self, seed)
+    def attach(self, structure: ModelStructure, *, seed: int) -> Prefix | ProjectedPrefix:
+        start, scale = starting_pairs(structure, self, seed)
         if not self.projection:
-            return Prefix(anatomy, self, start, scale)
+            return Prefix(structure, self, start, scale)
         layers, _, heads, tokens, width = start.shape
-        encoder = seeded(seed, lambda: Projection(tokens, self.hidden or anatomy.sizes["hidden"],
+        encoder = seeded(seed, lambda: Projection(tokens, self.hidden or structure.sizes["hidden"],
                                                   (layers, 2, heads, width), self.init))
-        return ProjectedPrefix(anatomy, self, encoder.to(start),
+        return ProjectedPrefix(structure, self, encoder.to(start),
                                torch.zeros_like(start) if self.init == "random" else start, scale)
 
 
-def starting_pairs(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, Tensor]:
+def starting_pairs(structure: ModelStructure, config: Words, seed: int) -> tuple[Tensor, Tensor]:
     """[layers, 2, G, N, d] keys and values to start from, and their size in each layer, [layers, 2, 1, 1, 1]."""
-    found = ports_of(anatomy).keys_values(starting(anatomy, config, seed))
+    found = ports_of(structure).compute_keys_values(starting(structure, config, seed))
     if len({x.shape for pair in found for x in pair}) > 1:
         raise BaseError("the keys and values of this base's layers differ in shape, and a prefix has one shape for all",
                         "use the method prompt")
@@ -104,23 +104,23 @@ def unflat(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(tokens, layers, two, heads, width).permute(1, 2, 3, 0, 4)
 
 
-def prefix_form(anatomy: Anatomy, pairs: Tensor) -> dict[str, Any]:
+def prefix_form(structure: ModelStructure, pairs: Tensor) -> dict[str, Any]:
     """What PEFT's adapter_config.json says. Its `token_dim` is that of all key heads together."""
     _, _, heads, tokens, width = pairs.shape
-    return {"peft_type": "PREFIX_TUNING", **peft_form(anatomy, tokens), "token_dim": heads * width,
+    return {"peft_type": "PREFIX_TUNING", **peft_form(structure, tokens), "token_dim": heads * width,
             "num_attention_heads": heads, "prefix_projection": False, "encoder_hidden_size": heads * width}
 
 
 class Prefix(Standing):
     """Prefix tuning on a model."""
 
-    def __init__(self, anatomy: Anatomy, config: Words, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, structure: ModelStructure, config: Words, start: Tensor, scale: Tensor) -> None:
         super().__init__()
         self._like, self._scale = start, scale
         # A parameter for each, since each has a rate of its own.
         self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]
-        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
-        ports_of(anatomy).prefix(lambda: self.pairs, self.scope)
+        self._form = saved_form(structure, config, "prefix", prefix_form(structure, start))
+        ports_of(structure).add_prefix(lambda: self.pairs, self.scope)
 
     def virtual(self) -> Tensor:
         """[layers, 2, G, N, d]"""
@@ -171,10 +171,10 @@ class ProjectedPrefix(Folding):
 
     network = NETWORK
 
-    def __init__(self, anatomy: Anatomy, config: Words, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, structure: ModelStructure, config: Words, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
-        ports_of(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
+        self._form = saved_form(structure, config, "prefix", prefix_form(structure, start))
+        ports_of(structure).add_prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
 
     def flat(self, virtual: Tensor) -> Tensor:
         return flat(virtual).contiguous()

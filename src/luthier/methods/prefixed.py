@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from luthier.core.optimizer_hook import Update
-from luthier.core.protocols import Attached, Scope
+from luthier.core.protocols import Scope, Tuner
 
 
 class Named:
     """`inner`, its parameters called ``<name>/...``."""
 
-    def __init__(self, name: str, inner: Attached) -> None:
+    def __init__(self, name: str, inner: Tuner) -> None:
         self._prefix, self.inner = f"{name}/", inner
 
     @property

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
-from luthier.core.protocols import Anatomy, Scope
-from luthier.core.soft_prompts import Kind, Ports
+from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.soft_prompts import SoftPromptInjector, SoftPromptKind
 from luthier.methods.adapter_format import own_form
 from luthier.methods.hooks import load_into
 
@@ -63,55 +63,55 @@ class PromptConfig(Words):
         """The settings that PEFT's adapter_config.json describes."""
         return cls(tokens=adapter["num_virtual_tokens"])
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Prompt:
-        start, scale = embedded_words(anatomy, self, seed)
-        return Prompt(anatomy, self, start, scale)
+    def attach(self, structure: ModelStructure, *, seed: int) -> Prompt:
+        start, scale = embedded_words(structure, self, seed)
+        return Prompt(structure, self, start, scale)
 
 
 # ---------------------------------------------------------------- where virtual tokens start
 
 
-def ports_of(anatomy: Anatomy) -> Ports:
+def ports_of(structure: ModelStructure) -> SoftPromptInjector:
     """Where virtual tokens enter. Raises `RecipeError` where they cannot."""
-    if anatomy.ports is None:
+    if structure.injector is None:
         raise RecipeError("this base has no place for virtual tokens: its family computes positions or pictures that "
                           "nothing can be put before", "use lora or another method that changes its layers")
-    return anatomy.ports
+    return structure.injector
 
 
-def starting(anatomy: Anatomy, config: Words, seed: int) -> list[int] | Tensor:
+def starting(structure: ModelStructure, config: Words, seed: int) -> list[int] | Tensor:
     """N token ids to start from: those of the text, or frequent words drawn without repetition while they last. Of a
     base without words [N, D], vectors of the kind that its first layer gets. Raises as `ports_of` does."""
-    n, usual = config.tokens, ports_of(anatomy).usual
+    n, usual = config.tokens, ports_of(structure).typical_embeddings
     if usual is None:
-        return word_ids(anatomy, n, config.text, seed)
+        return word_ids(structure, n, config.text, seed)
     if config.text is not None:
         raise RecipeError("method.text: this base has no words that virtual tokens could start from", "leave it out: "
                           "init: words then starts from what the base's first layer usually gets")
     return usual(n, seed)
 
 
-def word_ids(anatomy: Anatomy, n: int, text: str | None, seed: int) -> list[int]:
+def word_ids(structure: ModelStructure, n: int, text: str | None, seed: int) -> list[int]:
     """See `starting`."""
-    tokenizer = anatomy.tokenizer
+    tokenizer = structure.tokenizer
     if text is not None:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
             raise RecipeError(f"method.text {text!r} has no tokens", "give words to start from")
         return (ids * (n // len(ids) + 1))[:n]
     special = set(tokenizer.all_special_ids)
-    common = [i for i in range(min(anatomy.sizes["vocabulary"], COMMON)) if i not in special]
+    common = [i for i in range(min(structure.sizes["vocabulary"], COMMON)) if i not in special]
     found = [i for i in common if tokenizer.decode([i]).strip().isalpha()] or common
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     return [found[i] for i in (order * (n // len(order) + 1))[:n]]
 
 
 @torch.no_grad()
-def embedded_words(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, float]:
+def embedded_words(structure: ModelStructure, config: Words, seed: int) -> tuple[Tensor, float]:
     """[N, D] embeddings to start from, and the root mean square of an entry of the N words' embeddings."""
-    start = starting(anatomy, config, seed)
+    start = starting(structure, config, seed)
     if isinstance(start, list):
-        start = anatomy.embedding(torch.tensor(start, device=next(anatomy.embedding.parameters()).device))
+        start = structure.embedding(torch.tensor(start, device=next(structure.embedding.parameters()).device))
     real = wide(start)
     scale = rms(real)
     if config.init == "random":
@@ -157,12 +157,12 @@ class Standing:
 class Prompt(Standing):
     """Prompt tuning on a model."""
 
-    def __init__(self, anatomy: Anatomy, config: Words, start: Tensor, scale: float) -> None:
+    def __init__(self, structure: ModelStructure, config: Words, start: Tensor, scale: float) -> None:
         super().__init__()
         self.embeddings, self._scale = nn.Parameter(start), scale
-        self._form = saved_form(anatomy, config, "prompt", {
-            "peft_type": "PROMPT_TUNING", **peft_form(anatomy, len(start)), "prompt_tuning_init": "RANDOM"})
-        ports_of(anatomy).prompt(self.virtual, self.scope)
+        self._form = saved_form(structure, config, "prompt", {
+            "peft_type": "PROMPT_TUNING", **peft_form(structure, len(start)), "prompt_tuning_init": "RANDOM"})
+        ports_of(structure).add_prompt(self.virtual, self.scope)
 
     def virtual(self) -> Tensor:
         """[N, D] the virtual tokens' embeddings."""
@@ -184,17 +184,17 @@ class Prompt(Standing):
         return self._form
 
 
-def peft_form(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
+def peft_form(structure: ModelStructure, tokens: int) -> dict[str, Any]:
     """What PEFT's adapter_config.json says of all virtual tokens."""
-    sizes = anatomy.sizes
-    return {"task_type": anatomy.task, "num_virtual_tokens": tokens, "token_dim": sizes["hidden"],
+    sizes = structure.sizes
+    return {"task_type": structure.task, "num_virtual_tokens": tokens, "token_dim": sizes["hidden"],
             "num_transformer_submodules": 1, "num_attention_heads": sizes["heads"], "num_layers": sizes["layers"],
             "inference_mode": True}
 
 
-def saved_form(anatomy: Anatomy, config: Words, kind: Kind, theirs: dict[str, Any]) -> dict[str, Any]:
+def saved_form(structure: ModelStructure, config: Words, kind: SoftPromptKind, theirs: dict[str, Any]) -> dict[str, Any]:
     """What adapter_config.json says: in PEFT's form where PEFT would do the same with it, else in one of our own."""
-    return theirs if kind in ports_of(anatomy).peft else own_form(config, anatomy.task)
+    return theirs if kind in ports_of(structure).peft_kinds else own_form(config, structure.task)
 
 
 def read_only(state: Mapping[str, Tensor], tokens: int) -> Mapping[str, Tensor]:

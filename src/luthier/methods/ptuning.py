@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from luthier.core.protocols import TRAINING, Anatomy
+from luthier.core.protocols import TRAINING, ModelStructure
 from luthier.methods.hooks import load_into, refuse_misfits
 from luthier.methods.prompt import (
     EMBEDDINGS,
@@ -55,10 +55,10 @@ class PTuningConfig(Words):
         return cls.parse({"tokens": adapter["num_virtual_tokens"], "encoder": kind,
                           "hidden": adapter.get("encoder_hidden_size")})
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> PTuning:
-        words, scale = embedded_words(anatomy, self, seed)
+    def attach(self, structure: ModelStructure, *, seed: int) -> PTuning:
+        words, scale = embedded_words(structure, self, seed)
         encoder = seeded(seed, lambda: Encoder(self.encoder, words.shape, self.hidden or words.shape[1], self.init))
-        return PTuning(anatomy, self, encoder.to(words), torch.zeros_like(words) if self.init == "random" else words,
+        return PTuning(structure, self, encoder.to(words), torch.zeros_like(words) if self.init == "random" else words,
                        torch.tensor(scale).to(words))
 
 
@@ -168,14 +168,14 @@ class PTuning(Folding):
 
     bare = PromptConfig.default_rate / PTuningConfig.default_rate
 
-    def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
+    def __init__(self, structure: ModelStructure, config: PTuningConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = saved_form(anatomy, config, "prompt", {
-            "peft_type": "P_TUNING", **peft_form(anatomy, len(start)),
+        self._form = saved_form(structure, config, "prompt", {
+            "peft_type": "P_TUNING", **peft_form(structure, len(start)),
             "encoder_hidden_size": config.hidden or start.shape[1],
             "encoder_reparameterization_type": config.encoder.upper()})
-        ports_of(anatomy).prompt(self.virtual, self.scope)
+        ports_of(structure).add_prompt(self.virtual, self.scope)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         super().load(read_only(state, len(self.start)))

@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.core.protocols import Anatomy
+from luthier.core.protocols import ModelStructure
 from luthier.methods.prefix import Prefix, starting_pairs
 from luthier.methods.prompt import Init, Words
 
@@ -33,5 +33,5 @@ class PTuningV2Config(Words):
                                               "labels of every token")
     init: Init = Field("random", description="at random, as in the paper, or as the keys and values of real words")
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix:
-        return Prefix(anatomy, self, *starting_pairs(anatomy, self, seed))
+    def attach(self, structure: ModelStructure, *, seed: int) -> Prefix:
+        return Prefix(structure, self, *starting_pairs(structure, self, seed))

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from luthier.core.protocols import Block
+from luthier.core.protocols import TransformerLayer
 
-GATED = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+GATED_MLP_CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-class Lean:
+class ActivationRecomputer:
     """What can be made again in one model, and the exchange of saved tensors for notes."""
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Lean:
         self._last: tuple[Callable[[], Tensor] | None, Tensor | None] = (None, None)
         self._open = False
 
-    def watch(self, blocks: tuple[Block, ...]) -> None:
+    def register(self, blocks: tuple[TransformerLayer, ...]) -> None:
         """Note the outputs of every norm that stands directly in a block."""
         for block in blocks:
             for norm in block.module.children():
@@ -45,13 +45,13 @@ class Lean:
 
     def _after_norm(self, norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         kept = args[0].detach()
-        self.note(output, lambda: type(norm).forward(norm, kept))
+        self.record(output, lambda: type(norm).forward(norm, kept))
 
-    def note(self, output: Tensor, again: Callable[[], Tensor]) -> None:
-        """`again()` gives `output`'s values."""
+    def record(self, output: Tensor, recompute: Callable[[], Tensor]) -> None:
+        """`recompute()` gives `output`'s values."""
         if self._open:
             reference = StorageWeakRef(output.untyped_storage())
-            self._notes[reference.cdata] = (reference, again)
+            self._notes[reference.cdata] = (reference, recompute)
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
@@ -65,7 +65,7 @@ class Lean:
             self._notes.clear()
 
     @contextmanager
-    def shut(self) -> Iterator[None]:
+    def suspended(self) -> Iterator[None]:
         """Around a block that is recomputed as a whole: nothing of it is kept, so nothing is noted."""
         was, self._open = self._open, False
         try:
@@ -82,16 +82,16 @@ class Lean:
     def _unpack(self, packed: Any) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        again, shape = packed
-        if self._last[0] is not again:  # q, k and v ask for the same one in turn
+        recompute, shape = packed
+        if self._last[0] is not recompute:  # q, k and v ask for the same one in turn
             with torch.no_grad():
-                self._last = (again, again())
+                self._last = (recompute, recompute())
         made = self._last[1]
         assert made is not None
         return made.view(shape)
 
 
-class _Gated(torch.autograd.Function):
+class _GatedProduct(torch.autograd.Function):
     """act(gate) * up, keeping gate and up only."""
 
     @staticmethod
@@ -118,37 +118,37 @@ class GatedMLP(nn.Module):
     down_proj: nn.Module
     act_fn: nn.Module
 
-    def __init__(self, mlp: nn.Module, lean: Lean) -> None:
+    def __init__(self, mlp: nn.Module, recomputer: ActivationRecomputer) -> None:
         super().__init__()
         for name, child in mlp.named_children():
             self.add_module(name, child)
-        self._lean = lean
+        self._recomputer = recomputer
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        inner = _Gated.apply(gate, up, self.act_fn)
+        inner = _GatedProduct.apply(gate, up, self.act_fn)
         # In the backward pass `inner` is asked for before gate and up are let go.
         g, u = gate.detach(), up.detach()
-        self._lean.note(inner, lambda: self.act_fn(g) * u)
+        self._recomputer.record(inner, lambda: self.act_fn(g) * u)
         down: Tensor = self.down_proj(inner)
         return down
 
 
 @torch.no_grad()
-def slim(model: Any, lean: Lean) -> None:
+def replace_gated_mlps(model: Any, recomputer: ActivationRecomputer) -> None:
     """Put `GatedMLP` in the place of every MLP that computes just that, which one probe of it decides."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if {n for n, _ in child.named_children()} == GATED and not isinstance(child, GatedMLP):
-                lean_mlp = GatedMLP(child, lean)
+            if {n for n, _ in child.named_children()} == GATED_MLP_CHILDREN and not isinstance(child, GatedMLP):
+                gated_mlp = GatedMLP(child, recomputer)
                 weight = child.gate_proj.weight
                 dtype = weight.dtype if weight.is_floating_point() else torch.float32  # few bits are expanded to this
                 probe = torch.linspace(-1, 1, 2 * child.gate_proj.in_features, dtype=dtype, device=weight.device)
-                if _alike(lean_mlp, child, probe.view(1, 2, -1)):
-                    setattr(parent, name, lean_mlp)
+                if _is_equal(gated_mlp, child, probe.view(1, 2, -1)):
+                    setattr(parent, name, gated_mlp)
 
 
-def _alike(one: nn.Module, other: nn.Module, probe: Tensor) -> bool:
+def _is_equal(one: nn.Module, other: nn.Module, probe: Tensor) -> bool:
     """Whether both give the same bits, with dropout on, and for numbers so large that they would meet any bound."""
     was, probe = other.training, torch.cat([probe, 1e4 * probe])
     with torch.random.fork_rng(devices=[]):

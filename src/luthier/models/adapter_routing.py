@@ -15,7 +15,7 @@ from luthier.core.protocols import Router
 from luthier.core.types import Forest
 
 
-def routed(router: Router | None, forest: Forest, packed: bool) -> AbstractContextManager[None]:
+def route_segments(router: Router | None, forest: Forest, packed: bool) -> AbstractContextManager[None]:
     """While open, every segment goes through the adapter that the forest names for it; nothing changes where it names
     none. Raises `RunError` without a router, or where a padded row would need two adapters."""
     chosen = forest.adapters
@@ -23,16 +23,16 @@ def routed(router: Router | None, forest: Forest, packed: bool) -> AbstractConte
         return nullcontext()
     assert len(chosen) == len(forest.lengths), (len(chosen), len(forest.lengths))
     if packed:
-        return through(router, 1, [a for a, n in zip(chosen, forest.lengths, strict=True) for _ in range(n)])
+        return route_indices(router, 1, [a for a, n in zip(chosen, forest.lengths, strict=True) for _ in range(n)])
     parents = set(forest.parents)
     rows = [{chosen[a] for a in forest.path(i)} for i in range(len(chosen)) if i not in parents]
     if any(len(row) > 1 for row in rows):
         raise RunError("a segment goes through another adapter than the one that it continues, and this base computes "
                        "every document as one padded row", "send whole documents through one adapter")
-    return through(router, 0, [min(row) for row in rows])
+    return route_indices(router, 0, [min(row) for row in rows])
 
 
-def through(router: Router | None, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
+def route_indices(router: Router | None, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
     """See `Router.routed`; `places` empty: everything stays as it is."""
     if not places:
         return nullcontext()
@@ -42,6 +42,6 @@ def through(router: Router | None, dim: int, places: Sequence[int]) -> AbstractC
     return router.routed(dim, places)
 
 
-def as_now(router: Router | None) -> AbstractContextManager[None]:
+def snapshot_routing(router: Router | None) -> AbstractContextManager[None]:
     """The context of a block's recomputation, when every context of now may be closed."""
     return nullcontext() if router is None else router.moment()

@@ -19,14 +19,14 @@ from transformers.models.auto.modeling_auto import (
 
 from luthier.core.errors import BaseError
 
-Kind = Literal["causal", "encoder", "seq2seq", "vision"]
+Architecture = Literal["causal", "encoder", "seq2seq", "vision"]
 
 # `AutoModel` is the stack alone: states are what an objective's head stands on.
-LOADERS: Mapping[Kind, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel,
+AUTO_CLASSES: Mapping[Architecture, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel,
                                "vision": AutoModel}
 # What files of a bare stack may hold besides it, by the first part of the name: what earlier training stood on the
 # states. Nothing here is ever computed, so it is left where it is. All other weights must fit exactly.
-SPARE = {
+IGNORED_WEIGHTS = {
     "pooler": "a map of the first state, for BERT's guess whether two texts follow each other",
     "cls": "BERT's heads for masked words and next sentences",
     "lm_head": "RoBERTa's head for masked words",
@@ -45,10 +45,10 @@ SPARE = {
 }
 
 
-CLASSIFIERS = ("score", "classifier")  # what decoders' classes call their head
+CLASSIFIER_HEADS = ("score", "classifier")  # what decoders' classes call their head
 
 
-def kind_of(config: PreTrainedConfig) -> Kind | None:
+def detect_architecture(config: PreTrainedConfig) -> Architecture | None:
     """The kind of model that `config` describes; None where it is none of them.
 
     BERT and its like can be built as encoders and as decoders: the classes named in the config decide, then
@@ -64,21 +64,21 @@ def kind_of(config: PreTrainedConfig) -> Kind | None:
     return "causal" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_MAPPING else None
 
 
-def options(config: PreTrainedConfig, kind: Kind) -> dict[str, Any]:
+def get_load_options(config: PreTrainedConfig, kind: Architecture) -> dict[str, Any]:
     """What the class is to be told besides its config: a stack without the pooler, which nothing here would use."""
-    if LOADERS[kind] is not AutoModel:
+    if AUTO_CLASSES[kind] is not AutoModel:
         return {}
     found: Any = MODEL_MAPPING[type(config)]
     stack = found[0] if isinstance(found, tuple) else found
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(stack).parameters else {}
 
 
-def spare(key: str, prefix: str) -> bool:
-    """Whether the weight `key` is one of `SPARE`; `prefix` is what the names of a model with a head begin with."""
-    return key.removeprefix(f"{prefix}.").partition(".")[0] in SPARE
+def is_ignored_weight(key: str, prefix: str) -> bool:
+    """Whether the weight `key` is one of `IGNORED_WEIGHTS`; `prefix` is what the names of a model with a head begin with."""
+    return key.removeprefix(f"{prefix}.").partition(".")[0] in IGNORED_WEIGHTS
 
 
-class NoHead(nn.Module):
+class MissingLMHead(nn.Module):
     """In the place of an output projection that a model's files do not hold."""
 
     def forward(self, *_: Any) -> Any:
@@ -86,17 +86,17 @@ class NoHead(nn.Module):
                         "predict no tokens", "use it for its classes, or take the base that it was made from")
 
 
-def leave_out_head(model: Any, info: dict[str, Any]) -> None:
+def ignore_classifier_head(model: Any, info: dict[str, Any]) -> None:
     """Of a decoder that was saved as a classifier: its class's head is not read here, and the projection onto the
     vocabulary, which its files do not hold, refuses to be used."""
     if not any(re.search("For(Sequence|Token)Classification", name) for name in model.config.architectures or ()):
         return
-    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.partition(".")[0] not in CLASSIFIERS}
-    if lost := headless(model, info["missing_keys"]):
+    info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.partition(".")[0] not in CLASSIFIER_HEADS}
+    if lost := list_missing_head_weights(model, info["missing_keys"]):
         info["missing_keys"] = set(info["missing_keys"]) - set(lost)
-        model.set_output_embeddings(NoHead())
+        model.set_output_embeddings(MissingLMHead())
 
 
-def headless(model: Any, missing: Iterable[str]) -> list[str]:
+def list_missing_head_weights(model: Any, missing: Iterable[str]) -> list[str]:
     """Of the weights that a model's files lack, those that stand outside of its stack: its head's."""
     return sorted(key for key in missing if not key.startswith(f"{model.base_model_prefix}."))

@@ -18,14 +18,14 @@ from torch import nn
 from luthier.core.errors import NotMergeable
 
 
-def settle_biases(model: Any) -> None:
+def sync_bias_config(model: Any) -> None:
     """Turn on the config's switches for biases that the model has grown, and give zero biases to the maps that the
     switches ask for besides. Nothing happens where none has grown.
 
     Raises:
         NotMergeable: the architecture has no switch for one of them.
     """
-    built = _built(model.config, model)
+    built = _build_parameter_shapes(model.config, model)
     mine = {name for name, _ in model.named_parameters()}
     grown = {name for name in mine - built.keys() if _is_bias(name) and name.removesuffix("bias") + "weight" in built}
     if not grown:
@@ -36,11 +36,11 @@ def settle_biases(model: Any) -> None:
             config = copy.deepcopy(model.config)
             for key in chosen:
                 setattr(config, key, True)
-            wanted = _built(config, model)
+            wanted = _build_parameter_shapes(config, model)
             if grown <= wanted.keys():
                 for key in chosen:
                     setattr(model.config, key, True)
-                _fill(model, {name: shape for name, shape in wanted.items() if name not in mine and _is_bias(name)})
+                _add_zero_biases(model, {name: shape for name, shape in wanted.items() if name not in mine and _is_bias(name)})
                 return
     first = min(grown)
     raise NotMergeable(f"{first!r} is a bias that {type(model).__name__} cannot keep: its config has no switch for it, "
@@ -52,14 +52,14 @@ def _is_bias(name: str) -> bool:
     return name.endswith(".bias")
 
 
-def _built(config: Any, model: Any) -> dict[str, torch.Size]:
+def _build_parameter_shapes(config: Any, model: Any) -> dict[str, torch.Size]:
     """The names and shapes of a model's parameters, as its config alone makes it; no memory is taken."""
     with torch.device("meta"):
         bare = type(model)(copy.deepcopy(config))
     return {name: parameter.shape for name, parameter in bare.named_parameters()}
 
 
-def _fill(model: nn.Module, missing: dict[str, torch.Size]) -> None:
+def _add_zero_biases(model: nn.Module, missing: dict[str, torch.Size]) -> None:
     for name, shape in missing.items():
         module = model.get_submodule(name.removesuffix(".bias"))
         weight = module.weight

@@ -1,7 +1,7 @@
 """Answers from a language model: batches with a cache, rows that leave when they are done. Read `loading.py` first.
 
-One loop (`_decode`) serves everything that generates: `answers` collects its tokens into answers, `stream` hands them
-on one by one. What differs between families is how a batch is begun and gone on with (`Open`): here a causal language
+One loop (`_decode`) serves everything that generates: `generate_outputs` collects its tokens into answers, `stream_tokens` hands them
+on one by one. What differs between families is how a batch is begun and gone on with (`DecodeBatch`): here a causal language
 model's, in `models/families/seq2seq.py` an encoder with a decoder. An answer depends on its prompt, its index and the
 settings, never on its neighbours in a batch.
 
@@ -21,33 +21,33 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from luthier.core.errors import BaseError, DataError, NotFinite
-from luthier.core.protocols import Generated, Sampling
+from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.models.soft_prompts import causal
 
-CROWDED = 0.75  # rows leave together, once at most this share still runs: each leaving copies the whole cache
+COMPACTION_THRESHOLD = 0.75  # rows leave together, once at most this share still runs: each leaving copies the whole cache
 
 
-class Open(Protocol):
+class DecodeBatch(Protocol):
     """A batch of answers that are being written, one row each."""
 
     def logits(self) -> Tensor:
         """[B, V] of every row's next token."""
         ...
 
-    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+    def append(self, chosen: Tensor, kept: Tensor | None) -> None:
         """Put `chosen` [B] at the end of the rows; those at `kept` stay, None for all."""
         ...
 
 
-Begin = Callable[[Sequence[Sequence[int]]], Open]  # prompts -> their batch
-Routed = Callable[[Sequence[int]], AbstractContextManager[None]]
+StartBatch = Callable[[Sequence[Sequence[int]]], DecodeBatch]  # prompts -> their batch
+RouteRows = Callable[[Sequence[int]], AbstractContextManager[None]]
 
 
-def _straight(rows: Sequence[int]) -> AbstractContextManager[None]:
+def _no_routing(rows: Sequence[int]) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
+def find_eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """Every token that ends an answer: those of the model's generation config, and the tokenizer's own."""
     settings = getattr(model, "generation_config", None)
     named = settings.eos_token_id if settings is not None else None
@@ -55,8 +55,8 @@ def eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     return {token for token in [*listed, tokenizer.eos_token_id] if token is not None}
 
 
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
-             device: torch.device | str, routed: Routed = _straight) -> Iterator[Generated]:
+def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
+             device: torch.device | str, routed: RouteRows = _no_routing) -> Iterator[GenerationOutput]:
     """Answer every prompt; each answer is yielded as soon as it is done, with the index of its prompt.
 
     Args:
@@ -71,29 +71,29 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         DataError: a prompt is empty.
         NotFinite: the model's output is not a number.
     """
-    begin = partial(_Causal, model, pad, device)
-    return answers(begin, prompts, _limits(model, prompts, sampling, routed), sampling, eos, routed)
+    begin = partial(CausalDecodeBatch, model, pad, device)
+    return generate_outputs(begin, prompts, _limit_new_tokens(model, prompts, sampling, routed), sampling, eos, routed)
 
 
-def written(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling, eos: Set[int], pad: int,
-            device: torch.device | str, routed: Routed = _straight) -> Iterator[tuple[int, int | None]]:
+def stream_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
+            device: torch.device | str, routed: RouteRows = _no_routing) -> Iterator[tuple[int, int | None]]:
     """`generate` with all prompts in one batch, token by token: (index, token), and (index, None) where an answer ended
     by itself. Whoever stops listening ends the batch."""
     stops = eos | set(sampling.stop)
-    limits = _limits(model, prompts, sampling, routed)
-    for index, token in _decode(partial(_Causal, model, pad, device), dict(enumerate(prompts)), limits, sampling, stops,
+    limits = _limit_new_tokens(model, prompts, sampling, routed)
+    for index, token in _decode(partial(CausalDecodeBatch, model, pad, device), dict(enumerate(prompts)), limits, sampling, stops,
                                 routed):
         yield index, None if token in stops else token
 
 
-def stream(model: nn.Module, prompt: Sequence[int], sampling: Sampling, eos: Set[int]) -> Iterator[int]:
+def stream_tokens(model: nn.Module, prompt: Sequence[int], sampling: SamplingParams, eos: Set[int]) -> Iterator[int]:
     """The answer to one prompt, token by token: the same tokens that `generate` gives it as its only prompt."""
-    begin = partial(_Causal, model, 0, next(model.parameters()).device)
-    return answer(begin, prompt, _limits(model, [prompt], sampling), sampling, eos)
+    begin = partial(CausalDecodeBatch, model, 0, next(model.parameters()).device)
+    return stream_single(begin, prompt, _limit_new_tokens(model, [prompt], sampling), sampling, eos)
 
 
-def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: Sampling,
-            eos: Set[int], routed: Routed = _straight, apart: Sequence[int] = ()) -> Iterator[Generated]:
+def generate_outputs(begin: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
+            eos: Set[int], routed: RouteRows = _no_routing, apart: Sequence[int] = ()) -> Iterator[GenerationOutput]:
     """`generate` for any family.
 
     Args:
@@ -110,16 +110,16 @@ def answers(begin: Begin, prompts: Sequence[Sequence[int]], limits: Sequence[int
         found: dict[int, list[int]] = {index: [] for index in batch}
         for index, token in _decode(begin, batch, limits, sampling, stops, routed):
             if token in stops:
-                yield Generated(index, tuple(found[index]), True, token)
+                yield GenerationOutput(index, tuple(found[index]), True, token)
                 continue
             found[index].append(token)
             if len(found[index]) == limits[index]:
-                yield Generated(index, tuple(found[index]), False)
+                yield GenerationOutput(index, tuple(found[index]), False)
 
 
-def answer(begin: Begin, prompt: Sequence[int], limits: Sequence[int], sampling: Sampling,
+def stream_single(begin: StartBatch, prompt: Sequence[int], limits: Sequence[int], sampling: SamplingParams,
            eos: Set[int]) -> Iterator[int]:
-    """`stream` for any family."""
+    """`stream_tokens` for any family."""
     stops = eos | set(sampling.stop)
     for _, token in _decode(begin, {0: prompt}, limits, sampling, stops):
         if token in stops:
@@ -127,13 +127,13 @@ def answer(begin: Begin, prompt: Sequence[int], limits: Sequence[int], sampling:
         yield token
 
 
-def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampling,
-            routed: Routed = _straight) -> list[int]:
+def _limit_new_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
+            routed: RouteRows = _no_routing) -> list[int]:
     """How many tokens each answer may have: what was asked for, or what the context and virtual tokens leave to it."""
     assert sampling.max_new_tokens > 0, sampling
     assert sampling.batch_size > 0, sampling
     with routed(range(len(prompts))):
-        contexts = _contexts(model, len(prompts))
+        contexts = _remaining_contexts(model, len(prompts))
     for index, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
         if not prompt:
             raise DataError(f"prompt {index} has no tokens, and a model can only go on from something",
@@ -145,29 +145,29 @@ def _limits(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampli
             for prompt, context in zip(prompts, contexts, strict=True)]
 
 
-def _contexts(model: nn.Module, rows: int) -> list[int]:
+def _remaining_contexts(model: nn.Module, rows: int) -> list[int]:
     """Positions that the model knows and each row's virtual tokens leave; endless where its config does not say."""
     described: Any = model.config
     context = int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62)
-    return [context - taken for taken in causal.lengths(model, rows)]
+    return [context - taken for taken in causal.count_virtual_tokens(model, rows)]
 
 
 @torch.inference_mode()
-def _decode(begin: Begin, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: Sampling,
-            stops: Set[int], routed: Routed = _straight) -> Iterator[tuple[int, int]]:
+def _decode(begin: StartBatch, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
+            stops: Set[int], routed: RouteRows = _no_routing) -> Iterator[tuple[int, int]]:
     """(index, token) for every prompt of one batch and every step, until it has met a stop token or its limit."""
     rows = list(prompts)  # rows[i]: the prompt that row i of the batch belongs to
     with routed(rows):
         batch = begin(list(prompts.values()))
     left = {index: limits[index] for index in rows}
-    dice = {index: Random(f"{sampling.seed} {sampling.first + index}") for index in rows}
+    dice = {index: Random(f"{sampling.seed} {sampling.first_prompt_index + index}") for index in rows}
     while True:
         with routed(rows):  # not around a `yield`: whoever takes the answer works outside of it
             logits = batch.logits()
         if lost := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
             raise NotFinite(f"the model's output for prompts {lost[:5]} is not a number, so there is no next token",
                             "set the base's dtype to float32; if it is, the weights or the run are damaged")
-        chosen = choose(logits, sampling, [dice[index].random() for index in rows])
+        chosen = sample_tokens(logits, sampling, [dice[index].random() for index in rows])
         for index, token in zip(rows, chosen.tolist(), strict=True):
             if index in left:
                 left[index] -= 1
@@ -177,22 +177,22 @@ def _decode(begin: Begin, prompts: Mapping[int, Sequence[int]], limits: Sequence
         if not left:
             return
         kept = None
-        if len(left) <= CROWDED * len(rows):
+        if len(left) <= COMPACTION_THRESHOLD * len(rows):
             kept = torch.tensor([i for i, index in enumerate(rows) if index in left], device=logits.device)
             rows = [index for index in rows if index in left]
-        batch.go_on(chosen, kept)
+        batch.append(chosen, kept)
 
 
-class _Causal:
+class CausalDecodeBatch:
     """Prompts and the answers that go on from them, with the keys and values of all but their last tokens."""
 
     def __init__(self, model: nn.Module, pad: int, device: torch.device | str,
                  prompts: Sequence[Sequence[int]]) -> None:
         assert not model.training, "dropout would fall on the answers: call model.eval() first"
         self.model = model
-        self.tokens, self.mask = padded(prompts, pad, device)
+        self.tokens, self.mask = pad_left(prompts, pad, device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.last = torch.tensor(_contexts(model, len(prompts)), device=device)[:, None] - 1  # position of each row
+        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1  # position of each row
         described: Any = model.config
         self.cache = DynamicCache(config=described)
 
@@ -201,7 +201,7 @@ class _Causal:
                                    past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
         return found
 
-    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+    def append(self, chosen: Tensor, kept: Tensor | None) -> None:
         if kept is not None:
             self.cache.batch_select_indices(kept)
             chosen, self.mask = chosen[kept], self.mask[kept]
@@ -212,7 +212,7 @@ class _Causal:
         self.positions = (self.positions[:, -1:] + 1).clamp(max=self.last)
 
 
-def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """[B, L] token ids with padding on the left, and [B, L] 1 where there is a token."""
     width = max(map(len, prompts))
     tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -220,7 +220,7 @@ def padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | st
     return tokens, mask
 
 
-def choose(logits: Tensor, sampling: Sampling, dice: Sequence[float]) -> Tensor:
+def sample_tokens(logits: Tensor, sampling: SamplingParams, dice: Sequence[float]) -> Tensor:
     """The next token of each row, [B].
 
     Greedy at temperature 0. Else the row's die u in [0, 1) picks the token at which the cumulative probability passes

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from luthier.core.errors import RunError
-from luthier.core.expert_layers import ExpertChange, Experts
+from luthier.core.expert_layers import ExpertChange, ExpertLinears
 from luthier.core.protocols import Scope
 
 NAME = "luthier"
 ROLES = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
 
 
-class _Entered:
+class _ExpertChanges:
     """What was put into one module of experts, and the function that ran it before."""
 
     def __init__(self, module: Any) -> None:
@@ -39,7 +39,7 @@ class _Entered:
         module.config._experts_implementation = NAME
 
 
-def experts_in(name: str, layer: nn.Module, block: int) -> list[Experts]:
+def find_experts(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]:
     """The maps of every module of experts in a block."""
     found = []
     for path, module in layer.named_modules():
@@ -49,20 +49,20 @@ def experts_in(name: str, layer: nn.Module, block: int) -> list[Experts]:
             count, outputs, inputs = weight.shape
             if module.is_transposed:
                 inputs, outputs = outputs, inputs
-            found.append(Experts(f"{name}.{path}.{parameter}", weight, ROLES[parameter], block, count, inputs, outputs,
-                                 bool(module.is_transposed), _door(module, parameter)))
+            found.append(ExpertLinears(f"{name}.{path}.{parameter}", weight, ROLES[parameter], block, count, inputs, outputs,
+                                 bool(module.is_transposed), _make_add_change(module, parameter)))
     return found
 
 
-def _door(module: nn.Module, parameter: str) -> Callable[[Scope, ExpertChange], None]:
+def _make_add_change(module: nn.Module, parameter: str) -> Callable[[Scope, ExpertChange], None]:
     def enter(scope: Scope, change: ExpertChange) -> None:
-        if not isinstance(getattr(module, "luthier", None), _Entered):
-            module.luthier = _Entered(module)  # type: ignore[assignment]
+        if not isinstance(getattr(module, "luthier", None), _ExpertChanges):
+            module.luthier = _ExpertChanges(module)  # type: ignore[assignment]
         module.luthier.changes.append((parameter, scope, change))  # type: ignore[union-attr, operator]
     return enter
 
 
-def run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def run_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """What Transformers' modules of experts call in place of their own: [T, D] of [T, D].
 
     Args:
@@ -79,9 +79,9 @@ def run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     counts = torch.bincount(index.flatten(), minlength=module.num_experts).tolist()
     rows = hidden[order // index.shape[1]]
     first = "gate_up_proj" if module.has_gate else "up_proj"
-    inner = _map(module, first, rows, counts, acting)
+    inner = _apply_linear(module, first, rows, counts, acting)
     inner = module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
-    out = _map(module, "down_proj", inner, counts, acting)
+    out = _apply_linear(module, "down_proj", inner, counts, acting)
     if module.has_post_expert_norm:
         out = module.post_expert_norm(out)
     out = out * weights.flatten()[order, None]
@@ -89,7 +89,7 @@ def run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return out[back].view(*index.shape, -1).sum(1).to(hidden.dtype)
 
 
-def _map(module: Any, name: str, rows: Tensor, counts: Sequence[int],
+def _apply_linear(module: Any, name: str, rows: Tensor, counts: Sequence[int],
          acting: Sequence[tuple[str, Scope, ExpertChange]]) -> Tensor:
     """[N, out] of [N, in], rows sorted by expert, with the changes that act."""
     weight = getattr(module, name)
@@ -106,4 +106,4 @@ def _map(module: Any, name: str, rows: Tensor, counts: Sequence[int],
     return found
 
 
-ALL_EXPERTS_FUNCTIONS.register(NAME, run)
+ALL_EXPERTS_FUNCTIONS.register(NAME, run_experts)

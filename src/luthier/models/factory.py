@@ -7,31 +7,32 @@ from pathlib import Path
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Family
-from luthier.models.architectures import kind_of
+from luthier.models.architectures import detect_architecture
 from luthier.models.families.causal import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.models.families.vision import Vision
-from luthier.models.loading import BaseConfig, load
-from luthier.models.sentence_files import pooling_of
+from luthier.models.loading import load_model
+from luthier.models.model_config import BaseConfig
+from luthier.models.sentence_files import read_pooling
 
 
-def open_family(config: BaseConfig, words: bool = False) -> Family:
+def open_family(config: BaseConfig, with_mlm_head: bool = False) -> Family:
     """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why.
 
     Args:
         words: load an encoder with its own head for masked words.
     """
-    made = _family(config, words)
-    made.pooling_given = config.pooling != "auto"
+    made = _load_family(config, with_mlm_head)
+    made.has_explicit_pooling = config.pooling != "auto"
     return made
 
 
-def _family(config: BaseConfig, words: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
-    model, tokenizer = load(config, words)
-    kind = kind_of(model.config)
+def _load_family(config: BaseConfig, with_mlm_head: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
+    model, tokenizer = load_model(config, with_mlm_head)
+    kind = detect_architecture(model.config)
     if kind == "encoder":
-        auto = pooling_of(Path(model.name_or_path)) if config.pooling == "auto" else config.pooling
+        auto = read_pooling(Path(model.name_or_path)) if config.pooling == "auto" else config.pooling
         return Encoder(model, tokenizer, pooling=auto)
     if kind in ("vision", "seq2seq"):
         made = Vision(model, tokenizer) if kind == "vision" else Seq2Seq(model, tokenizer)

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from luthier.core.errors import BaseError
 
 
-def complete(name: str, info: Mapping[str, Any]) -> None:
+def check_weights_fit(name: str, info: Mapping[str, Any]) -> None:
     """Refuse weights that do not fit their model exactly. Transformers would fill the gaps with random numbers."""
     faults = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
               for what in ("missing", "unexpected", "mismatched")
@@ -23,13 +23,13 @@ def complete(name: str, info: Mapping[str, Any]) -> None:
                         "give the folder its own config.json and weights, both from the same model")
 
 
-def short(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """The first line of an error, without a full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """No progress bars and no chatter of Transformers: what is wrong is raised, what is not is not said."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

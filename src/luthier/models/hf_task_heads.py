@@ -1,4 +1,4 @@
-"""Heads that are Transformers' own: of the class `...ForSequenceClassification` (tokens, images) of the architecture.
+"""TaskHeads that are Transformers' own: of the class `...ForSequenceClassification` (tokens, images) of the architecture.
 
 Read `task_heads.py` first. The class is built without memory, its stack is replaced by a stand-in that returns given
 states,
@@ -33,7 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from luthier.core.protocols import Head
-from luthier.models.hf_logging import quiet
+from luthier.models.hf_logging import silence_transformers
 
 CLASSES: Mapping[str, Any] = {"item": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification,
                               "image": AutoModelForImageClassification}
@@ -75,7 +75,7 @@ class TaskHead(nn.Module):
     def __init__(self, shell: Any, kind: str, head: Head) -> None:
         super().__init__()
         self.shell, self.kind, self.head = shell, kind, head
-        self.home = f"{shell.base_model_prefix}."  # begins the names of the stack's weights in the class
+        self.backbone_prefix = f"{shell.base_model_prefix}."  # begins the names of the stack's weights in the class
         self.pooling: str = "first"
         self.train(False)
 
@@ -99,15 +99,15 @@ class TaskHead(nn.Module):
 
     def modules_to_save(self) -> list[str]:
         """PEFT's names of the modules that are the head."""
-        return sorted({name.removeprefix(self.home).partition(".")[0] for name in self.weights()})
+        return sorted({name.removeprefix(self.backbone_prefix).partition(".")[0] for name in self.weights()})
 
     def forward(self, states: Tensor) -> Tensor:
         if self.kind == "token":
-            logits: Tensor = self.call(states[None])[0]
+            logits: Tensor = self.compute_logits(states[None])[0]
             return logits
-        return self.call(states[:, None])
+        return self.compute_logits(states[:, None])
 
-    def call(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
+    def compute_logits(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits as the class computes them of a stack's states, [N, L, D]; `mask`: [N, L], 0 for padding."""
         seen = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask
         stack = self.shell.get_submodule(self.shell.base_model_prefix)
@@ -121,11 +121,11 @@ class TaskHead(nn.Module):
             stack.states = None
 
     @contextmanager
-    def whole(self, model: Any, backbone: Any) -> Iterator[Any]:
+    def assembled(self, model: Any, backbone: Any) -> Iterator[Any]:
         """The class with the trained stack in it, and with the config that is saved; for the time of the context."""
         name, own = self.shell.base_model_prefix, self.shell.config
         stand_in = self.shell.get_submodule(name)
-        config = labelled(model.config, self.head)
+        config = make_labeled_config(model.config, self.head)
         if hasattr(own, "classifier_pooling"):
             config.classifier_pooling = own.classifier_pooling
         setattr(self.shell, name, backbone)
@@ -141,7 +141,7 @@ class TaskHead(nn.Module):
             self.shell.config = own
 
 
-def labelled(config: Any, head: Head) -> Any:
+def make_labeled_config(config: Any, head: Head) -> Any:
     """A copy of the config with the head's classes and kind of task, as Transformers names them."""
     config = copy.deepcopy(config)
     config.id2label = dict(enumerate(head.labels or [f"LABEL_{i}" for i in range(head.width)]))
@@ -150,7 +150,7 @@ def labelled(config: Any, head: Head) -> Any:
     return config
 
 
-def task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | None, images: bool,
+def build_task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | None, images: bool,
               generator: torch.Generator) -> TaskHead | str:
     """The head, its parameters random but for a pooler that the base's files hold; or why there is none.
 
@@ -160,28 +160,28 @@ def task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | None, 
     kind = "image" if images and head.kind == "item" else head.kind
     if kind not in CLASSES or type(model.config) not in CLASSES[kind]._model_mapping:
         return f"Transformers has no class for {head.task.replace('_', ' ')} with {model.config.model_type}"
-    config = labelled(model.config, head)
+    config = make_labeled_config(model.config, head)
     config.pad_token_id = 0
     if pooling in POOLED and hasattr(config, "classifier_pooling"):
         config.classifier_pooling = POOLED[pooling]
-    with quiet(), torch.device("meta"):
+    with silence_transformers(), torch.device("meta"):
         shell: Any = CLASSES[kind].from_config(config)
     stack = shell.get_submodule(shell.base_model_prefix)
     if type(stack) is not type(backbone):
         return f"{type(shell).__name__} has a {type(stack).__name__}, and the base is a {type(backbone).__name__}"
     setattr(shell, shell.base_model_prefix, StackOutput(stack))
     made = TaskHead(shell.to_empty(device="cpu"), kind, head)
-    _start(made, generator)
-    found = _pooling(made, config.hidden_size)
+    _init_weights(made, generator)
+    found = _detect_pooling(made, config.hidden_size)
     if found is None or (pooling is not None and kind == "item" and found != pooling):
         return f"{type(shell).__name__} does not pool by {pooling or 'last, first or mean'}"
     made.pooling = found
-    _take(made, Path(str(model.name_or_path)))
+    _load_pooler(made, Path(str(model.name_or_path)))
     return made
 
 
 @torch.no_grad()
-def _start(head: TaskHead, generator: torch.Generator) -> None:
+def _init_weights(head: TaskHead, generator: torch.Generator) -> None:
     for name, parameter in head.weights().items():
         if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * STD)
@@ -190,15 +190,15 @@ def _start(head: TaskHead, generator: torch.Generator) -> None:
 
 
 @torch.no_grad()
-def _pooling(head: TaskHead, hidden: int) -> str | None:
+def _detect_pooling(head: TaskHead, hidden: int) -> str | None:
     """How the class makes one state of those of a text; None where it does so in a way that is not known here."""
     states = torch.linspace(-3, 3, 6 * hidden).sin().view(2, 3, hidden) * torch.linspace(1, 2, 6).view(2, 3, 1)
     if head.kind != "item":
         alone = head(states.flatten(0, 1)) if head.kind == "token" else head(states[:, 0])
-        whole = head.call(states)
+        whole = head.compute_logits(states)
         return "first" if torch.allclose(whole.flatten(0, -2), alone, rtol=1e-4, atol=1e-6) else None
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    whole = head.call(states, mask)
+    whole = head.compute_logits(states, mask)
     ways = {"first": states[:, 0], "last": states[[0, 1], [2, 1]],
             "mean": (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)}
     return next((name for name, state in ways.items()
@@ -206,14 +206,14 @@ def _pooling(head: TaskHead, hidden: int) -> str | None:
 
 
 @torch.no_grad()
-def _take(head: TaskHead, folder: Path) -> None:
+def _load_pooler(head: TaskHead, folder: Path) -> None:
     """A pooler that stands in the stack, from the base's files where they hold one."""
-    wanted = {name: parameter for name, parameter in head.weights().items() if name.startswith(head.home)}
+    wanted = {name: parameter for name, parameter in head.weights().items() if name.startswith(head.backbone_prefix)}
     for file in sorted(folder.glob("*.safetensors")) if wanted and folder.is_dir() else ():
         with safe_open(file, framework="pt") as stored:
             there = set(stored.keys())
             for name, parameter in wanted.items():
-                key = next((key for key in (name, name.removeprefix(head.home)) if key in there), None)
+                key = next((key for key in (name, name.removeprefix(head.backbone_prefix)) if key in there), None)
                 if key is not None and tuple(stored.get_slice(key).get_shape()) == tuple(parameter.shape):
                     parameter.copy_(stored.get_tensor(key))
 

@@ -21,17 +21,19 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.digests import file_sha256, files_sha256, json_sha256
-from luthier.models.loading import BaseConfig, folder, resolve, shards
+from luthier.models.model_config import BaseConfig
+from luthier.models.model_folder import list_weight_files, prepare_folder
+from luthier.models.model_names import resolve_name
 
-DECISIVE = ("weights", "config", "gguf")  # digests that make a base another one
-UPSTREAM: Mapping[str, str] = {  # the hub ids of the embedded bases
+DECISIVE_DIGESTS = ("weights", "config", "gguf")  # digests that make a base another one
+HUB_IDS: Mapping[str, str] = {  # the hub ids of the embedded bases
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
 }
-TEXTS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json", "preprocessor_config.json",
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json", "preprocessor_config.json",
          "processor_config.json", "1_Pooling/config.json")
-WHO_WROTE_IT = ("_name_or_path", "transformers_version")  # keys of config.json that decide nothing
-SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
+PROVENANCE_KEYS = ("_name_or_path", "transformers_version")  # keys of config.json that decide nothing
+HUB_SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,14 @@ class Identity:
                 "sha256": dict(self.digests)}
 
 
-def identify(config: BaseConfig) -> Identity:
+def identify_base(config: BaseConfig) -> Identity:
     """Find a base and compute its digests; no weight is loaded. Raises `BaseError` where there is no such base."""
-    found = resolve(config.name)
+    found = resolve_name(config.name)
     if isinstance(found, Path) and found.is_file():
-        return Identity({"gguf": file_sha256(found)}, found.absolute(), UPSTREAM.get(config.name))
-    path = folder(config.model_copy(update={"structure": None})).absolute()
-    hub = SNAPSHOT.search(path.as_posix())
-    upstream = UPSTREAM.get(config.name) or (found if isinstance(found, str) else
+        return Identity({"gguf": file_sha256(found)}, found.absolute(), HUB_IDS.get(config.name))
+    path = prepare_folder(config.model_copy(update={"structure": None})).absolute()
+    hub = HUB_SNAPSHOT.search(path.as_posix())
+    upstream = HUB_IDS.get(config.name) or (found if isinstance(found, str) else
                                              f"{hub['owner']}/{hub['name']}" if hub else None)
     return Identity(compute_digests(path, config.trust_remote_code), path, upstream, hub["commit"] if hub else None)
 
@@ -70,29 +72,29 @@ def identify(config: BaseConfig) -> Identity:
 def compute_digests(path: Path, code: bool = False) -> dict[str, str]:
     """The digests of a Transformers folder. `code`: its Python files may run, so they count."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    plain = json_sha256({key: value for key, value in config.items() if key not in WHO_WROTE_IT})
+    plain = json_sha256({key: value for key, value in config.items() if key not in PROVENANCE_KEYS})
     python = files_sha256((file.name, file) for file in sorted(path.glob("*.py"))) if code else ""
-    texts = sorted({file for pattern in TEXTS for file in path.glob(pattern) if file.is_file()})
-    return {"weights": files_sha256((file.name, file) for file in shards(path)),
+    texts = sorted({file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()})
+    return {"weights": files_sha256((file.name, file) for file in list_weight_files(path)),
             "config": json_sha256([plain, python]) if python else plain,
             "tokenizer": files_sha256((file.relative_to(path).as_posix(), file) for file in texts)}
 
 
-def is_local(name: str) -> bool:
+def is_local_path(name: str) -> bool:
     """Whether a base's name is a path on this machine rather than an alias or a hub id."""
-    return name not in UPSTREAM and isinstance(resolve(name), Path)
+    return name not in HUB_IDS and isinstance(resolve_name(name), Path)
 
 
-def public_name(config: BaseConfig, upstream: str | None = None) -> str:
+def get_public_name(config: BaseConfig, upstream: str | None = None) -> str:
     """What a base is called on other machines: its hub id where it has one, else the bare name of its folder or file.
 
     >>> public_name(BaseConfig(name="smollm2")), public_name(BaseConfig(name="/home/me/bases/tiny/"))
     ('HuggingFaceTB/SmolLM2-135M-Instruct', 'tiny')
     """
-    if upstream or config.name in UPSTREAM:
-        return upstream or UPSTREAM[config.name]
+    if upstream or config.name in HUB_IDS:
+        return upstream or HUB_IDS[config.name]
     path = Path(config.name).expanduser()
-    if hub := SNAPSHOT.search(path.absolute().as_posix()):
+    if hub := HUB_SNAPSHOT.search(path.absolute().as_posix()):
         return f"{hub['owner']}/{hub['name']}"
     if path.is_absolute() or path.exists() or config.name.startswith((".", "~")) or len(path.parts) > 2:
         return path.absolute().name if path.name in ("", "..") else path.name

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 
-FILE = "preprocessor_config.json"
+CONFIG_FILE = "preprocessor_config.json"
 FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # numbered as Pillow does
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ImageProcessor:
     """pixels -> (resized / 255 - mean) / deviation, by the base's own settings.
 
     Args:
@@ -34,38 +34,38 @@ class Pictures:
 
     channels: int
     size: tuple[int, int]
-    resized: tuple[int, ...]
+    resize_size: tuple[int, ...]
     mean: tuple[float, ...]
-    deviation: tuple[float, ...]
-    scale: float
-    filter: str
+    std: tuple[float, ...]
+    rescale_factor: float
+    interpolation: str
     source: str = field(compare=False)
 
     @classmethod
-    def of(cls, path: Path) -> Pictures:
+    def from_pretrained(cls, path: Path) -> ImageProcessor:
         """As the files of a Transformers folder say; without a `preprocessor_config.json`, ViT's own defaults."""
         model = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        source = (path / FILE).read_text(encoding="utf-8") if (path / FILE).is_file() else "{}"
+        source = (path / CONFIG_FILE).read_text(encoding="utf-8") if (path / CONFIG_FILE).is_file() else "{}"
         try:
-            told: dict[str, Any] = json.loads(source)
+            settings: dict[str, Any] = json.loads(source)
         except ValueError as error:
-            raise BaseError(f"{path / FILE} is not valid JSON ({error})", "copy or download the file again") from error
+            raise BaseError(f"{path / CONFIG_FILE} is not valid JSON ({error})", "copy or download the file again") from error
         # Transformers leaves out of config.json what is as it would be by itself.
-        channels, side = model.get("num_channels", 3), _pair(model.get("image_size", 224))
-        resized = _sides(told.get("size") or side)
-        size = _sides(told.get("crop_size") or side) if told.get("do_center_crop") else resized
+        channels, side = model.get("num_channels", 3), _parse_size(model.get("image_size", 224))
+        resized = _parse_resize(settings.get("size") or side)
+        size = _parse_resize(settings.get("crop_size") or side) if settings.get("do_center_crop") else resized
         if len(size) != 2 or size != side:
-            raise BaseError(f"{path / FILE}: pictures of {size}, and the model takes {side}",
+            raise BaseError(f"{path / CONFIG_FILE}: pictures of {size}, and the model takes {side}",
                             "give both files of one model: size (or crop_size) is config.json's image_size")
-        number = told.get("resample", 2)
-        if number not in FILTERS or not told.get("do_resize", True):
-            raise BaseError(f"{path / FILE}: resample {number}, do_resize {told.get('do_resize', True)}; known is "
+        number = settings.get("resample", 2)
+        if number not in FILTERS or not settings.get("do_resize", True):
+            raise BaseError(f"{path / CONFIG_FILE}: resample {number}, do_resize {settings.get('do_resize', True)}; known is "
                             f"resizing by {FILTERS}", "set one of them")
-        plain = not told.get("do_normalize", True)
-        mean, deviation = (_each([other] if plain else told.get(name, [0.5]), channels, path)
+        plain = not settings.get("do_normalize", True)
+        mean, std = (_expand_channels([other] if plain else settings.get(name, [0.5]), channels, path)
                            for name, other in (("image_mean", 0.0), ("image_std", 1.0)))
-        scale = told.get("rescale_factor", 1 / 255) if told.get("do_rescale", True) else 1.0
-        return cls(channels, (size[0], size[1]), resized, mean, deviation, scale, FILTERS[number], source)
+        scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
+        return cls(channels, (size[0], size[1]), resized, mean, std, scale, FILTERS[number], source)
 
     def __call__(self, pixels: Any) -> Tensor:
         """[channels, height, width] float32 of a picture of bytes, [H, W] or [H, W, 3], as a tensor or an array."""
@@ -78,49 +78,49 @@ class Pictures:
         elif planes.shape[0] == 1:
             planes = planes.expand(self.channels, -1, -1)
         planes = self._resize(planes)
-        mean, deviation = (torch.tensor(x)[:, None, None] for x in (self.mean, self.deviation))
-        return (planes * self.scale - mean) / deviation
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.mean, self.std))
+        return (planes * self.rescale_factor - mean) / std
 
     def _resize(self, planes: Tensor) -> Tensor:
         height, width = planes.shape[1:]
-        if len(self.resized) == 1:
-            (edge,) = self.resized
+        if len(self.resize_size) == 1:
+            (edge,) = self.resize_size
             shorter = min(height, width)
             wanted = (edge * height // shorter, edge * width // shorter)
         else:
-            wanted = (self.resized[0], self.resized[1])
-        smooth = self.filter in ("bilinear", "bicubic")
+            wanted = (self.resize_size[0], self.resize_size[1])
+        smooth = self.interpolation in ("bilinear", "bicubic")
         for size in ((height, wanted[1]), wanted):  # width first, and bytes after each, as Pillow does
             if size != planes.shape[1:]:
-                planes = F.interpolate(planes[None], size, mode=self.filter, antialias=smooth)[0].round().clamp(0, 255)
+                planes = F.interpolate(planes[None], size, mode=self.interpolation, antialias=smooth)[0].round().clamp(0, 255)
         top, left = ((have - want) // 2 for have, want in zip(wanted, self.size, strict=True))
         return planes[:, top:top + self.size[0], left:left + self.size[1]]
 
     def save_pretrained(self, path: Path) -> None:
         """Write the settings beside a model, as they were read; with those that were taken for granted where the file
         does not name the class by which Transformers would read it."""
-        told: dict[str, Any] = json.loads(self.source)
-        if "image_processor_type" not in told:
-            told = {"do_resize": True, "size": dict(zip(("height", "width"), self.size, strict=True)),
-                    "resample": 2, "do_rescale": True, "rescale_factor": self.scale, "do_normalize": True,
-                    "image_mean": list(self.mean), "image_std": list(self.deviation),
-                    "image_processor_type": "ViTImageProcessor", **told}
-        text = self.source if told == json.loads(self.source) else json.dumps(told, indent=2) + "\n"
-        (Path(path) / FILE).write_text(text, encoding="utf-8")
+        settings: dict[str, Any] = json.loads(self.source)
+        if "image_processor_type" not in settings:
+            settings = {"do_resize": True, "size": dict(zip(("height", "width"), self.size, strict=True)),
+                    "resample": 2, "do_rescale": True, "rescale_factor": self.rescale_factor, "do_normalize": True,
+                    "image_mean": list(self.mean), "image_std": list(self.std),
+                    "image_processor_type": "ViTImageProcessor", **settings}
+        text = self.source if settings == json.loads(self.source) else json.dumps(settings, indent=2) + "\n"
+        (Path(path) / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def _parse_size(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _sides(size: Any) -> tuple[int, ...]:
+def _parse_resize(size: Any) -> tuple[int, ...]:
     """Height and width, or the shorter edge alone, from the ways that such files write it."""
     if isinstance(size, dict):
         return (size["shortest_edge"],) if "shortest_edge" in size else (size["height"], size["width"])
-    return _pair(size)
+    return _parse_size(size)
 
 
-def _each(values: list[float], channels: int, path: Path) -> tuple[float, ...]:
+def _expand_channels(values: list[float], channels: int, path: Path) -> tuple[float, ...]:
     if len(values) not in (1, channels):
-        raise BaseError(f"{path / FILE}: {len(values)} numbers for {channels} channels", "give one for each channel")
+        raise BaseError(f"{path / CONFIG_FILE}: {len(values)} numbers for {channels} channels", "give one for each channel")
     return tuple(float(v) for v in (values * channels if len(values) == 1 else values))

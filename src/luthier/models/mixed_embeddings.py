@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from luthier.core.types import Inputs
 
 
-def mixed(embedding: nn.Module, inputs: Inputs) -> Tensor | None:
+def mix_embeddings(embedding: nn.Module, inputs: Inputs) -> Tensor | None:
     """[T, D] s E[a] + (1 - s) E[b], with E[-1] = 0, for tokens a, the others b and shares s, all [T]; None where
     nothing is mixed. Guo et al. 2019 (arXiv:1905.08941). A token whose share is 1 keeps its embedding bit for bit."""
     if inputs.others is None or inputs.shares is None:

@@ -16,12 +16,12 @@ from luthier.core.errors import BaseError
 
 # Names of the modules that follow one another behind the stack: BERT's and its heirs', RoBERTa's and its heirs',
 # ALBERT's, DistilBERT's, ModernBERT's, ELECTRA's.
-CHAINS = (("cls",), ("lm_head",), ("predictions",),
+HEAD_MODULES = (("cls",), ("lm_head",), ("predictions",),
           ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"), ("head", "decoder"),
           ("generator_predictions", "generator_lm_head"))
 
 
-class Words:
+class MaskedLMHead:
     """states [P, D] -> logits [P, V].
 
     Args:
@@ -33,7 +33,7 @@ class Words:
 
     def __init__(self, model: Any) -> None:
         there = dict(model.named_children())
-        chain = next((chain for chain in CHAINS if there.keys() >= set(chain)), None)
+        chain = next((chain for chain in HEAD_MODULES if there.keys() >= set(chain)), None)
         if chain is None:
             raise BaseError(f"a {type(model).__name__} has a head for masked words that is not known here",
                             "choose another encoder, such as BERT or RoBERTa")

@@ -10,10 +10,10 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-NUL = ("\u0100", "<0x00>")  # how byte-level and SentencePiece vocabularies write the byte 0, which no text holds
+NUL_TOKENS = ("\u0100", "<0x00>")  # how byte-level and SentencePiece vocabularies write the byte 0, which no text holds
 
 
-def with_padding(tokenizer: Any, ends: Iterable[int]) -> Any:
+def make_padding_tokenizer(tokenizer: Any, ends: Iterable[int]) -> Any:
     """A copy of the tokenizer that pads on the right, with a token that ends no text; without one, its own.
 
     Args:
@@ -22,7 +22,7 @@ def with_padding(tokenizer: Any, ends: Iterable[int]) -> Any:
     made = copy.deepcopy(tokenizer)
     made.padding_side = "right"
     taken = {*ends, *tokenizer("a", verbose=False)["input_ids"][-1:]}
-    for token in _candidates(made):
+    for token in _list_candidates(made):
         found = made.convert_tokens_to_ids(token)
         if found is not None and found not in taken and made.convert_ids_to_tokens(found) == token:
             if made.pad_token != token:
@@ -31,15 +31,15 @@ def with_padding(tokenizer: Any, ends: Iterable[int]) -> Any:
     return made
 
 
-def _candidates(tokenizer: Any) -> Iterator[str]:
+def _list_candidates(tokenizer: Any) -> Iterator[str]:
     template = str(tokenizer.chat_template or "")
     yield from (str(token) for token in (tokenizer.pad_token, tokenizer.unk_token) if token)
     yield from (token for token in sorted(tokenizer.get_added_vocab())
                 if token not in template and token not in (tokenizer.bos_token, tokenizer.eos_token))
-    yield from NUL
+    yield from NUL_TOKENS
 
 
-def embedding_tokenizer(tokenizer: Any) -> Any:
+def make_embedding_tokenizer(tokenizer: Any) -> Any:
     """A copy that pads on the right with whatever it has: who makes vectors of texts looks at the mask."""
     made = copy.deepcopy(tokenizer)
     made.padding_side = "right"

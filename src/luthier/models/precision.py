@@ -9,17 +9,18 @@ import torch
 from safetensors import safe_open
 
 from luthier.core.protocols import Family
-from luthier.models.loading import BaseConfig, folder, shards
+from luthier.models.model_config import BaseConfig
+from luthier.models.model_folder import list_weight_files, prepare_folder
 
 # By safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def stored_dtype(config: BaseConfig) -> torch.dtype:
+def read_stored_dtype(config: BaseConfig) -> torch.dtype:
     """The dtype of most of the weights in the base's files, read off their headers; float32 where they hold none that
     can be trained."""
     counts: Counter[torch.dtype] = Counter()
-    for shard in shards(folder(config)):
+    for shard in list_weight_files(prepare_folder(config)):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  not a dict
                 part = file.get_slice(name)
@@ -28,8 +29,8 @@ def stored_dtype(config: BaseConfig) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def cast(base: Family, dtype: torch.dtype) -> None:
+def cast_weights(base: Family, dtype: torch.dtype) -> None:
     """Convert the weights of the model and of its heads."""
-    base.anatomy.model.to(dtype)
-    if base.heads.own is not None:
-        base.heads.own.to(dtype)
+    base.structure.model.to(dtype)
+    if base.heads.task_head is not None:
+        base.heads.task_head.to(dtype)

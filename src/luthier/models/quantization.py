@@ -28,12 +28,12 @@ from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, MissingExtra
 
-Bits = Literal["none", "nf4", "int8"]
+QuantizationType = Literal["none", "nf4", "int8"]
 MADV_DONTNEED = 4  # from mman.h
-AT_ONCE = 1 << 18  # weights
+CHUNK_WEIGHTS = 1 << 18  # weights
 
 
-def quantize(model: Any, bits: Bits, dtype: torch.dtype | None = None,
+def quantize(model: Any, bits: QuantizationType, dtype: torch.dtype | None = None,
              device: torch.device | str | None = None) -> None:
     """Exchange every linear map but the head, and bring the rest to its type and device: one after another, so that
     beside the few bits no more than one map is there whole.
@@ -55,17 +55,17 @@ def quantize(model: Any, bits: Bits, dtype: torch.dtype | None = None,
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quant", f"base.quantize {bits!r}")
     head = model.get_output_embeddings()
-    files = _Files()
+    files = _MappedFiles()
     # Of the stack alone: the head of an encoder is several maps, and stands beside it.
     places = [(parent, name) for parent in model.base_model.modules() for name, child in parent.named_children()
               if type(child) is nn.Linear and child is not head]
-    _refuse_whole(model, sum(parent.get_submodule(name).weight.numel() for parent, name in places), bits)
+    _check_quantizable(model, sum(parent.get_submodule(name).weight.numel() for parent, name in places), bits)
     for parent, name in places:
         linear = parent.get_submodule(name)
-        setattr(parent, name, _few(linear, bits, dtype, device))
+        setattr(parent, name, _quantize_linear(linear, bits, dtype, device))
         files.forget(linear.weight)
         del linear
-        _trim()
+        _trim_heap()
     for parameter in model.parameters():
         if parameter.is_floating_point():
             whole, parameter.data = parameter.data, parameter.data.to(device, dtype)
@@ -74,7 +74,7 @@ def quantize(model: Any, bits: Bits, dtype: torch.dtype | None = None,
     model.config.dtype = dtype
 
 
-def _refuse_whole(model: Any, few: int, bits: Bits) -> None:
+def _check_quantizable(model: Any, few: int, bits: QuantizationType) -> None:
     """Raises `BaseError` where as many weights as those `few` or more would stay whole for their kind: maps of another
     class (GPT-2's, transposed), experts that are one parameter together."""
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
@@ -88,7 +88,7 @@ def _refuse_whole(model: Any, few: int, bits: Bits) -> None:
                         "leave base.quantize out, or choose another base")
 
 
-def _few(linear: nn.Linear, bits: Bits, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """The map in few bits."""
     import bitsandbytes as bnb
     weight, bias, made = linear.weight.detach().to(dtype), linear.bias, None
@@ -106,21 +106,21 @@ def _few(linear: nn.Linear, bits: Bits, dtype: torch.dtype, device: torch.device
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
     moved: Any = made.to(device)  # moving is what quantises, on a CPU too
-    moved.forward = partial(_forward, moved)
+    moved.forward = partial(_quantized_forward, moved)
     # Methods may write into a map's output; a view that a custom function made would not let them.
     moved.register_forward_hook(lambda _module, _args, output: output.clone() if output._is_view() else None)
     found: nn.Module = moved.train(linear.training)
     return found
 
 
-def _trim() -> None:
+def _trim_heap() -> None:
     """Give back what the making of a map left free among what it keeps: it is several times the map, each of another
     size, so the next does not fit into it."""
     if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-class _Files:
+class _MappedFiles:
     """The weight files that are mapped into memory. What was read of them counts as held until it is given back."""
 
     def __init__(self) -> None:
@@ -143,14 +143,14 @@ class _Files:
 # ---------------------------------------------------------------- a product
 
 
-def _forward(module: Any, x: Tensor) -> Tensor:
+def _quantized_forward(module: Any, x: Tensor) -> Tensor:
     """On a CPU by the product below; elsewhere the library has faster ones."""
     on_cpu = x.device.type == "cpu"
-    found: Tensor = _Product.apply(x, module.bias, module) if on_cpu else type(module).forward(module, x)
+    found: Tensor = _DequantizedProduct.apply(x, module.bias, module) if on_cpu else type(module).forward(module, x)
     return found
 
 
-class _Product(torch.autograd.Function):
+class _DequantizedProduct(torch.autograd.Function):
     """x W^T + c with the weight expanded for the product alone, forward and backward.
 
     Neither W nor x is kept: W is frozen, so its gradient is not wanted, and x's needs W only. (The library's own
@@ -160,26 +160,26 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: Any) -> Tensor:
         ctx.module = module
-        made = _into(x, module.out_features, module, transposed=True)
+        made = _multiply(x, module.out_features, module, transposed=True)
         return made if bias is None else made.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, bias, _ = ctx.needs_input_grad
-        return (_into(grad, ctx.module.in_features, ctx.module, transposed=False) if x else None,
+        return (_multiply(grad, ctx.module.in_features, ctx.module, transposed=False) if x else None,
                 grad.flatten(0, -2).sum(0) if bias else None, None)
 
 
-def _into(x: Tensor, width: int, module: Any, transposed: bool) -> Tensor:
+def _multiply(x: Tensor, width: int, module: Any, transposed: bool) -> Tensor:
     """x W^T or x W: no view of anything, so that methods may write into it."""
     made = x.new_empty((*x.shape[:-1], width))
-    weight = _room((module.out_features, module.in_features), x.dtype)
-    EXPANSIONS[type(module.weight).__name__](module, weight)
+    weight = _buffer((module.out_features, module.in_features), x.dtype)
+    DEQUANTIZERS[type(module.weight).__name__](module, weight)
     torch.mm(x.reshape(-1, x.shape[-1]), weight.T if transposed else weight, out=made.view(-1, width))
     return made
 
 
-class _Rooms(threading.local):
+class _DequantBuffers(threading.local):
     """One place for every expanded weight in turn, as large as the largest so far: each thread has its own.
 
     A weight with memory of its own would leave a hole among what a step keeps when it is let go, and the next would not
@@ -190,42 +190,42 @@ class _Rooms(threading.local):
         self.of: dict[torch.dtype, Tensor] = {}
 
 
-ROOMS = _Rooms()
+DEQUANT_BUFFER = _DequantBuffers()
 
 
-def _room(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _buffer(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     size = shape[0] * shape[1]
-    if dtype not in ROOMS.of or ROOMS.of[dtype].numel() < size:
-        ROOMS.of[dtype] = torch.empty(size, dtype=dtype)
-    return ROOMS.of[dtype][:size].view(shape)
+    if dtype not in DEQUANT_BUFFER.of or DEQUANT_BUFFER.of[dtype].numel() < size:
+        DEQUANT_BUFFER.of[dtype] = torch.empty(size, dtype=dtype)
+    return DEQUANT_BUFFER.of[dtype][:size].view(shape)
 
 
 # ---------------------------------------------------------------- the weight that the bits stand for
 
 
-def expander(module: Any) -> Callable[[], Tensor] | None:
+def get_dequantizer(module: Any) -> Callable[[], Tensor] | None:
     """What gives [out, in] the weight that a quantised map multiplies by; None for a map that is as it was.
 
     The differences from the weight that was quantised are rounding: in four bits some eight per cent of its mean size.
     """
-    return partial(_expanded, module) if type(module.weight).__name__ in EXPANSIONS else None
+    return partial(_dequantize, module) if type(module.weight).__name__ in DEQUANTIZERS else None
 
 
-def _expanded(module: Any) -> Tensor:
+def _dequantize(module: Any) -> Tensor:
     weight, name = module.weight, type(module.weight).__name__
     dtype = weight.quant_state.dtype if name == "Params4bit" else torch.float32
     found = torch.empty((module.out_features, module.in_features), dtype=dtype, device=weight.device)
-    EXPANSIONS[name](module, found)
+    DEQUANTIZERS[name](module, found)
     return found
 
 
-def _from_nf4(module: Any, out: Tensor) -> None:
+def _dequantize_nf4(module: Any, out: Tensor) -> None:
     """Some rows at a time, where a row is whole blocks: the library expands into new memory, which so stays small."""
     from bitsandbytes import functional as bnb
     packed, state = module.weight.data.view(-1, 1), module.weight.quant_state
     maxima = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
     count, width = out.shape
-    rows = max(1, AT_ONCE // width) if width % (2 * state.blocksize) == 0 else count
+    rows = max(1, CHUNK_WEIGHTS // width) if width % (2 * state.blocksize) == 0 else count
     for start in range(0, count, rows):
         stop = min(count, start + rows)
         part = bnb.QuantState(maxima[start * width // state.blocksize:-(-stop * width // state.blocksize)],
@@ -233,10 +233,10 @@ def _from_nf4(module: Any, out: Tensor) -> None:
         out[start:stop] = bnb.dequantize_4bit(packed[start * width // 2:-(-stop * width // 2)], part)
 
 
-def _from_int8(module: Any, out: Tensor) -> None:
+def _dequantize_int8(module: Any, out: Tensor) -> None:
     state, weight = module.state, module.weight  # the library's forward pass moves both from the weight to the state
     rows, scales = (weight.CB, weight.SCB) if state.CB is None else (state.CB, state.SCB)
     out.copy_(rows).mul_((scales.to(torch.float32) / 127)[:, None])  # a product of two types would widen a copy
 
 
-EXPANSIONS: dict[str, Callable[[Any, Tensor], None]] = {"Params4bit": _from_nf4, "Int8Params": _from_int8}
+DEQUANTIZERS: dict[str, Callable[[Any, Tensor], None]] = {"Params4bit": _dequantize_nf4, "Int8Params": _dequantize_int8}

@@ -31,21 +31,21 @@ def write_sentence_files(path: Path, hidden: int, pooling: Pooling, *, max_lengt
     modules += [("2_Normalize", "Normalize")] * normalize
     for folder, _ in modules:
         (path / folder).mkdir(exist_ok=True)
-    _write(path / POOLING, {"word_embedding_dimension": hidden,
+    _write_json(path / POOLING, {"word_embedding_dimension": hidden,
                             **{old: name == mode for old, name in OLD_MODES.items()}})
-    _write(path / "modules.json", [
+    _write_json(path / "modules.json", [
         {"idx": i, "name": str(i), "path": folder, "type": f"sentence_transformers.models.{kind}"}
         for i, (folder, kind) in enumerate(modules)])
     if max_length is not None:
-        _write(path / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
-        _write(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
+        _write_json(path / "sentence_bert_config.json", {"max_seq_length": max_length, "do_lower_case": False})
+        _write_json(path / "config_sentence_transformers.json", {"similarity_fn_name": "cosine"})
 
 
-def _write(file: Path, content: Any) -> None:
+def _write_json(file: Path, content: Any) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def pooling_of(path: Path) -> Pooling:
+def read_pooling(path: Path) -> Pooling:
     """How the encoder in a folder makes one state of many: as Sentence Transformers' file says, else the first."""
     if not (path / POOLING).is_file():
         return "first"

@@ -1,4 +1,4 @@
-"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (Anatomy) first.
+"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (ModelStructure) first.
 
 One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM, BERT, ViT and their like; a linear map
 whose ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
@@ -13,9 +13,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Block, Site
-from luthier.models.expert_layers import experts_in
-from luthier.models.quantization import expander
+from luthier.core.protocols import ModelStructure, TargetLinear, TransformerLayer
+from luthier.models.expert_layers import find_experts
+from luthier.models.quantization import get_dequantizer
 
 # Ending of a module's path -> role. `qkv` holds queries, keys and values one after another, `qkv_mixed` head by head.
 # The longest ending that fits wins, so `attn.c_proj` goes before `c_proj`.
@@ -39,16 +39,16 @@ ATTENTION = ("self_attn", "attn", "attention", "self_attention")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
 
 
-def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anatomy:
+def find_structure(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> ModelStructure:
     """The parts of a model of Transformers. Raises `BaseError` where no stack of blocks is found.
 
-    Besides what `Anatomy` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a token,
+    Besides what `ModelStructure` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a token,
     and for a picture its patches and their common token.
     """
     backbone = model.base_model if model.base_model is not model else model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
-    path, stack = _stack(backbone)
-    blocks = tuple(_block(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
+    path, stack = _find_layers(backbone)
+    blocks = tuple(_describe_layer(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     head = head if hasattr(head, "weight") else None  # a classifier's base has none
     embedding = getattr(embedding, "projection", embedding)  # of pictures: the map of their patches
@@ -61,19 +61,19 @@ def anatomy(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> Anato
         "vocabulary": embedding.weight.shape[0] if hasattr(config, "vocab_size") else 0,
         "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    sites = tuple(site for block in blocks for site in linear_sites(block))
+    sites = tuple(site for block in blocks for site in find_linears(block))
     tied = head is not None and head.weight is embedding.weight
-    experts = tuple(found for block in blocks for found in experts_in(block.name, block.module, block.index))
-    return Anatomy(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer, experts=experts)
+    experts = tuple(found for block in blocks for found in find_experts(block.name, block.module, block.index))
+    return ModelStructure(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer, experts=experts)
 
 
-def role_of(path: str) -> str:
+def get_role(path: str) -> str:
     """What a linear map is for, by the ending of its path; `other` where the table does not know it."""
     fitting = [ending for ending in ROLES if path == ending or path.endswith("." + ending)]
     return ROLES[max(fitting, key=len)] if fitting else "other"
 
 
-def _stack(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+def _find_layers(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     """The blocks: the longest list of alike modules."""
     lists = [(name, module) for name, module in backbone.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1]
@@ -84,35 +84,35 @@ def _stack(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda pair: (len(pair[1]) if pair[0].count(".") < 3 else 0, -pair[0].count(".")))
 
 
-def _block(index: int, name: str, layer: nn.Module) -> Block:
+def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer:
     children = dict(layer.named_children())
-    attention = _home(layer) or next((children[key] for key in ATTENTION if key in children), layer)
+    attention = _find_attention(layer) or next((children[key] for key in ATTENTION if key in children), layer)
     mlp = next((children[key] for key in MLP if key in children), layer)
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
     maps = {role: module for path, module in layer.named_modules() for role in ("o", "up", "down")
-            if isinstance(module, (nn.Linear, Conv1D)) and role_of(f"{name}.{path}") == role}
-    single = sum(role_of(path) == "down" for path, _ in layer.named_modules()) == 1
+            if isinstance(module, (nn.Linear, Conv1D)) and get_role(f"{name}.{path}") == role}
+    single = sum(get_role(path) == "down" for path, _ in layer.named_modules()) == 1
     alone = single and mlp is layer  # OPT's two maps stand in the layer, whose own input is not theirs
-    return Block(index, name, layer, attention, mlp, norms, attention_out=maps.get("o", attention),
+    return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=maps.get("o", attention),
                  mlp_in=maps.get("up", mlp) if alone else mlp, mlp_out=maps.get("down", mlp) if single else mlp)
 
 
-def _home(layer: nn.Module) -> nn.Module | None:
+def _find_attention(layer: nn.Module) -> nn.Module | None:
     """The module that the queries are made in, which is the one that attention functions are called with."""
-    found = next((path for path, _ in layer.named_modules() if role_of(path) in ("q", "qkv", "qkv_mixed")), None)
+    found = next((path for path, _ in layer.named_modules() if get_role(path) in ("q", "qkv", "qkv_mixed")), None)
     return None if found is None or "." not in found else layer.get_submodule(found.rpartition(".")[0])
 
 
-def linear_sites(block: Block) -> list[Site]:
+def find_linears(block: TransformerLayer) -> list[TargetLinear]:
     """Every linear map in a block."""
     found = []
     for name, module in block.module.named_modules():
         if isinstance(module, Conv1D):
             rows, columns = module.weight.shape
-            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index, rows, columns,
+            found.append(TargetLinear(f"{block.name}.{name}", module, get_role(name), block.index, rows, columns,
                               transposed=True))
         elif isinstance(module, nn.Linear):
-            found.append(Site(f"{block.name}.{name}", module, role_of(name), block.index,
+            found.append(TargetLinear(f"{block.name}.{name}", module, get_role(name), block.index,
                               module.in_features, module.out_features,
-                              expand=expander(module)))
+                              dequantize=get_dequantizer(module)))
     return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from luthier.core.errors import RunError
 from luthier.core.protocols import Head, Scope
 from luthier.core.types import Forest, Outputs, Target, sent
-from luthier.models.attention.packed import describe
+from luthier.models.attention.packed import describe_segments
 from luthier.models.hf_task_heads import TaskHead
 
 Pooling = Literal["last", "first", "mean"]
@@ -24,7 +24,7 @@ PREFIX = "base_model.model."  # PEFT's files put this before the path of a modul
 LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
 
 
-class Heads:
+class TaskHeads:
     """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
 
     at_update = None
@@ -35,8 +35,8 @@ class Heads:
         self.heads, self.task = tuple(heads), task
         self.scope = Scope()  # nobody reads it: heads change nothing in the base
         self.modules: dict[str, nn.Linear | TaskHead] = {}
-        self.own: TaskHead | None = None  # the one that Transformers' class has
-        self.why = ""  # why there is none, where one was wanted
+        self.task_head: TaskHead | None = None  # the one that Transformers' class has
+        self.no_task_head_reason = ""  # why there is none, where one was wanted
         self.scalars: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)
         for head in heads:
@@ -45,10 +45,10 @@ class Heads:
                 continue
             found = build(head, generator) if head.task and build is not None else ""
             if isinstance(found, TaskHead):
-                self.modules[head.name] = self.own = found.to(device)
+                self.modules[head.name] = self.task_head = found.to(device)
                 self.task = found.task or ""
                 continue
-            self.why = found
+            self.no_task_head_reason = found
             module = nn.Linear(hidden, head.width)
             with torch.no_grad():
                 module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * 0.02)
@@ -69,11 +69,11 @@ class Heads:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Heads change nothing in the base, so there is nothing to switch off."""
+        """TaskHeads change nothing in the base, so there is nothing to switch off."""
         yield
 
     def merge(self) -> None:
-        """Heads stand beside the base's weights, so there is nothing to fold in."""
+        """TaskHeads stand beside the base's weights, so there is nothing to fold in."""
 
     unmerge = merge
 
@@ -95,18 +95,18 @@ class Heads:
     def peft(self) -> dict[str, Any] | None:
         """What of PEFT's config the heads decide. A scalar is no module, so it is none of `modules_to_save`."""
         kept = [name for name, module in self.modules.items() if not isinstance(module, TaskHead)]
-        kept += self.own.modules_to_save() if self.own is not None else []
+        kept += self.task_head.modules_to_save() if self.task_head is not None else []
         return {"peft_type": None, "task_type": self.task or None, "modules_to_save": sorted(kept)}
 
-    def _of(self, kind: str, states: Tensor) -> Tensor:
+    def _compute_scores(self, kind: str, states: Tensor) -> Tensor:
         """In float32, under autocast too: a reward or a value with the three digits of bfloat16 is not one."""
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
-        with _exact(states.device):
+        with _without_autocast(states.device):
             scores: Tensor = module(states.to(next(module.parameters()).dtype))
         return scores
 
-    def outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
+    def compute_outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
                 log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
         """What is asked for of a row of states.
 
@@ -123,16 +123,16 @@ class Heads:
                                                    target.temperature)
                 made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
             if "token_scores" in needs:
-                made["token_scores"] = self._of("token", states)
+                made["token_scores"] = self._compute_scores("token", states)
         if "pooled" in needs:
-            made["pooled"] = pool(row, forest, target.items, pooling)
+            made["pooled"] = pool_states(row, forest, target.items, pooling)
         if "scores" in needs:
-            own = pooling if self.own is None else cast(Pooling, self.own.pooling)
-            made["scores"] = self._of("item", pool(row, forest, target.items, own))
+            own = pooling if self.task_head is None else cast(Pooling, self.task_head.pooling)
+            made["scores"] = self._compute_scores("item", pool_states(row, forest, target.items, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 
-def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
+def pool_states(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
     """[A, D] one state for each item: its last token's, that of its root's first token, or the mean over its path."""
     starts, lengths = (sent(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
     if how == "last":
@@ -142,14 +142,14 @@ def pool(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
         return row.index_select(0, starts[roots[items]])
     # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
     # and in an order of its own in every run.
-    segment, _, related = (sent(x, row.device) for x in describe(forest))
+    segment, _, related = (sent(x, row.device) for x in describe_segments(forest))
     wide = torch.promote_types(row.dtype, torch.float32)
     counts = related[items].index_select(1, segment).to(wide)
-    with _exact(row.device):
+    with _without_autocast(row.device):
         return (counts @ row.to(wide)) / counts.sum(1, keepdim=True)
 
 
-def _exact(device: torch.device) -> AbstractContextManager[Any]:
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Without autocast."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()

@@ -72,7 +72,7 @@ def build_model_card(out: Run, source: Run, made: Recipe, base: Family) -> str:
 def _describe_origin(made: Recipe) -> list[str]:
     """What is said of a base that was read from a file in few bits: its weights are not those on the hub."""
     try:
-        found = assembly.resolve(made.base.name)
+        found = assembly.resolve_name(made.base.name)
     except LuthierError:  # the base is gone: nothing more is known of it
         return []
     if not isinstance(found, Path) or found.suffix != ".gguf":
@@ -90,10 +90,10 @@ def find_base_model(made: Recipe) -> tuple[str, str]:
     if name in UPSTREAM:
         return UPSTREAM[name]
     try:
-        found = assembly.resolve(name)
+        found = assembly.resolve_name(name)
         told = _read_front_matter(Path(found) / "README.md") if isinstance(found, Path) and found.is_dir() else {}
         if isinstance(found, str):
-            told = _read_front_matter(assembly.folder(made.base) / "README.md")
+            told = _read_front_matter(assembly.prepare_folder(made.base) / "README.md")
             return found, str(told.get("license") or "")
     except LuthierError:  # the base is gone: nothing more is known of it
         return ("", "")
@@ -126,14 +126,14 @@ def _is_on_hub(path: str) -> bool:
 def pick_pipeline_tag(made: Recipe, base: Family) -> str:
     """The hub's pipeline tag."""
     head = next((head for head in made.objective.heads if head.task), None)
-    images = "channels" in base.anatomy.sizes
+    images = "channels" in base.structure.sizes
     if head is not None:
         return TAGS["image" if images and head.kind == "item" else head.kind]
     if images:
         return "image-feature-extraction"
     if is_embedding(made):
         return "sentence-similarity"
-    return TAGS.get(base.anatomy.task, "fill-mask" if made.objective.uses_masking else "feature-extraction")
+    return TAGS.get(base.structure.task, "fill-mask" if made.objective.uses_masking else "feature-extraction")
 
 
 def is_embedding(made: Recipe) -> bool:
@@ -150,15 +150,15 @@ def build_loading_code(out: Run, made: Recipe, base: Family) -> tuple[str, list[
         return "luthier", ["from luthier import assembly", "", HERE, "",
                            "recipe, model, method = assembly.open_run(assembly.Run(FOLDER))"]
     library = "peft" if out.adapter else "transformers"
-    images = "channels" in base.anatomy.sizes
-    if base.heads.own is not None:
-        return library, list(_write_classifier_code(out, base.heads.own))
-    if is_embedding(made) and not images and not base.divided:
+    images = "channels" in base.structure.sizes
+    if base.heads.task_head is not None:
+        return library, list(_write_classifier_code(out, base.heads.task_head))
+    if is_embedding(made) and not images and not base.is_encoder_decoder:
         return "sentence-transformers", [
             "from sentence_transformers import SentenceTransformer", "", HERE, "",
             "model = SentenceTransformer(FOLDER)",
             'vectors = model.encode(["A first text.", "A second text."])', "print(model.similarity(vectors, vectors))"]
-    if base.writes:
+    if base.can_generate:
         return library, list(_write_generation_code(out, made, base))
     auto = "AutoModelForMaskedLM" if made.objective.uses_masking else "AutoModel"
     return library, list(_write_encoder_code(out, auto, images))
@@ -169,12 +169,12 @@ def _explain_native_loading(out: Run, made: Recipe, base: Family) -> list[str]:
     form, headed = out.adapter, bool([head for head in made.objective.heads if head.task])
     if form is not None and form.get("peft_type") == "LUTHIER":
         why = f"PEFT has no format for `{method_name(made)}`"
-    elif headed and base.heads.own is None:
-        why = base.heads.why or "Transformers has no class with this head"
+    elif headed and base.heads.task_head is None:
+        why = base.heads.no_task_head_reason or "Transformers has no class with this head"
     elif form is not None and form.get("peft_type") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") and (
             headed or is_embedding(made)):
         why = "PEFT's virtual tokens move the place of the state that stands for a text"
-    elif form is not None and is_embedding(made) and "channels" not in base.anatomy.sizes and (
+    elif form is not None and is_embedding(made) and "channels" not in base.structure.sizes and (
             form.get("use_dora") or form.get("peft_type") == "ADALORA"):
         why = ("Sentence Transformers loads adapters by Transformers, which reads no DoRA and no AdaLoRA; "
                "`luthier export --to merged` writes a model that it loads")
@@ -223,7 +223,7 @@ def _write_classifier_code(out: Run, own: Any) -> Iterator[str]:
 
 
 def _write_generation_code(out: Run, made: Recipe, base: Family) -> Iterator[str]:
-    task = base.anatomy.task
+    task = base.structure.task
     name = PEFT_CLASSES[task] if out.adapter else CLASSES[task]
     if out.adapter:
         yield f"from peft import {name}"
@@ -238,7 +238,7 @@ def _write_generation_code(out: Run, made: Recipe, base: Family) -> Iterator[str
                "return_dict=True)")
     else:
         yield 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
-    if base.divided:
+    if base.is_encoder_decoder:
         start = "0"
     else:
         yield 'start = inputs["input_ids"].shape[1]'

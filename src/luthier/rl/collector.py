@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from luthier.core.protocols import Family, Sampling
+from luthier.core.protocols import Family, SamplingParams
 from luthier.core.types import Batch, Encoded, Item, Piece
 from luthier.data.batch_source import Loader
 from luthier.data.packing import batch, first_fit
@@ -108,7 +108,7 @@ class Round:
 
 
 class Rollouts:
-    """An endless run of steps over answers of the policy itself; a `core.protocols.Feed`.
+    """An endless run of steps over answers of the policy itself; a `core.protocols.BatchSource`.
 
     Args:
         family: the policy. It is asked with dropout off.
@@ -252,14 +252,14 @@ class Rollouts:
 
     def _answers(self, prompts: Sequence[Encoded], times: int, seed: int, start: int = 0) -> list[Answer]:
         asked = [prompt.pieces[0].ids for prompt in prompts for _ in range(times)]
-        sampling = Sampling(self.objective.max_new_tokens, self.objective.temperature,
-                            batch_size=self.objective.generation_batch_size, seed=seed, first=start * times)
+        sampling = SamplingParams(self.objective.max_new_tokens, self.objective.temperature,
+                            batch_size=self.objective.generation_batch_size, seed=seed, first_prompt_index=start * times)
         said = sorted(self.family.generate(asked, sampling), key=lambda answer: answer.index)
         words = self.family.tokenizer
         texts = [_read(prompt, words) for prompt in prompts]
-        return [Answer(texts[i // times], words.decode(one.tokens, skip_special_tokens=True),
+        return [Answer(texts[i // times], words.decode(one.token_ids, skip_special_tokens=True),
                        prompts[i // times].origin, prompts[i // times].facts, asked[i],
-                       one.tokens + ((one.end,) if one.end is not None else ()), one.finished)
+                       one.token_ids + ((one.stop_token,) if one.stop_token is not None else ()), one.finished)
                 for i, one in enumerate(said)]
 
     def _measured(self, prompts: Sequence[Encoded], answers: Sequence[tuple[int, ...]],

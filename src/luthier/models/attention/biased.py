@@ -27,7 +27,7 @@ NAME = "luthier_relative"
 
 
 @dataclass(frozen=True)
-class Before:
+class BiasedVirtualKeyValues:
     """What stands before the keys and values of one attention.
 
     Args:
@@ -40,12 +40,12 @@ class Before:
     bias: Tensor | None = None
 
 
-Virtual = Callable[[nn.Module, Tensor, Tensor], Before | None]
+VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], BiasedVirtualKeyValues | None]
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, position_bias: Tensor | None = None,
-              virtual: Virtual | None = None, is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
+              virtual: VirtualKeyValueSource | None = None, is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
     """What Transformers' attention modules call in place of their own."""
     before = None if virtual is None else virtual(module, key, value)
     if before is None:
@@ -58,14 +58,14 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atte
     if seen is None and causal and query.shape[2] > 1:
         own, back = key.shape[2], key.shape[2] - query.shape[2]
         seen = torch.ones(query.shape[2], own, dtype=torch.bool, device=query.device).tril(back)
-    mask = _mask(seen, position_bias, before, query)
+    mask = _combine_mask_and_bias(seen, position_bias, before, query)
     key, value = (torch.cat([b.to(x).expand(len(x), -1, -1, -1), x], 2)
                   for b, x in ((before.key, key), (before.value, value)))
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _mask(seen: Tensor | None, bias: Tensor | None, before: Before, query: Tensor) -> Tensor | None:
+def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: BiasedVirtualKeyValues, query: Tensor) -> Tensor | None:
     """Of the keys with those before them, which every query sees: the bias, and far below it what is not seen."""
     n = before.key.shape[2]
     if seen is not None:
@@ -80,5 +80,5 @@ def _mask(seen: Tensor | None, bias: Tensor | None, before: Before, query: Tenso
     return whole.masked_fill(~seen, torch.finfo(query.dtype).min) if seen.dtype == torch.bool else whole + seen
 
 
-AttentionInterface.register(NAME, attention)
+AttentionInterface.register(NAME, biased_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -32,14 +32,14 @@ from luthier.core.errors import BaseError
 from luthier.core.types import Forest, sent
 
 NAME = "luthier"
-LINK = 96  # tokens; see `_chopped`
-TERMS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
-NARROWEST = 16  # heads that flex attention knows
-Pair = tuple[Tensor, Tensor]  # keys and values
+CHAIN_LENGTH = 96  # tokens; see `_split_long_segments`
+UNSUPPORTED_ARGUMENTS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
+MIN_FLEX_HEAD_DIM = 16  # heads that flex attention knows
+KeyValue = tuple[Tensor, Tensor]  # keys and values
 
 
 @dataclass(frozen=True)
-class Before:
+class VirtualKeyValues:
     """Keys and values that stand before those of a call, each segment's or row's own.
 
     Args:
@@ -47,48 +47,48 @@ class Before:
         whose: for each segment of a packed row, or row of a batch, which of the pairs; -1: none. Empty: all the first.
     """
 
-    pairs: Sequence[Pair]
-    whose: tuple[int, ...] = ()
+    pairs: Sequence[KeyValue]
+    assignment: tuple[int, ...] = ()
 
-    def of(self, segment: int) -> Pair | None:
-        found = self.whose[segment] if self.whose else 0
+    def get(self, segment: int) -> KeyValue | None:
+        found = self.assignment[segment] if self.assignment else 0
         return None if found < 0 else self.pairs[found]
 
 
 # Keys and values before those of the text; `models/soft_prompts/causal.py` has them.
-Virtual = Callable[[nn.Module, Tensor, Tensor], Before | None]
+VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], VirtualKeyValues | None]
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
-              sliding_window: int | None = None, softcap: float | None = None, virtual: Virtual | None = None,
+              sliding_window: int | None = None, softcap: float | None = None, virtual: VirtualKeyValueSource | None = None,
               is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
     """What Transformers' attention modules call in place of their own. Raises `BaseError` for a term of the scores that
     is not computed here, which would otherwise be left out in silence."""
-    if unknown := [name for name in TERMS if rest.get(name) is not None]:
+    if unknown := [name for name in UNSUPPORTED_ARGUMENTS if rest.get(name) is not None]:
         raise BaseError(f"the attention of {type(module).__name__} has a term of its own ({unknown[0]}), which is not "
                         "computed here", "choose a base without it")
-    query, key, value = _narrowed(query, key, value)
+    query, key, value = _cast_to_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     before = None if virtual is None else virtual(module, key, value)
     if forest is None:
         causal = causal and attention_mask is None and query.shape[2] > 1
         if before is not None:
-            key, value, attention_mask = _rows_behind(before, key, value, attention_mask,
+            key, value, attention_mask = _prepend_rows(before, key, value, attention_mask,
                                                       query.shape[2] if causal else 0)
             causal = False
         out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
     elif sliding_window is not None and not causal:
         raise NotImplementedError("a window to both sides has no packed form; such a model runs padded")
-    elif query.is_cuda and softcap is None and dropout == 0 and before is None and query.shape[-1] >= NARROWEST:
-        out = _one_kernel(query, key, value, forest, scale, sliding_window, causal)
+    elif query.is_cuda and softcap is None and dropout == 0 and before is None and query.shape[-1] >= MIN_FLEX_HEAD_DIM:
+        out = _attend_one_kernel(query, key, value, forest, scale, sliding_window, causal)
     else:
-        out = _per_segment(query, key, value, forest, scale, dropout, sliding_window, softcap, causal, before)
+        out = _attend_per_segment(query, key, value, forest, scale, dropout, sliding_window, softcap, causal, before)
     return out.transpose(1, 2).contiguous(), None
 
 
-def _narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
+def _cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast in its own type: rotated by float32 angles, queries and keys are float32, values are not. Fused
     attention sees to that by itself; flex and variable-length attention would refuse, or compute in float32."""
     kind = tensors[0].device.type
@@ -98,31 +98,31 @@ def _narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
-def _behind(before: Pair, key: Tensor, value: Tensor, mask: Tensor | None,
+def _prepend(before: KeyValue, key: Tensor, value: Tensor, mask: Tensor | None,
             last: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and mask of a batch with what stands before every row, which all of it sees. Without a mask the
     `last` tokens look back alone; 0: all see all."""
     n = before[0].shape[2]
     key, value = (torch.cat([b.expand(len(x), -1, -1, -1), x], 2) for b, x in zip(before, (key, value), strict=True))
     if mask is None:
-        return key, value, _band(last, key.shape[2], None, key.device) if last else None
+        return key, value, _causal_mask(last, key.shape[2], None, key.device) if last else None
     return key, value, F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
-def _rows_behind(before: Before, key: Tensor, value: Tensor, mask: Tensor | None,
+def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Tensor | None,
                  last: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`_behind` for rows that each have their own: the shorter ones are padded, and the padding is seen by none."""
-    if len(set(before.whose)) < 2 and (one := before.of(0)) is not None:
-        return _behind(one, key, value, mask, last)
+    """`_prepend` for rows that each have their own: the shorter ones are padded, and the padding is seen by none."""
+    if len(set(before.assignment)) < 2 and (one := before.get(0)) is not None:
+        return _prepend(one, key, value, mask, last)
     sizes = tuple(k.shape[2] for k, _ in before.pairs)
     most, device = max(sizes), key.device
-    index, seen = _places(before.whose, sizes, device)
+    index, seen = _index_pairs(before.assignment, sizes, device)
     joined = []
     for each in zip(*before.pairs, strict=True):  # all keys, all values
         padded = [F.pad(x, (0, 0, 0, most - x.shape[2])) for x in each]
         joined.append(torch.cat([*padded, torch.zeros_like(padded[0])]).index_select(0, index))
     own = key.shape[2]
-    key, value, mask = _behind((joined[0], joined[1]), key, value, mask, last)
+    key, value, mask = _prepend((joined[0], joined[1]), key, value, mask, last)
     seen = F.pad(seen, (0, own), value=True)[:, None, None]
     if mask is None or mask.dtype == torch.bool:
         return key, value, seen if mask is None else mask & seen
@@ -130,17 +130,17 @@ def _rows_behind(before: Before, key: Tensor, value: Tensor, mask: Tensor | None
 
 
 @lru_cache(maxsize=4)  # every layer of a step asks for the same one
-def _places(whose: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """[B] which pair each row has, the one behind the last for none; [B, N] which of its places hold something."""
-    index = torch.tensor([found if found >= 0 else len(sizes) for found in whose])
+    index = torch.tensor([found if found >= 0 else len(sizes) for found in assignment])
     seen = torch.arange(max(sizes)) < torch.tensor((*sizes, 0))[index][:, None]
     return index.to(device), seen.to(device)
 
 
-def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
-                 window: int | None, softcap: float | None, causal: bool, before: Before | None = None) -> Tensor:
+def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
+                 window: int | None, softcap: float | None, causal: bool, before: VirtualKeyValues | None = None) -> Tensor:
     if causal and before is None:  # what stands before segments is theirs by their numbers
-        forest = _chopped(forest)
+        forest = _split_long_segments(forest)
     # `split`, not slices: its backward is one concatenation, where each slice's would be a full row of zeros.
     queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
     outs = []
@@ -148,17 +148,17 @@ def _per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scal
         path = forest.path(i)
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
                                                            torch.cat([values[a] for a in path], 2))
-        mask = _band(q.shape[2], k.shape[2], window, q.device) if causal else None
-        own = None if before is None else before.of(i)
+        mask = _causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
+        own = None if before is None else before.get(i)
         if own is not None:
-            k, v, mask = _behind(own, k, v, mask, q.shape[2] if causal else 0)
+            k, v, mask = _prepend(own, k, v, mask, q.shape[2] if causal else 0)
         outs.append(_attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
     # The fused kernel writes [L, H, d] and shows it as [H, L, d]; joined as written, nothing is copied twice.
     return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
 
 @lru_cache(maxsize=64)  # every layer of a row asks for the same one
-def _chopped(forest: Forest) -> Forest:
+def _split_long_segments(forest: Forest) -> Forest:
     """The forest with long segments as chains of shorter ones, which attend to the same tokens. The fused kernel
     computes a causal square whole and throws half of it away; a chain computes little more than the half that
     counts."""
@@ -166,7 +166,7 @@ def _chopped(forest: Forest) -> Forest:
     parents: list[int] = []
     ends: list[int] = []  # of each segment the last link of its chain
     for length, parent in zip(forest.lengths, forest.parents, strict=True):
-        links = max(1, round(length / LINK))
+        links = max(1, round(length / CHAIN_LENGTH))
         for link in range(links):
             parents.append(len(lengths) - 1 if link else ends[parent] if parent >= 0 else -1)
             lengths.append(length * (link + 1) // links - length * link // links)
@@ -175,7 +175,7 @@ def _chopped(forest: Forest) -> Forest:
 
 
 @lru_cache(maxsize=256)
-def _band(q: int, k: int, window: int | None, device: torch.device) -> Tensor | None:
+def _causal_mask(q: int, k: int, window: int | None, device: torch.device) -> Tensor | None:
     """[q, k] which keys each of the last q of k tokens sees; None where the plain causal flag says it all."""
     if q == k and (window is None or k <= window):
         return None
@@ -203,12 +203,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return F.dropout(weights, dropout) @ v
 
 
-def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None,
+def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None,
                 causal: bool) -> Tensor:
-    varlen_attn = _varlen()
+    varlen_attn = _get_varlen_attention()
     if (varlen_attn is not None and forest.flat and query.dtype in (torch.bfloat16, torch.float16)
             and _has_flash(query.device)):
-        bounds = _bounds(forest.lengths, query.device)
+        bounds = _cumulative_lengths(forest.lengths, query.device)
         longest = max(forest.lengths)
         repeat = query.shape[1] // key.shape[1]
         k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
@@ -219,17 +219,17 @@ def _one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale
         out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, right))
         return out.transpose(0, 1)[None]
     from torch.nn.attention.flex_attention import flex_attention
-    compiled = _compiled(flex_attention)
+    compiled = _compile_flex(flex_attention)
     mask = _block_mask(forest, window, causal, query.device)
     return compiled(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
 @lru_cache(maxsize=1)
-def _compiled(flex: Any) -> Any:
+def _compile_flex(flex: Any) -> Any:
     return torch.compile(flex, dynamic=True)
 
 
-def _varlen() -> Callable[..., Any] | None:
+def _get_varlen_attention() -> Callable[..., Any] | None:
     """torch's variable-length attention where it takes a scale and a window, as it does from torch 2.11 on. None for an
     older one: flex attention, which is slower, then takes its place."""
     from torch.nn.attention import varlen
@@ -249,7 +249,7 @@ def _has_flash(device: torch.device) -> bool:
 
 
 @lru_cache(maxsize=4)  # every layer of a step asks for the same one
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return sent(edges, device)
 
@@ -257,7 +257,7 @@ def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 @lru_cache(maxsize=4)
 def _block_mask(forest: Forest, window: int | None, causal: bool, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
-    segment, place, related = (sent(x, device) for x in describe(forest))
+    segment, place, related = (sent(x, device) for x in describe_segments(forest))
 
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         kept = related[segment[q], segment[k]]
@@ -269,7 +269,7 @@ def _block_mask(forest: Forest, window: int | None, causal: bool, device: torch.
     return create_block_mask(sees, None, None, total, total, device=device)
 
 
-def describe(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
+def describe_segments(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
     """A forest as tensors: [T] segment of each token, [T] its place in its document, [S, S] whether i may see j."""
     count = len(forest.lengths)
     related = torch.zeros(count, count, dtype=torch.bool)
@@ -283,5 +283,5 @@ def describe(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
     return segment, place, related
 
 
-AttentionInterface.register(NAME, attention)
+AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -11,27 +11,27 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from luthier.core.protocols import Generated, Sampling
-from luthier.models.adapter_routing import through
-from luthier.models.architectures import NoHead
-from luthier.models.decoding import eos_tokens, generate, stream, written
-from luthier.models.hf_model import Layout, Packed
-from luthier.models.ops.fused_logprobs import log_probs
+from luthier.core.protocols import GenerationOutput, SamplingParams
+from luthier.models.adapter_routing import route_indices
+from luthier.models.architectures import MissingLMHead
+from luthier.models.decoding import find_eos_tokens, generate, stream_batch, stream_tokens
+from luthier.models.hf_model import Layout, PackedHFModel
+from luthier.models.ops.fused_logprobs import compute_logprobs
 from luthier.models.task_heads import Pooling
 
 
-class CausalLM(Packed):
+class CausalLM(PackedHFModel):
     """A decoder of Transformers behind the family's contract.
 
     Args:
         model: an `AutoModelForCausalLM` model.
         tokenizer: its tokenizer.
-        layout: see `Packed`.
+        layout: see `PackedHFModel`.
         pooling: of items; the last token alone has seen all the others.
     """
 
     task: ClassVar[str] = "CAUSAL_LM"
-    writes: ClassVar[bool] = True
+    can_generate: ClassVar[bool] = True
     options: ClassVar[Mapping[str, Any]] = {"use_cache": False}
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None, pooling: Pooling = "last") -> None:
@@ -44,28 +44,28 @@ class CausalLM(Packed):
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        if self.anatomy.head is None:
-            NoHead()(states)
+        if self.structure.head is None:
+            MissingLMHead()(states)
         head = self.model.get_output_embeddings()  # looked up anew: a method may have exchanged it
-        return log_probs(head, states, tokens, self._softcap, self._scale, entropies, temperature)
+        return compute_logprobs(head, states, tokens, self._softcap, self._scale, entropies, temperature)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
-                 adapters: Sequence[int] = ()) -> Iterator[Generated]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
+                 adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
-        return generate(self.model, prompts, sampling, eos=self.stops, pad=0, device=self.device,
-                        routed=lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else []))
+        return generate(self.model, prompts, sampling, eos=self.stop_tokens, pad=0, device=self.device,
+                        routed=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
 
-    def tokens(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
+    def stream_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                adapters: Sequence[int] = ()) -> Iterator[tuple[int, int | None]]:
         """As `generate`, all prompts in one batch, token by token: (index, token); None where an answer has ended."""
-        return written(self.model, prompts, sampling, self.stops, pad=0, device=self.device,
-                       routed=lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else []))
+        return stream_batch(self.model, prompts, sampling, self.stop_tokens, pad=0, device=self.device,
+                       routed=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""
-        return stream(self.model, prompt, sampling, eos=self.stops)
+        return stream_tokens(self.model, prompt, sampling, eos=self.stop_tokens)
 
     @property
-    def stops(self) -> set[int]:
-        return eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
+    def stop_tokens(self) -> set[int]:
+        return find_eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)

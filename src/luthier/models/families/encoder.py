@@ -19,25 +19,25 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Generated, Sampling
+from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
-from luthier.models.attention.packed import describe
-from luthier.models.hf_model import Layout, Packed
-from luthier.models.mlm_head import Words
-from luthier.models.ops.fused_logprobs import log_probs
-from luthier.models.sentence_files import pooling_of as pooling_of
+from luthier.models.attention.packed import describe_segments
+from luthier.models.hf_model import Layout, PackedHFModel
+from luthier.models.mlm_head import MaskedLMHead
+from luthier.models.ops.fused_logprobs import compute_logprobs
+from luthier.models.sentence_files import read_pooling as read_pooling
 from luthier.models.sentence_files import write_sentence_files
 from luthier.models.soft_prompts import causal
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
 
-class Encoder(Packed):
+class Encoder(PackedHFModel):
     """An encoder of Transformers behind the family's contract.
 
     Args:
         model: an `AutoModel` model without a pooler, or an `AutoModelForMaskedLM` model.
         tokenizer: its tokenizer.
-        layout: see `Packed`.
+        layout: see `PackedHFModel`.
         pooling: of items: `first` is BERT's [CLS], sentence encoders take the `mean`.
 
     Raises:
@@ -49,55 +49,55 @@ class Encoder(Packed):
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None, pooling: Pooling = "first") -> None:
         self.pooling = pooling
-        self._separator = _separator(tokenizer) if getattr(model.config, "type_vocab_size", 0) > 1 else None
-        self._offset = _offset(model)
+        self._separator = _find_separator(tokenizer) if getattr(model.config, "type_vocab_size", 0) > 1 else None
+        self._offset = _detect_position_offset(model)
         super().__init__(model, tokenizer, layout)
-        context = self.anatomy.sizes["context"] - self._offset
-        self.anatomy = causal.installed(replace(self.anatomy, sizes={**self.anatomy.sizes, "context": context}),
+        context = self.structure.sizes["context"] - self._offset
+        self.structure = causal.attach_injector(replace(self.structure, sizes={**self.structure.sizes, "context": context}),
                                          self._offset, lambda: self.router)
-        self.words = None if self.anatomy.head is None else Words(model)
-        if self.words is not None:
-            self._prove(self.words)
+        self.mlm_head = None if self.structure.head is None else MaskedLMHead(model)
+        if self.mlm_head is not None:
+            self._check_logits(self.mlm_head)
 
-    def _columns(self, inputs: Inputs) -> dict[str, Tensor]:
+    def _build_columns(self, inputs: Inputs) -> dict[str, Tensor]:
         columns = {"input_ids": inputs.tokens, "position_ids": inputs.positions + self._offset}
         if self._separator is not None:
-            columns["token_type_ids"] = types(inputs.tokens, inputs.forest, self._separator)
+            columns["token_type_ids"] = compute_token_types(inputs.tokens, inputs.forest, self._separator)
         return columns
 
-    def _mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
+    def _build_mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
         if forest.flat:
-            return super()._mask(forest, runs)
+            return super()._build_mask(forest, runs)
         # An ancestor does not see its descendants, although they stand in one padded row.
-        segment, _, related = describe(forest)
+        segment, _, related = describe_segments(forest)
         rows = pad_sequence([segment[run] for run in runs], batch_first=True, padding_value=-1)
         sees = related[rows[:, :, None], rows[:, None, :]] & (rows >= 0)[:, None, :]
         return (sees | torch.eye(rows.shape[1], dtype=torch.bool))[:, None]
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        if needs & LOG_PROBS and self.words is None:
+        if needs & LOG_PROBS and self.mlm_head is None:
             raise BaseError("an encoder sees the very token that it should predict, so without its head it gives none",
                             "choose an objective that judges texts or words, or a base that writes text")
         return super().forward(inputs, target, needs)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        return log_probs(self.words, states, tokens, entropies=entropies, temperature=temperature)
+        return compute_logprobs(self.mlm_head, states, tokens, entropies=entropies, temperature=temperature)
 
     @torch.no_grad()
-    def _prove(self, words: Words) -> None:
+    def _check_logits(self, mlm_head: MaskedLMHead) -> None:
         """Whether the model's own logits are those of its parts as they are called here."""
         was = self.model.training
         self.model.eval()
         row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
         own = self.model(input_ids=row[None]).logits[0].float()
-        found = words(self.states(Inputs(row, torch.arange(3, device=self.device), Forest((3,), (-1,))))).float()
+        found = mlm_head(self.states(Inputs(row, torch.arange(3, device=self.device), Forest((3,), (-1,))))).float()
         self.model.train(was)
         if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
                             "choose another encoder, such as BERT or RoBERTa")
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[GenerationOutput]:
         raise BaseError("an encoder reads text and cannot write any",
                         "choose a base that writes text, such as 'smollm2'")
 
@@ -105,15 +105,15 @@ class Encoder(Packed):
         """Write the whole model as a Transformers folder; one without a head of its own class also with the files by
         which Sentence Transformers loads it."""
         super().save(path)
-        if self.heads.own is None:
-            write_sentence_files(path, self.anatomy.sizes["hidden"], self.pooling)
+        if self.heads.task_head is None:
+            write_sentence_files(path, self.structure.sizes["hidden"], self.pooling)
 
 
-def types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:
+def compute_token_types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:
     """[T] 1 for what stands behind the first separator of its document, 0 for the rest: `[CLS] a [SEP]` is of type 0, a
     second text and its own `[SEP]` of type 1. A `[SEP]` written inside a text counts like any other."""
     found = (tokens == separator).long()
-    owner, _, related = (sent(x, tokens.device) for x in describe(forest))
+    owner, _, related = (sent(x, tokens.device) for x in describe_segments(forest))
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
     before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # separators before it in its own segment
     if not forest.flat:
@@ -121,18 +121,18 @@ def types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:
     return (before > 0).long()
 
 
-def _separator(tokenizer: Any) -> int | None:
-    """The token that parts two texts, where the tokenizer gives types as `types` does; else None, and all are 0."""
+def _find_separator(tokenizer: Any) -> int | None:
+    """The token that parts two texts, where the tokenizer gives types as `compute_token_types` does; else None, and all are 0."""
     separator = getattr(tokenizer, "sep_token_id", None)
     if separator is None:
         return None
     pair = tokenizer("a", "a b")
     ids, told = torch.tensor(pair["input_ids"]), pair.get("token_type_ids")
-    return separator if told == types(ids, Forest((len(ids),), (-1,)), separator).tolist() else None
+    return separator if told == compute_token_types(ids, Forest((len(ids),), (-1,)), separator).tolist() else None
 
 
 @torch.no_grad()
-def _offset(model: Any) -> int:
+def _detect_position_offset(model: Any) -> int:
     """The position of a text's first token: 0, or behind the padding's (RoBERTa); whichever gives the model's own."""
     was, device = model.training, model.get_input_embeddings().weight.device
     model.eval()

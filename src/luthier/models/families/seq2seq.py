@@ -29,22 +29,22 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, EncoderDecoderCache
 
 from luthier.core.errors import BaseError, DataError, RunError
-from luthier.core.protocols import Anatomy, Block, Generated, Sampling, Site
+from luthier.core.protocols import GenerationOutput, ModelStructure, SamplingParams, TargetLinear, TransformerLayer
 from luthier.core.types import Forest, Inputs, Outputs, Target
-from luthier.models.activation_recompute import Lean
-from luthier.models.adapter_routing import through
-from luthier.models.decoding import answer, answers, eos_tokens
-from luthier.models.hf_model import Loaded
-from luthier.models.mixed_embeddings import mixed
-from luthier.models.ops.fused_logprobs import log_probs
-from luthier.models.soft_prompts.seq2seq import SourcePorts
-from luthier.models.structure import linear_sites
+from luthier.models.activation_recompute import ActivationRecomputer
+from luthier.models.adapter_routing import route_indices
+from luthier.models.decoding import find_eos_tokens, generate_outputs, stream_single
+from luthier.models.hf_model import HFModel
+from luthier.models.mixed_embeddings import mix_embeddings
+from luthier.models.ops.fused_logprobs import compute_logprobs
+from luthier.models.soft_prompts.seq2seq import Seq2SeqInjector
+from luthier.models.structure import find_linears
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
-SPARE, FLOOR = 1.5, 64  # a padded batch has at most so many places for each token, and so many besides
+PADDING_FACTOR, PADDING_ALLOWANCE = 1.5, 64  # a padded batch has at most so many places for each token, and so many besides
 
 
-class Seq2Seq(Loaded):
+class Seq2Seq(HFModel):
     """An encoder and a decoder of Transformers behind the family's contract.
 
     Args:
@@ -57,29 +57,29 @@ class Seq2Seq(Loaded):
     """
 
     task: ClassVar[str] = "SEQ_2_SEQ_LM"
-    divided: ClassVar[bool] = True
-    writes: ClassVar[bool] = True
+    is_encoder_decoder: ClassVar[bool] = True
+    can_generate: ClassVar[bool] = True
     pooling: Pooling = "last"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        # Not as `Loaded` begins: attention stays Transformers' own, which knows relative positions.
+        # Not as `HFModel` begins: attention stays Transformers' own, which knows relative positions.
         self.model, self.tokenizer = model, tokenizer
         self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
-        parts = anatomy(model, tokenizer)
-        self._ports = SourcePorts(parts, self.encoder, self.decoder)
-        self.anatomy = replace(parts, ports=self._ports)
-        self.start = _start(model)
+        parts = find_structure(model, tokenizer)
+        self._injector = Seq2SeqInjector(parts, self.encoder, self.decoder)
+        self.structure = replace(parts, injector=self._injector)
+        self.start = _find_start_token(model)
         # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
         self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
         self._recompute_over: int | None = None
-        self._lean = Lean()  # never open
-        self.add((), 0)
-        self._prove()
+        self._recomputer = ActivationRecomputer()  # never open
+        self.add_heads((), 0)
+        self._check_logits()
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
         if needs & LOG_PROBS:
-            torch._assert_async(_decoded(inputs.forest).to(self.device)[target.at].all(),
+            torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.at].all(),
                                 "a source is read, never predicted")
         return super().forward(inputs, target, needs)
 
@@ -87,36 +87,36 @@ class Seq2Seq(Loaded):
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         # Upon the states, not the logits: a head that stands alone has the quicker way.
         head = self.model.get_output_embeddings()
-        return log_probs(head, states * (self.scale / temperature), tokens, entropies=entropies)
+        return compute_logprobs(head, states * (self.scale / temperature), tokens, entropies=entropies)
 
     # ---------------------------------------------------------------- the packed row
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] states of the row, as the module's table says."""
         recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
-        for block in self.anatomy.blocks:
+        for block in self.structure.layers:
             block.module.gradient_checkpointing = recompute and torch.is_grad_enabled()  # type: ignore[assignment]
         forest = inputs.forest
         spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
         home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] of each token its place among all states
-        read, memory = self._read(inputs, forest, spans, home)
-        written = self._written(inputs.tokens, forest, spans, read, memory, home)
+        read, memory = self._run_encoder(inputs, forest, spans, home)
+        written = self._run_decoder(inputs.tokens, forest, spans, read, memory, home)
         return torch.cat([read, written]).index_select(0, home.to(read.device))
 
-    def _read(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
+    def _run_encoder(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
         source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
         found, before, tokens = [], 0, inputs.tokens
-        embeds = mixed(self.model.get_input_embeddings(), inputs)
+        embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
-        for group in self._grouped(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
+        for group in self._group_rows(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
             seen = rows >= 0
             places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
             given = {"input_ids": tokens[places]} if embeds is None else {"inputs_embeds": embeds[places]}
-            with through(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
+            with route_indices(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
                 states = self.encoder(**given, attention_mask=mask).last_hidden_state
             virtual = states.shape[1] - rows.shape[1]
             places = before + torch.arange(states.shape[0] * states.shape[1]).view(states.shape[:2])
@@ -126,17 +126,17 @@ class Seq2Seq(Loaded):
             found.append(states.flatten(0, 1))
         return torch.cat(found), memory
 
-    def _grouped(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
+    def _group_rows(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
                  owner: Mapping[int, int]) -> list[list[int]]:
         """Rows for padded batches. Where there are virtual tokens a batch goes through one adapter as a whole."""
-        if not adapters or not self._ports.doors:
-            return _groups(names, sizes)
+        if not adapters or not self._injector.injections:
+            return _group_by_length(names, sizes)
         parted: dict[int, list[tuple[int, int]]] = {}
         for name, size in zip(names, sizes, strict=True):
             parted.setdefault(owner[name], []).append((name, size))
-        return [group for part in parted.values() for group in _groups(*zip(*part, strict=True))]
+        return [group for part in parted.values() for group in _group_by_length(*zip(*part, strict=True))]
 
-    def _written(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
+    def _run_decoder(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
         """[N, D] the decoder's states of every path from a root to a leaf, behind `read` where `home` counts them.
 
@@ -145,13 +145,13 @@ class Seq2Seq(Loaded):
         inner = set(forest.parents)
         paths = {i: forest.path(i) for i in range(len(spans)) if i not in inner}
         sources = {i: memories[path[0]] for i, path in paths.items()}
-        owner = {i: _adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
+        owner = {i: _get_adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
         # The root's last token gives its place to the start token.
         answers = {i: torch.cat([spans[path[0]][-1:], *(spans[a] for a in path[1:])]) for i, path in paths.items()}
         found, before = [], read.shape[0]
         fresh = torch.ones_like(home, dtype=torch.bool)
         sizes = [len(answers[i]) + len(sources[i]) for i in paths]
-        for group in self._grouped([*paths], sizes, forest.adapters, owner):
+        for group in self._group_rows([*paths], sizes, forest.adapters, owner):
             rows = pad_sequence([answers[i] for i in group], batch_first=True, padding_value=-1)
             for line, i in enumerate(group):
                 new = fresh[answers[i]]
@@ -161,15 +161,15 @@ class Seq2Seq(Loaded):
             memory = pad_sequence([sources[i] for i in group], batch_first=True, padding_value=-1).to(tokens.device)
             given = tokens[rows.to(tokens.device).clamp(min=0)]
             given[:, 0] = self.start
-            with through(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
+            with route_indices(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
                 # Padding stands behind everything that counts, so a causal decoder needs no mask for it.
                 states = self.decoder(input_ids=given, use_cache=False, encoder_attention_mask=(memory >= 0).long(),
-                                      encoder_hidden_states=_taken(read, memory.clamp(min=0))).last_hidden_state
+                                      encoder_hidden_states=_gather_rows(read, memory.clamp(min=0))).last_hidden_state
             found.append(states.flatten(0, 1))
         return torch.cat(found)
 
     @torch.no_grad()
-    def _prove(self) -> None:
+    def _check_logits(self) -> None:
         """Whether the model's own logits are those of its parts as they are called here."""
         was = self.model.training
         self.model.eval()
@@ -185,22 +185,22 @@ class Seq2Seq(Loaded):
 
     # ---------------------------------------------------------------- answers
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
-                 adapters: Sequence[int] = ()) -> Iterator[Generated]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
+                 adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
-        sources = [self._source(i, prompt) for i, prompt in enumerate(prompts)]
-        return answers(partial(_Answers, self), sources, self._limits(len(sources), sampling), sampling, self.stops,
-                       lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
-                       adapters if self._ports.doors else ())
+        sources = [self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)]
+        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling), sampling, self.stop_tokens,
+                       lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
+                       adapters if self._injector.injections else ())
 
-    def stream(self, prompt: Sequence[int], sampling: Sampling) -> Iterator[int]:
+    def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""
-        return answer(partial(_Answers, self), self._source(0, prompt), self._limits(1, sampling), sampling, self.stops)
+        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt), self._limits(1, sampling), sampling, self.stop_tokens)
 
-    def _source(self, index: int, prompt: Sequence[int]) -> list[int]:
+    def _prepare_source(self, index: int, prompt: Sequence[int]) -> list[int]:
         """A prompt as the encoder knows sources: with the end mark."""
-        end, context = self.tokenizer.eos_token_id, self.anatomy.sizes["context"]
+        end, context = self.tokenizer.eos_token_id, self.structure.sizes["context"]
         found = [*prompt] if not prompt or end is None or prompt[-1] == end else [*prompt, end]
         if not found:
             raise DataError(f"prompt {index} has no tokens", "give the prompt at least one token")
@@ -209,17 +209,17 @@ class Seq2Seq(Loaded):
                             "shorten the prompt, or choose a base with a longer context")
         return found
 
-    def _limits(self, count: int, sampling: Sampling) -> list[int]:
+    def _limits(self, count: int, sampling: SamplingParams) -> list[int]:
         assert sampling.max_new_tokens > 0, sampling
         assert sampling.batch_size > 0, sampling
-        return [min(sampling.max_new_tokens, self.anatomy.sizes["context"])] * count
+        return [min(sampling.max_new_tokens, self.structure.sizes["context"])] * count
 
     @property
-    def stops(self) -> set[int]:
-        return eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
+    def stop_tokens(self) -> set[int]:
+        return find_eos_tokens(self.model, self.tokenizer) | set(self.chat_format.stop_tokens)
 
 
-class _Answers:
+class _Seq2SeqDecodeBatch:
     """Sources, read once, and the answers to them so far."""
 
     def __init__(self, family: Seq2Seq, sources: Sequence[Sequence[int]]) -> None:
@@ -241,7 +241,7 @@ class _Answers:
         found: Tensor = family.model.get_output_embeddings()(states * family.scale)
         return found
 
-    def go_on(self, chosen: Tensor, kept: Tensor | None) -> None:
+    def append(self, chosen: Tensor, kept: Tensor | None) -> None:
         if kept is not None:
             self.cache.batch_select_indices(kept)
             chosen, self.mask, self.read = chosen[kept], self.mask[kept], self.read[kept]
@@ -251,16 +251,16 @@ class _Answers:
 # ---------------------------------------------------------------- parts
 
 
-def anatomy(model: Any, tokenizer: Any = None) -> Anatomy:
+def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
     """The parts of a sequence-to-sequence model: the encoder's blocks first, then the decoder's."""
     names = {id(module): name for name, module in model.named_modules()}
-    blocks: list[Block] = []
+    blocks: list[TransformerLayer] = []
     for stack in (model.get_encoder(), model.get_decoder()):
         layers = next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
         if layers is None:
             raise BaseError(f"{type(stack).__name__} has no stack of like layers, so its parts cannot be found",
                             "use a base of the T5 family")
-        blocks += [_block(len(blocks) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
+        blocks += [_describe_layer(len(blocks) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
     config, embedding, head = model.config, model.get_input_embeddings(), model.get_output_embeddings()
     sizes = {
         "hidden": config.hidden_size, "layers": len(blocks), "heads": config.num_attention_heads,
@@ -269,16 +269,16 @@ def anatomy(model: Any, tokenizer: Any = None) -> Anatomy:
         "vocabulary": embedding.weight.shape[0],
         "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    return Anatomy(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in linear_sites(b)), embedding,
+    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)), embedding,
                    head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
 
 
-def _block(index: int, name: str, layer: nn.Module) -> Block:
+def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer:
     """Of a decoder's two attentions, the one within the answer; the maps of both are sites."""
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
-    bare = Block(index, name, layer, layer, layer, norms, layer, layer, layer)
-    first: dict[str, Site] = {}
-    for site in linear_sites(bare):
+    bare = TransformerLayer(index, name, layer, layer, layer, norms, layer, layer, layer)
+    first: dict[str, TargetLinear] = {}
+    for site in find_linears(bare):
         first.setdefault(site.role, site)
     if not {"o", "down", "up"} <= first.keys():
         raise BaseError(f"{type(layer).__name__} has no attention and MLP whose linear maps have known names",
@@ -286,11 +286,11 @@ def _block(index: int, name: str, layer: nn.Module) -> Block:
     modules = {f"{name}.{path}": module for path, module in layer.named_modules() if path} | {name: layer}
     attention, mlp = (modules[first[role].name.rpartition(".")[0]] for role in ("o", "down"))
     alone = mlp is layer  # no module of its own: the two maps stand in the layer
-    return Block(index, name, layer, attention, mlp, norms, attention_out=first["o"].module,
+    return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=first["o"].module,
                  mlp_in=first["up"].module if alone else mlp, mlp_out=first["down"].module if alone else mlp)
 
 
-def _start(model: Any) -> int:
+def _find_start_token(model: Any) -> int:
     """The token that opens every answer."""
     for config in (model.config, model.generation_config):
         if (token := getattr(config, "decoder_start_token_id", None)) is not None:
@@ -302,7 +302,7 @@ def _start(model: Any) -> int:
 # ---------------------------------------------------------------- rows
 
 
-def _decoded(forest: Forest) -> Tensor:
+def _is_decoder_token(forest: Forest) -> Tensor:
     """[T] bool, whether the token's state is the decoder's."""
     root = torch.tensor([parent < 0 for parent in forest.parents])
     lengths = torch.tensor(forest.lengths)
@@ -311,7 +311,7 @@ def _decoded(forest: Forest) -> Tensor:
     return found
 
 
-def _adapter(forest: Forest, path: Sequence[int]) -> int:
+def _get_adapter(forest: Forest, path: Sequence[int]) -> int:
     """The one that a row of the decoder goes through. Its source may have gone through another."""
     found = {forest.adapters[i] for i in path[1:] or path}
     if len(found) > 1:
@@ -320,12 +320,12 @@ def _adapter(forest: Forest, path: Sequence[int]) -> int:
     return found.pop()
 
 
-def _groups(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+def _group_by_length(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     """Rows of like size together, the longest first, so that little of a padded batch is padding."""
     groups: list[list[int]] = []
     longest = used = 0
     for size, name in sorted(zip(sizes, names, strict=True), key=lambda pair: -pair[0]):
-        if groups and (len(groups[-1]) + 1) * longest <= SPARE * (used + size) + FLOOR:
+        if groups and (len(groups[-1]) + 1) * longest <= PADDING_FACTOR * (used + size) + PADDING_ALLOWANCE:
             groups[-1].append(name)
             used += size
         else:
@@ -334,6 +334,6 @@ def _groups(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def _taken(states: Tensor, rows: Tensor) -> Tensor:
+def _gather_rows(states: Tensor, rows: Tensor) -> Tensor:
     """[B, L, D] of [N, D] those at [B, L]."""
     return states.index_select(0, rows.flatten()).view(*rows.shape, -1)

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Generated, Sampling
+from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.core.types import Forest, Inputs, Outputs, Target
-from luthier.models.hf_model import Loaded
-from luthier.models.image_processor import Pictures
-from luthier.models.soft_prompts.vision import PicturePorts
+from luthier.models.hf_model import HFModel
+from luthier.models.image_processor import ImageProcessor
+from luthier.models.soft_prompts.vision import VisionInjector
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
 
-class Vision(Loaded):
+class Vision(HFModel):
     """A vision transformer of Transformers behind the family's contract.
 
     Args:
@@ -38,24 +38,24 @@ class Vision(Loaded):
     task: ClassVar[str] = "FEATURE_EXTRACTION"
     pooling: Pooling = "first"
 
-    def __init__(self, model: Any, tokenizer: Pictures) -> None:
+    def __init__(self, model: Any, tokenizer: ImageProcessor) -> None:
         super().__init__(model, tokenizer)
         config = model.config
-        embeddings: Any = getattr(self.anatomy.backbone, "embeddings", None)
+        embeddings: Any = getattr(self.structure.backbone, "embeddings", None)
         if not isinstance(getattr(embeddings, "cls_token", None), Tensor):
             raise BaseError(f"a {config.model_type} has no common token of all patches, whose state could stand for a "
                             "picture", "choose a ViT, or another with a [CLS] token")
         height, width = tokenizer.size
         with torch.no_grad():
             unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
-        self.anatomy = replace(self.anatomy, sizes={**self.anatomy.sizes, "unit": unit, "channels": tokenizer.channels,
+        self.structure = replace(self.structure, sizes={**self.structure.sizes, "unit": unit, "channels": tokenizer.channels,
                                                     "height": height, "width": width})
-        self._ports = PicturePorts(self.anatomy, embeddings)
-        self.anatomy = replace(self.anatomy, ports=self._ports)
+        self._injector = VisionInjector(self.structure, embeddings)
+        self.structure = replace(self.structure, injector=self._injector)
 
     def states(self, inputs: Inputs) -> Tensor:
         adapters = inputs.forest.adapters
-        if len(set(adapters)) < 2 or not self._ports.doors:
+        if len(set(adapters)) < 2 or not self._injector.injections:
             return super().states(inputs)
         # Virtual tokens stand in every picture of a batch: each adapter's pictures are a batch by themselves.
         assert inputs.images is not None, "a vision base takes pictures"
@@ -75,7 +75,7 @@ class Vision(Loaded):
 
     def _run_images(self, images: Tensor) -> Tensor:
         """[S, patches + 1, D]."""
-        states: Tensor = self.anatomy.backbone(pixel_values=images).last_hidden_state
+        states: Tensor = self.structure.backbone(pixel_values=images).last_hidden_state
         return states
 
     def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
@@ -84,6 +84,6 @@ class Vision(Loaded):
                             "choose an objective that judges pictures, such as classify or contrastive")
         return super().forward(inputs, target, needs)
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[GenerationOutput]:
         raise BaseError("a vision base looks at pictures and cannot write", "choose a base that writes text, such as "
                         "'smollm2'")

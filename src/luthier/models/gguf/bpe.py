@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp reads it: the words, their kinds, the merges, and how text is split before merging.
 
 llama.cpp does not read how a tokenizer splits text; it knows some ways by name. So that it never splits otherwise than
-the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `SPLITS`. That is byte-level BPE;
+the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `PRETOKENIZERS`. That is byte-level BPE;
 the other kind stands in `models/gguf/sentencepiece.py`, and what both have in `models/gguf/vocab.py`.
 `models/gguf/writer.py` goes on.
 """
@@ -15,14 +15,14 @@ from typing import Any
 import gguf
 
 from luthier.core.errors import BaseError
-from luthier.models.gguf.sentencepiece import write_pieces
-from luthier.models.gguf.vocab import REMEDY, refuse_odd, table, write_tasks
+from luthier.models.gguf.sentencepiece import write_sentencepiece
+from luthier.models.gguf.vocab import REMEDY, build_token_table, check_added_tokens, write_special_tokens
 
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS, REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2, DIGITS = "as GPT-2", "each digit alone"
 # (the splits one after another, whether a whole word of the vocabulary needs no merges) -> llama.cpp's name for it.
-SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
+PRETOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
     ((CONTRACTIONS + WORDS + REST,), False): "qwen2",
@@ -31,7 +31,7 @@ SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def write_words(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: set[int], bos: int | None) -> None:
+def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: set[int], bos: int | None) -> None:
     """Add everything about the tokenizer to the file's metadata.
 
     NFC, which some tokenizers apply to a text first, is not known to llama.cpp: there text must come composed.
@@ -49,20 +49,20 @@ def write_words(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: set[in
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model.get("type") == "BPE" and model.get("byte_fallback"):
-        write_pieces(writer, described, size)
+        write_sentencepiece(writer, described, size)
     else:
-        pre = split_name(described)
-        words, kinds = table(model["vocab"], described["added_tokens"], size)
+        pre = get_pretokenizer_name(described)
+        words, kinds = build_token_table(model["vocab"], described["added_tokens"], size)
         writer.add_tokenizer_model("gpt2")  # llama.cpp's name for byte-level BPE
         writer.add_tokenizer_pre(pre)
         writer.add_token_list(words)
         writer.add_token_types(kinds)
         writer.add_token_merges([" ".join(merge) if isinstance(merge, list) else merge for merge in model["merges"]])
         writer.add_add_space_prefix(False)
-    write_tasks(writer, tokenizer, ends, bos)
+    write_special_tokens(writer, tokenizer, ends, bos)
 
 
-def split_name(described: Mapping[str, Any]) -> str:
+def get_pretokenizer_name(described: Mapping[str, Any]) -> str:
     """llama.cpp's name for how a tokenizer splits text. Raises `BaseError` where it has none.
 
     Args:
@@ -79,22 +79,22 @@ def split_name(described: Mapping[str, Any]) -> str:
     normalizer = (described.get("normalizer") or {}).get("type", "NFC")
     if normalizer != "NFC":
         raise BaseError(f"the tokenizer changes text first ({normalizer}), and llama.cpp would not", REMEDY)
-    refuse_odd(described["added_tokens"])
-    splits = tuple(_splits(described.get("pre_tokenizer") or {}))
-    found = SPLITS.get((splits, bool(model.get("ignore_merges"))))
+    check_added_tokens(described["added_tokens"])
+    splits = tuple(_list_splits(described.get("pre_tokenizer") or {}))
+    found = PRETOKENIZERS.get((splits, bool(model.get("ignore_merges"))))
     if found is None:
         raise BaseError(f"the tokenizer splits text in a way that is not known here by llama.cpp's name: "
                         f"{'; '.join(splits) or 'not at all'}", REMEDY)
     return found
 
 
-def _splits(step: Mapping[str, Any]) -> list[str]:
+def _list_splits(step: Mapping[str, Any]) -> list[str]:
     """The splits that a pre-tokenizer makes, one after another; what is unknown stands there by its kind."""
     kind = step.get("type")
     if kind is None:
         return []
     if kind == "Sequence":
-        return [split for inner in step["pretokenizers"] for split in _splits(inner)]
+        return [split for inner in step["pretokenizers"] for split in _list_splits(inner)]
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return [GPT2] if step.get("use_regex", True) else []
     if kind == "Digits" and step.get("individual_digits"):

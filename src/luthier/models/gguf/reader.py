@@ -17,22 +17,22 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from luthier.core.digests import cache, file_sha256
 from luthier.core.errors import BaseError
-from luthier.models.hf_logging import complete, quiet, short
+from luthier.models.hf_logging import check_weights_fit, silence_transformers, summarize_error
 
-CONVERTER = "2"  # raise it when `convert` writes something else: folders made by older ones are then left unused
-MADE = ".sha256.json"  # in every folder of the cache: the digests of its weights as they were written
+CONVERTER_VERSION = "2"  # raise it when `convert_gguf` writes something else: folders made by older ones are then left unused
+DIGEST_FILE = ".sha256.json"  # in every folder of the cache: the digests of its weights as they were written
 
 
-def converted(gguf: Path) -> Path:
+def convert_cached(gguf: Path) -> Path:
     """The folder made from this GGUF file: found in the cache by the file's content, or made now."""
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseError(f"{gguf} is not a GGUF file", "give a .gguf file or a Transformers folder")
-    made = cache() / f"{gguf.stem}-{file_sha256(gguf)[:32]}-{CONVERTER}"
-    return once(made, lambda to: convert(gguf, to))
+    made = cache() / f"{gguf.stem}-{file_sha256(gguf)[:32]}-{CONVERTER_VERSION}"
+    return build_once(made, lambda to: convert_gguf(gguf, to))
 
 
-def once(made: Path, make: Callable[[Path], None]) -> Path:
+def build_once(made: Path, make: Callable[[Path], None]) -> Path:
     """The folder `made` of the cache, made now by `make(to)` if need be; whole or not at all. Raises `BaseError` where
     its weights are not those that were written."""
     if made.is_dir():
@@ -42,7 +42,7 @@ def once(made: Path, make: Callable[[Path], None]) -> Path:
     with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
         ready = Path(temporary) / "model"
         make(ready)
-        (ready / MADE).write_text(json.dumps(_weights(ready)), encoding="utf-8")
+        (ready / DIGEST_FILE).write_text(json.dumps(_digest_weights(ready)), encoding="utf-8")
         try:
             os.replace(ready, made)
         except OSError:
@@ -52,22 +52,22 @@ def once(made: Path, make: Callable[[Path], None]) -> Path:
     return made
 
 
-def _weights(made: Path) -> dict[str, str]:
+def _digest_weights(made: Path) -> dict[str, str]:
     return {file.name: file_sha256(file) for file in sorted(made.glob("*.safetensors"))}
 
 
 def _check_unchanged(made: Path) -> None:
-    kept = made / MADE
-    if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8")) != _weights(made):
+    kept = made / DIGEST_FILE
+    if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8")) != _digest_weights(made):
         raise BaseError(f"the weights in the cache folder {made} are not those that were written there (sha256)",
                         "delete that folder: it is made again")
 
 
-def convert(gguf: Path, to: Path) -> None:
+def convert_gguf(gguf: Path, to: Path) -> None:
     """Write a GGUF file as a Transformers folder: float32 safetensors, config, tokenizer, chat template."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        with quiet(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        with silence_transformers(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
             config = AutoConfig.from_pretrained(**source)
             tokenizer = AutoTokenizer.from_pretrained(**source)
             config.dtype = torch.float32
@@ -78,10 +78,10 @@ def convert(gguf: Path, to: Path) -> None:
             missing, unexpected = bare.load_state_dict(tensors, strict=False, assign=True)
             bare.tie_weights()
     except Exception as error:  # the parser trusts the file, so a damaged one can fail in any way
-        raise BaseError(f"{gguf} cannot be read as a causal language model ({short(error)})",
+        raise BaseError(f"{gguf} cannot be read as a causal language model ({summarize_error(error)})",
                         "copy or download it again; if whole, it is a kind that transformers does not know") from error
     empty = {name for name in missing if bare.get_parameter(name).is_meta}  # a tied head is not
-    complete(str(gguf), {"missing_keys": empty, "unexpected_keys": unexpected, "mismatched_keys": ()})
-    with quiet():
+    check_weights_fit(str(gguf), {"missing_keys": empty, "unexpected_keys": unexpected, "mismatched_keys": ()})
+    with silence_transformers():
         bare.float().save_pretrained(to)
         tokenizer.save_pretrained(to)

@@ -20,7 +20,7 @@ from typing import Any
 import gguf
 
 from luthier.core.errors import BaseError
-from luthier.models.gguf.vocab import REMEDY, refuse_odd, table
+from luthier.models.gguf.vocab import REMEDY, build_token_table, check_added_tokens
 
 SPACE = "▁"
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
@@ -31,7 +31,7 @@ NORMALIZERS: Mapping[tuple[str, ...], bool] = {(REPLACE,): False, (PREPEND, REPL
 Ranks = Mapping[tuple[str, str], int]
 
 
-def write_pieces(writer: gguf.GGUFWriter, described: Mapping[str, Any], size: int) -> None:
+def write_sentencepiece(writer: gguf.GGUFWriter, described: Mapping[str, Any], size: int) -> None:
     """Add words, kinds and scores to the file's metadata.
 
     Added tokens of several '▁' (Gemma's) are not looked for where a text holds that letter itself.
@@ -44,8 +44,8 @@ def write_pieces(writer: gguf.GGUFWriter, described: Mapping[str, Any], size: in
         BaseError: llama.cpp would make other tokens of a text; the error says why.
     """
     model, added = described["model"], described["added_tokens"]
-    before = space_before(described)
-    words, kinds = table(model["vocab"], added, size)
+    before = adds_space_prefix(described)
+    words, kinds = build_token_table(model["vocab"], added, size)
     missing = [word for word in BYTES if word not in model["vocab"]]
     if missing:
         raise BaseError(f"the tokenizer has no token {missing[0]} for one of the bytes", REMEDY)
@@ -60,12 +60,12 @@ def write_pieces(writer: gguf.GGUFWriter, described: Mapping[str, Any], size: in
     writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)
-    writer.add_token_scores(scores(words, apart, model["merges"]))
+    writer.add_token_scores(compute_scores(words, apart, model["merges"]))
     writer.add_token_types(kinds)
     writer.add_add_space_prefix(before)
 
 
-def space_before(described: Mapping[str, Any]) -> bool:
+def adds_space_prefix(described: Mapping[str, Any]) -> bool:
     """Whether a text, and what follows a special token, gets a space before it. Raises `BaseError` where llama.cpp has
     no word for what the tokenizer does to a text.
 
@@ -77,8 +77,8 @@ def space_before(described: Mapping[str, Any]) -> bool:
                if model.get(key)]
     if strange:
         raise BaseError(f"the tokenizer is BPE with byte_fallback and {strange[0]}, and llama.cpp's has none", REMEDY)
-    refuse_odd(added)
-    done = tuple(_normalizers(described.get("normalizer") or {}))
+    check_added_tokens(added)
+    done = tuple(_list_normalizers(described.get("normalizer") or {}))
     step = described.get("pre_tokenizer") or {}
     if step.get("type") == "Metaspace" and step.get("replacement") == SPACE and not step.get("split", True):
         if step["prepend_scheme"] != "never":
@@ -100,13 +100,13 @@ def space_before(described: Mapping[str, Any]) -> bool:
     return before
 
 
-def _normalizers(step: Mapping[str, Any]) -> list[str]:
+def _list_normalizers(step: Mapping[str, Any]) -> list[str]:
     """What a normalizer does to a text, one after another; what is unknown stands there as it is described."""
     kind = step.get("type")
     if kind is None:
         return []
     if kind == "Sequence":
-        return [done for inner in step["normalizers"] for done in _normalizers(inner)]
+        return [done for inner in step["normalizers"] for done in _list_normalizers(inner)]
     if kind == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE:
         return [REPLACE]
     if kind == "Prepend" and step["prepend"] == SPACE:
@@ -114,7 +114,7 @@ def _normalizers(step: Mapping[str, Any]) -> list[str]:
     return [json.dumps(step, ensure_ascii=False)[:200]]
 
 
-def scores(words: Sequence[str], apart: set[str], merges: Sequence[Sequence[str] | str]) -> list[float]:
+def compute_scores(words: Sequence[str], apart: set[str], merges: Sequence[Sequence[str] | str]) -> list[float]:
     """Each word's score: minus the place, in the list of merges, of the pair that makes it.
 
     Args:
@@ -129,7 +129,7 @@ def scores(words: Sequence[str], apart: set[str], merges: Sequence[Sequence[str]
     ranks: Ranks = {(left, right): place for place, (left, right) in enumerate(pairs)}
     found = []
     for word in words:
-        parts = [] if word in apart else joined(word, ranks)
+        parts = [] if word in apart else apply_merges(word, ranks)
         if len(parts) == 2 and (parts[0], parts[1]) not in ranks:
             raise BaseError(f"no merge makes the word {word!r}, and llama.cpp would join {parts[0]!r} and {parts[1]!r} "
                             "to it", REMEDY)
@@ -137,7 +137,7 @@ def scores(words: Sequence[str], apart: set[str], merges: Sequence[Sequence[str]
     return found
 
 
-def joined(word: str, ranks: Ranks) -> list[str]:
+def apply_merges(word: str, ranks: Ranks) -> list[str]:
     """The text of a word as merges leave it when two parts are left of it; more parts where they end before."""
     parts = list(word)
     while len(parts) > 2:

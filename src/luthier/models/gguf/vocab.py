@@ -15,7 +15,7 @@ from luthier.core.errors import BaseError
 REMEDY = "export with --to merged and give the folder to llama.cpp's own converter"
 
 
-def table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str], list[int]]:
+def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str], list[int]]:
     """Every token's word and kind, by its id; `size` rows of the embedding, those without a word unused."""
     words = [f"[PAD{i}]" for i in range(size)]
     kinds = [int(gguf.TokenType.UNUSED)] * size
@@ -31,19 +31,19 @@ def table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], siz
     return words, kinds
 
 
-def refuse_odd(added: Sequence[Mapping[str, Any]]) -> None:
+def check_added_tokens(added: Sequence[Mapping[str, Any]]) -> None:
     """Refuse added tokens that llama.cpp would not find in a text where the tokenizer finds them."""
     odd = [t["content"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]]
     if odd:
         raise BaseError(f"the token {odd[0]!r} takes the spaces around it, or whole words alone, and llama.cpp's would "
                         "not", REMEDY)
-    pair = _contested({t["content"].encode(): t["normalized"] for t in added})
+    pair = _find_ambiguous_tokens({t["content"].encode(): t["normalized"] for t in added})
     if pair is not None:
         raise BaseError(f"the tokens {pair[0]!r} and {pair[1]!r} can share a part of a text, and llama.cpp would take "
                         "the other one there", REMEDY)
 
 
-def _contested(late: Mapping[bytes, bool]) -> tuple[str, str] | None:
+def _find_ambiguous_tokens(late: Mapping[bytes, bool]) -> tuple[str, str] | None:
     """Two tokens for one part of a text of which the tokenizer takes the first and llama.cpp the second.
 
     A tokenizer takes the leftmost, of these the longest, and those that are looked for in the normalised text (`late`)
@@ -66,7 +66,7 @@ def _contested(late: Mapping[bytes, bool]) -> tuple[str, str] | None:
     return next(inside, None)
 
 
-def write_tasks(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int], bos: int | None) -> None:
+def write_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int], bos: int | None) -> None:
     """The tokens with a task, what stands around a text, and the chat template.
 
     llama.cpp takes tokens of its own choice for a start and an end that are not named, so both always are.
@@ -84,7 +84,7 @@ def write_tasks(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int], bos: in
         writer.add_pad_token_id(tokenizer.pad_token_id)
     if tokenizer.unk_token_id is not None:
         writer.add_unk_token_id(tokenizer.unk_token_id)
-    starts, closes = _around(tokenizer)
+    starts, closes = _detect_added_tokens(tokenizer)
     writer.add_add_bos_token(starts)
     writer.add_add_eos_token(closes)
     if tokenizer.chat_template:
@@ -93,7 +93,7 @@ def write_tasks(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int], bos: in
                                  if isinstance(given, Mapping) else given)
 
 
-def _around(tokenizer: Any) -> tuple[bool, bool]:
+def _detect_added_tokens(tokenizer: Any) -> tuple[bool, bool]:
     """Whether the tokenizer puts its first token before a text, and its last behind."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids

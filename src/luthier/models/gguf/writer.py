@@ -19,24 +19,24 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import Family
-from luthier.models.decoding import eos_tokens
-from luthier.models.gguf.archs import Names, describe
-from luthier.models.gguf.bpe import write_words
+from luthier.models.decoding import find_eos_tokens
+from luthier.models.gguf.archs import TensorNames, write_hyperparameters
+from luthier.models.gguf.bpe import write_tokenizer
 
-Numbers = Literal["float32", "float16", "q8_0"]
-NUMBERS: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
+WeightType = Literal["float32", "float16", "q8_0"]
+WEIGHT_TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
     "float32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "float16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
 }
 Q8_BLOCK = 32
-LARGEST = float(np.finfo(np.float16).max)
+FLOAT16_MAX = float(np.finfo(np.float16).max)
 # In a model so named llama.cpp lets special tokens take the spaces behind them, whatever the tokenizer says.
-CHARMED = ("phi-3", "phi3", "modern-bert")
+RSTRIP_MODEL_NAMES = ("phi-3", "phi3", "modern-bert")
 
 
 @dataclass(frozen=True)
-class Change:
+class LoraDelta:
     """One LoRA: W + scale B A, with A [R, in] and B [out, R]."""
 
     a: Tensor
@@ -47,7 +47,7 @@ class Change:
 # ---------------------------------------------------------------- a whole model
 
 
-def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: str = "") -> None:
+def write_gguf(family: Family, path: Path, weight_type: WeightType = "float16", name: str = "") -> None:
     """Write the model and its tokenizer as one file.
 
     A window over the last tokens (mistral, qwen2) is unknown to llama.cpp's architecture: the file's context ends where
@@ -60,42 +60,42 @@ def write_gguf(family: Family, path: Path, numbers: Numbers = "float16", name: s
     Raises:
         BaseError: llama.cpp would not compute the same; the error says what.
     """
-    if numbers not in get_args(Numbers):
-        raise BaseError(f"weights of a GGUF file cannot be {numbers!r}", f"one of: {', '.join(get_args(Numbers))}")
-    model: Any = family.anatomy.model
-    names = Names(model.config)
-    writer = gguf.GGUFWriter(None, names.row.name)
+    if weight_type not in get_args(WeightType):
+        raise BaseError(f"weights of a GGUF file cannot be {weight_type!r}", f"one of: {', '.join(get_args(WeightType))}")
+    model: Any = family.structure.model
+    names = TensorNames(model.config)
+    writer = gguf.GGUFWriter(None, names.spec.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    if name and not any(word in name.lower() for word in CHARMED):
+    if name and not any(word in name.lower() for word in RSTRIP_MODEL_NAMES):
         writer.add_name(name)
-    writer.add_file_type(NUMBERS[numbers][1])
+    writer.add_file_type(WEIGHT_TYPES[weight_type][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    factors = describe(writer, model.config, family.anatomy.sizes["vocabulary"], names.row)
-    write_words(writer, family.saved_tokenizer(), family.anatomy.sizes["vocabulary"],
-                eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
-    tensors = dict(_tensors(family, names))
+    factors = write_hyperparameters(writer, model.config, family.structure.sizes["vocabulary"], names.spec)
+    write_tokenizer(writer, family.get_saved_tokenizer(), family.structure.sizes["vocabulary"],
+                find_eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
+    tensors = dict(_list_tensors(family, names))
     if factors is not None:
         tensors["rope_freqs.weight"] = factors
-    _write(writer, path, tensors, numbers)
+    _write_file(writer, path, tensors, weight_type)
 
 
-def _tensors(family: Family, names: Names) -> Iterator[tuple[str, Tensor]]:
+def _list_tensors(family: Family, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
     """Every parameter under llama.cpp's name, in its order; a tied head is the embedding, which stands there once."""
-    turned = {f"{site.name}.weight" for site in family.anatomy.sites if site.transposed}
-    for path, parameter in family.anatomy.model.named_parameters():
+    turned = {f"{site.name}.weight" for site in family.structure.linears if site.transposed}
+    for path, parameter in family.structure.model.named_parameters():
         stem, _, ending = path.rpartition(".")
-        name = names.name(stem)
-        if ending == "bias" and name.rpartition(".")[2] not in names.row.biases:
-            raise BaseError(f"{path!r} is a bias that llama.cpp's {names.row.name} does not add",
+        name = names.map_name(stem)
+        if ending == "bias" and name.rpartition(".")[2] not in names.spec.biases:
+            raise BaseError(f"{path!r} is a bias that llama.cpp's {names.spec.name} does not add",
                             "export with --to merged, or train another method")
         weight = parameter.detach().T if path in turned else parameter.detach()
-        yield f"{name}.{ending}", names.raised(name, names.ordered(name, weight))
+        yield f"{name}.{ending}", names.adjust_norm(name, names.permute_rows(name, weight))
 
 
 # ---------------------------------------------------------------- an adapter
 
 
-def write_gguf_adapter(family: Family, changes: Mapping[str, Change], path: Path, name: str = "") -> None:
+def write_gguf_adapter(family: Family, changes: Mapping[str, LoraDelta], path: Path, name: str = "") -> None:
     """Write LoRAs, by the paths of their maps, as one file that llama.cpp puts on the base's GGUF file.
 
     There a file has one alpha, and a LoRA of rank R is scaled by alpha / R. Where that is not a map's own scale (other
@@ -104,10 +104,10 @@ def write_gguf_adapter(family: Family, changes: Mapping[str, Change], path: Path
     Raises:
         BaseError: the base is of no architecture that can be written.
     """
-    names = Names(family.anatomy.model.config)
+    names = TensorNames(family.structure.model.config)
     first = next(iter(changes.values()))
     alpha = first.scale * first.a.shape[0]
-    writer = gguf.GGUFWriter(None, names.row.name)
+    writer = gguf.GGUFWriter(None, names.spec.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
@@ -116,19 +116,19 @@ def write_gguf_adapter(family: Family, changes: Mapping[str, Change], path: Path
     writer.add_file_type(LlamaFileType.ALL_F32)
     tensors = {}
     for site, change in changes.items():
-        at = names.name(site)
+        at = names.map_name(site)
         own = change.scale * change.a.shape[0] / alpha
         tensors[f"{at}.weight.lora_a"] = change.a.detach()
-        tensors[f"{at}.weight.lora_b"] = names.ordered(at, change.b.detach()) * own
-    _write(writer, path, tensors, "float32")
+        tensors[f"{at}.weight.lora_b"] = names.permute_rows(at, change.b.detach()) * own
+    _write_file(writer, path, tensors, "float32")
 
 
 # ---------------------------------------------------------------- numbers
 
 
-def _write(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tensor], numbers: Numbers) -> None:
+def _write_file(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tensor], weight_type: WeightType) -> None:
     """The file, one tensor in memory at a time."""
-    kinds = {name: _kind(tensor, numbers) for name, tensor in tensors.items()}
+    kinds = {name: _select_type(tensor, weight_type) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kinds[name])
         width: Any = np.uint8
@@ -137,20 +137,20 @@ def _write(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tensor], n
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name, tensor in tensors.items():
-        writer.write_tensor_data(_numbers(name, tensor, kinds[name]))
+        writer.write_tensor_data(_encode_tensor(name, tensor, kinds[name]))
     writer.close()
 
 
-def _kind(tensor: Tensor, numbers: Numbers) -> GGMLQuantizationType:
+def _select_type(tensor: Tensor, weight_type: WeightType) -> GGMLQuantizationType:
     if tensor.dim() < 2:
         return GGMLQuantizationType.F32
-    if numbers == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
+    if weight_type == "q8_0" and tensor.shape[-1] % Q8_BLOCK:
         return GGMLQuantizationType.F16
-    return NUMBERS[numbers][0]
+    return WEIGHT_TYPES[weight_type][0]
 
 
-def _numbers(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
+def _encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
     values = tensor.float().cpu().contiguous().numpy()
-    if kind == GGMLQuantizationType.F16 and (largest := float(np.abs(values).max())) > LARGEST:
-        raise BaseError(f"{name} holds {largest:.3g}, and float16 ends at {LARGEST:.0f}", "export with --dtype float32")
+    if kind == GGMLQuantizationType.F16 and (largest := float(np.abs(values).max())) > FLOAT16_MAX:
+        raise BaseError(f"{name} holds {largest:.3g}, and float16 ends at {FLOAT16_MAX:.0f}", "export with --dtype float32")
     return gguf.quantize(values, kind)

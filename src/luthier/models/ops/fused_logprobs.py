@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2 ** 21  # logits held at once: 8 MB in float32, small beside a row's activations
-CHUNK_GPU = 2 ** 25  # a GPU wants large products: 128 MB, 682 positions of a vocabulary of 49,152 instead of 42
+CHUNK_LOGITS = 2 ** 21  # logits held at once: 8 MB in float32, small beside a row's activations
+CHUNK_LOGITS_GPU = 2 ** 25  # a GPU wants large products: 128 MB, 682 positions of a vocabulary of 49,152 instead of 42
 
 
-class _LogProbs(torch.autograd.Function):
+class _FusedLogProbs(torch.autograd.Function):
     """(states [P, D], weight [V, D], tokens [P]) -> (log-probabilities [P], hits [P], entropies [P], which have no
     gradient, or [0] where nobody asks). Logits are divided by the temperature in float32 or wider."""
 
@@ -40,9 +40,9 @@ class _LogProbs(torch.autograd.Function):
         entropies = torch.empty(states.shape[0] if asked else 0, dtype=wide, device=states.device)
         needs_state, needs_weight = ctx.needs_input_grad[:2]
         slopes = torch.empty_like(states) if needs_state and not needs_weight else None
-        for rows in _chunks(states.shape[0], weight.shape[0], states.device):
+        for rows in _split_positions(states.shape[0], weight.shape[0], states.device):
             target = tokens[rows]
-            logits = _cooled((states[rows] @ weight.T).to(wide), temperature)
+            logits = _divide_by_temperature((states[rows] @ weight.T).to(wide), temperature)
             best = logits.amax(-1, keepdim=True)
             chosen = logits.gather(1, target[:, None])
             hits[rows] = (chosen >= best)[:, 0]
@@ -53,7 +53,7 @@ class _LogProbs(torch.autograd.Function):
                 entropies[rows] = (total.log() + torch.special.entr(mass).sum(-1, keepdim=True) / total)[:, 0]
             if slopes is not None:
                 slope = weight[target] - ((mass.to(weight.dtype) @ weight).to(wide) / total).to(weight.dtype)
-                slopes[rows] = _cooled(slope, temperature)
+                slopes[rows] = _divide_by_temperature(slope, temperature)
         if slopes is not None:
             ctx.save_for_backward(slopes)
         else:
@@ -69,11 +69,11 @@ class _LogProbs(torch.autograd.Function):
         states, weight, tokens, _ = ctx.saved_tensors
         kind, mixed = ctx.autocast
         with nullcontext() if mixed is None else torch.autocast(kind, mixed):
-            found = _recomputed(states, weight, tokens, grad, ctx.temperature, ctx.needs_input_grad[0], mixed)
+            found = _recompute_gradients(states, weight, tokens, grad, ctx.temperature, ctx.needs_input_grad[0], mixed)
         return *found, None, None, None
 
 
-def _recomputed(states: Tensor, weight: Tensor, tokens: Tensor, grad: Tensor, temperature: float, wanted: bool,
+def _recompute_gradients(states: Tensor, weight: Tensor, tokens: Tensor, grad: Tensor, temperature: float, wanted: bool,
                 mixed: torch.dtype | None) -> tuple[Tensor | None, Tensor]:
     """The gradients of states (where `wanted`) and weight. That of the weight is summed over chunks in float32 or
     wider: the sum has as many terms as there are positions.
@@ -84,11 +84,11 @@ def _recomputed(states: Tensor, weight: Tensor, tokens: Tensor, grad: Tensor, te
     grad_states = torch.empty_like(states) if wanted else None
     grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
     narrow = weight.dtype if mixed is None or weight.dtype == torch.float64 else mixed
-    for rows in _chunks(states.shape[0], weight.shape[0], states.device):
-        logits = _cooled((states[rows] @ weight.T).to(grad.dtype), temperature)
+    for rows in _split_positions(states.shape[0], weight.shape[0], states.device):
+        logits = _divide_by_temperature((states[rows] @ weight.T).to(grad.dtype), temperature)
         push = logits.softmax(-1).mul_(-grad[rows, None])
         push.scatter_add_(1, tokens[rows, None], grad[rows, None])
-        push = _cooled(push, temperature).to(narrow)
+        push = _divide_by_temperature(push, temperature).to(narrow)
         if grad_states is not None:
             grad_states[rows] = push @ weight
         if narrow == grad_weight.dtype == states.dtype:
@@ -98,11 +98,11 @@ def _recomputed(states: Tensor, weight: Tensor, tokens: Tensor, grad: Tensor, te
     return grad_states, grad_weight.to(weight.dtype)
 
 
-def _cooled(values: Tensor, temperature: float) -> Tensor:
+def _divide_by_temperature(values: Tensor, temperature: float) -> Tensor:
     return values if temperature == 1 else values.div_(temperature)
 
 
-def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None, scale: float = 1.0,
+def compute_logprobs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None = None, scale: float = 1.0,
               entropies: bool = False, temperature: float = 1.0) -> tuple[Tensor, Tensor, Tensor | None]:
     """log p(tokens | states), whether each was the most probable token, and where asked for the entropy of each
     prediction, - sum_v p_v log p_v; all [P]. See the module's formula.
@@ -115,17 +115,17 @@ def log_probs(head: Any, states: Tensor, tokens: Tensor, softcap: float | None =
         scale: factor on the logits (Cohere, Granite).
         temperature: the probabilities are those of sampling at this temperature: the logits are divided by it.
     """
-    plain = type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _hooked(head)
+    plain = type(head) is nn.Linear and head.bias is None and softcap is None and scale == 1.0 and not _has_hooks(head)
     if plain and not (entropies and torch.is_grad_enabled()):
-        logps, hits, spread = _LogProbs.apply(states, head.weight, tokens, entropies, temperature)
+        logps, hits, spread = _FusedLogProbs.apply(states, head.weight, tokens, entropies, temperature)
         return logps, hits, spread if entropies else None
-    parts = [_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
-             checkpoint(_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)
-             for rows in _chunks(states.shape[0], head.weight.shape[0], states.device)]
+    parts = [_compute_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
+             checkpoint(_compute_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)
+             for rows in _split_positions(states.shape[0], head.weight.shape[0], states.device)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
 
 
-def _chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None,
+def _compute_chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | None,
            scale: float, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     logits = head(states)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
@@ -138,10 +138,10 @@ def _chunk(head: nn.Module, states: Tensor, tokens: Tensor, softcap: float | Non
     return every.gather(1, tokens[:, None])[:, 0], hits, -(every.exp() * every).sum(-1)
 
 
-def _hooked(module: nn.Module) -> bool:
+def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _chunks(positions: int, vocabulary: int, device: torch.device) -> list[slice]:
-    size = max(16, (CHUNK_GPU if device.type == "cuda" else CHUNK) // vocabulary)
+def _split_positions(positions: int, vocabulary: int, device: torch.device) -> list[slice]:
+    size = max(16, (CHUNK_LOGITS_GPU if device.type == "cuda" else CHUNK_LOGITS) // vocabulary)
     return [slice(i, min(i + size, positions)) for i in range(0, positions, size)] or [slice(0, 0)]

@@ -30,26 +30,26 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import Anatomy, Router, Scope
-from luthier.core.soft_prompts import Kind
+from luthier.core.protocols import ModelStructure, Router, Scope
+from luthier.core.soft_prompts import SoftPromptKind
 from luthier.core.types import Forest
-from luthier.models.adapter_routing import routed
-from luthier.models.attention.packed import Before, Pair
-from luthier.models.soft_prompts.injection import Door, Shares, made_by, shares_of
-from luthier.models.soft_prompts.layout import Room, packed_room, padded_room, spread
+from luthier.models.adapter_routing import route_segments
+from luthier.models.attention.packed import KeyValue, VirtualKeyValues
+from luthier.models.soft_prompts.injection import Injection, InjectionPlan, compute_injected, plan_injections
+from luthier.models.soft_prompts.layout import VirtualTokenLayout, layout_packed, layout_padded, repeat_per_token
 
 ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
 
 
-def installed(anatomy: Anatomy, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> Anatomy:
-    """The anatomy with `ports`, of a model that counts positions from `first`. Nothing is hung into the model before a
+def attach_injector(structure: ModelStructure, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
+    """The structure with `injector`, of a model that counts positions from `first`. Nothing is hung into the model before a
     method asks for it. `router()`: who sends segments through adapters of their own."""
-    ports = VirtualPorts(anatomy, first, router)
-    _PORTS[anatomy.model] = ref(ports)
-    return replace(anatomy, ports=ports)
+    injector = CausalInjector(structure, first, router)
+    _INJECTORS[structure.model] = ref(injector)
+    return replace(structure, injector=injector)
 
 
-def has_window(model: Any, context: int) -> bool:
+def has_sliding_window(model: Any, context: int) -> bool:
     """Whether some layer lets a token see only the last ones before it, fewer than the context holds."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -59,14 +59,14 @@ def has_window(model: Any, context: int) -> bool:
     return any(isinstance(window, int) and 0 < window < context for window in windows)
 
 
-def lengths(model: nn.Module, rows: int) -> list[int]:
+def count_virtual_tokens(model: nn.Module, rows: int) -> list[int]:
     """How many places of the model's context virtual tokens take now, in each of the rows of a batch."""
-    ports = _PORTS[model]() if model in _PORTS else None
-    found = None if ports is None else shares_of(ports.doors, None, rows)
-    return [0] * rows if found is None else [found.size(i) for i in range(rows)]
+    injector = _INJECTORS[model]() if model in _INJECTORS else None
+    found = None if injector is None else plan_injections(injector.injections, None, rows)
+    return [0] * rows if found is None else [found.count_tokens_at(i) for i in range(rows)]
 
 
-class Carried:
+class InjectedKeyValues:
     """Travels with one call down to its attention functions, which call it, and to the end of the backbone.
 
     It holds its own tensors, so that blocks that are recomputed in the backward pass meet those of their forward pass.
@@ -77,55 +77,55 @@ class Carried:
         own: [B, L] where each own token went.
     """
 
-    def __init__(self, pairs: dict[nn.Module, list[Pair]], whose: tuple[int, ...] = (),
+    def __init__(self, pairs: dict[nn.Module, list[KeyValue]], assignment: tuple[int, ...] = (),
                  own: Tensor | None = None) -> None:
-        self.pairs, self.whose, self.own = pairs, whose, own
+        self.pairs, self.assignment, self.own = pairs, assignment, own
         self.open = ExitStack()  # what lasts until the backbone ends
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> VirtualKeyValues | None:
         """What stands before keys and values [B, G, L, d]; None for nothing."""
         found = self.pairs.get(module)
         if found is None:
             return None
-        return Before([(k[None].to(key), v[None].to(value)) for k, v in found], self.whose)
+        return VirtualKeyValues([(k[None].to(key), v[None].to(value)) for k, v in found], self.assignment)
 
 
-class Enough(Exception):
+class RecordingComplete(Exception):
     """The catch is complete: nothing more need be computed."""
 
 
-class Catch:
-    """Travels like `Carried`, and keeps the keys and values that it meets."""
+class KeyValueRecorder:
+    """Travels like `InjectedKeyValues`, and keeps the keys and values that it meets."""
 
-    def __init__(self, most: int | None = None) -> None:
-        self.most = most
-        self.caught: dict[nn.Module, Pair] = {}
+    def __init__(self, max_modules: int | None = None) -> None:
+        self.max_modules = max_modules
+        self.recorded: dict[nn.Module, KeyValue] = {}
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
-        self.caught[module] = (key, value)
-        if len(self.caught) == self.most:
-            raise Enough
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> VirtualKeyValues | None:
+        self.recorded[module] = (key, value)
+        if len(self.recorded) == self.max_modules:
+            raise RecordingComplete
         return None
 
 
-class VirtualPorts:
-    """See `core.ports.Ports`. One for each loaded model."""
+class CausalInjector:
+    """See `core.soft_prompts.SoftPromptInjector`. One for each loaded model."""
 
-    usual: Callable[[int, int], Tensor] | None = None
+    typical_embeddings: Callable[[int, int], Tensor] | None = None
 
-    def __init__(self, anatomy: Anatomy, first: int, router: Callable[[], Router | None]) -> None:
+    def __init__(self, structure: ModelStructure, first: int, router: Callable[[], Router | None]) -> None:
         self._first, self._router = first, router
-        self._backbone, self._embedding = anatomy.backbone, anatomy.embedding
-        self._layers, self._context = len(anatomy.blocks), anatomy.sizes["context"]
-        self._both_ways = anatomy.task == "FEATURE_EXTRACTION"
+        self._backbone, self._embedding = structure.backbone, structure.embedding
+        self._layers, self._context = len(structure.layers), structure.sizes["context"]
+        self._both_ways = structure.task == "FEATURE_EXTRACTION"
         # PEFT puts a prefix into the cache, where a layer with a window loses sight of it; here every token sees it.
-        windowed = has_window(anatomy.model, self._context)
-        self.peft: frozenset[Kind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
-        arguments = inspect.signature(type(anatomy.backbone).forward).parameters
+        windowed = has_sliding_window(structure.model, self._context)
+        self.peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
+        arguments = inspect.signature(type(structure.backbone).forward).parameters
         self._names = list(arguments)[1:]
-        self._carries = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+        self._accepts_kwargs = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
         self._suspended = False
-        self.doors: list[Door] = []
+        self.injections: list[Injection] = []
 
     @property
     def _device(self) -> torch.device:
@@ -133,62 +133,62 @@ class VirtualPorts:
 
     # ------------------------------------------------------------ what methods call
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
-        self._open(Door("prompt", make, scope, make().shape[0]))
+    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+        self._add_injection(Injection("prompt", make, scope, make().shape[0]))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
+        self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
-    def _open(self, door: Door) -> None:
-        if not self._carries:
+    def _add_injection(self, injection: Injection) -> None:
+        if not self._accepts_kwargs:
             raise BaseError(f"{type(self._backbone).__name__} takes no more arguments than it knows, so nothing can be "
                             "handed through it", "use a method that changes its layers, such as lora, or another base")
-        if not self.doors:
-            self._modules = list(self._caught([0]).caught)
-            self._backbone.register_forward_pre_hook(self._enter, with_kwargs=True)
-            self._backbone.register_forward_hook(self._leave, with_kwargs=True, always_call=True)
-        if door.kind == "prefix" and len(self._modules) != self._layers:
-            raise self._unreachable()
-        self.doors.append(door)
+        if not self.injections:
+            self._modules = list(self._record_keys_values([0]).recorded)
+            self._backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._backbone.register_forward_hook(self._after_forward, with_kwargs=True, always_call=True)
+        if injection.kind == "prefix" and len(self._modules) != self._layers:
+            raise self._unreachable_error()
+        self.injections.append(injection)
 
-    def _unreachable(self) -> BaseError:
+    def _unreachable_error(self) -> BaseError:
         return BaseError(f"{type(self._backbone).__name__} keeps the keys and values of its layers out of reach, so no "
                          "prefix can stand before them", "use the method prompt, or another base")
 
-    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert not isinstance(start, Tensor), "there are words"
-        caught = self._caught([start]).caught
-        if len(caught) != self._layers:
-            raise self._unreachable()
-        return [(k[0], v[0]) for k, v in caught.values()]
+        recorded = self._record_keys_values([start]).recorded
+        if len(recorded) != self._layers:
+            raise self._unreachable_error()
+        return [(k[0], v[0]) for k, v in recorded.values()]
 
-    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
-        caught = self._caught([[token] for token in ids], place, most=1).caught
-        if not caught:
-            raise self._unreachable()
-        (key, _), = caught.values()
+    def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
+        recorded = self._record_keys_values([[token] for token in ids], place, max_modules=1).recorded
+        if not recorded:
+            raise self._unreachable_error()
+        (key, _), = recorded.values()
         return key.flatten(1)
 
     @torch.no_grad()
-    def _caught(self, rows: Sequence[Any], place: int = 0, most: int | None = None) -> Catch:
+    def _record_keys_values(self, rows: Sequence[Any], place: int = 0, max_modules: int | None = None) -> KeyValueRecorder:
         """The bare base's keys and values of rows that begin at `place`."""
         device = self._device
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
-        catch, was = Catch(most), self._backbone.training
+        recorder, was = KeyValueRecorder(max_modules), self._backbone.training
         start = self._first + place
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(tokens.shape)
         self._backbone.eval()
         try:
-            with self._alone():
-                self._backbone(input_ids=tokens, position_ids=positions, virtual=catch)
-        except Enough:
+            with self._suspend():
+                self._backbone(input_ids=tokens, position_ids=positions, virtual=recorder)
+        except RecordingComplete:
             pass  # a signal, no error
         finally:
             self._backbone.train(was)
-        return catch
+        return recorder
 
     @contextmanager
-    def _alone(self) -> Any:
+    def _suspend(self) -> Any:
         self._suspended = True
         try:
             yield
@@ -197,75 +197,75 @@ class VirtualPorts:
 
     # ------------------------------------------------------------ the two hooks
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         if self._suspended:
             return None
         given = {**dict(zip(self._names, args, strict=False)), **given}
-        cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _shape(given)
+        cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _get_shape(given)
         seen = cache.get_seq_length() if cache is not None else 0
-        shares = shares_of(self.doors, given.get("forest"), rows)
+        plan = plan_injections(self.injections, given.get("forest"), rows)
         # What the cache holds and its caller does not know of; rows that had virtual tokens may have left it since.
         held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
-        if shares is None and not held:
+        if plan is None and not held:
             return None
-        shares = shares or Shares(((),), (0,) * rows)
-        before, behind = shares.sizes("prompt"), shares.sizes("prefix")
+        plan = plan or InjectionPlan(((),), (0,) * rows)
+        before, behind = plan.count_tokens("prompt"), plan.count_tokens("prefix")
         places = max(held, *before)
         uneven = given.get("forest") is None and {*before, places} != {places}
         if uneven and cache is not None and mask is None:
             raise RunError("rows with different virtual tokens are of different lengths, and no mask says so to the "
                            "calls with their cache", "give an attention_mask of [rows, tokens] with every call")
         if not seen:
-            self._refuse_too_long(given, shares)
+            self._check_length(given, plan)
         moved = [x + y * bool(seen) for x, y in zip(behind, before, strict=True)]
         if uneven or any(behind) or given.get("position_ids") is not None:
-            given = self._moved_on(given, [moved[share] for share in shares.whose], max(seen - places, 0))
-        room = None
+            given = self._shift_positions(given, [moved[combination] for combination in plan.assignment], max(seen - places, 0))
+        layout = None
         if places and seen and mask is not None:
-            room = padded_room(_first(mask, mask), mask.shape[1], before, shares.whose, places)
-            given = {**given, "attention_mask": self._spread(mask, room)}
+            layout = layout_padded(_find_first_token(mask, mask), mask.shape[1], before, plan.assignment, places)
+            given = {**given, "attention_mask": self._extend_mask(mask, layout)}
         elif places and not seen:
-            given, room = self._put_in(given, shares)
-        pairs, whose = self._pairs(shares, shares.whose if room is None or room.forest is None else room.whose)
-        carried = Carried(pairs, whose, None if seen or room is None else room.own)
-        if room is not None and room.forest is not None:  # the other parts of these adapters meet the longer row
-            carried.open.enter_context(routed(self._router(), room.forest, packed=True))
+            given, layout = self._insert_prompts(given, plan)
+        pairs, assignment = self._compute_pairs(plan, plan.assignment if layout is None or layout.forest is None else layout.assignment)
+        carried = InjectedKeyValues(pairs, assignment, None if seen or layout is None else layout.own_index)
+        if layout is not None and layout.forest is not None:  # the other parts of these adapters meet the longer row
+            carried.open.enter_context(route_segments(self._router(), layout.forest, packed=True))
         return (), {**given, "virtual": carried}
 
-    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], result: Any) -> Any:
+    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], result: Any) -> Any:
         carried = given.get("virtual")
-        if not isinstance(carried, Carried):
+        if not isinstance(carried, InjectedKeyValues):
             return None
         carried.open.close()
         if carried.own is None or result is None:  # None: the backbone has raised
             return None
         if isinstance(result, tuple):
-            return _taken(result[0], carried.own), *result[1:]
-        result.last_hidden_state = _taken(result.last_hidden_state, carried.own)
+            return _gather_tokens(result[0], carried.own), *result[1:]
+        result.last_hidden_state = _gather_tokens(result.last_hidden_state, carried.own)
         if getattr(result, "hidden_states", None) is not None:
-            result.hidden_states = tuple(_taken(states, carried.own) for states in result.hidden_states)
+            result.hidden_states = tuple(_gather_tokens(states, carried.own) for states in result.hidden_states)
         return result
 
-    def _pairs(self, shares: Shares, whose: Sequence[int]) -> tuple[dict[nn.Module, list[Pair]], tuple[int, ...]]:
+    def _compute_pairs(self, plan: InjectionPlan, assignment: Sequence[int]) -> tuple[dict[nn.Module, list[KeyValue]], tuple[int, ...]]:
         """The keys and values of every share that has a prefix, by the module that they are for; and for each segment
         or row its number among these, -1 for none."""
-        made = made_by(shares, "prefix")
-        found: dict[int, list[Pair]] = {}
-        for i, share in enumerate(shares.doors):
-            layers = zip(*(made[door] for door in share if door.kind == "prefix"), strict=True)
+        made = compute_injected(plan, "prefix")
+        found: dict[int, list[KeyValue]] = {}
+        for i, combination in enumerate(plan.combinations):
+            layers = zip(*(made[injection] for injection in combination if injection.kind == "prefix"), strict=True)
             if joined := [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]:
                 found[i] = joined  # type: ignore[assignment]
         order = list(found)
         return ({module: [pairs[i] for pairs in found.values()] for i, module in enumerate(self._modules)} if found
-                else {}, tuple(order.index(share) if share in found else -1 for share in whose))
+                else {}, tuple(order.index(combination) if combination in found else -1 for combination in assignment))
 
-    def _refuse_too_long(self, given: dict[str, Any], shares: Shares) -> None:
+    def _check_length(self, given: dict[str, Any], plan: InjectionPlan) -> None:
         """Raises `BaseError` where a text and its virtual tokens are more than the context holds."""
-        forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _shape(given)
-        extra = [shares.size(i) for i in range(len(shares.whose))]
+        forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _get_shape(given)
+        extra = [plan.count_tokens_at(i) for i in range(len(plan.assignment))]
         widths = [width] * rows
         if forest is not None:
-            widths = _depths(forest)
+            widths = _path_lengths(forest)
         elif width + max(extra) > self._context and isinstance(mask, Tensor) and mask.ndim == 2:
             widths = mask.sum(1).tolist()  # of rows without their padding
         width, n = max(zip(widths, extra, strict=True), key=sum)
@@ -274,42 +274,42 @@ class VirtualPorts:
                             f"{self._context} tokens", f"set data.max_length to {self._context - n} or less, or use "
                             "fewer virtual tokens (method.tokens)")
 
-    def _moved_on(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
+    def _shift_positions(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
         """The call with the positions of every segment or row moved on; without any, they count from `seen`."""
-        rows, width = _shape(given)
+        rows, width = _get_shape(given)
         positions, forest = given.get("position_ids"), given.get("forest")
         if positions is None:
             start = self._first + seen
             positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
         if len(set(by)) == 1:
             return {**given, "position_ids": positions + by[0]}
-        further = torch.tensor(by)[:, None] if forest is None else spread(by, forest.lengths)[None]
+        further = torch.tensor(by)[:, None] if forest is None else repeat_per_token(by, forest.lengths)[None]
         return {**given, "position_ids": positions + further.to(self._device, non_blocking=True)}
 
-    def _put_in(self, given: dict[str, Any], shares: Shares) -> tuple[dict[str, Any], Room]:
+    def _insert_prompts(self, given: dict[str, Any], plan: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
         """The call with the virtual tokens in their places."""
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self._embedding(given["input_ids"])
-        forest, mask, sizes = given.get("forest"), given.get("attention_mask"), shares.sizes("prompt")
-        room = (padded_room(_first(mask, embeds), embeds.shape[1], sizes, shares.whose) if forest is None
-                else packed_room(forest, sizes, shares.whose, self._both_ways, embeds.device))
-        made = made_by(shares, "prompt")
-        virtual = torch.cat([made[door] for share in shares.doors for door in share if door in made])
+        forest, mask, sizes = given.get("forest"), given.get("attention_mask"), plan.count_tokens("prompt")
+        layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment) if forest is None
+                else layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
+        made = compute_injected(plan, "prompt")
+        virtual = torch.cat([made[injection] for combination in plan.combinations for injection in combination if injection in made])
         table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)
-        given = {**given, "input_ids": None, "inputs_embeds": _taken(table, room.source)}
+        given = {**given, "input_ids": None, "inputs_embeds": _gather_tokens(table, layout.source_index)}
         for name in ROW_ARGUMENTS:
             if (column := given.get(name)) is not None:
-                given[name] = column.expand(embeds.shape[:2]).gather(1, room.like)
+                given[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)
         if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + room.shift
+            given["position_ids"] = given["position_ids"] + layout.position_shift
         if forest is not None:
-            return {**given, "forest": room.forest}, room
-        return {**given, "attention_mask": self._spread(mask, room)}, room
+            return {**given, "forest": layout.forest}, layout
+        return {**given, "attention_mask": self._extend_mask(mask, layout)}, layout
 
-    def _spread(self, mask: Any, room: Room) -> Tensor | None:
+    def _extend_mask(self, mask: Any, layout: VirtualTokenLayout) -> Tensor | None:
         """The mask of the longer rows, in which a virtual token counts as the text's first token does."""
-        like, live = room.like, room.live
+        like, live = layout.template, layout.is_token
         if mask is None:
             return None if live is None else live.long()
         if mask.ndim == 2:
@@ -323,19 +323,19 @@ class VirtualPorts:
         return longer if live is None else longer & live[:, None, None]
 
 
-def _first(mask: Tensor | None, rows: Tensor) -> Tensor:
+def _find_first_token(mask: Tensor | None, rows: Tensor) -> Tensor:
     """[B, 1] where each row's first token stands, behind padding on its left."""
     if mask is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return torch.zeros(rows.shape[0], 1, dtype=torch.int64, device=rows.device)
     return mask.ne(0).int().argmax(1, keepdim=True)
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
+def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """x [B, K, D] at index [B, L]: [B, L, D]."""
     return x.gather(1, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
-def _shape(given: dict[str, Any]) -> torch.Size:
+def _get_shape(given: dict[str, Any]) -> torch.Size:
     """[B, L] of a call."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     shape = ids.shape if ids is not None else embeds.shape[:2]  # type: ignore[union-attr]
@@ -343,7 +343,7 @@ def _shape(given: dict[str, Any]) -> torch.Size:
     return shape
 
 
-def _depths(forest: Forest) -> list[int]:
+def _path_lengths(forest: Forest) -> list[int]:
     """Tokens of each segment's path."""
     depths: list[int] = []
     for size, parent in zip(forest.lengths, forest.parents, strict=True):
@@ -351,4 +351,4 @@ def _depths(forest: Forest) -> list[int]:
     return depths
 
 
-_PORTS: WeakKeyDictionary[nn.Module, ref[VirtualPorts]] = WeakKeyDictionary()
+_INJECTORS: WeakKeyDictionary[nn.Module, ref[CausalInjector]] = WeakKeyDictionary()

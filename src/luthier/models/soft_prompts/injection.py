@@ -1,4 +1,4 @@
-"""Doors for virtual tokens, and which of them stand open for whom. Read `core/protocols.py` (Scope, Ports) first;
+"""Doors for virtual tokens, and which of them stand open for whom. Read `core/protocols.py` (Scope, SoftPromptInjector) first;
 `models/soft_prompts/causal.py` uses it.
 
 A door is what one attached method puts in. Every segment of a packed row, and every row of a batch, has a share: the
@@ -13,22 +13,22 @@ from typing import Any
 
 from luthier.core.errors import RunError
 from luthier.core.protocols import Scope
-from luthier.core.soft_prompts import Kind
+from luthier.core.soft_prompts import SoftPromptKind
 from luthier.core.types import Forest
 
 
 @dataclass(frozen=True)
-class Door:
+class Injection:
     """What one method puts in."""
 
-    kind: Kind
-    make: Callable[[], Any]
+    kind: SoftPromptKind
+    compute: Callable[[], Any]
     scope: Scope
-    n: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
-class Shares:
+class InjectionPlan:
     """Who stands behind which doors.
 
     Args:
@@ -36,47 +36,47 @@ class Shares:
         whose: for each segment or row, which of them it has.
     """
 
-    doors: tuple[tuple[Door, ...], ...]
-    whose: tuple[int, ...]
+    combinations: tuple[tuple[Injection, ...], ...]
+    assignment: tuple[int, ...]
 
-    def sizes(self, kind: Kind) -> list[int]:
+    def count_tokens(self, kind: SoftPromptKind) -> list[int]:
         """Virtual tokens of a kind in each share."""
-        return [sum(door.n for door in share if door.kind == kind) for share in self.doors]
+        return [sum(injection.num_tokens for injection in combination if injection.kind == kind) for combination in self.combinations]
 
-    def size(self, i: int) -> int:
+    def count_tokens_at(self, i: int) -> int:
         """Virtual tokens of the i-th segment or row."""
-        return sum(door.n for door in self.doors[self.whose[i]])
+        return sum(injection.num_tokens for injection in self.combinations[self.assignment[i]])
 
 
-def shares_of(doors: Sequence[Door], forest: Forest | None, rows: int) -> Shares | None:
+def plan_injections(injections: Sequence[Injection], forest: Forest | None, rows: int) -> InjectionPlan | None:
     """The share of every segment of the forest, or of every row; None where nothing acts. Raises `RunError` where a
     segment has other virtual tokens than the one that it continues."""
-    acting = [door for door in doors if _switched_on(door.scope)]
+    acting = [injection for injection in injections if _is_enabled(injection.scope)]
     if not acting:
         return None
     places = range(rows) if forest is None else forest.starts
-    found: list[tuple[Door, ...]] = [()] * len(places)
-    for door in acting:
-        for i in _named(door.scope, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
-            found[i] = (*found[i], door)
+    found: list[tuple[Injection, ...]] = [()] * len(places)
+    for injection in acting:
+        for i in _list_targets(injection.scope, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
+            found[i] = (*found[i], injection)
     if forest is not None and any(p >= 0 and found[p] != own for p, own in zip(forest.parents, found, strict=True)):
         raise RunError("a segment goes through other virtual tokens than the one that it continues, and these stand "
                        "before whole documents", "send every document as a whole through one adapter")
-    number = {share: i for i, share in enumerate(dict.fromkeys(found))}
-    return Shares(tuple(number), tuple(number[share] for share in found))
+    number = {combination: i for i, combination in enumerate(dict.fromkeys(found))}
+    return InjectionPlan(tuple(number), tuple(number[combination] for combination in found))
 
 
-def _named(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
+def _list_targets(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
     """Which of the places a scope names, in a call of so many (tokens or rows) along a dimension."""
     if scope.part is None or (scope.part[0], scope.among) != call:
-        return range(len(places)) if acts(scope) else ()
+        return range(len(places)) if is_active(scope) else ()
     named = set(scope.where)
     return (i for i, place in enumerate(places) if place in named)
 
 
-def acts(scope: Scope) -> bool:
+def is_active(scope: Scope) -> bool:
     """Whether a scope lets virtual tokens act on all of a call. Raises `RunError` where it asks for a part of it."""
-    if not _switched_on(scope):
+    if not _is_enabled(scope):
         return False
     if scope.part is not None and len(scope.where) != scope.among:
         raise RunError("virtual tokens stand before whole texts, and this call is one that cannot be told apart into "
@@ -84,7 +84,7 @@ def acts(scope: Scope) -> bool:
     return True
 
 
-def _switched_on(scope: Scope) -> bool:
+def _is_enabled(scope: Scope) -> bool:
     if scope.off or scope.weight == 0:
         return False
     if scope.weight != 1:
@@ -93,7 +93,7 @@ def _switched_on(scope: Scope) -> bool:
     return True
 
 
-def made_by(shares: Shares, kind: Kind) -> dict[Door, Any]:
+def compute_injected(plan: InjectionPlan, kind: SoftPromptKind) -> dict[Injection, Any]:
     """What the doors of a kind put in, each made once."""
-    every = dict.fromkeys(door for share in shares.doors for door in share)
-    return {door: door.make() for door in every if door.kind == kind}
+    every = dict.fromkeys(injection for combination in plan.combinations for injection in combination)
+    return {injection: injection.compute() for injection in every if injection.kind == kind}

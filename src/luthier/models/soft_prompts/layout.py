@@ -25,7 +25,7 @@ from luthier.core.types import Forest
 
 
 @dataclass(frozen=True)
-class Room:
+class VirtualTokenLayout:
     """Rows of L tokens with virtual ones among them, L' in all.
 
     Args:
@@ -38,16 +38,16 @@ class Room:
         whose: for each segment of that forest the share that it has.
     """
 
-    source: Tensor
-    like: Tensor
-    own: Tensor
-    shift: Tensor
-    live: Tensor | None = None
+    source_index: Tensor
+    template: Tensor
+    own_index: Tensor
+    position_shift: Tensor
+    is_token: Tensor | None = None
     forest: Forest | None = None
-    whose: tuple[int, ...] = ()
+    assignment: tuple[int, ...] = ()
 
 
-def padded_room(first: Tensor, width: int, sizes: Sequence[int], whose: Sequence[int], places: int = 0) -> Room:
+def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: Sequence[int], places: int = 0) -> VirtualTokenLayout:
     """Virtual tokens before the first token of each row, which stands at `first` [B, 1].
 
     Args:
@@ -56,69 +56,69 @@ def padded_room(first: Tensor, width: int, sizes: Sequence[int], whose: Sequence
         places: at least so many places in every row.
     """
     device, starts = first.device, [*accumulate(sizes, initial=0)]
-    places = max(places, *(sizes[share] for share in whose))
-    n, start = (torch.tensor([column[share] for share in whose], device=device)[:, None] for column in (sizes, starts))
+    places = max(places, *(sizes[combination] for combination in assignment))
+    n, start = (torch.tensor([column[combination] for combination in assignment], device=device)[:, None] for column in (sizes, starts))
     at, own = (torch.arange(size, device=device) for size in (width + places, width))
     virtual = (at >= first) & (at < first + places)
     place = at - first - (places - n)  # among the row's virtual tokens; below 0 on padding
     own_index = torch.where(at < first, at, at - places)
-    full = all(sizes[share] == places for share in whose)
-    return Room(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
+    full = all(sizes[combination] == places for combination in assignment)
+    return VirtualTokenLayout(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
                 torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
                 torch.where(virtual, place.clamp(min=0), n), None if full else ~virtual | (place >= 0))
 
 
-def packed_room(forest: Forest, sizes: Sequence[int], whose: Sequence[int], both_ways: bool,
-                device: torch.device) -> Room:
+def layout_packed(forest: Forest, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
+                device: torch.device) -> VirtualTokenLayout:
     """One root for each share before all others, or, where texts are seen both ways, its places at every root's head.
 
     Args:
         sizes: how many virtual tokens each share has.
         whose: the share of each segment; a child has its parent's.
     """
-    make = _at_every_head if both_ways else _as_roots
-    return make(forest, sizes, [*accumulate(sizes, initial=0)], whose, device)
+    make = _layout_in_every_root if both_ways else _layout_as_roots
+    return make(forest, sizes, [*accumulate(sizes, initial=0)], assignment, device)
 
 
-def _as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
-              device: torch.device) -> Room:
-    used = {share: whose.index(share) for share in dict.fromkeys(whose) if sizes[share]}  # and its first segment
+def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
+              device: torch.device) -> VirtualTokenLayout:
+    used = {combination: assignment.index(combination) for combination in dict.fromkeys(assignment) if sizes[combination]}  # and its first segment
     new, total = list(used), sum(forest.lengths)
-    above = {share: i for i, share in enumerate(new)}
-    parents = [parent + len(new) if parent >= 0 else above.get(share, -1)
-               for parent, share in zip(forest.parents, whose, strict=True)]
-    longer = Forest((*(sizes[share] for share in new), *forest.lengths), (*(-1 for _ in new), *parents),
-                    (*(forest.adapters[used[share]] for share in new), *forest.adapters) if forest.adapters else ())
-    heads = [torch.arange(sizes[share]) for share in new]
-    row, before = torch.arange(total), sum(sizes[share] for share in new)
-    source = torch.cat([*(head + starts[share] for head, share in zip(heads, new, strict=True)), row + starts[-1]])
-    like = torch.cat([*(torch.full_like(head, forest.starts[used[share]])
-                        for head, share in zip(heads, new, strict=True)), row])
-    shift = torch.cat([*heads, spread([sizes[share] for share in whose], forest.lengths)])
-    return _room(device, source, like, row + before, shift, longer, (*new, *whose))
+    above = {combination: i for i, combination in enumerate(new)}
+    parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
+               for parent, combination in zip(forest.parents, assignment, strict=True)]
+    longer = Forest((*(sizes[combination] for combination in new), *forest.lengths), (*(-1 for _ in new), *parents),
+                    (*(forest.adapters[used[combination]] for combination in new), *forest.adapters) if forest.adapters else ())
+    heads = [torch.arange(sizes[combination]) for combination in new]
+    row, before = torch.arange(total), sum(sizes[combination] for combination in new)
+    source = torch.cat([*(head + starts[combination] for head, combination in zip(heads, new, strict=True)), row + starts[-1]])
+    like = torch.cat([*(torch.full_like(head, forest.starts[used[combination]])
+                        for head, combination in zip(heads, new, strict=True)), row])
+    shift = torch.cat([*heads, repeat_per_token([sizes[combination] for combination in assignment], forest.lengths)])
+    return _make_layout(device, source, like, row + before, shift, longer, (*new, *assignment))
 
 
-def _at_every_head(forest: Forest, sizes: Sequence[int], starts: Sequence[int], whose: Sequence[int],
-                   device: torch.device) -> Room:
-    added = [sizes[share] if parent < 0 else 0 for parent, share in zip(forest.parents, whose, strict=True)]
+def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
+                   device: torch.device) -> VirtualTokenLayout:
+    added = [sizes[combination] if parent < 0 else 0 for parent, combination in zip(forest.parents, assignment, strict=True)]
     longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
     source, like, own, shift = [], [], [], []
-    for at, length, more, before, share in zip(forest.starts, forest.lengths, added, accumulate(added), whose,
+    for at, length, more, before, combination in zip(forest.starts, forest.lengths, added, accumulate(added), assignment,
                                                strict=True):
         head, span = torch.arange(more), torch.arange(at, at + length)
-        source += [head + starts[share], span + starts[-1]]
+        source += [head + starts[combination], span + starts[-1]]
         like += [torch.full_like(head, at), span]
         own += [span + before]
-        shift += [head, torch.full_like(span, sizes[share])]
-    return _room(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(whose))
+        shift += [head, torch.full_like(span, sizes[combination])]
+    return _make_layout(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(assignment))
 
 
-def spread(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
+def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """[T] the value of each token's segment."""
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))
 
 
-def _room(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: Forest,
-          whose: tuple[int, ...]) -> Room:
+def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: Forest,
+          assignment: tuple[int, ...]) -> VirtualTokenLayout:
     source, like, own, shift = (x[None].to(device, non_blocking=True) for x in (source, like, own, shift))
-    return Room(source, like, own, shift, forest=forest, whose=whose)
+    return VirtualTokenLayout(source, like, own, shift, forest=forest, assignment=assignment)

@@ -27,88 +27,88 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Scope
-from luthier.core.soft_prompts import Kind
+from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention import biased
-from luthier.models.attention.biased import Before
-from luthier.models.attention.packed import Pair
-from luthier.models.hf_logging import quiet
-from luthier.models.soft_prompts.causal import Catch, Enough
-from luthier.models.soft_prompts.injection import Door, acts
+from luthier.models.attention.biased import BiasedVirtualKeyValues
+from luthier.models.attention.packed import KeyValue
+from luthier.models.hf_logging import silence_transformers
+from luthier.models.soft_prompts.causal import KeyValueRecorder, RecordingComplete
+from luthier.models.soft_prompts.injection import Injection, is_active
 
 
-class Carried:
+class InjectedKeyValues:
     """Travels with one call of a stack down to its attention functions."""
 
-    def __init__(self, before: dict[nn.Module, Before]) -> None:
+    def __init__(self, before: dict[nn.Module, BiasedVirtualKeyValues]) -> None:
         self.before = before
 
-    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> Before | None:
+    def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> BiasedVirtualKeyValues | None:
         return self.before.get(module)
 
 
-class SourcePorts:
-    """See `core.ports.Ports`.
+class Seq2SeqInjector:
+    """See `core.soft_prompts.SoftPromptInjector`.
 
     Args:
-        anatomy: of the whole model.
+        structure: of the whole model.
         encoder, decoder: its two stacks.
     """
 
-    usual: Callable[[int, int], Tensor] | None = None
-    peft: frozenset[Kind] = frozenset({"prompt"})  # its prefix acts on the decoder's own attention alone
+    typical_embeddings: Callable[[int, int], Tensor] | None = None
+    peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"})  # its prefix acts on the decoder's own attention alone
 
-    def __init__(self, anatomy: Anatomy, encoder: nn.Module, decoder: nn.Module) -> None:
-        model: Any = anatomy.model
-        self._model, self._context = model, anatomy.sizes["context"]
+    def __init__(self, structure: ModelStructure, encoder: nn.Module, decoder: nn.Module) -> None:
+        model: Any = structure.model
+        self._model, self._context = model, structure.sizes["context"]
         self._encoder, self._decoder = encoder, decoder
         self._names = {stack: list(inspect.signature(type(stack).forward).parameters)[1:]
                        for stack in (encoder, decoder)}
         self._modules: dict[nn.Module, list[nn.Module]] = {}  # the attentions of each stack, in their order
         self._suspended = False
-        self.doors: list[Door] = []
+        self.injections: list[Injection] = []
 
     # ------------------------------------------------------------ what methods call
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
-        self._open(Door("prompt", make, scope, make().shape[0]))
+    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+        self._add_injection(Injection("prompt", make, scope, make().shape[0]))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
         if not self._modules:
-            self.keys_values([0])
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+            self.compute_keys_values([0])
+        self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
-    def _open(self, door: Door) -> None:
-        if not self.doors:
-            for stack, enter in ((self._encoder, self._read), (self._decoder, self._write)):
+    def _add_injection(self, injection: Injection) -> None:
+        if not self.injections:
+            for stack, enter in ((self._encoder, self._before_encoder), (self._decoder, self._before_decoder)):
                 stack.register_forward_pre_hook(enter, with_kwargs=True)
-        self.doors.append(door)
+        self.injections.append(injection)
 
     @torch.no_grad()
-    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert not isinstance(start, Tensor), "there are words"
         self._install()
         tokens = torch.tensor([[*start]], device=self._device)
-        catch = Catch()
-        with self._bare():
-            read = self._encoder(input_ids=tokens, virtual=catch).last_hidden_state
-            self._modules[self._encoder] = list(catch.caught)
-            self._decoder(input_ids=tokens, encoder_hidden_states=read, use_cache=False, virtual=catch)
-        self._modules[self._decoder] = [m for m in catch.caught if m not in set(self._modules[self._encoder])]
+        recorder = KeyValueRecorder()
+        with self._base_only():
+            read = self._encoder(input_ids=tokens, virtual=recorder).last_hidden_state
+            self._modules[self._encoder] = list(recorder.recorded)
+            self._decoder(input_ids=tokens, encoder_hidden_states=read, use_cache=False, virtual=recorder)
+        self._modules[self._decoder] = [m for m in recorder.recorded if m not in set(self._modules[self._encoder])]
         maps = {name.rpartition(".")[0] for name, module in self._model.named_modules()
                 if name.rpartition(".")[2] in ("k", "k_proj") and isinstance(module, nn.Linear)}
-        if {self._model.get_submodule(name) for name in maps} != set(catch.caught):
-            raise self._unreachable()
-        return [(key[0], value[0]) for key, value in catch.caught.values()]
+        if {self._model.get_submodule(name) for name in maps} != set(recorder.recorded):
+            raise self._unreachable_error()
+        return [(key[0], value[0]) for key, value in recorder.recorded.values()]
 
     @torch.no_grad()
-    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
+    def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         """Alike at every `place`: T5's keys know none. (BART's do; there it is the first.)"""
         self._install()
-        catch = Catch(most=1)
-        with self._bare(), suppress(Enough):
-            self._encoder(input_ids=torch.tensor([[token] for token in ids], device=self._device), virtual=catch)
-        (key, _), = catch.caught.values()
+        recorder = KeyValueRecorder(max_modules=1)
+        with self._base_only(), suppress(RecordingComplete):
+            self._encoder(input_ids=torch.tensor([[token] for token in ids], device=self._device), virtual=recorder)
+        (key, _), = recorder.recorded.values()
         return key.flatten(1)
 
     @property
@@ -121,16 +121,16 @@ class SourcePorts:
         carries = all(inspect.signature(type(stack).forward).parameters[names[-1]].kind is inspect.Parameter.VAR_KEYWORD
                       for stack, names in self._names.items())
         if not carries or now not in ("sdpa", biased.NAME):
-            raise self._unreachable()
-        with quiet():
+            raise self._unreachable_error()
+        with silence_transformers():
             self._model.set_attn_implementation(biased.NAME)
 
-    def _unreachable(self) -> BaseError:
+    def _unreachable_error(self) -> BaseError:
         return BaseError(f"{type(self._model).__name__} keeps the keys and values of its layers out of reach, so no "
                          "prefix can stand before them", "use the method prompt, or another base")
 
     @contextmanager
-    def _bare(self) -> Iterator[None]:
+    def _base_only(self) -> Iterator[None]:
         was, self._suspended = self._model.training, True
         self._model.eval()
         try:
@@ -141,26 +141,26 @@ class SourcePorts:
 
     # ------------------------------------------------------------ the two hooks
 
-    def _acting(self, kind: Kind) -> list[Door]:
-        return [] if self._suspended else [d for d in self.doors if d.kind == kind and acts(d.scope)]
+    def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
+        return [] if self._suspended else [d for d in self.injections if d.kind == kind and is_active(d.scope)]
 
-    def _read(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the encoder: the prompt before each source, the prefix on its way."""
         given = {**dict(zip(self._names[stack], args, strict=False)), **given}
-        if prompts := self._acting("prompt"):
-            given = self._put_in(given, torch.cat([door.make() for door in prompts]))
-        return (), self._with_prefix(stack, given, 0)
+        if prompts := self._list_active("prompt"):
+            given = self._insert_prompts(given, torch.cat([injection.compute() for injection in prompts]))
+        return (), self._add_prefix_argument(stack, given, 0)
 
-    def _write(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_decoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the decoder: a mask of the source that knows no virtual tokens becomes one that does."""
         given = {**dict(zip(self._names[stack], args, strict=False)), **given}
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
-            given["encoder_attention_mask"] = mask.gather(1, _places(mask, states.shape[1] - mask.shape[1])[1])
+            given["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
         cache = given.get("past_key_values")
-        return (), self._with_prefix(stack, given, 0 if cache is None else int(cache.get_seq_length()))
+        return (), self._add_prefix_argument(stack, given, 0 if cache is None else int(cache.get_seq_length()))
 
-    def _put_in(self, given: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
+    def _insert_prompts(self, given: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
         embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
         if embeds is None:
             embeds = self._encoder.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
@@ -172,26 +172,26 @@ class SourcePorts:
         virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
         if mask is None:
             return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
-        source, like = _places(mask, virtual.shape[1])
+        source, like = _index_padded(mask, virtual.shape[1])
         embeds = torch.cat([virtual, embeds], 1).gather(1, source[..., None].expand(-1, -1, embeds.shape[2]))
         return {**given, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
 
     # ------------------------------------------------------------ a prefix
 
-    def _with_prefix(self, stack: nn.Module, given: dict[str, Any], seen: int) -> dict[str, Any]:
-        made = [door.make() for door in self._acting("prefix")]
+    def _add_prefix_argument(self, stack: nn.Module, given: dict[str, Any], seen: int) -> dict[str, Any]:
+        made = [injection.compute() for injection in self._list_active("prefix")]
         if not made:
             return given
         pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*made, strict=True)]
         modules, before = self._modules[stack], len(self._modules[self._encoder]) * (stack is self._decoder)
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
-        biases = self._biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
-        found = {module: Before(key[None], value[None], biases.get(module))
+        biases = self._compute_biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
+        found = {module: BiasedVirtualKeyValues(key[None], value[None], biases.get(module))
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
-        return {**given, "virtual": Carried(found)}
+        return {**given, "virtual": InjectedKeyValues(found)}
 
-    def _biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
+    def _compute_biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
         """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
         call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
         Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
@@ -213,7 +213,7 @@ class SourcePorts:
         return found
 
 
-def _places(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def _index_padded(mask: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """For rows with the mask [B, L] and n virtual tokens before the first token of each: [B, n + L] what stands where
     (an index into the virtual tokens, and the own ones behind them), and the own token whose mask it has."""
     first = mask.ne(0).int().argmax(1, keepdim=True)

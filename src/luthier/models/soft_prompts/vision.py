@@ -24,152 +24,152 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Scope
-from luthier.core.soft_prompts import Kind
-from luthier.models.attention.packed import Pair
-from luthier.models.soft_prompts.causal import Carried, Catch
-from luthier.models.soft_prompts.injection import Door, acts
+from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.soft_prompts import SoftPromptKind
+from luthier.models.attention.packed import KeyValue
+from luthier.models.soft_prompts.causal import InjectedKeyValues, KeyValueRecorder
+from luthier.models.soft_prompts.injection import Injection, is_active
 
 
-class PicturePorts:
-    """See `core.ports.Ports`.
+class VisionInjector:
+    """See `core.soft_prompts.SoftPromptInjector`.
 
     Args:
-        anatomy: of the whole model; its sizes have `channels`, `height` and `width`.
+        structure: of the whole model; its sizes have `channels`, `height` and `width`.
         embeddings: the module that makes [CLS] and patches out of pixels.
     """
 
-    peft: frozenset[Kind] = frozenset()  # it puts nothing into a model without words
+    peft_kinds: frozenset[SoftPromptKind] = frozenset()  # it puts nothing into a model without words
 
-    def __init__(self, anatomy: Anatomy, embeddings: nn.Module) -> None:
-        self._backbone, self._embeddings = anatomy.backbone, embeddings
-        self._layers = len(anatomy.blocks)
-        self._shape = tuple(anatomy.sizes[name] for name in ("channels", "height", "width"))
-        arguments = inspect.signature(type(anatomy.backbone).forward).parameters
+    def __init__(self, structure: ModelStructure, embeddings: nn.Module) -> None:
+        self._backbone, self._embeddings = structure.backbone, embeddings
+        self._layers = len(structure.layers)
+        self._shape = tuple(structure.sizes[name] for name in ("channels", "height", "width"))
+        arguments = inspect.signature(type(structure.backbone).forward).parameters
         self._names = list(arguments)[1:]
-        self._carries = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
+        self._accepts_kwargs = any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values())
         self._modules: list[nn.Module] = []
-        self.doors: list[Door] = []
+        self.injections: list[Injection] = []
 
     # ------------------------------------------------------------ what methods call
 
     @torch.no_grad()
-    def usual(self, n: int, seed: int) -> Tensor:
+    def typical_embeddings(self, n: int, seed: int) -> Tensor:
         """[n, D] plain patches, as the module's text says."""
         dice = torch.Generator().manual_seed(seed)
         colours = torch.randn(n, self._shape[0], generator=dice)
-        pixels = self._pixels(n) + colours.to(self._pixels(1))[:, :, None, None]
-        with self._bare():
-            seen = self._seen_of(pixels)
+        pixels = self._zero_pixels(n) + colours.to(self._zero_pixels(1))[:, :, None, None]
+        with self._base_only():
+            seen = self._embed(pixels)
         places = torch.randint(1, seen.shape[1], (n,), generator=dice).to(seen.device)
         found: Tensor = seen[torch.arange(n, device=seen.device), places]
         return found
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
         n = make().shape[0]
-        with torch.no_grad(), self._bare():
-            seen = self._seen_of(self._pixels(1))[0]
-            self._run_on(torch.cat([seen, seen[:1].expand(n, -1)]))
-        self._open(Door("prompt", make, scope, n))
+        with torch.no_grad(), self._base_only():
+            seen = self._embed(self._zero_pixels(1))[0]
+            self._record_row(torch.cat([seen, seen[:1].expand(n, -1)]))
+        self._add_injection(Injection("prompt", make, scope, n))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
         if not self._modules:
-            self.keys_values(self.usual(1, 0))
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+            self.compute_keys_values(self.typical_embeddings(1, 0))
+        self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
-    def _open(self, door: Door) -> None:
-        if not self._carries:
+    def _add_injection(self, injection: Injection) -> None:
+        if not self._accepts_kwargs:
             raise BaseError(f"{type(self._backbone).__name__} takes no more arguments than it knows, so nothing can be "
                             "handed through it", "use a method that changes its layers, such as lora, or another base")
-        if not self.doors:
-            self._backbone.register_forward_pre_hook(self._enter, with_kwargs=True)
-            self._backbone.register_forward_hook(self._leave, with_kwargs=True)
-            self._embeddings.register_forward_hook(self._put_in)
-        self.doors.append(door)
+        if not self.injections:
+            self._backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+            self._backbone.register_forward_hook(self._after_forward, with_kwargs=True)
+            self._embeddings.register_forward_hook(self._insert_prompts)
+        self.injections.append(injection)
 
     @torch.no_grad()
-    def keys_values(self, start: Sequence[int] | Tensor) -> list[Pair]:
+    def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert isinstance(start, Tensor), "there are no words"
-        with self._bare():
-            catch = self._run_on(start)
-        if len(catch.caught) != self._layers:
+        with self._base_only():
+            recorder = self._record_row(start)
+        if len(recorder.recorded) != self._layers:
             raise BaseError(f"{type(self._backbone).__name__} keeps the keys and values of its layers out of reach, so "
                             "no prefix can stand before them", "use the method prompt, or another base")
-        self._modules = list(catch.caught)
-        return [(key[0], value[0]) for key, value in catch.caught.values()]
+        self._modules = list(recorder.recorded)
+        return [(key[0], value[0]) for key, value in recorder.recorded.values()]
 
-    def first_keys(self, ids: Sequence[int], place: int) -> Tensor:
+    def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
         raise AssertionError("there are no words")
 
-    def _pixels(self, n: int) -> Tensor:
+    def _zero_pixels(self, n: int) -> Tensor:
         return next(self._embeddings.parameters()).new_zeros(n, *self._shape)
 
-    def _seen_of(self, pixels: Tensor) -> Tensor:
+    def _embed(self, pixels: Tensor) -> Tensor:
         """[S, 1 + P, D] what the layers get. Raises `BaseError` where they get something else besides."""
         seen = self._embeddings(pixels)
         if not isinstance(seen, Tensor):
-            raise self._strange()
+            raise self._unsupported_error()
         return seen
 
-    def _run_on(self, row: Tensor) -> Catch:
+    def _record_row(self, row: Tensor) -> KeyValueRecorder:
         """The keys and values of a picture in whose place the layers see `row` [L, D]. Raises `BaseError` where they
         cannot see rows of another length than a picture's."""
-        catch = Catch()
+        recorder = KeyValueRecorder()
         handle = self._embeddings.register_forward_hook(lambda _module, _args, seen: row[None].to(seen))
         try:
-            self._backbone(pixel_values=self._pixels(1), virtual=catch)
+            self._backbone(pixel_values=self._zero_pixels(1), virtual=recorder)
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
-            raise self._strange() from error
+            raise self._unsupported_error() from error
         finally:
             handle.remove()
-        return catch
+        return recorder
 
-    def _strange(self) -> BaseError:
+    def _unsupported_error(self) -> BaseError:
         return BaseError(f"{type(self._backbone).__name__} computes positions in its layers, so no virtual tokens can "
                          "stand among its patches", "use lora or another method that changes its layers, or a ViT")
 
     @contextmanager
-    def _bare(self) -> Iterator[None]:
+    def _base_only(self) -> Iterator[None]:
         """The base without dropout, and without what methods have put in."""
-        was, before = self._backbone.training, self.doors
+        was, before = self._backbone.training, self.injections
         self._backbone.eval()
-        self.doors = []
+        self.injections = []
         try:
             yield
         finally:
             self._backbone.train(was)
-            self.doors = before
+            self.injections = before
 
     # ------------------------------------------------------------ the hooks
 
-    def _acting(self, kind: Kind) -> list[Door]:
-        return [door for door in self.doors if door.kind == kind and acts(door.scope)]
+    def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
+        return [injection for injection in self.injections if injection.kind == kind and is_active(injection.scope)]
 
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        made = [door.make() for door in self._acting("prefix")]
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+        made = [injection.compute() for injection in self._list_active("prefix")]
         if not made:
             return None
         joined = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in zip(*made, strict=True)]
         pairs = {module: [(key, value)] for module, (key, value) in zip(self._modules, joined, strict=True)}
-        return (), {**dict(zip(self._names, args, strict=False)), **given, "virtual": Carried(pairs)}
+        return (), {**dict(zip(self._names, args, strict=False)), **given, "virtual": InjectedKeyValues(pairs)}
 
-    def _put_in(self, _module: nn.Module, _args: tuple[Any, ...], seen: Tensor) -> Tensor:
+    def _insert_prompts(self, _module: nn.Module, _args: tuple[Any, ...], seen: Tensor) -> Tensor:
         """[S, 1 + N + P, D] of [S, 1 + P, D]."""
-        virtual = [door.make().to(seen).expand(len(seen), -1, -1) for door in self._acting("prompt")]
+        virtual = [injection.compute().to(seen).expand(len(seen), -1, -1) for injection in self._list_active("prompt")]
         return torch.cat([seen[:, :1], *virtual, seen[:, 1:]], 1) if virtual else seen
 
-    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], _given: dict[str, Any], result: Any) -> Any:
-        n = sum(door.n for door in self._acting("prompt"))
+    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], _given: dict[str, Any], result: Any) -> Any:
+        n = sum(injection.num_tokens for injection in self._list_active("prompt"))
         if not n:
             return None
         if isinstance(result, tuple):
-            return _without(result[0], n), *result[1:]
-        result.last_hidden_state = _without(result.last_hidden_state, n)
+            return _remove_prompt(result[0], n), *result[1:]
+        result.last_hidden_state = _remove_prompt(result.last_hidden_state, n)
         if getattr(result, "hidden_states", None) is not None:
-            result.hidden_states = tuple(_without(states, n) for states in result.hidden_states)
+            result.hidden_states = tuple(_remove_prompt(states, n) for states in result.hidden_states)
         return result
 
 
-def _without(states: Tensor, n: int) -> Tensor:
+def _remove_prompt(states: Tensor, n: int) -> Tensor:
     """Behind the first token n taken out."""
     return torch.cat([states[:, :1], states[:, 1 + n:]], 1)
