@@ -116,7 +116,8 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
         seed_everything(made.seed)
         base = load_family(made.base, made.objective.uses_masking)
         check_loaded_model(made, base)
-        base.enable_gradient_checkpointing(0 if made.training.gradient_checkpointing else resolve_micro_batch_tokens(made, base))
+        base.enable_gradient_checkpointing(0 if made.training.gradient_checkpointing
+                                           else resolve_micro_batch_tokens(made, base))
     if base.padding_reason:
         _print_line(quiet, f"warning: {base.padding_reason}")
     with status("reading the data", quiet=quiet):
@@ -207,7 +208,8 @@ def count_trainable(base: Any, attached: Tuner) -> dict[str, float]:
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
-    whole += sum(s.in_features * s.out_features - s.weight.numel() for s in base.structure.linears if s.dequantize is not None)
+    whole += sum(s.in_features * s.out_features - s.weight.numel() for s in base.structure.linears
+                 if s.dequantize is not None)
     count = sum(p.numel() for p in trained.values())
     return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 

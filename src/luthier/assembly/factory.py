@@ -173,7 +173,8 @@ def _build_masking(made: Recipe, base: Family) -> rows.Hide | None:
     told = made.objective
     if not isinstance(told, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name, told.mlm_probability,
+    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name,
+                        told.mlm_probability,
                         told.mean_noise_span_length,
                         told.whole_word_mask)
 

@@ -103,7 +103,8 @@ def _sizes(virtual: Tensor, usual: Tensor, what: str) -> Reading:
                    tuple({"size": size, "nearest": []} for size in sizes.tolist()))
 
 
-def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], structure: ModelStructure) -> Iterator[dict[str, Any]]:
+def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor],
+              structure: ModelStructure) -> Iterator[dict[str, Any]]:
     """A row for each virtual token [N, D], out of the vectors of words, [n, D]."""
     size, lengths = structure.sizes["vocabulary"], []
     best = torch.full((len(virtual), 0), 2.0).to(virtual)

@@ -75,7 +75,8 @@ class ExpertLayer:
         a = (torch.randn(shape, generator=generator) / self.rank if config.init == "gaussian"
              else (torch.rand(shape, generator=generator) * 2 - 1) / site.in_features ** 0.5)
         self.a = nn.Parameter(a.to(site.weight.device, dtype))
-        self.b = nn.Parameter(torch.zeros(site.out_features, self.rank * site.num_experts, device=site.weight.device, dtype=dtype))
+        self.b = nn.Parameter(torch.zeros(site.out_features, self.rank * site.num_experts, device=site.weight.device,
+                                          dtype=dtype))
 
     def enter(self, hooks: Hooks) -> None:
         self.site.add_change(hooks.scope, self.change)

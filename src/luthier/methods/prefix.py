@@ -171,7 +171,8 @@ class ProjectedPrefix(Folding):
 
     network = NETWORK
 
-    def __init__(self, structure: ModelStructure, config: Words, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, structure: ModelStructure, config: Words, encoder: nn.Module, start: Tensor,
+                 scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
         self._form = saved_form(structure, config, "prefix", prefix_form(structure, start))
         ports_of(structure).add_prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)

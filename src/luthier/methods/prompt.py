@@ -192,7 +192,8 @@ def peft_form(structure: ModelStructure, tokens: int) -> dict[str, Any]:
             "inference_mode": True}
 
 
-def saved_form(structure: ModelStructure, config: Words, kind: SoftPromptKind, theirs: dict[str, Any]) -> dict[str, Any]:
+def saved_form(structure: ModelStructure, config: Words, kind: SoftPromptKind, theirs: dict[str, Any]) -> dict[str,
+                                                                                                               Any]:
     """What adapter_config.json says: in PEFT's form where PEFT would do the same with it, else in one of our own."""
     return theirs if kind in ports_of(structure).peft_kinds else own_form(config, structure.task)
 

@@ -22,7 +22,8 @@ from luthier.core.errors import BaseError
 Architecture = Literal["causal", "encoder", "seq2seq", "vision"]
 
 # `AutoModel` is the stack alone: states are what an objective's head stands on.
-AUTO_CLASSES: Mapping[Architecture, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel,
+AUTO_CLASSES: Mapping[Architecture, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM,
+                                            "encoder": AutoModel,
                                "vision": AutoModel}
 # What files of a bare stack may hold besides it, by the first part of the name: what earlier training stood on the
 # states. Nothing here is ever computed, so it is left where it is. All other weights must fit exactly.

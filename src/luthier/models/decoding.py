@@ -24,7 +24,8 @@ from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.models.soft_prompts import causal
 
-COMPACTION_THRESHOLD = 0.75  # rows leave together, once at most this share still runs: each leaving copies the whole cache
+# rows leave together, once at most this share still runs: each leaving copies the whole cache
+COMPACTION_THRESHOLD = 0.75
 
 
 class DecodeBatch(Protocol):
@@ -81,7 +82,8 @@ def stream_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: S
     by itself. Whoever stops listening ends the batch."""
     stops = eos | set(sampling.stop)
     limits = _limit_new_tokens(model, prompts, sampling, routed)
-    for index, token in _decode(partial(CausalDecodeBatch, model, pad, device), dict(enumerate(prompts)), limits, sampling, stops,
+    for index, token in _decode(partial(CausalDecodeBatch, model, pad, device), dict(enumerate(prompts)), limits,
+                                sampling, stops,
                                 routed):
         yield index, None if token in stops else token
 
@@ -92,7 +94,8 @@ def stream_tokens(model: nn.Module, prompt: Sequence[int], sampling: SamplingPar
     return stream_single(begin, prompt, _limit_new_tokens(model, [prompt], sampling), sampling, eos)
 
 
-def generate_outputs(begin: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
+def generate_outputs(begin: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int],
+                     sampling: SamplingParams,
             eos: Set[int], routed: RouteRows = _no_routing, apart: Sequence[int] = ()) -> Iterator[GenerationOutput]:
     """`generate` for any family.
 
@@ -192,7 +195,8 @@ class CausalDecodeBatch:
         self.model = model
         self.tokens, self.mask = pad_left(prompts, pad, device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1  # position of each row
+        # position of each row
+        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1
         described: Any = model.config
         self.cache = DynamicCache(config=described)
 

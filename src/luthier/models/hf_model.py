@@ -51,7 +51,8 @@ class HFModel:
     is_encoder_decoder: ClassVar[bool] = False
     can_generate: ClassVar[bool] = False
     pooling: Pooling
-    has_explicit_pooling: bool = False  # whether the recipe names it; else a head may pool as its class of Transformers does
+    # whether the recipe names it; else a head may pool as its class of Transformers does
+    has_explicit_pooling: bool = False
     layout: Layout = "padded"
     padding_reason = ""  # why rows are padded although the family packs them
     router: Router | None = None  # who sends segments and rows through adapters of their own
@@ -89,16 +90,19 @@ class HFModel:
         self._recompute_over = over
         for block in self.structure.layers:
             block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
-                checkpoint, use_reentrant=False, context_fn=lambda: (self._recomputer.suspended(), snapshot_routing(self.router)))
+                checkpoint, use_reentrant=False, context_fn=lambda: (self._recomputer.suspended(),
+                                                                     snapshot_routing(self.router)))
 
     def add_heads(self, heads: Sequence[Head], seed: int) -> Tuner:
-        self.heads = TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task, self._build_task_head)
+        self.heads = TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task,
+                               self._build_task_head)
         return self.heads
 
     def _build_task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
         if self.is_encoder_decoder:
             return "an encoder-decoder's class of Transformers classifies by the state of the text's own end mark"
-        return build_task_head(head, self.model, self.structure.backbone, self.pooling if self.has_explicit_pooling else None,
+        return build_task_head(head, self.model, self.structure.backbone,
+                               self.pooling if self.has_explicit_pooling else None,
                          "channels" in self.structure.sizes, generator)
 
     def get_padded_tokenizer(self) -> Any:
@@ -121,7 +125,8 @@ class HFModel:
         return replace(self._outputs(inputs, target, needs - {"token_scores"}), token_scores=values)
 
     def _outputs(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        return self.heads.compute_outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
+        return self.heads.compute_outputs(self.states(inputs), inputs.forest, target, needs, self.pooling,
+                                          self._log_probs)
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] last hidden states of the row."""

@@ -88,7 +88,8 @@ def _check_quantizable(model: Any, few: int, bits: QuantizationType) -> None:
                         "leave base.quantize out, or choose another base")
 
 
-def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dtype,
+                     device: torch.device | str) -> nn.Module:
     """The map in few bits."""
     import bitsandbytes as bnb
     weight, bias, made = linear.weight.detach().to(dtype), linear.bias, None

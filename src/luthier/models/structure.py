@@ -64,7 +64,8 @@ def find_structure(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -
     sites = tuple(site for block in blocks for site in find_linears(block))
     tied = head is not None and head.weight is embedding.weight
     experts = tuple(found for block in blocks for found in find_experts(block.name, block.module, block.index))
-    return ModelStructure(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer, experts=experts)
+    return ModelStructure(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer,
+                          experts=experts)
 
 
 def get_role(path: str) -> str:

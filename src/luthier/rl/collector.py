@@ -253,7 +253,8 @@ class Rollouts:
     def _answers(self, prompts: Sequence[Encoded], times: int, seed: int, start: int = 0) -> list[Answer]:
         asked = [prompt.pieces[0].ids for prompt in prompts for _ in range(times)]
         sampling = SamplingParams(self.objective.max_new_tokens, self.objective.temperature,
-                            batch_size=self.objective.generation_batch_size, seed=seed, first_prompt_index=start * times)
+                            batch_size=self.objective.generation_batch_size, seed=seed,
+                            first_prompt_index=start * times)
         said = sorted(self.family.generate(asked, sampling), key=lambda answer: answer.index)
         words = self.family.tokenizer
         texts = [_read(prompt, words) for prompt in prompts]

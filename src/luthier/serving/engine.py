@@ -158,7 +158,8 @@ class InferenceEngine:
 
     def _answer(self, batch: list[Request]) -> None:
         first = batch[0]
-        sampling = SamplingParams(max(r.max_new_tokens for r in batch), first.temperature, first.top_p, batch_size=len(batch),
+        sampling = SamplingParams(max(r.max_new_tokens for r in batch), first.temperature, first.top_p,
+                                  batch_size=len(batch),
                             seed=secrets.randbits(32) if first.seed is None else first.seed + 1_000_003 * first.place)
         numbers = self.numbers([request.adapter for request in batch]) if self.numbers else ()
         answers = [_RunningRequest(request, self.family.tokenizer.decode) for request in batch]

@@ -45,7 +45,8 @@ VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], BiasedVirtualKeyVa
 
 def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, position_bias: Tensor | None = None,
-              virtual: VirtualKeyValueSource | None = None, is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
+              virtual: VirtualKeyValueSource | None = None, is_causal: bool | None = None,
+              **rest: Any) -> tuple[Tensor, None]:
     """What Transformers' attention modules call in place of their own."""
     before = None if virtual is None else virtual(module, key, value)
     if before is None:
@@ -65,7 +66,8 @@ def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     return out.transpose(1, 2).contiguous(), None
 
 
-def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: BiasedVirtualKeyValues, query: Tensor) -> Tensor | None:
+def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: BiasedVirtualKeyValues,
+                           query: Tensor) -> Tensor | None:
     """Of the keys with those before them, which every query sees: the bias, and far below it what is not seen."""
     n = before.key.shape[2]
     if seen is not None:

@@ -33,7 +33,8 @@ from luthier.core.types import Forest, sent
 
 NAME = "luthier"
 CHAIN_LENGTH = 96  # tokens; see `_split_long_segments`
-UNSUPPORTED_ARGUMENTS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
+# what some models hand to attention besides
+UNSUPPORTED_ARGUMENTS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 MIN_FLEX_HEAD_DIM = 16  # heads that flex attention knows
 KeyValue = tuple[Tensor, Tensor]  # keys and values
 
@@ -61,7 +62,8 @@ VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], VirtualKeyValues |
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
-              sliding_window: int | None = None, softcap: float | None = None, virtual: VirtualKeyValueSource | None = None,
+              sliding_window: int | None = None, softcap: float | None = None,
+              virtual: VirtualKeyValueSource | None = None,
               is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
     """What Transformers' attention modules call in place of their own. Raises `BaseError` for a term of the scores that
     is not computed here, which would otherwise be left out in silence."""
@@ -138,7 +140,8 @@ def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: to
 
 
 def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
-                 window: int | None, softcap: float | None, causal: bool, before: VirtualKeyValues | None = None) -> Tensor:
+                 window: int | None, softcap: float | None, causal: bool,
+                 before: VirtualKeyValues | None = None) -> Tensor:
     if causal and before is None:  # what stands before segments is theirs by their numbers
         forest = _split_long_segments(forest)
     # `split`, not slices: its backward is one concatenation, where each slice's would be a full row of zeros.

@@ -54,13 +54,15 @@ class CausalLM(PackedHFModel):
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         return generate(self.model, prompts, sampling, eos=self.stop_tokens, pad=0, device=self.device,
-                        routed=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
+                        routed=lambda rows: route_indices(self.router, 0,
+                                                          [adapters[i] for i in rows] if adapters else []))
 
     def stream_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                adapters: Sequence[int] = ()) -> Iterator[tuple[int, int | None]]:
         """As `generate`, all prompts in one batch, token by token: (index, token); None where an answer has ended."""
         return stream_batch(self.model, prompts, sampling, self.stop_tokens, pad=0, device=self.device,
-                       routed=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
+                       routed=lambda rows: route_indices(self.router, 0,
+                                                         [adapters[i] for i in rows] if adapters else []))
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""

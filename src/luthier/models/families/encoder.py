@@ -53,7 +53,8 @@ class Encoder(PackedHFModel):
         self._offset = _detect_position_offset(model)
         super().__init__(model, tokenizer, layout)
         context = self.structure.sizes["context"] - self._offset
-        self.structure = causal.attach_injector(replace(self.structure, sizes={**self.structure.sizes, "context": context}),
+        self.structure = causal.attach_injector(replace(self.structure,
+                                                        sizes={**self.structure.sizes, "context": context}),
                                          self._offset, lambda: self.router)
         self.mlm_head = None if self.structure.head is None else MaskedLMHead(model)
         if self.mlm_head is not None:

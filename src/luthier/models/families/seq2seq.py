@@ -41,7 +41,8 @@ from luthier.models.soft_prompts.seq2seq import Seq2SeqInjector
 from luthier.models.structure import find_linears
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
-PADDING_FACTOR, PADDING_ALLOWANCE = 1.5, 64  # a padded batch has at most so many places for each token, and so many besides
+# a padded batch has at most so many places for each token, and so many besides
+PADDING_FACTOR, PADDING_ALLOWANCE = 1.5, 64
 
 
 class Seq2Seq(HFModel):
@@ -111,7 +112,8 @@ class Seq2Seq(HFModel):
         embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
-        for group in self._group_rows(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
+        for group in self._group_rows(roots, [forest.lengths[i] for i in roots], forest.adapters,
+                                      {i: i for i in roots}):
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
             seen = rows >= 0
             places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
@@ -136,7 +138,8 @@ class Seq2Seq(HFModel):
             parted.setdefault(owner[name], []).append((name, size))
         return [group for part in parted.values() for group in _group_by_length(*zip(*part, strict=True))]
 
-    def _run_decoder(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
+    def _run_decoder(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor,
+                     memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
         """[N, D] the decoder's states of every path from a root to a leaf, behind `read` where `home` counts them.
 
@@ -190,13 +193,15 @@ class Seq2Seq(HFModel):
         """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)]
-        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling), sampling, self.stop_tokens,
+        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling),
+                                sampling, self.stop_tokens,
                        lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
                        adapters if self._injector.injections else ())
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One answer token by token."""
-        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt), self._limits(1, sampling), sampling, self.stop_tokens)
+        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt),
+                             self._limits(1, sampling), sampling, self.stop_tokens)
 
     def _prepare_source(self, index: int, prompt: Sequence[int]) -> list[int]:
         """A prompt as the encoder knows sources: with the end mark."""
@@ -269,7 +274,8 @@ def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
         "vocabulary": embedding.weight.shape[0],
         "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)), embedding,
+    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)),
+                          embedding,
                    head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
 
 

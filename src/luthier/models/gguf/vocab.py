@@ -15,7 +15,8 @@ from luthier.core.errors import BaseError
 REMEDY = "export with --to merged and give the folder to llama.cpp's own converter"
 
 
-def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str], list[int]]:
+def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str],
+                                                                                                             list[int]]:
     """Every token's word and kind, by its id; `size` rows of the embedding, those without a word unused."""
     words = [f"[PAD{i}]" for i in range(size)]
     kinds = [int(gguf.TokenType.UNUSED)] * size

@@ -119,8 +119,10 @@ def compute_logprobs(head: Any, states: Tensor, tokens: Tensor, softcap: float |
     if plain and not (entropies and torch.is_grad_enabled()):
         logps, hits, spread = _FusedLogProbs.apply(states, head.weight, tokens, entropies, temperature)
         return logps, hits, spread if entropies else None
-    parts = [_compute_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
-             checkpoint(_compute_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)
+    parts = [_compute_chunk(head, states[rows], tokens[rows], softcap, scale, temperature)
+             if not torch.is_grad_enabled() else
+             checkpoint(_compute_chunk, head, states[rows], tokens[rows], softcap, scale, temperature,
+                        use_reentrant=False)
              for rows in _split_positions(states.shape[0], head.weight.shape[0], states.device)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
 

@@ -41,7 +41,8 @@ class InjectionPlan:
 
     def count_tokens(self, kind: SoftPromptKind) -> list[int]:
         """Virtual tokens of a kind in each share."""
-        return [sum(injection.num_tokens for injection in combination if injection.kind == kind) for combination in self.combinations]
+        return [sum(injection.num_tokens for injection in combination if injection.kind == kind)
+                for combination in self.combinations]
 
     def count_tokens_at(self, i: int) -> int:
         """Virtual tokens of the i-th segment or row."""
