@@ -22,7 +22,7 @@ import torch
 from benchmarks.machine import machine, versions
 from luthier import assembly
 from luthier.assembly.factory import attach_method, load_family
-from luthier.core.types import Forest, Inputs
+from luthier.core.types import Inputs, SegmentTree
 
 MEMBERS: dict[str, Any] = {"low": "lora", "low_too": "lora", "soft": "prompt", "deep": "prefix", "both": ["prompt", "lora"]}
 EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and how often a row is run
@@ -30,7 +30,7 @@ EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and ho
 
 def main() -> None:
     family = load_family(assembly.BaseConfig(name="smollm2"))
-    bank = assembly.Bank(family.structure)
+    bank = assembly.AdapterManager(family.structure)
     for i, (name, method) in enumerate(MEMBERS.items()):
         bank.add(name, attach_method(family, assembly.recipe({"data": "-", "method": method}).method, i))
     family.router = bank
@@ -38,7 +38,7 @@ def main() -> None:
     tokens = torch.randint(1000, 40_000, (LENGTH * len(names),), generator=torch.Generator().manual_seed(0))
 
     def row(count: int) -> Inputs:
-        return Inputs(tokens[:LENGTH * count], torch.arange(LENGTH).repeat(count), Forest((LENGTH,) * count, (-1,) * count))
+        return Inputs(tokens[:LENGTH * count], torch.arange(LENGTH).repeat(count), SegmentTree((LENGTH,) * count, (-1,) * count))
 
     def apart() -> None:
         for name in MEMBERS:

@@ -30,27 +30,27 @@ STEPS = 3
 def side(base: str, bits: str, work: Path) -> dict[str, Any]:
     """One side, in this process: peaks of reading the base and of three steps."""
     from luthier import assembly
-    from luthier.training.loop import Job, fit
-    from luthier.training.memory import peak_gb, settle_allocator
+    from luthier.training.loop import TrainJob, run_training_loop
+    from luthier.training.memory import configure_malloc, measure_peak_gb
     from luthier.training.rng import seed_everything
 
-    settle_allocator()
-    imported = peak_gb("cpu")
+    configure_malloc()
+    imported = measure_peak_gb("cpu")
     made = assembly.recipe({"base": {"name": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
                          "training": {"steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
     seed_everything(0)
     family = assembly.load_family(made.base)
-    reading = peak_gb("cpu")
+    reading = measure_peak_gb("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
     held = sum(tensor.nbytes for tensor in family.structure.model.state_dict().values())
     assembly.check_loaded_model(made, family)
     family.enable_gradient_checkpointing(assembly.resolve_micro_batch_tokens(made, family))
     found = assembly.load_datasets(made, family)
-    attached, reference = assembly.begin(made, family)
+    attached, reference = assembly.init_rl_policy(made, family)
     lines: list[dict[str, float]] = []
-    fit(Job(family, attached, made.objective, assembly.feed(made, family, found, attached, reference), [], made.training,
-            made.optimizer, 1e-3, work, log=lambda step, numbers: lines.append(dict(numbers))))
-    training = peak_gb("cpu")
+    run_training_loop(TrainJob(family, attached, made.objective, assembly.build_rl_batch_source(made, family, found, attached, reference), [], made.training,
+                               made.optimizer, 1e-3, work, log=lambda step, numbers: lines.append(dict(numbers))))
+    training = measure_peak_gb("cpu")
     return {"imported_gb": imported, "reading_gb": reading, "training_gb": training, "peak_gb": max(reading, training),
             "weights_gb": held / 1e9, "losses": [line["loss"] for line in lines],
             "tokens": [int(line["tokens"]) for line in lines], "user_seconds": [line["user_seconds"] for line in lines],

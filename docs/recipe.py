@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from luthier.assembly import Recipe
 from luthier.core.config import Config
-from luthier.data import ChatConfig, DataConfig, MixupAugment, PictureAugment, Source, WordsAugment
+from luthier.data import ChatConfig, DataConfig, ImageAugmentation, MixupAugmentation, Source, TextAugmentation
 from luthier.evaluation.generation_eval import EvaluateConfig
 from luthier.methods import METHODS
 from luthier.models import BaseConfig
@@ -33,8 +33,8 @@ SECTIONS: dict[str, type[Config]] = {
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
     "`objective.reward` of ppo and grpo": RewardSourceConfig, "`data`": DataConfig, "a source of `data`": Source,
     "`data.chat`": ChatConfig,
-    "`data.augment`: words": WordsAugment, "`data.augment`: pictures": PictureAugment,
-    "`data.augment`: mixup": MixupAugment,
+    "`data.augment`: words": TextAugmentation, "`data.augment`: pictures": ImageAugmentation,
+    "`data.augment`: mixup": MixupAugmentation,
     "`training`": TrainingConfig, "`optimizer`": OptimizerConfig, "`evaluate`": EvaluateConfig,
 }
 MEANT = {  # what no description in the code says

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives import OBJECTIVES, SHORT_FORMS, expand_short_form
 from luthier.objectives.base import ObjectiveConfig
 
@@ -29,7 +29,7 @@ class Case:
 
     objective: ObjectiveConfig
     outputs: Outputs
-    target: Target
+    target: LossInputs
     owner: Tensor
 
     def loss(self) -> Loss:
@@ -104,10 +104,10 @@ def answers(name: str, dice: torch.Generator, labels: Sequence[Sequence[float]],
     owner = torch.cat([torch.arange(len(labels)).repeat_interleave(prompt), groups.repeat_interleave(lengths)])
     n = len(item_of)
     logps = [-size * torch.rand(n, generator=dice, dtype=torch.float64) for size in (1.5, 2)]  # KTO's z0 is above 0
-    target = Target(torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.ones(n), len(labels),
-                    items=torch.arange(len(flat)), labels=torch.tensor(flat, dtype=torch.float32),
-                    margins=torch.zeros(len(flat)), groups=groups, item_of=item_of,
-                    precomputed={column: torch.randn(n, generator=dice, dtype=torch.float64) for column in known})
+    target = LossInputs(torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.ones(n), len(labels),
+                        items=torch.arange(len(flat)), labels=torch.tensor(flat, dtype=torch.float32),
+                        margins=torch.zeros(len(flat)), groups=groups, item_of=item_of,
+                        precomputed={column: torch.randn(n, generator=dice, dtype=torch.float64) for column in known})
     outputs = Outputs(token_logps=logps[0].requires_grad_(), reference_logps=logps[1])
     if "token_scores" in (made := make_objective(name, **settings)).required_outputs:
         outputs = replace(outputs, token_scores=torch.randn(n, 1, generator=dice, dtype=torch.float64).requires_grad_())
@@ -117,8 +117,8 @@ def answers(name: str, dice: torch.Generator, labels: Sequence[Sequence[float]],
 def _tokens(name: str, dice: torch.Generator, width: int = 0, **settings: object) -> Case:
     """Twelve predictions of four examples, each with another weight."""
     n = 12
-    target = Target(torch.arange(n), torch.arange(n) % 3, torch.rand(n, generator=dice) + 0.1, 4, 40,
-                    item_of=torch.full((n,), -1))
+    target = LossInputs(torch.arange(n), torch.arange(n) % 3, torch.rand(n, generator=dice) + 0.1, 4, 40,
+                        item_of=torch.full((n,), -1))
     scores = torch.randn(n, max(width, 5), generator=dice, dtype=torch.float64)
     outputs = (Outputs(token_scores=scores[:, :width].clone().requires_grad_()) if width else
                Outputs(token_logps=scores.log_softmax(-1)[:, 0].requires_grad_(), token_hits=scores.argmax(-1) == 0))
@@ -132,8 +132,8 @@ def _items(name: str, dice: torch.Generator, labels: Sequence[Sequence[object]],
     groups = torch.tensor([g for g, group in enumerate(labels) for _ in group])
     values = torch.randn(len(flat), pooled or scores, generator=dice, dtype=torch.float64).requires_grad_()
     given = torch.rand(len(flat), generator=dice) if margins else torch.zeros(len(flat))
-    target = Target(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), len(labels),
-                    items=torch.arange(len(flat)), labels=flat, margins=given, groups=groups)
+    target = LossInputs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), len(labels),
+                        items=torch.arange(len(flat)), labels=flat, margins=given, groups=groups)
     made = _made(name, settings)
     scalars = {head.name: torch.tensor(head.start, dtype=torch.float64, requires_grad=True)
                for head in made.heads if head.kind == "scalar"}

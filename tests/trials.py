@@ -25,20 +25,20 @@ from transformers import T5Config, T5ForConditionalGeneration
 from luthier import assembly
 from luthier.assembly.factory import check_loaded_model, fit_objective, load_datasets, load_family
 from luthier.assembly.recipe import Recipe, default_learning_rate
-from luthier.assembly.reference_model import asked
-from luthier.assembly.rl_setup import begin, feed
+from luthier.assembly.reference_model import precompute_reference
+from luthier.assembly.rl_setup import build_rl_batch_source, init_rl_policy
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
 from luthier.methods import METHODS
 from luthier.models.task_heads import LOG_PROBS
 from luthier.objectives import OBJECTIVES, SHORT_FORMS
-from luthier.rl import Rollouts
+from luthier.rl import RolloutCollector
 from luthier.training import checkpoint
-from luthier.training.loop import Job, fit
+from luthier.training.loop import TrainJob, run_training_loop
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
-from luthier.training.step import measure
+from luthier.training.step import evaluate_batches
 from tiny import ENCODERS, END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer, with_sentinels
 
 Pair = tuple[str, str, str]  # base, method, objective
@@ -137,20 +137,20 @@ class Trial:
         check_loaded_model(made, self.base)
         found = load_datasets(made, self.base)
         self.made = fit_objective(made, found)
-        self.attached, self.reference = begin(self.made, self.base)
-        found = asked(self.made, self.base, found, self.reference)
-        self.feed = feed(self.made, self.base, found, self.attached, self.reference)
+        self.attached, self.reference = init_rl_policy(self.made, self.base)
+        found = precompute_reference(self.made, self.base, found, self.reference)
+        self.feed = build_rl_batch_source(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
-        self.job = Job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
-                       self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
-                       reference=self.reference, rolling=self.feed if isinstance(self.feed, Rollouts) else None,
-                       log=lambda step, numbers: self.lines.append(dict(numbers)))
-        self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.eval_batches(found.train, 1000)
+        self.job = TrainJob(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
+                            self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
+                            reference=self.reference, rolling=self.feed if isinstance(self.feed, RolloutCollector) else None,
+                            log=lambda step, numbers: self.lines.append(dict(numbers)))
+        self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.build_eval_batches(found.train, 1000)
 
     def loss(self) -> float:
         """On all rows, without dropout."""
         self.base.train(False)
-        return measure(self.base, self.made.objective, self.batches, self.reference)["loss"]
+        return evaluate_batches(self.base, self.made.objective, self.batches, self.reference)["loss"]
 
 
 def trial(home: Path, base: str, method: str, objective: str) -> str:
@@ -163,7 +163,7 @@ def trial(home: Path, base: str, method: str, objective: str) -> str:
         return refused.what.replace(f"{home}/", "")
     before = copies(one)
     start = one.loss() if one.batches else 0.0
-    fit(one.job)
+    run_training_loop(one.job)
     own = {id(p) for p in one.attached.parameters().values()}
     for name, (parameter, old) in before.items():
         if id(parameter) not in own:
@@ -172,7 +172,7 @@ def trial(home: Path, base: str, method: str, objective: str) -> str:
     if one.batches:
         assert one.loss() < start, (start, one.loss())
     again = Trial(made, folder)
-    fit(again.job, checkpoint.load(folder / f"step-{SAVED}"))
+    run_training_loop(again.job, checkpoint.load_checkpoint(folder / f"step-{SAVED}"))
     assert [line["loss"] for line in again.lines] == [line["loss"] for line in one.lines[SAVED:]]
     same(one.attached.state(), again.attached.state())
     if objective == SIMPLEST[base]:
@@ -215,7 +215,7 @@ def reopens(home: Path, one: Trial) -> None:
     save_tuned(run, one.made, one.base, one.attached)
     made, opened, _ = open_run(run)
     opened.train(False)
-    assert abs(measure(opened, made.objective, one.batches)["loss"] - one.loss()) < 1e-6
+    assert abs(evaluate_batches(opened, made.objective, one.batches)["loss"] - one.loss()) < 1e-6
 
 
 def tried() -> list[Pair]:

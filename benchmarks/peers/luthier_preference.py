@@ -15,7 +15,7 @@ import luthier
 from benchmarks.peers.luthier_sft import recipe, steps
 from benchmarks.peers.watch import Watch
 from benchmarks.workload import PROGRESS, Job
-from luthier.core.types import Inputs, Target
+from luthier.core.types import Inputs, LossInputs
 from luthier.models.families.causal import CausalLM
 
 
@@ -25,7 +25,7 @@ def note(watch: Watch, begun: list[float]) -> None:
     size = watch.job.setting.batch_size * 2
     reward = watch.job.setting.objective == "reward"
 
-    def noting(self: CausalLM, inputs: Inputs, target: Target, needs: frozenset[str]) -> Any:
+    def noting(self: CausalLM, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Any:
         if not torch.is_grad_enabled():  # the reference
             return forward(self, inputs, target, needs)
         watch.first()

@@ -19,7 +19,7 @@ import torch
 import luthier
 from benchmarks.peers.watch import Account, Watch
 from benchmarks.workload import PROGRESS, Job
-from luthier.core.types import Inputs, Target
+from luthier.core.types import Inputs, LossInputs
 from luthier.models.families.causal import CausalLM
 
 
@@ -60,7 +60,7 @@ def note(watch: Watch, begun: list[float]) -> None:
     forward = CausalLM.forward
     size = watch.job.setting.batch_size
 
-    def noting(self: CausalLM, inputs: Inputs, target: Target, needs: frozenset[str]) -> Any:
+    def noting(self: CausalLM, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Any:
         watch.first()
         if len(watch.documents) % size == 0:
             begun.append(time.perf_counter())

@@ -12,7 +12,7 @@ from torch import Tensor
 from luthier.assembly.factory import attach_method
 from luthier.core.examples import Origin
 from luthier.core.protocols import Head, Tuner
-from luthier.core.types import Batch, Encoded, Item, Piece
+from luthier.core.types import Batch, LabeledSpan, TokenizedExample, TokenSpan
 from luthier.methods import METHODS
 from luthier.models import CausalLM
 from luthier.objectives import OBJECTIVES
@@ -31,25 +31,25 @@ class Dice:
         self.generator = torch.Generator().manual_seed(seed)
         self._weights = iter((torch.randperm(10_000, generator=self.generator) + 1).div(4096.0).tolist())
 
-    def piece(self, length: int, parent: int = -1, masked: int = 0) -> Piece:
+    def piece(self, length: int, parent: int = -1, masked: int = 0) -> TokenSpan:
         ids = torch.randint(BYTES, (length,), generator=self.generator).tolist()
-        return Piece(tuple(ids), (0.0,) * masked + tuple(next(self._weights) for _ in range(length - masked)), parent)
+        return TokenSpan(tuple(ids), (0.0,) * masked + tuple(next(self._weights) for _ in range(length - masked)), parent)
 
 
-def documents(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Encoded]:
+def documents(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[TokenizedExample]:
     """One document for each length; a third of its tokens, the prompt, has no weight."""
     dice = Dice(seed)
-    return [Encoded((dice.piece(n, masked=n // 3),), Origin("lab", i), n) for i, n in enumerate(lengths)]
+    return [TokenizedExample((dice.piece(n, masked=n // 3),), Origin("lab", i), n) for i, n in enumerate(lengths)]
 
 
-def trees(seed: int = 1) -> list[Encoded]:
+def trees(seed: int = 1) -> list[TokenizedExample]:
     """One example for each shape in `TREES`; its pieces differ in length and all of them have weights."""
     dice = Dice(seed)
-    return [Encoded(tuple(dice.piece(3 + 4 * ((i + j) % 4), parent) for j, parent in enumerate(shape)),
-                    Origin("lab", i), 1) for i, shape in enumerate(TREES)]
+    return [TokenizedExample(tuple(dice.piece(3 + 4 * ((i + j) % 4), parent) for j, parent in enumerate(shape)),
+                             Origin("lab", i), 1) for i, shape in enumerate(TREES)]
 
 
-def paths(tree: Encoded) -> list[Encoded]:
+def paths(tree: TokenizedExample) -> list[TokenizedExample]:
     """Each leaf of a tree with all its ancestors as a document. What several share has its weights in the first alone."""
     parents, seen, found = {piece.parent for piece in tree.pieces}, set(), []
     for leaf in (i for i in range(len(tree.pieces)) if i not in parents):
@@ -59,7 +59,7 @@ def paths(tree: Encoded) -> list[Encoded]:
         ids = tuple(token for i in path for token in tree.pieces[i].ids)
         weights = tuple(0.0 if i in seen else w for i in path for w in tree.pieces[i].weights)
         seen.update(path)
-        found.append(Encoded((Piece(ids, weights),), tree.origin, 1))
+        found.append(TokenizedExample((TokenSpan(ids, weights),), tree.origin, 1))
     return found
 
 
@@ -150,7 +150,7 @@ def scored(family: Any, attached: Tuner, batches: Iterable[Batch]) -> dict[str, 
     return {"loss": loss, **gradients}
 
 
-def judged(examples: Iterable[Encoded]) -> list[Encoded]:
+def judged(examples: Iterable[TokenizedExample]) -> list[TokenizedExample]:
     """The examples, the last piece of each an item with two odd numbers as its label."""
-    return [replace(e, items=(Item(len(e.pieces) - 1, (0.1 + 0.37 * i % 1, 0.9 - 0.23 * i % 1)),))
+    return [replace(e, items=(LabeledSpan(len(e.pieces) - 1, (0.1 + 0.37 * i % 1, 0.9 - 0.23 * i % 1)),))
             for i, e in enumerate(examples)]

@@ -19,7 +19,7 @@ from transformers.models.t5 import modeling_t5
 
 from luthier.core.examples import Origin
 from luthier.core.protocols import SamplingParams
-from luthier.core.types import Encoded, Piece
+from luthier.core.types import TokenizedExample, TokenSpan
 from luthier.models.families.seq2seq import Seq2Seq
 from tiny import END_OF_TEXT, IM_END, VOCABULARY, tiny_tokenizer
 
@@ -75,23 +75,23 @@ def base(kind: str = "relu", **settings: Any) -> Seq2Seq:
     return Seq2Seq(t5(kind, **settings), tokenizer())
 
 
-def pairs(flat: bool = False, seed: int = 0) -> list[Encoded]:
+def pairs(flat: bool = False, seed: int = 0) -> list[TokenizedExample]:
     """A source and its answer, of many lengths; `flat`: all weights are 1."""
     dice = Dice(seed)
-    found = [Encoded((dice.piece(n, masked=n), dice.piece(m, 0)), Origin("lab", i), m)
+    found = [TokenizedExample((dice.piece(n, masked=n), dice.piece(m, 0)), Origin("lab", i), m)
              for i, (n, m) in enumerate(zip(SOURCES, ANSWERS, strict=True))]
-    return [Encoded((e.pieces[0], Piece(e.pieces[1].ids, (1.0,) * len(e.pieces[1].ids), 0)), e.origin, e.bytes)
+    return [TokenizedExample((e.pieces[0], TokenSpan(e.pieces[1].ids, (1.0,) * len(e.pieces[1].ids), 0)), e.origin, e.bytes)
             for e in found] if flat else found
 
 
-def forest() -> Encoded:
+def forest() -> TokenizedExample:
     """A source with three answers, one of which goes on in two ways."""
     dice = Dice(5)
     parents = (-1, 0, 0, 2, 2, 0)
-    return Encoded(tuple(dice.piece(3 + 2 * i, p, masked=3 * (p < 0)) for i, p in enumerate(parents)), Origin("lab", 0), 1)
+    return TokenizedExample(tuple(dice.piece(3 + 2 * i, p, masked=3 * (p < 0)) for i, p in enumerate(parents)), Origin("lab", 0), 1)
 
 
-def padded(examples: Sequence[Encoded]) -> dict[str, Tensor]:
+def padded(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
     """As Transformers takes them."""
     sources, answers = ([torch.tensor(e.pieces[i].ids) for e in examples] for i in (0, 1))
     width = max(map(len, sources))

@@ -21,11 +21,11 @@ from luthier.assembly.factory import attach_method
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import NotFinite, RecipeError, RunError
 from luthier.core.protocols import TRAINING
-from luthier.data.packing import pack
+from luthier.data.packing import pack_examples
 from luthier.methods.adalora import AdaLora, AdaLoraConfig
-from luthier.methods.composite import SeveralConfig
-from luthier.methods.multi_adapter import Bank
-from luthier.methods.prefixed import Named
+from luthier.methods.composite import CompositeConfig
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prefixed import PrefixedMethod
 from luthier.models import CausalLM
 from luthier.training import checkpoint
 from luthier.training.optimizer import Optimizer, OptimizerConfig
@@ -59,7 +59,7 @@ def searched(kind: str = "llama", **settings: Any) -> tuple[CausalLM, AdaLora]:
 def take(family: CausalLM, attached: Any, adam: Optimizer, steps: range, micro: int | None = None) -> None:
     for i in steps:
         adam.set_rate(i)
-        step(family, SFT, pack(documents(seed=i), micro), adam)
+        step(family, SFT, pack_examples(documents(seed=i), micro), adam)
 
 
 def kept(attached: AdaLora) -> list[list[bool]]:
@@ -262,12 +262,12 @@ def test_how_a_batch_is_cut_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         return attached
 
     whole, cut = trained(None), trained(20)
-    assert len(pack(documents(), 20)) > 2
+    assert len(pack_examples(documents(), 20)) > 2
     assert kept(whole) == kept(cut)
     for name, tensor in whole.state().items():
         assert torch.allclose(cut.state()[name].double(), tensor.double(), rtol=1e-7, atol=1e-12), name
     penalise = AdaLora.before
-    monkeypatch.setattr(AdaLora, "before", lambda self: [penalise(self) for _ in pack(documents(), 20)])
+    monkeypatch.setattr(AdaLora, "before", lambda self: [penalise(self) for _ in pack_examples(documents(), 20)])
     often = trained(20)  # the control: the penalty once a micro-batch
     assert any(not torch.allclose(p, often.parameters()[n], rtol=1e-5) for n, p in whole.parameters().items())
 
@@ -293,12 +293,12 @@ def test_resumed_across_a_pruning_it_ends_with_the_same_bits(at: int, tmp_path: 
     family, attached = searched()
     adam = optimizer(attached)
     take(family, attached, adam, range(at))
-    checkpoint.save(tmp_path, at, {"method": attached.state(), "optimizer": adam.state()}, {}, keep=1)
+    checkpoint.save_checkpoint(tmp_path, at, {"method": attached.state(), "optimizer": adam.state()}, {}, keep=1)
     take(family, attached, adam, range(at, STEPS))
 
     def resumed(forget: str = "nothing") -> AdaLora:
         fresh, again = searched(seed=99) if forget == "nothing" else searched()
-        saved = checkpoint.load(tmp_path / f"step-{at}")
+        saved = checkpoint.load_checkpoint(tmp_path / f"step-{at}")
         again.load({n: torch.zeros_like(t) if n.endswith(forget) else t for n, t in saved.tensors["method"].items()})
         adam = optimizer(again)
         adam.load(saved.tensors["optimizer"])
@@ -328,7 +328,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     adam.set_rate(5)  # the sixth step, of which a pruning is due
     assert attached.config.budget(6, STEPS, 14) is not None
     with pytest.raises(NotFinite):
-        step(family, Infinite(), pack(documents(), None), adam).numbers()
+        step(family, Infinite(), pack_examples(documents(), None), adam).numbers()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     assert kept(attached) == ranks
     take(family, attached, adam, range(5, 6))
@@ -386,13 +386,13 @@ def test_a_run_searches(tmp_path: Path) -> None:
 
 def test_wrappers_pass_the_update_on() -> None:
     family = base("llama")
-    several = SeveralConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.structure, seed=0)
+    several = CompositeConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.structure, seed=0)
     inner = next(part for part in several.parts if isinstance(part, AdaLora))
     assert several.parts[0] is inner, "it comes before what adds to the changed map"
     take(family, several, optimizer(several), range(STEPS))
     assert sum(map(sum, kept(inner))) == 2 * len(inner.layers)
-    assert Named("critic", inner).at_update is inner
-    bank = Bank(family.structure)
+    assert PrefixedMethod("critic", inner).at_update is inner
+    bank = AdapterManager(family.structure)
     bank.add("policy", inner)
     assert bank.at_update is not None
     bank.frozen("policy")

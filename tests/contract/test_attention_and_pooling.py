@@ -10,23 +10,23 @@ import torch
 from lab import base, documents, trees
 from torch import Tensor
 
-from luthier.core.types import Forest
-from luthier.data.packing import batch
+from luthier.core.types import SegmentTree
+from luthier.data.packing import build_batch
 from luthier.models.attention.packed import describe_segments, packed_attention
 from luthier.models.task_heads import pool_states
 
-TREE = Forest((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a piece behind the second
-FLAT = Forest((4, 1, 5), (-1, -1, -1))
+TREE = SegmentTree((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a piece behind the second
+FLAT = SegmentTree((4, 1, 5), (-1, -1, -1))
 
 
-def parts(forest: Forest, heads: int = 2, groups: int = 1, width: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+def parts(forest: SegmentTree, heads: int = 2, groups: int = 1, width: int = 4) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     tokens = sum(forest.lengths)
     query, key, value = (torch.randn(1, n, tokens, width, generator=generator, dtype=torch.float64) for n in (heads, groups, groups))
     return query, key, value
 
 
-def by_hand(query: Tensor, key: Tensor, value: Tensor, forest: Forest, causal: bool = True, window: int | None = None,
+def by_hand(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, causal: bool = True, window: int | None = None,
             scale: float | None = None, softcap: float | None = None) -> Tensor:
     """Every token and every head by itself: the tokens of its own segment and its ancestors, in their order."""
     _, heads, tokens, width = query.shape
@@ -48,20 +48,20 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, forest: Forest, causal: b
 @pytest.mark.parametrize("settings", [{}, {"window": 3}, {"scale": 0.9}, {"softcap": 0.4}, {"softcap": 0.4, "window": 2},
                                       {"causal": False}], ids=str)
 @pytest.mark.parametrize("forest", [TREE, FLAT], ids=["tree", "flat"])
-def test_each_token_sees_itself_its_past_and_its_ancestors(forest: Forest, settings: dict[str, Any]) -> None:
+def test_each_token_sees_itself_its_past_and_its_ancestors(forest: SegmentTree, settings: dict[str, Any]) -> None:
     query, key, value = parts(forest)
     module = SimpleNamespace(is_causal=settings.get("causal", True))
     found, _ = packed_attention(module, query, key, value, None, forest=forest, sliding_window=settings.get("window"),
                          scaling=settings.get("scale"), softcap=settings.get("softcap"))
     torch.testing.assert_close(found, by_hand(query, key, value, forest, **settings), rtol=1e-9, atol=1e-12)
-    alone = by_hand(query, key, value, Forest((sum(forest.lengths),), (-1,)), **settings)
+    alone = by_hand(query, key, value, SegmentTree((sum(forest.lengths),), (-1,)), **settings)
     assert (found - alone).abs().max() > 1e-2  # the control: as one document
 
 
 @pytest.mark.parametrize("softcap", [None, 0.5])
 @pytest.mark.parametrize("forest", [TREE, FLAT, None], ids=["tree", "flat", "no forest"])
-def test_dropout_reaches_attention_and_keeps_its_mean(forest: Forest | None, softcap: float | None) -> None:
-    query, key, value = parts(forest or Forest((6,), (-1,)))
+def test_dropout_reaches_attention_and_keeps_its_mean(forest: SegmentTree | None, softcap: float | None) -> None:
+    query, key, value = parts(forest or SegmentTree((6,), (-1,)))
     module = SimpleNamespace(is_causal=True)
     torch.manual_seed(0)
 
@@ -77,7 +77,7 @@ def test_dropout_reaches_attention_and_keeps_its_mean(forest: Forest | None, sof
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 @pytest.mark.parametrize("rows", [documents, trees], ids=["documents", "trees"])
 def test_a_models_attention_dropout_acts_in_packed_rows_in_training_alone(kind: str, rows: Any) -> None:
-    family, row = base(kind, "packed", attention_dropout=0.5), batch(rows())
+    family, row = base(kind, "packed", attention_dropout=0.5), build_batch(rows())
     family.train(False)
     calm = [family.states(row.inputs).detach() for _ in range(2)]
     family.train(True)
@@ -94,7 +94,7 @@ def test_a_forest_described() -> None:
     assert place.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 7]
     assert related.tolist() == [[True, False, False, False], [True, True, False, False], [True, False, True, False],
                                 [True, False, True, True]]
-    row = batch(trees())
+    row = build_batch(trees())
     assert torch.equal(row.inputs.positions, describe_segments(row.inputs.forest)[1])
 
 

@@ -361,7 +361,7 @@ def test_a_missing_extra_is_told_before_any_work(train: Call, monkeypatch: pytes
 
 def test_no_tracker_is_opened_for_a_run_that_cannot_begin(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """A service would keep an empty run for every typo."""
-    monkeypatch.setattr(trackers, "_require", lambda package: None)
+    monkeypatch.setattr(trackers, "_check_package", lambda package: None)
     monkeypatch.setitem(trackers.TRACKERS, "wandb", never)
     Path("a.jsonl").write_text("{broken\n")
     refused(train("training.trackers=[wandb]", "--data", "a.jsonl"), "a.jsonl:1")
@@ -458,7 +458,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monke
         message = refused(train("--quiet"), os.strerror(errno.ENOSPC), "free some space", "resume")
         assert "run" in message
     last = 2 if place in ("checkpoint", "metrics") else 4
-    saved, damaged = checkpoint.latest(Path("run/checkpoints"))
+    saved, damaged = checkpoint.find_latest(Path("run/checkpoints"))
     assert (saved.step, damaged) == (last, [])
     assert not list(Path("run").rglob(".*"))
     assert train("--resume", "--quiet")[0] == 0

@@ -18,10 +18,10 @@ from luthier.assembly.factory import attach_method
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import SamplingParams
 from luthier.core.types import Batch
-from luthier.data.packing import batch
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS
-from luthier.methods.composite import Several
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.composite import CompositeMethod
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
@@ -33,10 +33,10 @@ UNROUTED = {  # why -> methods; the others route
 }
 
 
-def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **overrides: Any) -> tuple[CausalLM, Bank]:
+def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **overrides: Any) -> tuple[CausalLM, AdapterManager]:
     """Two stirred adapters, unlike one another, on one base."""
     family = base(kind, layout, **overrides)
-    bank = Bank(family.structure)
+    bank = AdapterManager(family.structure)
     for i, name in enumerate(("a", "b")):
         attached = attach_method(family, METHODS[method](), 3 + i)
         stir(attached, seed=7 + i)
@@ -45,15 +45,15 @@ def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **over
     return family, bank
 
 
-def mixed(bank: Bank, names: Sequence[str | None] = NAMES, only: Sequence[int] | None = None) -> Batch:
+def mixed(bank: AdapterManager, names: Sequence[str | None] = NAMES, only: Sequence[int] | None = None) -> Batch:
     """The lab's documents in one row, each with its adapter; or only some of them."""
     chosen = range(len(names)) if only is None else only
     rows = documents()
-    row = batch([rows[i] for i in chosen])
+    row = build_batch([rows[i] for i in chosen])
     return replace(row, inputs=bank.through(row.inputs, [names[i] for i in chosen]))
 
 
-def run(family: CausalLM, bank: Bank, rows: Sequence[Batch]) -> dict[str, Tensor]:
+def run(family: CausalLM, bank: AdapterManager, rows: Sequence[Batch]) -> dict[str, Tensor]:
     """Summed loss and every adapter's gradient; zero where an adapter had no row."""
     for parameter in bank.parameters().values():
         parameter.grad = None
@@ -67,11 +67,11 @@ def run(family: CausalLM, bank: Bank, rows: Sequence[Batch]) -> dict[str, Tensor
                              for name, p in bank.parameters().items()}}
 
 
-def by_themselves(family: CausalLM, bank: Bank) -> dict[str, Tensor]:
+def by_themselves(family: CausalLM, bank: AdapterManager) -> dict[str, Tensor]:
     """Each adapter's rows in a row of their own, through `using` alone: no routing."""
     found: dict[str, Tensor] = {}
     for who in ("a", "b", None):
-        row = batch([d for d, name in zip(documents(), NAMES, strict=True) if name == who])
+        row = build_batch([d for d, name in zip(documents(), NAMES, strict=True) if name == who])
         with bank.using(who):
             part = run(family, bank, [row])
         found = {name: found[name] + t if found else t.clone() for name, t in part.items()}
@@ -118,7 +118,7 @@ def test_the_backward_pass_goes_through_the_same_adapters(recompute: bool) -> No
     handle.remove()
     assert len(passes) == 1 + recompute
     assert apart(found, wanted) < EXACT
-    row = batch(documents())
+    row = build_batch(documents())
     with bank.using({"a": 0.7, "b": 0.3}):
         stacked = run(family, bank, [row])
     for parameter in bank.parameters().values():
@@ -134,11 +134,11 @@ def test_the_backward_pass_goes_through_the_same_adapters(recompute: bool) -> No
 @pytest.mark.usefixtures("double")
 def test_a_child_may_go_through_another_adapter_than_its_prompt() -> None:
     """Answers of two adapters to one prompt that the base reads: each is that adapter's answer to the base's cache."""
-    from luthier.core.types import Forest, Inputs
+    from luthier.core.types import Inputs, SegmentTree
     family, bank = banked(layout="packed")
     tokens, place = torch.arange(20, 41), torch.cat([torch.arange(9), torch.arange(9, 15), torch.arange(9, 15)])
     tokens[15:] = tokens[9:15]
-    states = family.states(bank.through(Inputs(tokens, place, Forest((9, 6, 6), (-1, 0, 0))), [None, "a", "b"]))
+    states = family.states(bank.through(Inputs(tokens, place, SegmentTree((9, 6, 6), (-1, 0, 0))), [None, "a", "b"]))
     for part, who in ((slice(9, 15), "a"), (slice(15, 21), "b")):
         model: Any = family.model
         with torch.no_grad(), bank.using(None):
@@ -149,7 +149,7 @@ def test_a_child_may_go_through_another_adapter_than_its_prompt() -> None:
     assert (states[9:15] - states[15:]).abs().max() > 1e-3
     padded, other = banked(layout="padded")
     with pytest.raises(RunError, match="another adapter than the one that it continues"):
-        padded.states(other.through(Inputs(tokens, place, Forest((9, 6, 6), (-1, 0, 0))), [None, "a", "b"]))
+        padded.states(other.through(Inputs(tokens, place, SegmentTree((9, 6, 6), (-1, 0, 0))), [None, "a", "b"]))
 
 
 @pytest.mark.usefixtures("double")
@@ -265,19 +265,19 @@ def test_a_frozen_adapter_stays_as_it_is_beside_the_one_that_trains() -> None:
     bank.choose("a")
     adam = Optimizer(bank.parameters(), bank.rate, 1e-2, OptimizerConfig(), 3)
     adam.set_rate(0)
-    step(family, SFT, [batch(documents())], adam)
+    step(family, SFT, [build_batch(documents())], adam)
     assert all(torch.equal(t, before[name]) for name, t in reference.state().items())
     with bank.using("b"):
-        row = batch(documents())
+        row = build_batch(documents())
         assert not SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total.requires_grad
 
 
 def test_a_list_of_methods_is_one_member() -> None:
     family = base("llama")
-    bank = Bank(family.structure)
+    bank = AdapterManager(family.structure)
     parts = assembly.recipe({"data": "-", "method": ["lora", "bitfit"]}).method
     attached = attach_method(family, parts, 3)
-    assert isinstance(attached, Several)
+    assert isinstance(attached, CompositeMethod)
     stir(attached)
     wanted = logits(family)
     bank.add("both", attached)
@@ -319,5 +319,5 @@ def test_measured_of_one_adapter_is_that_of_it_alone() -> None:
     attached = attach_method(single, METHODS["lora"](), 3)
     stir(attached, seed=7)
     with bank.using("a"):
-        found = measured(family, bank.members["a"], [batch(documents())])
-    assert apart(found, measured(single, attached, [batch(documents())])) < EXACT
+        found = measured(family, bank.members["a"], [build_batch(documents())])
+    assert apart(found, measured(single, attached, [build_batch(documents())])) < EXACT

@@ -20,9 +20,9 @@ from luthier import assembly
 from luthier.assembly.factory import attach_method
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import SamplingParams
-from luthier.core.types import Batch, Encoded, Forest, Inputs
-from luthier.data.packing import batch
-from luthier.methods.multi_adapter import Bank
+from luthier.core.types import Batch, Inputs, SegmentTree, TokenizedExample
+from luthier.data.packing import build_batch
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
@@ -40,9 +40,9 @@ LENGTHS = (23, 5, 9, 14, 2, 31, 7, 12, 6, 3, 11, 8)
 LAYOUT = pytest.mark.parametrize("layout", ["packed", "padded"])
 
 
-def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> Bank:
+def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> AdapterManager:
     """Adapters of every kind on one base, all stirred and unlike one another."""
-    bank = Bank(family.structure)
+    bank = AdapterManager(family.structure)
     for i, name in enumerate(members):
         attached = attach_method(family, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
         stir(attached, seed=7 + i)
@@ -51,25 +51,25 @@ def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> Bank:
     return bank
 
 
-def begun(kind: str = "llama", layout: Any = None, **overrides: Any) -> tuple[CausalLM, Bank]:
+def begun(kind: str = "llama", layout: Any = None, **overrides: Any) -> tuple[CausalLM, AdapterManager]:
     family = base(kind, layout, **overrides)
     return family, filled(family)
 
 
-def mixed(bank: Bank, examples: Sequence[Encoded], names: Sequence[str | None]) -> Batch:
+def mixed(bank: AdapterManager, examples: Sequence[TokenizedExample], names: Sequence[str | None]) -> Batch:
     """One row, every example of it through the adapter named for it."""
-    row = batch(list(examples))
+    row = build_batch(list(examples))
     each = [name for example, name in zip(examples, names, strict=True) for _ in example.pieces]
     return replace(row, inputs=bank.through(row.inputs, each))
 
 
-def by_themselves(family: CausalLM, bank: Bank, examples: Sequence[Encoded],
+def by_themselves(family: CausalLM, bank: AdapterManager, examples: Sequence[TokenizedExample],
                   names: Sequence[str | None]) -> dict[str, Tensor]:
     """Each adapter's examples in a row of their own, through `using` alone: no routing."""
     found: dict[str, Tensor] = {}
     for who in dict.fromkeys(names):
         with bank.using(who):
-            part = run(family, bank, [batch([e for e, name in zip(examples, names, strict=True) if name == who])])
+            part = run(family, bank, [build_batch([e for e, name in zip(examples, names, strict=True) if name == who])])
         found = {name: found[name] + t if found else t.clone() for name, t in part.items()}
     return found
 
@@ -107,7 +107,7 @@ def test_trees_go_through_their_adapters_as_wholes(kind: str, layout: str) -> No
 
 def test_an_adapters_virtual_tokens_are_one_root_and_computed_once() -> None:
     family, bank = begun(layout="packed")
-    seen: list[Forest] = []
+    seen: list[SegmentTree] = []
     family.structure.layers[0].attention.register_forward_pre_hook(
         lambda _m, _a, given: seen.append(given["forest"]), with_kwargs=True)
     row = mixed(bank, [*documents((5, 4, 6)), *trees()[:1], *documents((3, 7))],
@@ -258,7 +258,7 @@ def test_an_encoders_mixed_row_is_its_texts_run_apart(kind: str, layout: str) ->
     alone: dict[str, Tensor] = {}
     for who in dict.fromkeys(names):
         with bank.using(who):
-            part = told([batch([e for e, name in zip(examples, names, strict=True) if name == who])])
+            part = told([build_batch([e for e, name in zip(examples, names, strict=True) if name == who])])
         alone = {name: alone[name] + t if alone else t for name, t in part.items()}
     assert apart(told([mixed(bank, examples, names)]), alone) < EXACT
     assert apart(told([mixed(bank, examples, turned(names))]), alone) > FAR
@@ -289,7 +289,7 @@ def test_a_stack_of_weights_holds_virtual_tokens_once_and_changes_by_their_weigh
 def test_what_cannot_be_is_refused_with_a_reason() -> None:
     family, bank = begun(layout="packed")
     tokens, place = torch.arange(20, 41), torch.cat([torch.arange(9), torch.arange(9, 15), torch.arange(9, 15)])
-    inputs = Inputs(tokens, place, Forest((9, 6, 6), (-1, 0, 0)))
+    inputs = Inputs(tokens, place, SegmentTree((9, 6, 6), (-1, 0, 0)))
     for names in (("soft", "soft", "long"), (None, "deep", None), ("soft", None, "soft"), ("soft", "soft", "low")):
         with pytest.raises(RunError, match="than the one that it continues"):
             family.states(bank.through(inputs, names))

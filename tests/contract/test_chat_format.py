@@ -139,7 +139,7 @@ def test_padding_of_a_table_is_no_data(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from luthier.data.sources import read
+    from luthier.data.sources import read_source
 
     def chat(arguments: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [
@@ -152,7 +152,7 @@ def test_padding_of_a_table_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {}
     for name in ("rows.parquet", "rows.jsonl"):
-        ((_, lines),) = read(str(tmp_path / name))
+        ((_, lines),) = read_source(str(tmp_path / name))
         found[name] = [json.dumps(row.values, sort_keys=True).replace('"content": null, ', "") for row in lines]
     assert found["rows.parquet"] == found["rows.jsonl"]
     assert "null" in json.dumps(pq.read_table(tmp_path / "rows.parquet").to_pylist())  # the control: they are in the file

@@ -14,16 +14,16 @@ import torch
 from lab import SFT, attach, base, documents, judged, trees
 from torch import Tensor, nn
 
-from luthier.core.types import Encoded, Forest, Loss, Outputs, Target, sent
-from luthier.data.packing import pack
+from luthier.core.types import Loss, LossInputs, Outputs, SegmentTree, TokenizedExample, to_device
+from luthier.data.packing import pack_examples
 from luthier.models.attention import packed
 from luthier.models.task_heads import Pooling, pool_states
 from luthier.objectives.cross_entropy import SftConfig
 from luthier.training.optimizer import Optimizer, OptimizerConfig
-from luthier.training.step import Stepped, later, step
+from luthier.training.step import StepResult, async_read, step
 
 
-def stepped(objective: SftConfig, examples: Sequence[Encoded], recomputed: bool = False) -> Stepped:
+def stepped(objective: SftConfig, examples: Sequence[TokenizedExample], recomputed: bool = False) -> StepResult:
     """A step of LoRA on a device that holds no numbers."""
     family = base("llama", layout="packed")
     attached = attach(family, "lora")
@@ -36,12 +36,12 @@ def stepped(objective: SftConfig, examples: Sequence[Encoded], recomputed: bool 
     optimizer = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 10)
     optimizer.device = torch.device("cuda")  # the branch that a GPU takes; its kernel is not here
     optimizer.adam.step = lambda: None
-    return step(family, objective, pack(examples, 60), optimizer)
+    return step(family, objective, pack_examples(examples, 60), optimizer)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("examples", [documents(), trees()], ids=["flat", "trees"])
-def test_a_step_never_waits_for_a_number(examples: Sequence[Encoded], recomputed: bool) -> None:
+def test_a_step_never_waits_for_a_number(examples: Sequence[TokenizedExample], recomputed: bool) -> None:
     found = stepped(SFT, examples, recomputed)
     assert (found.device.type, found.names) == ("meta", ("nll", "token_accuracy", "bits_per_byte"))
 
@@ -49,7 +49,7 @@ def test_a_step_never_waits_for_a_number(examples: Sequence[Encoded], recomputed
 @pytest.mark.parametrize("wait", [lambda x: x.item(), lambda x: bool(x > 0), lambda x: x.nonzero()])
 def test_a_step_that_waits_is_found(wait: Any) -> None:
     class Waits(SftConfig):
-        def __call__(self, outputs: Outputs, target: Target) -> Loss:
+        def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
             loss = super().__call__(outputs, target)
             wait(loss.total)
             return loss
@@ -60,8 +60,8 @@ def test_a_step_that_waits_is_found(wait: Any) -> None:
 
 @pytest.mark.parametrize("how", ["last", "first", "mean"])
 @pytest.mark.parametrize("examples", [documents(), trees()], ids=["flat", "trees"])
-def test_pooling_never_waits(examples: Sequence[Encoded], how: Pooling) -> None:
-    (batch,) = pack(judged(examples), None)
+def test_pooling_never_waits(examples: Sequence[TokenizedExample], how: Pooling) -> None:
+    (batch,) = pack_examples(judged(examples), None)
     row = torch.randn(batch.inputs.tokens.shape[0], 4)
     wanted = pool_states(row, batch.inputs.forest, batch.target.items, how)
     found = pool_states(row.to("meta"), batch.inputs.forest, batch.target.items.to("meta"), how)
@@ -98,7 +98,7 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(packed, "_cast_to_autocast", noted)
     monkeypatch.setattr(packed, "_attend_per_segment", attended)
-    (batch,) = pack(documents(), None)
+    (batch,) = pack_examples(documents(), None)
     with torch.autocast("cpu", torch.bfloat16):
         family.forward(batch.inputs, batch.target, SFT.required_outputs)
     assert set(met) == {(torch.bfloat16,) * 3}
@@ -123,11 +123,11 @@ def test_to_a_gpu_through_pinned_memory_and_back_only_when_done(monkeypatch: pyt
     there = torch.zeros(2)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: said.append(("pinned",)) or self)
     monkeypatch.setattr(Tensor, "to", lambda self, *given, **named: said.append((*given, named)) or there)
-    assert sent(torch.zeros(2), "cuda") is there
+    assert to_device(torch.zeros(2), "cuda") is there
     assert said == [("pinned",), ("cuda", {"non_blocking": True})]
     said.clear()
     for device in ("cpu", "mps"):
-        sent(torch.zeros(2), device)
+        to_device(torch.zeros(2), device)
     assert said == [("cpu", {}), ("mps", {})]
 
 
@@ -147,7 +147,7 @@ def test_numbers_are_those_of_when_they_set_out(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **named: empty(*size, **named))
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     loss, count = torch.tensor(2.5, requires_grad=True), torch.tensor(3)
-    read = later([loss, 7.0, count, 0.5], torch.device("cuda"))
+    read = async_read([loss, 7.0, count, 0.5], torch.device("cuda"))
     with torch.no_grad():
         loss.zero_()
     assert said == ["record"]
@@ -173,6 +173,6 @@ def test_flash_attention_is_asked_of_those_that_have_it(monkeypatch: pytest.Monk
     monkeypatch.setattr(packed, "_has_flash", lambda device: True)
     query = torch.randn(1, 4, 9, 16, dtype=torch.bfloat16)
     key = query[:, :2]
-    out = packed._attend_one_kernel(query, key, key, Forest((5, 4), (-1, -1)), 0.25, 3, True)
+    out = packed._attend_one_kernel(query, key, key, SegmentTree((5, 4), (-1, -1)), 0.25, 3, True)
     assert torch.equal(out, query)
     assert said == [{"bounds": [0, 5, 9], "longest": 5, "scale": 0.25, "window_size": (2, 0)}]

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceC
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import SamplingParams
-from luthier.core.types import Batch, Forest, Inputs, Target
-from luthier.data.packing import batch, pack
+from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree
+from luthier.data.packing import build_batch, pack_examples
 from luthier.models import BaseConfig, CausalLM, Encoder, open_family, resolve_name
 from luthier.models.architectures import detect_architecture
 from luthier.models.families.encoder import compute_token_types, read_pooling
@@ -37,7 +37,7 @@ def encoder(kind: str, layout: Any = None, pooling: Any = "mean", **overrides: A
 def states(family: Encoder, ids: list[int]) -> torch.Tensor:
     """[T, D] of one document as a row of its own."""
     with torch.no_grad():
-        return family.states(Inputs(torch.tensor(ids), torch.arange(len(ids)), Forest((len(ids),), (-1,))))
+        return family.states(Inputs(torch.tensor(ids), torch.arange(len(ids)), SegmentTree((len(ids),), (-1,))))
 
 
 def folder(path: Path) -> BaseConfig:
@@ -50,15 +50,15 @@ def folder(path: Path) -> BaseConfig:
 @KIND
 @METHOD
 def test_packed_is_padded(kind: str, method: str) -> None:
-    rows = [batch(judged([*documents(), *trees()]))]
+    rows = [build_batch(judged([*documents(), *trees()]))]
     packed = encoder(kind, "packed", "last")
     found = scored(packed, attach(packed, method), rows)
     padded = encoder(kind, "padded", "last")
     assert apart(found, scored(padded, attach(padded, method), rows)) < SAME
 
     # The control: every document sees the one before it.
-    inputs = replace(rows[0].inputs, forest=Forest(rows[0].inputs.forest.lengths,
-                                                   tuple(range(-1, len(rows[0].inputs.forest.lengths) - 1))))
+    inputs = replace(rows[0].inputs, forest=SegmentTree(rows[0].inputs.forest.lengths,
+                                                        tuple(range(-1, len(rows[0].inputs.forest.lengths) - 1))))
     assert apart(scored(packed, attach(packed, method, stirred=False), [replace(rows[0], inputs=inputs)]),
                  scored(packed, attach(packed, method, stirred=False), rows)) > FAR
 
@@ -81,7 +81,7 @@ def test_an_architecture_with_attention_of_its_own_runs_padded(kind: str, settin
         torch.manual_seed(0)
         family = Encoder(AutoModelForMaskedLM.from_config(config, dtype=torch.float64).base_model.eval(), TOKENIZER)
     assert family.layout == "padded"
-    row = batch(documents()).inputs
+    row = build_batch(documents()).inputs
     with torch.no_grad():
         alone = [family.model(input_ids=part[None]).last_hidden_state[0] for part in row.tokens.split(row.forest.lengths)]
         assert (family.states(row) - torch.cat(alone)).abs().max() < 1e-5
@@ -92,7 +92,7 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
     """The loss and every gradient of the untouched model, eager attention, by the mean of its states."""
     examples = judged(documents())
     family = encoder(kind)
-    found = scored(family, attach(family, "full", stirred=False), [batch(examples)])
+    found = scored(family, attach(family, "full", stirred=False), [build_batch(examples)])
     plain, head = tiny(kind), family.heads.modules["score"]
     plain.set_attn_implementation("eager")
     head.zero_grad()
@@ -117,18 +117,18 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
 def test_how_a_batch_is_cut_changes_nothing(pooling: str, method: str) -> None:
     family, examples = encoder("bert", pooling=pooling), judged([*documents(), *trees()])
     attached = attach(family, method)
-    whole = scored(family, attached, pack(examples, None))
+    whole = scored(family, attached, pack_examples(examples, None))
     for micro_tokens in (1, 40):
-        rows = pack(examples, micro_tokens)
+        rows = pack_examples(examples, micro_tokens)
         assert len(rows) > 1
         assert apart(scored(family, attached, rows), whole) < SAME
-    assert apart(scored(family, attached, pack(examples[:-1], None)), whole) > FAR
+    assert apart(scored(family, attached, pack_examples(examples[:-1], None)), whole) > FAR
 
 
 @KIND
 def test_an_ancestor_never_sees_its_descendants(kind: str) -> None:
     family, tree = encoder(kind), trees()[0]
-    row, alone = batch([tree]).inputs, batch(paths(tree)[:1]).inputs
+    row, alone = build_batch([tree]).inputs, build_batch(paths(tree)[:1]).inputs
     root = len(tree.pieces[0].ids)
     with torch.no_grad():
         whole = family.states(row)
@@ -139,7 +139,7 @@ def test_an_ancestor_never_sees_its_descendants(kind: str) -> None:
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> None:
     calls: list[int] = []
-    rows = [batch(judged(documents()))]
+    rows = [build_batch(judged(documents()))]
 
     def run(checkpointing: bool) -> dict[str, torch.Tensor]:
         family = encoder("bert")
@@ -166,7 +166,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
 def test_pooled_is_that_of_transformers_own_states(pooling: str) -> None:
     family, examples = encoder("bert", pooling=pooling), judged(documents())
     plain = tiny("bert")
-    row = batch(examples)
+    row = build_batch(examples)
     with torch.no_grad():
         found = family.forward(row.inputs, row.target, frozenset({"pooled"})).pooled
         alone = [plain(input_ids=torch.tensor([e.pieces[0].ids])).last_hidden_state[0] for e in examples]
@@ -190,9 +190,9 @@ def test_pairs_have_the_types_of_the_tokenizer() -> None:
 
 def test_types_count_from_the_root_of_each_document() -> None:
     tokens = torch.tensor([1, SEP, 2, SEP, 3, 3, SEP, 1, SEP, 4])
-    assert compute_token_types(tokens, Forest((4, 6), (-1, -1)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
-    assert compute_token_types(tokens, Forest((2, 2, 3, 3), (-1, 0, -1, 2)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
-    assert compute_token_types(tokens, Forest((1, 3, 6), (-1, 0, 0)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, SegmentTree((4, 6), (-1, -1)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, SegmentTree((2, 2, 3, 3), (-1, 0, -1, 2)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, SegmentTree((1, 3, 6), (-1, 0, 0)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("told", "pooling"), [
@@ -246,7 +246,7 @@ def test_the_laws_of_a_method(name: str, settings: dict[str, Any]) -> None:
     attached = attach(family, name, stirred=False, **settings)
     assert (states(family, ids) - bare).abs().max() < 1e-12
     stir(attached)
-    scored(family, attached, [batch(judged(documents()))])
+    scored(family, attached, [build_batch(judged(documents()))])
     assert all(float(p.grad.abs().sum()) > 0 for p in attached.parameters().values())
     tuned, state = states(family, ids), {n: t.clone() for n, t in attached.state().items()}
     assert (tuned - bare).abs().max() > FAR
@@ -337,8 +337,8 @@ def test_the_config_decides_which_family_it_is(tmp_path: Path) -> None:
 
 def test_an_encoder_refuses_what_it_cannot() -> None:
     family = encoder("bert")
-    row: Batch = batch(documents())
-    target: Target = row.target
+    row: Batch = build_batch(documents())
+    target: LossInputs = row.target
     with pytest.raises(BaseError, match="sees the very token"):
         family.forward(row.inputs, target, frozenset({"token_logps"}))
     with pytest.raises(BaseError, match="cannot write"):

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import AttentionInterface
 
 from luthier.core.examples import Origin
-from luthier.core.types import Encoded, Forest, Piece
-from luthier.data.packing import batch, pack
+from luthier.core.types import SegmentTree, TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
 from luthier.models.attention import packed as forest
 from luthier.models.ops import fused_logprobs
 from tiny import KINDS
@@ -26,11 +26,11 @@ METHOD = pytest.mark.parametrize("method", ["full", "lora"])
 KIND = pytest.mark.parametrize("kind", KINDS)
 
 
-def merged_documents(examples: list[Encoded]) -> Encoded:
+def merged_documents(examples: list[TokenizedExample]) -> TokenizedExample:
     """The control for packing: all tokens as one document, with the weight of each document's first token at 0."""
     pieces = [piece for example in examples for piece in example.pieces]
-    return Encoded((Piece(tuple(i for p in pieces for i in p.ids),
-                          tuple(w for p in pieces for w in (0.0, *p.weights[1:]))),), Origin("lab", 0), 1)
+    return TokenizedExample((TokenSpan(tuple(i for p in pieces for i in p.ids),
+                                       tuple(w for p in pieces for w in (0.0, *p.weights[1:]))),), Origin("lab", 0), 1)
 
 
 # ---------------------------------------------------------------- packed rows
@@ -56,15 +56,15 @@ def test_a_model_that_leaks_or_cannot_falls_to_padded(how: str, monkeypatch: pyt
 @METHOD
 def test_packed_is_padded(kind: str, method: str) -> None:
     examples = [*documents(), *trees()]
-    rows = [batch(examples)]
+    rows = [build_batch(examples)]
     packed = base(kind, "packed")
     found = measured(packed, attach(packed, method), rows)
     padded = base(kind, "padded")
     wanted = measured(padded, attach(padded, method), rows)
     assert apart(found, wanted) < SAME
 
-    one_root = measured(packed, attach(packed, method, stirred=False), [batch([merged_documents(documents())])])
-    apart_roots = measured(packed, attach(packed, method, stirred=False), [batch(documents())])
+    one_root = measured(packed, attach(packed, method, stirred=False), [build_batch([merged_documents(documents())])])
+    apart_roots = measured(packed, attach(packed, method, stirred=False), [build_batch(documents())])
     assert apart(one_root, apart_roots) > FAR
 
 
@@ -74,12 +74,12 @@ def test_a_tree_is_each_of_its_paths_alone(kind: str, method: str) -> None:
     family = base(kind, "packed")
     attached = attach(family, method)
     for tree in trees():
-        whole, alone = [batch([tree])], [batch([path]) for path in paths(tree)]
+        whole, alone = [build_batch([tree])], [build_batch([path]) for path in paths(tree)]
         assert apart(measured(family, attached, whole), measured(family, attached, alone)) < SAME
         assert (log_probs(family, whole) - log_probs(family, alone)).abs().max() < SAME
 
-    siblings = Encoded(tuple(Piece(p.ids, p.weights, i - 1) for i, p in enumerate(trees()[0].pieces)), Origin("lab", 0))
-    assert apart(measured(family, attached, [batch([siblings])]), measured(family, attached, [batch(trees()[:1])])) > FAR
+    siblings = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, i - 1) for i, p in enumerate(trees()[0].pieces)), Origin("lab", 0))
+    assert apart(measured(family, attached, [build_batch([siblings])]), measured(family, attached, [build_batch(trees()[:1])])) > FAR
 
 
 @KIND
@@ -89,11 +89,11 @@ def test_a_chopped_segment_is_the_whole(kind: str, method: str, monkeypatch: pyt
     def found(link: int, cut: bool = False) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(forest, "CHAIN_LENGTH", link)
         forest._split_long_segments.cache_clear()
-        row = batch([*documents(), *trees()])
+        row = build_batch([*documents(), *trees()])
         chain = forest._split_long_segments(row.inputs.forest)
         links.append(len(chain.lengths))
         if cut:
-            monkeypatch.setattr(forest, "_split_long_segments", lambda f: Forest(chain.lengths, (-1,) * len(chain.lengths)))
+            monkeypatch.setattr(forest, "_split_long_segments", lambda f: SegmentTree(chain.lengths, (-1,) * len(chain.lengths)))
         family = base(kind, "packed")
         return measured(family, attach(family, method), [row])
 
@@ -115,7 +115,7 @@ def log_probs(family, rows) -> torch.Tensor:
 
 
 def test_the_trees_are_trees() -> None:
-    depths = [max(len(batch([tree]).inputs.forest.path(i)) for i in range(len(tree.pieces))) for tree in trees()]
+    depths = [max(len(build_batch([tree]).inputs.forest.path(i)) for i in range(len(tree.pieces))) for tree in trees()]
     assert len(TREES) == len(depths)
     assert max(depths) == 3
     assert any(len(paths(tree)) > 2 for tree in trees())
@@ -125,7 +125,7 @@ def test_the_trees_are_trees() -> None:
 def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> None:
     """The loss and every gradient of the untouched model, eager attention, whole logits and torch's cross-entropy."""
     family = base(kind)
-    found = measured(family, attach(family, "full", stirred=False), [batch(documents())])
+    found = measured(family, attach(family, "full", stirred=False), [build_batch(documents())])
 
     plain = base(kind).model
     plain.set_attn_implementation("eager")
@@ -150,14 +150,14 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
 def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str) -> None:
     family, examples = base(kind), [*documents(), *trees()]
     attached = attach(family, method)
-    whole = measured(family, attached, pack(examples, None))
+    whole = measured(family, attached, pack_examples(examples, None))
     for micro_tokens in (1, 16, 40, 100):
-        rows = pack(examples, micro_tokens)
+        rows = pack_examples(examples, micro_tokens)
         assert apart(measured(family, attached, rows), whole) < SAME
         if micro_tokens == 1:
             assert len(rows) == len(examples)
 
-    means = [measured(family, attached, [row])["loss"] for row in pack(examples, 1)]
+    means = [measured(family, attached, [row])["loss"] for row in pack_examples(examples, 1)]
     assert abs(float(sum(means) / len(means) / whole["loss"]) - 1) > FAR  # dividing each micro-batch by its own count
 
 
@@ -222,7 +222,7 @@ def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused_logprobs, "_split_positions", lambda *given: [watched(s) for s in real(*given)])
     for method in ("lora", "full"):
         largest.clear()
-        row = batch(documents())
+        row = build_batch(documents())
         measured(family, attach(family, method), [row])
         assert max(largest) <= 16 < len(row.target.at)
 
@@ -230,13 +230,13 @@ def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_prediction_without_weight_is_not_computed() -> None:
     examples = documents()
     wanted = sum(w > 0 for e in examples for w in e.pieces[0].weights[1:])
-    assert len(batch(examples).target.at) == wanted < sum(len(e.pieces[0].ids) for e in examples) - len(examples)
+    assert len(build_batch(examples).target.at) == wanted < sum(len(e.pieces[0].ids) for e in examples) - len(examples)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_weights_of_tokens_are_factors_of_their_log_probs(kind: str) -> None:
     family = base(kind)
-    row = batch(documents())
+    row = build_batch(documents())
     with torch.no_grad():
         logps = family.forward(row.inputs, row.target, SFT.required_outputs).token_logps
         total = SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
@@ -251,7 +251,7 @@ def test_weights_of_tokens_are_factors_of_their_log_probs(kind: str) -> None:
 @KIND
 @METHOD
 def test_gradient_checkpointing_changes_nothing_but_the_work(kind: str, method: str) -> None:
-    calls, rows = [], [batch([*documents(), *trees()])]
+    calls, rows = [], [build_batch([*documents(), *trees()])]
 
     def run(checkpointing: bool) -> dict[str, torch.Tensor]:
         family = base(kind)
@@ -275,7 +275,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(kind: str, method: 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
 def test_a_long_row_keeps_the_blocks_that_fit(kind: str, method: str) -> None:
     """Of three blocks, the row of which is half as long again as what memory is meant for, two are kept."""
-    row = batch(documents())
+    row = build_batch(documents())
     over = row.inputs.tokens.shape[0] * 2 // 3 + 1
 
     def run(over: int | None) -> tuple[dict[str, torch.Tensor], list[int]]:
@@ -302,7 +302,7 @@ def test_a_block_that_is_recomputed_leaves_no_notes() -> None:
     attach(family, "lora")
     noted: list[bool] = []
     family._recomputer.record, real = lambda *given: noted.append(family._recomputer._open) or real(*given), family._recomputer.record
-    row = batch(documents())
+    row = build_batch(documents())
     family.forward(row.inputs, row.target, SFT.required_outputs)
     every = len(noted)
     assert every == sum(noted) > 6

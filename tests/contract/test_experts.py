@@ -20,9 +20,9 @@ from luthier.assembly.factory import attach_method
 from luthier.assembly.run_io import save_tuned
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Tuner
-from luthier.data.packing import batch
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS, LoraConfig
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
 from tiny import IM_END, VOCABULARY, save_tiny, tiny
@@ -144,7 +144,7 @@ def test_a_mixture_that_nobody_touches_keeps_its_own_function() -> None:
 
 
 def test_a_row_trains_packed_recomputed_and_every_parameter() -> None:
-    ours, rows = family("mixtral"), [batch(documents())]
+    ours, rows = family("mixtral"), [build_batch(documents())]
     attached = attach(ours)
     found = measured(ours, attached, rows)
     assert all(float(t.abs().sum()) > 0 for t in found.values())
@@ -187,10 +187,10 @@ def test_a_dense_model_has_no_experts() -> None:
 
 def test_tokens_of_a_row_cannot_be_told_apart() -> None:
     ours = family("mixtral")
-    bank = Bank(ours.structure)
+    bank = AdapterManager(ours.structure)
     for name in "ab":
         bank.add(name, attach_method(ours, METHODS["lora"](targets=("experts",)), 0))
     ours.router = bank
-    row = batch(documents()[:2])
+    row = build_batch(documents()[:2])
     with pytest.raises(RunError, match="some of a row's tokens"):
         ours.forward(bank.through(row.inputs, ["a", "b"]), row.target, SFT.required_outputs)

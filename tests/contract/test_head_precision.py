@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from luthier.api.evaluate import evaluate
 from luthier.api.train import train
 from luthier.core.protocols import Head
-from luthier.core.types import Forest
-from luthier.data.packing import pack
+from luthier.core.types import SegmentTree
+from luthier.data.packing import pack_examples
 from luthier.methods import METHODS
 from luthier.models.attention import packed as attention
 from luthier.models.ops import fused_logprobs
@@ -58,7 +58,7 @@ def test_every_product_of_the_backward_pass_runs_in_the_dtype_of_autocast(
     family.train(True)
 
     def products() -> set[torch.dtype]:
-        batch, = pack(documents(), 400)
+        batch, = pack_examples(documents(), 400)
         with torch.autocast("cpu", torch.bfloat16):
             total = SFT(family.forward(batch.inputs, batch.target, SFT.required_outputs), batch.target).total
         with Products() as found:
@@ -144,11 +144,11 @@ def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(monkeypatch: 
 def test_the_mean_of_a_text_is_summed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
     lengths, parents = (40, 300, 7, 120, 60), (-1, 0, -1, 1, 0)
     row = torch.randn(sum(lengths), 16, generator=torch.Generator().manual_seed(0)).add(3).to(dtype)
-    forest, parts = Forest(lengths, parents), row.double().split(lengths)
+    forest, parts = SegmentTree(lengths, parents), row.double().split(lengths)
     items = torch.tensor([3, 0, 2, 4, 3])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = pool_states(row, forest, items, "mean")
-        flat = pool_states(row, Forest(lengths, (-1,) * 5), items, "mean")
+        flat = pool_states(row, SegmentTree(lengths, (-1,) * 5), items, "mean")
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     for i, item in enumerate(items.tolist()):
         path = torch.cat([parts[a] for a in forest.path(item)])
@@ -251,7 +251,7 @@ def test_an_older_variable_length_attention_is_not_called(monkeypatch: pytest.Mo
     monkeypatch.setattr(attention, "_has_flash", lambda device: True)
     monkeypatch.setattr(attention, "_compile_flex", lambda flex: flex)
     query = torch.randn(1, 4, 12, 16).bfloat16()
-    row = Forest((7, 5), (-1, -1))
+    row = SegmentTree((7, 5), (-1, -1))
     found = attention._attend_one_kernel(query, query, query, row, 0.25, None, True)
     wanted = attention._attend_per_segment(query, query, query, row, 0.25, 0.0, None, None, True)
     torch.testing.assert_close(found.float(), wanted.float(), rtol=2e-2, atol=2e-2)
@@ -259,7 +259,7 @@ def test_an_older_variable_length_attention_is_not_called(monkeypatch: pytest.Mo
 
 def test_trees_too_are_pooled_as_they_are_alone() -> None:
     family = base("llama", dtype=torch.bfloat16)
-    batch, = pack(trees(), 1000)
+    batch, = pack_examples(trees(), 1000)
     with torch.no_grad():
         states = family.states(batch.inputs)
     assert states.dtype == torch.bfloat16

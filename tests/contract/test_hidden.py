@@ -24,14 +24,14 @@ from luthier.api.evaluate import evaluate
 from luthier.api.train import train
 from luthier.assembly.factory import load_family
 from luthier.assembly.recipe import Recipe
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import BaseError, DataError, LuthierError, RecipeError
 from luthier.core.examples import Origin, TextExample
-from luthier.core.types import Encoded
-from luthier.data import DataConfig, DividedConfig, Hide, encode
-from luthier.data.masking import drawn
-from luthier.data.packing import batch, pack
+from luthier.core.types import TokenizedExample
+from luthier.data import DataConfig, DividedConfig, MaskingConfig, encode_example
+from luthier.data.masking import apply_random
+from luthier.data.packing import build_batch, pack_examples
 from luthier.models import Encoder
 from luthier.models.ops import fused_logprobs
 from luthier.objectives import OBJECTIVES
@@ -46,16 +46,16 @@ SPANS = with_sentinels(tokenizer())
 TEXTS = tuple(f"{'the fox and the dog ' * n}went {'on and ' * (5 - n)}home" for n in range(1, 5))
 
 
-def examples(how: Any, texts: Sequence[str] = TEXTS) -> list[Encoded]:
+def examples(how: Any, texts: Sequence[str] = TEXTS) -> list[TokenizedExample]:
     """Documents as they go into a batch, each with something hidden."""
     told = SPANS if how == "spans" else WORDS
     config = DataConfig.parse({"train": "-"})
-    found: list[Encoded] = []
+    found: list[TokenizedExample] = []
     for row, text in enumerate(texts):
-        made = encode(TextExample(text, Origin("lab", row)), told, DividedConfig.of(config) if how == "spans" else config,
-                      hide=Hide.of(told, how, "lab", span=9.0))
+        made = encode_example(TextExample(text, Origin("lab", row)), told, DividedConfig.of(config) if how == "spans" else config,
+                              hide=MaskingConfig.of(told, how, "lab", span=9.0))
         assert isinstance(made, list)
-        found += [drawn(one, 0, 0, row) for one in made]
+        found += [apply_random(one, 0, 0, row) for one in made]
     return found
 
 
@@ -63,7 +63,7 @@ def encoder(kind: str, layout: Any = None, **overrides: Any) -> Encoder:
     return Encoder(tiny(kind, words=True, **overrides), WORDS, layout)
 
 
-def theirs(model: Any, found: Sequence[Encoded], shift: int = 0) -> Any:
+def theirs(model: Any, found: Sequence[TokenizedExample], shift: int = 0) -> Any:
     """Transformers' own loss of the same rows: the mean over what was hidden."""
     width = max(one.tokens for one in found)
     ids, mask = torch.full((len(found), width), PAD), torch.zeros(len(found), width, dtype=torch.int64)
@@ -93,7 +93,7 @@ def test_masked_words_cost_what_they_cost_in_transformers(kind: str) -> None:
     """Values and every gradient: embedding, stack, the head's transform and bias."""
     found, family = examples("words"), encoder(kind)
     attached = attach(family, "full")  # type: ignore[arg-type]
-    mine = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
+    mine = measured(family, attached, [build_batch(found)])  # type: ignore[arg-type]
     other = tiny(kind, words=True)
     other.load_state_dict(family.model.state_dict())  # `attach` stirs
     names = {name: name for name in attached.parameters()}
@@ -104,8 +104,8 @@ def test_masked_words_cost_what_they_cost_in_transformers(kind: str) -> None:
     assert all(float(mine[name].abs().max()) > FAR for name in outside)
     # The controls: the state before the hidden word guesses it, as in a decoder; nothing was hidden.
     assert apart(mine, grown(other, theirs(other, found, shift=-1), names)) > FAR
-    bare = [Encoded((p.__class__(tuple(t if t >= 0 else i for i, t in zip(p.ids, p.tags, strict=True)), p.weights, tags=p.tags),),
-                    e.origin) for e in found for p in e.pieces]
+    bare = [TokenizedExample((p.__class__(tuple(t if t >= 0 else i for i, t in zip(p.ids, p.tags, strict=True)), p.weights, tags=p.tags),),
+                             e.origin) for e in found for p in e.pieces]
     assert apart(mine, grown(other, theirs(other, bare), names)) > FAR
 
 
@@ -116,15 +116,15 @@ def test_rows_and_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatc
     for method in ("full", "lora"):
         family = encoder(kind, "packed")
         attached = attach(family, method)  # type: ignore[arg-type]
-        wanted = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
-        assert apart(measured(family, attached, pack(found, 90)), wanted) < SAME  # type: ignore[arg-type]
+        wanted = measured(family, attached, [build_batch(found)])  # type: ignore[arg-type]
+        assert apart(measured(family, attached, pack_examples(found, 90)), wanted) < SAME  # type: ignore[arg-type]
         with monkeypatch.context() as patched:
             patched.setattr(fused_logprobs, "CHUNK_LOGITS", 1)
             assert len(fused_logprobs._split_positions(40, VOCABULARY, torch.device("cpu"))) == 3
-            assert apart(measured(family, attached, [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
+            assert apart(measured(family, attached, [build_batch(found)]), wanted) < SAME  # type: ignore[arg-type]
         slow = encoder(kind, "padded")
-        assert apart(measured(slow, attach(slow, method), [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
-        assert apart(measured(family, attached, [batch(found[1:])]), wanted) > FAR  # type: ignore[arg-type]
+        assert apart(measured(slow, attach(slow, method), [build_batch(found)]), wanted) < SAME  # type: ignore[arg-type]
+        assert apart(measured(family, attached, [build_batch(found[1:])]), wanted) > FAR  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated"])
@@ -134,8 +134,8 @@ def test_spans_cost_what_they_cost_in_transformers(kind: str, method: str, monke
     found = examples("spans")
     family = base(kind)
     attached = attach(family, method)  # type: ignore[arg-type]
-    mine = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
-    assert apart(measured(family, attached, pack(found, 60)), mine) < SAME  # type: ignore[arg-type]
+    mine = measured(family, attached, [build_batch(found)])  # type: ignore[arg-type]
+    assert apart(measured(family, attached, pack_examples(found, 60)), mine) < SAME  # type: ignore[arg-type]
     attached.merge() if method == "lora" else None
     other = t5(kind)
     other.load_state_dict(family.model.state_dict())
@@ -161,7 +161,7 @@ def test_heads_of_other_architectures_are_found(kind: str) -> None:
     model = AutoModelForMaskedLM.from_config(config, dtype=torch.float64).eval()
     found = examples("words", [text[:40] for text in TEXTS])
     family = Encoder(model, WORDS)
-    row = batch(found)
+    row = build_batch(found)
     with torch.no_grad():
         loss = PRETRAIN(family.forward(row.inputs, row.target, PRETRAIN.required_outputs), row.target)
         assert abs(loss.total / loss.count - theirs(model, found)) < 1e-5
@@ -275,11 +275,11 @@ def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_pa
     """The stack has other names without its head; its adapter goes along, there and back."""
     run = train(recipe(home(tmp_path, kind), method="lora"), run=str(tmp_path / "run"), quiet=True)
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
-    row = batch(examples("words"))
+    row = build_batch(examples("words"))
 
     def states(started: Recipe) -> Tensor:
         family = load_family(started.base, started.objective.uses_masking)
-        begin(started, family)
+        init_rl_policy(started, family)
         family.train(False)
         with torch.no_grad():
             return family.forward(row.inputs, row.target, frozenset({"states"})).states  # type: ignore[return-value]

@@ -14,12 +14,12 @@ from luthier import assembly
 from luthier.assembly.factory import attach_method, load_datasets, load_family
 from luthier.assembly.run_warnings import find_method_problems
 from luthier.cli.main import main
-from luthier.core.types import Outputs, Target
-from luthier.data import pack
+from luthier.core.types import LossInputs, Outputs
+from luthier.data import pack_examples
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import count_correct_pairs
 from luthier.objectives.preference import PreferenceConfig
-from luthier.rl.rewards import as_numbers
+from luthier.rl.rewards import to_floats
 from luthier.training.run_folder import Run
 from tiny import save_tiny
 
@@ -122,14 +122,14 @@ BROKEN: list[tuple[str, Any, str]] = [
 @pytest.mark.parametrize(("name", "found", "words"), BROKEN, ids=[name for name, *_ in BROKEN])
 def test_what_is_no_list_of_numbers_is_said(name: str, found: Any, words: str) -> None:
     with pytest.raises(ValueError, match="returned") as caught:
-        as_numbers(found, 2)
+        to_floats(found, 2)
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("found", [[1, 2.0], (1, 2), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).numpy(),
                                    [torch.tensor(1.0), torch.tensor([2.0])], [True, 2], iter([1, 2])])
 def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
-    assert as_numbers(found, 2) == [1.0, 2.0]
+    assert to_floats(found, 2) == [1.0, 2.0]
 
 
 # ---------------------------------------------------------------- the method on its base
@@ -157,9 +157,9 @@ def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[s
 def test_equal_scores_count_half() -> None:
     assert count_correct_pairs(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])).tolist() == [1, 0, 0.5]
     logps = torch.tensor([-2.0, -1.0])
-    pair = Target(torch.arange(2), torch.zeros(2), torch.ones(2), 1, items=torch.tensor([1, 2]),
-                  labels=torch.tensor([0.0, 1.0]), groups=torch.tensor([0, 0]), item_of=torch.tensor([0, 1]),
-                  margins=torch.zeros(2))
+    pair = LossInputs(torch.arange(2), torch.zeros(2), torch.ones(2), 1, items=torch.tensor([1, 2]),
+                      labels=torch.tensor([0.0, 1.0]), groups=torch.tensor([0, 0]), item_of=torch.tensor([0, 1]),
+                      margins=torch.zeros(2))
     for name, known in OBJECTIVES.items():
         if issubclass(known, PreferenceConfig):
             outputs = Outputs(token_logps=logps, reference_logps=logps)
@@ -173,11 +173,11 @@ def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp
     rows = [{"anchor": a, "positive": p} for a, p in (("a", "one"), ("b", "one"), ("one", "two"))]
     made = assembly.recipe({"base": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
     encoded = load_datasets(made, load_family(made.base)).train
-    whole = pack(encoded, None)[0].target.text_ids.tolist()
+    whole = pack_examples(encoded, None)[0].target.text_ids.tolist()
     assert whole[1] == whole[3] == whole[4]
     assert len(set(whole)) == 4
-    parts = [pack([one], None)[0].target for one in encoded]
-    assert Target.joined(parts).text_ids.tolist() == whole
+    parts = [pack_examples([one], None)[0].target for one in encoded]
+    assert LossInputs.joined(parts).text_ids.tolist() == whole
 
 
 CHAT = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(6)]

@@ -11,7 +11,7 @@ from lab import SFT, apart, attach, base, digest, documents, logits, measured, s
 from luthier.assembly.factory import attach_method
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import SamplingParams
-from luthier.data.packing import batch
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS
 from luthier.models import CausalLM
 from luthier.training.optimizer import Optimizer, OptimizerConfig
@@ -48,7 +48,7 @@ def optimizer(attached: Any, rate: float = 1e-2) -> Optimizer:
 
 
 def take_steps(family: CausalLM, attached: Any, steps: int = 3) -> None:
-    adam, rows = optimizer(attached), [batch(documents())]
+    adam, rows = optimizer(attached), [build_batch(documents())]
     for i in range(steps):
         adam.set_rate(i)
         step(family, SFT, rows, adam)
@@ -63,7 +63,7 @@ def test_it_trains_what_it_promises_and_nothing_else(name: str, settings: dict[s
     trained = attached.parameters()
     start, state = ({n: t.detach().clone() for n, t in found.items()} for found in (trained, attached.state()))
     stir(attached)
-    measured(family, attached, [batch(documents())])
+    measured(family, attached, [build_batch(documents())])
     for parameter in family.model.parameters():
         assert (parameter.grad is not None) == any(parameter is p for p in trained.values())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
@@ -279,7 +279,7 @@ def test_a_pissa_state_brings_its_own_start() -> None:
 def test_dropout_acts_in_training_only() -> None:
     family = base("llama")
     attached = attach(family, "lora", dropout=0.5)
-    rows = [batch(documents())]
+    rows = [build_batch(documents())]
     assert apart(measured(family, attached, rows), measured(family, attached, rows)) == 0
     family.train(True)
     assert apart(measured(family, attached, rows), measured(family, attached, rows)) > 1e-3

@@ -13,24 +13,24 @@ import torch
 import torch.nn.functional as F
 
 from luthier import objectives
-from luthier.core.types import Outputs, Target
+from luthier.core.types import LossInputs, Outputs
 from luthier.objectives import OBJECTIVES
 
 TOKENS = ("sft", "pretrain")
 NAME = pytest.mark.parametrize("name", TOKENS)  # the laws of all others: test_objectives_laws.py
 
 
-def case(dtype: torch.dtype = torch.float64, predictions: int = 40) -> tuple[torch.Tensor, Target]:
+def case(dtype: torch.dtype = torch.float64, predictions: int = 40) -> tuple[torch.Tensor, LossInputs]:
     """Logits [P, V] and a target with float weights."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(predictions, 11, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(True)
     tokens = torch.randint(11, (predictions,), generator=generator)
     tokens[::4] = logits.argmax(-1)[::4]
     weights = torch.rand(predictions, generator=generator) + 0.1
-    return logits, Target(torch.arange(predictions), tokens, weights, predictions // 10, 99)
+    return logits, LossInputs(torch.arange(predictions), tokens, weights, predictions // 10, 99)
 
 
-def outputs(logits: torch.Tensor, target: Target) -> Outputs:
+def outputs(logits: torch.Tensor, target: LossInputs) -> Outputs:
     logps = logits.log_softmax(-1).gather(1, target.tokens[:, None])[:, 0]
     return Outputs(token_logps=logps, token_hits=logits.argmax(-1) == target.tokens)
 

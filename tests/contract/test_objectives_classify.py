@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cases import Case, cases
 from luthier.core.errors import DataError, RecipeError
-from luthier.core.types import Outputs, Target
+from luthier.core.types import LossInputs, Outputs
 from luthier.objectives import OBJECTIVES
 from luthier.objectives import metrics as measures
 
@@ -23,7 +23,7 @@ def made(task: str, labels: Tensor, scores: Tensor, **settings: object) -> Case:
     if task != "regression":
         settings["labels"] = NAMES
     nothing = torch.zeros(0, dtype=torch.int64)
-    target = Target(nothing, nothing, torch.zeros(0), n, items=torch.arange(n), labels=labels.float(), groups=torch.arange(n))
+    target = LossInputs(nothing, nothing, torch.zeros(0), n, items=torch.arange(n), labels=labels.float(), groups=torch.arange(n))
     return Case(OBJECTIVES["classify"](task=task, **settings), Outputs(scores=scores.double().requires_grad_()), target, nothing)
 
 
@@ -57,7 +57,7 @@ def test_tags_are_transformers_and_weights_are_torchs() -> None:
     from transformers.loss.loss_utils import ForTokenClassification
     case = cases()["classify-tokens"]
     plain = Case(OBJECTIVES["classify"](task="tokens", labels=NAMES), case.outputs,
-                 Target(case.target.at, case.target.tokens, torch.ones(12), 4), case.owner)
+                 LossInputs(case.target.at, case.target.tokens, torch.ones(12), 4), case.owner)
     config = SimpleNamespace(num_labels=3)
     same(plain, ForTokenClassification(case.outputs.token_scores, case.target.tokens, config), "token_scores")
     each = F.cross_entropy(case.outputs.token_scores, case.target.tokens, reduction="none")

@@ -25,21 +25,21 @@ from cases import Case, cases
 from luthier.assembly.factory import attach_heads
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import Origin
-from luthier.core.types import Encoded, Item, Outputs, Target
-from luthier.data.packing import pack
+from luthier.core.types import LabeledSpan, LossInputs, Outputs, TokenizedExample
+from luthier.data.packing import pack_examples
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.contrastive import MAX_LOG_SCALE, SCALE, ContrastiveConfig
 from luthier.training import grad_cache
 from luthier.training.optimizer import Optimizer, OptimizerConfig
-from luthier.training.step import forward, step
+from luthier.training.step import forward_objective, step
 
 
 def made(labels: list[list[float]], **settings: object) -> Case:
     flat = torch.tensor([label for group in labels for label in group])
     states = torch.randn(len(flat), 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     nothing = torch.zeros(0, dtype=torch.int64)
-    target = Target(nothing, nothing, torch.zeros(0), len(labels), items=torch.arange(len(flat)), labels=flat,
-                    groups=torch.tensor([g for g, group in enumerate(labels) for _ in group]))
+    target = LossInputs(nothing, nothing, torch.zeros(0), len(labels), items=torch.arange(len(flat)), labels=flat,
+                        groups=torch.tensor([g for g, group in enumerate(labels) for _ in group]))
     return Case(OBJECTIVES["contrastive"](**settings), Outputs(pooled=(3 * states).requires_grad_()), target, nothing)
 
 
@@ -211,7 +211,7 @@ def test_only_of_labels_are_there_classes() -> None:
 # ---------------------------------------------------------------- in parts, and over ranks
 
 
-def rows(objective: str, kind: str) -> list[Encoded]:
+def rows(objective: str, kind: str) -> list[TokenizedExample]:
     """Random examples for an objective whose rows meet, of several lengths."""
     dice = Dice(7)
     labels = {"supcon": [[0], [1], [0], [1], [0]], "cosent": [[x, x] for x in (0.1, 0.8, 0.4, 1.0)],
@@ -220,8 +220,8 @@ def rows(objective: str, kind: str) -> list[Encoded]:
     for number, group in enumerate(labels):
         prompt = [dice.piece(3 + number, masked=3 + number)] if objective == "kto" else []
         pieces = [*prompt, *(dice.piece(4 + (3 * number + i) % 5, len(prompt) - 1) for i in range(len(group)))]
-        items = tuple(Item(len(prompt) + i, float(label)) for i, label in enumerate(group))
-        found.append(Encoded(tuple(pieces), Origin("lab", number), items=items))
+        items = tuple(LabeledSpan(len(prompt) + i, float(label)) for i, label in enumerate(group))
+        found.append(TokenizedExample(tuple(pieces), Origin("lab", number), items=items))
     return found
 
 
@@ -240,10 +240,10 @@ def test_a_batch_in_parts_is_the_whole_batch(name: str, kind: str, settings: dic
     def measured(micro: int | None, apart: bool = False) -> dict[str, Tensor]:
         for parameter in attached.parameters().values():
             parameter.grad = None
-        batches = pack(examples, micro)
+        batches = pack_examples(examples, micro)
         assert (len(batches) > 2) == (micro is not None)
         count = sum(objective.count(batch.target) for batch in batches)
-        run = partial(forward, family, objective, reference=attached.disabled)
+        run = partial(forward_objective, family, objective, reference=attached.disabled)
         losses = [grad_cache.backward(run, objective, part, count, family.device, nullcontext)[0]
                   for part in ([[batch] for batch in batches] if apart else [batches])]
         return {"loss": sum(losses), **{n: p.grad for n, p in attached.parameters().items()}}
@@ -265,11 +265,11 @@ def test_parts_are_computed_again_with_the_same_dropout(name: str, kind: str, se
     family = base("llama")
     attached = attach_heads(family, attach(family, "lora", dropout=0.5), objective, 3)
     family.train(True)
-    batches = pack(examples, 12)
+    batches = pack_examples(examples, 12)
     said: list[Tensor] = []
 
     def run(batch: Any) -> Outputs:
-        found = forward(family, objective, batch, attached.disabled)
+        found = forward_objective(family, objective, batch, attached.disabled)
         said.append((found.pooled if name == "contrastive" else found.token_logps).detach())
         return found
 
@@ -296,7 +296,7 @@ def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
     for i in range(2):
         adam.set_rate(i)
-        batches = pack(examples, micro_tokens)
+        batches = pack_examples(examples, micro_tokens)
         stepped = step(family, objective, batches[:1] if alone else batches, adam)
     return {"numbers": stepped.numbers(), "weights": {n: t.clone() for n, t in attached.state().items()}}
 
@@ -353,8 +353,8 @@ def contrast(rows: Sequence[Sequence[str]], states: Mapping[str, Tensor], **sett
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     labels = torch.tensor([float(c) for row in rows for c in range(len(row))])
     groups = torch.tensor([r for r, row in enumerate(rows) for _ in row])
-    target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(rows), items=torch.arange(len(texts)), labels=labels,
-                    groups=groups, text_ids=torch.tensor([numbers[text] << 40 for text in texts]))
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(rows), items=torch.arange(len(texts)), labels=labels,
+                        groups=groups, text_ids=torch.tensor([numbers[text] << 40 for text in texts]))
     return ContrastiveConfig(**settings)(Outputs(pooled=torch.stack([states[text] for text in texts])), target)
 
 
@@ -391,15 +391,15 @@ def test_duplicates_are_left_out_of_the_negatives_as_by_hand(name: str, both: bo
 def test_duplicates_of_texts_that_nobody_numbered_are_refused() -> None:
     states = {text: torch.randn(4) for text in "ab12"}
     assert contrast([("a", "1"), ("b", "2")], states, mask_duplicates=True).count == 2
-    target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 2, items=torch.arange(4),
-                    labels=torch.tensor([0.0, 1, 0, 1]), groups=torch.tensor([0, 0, 1, 1]))
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 2, items=torch.arange(4),
+                        labels=torch.tensor([0.0, 1, 0, 1]), groups=torch.tensor([0, 0, 1, 1]))
     with pytest.raises(DataError, match="mask_duplicates compares texts"):
         ContrastiveConfig(mask_duplicates=True)(Outputs(pooled=torch.randn(4, 3)), target)
 
 
 def test_equal_distances_of_a_triplet_count_half() -> None:
-    target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.arange(3),
-                    labels=torch.tensor([0.0, 1, 2]), groups=torch.zeros(3, dtype=torch.int64))
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.arange(3),
+                        labels=torch.tensor([0.0, 1, 2]), groups=torch.zeros(3, dtype=torch.int64))
     for far, wanted in (((1.0, 0.0), 0.5), ((0.0, 1.0), 1.0)):
         states = torch.tensor([[1.0, 0.0], [1.0, 0.0], far])
         total, count = ContrastiveConfig(loss="triplet")(Outputs(pooled=states), target).metrics["match_accuracy"]

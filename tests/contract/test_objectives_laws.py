@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import cases
-from luthier.core.types import Outputs, Target
+from luthier.core.types import LossInputs, Outputs
 from luthier.objectives import OBJECTIVES, SHORT_FORMS
 
 CASES = cases()
@@ -136,6 +136,6 @@ def test_an_example_alone_and_sixteen_bits_stay_finite(name: str) -> None:
 def test_empty_targets_join() -> None:
     case = CASES["contrastive"]
     a, b = case.taken([0, 1]), case.taken([2, 3])
-    joined = Target.joined([a.target, b.target])
+    joined = LossInputs.joined([a.target, b.target])
     total = case.objective(Outputs.joined([a.outputs, b.outputs]), joined).total
     torch.testing.assert_close(total, case.loss().total, rtol=1e-12, atol=0)

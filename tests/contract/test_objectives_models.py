@@ -18,12 +18,12 @@ from cases import PREFERENCES, make_objective
 from luthier.assembly.factory import attach_heads
 from luthier.core.examples import Origin
 from luthier.core.protocols import Tuner
-from luthier.core.types import Encoded, Item, Piece
-from luthier.data.packing import pack
+from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
+from luthier.data.packing import pack_examples
 from luthier.models import CausalLM
 from luthier.training import grad_cache
 from luthier.training.optimizer import Optimizer, OptimizerConfig
-from luthier.training.step import forward, measure, step
+from luthier.training.step import evaluate_batches, forward_objective, step
 
 COMPARED = (*PREFERENCES, "reward", "multiple_choice")
 CLASSIFY: list[tuple[str, dict[str, Any]]] = [("classify", {"task": task, "labels": labels}) for task, labels in (
@@ -34,31 +34,31 @@ EVERY = [*((name, {}) for name in (*COMPARED, "kto")), *CLASSIFY, *CONTRASTIVE]
 NAMED = pytest.mark.parametrize(("name", "settings"), EVERY, ids=[" ".join([n, *map(str, s.values())][:2]) for n, s in EVERY])
 
 
-def with_prompts(labels: list[list[float]], shared: bool) -> list[Encoded]:
+def with_prompts(labels: list[list[float]], shared: bool) -> list[TokenizedExample]:
     """A prompt and its answers: as a tree, or each answer as a document behind a prompt of its own."""
     dice, found = Dice(9), []
     for number, group in enumerate(labels):
         prompt = dice.piece(9 - number, masked=9 - number)
         answers = [dice.piece(3 + (number + 2 * i) % 5, 0) for i in range(len(group))]
-        answers = [Piece(piece.ids, (1.0,) * len(piece.ids), 0) for piece in answers]
-        alone = [Piece(prompt.ids + piece.ids, prompt.weights + piece.weights) for piece in answers]
-        items = tuple(Item(i + shared, label) for i, label in enumerate(group))
-        found.append(Encoded((prompt, *answers) if shared else tuple(alone), Origin("lab", number), items=items))
+        answers = [TokenSpan(piece.ids, (1.0,) * len(piece.ids), 0) for piece in answers]
+        alone = [TokenSpan(prompt.ids + piece.ids, prompt.weights + piece.weights) for piece in answers]
+        items = tuple(LabeledSpan(i + shared, label) for i, label in enumerate(group))
+        found.append(TokenizedExample((prompt, *answers) if shared else tuple(alone), Origin("lab", number), items=items))
     return found
 
 
-def roots(labels: list[list[Any]]) -> list[Encoded]:
+def roots(labels: list[list[Any]]) -> list[TokenizedExample]:
     """Texts that are judged as a whole; where `labels` are empty, their words carry tags: the numbers 0 to 2."""
     dice, found = Dice(11), []
     for number, group in enumerate(labels):
         pieces = [dice.piece(4 + (number + 3 * i) % 6) for i in range(max(len(group), 1))]
         if not group:
-            pieces = [Piece(tuple(token % 3 for token in piece.ids), piece.weights) for piece in pieces]
-        found.append(Encoded(tuple(pieces), Origin("lab", number), items=tuple(Item(i, label) for i, label in enumerate(group))))
+            pieces = [TokenSpan(tuple(token % 3 for token in piece.ids), piece.weights) for piece in pieces]
+        found.append(TokenizedExample(tuple(pieces), Origin("lab", number), items=tuple(LabeledSpan(i, label) for i, label in enumerate(group))))
     return found
 
 
-def rows(name: str, settings: dict[str, Any], shared: bool = True) -> list[Encoded]:
+def rows(name: str, settings: dict[str, Any], shared: bool = True) -> list[TokenizedExample]:
     if name in COMPARED:
         return with_prompts([[0, 1], [1, 0], [2, 0, 1]], shared)
     if name == "kto":
@@ -78,13 +78,13 @@ def ready(name: str, settings: dict[str, Any]) -> tuple[CausalLM, Any, Tuner]:
     return family, objective, attached
 
 
-def measured(family: CausalLM, objective: Any, attached: Tuner, examples: list[Encoded], micro: int | None) -> dict[str, Tensor]:
+def measured(family: CausalLM, objective: Any, attached: Tuner, examples: list[TokenizedExample], micro: int | None) -> dict[str, Tensor]:
     """Loss and gradients as a step takes them."""
     for parameter in attached.parameters().values():
         parameter.grad = None
-    batches = pack(examples, micro)
+    batches = pack_examples(examples, micro)
     count = sum(objective.count(batch.target) for batch in batches)
-    run = partial(forward, family, objective, reference=attached.disabled)
+    run = partial(forward_objective, family, objective, reference=attached.disabled)
     losses = [grad_cache.backward(run, objective, part, count, family.device, nullcontext)[0]
               for part in ([batches] if objective.needs_full_batch else [[batch] for batch in batches])]
     return {"loss": sum(losses), **{n: p.grad for n, p in attached.parameters().items()}}
@@ -96,8 +96,8 @@ def test_a_shared_prompt_is_a_repeated_one(name: str) -> None:
     family, objective, attached = ready(name, {})
     shared, repeated = (measured(family, objective, attached, rows(name, {}, way), None) for way in (True, False))
     assert apart(shared, repeated) < 1e-9
-    other = [Encoded(e.pieces, e.origin, items=e.items[::-1]) for e in rows(name, {})]  # the control: other items' labels
-    swapped = [Encoded(e.pieces, e.origin, items=tuple(Item(i.piece, j.label) for i, j in zip(e.items, e.items[::-1], strict=True)))
+    other = [TokenizedExample(e.pieces, e.origin, items=e.items[::-1]) for e in rows(name, {})]  # the control: other items' labels
+    swapped = [TokenizedExample(e.pieces, e.origin, items=tuple(LabeledSpan(i.piece, j.label) for i, j in zip(e.items, e.items[::-1], strict=True)))
                for e in rows(name, {})]
     assert apart(measured(family, objective, attached, other, None), shared) < 1e-9
     assert apart(measured(family, objective, attached, swapped, None), shared) > 1e-3
@@ -108,20 +108,20 @@ def test_a_shared_prompt_is_a_repeated_one(name: str) -> None:
 def test_cutting_a_batch_changes_nothing(name: str, settings: dict[str, Any]) -> None:
     family, objective, attached = ready(name, settings)
     examples = rows(name, settings)
-    assert len(pack(examples, 12)) > 1
+    assert len(pack_examples(examples, 12)) > 1
     assert apart(measured(family, objective, attached, examples, 12), measured(family, objective, attached, examples, None)) < 1e-9
 
 
 @NAMED
 def test_it_learns_a_few_rows_and_is_measured(name: str, settings: dict[str, Any]) -> None:
     family, objective, attached = ready(name, settings)
-    batches = pack(rows(name, settings), 24)
-    before = measure(family, objective, batches, attached.disabled)
+    batches = pack_examples(rows(name, settings), 24)
+    before = evaluate_batches(family, objective, batches, attached.disabled)
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(schedule="constant"), 5)
     for i in range(5):
         adam.set_rate(i)
         found = step(family, objective, batches, adam, reference=attached.disabled).numbers()
-    after = measure(family, objective, batches, attached.disabled)
+    after = evaluate_batches(family, objective, batches, attached.disabled)
     assert after["loss"] < before["loss"] - 0.02 * abs(before["loss"])
     assert found.keys() - {"grad_norm"} <= after.keys()
 
@@ -129,11 +129,11 @@ def test_it_learns_a_few_rows_and_is_measured(name: str, settings: dict[str, Any
 def test_the_reference_is_the_base_however_far_the_method_went() -> None:
     """DPO's reward of an answer is beta times its gain over the base; with a method that does nothing, none."""
     family, objective, attached = ready("dpo", {"beta": 2.0})
-    batch, = pack(rows("dpo", {}), None)
+    batch, = pack_examples(rows("dpo", {}), None)
     with torch.no_grad():
-        gain = measure(family, objective, [batch], attached.disabled)
+        gain = evaluate_batches(family, objective, [batch], attached.disabled)
         with attached.disabled():
-            none = measure(family, objective, [batch], attached.disabled)
+            none = evaluate_batches(family, objective, [batch], attached.disabled)
     assert none["rewards/margins"] == 0.0
     assert none["loss"] == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
     assert gain["rewards/chosen"] == pytest.approx(2.0 * (gain["logps/chosen"] - none["logps/chosen"]), rel=1e-5)

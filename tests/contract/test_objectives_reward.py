@@ -13,17 +13,17 @@ from test_objectives_preference import trainer
 from torch import Tensor
 
 from cases import Case, cases
-from luthier.core.types import Outputs, Target
+from luthier.core.types import LossInputs, Outputs
 from luthier.objectives import OBJECTIVES, metrics
 
 
 def compared(ranks: list[list[int]], margins: bool = True, **settings: object) -> Case:
     dice = torch.Generator().manual_seed(3)
     n = sum(len(group) for group in ranks)
-    target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(ranks), items=torch.arange(n),
-                    labels=torch.tensor([float(rank) for group in ranks for rank in group]),
-                    margins=torch.rand(n, generator=dice) * margins,
-                    groups=torch.tensor([g for g, group in enumerate(ranks) for _ in group]))
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(ranks), items=torch.arange(n),
+                        labels=torch.tensor([float(rank) for group in ranks for rank in group]),
+                        margins=torch.rand(n, generator=dice) * margins,
+                        groups=torch.tensor([g for g, group in enumerate(ranks) for _ in group]))
     scores = torch.randn(n, 1, generator=dice, dtype=torch.float64).requires_grad_()
     return Case(OBJECTIVES["reward"](**settings), Outputs(scores=scores), target, torch.zeros(0, dtype=torch.int64))
 

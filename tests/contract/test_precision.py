@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.core.protocols import Tuner
 from luthier.core.types import Batch
-from luthier.data.packing import pack
+from luthier.data.packing import pack_examples
 from luthier.models import CausalLM
 
 WAYS: list[tuple[str, dict[str, Any]]] = [
@@ -40,7 +40,7 @@ def gradient(family: CausalLM, attached: Tuner, batches: Iterable[Batch], mixed:
 @pytest.mark.parametrize(("name", "settings"), WAYS, ids=lambda v: v if isinstance(v, str) else " ".join(map(str, v.values())))
 def test_mixed_precision_has_nearly_the_gradient(name: str, settings: dict[str, Any], kind: str) -> None:
     family = base(kind, dtype=torch.float32)
-    attached, batches = attach(family, name, **settings), pack(documents(), 60)
+    attached, batches = attach(family, name, **settings), pack_examples(documents(), 60)
     family.train(True)
     exact, mixed = (gradient(family, attached, batches, flag) for flag in (False, True))
     assert mixed.dtype == torch.float32

@@ -17,9 +17,9 @@ from torch import Tensor
 from luthier import assembly
 from luthier.api.train import train
 from luthier.assembly.factory import attach_method, load_datasets, load_family
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.core.errors import RecipeError
-from luthier.data.packing import batch
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
@@ -36,7 +36,7 @@ def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict
     optimizer = Optimizer(attached.parameters(), attached.rate, RATE, OptimizerConfig(schedule="constant", warmup=0), steps)
     for number in range(steps):
         optimizer.set_rate(number)
-        step(family, SFT, [batch(documents())], optimizer)
+        step(family, SFT, [build_batch(documents())], optimizer)
     mine = {id(p) for p in family.structure.embedding.parameters()}
     return ({name: p.detach() - before[name] for name, p in attached.parameters().items()},
             {name for name, p in attached.parameters().items() if id(p) in mine})
@@ -76,7 +76,7 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
     made = assembly.recipe(raw)
     family = load_family(made.base)
     found = load_datasets(made, family)
-    feed = assembly.feed(made, family, found, *begin(made, family))
+    feed = assembly.build_rl_batch_source(made, family, found, *init_rl_policy(made, family))
     epochs = []
     for _ in range(2):
         seen = [origin for _ in range(feed.steps_per_epoch) for b in next(feed) for origin in b.origins]

@@ -195,7 +195,7 @@ def test_a_change_of_a_finished_run_is_told(name: str, words: tuple[str, ...], h
 def test_the_digests_are_of_everything_that_was_trained(home: Path) -> None:
     kept = luthier.Run(home / "run").results["digests"]
     assert set(kept["trained"]) == {"adapter_model.safetensors", "adapter_config.json"}
-    assert kept["trained"]["adapter_model.safetensors"] == digests.file_sha256(home / "run/adapter_model.safetensors")
+    assert kept["trained"]["adapter_model.safetensors"] == digests.compute_file_sha256(home / "run/adapter_model.safetensors")
     assert kept["metrics"]["bytes"] == (home / "run/metrics.jsonl").stat().st_size
 
 

@@ -15,7 +15,7 @@ from lab import TOKENIZER, apart, attach, digest, documents, logits, measured, s
 
 from luthier.api.train import count_trainable
 from luthier.core.errors import BaseError, NotMergeable, RecipeError
-from luthier.data.packing import batch
+from luthier.data.packing import build_batch
 from luthier.models import BaseConfig, CausalLM, quantization
 from luthier.models.loading import load_model
 from luthier.models.quantization import get_dequantizer, quantize
@@ -50,12 +50,12 @@ def test_loss_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
     family = few(kind, bits)
     wide = widened(kind, family)
     before = digest(family)
-    found, wanted = (measured(f, attach(f, method, **settings), [batch(documents())]) for f in (family, wide))
+    found, wanted = (measured(f, attach(f, method, **settings), [build_batch(documents())]) for f in (family, wide))
     assert apart(found, wanted) < SAME
     assert digest(family) == before
     bare = CausalLM(tiny(kind, dtype=torch.float32, intermediate_size=64), TOKENIZER)
     # The control: without quantisation it is another model.
-    assert apart(found, measured(bare, attach(bare, method, **settings), [batch(documents())])) > 100 * SAME
+    assert apart(found, measured(bare, attach(bare, method, **settings), [build_batch(documents())])) > 100 * SAME
 
 
 @BITS

@@ -20,7 +20,7 @@ from torch import multiprocessing
 
 import luthier
 from luthier.core.errors import NotFinite
-from luthier.data.packing import pack
+from luthier.data.packing import pack_examples
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
 from tiny import save_tiny
@@ -36,7 +36,7 @@ def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3, attached.at_update)
     for i in range(3):
         adam.set_rate(i)
-        rows = pack(documents(seed=i), micro_tokens)
+        rows = pack_examples(documents(seed=i), micro_tokens)
         stepped = step(family, SFT, rows[:1] if alone else rows, adam)
     return {"numbers": stepped.numbers(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},
             "micro_batches": stepped.micro_batches}
@@ -56,7 +56,7 @@ def broken() -> str:
             loss = SFT(outputs, target)
             return type(loss)(loss.total * (math.inf if dist.get_rank() == 1 else 1), loss.count, loss.metrics)
 
-    stepped = step(family, Infinite(), pack(documents(), 20), adam)
+    stepped = step(family, Infinite(), pack_examples(documents(), 20), adam)
     with pytest.raises(NotFinite, match="lab:0"):
         stepped.numbers()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())

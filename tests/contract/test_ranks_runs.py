@@ -19,7 +19,7 @@ from torch import multiprocessing, nn
 
 from luthier.api.train import train
 from luthier.core.errors import LuthierError, RunError
-from luthier.data.packing import pack
+from luthier.data.packing import pack_examples
 from luthier.distributed import process_group
 from luthier.training import loop
 from luthier.training import rng as states
@@ -73,13 +73,13 @@ def home(tmp_path: Path) -> Path:
 def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
     """A run, and what this rank's model, best evaluation and random state were at its end."""
     seen: dict[str, Any] = {}
-    fit = loop.fit
+    fit = loop.run_training_loop
 
     def kept(job: Any, saved: Any = None) -> Any:
-        seen["begun"] = states.capture("cpu")["cpu"]
+        seen["begun"] = states.capture_rng_state("cpu")["cpu"]
         summary = fit(job, saved)
         seen.update(weights={n: t.clone() for n, t in job.attached.state().items()}, best=dict(summary.best),
-                    stopped=summary.stopped, steps=summary.steps, state=states.capture("cpu")["cpu"])
+                    stopped=summary.stopped, steps=summary.steps, state=states.capture_rng_state("cpu")["cpu"])
         return summary
 
     train.__globals__["fit"] = kept
@@ -120,12 +120,12 @@ def test_a_reward_that_is_not_deterministic_is_asked_once_and_leaves_the_ranks_a
 def judged_by_rank(place: Path) -> dict[str, list[Any]]:
     """Whether each evaluation is the best and the run is over, where every rank measures something else."""
     found: dict[str, list[Any]] = {}
-    for name, agree in (("agreed", process_group.agreed), ("alone", lambda value: value)):
-        losses = iter([[3.0, 2.0, 2.5], [3.0, 3.5, 1.0]][process_group.rank()])
+    for name, agree in (("agreed", process_group.broadcast_object), ("alone", lambda value: value)):
+        losses = iter([[3.0, 2.0, 2.5], [3.0, 3.5, 1.0]][process_group.get_rank()])
         job: Any = SimpleNamespace(family=SimpleNamespace(train=lambda mode: None), log=lambda *_: None, show=lambda *_: None,
                                    rolling=SimpleNamespace(judged=lambda losses=losses: {"loss": next(losses)}))
-        summary = loop.Summary(0, 0.0, 0)
-        before, loop.process_group = loop.process_group, SimpleNamespace(rank=process_group.rank, agreed=agree)  # type: ignore[assignment]
+        summary = loop.TrainResult(0, 0.0, 0)
+        before, loop.process_group = loop.process_group, SimpleNamespace(rank=process_group.get_rank, agreed=agree)  # type: ignore[assignment]
         try:
             found[name] = [loop._evaluate(job, summary) for _ in range(3)] + [summary.best["eval_loss"]]
         finally:
@@ -148,15 +148,15 @@ def dropped(place: Path) -> list[Any]:
               "data": {"train": str(place / "train.jsonl"), "max_length": 64}, "optimizer": {"learning_rate": 0.01},
               "training": {"steps": 4, "batch_size": 4, "micro_tokens": 20, "save_every": 2, "keep": 9}}
     found = [watched(recipe, run=str(place / "whole"))]
-    restore = states.restore
+    restore = states.restore_rng_state
     for name in ("resumed", "wrong"):
-        if process_group.rank() == 0:
+        if process_group.get_rank() == 0:
             shutil.copytree(place / "whole", place / name)
             shutil.rmtree(place / name / "checkpoints/step-4")
             (place / name / "README.md").unlink()
-        process_group.wait()
+        process_group.barrier()
         if name == "wrong":
-            loop.rng.restore = lambda state: restore(process_group.agreed(state))  # type: ignore[assignment]
+            loop.rng.restore = lambda state: restore(process_group.broadcast_object(state))  # type: ignore[assignment]
         found.append(watched(recipe, run=str(place / name), resume=True))
     loop.rng.restore = restore
     return found
@@ -172,7 +172,7 @@ def test_dropout_on_two_ranks_resumes_to_the_bit(home: Path) -> None:
 
 
 def test_another_number_of_processes_is_told_of() -> None:
-    state = states.capture("cpu")
+    state = states.capture_rng_state("cpu")
     assert loop._restore_random(state) == []  # of an earlier version, by one process
     assert loop._restore_random([state]) == []
     assert "saved by 2 processes, and 1 continue" in loop._restore_random([state, state])[0]
@@ -193,7 +193,7 @@ def trained(method: str, micro_tokens: int, dtype: torch.dtype) -> dict[str, Any
     adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 3)
     for i in range(3):
         adam.set_rate(i)
-        step(family, SFT, pack(documents(seed=i), micro_tokens), adam)
+        step(family, SFT, pack_examples(documents(seed=i), micro_tokens), adam)
     return {"copies": {n: p.detach().clone() for n, p in adam.parameters.items()},
             "model": {n: p.detach().clone() for n, p in attached.parameters().items()}}
 
@@ -213,7 +213,7 @@ def test_two_processes_are_one_on_a_base_in_sixteen_bits(tmp_path: Path) -> None
 
 def collected(place: Path) -> dict[str, Any]:
     """Gradients summed in buckets and one by one, and what the other collectives give."""
-    generator = torch.Generator().manual_seed(process_group.rank())
+    generator = torch.Generator().manual_seed(process_group.get_rank())
     shapes = [(3,), (40, 5), (1,)] * 60 + [(700, 9), (2, 2)]
     made: dict[str, Any] = {}
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -228,14 +228,14 @@ def collected(place: Path) -> dict[str, Any]:
     for name, bucket in (("buckets", 5000), ("single", 1)):
         parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            if i != 7 or process_group.rank() == 0:  # a rank without a micro-batch has no gradient
+            if i != 7 or process_group.get_rank() == 0:  # a rank without a micro-batch has no gradient
                 parameter.grad = gradient.clone()
         calls[0], began = 0, time.perf_counter()
         for _ in range(20):
-            process_group.sum_gradients(parameters, bucket)
+            process_group.all_reduce_gradients(parameters, bucket)
         made[name] = ([p.grad for p in parameters], calls[0] / 20, (time.perf_counter() - began) / 20)
     dist.all_reduce = reduce
-    made["named"] = process_group.sum_named({"a": (1.0, 2.0)} if process_group.rank() == 0 else {"b": (4.0,), "a": (0.5, 0.25)})
+    made["named"] = process_group.all_reduce_named({"a": (1.0, 2.0)} if process_group.get_rank() == 0 else {"b": (4.0,), "a": (0.5, 0.25)})
     made["shards"] = process_group.map_shards(lambda items, start: (start, list(items)), range(5)), \
         process_group.map_shards(lambda items, start: (start, list(items)), range(1))
     try:

@@ -25,8 +25,8 @@ from luthier.core.errors import RecipeError
 from luthier.methods import METHODS
 from luthier.training import checkpoint
 from luthier.training.grad_cache import backward
-from luthier.training.loop import fit
-from luthier.training.step import forward
+from luthier.training.loop import run_training_loop
+from luthier.training.step import forward_objective
 from tiny import save_tiny
 from trials import Trial, same
 
@@ -65,7 +65,7 @@ def gradients(one: Trial) -> dict[str, Tensor]:
     count = sum(objective.count(batch.target) for batch in batches)
     total = torch.zeros((), dtype=torch.float64)
     for part in [batches] if objective.needs_full_batch else [[batch] for batch in batches]:
-        loss, _ = backward(lambda batch: forward(one.base, objective, batch, one.reference), objective, part, count,
+        loss, _ = backward(lambda batch: forward_objective(one.base, objective, batch, one.reference), objective, part, count,
                            one.base.device, nullcontext)
         total += loss
     return {"loss": total, **{name: p.grad for name, p in one.attached.parameters().items() if p.grad is not None}}
@@ -76,7 +76,7 @@ def gradients(one: Trial) -> dict[str, Tensor]:
 def test_asked_once_is_asked_in_every_step(home: Path, tmp_path: Path, objective: str, method: str) -> None:
     live, once = (Trial(recipe(home, objective, method, once=once), tmp_path) for once in (False, True))
     for one in (live, once):
-        fit(one.job)
+        run_training_loop(one.job)
     assert [line["epoch"] for line in once.lines][-1] == 2
     assert len(once.lines) == 6
     for ours, wanted in zip(once.lines, live.lines, strict=True):
@@ -110,8 +110,8 @@ def test_a_run_that_starts_from_a_run_asks_that_one(home: Path, tmp_path: Path) 
 def test_it_goes_on_from_a_checkpoint_to_the_same_bits(home: Path, tmp_path: Path, method: Any) -> None:
     made = recipe(home, "dpo", method, once=True, dtype="float32")
     one, again = Trial(made, tmp_path), Trial(made, tmp_path)
-    fit(one.job)
-    fit(again.job, checkpoint.load(tmp_path / "step-4"))
+    run_training_loop(one.job)
+    run_training_loop(again.job, checkpoint.load_checkpoint(tmp_path / "step-4"))
     assert [line["loss"] for line in again.lines] == [line["loss"] for line in one.lines[4:]]
     same(one.attached.state(), again.attached.state())
 

@@ -214,12 +214,12 @@ def test_a_resume_that_forgets_something_differs(home: Path, tmp_path: Path, for
 
     def forgetful() -> None:
         if forget == "random":
-            states.restore = lambda state: []
+            states.restore_rng_state = lambda state: []
         elif forget == "optimizer":
             loop.Optimizer.load = lambda self, state: None
         else:
-            from luthier.data import Loader
-            Loader.load = lambda self, state: None
+            from luthier.data import InMemoryBatchSource
+            InMemoryBatchSource.load = lambda self, state: None
     assert begin(home, folder, forgetful, resume=True) == 0
     assert lines(folder)[:7] == lines(home / "whole")[:7]
     assert lines(folder) != lines(home / "whole")
@@ -231,7 +231,7 @@ def test_a_resume_that_forgets_something_differs(home: Path, tmp_path: Path, for
 def test_a_damaged_checkpoint_is_told_and_the_one_before_used(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     assert begin(home, folder, lambda: mortal(loop, "step", 9)) == -signal.SIGKILL
-    newest = checkpoint.latest(folder / "checkpoints")[0].step
+    newest = checkpoint.find_latest(folder / "checkpoints")[0].step
     before = max(n for path in folder.glob("checkpoints/step-*") if (n := int(path.name[5:])) < newest)
     file = folder / f"checkpoints/step-{newest}/optimizer.safetensors"
     spoilt = bytearray(file.read_bytes())
@@ -339,10 +339,10 @@ def test_the_best_weights_damaged_at_the_end_can_be_done_without(home: Path, tmp
 
     def ever_worse() -> None:
         losses = iter(range(9))
-        loop.measure = lambda *_: {"loss": float(next(losses))}
+        loop.evaluate_batches = lambda *_: {"loss": float(next(losses))}
         mortal(assembly, "save_tuned", 0)
     assert begin(home, folder, ever_worse) == -signal.SIGKILL
-    best = int(checkpoint.latest(folder / "checkpoints")[0].state["summary"]["best"]["step"])
+    best = int(checkpoint.find_latest(folder / "checkpoints")[0].state["summary"]["best"]["step"])
     assert best == 3
     (folder / f"checkpoints/step-{best}/method.safetensors").unlink()
     words = ["train", "--resume", str(folder), "--quiet"]
@@ -351,7 +351,7 @@ def test_the_best_weights_damaged_at_the_end_can_be_done_without(home: Path, tmp
     assert f"step-{best} is damaged: method.safetensors is missing" in error
     assert " ".join([*words[:-1], "training.keep_best=false"]) in error
     assert main([*words, "training.keep_best=false"]) == 0
-    last = checkpoint.latest(folder / "checkpoints")[0].tensors["method"]
+    last = checkpoint.find_latest(folder / "checkpoints")[0].tensors["method"]
     assert all(torch.equal(tensor, last[name]) for name, tensor in load_file(folder / "adapter_model.safetensors").items())
 
 
@@ -374,8 +374,8 @@ def test_random_states_that_fit_nothing_here_are_told(home: Path, tmp_path: Path
 
     def far() -> None:
         mortal(loop, "step", 5)
-        capture = states.capture
-        states.capture = lambda device: {**capture(device), "cuda": ["AA=="] * 99}
+        capture = states.capture_rng_state
+        states.capture_rng_state = lambda device: {**capture(device), "cuda": ["AA=="] * 99}
     assert begin(home, folder, far) == -signal.SIGKILL
     capfd.readouterr()
     if torch.cuda.is_available():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from luthier.core.types import Outputs, Target
+from luthier.core.types import LossInputs, Outputs
 from luthier.objectives.grpo import GrpoConfig, compute_group_advantages
 from luthier.objectives.ppo import PpoConfig, compute_gae, whiten
 
@@ -31,12 +31,12 @@ def drawn() -> tuple[Tensor, dict[str, Tensor]]:
         "old_values": numbers(5), "kl_coef": torch.full((TOTAL,), 0.3, dtype=torch.float64)}
 
 
-def target(known: dict[str, Tensor]) -> Target:
+def target(known: dict[str, Tensor]) -> LossInputs:
     answers = len(LENGTHS)
-    return Target(torch.arange(TOTAL), torch.zeros(TOTAL, dtype=torch.long), torch.ones(TOTAL), 2,
-                  items=torch.arange(answers), labels=torch.zeros(answers), margins=torch.zeros(answers),
-                  groups=torch.arange(answers) // 3, item_of=torch.repeat_interleave(torch.arange(answers), LENGTHS),
-                  precomputed=known)
+    return LossInputs(torch.arange(TOTAL), torch.zeros(TOTAL, dtype=torch.long), torch.ones(TOTAL), 2,
+                      items=torch.arange(answers), labels=torch.zeros(answers), margins=torch.zeros(answers),
+                      groups=torch.arange(answers) // 3, item_of=torch.repeat_interleave(torch.arange(answers), LENGTHS),
+                      precomputed=known)
 
 
 def mean(objective: Any, outputs: Outputs, known: dict[str, Tensor]) -> Tensor:

@@ -13,15 +13,15 @@ from test_rollouts import letters
 from luthier.assembly.factory import attach_heads
 from luthier.core.examples import Origin
 from luthier.core.protocols import SamplingParams, Tuner
-from luthier.core.types import Batch, Encoded, Piece
-from luthier.data.batch_source import Loader
+from luthier.core.types import Batch, TokenizedExample, TokenSpan
+from luthier.data.batch_source import InMemoryBatchSource
 from luthier.models import CausalLM
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rl import Answer, Rollouts
+from luthier.rl import Completion, RolloutCollector
 from tiny import IM_END
 
-PROMPTS = [Encoded((Piece(tuple(range(65, 68 + n)), (0.0,) * (3 + n)),), Origin("prompts", n)) for n in range(7)]
+PROMPTS = [TokenizedExample((TokenSpan(tuple(range(65, 68 + n)), (0.0,) * (3 + n)),), Origin("prompts", n)) for n in range(7)]
 ENDS = [*range(0, 256, 12), IM_END]  # so that some answers end by themselves and some are cut off
 
 
@@ -30,13 +30,13 @@ def plain(family: CausalLM) -> Tuner:
 
 
 def feed(objective: Any, size: int = 2, ends: Sequence[int] = (), seed: int = 0, shuffle: bool = True,
-         reward: Any = letters, held: Sequence[Encoded] = ()) -> Rollouts:
+         reward: Any = letters, held: Sequence[TokenizedExample] = ()) -> RolloutCollector:
     family = base("llama", eos_token_id=None)
     family.model.generation_config.eos_token_id = list(ends) or None
     attached = plain(family)
     attach_heads(family, attached, objective, 0)
-    return Rollouts(family, PROMPTS, objective, [(reward, 1.0)], Loader(PROMPTS, size, None, shuffle=shuffle, seed=seed), 1000,
-                    seed, attached.disabled, held=held)
+    return RolloutCollector(family, PROMPTS, objective, [(reward, 1.0)], InMemoryBatchSource(PROMPTS, size, None, shuffle=shuffle, seed=seed), 1000,
+                            seed, attached.disabled, held=held)
 
 
 def prompts_of(batches: Sequence[Batch]) -> list[int]:
@@ -48,16 +48,16 @@ def prompts_of(batches: Sequence[Batch]) -> list[int]:
 def test_an_epoch_of_rounds_asks_every_prompt_once_in_the_order_of_the_cursor(size: int, shuffle: bool) -> None:
     rolled = feed(GrpoConfig(num_generations=2, max_new_tokens=2), size, shuffle=shuffle)
     for epoch in range(2):
-        order = Loader(PROMPTS, size, None, shuffle=shuffle).order(epoch).tolist()
+        order = InMemoryBatchSource(PROMPTS, size, None, shuffle=shuffle).order(epoch).tolist()
         for start in range(0, len(PROMPTS), size):
             assert sorted(prompts_of(next(rolled))) == sorted(order[start:start + size])
     assert rolled.rounds == 2 * -(-len(PROMPTS) // size)
 
 
 def test_the_token_that_ended_an_answer_is_trained_as_part_of_it() -> None:
-    told: list[Answer] = []
+    told: list[Completion] = []
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         told.extend(answers)
         return [0.0] * len(answers)
     rolled = feed(GrpoConfig(num_generations=6, max_new_tokens=6), 4, ENDS, reward=reward)
@@ -105,9 +105,9 @@ def test_what_is_judged_is_the_mean_reward_and_the_best_is_the_lowest_loss() -> 
 
 
 def test_what_a_round_says_is_means_over_its_answers() -> None:
-    said: list[Answer] = []
+    said: list[Completion] = []
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         said.extend(answers)
         return [float(len(a.tokens)) for a in answers]
     rolled = feed(PpoConfig(num_generations=4, max_new_tokens=6, kl_coef=0.1), 3, ENDS, reward=reward)
@@ -132,7 +132,7 @@ def test_the_policy_is_asked_without_dropout_and_goes_on_training() -> None:
         attached = plain(family)
         attach_heads(family, attached, objective, 0)
         family.train(True)
-        rolled = Rollouts(family, PROMPTS, objective, [(letters, 1.0)], Loader(PROMPTS, 3, None), 1000, 0, attached.disabled)
+        rolled = RolloutCollector(family, PROMPTS, objective, [(letters, 1.0)], InMemoryBatchSource(PROMPTS, 3, None), 1000, 0, attached.disabled)
         outcomes.append(next(rolled))
         assert family.training
     for calm, shaken in zip(*outcomes, strict=True):
@@ -146,7 +146,7 @@ def test_the_weight_of_kl_is_steered_after_its_round() -> None:
     family = base("llama", eos_token_id=None)
     attached = plain(family)
     attach_heads(family, attached, objective, 0)
-    rolled = Rollouts(family, PROMPTS, objective, [(letters, 1.0)], Loader(PROMPTS, 3, None), 1000, 0, attached.disabled)
+    rolled = RolloutCollector(family, PROMPTS, objective, [(letters, 1.0)], InMemoryBatchSource(PROMPTS, 3, None), 1000, 0, attached.disabled)
     next(rolled)
     first = rolled.heard(dict)
     next(rolled)
@@ -176,7 +176,7 @@ def test_every_token_has_the_advantage_of_its_own_answer(micro: int) -> None:
 
 def test_an_answer_is_the_policys_own_to_its_prompt() -> None:
     """At a temperature of nearly 0 it is the greedy one, whichever prompts share its batch."""
-    told: list[Answer] = []
+    told: list[Completion] = []
     objective = GrpoConfig(num_generations=2, max_new_tokens=5, temperature=1e-6)
     rolled = feed(objective, 7, reward=lambda answers: told.extend(answers) or [0.0] * len(answers))
     next(rolled)

@@ -21,37 +21,37 @@ from torch.utils._pytree import tree_leaves
 from luthier import assembly
 from luthier.api.train import train
 from luthier.assembly.factory import attach_heads, load_datasets, load_family
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Origin
 from luthier.core.protocols import Tuner
-from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
-from luthier.data.batch_source import Loader
-from luthier.data.packing import pack
+from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, TokenizedExample, TokenSpan
+from luthier.data.batch_source import InMemoryBatchSource
+from luthier.data.packing import pack_examples
 from luthier.models import CausalLM
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rl import Answer, Rollouts
+from luthier.rl import Completion, RolloutCollector
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.run_folder import Run
-from luthier.training.step import forward, step
+from luthier.training.step import forward_objective, step
 from tiny import save_tiny
 
-PROMPTS = [Encoded((Piece(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), facts={"number": i})
+PROMPTS = [TokenizedExample((TokenSpan(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), facts={"number": i})
            for i, n in enumerate((3, 7, 5, 4))]
 
 
-def letters(answers: Sequence[Answer]) -> list[float]:
+def letters(answers: Sequence[Completion]) -> list[float]:
     """The share of an answer's tokens that are P, Q, ... W: countable, and best at 1."""
     return [sum(80 <= token < 88 for token in answer.tokens) / len(answer.tokens) for answer in answers]
 
 
 def rolls(objective: Any, family: CausalLM, attached: Tuner, seed: int = 0, micro: int = 1000, rounds: int = 4,
-          reward: Callable[[Sequence[Answer]], Sequence[float]] = letters, **named: Any) -> Rollouts:
-    return Rollouts(family, PROMPTS, objective, [(reward, 1.0)], Loader(PROMPTS, rounds, None, seed=seed), micro, seed,
-                    attached.disabled, **named)
+          reward: Callable[[Sequence[Completion]], Sequence[float]] = letters, **named: Any) -> RolloutCollector:
+    return RolloutCollector(family, PROMPTS, objective, [(reward, 1.0)], InMemoryBatchSource(PROMPTS, rounds, None, seed=seed), micro, seed,
+                            attached.disabled, **named)
 
 
 def set_up(objective: Any, kind: str = "llama", seed: int = 3, stirred: bool = True,
@@ -74,7 +74,7 @@ def gradients(family: CausalLM, objective: Any, attached: Tuner, batches: Sequen
     for parameter in attached.parameters().values():
         parameter.grad = None
     for batch in batches:
-        (objective(forward(family, objective, batch, attached.disabled), batch.target).total / count).backward()
+        (objective(forward_objective(family, objective, batch, attached.disabled), batch.target).total / count).backward()
     return {name: p.grad.clone() for name, p in attached.parameters().items() if p.grad is not None}
 
 
@@ -120,7 +120,7 @@ def test_the_temperature_is_that_of_the_rollouts_batches_alone() -> None:
     cool, warm = (family.forward(b.inputs, b.target, frozenset({"token_logps"})).token_logps for b in (rolled, plain))
     assert cool is not None
     assert warm is not None
-    fresh = pack([Encoded((Piece((1, 2, 3, 4), (1.0,) * 4),), Origin("rows", 0))], None)[0]
+    fresh = pack_examples([TokenizedExample((TokenSpan((1, 2, 3, 4), (1.0,) * 4),), Origin("rows", 0))], None)[0]
     assert fresh.target.temperature == 1.0
     torch.testing.assert_close(family.forward(fresh.inputs, fresh.target, frozenset({"token_logps"})).token_logps,
                                alone(family, (1,), (2, 3, 4)), rtol=1e-4, atol=1e-5)
@@ -163,7 +163,7 @@ def test_the_first_step_is_on_policy_and_its_kl_is_none() -> None:
     objective = PpoConfig(num_generations=2, max_new_tokens=5, kl_coef=0.1)
     family, attached = set_up(objective)
     batch, = next(rolls(objective, family, attached))
-    loss = objective(forward(family, objective, batch, attached.disabled), batch.target)
+    loss = objective(forward_objective(family, objective, batch, attached.disabled), batch.target)
     assert abs(float(loss.metrics["approx_kl"][0])) < 1e-9
     assert float(loss.metrics["clip_fraction"][0]) == 0
 
@@ -204,9 +204,9 @@ def test_a_round_ends_early_where_the_policy_has_moved_too_far() -> None:
 def test_rewards_reach_their_answers_and_unfinished_ones_pay() -> None:
     objective = GrpoConfig(num_generations=2, max_new_tokens=4, missing_eos_penalty=0.25, advantage_estimator="dr_grpo")
     family, attached = set_up(objective)
-    told: list[Answer] = []
+    told: list[Completion] = []
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         told.extend(answers)
         return [float(i) for i in range(len(answers))]
     noted: list[Any] = []
@@ -255,7 +255,7 @@ def test_a_countable_reward_reaches_its_optimum(name: str, seed: int) -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_bandit_finds_its_best_arm(seed: int) -> None:
     """Half of the tokens pay 1, a tenth pays 2: the best that can be is 2, and 1 is the trap."""
-    def pay(answers: Sequence[Answer]) -> list[float]:
+    def pay(answers: Sequence[Completion]) -> list[float]:
         return [2.0 if a.tokens[0] >= 80 else 1.0 if a.tokens[0] >= 36 else 0.0 for a in answers]
     said = learn(PpoConfig(num_generations=32, max_new_tokens=1, kl_coef=0.0, num_ppo_epochs=2), seed, 50, reward=pay)
     assert sum(one["reward"] for one in said[-3:]) / 3 > 1.9, [round(one["reward"], 2) for one in said]
@@ -346,14 +346,14 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
     family = load_family(made.base)
     assert isinstance(family, CausalLM)
     found = load_datasets(made, family)
-    attached, reference = begin(made, family)
+    attached, reference = init_rl_policy(made, family)
     warned: list[str] = []
-    feed = assembly.feed(made, family, found, attached, reference, None, warned.append)
-    assert isinstance(feed, Rollouts)
+    feed = assembly.build_rl_batch_source(made, family, found, attached, reference, None, warned.append)
+    assert isinstance(feed, RolloutCollector)
     assert not warned  # one copy of the weights
     assert not any("reward" in name for name in attached.parameters())
 
-    answers = [Answer("p1?", text, Origin("x", 1), {"prompt": "p1?"}) for text in ("aa", "zz", "")]
+    answers = [Completion("p1?", text, Origin("x", 1), {"prompt": "p1?"}) for text in ("aa", "zz", "")]
     mine = feed.rewards[0][0](answers)
     _, judge, _ = open_run(reward)  # the same run, opened by itself
     judge.train(False)
@@ -362,8 +362,8 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
         words = judge.tokenizer.apply_chat_template(
             [{"role": "user", "content": "p1?"}, {"role": "assistant", "content": answer.text}], tokenize=True)
         ids = torch.tensor(words["input_ids"] if not isinstance(words, list) else words)[:-1]  # no line break at the end
-        target = Target(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([0]))
-        inputs = Inputs(ids, torch.arange(len(ids)), Forest((len(ids),), (-1,)))
+        target = LossInputs(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([0]))
+        inputs = Inputs(ids, torch.arange(len(ids)), SegmentTree((len(ids),), (-1,)))
         with torch.no_grad():
             found_scores = judge.forward(inputs, target, frozenset({"scores"})).scores
         assert found_scores is not None
@@ -389,7 +389,7 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
     family = load_family(made.base)
     found = load_datasets(made, family)
     warned: list[str] = []
-    feed = assembly.feed(made, family, found, *begin(made, family), None, warned.append)
+    feed = assembly.build_rl_batch_source(made, family, found, *init_rl_policy(made, family), None, warned.append)
     assert "second model of" in warned[0]
     assert len(next(feed)) > 0
 
@@ -401,14 +401,14 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
         family = load_family(made.base)
         assert isinstance(family, CausalLM)
         data = load_datasets(made, family)
-        attached, reference = begin(made, family)
+        attached, reference = init_rl_policy(made, family)
         assert {name: attached.rate(name) * made.method.default_rate for name in attached.parameters() if "value" in name} == {
             f"base_model.model.value.{part}": pytest.approx(1e-3) for part in ("weight", "bias")}  # as a head of any objective
         with torch.no_grad():
             generator = torch.Generator().manual_seed(0)
             for parameter in attached.parameters().values():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        feed = assembly.feed(made, family, data, attached, reference)
+        feed = assembly.build_rl_batch_source(made, family, data, attached, reference)
         family.enable_gradient_checkpointing(over)
         found.append(gradients(family, made.objective, attached, next(feed)))
     first, second = found
@@ -424,7 +424,7 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
 
 
 def feed_of(made: Any, family: Any, data: Any, attached: Any, reference: Any) -> Any:
-    return assembly.feed(made, family, data, attached, reference)
+    return assembly.build_rl_batch_source(made, family, data, attached, reference)
 
 
 def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> None:

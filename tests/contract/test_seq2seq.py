@@ -31,8 +31,8 @@ from transformers import BartConfig, BartForConditionalGeneration, T5ForConditio
 from luthier.core.errors import BaseError, DataError
 from luthier.core.examples import Origin
 from luthier.core.protocols import Head, SamplingParams
-from luthier.core.types import Encoded, Item, Piece
-from luthier.data.packing import batch, pack
+from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
 from luthier.models.families import seq2seq
 from luthier.models.families.seq2seq import Seq2Seq
 from tiny import END_OF_TEXT, IM_END, VOCABULARY
@@ -50,7 +50,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_is_transformers_own_t5_in_loss_and_every_gradient(kind: str) -> None:
     family = base(kind)
     attached = attach(family, "full", stirred=False)
-    found = measured(family, attached, [batch(pairs(flat=True))])
+    found = measured(family, attached, [build_batch(pairs(flat=True))])
     plain = t5(kind)
     plain.set_attn_implementation("eager")
     for rotated in (False, True):  # rotated: the control, in which every source has another's answer
@@ -67,7 +67,7 @@ def test_it_is_transformers_own_t5_in_loss_and_every_gradient(kind: str) -> None
 @KIND
 def test_weights_of_tokens_are_factors_of_their_log_probs(kind: str) -> None:
     family, examples = base(kind), pairs()
-    row, given = batch(examples), padded(examples)
+    row, given = build_batch(examples), padded(examples)
     with torch.no_grad():
         logps = family.forward(row.inputs, row.target, SFT.required_outputs).token_logps
         every = -F.cross_entropy(family.model(**given).logits.transpose(1, 2), given["labels"], reduction="none")
@@ -76,7 +76,7 @@ def test_weights_of_tokens_are_factors_of_their_log_probs(kind: str) -> None:
     assert torch.equal(row.target.weights, torch.tensor([w for e in examples for w in e.pieces[1].weights]))
 
 
-def alone(tree: Encoded) -> list[Encoded]:
+def alone(tree: TokenizedExample) -> list[TokenizedExample]:
     """Each leaf with a source of its own; what several share has its weights in the first alone."""
     inner, seen, found = {p.parent for p in tree.pieces}, set(), []
     for leaf in (i for i in range(len(tree.pieces)) if i not in inner):
@@ -86,7 +86,7 @@ def alone(tree: Encoded) -> list[Encoded]:
         ids = tuple(t for i in path[1:] for t in tree.pieces[i].ids)
         weights = tuple(0.0 if i in seen else w for i in path[1:] for w in tree.pieces[i].weights)
         seen.update(path)
-        found.append(Encoded((tree.pieces[0], Piece(ids, weights, 0)), tree.origin, 1))
+        found.append(TokenizedExample((tree.pieces[0], TokenSpan(ids, weights, 0)), tree.origin, 1))
     return found
 
 
@@ -95,17 +95,17 @@ def alone(tree: Encoded) -> list[Encoded]:
 def test_several_answers_of_one_source_are_each_of_them_alone(kind: str, method: str) -> None:
     family = base(kind)
     attached = attach(family, method)
-    whole = measured(family, attached, [batch([forest()])])
+    whole = measured(family, attached, [build_batch([forest()])])
     assert len(alone(forest())) == 4
-    assert apart(whole, measured(family, attached, [batch([e]) for e in alone(forest())])) < SAME
-    flat = Encoded(tuple(Piece(p.ids, p.weights, min(p.parent, 0)) for p in forest().pieces), Origin("lab", 0), 1)
-    assert apart(whole, measured(family, attached, [batch([flat])])) > FAR
+    assert apart(whole, measured(family, attached, [build_batch([e]) for e in alone(forest())])) < SAME
+    flat = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, min(p.parent, 0)) for p in forest().pieces), Origin("lab", 0), 1)
+    assert apart(whole, measured(family, attached, [build_batch([flat])])) > FAR
 
 
 def test_a_source_is_read_once_however_many_answers_it_has() -> None:
     family, widths = base(), []
     family.encoder.register_forward_pre_hook(lambda _m, _a, given: widths.append(given["input_ids"].numel()), with_kwargs=True)
-    row = batch([forest()])
+    row = build_batch([forest()])
     family.forward(row.inputs, row.target, SFT.required_outputs)
     assert widths == [len(forest().pieces[0].ids)]
 
@@ -115,13 +115,13 @@ def test_a_source_is_read_once_however_many_answers_it_has() -> None:
 def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, examples = base(kind), [*pairs(), forest()]
     attached = attach(family, method)
-    whole = measured(family, attached, pack(examples, None))
+    whole = measured(family, attached, pack_examples(examples, None))
     for micro_tokens in (1, 40, 90):
-        rows = pack(examples, micro_tokens)
+        rows = pack_examples(examples, micro_tokens)
         assert len(rows) > 1
         assert apart(measured(family, attached, rows), whole) < SAME
     monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1e9)
-    assert apart(measured(family, attached, pack(examples, None)), whole) < SAME
+    assert apart(measured(family, attached, pack_examples(examples, None)), whole) < SAME
 
 
 def test_little_of_a_padded_batch_is_padding() -> None:
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
         calls.append(0)
         for block in family.structure.layers:
             block.attention.register_forward_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
-        return measured(family, attach(family, method), [batch([forest()])])
+        return measured(family, attach(family, method), [build_batch([forest()])])
 
     without = run(False)
     assert apart(run(True), without) < SAME
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
 def test_a_source_is_never_predicted() -> None:
     """The encoder sees all of it, so its own tokens would be read off, not learnt."""
     dice, family = Dice(), base()
-    row = batch([Encoded((dice.piece(6), dice.piece(3, 0)), Origin("lab", 0))])
+    row = build_batch([TokenizedExample((dice.piece(6), dice.piece(3, 0)), Origin("lab", 0))])
     with pytest.raises(RuntimeError, match="never predicted"):
         family.forward(row.inputs, row.target, SFT.required_outputs)
 
@@ -165,8 +165,8 @@ def test_heads_stand_on_the_decoders_states() -> None:
     family, dice = base(), Dice()
     family.add_heads([Head("score", "item", 2)], 0)
     pieces = (dice.piece(7, masked=7), dice.piece(4, 0), dice.piece(5, 0))
-    whole = batch([Encoded(pieces, Origin("lab", 0), items=(Item(0, 0.0), Item(1, 0.0), Item(2, 1.0)))])
-    lone = batch([Encoded(pieces[:1], Origin("lab", 0), items=(Item(0, 0.0),))])
+    whole = build_batch([TokenizedExample(pieces, Origin("lab", 0), items=(LabeledSpan(0, 0.0), LabeledSpan(1, 0.0), LabeledSpan(2, 1.0)))])
+    lone = build_batch([TokenizedExample(pieces[:1], Origin("lab", 0), items=(LabeledSpan(0, 0.0),))])
     with torch.no_grad():
         found = family.forward(whole.inputs, whole.target, frozenset({"pooled", "scores"}))
         single = family.forward(lone.inputs, lone.target, frozenset({"pooled"}))
@@ -191,7 +191,7 @@ def bart() -> Any:
 
 def test_bart_is_understood_too() -> None:
     family = Seq2Seq(bart(), tokenizer())
-    found = measured(family, attach(family, "full", stirred=False), [batch(pairs(flat=True))])
+    found = measured(family, attach(family, "full", stirred=False), [build_batch(pairs(flat=True))])
     plain = bart()
     loss = plain(**padded(pairs(flat=True))).loss
     loss.backward()

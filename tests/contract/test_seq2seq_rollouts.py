@@ -16,25 +16,25 @@ from torch import Tensor
 from luthier import assembly
 from luthier.api.train import train
 from luthier.assembly.factory import attach_heads, load_datasets, load_family
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.examples import Origin
-from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
-from luthier.data.batch_source import Loader
+from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, TokenizedExample, TokenSpan
+from luthier.data.batch_source import InMemoryBatchSource
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rl import Answer, Rollouts
+from luthier.rl import Completion, RolloutCollector
 from luthier.training.optimizer import Optimizer, OptimizerConfig
-from luthier.training.step import forward, step
+from luthier.training.step import forward_objective, step
 from tiny import END_OF_TEXT, IM_END
 from trials import vowels
 
-PROMPTS = [Encoded((Piece((*range(65, 65 + n), IM_END), (0.0,) * (n + 1)),), Origin("prompts", i))
+PROMPTS = [TokenizedExample((TokenSpan((*range(65, 65 + n), IM_END), (0.0,) * (n + 1)),), Origin("prompts", i))
            for i, n in enumerate((3, 7, 5, 4))]
 
 
-def letters(answers: Sequence[Answer]) -> list[float]:
+def letters(answers: Sequence[Completion]) -> list[float]:
     """The share of an answer's tokens that are P, Q, ... W: countable, and best at 1."""
     return [sum(80 <= token < 88 for token in answer.tokens) / len(answer.tokens) for answer in answers]
 
@@ -45,9 +45,9 @@ def set_up(objective: Any, kind: str = "gated", seed: int = 3, stirred: bool = T
     return family, attach_heads(family, attached, objective, seed)
 
 
-def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> Rollouts:
-    return Rollouts(family, PROMPTS, objective, [(letters, 1.0)], Loader(PROMPTS, rounds, None, seed=seed), micro, seed,
-                    attached.disabled)
+def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> RolloutCollector:
+    return RolloutCollector(family, PROMPTS, objective, [(letters, 1.0)], InMemoryBatchSource(PROMPTS, rounds, None, seed=seed), micro, seed,
+                            attached.disabled)
 
 
 def alone(family: Seq2Seq, prompt: Sequence[int], answer: Sequence[int], temperature: float) -> Tensor:
@@ -63,7 +63,7 @@ def gradients(family: Seq2Seq, objective: Any, attached: Any, batches: Sequence[
     for parameter in attached.parameters().values():
         parameter.grad = None
     for batch in batches:
-        (objective(forward(family, objective, batch, attached.disabled), batch.target).total / count).backward()
+        (objective(forward_objective(family, objective, batch, attached.disabled), batch.target).total / count).backward()
     return {name: p.grad.clone() for name, p in attached.parameters().items() if p.grad is not None}
 
 
@@ -102,7 +102,7 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
     assert len(seen) == 12
     if kind == "gated":
         assert 0 < ended < 12
-    again = forward(family, objective, batches[0], attached.disabled).token_logps
+    again = forward_objective(family, objective, batches[0], attached.disabled).token_logps
     assert torch.equal(again, batches[0].target.precomputed["old_logps"])  # the same row, the same bits
 
 
@@ -162,20 +162,20 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
                          "training": {"steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
     family = load_family(made.base)
     found = load_datasets(made, family)
-    attached, reference = begin(made, family)
+    attached, reference = init_rl_policy(made, family)
     warned: list[str] = []
-    feed = assembly.feed(made, family, found, attached, reference, None, warned.append)
-    assert isinstance(feed, Rollouts)
+    feed = assembly.build_rl_batch_source(made, family, found, attached, reference, None, warned.append)
+    assert isinstance(feed, RolloutCollector)
     assert not warned  # one copy of the weights
-    answers = [Answer("p1:", text, Origin("x", 1), {"prompt": "p1:"}) for text in ("aa", "zz", "b")]
+    answers = [Completion("p1:", text, Origin("x", 1), {"prompt": "p1:"}) for text in ("aa", "zz", "b")]
     mine = feed.rewards[0][0](answers)
     _, alone_, _ = open_run(judge)  # the same run, opened by itself
     alone_.train(False)
     for answer, given in zip(answers, mine, strict=True):
         source, said = (torch.tensor(alone_.tokenizer(text)["input_ids"]) for text in ("p1:", answer.text))
-        target = Target(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([1]))
+        target = LossInputs(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([1]))
         inputs = Inputs(torch.cat([source, said]), torch.arange(len(source) + len(said)),
-                        Forest((len(source), len(said)), (-1, 0)))
+                        SegmentTree((len(source), len(said)), (-1, 0)))
         with torch.no_grad():
             scores = alone_.forward(inputs, target, frozenset({"scores"})).scores
         assert scores is not None
@@ -189,7 +189,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
     run = train(made, run=str(tmp_path / "run"), quiet=True)
     assert run.results["metric"] == "reward"
-    standing = assembly.standing(run)
+    standing = assembly.evaluate_policies(run)
     assert standing["start"]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(standing["tuned"]["kl"]) > 1e-5
 

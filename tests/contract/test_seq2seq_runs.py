@@ -20,20 +20,20 @@ from luthier.assembly.run_io import open_run
 from luthier.core.errors import RunError
 from luthier.core.examples import (
     ChatExample,
-    ComparedExample,
     CompletionExample,
     Message,
     Origin,
+    PreferenceExample,
     PromptExample,
     TextExample,
 )
 from luthier.core.protocols import SamplingParams
-from luthier.core.types import Encoded
-from luthier.data import DataConfig, DividedConfig, encode
-from luthier.data.packing import batch
+from luthier.core.types import TokenizedExample
+from luthier.data import DataConfig, DividedConfig, encode_example
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS
-from luthier.methods.multi_adapter import Bank
-from luthier.methods.prompt import Words
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prompt import VirtualTokenConfig
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.training.run_folder import Run
 from tiny import END_OF_TEXT, IM_END, IM_START
@@ -49,7 +49,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def encoded(example: Any, **settings: Any) -> Any:
     config = DividedConfig.of(DataConfig.parse({"train": "-", **settings}))
-    return encode(example, tokenizer(), config)
+    return encode_example(example, tokenizer(), config)
 
 
 def spelt(ids: Sequence[int]) -> str:
@@ -65,7 +65,7 @@ def test_source_and_answer_are_two_pieces_with_an_end_mark_each() -> None:
     assert (spelt(source.ids), source.weights, source.parent) == ("say it$", (0.0,) * 7, -1)
     assert (spelt(answer.ids), answer.weights, answer.parent) == (" twice$", (0.5,) * 7, 0)
     assert found.bytes == len(" twice")
-    row = batch([found])
+    row = build_batch([found])
     assert row.target.tokens.tolist() == list(answer.ids)  # the first one too, and the end mark
     assert row.target.at.tolist() == [6, *range(7, 13)]
 
@@ -95,7 +95,7 @@ def test_what_asks_nothing_is_refused() -> None:
 
 
 def test_answers_that_are_compared_share_their_source() -> None:
-    (found,) = encoded(ComparedExample("which", ("this", "that"), (0, 1), Origin("lab", 1)))
+    (found,) = encoded(PreferenceExample("which", ("this", "that"), (0, 1), Origin("lab", 1)))
     assert [(spelt(p.ids), p.parent) for p in found.pieces] == [("which$", -1), ("this$", 0), ("that$", 0)]
     assert [item.piece for item in found.items] == [1, 2]
     (alone,) = encoded(PromptExample("which", Origin("lab", 1)))
@@ -107,7 +107,7 @@ def test_an_opening_mark_belongs_to_its_half() -> None:
     opened = tokenizer()
     opened.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", IM_START), ("<|im_end|>", IM_END)])
-    found = encode(ROW, opened, DividedConfig.of(DataConfig.parse({"train": "-"})))
+    found = encode_example(ROW, opened, DividedConfig.of(DataConfig.parse({"train": "-"})))
     source, answer = found[0].pieces
     assert source.ids[0] == answer.ids[0] == IM_START
     assert source.ids[-1] == answer.ids[-1] == IM_END
@@ -156,10 +156,10 @@ def test_every_method_trains_what_it_promises(method: str) -> None:
     family = base("gated")
     bare = logits(family.model)
     attached = attach(family, method, stirred=False, **SETTINGS.get(method, {}))
-    virtual = issubclass(METHODS[method], Words)  # what stands beside the words is seen at once
+    virtual = issubclass(METHODS[method], VirtualTokenConfig)  # what stands beside the words is seen at once
     assert ((logits(family.model) - bare).abs().max() < SAME) is not virtual
     stir(attached)
-    found = measured(family, attached, [batch(pairs())])
+    found = measured(family, attached, [build_batch(pairs())])
     assert all(float(t.abs().sum()) > 0 for t in found.values())
     with attached.disabled():
         assert torch.equal(logits(family.model), bare)
@@ -197,7 +197,7 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
     assert (logits(other) - logits(family.model)).abs().max() < SAME
     given = padded(pairs(flat=True))
     other(**given).loss.backward()
-    found = measured(family, attached, [batch(pairs(flat=True))])
+    found = measured(family, attached, [build_batch(pairs(flat=True))])
     assert apart({n: t for n, t in found.items() if n != "loss"}, {n: p.grad for n, p in wanted.items()}) < SAME
     stir(attached)
     assert (logits(other) - logits(family.model)).abs().max() > FAR
@@ -206,21 +206,21 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.structure)
+    bank = AdapterManager(family.structure)
     for i, name in enumerate("ab"):
         bank.add(name, attach(family, "lora", seed=i))
         stir(bank.members[name], seed=10 + i)
     family.router = bank
     names = ["a", "b", None, "a", "b", None]
 
-    def total(who: str | None, examples: list[Encoded]) -> Tensor:
+    def total(who: str | None, examples: list[TokenizedExample]) -> Tensor:
         with bank.using(who):
-            row = batch(examples)
+            row = build_batch(examples)
             return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     apart_ = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", None))
-    row = batch(examples)
+    row = build_batch(examples)
     inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
     assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - apart_).abs() < SAME
     assert (total("a", examples) - apart_).abs() > FAR
@@ -230,7 +230,7 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
         with bank.using(who):
             assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].token_ids]
 
-    tree = batch([forest()])
+    tree = build_batch([forest()])
     with pytest.raises(RunError, match="another adapter"):
         family.forward(bank.through(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.required_outputs)
 

@@ -17,14 +17,14 @@ from luthier.api.train import train
 from luthier.assembly.factory import attach_heads, attach_method, load_family
 from luthier.assembly.initialization import reference_context
 from luthier.assembly.recipe import Recipe, method_name
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Head, SamplingParams
-from luthier.data.packing import batch
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS
-from luthier.methods.composite import Several, SeveralConfig
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.composite import CompositeConfig, CompositeMethod
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.run_folder import Run
@@ -109,7 +109,7 @@ def rates(found: Any, peak: float) -> dict[str, float]:
 
 def test_every_part_trains_at_its_own_default() -> None:
     method = settings(["bitfit", {**LORA, "plus": 16}])
-    assert isinstance(method, SeveralConfig)
+    assert isinstance(method, CompositeConfig)
     assert method.default_rate == METHODS["bitfit"].default_rate  # type: ignore[attr-defined]
     found = rates(method.attach(base("llama").structure, seed=0), method.default_rate)
     for name, rate in found.items():
@@ -162,7 +162,7 @@ def test_a_list_is_a_method(parts: list[Any]) -> None:
     start = {name: p.detach().clone() for name, p in found.parameters().items()}
     adam = Optimizer(found.parameters(), found.rate, 1e-2, OptimizerConfig(), 2)
     adam.set_rate(0)
-    step(family, SFT, [batch(documents())], adam)
+    step(family, SFT, [build_batch(documents())], adam)
     assert all(not torch.equal(p, start[name]) for name, p in found.parameters().items())
     assert digest(family) == before
 
@@ -204,7 +204,7 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
     assert [part["peft_type"] for part in run.adapter["parts"]] == ["LORA", "LUTHIER"]  # in the order in which they act
     assert "`bitfit+lora`" in (run.path / "README.md").read_text()
     _, family, found = open_run(run)
-    assert isinstance(found, Several)
+    assert isinstance(found, CompositeMethod)
     wanted = logits(family)
     with found.disabled():
         assert not torch.equal(logits(family), wanted)
@@ -227,7 +227,7 @@ def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, m
     assert made.base.name == str(folder / "base")
     family = load_family(made.base)
     bare = logits(family)
-    policy, reference = begin(made, family)
+    policy, reference = init_rl_policy(made, family)
     assert torch.equal(logits(family), wanted)
     assert not torch.equal(bare, wanted)
     stir(policy)
@@ -235,12 +235,12 @@ def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, m
     assert not torch.equal(moved, wanted)
     with reference():
         assert torch.equal(logits(family), wanted)
-        rows = batch(documents())
+        rows = build_batch(documents())
         assert not family.forward(rows.inputs, rows.target, SFT.required_outputs).token_logps.requires_grad  # type: ignore[union-attr]
     with policy.disabled():
         assert torch.equal(logits(family), bare)
     assert torch.equal(logits(family), moved)
-    assert isinstance(family.router, Bank)
+    assert isinstance(family.router, AdapterManager)
 
 
 def test_a_started_run_goes_on_from_there_and_stands_alone(folder: Path) -> None:

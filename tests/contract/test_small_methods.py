@@ -24,11 +24,11 @@ from luthier.assembly.factory import attach_method
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import SamplingParams
-from luthier.core.types import Forest, Inputs
-from luthier.data.packing import batch
+from luthier.core.types import Inputs, SegmentTree
+from luthier.data.packing import build_batch
 from luthier.methods import READERS
-from luthier.methods.composite import Several
-from luthier.methods.freeze import fits
+from luthier.methods.composite import CompositeMethod
+from luthier.methods.freeze import matches_name
 from luthier.models import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
@@ -73,17 +73,17 @@ WAYS = [("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "parall
 def test_packed_padded_recomputed_and_cut_up_are_the_same(name: str, settings: dict[str, Any], kind: str) -> None:
     rows = documents((23, 5, 9, 14))
     plain = base(kind, layout="packed")
-    wanted = measured(plain, attach(plain, name, **settings), [batch(rows)])
+    wanted = measured(plain, attach(plain, name, **settings), [build_batch(rows)])
     padded = base(kind, layout="padded")
-    assert apart(measured(padded, attach(padded, name, **settings), [batch(rows)]), wanted) < SAME
+    assert apart(measured(padded, attach(padded, name, **settings), [build_batch(rows)]), wanted) < SAME
     again = base(kind, layout="packed")
     again.enable_gradient_checkpointing(0)
     again.train(True)
     attached = attach(again, name, **settings)
-    assert apart(measured(again, attached, [batch(rows)]), wanted) < SAME
-    assert apart(measured(again, attached, [batch([row]) for row in rows]), wanted) < SAME
+    assert apart(measured(again, attached, [build_batch(rows)]), wanted) < SAME
+    assert apart(measured(again, attached, [build_batch([row]) for row in rows]), wanted) < SAME
     stir(attached, seed=8)
-    assert apart(measured(again, attached, [batch(rows)]), wanted) > FAR
+    assert apart(measured(again, attached, [build_batch(rows)]), wanted) > FAR
 
 
 # ---------------------------------------------------------------- (IA)^3 against PEFT's
@@ -242,7 +242,7 @@ def test_the_width_of_an_adapter_follows_its_place() -> None:
 def test_an_adapters_dropout_acts_in_training_only() -> None:
     family = base("llama")
     attached = attach(family, "adapter", dropout=0.5)
-    rows = [batch(documents((23, 5)))]
+    rows = [build_batch(documents((23, 5)))]
     assert apart(measured(family, attached, rows), measured(family, attached, rows)) == 0
     family.train(True)
     assert apart(measured(family, attached, rows), measured(family, attached, rows)) > FAR
@@ -340,8 +340,8 @@ def test_freeze_says_what_it_does_not_find(settings: dict[str, Any], words: str)
 
 def test_names_are_fitted_part_by_part() -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    assert all(fits(name, p) for p in ("mlp", "layers.1", "up_proj.weight", r"model\.layers\.[12]\..*"))
-    assert not any(fits(name, p) for p in ("up", "layers.11", "layers.1.up_proj", r"mlp\..*"))
+    assert all(matches_name(name, p) for p in ("mlp", "layers.1", "up_proj.weight", r"model\.layers\.[12]\..*"))
+    assert not any(matches_name(name, p) for p in ("up", "layers.11", "layers.1.up_proj", r"mlp\..*"))
 
 
 @pytest.mark.parametrize(("kind", "biases", "names"), [
@@ -396,8 +396,8 @@ def test_a_run_opens_again_with_and_without_its_recipe(name: str, settings: dict
 
 @pytest.mark.usefixtures("double")
 def test_bitfit_and_lora_are_one_method_together() -> None:
-    def both(family: CausalLM, seed: int, stirred: bool) -> Several:
-        return Several([attach(family, "bitfit", seed, stirred), attach(family, "lora", seed, stirred, rank=4)])
+    def both(family: CausalLM, seed: int, stirred: bool) -> CompositeMethod:
+        return CompositeMethod([attach(family, "bitfit", seed, stirred), attach(family, "lora", seed, stirred, rank=4)])
 
     family = base("llama")
     bare, weights = logits(family), digest(family)
@@ -409,7 +409,7 @@ def test_bitfit_and_lora_are_one_method_together() -> None:
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(warmup=0), 4)
     for i in range(3):
         adam.set_rate(i)
-        step(family, SFT, [batch(documents())], adam)
+        step(family, SFT, [build_batch(documents())], adam)
     assert all(not torch.equal(p, start[n]) for n, p in attached.parameters().items())
     assert digest(family) == weights
     tuned = logits(family)
@@ -449,7 +449,7 @@ def test_the_bridge_keeps_the_law(kind: str, config: dict[str, Any]) -> None:
     assert (logits(family) - bare).abs().max() < 1e-4
     start = {n: p.detach().clone() for n, p in attached.parameters().items()}
     stir(attached)
-    measured(family, attached, [batch(documents((23, 5, 9)))])
+    measured(family, attached, [build_batch(documents((23, 5, 9)))])
     trained = {id(p) for p in attached.parameters().values()}
     assert all((p.grad is not None) == (id(p) in trained) for p in family.model.parameters())
     assert all(p.grad.abs().sum() > 0 and not torch.equal(p, start[n]) for n, p in attached.parameters().items())
@@ -516,7 +516,7 @@ def test_the_bridge_works_packed_recomputed_and_in_answers() -> None:
         if way == "recomputed":
             family.enable_gradient_checkpointing(0)
             family.train(True)
-        found[way] = measured(family, attach(family, "peft", type="LOHA", config={"r": 4}), [batch(rows)])
+        found[way] = measured(family, attach(family, "peft", type="LOHA", config={"r": 4}), [build_batch(rows)])
     assert apart(found["packed"], found["padded"]) < 1e-5
     assert apart(found["packed"], found["recomputed"]) < 1e-5
     family = base("llama")
@@ -570,8 +570,8 @@ def row(family: Any) -> Inputs:
     """Two roots and a child each (of pictures, four roots)."""
     if isinstance(family, Vision):
         pictures = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        return Inputs(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), Forest((1,) * 4, (-1,) * 4), pictures)
-    forest = Forest((7, 5, 4, 6), (-1, 0, -1, 2) if isinstance(family, Seq2Seq) else (-1,) * 4)
+        return Inputs(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), SegmentTree((1,) * 4, (-1,) * 4), pictures)
+    forest = SegmentTree((7, 5, 4, 6), (-1, 0, -1, 2) if isinstance(family, Seq2Seq) else (-1,) * 4)
     places = [torch.arange(n) + (forest.lengths[p] if p >= 0 else 0) for n, p in zip(forest.lengths, forest.parents, strict=True)]
     return Inputs(torch.arange(22) * 5 % 250, torch.cat(places), forest)
 

@@ -15,13 +15,13 @@ from lab import SFT, apart, attach, base, documents, measured, stir, trees
 
 from luthier.core.protocols import Tuner
 from luthier.core.types import Batch
-from luthier.data.batch_source import Loader
-from luthier.data.packing import batch, pack
+from luthier.data.batch_source import InMemoryBatchSource
+from luthier.data.packing import build_batch, pack_examples
 from luthier.models import CausalLM
 from luthier.training import checkpoint
-from luthier.training.loop import Job, TrainingConfig, fit
-from luthier.training.optimizer import Optimizer, OptimizerConfig, factor
-from luthier.training.step import forward, measure, reference_logps, step
+from luthier.training.loop import TrainingConfig, TrainJob, run_training_loop
+from luthier.training.optimizer import Optimizer, OptimizerConfig, compute_lr_factor
+from luthier.training.step import compute_reference_logps, evaluate_batches, forward_objective, step
 
 PLAIN = {"clip": None, "warmup": 0.0, "schedule": "constant"}
 STILL = 1e-30  # a learning rate at which nothing moves
@@ -33,7 +33,7 @@ def optimizer(attached: Tuner, rate: float = 0.1, **settings: Any) -> Optimizer:
 
 def rows() -> list[Batch]:
     """Several micro-batches, whose weights and lengths are far from equal."""
-    found = pack([*documents(), *trees()], 24)
+    found = pack_examples([*documents(), *trees()], 24)
     counts = [SFT.count(each.target) for each in found]
     assert len(found) > 3
     assert max(counts) > 2 * min(counts)
@@ -46,7 +46,7 @@ def rows() -> list[Batch]:
 def test_a_step_has_the_gradient_of_the_whole_batch_divided_once() -> None:
     family = base("llama")
     attached = attach(family, "lora")
-    wanted = measured(family, attached, [batch([*documents(), *trees()])])
+    wanted = measured(family, attached, [build_batch([*documents(), *trees()])])
     wanted = {name: tensor.clone() for name, tensor in wanted.items()}
     for parameter in attached.parameters().values():
         parameter.grad = None
@@ -95,11 +95,11 @@ def test_a_step_updates_with_the_clipped_gradient() -> None:
 def test_measured_numbers_are_sums_divided_once() -> None:
     family = base("llama")
     attach(family, "lora")
-    whole, parts = measure(family, SFT, [batch([*documents(), *trees()])]), rows()
-    found = measure(family, SFT, parts)
+    whole, parts = evaluate_batches(family, SFT, [build_batch([*documents(), *trees()])]), rows()
+    found = evaluate_batches(family, SFT, parts)
     assert found == pytest.approx(whole, rel=1e-6)
     with torch.no_grad():
-        losses = [SFT(forward(family, SFT, part), part.target) for part in parts]
+        losses = [SFT(forward_objective(family, SFT, part), part.target) for part in parts]
     wanted = sum(float(loss.total) for loss in losses) / sum(float(loss.count) for loss in losses)
     assert found["loss"] == pytest.approx(wanted, rel=1e-6)
     means = sum(float(loss.total / loss.count) for loss in losses) / len(losses)
@@ -112,11 +112,11 @@ def shaky(kind: str = "gpt2") -> CausalLM:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_reference_is_asked_without_dropout_and_the_mode_comes_back(training: bool) -> None:
-    family, row = shaky(), batch(documents())
+    family, row = shaky(), build_batch(documents())
     family.train(False)
     wanted = family.forward(row.inputs, row.target, frozenset({"token_logps"})).token_logps
     family.train(training)
-    found = reference_logps(family, row, nullcontext)
+    found = compute_reference_logps(family, row, nullcontext)
     assert torch.equal(found, wanted.detach())
     assert not found.requires_grad
     assert family.training is training
@@ -126,11 +126,11 @@ def test_the_reference_is_asked_without_dropout_and_the_mode_comes_back(training
 
 def test_what_trains_is_computed_with_dropout_beside_the_reference() -> None:
     from luthier.objectives import OBJECTIVES
-    family, row = shaky(), batch(documents())
+    family, row = shaky(), build_batch(documents())
     family.train(True)
     dpo = OBJECTIVES["dpo"]()
     torch.manual_seed(0)
-    outputs = forward(family, dpo, row, nullcontext)
+    outputs = forward_objective(family, dpo, row, nullcontext)
     assert (outputs.token_logps - outputs.reference_logps).abs().max() > 1e-3
     assert outputs.token_logps.requires_grad
 
@@ -139,10 +139,10 @@ def test_a_known_reference_is_not_asked_again() -> None:
     from dataclasses import replace
 
     from luthier.objectives import OBJECTIVES
-    family, row = base("llama"), batch(documents())
+    family, row = base("llama"), build_batch(documents())
     told = torch.arange(row.target.at.shape[0]).double()
     known = replace(row, target=replace(row.target, precomputed={"reference_logps": told}))
-    assert torch.equal(forward(family, OBJECTIVES["dpo"](), known).reference_logps, told)
+    assert torch.equal(forward_objective(family, OBJECTIVES["dpo"](), known).reference_logps, told)
 
 
 # ---------------------------------------------------------------- the loop
@@ -160,7 +160,7 @@ class Feed:
     """A loader that says when it is asked."""
 
     def __init__(self, told: Callable[[], None] = lambda: None, size: int = 4) -> None:
-        self.loader, self.told = Loader(documents(), size, 40), told
+        self.loader, self.told = InMemoryBatchSource(documents(), size, 40), told
         self.steps_per_epoch = self.loader.steps_per_epoch
         self.state, self.load = self.loader.state, self.loader.load
 
@@ -173,19 +173,19 @@ class Feed:
 
 
 def job(folder: Path, family: CausalLM, attached: Tuner, lines: list[tuple[int, Mapping[str, float]]], rate: float = 0.01,
-        feed: Any = None, held: Any = None, optimizer: Mapping[str, Any] | None = None, **training: Any) -> Job:
-    return Job(family, attached, SFT, feed or Feed(), [] if held is None else held, TrainingConfig(**training),
-               OptimizerConfig(**(optimizer or {})), rate, folder, lambda number, metrics: lines.append((number, metrics)))
+        feed: Any = None, held: Any = None, optimizer: Mapping[str, Any] | None = None, **training: Any) -> TrainJob:
+    return TrainJob(family, attached, SFT, feed or Feed(), [] if held is None else held, TrainingConfig(**training),
+                    OptimizerConfig(**(optimizer or {})), rate, folder, lambda number, metrics: lines.append((number, metrics)))
 
 
 def test_every_step_has_the_rate_of_its_number(tmp_path: Path) -> None:
     settings = {"schedule": "linear", "warmup": 2.0, "floor": 0.1}
     family = base("llama", dtype=torch.float32)
     lines: list[tuple[int, Mapping[str, float]]] = []
-    fit(job(tmp_path, family, attach(family, "lora"), lines, 0.01, optimizer=settings, steps=6))
+    run_training_loop(job(tmp_path, family, attach(family, "lora"), lines, 0.01, optimizer=settings, steps=6))
     config = OptimizerConfig(**settings)
     assert [number for number, _ in lines] == [1, 2, 3, 4, 5, 6]
-    assert [line["learning_rate"] for _, line in lines] == pytest.approx([0.01 * factor(config, i, 6) for i in range(6)])
+    assert [line["learning_rate"] for _, line in lines] == pytest.approx([0.01 * compute_lr_factor(config, i, 6) for i in range(6)])
     assert [line["epoch"] for _, line in lines] == pytest.approx([i / 2 for i in range(1, 7)])  # 8 examples by 4
 
 
@@ -199,21 +199,21 @@ def test_a_step_is_made_with_the_rate_that_it_reports(tmp_path: Path) -> None:
         feed = Feed()
         made = job(tmp_path / str(len(moved)), family, attached, [], 0.01, feed=feed, optimizer=settings, steps=10)
         made.stop = lambda: "enough"
-        fit(made)
+        run_training_loop(made)
         moved.append(max(float((p - before[n]).abs().max()) for n, p in attached.parameters().items()))
     assert moved[1] / moved[0] == pytest.approx(0.1, rel=1e-3)
 
 
 def test_the_loop_evaluates_without_dropout_and_trains_with_it(tmp_path: Path) -> None:
-    held = pack(documents(seed=5), 40)
+    held = pack_examples(documents(seed=5), 40)
     family = shaky()
     attached = attach(family, "lora", dropout=0.5)
     family.train(False)
-    wanted = measure(family, SFT, held)
+    wanted = evaluate_batches(family, SFT, held)
     lines: list[tuple[int, Mapping[str, float]]] = []
     modes: list[bool] = []
-    fit(job(tmp_path, family, attached, lines, STILL, feed=Feed(lambda: modes.append(family.training)), held=held, steps=4,
-            eval_every=1))
+    run_training_loop(job(tmp_path, family, attached, lines, STILL, feed=Feed(lambda: modes.append(family.training)), held=held, steps=4,
+                          eval_every=1))
     assert modes == [True] * 4
     assert not family.training
     found = [line for _, line in lines if "eval_loss" in line]
@@ -222,14 +222,14 @@ def test_the_loop_evaluates_without_dropout_and_trains_with_it(tmp_path: Path) -
         assert line["eval_loss"] == pytest.approx(wanted["loss"], rel=1e-9)
         assert line["eval_perplexity"] == pytest.approx(torch.tensor(wanted["nll"]).exp().item(), rel=1e-6)
     family.train(True)
-    assert abs(measure(family, SFT, held)["loss"] / wanted["loss"] - 1) > 1e-3  # the control: dropout changes it
+    assert abs(evaluate_batches(family, SFT, held)["loss"] / wanted["loss"] - 1) > 1e-3  # the control: dropout changes it
 
 
 def test_evaluations_come_when_they_should_and_at_the_end(tmp_path: Path) -> None:
     for every, wanted in ((2, [2, 4, 5]), (None, [2, 4, 5]), (3, [3, 5])):  # left out: once an epoch of two steps
         family = base("llama", dtype=torch.float32)
         lines: list[tuple[int, Mapping[str, float]]] = []
-        fit(job(tmp_path / str(every), family, attach(family, "lora"), lines, STILL, held=rows(), steps=5, eval_every=every))
+        run_training_loop(job(tmp_path / str(every), family, attach(family, "lora"), lines, STILL, held=rows(), steps=5, eval_every=every))
         assert [number for number, line in lines if "eval_loss" in line] == wanted
 
 
@@ -254,7 +254,7 @@ def scripted(folder: Path, losses: list[float], **training: Any) -> tuple[Any, l
     feed = Feed(lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
     made = job(folder, family, attached, [], 0.01, feed=feed, held=rows(), steps=len(losses), eval_every=1, **training)
     made.rolling = Scripted(losses)
-    summary = fit(made)
+    summary = run_training_loop(made)
     return summary, weights, attached
 
 
@@ -279,9 +279,9 @@ def test_a_checkpoint_is_of_the_step_that_it_is_named_after(tmp_path: Path) -> N
     attached = attach(family, "lora")
     weights: list[dict[str, torch.Tensor]] = []
     feed = Feed(lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
-    fit(job(tmp_path, family, attached, [], 0.01, feed=feed, steps=5, save_every=2, keep=9))
+    run_training_loop(job(tmp_path, family, attached, [], 0.01, feed=feed, steps=5, save_every=2, keep=9))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-2", "step-4", "step-5"]
-    saved = checkpoint.load(tmp_path / "step-2")
+    saved = checkpoint.load_checkpoint(tmp_path / "step-2")
     assert all(torch.equal(saved.tensors["method"][name], t) for name, t in weights[2].items())
     assert saved.state["summary"]["steps"] == 2
     assert saved.state["feed"] == {**Feed().state(), "epoch": 0, "row": 8}
@@ -297,10 +297,10 @@ def test_a_resumed_run_is_the_whole_one_step_by_step(tmp_path: Path) -> None:
         saved = None
         if resumed:
             stir(attached, seed=9)
-            saved = checkpoint.load(tmp_path / "whole" / "step-2")
-        held = pack(documents(seed=5), 40)
-        summary = fit(job(tmp_path / ("resumed" if resumed else "whole"), family, attached, lines, 0.05, held=held,
-                          optimizer={"schedule": "cosine", "warmup": 2.0}, steps=6, save_every=2, keep=9, eval_every=6), saved)
+            saved = checkpoint.load_checkpoint(tmp_path / "whole" / "step-2")
+        held = pack_examples(documents(seed=5), 40)
+        summary = run_training_loop(job(tmp_path / ("resumed" if resumed else "whole"), family, attached, lines, 0.05, held=held,
+                                        optimizer={"schedule": "cosine", "warmup": 2.0}, steps=6, save_every=2, keep=9, eval_every=6), saved)
         told = {number: line["loss"] for number, line in lines if "loss" in line}
         outcomes.append((summary.steps, summary.tokens, summary.best, told, {n: t.clone() for n, t in attached.state().items()}))
     whole, again = outcomes
@@ -317,7 +317,7 @@ def test_seconds_are_those_that_passed(tmp_path: Path, monkeypatch: pytest.Monke
         clock.now += 2.0
     family = base("llama", dtype=torch.float32)
     lines: list[tuple[int, Mapping[str, float]]] = []
-    summary = fit(job(tmp_path, family, attach(family, "lora"), lines, feed=Feed(passes), steps=5))
+    summary = run_training_loop(job(tmp_path, family, attach(family, "lora"), lines, feed=Feed(passes), steps=5))
     assert summary.seconds == pytest.approx(10.0)
     assert [line["step_seconds"] for _, line in lines] == pytest.approx([2.0] * 5)
     for _, line in lines:
@@ -325,15 +325,15 @@ def test_seconds_are_those_that_passed(tmp_path: Path, monkeypatch: pytest.Monke
     assert summary.tokens == sum(int(line["tokens"]) for _, line in lines)
     again: list[tuple[int, Mapping[str, float]]] = []
     family = base("llama", dtype=torch.float32)
-    went_on = fit(job(tmp_path, family, attach(family, "lora"), again, feed=Feed(passes), steps=5),
-                  checkpoint.load(tmp_path / "step-5"))
+    went_on = run_training_loop(job(tmp_path, family, attach(family, "lora"), again, feed=Feed(passes), steps=5),
+                                checkpoint.load_checkpoint(tmp_path / "step-5"))
     assert went_on.seconds == pytest.approx(10.0)
     assert not again
 
 
 def test_a_fraction_of_an_epoch_is_rounded_up_to_steps() -> None:
-    from luthier.training.loop import total_steps
-    assert [total_steps(TrainingConfig(epochs=epochs), 10) for epochs in (1.0, 0.5, 0.51, 2.0, 0.01)] == [10, 5, 6, 20, 1]
-    assert total_steps(TrainingConfig(epochs=3.0, steps=7), 10) == 7
+    from luthier.training.loop import count_total_steps
+    assert [count_total_steps(TrainingConfig(epochs=epochs), 10) for epochs in (1.0, 0.5, 0.51, 2.0, 0.01)] == [10, 5, 6, 20, 1]
+    assert count_total_steps(TrainingConfig(epochs=3.0, steps=7), 10) == 7
 
 

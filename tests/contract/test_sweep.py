@@ -17,7 +17,7 @@ import torch
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES, SHORT_FORMS
 from luthier.training import checkpoint
-from luthier.training.loop import fit
+from luthier.training.loop import run_training_loop
 from tiny import ENCODERS, VISIONS
 from trials import BASES, ELSEWHERE, FAMILIES, SAVED, SIMPLEST, Pair, Trial, prepare, recipe, same, trial, tried
 
@@ -64,9 +64,9 @@ def test_a_checkpoint_that_lacks_something_is_not_gone_on_from_exactly(home: Pat
     """The control: a trial would show that the optimiser's moments were left behind."""
     made = recipe(home, "llama", "lora", "sft")
     one, again = Trial(made, tmp_path), Trial(made, tmp_path)
-    fit(one.job)
-    saved = checkpoint.load(tmp_path / f"step-{SAVED}")
-    fit(again.job, replace(saved, tensors={**saved.tensors, "optimizer": {}}))
+    run_training_loop(one.job)
+    saved = checkpoint.load_checkpoint(tmp_path / f"step-{SAVED}")
+    run_training_loop(again.job, replace(saved, tensors={**saved.tensors, "optimizer": {}}))
     with pytest.raises(AssertionError):
         same(one.attached.state(), again.attached.state())
 

@@ -16,7 +16,7 @@ from luthier.api.export import export
 from luthier.api.train import train
 from luthier.assembly.method_variants import estimate_weight_gb
 from luthier.core.errors import RecipeError, RunError
-from luthier.data.packing import pack
+from luthier.data.packing import pack_examples
 from luthier.models import BaseConfig
 from luthier.training import checkpoint
 from luthier.training.optimizer import Optimizer, OptimizerConfig
@@ -41,7 +41,7 @@ def trained(name: str, settings: dict[str, Any], rate: float, dtype: torch.dtype
     before = {n: p.detach().clone() for n, p in attached.parameters().items()}
     for i in range(steps):
         adam.set_rate(i)
-        step(family, SFT, pack(documents(seed=i), 30), adam)
+        step(family, SFT, pack_examples(documents(seed=i), 30), adam)
     return adam, before, {n: p.detach().clone() for n, p in attached.parameters().items()}
 
 
@@ -97,7 +97,7 @@ def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[st
     for i in range(steps):
         for group in adam.param_groups:
             group["lr"] = 1e-3
-        batches = pack(documents(seed=i), micro_tokens)
+        batches = pack_examples(documents(seed=i), micro_tokens)
         count = sum(float(b.target.weights.double().sum()) for b in batches)
         for master in masters.values():
             master.grad = torch.zeros_like(master)
@@ -123,7 +123,7 @@ def test_it_is_mixed_precision_written_out(micro_tokens: int) -> None:
     adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(schedule="constant", warmup=0), 4)
     for i in range(4):
         adam.set_rate(i)
-        assert step(family, SFT, pack(documents(seed=i), micro_tokens), adam).micro_batches == (1 if micro_tokens == 400 else 5)
+        assert step(family, SFT, pack_examples(documents(seed=i), micro_tokens), adam).micro_batches == (1 if micro_tokens == 400 else 5)
     for name, master in masters.items():
         torch.testing.assert_close(adam.parameters[name].detach(), master.detach(), rtol=1e-6, atol=2e-6)
     same = [float((p == named[n]).float().mean()) for n, p in attached.parameters().items()]
@@ -139,11 +139,11 @@ def test_it_resumes_to_the_bit(tmp_path: Path) -> None:
     def run(family: Any, adam: Optimizer, steps: range) -> None:
         for i in steps:
             adam.set_rate(i)
-            step(family, SFT, pack(documents(seed=i), 40), adam)
+            step(family, SFT, pack_examples(documents(seed=i), 40), adam)
 
     family, attached, adam = fresh()
     run(family, adam, range(4))
-    saved = checkpoint.load(checkpoint.save(tmp_path, 4, {"method": attached.state(), "optimizer": adam.state()}, {}, 1)).tensors
+    saved = checkpoint.load_checkpoint(checkpoint.save_checkpoint(tmp_path, 4, {"method": attached.state(), "optimizer": adam.state()}, {}, 1)).tensors
     run(family, adam, range(4, 8))
     second, other, again = fresh()
     other.load(saved["method"])

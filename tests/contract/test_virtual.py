@@ -22,8 +22,8 @@ from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import BaseError, RecipeError, RunError
 from luthier.core.examples import Origin
 from luthier.core.protocols import TRAINING, SamplingParams
-from luthier.core.types import Encoded, Piece
-from luthier.data.packing import batch, pack
+from luthier.core.types import TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
 from luthier.methods import METHODS, READERS
 from luthier.methods.prompt import EMBEDDINGS
 from luthier.models import CausalLM
@@ -76,7 +76,7 @@ def test_computed_once_a_row_is_put_before_every_document(kind: str, method: str
     family = base(kind, "packed", **wide)
     attached = attach(family, method, **SETTINGS[method])
     examples = documents()
-    found = measured(family, attached, [batch(examples)])
+    found = measured(family, attached, [build_batch(examples)])
     weight = sum(sum(e.pieces[0].weights[1:]) for e in examples)
     for n in (len(examples), len(examples) - 1):  # the control leaves one document out
         loss = torch.zeros((), dtype=torch.float64)
@@ -94,13 +94,13 @@ def test_computed_once_a_row_is_put_before_every_document(kind: str, method: str
 @METHOD
 def test_packed_is_padded_and_a_tree_is_its_paths(kind: str, method: str) -> None:
     family, attached = tuned(kind, method, "packed")
-    rows = [batch([*documents(), *trees()])]
+    rows = [build_batch([*documents(), *trees()])]
     found = measured(family, attached, rows)
     assert apart(measured(*tuned(kind, method, "padded"), rows), found) < SAME
     tree = trees()[1]
-    whole = measured(family, attached, [batch([tree])])
-    assert apart(whole, measured(family, attached, [batch([path]) for path in paths(tree)])) < SAME
-    assert apart(whole, measured(family, attached, [batch(trees()[:1])])) > FAR
+    whole = measured(family, attached, [build_batch([tree])])
+    assert apart(whole, measured(family, attached, [build_batch([path]) for path in paths(tree)])) < SAME
+    assert apart(whole, measured(family, attached, [build_batch(trees()[:1])])) > FAR
 
 
 @METHOD
@@ -108,14 +108,14 @@ def test_packed_is_padded_and_a_tree_is_its_paths(kind: str, method: str) -> Non
 def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str) -> None:
     family, attached = tuned(kind, method)
     examples = [*documents(), *trees()]
-    whole = measured(family, attached, pack(examples, None))
-    assert apart(measured(family, attached, pack(examples, 40)), whole) < SAME
+    whole = measured(family, attached, pack_examples(examples, None))
+    assert apart(measured(family, attached, pack_examples(examples, 40)), whole) < SAME
 
 
 @METHOD
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
 def test_recomputed_blocks_meet_the_tokens_of_their_forward_pass(kind: str, method: str) -> None:
-    rows = [batch(documents())]
+    rows = [build_batch(documents())]
     family, attached = tuned(kind, method)
     wanted = measured(family, attached, rows)
     family.enable_gradient_checkpointing()
@@ -205,7 +205,7 @@ def test_a_text_that_leaves_no_room_is_refused_and_one_that_just_does_is_not(kin
                      position_ids=(padding.cumsum(1) - 1).clamp(min=0))
         long = documents((last + 1,))
         with pytest.raises(BaseError, match="virtual"):
-            family.forward(batch(long).inputs, batch(long).target, frozenset({"token_logps"}))
+            family.forward(build_batch(long).inputs, build_batch(long).target, frozenset({"token_logps"}))
     (answer,) = family.generate([[5] * (last - 3)], SamplingParams(max_new_tokens=50))
     assert len(answer.token_ids) <= 3
     with attached.disabled(), torch.no_grad():
@@ -220,7 +220,7 @@ def test_two_kinds_of_virtual_tokens_stand_behind_one_another() -> None:
         with prompt.disabled():
             longer = torch.cat([prompt.virtual()[None], family.structure.embedding(TOKENS)], dim=1)
             assert (family.model(inputs_embeds=longer).logits[:, 3:] - found).abs().max() < SAME
-    rows = [batch(documents())]
+    rows = [build_batch(documents())]
     both = {n: p for part in (prompt, prefix) for n, p in part.parameters().items()}
     padded = base("llama", "padded")
     again = [attach(padded, name, tokens=n) for name, n in (("prompt", 3), ("prefix", 4))]
@@ -258,9 +258,9 @@ def reader(kind: str, layout: Any = None) -> Encoder:
     return Encoder(model, TOKENIZER, layout)
 
 
-def states(family: Encoder, attached: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
+def states(family: Encoder, attached: Any, examples: list[TokenizedExample]) -> dict[str, torch.Tensor]:
     """States of a packed row, and the gradients of an odd function of them."""
-    found = family.states(batch(examples).inputs)
+    found = family.states(build_batch(examples).inputs)
     slope = torch.sin(torch.arange(found.numel(), dtype=torch.float64)).view_as(found)
     named = attached.parameters()
     return {"states": found.detach(),
@@ -292,14 +292,14 @@ def behind(family: Encoder, attached: Any, ids: torch.Tensor, deep: bool) -> tor
 def test_an_encoders_packed_row_is_padded_and_each_text_by_itself(kind: str, method: str) -> None:
     family = reader(kind, "packed")
     attached = attach(family, method, **SETTINGS[method])
-    examples = [Encoded((Piece(tuple(range(20 + n, 20 + 2 * n)), (1.0,) * n),), Origin("lab", n)) for n in (7, 2, 12)]
+    examples = [TokenizedExample((TokenSpan(tuple(range(20 + n, 20 + 2 * n)), (1.0,) * n),), Origin("lab", n)) for n in (7, 2, 12)]
     found = states(family, attached, examples)
     single = torch.cat([behind(family, attached, torch.tensor(e.pieces[0].ids), method in DEEP) for e in examples])
     assert (found["states"] - single).abs().max() < SAME
     plain = torch.cat([family.model(input_ids=torch.tensor([e.pieces[0].ids])).last_hidden_state[0] for e in examples])
     assert (plain - single).abs().max() < SAME  # without positions
     with torch.no_grad(), attached.disabled():
-        assert (family.states(batch(examples).inputs) - single).abs().max() > FAR
+        assert (family.states(build_batch(examples).inputs) - single).abs().max() > FAR
     for rows in (examples, [*examples, *trees()]):
         other = reader(kind, "padded")
         wanted = states(other, attach(other, method, **SETTINGS[method]), rows)
@@ -385,7 +385,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     def go_on(family: CausalLM, adam: Optimizer, steps: range) -> None:
         for i in steps:
             adam.set_rate(i)
-            step(family, assembly.recipe({"data": "-"}).objective, [batch(documents())], adam)
+            step(family, assembly.recipe({"data": "-"}).objective, [build_batch(documents())], adam)
 
     family, attached, adam = begun()
     go_on(family, adam, range(2))

@@ -18,9 +18,9 @@ from torch import Tensor
 from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
 from luthier.core.protocols import TRAINING, SamplingParams
-from luthier.core.types import Encoded, Piece
-from luthier.data.packing import batch, pack
-from luthier.methods.multi_adapter import Bank
+from luthier.core.types import TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.prompt import EMBEDDINGS
 from luthier.models.attention.biased import BiasedVirtualKeyValues
 from luthier.models.families import seq2seq
@@ -86,7 +86,7 @@ def alone(plain: Any, virtual: Tensor, source: Tensor, answer: Tensor, deep: boo
 def test_it_stands_before_every_source_in_loss_and_every_gradient(kind: str, method: str) -> None:
     family, attached = tuned(kind, method)
     examples = pairs()
-    found = measured(family, attached, [batch(examples)])
+    found = measured(family, attached, [build_batch(examples)])
     plain = t5(kind)
     plain.set_attn_implementation("eager")
     weight = sum(sum(e.pieces[1].weights) for e in examples)
@@ -109,7 +109,7 @@ def test_only_what_it_promises_gets_a_gradient_and_off_is_the_base(method: str) 
     with torch.no_grad():
         bare = family.model(**given).logits
     attached = attach(family, method, **SETTINGS[method])
-    found = measured(family, attached, [batch(pairs())])
+    found = measured(family, attached, [build_batch(pairs())])
     assert all(float(t.abs().sum()) > 0 for t in found.values())
     assert all(p.grad is None for p in family.model.parameters())
     with torch.no_grad():
@@ -144,23 +144,23 @@ def test_padded_on_either_side_each_row_is_as_alone(kind: str, method: str) -> N
 @METHOD
 def test_how_a_batch_is_cut_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, attached = tuned("gated", method)
-    whole = measured(family, attached, pack(pairs(), None))
-    assert apart(measured(family, attached, pack(pairs(), 40)), whole) < SAME
+    whole = measured(family, attached, pack_examples(pairs(), None))
+    assert apart(measured(family, attached, pack_examples(pairs(), 40)), whole) < SAME
     monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1.0)
     monkeypatch.setattr(seq2seq, "PADDING_ALLOWANCE", 0)
-    assert apart(measured(family, attached, pack(pairs(), None)), whole) < SAME
+    assert apart(measured(family, attached, pack_examples(pairs(), None)), whole) < SAME
 
 
 @METHOD
 def test_several_answers_of_one_source_are_each_of_them_alone(method: str) -> None:
     family, attached = tuned("relu", method)
     tree = forest()
-    row = batch([tree])
+    row = build_batch([tree])
     with torch.no_grad():
         states = family.states(row.inputs)
         for leaf in (1, 3, 4, 5):
             ids = [tree.pieces[i].ids for i in ((0, 2, leaf) if leaf in (3, 4) else (0, leaf))]
-            one = batch([Encoded((Piece(ids[0], (0.0,) * len(ids[0])), Piece(sum(ids[1:], ()), (1.0,) * sum(
+            one = build_batch([TokenizedExample((TokenSpan(ids[0], (0.0,) * len(ids[0])), TokenSpan(sum(ids[1:], ()), (1.0,) * sum(
                 map(len, ids[1:])), 0)), Origin("lab", 0))])
             wanted = family.states(one.inputs)[-len(ids[-1]):]
             start = sum(len(piece.ids) for piece in tree.pieces[:leaf])
@@ -171,12 +171,12 @@ def test_several_answers_of_one_source_are_each_of_them_alone(method: str) -> No
 @METHOD
 def test_recomputed_blocks_change_nothing_but_the_work(method: str) -> None:
     family, attached = tuned("gated", method)
-    wanted = measured(family, attached, [batch(pairs())])
+    wanted = measured(family, attached, [build_batch(pairs())])
     calls: list[int] = []
     family.structure.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
     family.enable_gradient_checkpointing()
     family.train(True)
-    assert apart(measured(family, attached, [batch(pairs())]), wanted) < SAME
+    assert apart(measured(family, attached, [build_batch(pairs())]), wanted) < SAME
     assert len(calls) % 2 == 0, "each is computed twice"
 
 
@@ -219,20 +219,20 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.structure)
+    bank = AdapterManager(family.structure)
     for name, method in (("a", "prompt"), ("b", "prefix"), ("c", "lora")):
         bank.add(name, attach(family, method, **SETTINGS.get(method, {})))
     family.router = bank
     names = ["a", "b", None, "c", "b", "a"]
 
-    def total(who: str | None, examples: list[Encoded]) -> Tensor:
+    def total(who: str | None, examples: list[TokenizedExample]) -> Tensor:
         with bank.using(who):
-            row = batch(examples)
+            row = build_batch(examples)
             return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     single = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", "c", None))
-    row = batch(examples)
+    row = build_batch(examples)
     inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
     assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - single).abs() < SAME
     assert (total("a", examples) - single).abs() > FAR

@@ -17,7 +17,7 @@ from luthier import assembly
 from luthier.assembly.factory import attach_method, load_family
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import RunError
-from luthier.data.packing import batch
+from luthier.data.packing import build_batch
 from luthier.methods.prompt import EMBEDDINGS
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.training.run_folder import Run
@@ -105,7 +105,7 @@ def test_sixteen_bits_give_about_the_same_loss(method: str, dtype: torch.dtype, 
         family = Seq2Seq(t5("gated", kept), tokenizer())
         attached = attach(family, method, **SETTINGS[method])
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            row = batch(pairs())
+            row = build_batch(pairs())
             loss = SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total / SFT.count(row.target)
         loss.backward()
         assert all(p.grad.isfinite().all() and p.grad.any() for p in attached.parameters().values())

@@ -20,8 +20,8 @@ from luthier.api.inspect_run import inspect_run
 from luthier.assembly.factory import attach_method, load_family
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import BaseError, RecipeError
-from luthier.data.packing import batch, pack
-from luthier.methods.multi_adapter import Bank
+from luthier.data.packing import build_batch, pack_examples
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import Vision
 from luthier.training.run_folder import Run
 from tiny import VISIONS, save_tiny, tiny
@@ -62,7 +62,7 @@ def by_hand(plain: Any, pixels: Tensor, virtual: Tensor, deep: bool) -> Tensor:
 def test_it_stands_among_the_patches_in_loss_and_every_gradient(method: str, family: Vision) -> None:
     examples = photographs(family)
     attached = attach(family, method, **SETTINGS[method])
-    found = scored(family, attached, [batch(examples)])
+    found = scored(family, attached, [build_batch(examples)])
     head = family.heads.modules["score"]
     plain = tiny("vit")
     plain.set_attn_implementation("eager")
@@ -96,7 +96,7 @@ def test_whoever_calls_the_model_gets_its_own_tokens_and_no_others(method: str, 
 def test_the_laws_of_a_method(method: str, family: Vision, tmp_path: Path) -> None:
     bare = states(family)
     attached = attach(family, method, **SETTINGS[method])
-    found = scored(family, attached, [batch(photographs(family))])
+    found = scored(family, attached, [build_batch(photographs(family))])
     assert all(float(t.abs().sum()) > 0 for t in found.values())
     assert all(p.grad is None for p in family.model.parameters())
     tuned, state = states(family), {n: t.clone() for n, t in attached.state().items()}
@@ -113,12 +113,12 @@ def test_the_laws_of_a_method(method: str, family: Vision, tmp_path: Path) -> No
 def test_how_a_batch_is_cut_and_recomputed_changes_nothing(method: str, family: Vision) -> None:
     examples = photographs(family)
     attached = attach(family, method, **SETTINGS[method])
-    whole = scored(family, attached, pack(examples, None))
-    assert apart(scored(family, attached, pack(examples, 2)), whole) < SAME
+    whole = scored(family, attached, pack_examples(examples, None))
+    assert apart(scored(family, attached, pack_examples(examples, 2)), whole) < SAME
     family.enable_gradient_checkpointing()
     family.train(True)
-    assert apart(scored(family, attached, pack(examples, None)), whole) < SAME
-    assert apart(scored(family, attached, pack(judged(examples[1:]), None)), whole) > FAR
+    assert apart(scored(family, attached, pack_examples(examples, None)), whole) < SAME
+    assert apart(scored(family, attached, pack_examples(judged(examples[1:]), None)), whole) > FAR
 
 
 def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
@@ -138,7 +138,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
 
 
 def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
-    bank = Bank(family.structure)
+    bank = AdapterManager(family.structure)
     for name, method in (("a", "prompt"), ("b", "prefix")):
         bank.add(name, attach(family, method, **SETTINGS[method]))
     found = {}
@@ -148,7 +148,7 @@ def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
     assert all((found[x] - found[y]).abs().max() > FAR for x, y in (("a", "b"), ("a", None), ("b", None)))
     family.router = bank
     names = ["b", "a", None, "b", "a"]
-    row = batch(photographs(family))
+    row = build_batch(photographs(family))
     with torch.no_grad():
         mixed = family.states(bank.through(row.inputs, names))
     for i, who in enumerate(names):

@@ -18,8 +18,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
 from luthier.core.protocols import SamplingParams
-from luthier.core.types import Encoded, Piece
-from luthier.data.packing import batch, pack
+from luthier.core.types import TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
 from luthier.models import BaseConfig, Vision, load_tokenizer, open_family
 from luthier.models.image_processor import ImageProcessor
 from tiny import VISIONS, save_tiny, tiny
@@ -42,20 +42,20 @@ def family(tmp_path: Path) -> Vision:
     return Vision(tiny("vit"), settings(tmp_path / "pictures"))
 
 
-def photographs(family: Vision, count: int = 5) -> list[Encoded]:
+def photographs(family: Vision, count: int = 5) -> list[TokenizedExample]:
     """Random pictures of several sizes, each one placeholder token."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for i in range(count):
         pixels = torch.randint(256, (8 + i, 9, 3), generator=generator, dtype=torch.uint8)
-        found.append(Encoded((Piece((0,), (0.0,)),), Origin("lab", i), images=(family.tokenizer(pixels),)))
+        found.append(TokenizedExample((TokenSpan((0,), (0.0,)),), Origin("lab", i), images=(family.tokenizer(pixels),)))
     return judged(found)
 
 
 def states(family: Vision) -> torch.Tensor:
     """[S, D] of some pictures."""
     with torch.no_grad():
-        return family.states(batch(photographs(family)).inputs)
+        return family.states(build_batch(photographs(family)).inputs)
 
 
 @pytest.mark.usefixtures("double")
@@ -63,7 +63,7 @@ def states(family: Vision) -> torch.Tensor:
 def test_it_is_transformers_own_model_one_picture_at_a_time(method: str, family: Vision) -> None:
     """The loss and every gradient of the untouched model, eager attention, by its first state."""
     examples = photographs(family)
-    found = scored(family, attach(family, method, stirred=False), [batch(examples)])
+    found = scored(family, attach(family, method, stirred=False), [build_batch(examples)])
     plain, head = tiny("vit"), family.heads.modules["score"]
     plain.set_attn_implementation("eager")
     for token in (0, 1):  # 1: the control, another token's state
@@ -83,12 +83,12 @@ def test_it_is_transformers_own_model_one_picture_at_a_time(method: str, family:
 def test_how_a_batch_is_cut_changes_nothing(method: str, family: Vision) -> None:
     examples = photographs(family)
     attached = attach(family, method)
-    whole = scored(family, attached, pack(examples, None))
+    whole = scored(family, attached, pack_examples(examples, None))
     for micro_tokens in (1, 2):
-        rows = pack(examples, micro_tokens)
+        rows = pack_examples(examples, micro_tokens)
         assert len(rows) > 1
         assert apart(scored(family, attached, rows), whole) < SAME
-    assert apart(scored(family, attached, pack(examples[1:], None)), whole) > FAR
+    assert apart(scored(family, attached, pack_examples(examples[1:], None)), whole) > FAR
 
 
 @METHOD
@@ -106,7 +106,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str, tmp_pa
             calls[-1] += 1
 
         family.structure.layers[0].attention.register_forward_hook(count)
-        return scored(family, attach(family, method), [batch(photographs(family))])
+        return scored(family, attach(family, method), [build_batch(photographs(family))])
 
     without = run(False)
     assert apart(run(True), without) < SAME
@@ -132,7 +132,7 @@ def test_the_laws_of_a_method(name: str, options: dict[str, Any], family: Vision
     attached = attach(family, name, stirred=False, **options)
     assert (states(family) - bare).abs().max() < 1e-12
     stir(attached)
-    scored(family, attached, [batch(photographs(family))])
+    scored(family, attached, [build_batch(photographs(family))])
     assert all(float(p.grad.abs().sum()) > 0 for p in attached.parameters().values())
     tuned, state = states(family), {n: t.clone() for n, t in attached.state().items()}
     assert (tuned - bare).abs().max() > FAR
@@ -156,7 +156,7 @@ def test_lora_is_pefts(family: Vision) -> None:
     form = attached.peft()
     assert form is not None
     theirs = get_peft_model(tiny("vit"), PeftLora(r=4, lora_alpha=8, target_modules=form["target_modules"])).double().eval()
-    pixels = batch(photographs(family)).inputs.images
+    pixels = build_batch(photographs(family)).inputs.images
     with torch.no_grad():
         bare = theirs(pixel_values=pixels).last_hidden_state[:, 0]
         loaded = set_peft_model_state_dict(theirs, attached.state())
@@ -198,7 +198,7 @@ def test_a_folder_opens_as_a_vision_base_and_is_written_as_one(headed: bool, tmp
 
 
 def test_it_refuses_what_it_cannot(family: Vision, tmp_path: Path) -> None:
-    row = batch(photographs(family))
+    row = build_batch(photographs(family))
     with pytest.raises(BaseError, match="predicts no tokens"):
         family.forward(row.inputs, row.target, frozenset({"token_logps"}))
     with pytest.raises(BaseError, match="cannot write"):

@@ -22,16 +22,16 @@ from torch import Tensor
 from cases import cases
 from luthier import assembly
 from luthier.api.train import train
-from luthier.assembly.factory import fit_objective, load_datasets, load_family
+from luthier.assembly.factory import fit_objective, load_family
 from luthier.assembly.recipe import Recipe
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.core.errors import RecipeError, RunError
-from luthier.data import DataConfig, load
+from luthier.data import DataConfig, read_datasets
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.contrastive import infonce_loss, supcon_loss
 from luthier.objectives.preference import compute_completion_logps
 from luthier.training.grad_cache import backward
-from luthier.training.step import forward
+from luthier.training.step import forward_objective
 from tiny import save_tiny, tiny_tokenizer
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
@@ -78,19 +78,19 @@ def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **mo
 def measured(recipe: Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
     """The loss of all rows as one batch, cut into rows of at most `micro_tokens`, and every gradient."""
     base = load_family(recipe.base)
-    found = load_datasets(recipe, base)
+    found = read_datasets(recipe, base)
     recipe = fit_objective(recipe, found)
-    attached, reference = begin(recipe, base)
+    attached, reference = init_rl_policy(recipe, base)
     with torch.no_grad():
         for i, parameter in enumerate(attached.parameters().values()):
             parameter.data = parameter.double()
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-    batches = assembly.rows.eval_batches(found.train, micro_tokens)
+    batches = assembly.rows.build_eval_batches(found.train, micro_tokens)
     objective = recipe.objective
     count = sum(objective.count(batch.target) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
     for part in [batches] if objective.needs_full_batch else [[batch] for batch in batches]:
-        loss += backward(lambda batch: forward(base, objective, batch, reference), objective, part, count, base.device,
+        loss += backward(lambda batch: forward_objective(base, objective, batch, reference), objective, part, count, base.device,
                          nullcontext)[0]
     return {"loss": loss, **{name: p.grad for name, p in attached.parameters().items() if p.grad is not None}}
 
@@ -126,14 +126,14 @@ def test_a_weight_of_nothing_is_no_row_and_is_counted(home: Path, double: None, 
     found = measured(made(home, objective, none))
     assert apart(found, measured(made(home, objective, [row for i, row in enumerate(rows) if i != 1]))) < 1e-9
     made(home, objective, none)
-    report = load(DataConfig.parse({"train": str(home / "rows.jsonl")}), tiny_tokenizer(), seed=0).report.parts["train"]
+    report = read_datasets(DataConfig.parse({"train": str(home / "rows.jsonl")}), tiny_tokenizer(), seed=0).report.parts["train"]
     assert (report.read, report.kept, report.reasons) == (5, 4, {"nothing to train on": 1})
     assert report.refused[0]["line"] == "2"
 
 
 def test_a_weight_that_is_none_is_refused(home: Path) -> None:
     made(home, {"name": "classify"}, [{**LABELLED[0], "weight": -1}, *LABELLED[1:]])
-    report = load(DataConfig.parse({"train": str(home / "rows.jsonl")}), tiny_tokenizer(), seed=0).report.parts["train"]
+    report = read_datasets(DataConfig.parse({"train": str(home / "rows.jsonl")}), tiny_tokenizer(), seed=0).report.parts["train"]
     assert report.reasons == {"weight is not a finite number from 0 up": 1}
 
 
@@ -195,7 +195,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
 def test_they_count_rows_by_weight_and_by_how_often_their_source_is_seen(home: Path) -> None:
     made(home, {"name": "classify"}, weighted(LABELLED))
     path = str(home / "rows.jsonl")
-    found = load(DataConfig.parse({"train": [path, {"path": path, "weight": 0.5}]}), tiny_tokenizer(), seed=0)
+    found = read_datasets(DataConfig.parse({"train": [path, {"path": path, "weight": 0.5}]}), tiny_tokenizer(), seed=0)
     assert found.counts == {"a": 7.5, "b": 3.0, "c": 3.0}
 
 

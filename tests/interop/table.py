@@ -19,9 +19,9 @@ from contract.lab import stir
 from luthier import assembly
 from luthier.assembly.factory import load_family
 from luthier.assembly.recipe import Recipe
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import save_tuned
-from luthier.core.types import Forest, Inputs, Target
+from luthier.core.types import Inputs, LossInputs, SegmentTree
 from luthier.training.run_folder import Run
 from tiny import CLS, ENCODERS, MASK, PAD, SEP, VISIONS, VOCABULARY, pair_tokenizer, save_tiny
 
@@ -84,19 +84,19 @@ class Made:
     def outputs(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """[texts, C] scores, [texts, D] vectors, or [T, C] scores of all tokens, one text behind the other."""
         tokens = torch.tensor([token for text in ids for token in text])
-        forest = Forest(tuple(map(len, ids)), (-1,) * len(ids))
+        forest = SegmentTree(tuple(map(len, ids)), (-1,) * len(ids))
         places = torch.cat([torch.arange(len(text)) for text in ids])
         rows = torch.arange(len(ids))
-        target = Target(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)), len(ids), items=rows, groups=rows)
+        target = LossInputs(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)), len(ids), items=rows, groups=rows)
         return self._of(Inputs(tokens, places, forest), target)
 
     @torch.no_grad()
     def of_images(self, pixels: Tensor) -> Tensor:
         rows = torch.arange(len(pixels))
-        target = Target(rows, rows, torch.ones(len(pixels)), len(pixels), items=rows, groups=rows)
-        return self._of(Inputs(rows * 0, rows * 0, Forest((1,) * len(pixels), (-1,) * len(pixels)), pixels), target)
+        target = LossInputs(rows, rows, torch.ones(len(pixels)), len(pixels), items=rows, groups=rows)
+        return self._of(Inputs(rows * 0, rows * 0, SegmentTree((1,) * len(pixels), (-1,) * len(pixels)), pixels), target)
 
-    def _of(self, inputs: Inputs, target: Target) -> Tensor:
+    def _of(self, inputs: Inputs, target: LossInputs) -> Tensor:
         self.base.train(False)
         needs = self.recipe.objective.required_outputs
         found = self.base.forward(inputs, target, needs).tensors()[next(iter(needs))]
@@ -110,7 +110,7 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
     recipe = assembly.recipe(None, {"base": {"name": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
                                  "objective": OBJECTIVES[task]})
     base = load_family(recipe.base)
-    attached, _ = begin(recipe, base)
+    attached, _ = init_rl_policy(recipe, base)
     stir(attached)
     run = Run(path / "run")
     run.begin(assembly.dump(recipe), assembly.provenance(recipe))

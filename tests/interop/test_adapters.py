@@ -24,11 +24,11 @@ from luthier.assembly import run_io
 from luthier.assembly.factory import attach_method, load_family
 from luthier.assembly.multi_adapter_loading import load_served_models
 from luthier.assembly.provenance import open_recipe
-from luthier.assembly.rl_setup import begin
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.cli.main import main
 from luthier.core.errors import LuthierError, NotMergeable, RunError
-from luthier.core.types import Forest, Inputs, Target
+from luthier.core.types import Inputs, LossInputs, SegmentTree
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
 from tiny import save_tiny, tiny
@@ -150,8 +150,8 @@ def said(family: Any) -> Tensor:
 def logps(family: Any) -> Tensor:
     """Log-probabilities of the tokens by the family's own way, which asks the head by itself."""
     n = TOKENS.shape[1]
-    inputs = Inputs(TOKENS[0], torch.arange(n), Forest((n,), (-1,)))
-    target = Target(torch.arange(n - 1), TOKENS[0, 1:], torch.ones(n - 1), 1)
+    inputs = Inputs(TOKENS[0], torch.arange(n), SegmentTree((n,), (-1,)))
+    target = LossInputs(torch.arange(n - 1), TOKENS[0, 1:], torch.ones(n - 1), 1)
     return family.forward(inputs, target, frozenset({"token_logps"})).token_logps
 
 
@@ -379,7 +379,7 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
         assert (said(served.base).double() - wanted).abs().max() < 1e-4  # served in float32
     made = assembly.recipe({"start": str(tmp_path / "run"), "data": "-"})
     family = load_family(made.base)
-    attached, reference = begin(made, family)
+    attached, reference = init_rl_policy(made, family)
     if name != "plain":
         with pytest.raises(RunError, match="Transformers reads"):
             export(tmp_path / "run", "whole", tmp_path / "whole")

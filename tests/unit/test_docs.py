@@ -22,7 +22,7 @@ from luthier.evaluation.answer_metrics import METRICS
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
 from luthier.training import loop
-from luthier.training.step import Stepped
+from luthier.training.step import StepResult
 from test_surface import settings as surface
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +76,7 @@ def line_names() -> set[str]:
     reported = {re.sub(r"(_\d+)+$", "", name) if name.startswith(("confusion", "calibration")) else name
                 for case in cases().values()
                 for name in [*case.loss().metrics, *case.objective.compute_eval_metrics(case.outputs, case.target)]}
-    written = "".join(inspect.getsource(function) for function in (loop._report, Stepped.numbers))
+    written = "".join(inspect.getsource(function) for function in (loop._log_step, StepResult.numbers))
     return reported | set(re.findall(r'"(\w+)"(?=:|\])', written))
 
 

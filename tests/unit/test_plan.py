@@ -63,8 +63,8 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
 
     made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
     room = 2 * estimate_weight_gb(made.base, whole=False)
-    monkeypatch.setattr(MODULE, "room_gb", lambda device: room)
-    monkeypatch.setattr(MODULE, "train_apart", refuse)
+    monkeypatch.setattr(MODULE, "available_memory_gb", lambda device: room)
+    monkeypatch.setattr(MODULE, "train_in_child_process", refuse)
     folder = plan(made, ["full", "lora"], quiet=True)
     full, lora = json.loads((folder.path / "plan.json").read_text())["methods"]
     assert begun == ["lora"]

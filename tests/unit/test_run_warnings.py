@@ -13,8 +13,8 @@ from luthier.assembly.recipe import Recipe
 from luthier.assembly.rl_setup import check_rewards
 from luthier.assembly.run_warnings import RULES, find_data_problems, find_schedule_problems, find_unused_settings
 from luthier.core.errors import LuthierError, RecipeError
-from luthier.data import load
-from luthier.data.batch_source import Loader
+from luthier.data import read_datasets
+from luthier.data.batch_source import InMemoryBatchSource
 from luthier.training.learning_monitor import STEPS, LearningMonitor
 from tiny import tiny_tokenizer
 
@@ -172,7 +172,7 @@ def test_sorted_classes_without_shuffling_are_named(tmp_path: Path) -> None:
 def read(objective: Any, rows: list[dict[str, Any]], folder: Path, data: Any = None, **raw: Any) -> tuple[Any, Any]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = made({"train": str(folder / "rows.jsonl"), **(data or {})}, objective=objective, **raw)
-    found = load(recipe.data, tiny_tokenizer(), seed=0, reads=recipe.objective.example_types, classes=recipe.objective.classes)
+    found = read_datasets(recipe.data, tiny_tokenizer(), seed=0, reads=recipe.objective.example_types, classes=recipe.objective.classes)
     assert len(found.train) == len(rows), found.report.lines()
     return recipe.model_copy(update={"objective": recipe.objective.with_labels(found.labels, found.counts)}), found
 
@@ -193,7 +193,7 @@ def read(objective: Any, rows: list[dict[str, Any]], folder: Path, data: Any = N
 def test_what_does_not_happen_within_the_run_is_named(raw: dict[str, Any], words: str, tmp_path: Path) -> None:
     _, found = read("sft", [{"prompt": "q", "completion": f"a{i}"} for i in range(8)], tmp_path)
     raw = {"training": {"batch_size": 2}, **raw}
-    lines = find_schedule_problems(made(**raw), Loader(found.train, 2, None))
+    lines = find_schedule_problems(made(**raw), InMemoryBatchSource(found.train, 2, None))
     assert bool(lines) == bool(words), lines
     assert not words or words in lines[0]
 

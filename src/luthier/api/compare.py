@@ -19,10 +19,10 @@ from luthier.api.evaluate import evaluate
 from luthier.assembly.method_variants import build_variant
 from luthier.assembly.recipe import Recipe
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.examples import ComparedExample
+from luthier.core.examples import PreferenceExample
 from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
-from luthier.training.child_process import train_apart
+from luthier.training.child_process import train_in_child_process
 from luthier.training.run_folder import Run
 
 AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing that the recipe says of its own rows holds
@@ -78,7 +78,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
 def _train_method(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
     """One run in a process of its own; `before`: whether the base is measured too, which need be done only once."""
     raw["evaluate"]["before"] = before
-    code, words = train_apart(raw, run)
+    code, words = train_in_child_process(raw, run)
     if code:
         raise RunError(f"the run with method {method!r} ended with {code}: {words}",
                        f"mend it and compare again (what has ended is kept); its words are in {method}.log")
@@ -101,11 +101,11 @@ def _load_retention_data(made: Recipe, rows: str) -> _RetentionData:
     if "token_logps" not in made.objective.required_outputs or made.objective.heads:
         raise RecipeError(f"--general {rows!r}: the objective {made.objective.name!r} does not train a model of words, "
                           "so what was forgotten of other text cannot be said", "leave --general out")
-    for _, lines in assembly.rows.read(rows):
-        for example in assembly.rows.examples(lines):
-            if isinstance(example, ComparedExample):
+    for _, lines in assembly.rows.read_source(rows):
+        for example in assembly.rows.read_examples(lines):
+            if isinstance(example, PreferenceExample):
                 return _RetentionData(rows, "multiple_choice", "accuracy")
-            if not isinstance(example, assembly.rows.Refusal):
+            if not isinstance(example, assembly.rows.RejectedRow):
                 return _RetentionData(rows, "sft", "perplexity")
     raise RecipeError(f"--general {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
 

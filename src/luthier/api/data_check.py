@@ -52,7 +52,7 @@ def check_data(file: str, *, model: str | None = None, evaluated: str | None = N
         tokenizer = load_base_tokenizer(made.base)
         most = made.data.max_length or min(made.data.most, read_context_length(made.base))
         config = made.data.model_copy(update={"streaming": False, "max_length": most})
-        found = assembly.rows.load(config, tokenizer, seed=made.seed)
+        found = assembly.rows.read_datasets(config, tokenizer, seed=made.seed)
     folder = Path(out) if out else Path("runs") / f"check-{Path(file).stem}"
     run = assembly.Run(folder)
     try:
@@ -62,5 +62,5 @@ def check_data(file: str, *, model: str | None = None, evaluated: str | None = N
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise RunError(f"the report cannot be written to {str(folder)!r}: {error.strerror}",
                        "name another folder with --out") from error
-    shown = tuple(assembly.rows.preview(example, tokenizer, found.labels) for example in found.train[:previews])
+    shown = tuple(assembly.rows.format_preview(example, tokenizer, found.labels) for example in found.train[:previews])
     return DataCheck(found.report, shown, report_file, folder / "lengths.png")

@@ -14,7 +14,7 @@ import torch
 
 from luthier import assembly
 from luthier.core.errors import BaseError
-from luthier.training.memory import settle_allocator
+from luthier.training.memory import configure_malloc
 
 PACKAGES = ("luthier", "torch", "transformers", "safetensors", "datasets", "pydantic")
 EXTRAS = {  # extra -> what it brings; a test holds it against pyproject.toml
@@ -43,11 +43,11 @@ def doctor() -> dict[str, Any]:
         "disk": {"free_gb": round(shutil.disk_usage(Path.cwd()).free / 1e9, 1), "here": str(Path.cwd())},
         "bases": {alias: _find_embedded_model(alias) for alias in assembly.ALIASES},
         "extras": {extra: _find_extra(extra, packages) for extra, packages in EXTRAS.items()},
-        "cache": {"folder": str(assembly.cache()), "gb": _measure_size_gb(assembly.cache())},
+        "cache": {"folder": str(assembly.get_cache_folder()), "gb": _measure_size_gb(assembly.get_cache_folder())},
         "hub": {"offline": os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"),
                 "token": bool(os.environ.get("HF_TOKEN")), "home": os.environ.get("HF_HOME", "~/.cache/huggingface")},
         "allocator": {"c_library": " ".join(platform.libc_ver()).strip() or sys.platform,
-                      "keeps_freed_memory": settle_allocator(),
+                      "keeps_freed_memory": configure_malloc(),
                       **{name: os.environ[name] for name in ALLOCATOR if name in os.environ}},
     }
 

@@ -14,13 +14,13 @@ from luthier import assembly
 from luthier.assembly.factory import build_eval_prompts, load_datasets, resolve_micro_batch_tokens
 from luthier.assembly.initialization import reference_context
 from luthier.assembly.recipe import Recipe
-from luthier.assembly.rl_setup import judged
+from luthier.assembly.rl_setup import evaluate_run_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError
 from luthier.evaluation.generation_eval import add_perplexity, evaluate_generations
 from luthier.reporting.progress import Progress, print_line, status
 from luthier.training.run_folder import Run
-from luthier.training.step import measure
+from luthier.training.step import evaluate_batches
 
 
 def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
@@ -71,9 +71,9 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     reference = _build_reference(run, recorded, made, family, attached)
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
-        batches = assembly.rows.eval_batches(encoded, resolve_micro_batch_tokens(made, family))
-        results = (judged(made, family, attached, found, encoded) if made.objective.is_online
-                   else add_perplexity(measure(family, made.objective, batches, reference)))
+        batches = assembly.rows.build_eval_batches(encoded, resolve_micro_batch_tokens(made, family))
+        results = (evaluate_run_policy(made, family, attached, found, encoded) if made.objective.is_online
+                   else add_perplexity(evaluate_batches(family, made.objective, batches, reference)))
         if made.evaluate.metrics:
             asked = build_eval_prompts(made, family, examples)
             with Progress(len(asked), title="answering", quiet=quiet) as bar:

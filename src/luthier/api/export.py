@@ -25,7 +25,7 @@ from luthier.assembly.run_io import (
 )
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
-from luthier.core.types import Forest, Inputs, Target
+from luthier.core.types import Inputs, LossInputs, SegmentTree
 from luthier.reporting.model_card import build_model_card
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
@@ -203,17 +203,17 @@ def _compute_probe_outputs(base: Family) -> torch.Tensor:
     """Log-probabilities of some tokens, each after the ones before it; the states of a base that predicts none."""
     sizes = base.structure.sizes
     if "channels" in sizes:
-        place, forest = torch.arange(2), Forest((1, 1), (-1, -1))
+        place, forest = torch.arange(2), SegmentTree((1, 1), (-1, -1))
         shape = (2, sizes["channels"], sizes["height"], sizes["width"])
         inputs = Inputs(place, place * 0, forest, torch.linspace(-1, 1, math.prod(shape)).view(shape))
-        target = Target(place, place, torch.ones(2), 2)
+        target = LossInputs(place, place, torch.ones(2), 2)
     else:
         half = PROBE // 2  # a source and its answer
         place = torch.arange(PROBE)
         tokens = (place + 1) * 7 % sizes["vocabulary"]
         first = 0 if base.structure.head is not None else -1  # what predicts nothing has no answers either
-        inputs = Inputs(tokens, place, Forest((half, PROBE - half), (-1, first)))
-        target = Target(place[half - 1:-1], tokens[half:], torch.ones(PROBE - half), 1)
+        inputs = Inputs(tokens, place, SegmentTree((half, PROBE - half), (-1, first)))
+        target = LossInputs(place[half - 1:-1], tokens[half:], torch.ones(PROBE - half), 1)
     need = "states" if base.structure.task == "FEATURE_EXTRACTION" or base.structure.head is None else "token_logps"
     outputs = base.forward(inputs.to(base.device), target.to(base.device), frozenset({need}))
     return outputs.tensors()[need]

@@ -25,12 +25,12 @@ from luthier.assembly.provenance import open_recipe
 from luthier.assembly.recipe import Recipe
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import MissingExtra, RecipeError, RunError
-from luthier.core.examples import ImageExample, LabelledExample
-from luthier.core.labels import label_key
-from luthier.core.types import Encoded
+from luthier.core.examples import ClassificationExample, ImageExample
+from luthier.core.labels import get_label_key
+from luthier.core.types import TokenizedExample
 from luthier.reporting.progress import Progress, print_line, status
-from luthier.training.os_errors import explained
-from luthier.training.run_folder import Run, digest
+from luthier.training.os_errors import translate_os_errors
+from luthier.training.run_folder import Run, compute_digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,11 +70,11 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
             raise RunError(f"{str(file)!r} holds features of another base, other rows or other settings",
                            "remove it, or name another file with --out")
         return load_file(file)["features"].numpy(), kept["labels"]
-    with explained(file):
+    with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     found, labels = _compute_features(made, run, quiet, base_model)
     Run(file.parent).write(beside.name, {"made_of": made_of, "pooling": made.base.pooling, "labels": labels})
-    with explained(file):
+    with translate_os_errors(file):
         save_file({"features": torch.from_numpy(found)}, file, metadata={"format": "pt"})
         file.chmod(beside.stat().st_mode)  # the library makes its files readable to their owner alone
     return found, labels
@@ -93,7 +93,7 @@ def fit_linear_probe(states: np.ndarray, labels: Labels, tested: np.ndarray, tru
                           "train a head on these rows instead: luthier train --objective classify")
     if len(set(labels)) < 2:
         raise RecipeError(f"all {len(labels)} rows have the label {labels[0]!r}", "give rows of two classes or more")
-    named, wanted = ([label_key(label) for label in given] for given in (labels, truth))
+    named, wanted = ([get_label_key(label) for label in given] for given in (labels, truth))
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -124,10 +124,10 @@ def _describe_features(made: Recipe, run: Run | None) -> str:
     """A fingerprint of all that decides the features: weights, rows, settings."""
     data, base = made.data.test, made.base.model_dump_json(exclude={"name", "device"})
     assert data is not None
-    weights = [digest(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
+    weights = [compute_digest(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
     if run is None or run.adapter is not None:
         weights.append(assembly.compute_fingerprint(assembly.prepare_folder(made.base)))
-    rows = digest(Path(data.path)) if Path(data.path).exists() else data.path
+    rows = compute_digest(Path(data.path)) if Path(data.path).exists() else data.path
     told = [weights, rows, base, made.data.model_dump_json(exclude={"train"})]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
@@ -138,13 +138,13 @@ def _compute_features(made: Recipe, run: Run | None, quiet: bool, base_model: st
         family = open_run(run, False, base_model)[1] if run else load_family(made.base)
     with status("reading the data", quiet=quiet):
         # Streamed, so that the rows are read once: as those of a test, which nothing changes.
-        found = assembly.rows.load(made.data, family.tokenizer, seed=made.seed, reads=KINDS)
+        found = assembly.rows.read_datasets(made.data, family.tokenizer, seed=made.seed, reads=KINDS)
     for line in found.report.lines():
         print(line, file=sys.stderr) if not quiet else None
-    rows: list[Encoded] = [replace(row, items=row.items[:1]) for row in found.test]
+    rows: list[TokenizedExample] = [replace(row, items=row.items[:1]) for row in found.test]
     places = {row.origin: place for place, row in enumerate(rows)}
     states = torch.zeros(len(rows), family.structure.sizes["hidden"])
-    batches = assembly.rows.eval_batches(rows, resolve_micro_batch_tokens(made, family))
+    batches = assembly.rows.build_eval_batches(rows, resolve_micro_batch_tokens(made, family))
     family.train(False)
     done = 0
     with Progress(len(rows), title="states", quiet=quiet) as bar:
@@ -155,4 +155,4 @@ def _compute_features(made: Recipe, run: Run | None, quiet: bool, base_model: st
             states[[places[batch.origins[group]] for group in batch.target.groups.tolist()]] = pooled.float().cpu()
             bar.update(done := done + len(batch.origins))
     return states.numpy(), [example.label for example in found.test_examples
-                            if isinstance(example, LabelledExample | ImageExample)]
+                            if isinstance(example, ClassificationExample | ImageExample)]

@@ -15,7 +15,7 @@ from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
 from luthier.reporting.plots import plot_weight_changes
 from luthier.reporting.progress import print_line, status
-from luthier.training.os_errors import explained
+from luthier.training.os_errors import translate_os_errors
 from luthier.training.run_folder import Run
 
 PICTURE = "layers.png"
@@ -38,7 +38,7 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str |
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
         made, family, attached = open_run(run, False, base_model, partial(print_line, quiet=quiet))
-    readings = assembly.describe(attached, family.structure) if attached else []
+    readings = assembly.diagnose(attached, family.structure) if attached else []
     if not readings:
         raise RunError(f"{str(run.path)!r} was tuned by {method_name(made)}, whose numbers say nothing by "
                        "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
@@ -52,16 +52,16 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str |
             rows = [{"token": j, "start": old, "end": new}
                     for j, (old, new) in enumerate(zip(before, rows, strict=True))]
         else:
-            with explained(run.path):
+            with translate_os_errors(run.path):
                 plot_weight_changes(rows, run.path / PICTURE)
                 found["picture"] = str(run.path / PICTURE)
         found["readings"].append({"kind": reading.kind, "about": reading.about, "rows": rows})
     return found
 
 
-def _init_method_again(run: Run, made: Recipe, family: Family, attached: Tuner | None) -> Sequence[assembly.Reading]:
+def _init_method_again(run: Run, made: Recipe, family: Family, attached: Tuner | None) -> Sequence[assembly.Diagnostic]:
     """The method as it was before the first step, made once more from the recipe's seed; none where nobody knows."""
     if not run.recipe or made.start is not None or attached is None:
         return []
     with attached.disabled():
-        return assembly.describe(attach_method(family, made.method, made.seed), family.structure)
+        return assembly.diagnose(attach_method(family, made.method, made.seed), family.structure)

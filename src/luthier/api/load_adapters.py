@@ -32,7 +32,7 @@ class MultiAdapterModel:
         bank: the adapters by name; none acts until one is chosen.
     """
 
-    def __init__(self, family: assembly.CausalLM, bank: assembly.Bank,
+    def __init__(self, family: assembly.CausalLM, bank: assembly.AdapterManager,
                  formats: Mapping[str, PromptFormat]) -> None:
         self.family, self.bank, self.formats = family, bank, formats
         self._chosen: str | None = None

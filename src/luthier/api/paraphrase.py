@@ -53,7 +53,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
         raise RunError(f"rows are written to a .jsonl file that is not there yet, not to {str(target)!r}",
                        "name another file with --out")
     rows, unread = [], 0
-    for _, found in assembly.rows.read(file):
+    for _, found in assembly.rows.read_source(file):
         for row in found:
             usable = isinstance(row, assembly.rows.Row) and isinstance(row.values.get(column), str)
             rows += [dict(row.values)] if usable and isinstance(row, assembly.rows.Row) else []

@@ -25,8 +25,8 @@ from luthier.assembly.recipe import Recipe, method_name
 from luthier.core.errors import RecipeError
 from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
-from luthier.training.child_process import train_apart
-from luthier.training.memory import room_gb
+from luthier.training.child_process import train_in_child_process
+from luthier.training.memory import available_memory_gb
 from luthier.training.run_folder import Run
 
 STEPS = 3  # of a trial; the first warms up and is not timed
@@ -53,7 +53,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
     made = assembly.recipe(recipe, settings)
     ways = {name: build_variant(made, name) for name in dict.fromkeys(methods)}
-    room = room_gb(select_device(made))
+    room = available_memory_gb(select_device(made))
     folder = Run(out or Path("runs") / f"plan-{display_name(made.base.name)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -85,7 +85,7 @@ def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room:
     raw["training"] |= {"steps": steps, "save_every": None, "trackers": []}
     raw["data"] |= {"test": None, "eval": None}
     raw["evaluate"] |= {"metrics": [], "before": False}
-    code, words = train_apart(raw, run)
+    code, words = train_in_child_process(raw, run)
     if code:
         killed = code < 0 or code == 137
         said = "ended by the system, as it does when memory runs out" if killed else words.removeprefix("error: ")

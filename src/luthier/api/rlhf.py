@@ -17,8 +17,8 @@ import yaml
 from luthier import assembly
 from luthier.api.train import Interrupted, train
 from luthier.assembly.recipe import Recipe
-from luthier.assembly.rl_setup import standing
-from luthier.core.errors import RecipeError, nearest
+from luthier.assembly.rl_setup import evaluate_policies
+from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.reporting.plots import plot_rlhf
 from luthier.training.run_folder import Run
 
@@ -63,7 +63,7 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
     unknown = [key for key in raw if key not in Recipe.model_fields]
     if unknown:
         raise RecipeError(f"unknown setting {unknown[0]!r}",
-                          nearest(unknown[0], [*STAGES, *Recipe.model_fields]))
+                          suggest_nearest(unknown[0], [*STAGES, *Recipe.model_fields]))
     shared = {key: value for key, value in raw.items() if key != "run"}
     made: dict[str, Recipe] = {}
     faults = []
@@ -114,7 +114,7 @@ def _write_report(folder: Run, made: Mapping[str, Recipe], quiet: bool) -> Run:
                                     ("metric", "before", "after", "measured_on", "examples", "steps", "train_seconds",
                                      "peak_memory_gb")}
                             for stage, run in runs.items()}
-    told["policies"] = standing(runs["ppo"])
+    told["policies"] = evaluate_policies(runs["ppo"])
     folder.write("report.json", told)
     folder.write("report.md", _format_report(told))
     policies = told["policies"]
@@ -130,7 +130,8 @@ def _format_report(told: Mapping[str, Any]) -> str:
              "|---|---|---|---|---|---|"]
     for stage in (stage for stage in STAGES if stage in told):
         one = told[stage]
-        lines.append(f"| {stage} | {one['metric'] or ''} | {_format_value(one['before'])} | {_format_value(one['after'])} | "
+        lines.append(f"| {stage} | {one['metric'] or ''} | {_format_value(one['before'])} | "
+                     f"{_format_value(one['after'])} | "
                      f"{one['steps']} | {_format_value(one['train_seconds'])} |")
     rows = told["ppo"].get("measured_on") or "training"
     lines += ["",

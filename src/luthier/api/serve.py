@@ -68,8 +68,8 @@ class ChatMessage(BaseModel):
         if strange := next((part.get("type") for part in parts if part.get("type") != "text"), None):
             raise RecipeError(f"a message has a part of type {strange!r}, and this model reads text", "send text alone")
         try:
-            return assembly.rows.turn(self.model_dump(exclude_none=True))
-        except assembly.rows.UnfitError as unfit:
+            return assembly.rows.read_turn(self.model_dump(exclude_none=True))
+        except assembly.rows.InvalidRowError as unfit:
             raise RecipeError(f"messages: {unfit.reason}" + (f" ({unfit.detail})" if unfit.detail else ""),
                               "fix that message") from None
 

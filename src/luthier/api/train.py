@@ -35,8 +35,8 @@ from luthier.assembly.provenance import (
     record_start,
 )
 from luthier.assembly.recipe import Recipe, default_learning_rate, describe_learning_rate, method_name
-from luthier.assembly.reference_model import master_price, price, untrained
-from luthier.assembly.rl_setup import begin, check_rewards
+from luthier.assembly.reference_model import describe_master_copy_cost, describe_reference_cost, initial_model
+from luthier.assembly.rl_setup import check_rewards, init_rl_policy
 from luthier.assembly.run_io import save_tuned
 from luthier.assembly.run_warnings import (
     find_data_problems,
@@ -47,22 +47,22 @@ from luthier.assembly.run_warnings import (
 from luthier.assembly.settings import fill_left_out, list_resolved, make_paths_absolute, make_public, resolve_settings
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Tuner
-from luthier.core.types import Encoded
+from luthier.core.types import TokenizedExample
 from luthier.distributed import process_group
 from luthier.evaluation.generation_eval import EvalPrompt, GenerationScores, add_perplexity, evaluate_generations
 from luthier.reporting.model_card import build_model_card
 from luthier.reporting.plots import plot_lengths, plot_loss, plot_metrics
 from luthier.reporting.progress import Progress, status
 from luthier.training import checkpoint
-from luthier.training.interrupts import interruptible
+from luthier.training.interrupts import handle_interrupts
 from luthier.training.learning_monitor import LearningMonitor
-from luthier.training.loop import Job, Rolling, Summary, fit, total_steps
-from luthier.training.memory import peak_gb, settle_allocator
-from luthier.training.os_errors import explained
+from luthier.training.loop import OnlineFeed, TrainJob, TrainResult, count_total_steps, run_training_loop
+from luthier.training.memory import configure_malloc, measure_peak_gb
+from luthier.training.os_errors import translate_os_errors
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
-from luthier.training.step import Reference, measure
-from luthier.training.trackers import JsonLines, Tracker, demand, open_trackers
+from luthier.training.step import Reference, evaluate_batches
+from luthier.training.trackers import JsonLines, Tracker, check_trackers, open_trackers
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resume: bool = False,
@@ -81,18 +81,18 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
         LuthierError: with everything that is wrong, before any work where it can be known.
     """
     made = _apply_base_model(assembly.recipe(recipe, settings), base_model, resume)
-    settle_allocator()
-    process_group.start()
-    quiet = quiet or process_group.rank() > 0
-    run = Run(process_group.agreed(made.run or str(_choose_run_name(made))))
+    configure_malloc()
+    process_group.init_process_group()
+    quiet = quiet or process_group.get_rank() > 0
+    run = Run(process_group.broadcast_object(made.run or str(_choose_run_name(made))))
     if not resume:
-        run.vacant() if process_group.rank() == 0 else None
+        run.vacant() if process_group.get_rank() == 0 else None
     elif _is_finished(run.existing(), made, quiet):
         _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
-    assembly.rows.demand(made.data)
+    assembly.rows.check_sources(made.data)
     check_dtype(made.base)
-    demand(made.training.trackers)
+    check_trackers(made.training.trackers)
     saved = _find_checkpoint(run, quiet) if resume else None
     if resume:
         made = fill_left_out(made, Recipe.parse(run.recipe))
@@ -102,7 +102,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     check_runs(made, partial(_print_line, quiet))
     with _open_output_folder(run) as out:
         _run_recipe(made, run, out, saved, resume, quiet)
-    process_group.wait()
+    process_group.barrier()
     return run
 
 
@@ -127,8 +127,8 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     rate, before = made.optimizer.learning_rate or default_learning_rate(made), made
     made = resolve_settings(made, base, identity, rate, run.path)
     asked = build_eval_prompts(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
-    attached, reference = begin(made, base)
-    if not resume or process_group.rank() > 0:
+    attached, reference = init_rl_policy(made, base)
+    if not resume or process_group.get_rank() > 0:
         kept = make_paths_absolute(made)
         out.begin(assembly.dump(kept), record_start(kept, identity, list_resolved(before, made)))
     if not saved:
@@ -139,42 +139,42 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     share = count_trainable(base, attached)
     _print_line(quiet, f"{method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_fraction']:.2%}) at a learning rate of {describe_learning_rate(before)}")
-    for line in (price(made, attached), master_price(attached)):
+    for line in (describe_reference_cost(made, attached), describe_master_copy_cost(attached)):
         _print_line(quiet or not line, line)
     found = _precompute_references(made, base, found, reference, quiet)
-    feed = assembly.feed(made, base, found, attached, reference, out.path,
-                         lambda line: _print_line(quiet, f"warning: {line}"))
+    feed = assembly.build_rl_batch_source(made, base, found, attached, reference, out.path,
+                                          lambda line: _print_line(quiet, f"warning: {line}"))
     _print_warnings(quiet, find_schedule_problems(made, feed))
-    rolling = feed if isinstance(feed, assembly.Rollouts) else None
-    results: dict[str, Any] = share | (process_group.agreed(run.results) if resume else {})
+    rolling = feed if isinstance(feed, assembly.RolloutCollector) else None
+    results: dict[str, Any] = share | (process_group.broadcast_object(run.results) if resume else {})
     part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
     if made.evaluate.before and not {"before", f"{part}_before"} & results.keys():
-        with untrained(reference):
+        with initial_model(reference):
             results |= _evaluate_before(out, made, base, part, found.test or found.eval, asked, reference, rolling,
                                         quiet)
     out.write("results.json", results)
     trackers = [*_build_trackers(out, made, saved, share), LearningMonitor(
         made.objective.variant, made.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
-    if process_group.rank() > 0:
+    if process_group.get_rank() > 0:
         # Everything that ranks must have alike is made by now; dropout need not be alike.
-        seed_everything(made.seed + process_group.rank())
-    job = Job(base, attached, made.objective, feed, build_eval_batches(made, base, found),
-              made.training, made.optimizer, rate, run.checkpoints,
-              reference=reference, rolling=rolling, log=_log_to_all(*trackers),
-              warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), record=CheckpointRecord(out))
+        seed_everything(made.seed + process_group.get_rank())
+    job = TrainJob(base, attached, made.objective, feed, build_eval_batches(made, base, found),
+                   made.training, made.optimizer, rate, run.checkpoints,
+                   reference=reference, rolling=rolling, log=_log_to_all(*trackers),
+                   warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), record=CheckpointRecord(out))
     summary = _run_training(job, trackers, saved, quiet)
-    if isinstance(feed, assembly.rows.Stream):
+    if isinstance(feed, assembly.rows.StreamingBatchSource):
         _write_stream_report(out, feed.report(found.report), quiet)
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
-    with explained(run.path):
+    with translate_os_errors(run.path):
         _finish_run(out, made, job, summary, part, found.test or found.eval, asked, results, quiet)
 
 
 @contextmanager
 def _open_output_folder(run: Run) -> Iterator[Run]:
     """The folder that this process writes to: the run's for the first rank, one to throw away for the others."""
-    if process_group.rank() == 0:
+    if process_group.get_rank() == 0:
         yield run
         return
     with TemporaryDirectory() as folder:
@@ -185,7 +185,7 @@ def _precompute_references(made: Recipe, base: Any, found: Any, reference: Refer
     """The rows, with what the reference says of them where the recipe asks it beforehand."""
     total = len(found.train) + len(found.eval) + len(found.test)
     with Progress(total, title="the reference reads", quiet=quiet or not assembly.beforehand(made)) as bar:
-        return assembly.asked(made, base, found, reference, bar.update)
+        return assembly.precompute_reference(made, base, found, reference, bar.update)
 
 
 # Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
@@ -195,7 +195,7 @@ HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "rewards/acc
 class Interrupted(RunError):
     """A signal ended the run early; it can be resumed."""
 
-    def __init__(self, run: Run, summary: Summary) -> None:
+    def __init__(self, run: Run, summary: TrainResult) -> None:
         self.run = run
         self.exit_code = 128 + signal.Signals[summary.stopped].value
         super().__init__(f"{summary.stopped} at step {summary.steps}; a checkpoint is in {run.checkpoints}",
@@ -245,7 +245,7 @@ def _check_same_recipe(run: Run, made: Recipe) -> None:
 def _write_data_report(run: Run, report: assembly.rows.DataReport) -> None:
     run.write("data_report.json", report.to_json())
     if report.parts:  # of a stream nothing is known yet
-        with explained(run.path):
+        with translate_os_errors(run.path):
             plot_lengths(report.parts, run.path / "lengths.png")
 
 
@@ -274,20 +274,22 @@ def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None
     return log
 
 
-def _run_training(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | None, quiet: bool) -> Summary:
-    total = total_steps(job.training, job.feed.steps_per_epoch)
+def _run_training(job: TrainJob, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | None,
+                  quiet: bool) -> TrainResult:
+    total = count_total_steps(job.training, job.feed.steps_per_epoch)
     start = saved.step if saved else 0
-    with ExitStack() as closing, interruptible() as interruption, Progress(total, start=start, quiet=quiet) as bar:
+    with ExitStack() as closing, handle_interrupts() as interruption, Progress(total, start=start, quiet=quiet) as bar:
         for tracker in trackers:
             closing.callback(tracker.close)
         job.stop = lambda: interruption.requested or ""
         shown = {"loss": "loss", "reward": "reward", "eval_loss": "eval loss", "tokens_per_second": "tokens/s"}
         job.show = lambda step, metrics: bar.update(step, **{shown[k]: v for k, v in metrics.items() if k in shown})
-        return fit(job, saved)
+        return run_training_loop(job, saved)
 
 
-def _evaluate_before(run: Run, made: Recipe, base: Any, part: str, test: list[Encoded], asked: Sequence[EvalPrompt],
-                     reference: Reference, rolling: Rolling | None, quiet: bool) -> dict[str, Any]:
+def _evaluate_before(run: Run, made: Recipe, base: Any, part: str, test: list[TokenizedExample],
+                     asked: Sequence[EvalPrompt],
+                     reference: Reference, rolling: OnlineFeed | None, quiet: bool) -> dict[str, Any]:
     """What the model is worth, before anything is trained."""
     results: dict[str, Any] = {}
     if test:
@@ -300,13 +302,13 @@ def _evaluate_before(run: Run, made: Recipe, base: Any, part: str, test: list[En
     return results
 
 
-def _finish_run(run: Run, made: Recipe, job: Job, summary: Summary, part: str, test: list[Encoded],
+def _finish_run(run: Run, made: Recipe, job: TrainJob, summary: TrainResult, part: str, test: list[TokenizedExample],
                 asked: Sequence[EvalPrompt], results: dict[str, Any], quiet: bool) -> None:
     """Save what was trained, measure it, and write down what came out."""
     base: Any = job.family
     save_tuned(run, made, base, job.attached)
     results |= {"train_seconds": round(summary.seconds, 2), "steps": summary.steps, "train_tokens": summary.tokens,
-                "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device),
+                "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": measure_peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
         results[part] = measured = _evaluate_objective(made, base, test, job.reference or nullcontext, job.rolling)
@@ -326,14 +328,14 @@ def _finish_run(run: Run, made: Recipe, job: Job, summary: Summary, part: str, t
     run.write("README.md", build_model_card(run, run, made, base))
 
 
-def _evaluate_objective(made: Recipe, base: Any, test: list[Encoded], reference: Reference,
-                        rolling: Rolling | None) -> dict[str, float]:
+def _evaluate_objective(made: Recipe, base: Any, test: list[TokenizedExample], reference: Reference,
+                        rolling: OnlineFeed | None) -> dict[str, float]:
     """The objective's own measures of test rows."""
     base.train(False)
     if rolling:
         return rolling.judged(test[:made.evaluate.limit])
-    batches = assembly.rows.eval_batches(test[:made.evaluate.limit], resolve_micro_batch_tokens(made, base))
-    return add_perplexity(measure(base, made.objective, batches, reference))
+    batches = assembly.rows.build_eval_batches(test[:made.evaluate.limit], resolve_micro_batch_tokens(made, base))
+    return add_perplexity(evaluate_batches(base, made.objective, batches, reference))
 
 
 def _pick_headline(when: str, measured: Mapping[str, float]) -> dict[str, Any]:
@@ -359,7 +361,7 @@ def _format_answers(asked: Sequence[EvalPrompt], scored: GenerationScores) -> li
 
 def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
     """The newest whole checkpoint, with a word about every damaged one."""
-    saved, words = checkpoint.latest(run.checkpoints)
+    saved, words = checkpoint.find_latest(run.checkpoints)
     for word in words:
         _print_line(quiet, f"warning: {word}")
     if saved is None:
@@ -375,7 +377,7 @@ def _choose_run_name(made: Recipe) -> Path:
 
 
 def _print_line(quiet: bool, line: str) -> None:
-    if not quiet and process_group.rank() == 0:
+    if not quiet and process_group.get_rank() == 0:
         print(line, file=sys.stderr)
 
 

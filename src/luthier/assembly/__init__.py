@@ -56,8 +56,20 @@ from luthier.assembly.recipe import (
     recorded,
     version,
 )
-from luthier.assembly.reference_model import asked, master_price, price, untrained
-from luthier.assembly.rl_setup import begin, check_rewards, feed, judged, rolling, standing
+from luthier.assembly.reference_model import (
+    describe_master_copy_cost,
+    describe_reference_cost,
+    initial_model,
+    precompute_reference,
+)
+from luthier.assembly.rl_setup import (
+    build_rl_batch_source,
+    check_rewards,
+    evaluate_policies,
+    evaluate_run_policy,
+    init_rl_policy,
+    load_rollout_collector,
+)
 from luthier.assembly.run_io import (
     build_prompt_format,
     convert_to_plain_lora,
@@ -77,43 +89,49 @@ from luthier.assembly.run_warnings import (
 from luthier.assembly.settings import fill_left_out, list_resolved, make_paths_absolute, make_public, resolve_settings
 from luthier.data import DataConfig
 from luthier.methods import METHODS
-from luthier.methods.diagnostics import Reading, describe
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.diagnostics import Diagnostic, diagnose
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.peft import BRIDGED
 from luthier.models import (
     ALIASES,
     BaseConfig,
     CausalLM,
-    cache,
     cast_weights,
     compute_fingerprint,
+    get_cache_folder,
     identify_base,
     prepare_folder,
     resolve_name,
 )
-from luthier.rl import Rollouts
+from luthier.rl import RolloutCollector
 from luthier.training.run_folder import Run
 
 __all__ = [
-    "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
-    "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "ServedModels", "asked", "attach_method", "attach_runs",
+    "ALIASES", "BRIDGED", "AdapterManager", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
+    "PromptFormat", "Diagnostic", "Recipe", "RolloutCollector", "Run", "ServedModels", "precompute_reference",
+    "attach_method", "attach_runs",
     "describe_model_conflict",
-    "beforehand", "begin", "reference_context", "cache", "display_name", "build_variant", "cast_weights", "changed",
+    "beforehand", "init_rl_policy", "reference_context", "get_cache_folder", "display_name", "build_variant",
+    "cast_weights", "changed",
     "encode_chat_prompt", "check_loaded_model",
     "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "merge_adapters",
     "read_context_length",
-    "convert_to_plain_lora", "load_datasets", "default_learning_rate", "describe", "describe_learning_rate",
+    "convert_to_plain_lora", "load_datasets", "default_learning_rate", "diagnose", "describe_learning_rate",
     "select_device",
-    "dump", "load_family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
+    "dump", "load_family", "build_rl_batch_source", "fill_left_out", "find_data_problems", "find_method_problems",
     "find_schedule_problems", "find_unused_settings", "compute_fingerprint", "fit_objective", "prepare_folder",
     "export_gguf_adapter",
-    "export_gguf_model", "build_eval_batches", "identify_base", "judged", "has_saved_heads", "estimate_weight_gb",
+    "export_gguf_model", "build_eval_batches", "identify_base", "evaluate_run_policy", "has_saved_heads",
+    "estimate_weight_gb",
     "list_changes", "list_differences",
-    "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "resolve_micro_batch_tokens",
-    "name_base", "set_chat_format", "open_recipe", "open_run", "price", "build_prompt_format", "provenance",
+    "list_resolved", "make_paths_absolute", "make_public", "describe_master_copy_cost", "method_name",
+    "resolve_micro_batch_tokens",
+    "name_base", "set_chat_format", "open_recipe", "open_run", "describe_reference_cost", "build_prompt_format",
+    "provenance",
     "build_eval_prompts", "recipe", "record_results", "record_start", "recorded", "resolve_name", "resolve_settings",
-    "rolling",
-    "rows", "is_same_model", "save_tuned", "save_full_model", "resolve_saved_dtype", "load_served_models", "standing",
-    "load_base_tokenizer", "untrained",
+    "load_rollout_collector",
+    "rows", "is_same_model", "save_tuned", "save_full_model", "resolve_saved_dtype", "load_served_models",
+    "evaluate_policies",
+    "load_base_tokenizer", "initial_model",
     "version", "attach_heads",
 ]

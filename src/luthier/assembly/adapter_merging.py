@@ -12,7 +12,7 @@ from luthier.assembly.run_io import has_saved_heads, save_tuned
 from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import Lora
-from luthier.methods.lora_merging import How, combine
+from luthier.methods.lora_merging import How, merge_loras
 from luthier.models import identify_base
 from luthier.training.run_folder import Run
 
@@ -42,7 +42,7 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how:
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
             "stack others by their weights: luthier.load_adapters and using({...})")
-    found = combine(loras, weights, how, rank)
+    found = merge_loras(loras, weights, how, rank)
     made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
     made = make_paths_absolute(made)
     out.begin(dump(made), {**record_start(made, identify_base(made.base), []), "combined": {str(run.path): float(weight)

@@ -15,16 +15,16 @@ from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
 from luthier.core.protocols import BatchSource, ChatFormat, Family, Objective, Tuner
 from luthier.core.types import Batch
-from luthier.data import DataConfig, Datasets, Loader, Stream
+from luthier.data import DataConfig, Datasets, InMemoryBatchSource, StreamingBatchSource
 from luthier.evaluation.generation_eval import EvalPrompt, check_references
-from luthier.methods.composite import Several, parts_of
+from luthier.methods.composite import CompositeMethod, list_parts
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
-from luthier.methods.prompt import Words
+from luthier.methods.prompt import VirtualTokenConfig
 from luthier.models import BaseConfig, get_context_length, load_tokenizer, open_family, resolve_device
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.cross_entropy import PretrainConfig
-from luthier.training.memory import release
+from luthier.training.memory import trim_heap
 
 DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
 HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
@@ -35,8 +35,9 @@ def load_family(config: BaseConfig, words: bool = False) -> Family:
     loading held besides is given back."""
     base = open_family(config, words)
     if base.can_generate:
-        base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer))
-    release(base.device)
+        base.chat_format = ChatFormat(rows.get_saved_chat_template(base.tokenizer),
+                                      rows.find_stop_tokens(base.tokenizer))
+    trim_heap(base.device)
     return base
 
 
@@ -70,7 +71,7 @@ def attach_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
     """
     if not objective.heads:
         return attached
-    return Several([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
+    return CompositeMethod([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
 
 
 def fit_objective(made: Recipe, found: Datasets) -> Recipe:
@@ -106,7 +107,7 @@ def check_loaded_model(made: Recipe, base: Family) -> None:
                           "tokens", f"set data.max_length to {room} or less" + (
                               ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
     added = made.base.structure is not None and made.base.structure.add_blocks
-    for part in parts_of(made.method) if added else ():
+    for part in list_parts(made.method) if added else ():
         if why := _explain_zero_start(part):
             raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
                               f"{part.name} {why}", "train them by another method: freeze, full, lora")
@@ -115,7 +116,7 @@ def check_loaded_model(made: Recipe, base: Family) -> None:
 def compute_text_length(method: AnyMethod, base: Family) -> int:
     """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
     context = base.structure.sizes["context"]
-    virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
+    virtual = sum(part.tokens for part in list_parts(method) if isinstance(part, VirtualTokenConfig))
     if virtual + 2 > context:
         raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
                           f"{context} tokens", f"set method.tokens far below {context}")
@@ -141,13 +142,15 @@ def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
                           f"and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
     hide = _build_masking(made, base)
-    found = rows.load(resolve_data_config(made, base), base.tokenizer, seed=made.seed, classes=objective.classes,
-                      hide=hide,
-                      reads=reads if hide is None else reads & DOCUMENTS,
-                      flat=base.structure.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
-                      others={name: known.example_types & DOCUMENTS if known.uses_masking
-                              and base.structure.task != "CAUSAL_LM" else
-                              known.example_types for name, known in OBJECTIVES.items()}, progress=progress)
+    found = rows.read_datasets(resolve_data_config(made, base), base.tokenizer, seed=made.seed,
+                               classes=objective.classes,
+                               hide=hide,
+                               reads=reads if hide is None else reads & DOCUMENTS,
+                               flat=base.structure.task != "CAUSAL_LM",
+                               room=objective.model_dump().get("max_new_tokens", 1),
+                               others={name: known.example_types & DOCUMENTS if known.uses_masking
+                                       and base.structure.task != "CAUSAL_LM" else
+                                       known.example_types for name, known in OBJECTIVES.items()}, progress=progress)
     _check_tokens(base, found)
     return found
 
@@ -168,15 +171,15 @@ def _check_tokens(base: Family, found: Datasets) -> None:
                     "add the token to the base (base.structure.new_tokens), or give the base its own tokenizer")
 
 
-def _build_masking(made: Recipe, base: Family) -> rows.Hide | None:
+def _build_masking(made: Recipe, base: Family) -> rows.MaskingConfig | None:
     """How a part of each document is hidden, of bases that read a text whole."""
     told = made.objective
     if not isinstance(told, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name,
-                        told.mlm_probability,
-                        told.mean_noise_span_length,
-                        told.whole_word_mask)
+    return rows.MaskingConfig.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name,
+                                 told.mlm_probability,
+                                 told.mean_noise_span_length,
+                                 told.whole_word_mask)
 
 
 def resolve_data_config(made: Recipe, base: Family) -> DataConfig:
@@ -198,27 +201,28 @@ def build_batch_source(made: Recipe, base: Family, found: Datasets) -> BatchSour
     """The batches of the run."""
     micro = resolve_micro_batch_tokens(made, base)
     if made.data.streaming:
-        return Stream(resolve_data_config(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
-                      use=found.use)
-    return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
-                  mix=found.mix)
+        return StreamingBatchSource(resolve_data_config(made, base), base.tokenizer, made.training.batch_size, micro,
+                                    seed=made.seed,
+                                    use=found.use)
+    return InMemoryBatchSource(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
+                               mix=found.mix)
 
 
 def build_eval_batches(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
     """The rows to evaluate on while training."""
-    return rows.eval_batches(found.eval, resolve_micro_batch_tokens(made, base))
+    return rows.build_eval_batches(found.eval, resolve_micro_batch_tokens(made, base))
 
 
 def build_eval_prompts(made: Recipe, base: Family, examples: Sequence[Example]) -> list[EvalPrompt]:
     """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer,
     `RecipeError` where a row asks nothing."""
     found = []
-    strange = next((example for example in examples if type(example).__name__ not in rows.ANSWERED), None)
+    strange = next((example for example in examples if type(example).__name__ not in rows.TYPES_WITH_ANSWER), None)
     if strange is not None:
         raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which asks for no answer",
                           "leave evaluate.metrics out, or name rows with prompts in data.test")
     for example in examples[:made.evaluate.limit]:
-        ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
+        ids, reference = rows.encode_prompt(example, base.tokenizer, made.data)
         found.append(EvalPrompt(tuple(ids), _get_question_text(example), reference, example.origin))
     check_references(found, made.evaluate.metrics)
     return found
@@ -252,7 +256,7 @@ def encode_chat_prompt(base: Family, messages: Sequence[Message], form: PromptFo
     """Token ids of a conversation that ends with the user's turn, up to where the answer begins. Raises `RecipeError`
     for one that the base's chat template refuses, or that a run of bare prompts has no place for."""
     tokenizer = base.tokenizer
-    if not form.conversations and not rows.templated(tokenizer, form.data):
+    if not form.conversations and not rows.uses_chat_template(tokenizer, form.data):
         if [message.role for message in messages] != ["user"] or tools:
             roles = ", ".join(message.role for message in messages)
             raise RecipeError(f"turns of {roles}: this model was tuned on bare prompts, and knows no conversations",
@@ -260,7 +264,7 @@ def encode_chat_prompt(base: Family, messages: Sequence[Message], form: PromptFo
         return rows.encode_prompt_text(messages[0].content, tokenizer, form.data).ids
     example = ChatExample((*messages, Message("assistant", "")), Origin("chat", 1), tools=tuple(tools))
     try:
-        return rows.prompt_of(example, tokenizer, form.data)[0]
+        return rows.encode_prompt(example, tokenizer, form.data)[0]
     except rows.RenderError as fault:
         raise RecipeError(f"the base's chat template refuses this conversation: {fault}",
                           "let user and assistant take turns, the user last") from fault

@@ -35,7 +35,8 @@ def export_gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path
 
 def _refuse_others(made: Recipe, base: Family) -> None:
     if not isinstance(base, CausalLM):
-        raise RunError(f"the base is no causal language model ({base.structure.task}), and only those can be written as "
+        raise RunError(f"the base is no causal language model ({base.structure.task}), and only those can be written "
+                       f"as "
                        "GGUF here", "export it with --to merged")
     if has_saved_heads(made.objective):
         raise RunError(f"the run has heads of its own ({made.objective.name}), which a GGUF file has no place for",

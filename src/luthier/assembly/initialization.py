@@ -21,8 +21,8 @@ from luthier.assembly.run_io import rename_weights
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family, Tuner
-from luthier.methods.composite import scopes
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.composite import collect_gates
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.training.run_folder import Run
 
 Reference = Callable[[], AbstractContextManager[None]]
@@ -47,9 +47,9 @@ def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
 def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.start is None or (scopes(policy) is None and not referred(made.objective)):
+    if made.start is None or (collect_gates(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    bank, reference = Bank(base.structure), attach_method(base, made.method, made.seed)
+    bank, reference = AdapterManager(base.structure), attach_method(base, made.method, made.seed)
     _load_method_weights(reference, _read_compatible_weights(made, Run(made.start), base), base,
                          whole=not Run(made.start).recipe)
     bank.add(POLICY, policy)
@@ -60,14 +60,14 @@ def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
     return partial(bank.using, REFERENCE)
 
 
-def attach_runs(base: Family, runs: Mapping[str, Run]) -> Bank:
+def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
     """The adapters of several runs on one base, silent until one is chosen. Heads stay behind: what answers needs none.
 
     Raises:
         RecipeError: a run holds a whole model, or was made on another base.
         RunError: a run's method cannot share its base.
     """
-    bank = Bank(base.structure)
+    bank = AdapterManager(base.structure)
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach_method(base, found.method, found.seed)

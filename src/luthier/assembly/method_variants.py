@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, get_args
 
 from luthier.assembly.recipe import Recipe, dump
-from luthier.core.errors import RecipeError, nearest
+from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.methods import METHODS
 from luthier.models import BaseConfig, count_parameters
 from luthier.models.quantization import QuantizationType
@@ -26,9 +26,11 @@ def build_variant(made: Recipe, spelled: str) -> dict[str, Any]:
     names = methods.split("+")
     for name in names:
         if name not in METHODS:
-            raise RecipeError(f"there is no method {name!r}: {nearest(name, [*METHODS, *SHORT])}", "name methods")
+            raise RecipeError(f"there is no method {name!r}: {suggest_nearest(name, [*METHODS, *SHORT])}",
+                              "name methods")
     if bits and bits not in get_args(QuantizationType):
-        raise RecipeError(f"{spelled!r}: a base is not kept in {bits!r}: {nearest(bits, get_args(QuantizationType))}",
+        raise RecipeError(f"{spelled!r}: a base is not kept in {bits!r}: "
+                          f"{suggest_nearest(bits, get_args(QuantizationType))}",
                           "write METHOD@nf4 or METHOD@int8")
     raw = dump(made)
     raw["method"] = names if len(names) > 1 else names[0]

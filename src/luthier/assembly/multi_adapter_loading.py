@@ -17,12 +17,12 @@ from luthier.assembly.initialization import attach_runs
 from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe
 from luthier.assembly.recipe import recorded
 from luthier.assembly.run_io import build_prompt_format, open_run
-from luthier.core.errors import RecipeError, nearest
-from luthier.core.examples import LabelledExample, Message, Origin
+from luthier.core.errors import RecipeError, suggest_nearest
+from luthier.core.examples import ClassificationExample, Message, Origin
 from luthier.core.protocols import Family
 from luthier.data import DataConfig
-from luthier.methods.composite import parts_of
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.composite import list_parts
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.peft import PeftConfig
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
@@ -41,7 +41,7 @@ class ServedModels:
     """
 
     base: Family
-    bank: Bank | None
+    bank: AdapterManager | None
     names: Mapping[str, str | None]
     formats: Mapping[str, PromptFormat]
     rooms: Mapping[str, int]
@@ -53,7 +53,8 @@ class ServedModels:
     def adapter(self, name: str) -> str | None:
         """Raises `RecipeError` for a name that nothing has."""
         if name not in self.names:
-            raise RecipeError(f"there is no model {name!r}: {nearest(name, self.names)}", "GET /v1/models lists them")
+            raise RecipeError(f"there is no model {name!r}: {suggest_nearest(name, self.names)}",
+                              "GET /v1/models lists them")
         return self.names[name]
 
     def numbers(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
@@ -75,14 +76,15 @@ class ServedModels:
         config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "overlong": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
-            found = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
+            found = rows.encode_example(ClassificationExample(text, 0.0, Origin("input", number + 1)),
+                                        self.base.tokenizer, config)
             if not isinstance(found, list):
                 raise RecipeError(f"input {number} cannot be read: {found}", "give texts of one word at least, and "
                                   f"{self.rooms[name]} tokens at most")
             encoded.append(found[0])
         states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
-        for row in rows.first_fit(encoded, ROW):
-            batch = rows.batch([encoded[i] for i in row]).to(self.base.device)
+        for row in rows.assign_rows(encoded, ROW):
+            batch = rows.build_batch([encoded[i] for i in row]).to(self.base.device)
             with nullcontext() if self.bank is None else self.bank.using(adapter):
                 pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
             assert pooled is not None
@@ -103,7 +105,7 @@ def display_name(place: Path | str) -> str:
 
 def _modifies_base(run: Run) -> bool:
     """Whether the run's method works inside the base's own modules, which nothing else can then share."""
-    return any(isinstance(part, PeftConfig) for part in parts_of(recorded(run.existing()).method))
+    return any(isinstance(part, PeftConfig) for part in list_parts(recorded(run.existing()).method))
 
 
 def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = None,

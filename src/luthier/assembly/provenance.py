@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from luthier.assembly.recipe import Recipe, changed, dump, provenance, recorded
 from luthier.assembly.settings import fill_left_out, map_paths
-from luthier.core.digests import file_sha256, json_sha256
+from luthier.core.digests import compute_file_sha256, compute_json_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
 from luthier.models import BaseConfig, Identity, get_public_name, identify_base, is_local_path, prepare_folder
 from luthier.models.identity import DECISIVE_DIGESTS
@@ -45,7 +45,7 @@ def ignore(line: str) -> None:
 
 def record_start(made: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
     """The `provenance` of recipe.yaml. `left_out`: settings whose values were not given but found at the start."""
-    return {**provenance(made), "base": identity.to_json(), "recipe_sha256": json_sha256(dump(made)),
+    return {**provenance(made), "base": identity.to_json(), "recipe_sha256": compute_json_sha256(dump(made)),
             "runs_sha256": _digest_runs(made), "resolved": left_out}
 
 
@@ -58,19 +58,19 @@ class CheckpointRecord:
     def __call__(self) -> dict[str, Any]:
         kept = self.run.provenance
         return {"base": kept.get("base"), "runs_sha256": kept.get("runs_sha256"), "recipe": self.run.recipe,
-                "recipe_sha256": json_sha256(self.run.recipe), "metrics": digest_metrics(self.run)}
+                "recipe_sha256": compute_json_sha256(self.run.recipe), "metrics": digest_metrics(self.run)}
 
 
 def record_results(run: Run) -> dict[str, Any]:
     """What results.json keeps besides the results."""
     return {"base": run.provenance.get("base"),
-            "digests": {"trained": digest_trained(run), "recipe": json_sha256(run.recipe),
+            "digests": {"trained": digest_trained(run), "recipe": compute_json_sha256(run.recipe),
                         "metrics": digest_metrics(run)}}
 
 
 def digest_trained(run: Run) -> dict[str, str]:
     """File -> sha256 of the weights that a run folder holds and of the configs that say what they are."""
-    return {file.name: file_sha256(file) for pattern in TRAINED for file in sorted(run.path.glob(pattern))}
+    return {file.name: compute_file_sha256(file) for pattern in TRAINED for file in sorted(run.path.glob(pattern))}
 
 
 def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _digest_runs(made: Recipe) -> dict[str, dict[str, str]]:
     """The weights of the runs that a recipe names: the one to start from, and those that judge."""
     rewards = made.objective.reward if isinstance(made.objective, OnlineRLConfig) else ()
     named = {"start": made.start, **{f"objective.reward.{i}.model": worth.model for i, worth in enumerate(rewards)}}
-    return {key: {file.name: file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
+    return {key: {file.name: compute_file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
             for key, place in named.items() if place is not None and Path(place).is_dir()}
 
 
@@ -193,8 +193,8 @@ def list_changes(run: Run) -> list[str]:
         return []
     found = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now {now[:SHOWN] or 'no file'})"
              for name, old in kept["trained"].items()
-             if (now := file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
-    if json_sha256(run.recipe) != kept["recipe"]:
+             if (now := compute_file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
+    if compute_json_sha256(run.recipe) != kept["recipe"]:
         found.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
     found += _describe_changed_metrics(run, kept["metrics"], "the run ended")
     if run.recipe and _digest_runs(recorded(run)) != (run.provenance.get("runs_sha256") or {}):
@@ -215,7 +215,7 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
     run that wrote the checkpoint; reports all other changes."""
     if not record:
         return
-    if json_sha256(run.recipe) != record["recipe_sha256"]:
+    if compute_json_sha256(run.recipe) != record["recipe_sha256"]:
         if lines := changed(*(_drop_paths(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
             raise RunError(f"{run.path / 'recipe.yaml'} was changed after the checkpoint was written:\n  "
                            + "\n  ".join(lines), "put these settings back, or start another run (run=NAME)")

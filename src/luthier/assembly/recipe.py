@@ -19,10 +19,10 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 from luthier.assembly.peft_adapters import read_method
 from luthier.core.config import NULL, Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.data import ANSWERED, DataConfig
+from luthier.data import TYPES_WITH_ANSWER, DataConfig
 from luthier.evaluation.generation_eval import EvaluateConfig
 from luthier.methods import METHODS
-from luthier.methods.composite import SeveralConfig, parts_of
+from luthier.methods.composite import CompositeConfig, list_parts
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
@@ -32,9 +32,9 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.training.loop import TrainingConfig
 from luthier.training.optimizer import OptimizerConfig
-from luthier.training.run_folder import Run, digest
+from luthier.training.run_folder import Run, compute_digest
 
-AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), SeveralConfig),  # type: ignore[valid-type]
+AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), CompositeConfig),  # type: ignore[valid-type]
                                  Field(discriminator="name")]
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
@@ -94,7 +94,7 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
 
 def _demand_answers(made: Recipe) -> Recipe:
     """The recipe itself. Raises `RecipeError` where answers are to be scored to rows that ask nothing."""
-    if made.evaluate.metrics and not made.objective.example_types & ANSWERED:
+    if made.evaluate.metrics and not made.objective.example_types & TYPES_WITH_ANSWER:
         raise RecipeError(f"evaluate.metrics {', '.join(made.evaluate.metrics)}: these score generated answers, and "
                           f"the rows of objective {made.objective.name!r} ask for none",
                           "leave evaluate.metrics out: what the objective itself measures is measured anyway")
@@ -230,7 +230,7 @@ def describe_learning_rate(made: Recipe) -> str:
 
 def method_name(made: Recipe) -> str:
     """What the run's method is called: ``lora``, or ``bitfit+lora`` for a list."""
-    return "+".join(part.name for part in parts_of(made.method))
+    return "+".join(part.name for part in list_parts(made.method))
 
 
 def dump(made: Recipe) -> dict[str, Any]:
@@ -254,10 +254,11 @@ def idle(made: Recipe) -> list[str]:
     if made.evaluate.metrics and not evaluates and made.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
     structure = made.base.structure
-    if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in parts_of(made.method)}:
+    if structure and structure.new_tokens and not {"full", "freeze",
+                                                   "peft"} & {m.name for m in list_parts(made.method)}:
         found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
-    if made.objective.is_online and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
+    if made.objective.is_online and any(method.model_dump().get("dropout") for method in list_parts(made.method)):
         found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
                      "the first step of a round is already off its policy")
     if made.data.train_on != "assistant" and made.objective.name == "pretrain":
@@ -296,7 +297,7 @@ def provenance(made: Recipe) -> dict[str, Any]:
     packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "data_sha256": {str(path): digest(path) for path in paths if path.exists()},
+        "data_sha256": {str(path): compute_digest(path) for path in paths if path.exists()},
     }
 
 

@@ -24,19 +24,19 @@ from luthier.assembly.factory import resolve_micro_batch_tokens
 from luthier.assembly.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
-from luthier.core.types import Encoded
+from luthier.core.types import TokenizedExample
 from luthier.data import Datasets
-from luthier.methods.composite import Several
+from luthier.methods.composite import CompositeMethod
 from luthier.methods.full import Full
 from luthier.training.optimizer import needs_master
-from luthier.training.step import Reference, reference_logps
+from luthier.training.step import Reference, compute_reference_logps
 
 GROUP = 512  # examples that are packed together
 
 
-def price(made: Recipe, attached: Tuner) -> str:
+def describe_reference_cost(made: Recipe, attached: Tuner) -> str:
     """A sentence on the copy of the base's weights that the reference costs; empty where there is none."""
-    parts = attached.parts if isinstance(attached, Several) else (attached,)
+    parts = attached.parts if isinstance(attached, CompositeMethod) else (attached,)
     copies = [part.copied for part in parts if isinstance(part, Full)]
     count, size = (sum(sizes) for sizes in zip(*copies, strict=True)) if copies else (0, 0)
     if not count or not referred(made.objective) or beforehand(made):
@@ -47,7 +47,7 @@ def price(made: Recipe, attached: Tuner) -> str:
             f"which {made.objective.name} compares the model{without}")
 
 
-def master_price(attached: Tuner) -> str:
+def describe_master_copy_cost(attached: Tuner) -> str:
     """A sentence on the float32 copies that the optimizer keeps of what trains; empty where there are none."""
     copied = [p for p in attached.parameters().values() if needs_master(p)]
     if not copied:
@@ -58,8 +58,8 @@ def master_price(attached: Tuner) -> str:
             "float32 with training.precision: bf16 takes 2 bytes a weight less")
 
 
-def asked(made: Recipe, base: Family, found: Datasets, reference: Reference,
-          tick: Callable[[int], None] = lambda done: None) -> Datasets:
+def precompute_reference(made: Recipe, base: Family, found: Datasets, reference: Reference,
+                         tick: Callable[[int], None] = lambda done: None) -> Datasets:
     """The rows with what the reference says of them, where the recipe wants it beforehand; else as they are. To be
     called before anything has trained.
 
@@ -72,15 +72,15 @@ def asked(made: Recipe, base: Family, found: Datasets, reference: Reference,
     told = []
     for part in (found.train, found.eval, found.test):
         # In the precision of what it is compared with: held-out rows are measured without autocast.
-        precision = autocast(made, base) if part is found.train else nullcontext()
+        precision = build_autocast(made, base) if part is found.train else nullcontext()
         with precision:
-            told.append(_known(made, base, part, reference, partial(_sum, tick, done)))
+            told.append(_add_precomputed(made, base, part, reference, partial(_digest_inputs, tick, done)))
         done += len(part)
     return replace(found, train=told[0], eval=told[1], test=told[2])
 
 
 @contextmanager
-def untrained(reference: Reference) -> Iterator[None]:
+def initial_model(reference: Reference) -> Iterator[None]:
     """The model that the training starts from. A full run without a copy of its base cannot be switched to it, and
     before its first step need not be."""
     with ExitStack() as stack:
@@ -89,19 +89,19 @@ def untrained(reference: Reference) -> Iterator[None]:
         yield
 
 
-def _sum(tick: Callable[[int], None], before: int, done: int) -> None:
+def _digest_inputs(tick: Callable[[int], None], before: int, done: int) -> None:
     tick(before + done)
 
 
-def _known(made: Recipe, base: Family, encoded: Sequence[Encoded], reference: Reference,
-           tick: Callable[[int], None]) -> list[Encoded]:
+def _add_precomputed(made: Recipe, base: Family, encoded: Sequence[TokenizedExample], reference: Reference,
+                     tick: Callable[[int], None]) -> list[TokenizedExample]:
     """Each example with the column `reference_logps`: one number for each of its predictions, in their order."""
     found, done = list(encoded), 0
     for start in range(0, len(found), GROUP):
-        for row in rows.first_fit(found[start:start + GROUP], resolve_micro_batch_tokens(made, base)):
+        for row in rows.assign_rows(found[start:start + GROUP], resolve_micro_batch_tokens(made, base)):
             places = [start + i for i in row]
-            there = rows.batch([found[i] for i in places]).to(base.device)
-            logps = reference_logps(base, there, partial(untrained, reference)).cpu()
+            there = rows.build_batch([found[i] for i in places]).to(base.device)
+            logps = compute_reference_logps(base, there, partial(initial_model, reference)).cpu()
             sizes = [sum(len(piece.predicted) for piece in found[i].pieces) for i in places]
             for i, own in zip(places, logps.split(sizes), strict=True):
                 found[i] = replace(found[i], precomputed={"reference_logps": own.clone()})
@@ -110,7 +110,7 @@ def _known(made: Recipe, base: Family, encoded: Sequence[Encoded], reference: Re
     return found
 
 
-def autocast(made: Recipe, base: Family) -> AbstractContextManager[Any]:
+def build_autocast(made: Recipe, base: Family) -> AbstractContextManager[Any]:
     """Mixed precision, where the recipe trains in it."""
     if made.training.precision == "bf16":
         return torch.autocast(base.device.type, torch.bfloat16)

@@ -29,22 +29,22 @@ from luthier.assembly import factory, initialization
 from luthier.assembly.peft_adapters import load_adapter_weights
 from luthier.assembly.provenance import describe_model_conflict, open_recipe
 from luthier.assembly.recipe import Recipe, recorded
-from luthier.assembly.reference_model import autocast
+from luthier.assembly.reference_model import build_autocast
 from luthier.assembly.run_io import open_run, rename_weights
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.examples import ComparedExample, Message
+from luthier.core.examples import Message, PreferenceExample
 from luthier.core.protocols import BatchSource, Family, Tuner
-from luthier.core.types import Encoded
-from luthier.data import DataConfig, Datasets, Loader
+from luthier.core.types import TokenizedExample
+from luthier.data import DataConfig, Datasets, InMemoryBatchSource
 from luthier.distributed import process_group
-from luthier.methods.composite import Several, scopes
+from luthier.methods.composite import CompositeMethod, collect_gates
 from luthier.methods.full import FullConfig
-from luthier.methods.multi_adapter import Bank
-from luthier.methods.prefixed import Named
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prefixed import PrefixedMethod
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rl_config import RewardSourceConfig
-from luthier.rl import Answer, Reward, Rollouts, endpoint, named
+from luthier.rl import Completion, Reward, RolloutCollector, call_endpoint, load_reward
 from luthier.training.run_folder import Run
 from luthier.training.trackers import JsonLines
 
@@ -53,32 +53,32 @@ Reference = Callable[[], AbstractContextManager[None]]
 CRITIC, REWARD = "critic", "reward"
 
 
-def begin(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
+def init_rl_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
     """What trains, the critic included; and what makes the context in which the model is the reference."""
     attached, reference = initialization.init_policy(made, base)
     if not (isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter"):
         return attached, reference
-    assert isinstance(attached, Several), "PPO has a value head"
+    assert isinstance(attached, CompositeMethod), "PPO has a value head"
     policy, heads = attached.parts
-    bank = _bank(base, policy)
+    bank = _build_adapters(base, policy)
     critic = made.method.attach(base.structure, seed=made.seed + 1)
     if made.start is not None:
         critic.load(policy.state())
     bank.add(CRITIC, critic)
     base.critic = partial(bank.using, CRITIC)
-    return Several([policy, Named(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
+    return CompositeMethod([policy, PrefixedMethod(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
 
 
-def feed(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
-         folder: Path | None = None, warn: Warn = lambda sentence: None) -> BatchSource:
+def build_rl_batch_source(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
+                          folder: Path | None = None, warn: Warn = lambda sentence: None) -> BatchSource:
     """The batches of the run: read from files, or the policy's own answers."""
     if not isinstance(made.objective, PpoConfig | GrpoConfig):
         return factory.build_batch_source(made, base, found)
-    return rolling(made, base, found, attached, reference, folder, warn)
+    return load_rollout_collector(made, base, found, attached, reference, folder, warn)
 
 
-def rolling(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
-            folder: Path | None = None, warn: Warn = lambda sentence: None) -> Rollouts:
+def load_rollout_collector(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
+                           folder: Path | None = None, warn: Warn = lambda sentence: None) -> RolloutCollector:
     """The feed that rolls.
 
     Args:
@@ -98,11 +98,13 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Tuner, refere
                           f"training.batch_size {training.batch_size} prompts",
                           "a minibatch has at least one prompt: set it lower")
     assert base.can_generate, "other bases are refused when the recipe is checked"
-    cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
-    return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
-                                                   for one in objective.reward],
-                    cursor, factory.resolve_micro_batch_tokens(made, base), made.seed, reference,
-                    partial(autocast, made, base), found.eval, _noted(folder), process_group.map_shards)
+    cursor = InMemoryBatchSource(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed,
+                                 mix=found.mix)
+    return RolloutCollector(base, found.train, objective, [(_build_reward(one, made, base, attached, warn), one.weight)
+                                                           for one in objective.reward],
+                            cursor, factory.resolve_micro_batch_tokens(made, base), made.seed, reference,
+                            partial(build_autocast, made, base), found.eval, _format_samples(folder),
+                            process_group.map_shards)
 
 
 def check_rewards(made: Recipe) -> None:
@@ -115,14 +117,14 @@ def check_rewards(made: Recipe) -> None:
                           "objective.reward=number, or {model: FOLDER}, {function: module:name}, {url: http://...}")
     for one in objective.reward:
         if one.function is not None:
-            named(one.function, one.timeout)
+            load_reward(one.function, one.timeout)
         elif one.url is not None:
-            endpoint(one.url, one.timeout)
+            call_endpoint(one.url, one.timeout)
         else:
-            _reward_recipe(Run(str(one.model)))
+            _load_reward_recipe(Run(str(one.model)))
 
 
-def _reward_recipe(run: Run) -> Recipe:
+def _load_reward_recipe(run: Run) -> Recipe:
     """What a reward run was trained with."""
     found = recorded(run.existing())
     if found.objective.name != "reward":
@@ -131,8 +133,8 @@ def _reward_recipe(run: Run) -> Recipe:
     return found
 
 
-def judged(made: Recipe, base: Family, attached: Tuner | None, found: Datasets,
-           prompts: list[Encoded]) -> dict[str, float]:
+def evaluate_run_policy(made: Recipe, base: Family, attached: Tuner | None, found: Datasets,
+                        prompts: list[TokenizedExample]) -> dict[str, float]:
     """What a trained policy earns on prompts. There is no KL in it: its reference is not in the run folder."""
     assert isinstance(made.objective, PpoConfig | GrpoConfig)
     free: dict[str, Any] = ({"kl_coef": 0.0, "adaptive_kl_target": None} if isinstance(made.objective, PpoConfig)
@@ -140,20 +142,21 @@ def judged(made: Recipe, base: Family, attached: Tuner | None, found: Datasets,
     made = made.model_copy(update={"objective": made.objective.model_copy(update=free)})
     # A whole model has no switch, so its reward run cannot share it.
     here = attached if attached is not None else FullConfig().attach(base.structure, seed=0)
-    rolled = feed(made, base, found if found.train else replace(found, train=prompts, mix=()), here, nullcontext)
-    assert isinstance(rolled, Rollouts)
+    rolled = build_rl_batch_source(made, base, found if found.train else replace(found, train=prompts, mix=()), here,
+                                   nullcontext)
+    assert isinstance(rolled, RolloutCollector)
     return rolled.judged(prompts)
 
 
-def standing(run: Run) -> dict[str, dict[str, float]]:
+def evaluate_policies(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
     rows (or validation, or train rows where there are none), and how far each is from the start."""
     made = open_recipe(run.existing())
     base = factory.load_family(made.base)
     found = factory.load_datasets(made, base)
-    attached, reference = begin(made, base)
-    policy = attached.parts[0] if isinstance(attached, Several) and made.objective.heads else attached
-    rolled = rolling(made, base, found, attached, reference)
+    attached, reference = init_rl_policy(made, base)
+    policy = attached.parts[0] if isinstance(attached, CompositeMethod) and made.objective.heads else attached
+    rolled = load_rollout_collector(made, base, found, attached, reference)
     prompts = found.test or found.eval or found.train
     told = {}
     with attached.disabled():
@@ -165,7 +168,7 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
             for role, one in told.items()}
 
 
-def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
+def _format_samples(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
     """Writes samples.jsonl, from the step on that the run stands at."""
     files: list[JsonLines] = []
 
@@ -182,25 +185,25 @@ def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
 # ---------------------------------------------------------------- rewards
 
 
-def _reward(config: RewardSourceConfig, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
+def _build_reward(config: RewardSourceConfig, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     if config.url is not None:
-        return endpoint(config.url, config.timeout)
+        return call_endpoint(config.url, config.timeout)
     if config.function is not None:
-        return named(config.function, config.timeout)
-    return _of_run(Run(str(config.model)), made, base, attached, warn)
+        return load_reward(config.function, config.timeout)
+    return _build_run_reward(Run(str(config.model)), made, base, attached, warn)
 
 
-def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
+def _build_run_reward(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
-    found = _reward_recipe(run)
-    if run.adapter is None or scopes(attached) is None or describe_model_conflict(run, made.base):
+    found = _load_reward_recipe(run)
+    if run.adapter is None or collect_gates(attached) is None or describe_model_conflict(run, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.structure.model.parameters())
         warn(f"the reward {str(run.path)!r} cannot share the policy's base, so a second model of {count:,} parameters "
              "is in memory")
-        return _scored(run, found, judge, nullcontext)
-    bank = _bank(base, attached)
+        return _score_completions(run, found, judge, nullcontext)
+    bank = _build_adapters(base, attached)
     adapter, before = found.method.attach(base.structure, seed=found.seed), base.heads
     base.add_heads(found.objective.heads, found.seed)
     heads, base.heads = base.heads, before
@@ -222,34 +225,34 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -
                 yield
         finally:
             base.heads = before
-    return _scored(run, found, base, acting)
+    return _score_completions(run, found, base, acting)
 
 
-def _bank(base: Family, attached: Tuner) -> Bank:
+def _build_adapters(base: Family, attached: Tuner) -> AdapterManager:
     """The bank on this base; a new one holds what trains, acting."""
-    if isinstance(base.router, Bank):
+    if isinstance(base.router, AdapterManager):
         return base.router
-    bank = Bank(base.structure)
+    bank = AdapterManager(base.structure)
     bank.add(initialization.POLICY, attached)
     bank.choose(initialization.POLICY)
     base.router = bank
     return bank
 
 
-def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:
+def _score_completions(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:
     """Answers put into words as the reward's own training rows were, and its scores of them."""
     config = factory.resolve_data_config(found, judge)
     if judge.structure.task != "CAUSAL_LM" and not judge.is_encoder_decoder:
         config = config.model_copy(update={"share_prompt": False})
     micro = factory.resolve_micro_batch_tokens(found, judge)
 
-    def reward(answers: Sequence[Answer]) -> list[float]:
+    def reward(answers: Sequence[Completion]) -> list[float]:
         groups = [list(group) for _, group in groupby(answers, key=lambda answer: (answer.ids, str(answer.origin)))]
-        encoded = [_compared(run, group, judge, config) for group in groups]
+        encoded = [_build_comparison(run, group, judge, config) for group in groups]
         scores: list[list[float]] = [[] for _ in groups]
         with torch.no_grad(), acting():
-            for row in rows.first_fit(encoded, micro):
-                there = rows.batch([encoded[i] for i in row]).to(judge.device)
+            for row in rows.assign_rows(encoded, micro):
+                there = rows.build_batch([encoded[i] for i in row]).to(judge.device)
                 outputs = judge.forward(there.inputs, there.target, frozenset({"scores"}))
                 assert outputs.scores is not None
                 given = iter(outputs.scores[:, 0].tolist())
@@ -259,19 +262,19 @@ def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward
     return reward
 
 
-def _compared(run: Run, answers: Sequence[Answer], judge: Family, config: DataConfig) -> Encoded:
+def _build_comparison(run: Run, answers: Sequence[Completion], judge: Family, config: DataConfig) -> TokenizedExample:
     """Answers to one prompt as a row of comparisons."""
     raw = answers[0].facts.get("prompt", answers[0].prompt)
-    prompt = raw if isinstance(raw, str) else tuple(_message(turn) for turn in raw)
-    example = ComparedExample(prompt, tuple(answer.text for answer in answers), tuple(range(len(answers))),
-                              answers[0].origin, tools=tuple(answers[0].facts.get("tools") or ()))
-    found = rows.encode(example, judge.tokenizer, config)
+    prompt = raw if isinstance(raw, str) else tuple(_build_message(turn) for turn in raw)
+    example = PreferenceExample(prompt, tuple(answer.text for answer in answers), tuple(range(len(answers))),
+                                answers[0].origin, tools=tuple(answers[0].facts.get("tools") or ()))
+    found = rows.encode_example(example, judge.tokenizer, config)
     if isinstance(found, list):
         return found[0]
     raise RunError(f"the reward {str(run.path)!r} cannot read an answer to {answers[0].prompt[-80:]!r}: {found}",
                    "train the reward with a longer data.max_length, or let answers be shorter")
 
 
-def _message(turn: Mapping[str, Any]) -> Message:
+def _build_message(turn: Mapping[str, Any]) -> Message:
     """A turn of a prompt as a row gave it."""
     return Message(turn["role"], turn["content"], extra={k: v for k, v in turn.items() if k not in ("role", "content")})

@@ -20,9 +20,9 @@ from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tuner
 from luthier.data import DataConfig
 from luthier.methods.adapter_format import OWN
-from luthier.methods.composite import Several
+from luthier.methods.composite import CompositeMethod
 from luthier.methods.lora import PREFIX
-from luthier.methods.peft_settings import with_whole_alphas
+from luthier.methods.peft_settings import make_alphas_integers
 from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
     ALIASES,
@@ -94,7 +94,7 @@ def _restore_chat_format(run: Run, base: Family) -> None:
     template = run.path / "chat_template.jinja"
     if isinstance(base.tokenizer.chat_template, str) and template.is_file():
         base.tokenizer.chat_template = template.read_text(encoding="utf-8")
-    template, stops = rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer)
+    template, stops = rows.get_saved_chat_template(base.tokenizer), rows.find_stop_tokens(base.tokenizer)
     base.chat_format = ChatFormat(template, stops, trained=True)
 
 
@@ -191,7 +191,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
     base_model.json holds the base's digests.
     """
     if isinstance(made.objective, OnlineRLConfig) and made.objective.heads:
-        assert isinstance(attached, Several), "the critic stands beside the method"
+        assert isinstance(attached, CompositeMethod), "the critic stands beside the method"
         attached = attached.parts[0]
     config = attached.peft()
     if config is None:
@@ -206,7 +206,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
     name = name_base(made.base, public)
-    run.write("adapter_config.json", {**with_whole_alphas(config), "base_model_name_or_path": name,
+    run.write("adapter_config.json", {**make_alphas_integers(config), "base_model_name_or_path": name,
                                       "revision": made.base.revision})
     if public:
         run.write(BASE_FILE, describe_base(made.base))
@@ -229,7 +229,7 @@ def name_base(config: BaseConfig, public: bool = False) -> str:
 def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tuner:
     """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
     to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
-    parts = list(attached.parts) if isinstance(attached, Several) else [attached]
+    parts = list(attached.parts) if isinstance(attached, CompositeMethod) else [attached]
     forms = [part.peft() or {} for part in parts]
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
     tuned = [part for part in parts if part not in heads]
@@ -238,7 +238,7 @@ def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tu
     config, state = fold_into_plain_lora(tuned[0], rank)
     found = config.attach(base.structure, seed=0)
     found.load(state)
-    return Several([found, *heads]) if heads else found
+    return CompositeMethod([found, *heads]) if heads else found
 
 
 def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,

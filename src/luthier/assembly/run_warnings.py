@@ -20,11 +20,11 @@ from typing import Any
 
 from luthier.assembly.recipe import Recipe, idle
 from luthier.core.protocols import BatchSource, Family, Tuner
-from luthier.core.types import Encoded
-from luthier.data import Datasets, Loader
+from luthier.core.types import TokenizedExample
+from luthier.data import Datasets, InMemoryBatchSource
 from luthier.methods.adalora import AdaLoraConfig
-from luthier.methods.composite import parts_of
-from luthier.methods.lora import LoraConfig, matches
+from luthier.methods.composite import list_parts
+from luthier.methods.lora import LoraConfig, matches_target
 from luthier.models import ALIASES
 from luthier.objectives.classify import ClassifyConfig
 from luthier.objectives.contrastive import ContrastiveConfig
@@ -33,8 +33,8 @@ from luthier.objectives.kto import KtoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.reward import RewardConfig
 from luthier.objectives.rl_config import OnlineRLConfig
-from luthier.training.loop import total_steps
-from luthier.training.optimizer import factor
+from luthier.training.loop import count_total_steps
+from luthier.training.optimizer import compute_lr_factor
 
 MANY = 0.5  # share of the batches without a learning signal from which on they are worth a warning
 TABLES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".arrow")
@@ -166,7 +166,7 @@ def find_data_problems(made: Recipe, found: Datasets) -> list[str]:
     return []
 
 
-def _of_verdicts(train: Sequence[Encoded]) -> Iterator[str]:
+def _of_verdicts(train: Sequence[TokenizedExample]) -> Iterator[str]:
     labels = {item.label for one in train for item in one.items if item.label in (0.0, 1.0)}
     if len(labels) == 1:
         there, missing, weight = ("desirable", "undesirable", "undesirable_weight") if labels == {1.0} else (
@@ -226,18 +226,18 @@ def _of_contrast(made: Recipe, objective: ContrastiveConfig, found: Datasets) ->
         yield UNUSED.format("objective.mask_duplicates", "no text occurs in two train rows")
 
 
-def _has_duplicates(train: Sequence[Encoded]) -> bool:
+def _has_duplicates(train: Sequence[TokenizedExample]) -> bool:
     texts = Counter(text for one in train for text in {item.text_id for item in one.items})
     return any(count > 1 for count in texts.values())
 
 
-def _content(one: Encoded, place: int) -> Any:
+def _content(one: TokenizedExample, place: int) -> Any:
     """What the item's text is, for comparison; a picture is like no other."""
     text = one.items[place].text_id
     return (id(one), place) if text is None else text
 
 
-def _has_no_negative(batch: Sequence[Encoded], masked: bool) -> bool:
+def _has_no_negative(batch: Sequence[TokenizedExample], masked: bool) -> bool:
     """Pairs: whether the loss of every anchor is a constant."""
     anchors = [_content(one, 0) for one in batch]
     positives = [{_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch]
@@ -250,24 +250,26 @@ def _has_no_negative(batch: Sequence[Encoded], masked: bool) -> bool:
     return all(others <= own for own in positives)
 
 
-def _has_no_contrast(batch: Sequence[Encoded], _: bool) -> bool:
+def _has_no_contrast(batch: Sequence[TokenizedExample], _: bool) -> bool:
     counts = Counter(item.label for one in batch for item in one.items)
     return len(counts) == 1 or max(counts.values()) == 1
 
 
-def _has_no_order(batch: Sequence[Encoded], _: bool) -> bool:
+def _has_no_order(batch: Sequence[TokenizedExample], _: bool) -> bool:
     return len({one.items[0].label for one in batch}) == 1
 
 
-def _has_no_gap(batch: Sequence[Encoded], _: bool) -> bool:
+def _has_no_gap(batch: Sequence[TokenizedExample], _: bool) -> bool:
     return all({_content(one, i) for i, item in enumerate(one.items) if item.label != 0}
                == {_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch)
 
 
-def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[Encoded]], bool]) -> tuple[int, int]:
+def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[TokenizedExample]], bool]) -> tuple[int,
+                                                                                                                  int]:
     """Of the first epoch's batches those for which this is true, and how many there are."""
     size = made.training.batch_size
-    order = Loader(found.train, size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix).order(0)
+    order = InMemoryBatchSource(found.train, size, None, shuffle=made.data.shuffle, seed=made.seed,
+                                mix=found.mix).order(0)
     batches = [[found.train[i] for i in order[at:at + size]] for at in range(0, len(order), size)]
     return sum(map(is_flat, batches)), len(batches)
 
@@ -278,11 +280,12 @@ def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[En
 def find_method_problems(made: Recipe, base: Family, attached: Tuner) -> list[str]:
     """Ranks above a map's size, patterns that match nothing, a weight decay of what is never decayed."""
     parameters, found = attached.parameters(), []
-    for part in parts_of(made.method):
+    for part in list_parts(made.method):
         if isinstance(part, LoraConfig):
             for setting, patterns in (("rank_pattern", part.rank_pattern), ("alpha_pattern", part.alpha_pattern)):
                 found += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
-                          for pattern in patterns if not any(matches(site, pattern) for site in base.structure.linears)]
+                          for pattern in patterns if not any(matches_target(site, pattern)
+                                                             for site in base.structure.linears)]
         if isinstance(part, LoraConfig | AdaLoraConfig):
             found += _of_ranks(part.name, [site for site in base.structure.linears if any(
                 f".{site.name}." in f".{name}." for name in parameters)], {
@@ -301,8 +304,10 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
     if not above:
         return []
     rank, site = above[0]
-    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to {site.out_features}: its "
-            f"rank is {min(site.in_features, site.out_features)} at most ({len(above)} such maps), so the rest adds nothing"]
+    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to "
+            f"{site.out_features}: its "
+            f"rank is {min(site.in_features, site.out_features)} at most ({len(above)} such maps), so the rest adds "
+            f"nothing"]
 
 
 # ---------------------------------------------------------------- of the number of steps
@@ -311,10 +316,10 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
 def find_schedule_problems(made: Recipe, feed: BatchSource) -> list[str]:
     """What does not happen within the run's steps."""
     training, found = made.training, []
-    total = total_steps(training, feed.steps_per_epoch)
+    total = count_total_steps(training, feed.steps_per_epoch)
     length = f"the run has {total} step{'s' if total > 1 else ''}"
     known = training.steps and made.optimizer.warmup >= training.steps  # `idle` has said it
-    if not known and all(factor(made.optimizer, step, total) < 1 for step in range(total)):
+    if not known and all(compute_lr_factor(made.optimizer, step, total) < 1 for step in range(total)):
         found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
                      f"as the run, {total} steps")
     if training.save_every and training.save_every > total:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.cli import console
-from luthier.core.errors import LuthierError, RecipeError, nearest
+from luthier.core.errors import LuthierError, RecipeError, suggest_nearest
 
 
 def _only(options: argparse.Namespace, what: str) -> str:
@@ -113,7 +113,8 @@ def _data(options: argparse.Namespace) -> int:
     from luthier.api.data_check import check_data
     if options.words[:1] != ["check"]:
         given = f" {options.words[0]!r}" if options.words else ""
-        raise RecipeError(f"luthier data has no command{given}", f"{nearest((options.words or [''])[0], ['check'])}: "
+        raise RecipeError(f"luthier data has no command{given}",
+                          f"{suggest_nearest((options.words or [''])[0], ['check'])}: "
                           "luthier data check FILE")
     if len(options.words) != 2:
         raise RecipeError("luthier data check takes one file", "luthier data check FILE [key=value ...]")

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from luthier import __version__
 from luthier.cli import console
 from luthier.cli.commands import COMMANDS
-from luthier.core.errors import LuthierError, RecipeError, nearest
+from luthier.core.errors import LuthierError, RecipeError, suggest_nearest
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -77,14 +77,16 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         for flags, described in command.arguments:
             branch.add_argument(*flags, **described)
     if words and not words[0].startswith("-") and words[0] not in COMMANDS:
-        raise RecipeError(f"unknown command {words[0]!r}", f"{nearest(words[0], COMMANDS)}; see: luthier --help")
+        raise RecipeError(f"unknown command {words[0]!r}",
+                          f"{suggest_nearest(words[0], COMMANDS)}; see: luthier --help")
     options, rest = parser.parse_known_args(words)
     # argparse takes positionals in one run only, so those that stand behind an option come back as rest.
     for word in rest:
         if word.startswith("-"):
             known = [flag for flags, _ in COMMANDS[options.command].arguments for flag in flags if flag.startswith("-")]
             raise RecipeError(f"luthier {options.command} has no option {word!r}",
-                              f"{nearest(word.partition('=')[0], known)}; see: luthier {options.command} --help")
+                              f"{suggest_nearest(word.partition('=')[0], known)}; see: luthier {options.command} "
+                              f"--help")
     given = vars(options)
     if "words" in given:
         given["words"] = [*options.words, *rest]

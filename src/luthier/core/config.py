@@ -8,7 +8,7 @@ from typing import Any, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from luthier.core.errors import RecipeError, nearest
+from luthier.core.errors import RecipeError, suggest_nearest
 
 NULL = object()  # a setting's null that somebody wrote; None is a setting that was left out
 QUOTED = re.compile(r"'([^']+)'")
@@ -29,17 +29,17 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(raw))
         except ValidationError as error:
-            raise RecipeError("\n".join(faults(error, cls, where)),
+            raise RecipeError("\n".join(translate_errors(error, cls, where)),
                               "mend the settings named above; `luthier schema` prints every one there is") from None
 
 
-def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> list[str]:
+def translate_errors(error: ValidationError, model: type[BaseModel], where: str = "") -> list[str]:
     """One line for each place that is at fault: what was given, what the rule is. Places are named as they are written
     in a recipe, so Pydantic's names of a union's branches are left out, and the branches' rules are told as one."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     unions: set[str] = set()
     for fault in error.errors(include_url=False):
-        keys, branch = _place(model, fault["loc"])
+        keys, branch = _format_location(model, fault["loc"])
         place = ".".join([where, *map(str, keys)]).strip(".")
         found.setdefault(place, []).append(dict(fault))
         if branch:
@@ -48,73 +48,74 @@ def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> l
     # a list is too short where one of its entries could not be read.
     unions |= {place for place, faults in found.items() if faults[0]["type"] == "too_short"}
     meant = [place for place in found if not (place in unions and any(p.startswith(f"{place}.") for p in found))]
-    return [_told(place, found[place], model) for place in meant]
+    return [_describe_error(place, found[place], model) for place in meant]
 
 
-def _told(place: str, faults: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> str:
+def _describe_error(place: str, faults: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> str:
     first = faults[0]
     if first["type"] == "extra_forbidden":
         key = str(first["loc"][-1])
-        inside = _within(model, key) if len(first["loc"]) == 1 else []
-        hint = f"did you mean {inside[0]}.{key}?" if inside else nearest(key, _fields(model, first["loc"][:-1]))
+        inside = _list_union_members(model, key) if len(first["loc"]) == 1 else []
+        hint = f"did you mean {inside[0]}.{key}?" if inside else suggest_nearest(key,
+                                                                                 _list_fields(model, first["loc"][:-1]))
         return f"unknown setting {place!r}: {hint}"
     if first["type"] == "missing":
         return f"{place}: this setting is required"
     if first["type"] == "union_tag_invalid":
         known = [name for name in QUOTED.findall(first["ctx"]["expected_tags"]) if name != "several"]
-        hint = nearest(str(first["ctx"]["tag"]), known)
+        hint = suggest_nearest(str(first["ctx"]["tag"]), known)
         every = f"; known: {', '.join(known)}" if hint.startswith("did") else ""
         return f"{place}: unknown name {first['ctx']['tag']!r}: {hint}{every}"
     rules = [PLAIN.get(fault["type"]) or fault["msg"].removeprefix("Value error, ") for fault in faults]
     words = [word for fault in faults if fault["type"] == "literal_error" for word in QUOTED.findall(fault["msg"])]
-    hint = nearest(str(first["input"]), words) if words else ""
+    hint = suggest_nearest(str(first["input"]), words) if words else ""
     return (f"{place}: {'; or: '.join(dict.fromkeys(rules))} (got {first['input']!r})"
             + (f"; {hint}" if hint.startswith("did you mean") else ""))
 
 
-def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str | int], bool]:
+def _format_location(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str | int], bool]:
     """`loc` as a recipe has it, and whether it ends at a union's branch."""
     shown: list[str | int] = []
     choices: list[type[BaseModel]] = [model]
     branch = False
     for at, key in enumerate(loc):
-        named = [c for c in choices if _branch(c, key, choices)]
+        named = [c for c in choices if _pick_branch(c, key, choices)]
         fields = [c.model_fields[key] for c in choices if key in c.model_fields] if isinstance(key, str) else []
         branch = bool(named) or (not fields and isinstance(key, str) and bool(LABEL.match(key)) and at > 0)
         if named:
             choices = named
         elif fields:
-            choices = [t for t in _types(fields[0].annotation) if issubclass(t, BaseModel)]
+            choices = [t for t in _describe_types(fields[0].annotation) if issubclass(t, BaseModel)]
         if not branch or (named and isinstance(shown[-1], int)):
             shown.append(key)
     return shown, branch
 
 
-def _branch(choice: type[BaseModel], key: str | int, choices: Sequence[type[BaseModel]]) -> bool:
+def _pick_branch(choice: type[BaseModel], key: str | int, choices: Sequence[type[BaseModel]]) -> bool:
     """Whether Pydantic calls this class of a union so: by its `name` where that tells them apart, else by its own."""
     named = choice.model_fields.get("name")
     return (len(choices) > 1 and named is not None and named.default == key) or choice.__name__ == key
 
 
-def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
+def _list_fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
     """The settings known at `path` below `model`, for the nearest-neighbour hint."""
     choices = [model]
     for key in path:
-        named = [c for c in choices if _branch(c, key, choices)]
+        named = [c for c in choices if _pick_branch(c, key, choices)]
         field = choices[0].model_fields.get(str(key))
-        inner = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
+        inner = [t for t in _describe_types(field.annotation) if issubclass(t, BaseModel)] if field else []
         choices = named or inner or choices
     return list(choices[0].model_fields)
 
 
-def _within(model: type[BaseModel], key: str) -> list[str]:
+def _list_union_members(model: type[BaseModel], key: str) -> list[str]:
     """The parts of a recipe that have a setting of this name."""
-    return [name for name, field in model.model_fields.items() for part in _types(field.annotation)
+    return [name for name, field in model.model_fields.items() for part in _describe_types(field.annotation)
             if issubclass(part, BaseModel) and key in part.model_fields]
 
 
-def _types(annotation: Any) -> list[type]:
+def _describe_types(annotation: Any) -> list[type]:
     """The classes inside an annotation such as ``A | tuple[B, ...] | None``."""
     if isinstance(annotation, type):
         return [annotation]
-    return [found for part in get_args(annotation) for found in _types(part)]
+    return [found for part in get_args(annotation) for found in _describe_types(part)]

@@ -22,19 +22,19 @@ SMALL = 1 << 20  # bytes; smaller files are always read
 SETTLED = 3.0  # seconds; coarser than the clock of any file system in use
 
 
-def cache() -> Path:
+def get_cache_folder() -> Path:
     """The folder for what is computed once: `$LUTHIER_CACHE`, or `~/.cache/luthier`."""
     return Path(os.environ.get("LUTHIER_CACHE") or "~/.cache/luthier").expanduser()
 
 
-def file_sha256(path: Path) -> str:
+def compute_file_sha256(path: Path) -> str:
     """sha256 of a file's content, as 64 hexadecimal digits."""
     stat = path.stat()
     if stat.st_size < SMALL:
         return _compute(path)
     place = path.resolve()
     version: list[str | int] = [str(place), stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-    kept = cache() / "digests" / f"{hashlib.sha256(str(place).encode()).hexdigest()}.json"
+    kept = get_cache_folder() / "digests" / f"{hashlib.sha256(str(place).encode()).hexdigest()}.json"
     if (found := _read(kept, version)) is not None:
         return found
     began = time.time()
@@ -46,21 +46,21 @@ def file_sha256(path: Path) -> str:
     return found
 
 
-def files_sha256(files: Iterable[tuple[str, Path]]) -> str:
+def compute_files_sha256(files: Iterable[tuple[str, Path]]) -> str:
     """One sha256 over names and contents; the order of the files is part of it."""
     digest = hashlib.sha256()
     for name, path in files:
-        digest.update(f"{file_sha256(path)} {name}\n".encode())
+        digest.update(f"{compute_file_sha256(path)} {name}\n".encode())
     return digest.hexdigest()
 
 
-def text_sha256(text: str) -> str:
+def compute_text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def json_sha256(value: object) -> str:
+def compute_json_sha256(value: object) -> str:
     """sha256 of a JSON value, whatever the order of its keys."""
-    return text_sha256(json.dumps(value, sort_keys=True, ensure_ascii=False))
+    return compute_text_sha256(json.dumps(value, sort_keys=True, ensure_ascii=False))
 
 
 def _compute(path: Path) -> str:

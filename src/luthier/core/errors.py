@@ -57,7 +57,7 @@ class NotFinite(LuthierError):
     """A loss or gradient became infinite or not a number; nothing was updated with it."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
+def suggest_nearest(word: str, known: Iterable[str]) -> str:
     """A hint for a misspelt word: ``did you mean 'rank'?``, or the list of what is known. Initials count too: lr."""
     names = sorted(known)
     close = [name for name in names if len(word) > 1 and word == "".join(part[:1] for part in name.split("_"))]

@@ -61,7 +61,7 @@ class ChatExample:
 
 
 @dataclass(frozen=True)
-class LabelledExample:
+class ClassificationExample:
     """A text (or a pair of texts, joined as the base joins them) and what is known about it.
 
     Args:
@@ -76,7 +76,7 @@ class LabelledExample:
 
 
 @dataclass(frozen=True)
-class TaggedExample:
+class TokenClassificationExample:
     """Words, each with a tag: token classification."""
 
     words: tuple[str, ...]
@@ -86,7 +86,7 @@ class TaggedExample:
 
 
 @dataclass(frozen=True)
-class ComparedExample:
+class PreferenceExample:
     """Answers to one prompt that someone compared: a pair (ranks 0 and 1) or a ranking of K.
 
     Args:
@@ -118,7 +118,7 @@ class UnpairedPreferenceExample:
 
 
 @dataclass(frozen=True)
-class TextsExample:
+class ContrastiveExample:
     """Texts that belong together: anchor, positive, then hard negatives; or two texts and how alike they are.
 
     Args:
@@ -156,5 +156,6 @@ class ImageExample:
 
 
 Worded = TextExample | CompletionExample | ChatExample  # examples whose own words are predicted
-Example = (Worded | LabelledExample | TaggedExample | ComparedExample | UnpairedPreferenceExample | TextsExample
+Example = (Worded | ClassificationExample | TokenClassificationExample | PreferenceExample | UnpairedPreferenceExample
+           | ContrastiveExample
            | PromptExample | ImageExample)

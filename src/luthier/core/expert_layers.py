@@ -1,4 +1,5 @@
-"""ExpertLinears of a mixture as one part of the structure. Read `protocols.py` (TargetLinear) and `adapter_gate.py` first."""
+"""ExpertLinears of a mixture as one part of the structure. Read `protocols.py` (TargetLinear) and `adapter_gate.py`
+first."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from luthier.core.adapter_gate import Scope
+from luthier.core.adapter_gate import AdapterGate
 
 ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
 """(rows [N, in] sorted by expert, how many each expert has [E]) -> what is added to their outputs, [N, out]."""
@@ -33,4 +34,4 @@ class ExpertLinears:
     in_features: int
     out_features: int
     transposed: bool
-    add_change: Callable[[Scope, ExpertChange], None]
+    add_change: Callable[[AdapterGate, ExpertChange], None]

@@ -9,7 +9,7 @@
 | Head       | families    | a small map over the states that an objective asked for            |
 | Family     | families    | how to call the model                                              |
 | Method     | methods     | which parameters train, and how they enter the forward pass        |
-| Scope      | methods     | whether, where and how strongly a method acts (`adapter_gate.py`)         |
+| AdapterGate | methods     | whether, where and how strongly a method acts (`adapter_gate.py`)         |
 | Router     | methods     | who sends each token through its own adapter                       |
 | Tuner   | methods     | a method on a model: its parameters, its off switch, its merge     |
 | Objective  | objectives  | what is minimised                                                  |
@@ -27,14 +27,14 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from luthier.core.adapter_gate import Scope as Scope
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.expert_layers import ExpertLinears
 from luthier.core.generation import ChatFormat as ChatFormat
 from luthier.core.generation import GenerationOutput as GenerationOutput
 from luthier.core.generation import SamplingParams as SamplingParams
-from luthier.core.optimizer_hook import Update
+from luthier.core.optimizer_hook import OptimizerHook
 from luthier.core.soft_prompts import SoftPromptInjector
-from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
+from luthier.core.types import Batch, Inputs, Loss, LossInputs, Outputs
 
 
 class Tokenizer(Protocol):
@@ -177,7 +177,8 @@ class Head:
 class Family(Protocol):
     """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Tuner`).
 
-    `padding_reason` says why its rows are padded where others of its kind pack them; empty where there is nothing to say.
+    `padding_reason` says why its rows are padded where others of its kind pack them; empty where there is nothing to
+    say.
 
     A family that writes asks a `critic`, where there is one, for the context in which its values are read.
     """
@@ -220,7 +221,7 @@ class Family(Protocol):
         """The tokenizer as it is saved: it pads as the heads' class wants it."""
         ...
 
-    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+    def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         """What the objective asked for (names of `Outputs`' fields), at the target's positions."""
         ...
 
@@ -277,7 +278,7 @@ class Tuner(Protocol):
     """A method on a model. Same call in, same shapes out: no objective can notice it."""
 
     @property
-    def scope(self) -> Scope | None:
+    def scope(self) -> AdapterGate | None:
         """Its switch, which a bank turns; None where the method has changed the base's own weights."""
         ...
 
@@ -290,7 +291,7 @@ class Tuner(Protocol):
         ...
 
     @property
-    def at_update(self) -> Update | None:
+    def at_update(self) -> OptimizerHook | None:
         """What it does at each update of the weights; None where that is nothing, as for nearly all."""
         ...
 
@@ -362,13 +363,13 @@ class Objective(Protocol):
         """The objective for these classes of the training rows, `counts` labels of each; itself where it has none."""
         ...
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         """What the sum over this micro-batch will be divided by, known before the forward pass."""
         ...
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss: ...
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss: ...
 
-    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         """Measures that no sum over batches gives (F1, rank correlations), over all held-out rows at once."""
         ...
 

@@ -27,7 +27,7 @@ from luthier.core.examples import Origin
 
 
 @dataclass(frozen=True)
-class Piece:
+class TokenSpan:
     """A run of tokens of one example. It continues its parent piece (an index into the example), or none.
 
     Args:
@@ -62,7 +62,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Item:
+class LabeledSpan:
     """A piece that is judged as a whole.
 
     Args:
@@ -84,7 +84,7 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class TokenizedExample:
     """One example as tokens: one piece for a text or a chat; a tree of pieces for answers that share a prompt; several
     roots for texts that are compared.
 
@@ -99,10 +99,10 @@ class Encoded:
         remarks: rules that were applied to make text of its row, which the data report counts.
     """
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[TokenSpan, ...]
     origin: Origin
     bytes: int = 0
-    items: tuple[Item, ...] = ()
+    items: tuple[LabeledSpan, ...] = ()
     images: tuple[Any, ...] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     precomputed: Mapping[str, Tensor] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Encoded:
 # ---------------------------------------------------------------- batches
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on a device. To a GPU it goes through pinned memory, so that the copy is queued behind the work that is
     there and nobody waits. From a GPU, and to others, the copy is done when this returns: a queued one would be read
     too early."""
@@ -126,14 +126,14 @@ def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-class Movable:
+class DeviceMovable:
     """A frozen dataclass whose tensors move to a device together (see `sent`); everything else stays as it is."""
 
     def to(self, device: torch.device | str) -> Self:
         def there(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return sent(value, device)
-            if isinstance(value, Movable):
+                return to_device(value, device)
+            if isinstance(value, DeviceMovable):
                 return value.to(device)
             return {key: there(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
@@ -142,7 +142,7 @@ class Movable:
 
 
 @dataclass(frozen=True)
-class Forest:
+class SegmentTree:
     """Segments of a packed row, in order and without gaps.
 
     A segment attends to itself causally and to all its ancestors.
@@ -183,7 +183,7 @@ class Forest:
 
 
 @dataclass(frozen=True)
-class Inputs(Movable):
+class Inputs(DeviceMovable):
     """What the model sees: one row without padding.
 
     Args:
@@ -197,18 +197,18 @@ class Inputs(Movable):
 
     tokens: Tensor
     positions: Tensor
-    forest: Forest
+    forest: SegmentTree
     images: Tensor | None = None
     others: Tensor | None = None
     shares: Tensor | None = None
 
 
-def _none() -> Tensor:
+def _build_empty() -> Tensor:
     return torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
-class Target(Movable):
+class LossInputs(DeviceMovable):
     """What the objective sees: predictions, a flat list of P, and items, a flat list of A.
 
     Args:
@@ -235,23 +235,23 @@ class Target(Movable):
     weights: Tensor
     examples: int
     bytes: int = 0
-    items: Tensor = field(default_factory=_none)
+    items: Tensor = field(default_factory=_build_empty)
     labels: Tensor = field(default_factory=lambda: torch.zeros(0))
     margins: Tensor = field(default_factory=lambda: torch.zeros(0))
-    groups: Tensor = field(default_factory=_none)
-    item_of: Tensor = field(default_factory=_none)
+    groups: Tensor = field(default_factory=_build_empty)
+    item_of: Tensor = field(default_factory=_build_empty)
     precomputed: Mapping[str, Tensor] = field(default_factory=dict)
     item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
     shares: Tensor = field(default_factory=lambda: torch.zeros(0))
-    text_ids: Tensor = field(default_factory=_none)
+    text_ids: Tensor = field(default_factory=_build_empty)
     temperature: float = 1.0
 
     @staticmethod
-    def joined(targets: Sequence[Target]) -> Target:
+    def joined(targets: Sequence[LossInputs]) -> LossInputs:
         """Several batches' targets as one list; `at` and `items` keep pointing into their own rows."""
         examples = _offsets(t.examples for t in targets)
         items = _offsets(t.items.shape[0] for t in targets)
-        return Target(
+        return LossInputs(
             torch.cat([t.at for t in targets]), torch.cat([t.tokens for t in targets]),
             torch.cat([t.weights for t in targets]), sum(t.examples for t in targets), sum(t.bytes for t in targets),
             torch.cat([t.items for t in targets]), torch.cat([t.labels for t in targets]),
@@ -269,11 +269,11 @@ def _offsets(sizes: Iterable[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Batch(Movable):
+class Batch(DeviceMovable):
     """A frozen, self-describing micro-batch that knows no model."""
 
     inputs: Inputs
-    target: Target
+    target: LossInputs
     origins: tuple[Origin, ...] = ()
 
 

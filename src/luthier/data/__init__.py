@@ -6,31 +6,41 @@ Reading order: `sources.py`, `splits.py`, `data/formats/registry.py`, `templates
 them together.
 """
 
-from luthier.data.augmentation import MixupAugment, PictureAugment, WordsAugment, augmented, paraphrased
-from luthier.data.batch_source import Loader
+from luthier.data.augmentation import (
+    ImageAugmentation,
+    MixupAugmentation,
+    TextAugmentation,
+    augment_examples,
+    paraphrase_examples,
+)
+from luthier.data.batch_source import InMemoryBatchSource
 from luthier.data.chat import RenderError
 from luthier.data.config import DataConfig, DividedConfig, Source
 from luthier.data.conversation import ChatConfig
-from luthier.data.encoding import encode
-from luthier.data.formats.labels import ANSWERED
-from luthier.data.formats.registry import FORMATS, Reader, examples
-from luthier.data.formats.text import turn
-from luthier.data.images import Picture
-from luthier.data.load import Datasets, Use, demand, load
-from luthier.data.masking import Hide
-from luthier.data.packing import batch, eval_batches, first_fit, pack
-from luthier.data.report import DataReport, Overlap, Part, preview
-from luthier.data.row_values import UnfitError
-from luthier.data.rows import Refusal, Row
-from luthier.data.sources import read
-from luthier.data.streaming import Stream
-from luthier.data.templates import FALLBACK_TEMPLATE, saved_chat_template, stop_tokens
-from luthier.data.tokenization import encode_prompt_text, prompt_of, templated
+from luthier.data.encoding import encode_example
+from luthier.data.formats.labels import TYPES_WITH_ANSWER
+from luthier.data.formats.registry import FORMATS, RowReader, read_examples
+from luthier.data.formats.text import read_turn
+from luthier.data.images import ImageInput
+from luthier.data.load import Datasets, DatasetSpec, check_sources, read_datasets
+from luthier.data.masking import MaskingConfig
+from luthier.data.packing import assign_rows, build_batch, build_eval_batches, pack_examples
+from luthier.data.report import DataReport, Overlap, PartReport, format_preview
+from luthier.data.row_values import InvalidRowError
+from luthier.data.rows import RejectedRow, Row
+from luthier.data.sources import read_source
+from luthier.data.streaming import StreamingBatchSource
+from luthier.data.templates import FALLBACK_TEMPLATE, find_stop_tokens, get_saved_chat_template
+from luthier.data.tokenization import encode_prompt, encode_prompt_text, uses_chat_template
 
 __all__ = [
-    "ANSWERED", "ChatConfig", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE",
-    "FORMATS", "Hide", "Loader", "MixupAugment", "Overlap", "Part", "Picture", "PictureAugment", "Reader",
-    "Refusal", "RenderError", "Row", "Source", "Stream", "UnfitError", "Use", "WordsAugment", "augmented", "batch",
-    "demand", "encode", "encode_prompt_text", "eval_batches", "examples", "first_fit", "load",
-    "pack", "paraphrased", "preview", "prompt_of", "read", "saved_chat_template", "stop_tokens", "templated", "turn",
+    "TYPES_WITH_ANSWER", "ChatConfig", "DataConfig", "DataReport", "Datasets", "DividedConfig", "FALLBACK_TEMPLATE",
+    "FORMATS", "MaskingConfig", "InMemoryBatchSource", "MixupAugmentation", "Overlap", "PartReport", "ImageInput",
+    "ImageAugmentation", "RowReader",
+    "RejectedRow", "RenderError", "Row", "Source", "StreamingBatchSource", "InvalidRowError", "DatasetSpec",
+    "TextAugmentation", "augment_examples", "build_batch",
+    "check_sources", "encode_example", "encode_prompt_text", "build_eval_batches", "read_examples", "assign_rows",
+    "read_datasets",
+    "pack_examples", "paraphrase_examples", "format_preview", "encode_prompt", "read_source",
+    "get_saved_chat_template", "find_stop_tokens", "uses_chat_template", "read_turn",
 ]

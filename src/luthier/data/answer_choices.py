@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.core.labels import label_key, label_name, parse_number
-from luthier.data.row_values import UnfitError, Values, demand_finite, listed, parsed
+from luthier.core.labels import get_label_key, get_label_name, parse_number
+from luthier.data.row_values import InvalidRowError, Values, check_finite, parse_json, read_list
 
 REMEDY = "write the choice's own words or its letter, or set first_choice of the source to 0 or 1"
 
@@ -55,16 +55,16 @@ class Choices:
     @classmethod
     def of(cls, values: Values) -> Choices:
         """Those of a row. Raises `UnfitError` for what is no list of choices."""
-        found = parsed(values["choices"], "choices")
+        found = parse_json(values["choices"], "choices")
         labels: Sequence[Any] = ()
         if isinstance(found, dict):
             found, labels = found.get("text", ()), found.get("label", ())
-        choices = tuple(_text(choice) for choice in listed({"choices": found}, "choices"))
+        choices = tuple(_format_choice(choice) for choice in read_list({"choices": found}, "choices"))
         if labels and len(labels) != len(choices):
-            raise UnfitError("choices and their labels differ in number", f"{len(choices)} and {len(labels)}")
+            raise InvalidRowError("choices and their labels differ in number", f"{len(choices)} and {len(labels)}")
         answer = values["answer"]
         if isinstance(answer, (int, float)):
-            demand_finite(parse_number(answer) or 0, "answer")
+            check_finite(parse_number(answer) or 0, "answer")
         return cls(choices, tuple(labels or ()), answer)
 
     def place(self, numbering: Callable[[], Numbering]) -> int:
@@ -76,15 +76,15 @@ class Choices:
         if named is not None and (number is None or told.first is None):
             return named
         if told.first is None or number is None:
-            raise UnfitError(told.reason, REMEDY)
+            raise InvalidRowError(told.reason, REMEDY)
         place = number - told.first
         if not 0 <= place < len(self.choices):
             if named is not None:
                 return named
             raise self._none(f"numbers run from {told.first} to {len(self.choices) + told.first - 1}")
         if named not in (None, place) and not told.given:
-            raise UnfitError("answer is the number of one choice and the words of another",
-                             f"{self.answer!r}: {REMEDY}")
+            raise InvalidRowError("answer is the number of one choice and the words of another",
+                                  f"{self.answer!r}: {REMEDY}")
         return place
 
     def named(self) -> int | None:
@@ -100,13 +100,13 @@ class Choices:
         alike = [i for i, choice in enumerate(self.choices) if isinstance(choice, str)
                  and choice.strip().lower() == letter.lower()]
         if alike and alike != [place]:
-            raise UnfitError("answer is a letter and, in the other case, a choice", f"{self.answer!r}: {REMEDY}")
+            raise InvalidRowError("answer is a letter and, in the other case, a choice", f"{self.answer!r}: {REMEDY}")
         return place
 
     def number(self) -> int | None:
         """The number that the answer is; true and false are none, nor is a number where choices have labels."""
         found = parse_number(self.answer)
-        truth = label_name(self.answer) in ("true", "false")
+        truth = get_label_name(self.answer) in ("true", "false")
         return found if isinstance(found, int) and not truth and not self.labels and found >= 0 else None
 
     def _only(self, among: Sequence[Any]) -> int | None:
@@ -115,24 +115,24 @@ class Choices:
         same = [place for place, one in enumerate(among) if self._key(one) == key]
         exact = [place for place in same if among[place] == self.answer]
         if len(same) > 1 and len(exact) != 1:
-            raise UnfitError("answer is several of the choices", f"{self.answer!r}")
+            raise InvalidRowError("answer is several of the choices", f"{self.answer!r}")
         return exact[0] if len(exact) == 1 else same[0] if same else None
 
     @staticmethod
     def _key(value: Any) -> Any:
-        return label_key(value) if isinstance(value, (str, int, float)) else value
+        return get_label_key(value) if isinstance(value, (str, int, float)) else value
 
-    def _none(self, why: str = "") -> UnfitError:
+    def _none(self, why: str = "") -> InvalidRowError:
         asked = (f"give one of {', '.join(map(str, self.labels))}" if self.labels else
                  "give a choice's own words, a letter from A on, or a number")
-        return UnfitError("answer is none of the choices", f"{self.answer!r}: {why or asked}")
+        return InvalidRowError("answer is none of the choices", f"{self.answer!r}: {why or asked}")
 
 
-def _text(choice: Any) -> Any:
+def _format_choice(choice: Any) -> Any:
     """A choice that is a number as text, with all its digits."""
     if isinstance(choice, (int, float)):
-        demand_finite(parse_number(choice) or 0, "choice")
-        return label_name(choice)
+        check_finite(parse_number(choice) or 0, "choice")
+        return get_label_name(choice)
     return choice
 
 
@@ -143,7 +143,7 @@ def find_numbering(rows: Iterable[Values]) -> Numbering:
         try:
             asked = Choices.of(values)
             number = asked.number() if asked.named() is None else None
-        except UnfitError:  # refused by its reader
+        except InvalidRowError:  # refused by its reader
             continue
         zero, last = zero or number == 0, last or number == len(asked.choices)
     if zero and last:

@@ -21,13 +21,13 @@ from luthier.core.config import Config
 from luthier.core.errors import DataError
 from luthier.core.examples import (
     ChatExample,
+    ClassificationExample,
     CompletionExample,
+    ContrastiveExample,
     Example,
-    LabelledExample,
     Message,
-    TaggedExample,
     TextExample,
-    TextsExample,
+    TokenClassificationExample,
 )
 from luthier.data.images import Pixels
 
@@ -36,7 +36,7 @@ UNSPACED = r"\u3040-\u30ff\u3400-\u9fff"  # scripts without spaces between words
 UNIT = re.compile(rf"\s*(?:[{UNSPACED}]|[^\s{UNSPACED}]+)")
 
 
-class WordsAugment(Config):
+class TextAugmentation(Config):
     """A change to the words that are read: deletion, swap or synonyms."""
 
     name: Literal["deletion", "swap", "synonyms"] = Field(description=(
@@ -48,13 +48,13 @@ class WordsAugment(Config):
 
     def text(self, text: str, chance: np.random.Generator) -> str:
         if self.name == "synonyms":
-            return _exchanged(text, self.rate, _groups(self.file), chance)
+            return _replace_synonyms(text, self.rate, _read_synonyms(self.file), chance)
         units = UNIT.findall(text)
-        return "".join(_deleted(units, self.rate, chance) if self.name == "deletion"
-                       else _swapped(units, self.rate, chance))
+        return "".join(_delete_words(units, self.rate, chance) if self.name == "deletion"
+                       else _swap_words(units, self.rate, chance))
 
 
-class PictureAugment(Config):
+class ImageAugmentation(Config):
     """A change to a picture, drawn anew in every epoch: crop, flip or noise."""
 
     name: Literal["crop", "flip", "noise"] = Field(description=(
@@ -68,10 +68,11 @@ class PictureAugment(Config):
             return pixels
         if self.name == "flip":
             return pixels[:, ::-1]
-        return _cropped(pixels, self.amount, chance) if self.name == "crop" else _noisy(pixels, self.amount, chance)
+        return _crop_image(pixels, self.amount, chance) if self.name == "crop" else _add_noise(pixels, self.amount,
+                                                                                               chance)
 
 
-class MixupAugment(Config):
+class MixupAugmentation(Config):
     """Rows mixed with one another, what is read and the label alike: see `mixup.py`."""
 
     name: Literal["mixup"] = Field("mixup", description="two rows and their labels are mixed; for objective: classify")
@@ -81,15 +82,15 @@ class MixupAugment(Config):
     replace: float = Field(0.0, ge=0, le=1, description="the probability with which a row itself is mixed")
 
 
-Augment = Annotated[WordsAugment | PictureAugment | MixupAugment, Field(discriminator="name")]
-VIEWS = (PictureAugment(name="crop", chance=1.0), PictureAugment(name="flip"),
-         PictureAugment(name="noise", amount=0.05))  # of pictures without a label, where the recipe names no change
+Augment = Annotated[TextAugmentation | ImageAugmentation | MixupAugmentation, Field(discriminator="name")]
+VIEWS = (ImageAugmentation(name="crop", chance=1.0), ImageAugmentation(name="flip"),
+         ImageAugmentation(name="noise", amount=0.05))  # of pictures without a label, where the recipe names no change
 
 
 # ---------------------------------------------------------------- words
 
 
-def _deleted(units: Sequence[str], rate: float, chance: np.random.Generator) -> list[str]:
+def _delete_words(units: Sequence[str], rate: float, chance: np.random.Generator) -> list[str]:
     """Each word is left out with probability `rate`; if all would be, one stays."""
     kept = chance.random(len(units)) >= rate
     if not kept.any():
@@ -97,7 +98,7 @@ def _deleted(units: Sequence[str], rate: float, chance: np.random.Generator) -> 
     return [unit for unit, stays in zip(units, kept, strict=True) if stays]
 
 
-def _swapped(units: Sequence[str], rate: float, chance: np.random.Generator) -> list[str]:
+def _swap_words(units: Sequence[str], rate: float, chance: np.random.Generator) -> list[str]:
     """`rate` of the words, at least two, change places in pairs; the white space stays where it is."""
     words = [unit.lstrip() for unit in units]
     if len(words) > 1:
@@ -107,7 +108,7 @@ def _swapped(units: Sequence[str], rate: float, chance: np.random.Generator) -> 
     return [unit[:len(unit) - len(unit.lstrip())] + word for unit, word in zip(units, words, strict=True)]
 
 
-def _exchanged(text: str, rate: float, groups: _Groups, chance: np.random.Generator) -> str:
+def _replace_synonyms(text: str, rate: float, groups: _SynonymGroups, chance: np.random.Generator) -> str:
     """Each word that has synonyms is exchanged with probability `rate`, by any of the others of its group."""
     def other(found: re.Match[str]) -> str:
         word = found.group()
@@ -123,13 +124,13 @@ def _exchanged(text: str, rate: float, groups: _Groups, chance: np.random.Genera
 
 
 @dataclass(frozen=True)
-class _Groups:
+class _SynonymGroups:
     of: dict[str, tuple[str, ...]]
     pattern: re.Pattern[str]
 
 
 @cache
-def _groups(file: str | None) -> _Groups:
+def _read_synonyms(file: str | None) -> _SynonymGroups:
     if file is None or not Path(file).is_file():
         raise DataError(f"data.augment: synonyms need a file of words, and {file!r} is none",
                         "name one with `file:`; a line is a group of words for one another: big, large, huge")
@@ -143,13 +144,13 @@ def _groups(file: str | None) -> _Groups:
         raise DataError(f"{file} holds no synonyms", "a line is a group of words for one another: big, large, huge")
     listed = "|".join(re.escape(word) for word in sorted(of, key=len, reverse=True))
     inside = rf"[^\W{UNSPACED}]"  # a letter of any script that has spaces: a word beside it is a part of another one
-    return _Groups(of, re.compile(rf"(?<!{inside})(?:{listed})(?!{inside})", re.IGNORECASE))
+    return _SynonymGroups(of, re.compile(rf"(?<!{inside})(?:{listed})(?!{inside})", re.IGNORECASE))
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def _cropped(pixels: Pixels, smallest: float, chance: np.random.Generator) -> Pixels:
+def _crop_image(pixels: Pixels, smallest: float, chance: np.random.Generator) -> Pixels:
     """A part with the picture's own proportions and at least `smallest` of its area, stretched to its size."""
     height, width = pixels.shape[:2]
     side = float(np.sqrt(chance.uniform(smallest, 1.0)))
@@ -161,19 +162,19 @@ def _cropped(pixels: Pixels, smallest: float, chance: np.random.Generator) -> Pi
     return grown.permute(1, 2, 0).reshape(pixels.shape).round().to(torch.uint8).numpy()
 
 
-def _noisy(pixels: Pixels, amount: float, chance: np.random.Generator) -> Pixels:
+def _add_noise(pixels: Pixels, amount: float, chance: np.random.Generator) -> Pixels:
     return (pixels + chance.normal(0.0, 255 * amount, pixels.shape)).round().clip(0, 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------- examples
 
 
-def _labelled(example: Any, change: Callable[[str], str]) -> Example:
+def _augment_classification(example: Any, change: Callable[[str], str]) -> Example:
     first = change(example.text)
     return replace(example, text=first, second=None if example.second is None else change(example.second))
 
 
-def _chat(example: Any, change: Callable[[str], str]) -> Example:
+def _augment_chat(example: Any, change: Callable[[str], str]) -> Example:
     """Only the user's turns."""
     said: tuple[Message, ...] = tuple(replace(turn, content=change(turn.content))
                                       if turn.role == "user" and turn.content.strip() else turn
@@ -182,15 +183,16 @@ def _chat(example: Any, change: Callable[[str], str]) -> Example:
 
 
 READ: dict[type, Callable[[Any, Callable[[str], str]], Example]] = {  # which words of an example are read, not answered
-    LabelledExample: _labelled,
-    ChatExample: _chat,
+    ClassificationExample: _augment_classification,
+    ChatExample: _augment_chat,
     TextExample: lambda example, change: replace(example, text=change(example.text)),
     CompletionExample: lambda example, change: replace(example, prompt=change(example.prompt)),
-    TextsExample: lambda example, change: replace(example, texts=tuple(map(change, example.texts))),
+    ContrastiveExample: lambda example, change: replace(example, texts=tuple(map(change, example.texts))),
 }
 
 
-def augmented(example: Example, row: int, changes: Sequence[WordsAugment], seed: int) -> list[tuple[str, Example]]:
+def augment_examples(example: Example, row: int, changes: Sequence[TextAugmentation],
+                     seed: int) -> list[tuple[str, Example]]:
     """The row itself, changed or not, and its changed copies; each with the name of its change, or none.
 
     Args:
@@ -200,33 +202,35 @@ def augmented(example: Example, row: int, changes: Sequence[WordsAugment], seed:
     for number, change in enumerate(changes):
         chance = np.random.default_rng([seed, row, number])
         if chance.random() < change.replace:
-            found[0] = (change.name, _changed(found[0][1], change, chance))
-        found += [(change.name, _changed(example, change, chance)) for _ in range(change.copies)]
+            found[0] = (change.name, _augment_example(found[0][1], change, chance))
+        found += [(change.name, _augment_example(example, change, chance)) for _ in range(change.copies)]
     return found
 
 
-def _changed(example: Example, change: WordsAugment, chance: np.random.Generator) -> Example:
-    if isinstance(example, TaggedExample) and change.name != "synonyms":
+def _augment_example(example: Example, change: TextAugmentation, chance: np.random.Generator) -> Example:
+    if isinstance(example, TokenClassificationExample) and change.name != "synonyms":
         pairs = list(zip(example.words, example.tags, strict=True))
-        kept = _of_pairs(pairs, change, chance)
+        kept = _augment_tagged_words(pairs, change, chance)
         return replace(example, words=tuple(word for word, _ in kept), tags=tuple(tag for _, tag in kept))
-    if isinstance(example, TaggedExample):
+    if isinstance(example, TokenClassificationExample):
         return replace(example, words=tuple(change.text(word, chance) for word in example.words))
     if type(example) not in READ:
         raise DataError(f"{example.origin}: data.augment knows no {change.name} for {type(example).__name__}",
-                        f"it changes {', '.join(sorted(kind.__name__ for kind in (*READ, TaggedExample)))}")
+                        f"it changes "
+                        f"{', '.join(sorted(kind.__name__ for kind in (*READ, TokenClassificationExample)))}")
     return READ[type(example)](example, lambda text: change.text(text, chance) if text.strip() else text)
 
 
-def _of_pairs(pairs: list[tuple[str, str]], change: WordsAugment, chance: np.random.Generator) -> list[tuple[str, str]]:
+def _augment_tagged_words(pairs: list[tuple[str, str]], change: TextAugmentation,
+                          chance: np.random.Generator) -> list[tuple[str, str]]:
     """Words with their tags, by the same rules as a text's words."""
     places = [str(i) for i in range(len(pairs))]
-    chosen = (_deleted if change.name == "deletion" else _swapped)(places, change.rate, chance)
+    chosen = (_delete_words if change.name == "deletion" else _swap_words)(places, change.rate, chance)
     return [pairs[int(place)] for place in chosen]
 
 
-def paraphrased(examples: Sequence[Example], generate: Callable[[list[str]], list[str]],
-                ask: str = "Say this in other words, in the same language:\n{text}") -> list[Example]:
+def paraphrase_examples(examples: Sequence[Example], generate: Callable[[list[str]], list[str]],
+                        ask: str = "Say this in other words, in the same language:\n{text}") -> list[Example]:
     """A copy of every example with its words said anew by a model.
 
     Args:

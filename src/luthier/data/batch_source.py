@@ -15,15 +15,15 @@ from typing import Any, Self
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.core.types import Batch, Encoded
-from luthier.data.images import Picture
-from luthier.data.masking import drawn
-from luthier.data.packing import pack
+from luthier.core.types import Batch, TokenizedExample
+from luthier.data.images import ImageInput
+from luthier.data.masking import apply_random
+from luthier.data.packing import pack_examples
 
 Mix = Sequence[tuple[int, float]]
 
 
-def digest(example: Encoded) -> bytes:
+def digest_example(example: TokenizedExample) -> bytes:
     """What the example trains, whatever its origin and whatever a model said of it: 16 bytes over all else."""
     found = hashlib.blake2b(digest_size=16)
     for piece in example.pieces:
@@ -38,17 +38,17 @@ def digest(example: Encoded) -> bytes:
     if example.hidden is not None:
         found.update(example.hidden.digest)
     for image in example.images:
-        found.update(image.digest if isinstance(image, Picture) else image.numpy().tobytes())
+        found.update(image.digest if isinstance(image, ImageInput) else image.numpy().tobytes())
     return found.digest()
 
 
-def changed(wanted: Any, found: Any) -> DataError:
+def build_changed_data_error(wanted: Any, found: Any) -> DataError:
     """The cursor of a run belongs to other data."""
     return DataError(f"the data is not what this run was trained on (fingerprint {found}, the run has {wanted})",
                      "resume with the same files, weights, shuffle, seed, tokenizer and max_length, or start a new run")
 
 
-class Loader:
+class InMemoryBatchSource:
     """An endless run of steps over examples in memory; a `core.protocols.BatchSource`.
 
     Args:
@@ -58,7 +58,8 @@ class Loader:
             0.5 is half of them, another half each epoch. Empty: everything once.
     """
 
-    def __init__(self, encoded: Sequence[Encoded], batch_size: int, micro_tokens: int | None, shuffle: bool = True,
+    def __init__(self, encoded: Sequence[TokenizedExample], batch_size: int, micro_tokens: int | None,
+                 shuffle: bool = True,
                  seed: int = 0, mix: Mix = ()) -> None:
         self.encoded, self.batch_size, self.micro_tokens = encoded, batch_size, micro_tokens
         self.shuffle, self.seed, self.mix = shuffle, seed, tuple(mix) or ((len(encoded), 1.0),)
@@ -70,14 +71,14 @@ class Loader:
     @property
     def _rows(self) -> int:
         """Examples seen in an epoch."""
-        return sum(_times(count, weight) for count, weight in self.mix)
+        return sum(_count_repeats(count, weight) for count, weight in self.mix)
 
     @cached_property
     def fingerprint(self) -> str:
         """Of everything that decides the order of examples."""
         found = hashlib.blake2b(repr((self.mix, self.shuffle, self.seed)).encode(), digest_size=12)
         for example in self.encoded:
-            found.update(digest(example))
+            found.update(digest_example(example))
         return found.hexdigest()
 
     def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -87,7 +88,7 @@ class Loader:
         for count, weight in self.mix:
             own = np.arange(start, start + count)
             whole = int(weight)
-            extra = _times(count, weight) - whole * count
+            extra = _count_repeats(count, weight) - whole * count
             parts += [own] * whole + ([np.sort(chance.permutation(own)[:extra])] if extra else [])
             start += count
         found = np.concatenate(parts)
@@ -101,7 +102,8 @@ class Loader:
             self.epoch, self.row = self.epoch + 1, 0
         chosen = self._order[self.row:self.row + self.batch_size]
         self.row += len(chosen)
-        return pack([drawn(self.encoded[i], self.seed, self.epoch, int(i)) for i in chosen], self.micro_tokens)
+        return pack_examples([apply_random(self.encoded[i], self.seed, self.epoch, int(i)) for i in chosen],
+                             self.micro_tokens)
 
     @property
     def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -116,10 +118,10 @@ class Loader:
 
     def load(self, state: Mapping[str, Any]) -> None:
         if state["data"] != self.fingerprint:
-            raise changed(state["data"], self.fingerprint)
+            raise build_changed_data_error(state["data"], self.fingerprint)
         self.epoch, self.row = state["epoch"], state["row"]
 
 
-def _times(count: int, weight: float) -> int:
+def _count_repeats(count: int, weight: float) -> int:
     """How many rows of a source of `count` an epoch sees; at least one."""
     return max(1, round(count * weight)) if count else 0

@@ -12,11 +12,12 @@ from itertools import pairwise
 from typing import Any
 
 from luthier.core.protocols import Tokenizer
-from luthier.data.chat import Rendered
+from luthier.data.chat import RenderedChat
 from luthier.data.control_tokens import TextPart, split_text
 
 
-def tokens(text: Rendered, tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[int], list[int]]:
+def tokenize_rendered(text: RenderedChat, tokenizer: Tokenizer, *, special: bool) -> tuple[list[int], list[int],
+                                                                                           list[int]]:
     """Ids, and where each token's characters start and end; both never fall.
 
     Args:
@@ -24,11 +25,11 @@ def tokens(text: Rendered, tokenizer: Tokenizer, *, special: bool) -> tuple[list
     """
     parts = list(split_text(text.text, text.boundaries))
     if tokenizer.is_fast and len(parts) == 1 and not parts[0].plain:
-        return _whole(text.text, tokenizer, special)
-    return _joined(text.text, parts if tokenizer.is_fast else _finer(parts, text), tokenizer, special)
+        return _tokenize_whole(text.text, tokenizer, special)
+    return _join_parts(text.text, parts if tokenizer.is_fast else _split_further(parts, text), tokenizer, special)
 
 
-def _whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
+def _tokenize_whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], list[int], list[int]]:
     out = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
     starts, ends, at = [], [], 0
     for start, end in out["offset_mapping"]:
@@ -42,7 +43,7 @@ def _whole(text: str, tokenizer: Tokenizer, special: bool) -> tuple[list[int], l
     return out["input_ids"], starts, ends
 
 
-def _finer(parts: list[TextPart], text: Rendered) -> list[TextPart]:
+def _split_further(parts: list[TextPart], text: RenderedChat) -> list[TextPart]:
     """The parts divided once more where spans start and end, for a tokenizer that keeps no offsets."""
     bounds = {at for span in text.spans for at in (span.start, span.end)}
     found: list[TextPart] = []
@@ -52,13 +53,13 @@ def _finer(parts: list[TextPart], text: Rendered) -> list[TextPart]:
     return found
 
 
-def _joined(text: str, parts: Sequence[TextPart], tokenizer: Tokenizer,
-            special: bool) -> tuple[list[int], list[int], list[int]]:
+def _join_parts(text: str, parts: Sequence[TextPart], tokenizer: Tokenizer,
+                special: bool) -> tuple[list[int], list[int], list[int]]:
     """The tokens of the parts one behind the other."""
-    opening, closing = marks_around(tokenizer) if special else ((), ())
+    opening, closing = get_special_tokens(tokenizer) if special else ((), ())
     ids, starts, ends = list(opening), [0] * len(opening), [0] * len(opening)
     for part in parts:
-        found, begin, stop = _part(text[part.start:part.end], tokenizer, part.plain, first=not part.start)
+        found, begin, stop = _tokenize_part(text[part.start:part.end], tokenizer, part.plain, first=not part.start)
         ids += found
         starts += [part.start + at for at in begin]
         ends += [part.start + at for at in stop]
@@ -68,7 +69,7 @@ def _joined(text: str, parts: Sequence[TextPart], tokenizer: Tokenizer,
 ANCHORS = ("\n", ".", "a")  # characters to encode a part behind, tried in turn: some merge with what follows
 
 
-def _part(text: str, tokenizer: Tokenizer, plain: bool, first: bool) -> tuple[list[int], list[int], list[int]]:
+def _tokenize_part(text: str, tokenizer: Tokenizer, plain: bool, first: bool) -> tuple[list[int], list[int], list[int]]:
     """One part. Further ones are encoded behind another character, whose tokens are taken off again: at the beginning
     of a text some tokenizers write a space that is not there.
 
@@ -76,17 +77,17 @@ def _part(text: str, tokenizer: Tokenizer, plain: bool, first: bool) -> tuple[li
         plain: it spells a control token, and none of its tokens may be one.
     """
     for anchor in ("",) if first else (*ANCHORS, ""):
-        alone = _encoded_part(anchor, tokenizer, plain)[0] if anchor else []
-        ids, offsets = _encoded_part(anchor + text, tokenizer, plain)
+        alone = _encode_part(anchor, tokenizer, plain)[0] if anchor else []
+        ids, offsets = _encode_part(anchor + text, tokenizer, plain)
         before, length = len(alone), len(anchor)
-        if ids[:before] == alone and _ends_at(offsets, before, anchor):
+        if ids[:before] == alone and _ends_at_anchor(offsets, before, anchor):
             break
     if offsets is None:
         return ids[before:], [0] * (len(ids) - before), [len(text)] * (len(ids) - before)
-    return ids[before:], *_rising([(max(a - length, 0), b - length) for a, b in offsets[before:]])
+    return ids[before:], *_make_monotonic([(max(a - length, 0), b - length) for a, b in offsets[before:]])
 
 
-def _encoded_part(text: str, tokenizer: Tokenizer, plain: bool) -> tuple[list[int], list[tuple[int, int]] | None]:
+def _encode_part(text: str, tokenizer: Tokenizer, plain: bool) -> tuple[list[int], list[tuple[int, int]] | None]:
     """Ids, and the characters of each where the tokenizer knows them."""
     options: dict[str, Any] = {"add_special_tokens": False, "verbose": False}
     if plain:
@@ -97,12 +98,12 @@ def _encoded_part(text: str, tokenizer: Tokenizer, plain: bool) -> tuple[list[in
     return list(out["input_ids"]), list(out["offset_mapping"])
 
 
-def _ends_at(offsets: list[tuple[int, int]] | None, count: int, anchor: str) -> bool:
+def _ends_at_anchor(offsets: list[tuple[int, int]] | None, count: int, anchor: str) -> bool:
     """Whether the first `count` tokens stand for the anchor and nothing more."""
     return offsets is None or all(end <= len(anchor) for _, end in offsets[:count])
 
 
-def _rising(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+def _make_monotonic(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Starts and ends of tokens, neither of which falls."""
     starts, ends, at = [], [], 0
     for start, end in offsets:
@@ -113,7 +114,7 @@ def _rising(offsets: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
     return starts, ends
 
 
-def marks_around(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def get_special_tokens(tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The tokens that the tokenizer puts before a text and behind it."""
     bare = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
     whole = list(tokenizer("a", verbose=False)["input_ids"])

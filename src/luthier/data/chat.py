@@ -20,17 +20,18 @@ from typing import Any
 
 from luthier.core.examples import ChatExample, Message
 from luthier.core.protocols import Tokenizer
-from luthier.data.control_tokens import START, is_torn, unmark
-from luthier.data.conversation import SYSTEM, Conversation, Rules, build_conversation, call_text
-from luthier.data.templates import RenderError, common_prefix
+from luthier.data.control_tokens import START, is_mark_broken, remove_marks
+from luthier.data.conversation import SYSTEM, Conversation, RenderingRules, build_conversation, format_call
+from luthier.data.templates import RenderError, measure_common_prefix
 
-__all__ = ["Rendered", "RenderError", "Span", "content_ranges", "render_chat", "render_prompt", "train_weights"]
+__all__ = ["RenderedChat", "RenderError", "WeightedSpan", "find_content_ranges", "render_chat", "render_prompt",
+           "compute_turn_weights"]
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
-class Span:
+class WeightedSpan:
     """Characters `start` to `end` of a text, and the weight of predicting them."""
 
     start: int
@@ -39,7 +40,7 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Rendered:
+class RenderedChat:
     """A text, the parts of it that have a weight of their own, in order, and the weight of all the rest.
 
     Args:
@@ -48,14 +49,14 @@ class Rendered:
     """
 
     text: str
-    spans: tuple[Span, ...] = ()
+    spans: tuple[WeightedSpan, ...] = ()
     rest: float = 0.0
     boundaries: tuple[int, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
-def train_weights(turns: Sequence[Mapping[str, Any] | Message], given: Sequence[float | None],
-                  train_on: str) -> list[float]:
+def compute_turn_weights(turns: Sequence[Mapping[str, Any] | Message], given: Sequence[float | None],
+                         train_on: str) -> list[float]:
     """The weight of each turn: its own, else what `train_on` says of its role."""
     roles = [turn.role if isinstance(turn, Message) else turn["role"] for turn in turns]
     last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
@@ -64,13 +65,13 @@ def train_weights(turns: Sequence[Mapping[str, Any] | Message], given: Sequence[
     return [by_rule(i) if weight is None else weight for i, weight in enumerate(given)]
 
 
-def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: Rules, train_on: str) -> list[Rendered]:
+def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRules, train_on: str) -> list[RenderedChat]:
     """The texts of a chat with their trained parts: one, or one for each trained turn where history is rewritten.
     Raises `RenderError`."""
     made = build_conversation(example.messages, example.tools, tokenizer, rules)
     rest = float(train_on == "all")
-    weights = train_weights(made.turns, made.weights, train_on)
-    chat = _Chat(made, weights, whole=train_on == "all")
+    weights = compute_turn_weights(made.turns, made.weights, train_on)
+    chat = _ChatRenderer(made, weights, whole=train_on == "all")
     own = [i for i, weight in enumerate(weights) if weight != rest]
     text = chat.until(len(made.turns))
     chat.refuse_dropped(len(made.turns))
@@ -81,33 +82,33 @@ def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: Rules, train_
     return [chat.rendered(chat.alone(i), [i], 0.0) for i in own]
 
 
-def render_prompt(example: ChatExample, tokenizer: Tokenizer, rules: Rules) -> tuple[Rendered, str]:
+def render_prompt(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRules) -> tuple[RenderedChat, str]:
     """The text up to where the assistant's last turn begins (a chat without one: to its end), and that turn's words.
     Raises `RenderError`."""
     made = build_conversation(example.messages, example.tools, tokenizer, rules)
     last = max((i for i, turn in enumerate(made.turns) if turn["role"] == "assistant"), default=len(made.turns))
-    chat = _Chat(made, [0.0] * len(made.turns))
+    chat = _ChatRenderer(made, [0.0] * len(made.turns))
     prompt = chat.prompt(last)
     chat.refuse_dropped(last, generate=True)
-    answer = unmark(_answer(made.turns[last])) if last < len(made.turns) else ""
-    return Rendered(prompt, boundaries=chat.boundaries(prompt, last), remarks=made.remarks), answer
+    answer = remove_marks(_is_answer(made.turns[last])) if last < len(made.turns) else ""
+    return RenderedChat(prompt, boundaries=chat.boundaries(prompt, last), remarks=made.remarks), answer
 
 
-def content_ranges(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
-                   rules: Rules) -> tuple[tuple[int, int], ...]:
+def find_content_ranges(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
+                        rules: RenderingRules) -> tuple[tuple[int, int], ...]:
     """Where the words of a prompt's turns lie in its text, but for those of system turns: what may be cut away without
     touching a mark, a header or a system prompt."""
     made = build_conversation(messages, tools, tokenizer, rules)
-    return _Chat(made, [0.0] * len(made.turns)).contents()
+    return _ChatRenderer(made, [0.0] * len(made.turns)).contents()
 
 
-def _answer(turn: Mapping[str, Any]) -> str:
+def _is_answer(turn: Mapping[str, Any]) -> str:
     calls: Sequence[Mapping[str, Any]] = turn.get("tool_calls") or ()
-    return "\n".join([*([turn["content"]] if turn["content"] else []), *map(call_text, calls)])
+    return "\n".join([*([turn["content"]] if turn["content"] else []), *map(format_call, calls)])
 
 
 @dataclass(frozen=True)
-class _Chat:
+class _ChatRenderer:
     """One conversation being rendered. `whole`: headers of the assistant's turns are trained too."""
 
     made: Conversation
@@ -119,7 +120,7 @@ class _Chat:
         """The first `count` turns as text; rendered once."""
         if (count, generate) not in self.known:
             text = self.made.template.render(self.made.turns[:count], tools=self.made.tools, generate=generate)
-            if is_torn(text):
+            if is_mark_broken(text):
                 raise RenderError("it takes apart a control token that is spelt in a message")
             self.known[count, generate] = text
         return self.known[count, generate]
@@ -140,7 +141,7 @@ class _Chat:
         """The turn behind a generation prompt that opens a thought, while the turn is rendered without one."""
         twins = (self.made.template.render([*self.made.turns[:index], {"role": "assistant", "content": content}],
                                            tools=self.made.tools) for content in ("qqq", "jjj"))
-        shared = min(common_prefix(prompt, other) for other in (text, *twins))
+        shared = min(measure_common_prefix(prompt, other) for other in (text, *twins))
         opened = prompt[shared:]
         if not index or shared < len(self.until(index)) or THOUGHT not in opened:
             raise RenderError("it rewrites what stands before an assistant's turn")
@@ -158,21 +159,21 @@ class _Chat:
         at = text.rfind(mark)  # the template ends with it; one that a message spells stands between marks
         return text[:at + len(mark)] if at >= len(self.prompt(index)) and text[at - 1] != START else text
 
-    def rendered(self, text: str, own: Sequence[int], rest: float) -> Rendered:
+    def rendered(self, text: str, own: Sequence[int], rest: float) -> RenderedChat:
         """What the template writes behind the mark of the very last turn is left out: nothing comes after it."""
         last = own[-1] if own else len(self.made.turns)
         if last == len(self.made.turns) - 1 and not self.whole:
             text = self.through(last)
-        return Rendered(text, tuple(self._span(i) for i in own), rest, self.boundaries(text, last + 1),
-                        self.made.remarks)
+        return RenderedChat(text, tuple(self._span(i) for i in own), rest, self.boundaries(text, last + 1),
+                            self.made.remarks)
 
-    def _span(self, index: int) -> Span:
+    def _span(self, index: int) -> WeightedSpan:
         text = self.through(index)
         if self.whole or self.made.turns[index]["role"] != "assistant":
-            start = common_prefix(self.until(index), text) if index else 0
+            start = measure_common_prefix(self.until(index), text) if index else 0
         else:
             start = len(self.prompt(index))
-        return Span(start, len(text), self.weights[index])
+        return WeightedSpan(start, len(text), self.weights[index])
 
     def boundaries(self, text: str, count: int) -> tuple[int, ...]:
         """Where the assistant's turns among the first `count` begin in `text`, as far as they are not rewritten."""
@@ -188,8 +189,8 @@ class _Chat:
                 continue
             other = {**turn, "content": "j" if turn["content"].lstrip()[:1] != "j" else "q"}
             twin = self.made.template.render([*turns[:i], other, *turns[i + 1:]], tools=self.made.tools, generate=True)
-            start = common_prefix(prompt, twin)
-            end = len(prompt) - common_prefix(prompt[start:][::-1], twin[start:][::-1])
+            start = measure_common_prefix(prompt, twin)
+            end = len(prompt) - measure_common_prefix(prompt[start:][::-1], twin[start:][::-1])
             if end > start:
                 found.append((start, end))
         return tuple(found)

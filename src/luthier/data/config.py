@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator
 
 from luthier.core.config import Config
-from luthier.core.errors import nearest
+from luthier.core.errors import suggest_nearest
 from luthier.data.augmentation import Augment
-from luthier.data.conversation import ChatConfig, Rules
+from luthier.data.conversation import ChatConfig, RenderingRules
 from luthier.data.formats.registry import COLUMNS, FormatName
 
 LENGTH = 1024  # tokens, where nobody says
@@ -37,7 +37,7 @@ class Source(Config):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: Mapping[str, str | int] | None) -> Mapping[str, str | int] | None:
-        return None if columns is None else _standard(columns)
+        return None if columns is None else _normalize_columns(columns)
 
 
 class DataConfig(Config):
@@ -79,7 +79,7 @@ class DataConfig(Config):
     @field_validator("train", mode="before")
     @classmethod
     def _several(cls, raw: Any) -> Any:
-        return [_source(item) for item in (raw if isinstance(raw, (list, tuple)) else [raw])]
+        return [_parse_source(item) for item in (raw if isinstance(raw, (list, tuple)) else [raw])]
 
     @field_validator("train")
     @classmethod
@@ -91,7 +91,7 @@ class DataConfig(Config):
     @field_validator("eval", "test", mode="before")
     @classmethod
     def _one(cls, raw: Any) -> Any:
-        return _source(raw)
+        return _parse_source(raw)
 
     @field_validator("eval")
     @classmethod
@@ -103,7 +103,7 @@ class DataConfig(Config):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
-        return _standard(columns)
+        return _normalize_columns(columns)
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -125,9 +125,9 @@ class DataConfig(Config):
         return self.model_copy(update=own) if own else self
 
     @property
-    def rules(self) -> Rules:
+    def rules(self) -> RenderingRules:
         """How messages are rendered."""
-        return Rules(self.chat, self.system)
+        return RenderingRules(self.chat, self.system)
 
     @property
     def most(self) -> int:
@@ -151,14 +151,14 @@ class DividedConfig(DataConfig):
         return cls.model_construct(config.model_fields_set, **{**dict(config), "share_prompt": True})
 
 
-def _standard(columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
+def _normalize_columns(columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
     for column in columns:
         if column not in COLUMNS:
-            raise ValueError(f"unknown standard column {column!r}: {nearest(column, COLUMNS)}")
+            raise ValueError(f"unknown standard column {column!r}: {suggest_nearest(column, COLUMNS)}")
     if len({isinstance(theirs, int) for theirs in columns.values()}) > 1:
         raise ValueError("give names for all columns, or numbers for all of a table without a header")
     return columns
 
 
-def _source(raw: Any) -> Any:
+def _parse_source(raw: Any) -> Any:
     return {"path": raw} if isinstance(raw, str) else raw

@@ -28,7 +28,7 @@ from pydantic import Field
 from luthier.core.config import Config
 from luthier.core.examples import Message
 from luthier.core.protocols import Tokenizer
-from luthier.data.control_tokens import ControlTokens, control_tokens
+from luthier.data.control_tokens import ControlTokens, find_control_tokens
 from luthier.data.templates import ChatTemplate, RenderError, choose_template
 
 TOOLS_INTRODUCED = ("You may call these functions. To call one, answer with its name and arguments as JSON between "
@@ -47,7 +47,7 @@ class ChatConfig(Config):
 
 
 @dataclass(frozen=True)
-class Rules:
+class RenderingRules:
     """What decides how messages are rendered; `system` is put before conversations that have no system turn."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -72,17 +72,18 @@ class Conversation:
 
 
 def build_conversation(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
-                       rules: Rules) -> Conversation:
+                       rules: RenderingRules) -> Conversation:
     """The conversation for the template that renders it. Raises `RenderError` for a key that no rule covers."""
     if rules.system and (not messages or messages[0].role not in SYSTEM):
         messages = [Message("system", rules.system), *messages]
     kept = [Message(m.role, m.content, m.weight, {k: v for k, v in m.extra.items() if k not in rules.chat.ignore_keys})
             for m in messages]
-    template = choose_template(tokenizer, _needs(kept, tools), bool(tools))
-    return _Builder(template, control_tokens(tokenizer, template.source, rules.chat.control_tokens)).build(kept, tools)
+    template = choose_template(tokenizer, _list_needs(kept, tools), bool(tools))
+    return _Builder(template, find_control_tokens(tokenizer, template.source, rules.chat.control_tokens)).build(kept,
+                                                                                                                tools)
 
 
-def _needs(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
+def _list_needs(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
     """What a template should render, for the choice among several."""
     keys = {(m.role, key): value for m in messages for key, value in m.extra.items() if key not in LINKS}
     return [(role, key, value) for (role, key), value in keys.items()] + ([("user", "tools", None)] if tools else [])
@@ -175,7 +176,7 @@ class _Builder:
                 self._remark("function calls were put into the content as <tool_call> ... </tool_call>, since the chat "
                              "template does not render them")
                 said = [turn["content"]] if turn["content"] else []
-                turn["content"] = "\n".join(said + [call_text(call) for call in self._mark(value, role)])
+                turn["content"] = "\n".join(said + [format_call(call) for call in self._mark(value, role)])
             elif key in LINKS or (key == "name" and role == "tool"):
                 self._remark(f"the chat template does not render {key!r}, which links a result to its call")
             else:
@@ -188,7 +189,7 @@ class _Builder:
         return turn
 
 
-def call_text(call: Mapping[str, Any]) -> str:
+def format_call(call: Mapping[str, Any]) -> str:
     """A function call as text, for templates that render none."""
     inner = call.get("function", call)
     return f"<tool_call>\n{json.dumps(inner, ensure_ascii=False)}\n</tool_call>"

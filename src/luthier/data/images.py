@@ -23,9 +23,9 @@ from torch import Tensor
 
 from luthier.core.errors import DataError, MissingExtra
 from luthier.core.examples import Origin
-from luthier.core.types import Encoded
-from luthier.data.row_values import UnfitError
-from luthier.data.rows import Refusal, Row, Rows, opened
+from luthier.core.types import TokenizedExample
+from luthier.data.row_values import InvalidRowError
+from luthier.data.rows import RejectedRow, Row, Rows, open_file
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -36,7 +36,7 @@ LIMIT = 64_000_000  # pixels of one picture: more is a decompression bomb or a s
 # ---------------------------------------------------------------- one file
 
 
-def opened_picture(file: Path | io.BytesIO) -> Pixels:
+def open_image(file: Path | io.BytesIO) -> Pixels:
     """A picture file as [height, width, 3], or [height, width] where it is grey. Raises `UnfitError`."""
     if importlib.util.find_spec("PIL") is None:
         raise MissingExtra("pillow", "vision", "reading pictures")
@@ -45,53 +45,53 @@ def opened_picture(file: Path | io.BytesIO) -> Pixels:
     try:
         with Image.open(file) as picture:
             if picture.width * picture.height > LIMIT:
-                raise UnfitError("the picture is too large", f"{picture.width} x {picture.height} pixels")
+                raise InvalidRowError("the picture is too large", f"{picture.width} x {picture.height} pixels")
             grey = picture.mode in ("1", "L")
             return np.asarray(picture.convert("L" if grey else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
-        if isinstance(fault, UnfitError):
+        if isinstance(fault, InvalidRowError):
             raise
-        raise UnfitError("the picture cannot be read", str(fault)) from fault
+        raise InvalidRowError("the picture cannot be read", str(fault)) from fault
 
 
 @dataclass(frozen=True)
-class PictureFile:
+class ImageFile:
     """A picture on disk, decoded whenever it is asked for."""
 
     path: Path
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Pixels:
-        return opened_picture(self.path)
+        return open_image(self.path)
 
-    def checked(self) -> PictureFile:
+    def checked(self) -> ImageFile:
         """Itself, once it has been decoded without a fault."""
-        opened_picture(self.path)
+        open_image(self.path)
         return self
 
 
-def in_folder(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """Its pictures, at any depth."""
     return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
-def read_pictures(files: Sequence[tuple[Path, Path]]) -> Rows:
+def read_image_rows(files: Sequence[tuple[Path, Path]]) -> Rows:
     """A row for each picture, given behind the folder of its split; its label is the subfolder's name, or none where it
     lies in that folder itself."""
     for folder, file in files:
         inside = file.relative_to(folder).parts
-        yield Row({"pixels": PictureFile(file), **({"label": inside[0]} if len(inside) > 1 else {})},
+        yield Row({"pixels": ImageFile(file), **({"label": inside[0]} if len(inside) > 1 else {})},
                   Origin(str(file), 1))
 
 
 # ---------------------------------------------------------------- IDX
 
 
-def read_idx(file: Path) -> Iterator[Row | Refusal]:
+def read_idx(file: Path) -> Iterator[Row | RejectedRow]:
     """Every picture of an IDX file, with its label where the labels' file lies beside it."""
-    pixels = _array(file, 3)
+    pixels = _read_idx_array(file, 3)
     beside = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
-    labels = _array(beside, 1) if beside.exists() else None
+    labels = _read_idx_array(beside, 1) if beside.exists() else None
     if labels is not None and len(labels) != len(pixels):
         raise DataError(f"{file} holds {len(pixels)} pictures, {beside.name} beside it {len(labels)} labels",
                         "get both files anew")
@@ -100,8 +100,8 @@ def read_idx(file: Path) -> Iterator[Row | Refusal]:
                   Origin(str(file), number + 1))
 
 
-def _array(file: Path, dimensions: int) -> Pixels:
-    with opened(file) as stream:
+def _read_idx_array(file: Path, dimensions: int) -> Pixels:
+    with open_file(file) as stream:
         raw = stream.read()
     head = 4 + 4 * dimensions
     if len(raw) < head or raw[:4] != bytes((0, 0, 8, dimensions)):
@@ -116,14 +116,14 @@ def _array(file: Path, dimensions: int) -> Pixels:
 # ---------------------------------------------------------------- on the way into a batch
 
 
-class Change(Protocol):
+class ImageChange(Protocol):
     """A change to a picture: `augment.PictureAugment`."""
 
     def picture(self, pixels: Pixels, chance: np.random.Generator) -> Pixels: ...
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageInput:
     """A picture of an encoded example: pixels, the changes that they go through, and who makes a tensor of them.
 
     Args:
@@ -134,9 +134,9 @@ class Picture:
 
     pixels: Any
     see: Callable[[Pixels], Tensor]
-    changes: tuple[Change, ...] = ()
+    changes: tuple[ImageChange, ...] = ()
     draw: tuple[int, ...] = (0,)
-    other: Picture | None = None
+    other: ImageInput | None = None
     share: float = 1.0
 
     def tensor(self) -> Tensor:
@@ -155,7 +155,7 @@ class Picture:
     def digest(self) -> bytes:
         """Of the pixels (of a file, its name and size) and the changes."""
         found = hashlib.blake2b(repr(self.changes).encode(), digest_size=16)
-        if isinstance(self.pixels, PictureFile):
+        if isinstance(self.pixels, ImageFile):
             found.update(f"{self.pixels.path} {self.pixels.path.stat().st_size}".encode())
         else:
             found.update(np.ascontiguousarray(self.pixels).tobytes())
@@ -164,16 +164,16 @@ class Picture:
         return found.digest()
 
 
-def unchanged(example: Encoded) -> Encoded:
+def disable_changes(example: TokenizedExample) -> TokenizedExample:
     """A single picture as it is, for held-out rows; two views of one need their changes."""
     if len(example.images) != 1:
         return example
     return replace(example, images=(replace(example.images[0], changes=()),))
 
 
-def drawn(example: Encoded, *draw: int) -> Encoded:
+def apply_random_changes(example: TokenizedExample, *draw: int) -> TokenizedExample:
     """The example with its pictures' changes drawn anew; itself where it has none."""
-    if not any(isinstance(image, Picture) and image.changes for image in example.images):
+    if not any(isinstance(image, ImageInput) and image.changes for image in example.images):
         return example
     return replace(example, images=tuple(replace(image, draw=(*draw, view))
                                          for view, image in enumerate(example.images)))

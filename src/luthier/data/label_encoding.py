@@ -11,29 +11,29 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 
-from luthier.core.errors import DataError, nearest
+from luthier.core.errors import DataError, suggest_nearest
 from luthier.core.examples import (
+    ClassificationExample,
+    ContrastiveExample,
     Example,
     ImageExample,
-    LabelledExample,
-    TaggedExample,
-    TextsExample,
+    TokenClassificationExample,
     UnpairedPreferenceExample,
 )
-from luthier.core.labels import label_key, label_names, parse_number, sort_labels
+from luthier.core.labels import collect_label_names, get_label_key, parse_number, sort_labels
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Encoded
+from luthier.core.types import TokenizedExample
 from luthier.data.config import DataConfig
-from luthier.data.preference_encoding import judged
-from luthier.data.row_values import Label, UnfitError, name, number
-from luthier.data.rows import Refusal
+from luthier.data.preference_encoding import encode_unpaired
+from luthier.data.row_values import InvalidRowError, Label, format_class_name, read_number
+from luthier.data.rows import RejectedRow
 
 SCALES = (1.0, 5.0, 10.0, 100.0)
 SHOWN = 12  # classes named in a message
 
 
 @dataclass(frozen=True)
-class Known:
+class LabelEncoder:
     """What the training rows settle.
 
     Args:
@@ -49,34 +49,34 @@ class Known:
     @cached_property
     def places(self) -> Mapping[str, int]:
         """The number of each class by its name's value."""
-        return {label_key(one): place for place, one in enumerate(self.classes or ())}
+        return {get_label_key(one): place for place, one in enumerate(self.classes or ())}
 
 
-def known(examples: Sequence[Example], classes: tuple[str, ...] | None, config: DataConfig) -> Known:
+def fit_label_encoder(examples: Sequence[Example], classes: tuple[str, ...] | None, config: DataConfig) -> LabelEncoder:
     """From the training rows. `classes` as the objective has them: None, their names, or () to find them here."""
-    labels = [label for example in examples for label in _labels(example)]
+    labels = [label for example in examples for label in _get_labels(example)]
     if classes == ():
         if not config.streaming:  # a regression's features are read so, too
-            _demand_one_spelling(examples)
-        classes = sort_labels(label_names(_each(labels)).values())
-    scores = [e.score for e in examples if isinstance(e, TextsExample) and e.score is not None]
+            _check_spellings(examples)
+        classes = sort_labels(collect_label_names(_iterate_labels(labels)).values())
+    scores = [e.score for e in examples if isinstance(e, ContrastiveExample) and e.score is not None]
     scale = config.score_scale or next((s for s in SCALES if s >= max(scores, default=0.0)), max(scores, default=1.0))
-    return Known(classes, any(isinstance(label, tuple) for label in labels), scale)
+    return LabelEncoder(classes, any(isinstance(label, tuple) for label in labels), scale)
 
 
-def _each(labels: Iterable[Label]) -> Iterator[str | float]:
+def _iterate_labels(labels: Iterable[Label]) -> Iterator[str | float]:
     for label in labels:
         yield from label if isinstance(label, tuple) else (label,)
 
 
-def _demand_one_spelling(examples: Sequence[Example]) -> None:
+def _check_spellings(examples: Sequence[Example]) -> None:
     """Raises `DataError` where the text of one number with decimals has two spellings: 1.1 and 1.10 are one number, but
     as the numbers of sections they are two classes, and nothing says which is meant."""
     spelled: dict[str, str] = {}
     for example in examples:
-        for one in _each(_labels(example)):
+        for one in _iterate_labels(_get_labels(example)):
             if isinstance(one, str) and isinstance(parse_number(one), float):
-                first = spelled.setdefault(label_key(one), one)
+                first = spelled.setdefault(get_label_key(one), one)
                 if first != one:
                     raise DataError(f"{example.origin}: the label {one!r} is spelled {first!r} in another row: as "
                                     "numbers they are one class, as text they are two",
@@ -84,72 +84,74 @@ def _demand_one_spelling(examples: Sequence[Example]) -> None:
                                     f"'v{one}'")
 
 
-def _labels(example: Example) -> tuple[Label, ...]:
-    if isinstance(example, TaggedExample):
+def _get_labels(example: Example) -> tuple[Label, ...]:
+    if isinstance(example, TokenClassificationExample):
         return example.tags
-    labelled = isinstance(example, LabelledExample | ImageExample) and example.label is not None
+    labelled = isinstance(example, ClassificationExample | ImageExample) and example.label is not None
     return (example.label,) if labelled else ()  # type: ignore[union-attr,return-value]
 
 
-def settled(example: Example, encoded: Encoded, what: Known) -> Encoded | Refusal:
+def encode_labels(example: Example, encoded: TokenizedExample, what: LabelEncoder) -> TokenizedExample | RejectedRow:
     """The example with its labels as numbers, or why its row is refused."""
     try:
-        if isinstance(example, TaggedExample):
-            return _with_tags(example, encoded, what)
-        labels = _labels(example)
+        if isinstance(example, TokenClassificationExample):
+            return _encode_tags(example, encoded, what)
+        labels = _get_labels(example)
         if labels:
-            told = _numbers(labels[0], what)
-        elif isinstance(example, TextsExample) and example.score is not None:
-            told = _scaled(example.score, what.scale)
+            told = _encode_label(labels[0], what)
+        elif isinstance(example, ContrastiveExample) and example.score is not None:
+            told = _scale_score(example.score, what.scale)
         else:
             return encoded
-    except UnfitError as unfit:
-        return Refusal(example.origin, unfit.reason, unfit.detail)
+    except InvalidRowError as unfit:
+        return RejectedRow(example.origin, unfit.reason, unfit.detail)
     return replace(encoded, items=tuple(replace(item, label=told) for item in encoded.items))
 
 
-def _with_tags(example: TaggedExample, encoded: Encoded, what: Known) -> Encoded:
+def _encode_tags(example: TokenClassificationExample, encoded: TokenizedExample,
+                 what: LabelEncoder) -> TokenizedExample:
     (piece,) = encoded.pieces
-    numbers = [_number(tag, what) for tag in example.tags]
+    numbers = [_encode_class(tag, what) for tag in example.tags]
     tags = tuple(int(numbers[word]) if word >= 0 else -1 for word in piece.tags)
     return replace(encoded, pieces=(replace(piece, tags=tags),))
 
 
-def _scaled(score: float, scale: float) -> float:
+def _scale_score(score: float, scale: float) -> float:
     if score > scale:
-        raise UnfitError("score above the scale", f"{score:g}, and {scale:g} means the same (data.score_scale)")
+        raise InvalidRowError("score above the scale", f"{score:g}, and {scale:g} means the same (data.score_scale)")
     return score / scale
 
 
-def _numbers(label: Label, what: Known) -> float | tuple[float, ...]:
+def _encode_label(label: Label, what: LabelEncoder) -> float | tuple[float, ...]:
     """A class's number, one flag for each class, or the number itself."""
     if what.classes is None and isinstance(label, tuple):
-        raise UnfitError("several labels where one number is wanted", ", ".join(label))
+        raise InvalidRowError("several labels where one number is wanted", ", ".join(label))
     if what.classes is None or not what.several:
         assert not isinstance(label, tuple), "`several` says whether there are any"
-        return _number(label, what)
-    flagged = {_number(one, what) for one in (label if isinstance(label, tuple) else (label,))}
+        return _encode_class(label, what)
+    flagged = {_encode_class(one, what) for one in (label if isinstance(label, tuple) else (label,))}
     return tuple(float(i in flagged) for i in range(len(what.classes)))
 
 
-def _number(label: str | float, what: Known) -> float:
+def _encode_class(label: str | float, what: LabelEncoder) -> float:
     """The number of the class that has the label's value for a name; of a regression the value itself."""
     if what.classes is None:
-        return number(label, "label")
-    found = what.places.get(label_key(label))
+        return read_number(label, "label")
+    found = what.places.get(get_label_key(label))
     if found is not None:
         return float(found)
-    named = name(label)
+    named = format_class_name(label)
     position = "; a number is not read as the position of a class: write the class's name"
     there = what.classes if len(what.classes) <= SHOWN else ()
     positions = parse_number(label) is not None and all(parse_number(one) is None for one in what.classes)
-    raise UnfitError("a label that is none of the classes",
-                     f"{named!r}; " + (f"known: {', '.join(there)}" if there else nearest(named, what.classes))
-                     + (position if positions else ""))
+    raise InvalidRowError("a label that is none of the classes",
+                          f"{named!r}; " + (f"known: {', '.join(there)}" if there
+                                            else suggest_nearest(named, what.classes))
+                          + (position if positions else ""))
 
 
-def beside_others(examples: Sequence[Example], everything: Sequence[Example], tokenizer: Tokenizer,
-                  config: DataConfig) -> dict[int, Encoded]:
+def add_mismatched_completions(examples: Sequence[Example], everything: Sequence[Example], tokenizer: Tokenizer,
+                               config: DataConfig) -> dict[int, TokenizedExample]:
     """KTO's rows, by their places, each with the answer of the next row that has another one, behind its own prompt; if
     none of `examples` has, of the first of `everything`.
 
@@ -166,26 +168,26 @@ def beside_others(examples: Sequence[Example], everything: Sequence[Example], to
         if other is None:
             raise DataError(f"{example.origin}: a row with a verdict is compared with other rows' answers; there is "
                             "none", "give at least two rows with different answers")
-        made = judged(example, tokenizer, config, other)
-        assert not isinstance(made, Refusal), f"{example.origin} was encoded before"
+        made = encode_unpaired(example, tokenizer, config, other)
+        assert not isinstance(made, RejectedRow), f"{example.origin} was encoded before"
         found[place] = made[0][0]
     return found
 
 
-def whole_needed(example: Example, what: tuple[str, ...] | None, config: DataConfig) -> str:
+def explain_no_streaming(example: Example, what: tuple[str, ...] | None, config: DataConfig) -> str:
     """Why this kind of example cannot be streamed; empty where it can."""
     if isinstance(example, UnpairedPreferenceExample):
         return "rows with a verdict need another row's answer beside them"
-    if _labels(example) and what == ():
+    if _get_labels(example) and what == ():
         return "the classes are found by reading all training rows (or name them in the objective)"
-    if any(isinstance(label, tuple) for label in _labels(example)):
+    if any(isinstance(label, tuple) for label in _get_labels(example)):
         return "only all rows together say whether a row may have several classes"
-    if isinstance(example, TextsExample) and example.score is not None and config.score_scale is None:
+    if isinstance(example, ContrastiveExample) and example.score is not None and config.score_scale is None:
         return "the scale of the scores is found by reading all training rows (or say it: data.score_scale)"
     return ""
 
 
-def class_sums(encoded: Iterable[tuple[Encoded, float]], classes: Sequence[str]) -> dict[str, float]:
+def sum_class_weights(encoded: Iterable[tuple[TokenizedExample, float]], classes: Sequence[str]) -> dict[str, float]:
     """Of each class how many labels the examples have, each as often as its weight says, times the number beside it."""
     sums = [0.0] * len(classes)
     for example, times in encoded:
@@ -200,8 +202,8 @@ def class_sums(encoded: Iterable[tuple[Encoded, float]], classes: Sequence[str])
     return dict(zip(classes, sums, strict=True))
 
 
-def class_counts(examples: Iterable[Example]) -> dict[str, int]:
+def count_classes(examples: Iterable[Example]) -> dict[str, int]:
     """How many rows, or words, have each label."""
-    labels = [one for example in examples for one in _each(_labels(example))]
-    counts = Counter(map(label_key, labels))
-    return {known: counts[key] for key, known in label_names(labels).items()}
+    labels = [one for example in examples for one in _iterate_labels(_get_labels(example))]
+    counts = Counter(map(get_label_key, labels))
+    return {known: counts[key] for key, known in collect_label_names(labels).items()}

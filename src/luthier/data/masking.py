@@ -28,16 +28,16 @@ import numpy as np
 from luthier.core.errors import BaseError
 from luthier.core.examples import Example, TextExample
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Encoded, Piece
+from luthier.core.types import TokenizedExample, TokenSpan
 from luthier.data import images
 from luthier.data.config import DataConfig
-from luthier.data.rows import Refusal
+from luthier.data.rows import RejectedRow
 
 MASKED, RANDOM = 0.8, 0.1  # of the hidden words: shown as the mask, and as any other token; the rest is shown as it is
 
 
 @dataclass(frozen=True)
-class Hide:
+class MaskingConfig:
     """How documents are hidden, and with which tokens.
 
     Args:
@@ -62,16 +62,16 @@ class Hide:
 
     @staticmethod
     def of(tokenizer: Tokenizer, how: Literal["words", "spans"], name: str, rate: float = 0.15, span: float = 3.0,
-           whole: bool = False) -> Hide:
+           whole: bool = False) -> MaskingConfig:
         """With the tokens of the base `name`. Raises `BaseError` where its tokenizer has none to stand for others."""
         if how == "spans":
-            stand = _sentinels(tokenizer)
+            stand = _find_sentinels(tokenizer)
             if len(stand) < 2:
                 raise BaseError(f"the tokenizer of {name!r} has no sentinels (<extra_id_0>, <extra_id_1>, ...), which "
                                 "stand for the spans that are hidden", "choose a base of the T5 family, or train this "
                                 "one on sources and answers (objective: sft)")
             special = frozenset(token for token in (*stand, tokenizer.eos_token_id) if token is not None)
-            return Hide(how, rate, span, False, stand, special, tokenizer.eos_token_id, 0)
+            return MaskingConfig(how, rate, span, False, stand, special, tokenizer.eos_token_id, 0)
         if tokenizer.mask_token_id is None:
             raise BaseError(f"the tokenizer of {name!r} has no mask, which stands for the words that are hidden",
                             "choose an encoder that was trained on masked words, such as BERT or RoBERTa")
@@ -79,10 +79,10 @@ class Hide:
             raise BaseError(f"the tokenizer of {name!r} does not say which tokens are one word",
                             "leave out objective.whole_word_mask")
         special = frozenset(tokenizer.all_special_ids)
-        return Hide(how, rate, span, whole, (tokenizer.mask_token_id,), special, None, len(tokenizer))
+        return MaskingConfig(how, rate, span, whole, (tokenizer.mask_token_id,), special, None, len(tokenizer))
 
 
-def _sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
+def _find_sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
     found: list[int] = []
     while (token := tokenizer.convert_tokens_to_ids(f"<extra_id_{len(found)}>")) not in (None, tokenizer.unk_token_id):
         found.append(token)
@@ -93,20 +93,20 @@ def _sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Hidden:
+class MaskableDocument:
     """What a document that is still whole knows of hiding. Its tokens with a weight may be hidden.
 
     Args:
         owners: the word that each of its tokens is of; empty: each is one of its own.
     """
 
-    hide: Hide
+    hide: MaskingConfig
     owners: tuple[int, ...] = ()
 
-    def drawn(self, example: Encoded, chance: np.random.Generator) -> Encoded:
+    def drawn(self, example: TokenizedExample, chance: np.random.Generator) -> TokenizedExample:
         """The example as a base sees it, with what it is to guess."""
         piece, = example.pieces
-        makes = _masked if self.hide.how == "words" else _spanned
+        makes = _mask_tokens if self.hide.how == "words" else _mask_spans
         return replace(example, pieces=makes(piece, self, chance), hidden=None)
 
     @property
@@ -117,8 +117,8 @@ class Hidden:
         return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
 
 
-def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig,
-            hide: Hide) -> tuple[list[Encoded], bool] | Refusal:
+def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
+                    hide: MaskingConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
     """A text as one example, or as several of like length where it is split; and whether its end was cut off."""
     assert isinstance(example, TextExample), "whoever hides reads documents"
     told = tokenizer(example.text, return_special_tokens_mask=True, verbose=False)
@@ -131,7 +131,7 @@ def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig,
     room = config.most - len(before) - len(after) - (hide.how == "spans")  # an answer has one sentinel more than spans
     length = stop - start
     if length > room and config.overlong == "refuse":
-        return Refusal(example.origin, "longer than max_length", f"{length} tokens, at most {room}")
+        return RejectedRow(example.origin, "longer than max_length", f"{length} tokens, at most {room}")
     if config.overlong == "truncate":
         length = min(length, room)
     parts = max(1, math.ceil(length / max(1, room)))
@@ -139,38 +139,39 @@ def encoded(example: Example, tokenizer: Tokenizer, config: DataConfig,
     owners = told.word_ids() if hide.whole else []
     found = []
     for first, last in pairwise(bounds):
-        made = _whole(example, before, ids[first:last], after, owners[first:last], hide)
-        if isinstance(made, Refusal):
+        made = _build_document(example, before, ids[first:last], after, owners[first:last], hide)
+        if isinstance(made, RejectedRow):
             return made
         found.append(made)
     return found, length < stop - start
 
 
-def _whole(example: TextExample, before: list[int], body: list[int], after: list[int], owners: list[int | None],
-           hide: Hide) -> Encoded | Refusal:
+def _build_document(example: TextExample, before: list[int], body: list[int], after: list[int],
+                    owners: list[int | None],
+                    hide: MaskingConfig) -> TokenizedExample | RejectedRow:
     """A part of the text between its marks; `owners`: the word of each of its tokens, or empty."""
     strange = next((token for token in body if token in hide.special), None)
     if hide.how == "spans" and strange is not None:
-        return Refusal(example.origin, "the text holds a token that stands for hidden spans, or the end mark",
-                       f"token {strange}")
+        return RejectedRow(example.origin, "the text holds a token that stands for hidden spans, or the end mark",
+                           f"token {strange}")
     weights = [example.weight if token not in hide.special else 0.0 for token in body]
     count = sum(map(bool, weights))
     if count < (1 if hide.how == "words" else 2):
-        return Refusal(example.origin, "nothing to train on", f"{count} tokens, of which one is hidden"
-                       + (" and one seen" if hide.how == "spans" else ""))
-    if hide.how == "spans" and (needed := _spans(count, hide)[1] + 1) > len(hide.stand):
-        return Refusal(example.origin, "more spans than the tokenizer has sentinels",
-                       f"{needed}, and there are {len(hide.stand)}; lower data.max_length or raise "
-                       "objective.mean_noise_span_length")
+        return RejectedRow(example.origin, "nothing to train on", f"{count} tokens, of which one is hidden"
+                           + (" and one seen" if hide.how == "spans" else ""))
+    if hide.how == "spans" and (needed := _count_spans(count, hide)[1] + 1) > len(hide.stand):
+        return RejectedRow(example.origin, "more spans than the tokenizer has sentinels",
+                           f"{needed}, and there are {len(hide.stand)}; lower data.max_length or raise "
+                           "objective.mean_noise_span_length")
     words = [-1] * len(before) + [-1 if owner is None else owner for owner in owners] + [-1] * len(after)
-    piece = Piece((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
-    return Encoded((piece,), example.origin, hidden=Hidden(hide, tuple(words) if owners else ()))
+    piece = TokenSpan((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
+    return TokenizedExample((piece,), example.origin, hidden=MaskableDocument(hide, tuple(words) if owners else ()))
 
 
 # ---------------------------------------------------------------- words
 
 
-def _masked(piece: Piece, hidden: Hidden, chance: np.random.Generator) -> tuple[Piece, ...]:
+def _mask_tokens(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
     """One root; hidden tokens have what they were as their tag. Exactly `rate` of all tokens, one at least; of whole
     words, as many as do not exceed that, in the order of the dice (the first of them, where all would)."""
     hide = hidden.hide
@@ -188,12 +189,12 @@ def _masked(piece: Piece, hidden: Hidden, chance: np.random.Generator) -> tuple[
         if die < MASKED:
             ids[place] = hide.stand[0]
         elif die < MASKED + RANDOM:
-            ids[place] = _ordinary(hide, chance)
+            ids[place] = _draw_token(hide, chance)
     weights = tuple(weight if tag >= 0 else 0.0 for weight, tag in zip(piece.weights, tags, strict=True))
-    return (Piece(tuple(ids), weights, tags=tuple(tags)),)
+    return (TokenSpan(tuple(ids), weights, tags=tuple(tags)),)
 
 
-def _ordinary(hide: Hide, chance: np.random.Generator) -> int:
+def _draw_token(hide: MaskingConfig, chance: np.random.Generator) -> int:
     """Any token that is no special one."""
     while True:
         if (token := int(chance.integers(hide.words))) not in hide.special:
@@ -203,17 +204,17 @@ def _ordinary(hide: Hide, chance: np.random.Generator) -> int:
 # ---------------------------------------------------------------- spans
 
 
-def _spans(length: int, hide: Hide) -> tuple[int, int]:
+def _count_spans(length: int, hide: MaskingConfig) -> tuple[int, int]:
     """Of a text of `length` tokens, how many are hidden, and in how many spans: as T5 rounds them. One token at least
     is hidden, and one seen, also between two spans."""
     tokens = min(max(1, round(hide.rate * length)), length - 1)
     return tokens, min(max(1, round(tokens / hide.span)), length - tokens + 1)
 
 
-def _spanned(piece: Piece, hidden: Hidden, chance: np.random.Generator) -> tuple[Piece, ...]:
+def _mask_spans(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
     """The source, and its answer. All ways to cut the hidden tokens into spans, and to place these, are as likely."""
     hide, body = hidden.hide, [i for i, weight in enumerate(piece.weights) if weight]
-    tokens, count = _spans(len(body), hide)
+    tokens, count = _count_spans(len(body), hide)
     cuts = np.sort(chance.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
     lengths = np.diff([0, *cuts, tokens])
     free = len(body) - tokens - (count - 1)  # tokens that are seen, besides one between any two spans
@@ -228,31 +229,31 @@ def _spanned(piece: Piece, hidden: Hidden, chance: np.random.Generator) -> tuple
     source += ids[at:]
     answer += [hide.stand[count], *ids[body[-1] + 1:]]
     weight = piece.weights[body[0]]
-    return Piece(tuple(source), (0.0,) * len(source)), Piece(tuple(answer), (weight,) * len(answer), 0)
+    return TokenSpan(tuple(source), (0.0,) * len(source)), TokenSpan(tuple(answer), (weight,) * len(answer), 0)
 
 
 # ---------------------------------------------------------------- on the way into a batch
 
 
-def drawn(example: Encoded, *draw: int) -> Encoded:
+def apply_random(example: TokenizedExample, *draw: int) -> TokenizedExample:
     """The example with all that every epoch draws anew: what is hidden of a document, how a picture is changed."""
     if example.hidden is None:
-        return images.drawn(example, *draw)
-    found: Encoded = example.hidden.drawn(example, np.random.default_rng(draw))
+        return images.apply_random_changes(example, *draw)
+    found: TokenizedExample = example.hidden.drawn(example, np.random.default_rng(draw))
     return found
 
 
-def fixed(example: Encoded) -> Encoded:
+def apply_fixed(example: TokenizedExample) -> TokenizedExample:
     """The example with the same hidden whenever it is met; as it is, where nothing is to be."""
     if example.hidden is None:
         return example
     tokens = array("q", example.pieces[0].ids).tobytes()
-    found: Encoded = example.hidden.drawn(
+    found: TokenizedExample = example.hidden.drawn(
         example, np.random.default_rng(list(hashlib.blake2b(tokens, digest_size=16).digest())))
     return found
 
 
-def unchanged(example: Encoded) -> Encoded:
+def disable_augmentation(example: TokenizedExample) -> TokenizedExample:
     """The example as held-out rows are: pictures as they are, and always the same hidden."""
-    return images.unchanged(fixed(example))
+    return images.disable_changes(apply_fixed(example))
 

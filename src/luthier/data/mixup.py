@@ -19,27 +19,28 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.core.examples import Example, ImageExample, LabelledExample
-from luthier.core.types import Encoded, Item, Piece
-from luthier.data.augmentation import MixupAugment
-from luthier.data.label_encoding import Known
+from luthier.core.examples import ClassificationExample, Example, ImageExample
+from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
+from luthier.data.augmentation import MixupAugmentation
+from luthier.data.label_encoding import LabelEncoder
 
 
 @dataclass(frozen=True)
-class Draw:
+class MixupDraw:
     """Another row, and the share that the first keeps."""
 
     row: int
     share: float
 
 
-def draws(examples: Sequence[Example], change: MixupAugment, seed: int, number: int) -> Iterator[list[Draw | None]]:
+def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int,
+               number: int) -> Iterator[list[MixupDraw | None]]:
     """For each row what it is itself mixed with, or None; then what its copies are mixed with.
 
     Raises `DataError` where there is nothing to mix. `number`: the change's place among those of the recipe.
     """
     for row, example in enumerate(examples):
-        if not isinstance(example, LabelledExample | ImageExample) or example.label is None:
+        if not isinstance(example, ClassificationExample | ImageExample) or example.label is None:
             raise DataError(f"{example.origin}: data.augment knows no mixup for {type(example).__name__}",
                             "it mixes texts and pictures that have a label")
         if len(examples) < 2:
@@ -47,34 +48,34 @@ def draws(examples: Sequence[Example], change: MixupAugment, seed: int, number: 
                             "give more rows, or leave mixup out")
         chance = np.random.default_rng([seed, row, number, 1])
         own = chance.random() < change.replace
-        yield [_draw(row, len(examples), change.alpha, chance) if place or own else None
+        yield [_draw_pair(row, len(examples), change.alpha, chance) if place or own else None
                for place in range(1 + change.copies)]
 
 
-def _draw(row: int, rows: int, alpha: float, chance: np.random.Generator) -> Draw:
+def _draw_pair(row: int, rows: int, alpha: float, chance: np.random.Generator) -> MixupDraw:
     """Any other row; the share in 32 bits, as batches hold it."""
-    return Draw(int((row + 1 + chance.integers(rows - 1)) % rows), float(np.float32(chance.beta(alpha, alpha))))
+    return MixupDraw(int((row + 1 + chance.integers(rows - 1)) % rows), float(np.float32(chance.beta(alpha, alpha))))
 
 
-def mixed(a: Encoded, b: Encoded, share: float, what: Known) -> Encoded:
+def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: LabelEncoder) -> TokenizedExample:
     """`share` of `a` and the rest of `b`: one example, whose label is theirs mixed."""
     (one,), (other,) = a.items, b.items
     pieces, images = a.pieces, a.images
     if images:
         images = (replace(a.images[0], other=b.images[0], share=share),)
     else:
-        pieces = (_pieces(a.pieces[0], b.pieces[0], share),)
-    return replace(a, pieces=pieces, images=images, items=(_items(one, other, share, what),))
+        pieces = (_mix_spans(a.pieces[0], b.pieces[0], share),)
+    return replace(a, pieces=pieces, images=images, items=(_mix_labels(one, other, share, what),))
 
 
-def _pieces(a: Piece, b: Piece, share: float) -> Piece:
+def _mix_spans(a: TokenSpan, b: TokenSpan, share: float) -> TokenSpan:
     """The longer one's tokens, with the other's mixed in."""
     if len(a.ids) < len(b.ids):
         a, b, share = b, a, 1 - share
     return replace(a, others=b.ids + (-1,) * (len(a.ids) - len(b.ids)), share=share)
 
 
-def _items(a: Item, b: Item, share: float, what: Known) -> Item:
+def _mix_labels(a: LabeledSpan, b: LabeledSpan, share: float, what: LabelEncoder) -> LabeledSpan:
     weight = share * a.weight + (1 - share) * b.weight
     if isinstance(a.label, tuple) and isinstance(b.label, tuple):
         return replace(a, weight=weight, label=tuple(share * x + (1 - share) * y

@@ -9,23 +9,23 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from luthier.core.types import Batch, Encoded, Forest, Inputs, Target
-from luthier.data.images import Picture
-from luthier.data.masking import fixed
+from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, TokenizedExample
+from luthier.data.images import ImageInput
+from luthier.data.masking import apply_fixed
 
 
-def pack(encoded: Sequence[Encoded], micro_tokens: int | None) -> list[Batch]:
+def pack_examples(encoded: Sequence[TokenizedExample], micro_tokens: int | None) -> list[Batch]:
     """The examples in as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: in one row.
 
     An example longer than `micro_tokens` has a row of its own. What is predicted, with which weight, does not depend on
     `micro_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
     """
     if micro_tokens is None:
-        return [batch(encoded)] if encoded else []
-    return [batch([encoded[i] for i in row]) for row in first_fit(encoded, micro_tokens)]
+        return [build_batch(encoded)] if encoded else []
+    return [build_batch([encoded[i] for i in row]) for row in assign_rows(encoded, micro_tokens)]
 
 
-def first_fit(encoded: Sequence[Encoded], micro_tokens: int) -> list[list[int]]:
+def assign_rows(encoded: Sequence[TokenizedExample], micro_tokens: int) -> list[list[int]]:
     """Which examples share a row; see `pack`."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -41,14 +41,14 @@ def first_fit(encoded: Sequence[Encoded], micro_tokens: int) -> list[list[int]]:
     return [sorted(row) for row in rows]
 
 
-def eval_batches(encoded: Sequence[Encoded], micro_tokens: int | None, group: int = 512) -> list[Batch]:
+def build_eval_batches(encoded: Sequence[TokenizedExample], micro_tokens: int | None, group: int = 512) -> list[Batch]:
     """Batches to go through once, with the same hidden every time. Packs `group` examples at a time, which keeps
     packing fast for many; `micro_tokens` None: rows of up to 8192 tokens."""
     return [row for at in range(0, len(encoded), group)
-            for row in pack([fixed(one) for one in encoded[at:at + group]], micro_tokens or 8192)]
+            for row in pack_examples([apply_fixed(one) for one in encoded[at:at + group]], micro_tokens or 8192)]
 
 
-def batch(encoded: Sequence[Encoded]) -> Batch:
+def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
     """All the examples as one row.
 
     A position counts on from its parent piece. The prediction of a child's first token is made at its parent's last
@@ -80,7 +80,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
         counted += [item.weight for item in example.items]
         groups += [owner] * len(example.items)
         text_ids += [item.text_id for item in example.items if item.text_id is not None]
-        images += [image.tensor() if isinstance(image, Picture) else image for image in example.images]
+        images += [image.tensor() if isinstance(image, ImageInput) else image for image in example.images]
         spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
         for number, piece in enumerate(example.pieces):
             start, before, depth = len(tokens), -1, 0
@@ -99,19 +99,20 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
                 goals.append(piece.tags[i] if piece.tags else piece.ids[i])
                 weights.append(piece.weights[i])
                 item_of.append(judged.get(number, -1))
-    inputs = Inputs(_long(tokens), _long(positions), Forest(tuple(lengths), tuple(parents)),
+    inputs = Inputs(_to_long(tokens), _to_long(positions), SegmentTree(tuple(lengths), tuple(parents)),
                     torch.stack(images) if images else None,
-                    *((_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else ()))
-    target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
-                    sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
-                    torch.tensor(margins, dtype=torch.float32), _long(groups), _long(item_of),
-                    {name: torch.cat([example.precomputed[name] for example in encoded])
-                     for name in encoded[0].precomputed},
-                    torch.tensor(counted, dtype=torch.float32), _shares(encoded), _long(text_ids))
+                    *((_to_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else ()))
+    target = LossInputs(_to_long(at), _to_long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
+                        sum(example.bytes for example in encoded), _to_long(items),
+                        torch.tensor(labels, dtype=torch.float32),
+                        torch.tensor(margins, dtype=torch.float32), _to_long(groups), _to_long(item_of),
+                        {name: torch.cat([example.precomputed[name] for example in encoded])
+                         for name in encoded[0].precomputed},
+                        torch.tensor(counted, dtype=torch.float32), _build_label_shares(encoded), _to_long(text_ids))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
 
-def _shares(encoded: Sequence[Encoded]) -> torch.Tensor:
+def _build_label_shares(encoded: Sequence[TokenizedExample]) -> torch.Tensor:
     """See `Target`: a class by itself is a mixture of one."""
     items = [item for example in encoded for item in example.items]
     width = max((len(item.shares) for item in items), default=0)
@@ -119,5 +120,5 @@ def _shares(encoded: Sequence[Encoded]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float32)
 
 
-def _long(values: Iterable[int]) -> torch.Tensor:
+def _to_long(values: Iterable[int]) -> torch.Tensor:
     return torch.tensor(list(values), dtype=torch.int64)

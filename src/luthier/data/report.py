@@ -16,23 +16,23 @@ import numpy as np
 
 from luthier.core.examples import (
     ChatExample,
-    ComparedExample,
+    ClassificationExample,
     CompletionExample,
+    ContrastiveExample,
     Example,
     ImageExample,
-    LabelledExample,
     Message,
     Origin,
+    PreferenceExample,
     PromptExample,
-    TaggedExample,
     TextExample,
-    TextsExample,
+    TokenClassificationExample,
     UnpairedPreferenceExample,
 )
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Encoded, Item, Piece
-from luthier.data.images import Picture
-from luthier.data.rows import Refusal
+from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
+from luthier.data.images import ImageInput
+from luthier.data.rows import RejectedRow
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -45,7 +45,7 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p
 
 
 @dataclass(frozen=True)
-class Part:
+class PartReport:
     """What became of the rows of one part: train, eval or test.
 
     Args:
@@ -98,7 +98,7 @@ class Overlap:
 class DataReport:
     """The parts by name, and for eval and test how much of them is in train."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, PartReport]
     overlaps: Mapping[str, Overlap] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,24 +131,24 @@ class DataReport:
         return said
 
 
-class Tally:
+class RowCounter:
     """Counts rows of one part while they are read."""
 
     def __init__(self) -> None:
         self.read = self.kept = self.truncated = 0
         self.reasons: Counter[str] = Counter()
-        self.refused: list[Refusal] = []
+        self.refused: list[RejectedRow] = []
         self.cut: list[str] = []
         self.remarks: Counter[str] = Counter()
         self.unmatched: list[str] = []
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: RejectedRow) -> None:
         self.read += 1
         self.reasons[refusal.reason] += 1
         if len(self.refused) < LISTED:
             self.refused.append(refusal)
 
-    def keep(self, truncated: bool, origin: Origin, encoded: Sequence[Encoded] = ()) -> None:
+    def keep(self, truncated: bool, origin: Origin, encoded: Sequence[TokenizedExample] = ()) -> None:
         """Count a row that became `encoded`."""
         self.remarks.update({remark for one in encoded for remark in one.remarks})
         self.read += 1
@@ -162,37 +162,37 @@ class Tally:
         return {**vars(self), "refused": [[r.origin.file, r.origin.line, r.reason, r.detail] for r in self.refused]}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        refused = [Refusal(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
+        refused = [RejectedRow(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
         vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]),
                           remarks=Counter(state.get("remarks", {})), unmatched=list(state.get("unmatched", ())))
 
-    def part(self, encoded: Sequence[Encoded]) -> Part:
+    def part(self, encoded: Sequence[TokenizedExample]) -> PartReport:
         """The counts so far, and what `encoded` is like."""
-        count, pairs = _duplicates(encoded)
+        count, pairs = _count_duplicates(encoded)
         lengths = np.array([example.tokens for example in encoded] or [0])
         longest = int(lengths.max()) or 1
         counts, edges = np.histogram(lengths, bins=min(BINS, longest), range=(0, longest))
-        return Part(
+        return PartReport(
             self.read, self.kept, self.truncated, len(encoded), dict(self.reasons.most_common()),
             tuple({"file": r.origin.file, "line": str(r.origin.line), "reason": r.reason, "detail": r.detail}
                   for r in self.refused),
-            count, pairs, int(lengths.sum()), sum(_trained(example) for example in encoded),
+            count, pairs, int(lengths.sum()), sum(_count_trained(example) for example in encoded),
             {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()},
             {"edges": [round(float(edge)) for edge in edges], "counts": counts.tolist()},
             truncated_rows=tuple(self.cut), remarks=dict(self.remarks.most_common()),
             unmatched_columns=tuple(self.unmatched))
 
 
-def _trained(example: Encoded) -> int:
+def _count_trained(example: TokenizedExample) -> int:
     return sum(len(piece.predicted) for piece in example.pieces)
 
 
-def _duplicates(encoded: Sequence[Encoded]) -> tuple[int, tuple[tuple[str, str], ...]]:
-    seen: dict[Any, Encoded] = {}
+def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[tuple[str, str], ...]]:
+    seen: dict[Any, TokenizedExample] = {}
     count = 0
     pairs: list[tuple[str, str]] = []
     for example in encoded:
-        pictures = tuple(image.digest if isinstance(image, Picture) else image for image in example.images)
+        pictures = tuple(image.digest if isinstance(image, ImageInput) else image for image in example.images)
         before = seen.setdefault((example.pieces, example.items, pictures), example)
         if before is not example:
             count += 1
@@ -201,17 +201,17 @@ def _duplicates(encoded: Sequence[Encoded]) -> tuple[int, tuple[tuple[str, str],
     return count, tuple(pairs)
 
 
-def overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap:
+def count_overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap:
     """How many prompts of `other` are in `train` too."""
     asked: dict[str, Example] = {}
     for example in train:
-        asked.setdefault(question(example), example)
+        asked.setdefault(normalize_prompt(example), example)
     asked.pop("", None)
-    met = [(asked[words], example) for example in other if (words := question(example)) in asked]
+    met = [(asked[words], example) for example in other if (words := normalize_prompt(example)) in asked]
     return Overlap(len(met), tuple((str(a.origin), str(b.origin)) for a, b in met[:PAIRS]))
 
 
-def question(example: Example) -> str:
+def normalize_prompt(example: Example) -> str:
     """What is asked, without case, punctuation and extra space: all but the system prompt before the last answer. Of a
     picture, a digest of its pixels."""
     if isinstance(example, ImageExample):
@@ -222,28 +222,28 @@ def question(example: Example) -> str:
     return " ".join(re.sub(r"[^\w\s]", " ", words.casefold()).split())
 
 
-def _before_last(example: ChatExample) -> tuple[Message, ...]:
+def _split_before_last(example: ChatExample) -> tuple[Message, ...]:
     last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=len(example.messages))
     return example.messages[:last]
 
 
 ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
-    ChatExample: _before_last,
+    ChatExample: _split_before_last,
     CompletionExample: lambda example: example.prompt,
-    ComparedExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
+    PreferenceExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
     UnpairedPreferenceExample: lambda example: example.prompt,
     PromptExample: lambda example: example.prompt,
     TextExample: lambda example: example.text,
-    LabelledExample: lambda example: f"{example.text} {example.second or ''}",
-    TaggedExample: lambda example: " ".join(example.words),
-    TextsExample: lambda example: " ".join(example.texts[:2]),
+    ClassificationExample: lambda example: f"{example.text} {example.second or ''}",
+    TokenClassificationExample: lambda example: " ".join(example.words),
+    ContrastiveExample: lambda example: " ".join(example.texts[:2]),
 }
 
 
 # ---------------------------------------------------------------- pictures
 
 
-def preview(encoded: Encoded, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
+def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
     """The example's words as the model meets them: what is trained in green, the rest dim; before each piece what it
     continues and how it is judged, behind each tagged word its tag.
 
@@ -257,35 +257,36 @@ def preview(encoded: Encoded, tokenizer: Tokenizer, labels: Sequence[str] = ()) 
     for index, piece in enumerate(encoded.pieces):
         item = judged.get(index)
         said = [*([f"continues piece {piece.parent}"] if piece.parent >= 0 else []),
-                *([f"piece {index}"] if index and piece.parent < 0 else []), *([_told(item, labels)] if item else [])]
+                *([f"piece {index}"] if index and piece.parent < 0 else []),
+                *([_format_label(item, labels)] if item else [])]
         if said:
             shown.append(("\n" if index else "") + f"--- {', '.join(said)}\n", style="dim italic")
         if encoded.images:
             shown.append(f"[picture, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
             continue
-        for trained, start, stop in _runs(piece):
+        for trained, start, stop in _find_token_runs(piece):
             shown.append(tokenizer.decode(piece.ids[start:stop]), style="green" if trained else "dim")
             if trained and piece.tags:
-                shown.append(f"/{_named(piece.tags[start], labels)}", style="italic")
+                shown.append(f"/{_format_class(piece.tags[start], labels)}", style="italic")
     return shown
 
 
-def _told(item: Item, labels: Sequence[str]) -> str:
+def _format_label(item: LabeledSpan, labels: Sequence[str]) -> str:
     """How a piece is judged."""
     if item.shares:
-        return f"label {', '.join(f'{share:.2f} {_named(i, labels)}' for i, share in enumerate(item.shares) if share)}"
+        return f"label {', '.join(f'{share:.2f} {_format_class(i, labels)}' for i, share in enumerate(item.shares) if share)}"
     if isinstance(item.label, tuple):
-        flagged = [_named(i, labels) for i, flag in enumerate(item.label) if flag]
+        flagged = [_format_class(i, labels) for i, flag in enumerate(item.label) if flag]
         return f"labels {', '.join(flagged) or 'none'}"
-    return (f"label {_named(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
+    return (f"label {_format_class(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
             + (f", weight {item.weight:g}" if item.weight != 1 else ""))
 
 
-def _named(number: float, labels: Sequence[str]) -> str:
+def _format_class(number: float, labels: Sequence[str]) -> str:
     return labels[int(number)] if labels else f"{number:g}"
 
 
-def _runs(piece: Piece) -> list[tuple[bool, int, int]]:
+def _find_token_runs(piece: TokenSpan) -> list[tuple[bool, int, int]]:
     """Runs of tokens that are all predicted, or none; where each starts and stops. A tag is a run of its own."""
     predicted = set(piece.predicted)
     starts = [i for i in range(len(piece.ids))

@@ -27,7 +27,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class RejectedRow:
     """A row that is not trained on. `reason` is one of few, to count by; `detail` is about this row alone."""
 
     origin: Origin
@@ -38,10 +38,10 @@ class Refusal:
         return f"{self.origin}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-Rows = Iterator[Row | Refusal]
+Rows = Iterator[Row | RejectedRow]
 
 
-def _zstd(file: Path) -> IO[bytes]:
+def _open_zstd(file: Path) -> IO[bytes]:
     if importlib.util.find_spec("zstandard") is None:
         raise DataError(f"{file} is packed with zstandard, which needs the package 'zstandard'",
                         "pip install zstandard, or unpack the file first")
@@ -50,11 +50,11 @@ def _zstd(file: Path) -> IO[bytes]:
     return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True))
 
 
-OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[io.BufferedReader]:
+def open_file(file: Path) -> Iterator[io.BufferedReader]:
     """The unpacked bytes of `file`. Whatever unpacking complains about becomes one `DataError`."""
     opener = OPENERS.get(file.suffix.lower())
     try:

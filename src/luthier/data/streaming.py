@@ -18,20 +18,20 @@ import numpy as np
 from luthier.core.errors import DataError
 from luthier.core.examples import Example, Origin
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Batch, Encoded
-from luthier.data.augmentation import MixupAugment, WordsAugment
-from luthier.data.batch_source import changed
+from luthier.core.types import Batch, TokenizedExample
+from luthier.data.augmentation import MixupAugmentation, TextAugmentation
+from luthier.data.batch_source import build_changed_data_error
 from luthier.data.config import DataConfig, Source
-from luthier.data.encoding import encoded
-from luthier.data.label_encoding import known, settled, whole_needed
-from luthier.data.load import ANY_USE, Use, no_rows, rows
-from luthier.data.masking import drawn
-from luthier.data.packing import pack
-from luthier.data.report import DataReport, Tally
-from luthier.data.rows import Refusal
+from luthier.data.encoding import encode_with_truncation
+from luthier.data.label_encoding import encode_labels, explain_no_streaming, fit_label_encoder
+from luthier.data.load import ANY_DATASET, DatasetSpec, build_no_rows_error, iterate_examples
+from luthier.data.masking import apply_random
+from luthier.data.packing import pack_examples
+from luthier.data.report import DataReport, RowCounter
+from luthier.data.rows import RejectedRow
 
 
-class Stream:
+class StreamingBatchSource:
     """An endless run of steps over rows that are read anew in every epoch; a `core.protocols.BatchSource`.
 
     Args:
@@ -43,13 +43,13 @@ class Stream:
     steps_per_epoch = 0
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, micro_tokens: int | None,
-                 seed: int = 0, block: int = 4096, use: Use = ANY_USE) -> None:
-        if any(isinstance(change, WordsAugment | MixupAugment) for change in config.augment):
+                 seed: int = 0, block: int = 4096, use: DatasetSpec = ANY_DATASET) -> None:
+        if any(isinstance(change, TextAugmentation | MixupAugmentation) for change in config.augment):
             raise DataError("data.augment: rows that are streamed are neither changed nor copied", "do not stream")
         self.config, self.tokenizer, self.seed, self.block, self.use = use.fitted(config), tokenizer, seed, block, use
-        self.known = known((), use.classes or None, config)
+        self.known = fit_label_encoder((), use.classes or None, config)
         self.batch_size, self.micro_tokens = batch_size, micro_tokens
-        self.tally = Tally()
+        self.tally = RowCounter()
         self._begin(0, 0)
 
     @property
@@ -63,10 +63,10 @@ class Stream:
     def _begin(self, epoch: int, row: int) -> None:
         """Stand before row `row` of an epoch, with an empty block."""
         self.epoch, self.row, self.next_row, self.taken = epoch, row, row, 0
-        self.queue: list[Encoded] = []
+        self.queue: list[TokenizedExample] = []
         self._rows = islice(self._epoch(epoch), row, None)
 
-    def _epoch(self, epoch: int) -> Iterator[tuple[Example | Refusal, DataConfig]]:
+    def _epoch(self, epoch: int) -> Iterator[tuple[Example | RejectedRow, DataConfig]]:
         """The rows of an epoch with their source's settings, one of each source in turn, each as often as its weight
         says."""
         open_ = [self._source(source, np.random.default_rng([self.seed, epoch, index]))
@@ -79,12 +79,13 @@ class Stream:
                 else:
                     yield row
 
-    def _source(self, source: Source, chance: np.random.Generator) -> Iterator[tuple[Example | Refusal, DataConfig]]:
+    def _source(self, source: Source, chance: np.random.Generator) -> Iterator[tuple[Example | RejectedRow,
+                                                                                     DataConfig]]:
         whole, config = int(source.weight), self.config.for_source(source)
         for _ in range(whole):
-            yield from ((row, config) for row in rows(source, self.config, self.use.reader))
+            yield from ((row, config) for row in iterate_examples(source, self.config, self.use.reader))
         if source.weight > whole:
-            again = rows(source, self.config, self.use.reader)
+            again = iterate_examples(source, self.config, self.use.reader)
             yield from ((row, config) for row in again if chance.random() < source.weight - whole)
 
     def _refill(self) -> None:
@@ -92,8 +93,8 @@ class Stream:
         self.row, self.taken, self.queue = self.next_row, 0, []
         for example, config in self._rows:
             self.next_row += 1
-            found = example if isinstance(example, Refusal) else self._encoded(example, config)
-            if isinstance(found, Refusal):
+            found = example if isinstance(example, RejectedRow) else self._encoded(example, config)
+            if isinstance(found, RejectedRow):
                 self._count(found)
             else:
                 self._count(found[1], example.origin, found[0])
@@ -104,34 +105,35 @@ class Stream:
             order = np.random.default_rng([self.seed, self.epoch, self.row]).permutation(len(self.queue))
             self.queue = [self.queue[i] for i in order]
 
-    def _encoded(self, example: Example, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
-        reason = whole_needed(example, self.use.classes, self.config)
+    def _encoded(self, example: Example, config: DataConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
+        reason = explain_no_streaming(example, self.use.classes, self.config)
         if reason:
             raise DataError(f"{example.origin}: such rows cannot be streamed: {reason}", "do not stream")
-        made = encoded(example, self.tokenizer, config, self.use.room, self.use.hide)
-        if isinstance(made, Refusal):
+        made = encode_with_truncation(example, self.tokenizer, config, self.use.room, self.use.hide)
+        if isinstance(made, RejectedRow):
             return made
-        found = [settled(example, one, self.known) for one in made[0]]
-        refused = next((one for one in found if isinstance(one, Refusal)), None)
-        return refused or ([one for one in found if isinstance(one, Encoded)], made[1])
+        found = [encode_labels(example, one, self.known) for one in made[0]]
+        refused = next((one for one in found if isinstance(one, RejectedRow)), None)
+        return refused or ([one for one in found if isinstance(one, TokenizedExample)], made[1])
 
-    def _count(self, outcome: Refusal | bool, origin: Origin | None = None, encoded: Sequence[Encoded] = ()) -> None:
+    def _count(self, outcome: RejectedRow | bool, origin: Origin | None = None,
+               encoded: Sequence[TokenizedExample] = ()) -> None:
         if self.epoch == 0 and self.tally.read < self.next_row:
-            if isinstance(outcome, Refusal):
+            if isinstance(outcome, RejectedRow):
                 self.tally.refuse(outcome)
             elif origin:
                 self.tally.keep(outcome, origin, encoded)
 
-    def _batch(self) -> list[Encoded]:
+    def _batch(self) -> list[TokenizedExample]:
         """Up to `batch_size` examples of this epoch."""
-        chosen: list[Encoded] = []
+        chosen: list[TokenizedExample] = []
         while len(chosen) < self.batch_size:
             if self.taken >= len(self.queue):
                 self._refill()
                 if not self.queue:
                     break
             more = self.queue[self.taken:self.taken + self.batch_size - len(chosen)]
-            chosen += [drawn(one, self.seed, self.epoch, self.row, self.taken + i) for i, one in enumerate(more)]
+            chosen += [apply_random(one, self.seed, self.epoch, self.row, self.taken + i) for i, one in enumerate(more)]
             self.taken += len(more)
         return chosen
 
@@ -144,12 +146,12 @@ class Stream:
             self._begin(self.epoch + 1, 0)
             chosen = self._batch()
         if not chosen and not self.tally.read:
-            raise no_rows(self.config.train)
+            raise build_no_rows_error(self.config.train)
         if not chosen:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the train rows can be used; the first:\n{first}",
                             "mend the rows, or say with `format:` and `columns:` how they are written")
-        return pack(chosen, self.micro_tokens)
+        return pack_examples(chosen, self.micro_tokens)
 
     def state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "row": self.row, "taken": self.taken, "data": self.fingerprint,
@@ -162,7 +164,7 @@ class Stream:
 
     def load(self, state: Mapping[str, Any]) -> None:
         if state["data"] != self.fingerprint:
-            raise changed(state["data"], self.fingerprint)
+            raise build_changed_data_error(state["data"], self.fingerprint)
         if "tally" in state:
             self.tally.load(state["tally"])
         self._begin(state["epoch"], state["row"])

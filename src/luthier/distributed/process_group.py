@@ -15,14 +15,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from luthier.core.errors import LuthierError
-from luthier.core.types import Movable
+from luthier.core.types import DeviceMovable
 
 T = TypeVar("T")
 S = TypeVar("S")
 BUCKET = 2 ** 23  # gradients that are reduced together: 32 MB in float32
 
 
-def start() -> None:
+def init_process_group() -> None:
     """Join the group that `torchrun` describes in the environment, if it does."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
@@ -30,52 +30,52 @@ def start() -> None:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
-def rank() -> int:
+def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
+def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def agreed(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """The first rank's value, on all of them."""
-    if world() == 1:
+    if get_world_size() == 1:
         return value
     held = [value]
     dist.broadcast_object_list(held)
     return held[0]
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until every rank is here."""
-    if world() > 1:
+    if get_world_size() > 1:
         dist.barrier()
 
 
-def total(numbers: list[float], device: torch.device) -> list[float]:
+def all_reduce_sum(numbers: list[float], device: torch.device) -> list[float]:
     """Each number summed over all ranks."""
-    if world() == 1:
+    if get_world_size() == 1:
         return numbers
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return [float(x) for x in tensor.tolist()]
 
 
-def gather(value: T) -> list[T]:
+def all_gather_object(value: T) -> list[T]:
     """The value of every rank, in the order of ranks, on all of them."""
-    if world() == 1:
+    if get_world_size() == 1:
         return [value]
-    gathered: list[Any] = [None] * world()
+    gathered: list[Any] = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
 
 
-def sum_named(numbers: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+def all_reduce_named(numbers: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """The numbers under each name, summed over ranks in the order of ranks; a rank that had no micro-batch may lack
     names. One collective call, whatever the names."""
     found: dict[str, list[float]] = {}
-    for own in gather({name: list(values) for name, values in numbers.items()}):
+    for own in all_gather_object({name: list(values) for name, values in numbers.items()}):
         for name, values in own.items():
             found[name] = [x + y for x, y in zip(found[name], values, strict=True)] if name in found else values
     return found
@@ -88,16 +88,16 @@ def map_shards(function: Callable[[Sequence[S], int], T], items: Sequence[S]) ->
     Raises:
         LuthierError: the first that any rank raised, on all of them, so that none waits for the others.
     """
-    bounds = [len(items) * i // world() for i in range(world() + 1)]
-    start, stop = bounds[rank()], bounds[rank() + 1]
+    bounds = [len(items) * i // get_world_size() for i in range(get_world_size() + 1)]
+    start, stop = bounds[get_rank()], bounds[get_rank() + 1]
     error, found = None, None
     try:
         found = function(items[start:stop], start) if stop > start else None
     except LuthierError as raised:
-        if world() == 1:
+        if get_world_size() == 1:
             raise
         error = raised
-    gathered = gather((found, error and (error.what, error.remedy)))
+    gathered = all_gather_object((found, error and (error.what, error.remedy)))
     if error is not None:
         raise error
     if told := next((failed for _, failed in gathered if failed), None):
@@ -105,13 +105,13 @@ def map_shards(function: Callable[[Sequence[S], int], T], items: Sequence[S]) ->
     return [result for i, (result, _) in enumerate(gathered) if bounds[i + 1] > bounds[i]]  # type: ignore[misc]
 
 
-def sum_gradients(parameters: Iterable[Tensor], bucket: int = BUCKET) -> None:
+def all_reduce_gradients(parameters: Iterable[Tensor], bucket: int = BUCKET) -> None:
     """Add up the gradients of all ranks, in place. A rank that had no micro-batch adds zeros.
 
     Gradients are copied into flat buffers of about `bucket` numbers, so that there is one collective call for each
     buffer and not for each parameter. Larger gradients are reduced where they are, without a copy.
     """
-    if world() == 1:
+    if get_world_size() == 1:
         return
     groups: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in parameters:
@@ -125,13 +125,13 @@ def sum_gradients(parameters: Iterable[Tensor], bucket: int = BUCKET) -> None:
                 dist.all_reduce(gradient)
                 continue
             if held and sum(each.numel() for each in held) + gradient.numel() > bucket:
-                _reduce(held)
+                _all_reduce(held)
                 held = []
             held.append(gradient)
-        _reduce(held)
+        _all_reduce(held)
 
 
-def _reduce(gradients: Sequence[Tensor]) -> None:
+def _all_reduce(gradients: Sequence[Tensor]) -> None:
     """Sum over ranks in place, in one collective call."""
     if not gradients:
         return
@@ -141,19 +141,19 @@ def _reduce(gradients: Sequence[Tensor]) -> None:
         gradient.copy_(summed.view_as(gradient))
 
 
-def others(mine: list[T], device: torch.device) -> list[T]:
+def all_gather_others(mine: list[T], device: torch.device) -> list[T]:
     """What the other ranks hold, in the order of ranks; tensors arrive on `device`."""
-    if world() == 1:
+    if get_world_size() == 1:
         return []
-    gathered: list[list[T]] = [[] for _ in range(world())]
-    dist.all_gather_object(gathered, [_moved(each, "cpu") for each in mine])
-    return [_moved(each, device) for i, found in enumerate(gathered) if i != rank() for each in found]
+    gathered: list[list[T]] = [[] for _ in range(get_world_size())]
+    dist.all_gather_object(gathered, [_to_device(each, "cpu") for each in mine])
+    return [_to_device(each, device) for i, found in enumerate(gathered) if i != get_rank() for each in found]
 
 
-def _moved(value: Any, device: torch.device | str) -> Any:
+def _to_device(value: Any, device: torch.device | str) -> Any:
     """The same with every tensor inside on `device`."""
-    if isinstance(value, Tensor | Movable):
+    if isinstance(value, Tensor | DeviceMovable):
         return value.to(device)
     if isinstance(value, tuple):
-        return tuple(_moved(inner, device) for inner in value)
-    return {key: _moved(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value
+        return tuple(_to_device(inner, device) for inner in value)
+    return {key: _to_device(inner, device) for key, inner in value.items()} if isinstance(value, dict) else value

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from luthier.core.config import Config
-from luthier.core.errors import DataError, nearest
+from luthier.core.errors import DataError, suggest_nearest
 from luthier.core.examples import Origin
 from luthier.core.protocols import Family, SamplingParams
 from luthier.evaluation.answer_metrics import METRICS
@@ -38,7 +38,7 @@ class EvaluateConfig(Config):
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in METRICS:
-                raise ValueError(f"unknown metric {name!r}: {nearest(name, METRICS)}")
+                raise ValueError(f"unknown metric {name!r}: {suggest_nearest(name, METRICS)}")
         return names
 
 

@@ -2,7 +2,8 @@
 
     y_e = W_e x + s B_e A_e x          A_e: [R, in]   B_e: [out, R]   for each expert e of E
 
-All experts of a map are one parameter of the base, so no hook sees their outputs; the family's door (`ExpertLinears.add_change`)
+All experts of a map are one parameter of the base, so no hook sees their outputs; the family's door
+(`ExpertLinears.add_change`)
 hands the rows over, sorted by expert. Only the experts that some token was sent to are computed. The file is that of
 PEFT's `target_parameters`, which keeps A as [E R, in] and B as [out, R E], and one map's change inside the other's.
 """
@@ -25,27 +26,28 @@ if TYPE_CHECKING:
     from luthier.methods.lora import LoraConfig
 
 
-def named(target: str, experts: ExpertLinears) -> bool:
+def is_target(target: str, experts: ExpertLinears) -> bool:
     """Whether a target means these experts: `experts` for all of them, or an ending such as `experts.down_proj`."""
     return target == "experts" or ("experts." in target and f".{experts.name}".endswith(f".{target}"))
 
 
-def applies(pattern: str, experts: ExpertLinears) -> bool:
+def matches_pattern(pattern: str, experts: ExpertLinears) -> bool:
     """Whether a key of a pattern means these experts: as a target does, or as an expression for their whole path."""
-    return named(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
+    return is_target(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
 
 
-def chosen_experts(experts: Sequence[ExpertLinears], targets: str | Sequence[str]) -> list[ExpertLinears]:
+def select_experts(experts: Sequence[ExpertLinears], targets: str | Sequence[str]) -> list[ExpertLinears]:
     """Those that `targets` names; `all-linear` leaves them alone, for they are most of a model's weights."""
-    return [] if targets == "all-linear" else [e for e in experts if any(named(target, e) for target in targets)]
+    return [] if targets == "all-linear" else [e for e in experts if any(is_target(target, e) for target in targets)]
 
 
-def expert_layers(found: Sequence[ExpertLinears], config: LoraConfig, generator: torch.Generator) -> list[ExpertLayer]:
+def build_expert_layers(found: Sequence[ExpertLinears], config: LoraConfig,
+                        generator: torch.Generator) -> list[ExpertLayer]:
     """Raises `RecipeError` for the variants that have no form for experts."""
     unfit = [setting for setting, given in (
         ("dora", config.dora), ("dropout", config.dropout > 0), ("init: pissa", config.init == "pissa"),
-        ("rank_pattern", any(applies(key, e) for key in config.rank_pattern for e in found)),
-        ("alpha_pattern", any(applies(key, e) for key in config.alpha_pattern for e in found))) if given]
+        ("rank_pattern", any(matches_pattern(key, e) for key in config.rank_pattern for e in found)),
+        ("alpha_pattern", any(matches_pattern(key, e) for key in config.alpha_pattern for e in found))) if given]
     if found and unfit:
         raise RecipeError(f"method.targets names experts, whose change has no {unfit[0]}",
                           f"leave {unfit[0]} out, or the experts")

@@ -24,7 +24,7 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import ModelStructure
-from luthier.methods.full import EMBEDDING_RATE, KEEP_BASE, Full, of_embeddings
+from luthier.methods.full import EMBEDDING_RATE, KEEP_BASE, Full, scale_embedding_lr
 
 
 class FreezeConfig(Config):
@@ -53,14 +53,14 @@ class FreezeConfig(Config):
         wanted = {id(p) for module in self._modules(structure) for p in module.parameters()}
         named = dict(structure.model.named_parameters())  # tied weights are named once
         for pattern in self.patterns:
-            found = {id(p) for name, p in named.items() if fits(name, pattern)}
+            found = {id(p) for name, p in named.items() if matches_name(name, pattern)}
             if not found:
                 raise RecipeError(f"method.patterns: {pattern!r} fits no parameter of this model",
                                   "use parts of their names, such as: " + ", ".join(sorted(
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
             wanted |= found
         trained = {name: p for name, p in named.items() if id(p) in wanted}
-        return Full(trained, bool(self.keep_base), of_embeddings(structure, trained, self.embedding_rate))
+        return Full(trained, bool(self.keep_base), scale_embedding_lr(structure, trained, self.embedding_rate))
 
     def _modules(self, structure: ModelStructure) -> Iterable[nn.Module]:
         blocks = [block.module for block in structure.layers]
@@ -70,7 +70,7 @@ class FreezeConfig(Config):
                               f"use {len(blocks)} or fewer")
         yield from blocks[max(0, len(blocks) - last):]
         if self.layers is not None:
-            yield from _range(blocks, *self.layers)
+            yield from _resolve_range(blocks, *self.layers)
         if self.embeddings:
             yield structure.embedding
         if self.head:
@@ -79,7 +79,7 @@ class FreezeConfig(Config):
             yield structure.head
 
 
-def _range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
+def _resolve_range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
     count = len(blocks)
     start, end = (place + count if place < 0 else place for place in (first, last))
     if not 0 <= start <= end < count:
@@ -88,12 +88,12 @@ def _range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
     return blocks[start:end + 1]
 
 
-def fits(name: str, pattern: str) -> bool:
+def matches_name(name: str, pattern: str) -> bool:
     """Whether the pattern is some whole parts of the dotted name, or an expression that fits all of it."""
     return f".{pattern}." in f".{name}." or re.fullmatch(pattern, name) is not None
 
 
-class LnConfig(Config):
+class LnTuningConfig(Config):
     """Training the norms alone: their weights, and their biases where they have them."""
 
     default_rate: ClassVar[float] = 1e-3
@@ -102,14 +102,15 @@ class LnConfig(Config):
     biases: bool = Field(True, description="the norms' biases too, where there are any")
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Full:
-        named = {f"{path}.{name}": p for path, norm in norms(structure).items() for name, p in norm.named_parameters()
+        named = {f"{path}.{name}": p for path, norm in find_norms(structure).items() for name,
+                 p in norm.named_parameters()
                  if self.biases or name != "bias"}
         if not named:
             raise RecipeError("method ln: the norms of this model have no weights", "use another method: bitfit, lora")
         return Full(named, keep_base=True)
 
 
-def norms(structure: ModelStructure) -> dict[str, nn.Module]:
+def find_norms(structure: ModelStructure) -> dict[str, nn.Module]:
     """Every norm of the model by its path: those of the blocks, and those outside of them that are of the same make."""
     inner = {id(norm) for block in structure.layers for norm in block.norms}
     makes = {type(norm) for block in structure.layers for norm in block.norms}

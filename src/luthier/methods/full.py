@@ -36,10 +36,11 @@ class FullConfig(Config):
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Full:
         named = dict(structure.model.named_parameters())  # tied weights are named once
-        return Full(named, bool(self.keep_base), of_embeddings(structure, named, self.embedding_rate))
+        return Full(named, bool(self.keep_base), scale_embedding_lr(structure, named, self.embedding_rate))
 
 
-def of_embeddings(structure: ModelStructure, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, float]:
+def scale_embedding_lr(structure: ModelStructure, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str,
+                                                                                                               float]:
     """The factor of each of `parameters` that is the input embeddings'. Raises `RecipeError` where a factor would have
     no effect."""
     mine = {id(p) for p in structure.embedding.parameters()}

@@ -26,9 +26,9 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from luthier.core.config import Config
-from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, RunError, nearest
+from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, RunError, suggest_nearest
 from luthier.core.protocols import ModelStructure
-from luthier.methods.hooks import refuse_misfits, refuse_quantized
+from luthier.methods.hooks import check_state_shapes, refuse_quantized
 from luthier.methods.ia3 import PEFT_READ as IA3_READ
 from luthier.methods.lora import PEFT_READ as LORA_READ
 from luthier.methods.lora import refuse_moved_base
@@ -93,7 +93,7 @@ class PeftConfig(Config):
         """Of PEFT's config for the tuner. Raises `RecipeError` for a tuner that PEFT does not know."""
         names = self._classes()
         if self.type not in names:
-            raise RecipeError(f"method.type: PEFT has no tuner {self.type!r}", nearest(self.type, names))
+            raise RecipeError(f"method.type: PEFT has no tuner {self.type!r}", suggest_nearest(self.type, names))
         return frozenset(names[self.type].__dataclass_fields__)
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Peft:
@@ -109,7 +109,8 @@ class PeftConfig(Config):
         if "target_modules" in fields:
             given.setdefault("target_modules", "all-linear")
         if unknown := sorted(given.keys() - fields):
-            raise RecipeError(f"method.config: {self.type} has no field {unknown[0]!r}", nearest(unknown[0], fields))
+            raise RecipeError(f"method.config: {self.type} has no field {unknown[0]!r}",
+                              suggest_nearest(unknown[0], fields))
         made = made_by(task_type=task, **given)
         if made.is_prompt_learning:
             raise RecipeError(f"method.type: {self.type} wraps the call of the model, which stays as it is here",
@@ -260,7 +261,7 @@ class Peft:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict
-        refuse_misfits(self.state(), state)
+        check_state_shapes(self.state(), state)
         with self._in_place():
             set_peft_model_state_dict(self.model, dict(state))
 
@@ -276,7 +277,7 @@ class Peft:
                 self._put(self._own)
 
     def peft(self) -> dict[str, Any] | None:
-        return {**_plain(self.config.to_dict()), "inference_mode": True}
+        return {**_to_json(self.config.to_dict()), "inference_mode": True}
 
 
 def _check_saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> None:
@@ -292,12 +293,12 @@ def _check_saved_modules(config: Any, modules: Mapping[str, nn.Module]) -> None:
                               + MERGE)
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     """As JSON can hold it."""
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     if isinstance(value, (set, frozenset)):
-        return sorted(_plain(inner) for inner in value)
+        return sorted(_to_json(inner) for inner in value)
     if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
+        return [_to_json(inner) for inner in value]
     return value.value if isinstance(value, Enum) else value

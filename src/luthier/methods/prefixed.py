@@ -11,22 +11,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from luthier.core.optimizer_hook import Update
-from luthier.core.protocols import Scope, Tuner
+from luthier.core.adapter_gate import AdapterGate
+from luthier.core.optimizer_hook import OptimizerHook
+from luthier.core.protocols import Tuner
 
 
-class Named:
+class PrefixedMethod:
     """`inner`, its parameters called ``<name>/...``."""
 
     def __init__(self, name: str, inner: Tuner) -> None:
         self._prefix, self.inner = f"{name}/", inner
 
     @property
-    def scope(self) -> Scope | None:
+    def scope(self) -> AdapterGate | None:
         return self.inner.scope
 
     @property
-    def at_update(self) -> Update | None:
+    def at_update(self) -> OptimizerHook | None:
         return self.inner.at_update
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -24,11 +24,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
-from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.protocols import ModelStructure
 from luthier.core.soft_prompts import SoftPromptInjector, SoftPromptKind
-from luthier.methods.adapter_format import own_form
+from luthier.methods.adapter_format import build_native_config
 from luthier.methods.hooks import load_into
 
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name of all that it keeps of virtual tokens
@@ -37,7 +38,7 @@ Init = Literal["words", "random"]
 TEXT = "start from this text, repeated or cut to length, instead of words that are drawn"
 
 
-class Words(Config):
+class VirtualTokenConfig(Config):
     """Settings that all virtual tokens share."""
 
     tokens: int = Field(20, ge=1, description="how many virtual tokens; each takes a place of the context")
@@ -51,7 +52,7 @@ class Words(Config):
         return self
 
 
-class PromptConfig(Words):
+class PromptConfig(VirtualTokenConfig):
     """Settings of prompt tuning."""
 
     default_rate: ClassVar[float] = 0.3
@@ -64,14 +65,14 @@ class PromptConfig(Words):
         return cls(tokens=adapter["num_virtual_tokens"])
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Prompt:
-        start, scale = embedded_words(structure, self, seed)
+        start, scale = embed_init_tokens(structure, self, seed)
         return Prompt(structure, self, start, scale)
 
 
 # ---------------------------------------------------------------- where virtual tokens start
 
 
-def ports_of(structure: ModelStructure) -> SoftPromptInjector:
+def get_injector(structure: ModelStructure) -> SoftPromptInjector:
     """Where virtual tokens enter. Raises `RecipeError` where they cannot."""
     if structure.injector is None:
         raise RecipeError("this base has no place for virtual tokens: its family computes positions or pictures that "
@@ -79,19 +80,19 @@ def ports_of(structure: ModelStructure) -> SoftPromptInjector:
     return structure.injector
 
 
-def starting(structure: ModelStructure, config: Words, seed: int) -> list[int] | Tensor:
+def choose_init_tokens(structure: ModelStructure, config: VirtualTokenConfig, seed: int) -> list[int] | Tensor:
     """N token ids to start from: those of the text, or frequent words drawn without repetition while they last. Of a
     base without words [N, D], vectors of the kind that its first layer gets. Raises as `ports_of` does."""
-    n, usual = config.tokens, ports_of(structure).typical_embeddings
+    n, usual = config.tokens, get_injector(structure).typical_embeddings
     if usual is None:
-        return word_ids(structure, n, config.text, seed)
+        return sample_token_ids(structure, n, config.text, seed)
     if config.text is not None:
         raise RecipeError("method.text: this base has no words that virtual tokens could start from", "leave it out: "
                           "init: words then starts from what the base's first layer usually gets")
     return usual(n, seed)
 
 
-def word_ids(structure: ModelStructure, n: int, text: str | None, seed: int) -> list[int]:
+def sample_token_ids(structure: ModelStructure, n: int, text: str | None, seed: int) -> list[int]:
     """See `starting`."""
     tokenizer = structure.tokenizer
     if text is not None:
@@ -107,28 +108,28 @@ def word_ids(structure: ModelStructure, n: int, text: str | None, seed: int) -> 
 
 
 @torch.no_grad()
-def embedded_words(structure: ModelStructure, config: Words, seed: int) -> tuple[Tensor, float]:
+def embed_init_tokens(structure: ModelStructure, config: VirtualTokenConfig, seed: int) -> tuple[Tensor, float]:
     """[N, D] embeddings to start from, and the root mean square of an entry of the N words' embeddings."""
-    start = starting(structure, config, seed)
+    start = choose_init_tokens(structure, config, seed)
     if isinstance(start, list):
         start = structure.embedding(torch.tensor(start, device=next(structure.embedding.parameters()).device))
-    real = wide(start)
-    scale = rms(real)
+    real = to_trainable_dtype(start)
+    scale = compute_rms(real)
     if config.init == "random":
-        real = scale * noise(real.shape, seed).to(real)
+        real = scale * draw_normal(real.shape, seed).to(real)
     return real, scale
 
 
-def wide(x: Tensor) -> Tensor:
+def to_trainable_dtype(x: Tensor) -> Tensor:
     """A copy to train: in float32 or wider, whatever the base is kept in; small updates vanish in sixteen bits."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
-def rms(x: Tensor) -> float:
+def compute_rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def noise(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
+def draw_normal(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
     """Standard normal numbers, the same on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -136,13 +137,13 @@ def noise(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
 # ---------------------------------------------------------------- on a model
 
 
-class Standing:
+class VirtualTokenMethod:
     """What all virtual tokens on a model share: their switch, and that they cannot be folded into weights."""
 
     at_update = None
 
     def __init__(self) -> None:
-        self.scope = Scope()
+        self.scope = AdapterGate()
 
     def disabled(self) -> AbstractContextManager[None]:
         return self.scope.disabled()
@@ -154,15 +155,15 @@ class Standing:
     unmerge = merge
 
 
-class Prompt(Standing):
+class Prompt(VirtualTokenMethod):
     """Prompt tuning on a model."""
 
-    def __init__(self, structure: ModelStructure, config: Words, start: Tensor, scale: float) -> None:
+    def __init__(self, structure: ModelStructure, config: VirtualTokenConfig, start: Tensor, scale: float) -> None:
         super().__init__()
         self.embeddings, self._scale = nn.Parameter(start), scale
-        self._form = saved_form(structure, config, "prompt", {
-            "peft_type": "PROMPT_TUNING", **peft_form(structure, len(start)), "prompt_tuning_init": "RANDOM"})
-        ports_of(structure).add_prompt(self.virtual, self.scope)
+        self._form = build_saved_config(structure, config, "prompt", {
+            "peft_type": "PROMPT_TUNING", **build_peft_config(structure, len(start)), "prompt_tuning_init": "RANDOM"})
+        get_injector(structure).add_prompt(self.virtual, self.scope)
 
     def virtual(self) -> Tensor:
         """[N, D] the virtual tokens' embeddings."""
@@ -178,13 +179,13 @@ class Prompt(Standing):
         return {EMBEDDINGS: self.embeddings.detach()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        load_into(self.parameters(), read_only(state, len(self.embeddings)))
+        load_into(self.parameters(), drop_unused_tokens(state, len(self.embeddings)))
 
     def peft(self) -> dict[str, Any] | None:
         return self._form
 
 
-def peft_form(structure: ModelStructure, tokens: int) -> dict[str, Any]:
+def build_peft_config(structure: ModelStructure, tokens: int) -> dict[str, Any]:
     """What PEFT's adapter_config.json says of all virtual tokens."""
     sizes = structure.sizes
     return {"task_type": structure.task, "num_virtual_tokens": tokens, "token_dim": sizes["hidden"],
@@ -192,13 +193,14 @@ def peft_form(structure: ModelStructure, tokens: int) -> dict[str, Any]:
             "inference_mode": True}
 
 
-def saved_form(structure: ModelStructure, config: Words, kind: SoftPromptKind, theirs: dict[str, Any]) -> dict[str,
-                                                                                                               Any]:
+def build_saved_config(structure: ModelStructure, config: VirtualTokenConfig, kind: SoftPromptKind,
+                       theirs: dict[str, Any]) -> dict[str,
+                                                                                                                                    Any]:
     """What adapter_config.json says: in PEFT's form where PEFT would do the same with it, else in one of our own."""
-    return theirs if kind in ports_of(structure).peft_kinds else own_form(config, structure.task)
+    return theirs if kind in get_injector(structure).peft_kinds else build_native_config(config, structure.task)
 
 
-def read_only(state: Mapping[str, Tensor], tokens: int) -> Mapping[str, Tensor]:
+def drop_unused_tokens(state: Mapping[str, Tensor], tokens: int) -> Mapping[str, Tensor]:
     """A saved prompt without what nobody uses: PEFT keeps a second set of N for the decoder of an encoder-decoder
     (`num_transformer_submodules` 2, its default there), and puts in the first N, before the source, alone."""
     found = state.get(EMBEDDINGS)

@@ -19,11 +19,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from luthier.core.protocols import ModelStructure
-from luthier.methods.prefix import Prefix, starting_pairs
-from luthier.methods.prompt import Init, Words
+from luthier.methods.prefix import Prefix, init_key_values
+from luthier.methods.prompt import Init, VirtualTokenConfig
 
 
-class PTuningV2Config(Words):
+class PTuningV2Config(VirtualTokenConfig):
     """Settings of P-tuning v2."""
 
     default_rate: ClassVar[float] = 0.05
@@ -34,4 +34,4 @@ class PTuningV2Config(Words):
     init: Init = Field("random", description="at random, as in the paper, or as the keys and values of real words")
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Prefix:
-        return Prefix(structure, self, *starting_pairs(structure, self, seed))
+        return Prefix(structure, self, *init_key_values(structure, self, seed))

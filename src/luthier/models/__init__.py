@@ -6,7 +6,7 @@ family). `model_names.py`, `model_folder.py`, `loading.py` and `decoding.py` can
 selects the family.
 """
 
-from luthier.core.digests import cache
+from luthier.core.digests import get_cache_folder
 from luthier.models.factory import open_family
 from luthier.models.families.causal import CausalLM
 from luthier.models.families.encoder import Encoder
@@ -21,7 +21,7 @@ from luthier.models.padding_token import make_embedding_tokenizer
 from luthier.models.precision import cast_weights, read_stored_dtype
 from luthier.models.sentence_files import write_sentence_files
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "cast_weights",
+__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "get_cache_folder", "cast_weights",
            "compute_fingerprint", "count_parameters", "get_context_length", "get_public_name", "identify_base",
            "is_local_path", "list_weight_files", "load_model", "load_tokenizer", "make_embedding_tokenizer",
            "open_family", "prepare_folder", "read_stored_dtype", "read_weights", "resolve_device", "resolve_name",

@@ -12,10 +12,10 @@ from contextlib import AbstractContextManager, nullcontext
 
 from luthier.core.errors import RunError
 from luthier.core.protocols import Router
-from luthier.core.types import Forest
+from luthier.core.types import SegmentTree
 
 
-def route_segments(router: Router | None, forest: Forest, packed: bool) -> AbstractContextManager[None]:
+def route_segments(router: Router | None, forest: SegmentTree, packed: bool) -> AbstractContextManager[None]:
     """While open, every segment goes through the adapter that the forest names for it; nothing changes where it names
     none. Raises `RunError` without a router, or where a padded row would need two adapters."""
     chosen = forest.adapters

@@ -75,7 +75,8 @@ def get_load_options(config: PreTrainedConfig, kind: Architecture) -> dict[str, 
 
 
 def is_ignored_weight(key: str, prefix: str) -> bool:
-    """Whether the weight `key` is one of `IGNORED_WEIGHTS`; `prefix` is what the names of a model with a head begin with."""
+    """Whether the weight `key` is one of `IGNORED_WEIGHTS`; `prefix` is what the names of a model with a head begin
+    with."""
     return key.removeprefix(f"{prefix}.").partition(".")[0] in IGNORED_WEIGHTS
 
 

@@ -1,7 +1,9 @@
 """Answers from a language model: batches with a cache, rows that leave when they are done. Read `loading.py` first.
 
-One loop (`_decode`) serves everything that generates: `generate_outputs` collects its tokens into answers, `stream_tokens` hands them
-on one by one. What differs between families is how a batch is begun and gone on with (`DecodeBatch`): here a causal language
+One loop (`_decode`) serves everything that generates: `generate_outputs` collects its tokens into answers,
+`stream_tokens` hands them
+on one by one. What differs between families is how a batch is begun and gone on with (`DecodeBatch`): here a causal
+language
 model's, in `models/families/seq2seq.py` an encoder with a decoder. An answer depends on its prompt, its index and the
 settings, never on its neighbours in a batch.
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import RunError
 from luthier.core.expert_layers import ExpertChange, ExpertLinears
-from luthier.core.protocols import Scope
 
 NAME = "luthier"
 ROLES = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
@@ -34,7 +34,7 @@ class _ExpertChanges:
         before = module.config._experts_implementation
         self.real: Callable[..., Tensor] = (ALL_EXPERTS_FUNCTIONS[before] if before in ALL_EXPERTS_FUNCTIONS
                                             else type(module).forward.__wrapped__)
-        self.changes: list[tuple[str, Scope, ExpertChange]] = []
+        self.changes: list[tuple[str, AdapterGate, ExpertChange]] = []
         module.config = copy(module.config)  # its own, so that modules without changes keep their function
         module.config._experts_implementation = NAME
 
@@ -55,8 +55,8 @@ def find_experts(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]
     return found
 
 
-def _make_add_change(module: nn.Module, parameter: str) -> Callable[[Scope, ExpertChange], None]:
-    def enter(scope: Scope, change: ExpertChange) -> None:
+def _make_add_change(module: nn.Module, parameter: str) -> Callable[[AdapterGate, ExpertChange], None]:
+    def enter(scope: AdapterGate, change: ExpertChange) -> None:
         if not isinstance(getattr(module, "luthier", None), _ExpertChanges):
             module.luthier = _ExpertChanges(module)  # type: ignore[assignment]
         module.luthier.changes.append((parameter, scope, change))  # type: ignore[union-attr, operator]
@@ -91,7 +91,7 @@ def run_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> 
 
 
 def _apply_linear(module: Any, name: str, rows: Tensor, counts: Sequence[int],
-         acting: Sequence[tuple[str, Scope, ExpertChange]]) -> Tensor:
+         acting: Sequence[tuple[str, AdapterGate, ExpertChange]]) -> Tensor:
     """[N, out] of [N, in], rows sorted by expert, with the changes that act."""
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None

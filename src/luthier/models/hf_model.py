@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.core.errors import BaseError, LuthierError
 from luthier.core.protocols import ChatFormat, Head, Router, Tuner
-from luthier.core.types import Forest, Inputs, Outputs, Target, sent
+from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree, to_device
 from luthier.models.activation_recompute import ActivationRecomputer, replace_gated_mlps
 from luthier.models.adapter_routing import route_segments, snapshot_routing
 from luthier.models.attention import packed as _forest
@@ -117,14 +117,14 @@ class HFModel:
         return next((f"{name}." for name, module in self.model.named_modules() if module is self.structure.backbone
                      and name), "")
 
-    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+    def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         if self.critic is None or "token_scores" not in needs:
             return self._outputs(inputs, target, needs)
         with self.critic():
             values = self._outputs(inputs, target, frozenset({"token_scores"})).token_scores
         return replace(self._outputs(inputs, target, needs - {"token_scores"}), token_scores=values)
 
-    def _outputs(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+    def _outputs(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         return self.heads.compute_outputs(self.states(inputs), inputs.forest, target, needs, self.pooling,
                                           self._log_probs)
 
@@ -244,14 +244,14 @@ class PackedHFModel(HFModel):
         """Every leaf of the forest with all its ancestors as one padded row; shared prompts are computed repeatedly."""
         runs, home = list_leaf_paths(inputs.forest)
         device = inputs.tokens.device
-        mask = sent(self._build_mask(inputs.forest, runs), device)
-        runs = [sent(run, device) for run in runs]
+        mask = to_device(self._build_mask(inputs.forest, runs), device)
+        runs = [to_device(run, device) for run in runs]
         columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
                    for name, column in self._build_arguments(inputs).items()}
         result = self.structure.backbone(**columns, attention_mask=mask, **self.options)
-        return result.last_hidden_state.flatten(0, 1)[sent(home(mask.shape[-1]), device)]
+        return result.last_hidden_state.flatten(0, 1)[to_device(home(mask.shape[-1]), device)]
 
-    def _build_mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
+    def _build_mask(self, forest: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
         """Of the padded rows: [rows, L] which tokens count, or [rows, 1, L, L] which token sees which."""
         return pad_sequence([torch.ones_like(run) for run in runs], batch_first=True)
 
@@ -261,7 +261,7 @@ class PackedHFModel(HFModel):
         device, was = self.device, self.model.training
         self.model.eval()
         inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),
-                        torch.tensor([0, 1, 2, 0, 1, 2], device=device), Forest((3, 3), (-1, -1)))
+                        torch.tensor([0, 1, 2, 0, 1, 2], device=device), SegmentTree((3, 3), (-1, -1)))
         try:
             packed, padded = self._run_packed(inputs).float(), self._run_padded(inputs).float()
         except LuthierError:
@@ -286,7 +286,7 @@ class PackedHFModel(HFModel):
         return "padded"
 
 
-def list_leaf_paths(forest: Forest) -> tuple[list[Tensor], Callable[[int], Tensor]]:
+def list_leaf_paths(forest: SegmentTree) -> tuple[list[Tensor], Callable[[int], Tensor]]:
     """For each leaf the row's indices that make up its path, and a map of each token to its first place there."""
     parents = set(forest.parents)
     starts = forest.starts

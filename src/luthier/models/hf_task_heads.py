@@ -1,4 +1,5 @@
-"""TaskHeads that are Transformers' own: of the class `...ForSequenceClassification` (tokens, images) of the architecture.
+"""TaskHeads that are Transformers' own: of the class `...ForSequenceClassification` (tokens, images) of the
+architecture.
 
 Read `task_heads.py` first. The class is built without memory, its stack is replaced by a stand-in that returns given
 states,

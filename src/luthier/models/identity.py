@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.core.digests import file_sha256, files_sha256, json_sha256
+from luthier.core.digests import compute_file_sha256, compute_files_sha256, compute_json_sha256
 from luthier.models.model_config import BaseConfig
 from luthier.models.model_folder import list_weight_files, prepare_folder
 from luthier.models.model_names import resolve_name
@@ -62,7 +62,7 @@ def identify_base(config: BaseConfig) -> Identity:
     """Find a base and compute its digests; no weight is loaded. Raises `BaseError` where there is no such base."""
     found = resolve_name(config.name)
     if isinstance(found, Path) and found.is_file():
-        return Identity({"gguf": file_sha256(found)}, found.absolute(), HUB_IDS.get(config.name))
+        return Identity({"gguf": compute_file_sha256(found)}, found.absolute(), HUB_IDS.get(config.name))
     path = prepare_folder(config.model_copy(update={"structure": None})).absolute()
     hub = HUB_SNAPSHOT.search(path.as_posix())
     upstream = HUB_IDS.get(config.name) or (found if isinstance(found, str) else
@@ -73,12 +73,12 @@ def identify_base(config: BaseConfig) -> Identity:
 def compute_digests(path: Path, code: bool = False) -> dict[str, str]:
     """The digests of a Transformers folder. `code`: its Python files may run, so they count."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    plain = json_sha256({key: value for key, value in config.items() if key not in PROVENANCE_KEYS})
-    python = files_sha256((file.name, file) for file in sorted(path.glob("*.py"))) if code else ""
+    plain = compute_json_sha256({key: value for key, value in config.items() if key not in PROVENANCE_KEYS})
+    python = compute_files_sha256((file.name, file) for file in sorted(path.glob("*.py"))) if code else ""
     texts = sorted({file for pattern in TOKENIZER_FILES for file in path.glob(pattern) if file.is_file()})
-    return {"weights": files_sha256((file.name, file) for file in list_weight_files(path)),
-            "config": json_sha256([plain, python]) if python else plain,
-            "tokenizer": files_sha256((file.relative_to(path).as_posix(), file) for file in texts)}
+    return {"weights": compute_files_sha256((file.name, file) for file in list_weight_files(path)),
+            "config": compute_json_sha256([plain, python]) if python else plain,
+            "tokenizer": compute_files_sha256((file.relative_to(path).as_posix(), file) for file in texts)}
 
 
 def is_local_path(name: str) -> bool:

@@ -60,7 +60,8 @@ class ImageProcessor:
                             "give both files of one model: size (or crop_size) is config.json's image_size")
         number = settings.get("resample", 2)
         if number not in FILTERS or not settings.get("do_resize", True):
-            raise BaseError(f"{path / CONFIG_FILE}: resample {number}, do_resize {settings.get('do_resize', True)}; known is "
+            raise BaseError(f"{path / CONFIG_FILE}: resample {number}, do_resize {settings.get('do_resize', True)}; "
+                            f"known is "
                             f"resizing by {FILTERS}", "set one of them")
         plain = not settings.get("do_normalize", True)
         mean, std = (_expand_channels([other] if plain else settings.get(name, [0.5]), channels, path)

@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from transformers import CONFIG_MAPPING
 
-from luthier.core.digests import files_sha256
+from luthier.core.digests import compute_files_sha256
 from luthier.core.errors import BaseError, LuthierError
 from luthier.models.gguf.reader import convert_cached
 from luthier.models.hf_logging import silence_transformers, summarize_error
@@ -99,7 +99,7 @@ def count_parameters(config: BaseConfig) -> int:
 
 def compute_fingerprint(path: Path) -> str:
     """sha256 over all bytes of a folder's config and weights, independent of its location and age."""
-    return files_sha256((file.name, file) for file in [path / "config.json", *list_weight_files(path)])
+    return compute_files_sha256((file.name, file) for file in [path / "config.json", *list_weight_files(path)])
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from luthier.core.errors import BaseError, nearest
+from luthier.core.errors import BaseError, suggest_nearest
 from luthier.models.hf_logging import silence_transformers, summarize_error
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -50,7 +50,7 @@ def resolve_name(name: str) -> Path | str:
     path = Path(name).expanduser()
     if path.exists():
         return path
-    hint = nearest(name.lower(), ALIASES)
+    hint = suggest_nearest(name.lower(), ALIASES)
     if path.suffix == ".gguf" or name.startswith(("/", ".", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise BaseError(f"base {name!r}: there is no such file or folder",
                         f"fix the path, or give a hub id (owner/name) or an alias ({hint})")
@@ -84,7 +84,7 @@ def download_model(name: str, revision: str | None) -> Path:
         raise BaseError(f"base {name!r} has no revision {revision!r}", "fix or omit `revision`") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise BaseError(f"base {name!r}: no file, folder, alias or public hub model has this name",
-                        f"fix the name ({nearest(name, ALIASES)})") from error
+                        f"fix the name ({suggest_nearest(name, ALIASES)})") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise BaseError(f"base {name!r} is not on this machine, and the hub cannot be reached "
                         f"({summarize_error(error)})",

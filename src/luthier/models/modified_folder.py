@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from luthier.core.digests import cache
+from luthier.core.digests import get_cache_folder
 from luthier.core.errors import BaseError
 from luthier.models.architectures import detect_architecture
 from luthier.models.gguf.reader import build_once
@@ -41,7 +41,7 @@ def prepare_modified_folder(path: Path, name: str, fingerprint: str, surgery: St
     digest = hashlib.sha256(f"{fingerprint} {surgery.model_dump_json()}".encode())
     for file in sorted({file for pattern in TOKENIZER_FILES for file in path.glob(pattern)}):
         digest.update(file.name.encode() + file.read_bytes())
-    folder = cache() / f"{path.name}-{digest.hexdigest()[:32]}-{FORMAT_VERSION}"
+    folder = get_cache_folder() / f"{path.name}-{digest.hexdigest()[:32]}-{FORMAT_VERSION}"
     return build_once(folder, lambda to: _write_modified_folder(path, name, to, surgery))
 
 

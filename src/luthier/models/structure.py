@@ -1,4 +1,5 @@
-"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (ModelStructure) first.
+"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (ModelStructure)
+first.
 
 One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM, BERT, ViT and their like; a linear map
 whose ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
@@ -42,8 +43,8 @@ MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
 def find_structure(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> ModelStructure:
     """The parts of a model of Transformers. Raises `BaseError` where no stack of blocks is found.
 
-    Besides what `ModelStructure` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a token,
-    and for a picture its patches and their common token.
+    Besides what `ModelStructure` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a
+    token, and for a picture its patches and their common token.
     """
     backbone = model.base_model if model.base_model is not model else model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")

@@ -13,9 +13,10 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import RunError
-from luthier.core.protocols import Head, Scope
-from luthier.core.types import Forest, Outputs, Target, sent
+from luthier.core.protocols import Head
+from luthier.core.types import LossInputs, Outputs, SegmentTree, to_device
 from luthier.models.attention.packed import describe_segments
 from luthier.models.hf_task_heads import TaskHead
 
@@ -33,7 +34,7 @@ class TaskHeads:
                  build: Callable[[Head, torch.Generator], TaskHead | str] | None = None) -> None:
         """`build`: makes a head from Transformers' own class of its task, or says why there is none."""
         self.heads, self.task = tuple(heads), task
-        self.scope = Scope()  # nobody reads it: heads change nothing in the base
+        self.scope = AdapterGate()  # nobody reads it: heads change nothing in the base
         self.modules: dict[str, nn.Linear | TaskHead] = {}
         self.task_head: TaskHead | None = None  # the one that Transformers' class has
         self.no_task_head_reason = ""  # why there is none, where one was wanted
@@ -106,7 +107,8 @@ class TaskHeads:
             scores: Tensor = module(states.to(next(module.parameters()).dtype))
         return scores
 
-    def compute_outputs(self, row: Tensor, forest: Forest, target: Target, needs: frozenset[str], pooling: Pooling,
+    def compute_outputs(self, row: Tensor, forest: SegmentTree, target: LossInputs, needs: frozenset[str],
+                        pooling: Pooling,
                 log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
         """What is asked for of a row of states.
 
@@ -132,17 +134,17 @@ class TaskHeads:
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 
-def pool_states(row: Tensor, forest: Forest, items: Tensor, how: Pooling) -> Tensor:
+def pool_states(row: Tensor, forest: SegmentTree, items: Tensor, how: Pooling) -> Tensor:
     """[A, D] one state for each item: its last token's, that of its root's first token, or the mean over its path."""
-    starts, lengths = (sent(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
+    starts, lengths = (to_device(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
     if how == "last":
         return row.index_select(0, (starts + lengths - 1)[items])
     if how == "first":
-        roots = sent(torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))]), row.device)
+        roots = to_device(torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))]), row.device)
         return row.index_select(0, starts[roots[items]])
     # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
     # and in an order of its own in every run.
-    segment, _, related = (sent(x, row.device) for x in describe_segments(forest))
+    segment, _, related = (to_device(x, row.device) for x in describe_segments(forest))
     wide = torch.promote_types(row.dtype, torch.float32)
     counts = related[items].index_select(1, segment).to(wide)
     with _without_autocast(row.device):

@@ -16,7 +16,7 @@ from torch import Tensor
 from luthier.core.config import Config
 from luthier.core.errors import DataError
 from luthier.core.protocols import Head
-from luthier.core.types import Outputs, Target
+from luthier.core.types import LossInputs, Outputs
 
 Metrics = Mapping[str, tuple[Tensor, Tensor | float]]
 
@@ -67,7 +67,7 @@ class ObjectiveConfig(Config):
         """A copy for the labels of the training rows; `counts` is the number of rows of each label."""
         return self
 
-    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         """Metrics over all held-out rows at once that cannot be summed over batches."""
         return {}
 
@@ -94,13 +94,13 @@ def upcast_to_float32(values: Tensor) -> Tensor:
 # ---------------------------------------------------------------- weights and groups
 
 
-def get_item_weights(target: Target) -> Tensor:
+def get_item_weights(target: LossInputs) -> Tensor:
     """The loss weight of each item, 1 where the batch has none. Returns [A]."""
     weights = target.item_weights
     return weights if weights.shape[0] else torch.ones(target.items.shape[0], device=weights.device)  # [A]
 
 
-def get_group_weights(target: Target, table: Tensor) -> Tensor:
+def get_group_weights(target: LossInputs, table: Tensor) -> Tensor:
     """The loss weight of each group. Returns [G].
 
     Args:
@@ -109,7 +109,7 @@ def get_group_weights(target: Target, table: Tensor) -> Tensor:
     return get_item_weights(target)[table[:, 0]]  # [G]
 
 
-def build_group_table(target: Target) -> Tensor:
+def build_group_table(target: LossInputs) -> Tensor:
     """The item indices of each group in their order, padded with -1. Returns [G, K]."""
     order = target.groups.argsort(stable=True)  # [A] items sorted by group
     _, group, sizes = target.groups[order].unique_consecutive(return_inverse=True, return_counts=True)  # [A], [G]
@@ -124,7 +124,7 @@ def gather_by_group(values: Tensor, table: Tensor, fill: float) -> Tensor:
     return torch.where(table < 0, fill, values[table.clamp(min=0)])  # [G, K]
 
 
-def compare_ranks(target: Target) -> tuple[Tensor, Tensor]:
+def compare_ranks(target: LossInputs) -> tuple[Tensor, Tensor]:
     """Which items of a group are better than which: lower ranks are better.
 
     Returns:

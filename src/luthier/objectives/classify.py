@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
-from luthier.core.errors import DataError, RecipeError, nearest
-from luthier.core.labels import is_continuous, label_key, label_name
+from luthier.core.errors import DataError, RecipeError, suggest_nearest
+from luthier.core.labels import get_label_key, get_label_name, is_continuous
 from luthier.core.protocols import Head
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives import metrics
 from luthier.objectives.base import ObjectiveConfig, get_item_weights, sum_and_count, upcast_to_float32
 
@@ -78,17 +78,17 @@ class ClassifyConfig(ObjectiveConfig):
     @field_validator("labels", mode="before")
     @classmethod
     def _normalize_labels(cls, raw: Any) -> Any:
-        return [label_name(one) if isinstance(one, (str, int, float)) else one for one in raw] \
+        return [get_label_name(one) if isinstance(one, (str, int, float)) else one for one in raw] \
             if isinstance(raw, (list, tuple)) else raw
 
     @field_validator("class_weights", mode="before")
     @classmethod
     def _normalize_class_names(cls, raw: Any) -> Any:
-        return {label_name(label): weight for label, weight in raw.items()} if isinstance(raw, Mapping) else raw
+        return {get_label_name(label): weight for label, weight in raw.items()} if isinstance(raw, Mapping) else raw
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
-        if len({label_key(label) for label in self.labels}) != len(self.labels):
+        if len({get_label_key(label) for label in self.labels}) != len(self.labels):
             raise ValueError("a class appears twice (1, 1.0, '1' and true are the same class)")
         if self.task == "regression" and (self.labels or self.class_weights):
             raise ValueError("a regression has no classes: omit labels and class_weights")
@@ -128,10 +128,10 @@ class ClassifyConfig(ObjectiveConfig):
         names = self.labels or labels
         if unknown := [name for name in labels if name not in names]:
             raise RecipeError(f"the train rows have the class {unknown[0]!r}, which is not in objective.labels: "
-                              f"{nearest(unknown[0], names)}", "list every class, or omit objective.labels")
-        if unknown := [name for name in self._explicit_weights if label_key(name) not in map(label_key, names)]:
+                              f"{suggest_nearest(unknown[0], names)}", "list every class, or omit objective.labels")
+        if unknown := [name for name in self._explicit_weights if get_label_key(name) not in map(get_label_key, names)]:
             raise RecipeError(f"objective.class_weights names {unknown[0]!r}, which is not a class: "
-                              f"{nearest(unknown[0], names)}", "name classes of the train rows")
+                              f"{suggest_nearest(unknown[0], names)}", "name classes of the train rows")
         if not self.labels and is_continuous(labels, sum(counts.values()) if counts else math.inf):
             raise RecipeError(f"the train rows have {len(labels)} different numbers for labels, such as {labels[0]} "
                               f"and {labels[-1]}: each would be a class of its own",
@@ -144,10 +144,10 @@ class ClassifyConfig(ObjectiveConfig):
                    else self.class_weights)
         return self.model_copy(update={"labels": names, "class_weights": weights})
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         return float(self._weigh_labels(target).sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         weights = self._weigh_labels(target)  # [A], [A, C] or [P]
         count = weights.sum()  # []
         scores = self._get_scores(outputs)  # [A, C] or [P, C]
@@ -167,7 +167,7 @@ class ClassifyConfig(ObjectiveConfig):
             losses, correct = F.cross_entropy(scores, truth, reduction="none"), scores.argmax(-1) == truth
         return Loss((weights.to(scores.dtype) * losses).sum(), count, sum_and_count({"accuracy": correct}))
 
-    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         scores = self._get_scores(outputs)
         if not scores.shape[0]:
             return {}
@@ -189,13 +189,13 @@ class ClassifyConfig(ObjectiveConfig):
         assert scores is not None
         return upcast_to_float32(scores)
 
-    def _get_classes(self, target: Target) -> Tensor:
+    def _get_classes(self, target: LossInputs) -> Tensor:
         """[A] or [P] class indices."""
         truth = target.tokens if self.task == "tokens" else target.labels.long()
         assert bool(((truth >= 0) & (truth < len(self.labels))).all()), "data rejects rows with other classes"
         return truth
 
-    def _weigh_labels(self, target: Target) -> Tensor:
+    def _weigh_labels(self, target: LossInputs) -> Tensor:
         """[A], [A, C] or [P] the loss weight of each label. Raises `DataError` if the labels do not fit the task."""
         found = "tokens" if not target.labels.shape[0] else "multi" if target.labels.dim() == 2 else "single"
         wanted = "single" if self.task == "regression" else self.task
@@ -214,10 +214,11 @@ class ClassifyConfig(ObjectiveConfig):
         row_weights = target.weights if self.task == "tokens" else get_item_weights(target)  # [P] or [A]
         return weights[self._get_classes(target)] * row_weights
 
-    def _get_class_weights(self, target: Target) -> Tensor:
+    def _get_class_weights(self, target: LossInputs) -> Tensor:
         """[C] u_c."""
-        explicit = {label_key(name): weight for name, weight in self._explicit_weights.items()}
-        return torch.tensor([explicit.get(label_key(name), 1.0) for name in self.labels], device=target.weights.device)
+        explicit = {get_label_key(name): weight for name, weight in self._explicit_weights.items()}
+        return torch.tensor([explicit.get(get_label_key(name), 1.0) for name in self.labels],
+                            device=target.weights.device)
 
 
 def compute_balanced_weights(names: tuple[str, ...], counts: Mapping[str, float]) -> dict[str, float]:

@@ -34,9 +34,9 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from luthier.core.errors import DataError, RecipeError
-from luthier.core.labels import is_continuous, label_key, label_name
+from luthier.core.labels import get_label_key, get_label_name, is_continuous
 from luthier.core.protocols import Head
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.base import (
     Metrics,
     ObjectiveConfig,
@@ -180,12 +180,12 @@ class ContrastiveConfig(ObjectiveConfig):
     @field_validator("labels", mode="before")
     @classmethod
     def _normalize_labels(cls, raw: Any) -> Any:
-        return [label_name(label) if isinstance(label, (str, int, float)) else label for label in raw] \
+        return [get_label_name(label) if isinstance(label, (str, int, float)) else label for label in raw] \
             if isinstance(raw, (list, tuple)) else raw
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Self:
-        if len({label_key(label) for label in self.labels}) != len(self.labels):
+        if len({get_label_key(label) for label in self.labels}) != len(self.labels):
             raise ValueError("a class appears twice (1, 1.0, '1' and true are the same class)")
         if self.loss == "triplet" and self.learn_temperature:
             raise ValueError("the triplet loss has no temperature: omit learn_temperature")
@@ -208,7 +208,7 @@ class ContrastiveConfig(ObjectiveConfig):
                               "give classes; for similarity scores of two texts use objective.loss: cosent")
         return self.model_copy(update={"labels": self.labels or labels})
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         if self.loss == "supcon":
             return float(get_item_weights(target).sum())
         if self.loss == "cosent":
@@ -220,7 +220,7 @@ class ContrastiveConfig(ObjectiveConfig):
             return float((get_item_weights(target)[anchors] * triplets).sum())
         return float(get_item_weights(target)[anchors].sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         states = self._normalize_states(outputs)  # [A, D]
         scale = self._compute_scale(outputs, states)  # []
         metrics: Metrics = {"temperature": (scale.detach().reciprocal(), 1.0)} if self.learn_temperature else {}
@@ -249,7 +249,7 @@ class ContrastiveConfig(ObjectiveConfig):
         return _sum_weighted(losses, get_item_weights(target)[anchors],
                              {**sum_and_count({"match_accuracy": correct}), **metrics})
 
-    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         states = self._normalize_states(outputs)  # [A, D]
         if self.loss == "cosent":
             cosines, scores = self._compute_pair_cosines(states, target)
@@ -264,7 +264,7 @@ class ContrastiveConfig(ObjectiveConfig):
         candidate = torch.ones_like(positive) if excluded is None else positive | ~excluded  # [N, M]
         return compute_retrieval_metrics(_compute_products(states[anchors], states[others]), positive, candidate)
 
-    def _find_excluded(self, anchors: Tensor, others: Tensor, positive: Tensor, target: Target) -> Tensor | None:
+    def _find_excluded(self, anchors: Tensor, others: Tensor, positive: Tensor, target: LossInputs) -> Tensor | None:
         """[N, M] from `find_false_negatives`; None without `mask_duplicates`."""
         if not self.mask_duplicates or self.loss != "infonce":
             return None
@@ -283,7 +283,7 @@ class ContrastiveConfig(ObjectiveConfig):
             return torch.exp(_ClampMax.apply(outputs.scalars[SCALE], MAX_LOG_SCALE))
         return states.new_tensor(1 / self.temperature)
 
-    def _compute_pair_cosines(self, states: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    def _compute_pair_cosines(self, states: Tensor, target: LossInputs) -> tuple[Tensor, Tensor]:
         """[G] cosine of the two items of each group, and [G] their similarity score."""
         table = _build_pair_table(target)  # [G, 2]
         return (states[table[:, 0]] * states[table[:, 1]]).sum(-1), target.labels[table[:, 0]]
@@ -305,7 +305,7 @@ def _compute_products(a: Tensor, b: Tensor) -> Tensor:
         return a @ b.T
 
 
-def _build_pair_table(target: Target) -> Tensor:
+def _build_pair_table(target: LossInputs) -> Tensor:
     """[G, 2] the items of each group. Raises `DataError` if a group does not have two."""
     table = build_group_table(target)
     if table.shape[1] != 2 or bool((table < 0).any()):
@@ -314,7 +314,7 @@ def _build_pair_table(target: Target) -> Tensor:
     return table
 
 
-def _find_anchors(target: Target) -> tuple[Tensor, Tensor]:
+def _find_anchors(target: LossInputs) -> tuple[Tensor, Tensor]:
     """[N] the anchors, [M] positives and hard negatives. Raises `DataError` if a group does not have both."""
     anchor, positive = target.labels == 0, target.labels == 1  # [A]
     numbers = torch.zeros(target.examples, 3, device=target.groups.device)  # of anchors, positives, items
@@ -325,7 +325,7 @@ def _find_anchors(target: Target) -> tuple[Tensor, Tensor]:
     return anchor.nonzero()[:, 0], (~anchor).nonzero()[:, 0]
 
 
-def _find_own_items(anchors: Tensor, others: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+def _find_own_items(anchors: Tensor, others: Tensor, target: LossInputs) -> tuple[Tensor, Tensor]:
     """[N, M] bool: an anchor's own positives, and its own hard negatives."""
     own = target.groups[anchors][:, None] == target.groups[others][None, :]  # [N, M]
     positive = (target.labels[others] == 1)[None, :]  # [1, M]

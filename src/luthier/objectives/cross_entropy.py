@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.base import ObjectiveConfig
 
 
@@ -39,10 +39,10 @@ class CrossEntropyConfig(ObjectiveConfig):
     example_types: ClassVar[frozenset[str]] = frozenset({"ChatExample", "CompletionExample", "TextExample"})
     required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps", "token_hits"})
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         return float(target.weights.double().sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
         assert outputs.token_hits is not None
         logps = outputs.token_logps  # [P]

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.rl_config import (
     OnlineRLConfig,
     TokenValues,
@@ -80,11 +80,11 @@ class GrpoConfig(OnlineRLConfig):
     def update_kl_coef(self, kl_coef: float, kl: float) -> float:
         return kl_coef
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         longest = self.max_new_tokens if self.advantage_estimator == "dr_grpo" else 1
         return float(target.items.shape[0] * longest)
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
         logps, rollout = outputs.token_logps, target.precomputed  # [P], name -> [P]
         old = rollout["old_logps"] if "old_logps" in rollout else logps.detach()  # [P]

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 
 from luthier.core.errors import DataError
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.base import PRECOMPUTE_HELP, ObjectiveConfig, get_item_weights, sum_and_count
 from luthier.objectives.preference import compute_completion_logps
 
@@ -50,10 +50,10 @@ class KtoConfig(ObjectiveConfig):
         "loss weight of undesirable completions; raise it where they are few"))
     precompute_reference: bool = Field(False, description=PRECOMPUTE_HELP)
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         return float(get_item_weights(target)[target.labels >= 0].sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
         assert outputs.reference_logps is not None
         logps = compute_completion_logps(outputs.token_logps, target, mean=False)  # [A]

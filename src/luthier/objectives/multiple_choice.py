@@ -20,7 +20,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.base import (
     ObjectiveConfig,
     compare_ranks,
@@ -59,10 +59,10 @@ class MultipleChoiceConfig(ObjectiveConfig):
     per_token: bool = Field(True, description=(
         "divide the log-probability of an answer by its number of tokens, so that short answers have no advantage"))
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         return float(get_group_weights(target, compare_ranks(target)[0]).sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
         table, better = compare_ranks(target)  # [G, K], [G, K, K]
         logps = upcast_to_float32(compute_completion_logps(outputs.token_logps, target, self.per_token))  # [A]

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.protocols import Head
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.rl_config import OnlineRLConfig, TokenValues, compute_clipped_surrogate, estimate_kl
 
 
@@ -105,10 +105,10 @@ class PpoConfig(OnlineRLConfig):
             return kl_coef
         return kl_coef * (1 + 0.1 * min(max(kl / self.adaptive_kl_target - 1, -0.2), 0.2))
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         return float(target.weights.double().sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
         assert outputs.token_scores is not None
         logps, rollout = outputs.token_logps, target.precomputed  # [P], name -> [P]

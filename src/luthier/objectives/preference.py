@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.base import (
     PRECOMPUTE_HELP,
     Metrics,
@@ -141,7 +141,7 @@ def log1mexp(x: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the configs
 
 
-def compute_completion_logps(logps: Tensor, target: Target, mean: bool) -> Tensor:
+def compute_completion_logps(logps: Tensor, target: LossInputs, mean: bool) -> Tensor:
     """sum_p w_p logps_p over the tokens of each item; `mean`: divided by sum_p w_p. Returns [A].
 
     Args:
@@ -183,16 +183,16 @@ class PreferenceConfig(ObjectiveConfig):
         """The loss of each pair. Returns [N]."""
         raise NotImplementedError
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         return float(self._get_pair_weights(target).sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         logps = self.build_pairs(outputs, target)
         losses = self.compute_pair_losses(logps)  # [N]
         weights = self._get_pair_weights(target)  # [N]
         return Loss((weights.to(losses.dtype) * losses).sum(), weights.sum(), self.compute_metrics(logps))
 
-    def build_pairs(self, outputs: Outputs, target: Target) -> PairLogps:
+    def build_pairs(self, outputs: Outputs, target: LossInputs) -> PairLogps:
         """Log-probabilities of every (better, worse) pair of completions of one prompt."""
         assert outputs.token_logps is not None
         policy = compute_completion_logps(outputs.token_logps, target, self.is_length_normalized)  # [A]
@@ -205,7 +205,7 @@ class PreferenceConfig(ObjectiveConfig):
         best, worst = table[group, i], table[group, j]  # [N] item indices
         return PairLogps(policy[best], policy[worst], reference[best], reference[worst])
 
-    def _get_pair_weights(self, target: Target) -> Tensor:
+    def _get_pair_weights(self, target: LossInputs) -> Tensor:
         """[N] in the order of `build_pairs`."""
         table, better = compare_ranks(target)
         return get_group_weights(target, table)[better.nonzero()[:, 0]]  # [N]

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.core.protocols import Head
-from luthier.core.types import Loss, Outputs, Target
+from luthier.core.types import Loss, LossInputs, Outputs
 from luthier.objectives.base import (
     ObjectiveConfig,
     compare_ranks,
@@ -102,10 +102,10 @@ class RewardConfig(ObjectiveConfig):
     def heads(self) -> tuple[Head, ...]:
         return (Head("score", "item", task="regression"),)
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         return float(get_group_weights(target, compare_ranks(target)[0]).sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         table, scores, margins, better = self._arrange_scores(outputs, target)
         ranking_loss = plackett_luce_loss if self.ranking == "plackett_luce" else all_pairs_loss
         losses = ranking_loss(scores, margins, better)  # [G]
@@ -118,12 +118,12 @@ class RewardConfig(ObjectiveConfig):
             "rewards/chosen": chosen, "rewards/rejected": rejected, "rewards/margins": chosen - rejected,
             "rewards/accuracies": count_correct_pairs(chosen, rejected)}))
 
-    def compute_eval_metrics(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         _, scores, _, better = self._arrange_scores(outputs, target)
         group, i, j = better.nonzero(as_tuple=True)
         return compute_calibration(torch.sigmoid(scores[group, i] - scores[group, j]))
 
-    def _arrange_scores(self, outputs: Outputs, target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _arrange_scores(self, outputs: Outputs, target: LossInputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Table, scores and margins, [G, K] each, 0 where a group has fewer completions; and `better`, [G, K, K]."""
         assert outputs.scores is not None
         table, better = compare_ranks(target)

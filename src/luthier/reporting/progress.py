@@ -48,7 +48,7 @@ class Progress:
 
     def update(self, step: int, **numbers: float) -> None:
         """Show `step` and the numbers by their names: ``update(3, loss=2.1, **{"tokens/s": 812.0})``."""
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
+        shown = "  ".join(f"{name} {_format_number(value)}" for name, value in numbers.items())
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, numbers=shown)
             return
@@ -58,7 +58,7 @@ class Progress:
         self._said = now
         elapsed = now - self._began
         left = elapsed / max(1, step - self._start) * (self._total - step)
-        line = f"{self._title} {step}/{self._total}  {shown}  {_span(elapsed)} elapsed, {_span(left)} left"
+        line = f"{self._title} {step}/{self._total}  {shown}  {_format_duration(elapsed)} elapsed, {_format_duration(left)} left"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -82,18 +82,18 @@ def print_line(line: str, quiet: bool = False) -> None:
         print(line, file=sys.stderr)
 
 
-def _short(value: float) -> str:
+def _format_number(value: float) -> str:
     """Four digits that matter; thousands with commas.
 
-    >>> _short(2.34567), _short(81234.5), _short(0.0002), _short(float("nan"))
+    >>> _format_number(2.34567), _format_number(81234.5), _format_number(0.0002), _format_number(float("nan"))
     ('2.346', '81,234', '0.0002', 'nan')
     """
     return f"{value:,.0f}" if 1000 <= abs(value) < float("inf") else f"{value:.4g}"
 
 
-def _span(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """
-    >>> _span(3725.6)
+    >>> _format_duration(3725.6)
     '1:02:05'
     """
     minutes, seconds = divmod(int(seconds), 60)

@@ -3,7 +3,8 @@
 Reading order: `rewards.py` (what an answer is worth), `sandbox.py` (tests run on answers), `collector.py` (the feed).
 """
 
-from luthier.rl.collector import Rollouts, Rolls
-from luthier.rl.rewards import BUILT_IN, Answer, Reward, endpoint, from_function, judged, named
+from luthier.rl.collector import RolloutCollector, RolloutObjective
+from luthier.rl.rewards import BUILT_IN, Completion, Reward, call_endpoint, compute_rewards, load_reward, wrap_function
 
-__all__ = ["BUILT_IN", "Answer", "Reward", "Rollouts", "Rolls", "endpoint", "from_function", "judged", "named"]
+__all__ = ["BUILT_IN", "Completion", "Reward", "RolloutCollector", "RolloutObjective", "call_endpoint",
+           "wrap_function", "compute_rewards", "load_reward"]

@@ -26,31 +26,32 @@ import torch
 from torch import Tensor
 
 from luthier.core.protocols import Family, SamplingParams
-from luthier.core.types import Batch, Encoded, Item, Piece
-from luthier.data.batch_source import Loader
-from luthier.data.packing import batch, first_fit
-from luthier.rl.rewards import Answer, Reward, judged
+from luthier.core.types import Batch, LabeledSpan, TokenizedExample, TokenSpan
+from luthier.data.batch_source import InMemoryBatchSource
+from luthier.data.packing import assign_rows, build_batch
+from luthier.rl.rewards import Completion, Reward, compute_rewards
 
 DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
 NO_SPREAD = 1e-8  # rewards that differ by no more are equal, as in TRL
 SHOWN = 4  # answers of a round that are written down
 
 
-Found = tuple[list[Answer], list[float], dict[str, Tensor]]  # answers, rewards [N], columns [M]
+Found = tuple[list[Completion], list[float], dict[str, Tensor]]  # answers, rewards [N], columns [M]
 
 
 class MapShards(Protocol):
     """How processes share work; see `luthier.distributed.process_group.map_shards`."""
 
-    def __call__(self, function: Callable[[Sequence[Encoded], int], Found],
-                 items: Sequence[Encoded]) -> list[Found]: ...
+    def __call__(self, function: Callable[[Sequence[TokenizedExample], int], Found],
+                 items: Sequence[TokenizedExample]) -> list[Found]: ...
 
 
-def _alone(function: Callable[[Sequence[Encoded], int], Found], items: Sequence[Encoded]) -> list[Found]:
+def _map_locally(function: Callable[[Sequence[TokenizedExample], int], Found],
+                 items: Sequence[TokenizedExample]) -> list[Found]:
     return [function(items, 0)]
 
 
-class Rolls(Protocol):
+class RolloutObjective(Protocol):
     """What a rollout asks of its objective; see `objectives/rl_config.py`."""
 
     @property
@@ -79,7 +80,7 @@ class Rolls(Protocol):
 
 
 @dataclass(frozen=True)
-class Round:
+class RolloutBatch:
     """Answers that are being learned from.
 
     Args:
@@ -101,13 +102,14 @@ class Round:
                 "columns": {name: column.tolist() for name, column in self.columns.items()}}
 
     @staticmethod
-    def loaded(state: Mapping[str, Any]) -> Round:
+    def loaded(state: Mapping[str, Any]) -> RolloutBatch:
         columns = {name: torch.tensor(column, dtype=DTYPES[state["dtype"]])
                    for name, column in state["columns"].items()}
-        return Round(tuple(state["prompts"]), tuple(map(tuple, state["answers"])), tuple(state["rewards"]), columns)
+        return RolloutBatch(tuple(state["prompts"]), tuple(map(tuple, state["answers"])), tuple(state["rewards"]),
+                            columns)
 
 
-class Rollouts:
+class RolloutCollector:
     """An endless run of steps over answers of the policy itself; a `core.protocols.BatchSource`.
 
     Args:
@@ -124,19 +126,20 @@ class Rollouts:
         map_shards: how several processes share the prompts of a round.
     """
 
-    def __init__(self, family: Family, prompts: Sequence[Encoded], objective: Rolls,
-                 rewards: Sequence[tuple[Reward, float]], cursor: Loader, micro_tokens: int, seed: int = 0,
+    def __init__(self, family: Family, prompts: Sequence[TokenizedExample], objective: RolloutObjective,
+                 rewards: Sequence[tuple[Reward, float]], cursor: InMemoryBatchSource, micro_tokens: int, seed: int = 0,
                  reference: Callable[[], AbstractContextManager[None]] = nullcontext,
-                 autocast: Callable[[], AbstractContextManager[None]] = nullcontext, held: Sequence[Encoded] = (),
+                 autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+                 held: Sequence[TokenizedExample] = (),
                  note: Callable[[int, list[dict[str, Any]]], None] = lambda step, said: None,
-                 map_shards: MapShards = _alone) -> None:
+                 map_shards: MapShards = _map_locally) -> None:
         self.family, self.prompts, self.objective, self.rewards = family, prompts, objective, rewards
         self.cursor, self.micro_tokens, self.seed = cursor, micro_tokens, seed
         self.reference, self.autocast, self.held, self.note = reference, autocast, held, note
         self.map_shards = map_shards
         self.kl_coef = objective.kl_coef
         self.rounds, self.steps, self.taken = 0, 0, 0
-        self._round: Round | None = None
+        self._round: RolloutBatch | None = None
         self._news: dict[str, float] = {}
         whole, rest = divmod(len(cursor.order(0)), cursor.batch_size)
         parts = whole * min(objective.num_mini_batches, cursor.batch_size) + min(objective.num_mini_batches, rest)
@@ -181,7 +184,7 @@ class Rollouts:
         self.cursor.load(state["cursor"])
         self.rounds, self.steps, self.taken = state["rounds"], state["steps"], state["taken"]
         self.kl_coef = state["kl_coef"]
-        self._round = Round.loaded(state["round"]) if state["round"] else None
+        self._round = RolloutBatch.loaded(state["round"]) if state["round"] else None
 
     def heard(self, numbers: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
         """Told after each step how to learn what it measured; answers what there is to say of its round."""
@@ -192,7 +195,7 @@ class Rollouts:
 
     # ------------------------------------------------------------ a round
 
-    def _roll(self) -> Round:
+    def _roll(self) -> RolloutBatch:
         """The next prompts, answered, judged and measured."""
         cursor = self.cursor
         if cursor.row >= len(order := cursor.order(cursor.epoch)):
@@ -207,17 +210,17 @@ class Rollouts:
         columns = self.objective.compute_advantages(torch.tensor(rewards, dtype=torch.float64), lengths, found,
                                                     self.kl_coef)
         dtype = next((column.dtype for column in found.values()), torch.float32)
-        self._news = self._said(answers, rewards, found) | _spread_of_rewards(rewards, self.objective.num_generations)
+        self._news = self._said(answers, rewards, found) | _compute_reward_std(rewards, self.objective.num_generations)
         found.pop("entropies", None)  # told, and nothing that the loss must know
         self.note(self.steps + 1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
                                    for a, r in list(zip(answers, rewards, strict=True))[:SHOWN]])
         if "kl" in self._news:
             self._news["kl_coef"] = self.kl_coef
             self.kl_coef = self.objective.update_kl_coef(self.kl_coef, self._news["kl"])
-        return Round(chosen, tuple(answer.tokens for answer in answers), tuple(rewards),
-                     {name: column.to(dtype) for name, column in {**found, **columns}.items()})
+        return RolloutBatch(chosen, tuple(answer.tokens for answer in answers), tuple(rewards),
+                            {name: column.to(dtype) for name, column in {**found, **columns}.items()})
 
-    def judged(self, prompts: Sequence[Encoded] | None = None) -> dict[str, float]:
+    def judged(self, prompts: Sequence[TokenizedExample] | None = None) -> dict[str, float]:
         """What the policy earns on prompts that it does not learn from (left out: those held out): one answer each,
         always by the same dice. `loss` is the reward with its sign turned, so that the best evaluation is the lowest
         here too."""
@@ -230,7 +233,7 @@ class Rollouts:
         return {"loss": -said["reward"], **said}
 
     @torch.no_grad()
-    def _answered(self, prompts: Sequence[Encoded], times: int, seed: int, asks: frozenset[str]) -> Found:
+    def _answered(self, prompts: Sequence[TokenizedExample], times: int, seed: int, asks: frozenset[str]) -> Found:
         """Answers, rewards [N], and what `asks` names of their tokens, [M] each; the same on all ranks."""
         training = self.family.training
         self.family.train(False)
@@ -240,38 +243,39 @@ class Rollouts:
         rewards = [reward for _, own, _ in shards for reward in own]
         return [answer for own, _, _ in shards for answer in own], rewards, columns
 
-    def _answer_shard(self, times: int, seed: int, asks: frozenset[str], prompts: Sequence[Encoded],
+    def _answer_shard(self, times: int, seed: int, asks: frozenset[str], prompts: Sequence[TokenizedExample],
                       start: int) -> Found:
         """`_answered` for some consecutive prompts, of which the first is number `start`."""
         with self.autocast():
             answers = self._answers(prompts, times, seed, start)
-            rewards = judged(answers, self.rewards)
+            rewards = compute_rewards(answers, self.rewards)
             found = self._measured(prompts, [answer.tokens for answer in answers], asks)
         off = self.objective.missing_eos_penalty
         return answers, [r - off * (not a.finished) for a, r in zip(answers, rewards, strict=True)], found
 
-    def _answers(self, prompts: Sequence[Encoded], times: int, seed: int, start: int = 0) -> list[Answer]:
+    def _answers(self, prompts: Sequence[TokenizedExample], times: int, seed: int, start: int = 0) -> list[Completion]:
         asked = [prompt.pieces[0].ids for prompt in prompts for _ in range(times)]
         sampling = SamplingParams(self.objective.max_new_tokens, self.objective.temperature,
                             batch_size=self.objective.generation_batch_size, seed=seed,
                             first_prompt_index=start * times)
         said = sorted(self.family.generate(asked, sampling), key=lambda answer: answer.index)
         words = self.family.tokenizer
-        texts = [_read(prompt, words) for prompt in prompts]
-        return [Answer(texts[i // times], words.decode(one.token_ids, skip_special_tokens=True),
-                       prompts[i // times].origin, prompts[i // times].facts, asked[i],
-                       one.token_ids + ((one.stop_token,) if one.stop_token is not None else ()), one.finished)
+        texts = [_format_prompt(prompt, words) for prompt in prompts]
+        return [Completion(texts[i // times], words.decode(one.token_ids, skip_special_tokens=True),
+                           prompts[i // times].origin, prompts[i // times].facts, asked[i],
+                           one.token_ids + ((one.stop_token,) if one.stop_token is not None else ()), one.finished)
                 for i, one in enumerate(said)]
 
-    def _measured(self, prompts: Sequence[Encoded], answers: Sequence[tuple[int, ...]],
+    def _measured(self, prompts: Sequence[TokenizedExample], answers: Sequence[tuple[int, ...]],
                   asks: frozenset[str]) -> dict[str, Tensor]:
         """`old_logps`, `old_values`, `entropies` and `reference_logps` of the answers' tokens, as far as `asks` names
         them."""
         found: dict[str, Tensor] = {}
         if not asks:
             return found
-        drawn = Round(tuple(range(len(prompts))), tuple(answers), (0.0,) * len(answers), {})
-        for one, places in _trees(prompts, drawn, range(len(prompts)), self.micro_tokens, self.objective.temperature):
+        drawn = RolloutBatch(tuple(range(len(prompts))), tuple(answers), (0.0,) * len(answers), {})
+        for one, places in _build_micro_batches(prompts, drawn, range(len(prompts)), self.micro_tokens,
+                                                self.objective.temperature):
             there = one.to(self.family.device)
             outputs = self.family.forward(there.inputs, there.target, asks - {"reference_logps"})
             made = {"old_logps": outputs.token_logps}
@@ -290,7 +294,7 @@ class Rollouts:
                 whole[places] = column.to(whole)
         return found
 
-    def _said(self, answers: Sequence[Answer], rewards: Sequence[float],
+    def _said(self, answers: Sequence[Completion], rewards: Sequence[float],
               found: Mapping[str, Tensor]) -> dict[str, float]:
         count = len(answers)
         said = {"reward": sum(rewards) / count, "completion_length": sum(len(a.tokens) for a in answers) / count,
@@ -301,12 +305,12 @@ class Rollouts:
             said["kl"] = float((found["old_logps"] - found["reference_logps"]).double().sum()) / count
         return said
 
-    def _batches(self, drawn: Round, chosen: Sequence[int]) -> list[tuple[Batch, Tensor]]:
-        return _trees([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens,
-                      self.objective.temperature)
+    def _batches(self, drawn: RolloutBatch, chosen: Sequence[int]) -> list[tuple[Batch, Tensor]]:
+        return _build_micro_batches([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens,
+                                    self.objective.temperature)
 
 
-def _spread_of_rewards(rewards: Sequence[float], group: int) -> dict[str, float]:
+def _compute_reward_std(rewards: Sequence[float], group: int) -> dict[str, float]:
     """`reward_std` of all the answers, and of groups of several answers the share without any spread."""
     table = torch.tensor(rewards, dtype=torch.float64).view(-1, group)
     found = {"reward_std": float(table.std()) if table.numel() > 1 else 0.0}
@@ -316,15 +320,15 @@ def _spread_of_rewards(rewards: Sequence[float], group: int) -> dict[str, float]
     return found
 
 
-def _read(prompt: Encoded, words: Any) -> str:
+def _format_prompt(prompt: TokenizedExample, words: Any) -> str:
     """What was asked, as a person reads it: the prompt, or the last thing said before the answer."""
     said = prompt.facts.get("prompt", "")
     return (said if isinstance(said, str) else str(said[-1]["content"])) or \
         str(words.decode(prompt.pieces[0].ids, skip_special_tokens=True))
 
 
-def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],
-           micro_tokens: int, temperature: float) -> list[tuple[Batch, Tensor]]:
+def _build_micro_batches(prompts: Sequence[TokenizedExample], drawn: RolloutBatch, chosen: Sequence[int],
+                         micro_tokens: int, temperature: float) -> list[tuple[Batch, Tensor]]:
     """Micro-batches of the chosen prompts and their answers, whose log-probabilities are those of sampling at
     `temperature`; for each the places of its predictions among all M.
 
@@ -332,7 +336,7 @@ def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],
     """
     times = len(drawn.answers) // len(drawn.prompts)
     starts = np.concatenate([[0], np.cumsum([len(answer) for answer in drawn.answers])])
-    trees: list[tuple[Encoded, list[int]]] = []
+    trees: list[tuple[TokenizedExample, list[int]]] = []
     for place in chosen:
         prompt = prompts[place].pieces[0].ids
         parts: list[list[int]] = []
@@ -344,19 +348,19 @@ def _trees(prompts: Sequence[Encoded], drawn: Round, chosen: Sequence[int],
                 room = micro_tokens - len(prompt)
             parts[-1].append(answer)
             room -= size
-        trees += [(_tree(prompts[place], drawn, part), part) for part in parts]
+        trees += [(_build_tree(prompts[place], drawn, part), part) for part in parts]
     found = []
-    for row in first_fit([tree for tree, _ in trees], micro_tokens):
+    for row in assign_rows([tree for tree, _ in trees], micro_tokens):
         owners = [answer for i in row for answer in trees[i][1]]
         places = np.concatenate([np.arange(starts[a], starts[a + 1]) for a in owners])
-        made = batch([trees[i][0] for i in row])
+        made = build_batch([trees[i][0] for i in row])
         made = replace(made, target=replace(made.target, temperature=temperature))
         found.append((made, torch.from_numpy(places)))
     return found
 
 
-def _tree(prompt: Encoded, drawn: Round, answers: Sequence[int]) -> Encoded:
-    root = Piece(prompt.pieces[0].ids, (0.0,) * len(prompt.pieces[0].ids))
-    children = [Piece(drawn.answers[a], (1.0,) * len(drawn.answers[a]), 0) for a in answers]
-    return Encoded((root, *children), prompt.origin,
-                   items=tuple(Item(1 + i, drawn.rewards[a]) for i, a in enumerate(answers)))
+def _build_tree(prompt: TokenizedExample, drawn: RolloutBatch, answers: Sequence[int]) -> TokenizedExample:
+    root = TokenSpan(prompt.pieces[0].ids, (0.0,) * len(prompt.pieces[0].ids))
+    children = [TokenSpan(drawn.answers[a], (1.0,) * len(drawn.answers[a]), 0) for a in answers]
+    return TokenizedExample((root, *children), prompt.origin,
+                            items=tuple(LabeledSpan(1 + i, drawn.rewards[a]) for i, a in enumerate(answers)))

@@ -27,16 +27,16 @@ from urllib import request
 import numpy as np
 import torch
 
-from luthier.core.errors import DataError, LuthierError, RecipeError, RunError, nearest
+from luthier.core.errors import DataError, LuthierError, RecipeError, RunError, suggest_nearest
 from luthier.core.examples import Origin
 from luthier.evaluation.answer_metrics import METRICS
-from luthier.rl.sandbox import Limits, passed
+from luthier.rl.sandbox import Limits, passes_test
 
 SHOWN = 80  # characters of a value in an error
 
 
 @dataclass(frozen=True)
-class Answer:
+class Completion:
     """One answer, as a reward sees it.
 
     Args:
@@ -55,85 +55,87 @@ class Answer:
     finished: bool = True
 
 
-Reward = Callable[[Sequence[Answer]], Sequence[float]]
-Judge = Callable[[str, Mapping[str, Any], float], float]  # (answer, facts, seconds) -> reward
+Reward = Callable[[Sequence[Completion]], Sequence[float]]
+Scorer = Callable[[str, Mapping[str, Any], float], float]  # (answer, facts, seconds) -> reward
 
 
-def judged(answers: Sequence[Answer], rewards: Sequence[tuple[Reward, float]]) -> list[float]:
+def compute_rewards(answers: Sequence[Completion], rewards: Sequence[tuple[Reward, float]]) -> list[float]:
     """The weighted sum of several rewards for each answer. Raises `RunError` for one that is no finite number."""
     totals = [0.0] * len(answers)
     for reward, weight in rewards:
         found = list(reward(answers))
         if len(found) != len(answers):
             raise RunError(f"the reward gave {len(found)} numbers for {len(answers)} answers, the first to "
-                           f"{_shown(answers[0])}", "give one number for each answer, in their order")
+                           f"{_shorten(answers[0])}", "give one number for each answer, in their order")
         for i, (answer, value) in enumerate(zip(answers, found, strict=True)):
             if isinstance(value, bool | int | float) and math.isfinite(value):
                 totals[i] += weight * value
                 continue
-            raise RunError(f"the reward of an answer to {_shown(answer)} is {value!r}, not a finite number; the answer "
+            raise RunError(f"the reward of an answer to {_shorten(answer)} is {value!r}, not a finite number; the "
+                           f"answer "
                            f"was {answer.text[:80]!r}", "mend the reward so that every answer, however odd, has one")
     return totals
 
 
-def _shown(answer: Answer) -> str:
+def _shorten(answer: Completion) -> str:
     return f"{answer.prompt[-80:]!r} ({answer.origin})"
 
 
 # ---------------------------------------------------------------- built in
 
 
-def named(name: str, timeout: float) -> Reward:
+def load_reward(name: str, timeout: float) -> Reward:
     """A built-in reward, or a user's ``module:name`` or ``file.py:name``. Raises `RecipeError` where there is none."""
     if name in BUILT_IN:
         judge = BUILT_IN[name]
 
-        def each(answers: Sequence[Answer]) -> list[float]:
-            return [_told(judge, answer, name, timeout) for answer in answers]
+        def each(answers: Sequence[Completion]) -> list[float]:
+            return [_call_scorer(judge, answer, name, timeout) for answer in answers]
         return each
     if ":" not in name:
-        raise RecipeError(f"there is no reward {name!r}", f"{nearest(name, BUILT_IN)}; or write module:function")
-    return from_function(_imported(name), name)
+        raise RecipeError(f"there is no reward {name!r}",
+                          f"{suggest_nearest(name, BUILT_IN)}; or write module:function")
+    return wrap_function(_import_function(name), name)
 
 
-def _told(judge: Judge, answer: Answer, name: str, timeout: float) -> float:
+def _call_scorer(judge: Scorer, answer: Completion, name: str, timeout: float) -> float:
     try:
         return judge(answer.text, answer.facts, timeout)
     except DataError as error:
-        raise RunError(f"the reward {name!r} cannot judge answers to {_shown(answer)}: {error.what}",
+        raise RunError(f"the reward {name!r} cannot judge answers to {_shorten(answer)}: {error.what}",
                        error.remedy) from error
 
 
-def _fact(facts: Mapping[str, Any], name: str) -> Any:
+def _get_metadata(facts: Mapping[str, Any], name: str) -> Any:
     if name not in facts:
         raise DataError(f"the row has no {name!r}, only {', '.join(facts) or 'a prompt'}",
                         f"give every row a column {name!r}, or choose a reward that needs none")
     return facts[name]
 
 
-def _scored(name: str) -> Judge:
-    return lambda text, facts, _: METRICS[name](text, str(_fact(facts, "reference")))
+def _build_metric_reward(name: str) -> Scorer:
+    return lambda text, facts, _: METRICS[name](text, str(_get_metadata(facts, "reference")))
 
 
-def _length(text: str, facts: Mapping[str, Any], _: float) -> float:
+def _score_length(text: str, facts: Mapping[str, Any], _: float) -> float:
     """1 at the row's `length` in words, falling to 0 at none and at twice as many."""
-    wanted = _fact(facts, "length")
+    wanted = _get_metadata(facts, "length")
     if not isinstance(wanted, int | float) or wanted <= 0:
         raise DataError(f"`length` is {wanted!r}, and the reward of that name wants a number of words above 0",
                         "mend the row")
     return max(0.0, 1 - abs(len(text.split()) - wanted) / wanted)
 
 
-def _code_tests(text: str, facts: Mapping[str, Any], timeout: float) -> float:
+def _score_code_tests(text: str, facts: Mapping[str, Any], timeout: float) -> float:
     """The share of the row's `tests` (one Python text or a list of them) that pass on the code in the answer."""
-    tests = _fact(facts, "tests")
+    tests = _get_metadata(facts, "tests")
     listed = [tests] if isinstance(tests, str) else list(tests)
     if not listed:
         raise DataError("`tests` is empty", "give the row tests, such as `assert double(2) == 4`")
-    return sum(passed(code_in(text), test, Limits(seconds=timeout)) for test in listed) / len(listed)
+    return sum(passes_test(extract_code(text), test, Limits(seconds=timeout)) for test in listed) / len(listed)
 
 
-def code_in(text: str) -> str:
+def extract_code(text: str) -> str:
     """The first fenced block of an answer, or all of it."""
     _, fence, rest = text.partition("```")
     if not fence:
@@ -142,36 +144,37 @@ def code_in(text: str) -> str:
     return (block if first.strip().isalnum() or not first.strip() else rest).partition("```")[0]
 
 
-BUILT_IN: dict[str, Judge] = {**{name: _scored(name) for name in METRICS}, "length": _length, "code_tests": _code_tests}
+BUILT_IN: dict[str, Scorer] = {**{name: _build_metric_reward(name) for name in METRICS}, "length": _score_length,
+                               "code_tests": _score_code_tests}
 
 
 # ---------------------------------------------------------------- a user's own
 
 
-def from_function(function: Callable[..., Any], name: str) -> Reward:
+def wrap_function(function: Callable[..., Any], name: str) -> Reward:
     """``function(prompts, answers, facts) -> rewards`` as a reward. What it raises, and what it returns that is not one
     number for each answer, becomes a `RunError`. Raises `RecipeError` where it cannot be called with these three."""
     _check_signature(function, name)
 
-    def reward(answers: Sequence[Answer]) -> Sequence[float]:
-        first = f"its first prompt was {_shown(answers[0])}"
+    def reward(answers: Sequence[Completion]) -> Sequence[float]:
+        first = f"its first prompt was {_shorten(answers[0])}"
         try:
             found = function([a.prompt for a in answers], [a.text for a in answers], [dict(a.facts) for a in answers])
             found = list(found) if isinstance(found, Iterator) else found  # a generator runs here, and raises here
         except LuthierError:
             raise
         except (Exception, SystemExit) as error:
-            raise RunError(f"the reward {name!r} raised {_described(error)}; {first}",
+            raise RunError(f"the reward {name!r} raised {_describe_error(error)}; {first}",
                            "fix the function so that it returns a number for every answer") from error
         try:
-            return as_numbers(found, len(answers))
+            return to_floats(found, len(answers))
         except ValueError as error:
             raise RunError(f"the reward {name!r} {error}; {first}",
                            "return a list of numbers, one for each answer, in their order") from error
     return reward
 
 
-def as_numbers(found: Any, count: int) -> list[float]:
+def to_floats(found: Any, count: int) -> list[float]:
     """What a reward returned as `count` numbers. Raises `ValueError`, which says what was returned instead."""
     if inspect.iscoroutine(found):
         found.close()
@@ -201,7 +204,7 @@ def _short(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= SHOWN else text[:SHOWN] + '...'}"
 
 
-def _described(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """The error, and the line that raised it."""
     last = traceback.extract_tb(error.__traceback__)[-1:]
     return f"{type(error).__name__}: {error}" + "".join(f" ({frame.filename}:{frame.lineno})" for frame in last)
@@ -219,7 +222,7 @@ def _check_signature(function: Callable[..., Any], name: str) -> None:
                           "write it as `def reward(prompts, answers, facts)`: three lists of equal length") from None
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def _import_function(name: str) -> Callable[..., Any]:
     place, _, attribute = name.rpartition(":")
     try:
         if place.endswith(".py"):
@@ -237,10 +240,10 @@ def _imported(name: str) -> Callable[..., Any]:
         if isinstance(error, OSError) or (missing and not place.endswith(".py")):
             raise RecipeError(f"the reward {name!r} cannot be imported: {error}",
                               "name a module that Python finds from here, or a file: rewards.py:function") from error
-        raise RecipeError(f"the reward {name!r} cannot be imported: {place} raised {_described(error)}",
+        raise RecipeError(f"the reward {name!r} cannot be imported: {place} raised {_describe_error(error)}",
                           "fix that line of the module") from error
     if not callable(function := vars(module).get(attribute)):
-        raise RecipeError(f"{place!r} defines no function {attribute!r}", nearest(attribute, [
+        raise RecipeError(f"{place!r} defines no function {attribute!r}", suggest_nearest(attribute, [
             key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]))
     return function
 
@@ -256,24 +259,24 @@ def _load_file(place: str, changed: int) -> ModuleType:
     return module
 
 
-def endpoint(url: str, timeout: float) -> Reward:
+def call_endpoint(url: str, timeout: float) -> Reward:
     """An address sent ``{"prompts": [...], "answers": [...], "facts": [...]}`` to give ``{"rewards": [...]}``."""
     if not url.startswith(("http://", "https://")):
         raise RecipeError(f"reward.url: {url!r} is no http:// or https:// address", "write it out whole")
 
-    def reward(answers: Sequence[Answer]) -> Sequence[float]:
+    def reward(answers: Sequence[Completion]) -> Sequence[float]:
         said = {"prompts": [a.prompt for a in answers], "answers": [a.text for a in answers],
                 "facts": [dict(a.facts) for a in answers]}
         asked = request.Request(url, json.dumps(said, default=str).encode(), {"Content-Type": "application/json"})
         try:
             with request.urlopen(asked, timeout=timeout) as response:
-                return as_numbers(json.load(response)["rewards"], len(answers))
+                return to_floats(json.load(response)["rewards"], len(answers))
         except http.HTTPError as error:
             why = f"it answered {error.code} {error.reason}"
         except (OSError, HTTPException) as error:  # refused, unknown, too late, cut off
             why = str(error) or type(error).__name__
         except (ValueError, KeyError, TypeError) as error:
             why = f"its answer is not {{\"rewards\": [numbers]}} ({type(error).__name__}: {error})"
-        raise RunError(f"the reward endpoint {url} failed for {_shown(answers[0])}: {why}",
+        raise RunError(f"the reward endpoint {url} failed for {_shorten(answers[0])}: {why}",
                        "restart or fix that service, then continue with --resume")
     return reward

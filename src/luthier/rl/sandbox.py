@@ -50,7 +50,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Ran:
+class ProgramResult:
     """How a program ended. `code` is that of its process, negative for a signal; `timed_out` where it was killed."""
 
     code: int
@@ -58,18 +58,19 @@ class Ran:
     timed_out: bool
 
 
-def passed(program: str, test: str, limits: Limits) -> bool:
+def passes_test(program: str, test: str, limits: Limits) -> bool:
     """Whether the program followed by the test runs to its end without an error."""
     done = secrets.token_hex()  # printed at the end, so that a program which exits in the middle does not pass
-    found = run(f"{program}\n\n{test}\n\nprint({done!r})\n", limits)
+    found = run_program(f"{program}\n\n{test}\n\nprint({done!r})\n", limits)
     return found.code == 0 and not found.timed_out and found.output.rstrip().endswith(done)
 
 
-def run(program: str, limits: Limits) -> Ran:
+def run_program(program: str, limits: Limits) -> ProgramResult:
     """Run a Python program in a process of its own; see the module for what holds it."""
     with tempfile.TemporaryDirectory(prefix="luthier-sandbox-") as folder, tempfile.TemporaryFile() as output:
         Path(folder, "answer.py").write_text(program, encoding="utf-8", errors="replace")
-        command = [*_namespaces(), sys.executable, "-I", "-S", "-B", str(GUARD), json.dumps(_most(limits)), "answer.py"]
+        command = [*_build_namespace_command(), sys.executable, "-I", "-S", "-B", str(GUARD),
+                   json.dumps(_build_rlimits(limits)), "answer.py"]
         process = subprocess.Popen(command, cwd=folder, stdin=subprocess.DEVNULL, stdout=output,
                                    stderr=subprocess.STDOUT, env={"PYTHONIOENCODING": "utf-8"}, start_new_session=True)
         timed_out = False
@@ -78,35 +79,35 @@ def run(program: str, limits: Limits) -> Ran:
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            _kill(process)
+            _kill_session(process)
         output.seek(0, os.SEEK_END)
         output.seek(max(0, output.tell() - limits.output))
-        return Ran(process.returncode, output.read().decode("utf-8", "replace"), timed_out)
+        return ProgramResult(process.returncode, output.read().decode("utf-8", "replace"), timed_out)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
     """The whole session, also what the program left behind when it ended."""
     with suppress(ProcessLookupError):  # nothing of it is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
-def _most(limits: Limits) -> dict[str, int]:
+def _build_rlimits(limits: Limits) -> dict[str, int]:
     """The limits by the kernel's names."""
     mega = 1 << 20
     return {"CPU": int(limits.seconds) + 1, "AS": limits.memory_mb * mega, "FSIZE": limits.file_mb * mega,
             "NOFILE": limits.files, "NPROC": limits.processes, "CORE": 0}
 
 
-def isolation() -> str:
+def describe_isolation() -> str:
     """What holds a program here, in words."""
-    if _namespaces():
+    if _build_namespace_command():
         return "limits, and namespaces of its own: no network, no process outlives it"
     return "limits, and Python's own refusal of sockets and processes: this kernel gives no namespaces to its users"
 
 
 @cache
-def _namespaces() -> tuple[str, ...]:
+def _build_namespace_command() -> tuple[str, ...]:
     """The command that gives a program its own user, network and process namespaces; empty where that is refused."""
     unshare = shutil.which("unshare")
     if unshare is None:

@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.core.errors import RunError
-from luthier.training.os_errors import REMEDIES, of_the_system
+from luthier.training.os_errors import REMEDIES, parse_os_error
 
 STATE, MANIFEST, SUFFIX = "state.json", "manifest.json", ".safetensors"
 
@@ -51,8 +51,8 @@ class Checkpoint:
 # ---------------------------------------------------------------- writing
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any],
-         keep: int, protect: int | None = None) -> Path:
+def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any],
+                    keep: int, protect: int | None = None) -> Path:
     """Write `folder/step-N/`, then remove what is older than the last `keep`, never the step `protect`.
 
     Args:
@@ -65,35 +65,37 @@ def save(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], s
     assert keep >= 1, keep
     place, temporary = folder / f"step-{step}", folder / f".writing-step-{step}-{os.getpid()}"
     needed = sum(t.nbytes for part in tensors.values() for t in part.values())
-    with _explained(place, needed):
+    with _translate_os_errors(place, needed):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _sweep(folder)
+            _remove_leftovers(folder)
             temporary.mkdir()
-            _write(temporary, step, tensors, state)
+            _write_checkpoint(temporary, step, tensors, state)
             if place.exists():
                 place.rename(folder / f".replaced-{place.name}")
             temporary.rename(place)
-            _sync(folder)
+            _sync_path(folder)
         finally:  # gone already where all went well; where not, that first error is the one to hear of
             shutil.rmtree(temporary, ignore_errors=True)
-        _sweep(folder)
-        older = sorted(s for s in _steps(folder) if s < step)
+        _remove_leftovers(folder)
+        older = sorted(s for s in _list_steps(folder) if s < step)
         for old in older[:max(0, len(older) - (keep - 1))]:
             if old != protect:
-                _drop(folder / f"step-{old}")
+                _delete_checkpoint(folder / f"step-{old}")
     return place
 
 
-def _write(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+def _write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]],
+                      state: Mapping[str, Any]) -> None:
     for part, named in tensors.items():
         _write_tensors(folder / f"{part}{SUFFIX}", named)
     (folder / STATE).write_text(json.dumps({"step": step, "state": state}), encoding="utf-8")
-    files = {path.name: {"size": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
+    files = {path.name: {"size": path.stat().st_size, "sha256": _compute_sha256(path)}
+             for path in sorted(folder.iterdir())}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
     for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
+        _sync_path(path)
+    _sync_path(folder)
 
 
 def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
@@ -108,13 +110,13 @@ def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
     try:
         save_file(plain, path)
     except SafetensorError as error:
-        if number := of_the_system(error):
+        if number := parse_os_error(error):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
     path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
 
 
-def _sync(path: Path) -> None:
+def _sync_path(path: Path) -> None:
     """Force a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -124,7 +126,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _explained(place: Path, needed: int) -> Iterator[None]:
+def _translate_os_errors(place: Path, needed: int) -> Iterator[None]:
     """Errors of the file system as one `RunError`."""
     try:
         yield
@@ -140,18 +142,18 @@ def _explained(place: Path, needed: int) -> Iterator[None]:
 # ---------------------------------------------------------------- tidying
 
 
-def _steps(folder: Path) -> list[int]:
+def _list_steps(folder: Path) -> list[int]:
     return [int(found[1]) for path in folder.iterdir() if (found := re.fullmatch(r"step-(\d+)", path.name))]
 
 
-def _drop(path: Path) -> None:
+def _delete_checkpoint(path: Path) -> None:
     """Delete a checkpoint. The rename comes first: a half-deleted `step-N` must never be seen."""
     hidden = path.with_name(".dropped-" + path.name.removeprefix(".replaced-"))
     path.rename(hidden)
     shutil.rmtree(hidden)
 
 
-def _sweep(folder: Path) -> None:
+def _remove_leftovers(folder: Path) -> None:
     """Finish what a killed writer began."""
     for path in sorted(folder.glob(".*-step-*")):
         if path.name.startswith(".dropped-"):
@@ -159,14 +161,14 @@ def _sweep(folder: Path) -> None:
         elif path.name.startswith(".replaced-"):
             place = path.with_name(path.name.removeprefix(".replaced-"))
             if place.exists():
-                _drop(path)
+                _delete_checkpoint(path)
             else:
                 path.rename(place)
-        elif path.name.startswith(".writing-") and not _alive(int(path.name.rpartition("-")[2])):
+        elif path.name.startswith(".writing-") and not _is_process_alive(int(path.name.rpartition("-")[2])):
             shutil.rmtree(path)
 
 
-def _alive(pid: int) -> bool:
+def _is_process_alive(pid: int) -> bool:
     """Whether another process of that number runs. Ours is not writing now, so its folder is an earlier namesake's."""
     if pid == os.getpid():
         return False
@@ -182,45 +184,45 @@ def _alive(pid: int) -> bool:
 # ---------------------------------------------------------------- reading
 
 
-def load(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`, each file checked against the manifest. `RunError` where one is damaged."""
-    if reason := _damage(path):
+    if reason := _find_damage(path):
         raise RunError(f"the checkpoint {path} is damaged: {reason}", "resume from an older checkpoint, or start again")
-    return _read(path)
+    return _read_manifest(path)
 
 
-def latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest whole checkpoint in `folder`, or None; and a sentence on each damaged one that was passed over."""
     skipped = []
     found = None
-    for path in _candidates(folder):
-        reason = _damage(path)
+    for path in _list_candidates(folder):
+        reason = _find_damage(path)
         if not reason:
-            found = _read(path)
+            found = _read_manifest(path)
             break
         skipped.append((path, reason))
     instead = f"step-{found.step} is used instead" if found else "no older checkpoint is whole"
     return found, [f"the checkpoint {path} is damaged: {reason}; {instead}" for path, reason in skipped]
 
 
-def _candidates(folder: Path) -> list[Path]:
+def _list_candidates(folder: Path) -> list[Path]:
     """Checkpoints, newest first. A replaced one counts where nothing stands in its place: its writer was killed."""
     if not folder.is_dir():
         return []
-    steps = {step: folder / f"step-{step}" for step in _steps(folder)}
+    steps = {step: folder / f"step-{step}" for step in _list_steps(folder)}
     for path in folder.glob(".replaced-step-*"):
         steps.setdefault(int(path.name.rpartition("-")[2]), path)
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 
-def _read(path: Path) -> Checkpoint:
+def _read_manifest(path: Path) -> Checkpoint:
     names = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     tensors = {name.removesuffix(SUFFIX): load_file(path / name) for name in names if name.endswith(SUFFIX)}
     saved = json.loads((path / STATE).read_text(encoding="utf-8"))
     return Checkpoint(saved["step"], tensors, saved["state"], path)
 
 
-def _damage(path: Path) -> str | None:
+def _find_damage(path: Path) -> str | None:
     """What is wrong with the checkpoint, or None."""
     name = MANIFEST
     try:
@@ -232,7 +234,7 @@ def _damage(path: Path) -> str | None:
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found:,} bytes instead of {size:,}"
-            if _sha256(path / name) != sha256:
+            if _compute_sha256(path / name) != sha256:
                 return f"{name} has changed since it was written (its sha256 is another)"
     except FileNotFoundError:
         return f"{name} is missing"
@@ -243,6 +245,6 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _sha256(path: Path) -> str:
+def _compute_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

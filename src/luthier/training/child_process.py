@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 
-def train_apart(recipe: Mapping[str, Any], run: Path) -> tuple[int, str]:
+def train_in_child_process(recipe: Mapping[str, Any], run: Path) -> tuple[int, str]:
     """Train a recipe, spelt out, into the folder `run`, or go on there. Returns the exit code and the last words.
 
     The recipe and everything said stand beside the folder, in `<run>.yaml` and `<run>.log`.

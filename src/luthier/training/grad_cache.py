@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.protocols import Objective
-from luthier.core.types import Batch, Outputs, Target
+from luthier.core.types import Batch, LossInputs, Outputs
 from luthier.distributed import process_group
 from luthier.training import rng
 
@@ -36,40 +36,41 @@ def backward(forward: Forward, objective: Objective, mine: list[Batch], count: f
         mine: one micro-batch, or where rows meet this rank's parts of the whole batch; on the device.
         count: what the loss is divided by.
     """
-    if not objective.needs_full_batch or (len(mine) == 1 and process_group.world() == 1):
+    if not objective.needs_full_batch or (len(mine) == 1 and process_group.get_world_size() == 1):
         with autocast():
             part = objective(forward(mine[0]), mine[0].target)
         (part.total / count).backward()
         return part.total.detach() / count, part.metrics
     states, outputs = [], []
     for batch in mine:
-        states.append(rng.capture(device))
+        states.append(rng.capture_rng_state(device))
         with torch.no_grad(), autocast():
             outputs.append(forward(batch))
-    leaves = [_leaf(output) for output in outputs]
+    leaves = [_detach_outputs(output) for output in outputs]
     mine_now = [(output.tensors(), batch.target) for output, batch in zip(outputs, mine, strict=True)]
-    others = process_group.others(mine_now, device)
+    others = process_group.all_gather_others(mine_now, device)
     if not mine:
         return torch.zeros((), device=device), {}
     every = [*zip(leaves, [batch.target for batch in mine], strict=True),
              *((Outputs(**tensors), target) for tensors, target in others)]  # type: ignore[arg-type]
-    part = objective(Outputs.joined([o for o, _ in every]), Target.joined([t for _, t in every]))
+    part = objective(Outputs.joined([o for o, _ in every]), LossInputs.joined([t for _, t in every]))
     (part.total / count).backward()  # the scalars get their gradient here
-    after = rng.capture(device)
+    after = rng.capture_rng_state(device)
     for batch, state, leaf in zip(mine, states, leaves, strict=True):
-        rng.restore(state)
+        rng.restore_rng_state(state)
         with autocast():
             again = forward(batch).tensors()
         pairs = [(again[name], t.grad) for name, t in leaf.tensors().items() if t.grad is not None]
         torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
-    rng.restore(after)
-    if process_group.rank() != 0:  # the sums are of the whole batch: one rank reports them
+    rng.restore_rng_state(after)
+    if process_group.get_rank() != 0:  # the sums are of the whole batch: one rank reports them
         return torch.zeros_like(part.total.detach()), {}
     return part.total.detach() / count, part.metrics
 
 
-def _leaf(output: Outputs) -> Outputs:
+def _detach_outputs(output: Outputs) -> Outputs:
     tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in output.tensors().items()}
     # Every rank computes the whole loss, so all but one leave the scalars alone: gradients are summed over ranks.
-    scalars = output.scalars if process_group.rank() == 0 else {name: t.detach() for name, t in output.scalars.items()}
+    scalars = output.scalars if process_group.get_rank() == 0 else {name: t.detach() for name,
+                                                                    t in output.scalars.items()}
     return replace(output, **tensors, scalars=scalars)

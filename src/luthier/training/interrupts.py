@@ -25,7 +25,7 @@ class Interruption:
 
 
 @contextmanager
-def interruptible() -> Iterator[Interruption]:
+def handle_interrupts() -> Iterator[Interruption]:
     """While open, SIGINT and SIGTERM only set `requested`; a second SIGINT raises `KeyboardInterrupt` at once.
 
     Python hands signals to the main thread alone, so in any other this changes nothing and `requested` stays None.

@@ -27,12 +27,12 @@ from pydantic import Field, field_validator
 from luthier.core.config import Config
 from luthier.core.errors import RunError
 from luthier.core.protocols import BatchSource, Family, Objective, Tuner
-from luthier.core.types import Batch, Encoded
+from luthier.core.types import Batch, TokenizedExample
 from luthier.distributed import process_group
 from luthier.training import checkpoint, rng
-from luthier.training.memory import peak_gb, release
+from luthier.training.memory import measure_peak_gb, trim_heap
 from luthier.training.optimizer import Optimizer, OptimizerConfig
-from luthier.training.step import Reference, Stepped, measure, step
+from luthier.training.step import Reference, StepResult, evaluate_batches, step
 
 
 class TrainingConfig(Config):
@@ -61,20 +61,20 @@ class TrainingConfig(Config):
         return (given,) if isinstance(given, str) else given
 
 
-class Rolling(Protocol):
+class OnlineFeed(Protocol):
     """A feed whose batches are made by the model that learns; it has a word to say about them."""
 
     def heard(self, numbers: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
         """Told after each step how to learn what it measured; what it answers joins the step's line."""
         ...
 
-    def judged(self, prompts: Sequence[Encoded] | None = None) -> dict[str, float]:
+    def judged(self, prompts: Sequence[TokenizedExample] | None = None) -> dict[str, float]:
         """Its own measures of these rows, left out: of those held out; `loss` is among them."""
         ...
 
 
 @dataclass
-class Job:
+class TrainJob:
     """The objects of one training, chosen elsewhere.
 
     Args:
@@ -98,7 +98,7 @@ class Job:
     folder: Path
     log: Callable[[int, Mapping[str, float]], None]
     reference: Reference | None = None
-    rolling: Rolling | None = None
+    rolling: OnlineFeed | None = None
     show: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
     warn: Callable[[str], None] = lambda sentence: None
     stop: Callable[[], str] = lambda: ""
@@ -106,7 +106,7 @@ class Job:
 
 
 @dataclass
-class Summary:
+class TrainResult:
     """How a training ended. `stopped` names the signal or the reason of an early end, empty for a full run."""
 
     steps: int
@@ -116,54 +116,54 @@ class Summary:
     best: dict[str, float] = field(default_factory=dict)
 
 
-def total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
+def count_total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
     return training.steps or max(1, math.ceil(training.epochs * steps_per_epoch))
 
 
-def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
+def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None) -> TrainResult:
     """Train to the end, or to the signal; a signal leaves a checkpoint. Raises `NotFinite` on a broken loss."""
-    total = total_steps(job.training, job.feed.steps_per_epoch)
+    total = count_total_steps(job.training, job.feed.steps_per_epoch)
     optimizer = Optimizer(job.attached.parameters(), job.attached.rate, job.rate, job.optimizer, total,
                           job.attached.at_update)
-    summary = Summary(0, 0.0, 0)
-    bad_evaluations = _restore(job, optimizer, summary, resume) if resume else 0
+    summary = TrainResult(0, 0.0, 0)
+    bad_evaluations = _restore_checkpoint(job, optimizer, summary, resume) if resume else 0
     eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch
     job.family.train(True)
     longest = 0  # row so far
-    waiting: _Line | None = None  # on a GPU a step's numbers are read while the next step runs: see `later`
-    ended = _Clock()  # started when the numbers of the step before were there
+    waiting: _LogEntry | None = None  # on a GPU a step's numbers are read while the next step runs: see `later`
+    ended = _StepClock()  # started when the numbers of the step before were there
     late = job.family.device.type == "cuda"
     while summary.steps < total and not summary.stopped:
-        began = _Clock()
+        began = _StepClock()
         rate = optimizer.set_rate(summary.steps)
         batches = next(job.feed)
-        longest = _made_room(job, batches, longest)
-        stepped = step(job.family, job.objective, batches, optimizer, lambda: _autocast(job), job.reference)
+        longest = _trim_heap(job, batches, longest)
+        stepped = step(job.family, job.objective, batches, optimizer, lambda: _build_autocast(job), job.reference)
         summary.steps += 1
         summary.tokens += stepped.tokens
         said = job.rolling.heard(stepped.numbers) if job.rolling else {}
-        line = _Line(summary.steps, stepped, rate, began, said)
+        line = _LogEntry(summary.steps, stepped, rate, began, said)
         if waiting:
-            ended = _report(job, waiting, ended)
+            ended = _log_step(job, waiting, ended)
         waiting = line
         at_end = summary.steps == total
         evaluates = bool(job.held_out) and (summary.steps % eval_every == 0 or at_end)
         saves = at_end or bool(job.training.save_every and summary.steps % job.training.save_every == 0)
-        summary.stopped = _agreed(job)
+        summary.stopped = _stop_requested(job)
         if not late or evaluates or saves or summary.stopped:
-            ended = _report(job, waiting, ended)
+            ended = _log_step(job, waiting, ended)
             waiting = None
         summary.seconds += began.wall()
         if evaluates:
             better = _evaluate(job, summary)
             bad_evaluations = 0 if better else bad_evaluations + 1
             if not at_end:
-                summary.stopped = summary.stopped or _given_up(job.training, bad_evaluations)
+                summary.stopped = summary.stopped or _should_stop_early(job.training, bad_evaluations)
             saves = saves or better
         if saves or summary.stopped:
-            _save(job, optimizer, summary, bad_evaluations)
+            _save_checkpoint(job, optimizer, summary, bad_evaluations)
     if job.training.keep_best and summary.best and summary.best["step"] != summary.steps:
-        job.attached.load(_best(job, summary).tensors["method"])
+        job.attached.load(_load_best(job, summary).tensors["method"])
     optimizer.close()
     job.family.train(False)
     return summary
@@ -172,22 +172,22 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
 # ---------------------------------------------------------------- what surrounds a step
 
 
-def _made_room(job: Job, batches: Sequence[Batch], longest: int) -> int:
+def _trim_heap(job: TrainJob, batches: Sequence[Batch], longest: int) -> int:
     """Gives the heap's holes back before a row that is longer than any before, and what a rollout left; returns the
     longest row's tokens."""
     tokens = max(batch.inputs.tokens.shape[0] for batch in batches)
     if job.rolling or tokens > longest:
-        release(job.family.device)
+        trim_heap(job.family.device)
     return max(tokens, longest)
 
 
-class _Clock:
+class _StepClock:
     """Wall and user-CPU seconds since it was started."""
 
     def __init__(self) -> None:
         self._wall, self._user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
-    def later(self, other: _Clock) -> _Clock:
+    def later(self, other: _StepClock) -> _StepClock:
         """Whichever of the two was started later."""
         return self if self._wall >= other._wall else other
 
@@ -199,48 +199,49 @@ class _Clock:
 
 
 @dataclass
-class _Line:
+class _LogEntry:
     """A line of metrics.jsonl before its numbers are read."""
 
     step: int
-    stepped: Stepped
+    stepped: StepResult
     rate: float
-    clock: _Clock
+    clock: _StepClock
     said: Mapping[str, float]
 
 
-def _report(job: Job, line: _Line, ended: _Clock) -> _Clock:
+def _log_step(job: TrainJob, line: _LogEntry, ended: _StepClock) -> _StepClock:
     """Write the step's line; returns a clock that was started when its numbers were there.
 
     A step takes from the end of the one before (`ended`), or from its own beginning where that is later. On a GPU it is
     queued while the one before still runs, so the time since its beginning would count both.
     """
     numbers = line.stepped.numbers()  # waits for the device
-    clock, now = line.clock.later(ended), _Clock()
+    clock, now = line.clock.later(ended), _StepClock()
     seconds = clock.wall()
     metrics = {
         **numbers, **line.said, "learning_rate": line.rate, "tokens": line.stepped.tokens,
         "examples": line.stepped.examples, "micro_batches": line.stepped.micro_batches, "step_seconds": seconds,
         "user_seconds": clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
-        "peak_memory_gb": peak_gb(job.family.device),
+        "peak_memory_gb": measure_peak_gb(job.family.device),
     }
     if job.feed.steps_per_epoch:
         metrics["epoch"] = line.step / job.feed.steps_per_epoch
-    if process_group.rank() == 0:
+    if process_group.get_rank() == 0:
         job.log(line.step, metrics)
         job.show(line.step, metrics)
     return now
 
 
-def _evaluate(job: Job, summary: Summary) -> bool:
+def _evaluate(job: TrainJob, summary: TrainResult) -> bool:
     """Measure the held-out batches; whether this was the best so far."""
     job.family.train(False)
-    found = job.rolling.judged() if job.rolling else measure(job.family, job.objective, job.held_out, job.reference)
-    metrics = {f"eval_{name}": value for name, value in process_group.agreed(found).items()}
+    found = job.rolling.judged() if job.rolling else evaluate_batches(job.family, job.objective, job.held_out,
+                                                                      job.reference)
+    metrics = {f"eval_{name}": value for name, value in process_group.broadcast_object(found).items()}
     job.family.train(True)
     if "eval_nll" in metrics:
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_nll"], 700.0))
-    if process_group.rank() == 0:
+    if process_group.get_rank() == 0:
         job.log(summary.steps, metrics)
         job.show(summary.steps, metrics)
     better = metrics["eval_loss"] < summary.best.get("eval_loss", math.inf)
@@ -249,34 +250,36 @@ def _evaluate(job: Job, summary: Summary) -> bool:
     return better
 
 
-def _given_up(training: TrainingConfig, bad_evaluations: int) -> str:
+def _should_stop_early(training: TrainingConfig, bad_evaluations: int) -> str:
     """Why to stop early, or an empty string."""
     given_up = training.patience and bad_evaluations >= training.patience
     return f"no better evaluation in {bad_evaluations} of them" if given_up else ""
 
 
-def _agreed(job: Job) -> str:
+def _stop_requested(job: TrainJob) -> str:
     """Whether to stop; all ranks must say the same at the same step."""
     asked = job.stop()
-    if process_group.world() > 1 and process_group.total([1.0 if asked else 0.0], job.family.device)[0]:
+    if process_group.get_world_size() > 1 and process_group.all_reduce_sum([1.0 if asked else 0.0],
+                                                                           job.family.device)[0]:
         return asked or "another process was told to stop"
     return asked
 
 
-def _save(job: Job, optimizer: Optimizer, summary: Summary, bad_evaluations: int) -> None:
-    states = process_group.gather(rng.capture(job.family.device))
-    if process_group.rank() != 0:
-        process_group.wait()  # a later step reads what the first rank writes here
+def _save_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult, bad_evaluations: int) -> None:
+    states = process_group.all_gather_object(rng.capture_rng_state(job.family.device))
+    if process_group.get_rank() != 0:
+        process_group.barrier()  # a later step reads what the first rank writes here
         return
     state = {"feed": job.feed.state(), "random": states, "summary": vars(summary),
              "bad_evaluations": bad_evaluations, "total_steps": optimizer.total, "record": job.record()}
     best = int(summary.best["step"]) if summary.best and job.training.keep_best else None
-    checkpoint.save(job.folder, summary.steps, {"method": job.attached.state(), "optimizer": optimizer.state()},
-                    state, keep=job.training.keep, protect=best)
-    process_group.wait()
+    checkpoint.save_checkpoint(job.folder, summary.steps, {"method": job.attached.state(),
+                                                           "optimizer": optimizer.state()},
+                               state, keep=job.training.keep, protect=best)
+    process_group.barrier()
 
 
-def _restore(job: Job, optimizer: Optimizer, summary: Summary, saved: checkpoint.Checkpoint) -> int:
+def _restore_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult, saved: checkpoint.Checkpoint) -> int:
     """Put everything back as it was; returns the count of evaluations without a better one."""
     if saved.state["total_steps"] != optimizer.total:
         raise RunError(f"the run was planned for {saved.state['total_steps']} steps, now for {optimizer.total}: its "
@@ -288,7 +291,7 @@ def _restore(job: Job, optimizer: Optimizer, summary: Summary, saved: checkpoint
         vars(summary)[name] = value
     bad_evaluations = int(saved.state["bad_evaluations"])
     # A signal's stop ends with this; a stop for want of better evaluations does not, or the run would go on beyond it.
-    summary.stopped = _given_up(job.training, bad_evaluations) if summary.steps < optimizer.total else ""
+    summary.stopped = _should_stop_early(job.training, bad_evaluations) if summary.steps < optimizer.total else ""
     for sentence in _restore_random(saved.state["random"]):
         job.warn(sentence)
     return bad_evaluations
@@ -297,23 +300,24 @@ def _restore(job: Job, optimizer: Optimizer, summary: Summary, saved: checkpoint
 def _restore_random(states: Any) -> list[str]:
     """Give this rank its own random states back; a sentence on what cannot be as it was."""
     saved = [states] if isinstance(states, dict) else states  # earlier versions kept the first rank's alone
-    if len(saved) == process_group.world():
-        return rng.restore(saved[process_group.rank()])
-    return [f"the checkpoint was saved by {len(saved)} processes, and {process_group.world()} continue: dropout draws "
+    if len(saved) == process_group.get_world_size():
+        return rng.restore_rng_state(saved[process_group.get_rank()])
+    return [f"the checkpoint was saved by {len(saved)} processes, and {process_group.get_world_size()} continue: "
+            f"dropout draws "
             "other random numbers than it would have drawn",
-            *(rng.restore(saved[0]) if process_group.rank() == 0 else ())]
+            *(rng.restore_rng_state(saved[0]) if process_group.get_rank() == 0 else ())]
 
 
-def _best(job: Job, summary: Summary) -> checkpoint.Checkpoint:
+def _load_best(job: TrainJob, summary: TrainResult) -> checkpoint.Checkpoint:
     try:
-        return checkpoint.load(job.folder / f"step-{int(summary.best['step'])}")
+        return checkpoint.load_checkpoint(job.folder / f"step-{int(summary.best['step'])}")
     except RunError as error:
         raise RunError(f"{error.what}; it holds the weights of the best evaluation",
                        "end with the last weights instead: "
                        f"luthier train --resume {job.folder.parent} training.keep_best=false") from error
 
 
-def _autocast(job: Job) -> AbstractContextManager[Any]:
+def _build_autocast(job: TrainJob) -> AbstractContextManager[Any]:
     if job.training.precision == "bf16":
         return torch.autocast(job.family.device.type, torch.bfloat16)
     return nullcontext()

@@ -27,7 +27,7 @@ GROWTH = 16 << 20
 NEVER = -1
 
 
-def peak_gb(device: torch.device | str) -> float:
+def measure_peak_gb(device: torch.device | str) -> float:
     """The most memory held so far, in GB of 10**9 bytes: tensors on a CUDA device, else the whole process in RAM."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
@@ -39,7 +39,7 @@ def peak_gb(device: torch.device | str) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GB
 
 
-def room_gb(device: torch.device | str, group: Path = Path("/sys/fs/cgroup")) -> float:
+def available_memory_gb(device: torch.device | str, group: Path = Path("/sys/fs/cgroup")) -> float:
     """The memory that is free for a run, in GB of 10**9 bytes: of a CUDA device, else of this machine or of the group
     of processes that the system keeps this one in. Files that were read and are not in use count as free: the system
     lets go of them where memory is wanted."""
@@ -57,7 +57,7 @@ def room_gb(device: torch.device | str, group: Path = Path("/sys/fs/cgroup")) ->
     return free / GB
 
 
-def settle_allocator() -> bool:
+def configure_malloc() -> bool:
     """Let glibc keep freed memory; returns whether it now does. Elsewhere (musl, macOS, Windows) nothing happens.
 
     A step on the CPU frees its activations and the next asks for as much again. glibc hands large blocks back to the
@@ -76,7 +76,7 @@ def settle_allocator() -> bool:
     return bool(kept and mallopt(M_TRIM_THRESHOLD, NEVER) and mallopt(M_TOP_PAD, GROWTH))
 
 
-def release(device: torch.device | str) -> None:
+def trim_heap(device: torch.device | str) -> None:
     """Give holes between live blocks back to the kernel. Call it where little is live, before a row longer than any
     before.
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RunError
-from luthier.core.optimizer_hook import Update
+from luthier.core.optimizer_hook import OptimizerHook
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 MASTER = "master"  # of a parameter's entries in a checkpoint, the one that holds its float32 copy
@@ -45,7 +45,7 @@ class OptimizerConfig(Config):
     clip: float | None = Field(1.0, gt=0, description="longest gradient over all that trains; null: no clipping")
 
 
-def factor(config: OptimizerConfig, step: int, total: int) -> float:
+def compute_lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
     """Share of the peak rate for the step with this index (from 0) of `total`."""
     warm = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
     if step < warm:
@@ -92,7 +92,7 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: Callable[[str], float], peak: float,
-                 config: OptimizerConfig, total_steps: int, update: Update | None = None) -> None:
+                 config: OptimizerConfig, total_steps: int, update: OptimizerHook | None = None) -> None:
         assert parameters, "a method that trains nothing"
         self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
         self._update, self._step = update, 0
@@ -113,7 +113,7 @@ class Optimizer:
     def set_rate(self, step: int) -> float:
         """Set the rate for the step with this index; returns that of a plain parameter."""
         self._step = step
-        rate = self.peak * factor(self.config, step, self.total)
+        rate = self.peak * compute_lr_factor(self.config, step, self.total)
         for group in self.adam.param_groups:
             group["lr"] = rate * group["factor"]
         return rate

@@ -20,18 +20,18 @@ REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
 
 
 @contextmanager
-def explained(place: Path) -> Iterator[None]:
+def translate_os_errors(place: Path) -> Iterator[None]:
     """A full or closed disk, met while writing to `place`, as one `RunError`. Other errors stay what they are."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else of_the_system(error)
+        number = error.errno if isinstance(error, OSError) else parse_os_error(error)
         if number not in REMEDIES:
             raise
         raise RunError(f"cannot write {place}: {os.strerror(number or 0)}", REMEDIES[number or 0]) from error
 
 
-def of_the_system(error: SafetensorError) -> int | None:
+def parse_os_error(error: SafetensorError) -> int | None:
     """The number of the system's error that safetensors has put into words, if it was one."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None

@@ -24,28 +24,28 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def capture(device: torch.device | str) -> dict[str, Any]:
+def capture_rng_state(device: torch.device | str) -> dict[str, Any]:
     """Every global random state that a run on `device` can draw from, as JSON holds it."""
     version, words, normal = random.getstate()
-    state: dict[str, Any] = {"python": [version, list(words), normal], "cpu": _text(torch.get_rng_state())}
+    state: dict[str, Any] = {"python": [version, list(words), normal], "cpu": _encode_state(torch.get_rng_state())}
     if numpy := sys.modules.get("numpy"):
         name, words, *rest = numpy.random.get_state(legacy=True)
         state["numpy"] = [name, words.tolist(), *rest]
     if torch.device(device).type == "cuda":
-        state["cuda"] = [_text(each) for each in torch.cuda.get_rng_state_all()]
+        state["cuda"] = [_encode_state(each) for each in torch.cuda.get_rng_state_all()]
     if torch.device(device).type == "mps":
-        state["mps"] = _text(torch.mps.get_rng_state())
+        state["mps"] = _encode_state(torch.mps.get_rng_state())
     return state
 
 
-def restore(state: Mapping[str, Any]) -> list[str]:
+def restore_rng_state(state: Mapping[str, Any]) -> list[str]:
     """Go on where `capture` was; a sentence on each state that this machine has no place for.
 
     A run that moves from a GPU to a CPU is let go on, but draws other numbers than it would have: hence the sentence.
     """
     version, words, normal = state["python"]
     random.setstate((version, tuple(words), normal))
-    torch.set_rng_state(_state(state["cpu"]))
+    torch.set_rng_state(_decode_state(state["cpu"]))
     if "numpy" in state:
         import numpy  # where it was in use when the state was caught, it will be again
 
@@ -54,21 +54,21 @@ def restore(state: Mapping[str, Any]) -> list[str]:
     lost = []
     saved, here = state.get("cuda", []), torch.cuda.device_count()
     for index, text in enumerate(saved[:here]):
-        torch.cuda.set_rng_state(_state(text), index)
+        torch.cuda.set_rng_state(_decode_state(text), index)
     if len(saved) > here:
         lost.append(f"random states of {len(saved)} CUDA devices were saved and {here} are here: "
                     "the run goes on with other random numbers than it would have drawn")
     if "mps" in state and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(_state(state["mps"]))
+        torch.mps.set_rng_state(_decode_state(state["mps"]))
     elif "mps" in state:
         lost.append("a random state of MPS was saved and there is none here: "
                     "the run goes on with other random numbers than it would have drawn")
     return lost
 
 
-def _text(state: Tensor) -> str:
+def _encode_state(state: Tensor) -> str:
     return base64.b64encode(bytes(state.tolist())).decode("ascii")
 
 
-def _state(text: str) -> Tensor:
+def _decode_state(text: str) -> Tensor:
     return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)

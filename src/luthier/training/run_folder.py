@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from luthier.core.errors import RunError
-from luthier.training.os_errors import explained
+from luthier.training.os_errors import translate_os_errors
 
 ADAPTER_HUB = frozenset({"hidden_size", "model_class", "model_type", "model_name"})  # keys of the library `adapters`
 
@@ -98,7 +98,7 @@ class Run:
         """Write a text or JSON file of the run, whole or not at all. Raises `RunError` where the disk is full."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         file, temporary = self.path / name, self.path / f".{name}.{os.getpid()}"
-        with explained(file):
+        with translate_os_errors(file):
             try:
                 temporary.write_text(text, encoding="utf-8")
                 temporary.replace(file)
@@ -129,12 +129,12 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     return found
 
 
-def digest(path: Path) -> str:
+def compute_digest(path: Path) -> str:
     """sha256 of a file, or of the names and digests of a folder's files."""
     found = hashlib.sha256()
     if path.is_dir():
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            found.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
+            found.update(f"{file.relative_to(path)} {compute_digest(file)}\n".encode())
     else:
         with path.open("rb") as stream:
             while block := stream.read(1 << 20):

@@ -18,7 +18,7 @@ from torch import Tensor
 from luthier.core.errors import NotFinite
 from luthier.core.examples import Origin
 from luthier.core.protocols import Family, Objective
-from luthier.core.types import Batch, Outputs, Target
+from luthier.core.types import Batch, LossInputs, Outputs
 from luthier.distributed import process_group
 from luthier.training.grad_cache import Metrics, backward
 from luthier.training.optimizer import Optimizer
@@ -27,7 +27,7 @@ Sums = dict[str, tuple[Tensor | float, Tensor | float]]
 Reference = Callable[[], AbstractContextManager[None]]
 
 
-def later(values: Sequence[Tensor | float], device: torch.device) -> Callable[[], list[float]]:
+def async_read(values: Sequence[Tensor | float], device: torch.device) -> Callable[[], list[float]]:
     """What reads `values`. From a GPU they set out now, in one copy behind the work that makes them: whoever reads them
     waits for that work and for nothing that was queued after it, so the next step may be under way."""
     if device.type != "cuda":
@@ -48,7 +48,7 @@ def later(values: Sequence[Tensor | float], device: torch.device) -> Callable[[]
 
 
 @dataclass(frozen=True)
-class Stepped:
+class StepResult:
     """What one step measured. `read` gives what its `names` sum to, total and count of each in turn, then the loss and
     the gradient's length; it waits for the step to end."""
 
@@ -65,7 +65,7 @@ class Stepped:
         """The metrics as plain numbers. Raises `NotFinite`, naming the batch, where the loss or gradient is not."""
         *read, loss, norm = self.read()
         own = dict(zip(self.names, zip(read[0::2], read[1::2], strict=True), strict=True))
-        summed = process_group.sum_named({**own, "": (loss,)})
+        summed = process_group.all_reduce_named({**own, "": (loss,)})
         (loss,) = summed.pop("")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             shown = ", ".join(map(str, self.origins[:8])) + (" ..." if len(self.origins) > 8 else "")
@@ -78,7 +78,7 @@ class Stepped:
 
 def step(family: Family, objective: Objective, batches: list[Batch], optimizer: Optimizer,
          autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-         reference: Reference | None = None) -> Stepped:
+         reference: Reference | None = None) -> StepResult:
     """Forward and backward through every micro-batch, then one update.
 
     Args:
@@ -88,27 +88,30 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
         reference: makes the context in which the model is the reference, for objectives that need one.
     """
     device = family.device
-    mine = [batch.to(device) for batch in batches[process_group.rank()::process_group.world()]]
+    mine = [batch.to(device) for batch in batches[process_group.get_rank()::process_group.get_world_size()]]
     count = sum(objective.count(batch.target) for batch in batches)
     assert count > 0, "an encoded example always has a weight above 0"
     loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     sums: Sums = {}
     # Where rows meet in the loss, the micro-batches are parts of one sum; elsewhere each is a sum of its own.
     for part in [mine] if objective.needs_full_batch else [[batch] for batch in mine]:
-        part_loss, metrics = backward(partial(forward, family, objective, reference=reference), objective, part, count,
+        part_loss, metrics = backward(partial(forward_objective, family, objective, reference=reference), objective,
+                                      part, count,
                                       device, autocast)
         loss += part_loss
-        _add(sums, metrics)
-    process_group.sum_gradients(optimizer.parameters.values())
+        _add_metrics(sums, metrics)
+    process_group.all_reduce_gradients(optimizer.parameters.values())
     optimizer.complete()
     norm = optimizer.clip()
     optimizer.step(norm)
-    read = later([*(x for pair in sums.values() for x in pair), loss, norm], device)
-    return Stepped(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
-                   sum(b.target.examples for b in batches), len(batches), tuple(o for b in batches for o in b.origins))
+    read = async_read([*(x for pair in sums.values() for x in pair), loss, norm], device)
+    return StepResult(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
+                      sum(b.target.examples for b in batches), len(batches),
+                      tuple(o for b in batches for o in b.origins))
 
 
-def forward(family: Family, objective: Objective, batch: Batch, reference: Reference | None = None) -> Outputs:
+def forward_objective(family: Family, objective: Objective, batch: Batch,
+                      reference: Reference | None = None) -> Outputs:
     """What the objective needs of one micro-batch; the reference's log-probabilities from a pass of its own, unless
     they were computed before."""
     if "reference_logps" not in objective.required_outputs:
@@ -116,12 +119,12 @@ def forward(family: Family, objective: Objective, batch: Batch, reference: Refer
     logps = batch.target.precomputed.get("reference_logps")
     if logps is None:
         assert reference is not None, "whoever trains with a reference says what it is"
-        logps = reference_logps(family, batch, reference)
+        logps = compute_reference_logps(family, batch, reference)
     return replace(family.forward(batch.inputs, batch.target, objective.required_outputs - {"reference_logps"}),
                    reference_logps=logps)
 
 
-def reference_logps(family: Family, batch: Batch, reference: Reference) -> Tensor:
+def compute_reference_logps(family: Family, batch: Batch, reference: Reference) -> Tensor:
     """[P] the reference's log-probability of every prediction. It has no dropout and no gradient."""
     training = family.training
     family.train(False)
@@ -132,31 +135,31 @@ def reference_logps(family: Family, batch: Batch, reference: Reference) -> Tenso
     return logps
 
 
-def _add(sums: Sums, metrics: Metrics) -> None:
+def _add_metrics(sums: Sums, metrics: Metrics) -> None:
     for name, (total, n) in metrics.items():
         old = sums.get(name, (0.0, 0.0))
         sums[name] = (old[0] + total, old[1] + n)
 
 
 @torch.no_grad()
-def measure(family: Family, objective: Objective, batches: list[Batch],
-            reference: Reference | None = None) -> dict[str, float]:
+def evaluate_batches(family: Family, objective: Objective, batches: list[Batch],
+                     reference: Reference | None = None) -> dict[str, float]:
     """The objective's metrics over held-out batches: each sum divided once, at the end; and its `quality`."""
     sums: Sums = {}
-    kept: list[tuple[Outputs, Target]] = []
+    kept: list[tuple[Outputs, LossInputs]] = []
     whole = objective.needs_full_batch or objective.has_eval_metrics
     for batch in (b.to(family.device) for b in batches):
-        outputs = forward(family, objective, batch, reference)
+        outputs = forward_objective(family, objective, batch, reference)
         if whole:
             kept.append((outputs, batch.target))
         if not objective.needs_full_batch:
             part = objective(outputs, batch.target)
-            _add(sums, {**part.metrics, "loss": (part.total, part.count)})
+            _add_metrics(sums, {**part.metrics, "loss": (part.total, part.count)})
     found: dict[str, float] = {}
     if kept:
-        outputs, target = Outputs.joined([o for o, _ in kept]), Target.joined([t for _, t in kept])
+        outputs, target = Outputs.joined([o for o, _ in kept]), LossInputs.joined([t for _, t in kept])
         if objective.needs_full_batch:
             part = objective(outputs, target)
-            _add(sums, {**part.metrics, "loss": (part.total, part.count)})
+            _add_metrics(sums, {**part.metrics, "loss": (part.total, part.count)})
         found = objective.compute_eval_metrics(outputs, target)
     return {name: float(total) / float(n) for name, (total, n) in sums.items() if float(n)} | found

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from luthier.core.errors import MissingExtra, RecipeError, RunError, nearest
-from luthier.training.os_errors import explained
+from luthier.core.errors import MissingExtra, RecipeError, RunError, suggest_nearest
+from luthier.training.os_errors import translate_os_errors
 
 
 class Tracker(Protocol):
@@ -32,14 +32,14 @@ class JsonLines:
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
         self._path = path
-        with explained(path):
-            _keep(path, resume_at)
+        with translate_os_errors(path):
+            _truncate_log(path, resume_at)
             self._file = path.open("ab", buffering=0)  # what a full disk refused is not tried again at the close
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         assert "step" not in metrics
         line = (json.dumps({"step": step, **metrics}) + "\n").encode()
-        with explained(self._path):
+        with translate_os_errors(self._path):
             while line:
                 line = line[self._file.write(line):]
 
@@ -47,7 +47,7 @@ class JsonLines:
         self._file.close()
 
 
-def _keep(path: Path, resume_at: int | None) -> None:
+def _truncate_log(path: Path, resume_at: int | None) -> None:
     """Cut `path` back to the lines up to `resume_at`, in one move: a kill leaves the old file or the new."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = []
@@ -76,7 +76,7 @@ class TensorBoard:
     """Event files in `folder/tensorboard`."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
-        _require("tensorboard")
+        _check_package("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if resume_at is None else resume_at + 1  # hides what a killed run had logged beyond
@@ -100,7 +100,7 @@ class WandB:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
-        _require("wandb")
+        _check_package("wandb")
         import wandb
 
         file = folder / "wandb" / "run-id"
@@ -121,7 +121,7 @@ class Trackio:
     """Trackio, in the project that `TRACKIO_PROJECT` names, else `luthier`; its database is the user's own."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
-        _require("trackio")
+        _check_package("trackio")
         import trackio
 
         self._run = trackio.init(project=os.environ.get("TRACKIO_PROJECT", "luthier"), name=folder.name,
@@ -141,26 +141,26 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Tracker]] = 
 }
 
 
-def demand(names: Iterable[str]) -> None:
+def check_trackers(names: Iterable[str]) -> None:
     """An error where a tracker is not known or its package not installed. Opens nothing."""
     for name in names:
         if name not in TRACKERS:
-            raise RecipeError(f"unknown tracker {name!r}: {nearest(name, TRACKERS)}",
+            raise RecipeError(f"unknown tracker {name!r}: {suggest_nearest(name, TRACKERS)}",
                               "metrics.jsonl is always written and needs no name")
-        _require(name)
+        _check_package(name)
 
 
 def open_trackers(names: Iterable[str], folder: Path, config: Mapping[str, Any],
                   resume_at: int | None = None) -> list[Tracker]:
     """The trackers named, besides `JsonLines`. All names and packages are checked before any is opened."""
     names = list(dict.fromkeys(names))
-    demand(names)
+    check_trackers(names)
     if names:
         folder.mkdir(parents=True, exist_ok=True)
     return [TRACKERS[name](folder, config, resume_at) for name in names]
 
 
-def _require(package: str) -> None:
+def _check_package(package: str) -> None:
     # No origin: a mere folder of that name on the path, such as the `wandb/` that wandb leaves in working folders.
     spec = find_spec(package)
     if spec is None or spec.origin is None:

@@ -10,21 +10,21 @@ import pytest
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import (
     ChatExample,
+    ClassificationExample,
     CompletionExample,
-    LabelledExample,
+    ContrastiveExample,
     Message,
     Origin,
-    TaggedExample,
-    TextsExample,
+    TokenClassificationExample,
 )
-from luthier.data import DataConfig, WordsAugment, augmented, load, paraphrased
+from luthier.data import DataConfig, TextAugmentation, augment_examples, paraphrase_examples, read_datasets
 
 HERE = Origin("f", 1)
 TEXT = "one two, three four five six seven eight nine ten"
 
 
 def change(name: str, seed: int = 0, text: str = TEXT, **options: object) -> str:
-    return WordsAugment(name=name, **options).text(text, np.random.default_rng(seed))
+    return TextAugmentation(name=name, **options).text(text, np.random.default_rng(seed))
 
 
 def test_deletion_leaves_words_out_at_its_rate() -> None:
@@ -61,10 +61,10 @@ def test_synonyms_come_from_the_users_file(write) -> None:
 
 
 def test_only_what_is_read_is_changed() -> None:
-    deletion = [WordsAugment(name="deletion", rate=0.5)]
+    deletion = [TextAugmentation(name="deletion", rate=0.5)]
 
     def changed(example: object) -> object:
-        (_, own), (name, copy) = augmented(example, 0, deletion, 3)
+        (_, own), (name, copy) = augment_examples(example, 0, deletion, 3)
         assert (own, name) == (example, "deletion")
         return copy
 
@@ -72,10 +72,10 @@ def test_only_what_is_read_is_changed() -> None:
     assert [message.content == TEXT for message in chat.messages] == [True, False, True]
     completion = changed(CompletionExample(TEXT, TEXT, HERE))
     assert (completion.prompt != TEXT, completion.completion) == (True, TEXT)
-    pair = changed(LabelledExample(TEXT, "x", HERE, TEXT))
+    pair = changed(ClassificationExample(TEXT, "x", HERE, TEXT))
     assert pair.text != pair.second != TEXT
-    assert all(text != TEXT for text in changed(TextsExample((TEXT, TEXT), HERE)).texts)
-    tagged = changed(TaggedExample(tuple("abcdef"), tuple("ABCDEF"), HERE))
+    assert all(text != TEXT for text in changed(ContrastiveExample((TEXT, TEXT), HERE)).texts)
+    tagged = changed(TokenClassificationExample(tuple("abcdef"), tuple("ABCDEF"), HERE))
     assert 0 < len(tagged.words) < 6
     assert [word.upper() for word in tagged.words] == list(tagged.tags)
 
@@ -85,7 +85,7 @@ def test_copies_are_added_for_training_alone_and_counted(write, letters) -> None
     path = write("a.jsonl", rows)
 
     def loaded(seed: int = 0, **options: object) -> object:
-        return load(DataConfig.parse({"train": path, "test": path, **options}), letters, seed=seed)
+        return read_datasets(DataConfig.parse({"train": path, "test": path, **options}), letters, seed=seed)
 
     added = loaded(augment=[{"name": "deletion", "copies": 2}, "swap"])
     part = added.report.parts["train"]
@@ -104,7 +104,7 @@ def test_copies_are_added_for_training_alone_and_counted(write, letters) -> None
 def test_a_change_without_a_meaning_is_refused(write, letters) -> None:
     path = write("a.jsonl", json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}))
     with pytest.raises(DataError, match="knows no deletion for ComparedExample"):
-        load(DataConfig.parse({"train": path, "augment": ["deletion"]}), letters, seed=0)
+        read_datasets(DataConfig.parse({"train": path, "augment": ["deletion"]}), letters, seed=0)
     with pytest.raises(RecipeError, match="augment"):
         DataConfig.parse({"train": path, "augment": ["delete"]})
 
@@ -116,6 +116,6 @@ def test_a_model_says_it_in_other_words() -> None:
         asked.extend(prompts)
         return [f" {prompt[-1]}! " for prompt in prompts]
 
-    given = [LabelledExample("t", "x", HERE, "u"), CompletionExample("v", "a", HERE)]
-    assert paraphrased(given, generate, "Again: {text}") == [LabelledExample("t!", "x", HERE, "u!"), CompletionExample("v!", "a", HERE)]
+    given = [ClassificationExample("t", "x", HERE, "u"), CompletionExample("v", "a", HERE)]
+    assert paraphrase_examples(given, generate, "Again: {text}") == [ClassificationExample("t!", "x", HERE, "u!"), CompletionExample("v!", "a", HERE)]
     assert asked == ["Again: t", "Again: u", "Again: v"]

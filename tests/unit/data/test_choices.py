@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from luthier.core.errors import DataError
-from luthier.core.examples import ComparedExample, Origin
+from luthier.core.examples import Origin, PreferenceExample
 from luthier.data.answer_choices import Choices, Numbering, find_numbering
 from luthier.data.config import DataConfig, Source
-from luthier.data.formats.registry import ANY, examples
-from luthier.data.load import load, rows
-from luthier.data.row_values import UnfitError
-from luthier.data.rows import Refusal, Row
-from luthier.data.streaming import Stream
+from luthier.data.formats.registry import ANY, read_examples
+from luthier.data.load import iterate_examples, read_datasets
+from luthier.data.row_values import InvalidRowError
+from luthier.data.rows import RejectedRow, Row
+from luthier.data.streaming import StreamingBatchSource
 
 Write = Callable[[str, str | bytes], str]
 ABCD = ["ant", "bee", "cat", "dog"]
@@ -71,18 +71,18 @@ ALONE: dict[str, tuple[Any, Any, str]] = {
 
 def right(found: Any) -> str:
     """The words of the right choice, or the reason of the refusal."""
-    if isinstance(found, Refusal):
+    if isinstance(found, RejectedRow):
         return found.reason
-    assert isinstance(found, ComparedExample)
+    assert isinstance(found, PreferenceExample)
     return str(found.answers[found.ranks.index(0)])
 
 
 @pytest.mark.parametrize("name", ALONE)
 def test_the_answer_of_one_row(name: str) -> None:
     choices, answer, wanted = ALONE[name]
-    (found,) = examples([Row({"question": "q", "choices": choices, "answer": answer}, Origin("f", 7))])
+    (found,) = read_examples([Row({"question": "q", "choices": choices, "answer": answer}, Origin("f", 7))])
     assert right(found) == wanted
-    if isinstance(found, Refusal):
+    if isinstance(found, RejectedRow):
         assert str(found).startswith("f:7: ")
 
 
@@ -113,7 +113,7 @@ def source(answers: list[Any]) -> str:
 def test_the_rows_of_a_source_show_from_where_numbers_count(name: str, write: Write) -> None:
     answers, wanted = SOURCES[name]
     path = write("a.jsonl", source(answers))
-    found = [right(one) for one in rows(Source(path=path), DataConfig.parse({"train": path}), ANY)]
+    found = [right(one) for one in iterate_examples(Source(path=path), DataConfig.parse({"train": path}), ANY)]
     assert found == wanted
 
 
@@ -121,11 +121,11 @@ def test_all_files_of_a_source_and_rows_beyond_the_limit_show_it(write: Write, t
     write("set/a.jsonl", source([1, 2]))
     folder = write("set/b.jsonl", source([3, 4])).rsplit("/", 1)[0]
     made = DataConfig.parse({"train": folder, "limit": 1})
-    assert [right(one) for one in rows(made.train[0], made, ANY)] == ["ant"]
+    assert [right(one) for one in iterate_examples(made.train[0], made, ANY)] == ["ant"]
     made = DataConfig.parse({"train": folder, "shuffle": False})
-    ((first, *_),) = [[right(one) for one in rows(made.train[0], made, ANY)]]
+    ((first, *_),) = [[right(one) for one in iterate_examples(made.train[0], made, ANY)]]
     assert first == "ant"
-    streamed = Stream(made, letters, 4, None)
+    streamed = StreamingBatchSource(made, letters, 4, None)
     next(streamed)
     assert (streamed.tally.kept, streamed.tally.read) == (4, 4)
 
@@ -134,15 +134,15 @@ def test_all_files_of_a_source_and_rows_beyond_the_limit_show_it(write: Write, t
 def test_whoever_knows_says_from_where(first: int, wanted: list[str], write: Write, letters: PreTrainedTokenizerFast) -> None:
     path = write("a.jsonl", source([1, 2]))
     made = DataConfig.parse({"train": {"path": path, "first_choice": first}})
-    assert [right(one) for one in rows(made.train[0], made, ANY)] == wanted
+    assert [right(one) for one in iterate_examples(made.train[0], made, ANY)] == wanted
     with pytest.raises(DataError, match=r"a.jsonl:1: answer is a number.*set first_choice of the source to 0 or 1"):
-        load(DataConfig.parse({"train": path}), letters, seed=0)
+        read_datasets(DataConfig.parse({"train": path}), letters, seed=0)
 
 
 def test_a_number_that_somebody_says_counts_is_no_word(write: Write) -> None:
     path = write("a.jsonl", source([[1, None]]))
     made = DataConfig.parse({"train": {"path": path, "first_choice": 0}})
-    assert [right(one) for one in rows(made.train[0], made, ANY)] == ["2"]
+    assert [right(one) for one in iterate_examples(made.train[0], made, ANY)] == ["2"]
 
 
 # ---------------------------------------------------------------- the law
@@ -157,7 +157,7 @@ def breaches(choices: list[Any], place: int, find: Callable[[Choices], int]) -> 
     asked = Choices.of({"choices": choices, "answer": choices[place]})
     try:
         found = find(asked)
-    except UnfitError:
+    except InvalidRowError:
         return False
     return Choices._key(asked.choices[found]) != Choices._key(asked.choices[place])
 

@@ -9,9 +9,9 @@ from tokenizers.processors import TemplateProcessing
 
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
 from luthier.data.config import DataConfig
-from luthier.data.encoding import encode
-from luthier.data.rows import Refusal
-from luthier.data.tokenization import prompt_of
+from luthier.data.encoding import encode_example
+from luthier.data.rows import RejectedRow
+from luthier.data.tokenization import encode_prompt
 from tiny import END_OF_TEXT, IM_END, IM_START
 
 HERE = Origin("f", 1)
@@ -41,7 +41,7 @@ class Slow:
 
 
 def test_a_text_is_trained_whole_and_ends_with_the_end_mark(letters) -> None:
-    (found,) = encode(TextExample("ab", HERE, 0.5), letters, config())
+    (found,) = encode_example(TextExample("ab", HERE, 0.5), letters, config())
     assert found.pieces[0].ids == (*b"ab", IM_END)
     assert found.pieces[0].weights == (0.5, 0.5, 0.5)
     assert found.bytes == 1  # `a` follows nothing and is not predicted
@@ -50,50 +50,50 @@ def test_a_text_is_trained_whole_and_ends_with_the_end_mark(letters) -> None:
 def test_a_tokenizers_own_marks_are_kept_and_not_doubled(letters) -> None:
     letters.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", END_OF_TEXT), ("<|im_end|>", IM_END)])
-    (found,) = encode(TextExample("ab", HERE), letters, config())
+    (found,) = encode_example(TextExample("ab", HERE), letters, config())
     assert found.pieces[0].ids == (END_OF_TEXT, *b"ab", IM_END)
     assert found.bytes == 2
     letters.eos_token = "<|im_start|>"  # now the closing mark is not the end mark, and still stands for no bytes
-    (found,) = encode(TextExample("ab", HERE), letters, config())
+    (found,) = encode_example(TextExample("ab", HERE), letters, config())
     assert (found.pieces[0].ids, found.bytes) == ((END_OF_TEXT, *b"ab", IM_END, IM_START), 2)
     letters.eos_token = "<|im_end|>"
-    (found,) = encode(CompletionExample("a", "b", HERE), letters, config(format="completion"))
+    (found,) = encode_example(CompletionExample("a", "b", HERE), letters, config(format="completion"))
     assert found.pieces[0].ids == (END_OF_TEXT, *b"ab", IM_END)
     assert found.pieces[0].weights == (0, 0, 1, 1)
-    assert prompt_of(CompletionExample("a", "b", HERE), letters, config(format="completion")) == ([END_OF_TEXT, *b"a"], "b")
+    assert encode_prompt(CompletionExample("a", "b", HERE), letters, config(format="completion")) == ([END_OF_TEXT, *b"a"], "b")
 
 
 def test_a_completion_is_joined_bare_where_the_format_says_so(letters, words, trained) -> None:
     for tokenizer in (letters, words):
-        (found,) = encode(CompletionExample("the answer is", " yes", HERE, 2.0), tokenizer, config(format="completion"))
+        (found,) = encode_example(CompletionExample("the answer is", " yes", HERE, 2.0), tokenizer, config(format="completion"))
         assert trained(found, tokenizer) == [" yes<|im_end|>"]
         assert tokenizer.decode(found.pieces[0].ids) == "the answer is yes<|im_end|>"
         assert set(found.pieces[0].weights) == {0.0, 2.0}
         assert found.bytes == 4
         tokenizer.chat_template = None
-        assert encode(CompletionExample("the answer is", " yes", HERE, 2.0), tokenizer, config()) == [found]
+        assert encode_example(CompletionExample("the answer is", " yes", HERE, 2.0), tokenizer, config()) == [found]
 
 
 def test_white_space_that_the_tokenizer_trims_from_its_offsets_is_trained(words, trained) -> None:
-    (found,) = encode(CompletionExample("one", " two  ", HERE), words, config(format="completion"))
+    (found,) = encode_example(CompletionExample("one", " two  ", HERE), words, config(format="completion"))
     assert trained(found, words) == [" two  <|im_end|>"]
     assert found.bytes == 6
 
 
 def test_a_token_across_the_border_is_trained(words, trained) -> None:
-    (found,) = encode(CompletionExample("the answer is ", "yes", HERE), words, config(format="completion"))
+    (found,) = encode_example(CompletionExample("the answer is ", "yes", HERE), words, config(format="completion"))
     assert trained(found, words) in (["yes<|im_end|>"], [" yes<|im_end|>"])
 
 
 def test_truncation_keeps_the_beginning(letters) -> None:
-    (found,) = encode(TextExample("abcdef", HERE), letters, config(max_length=4))
+    (found,) = encode_example(TextExample("abcdef", HERE), letters, config(max_length=4))
     assert (found.pieces[0].ids, found.bytes) == (tuple(b"abcd"), 3)
 
 
 def test_a_chat_whose_answer_is_cut_off_is_refused(letters) -> None:
     chat = ChatExample((Message("user", "q" * 50), Message("assistant", "a")), HERE)
-    found = encode(chat, letters, config(max_length=20))
-    assert isinstance(found, Refusal)
+    found = encode_example(chat, letters, config(max_length=20))
+    assert isinstance(found, RejectedRow)
     assert found.reason == "nothing to train on"
     assert "max_length=20" in found.detail
 
@@ -101,24 +101,24 @@ def test_a_chat_whose_answer_is_cut_off_is_refused(letters) -> None:
 @pytest.mark.parametrize("overlong", ["refuse", "split"])
 def test_an_overlong_chat_is_refused(letters, overlong) -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a" * 50)), HERE)
-    found = encode(chat, letters, config(max_length=20, overlong=overlong))
-    assert isinstance(found, Refusal)
+    found = encode_example(chat, letters, config(max_length=20, overlong=overlong))
+    assert isinstance(found, RejectedRow)
     assert found.reason == "longer than max_length"
 
 
 def test_nothing_with_a_weight_is_refused(letters) -> None:
     for example in (ChatExample((Message("user", "q"), Message("assistant", "a", 0.0)), HERE), TextExample("ab", HERE, 0.0),
                     CompletionExample("a", "b", HERE, 0.0), ChatExample((Message("user", "q"),), HERE)):
-        found = encode(example, letters, config())
-        assert isinstance(found, Refusal), example
+        found = encode_example(example, letters, config())
+        assert isinstance(found, RejectedRow), example
         assert found.reason == "nothing to train on"
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text(st.characters(codec="utf-8"), min_size=2, max_size=60).filter(lambda t: "<|" not in t), st.integers(2, 20))
 def test_splitting_predicts_every_token_but_the_first_once(letters, text, most) -> None:
-    (whole,) = encode(TextExample(text, HERE), letters, config(max_length=10**6))
-    parts = encode(TextExample(text, HERE), letters, config(max_length=most, overlong="split"))
+    (whole,) = encode_example(TextExample(text, HERE), letters, config(max_length=10**6))
+    parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, overlong="split"))
     predicted = [token for part in parts for token in part.pieces[0].ids[1:]]
     assert tuple(predicted) == whole.pieces[0].ids[1:]
     assert all(len(part.pieces[0].ids) <= most for part in parts)
@@ -130,7 +130,7 @@ def test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text(letters) 
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)])
     text = bytes(range(65, 91)).decode()
     for most in (3, 4, 7, 26, 27, 28, 40):
-        parts = encode(TextExample(text, HERE), letters, config(max_length=most, overlong="split"))
+        parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, overlong="split"))
         assert all(len(part.pieces[0].ids) <= most and part.pieces[0].ids[0] == END_OF_TEXT for part in parts)
         predicted = [part.pieces[0].ids[i] for part in parts for i in part.pieces[0].predicted]
         assert predicted == [*text.encode(), IM_END]  # each once
@@ -141,10 +141,10 @@ def test_a_slow_tokenizer_gives_the_same(letters) -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a🙂"), Message("user", "r"), Message("assistant", "b")), HERE)
     for example in (chat, TextExample("abc 🙂", HERE), CompletionExample("a", "b🙂", HERE)):
         for options in ({}, {"format": "completion"}, {"train_on": "all"}):
-            fast = encode(example, letters, config(**options))
-            slow = encode(example, Slow(letters), config(**options))
+            fast = encode_example(example, letters, config(**options))
+            slow = encode_example(example, Slow(letters), config(**options))
             assert [part.pieces for part in slow] == [part.pieces for part in fast]
 
 
 def test_the_prompt_of_a_text_is_its_first_half(letters) -> None:
-    assert prompt_of(TextExample("abcde", HERE), letters, config()) == ([*b"abc"], "de")
+    assert encode_prompt(TextExample("abcde", HERE), letters, config()) == ([*b"abc"], "de")

@@ -15,12 +15,12 @@ from tokenizers.processors import TemplateProcessing
 
 from luthier.core.errors import BaseError, DataError
 from luthier.core.examples import Origin, TextExample
-from luthier.core.types import Batch, Encoded
-from luthier.data import DataConfig, DividedConfig, Hide, encode, load
-from luthier.data.batch_source import Loader
-from luthier.data.masking import drawn, fixed
-from luthier.data.packing import batch, eval_batches
-from luthier.data.streaming import Stream
+from luthier.core.types import Batch, TokenizedExample
+from luthier.data import DataConfig, DividedConfig, MaskingConfig, encode_example, read_datasets
+from luthier.data.batch_source import InMemoryBatchSource
+from luthier.data.masking import apply_fixed, apply_random
+from luthier.data.packing import build_batch, build_eval_batches
+from luthier.data.streaming import StreamingBatchSource
 from tiny import CLS, IM_END, MASK, SEP, pair_tokenizer, tiny_tokenizer, with_sentinels
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind; it has seen many a fox."
@@ -50,13 +50,13 @@ def whole(how: Any, text: str = TEXT, tokenizer: Any = None, settings: dict[str,
     """The encoded document, or its parts, or the refusal."""
     tokenizer = tokenizer or (SPANS if how == "spans" else WORDS)
     config = DataConfig.parse({"train": "-", **(settings or {})})
-    return encode(TextExample(text, Origin("f", 1), weight), tokenizer, DividedConfig.of(config) if how == "spans" else config,
-                  hide=Hide.of(tokenizer, how, "base", **hide))
+    return encode_example(TextExample(text, Origin("f", 1), weight), tokenizer, DividedConfig.of(config) if how == "spans" else config,
+                          hide=MaskingConfig.of(tokenizer, how, "base", **hide))
 
 
-def one(how: Any, *args: Any, **named: Any) -> Encoded:
+def one(how: Any, *args: Any, **named: Any) -> TokenizedExample:
     found, = whole(how, *args, **named)
-    assert isinstance(found, Encoded)
+    assert isinstance(found, TokenizedExample)
     return found
 
 
@@ -71,7 +71,7 @@ def test_words_are_hidden_in_the_shares_of_the_paper() -> None:
     shown, places, others = Counter[str](), Counter[int](), Counter[int]()
     times = 3000
     for epoch in range(times):
-        piece, = drawn(example, 0, epoch, 7).pieces
+        piece, = apply_random(example, 0, epoch, 7).pieces
         hidden = [i for i, tag in enumerate(piece.tags) if tag >= 0]
         assert len(hidden) == round(0.15 * len(TEXT)) == 15
         assert piece.predicted == tuple(hidden)
@@ -94,23 +94,23 @@ def test_words_are_hidden_in_the_shares_of_the_paper() -> None:
 def test_a_special_token_in_the_text_is_never_hidden() -> None:
     example = one("words", "ab[MASK]cd[SEP]e", rate=0.5)
     assert example.pieces[0].ids == (CLS, *b"ab", MASK, *b"cd", SEP, *b"e", SEP)
-    seen = {i for epoch in range(200) for i in drawn(example, 0, epoch, 0).pieces[0].predicted}
+    seen = {i for epoch in range(200) for i in apply_random(example, 0, epoch, 0).pieces[0].predicted}
     assert seen == {1, 2, 4, 5, 7}
 
 
 def test_the_row_decides_and_the_epoch_and_nothing_else() -> None:
     example = one("words")
-    assert drawn(example, 3, 1, 5) == drawn(one("words"), 3, 1, 5)
-    kinds = [drawn(example, *draw).pieces[0] for draw in ((3, 1, 5), (4, 1, 5), (3, 2, 5), (3, 1, 6))]
+    assert apply_random(example, 3, 1, 5) == apply_random(one("words"), 3, 1, 5)
+    kinds = [apply_random(example, *draw).pieces[0] for draw in ((3, 1, 5), (4, 1, 5), (3, 2, 5), (3, 1, 6))]
     assert len({piece.ids for piece in kinds}) == 4
-    assert fixed(example) == fixed(one("words"))
-    assert fixed(fixed(example)) == fixed(example)
-    assert fixed(example).pieces != fixed(one("words", TEXT[1:])).pieces
+    assert apply_fixed(example) == apply_fixed(one("words"))
+    assert apply_fixed(apply_fixed(example)) == apply_fixed(example)
+    assert apply_fixed(example).pieces != apply_fixed(one("words", TEXT[1:])).pieces
 
 
 def test_a_base_sees_the_hidden_and_guesses_it_at_its_own_place() -> None:
-    example = fixed(one("words", weight=0.5))
-    made = batch([example, example])
+    example = apply_fixed(one("words", weight=0.5))
+    made = build_batch([example, example])
     piece, = example.pieces
     hidden = list(piece.predicted)
     assert made.inputs.tokens.tolist() == [*piece.ids, *piece.ids]
@@ -128,7 +128,7 @@ def test_whole_words_are_hidden_whole() -> None:
     assert len(sizes) > 15
     seen, count = set(), 0
     for epoch in range(300):
-        hidden = drawn(example, 0, epoch, 0).pieces[0].predicted
+        hidden = apply_random(example, 0, epoch, 0).pieces[0].predicted
         mine = Counter(owners[i] for i in hidden)
         assert all(sizes[owner] == n for owner, n in mine.items())
         assert 0 < len(hidden) <= 15
@@ -136,7 +136,7 @@ def test_whole_words_are_hidden_whole() -> None:
         count += len(hidden)
     assert seen == set(sizes)
     assert count > 0.9 * 15 * 300
-    apart = drawn(one("words", tokenizer=tokenizer), 0, 0, 0).pieces[0].predicted  # the control
+    apart = apply_random(one("words", tokenizer=tokenizer), 0, 0, 0).pieces[0].predicted  # the control
     assert any(sizes[owner] != n for owner, n in Counter(owners[i] for i in apart).items())
 
 
@@ -150,20 +150,20 @@ def test_words_of_a_later_part_are_hidden_whole_too() -> None:
         own = owners[at:at + length]
         sizes, at = Counter(own), at + length
         for epoch in range(50):
-            mine = Counter(own[i - 1] for i in drawn(part, 0, epoch, 0).pieces[0].predicted)
+            mine = Counter(own[i - 1] for i in apply_random(part, 0, epoch, 0).pieces[0].predicted)
             assert mine
             assert all(sizes[owner] == n for owner, n in mine.items())
     assert at == len(owners)
 
 
 def test_one_long_word_is_hidden_all_the_same() -> None:
-    assert len(drawn(one("words", "abcdefgh", word_tokenizer(), whole=True), 0, 0, 0).pieces[0].predicted) == 8
+    assert len(apply_random(one("words", "abcdefgh", word_tokenizer(), whole=True), 0, 0, 0).pieces[0].predicted) == 8
 
 
 # ---------------------------------------------------------------- spans
 
 
-def put_back(found: Encoded) -> tuple[bytes, list[bytes]]:
+def put_back(found: TokenizedExample) -> tuple[bytes, list[bytes]]:
     """The text that source and answer make together, and the spans."""
     source, answer = (list(piece.ids) for piece in found.pieces)
     assert source[-1] == answer[-1] == IM_END
@@ -181,7 +181,7 @@ def test_source_and_answer_are_the_text() -> None:
     lengths: list[int] = []
     starts, sources = Counter[int](), set()
     for epoch in range(500):
-        found = drawn(example, 0, epoch, 0)
+        found = apply_random(example, 0, epoch, 0)
         text, spans = put_back(found)
         assert text.decode() == TEXT
         assert sum(map(len, spans)) == round(0.15 * len(TEXT)) == 15
@@ -203,14 +203,14 @@ def test_source_and_answer_are_the_text() -> None:
 @pytest.mark.parametrize(("count", "hidden", "spans"), [(2, 1, 1), (3, 1, 1), (20, 3, 1), (40, 6, 2), (100, 15, 5)])
 def test_short_texts_have_something_hidden_and_something_seen(count: int, hidden: int, spans: int) -> None:
     for epoch in range(30):
-        text, found = put_back(drawn(one("spans", TEXT[:count]), 1, epoch, 2))
+        text, found = put_back(apply_random(one("spans", TEXT[:count]), 1, epoch, 2))
         assert text.decode() == TEXT[:count]
         assert (sum(map(len, found)), len(found)) == (hidden, spans)
 
 
 def test_much_in_spans_of_one_leaves_one_seen_between_any_two() -> None:
     for epoch in range(50):
-        text, spans = put_back(drawn(one("spans", TEXT[:30], rate=0.5, span=1.0), 1, epoch, 2))
+        text, spans = put_back(apply_random(one("spans", TEXT[:30], rate=0.5, span=1.0), 1, epoch, 2))
         assert text.decode() == TEXT[:30]
         assert list(map(len, spans)) == [1] * 15
 
@@ -227,7 +227,7 @@ def test_a_long_text_is_cut_split_or_refused(how: Any) -> None:
     marks = (CLS, SEP, IM_END)
     assert bytes(t for part in parts for t in part.pieces[0].ids if t not in marks).decode() == TEXT
     assert max(part.tokens for part in parts) - min(part.tokens for part in parts) <= 1
-    assert all(max(map(len, (p.ids for p in drawn(part, 0, 0, 0).pieces))) <= 30 for part in parts)
+    assert all(max(map(len, (p.ids for p in apply_random(part, 0, 0, 0).pieces))) <= 30 for part in parts)
     refused = whole(how, settings={"max_length": 30, "overlong": "refuse"})
     assert refused.reason == "longer than max_length"
 
@@ -243,9 +243,9 @@ def test_what_cannot_be_hidden_is_refused(how: Any, text: str, reason: str, hide
 
 def test_a_tokenizer_without_what_stands_for_the_hidden_is_refused_by_name() -> None:
     with pytest.raises(BaseError, match="'mine' has no sentinels"):
-        Hide.of(tiny_tokenizer(), "spans", "mine")
+        MaskingConfig.of(tiny_tokenizer(), "spans", "mine")
     with pytest.raises(BaseError, match="'mine' has no mask"):
-        Hide.of(tiny_tokenizer(), "words", "mine")
+        MaskingConfig.of(tiny_tokenizer(), "words", "mine")
 
 
 # ---------------------------------------------------------------- epochs
@@ -275,12 +275,12 @@ def test_every_epoch_hides_anew_and_goes_on_where_it_stood(how: Any, streamed: b
     config = DataConfig.parse({"train": str(rows(tmp_path / "f.jsonl")), "streaming": streamed,
                                **({} if streamed else {"eval": 0.3})})
     config = DividedConfig.of(config) if how == "spans" else config
-    hide = Hide.of(tokenizer, how, "base")
-    found = load(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), hide=hide)
+    hide = MaskingConfig.of(tokenizer, how, "base")
+    found = read_datasets(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), hide=hide)
 
     def feed(micro: int = 1000) -> Any:
-        return (Stream(config, tokenizer, 3, micro, seed=1, use=found.use) if streamed
-                else Loader(found.train, 3, micro, seed=1))
+        return (StreamingBatchSource(config, tokenizer, 3, micro, seed=1, use=found.use) if streamed
+                else InMemoryBatchSource(found.train, 3, micro, seed=1))
 
     straight, again, cut = feed(), feed(), feed(90)
     steps = [next(straight) for _ in range(12)]
@@ -293,9 +293,9 @@ def test_every_epoch_hides_anew_and_goes_on_where_it_stood(how: Any, streamed: b
     shown = [text for step in steps for text in guessed(step)]
     assert len(set(shown)) == len(shown)  # no two epochs alike
     if not streamed:
-        (a,), (b,) = eval_batches(found.eval, None), eval_batches(found.eval, None)
+        (a,), (b,) = build_eval_batches(found.eval, None), build_eval_batches(found.eval, None)
         assert torch.equal(a.inputs.tokens, b.inputs.tokens)
-        other = load(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), hide=hide)
+        other = read_datasets(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), hide=hide)
         assert [e.pieces for e in other.eval] == [e.pieces for e in found.eval]
         part = found.report.parts["train"]
         if how == "words":
@@ -303,10 +303,10 @@ def test_every_epoch_hides_anew_and_goes_on_where_it_stood(how: Any, streamed: b
 
 
 def test_a_cursor_belongs_to_what_is_hidden() -> None:
-    first, second = (Loader([one("words", rate=rate)], 1, None) for rate in (0.15, 0.3))
+    first, second = (InMemoryBatchSource([one("words", rate=rate)], 1, None) for rate in (0.15, 0.3))
     with pytest.raises(DataError, match="not what this run was trained on"):
         second.load(first.state())
-    whole_, apart = (Loader([one("words", tokenizer=word_tokenizer(), whole=how)], 1, None) for how in (True, False))
+    whole_, apart = (InMemoryBatchSource([one("words", tokenizer=word_tokenizer(), whole=how)], 1, None) for how in (True, False))
     with pytest.raises(DataError, match="not what this run was trained on"):
         whole_.load(apart.state())
 
@@ -314,7 +314,7 @@ def test_a_cursor_belongs_to_what_is_hidden() -> None:
 def test_all_placements_are_as_likely() -> None:
     """Of 6 tokens 2 hidden in 2 spans: as many ways as two places that do not touch, 10; each as often."""
     example = one("spans", "abcdef", rate=2 / 6, span=1.0)
-    ways = Counter(tuple(put_back(drawn(example, 0, epoch, 0))[1]) for epoch in range(4000))
+    ways = Counter(tuple(put_back(apply_random(example, 0, epoch, 0))[1]) for epoch in range(4000))
     assert len(ways) == 10
     assert max(ways.values()) < 1.3 * min(ways.values())
 

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
 from luthier.core.examples import Origin
-from luthier.core.types import Batch, Encoded, Piece
-from luthier.data.batch_source import Loader
+from luthier.core.types import Batch, TokenizedExample, TokenSpan
+from luthier.data.batch_source import InMemoryBatchSource
 from luthier.data.config import DataConfig
-from luthier.data.streaming import Stream
+from luthier.data.streaming import StreamingBatchSource
 
 
-def some(count: int, first: int = 0) -> list[Encoded]:
-    return [Encoded((Piece((i, 1, 2), (0.0, 1.0, 1.0)),), Origin("f", i)) for i in range(first, first + count)]
+def some(count: int, first: int = 0) -> list[TokenizedExample]:
+    return [TokenizedExample((TokenSpan((i, 1, 2), (0.0, 1.0, 1.0)),), Origin("f", i)) for i in range(first, first + count)]
 
 
 def lines(step: list[Batch]) -> list[int]:
@@ -34,7 +34,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 
 @given(st.integers(1, 30), st.integers(1, 9), st.booleans(), st.integers(0, 5))
 def test_an_epoch_sees_everything_once_and_knows_its_steps(count, batch_size, shuffle, seed) -> None:
-    loader = Loader(some(count), batch_size, None, shuffle, seed)
+    loader = InMemoryBatchSource(some(count), batch_size, None, shuffle, seed)
     for _ in range(2):
         steps = [lines(next(loader)) for _ in range(loader.steps_per_epoch)]
         assert sorted([line for step in steps for line in step]) == list(range(count))
@@ -42,46 +42,46 @@ def test_an_epoch_sees_everything_once_and_knows_its_steps(count, batch_size, sh
 
 
 def test_the_order_is_of_seed_and_epoch_alone() -> None:
-    loader = Loader(some(50), 50, None, True, 3)
+    loader = InMemoryBatchSource(some(50), 50, None, True, 3)
     first, second = lines(next(loader)), lines(next(loader))
     # rows are packed in the order of their place in the step, so one row a step shows the order
-    assert Loader(some(50), 7, 10, True, 3).order(0).tolist() == loader.order(0).tolist() == first
+    assert InMemoryBatchSource(some(50), 7, 10, True, 3).order(0).tolist() == loader.order(0).tolist() == first
     assert first != second
-    assert loader.order(0).tolist() != Loader(some(50), 50, None, True, 4).order(0).tolist()
-    assert Loader(some(5), 5, None, shuffle=False).order(7).tolist() == [0, 1, 2, 3, 4]
+    assert loader.order(0).tolist() != InMemoryBatchSource(some(50), 50, None, True, 4).order(0).tolist()
+    assert InMemoryBatchSource(some(5), 5, None, shuffle=False).order(7).tolist() == [0, 1, 2, 3, 4]
 
 
 @given(st.integers(1, 20), st.integers(1, 6), st.integers(0, 25), st.booleans())
 def test_a_cursor_goes_on_exactly(count, batch_size, steps, shuffle) -> None:
-    going = Loader(some(count), batch_size, 7, shuffle, 1)
+    going = InMemoryBatchSource(some(count), batch_size, 7, shuffle, 1)
     for _ in range(steps):
         next(going)
-    fresh = Loader(some(count), batch_size, 7, shuffle, 1)
+    fresh = InMemoryBatchSource(some(count), batch_size, 7, shuffle, 1)
     fresh.load(json.loads(json.dumps(going.state())))
     for _ in range(2 * going.steps_per_epoch + 1):
         assert same(next(going), next(fresh))
 
 
 def test_a_cursor_of_other_data_is_refused() -> None:
-    state = Loader(some(5), 2, None).state()
-    changes = [Loader(some(6), 2, None), Loader(some(5, first=1), 2, None), Loader(some(5), 2, None, seed=1),
-               Loader(some(5), 2, None, shuffle=False), Loader(some(5), 2, None, mix=[(5, 2.0)]),
-               Loader([Encoded((Piece(e.pieces[0].ids, (0.0, 1.0, 0.5)),), e.origin) for e in some(5)], 2, None)]
+    state = InMemoryBatchSource(some(5), 2, None).state()
+    changes = [InMemoryBatchSource(some(6), 2, None), InMemoryBatchSource(some(5, first=1), 2, None), InMemoryBatchSource(some(5), 2, None, seed=1),
+               InMemoryBatchSource(some(5), 2, None, shuffle=False), InMemoryBatchSource(some(5), 2, None, mix=[(5, 2.0)]),
+               InMemoryBatchSource([TokenizedExample((TokenSpan(e.pieces[0].ids, (0.0, 1.0, 0.5)),), e.origin) for e in some(5)], 2, None)]
     for other in changes:
         with pytest.raises(DataError, match="not what this run was trained on"):
             other.load(state)
-    Loader(some(5), 3, 100).load(state)  # how it is cut into steps and rows may change
+    InMemoryBatchSource(some(5), 3, 100).load(state)  # how it is cut into steps and rows may change
 
 
 def test_a_weight_is_how_often_an_epoch_sees_a_source() -> None:
-    loader = Loader(some(30), 7, None, mix=[(10, 2.0), (10, 0.5), (10, 1.0)])
+    loader = InMemoryBatchSource(some(30), 7, None, mix=[(10, 2.0), (10, 0.5), (10, 1.0)])
     epochs = [Counter(line for _ in range(loader.steps_per_epoch) for line in lines(next(loader))) for _ in range(2)]
     for seen in epochs:
         assert {seen[i] for i in range(10)} == {2}
         assert sorted(seen[i] for i in range(10, 20)) == [0] * 5 + [1] * 5
         assert {seen[i] for i in range(20, 30)} == {1}
     assert epochs[0] != epochs[1]
-    unshuffled = Loader(some(4), 9, None, shuffle=False, mix=[(4, 1.5)]).order(0).tolist()
+    unshuffled = InMemoryBatchSource(some(4), 9, None, shuffle=False, mix=[(4, 1.5)]).order(0).tolist()
     assert unshuffled[:4] == [0, 1, 2, 3]
     assert len(unshuffled) == 6
 
@@ -97,10 +97,10 @@ def texts(write):
     return written
 
 
-def streamed(texts, tokenizer, block: int = 8, **options: object) -> Stream:
+def streamed(texts, tokenizer, block: int = 8, **options: object) -> StreamingBatchSource:
     sources = [texts("a.jsonl", 20, "a"), {"path": texts("b.jsonl", 11, "b"), **options.pop("second", {})}]
     config = DataConfig.parse({"train": sources, "streaming": True, **options})
-    return Stream(config, tokenizer, 3, 16, seed=1, block=block)
+    return StreamingBatchSource(config, tokenizer, 3, 16, seed=1, block=block)
 
 
 def names(step: list[Batch]) -> list[tuple[str, int]]:
@@ -167,4 +167,4 @@ def test_a_streams_cursor_of_other_data_is_refused(texts, letters) -> None:
 def test_a_stream_without_a_usable_row_says_so(write, letters) -> None:
     config = DataConfig.parse({"train": write("a.jsonl", "{broken\n"), "streaming": True})
     with pytest.raises(DataError, match="broken JSON"):
-        next(Stream(config, letters, 2, None))
+        next(StreamingBatchSource(config, letters, 2, None))

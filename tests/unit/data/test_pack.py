@@ -10,18 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from luthier.core.examples import Origin
-from luthier.core.types import Batch, Encoded, Item, Piece
-from luthier.data.packing import eval_batches, pack
+from luthier.core.types import Batch, LabeledSpan, TokenizedExample, TokenSpan
+from luthier.data.packing import build_eval_batches, pack_examples
 
 TREES = st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 99), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=6),
                            st.integers(-1, 3)), min_size=1, max_size=4)
 
 
-def tree(number: int, pieces) -> Encoded:
+def tree(number: int, pieces) -> TokenizedExample:
     """Pieces as drawn; each continues an earlier one, or none."""
-    made = tuple(Piece(tuple(t for t, _ in run), tuple(w for _, w in run), min(parent, index - 1) if index else -1)
+    made = tuple(TokenSpan(tuple(t for t, _ in run), tuple(w for _, w in run), min(parent, index - 1) if index else -1)
                  for index, (run, parent) in enumerate(pieces))
-    return Encoded(made, Origin("f", number), number, tuple(Item(i, 0.0) for i in range(len(made))))
+    return TokenizedExample(made, Origin("f", number), number, tuple(LabeledSpan(i, 0.0) for i in range(len(made))))
 
 
 EXAMPLES = st.lists(TREES, min_size=1, max_size=8).map(lambda drawn: [tree(i, pieces) for i, pieces in enumerate(drawn)])
@@ -42,7 +42,7 @@ def predictions(batches: list[Batch]) -> Counter:
     return found
 
 
-def expected(examples: list[Encoded]) -> Counter:
+def expected(examples: list[TokenizedExample]) -> Counter:
     """The same, from the definition of a piece."""
     found: Counter = Counter()
     for example in examples:
@@ -61,7 +61,7 @@ def expected(examples: list[Encoded]) -> Counter:
 @settings(deadline=None)
 @given(EXAMPLES, st.one_of(st.none(), st.integers(1, 60)))
 def test_what_is_predicted_does_not_depend_on_the_rows(examples, micro_tokens) -> None:
-    batches = pack(examples, micro_tokens)
+    batches = pack_examples(examples, micro_tokens)
     assert predictions(batches) == expected(examples)
     assert sorted(o.line for b in batches for o in b.origins) == list(range(len(examples)))
     assert sum(b.target.bytes for b in batches) == sum(e.bytes for e in examples)
@@ -75,7 +75,7 @@ def test_what_is_predicted_does_not_depend_on_the_rows(examples, micro_tokens) -
 @settings(deadline=None)
 @given(EXAMPLES, st.integers(1, 60))
 def test_positions_count_on_from_the_parent(examples, micro_tokens) -> None:
-    for batch in pack(examples, micro_tokens):
+    for batch in pack_examples(examples, micro_tokens):
         forest = batch.inputs.forest
         for segment, start in enumerate(forest.starts):
             depth = sum(forest.lengths[s] for s in forest.path(segment)[:-1])
@@ -83,38 +83,38 @@ def test_positions_count_on_from_the_parent(examples, micro_tokens) -> None:
             assert got == list(range(depth, depth + forest.lengths[segment]))
 
 
-def lengths(*sizes: int) -> list[Encoded]:
+def lengths(*sizes: int) -> list[TokenizedExample]:
     return [tree(i, [([(1, 1.0)] * size, -1)]) for i, size in enumerate(sizes)]
 
 
 def test_rows_are_filled_first_fit_decreasing_and_keep_order() -> None:
-    rows = pack(lengths(3, 7, 5, 2, 12), 10)
+    rows = pack_examples(lengths(3, 7, 5, 2, 12), 10)
     assert [[o.line for o in row.origins] for row in rows] == [[4], [0, 1], [2, 3]]
-    assert [[o.line for o in row.origins] for row in pack(lengths(7, 3, 1), 10)] == [[0, 1], [2]]  # full is full
+    assert [[o.line for o in row.origins] for row in pack_examples(lengths(7, 3, 1), 10)] == [[0, 1], [2]]  # full is full
 
 
 def test_kinds_of_numbers() -> None:
-    (row,) = pack(lengths(3), None)
+    (row,) = pack_examples(lengths(3), None)
     integers = (row.inputs.tokens, row.inputs.positions, row.target.at, row.target.tokens, row.target.items, row.target.groups, row.target.item_of)
     assert {t.dtype for t in integers} == {torch.int64}
     assert row.target.weights.dtype == torch.float32
 
 
 def test_nothing_makes_no_batch() -> None:
-    assert pack([], None) == pack([], 5) == eval_batches([], 5) == []
+    assert pack_examples([], None) == pack_examples([], 5) == build_eval_batches([], 5) == []
 
 
 def test_evaluation_goes_once_through_everything() -> None:
     examples = lengths(*range(1, 20))
     for micro_tokens in (5, 30, None):
-        assert predictions(eval_batches(examples, micro_tokens, group=4)) == expected(examples)
+        assert predictions(build_eval_batches(examples, micro_tokens, group=4)) == expected(examples)
 
 
 def test_one_row_by_hand() -> None:
     """A text of three tokens; then a prompt of two with two answers, of which the second goes on."""
     examples = [tree(0, [([(10, 1.0), (11, 2.0), (12, 3.0)], -1)]),
                 tree(1, [([(20, 0.0), (21, 0.0)], -1), ([(30, 4.0), (31, 5.0)], 0), ([(40, 6.0)], 0), ([(50, 7.0)], 2)])]
-    row, = pack(examples, None)
+    row, = pack_examples(examples, None)
     assert row.inputs.tokens.tolist() == [10, 11, 12, 20, 21, 30, 31, 40, 50]
     assert row.inputs.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 2, 3]
     assert row.inputs.forest.lengths == (3, 2, 2, 1, 1)

@@ -14,11 +14,11 @@ import pytest
 
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Origin
-from luthier.rl.rewards import Answer, code_in, endpoint, from_function, judged, named
+from luthier.rl.rewards import Completion, call_endpoint, compute_rewards, extract_code, load_reward, wrap_function
 
 
-def answer(text: str, **facts: Any) -> Answer:
-    return Answer("What is it?", text, Origin("rows.jsonl", 7), facts)
+def answer(text: str, **facts: Any) -> Completion:
+    return Completion("What is it?", text, Origin("rows.jsonl", 7), facts)
 
 
 @pytest.mark.parametrize(("name", "text", "facts", "wanted"), [
@@ -33,12 +33,12 @@ def answer(text: str, **facts: Any) -> Answer:
     ("code_tests", "def f(x): return x", {"tests": "assert f(1) == 1"}, 1.0),
 ])
 def test_built_in_rewards(name: str, text: str, facts: dict[str, Any], wanted: float) -> None:
-    assert judged([answer(text, **facts)], [(named(name, 5.0), 1.0)]) == [wanted]
+    assert compute_rewards([answer(text, **facts)], [(load_reward(name, 5.0), 1.0)]) == [wanted]
 
 
 def test_several_rewards_are_added_by_their_weights() -> None:
-    rewards = [(named("length", 1.0), 2.0), (from_function(lambda p, a, f: [len(x) for x in a], "f"), -0.5)]
-    assert judged([answer("one two", length=2), answer("one", length=2)], rewards) == [2 - 3.5, 1 - 1.5]
+    rewards = [(load_reward("length", 1.0), 2.0), (wrap_function(lambda p, a, f: [len(x) for x in a], "f"), -0.5)]
+    assert compute_rewards([answer("one two", length=2), answer("one", length=2)], rewards) == [2 - 3.5, 1 - 1.5]
 
 
 @pytest.mark.parametrize(("name", "facts", "word"), [
@@ -46,7 +46,7 @@ def test_several_rewards_are_added_by_their_weights() -> None:
     ("length", {"length": "long"}, "wants a number of words"), ("code_tests", {"tests": []}, "is empty")])
 def test_a_row_that_cannot_be_judged_is_named(name: str, facts: dict[str, Any], word: str) -> None:
     with pytest.raises(RunError, match=word) as caught:
-        named(name, 1.0)([answer("3", **facts)])
+        load_reward(name, 1.0)([answer("3", **facts)])
     assert "rows.jsonl:7" in str(caught.value)
     assert "What is it?" in str(caught.value)
 
@@ -57,27 +57,27 @@ def test_a_row_that_cannot_be_judged_is_named(name: str, facts: dict[str, Any], 
     (lambda p, a, f: ["good"], "str 'good' for answer 0"), (lambda p, a, f: None, "returned NoneType None")])
 def test_a_function_that_breaks_names_the_prompt(function: Any, word: str) -> None:
     with pytest.raises(RunError, match=word) as caught:
-        judged([answer("3")], [(from_function(function, "mine:f"), 1.0)])
+        compute_rewards([answer("3")], [(wrap_function(function, "mine:f"), 1.0)])
     assert "What is it?" in str(caught.value)
 
 
 def test_a_function_of_a_file_is_told_prompts_answers_and_facts(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def f(prompts, answers, facts):\n    return [len(p) + len(a) + f['x'] for p, a, f "
                                       "in zip(prompts, answers, facts)]\n")
-    assert named(f"{tmp_path}/mine.py:f", 1.0)([answer("abc", x=100)]) == [11 + 3 + 100]
+    assert load_reward(f"{tmp_path}/mine.py:f", 1.0)([answer("abc", x=100)]) == [11 + 3 + 100]
     with pytest.raises(RecipeError, match="defines no function 'g'"):
-        named(f"{tmp_path}/mine.py:g", 1.0)
+        load_reward(f"{tmp_path}/mine.py:g", 1.0)
     with pytest.raises(RecipeError, match="cannot be imported"):
-        named(f"{tmp_path}/none.py:g", 1.0)
+        load_reward(f"{tmp_path}/none.py:g", 1.0)
     with pytest.raises(RecipeError, match="did you mean 'length'"):
-        named("lenght", 1.0)
+        load_reward("lenght", 1.0)
 
 
 @pytest.mark.parametrize(("text", "code"), [
     ("a\n```python\nx = 1\n```\nb", "x = 1\n"), ("```\nx = 1\n```", "x = 1\n"), ("x = 1", "x = 1"),
     ("```py\nx = 1", "x = 1")])
 def test_the_code_of_an_answer(text: str, code: str) -> None:
-    assert code_in(text) == code
+    assert extract_code(text) == code
 
 
 class _Service(BaseHTTPRequestHandler):
@@ -105,27 +105,27 @@ def service() -> Iterator[str]:
 
 def test_an_address_gives_rewards_or_says_why_not(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Service, "said", b"")
-    assert judged([answer("abc"), answer("")], [(endpoint(service, 5.0), 1.0)]) == [3.0, 0.0]
+    assert compute_rewards([answer("abc"), answer("")], [(call_endpoint(service, 5.0), 1.0)]) == [3.0, 0.0]
     for said, code, word in ((b"nonsense", 200, "its answer is not"), (b'{"scores": [1]}', 200, "KeyError"),
                              (b"", 503, "answered 503")):
         monkeypatch.setattr(_Service, "said", said)
         monkeypatch.setattr(_Service, "code", code)
         with pytest.raises(RunError, match=word) as caught:
-            endpoint(service, 5.0)([answer("abc")])
+            call_endpoint(service, 5.0)([answer("abc")])
         assert service in str(caught.value)
 
 
 def test_an_address_that_is_not_there_or_late_is_an_error_in_words(service: str) -> None:
     with pytest.raises(RunError, match="failed for"):
-        endpoint("http://127.0.0.1:9", 1.0)([answer("a")])
+        call_endpoint("http://127.0.0.1:9", 1.0)([answer("a")])
     with pytest.raises(RecipeError, match="no http"):
-        endpoint("127.0.0.1:9", 1.0)
+        call_endpoint("127.0.0.1:9", 1.0)
 
 
 def test_a_package_that_a_reward_needs_is_no_missing_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "needy_reward.py").write_text("import no_such_package_here\ndef f(prompts, answers, facts): return [0.0] * len(prompts)\n")
     with pytest.raises(RecipeError, match=r"needy_reward raised ModuleNotFoundError: No module named 'no_such_package_here'"):
-        named("needy_reward:f", 1.0)
+        load_reward("needy_reward:f", 1.0)
     with pytest.raises(RecipeError, match=r"name a module that Python finds"):
-        named("no_such_reward_here:f", 1.0)
+        load_reward("no_such_reward_here:f", 1.0)

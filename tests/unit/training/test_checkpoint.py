@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from luthier.core.errors import RunError
 from luthier.training import checkpoint
-from luthier.training.checkpoint import latest, load, save
+from luthier.training.checkpoint import find_latest, load_checkpoint, save_checkpoint
 
 PART = {"method": {"w": torch.arange(6.0).reshape(2, 3)}}
 
@@ -39,7 +39,7 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
     square = bits.view(dtype).reshape(3, 4)
     given = {"method": {"all": square, "turned": square.T, "view": square[1:], "scalar": square[0, 0], "none": square[:0]},
              "optimizer": {"all": square}, "empty": {}}
-    read = load(save(tmp_path, 7, given, {}, keep=1))
+    read = load_checkpoint(save_checkpoint(tmp_path, 7, given, {}, keep=1))
     assert read.step == 7
     assert set(read.tensors) == set(given)
     for part, named in given.items():
@@ -49,28 +49,28 @@ def test_tensors_come_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> No
 
 def test_state_comes_back_exactly(tmp_path: Path) -> None:
     state = {"rate": 0.1 + 0.2, "cursor": 2**70, "words": "Geige, 琴", "deep": [{"a": None}, True], "tiny": 5e-324}
-    assert load(save(tmp_path, 1, PART, state, keep=1)).state == state
-    assert math.isnan(load(save(tmp_path, 2, PART, {"loss": math.nan}, keep=1)).state["loss"])
+    assert load_checkpoint(save_checkpoint(tmp_path, 1, PART, state, keep=1)).state == state
+    assert math.isnan(load_checkpoint(save_checkpoint(tmp_path, 2, PART, {"loss": math.nan}, keep=1)).state["loss"])
 
 
 def test_keeps_the_newest_and_the_protected(tmp_path: Path) -> None:
     for step in range(1, 6):
-        save(tmp_path, step, PART, {}, keep=2, protect=2)
+        save_checkpoint(tmp_path, step, PART, {}, keep=2, protect=2)
     assert steps(tmp_path) == ["step-2", "step-4", "step-5"]
-    save(tmp_path, 3, PART, {}, keep=1)  # an earlier step again: what is later is not its business
+    save_checkpoint(tmp_path, 3, PART, {}, keep=1)  # an earlier step again: what is later is not its business
     assert steps(tmp_path) == ["step-3", "step-4", "step-5"]
 
 
 def test_the_same_step_can_be_saved_again(tmp_path: Path) -> None:
-    save(tmp_path, 4, PART, {"try": 1}, keep=1)
-    save(tmp_path, 4, PART, {"try": 2}, keep=1)
+    save_checkpoint(tmp_path, 4, PART, {"try": 1}, keep=1)
+    save_checkpoint(tmp_path, 4, PART, {"try": 2}, keep=1)
     assert steps(tmp_path) == ["step-4"]
-    assert latest(tmp_path)[0].state == {"try": 2}
+    assert find_latest(tmp_path)[0].state == {"try": 2}
 
 
 def test_no_folder_no_checkpoint(tmp_path: Path) -> None:
-    assert latest(tmp_path / "none") == (None, [])
-    assert latest(tmp_path) == (None, [])
+    assert find_latest(tmp_path / "none") == (None, [])
+    assert find_latest(tmp_path) == (None, [])
 
 
 def test_litter_of_dead_writers_goes_and_of_living_ones_stays(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_litter_of_dead_writers_goes_and_of_living_ones_stays(tmp_path: Path) ->
     for pid in (dead.pid, os.getpid(), os.getppid()):
         (tmp_path / f".writing-step-1-{pid}").mkdir()
     (tmp_path / ".dropped-step-1").mkdir()
-    save(tmp_path, 2, PART, {}, keep=1)
+    save_checkpoint(tmp_path, 2, PART, {}, keep=1)
     assert steps(tmp_path) == [f".writing-step-1-{os.getppid()}", "step-2"]
 
 
@@ -108,43 +108,43 @@ def hollow(file: Path) -> None:
 @pytest.mark.parametrize("harm", [truncate, flip, Path.unlink, spoil, hollow])
 def test_damage_is_found_named_and_passed_over(tmp_path: Path, name: str, harm) -> None:
     for step in (1, 2, 3):
-        save(tmp_path, step, PART, {"step": step}, keep=3)
+        save_checkpoint(tmp_path, step, PART, {"step": step}, keep=3)
     harm(tmp_path / "step-3" / name)
-    found, notes = latest(tmp_path)
+    found, notes = find_latest(tmp_path)
     assert found.step == found.state["step"] == 2
     assert len(notes) == 1
     assert "step-3 is damaged" in notes[0]
     assert "step-2 is used instead" in notes[0]
     assert name in notes[0] or name == "manifest.json"
     with pytest.raises(RunError, match="step-3 is damaged"):
-        load(tmp_path / "step-3")
+        load_checkpoint(tmp_path / "step-3")
 
 
 def test_a_flipped_bit_is_found_wherever_it_is(tmp_path: Path) -> None:
     """In the tensors and the state. In the manifest a flip of a blank may change nothing."""
-    place = save(tmp_path, 1, PART, {"a": 1}, keep=1)
+    place = save_checkpoint(tmp_path, 1, PART, {"a": 1}, keep=1)
     for file in (place / "method.safetensors", place / "state.json"):
         whole = file.read_bytes()
         for bit in range(0, len(whole) * 8, 13):
             harmed = bytearray(whole)
             harmed[bit // 8] ^= 1 << bit % 8
             file.write_bytes(harmed)
-            assert checkpoint._damage(place), (file.name, bit)
+            assert checkpoint._find_damage(place), (file.name, bit)
         file.write_bytes(whole)
     whole = (place / "manifest.json").read_bytes()
     for bit in range(0, len(whole) * 8, 13):
         harmed = bytearray(whole)
         harmed[bit // 8] ^= 1 << bit % 8
         (place / "manifest.json").write_bytes(harmed)
-        if not checkpoint._damage(place):  # then it says the same
-            assert load(place).state == {"a": 1}
-            assert set(load(place).tensors) == {"method"}
+        if not checkpoint._find_damage(place):  # then it says the same
+            assert load_checkpoint(place).state == {"a": 1}
+            assert set(load_checkpoint(place).tensors) == {"method"}
 
 
 def test_nothing_whole_is_said(tmp_path: Path) -> None:
     for step in (1, 2):
-        truncate(save(tmp_path, step, PART, {}, keep=2) / "state.json")
-    found, notes = latest(tmp_path)
+        truncate(save_checkpoint(tmp_path, step, PART, {}, keep=2) / "state.json")
+    found, notes = find_latest(tmp_path)
     assert found is None
     assert len(notes) == 2
     assert all("no older checkpoint is whole" in note for note in notes)
@@ -158,7 +158,7 @@ def test_nothing_whole_is_said(tmp_path: Path) -> None:
                                              (errno.EIO, "look after that disk")])
 def test_a_refusing_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               place: str, code: int, words: str) -> None:
-    save(tmp_path, 1, PART, {}, keep=1)
+    save_checkpoint(tmp_path, 1, PART, {}, keep=1)
 
     def refuse(*_: object, **__: object) -> None:
         if place == "save_file":
@@ -169,13 +169,13 @@ def test_a_refusing_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(owner, place, refuse)
         with pytest.raises(RunError) as caught:
-            save(tmp_path, 2, PART, {}, keep=1)
+            save_checkpoint(tmp_path, 2, PART, {}, keep=1)
     assert str(tmp_path) in caught.value.what
     assert os.strerror(code) in caught.value.what
     assert "need 24 bytes" in caught.value.what
     assert words in caught.value.remedy
     assert steps(tmp_path) == ["step-1"]
-    assert latest(tmp_path)[0].step == 1
+    assert find_latest(tmp_path)[0].step == 1
 
 
 def test_a_full_file_system_in_earnest(tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ except RunError as error:
 def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot save step-1"):
-        save(tmp_path / "file", 1, PART, {}, keep=1)
+        save_checkpoint(tmp_path / "file", 1, PART, {}, keep=1)
 
 
 # ---------------------------------------------------------------- killed while saving
@@ -286,13 +286,13 @@ def test_killed_at_any_moment(tmp_path: Path, mode: str) -> None:
 
 
 def test_a_replaced_checkpoint_counts_until_the_new_one_stands(tmp_path: Path) -> None:
-    save(tmp_path, 3, PART, {"try": 1}, keep=1).rename(tmp_path / ".replaced-step-3")
-    assert latest(tmp_path)[0].state == {"try": 1}
-    save(tmp_path, 4, PART, {}, keep=2)
+    save_checkpoint(tmp_path, 3, PART, {"try": 1}, keep=1).rename(tmp_path / ".replaced-step-3")
+    assert find_latest(tmp_path)[0].state == {"try": 1}
+    save_checkpoint(tmp_path, 4, PART, {}, keep=2)
     assert steps(tmp_path) == ["step-3", "step-4"]
 
 
 def test_a_checkpoint_may_be_copied_under_another_name(tmp_path: Path) -> None:
-    shutil.copytree(save(tmp_path, 3, PART, {}, keep=1), tmp_path / "best")
-    assert load(tmp_path / "best").step == 3
+    shutil.copytree(save_checkpoint(tmp_path, 3, PART, {}, keep=1), tmp_path / "best")
+    assert load_checkpoint(tmp_path / "best").step == 3
     assert set(json.loads((tmp_path / "best/manifest.json").read_text())) == {"method.safetensors", "state.json"}

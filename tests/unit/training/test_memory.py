@@ -52,16 +52,16 @@ def test_a_settled_allocator_faults_less_and_takes_no_more() -> None:
 
 def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.sys, "platform", "darwin")
-    assert memory.settle_allocator() is False
+    assert memory.configure_malloc() is False
     monkeypatch.undo()
     monkeypatch.setattr(memory.os, "confstr_names", {})
-    assert memory.settle_allocator() is False
+    assert memory.configure_malloc() is False
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak across exec is Linux's")
 def test_the_peak_is_this_process_s_own() -> None:
     held = torch.ones(150_000_000)  # 0.6 GB
-    assert memory.peak_gb("cpu") > 0.6
+    assert memory.measure_peak_gb("cpu") > 0.6
     child = "import sys, types; sys.modules['torch'] = t = types.ModuleType('torch'); t.device = lambda d: t; t.type = 'cpu'\n" \
             "from luthier.training.memory import peak_gb; print(peak_gb('cpu'))"
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
@@ -71,19 +71,19 @@ def test_the_peak_is_this_process_s_own() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="groups of processes are Linux's")
 def test_files_that_were_read_count_as_free(tmp_path: Path) -> None:
-    whole = memory.room_gb("cpu", tmp_path)  # no group: the machine's
+    whole = memory.available_memory_gb("cpu", tmp_path)  # no group: the machine's
     assert whole > 0.05
     for name, held in (("max", 50_000_000), ("current", 45_000_000)):
         (tmp_path / f"memory.{name}").write_text(f"{held}\n")
     (tmp_path / "memory.stat").write_text("anon 5000000\ninactive_anon 1000\ninactive_file 30000000\n")
-    assert memory.room_gb("cpu", tmp_path) == 0.035
+    assert memory.available_memory_gb("cpu", tmp_path) == 0.035
     (tmp_path / "memory.max").write_text("max\n")
-    assert memory.room_gb("cpu", tmp_path) == pytest.approx(whole, rel=0.2)
+    assert memory.available_memory_gb("cpu", tmp_path) == pytest.approx(whole, rel=0.2)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_peak_of_a_device() -> None:
     torch.cuda.reset_peak_memory_stats()
     held = torch.ones(250_000_000, device="cuda")
-    assert memory.peak_gb("cuda") == pytest.approx(1.0, rel=0.05)
+    assert memory.measure_peak_gb("cuda") == pytest.approx(1.0, rel=0.05)
     assert held[0] == 1

@@ -15,13 +15,13 @@ from torch.optim.lr_scheduler import LinearLR
 from transformers import get_scheduler
 from transformers.optimization import get_wsd_schedule
 
-from luthier.training.optimizer import Optimizer, OptimizerConfig, factor
+from luthier.training.optimizer import Optimizer, OptimizerConfig, compute_lr_factor
 
 TOTAL = 20
 
 
 def factors(total: int = TOTAL, **settings: Any) -> list[float]:
-    return [factor(OptimizerConfig(**settings), step, total) for step in range(total)]
+    return [compute_lr_factor(OptimizerConfig(**settings), step, total) for step in range(total)]
 
 
 def rates(scheduler: Callable[[torch.optim.Optimizer], Any], total: int = TOTAL) -> list[float]:
@@ -90,8 +90,8 @@ def test_rates_by_hand(settings: dict[str, Any], wanted: dict[int, float]) -> No
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 def test_beyond_the_last_step_the_rate_stays_at_its_floor(schedule: Any) -> None:
-    assert factor(OptimizerConfig(schedule=schedule, floor=0.3), TOTAL, TOTAL) == pytest.approx(0.3)
-    assert factor(OptimizerConfig(schedule=schedule, floor=0.3), TOTAL + 7, TOTAL) == pytest.approx(0.3)
+    assert compute_lr_factor(OptimizerConfig(schedule=schedule, floor=0.3), TOTAL, TOTAL) == pytest.approx(0.3)
+    assert compute_lr_factor(OptimizerConfig(schedule=schedule, floor=0.3), TOTAL + 7, TOTAL) == pytest.approx(0.3)
 
 
 def test_each_group_has_the_rate_of_its_step_times_its_own_factor() -> None:
@@ -164,8 +164,8 @@ def test_the_update_is_adamws_formula() -> None:
     settings = {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-3}
     parameters = start()
     ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(weight_decay=0.3, warmup=2.0, clip=None, **settings), 5)
-    wanted = adamw(start(), 5, [0.1 * factor(ours.config, step, 5) for step in range(5)], decay=0.3, **settings)
-    other = adamw(start(), 5, [0.1 * factor(ours.config, step, 5) for step in range(5)], decay=0.0, **settings)
+    wanted = adamw(start(), 5, [0.1 * compute_lr_factor(ours.config, step, 5) for step in range(5)], decay=0.3, **settings)
+    other = adamw(start(), 5, [0.1 * compute_lr_factor(ours.config, step, 5) for step in range(5)], decay=0.0, **settings)
     for t in range(5):
         ours.set_rate(t)
         push(parameters, t + 1)

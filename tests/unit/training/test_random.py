@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.training.rng import capture, restore, seed_everything
+from luthier.training.rng import capture_rng_state, restore_rng_state, seed_everything
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else []), *(["mps"] if torch.mps.is_available() else [])]
 
@@ -25,12 +25,12 @@ def draw(device: str) -> list[object]:
 def test_the_same_numbers_follow(device: str) -> None:
     seed_everything(11)
     draw(device)
-    state = capture(device)
+    state = capture_rng_state(device)
     text = json.dumps(state)
     expected = [draw(device), draw(device)]
     assert expected[0] != expected[1]
-    assert restore(json.loads(text)) == []
-    assert capture(device) == state
+    assert restore_rng_state(json.loads(text)) == []
+    assert capture_rng_state(device) == state
     assert [draw(device), draw(device)] == expected
 
 
@@ -46,7 +46,7 @@ def test_one_seed_for_all(device: str) -> None:
 
 
 def test_a_state_without_its_device_is_told() -> None:
-    state = capture("cpu")
-    told = restore({**state, "cuda": [state["cpu"]] * (torch.cuda.device_count() + 1)}) if not torch.cuda.is_available() else ["CUDA"]
+    state = capture_rng_state("cpu")
+    told = restore_rng_state({**state, "cuda": [state["cpu"]] * (torch.cuda.device_count() + 1)}) if not torch.cuda.is_available() else ["CUDA"]
     assert len(told) == 1
     assert "CUDA" in told[0]

@@ -16,8 +16,8 @@ def test_holes_are_given_back_before_longer_rows(rolling, released, monkeypatch:
     found: list[int] = []
     longest = 0
     for rows in ((100, 320), (300,), (409, 12), (409,)):
-        monkeypatch.setattr(loop, "release", lambda device, rows=rows: found.append(max(rows)))
+        monkeypatch.setattr(loop, "trim_heap", lambda device, rows=rows: found.append(max(rows)))
         batches = [SimpleNamespace(inputs=SimpleNamespace(tokens=torch.zeros(n))) for n in rows]
-        longest = loop._made_room(job, batches, longest)
+        longest = loop._trim_heap(job, batches, longest)
     assert found == released
     assert longest == 409

@@ -7,13 +7,13 @@ import threading
 
 import pytest
 
-from luthier.training.interrupts import interruptible
+from luthier.training.interrupts import handle_interrupts
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_becomes_a_request(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with interruptible() as interruption:
+    with handle_interrupts() as interruption:
         assert interruption.requested is None
         signal.raise_signal(number)
         assert interruption.requested == number.name
@@ -22,7 +22,7 @@ def test_a_signal_becomes_a_request(number: signal.Signals) -> None:
 
 def test_a_second_ctrl_c_ends_at_once() -> None:
     before = signal.getsignal(signal.SIGINT)
-    with interruptible() as interruption:
+    with handle_interrupts() as interruption:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
@@ -34,7 +34,7 @@ def test_a_second_ctrl_c_ends_at_once() -> None:
 
 def test_handlers_come_back_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(RuntimeError), interruptible():
+    with pytest.raises(RuntimeError), handle_interrupts():
         raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -43,7 +43,7 @@ def test_another_thread_changes_nothing() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work() -> None:
-        with interruptible() as interruption:
+        with handle_interrupts() as interruption:
             seen.extend([interruption.requested, signal.getsignal(signal.SIGINT)])
 
     thread = threading.Thread(target=work)

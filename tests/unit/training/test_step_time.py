@@ -14,7 +14,7 @@ from torch import nn
 
 from luthier.training import loop
 from luthier.training.optimizer import OptimizerConfig
-from luthier.training.step import Stepped
+from luthier.training.step import StepResult
 
 STEP, TOKENS, STEPS = 0.03, 300, 12  # seconds on the device, tokens of a step
 
@@ -35,12 +35,12 @@ def times(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, save_every: 
     time of the whole run."""
     device, lines = Device(), []
 
-    def step(*_: Any) -> Stepped:
+    def step(*_: Any) -> StepResult:
         time.sleep(host)
         wait = device.launch(STEP)
         if kind == "cpu":
             wait()
-        return Stepped(1.0, (), lambda: [wait() or 1.0, 1.0], torch.device(kind), TOKENS, 1, 1, ())
+        return StepResult(1.0, (), lambda: [wait() or 1.0, 1.0], torch.device(kind), TOKENS, 1, 1, ())
 
     class Endless:
         steps_per_epoch = STEPS
@@ -55,16 +55,16 @@ def times(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, save_every: 
         lines.append(dict(metrics))
 
     monkeypatch.setattr(loop, "step", step)
-    monkeypatch.setattr(loop, "peak_gb", lambda _: 0.0)
-    monkeypatch.setattr(loop, "release", lambda _: None)
+    monkeypatch.setattr(loop, "measure_peak_gb", lambda _: 0.0)
+    monkeypatch.setattr(loop, "trim_heap", lambda _: None)
     weight = nn.Parameter(torch.zeros(2))
     attached: Any = SimpleNamespace(parameters=lambda: {"w": weight}, rate=lambda _: 1.0, at_update=None, state=lambda: {"w": weight.detach()})
     family: Any = SimpleNamespace(device=torch.device(kind), train=lambda _: None)
     objective: Any = None
-    job = loop.Job(family, attached, objective, Endless(), [], loop.TrainingConfig(steps=STEPS, save_every=save_every),  # type: ignore[arg-type]
-                   OptimizerConfig(), 0.1, folder, log)
+    job = loop.TrainJob(family, attached, objective, Endless(), [], loop.TrainingConfig(steps=STEPS, save_every=save_every),  # type: ignore[arg-type]
+                        OptimizerConfig(), 0.1, folder, log)
     began = time.perf_counter()
-    loop.fit(job)
+    loop.run_training_loop(job)
     return lines, time.perf_counter() - began
 
 
@@ -85,6 +85,6 @@ def test_the_times_of_the_steps_add_up_to_the_time_of_the_run(
 
 def test_the_simulation_does_overlap(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The control: counted from each step's own beginning, the times add up to about twice the run's."""
-    monkeypatch.setattr(loop._Clock, "later", lambda self, other: self)
+    monkeypatch.setattr(loop._StepClock, "later", lambda self, other: self)
     lines, wall = times(monkeypatch, tmp_path, "cuda")
     assert sum(line["step_seconds"] for line in lines) > 1.5 * wall

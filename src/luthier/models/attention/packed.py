@@ -29,7 +29,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from luthier.core.errors import BaseError
-from luthier.core.types import Forest, sent
+from luthier.core.types import SegmentTree, to_device
 
 NAME = "luthier"
 CHAIN_LENGTH = 96  # tokens; see `_split_long_segments`
@@ -61,7 +61,7 @@ VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], VirtualKeyValues |
 
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
+              scaling: float | None = None, dropout: float = 0.0, forest: SegmentTree | None = None,
               sliding_window: int | None = None, softcap: float | None = None,
               virtual: VirtualKeyValueSource | None = None,
               is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
@@ -139,7 +139,7 @@ def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: to
     return index.to(device), seen.to(device)
 
 
-def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
+def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, scale: float, dropout: float,
                  window: int | None, softcap: float | None, causal: bool,
                  before: VirtualKeyValues | None = None) -> Tensor:
     if causal and before is None:  # what stands before segments is theirs by their numbers
@@ -161,7 +161,7 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Fores
 
 
 @lru_cache(maxsize=64)  # every layer of a row asks for the same one
-def _split_long_segments(forest: Forest) -> Forest:
+def _split_long_segments(forest: SegmentTree) -> SegmentTree:
     """The forest with long segments as chains of shorter ones, which attend to the same tokens. The fused kernel
     computes a causal square whole and throws half of it away; a chain computes little more than the half that
     counts."""
@@ -174,7 +174,7 @@ def _split_long_segments(forest: Forest) -> Forest:
             parents.append(len(lengths) - 1 if link else ends[parent] if parent >= 0 else -1)
             lengths.append(length * (link + 1) // links - length * link // links)
         ends.append(len(lengths) - 1)
-    return Forest(tuple(lengths), tuple(parents))
+    return SegmentTree(tuple(lengths), tuple(parents))
 
 
 @lru_cache(maxsize=256)
@@ -206,7 +206,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return F.dropout(weights, dropout) @ v
 
 
-def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, window: int | None,
+def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, scale: float, window: int | None,
                 causal: bool) -> Tensor:
     varlen_attn = _get_varlen_attention()
     if (varlen_attn is not None and forest.flat and query.dtype in (torch.bfloat16, torch.float16)
@@ -254,13 +254,13 @@ def _has_flash(device: torch.device) -> bool:
 @lru_cache(maxsize=4)  # every layer of a step asks for the same one
 def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-    return sent(edges, device)
+    return to_device(edges, device)
 
 
 @lru_cache(maxsize=4)
-def _block_mask(forest: Forest, window: int | None, causal: bool, device: torch.device) -> Any:
+def _block_mask(forest: SegmentTree, window: int | None, causal: bool, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
-    segment, place, related = (sent(x, device) for x in describe_segments(forest))
+    segment, place, related = (to_device(x, device) for x in describe_segments(forest))
 
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         kept = related[segment[q], segment[k]]
@@ -272,7 +272,7 @@ def _block_mask(forest: Forest, window: int | None, causal: bool, device: torch.
     return create_block_mask(sees, None, None, total, total, device=device)
 
 
-def describe_segments(forest: Forest) -> tuple[Tensor, Tensor, Tensor]:
+def describe_segments(forest: SegmentTree) -> tuple[Tensor, Tensor, Tensor]:
     """A forest as tensors: [T] segment of each token, [T] its place in its document, [S, S] whether i may see j."""
     count = len(forest.lengths)
     related = torch.zeros(count, count, dtype=torch.bool)

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import GenerationOutput, SamplingParams
-from luthier.core.types import Forest, Inputs, Outputs, Target, sent
+from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree, to_device
 from luthier.models.attention.packed import describe_segments
 from luthier.models.hf_model import Layout, PackedHFModel
 from luthier.models.mlm_head import MaskedLMHead
@@ -66,7 +66,7 @@ class Encoder(PackedHFModel):
             columns["token_type_ids"] = compute_token_types(inputs.tokens, inputs.forest, self._separator)
         return columns
 
-    def _build_mask(self, forest: Forest, runs: Sequence[Tensor]) -> Tensor:
+    def _build_mask(self, forest: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
         if forest.flat:
             return super()._build_mask(forest, runs)
         # An ancestor does not see its descendants, although they stand in one padded row.
@@ -75,7 +75,7 @@ class Encoder(PackedHFModel):
         sees = related[rows[:, :, None], rows[:, None, :]] & (rows >= 0)[:, None, :]
         return (sees | torch.eye(rows.shape[1], dtype=torch.bool))[:, None]
 
-    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+    def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         if needs & LOG_PROBS and self.mlm_head is None:
             raise BaseError("an encoder sees the very token that it should predict, so without its head it gives none",
                             "choose an objective that judges texts or words, or a base that writes text")
@@ -92,7 +92,8 @@ class Encoder(PackedHFModel):
         self.model.eval()
         row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
         own = self.model(input_ids=row[None]).logits[0].float()
-        found = mlm_head(self.states(Inputs(row, torch.arange(3, device=self.device), Forest((3,), (-1,))))).float()
+        found = mlm_head(self.states(Inputs(row, torch.arange(3, device=self.device),
+                                            SegmentTree((3,), (-1,))))).float()
         self.model.train(was)
         if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
@@ -110,11 +111,11 @@ class Encoder(PackedHFModel):
             write_sentence_files(path, self.structure.sizes["hidden"], self.pooling)
 
 
-def compute_token_types(tokens: Tensor, forest: Forest, separator: int) -> Tensor:
+def compute_token_types(tokens: Tensor, forest: SegmentTree, separator: int) -> Tensor:
     """[T] 1 for what stands behind the first separator of its document, 0 for the rest: `[CLS] a [SEP]` is of type 0, a
     second text and its own `[SEP]` of type 1. A `[SEP]` written inside a text counts like any other."""
     found = (tokens == separator).long()
-    owner, _, related = (sent(x, tokens.device) for x in describe_segments(forest))
+    owner, _, related = (to_device(x, tokens.device) for x in describe_segments(forest))
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
     before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # separators before it in its own segment
     if not forest.flat:
@@ -123,13 +124,14 @@ def compute_token_types(tokens: Tensor, forest: Forest, separator: int) -> Tenso
 
 
 def _find_separator(tokenizer: Any) -> int | None:
-    """The token that parts two texts, where the tokenizer gives types as `compute_token_types` does; else None, and all are 0."""
+    """The token that parts two texts, where the tokenizer gives types as `compute_token_types` does; else None, and
+    all are 0."""
     separator = getattr(tokenizer, "sep_token_id", None)
     if separator is None:
         return None
     pair = tokenizer("a", "a b")
     ids, told = torch.tensor(pair["input_ids"]), pair.get("token_type_ids")
-    return separator if told == compute_token_types(ids, Forest((len(ids),), (-1,)), separator).tolist() else None
+    return separator if told == compute_token_types(ids, SegmentTree((len(ids),), (-1,)), separator).tolist() else None
 
 
 @torch.no_grad()

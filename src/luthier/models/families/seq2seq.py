@@ -30,7 +30,7 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from luthier.core.errors import BaseError, DataError, RunError
 from luthier.core.protocols import GenerationOutput, ModelStructure, SamplingParams, TargetLinear, TransformerLayer
-from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree
 from luthier.models.activation_recompute import ActivationRecomputer
 from luthier.models.adapter_routing import route_indices
 from luthier.models.decoding import find_eos_tokens, generate_outputs, stream_single
@@ -77,7 +77,7 @@ class Seq2Seq(HFModel):
         self.add_heads((), 0)
         self._check_logits()
 
-    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+    def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
         if needs & LOG_PROBS:
             torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.at].all(),
@@ -104,7 +104,7 @@ class Seq2Seq(HFModel):
         written = self._run_decoder(inputs.tokens, forest, spans, read, memory, home)
         return torch.cat([read, written]).index_select(0, home.to(read.device))
 
-    def _run_encoder(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
+    def _run_encoder(self, inputs: Inputs, forest: SegmentTree, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
         source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
@@ -138,7 +138,7 @@ class Seq2Seq(HFModel):
             parted.setdefault(owner[name], []).append((name, size))
         return [group for part in parted.values() for group in _group_by_length(*zip(*part, strict=True))]
 
-    def _run_decoder(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor,
+    def _run_decoder(self, tokens: Tensor, forest: SegmentTree, spans: list[Tensor], read: Tensor,
                      memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
         """[N, D] the decoder's states of every path from a root to a leaf, behind `read` where `home` counts them.
@@ -179,7 +179,7 @@ class Seq2Seq(HFModel):
         row = torch.tensor([1, 2, 3, 2, 3], device=self.device)
         own = self.model(input_ids=row[None, :3], use_cache=False,
                          decoder_input_ids=torch.tensor([[self.start, 2, 3]], device=self.device)).logits[0]
-        states = self.states(Inputs(row, torch.arange(5, device=self.device), Forest((3, 2), (-1, 0))))
+        states = self.states(Inputs(row, torch.arange(5, device=self.device), SegmentTree((3, 2), (-1, 0))))
         found = self.model.get_output_embeddings()(states[2:] * self.scale)
         self.model.train(was)
         if not torch.allclose(found.float(), own.float(), rtol=1e-2, atol=1e-2 * float(own.float().abs().max())):
@@ -308,7 +308,7 @@ def _find_start_token(model: Any) -> int:
 # ---------------------------------------------------------------- rows
 
 
-def _is_decoder_token(forest: Forest) -> Tensor:
+def _is_decoder_token(forest: SegmentTree) -> Tensor:
     """[T] bool, whether the token's state is the decoder's."""
     root = torch.tensor([parent < 0 for parent in forest.parents])
     lengths = torch.tensor(forest.lengths)
@@ -317,7 +317,7 @@ def _is_decoder_token(forest: Forest) -> Tensor:
     return found
 
 
-def _get_adapter(forest: Forest, path: Sequence[int]) -> int:
+def _get_adapter(forest: SegmentTree, path: Sequence[int]) -> int:
     """The one that a row of the decoder goes through. Its source may have gone through another."""
     found = {forest.adapters[i] for i in path[1:] or path}
     if len(found) > 1:

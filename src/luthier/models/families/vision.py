@@ -17,7 +17,7 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 from luthier.core.protocols import GenerationOutput, SamplingParams
-from luthier.core.types import Forest, Inputs, Outputs, Target
+from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree
 from luthier.models.hf_model import HFModel
 from luthier.models.image_processor import ImageProcessor
 from luthier.models.soft_prompts.vision import VisionInjector
@@ -64,7 +64,7 @@ class Vision(HFModel):
         order = owner.argsort(stable=True)
         for adapter in owner.unique().tolist():
             rows = (owner == adapter).nonzero()[:, 0].to(self.device)
-            part = Forest((1,) * len(rows), (-1,) * len(rows), (adapter,) * len(rows))
+            part = SegmentTree((1,) * len(rows), (-1,) * len(rows), (adapter,) * len(rows))
             found.append(super().states(replace(inputs, tokens=inputs.tokens[rows], positions=inputs.positions[rows],
                                                 forest=part, images=inputs.images[rows])))
         return torch.cat(found)[order.argsort().to(self.device)]
@@ -79,7 +79,7 @@ class Vision(HFModel):
         states: Tensor = self.structure.backbone(pixel_values=images).last_hidden_state
         return states
 
-    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
+    def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         if needs & LOG_PROBS:
             raise BaseError("a vision base predicts no tokens, so it gives no log-probabilities",
                             "choose an objective that judges pictures, such as classify or contrastive")

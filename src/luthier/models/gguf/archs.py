@@ -1,4 +1,5 @@
-"""What llama.cpp computes for an architecture, and what it must be told. Read `core/protocols.py` (ModelStructure) first.
+"""What llama.cpp computes for an architecture, and what it must be told. Read `core/protocols.py` (ModelStructure)
+first.
 
 One table has a row for each of Transformers' model types. Where a model asks for something that its row does not say,
 it is refused. `models/gguf/writer.py` goes on.

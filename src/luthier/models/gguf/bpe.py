@@ -1,8 +1,8 @@
 """A tokenizer as llama.cpp reads it: the words, their kinds, the merges, and how text is split before merging.
 
 llama.cpp does not read how a tokenizer splits text; it knows some ways by name. So that it never splits otherwise than
-the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `PRETOKENIZERS`. That is byte-level BPE;
-the other kind stands in `models/gguf/sentencepiece.py`, and what both have in `models/gguf/vocab.py`.
+the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `PRETOKENIZERS`. That is byte-level
+BPE; the other kind stands in `models/gguf/sentencepiece.py`, and what both have in `models/gguf/vocab.py`.
 `models/gguf/writer.py` goes on.
 """
 

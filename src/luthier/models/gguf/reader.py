@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-from luthier.core.digests import cache, file_sha256
+from luthier.core.digests import compute_file_sha256, get_cache_folder
 from luthier.core.errors import BaseError
 from luthier.models.hf_logging import check_weights_fit, silence_transformers, summarize_error
 
@@ -29,7 +29,7 @@ def convert_cached(gguf: Path) -> Path:
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseError(f"{gguf} is not a GGUF file", "give a .gguf file or a Transformers folder")
-    made = cache() / f"{gguf.stem}-{file_sha256(gguf)[:32]}-{CONVERTER_VERSION}"
+    made = get_cache_folder() / f"{gguf.stem}-{compute_file_sha256(gguf)[:32]}-{CONVERTER_VERSION}"
     return build_once(made, lambda to: convert_gguf(gguf, to))
 
 
@@ -54,7 +54,7 @@ def build_once(made: Path, make: Callable[[Path], None]) -> Path:
 
 
 def _digest_weights(made: Path) -> dict[str, str]:
-    return {file.name: file_sha256(file) for file in sorted(made.glob("*.safetensors"))}
+    return {file.name: compute_file_sha256(file) for file in sorted(made.glob("*.safetensors"))}
 
 
 def _check_unchanged(made: Path) -> None:

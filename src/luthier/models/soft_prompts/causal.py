@@ -29,10 +29,11 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import ModelStructure, Router, Scope
+from luthier.core.protocols import ModelStructure, Router
 from luthier.core.soft_prompts import SoftPromptKind
-from luthier.core.types import Forest
+from luthier.core.types import SegmentTree
 from luthier.models.adapter_routing import route_segments
 from luthier.models.attention.packed import KeyValue, VirtualKeyValues
 from luthier.models.soft_prompts.injection import Injection, InjectionPlan, compute_injected, plan_injections
@@ -43,8 +44,8 @@ ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
 
 def attach_injector(structure: ModelStructure, first: int = 0,
                     router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
-    """The structure with `injector`, of a model that counts positions from `first`. Nothing is hung into the model before a
-    method asks for it. `router()`: who sends segments through adapters of their own."""
+    """The structure with `injector`, of a model that counts positions from `first`. Nothing is hung into the model
+    before a method asks for it. `router()`: who sends segments through adapters of their own."""
     injector = CausalInjector(structure, first, router)
     _INJECTORS[structure.model] = ref(injector)
     return replace(structure, injector=injector)
@@ -134,10 +135,10 @@ class CausalInjector:
 
     # ------------------------------------------------------------ what methods call
 
-    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
         self._add_injection(Injection("prompt", make, scope, make().shape[0]))
 
-    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: AdapterGate) -> None:
         self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
 
     def _add_injection(self, injection: Injection) -> None:
@@ -350,7 +351,7 @@ def _get_shape(given: dict[str, Any]) -> torch.Size:
     return shape
 
 
-def _path_lengths(forest: Forest) -> list[int]:
+def _path_lengths(forest: SegmentTree) -> list[int]:
     """Tokens of each segment's path."""
     depths: list[int] = []
     for size, parent in zip(forest.lengths, forest.parents, strict=True):

@@ -1,5 +1,5 @@
-"""Doors for virtual tokens, and which of them stand open for whom. Read `core/protocols.py` (Scope, SoftPromptInjector) first;
-`models/soft_prompts/causal.py` uses it.
+"""Doors for virtual tokens, and which of them stand open for whom. Read `core/protocols.py` (Scope,
+SoftPromptInjector) first; `models/soft_prompts/causal.py` uses it.
 
 A door is what one attached method puts in. Every segment of a packed row, and every row of a batch, has a share: the
 doors that stand open for it. Without a bank's routes all have the same.
@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import RunError
-from luthier.core.protocols import Scope
 from luthier.core.soft_prompts import SoftPromptKind
-from luthier.core.types import Forest
+from luthier.core.types import SegmentTree
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Injection:
 
     kind: SoftPromptKind
     compute: Callable[[], Any]
-    scope: Scope
+    scope: AdapterGate
     num_tokens: int
 
 
@@ -49,7 +49,7 @@ class InjectionPlan:
         return sum(injection.num_tokens for injection in self.combinations[self.assignment[i]])
 
 
-def plan_injections(injections: Sequence[Injection], forest: Forest | None, rows: int) -> InjectionPlan | None:
+def plan_injections(injections: Sequence[Injection], forest: SegmentTree | None, rows: int) -> InjectionPlan | None:
     """The share of every segment of the forest, or of every row; None where nothing acts. Raises `RunError` where a
     segment has other virtual tokens than the one that it continues."""
     acting = [injection for injection in injections if _is_enabled(injection.scope)]
@@ -67,7 +67,7 @@ def plan_injections(injections: Sequence[Injection], forest: Forest | None, rows
     return InjectionPlan(tuple(number), tuple(number[combination] for combination in found))
 
 
-def _list_targets(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
+def _list_targets(scope: AdapterGate, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
     """Which of the places a scope names, in a call of so many (tokens or rows) along a dimension."""
     if scope.part is None or (scope.part[0], scope.among) != call:
         return range(len(places)) if is_active(scope) else ()
@@ -75,7 +75,7 @@ def _list_targets(scope: Scope, places: Sequence[int], call: tuple[int, int]) ->
     return (i for i, place in enumerate(places) if place in named)
 
 
-def is_active(scope: Scope) -> bool:
+def is_active(scope: AdapterGate) -> bool:
     """Whether a scope lets virtual tokens act on all of a call. Raises `RunError` where it asks for a part of it."""
     if not _is_enabled(scope):
         return False
@@ -85,7 +85,7 @@ def is_active(scope: Scope) -> bool:
     return True
 
 
-def _is_enabled(scope: Scope) -> bool:
+def _is_enabled(scope: AdapterGate) -> bool:
     if scope.off or scope.weight == 0:
         return False
     if scope.weight != 1:

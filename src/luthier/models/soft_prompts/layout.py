@@ -21,7 +21,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from luthier.core.types import Forest
+from luthier.core.types import SegmentTree
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class VirtualTokenLayout:
     own_index: Tensor
     position_shift: Tensor
     is_token: Tensor | None = None
-    forest: Forest | None = None
+    forest: SegmentTree | None = None
     assignment: tuple[int, ...] = ()
 
 
@@ -70,7 +70,7 @@ def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: S
                 torch.where(virtual, place.clamp(min=0), n), None if full else ~virtual | (place >= 0))
 
 
-def layout_packed(forest: Forest, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
+def layout_packed(forest: SegmentTree, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
                 device: torch.device) -> VirtualTokenLayout:
     """One root for each share before all others, or, where texts are seen both ways, its places at every root's head.
 
@@ -82,7 +82,7 @@ def layout_packed(forest: Forest, sizes: Sequence[int], assignment: Sequence[int
     return make(forest, sizes, [*accumulate(sizes, initial=0)], assignment, device)
 
 
-def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
+def _layout_as_roots(forest: SegmentTree, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
               device: torch.device) -> VirtualTokenLayout:
     used = {combination: assignment.index(combination) for combination in dict.fromkeys(assignment)
             if sizes[combination]}  # and its first segment
@@ -90,9 +90,10 @@ def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int]
     above = {combination: i for i, combination in enumerate(new)}
     parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
                for parent, combination in zip(forest.parents, assignment, strict=True)]
-    longer = Forest((*(sizes[combination] for combination in new), *forest.lengths), (*(-1 for _ in new), *parents),
-                    (*(forest.adapters[used[combination]] for combination in new), *forest.adapters)
-                    if forest.adapters else ())
+    longer = SegmentTree((*(sizes[combination] for combination in new), *forest.lengths),
+                         (*(-1 for _ in new), *parents),
+                         (*(forest.adapters[used[combination]] for combination in new), *forest.adapters)
+                         if forest.adapters else ())
     heads = [torch.arange(sizes[combination]) for combination in new]
     row, before = torch.arange(total), sum(sizes[combination] for combination in new)
     source = torch.cat([*(head + starts[combination] for head, combination in zip(heads, new, strict=True)),
@@ -103,7 +104,7 @@ def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int]
     return _make_layout(device, source, like, row + before, shift, longer, (*new, *assignment))
 
 
-def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
+def _layout_in_every_root(forest: SegmentTree, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
                    device: torch.device) -> VirtualTokenLayout:
     added = [sizes[combination] if parent < 0 else 0 for parent,
              combination in zip(forest.parents, assignment, strict=True)]
@@ -126,7 +127,7 @@ def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))
 
 
-def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: Forest,
+def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: SegmentTree,
           assignment: tuple[int, ...]) -> VirtualTokenLayout:
     source, like, own, shift = (x[None].to(device, non_blocking=True) for x in (source, like, own, shift))
     return VirtualTokenLayout(source, like, own, shift, forest=forest, assignment=assignment)

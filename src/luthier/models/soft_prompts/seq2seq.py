@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import BaseError
-from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.protocols import ModelStructure
 from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention import biased
 from luthier.models.attention.biased import BiasedVirtualKeyValues
@@ -71,10 +72,10 @@ class Seq2SeqInjector:
 
     # ------------------------------------------------------------ what methods call
 
-    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
         self._add_injection(Injection("prompt", make, scope, make().shape[0]))
 
-    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: AdapterGate) -> None:
         if not self._modules:
             self.compute_keys_values([0])
         self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import BaseError
-from luthier.core.protocols import ModelStructure, Scope
+from luthier.core.protocols import ModelStructure
 from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention.packed import KeyValue
 from luthier.models.soft_prompts.causal import InjectedKeyValues, KeyValueRecorder
@@ -65,14 +66,14 @@ class VisionInjector:
         found: Tensor = seen[torch.arange(n, device=seen.device), places]
         return found
 
-    def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
         n = make().shape[0]
         with torch.no_grad(), self._base_only():
             seen = self._embed(self._zero_pixels(1))[0]
             self._record_row(torch.cat([seen, seen[:1].expand(n, -1)]))
         self._add_injection(Injection("prompt", make, scope, n))
 
-    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: Scope) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: AdapterGate) -> None:
         if not self._modules:
             self.compute_keys_values(self.typical_embeddings(1, 0))
         self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
