@@ -104,7 +104,7 @@ OPTIMIZER_BREAKS = (
 
 STEP_BREAKS = (
     Break("step-count-of-first-micro-batch", "training/step.py", "count = sum(objective.count(batch.target) for batch in batches)", "count = objective.count(batches[0].target)", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
-    Break("step-divides-by-micro-batches-too", "training/step.py", "objective, part, count,", "objective, part, count * len(batches),", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-divides-by-micro-batches-too", "training/step.py", "part, count,", "part, count * len(batches),", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
     Break("step-loss-not-divided", "training/grad_cache.py", "        (part.total / count).backward()\n        return", "        part.total.backward()\n        return", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
     Break("step-mean-of-micro-batches", "training/grad_cache.py", "        (part.total / count).backward()\n        return", "        (part.total / part.count).backward()\n        return", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
     Break("step-reported-loss-not-divided", "training/grad_cache.py", "return part.total.detach() / count, part.metrics\n    states", "return part.total.detach(), part.metrics\n    states", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),

@@ -178,7 +178,8 @@ def resolve_saved_dtype(made: Recipe, base: Family) -> torch.dtype:
 
 def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
     """What Sentence Transformers reads, of a run that gives vectors of texts."""
-    if is_embedding_objective(made.objective) and not base.is_encoder_decoder and "channels" not in base.structure.sizes:
+    reads_text = "channels" not in base.structure.sizes
+    if is_embedding_objective(made.objective) and not base.is_encoder_decoder and reads_text:
         make_embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
         write_sentence_files(run.path, base.structure.sizes["hidden"], base.pooling,
                              max_length=resolve_data_config(made, base).max_length, normalize=True)

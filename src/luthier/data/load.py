@@ -68,7 +68,9 @@ class DatasetSpec:
 
     def fitted(self, config: DataConfig) -> DataConfig:
         """The settings as this use allows."""
-        return config.model_copy(update={"share_prompt": False}) if self.flat and not config.is_encoder_decoder else config
+        if self.flat and not config.is_encoder_decoder:
+            return config.model_copy(update={"share_prompt": False})
+        return config
 
 
 ANY_DATASET = DatasetSpec()

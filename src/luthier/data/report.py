@@ -274,7 +274,8 @@ def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequ
 def _format_label(item: LabeledSpan, labels: Sequence[str]) -> str:
     """How a piece is judged."""
     if item.shares:
-        return f"label {', '.join(f'{share:.2f} {_format_class(i, labels)}' for i, share in enumerate(item.shares) if share)}"
+        shares = [f"{share:.2f} {_format_class(i, labels)}" for i, share in enumerate(item.shares) if share]
+        return f"label {', '.join(shares)}"
     if isinstance(item.label, tuple):
         flagged = [_format_class(i, labels) for i, flag in enumerate(item.label) if flag]
         return f"labels {', '.join(flagged) or 'none'}"

@@ -58,7 +58,8 @@ class Progress:
         self._said = now
         elapsed = now - self._began
         left = elapsed / max(1, step - self._start) * (self._total - step)
-        line = f"{self._title} {step}/{self._total}  {shown}  {_format_duration(elapsed)} elapsed, {_format_duration(left)} left"
+        times = f"{_format_duration(elapsed)} elapsed, {_format_duration(left)} left"
+        line = f"{self._title} {step}/{self._total}  {shown}  {times}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
