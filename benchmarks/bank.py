@@ -29,7 +29,7 @@ EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and ho
 
 def main() -> None:
     family = assembly.family(assembly.BaseConfig(name="smollm2"))
-    bank = assembly.Bank(family.anatomy)
+    bank = assembly.AdapterManager(family.anatomy)
     for i, (name, method) in enumerate(MEMBERS.items()):
         bank.add(name, assembly.attach(family, assembly.recipe({"data": "-", "method": method}).method, i))
     family.router = bank

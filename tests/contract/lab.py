@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier import assembly
 from luthier.core.examples import Origin
-from luthier.core.protocols import Attached, Head
+from luthier.core.protocols import Head, Tuner
 from luthier.core.types import Batch, Encoded, Item, Piece
 from luthier.methods import METHODS
 from luthier.models import CausalLM
@@ -68,7 +68,7 @@ def base(kind: str, layout: Any = None, **overrides: Any) -> CausalLM:
     return CausalLM(tiny(kind, **overrides), TOKENIZER, layout=layout)
 
 
-def attach(family: CausalLM, name: str, seed: int = 3, stirred: bool = True, **settings: Any) -> Attached:
+def attach(family: CausalLM, name: str, seed: int = 3, stirred: bool = True, **settings: Any) -> Tuner:
     """A method on the family, by its name in `METHODS`; `stirred` away from its start, where half of LoRA's gradients are 0."""
     attached = assembly.attach(family, METHODS[name](**settings), seed)
     if stirred:
@@ -77,7 +77,7 @@ def attach(family: CausalLM, name: str, seed: int = 3, stirred: bool = True, **s
 
 
 @torch.no_grad()
-def stir(attached: Attached, size: float = 0.1, seed: int = 4) -> None:
+def stir(attached: Tuner, size: float = 0.1, seed: int = 4) -> None:
     """Move every trainable parameter a little."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in attached.parameters().values():
@@ -85,7 +85,7 @@ def stir(attached: Attached, size: float = 0.1, seed: int = 4) -> None:
         parameter += size * noise.to(parameter.dtype)
 
 
-def measured(family: CausalLM, attached: Attached, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def measured(family: CausalLM, attached: Tuner, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Loss and every gradient of the batches together, divided once; the loss under the name `loss`."""
     batches = list(batches)
     count = sum(SFT.count(batch.target) for batch in batches)
@@ -129,7 +129,7 @@ def digest(family: CausalLM) -> dict[str, bytes]:
 SCORE = Head("score", "item", 2)
 
 
-def scored(family: Any, attached: Attached, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def scored(family: Any, attached: Tuner, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Loss and every gradient, the head's too, of the batches together: the squared distance of an item's scores from
     its labels (`judged`), summed over all items and divided once by their number."""
     batches = list(batches)

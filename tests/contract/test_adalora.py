@@ -21,9 +21,9 @@ from luthier.core.errors import NotFinite, RecipeError, RunError
 from luthier.core.protocols import TRAINING
 from luthier.data.packing import pack
 from luthier.methods.adalora import AdaLora, AdaLoraConfig
-from luthier.methods.composite import SeveralConfig
-from luthier.methods.multi_adapter import Bank
-from luthier.methods.prefixed import Named
+from luthier.methods.composite import CompositeConfig
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prefixed import PrefixedMethod
 from luthier.models import CausalLM
 from luthier.training import checkpoint
 from luthier.training.optimizer import Optimizer, OptimizerConfig
@@ -384,13 +384,13 @@ def test_a_run_searches(tmp_path: Path) -> None:
 
 def test_wrappers_pass_the_update_on() -> None:
     family = base("llama")
-    several = SeveralConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.anatomy, seed=0)
+    several = CompositeConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.anatomy, seed=0)
     inner = next(part for part in several.parts if isinstance(part, AdaLora))
     assert several.parts[0] is inner, "it comes before what adds to the changed map"
     take(family, several, optimizer(several), range(STEPS))
     assert sum(map(sum, kept(inner))) == 2 * len(inner.layers)
-    assert Named("critic", inner).at_update is inner
-    bank = Bank(family.anatomy)
+    assert PrefixedMethod("critic", inner).at_update is inner
+    bank = AdapterManager(family.anatomy)
     bank.add("policy", inner)
     assert bank.at_update is not None
     bank.frozen("policy")

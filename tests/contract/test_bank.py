@@ -19,8 +19,8 @@ from luthier.core.protocols import Sampling
 from luthier.core.types import Batch
 from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.methods.composite import Several
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.composite import CompositeMethod
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
@@ -32,10 +32,10 @@ UNROUTED = {  # why -> methods; the others route
 }
 
 
-def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **overrides: Any) -> tuple[CausalLM, Bank]:
+def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **overrides: Any) -> tuple[CausalLM, AdapterManager]:
     """Two stirred adapters, unlike one another, on one base."""
     family = base(kind, layout, **overrides)
-    bank = Bank(family.anatomy)
+    bank = AdapterManager(family.anatomy)
     for i, name in enumerate(("a", "b")):
         attached = assembly.attach(family, METHODS[method](), 3 + i)
         stir(attached, seed=7 + i)
@@ -44,7 +44,7 @@ def banked(kind: str = "llama", layout: Any = None, method: str = "lora", **over
     return family, bank
 
 
-def mixed(bank: Bank, names: Sequence[str | None] = NAMES, only: Sequence[int] | None = None) -> Batch:
+def mixed(bank: AdapterManager, names: Sequence[str | None] = NAMES, only: Sequence[int] | None = None) -> Batch:
     """The lab's documents in one row, each with its adapter; or only some of them."""
     chosen = range(len(names)) if only is None else only
     rows = documents()
@@ -52,7 +52,7 @@ def mixed(bank: Bank, names: Sequence[str | None] = NAMES, only: Sequence[int] |
     return replace(row, inputs=bank.through(row.inputs, [names[i] for i in chosen]))
 
 
-def run(family: CausalLM, bank: Bank, rows: Sequence[Batch]) -> dict[str, Tensor]:
+def run(family: CausalLM, bank: AdapterManager, rows: Sequence[Batch]) -> dict[str, Tensor]:
     """Summed loss and every adapter's gradient; zero where an adapter had no row."""
     for parameter in bank.parameters().values():
         parameter.grad = None
@@ -66,7 +66,7 @@ def run(family: CausalLM, bank: Bank, rows: Sequence[Batch]) -> dict[str, Tensor
                              for name, p in bank.parameters().items()}}
 
 
-def by_themselves(family: CausalLM, bank: Bank) -> dict[str, Tensor]:
+def by_themselves(family: CausalLM, bank: AdapterManager) -> dict[str, Tensor]:
     """Each adapter's rows in a row of their own, through `using` alone: no routing."""
     found: dict[str, Tensor] = {}
     for who in ("a", "b", None):
@@ -273,10 +273,10 @@ def test_a_frozen_adapter_stays_as_it_is_beside_the_one_that_trains() -> None:
 
 def test_a_list_of_methods_is_one_member() -> None:
     family = base("llama")
-    bank = Bank(family.anatomy)
+    bank = AdapterManager(family.anatomy)
     parts = assembly.recipe({"data": "-", "method": ["lora", "bitfit"]}).method
     attached = assembly.attach(family, parts, 3)
-    assert isinstance(attached, Several)
+    assert isinstance(attached, CompositeMethod)
     stir(attached)
     wanted = logits(family)
     bank.add("both", attached)

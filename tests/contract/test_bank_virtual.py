@@ -21,7 +21,7 @@ from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import Sampling
 from luthier.core.types import Batch, Encoded, Forest, Inputs
 from luthier.data.packing import batch
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
@@ -39,9 +39,9 @@ LENGTHS = (23, 5, 9, 14, 2, 31, 7, 12, 6, 3, 11, 8)
 LAYOUT = pytest.mark.parametrize("layout", ["packed", "padded"])
 
 
-def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> Bank:
+def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> AdapterManager:
     """Adapters of every kind on one base, all stirred and unlike one another."""
-    bank = Bank(family.anatomy)
+    bank = AdapterManager(family.anatomy)
     for i, name in enumerate(members):
         attached = assembly.attach(family, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
         stir(attached, seed=7 + i)
@@ -50,19 +50,19 @@ def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> Bank:
     return bank
 
 
-def begun(kind: str = "llama", layout: Any = None, **overrides: Any) -> tuple[CausalLM, Bank]:
+def begun(kind: str = "llama", layout: Any = None, **overrides: Any) -> tuple[CausalLM, AdapterManager]:
     family = base(kind, layout, **overrides)
     return family, filled(family)
 
 
-def mixed(bank: Bank, examples: Sequence[Encoded], names: Sequence[str | None]) -> Batch:
+def mixed(bank: AdapterManager, examples: Sequence[Encoded], names: Sequence[str | None]) -> Batch:
     """One row, every example of it through the adapter named for it."""
     row = batch(list(examples))
     each = [name for example, name in zip(examples, names, strict=True) for _ in example.pieces]
     return replace(row, inputs=bank.through(row.inputs, each))
 
 
-def by_themselves(family: CausalLM, bank: Bank, examples: Sequence[Encoded],
+def by_themselves(family: CausalLM, bank: AdapterManager, examples: Sequence[Encoded],
                   names: Sequence[str | None]) -> dict[str, Tensor]:
     """Each adapter's examples in a row of their own, through `using` alone: no routing."""
     found: dict[str, Tensor] = {}

@@ -17,7 +17,7 @@ from luthier.api.train import train
 from luthier.cli.main import main
 from luthier.core.errors import RecipeError, RunError
 from luthier.methods.lora import Lora, LoraConfig
-from luthier.methods.lora_merging import combine
+from luthier.methods.lora_merging import merge_loras
 from tiny import save_tiny, tiny
 
 WEIGHTS = (0.7, -0.4)
@@ -54,7 +54,7 @@ def summed(loras: list[Lora]) -> dict[str, Tensor]:
 
 
 def made(loras: list[Lora], kind: str = "llama", **settings: Any) -> tuple[dict[str, Tensor], Any]:
-    found = combine(loras, WEIGHTS, **settings)
+    found = merge_loras(loras, WEIGHTS, **settings)
     fresh = found.config.attach(base(kind).anatomy, seed=0)
     fresh.load(found.state)
     return dense(fresh), found
@@ -98,9 +98,9 @@ def test_svd_is_the_closest_of_its_rank_and_says_how_far(kind: str) -> None:
 
 def test_the_sum_of_what_one_rank_holds_stays_at_that_rank() -> None:
     lora = pair("alike")[0]
-    found = combine([lora, lora], (0.5, 0.25))
+    found = merge_loras([lora, lora], (0.5, 0.25))
     assert found.config.rank == 4
-    assert combine([lora, lora], (0.5, 0.25), "concatenation").config.rank == 8
+    assert merge_loras([lora, lora], (0.5, 0.25), "concatenation").config.rank == 8
 
 
 @pytest.mark.parametrize(("how", "theirs"), [("sum", "cat"), ("concatenation", "cat"), ("svd", "svd"), ("sum", "svd")])
@@ -133,13 +133,13 @@ def test_it_is_what_peft_makes_of_the_same_adapters(how: str, theirs: str) -> No
 ])
 def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        combine(pair("alike"), **{"weights": WEIGHTS, **settings})
+        merge_loras(pair("alike"), **{"weights": WEIGHTS, **settings})
 
 
 def test_a_dora_is_refused_with_the_reason() -> None:
     family = base("llama")
     with pytest.raises(RecipeError, match="no sum"):
-        combine([LoraConfig(dora=True).attach(family.anatomy, seed=0)], (1.0,))
+        merge_loras([LoraConfig(dora=True).attach(family.anatomy, seed=0)], (1.0,))
 
 
 # ---------------------------------------------------------------- run folders
@@ -160,7 +160,7 @@ def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out) == {"rank": 11, "relative_error": 0}
     import luthier
-    tuned = luthier.open_bank(str(tmp_path / "base"), {"one": one, "two": two})
+    tuned = luthier.load_adapters(str(tmp_path / "base"), {"one": one, "two": two})
     with tuned.using({"one": 0.7, "two": -0.4}):
         wanted = logits(tuned.family)
     assert (logits(assembly.open_run(assembly.Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from luthier import assembly
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.data.packing import batch
 from luthier.methods import METHODS, LoraConfig
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
 from tiny import IM_END, VOCABULARY, save_tiny, tiny
@@ -63,7 +63,7 @@ def family(kind: str) -> CausalLM:
     return made
 
 
-def attach(on: CausalLM, targets: Sequence[str] = ALL, **settings: Any) -> Attached:
+def attach(on: CausalLM, targets: Sequence[str] = ALL, **settings: Any) -> Tuner:
     return attached_to(on, "lora", targets=tuple(targets), rank=3, alpha=7.0, **settings)
 
 
@@ -185,7 +185,7 @@ def test_a_dense_model_has_no_experts() -> None:
 
 def test_tokens_of_a_row_cannot_be_told_apart() -> None:
     ours = family("mixtral")
-    bank = Bank(ours.anatomy)
+    bank = AdapterManager(ours.anatomy)
     for name in "ab":
         bank.add(name, assembly.attach(ours, METHODS["lora"](targets=("experts",)), 0))
     ours.router = bank

@@ -239,9 +239,9 @@ def test_an_exported_adapter_keeps_the_digest(home: Home, tmp_path: Path) -> Non
 
 
 def test_a_bank_takes_runs_of_the_base_that_it_is_given(home: Home) -> None:
-    luthier.open_bank(str(home.base), {"a": home.run})
+    luthier.load_adapters(str(home.base), {"a": home.run})
     with changed(home, flip_a_bit), pytest.raises(RecipeError, match="its weights should have the sha256"):
-        luthier.open_bank(str(home.base), {"a": home.run})
+        luthier.load_adapters(str(home.base), {"a": home.run})
 
 
 def test_a_base_model_without_a_run_is_refused(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

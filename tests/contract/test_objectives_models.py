@@ -17,7 +17,7 @@ from torch import Tensor
 from cases import PREFERENCES
 from luthier import assembly
 from luthier.core.examples import Origin
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Encoded, Item, Piece
 from luthier.data.packing import pack
 from luthier.models import CausalLM
@@ -71,7 +71,7 @@ def rows(name: str, settings: dict[str, Any], shared: bool = True) -> list[Encod
     return roots(kinds.get(settings.get("task", settings.get("kind")), [[0, 1, 2], [0, 1, 2], [0, 1, 2]]))
 
 
-def ready(name: str, settings: dict[str, Any]) -> tuple[CausalLM, Any, Attached]:
+def ready(name: str, settings: dict[str, Any]) -> tuple[CausalLM, Any, Tuner]:
     objective, family = OBJECTIVES[name](**settings), base("llama")
     attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
     for head in family.heads.modules.values():
@@ -79,7 +79,7 @@ def ready(name: str, settings: dict[str, Any]) -> tuple[CausalLM, Any, Attached]
     return family, objective, attached
 
 
-def measured(family: CausalLM, objective: Any, attached: Attached, examples: list[Encoded], micro: int | None) -> dict[str, Tensor]:
+def measured(family: CausalLM, objective: Any, attached: Tuner, examples: list[Encoded], micro: int | None) -> dict[str, Tensor]:
     """Loss and gradients as a step takes them."""
     for parameter in attached.parameters().values():
         parameter.grad = None

@@ -14,7 +14,7 @@ import torch
 from lab import SFT, attach, base, documents
 from torch import Tensor
 
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Batch
 from luthier.data.packing import pack
 from luthier.models import CausalLM
@@ -25,7 +25,7 @@ WAYS: list[tuple[str, dict[str, Any]]] = [
     ("prompt", {"tokens": 3}), ("ptuning", {"tokens": 3}), ("prefix", {"tokens": 3}), ("prefix", {"tokens": 3, "projection": True})]
 
 
-def gradient(family: CausalLM, attached: Attached, batches: Iterable[Batch], mixed: bool) -> Tensor:
+def gradient(family: CausalLM, attached: Tuner, batches: Iterable[Batch], mixed: bool) -> Tensor:
     """Of everything that trains, one after another."""
     for parameter in attached.parameters().values():
         parameter.grad = None

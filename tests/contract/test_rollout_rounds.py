@@ -12,7 +12,7 @@ from test_rollouts import letters
 
 from luthier import assembly
 from luthier.core.examples import Origin
-from luthier.core.protocols import Attached, Sampling
+from luthier.core.protocols import Sampling, Tuner
 from luthier.core.types import Batch, Encoded, Piece
 from luthier.data.batch_source import Loader
 from luthier.models import CausalLM
@@ -25,7 +25,7 @@ PROMPTS = [Encoded((Piece(tuple(range(65, 68 + n)), (0.0,) * (3 + n)),), Origin(
 ENDS = [*range(0, 256, 12), IM_END]  # so that some answers end by themselves and some are cut off
 
 
-def plain(family: CausalLM) -> Attached:
+def plain(family: CausalLM) -> Tuner:
     return attach(family, "lora", 3, True, rank=4, dropout=0.0)
 
 

@@ -22,7 +22,7 @@ from luthier import assembly
 from luthier.api.train import train
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Origin
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
 from luthier.data.batch_source import Loader
 from luthier.data.packing import pack
@@ -45,14 +45,14 @@ def letters(answers: Sequence[Answer]) -> list[float]:
     return [sum(80 <= token < 88 for token in answer.tokens) / len(answer.tokens) for answer in answers]
 
 
-def rolls(objective: Any, family: CausalLM, attached: Attached, seed: int = 0, micro: int = 1000, rounds: int = 4,
+def rolls(objective: Any, family: CausalLM, attached: Tuner, seed: int = 0, micro: int = 1000, rounds: int = 4,
           reward: Callable[[Sequence[Answer]], Sequence[float]] = letters, **named: Any) -> Rollouts:
     return Rollouts(family, PROMPTS, objective, [(reward, 1.0)], Loader(PROMPTS, rounds, None, seed=seed), micro, seed,
                     attached.disabled, **named)
 
 
 def set_up(objective: Any, kind: str = "llama", seed: int = 3, stirred: bool = True,
-           **model: Any) -> tuple[CausalLM, Attached]:
+           **model: Any) -> tuple[CausalLM, Tuner]:
     family = base(kind, **model)
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)
     return family, assembly.with_heads(family, attached, objective, seed)
@@ -66,7 +66,7 @@ def alone(family: CausalLM, prompt: Sequence[int], answer: Sequence[int], temper
     return logits.log_softmax(-1).gather(1, ids[0, len(prompt):, None])[:, 0]
 
 
-def gradients(family: CausalLM, objective: Any, attached: Attached, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def gradients(family: CausalLM, objective: Any, attached: Tuner, batches: Sequence[Batch]) -> dict[str, Tensor]:
     count = sum(objective.count(batch.target) for batch in batches)
     for parameter in attached.parameters().values():
         parameter.grad = None

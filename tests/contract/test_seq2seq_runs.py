@@ -32,8 +32,8 @@ from luthier.core.types import Encoded
 from luthier.data import DataConfig, DividedConfig, encode
 from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.methods.multi_adapter import Bank
-from luthier.methods.prompt import Words
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prompt import VirtualTokenConfig
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.training.run_folder import Run
 from tiny import END_OF_TEXT, IM_END, IM_START
@@ -156,7 +156,7 @@ def test_every_method_trains_what_it_promises(method: str) -> None:
     family = base("gated")
     bare = logits(family.model)
     attached = attach(family, method, stirred=False, **SETTINGS.get(method, {}))
-    virtual = issubclass(METHODS[method], Words)  # what stands beside the words is seen at once
+    virtual = issubclass(METHODS[method], VirtualTokenConfig)  # what stands beside the words is seen at once
     assert ((logits(family.model) - bare).abs().max() < SAME) is not virtual
     stir(attached)
     found = measured(family, attached, [batch(pairs())])
@@ -206,7 +206,7 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.anatomy)
+    bank = AdapterManager(family.anatomy)
     for i, name in enumerate("ab"):
         bank.add(name, attach(family, "lora", seed=i))
         stir(bank.members[name], seed=10 + i)

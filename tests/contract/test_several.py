@@ -18,8 +18,8 @@ from luthier.core.errors import RecipeError
 from luthier.core.protocols import Head, Sampling
 from luthier.data.packing import batch
 from luthier.methods import METHODS
-from luthier.methods.composite import Several, SeveralConfig
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.composite import CompositeConfig, CompositeMethod
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import CausalLM
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.run_folder import Run
@@ -104,7 +104,7 @@ def rates(found: Any, peak: float) -> dict[str, float]:
 
 def test_every_part_trains_at_its_own_default() -> None:
     method = settings(["bitfit", {**LORA, "plus": 16}])
-    assert isinstance(method, SeveralConfig)
+    assert isinstance(method, CompositeConfig)
     assert method.default_rate == METHODS["bitfit"].default_rate  # type: ignore[attr-defined]
     found = rates(method.attach(base("llama").anatomy, seed=0), method.default_rate)
     for name, rate in found.items():
@@ -199,7 +199,7 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
     assert [part["peft_type"] for part in run.adapter["parts"]] == ["LORA", "LUTHIER"]  # in the order in which they act
     assert "`bitfit+lora`" in (run.path / "README.md").read_text()
     _, family, found = assembly.open_run(run)
-    assert isinstance(found, Several)
+    assert isinstance(found, CompositeMethod)
     wanted = logits(family)
     with found.disabled():
         assert not torch.equal(logits(family), wanted)
@@ -235,7 +235,7 @@ def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, m
     with policy.disabled():
         assert torch.equal(logits(family), bare)
     assert torch.equal(logits(family), moved)
-    assert isinstance(family.router, Bank)
+    assert isinstance(family.router, AdapterManager)
 
 
 def test_a_started_run_goes_on_from_there_and_stands_alone(folder: Path) -> None:
@@ -279,7 +279,7 @@ def test_a_start_that_does_not_fit_is_refused_with_a_remedy(folder: Path) -> Non
 def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     import luthier
     runs = {"a": trained(folder, "a", method=LORA), "b": trained(folder, "b", method=["bitfit", LORA], seed=5)}
-    tuned = luthier.open_bank(str(folder / "base"), runs)
+    tuned = luthier.load_adapters(str(folder / "base"), runs)
     bare = logits(tuned.family)
     for name, run in runs.items():
         with tuned.using(name) as family:
@@ -297,4 +297,4 @@ def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     with pytest.raises(RecipeError, match="2 adapters"):
         tuned.answer(prompts, ["a", "b"])
     with pytest.raises(RecipeError, match="holds a whole model"):
-        luthier.open_bank(str(folder / "base"), {"w": trained(folder, "w", method="full")})
+        luthier.load_adapters(str(folder / "base"), {"w": trained(folder, "w", method="full")})

@@ -25,8 +25,8 @@ from luthier.core.protocols import Sampling
 from luthier.core.types import Forest, Inputs
 from luthier.data.packing import batch
 from luthier.methods import READERS
-from luthier.methods.composite import Several
-from luthier.methods.freeze import fits
+from luthier.methods.composite import CompositeMethod
+from luthier.methods.freeze import matches_name
 from luthier.models import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
@@ -338,8 +338,8 @@ def test_freeze_says_what_it_does_not_find(settings: dict[str, Any], words: str)
 
 def test_names_are_fitted_part_by_part() -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    assert all(fits(name, p) for p in ("mlp", "layers.1", "up_proj.weight", r"model\.layers\.[12]\..*"))
-    assert not any(fits(name, p) for p in ("up", "layers.11", "layers.1.up_proj", r"mlp\..*"))
+    assert all(matches_name(name, p) for p in ("mlp", "layers.1", "up_proj.weight", r"model\.layers\.[12]\..*"))
+    assert not any(matches_name(name, p) for p in ("up", "layers.11", "layers.1.up_proj", r"mlp\..*"))
 
 
 @pytest.mark.parametrize(("kind", "biases", "names"), [
@@ -394,8 +394,8 @@ def test_a_run_opens_again_with_and_without_its_recipe(name: str, settings: dict
 
 @pytest.mark.usefixtures("double")
 def test_bitfit_and_lora_are_one_method_together() -> None:
-    def both(family: CausalLM, seed: int, stirred: bool) -> Several:
-        return Several([attach(family, "bitfit", seed, stirred), attach(family, "lora", seed, stirred, rank=4)])
+    def both(family: CausalLM, seed: int, stirred: bool) -> CompositeMethod:
+        return CompositeMethod([attach(family, "bitfit", seed, stirred), attach(family, "lora", seed, stirred, rank=4)])
 
     family = base("llama")
     bare, weights = logits(family), digest(family)

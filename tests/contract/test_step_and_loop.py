@@ -13,7 +13,7 @@ import pytest
 import torch
 from lab import SFT, apart, attach, base, documents, measured, stir, trees
 
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Batch
 from luthier.data.batch_source import Loader
 from luthier.data.packing import batch, pack
@@ -27,7 +27,7 @@ PLAIN = {"clip": None, "warmup": 0.0, "schedule": "constant"}
 STILL = 1e-30  # a learning rate at which nothing moves
 
 
-def optimizer(attached: Attached, rate: float = 0.1, **settings: Any) -> Optimizer:
+def optimizer(attached: Tuner, rate: float = 0.1, **settings: Any) -> Optimizer:
     return Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(**{**PLAIN, **settings}), 10)
 
 
@@ -172,7 +172,7 @@ class Feed:
         return next(self.loader)
 
 
-def job(folder: Path, family: CausalLM, attached: Attached, lines: list[tuple[int, Mapping[str, float]]], rate: float = 0.01,
+def job(folder: Path, family: CausalLM, attached: Tuner, lines: list[tuple[int, Mapping[str, float]]], rate: float = 0.01,
         feed: Any = None, held: Any = None, optimizer: Mapping[str, Any] | None = None, **training: Any) -> Job:
     return Job(family, attached, SFT, feed or Feed(), [] if held is None else held, TrainingConfig(**training),
                OptimizerConfig(**(optimizer or {})), rate, folder, lambda number, metrics: lines.append((number, metrics)))
@@ -246,7 +246,7 @@ class Scripted:
         return {"loss": next(self.losses)}
 
 
-def scripted(folder: Path, losses: list[float], **training: Any) -> tuple[Any, list[dict[str, torch.Tensor]], Attached]:
+def scripted(folder: Path, losses: list[float], **training: Any) -> tuple[Any, list[dict[str, torch.Tensor]], Tuner]:
     """A run with these evaluations; the weights after each step, and what it ended with."""
     family = base("llama", dtype=torch.float32)
     attached = attach(family, "lora")

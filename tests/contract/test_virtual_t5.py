@@ -20,7 +20,7 @@ from luthier.core.examples import Origin
 from luthier.core.protocols import TRAINING, Sampling
 from luthier.core.types import Encoded, Piece
 from luthier.data.packing import batch, pack
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.prompt import EMBEDDINGS
 from luthier.models.attention.biased import Before
 from luthier.models.families import seq2seq
@@ -219,7 +219,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.anatomy)
+    bank = AdapterManager(family.anatomy)
     for name, method in (("a", "prompt"), ("b", "prefix"), ("c", "lora")):
         bank.add(name, attach(family, method, **SETTINGS.get(method, {})))
     family.router = bank

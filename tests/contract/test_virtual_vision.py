@@ -19,7 +19,7 @@ from luthier import assembly
 from luthier.api.inspect_run import inspect
 from luthier.core.errors import BaseError, RecipeError
 from luthier.data.packing import batch, pack
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.models import Vision
 from luthier.training.run_folder import Run
 from tiny import VISIONS, save_tiny, tiny
@@ -136,7 +136,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
 
 
 def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
-    bank = Bank(family.anatomy)
+    bank = AdapterManager(family.anatomy)
     for name, method in (("a", "prompt"), ("b", "prefix")):
         bank.add(name, attach(family, method, **SETTINGS[method]))
     found = {}

@@ -12,7 +12,7 @@ from pathlib import Path
 from luthier import assembly
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
-from luthier.core.protocols import Attached, Sampling
+from luthier.core.protocols import Sampling, Tuner
 from luthier.reporting.progress import print_line, status
 from luthier.serving.engine import bits
 from luthier.training.run_folder import Run
@@ -28,7 +28,7 @@ class Talk:
     """
 
     base: assembly.CausalLM
-    attached: Attached | None
+    attached: Tuner | None
     form: assembly.PromptFormat
     sampling: Sampling
     bare: bool = False

@@ -14,7 +14,7 @@ import torch
 
 from luthier import assembly
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.core.types import Forest, Inputs, Target
 from luthier.reporting.model_card import card
 from luthier.reporting.progress import print_line
@@ -130,7 +130,7 @@ def _refuse_taken(out: Path, to: str) -> None:
                        "remove it, or give another name with --out")
 
 
-def _refuse_unread(run: Run, made: assembly.Recipe, attached: Attached | None) -> None:
+def _refuse_unread(run: Run, made: assembly.Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where PEFT would compute something else with the adapter."""
     form = (attached.peft() if attached is not None else None) or {}
     if form.get("peft_type") in VIRTUAL and (made.objective.needs & {"pooled", "scores", "token_scores"}):
@@ -139,7 +139,7 @@ def _refuse_unread(run: Run, made: assembly.Recipe, attached: Attached | None) -
                        "open the run with Luthier, or train a lora")
 
 
-def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Attached | None) -> None:
+def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where Transformers would not put the adapter into the model by itself."""
     form = attached.peft() if attached is not None else None
     what = f"{str(run.path)!r} cannot be a whole model with an adapter in it: "
@@ -155,8 +155,8 @@ def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Attached | None
         unread = "lengths of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
         raise RunError(what + f"Transformers reads no {unread} from the file",
                        "--to merged, or --to adapter, which PEFT reads whole")
-    if form["peft_type"] in assembly.BRIDGED and assembly.kept_heads(made.objective) is False:
-        for key in assembly.BRIDGED[form["peft_type"]]:
+    if form["peft_type"] in assembly.PEFT_ONLY_FIELDS and assembly.kept_heads(made.objective) is False:
+        for key in assembly.PEFT_ONLY_FIELDS[form["peft_type"]]:
             if form.get(key) not in (None, False, "none", [], {}):
                 raise RunError(what + f"it is not known that Transformers reads {key} from the file",
                                "--to merged, or --to adapter, which PEFT reads whole")
@@ -165,7 +165,7 @@ def _refuse_uncarried(run: Run, made: assembly.Recipe, attached: Attached | None
                        "--to merged writes one model with the head in it, where Transformers has a class for it")
 
 
-def _folder(out: Path, to: str, made: assembly.Recipe, base: Family, attached: Attached | None) -> None:
+def _folder(out: Path, to: str, made: assembly.Recipe, base: Family, attached: Tuner | None) -> None:
     out.mkdir()
     if to == "whole" and attached is not None:
         with attached.disabled():
@@ -176,7 +176,7 @@ def _folder(out: Path, to: str, made: assembly.Recipe, base: Family, attached: A
         assembly.save_whole(Run(out), made, base)
 
 
-def merge(base: Family, attached: Attached) -> None:
+def merge(base: Family, attached: Tuner) -> None:
     """Fold the method into the base's weights. Raises `RunError` where the model then says something else."""
     base.train(False)
     before = _probe(base)

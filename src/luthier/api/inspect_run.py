@@ -9,7 +9,7 @@ from typing import Any
 
 from luthier import assembly
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.reporting.plots import plot_weight_changes
 from luthier.reporting.progress import print_line, status
 from luthier.training.os_errors import explained
@@ -35,7 +35,7 @@ def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | Non
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
         made, family, attached = assembly.open_run(run, False, base_model, partial(print_line, quiet=quiet))
-    readings = assembly.describe(attached, family.anatomy) if attached else []
+    readings = assembly.diagnose(attached, family.anatomy) if attached else []
     if not readings:
         raise RunError(f"{str(run.path)!r} was tuned by {assembly.method_name(made)}, whose numbers say nothing by "
                        "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
@@ -56,9 +56,9 @@ def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | Non
     return found
 
 
-def _starts(run: Run, made: assembly.Recipe, family: Family, attached: Attached | None) -> Sequence[assembly.Reading]:
+def _starts(run: Run, made: assembly.Recipe, family: Family, attached: Tuner | None) -> Sequence[assembly.Diagnostic]:
     """The method as it was before the first step, made once more from the recipe's seed; none where nobody knows."""
     if not run.recipe or made.start is not None or attached is None:
         return []
     with attached.disabled():
-        return assembly.describe(assembly.attach(family, made.method, made.seed), family.anatomy)
+        return assembly.diagnose(assembly.attach(family, made.method, made.seed), family.anatomy)

@@ -20,7 +20,7 @@ from luthier.core.protocols import Sampling
 from luthier.training.run_folder import Run
 
 
-class Tuned:
+class MultiAdapterModel:
     """A base and the runs tuned on it.
 
     Attributes:
@@ -28,7 +28,7 @@ class Tuned:
         bank: the adapters by name; none acts until one is chosen.
     """
 
-    def __init__(self, family: assembly.CausalLM, bank: assembly.Bank,
+    def __init__(self, family: assembly.CausalLM, bank: assembly.AdapterManager,
                  formats: Mapping[str, assembly.PromptFormat]) -> None:
         self.family, self.bank, self.formats = family, bank, formats
         self._chosen: str | None = None
@@ -65,7 +65,7 @@ class Tuned:
         return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 
-def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
+def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapterModel:
     """Load a base once and the adapters of several runs beside one another.
 
     Args:
@@ -87,5 +87,5 @@ def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
         if conflict := assembly.base_conflict(folders[name], config):
             raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}: {conflict}",
                               "open it with the runs of its own base")
-    return Tuned(family, assembly.banked(family, folders),
+    return MultiAdapterModel(family, assembly.banked(family, folders),
                  {name: assembly.prompt_format(run, made[name]) for name, run in folders.items()})

@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier import assembly
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.core.types import Encoded
 from luthier.distributed import process_group
 from luthier.evaluation.generation_eval import Question, Scored, score, with_perplexity
@@ -166,7 +166,7 @@ class Interrupted(RunError):
                          f"go on with: luthier train --resume {run.path}")
 
 
-def trainable_share(base: Any, attached: Attached) -> dict[str, float]:
+def trainable_share(base: Any, attached: Tuner) -> dict[str, float]:
     """How many parameters train, of how many, counting both the base's and the method's own."""
     trained = attached.parameters()
     own = {id(p) for p in base.model.parameters()}

@@ -77,19 +77,19 @@ from luthier.assembly.run_warnings import (
 from luthier.assembly.settings import fill_left_out, list_resolved, make_paths_absolute, make_public, resolve_settings
 from luthier.data import DataConfig
 from luthier.methods import METHODS
-from luthier.methods.diagnostics import Reading, describe
-from luthier.methods.multi_adapter import Bank
-from luthier.methods.peft import BRIDGED
+from luthier.methods.diagnostics import Diagnostic, diagnose
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.peft import PEFT_ONLY_FIELDS
 from luthier.models import ALIASES, BaseConfig, CausalLM, cache, cast, fingerprint, folder, identify, resolve
 from luthier.rl import Rollouts
 from luthier.training.run_folder import Run
 
 __all__ = [
-    "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
-    "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
+    "ALIASES", "PEFT_ONLY_FIELDS", "AdapterManager", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
+    "PromptFormat", "Diagnostic", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
     "beforehand", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt", "check",
     "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
-    "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
+    "convert_to_plain_lora", "datasets", "default_learning_rate", "diagnose", "describe_learning_rate", "device",
     "dump", "family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
     "find_schedule_problems", "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter",
     "gguf_model", "held_out", "identify", "judged", "kept_heads", "least_gb", "list_changes", "list_differences",

@@ -12,12 +12,12 @@ from luthier.assembly.run_io import kept_heads, save_tuned
 from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import Lora
-from luthier.methods.lora_merging import How, combine
+from luthier.methods.lora_merging import CombinationType, merge_loras
 from luthier.models import identify
 from luthier.training.run_folder import Run
 
 
-def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None,
+def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: CombinationType, rank: int | None,
              base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
     """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
 
@@ -42,7 +42,7 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
             "stack others by their weights: luthier.open_bank and using({...})")
-    found = combine(loras, weights, how, rank)
+    found = merge_loras(loras, weights, how, rank)
     made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
     made = make_paths_absolute(made)
     out.begin(dump(made), {**record_start(made, identify(made.base), []), "combined": {str(run.path): float(weight)

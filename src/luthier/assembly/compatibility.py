@@ -11,8 +11,8 @@ import torch
 from luthier.assembly.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
-from luthier.methods.composite import parts_of
-from luthier.methods.freeze import FreezeConfig, LnConfig
+from luthier.methods.composite import list_parts
+from luthier.methods.freeze import FreezeConfig, LnTuningConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.peft import PeftConfig
 from luthier.models import BaseConfig, stored_dtype
@@ -21,7 +21,7 @@ from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 
-INSIDE = (FullConfig, FreezeConfig, LnConfig, PeftConfig)  # methods without a switch that a bank could turn
+INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods without a switch that a bank could turn
 
 
 def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
@@ -57,7 +57,7 @@ def fitting(made: Recipe, base: Family) -> None:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
-    inside = next((part.name for part in parts_of(made.method) if isinstance(part, INSIDE)), None)
+    inside = next((part.name for part in list_parts(made.method) if isinstance(part, INSIDE)), None)
     if isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter" and inside:
         raise RecipeError(f"objective.critic: adapter is a second adapter beside the policy's, and method {inside!r} "
                           "works inside the base's own parts, which the two would share",
@@ -67,7 +67,7 @@ def fitting(made: Recipe, base: Family) -> None:
     if any(change.name == "mixup" for change in made.data.augment) and not made.objective.mixes:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
-    kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
+    kept = all(part.model_dump().get("keep_base", True) for part in list_parts(made.method))
     if referred(made.objective) and made.start is None and not kept and not beforehand(made):
         without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \
             else "objective.precompute_reference: true"

@@ -13,21 +13,21 @@ from luthier.assembly.compatibility import fitting
 from luthier.assembly.recipe import AnyMethod, Recipe, beforehand
 from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
-from luthier.core.protocols import Attached, ChatFormat, Family, Feed, Objective
+from luthier.core.protocols import ChatFormat, Family, Feed, Objective, Tuner
 from luthier.core.types import Batch
 from luthier.data import DataConfig, Datasets, Loader, Stream
 from luthier.evaluation.generation_eval import Question, demand
-from luthier.methods.composite import Several, parts_of
+from luthier.methods.composite import CompositeMethod, list_parts
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
-from luthier.methods.prompt import Words
+from luthier.methods.prompt import VirtualTokenConfig
 from luthier.models import BaseConfig, context_of, device_of, load_tokenizer, open_family
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.training.memory import release
 
 DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
-HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
+HEAD_LEARNING_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
 def family(config: BaseConfig, words: bool = False) -> Family:
@@ -55,14 +55,14 @@ def context(config: BaseConfig) -> int:
     return context_of(config)
 
 
-def attach(base: Family, method: AnyMethod, seed: int) -> Attached:
+def attach(base: Family, method: AnyMethod, seed: int) -> Tuner:
     """The method on the base; everything that it does not train is frozen."""
     base.anatomy.model.requires_grad_(False)
     return method.attach(base.anatomy, seed=seed)
 
 
-def with_heads(base: Family, attached: Attached, objective: Objective, seed: int,
-               default_rate: float = HEAD_RATE) -> Attached:
+def with_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
+               default_rate: float = HEAD_LEARNING_RATE) -> Tuner:
     """The method together with what the objective adds to the base's states.
 
     Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
@@ -70,7 +70,7 @@ def with_heads(base: Family, attached: Attached, objective: Objective, seed: int
     """
     if not objective.heads:
         return attached
-    return Several([attached, base.add(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
+    return CompositeMethod([attached, base.add(objective.heads, seed)], [1.0, HEAD_LEARNING_RATE / default_rate])
 
 
 def fitted(made: Recipe, found: Datasets) -> Recipe:
@@ -106,7 +106,7 @@ def check(made: Recipe, base: Family) -> None:
                           "tokens", f"set data.max_length to {room} or less" + (
                               ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
     added = made.base.structure is not None and made.base.structure.add_blocks
-    for part in parts_of(made.method) if added else ():
+    for part in list_parts(made.method) if added else ():
         if why := _no_start(part):
             raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
                               f"{part.name} {why}", "train them by another method: freeze, full, lora")
@@ -115,7 +115,7 @@ def check(made: Recipe, base: Family) -> None:
 def room_for_text(method: AnyMethod, base: Family) -> int:
     """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
     context = base.anatomy.sizes["context"]
-    virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
+    virtual = sum(part.tokens for part in list_parts(method) if isinstance(part, VirtualTokenConfig))
     if virtual + 2 > context:
         raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
                           f"{context} tokens", f"set method.tokens far below {context}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from luthier.assembly.recipe import Recipe, method_name
 from luthier.assembly.run_io import kept_heads
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.methods.lora import Lora
 from luthier.models import CausalLM
 from luthier.models.gguf.writer import Change, Numbers, write_gguf, write_gguf_adapter
@@ -19,7 +19,7 @@ def gguf_model(made: Recipe, base: Family, path: Path, numbers: Numbers, name: s
     write_gguf(base, path, numbers, name)
 
 
-def gguf_adapter(made: Recipe, base: Family, attached: Attached | None, path: Path,
+def gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path: Path,
                  name: str = "") -> None:
     """Write the run's LoRA. Raises `RunError` where the run holds something else."""
     _refuse_others(made, base)

@@ -20,16 +20,16 @@ from luthier.assembly.recipe import Recipe, adapted, changed, recorded, referred
 from luthier.assembly.run_io import renamed
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Attached, Family
-from luthier.methods.composite import scopes
-from luthier.methods.multi_adapter import Bank
+from luthier.core.protocols import Family, Tuner
+from luthier.methods.composite import collect_gates
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.training.run_folder import Run
 
 Reference = Callable[[], AbstractContextManager[None]]
 POLICY, REFERENCE = "policy", "reference"
 
 
-def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
+def begin(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
     """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
 
     Raises:
@@ -43,12 +43,12 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
 
-def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
+def beside(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.start is None or (scopes(policy) is None and not referred(made.objective)):
+    if made.start is None or (collect_gates(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
+    bank, reference = AdapterManager(base.anatomy), attach(base, made.method, made.seed)
     _load(reference, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
@@ -58,14 +58,14 @@ def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
     return partial(bank.using, REFERENCE)
 
 
-def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
+def banked(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
     """The adapters of several runs on one base, silent until one is chosen. Heads stay behind: what answers needs none.
 
     Raises:
         RecipeError: a run holds a whole model, or was made on another base.
         RunError: a run's method cannot share its base.
     """
-    bank = Bank(base.anatomy)
+    bank = AdapterManager(base.anatomy)
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach(base, found.method, found.seed)
@@ -89,7 +89,7 @@ def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     return adapter_weights(start, base.anatomy)
 
 
-def _load(attached: Attached, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
+def _load(attached: Tuner, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
     """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file."""
     names = attached.state().keys()
     named = renamed(saved, names, base)

@@ -21,8 +21,8 @@ from luthier.core.errors import RecipeError, nearest
 from luthier.core.examples import LabelledExample, Message, Origin
 from luthier.core.protocols import Family
 from luthier.data import DataConfig
-from luthier.methods.composite import parts_of
-from luthier.methods.multi_adapter import Bank
+from luthier.methods.composite import list_parts
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.peft import PeftConfig
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
@@ -41,7 +41,7 @@ class Served:
     """
 
     base: Family
-    bank: Bank | None
+    bank: AdapterManager | None
     names: Mapping[str, str | None]
     formats: Mapping[str, PromptFormat]
     rooms: Mapping[str, int]
@@ -103,7 +103,7 @@ def called(place: Path | str) -> str:
 
 def _inside(run: Run) -> bool:
     """Whether the run's method works inside the base's own modules, which nothing else can then share."""
-    return any(isinstance(part, PeftConfig) for part in parts_of(recorded(run.existing()).method))
+    return any(isinstance(part, PeftConfig) for part in list_parts(recorded(run.existing()).method))
 
 
 def served(runs: Mapping[str, Path | str], base_model: str | None = None, report: Report = ignore) -> Served:

@@ -22,7 +22,7 @@ from luthier.core.errors import RecipeError, RunError
 from luthier.data import ANSWERED, DataConfig
 from luthier.evaluation.generation_eval import EvaluateConfig
 from luthier.methods import METHODS
-from luthier.methods.composite import SeveralConfig, parts_of
+from luthier.methods.composite import CompositeConfig, list_parts
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
@@ -34,7 +34,7 @@ from luthier.training.loop import TrainingConfig
 from luthier.training.optimizer import OptimizerConfig
 from luthier.training.run_folder import Run, digest
 
-AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), SeveralConfig),  # type: ignore[valid-type]
+AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), CompositeConfig),  # type: ignore[valid-type]
                                  Field(discriminator="name")]
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
@@ -229,7 +229,7 @@ def describe_learning_rate(made: Recipe) -> str:
 
 def method_name(made: Recipe) -> str:
     """What the run's method is called: ``lora``, or ``bitfit+lora`` for a list."""
-    return "+".join(part.name for part in parts_of(made.method))
+    return "+".join(part.name for part in list_parts(made.method))
 
 
 def dump(made: Recipe) -> dict[str, Any]:
@@ -253,10 +253,10 @@ def idle(made: Recipe) -> list[str]:
     if made.evaluate.metrics and not evaluates and made.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
     structure = made.base.structure
-    if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in parts_of(made.method)}:
+    if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in list_parts(made.method)}:
         found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
-    if made.objective.rolls and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
+    if made.objective.rolls and any(method.model_dump().get("dropout") for method in list_parts(made.method)):
         found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
                      "the first step of a round is already off its policy")
     if made.data.train_on != "assistant" and made.objective.name == "pretrain":

@@ -23,10 +23,10 @@ from luthier import data as rows
 from luthier.assembly.factory import micro_tokens
 from luthier.assembly.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family
+from luthier.core.protocols import Family, Tuner
 from luthier.core.types import Encoded
 from luthier.data import Datasets
-from luthier.methods.composite import Several
+from luthier.methods.composite import CompositeMethod
 from luthier.methods.full import Full
 from luthier.training.optimizer import needs_master
 from luthier.training.step import Reference, reference_logps
@@ -34,9 +34,9 @@ from luthier.training.step import Reference, reference_logps
 GROUP = 512  # examples that are packed together
 
 
-def price(made: Recipe, attached: Attached) -> str:
+def price(made: Recipe, attached: Tuner) -> str:
     """A sentence on the copy of the base's weights that the reference costs; empty where there is none."""
-    parts = attached.parts if isinstance(attached, Several) else (attached,)
+    parts = attached.parts if isinstance(attached, CompositeMethod) else (attached,)
     copies = [part.copied for part in parts if isinstance(part, Full)]
     count, size = (sum(sizes) for sizes in zip(*copies, strict=True)) if copies else (0, 0)
     if not count or not referred(made.objective) or beforehand(made):
@@ -47,7 +47,7 @@ def price(made: Recipe, attached: Attached) -> str:
             f"which {made.objective.name} compares the model{without}")
 
 
-def master_price(attached: Attached) -> str:
+def master_price(attached: Tuner) -> str:
     """A sentence on the float32 copies that the optimizer keeps of what trains; empty where there are none."""
     copied = [p for p in attached.parameters().values() if needs_master(p)]
     if not copied:

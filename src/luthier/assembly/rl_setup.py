@@ -33,14 +33,14 @@ from luthier.assembly.reference_model import autocast
 from luthier.assembly.run_io import open_run, renamed
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample, Message
-from luthier.core.protocols import Attached, Family, Feed
+from luthier.core.protocols import Family, Feed, Tuner
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, Datasets, Loader
 from luthier.distributed import process_group
-from luthier.methods.composite import Several, scopes
+from luthier.methods.composite import CompositeMethod, collect_gates
 from luthier.methods.full import FullConfig
-from luthier.methods.multi_adapter import Bank
-from luthier.methods.prefixed import Named
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prefixed import PrefixedMethod
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rl_config import WorthConfig
@@ -53,12 +53,12 @@ Reference = Callable[[], AbstractContextManager[None]]
 CRITIC, REWARD = "critic", "reward"
 
 
-def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
+def begin(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
     """What trains, the critic included; and what makes the context in which the model is the reference."""
     attached, reference = initialization.begin(made, base)
     if not (isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter"):
         return attached, reference
-    assert isinstance(attached, Several), "PPO has a value head"
+    assert isinstance(attached, CompositeMethod), "PPO has a value head"
     policy, heads = attached.parts
     bank = _bank(base, policy)
     critic = made.method.attach(base.anatomy, seed=made.seed + 1)
@@ -66,10 +66,10 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
         critic.load(policy.state())
     bank.add(CRITIC, critic)
     base.critic = partial(bank.using, CRITIC)
-    return Several([policy, Named(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
+    return CompositeMethod([policy, PrefixedMethod(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
 
 
-def feed(made: Recipe, base: Family, found: Datasets, attached: Attached, reference: Reference,
+def feed(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
          folder: Path | None = None, warn: Warn = lambda sentence: None) -> Feed:
     """The batches of the run: read from files, or the policy's own answers."""
     if not isinstance(made.objective, PpoConfig | GrpoConfig):
@@ -77,7 +77,7 @@ def feed(made: Recipe, base: Family, found: Datasets, attached: Attached, refere
     return rolling(made, base, found, attached, reference, folder, warn)
 
 
-def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, reference: Reference,
+def rolling(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
             folder: Path | None = None, warn: Warn = lambda sentence: None) -> Rollouts:
     """The feed that rolls.
 
@@ -130,7 +130,7 @@ def _reward_recipe(run: Run) -> Recipe:
     return found
 
 
-def judged(made: Recipe, base: Family, attached: Attached | None, found: Datasets,
+def judged(made: Recipe, base: Family, attached: Tuner | None, found: Datasets,
            prompts: list[Encoded]) -> dict[str, float]:
     """What a trained policy earns on prompts. There is no KL in it: its reference is not in the run folder."""
     free = {"kl_weight": 0.0, "kl_target": None}
@@ -150,7 +150,7 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     base = factory.family(made.base)
     found = factory.datasets(made, base)
     attached, reference = begin(made, base)
-    policy = attached.parts[0] if isinstance(attached, Several) and made.objective.heads else attached
+    policy = attached.parts[0] if isinstance(attached, CompositeMethod) and made.objective.heads else attached
     rolled = rolling(made, base, found, attached, reference)
     prompts = found.test or found.eval or found.train
     told = {}
@@ -180,7 +180,7 @@ def _noted(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
 # ---------------------------------------------------------------- rewards
 
 
-def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
+def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     if config.url is not None:
         return endpoint(config.url, config.timeout)
     if config.function is not None:
@@ -188,10 +188,10 @@ def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached,
     return _of_run(Run(str(config.run)), made, base, attached, warn)
 
 
-def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
+def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _reward_recipe(run)
-    if run.adapter is None or scopes(attached) is None or base_conflict(run, made.base):
+    if run.adapter is None or collect_gates(attached) is None or base_conflict(run, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())
@@ -223,11 +223,11 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn
     return _scored(run, found, base, acting)
 
 
-def _bank(base: Family, attached: Attached) -> Bank:
+def _bank(base: Family, attached: Tuner) -> AdapterManager:
     """The bank on this base; a new one holds what trains, acting."""
-    if isinstance(base.router, Bank):
+    if isinstance(base.router, AdapterManager):
         return base.router
-    bank = Bank(base.anatomy)
+    bank = AdapterManager(base.anatomy)
     bank.add(initialization.POLICY, attached)
     bank.choose(initialization.POLICY)
     base.router = bank

@@ -17,12 +17,12 @@ from luthier.assembly.provenance import BASE_FILE, Report, describe_base, ignore
 from luthier.assembly.recipe import Recipe, dump
 from luthier.assembly.settings import make_public
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import TRAINING, Attached, ChatFormat, Family, Objective
+from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tuner
 from luthier.data import DataConfig
-from luthier.methods.adapter_format import OWN
-from luthier.methods.composite import Several
+from luthier.methods.adapter_format import NATIVE_TYPE
+from luthier.methods.composite import CompositeMethod
 from luthier.methods.lora import PREFIX
-from luthier.methods.peft_settings import with_whole_alphas
+from luthier.methods.peft_settings import make_alphas_integers
 from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
     ALIASES,
@@ -45,7 +45,7 @@ VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what
 
 
 def open_run(run: Run, whole: bool = False, base_model: str | None = None,
-             report: Report = ignore) -> tuple[Recipe, Family, Attached | None]:
+             report: Report = ignore) -> tuple[Recipe, Family, Tuner | None]:
     """What a run folder holds: its recipe, its base, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
@@ -183,14 +183,14 @@ def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
                              max_length=settled(made, base).max_length, normalize=True)
 
 
-def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public: bool = False) -> None:
+def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bool = False) -> None:
     """Write the trained weights as Transformers and PEFT read them, and the tokenizer.
 
     `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
     base_model.json holds the base's digests.
     """
     if isinstance(made.objective, RollsConfig) and made.objective.heads:
-        assert isinstance(attached, Several), "the critic stands beside the method"
+        assert isinstance(attached, CompositeMethod), "the critic stands beside the method"
         attached = attached.parts[0]
     config = attached.peft()
     if config is None:
@@ -205,14 +205,14 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Attached, public:
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
     name = name_base(made.base, public)
-    run.write("adapter_config.json", {**with_whole_alphas(config), "base_model_name_or_path": name,
+    run.write("adapter_config.json", {**make_alphas_integers(config), "base_model_name_or_path": name,
                                       "revision": made.base.revision})
     if public:
         run.write(BASE_FILE, describe_base(made.base))
     base.padded_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
     # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
-    if config["peft_type"] not in (OWN, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
+    if config["peft_type"] not in (NATIVE_TYPE, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
         _save_embedding(run, made, base)
 
 
@@ -225,10 +225,10 @@ def name_base(config: BaseConfig, public: bool = False) -> str:
     return config.name if hub else str(folder(config).absolute())
 
 
-def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) -> Attached:
+def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tuner:
     """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
     to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
-    parts = list(attached.parts) if isinstance(attached, Several) else [attached]
+    parts = list(attached.parts) if isinstance(attached, CompositeMethod) else [attached]
     forms = [part.peft() or {} for part in parts]
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
     tuned = [part for part in parts if part not in heads]
@@ -237,7 +237,7 @@ def convert_to_plain_lora(base: Family, attached: Attached, rank: int | None) ->
     config, state = fold_into_plain_lora(tuned[0], rank)
     found = config.attach(base.anatomy, seed=0)
     found.load(state)
-    return Several([found, *heads]) if heads else found
+    return CompositeMethod([found, *heads]) if heads else found
 
 
 def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from luthier.assembly.recipe import Recipe, idle
-from luthier.core.protocols import Attached, Family, Feed
+from luthier.core.protocols import Family, Feed, Tuner
 from luthier.core.types import Encoded
 from luthier.data import Datasets, Loader
 from luthier.methods.adalora import AdaLoraConfig
-from luthier.methods.composite import parts_of
-from luthier.methods.lora import LoraConfig, matches
+from luthier.methods.composite import list_parts
+from luthier.methods.lora import LoraConfig, matches_target
 from luthier.models import ALIASES
 from luthier.objectives.classify import ClassifyConfig
 from luthier.objectives.contrastive import ContrastiveConfig
@@ -271,14 +271,14 @@ def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[En
 # ---------------------------------------------------------------- of the method on its base
 
 
-def find_method_problems(made: Recipe, base: Family, attached: Attached) -> list[str]:
+def find_method_problems(made: Recipe, base: Family, attached: Tuner) -> list[str]:
     """Ranks above a map's size, patterns that match nothing, a weight decay of what is never decayed."""
     parameters, found = attached.parameters(), []
-    for part in parts_of(made.method):
+    for part in list_parts(made.method):
         if isinstance(part, LoraConfig):
             for setting, patterns in (("rank_pattern", part.rank_pattern), ("alpha_pattern", part.alpha_pattern)):
                 found += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
-                          for pattern in patterns if not any(matches(site, pattern) for site in base.anatomy.sites)]
+                          for pattern in patterns if not any(matches_target(site, pattern) for site in base.anatomy.sites)]
         if isinstance(part, LoraConfig | AdaLoraConfig):
             found += _of_ranks(part.name, [site for site in base.anatomy.sites if any(
                 f".{site.name}." in f".{name}." for name in parameters)], {

@@ -18,7 +18,7 @@ from luthier.core.protocols import Family
 from luthier.data.config import Source
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.adapter import AdapterConfig
-from luthier.methods.composite import SeveralConfig, parts_of
+from luthier.methods.composite import CompositeConfig, list_parts
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.prefix import PrefixConfig
 from luthier.methods.ptuning import PTuningConfig
@@ -66,7 +66,7 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
     micro = made.training.micro_tokens or micro_tokens(made, base) * base.anatomy.sizes.get("unit", 1)
     length = made.data.max_length if "channels" in base.anatomy.sizes else settled(made, base).max_length
     pools = "pooled" in made.objective.needs  # a head pools as its class does, unless the recipe says how
-    methods = [_resolve_method(part, base) for part in parts_of(made.method)]
+    methods = [_resolve_method(part, base) for part in list_parts(made.method)]
     objective = made.objective
     if isinstance(objective, GrpoConfig) and objective.clip_high is None:
         objective = objective.model_copy(update={"clip_high": objective.clip})
@@ -98,14 +98,14 @@ def _resolve_method(method: AnyMethod, base: Family) -> AnyMethod:
 
 
 def _join_methods(method: AnyMethod, parts: Sequence[AnyMethod]) -> AnyMethod:
-    return method.model_copy(update={"parts": tuple(parts)}) if isinstance(method, SeveralConfig) else parts[0]
+    return method.model_copy(update={"parts": tuple(parts)}) if isinstance(method, CompositeConfig) else parts[0]
 
 
 def fill_left_out(made: Recipe, saved: Recipe) -> Recipe:
     """The recipe with the values that a run's saved recipe holds for settings in `RESOLVED` that it leaves out."""
     update: dict[str, Any] = {section: _fill(dict(made)[section], dict(saved)[section], RESOLVED[section])
                               for section in ("base", "objective", "data", "training", "optimizer")}
-    ours, theirs = parts_of(made.method), parts_of(saved.method)
+    ours, theirs = list_parts(made.method), list_parts(saved.method)
     if [part.name for part in ours] == [part.name for part in theirs]:
         update["method"] = _join_methods(made.method, [_fill(one, other, RESOLVED["method"])
                                                        for one, other in zip(ours, theirs, strict=True)])

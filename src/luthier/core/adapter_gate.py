@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 
-class Scope:
+class AdapterGate:
     """Whether, where and how strongly an attached method acts: the one switch that methods read and banks turn.
 
     Args of the object, all plain attributes:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from luthier.core.adapter_gate import Scope
+from luthier.core.adapter_gate import AdapterGate
 
 ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
 """(rows [N, in] sorted by expert, how many each expert has [E]) -> what is added to their outputs, [N, out]."""
@@ -33,4 +33,4 @@ class Experts:
     inputs: int
     outputs: int
     transposed: bool
-    enter: Callable[[Scope, ExpertChange], None]
+    enter: Callable[[AdapterGate, ExpertChange], None]

@@ -11,7 +11,7 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Update(Protocol):
+class OptimizerHook(Protocol):
     """Called around the optimiser's update, once a step."""
 
     def before(self) -> None:

@@ -27,12 +27,12 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from luthier.core.adapter_gate import Scope as Scope
+from luthier.core.adapter_gate import AdapterGate as AdapterGate
 from luthier.core.expert_layers import Experts
 from luthier.core.generation import ChatFormat as ChatFormat
 from luthier.core.generation import Generated as Generated
 from luthier.core.generation import Sampling as Sampling
-from luthier.core.optimizer_hook import Update
+from luthier.core.optimizer_hook import OptimizerHook
 from luthier.core.soft_prompts import Ports
 from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
 
@@ -224,7 +224,7 @@ class Family(Protocol):
         """What the objective asked for (names of `Outputs`' fields), at the target's positions."""
         ...
 
-    def add(self, heads: Sequence[Head], seed: int) -> Attached:
+    def add(self, heads: Sequence[Head], seed: int) -> Tuner:
         """Put heads on the states; what comes back trains and is saved like a method."""
         ...
 
@@ -273,11 +273,11 @@ class Router(Protocol):
 TRAINING = "training."  # begins the names in a method's state that going on needs and the saved adapter does not
 
 
-class Attached(Protocol):
+class Tuner(Protocol):
     """A method on a model. Same call in, same shapes out: no objective can notice it."""
 
     @property
-    def scope(self) -> Scope | None:
+    def scope(self) -> AdapterGate | None:
         """Its switch, which a bank turns; None where the method has changed the base's own weights."""
         ...
 
@@ -290,7 +290,7 @@ class Attached(Protocol):
         ...
 
     @property
-    def at_update(self) -> Update | None:
+    def at_update(self) -> OptimizerHook | None:
         """What it does at each update of the weights; None where that is nothing, as for nearly all."""
         ...
 
@@ -325,7 +325,7 @@ class Method(Protocol):
 
     name: str
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Attached: ...
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Tuner: ...
 
 
 class Objective(Protocol):

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from luthier.core.adapter_gate import Scope
+from luthier.core.adapter_gate import AdapterGate
 
 Kind = Literal["prompt", "prefix"]
 
@@ -30,11 +30,11 @@ class Ports(Protocol):
         """Those of the two kinds that PEFT puts into this base to the same effect, so that its form can hold them."""
         ...
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
         """`make() -> [N, D]`: N virtual tokens before every document that the scope names, computed once a row."""
         ...
 
-    def prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: Scope) -> None:
+    def prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: AdapterGate) -> None:
         """`make() -> one (keys, values) for each attention of the model, each [G, N, d]`: seen by every token of the
         documents that the scope names, as if it stood in the N places before the text. Positions move on by N."""
         ...

@@ -9,7 +9,7 @@ from luthier.core.config import Config
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.adapter import AdapterConfig
 from luthier.methods.bitfit import BitfitConfig
-from luthier.methods.freeze import FreezeConfig, LnConfig
+from luthier.methods.freeze import FreezeConfig, LnTuningConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
@@ -27,7 +27,7 @@ METHODS: dict[str, type[Config]] = {
     "adapter": AdapterConfig,
     "bitfit": BitfitConfig,
     "ia3": Ia3Config,
-    "ln": LnConfig,
+    "ln": LnTuningConfig,
     "prompt": PromptConfig,
     "ptuning": PTuningConfig,
     "prefix": PrefixConfig,

@@ -44,11 +44,11 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import TRAINING, Anatomy, Site
-from luthier.methods.expert_lora import chosen_experts
-from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
-from luthier.methods.lora import PEFT_READ, PREFIX, add_product, chosen, refuse_moved_base
-from luthier.methods.merging import Merging
-from luthier.methods.peft_settings import refuse_unread, target_expression
+from luthier.methods.expert_lora import select_experts
+from luthier.methods.hooks import Hooks, check_state_shapes, refuse_quantized
+from luthier.methods.lora import PEFT_READ, PREFIX, add_product, refuse_moved_base, select_targets
+from luthier.methods.merging import MergeableMethod
+from luthier.methods.peft_settings import build_target_pattern, refuse_unread
 
 ROUGHLY = 1e-5  # PEFT divides alpha by the rank and this
 PEFT_STEPS = 1000  # of which the shares of the schedule are written in PEFT's config, which wants whole steps
@@ -97,7 +97,7 @@ class AdaLoraConfig(Config):
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
         refuse_unread(adapter, KNOWN)
         refuse_moved_base(adapter)
-        selected = target_expression(adapter)
+        selected = build_target_pattern(adapter)
         if selected is None:
             raise RunError("adapter_config.json names no target_modules, so nobody knows what was trained",
                            "save the adapter again with the PEFT that made it")
@@ -126,15 +126,15 @@ class AdaLoraConfig(Config):
         return int((start - end) * (1 - (step - first) / (last - first)) ** 3 + end)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> AdaLora:
-        if chosen_experts(anatomy.experts, self.targets):
+        if select_experts(anatomy.experts, self.targets):
             raise RecipeError("method.targets names experts, whose changes are of one rank for all",
                               "use the method lora for them, or leave the experts out")
         generator = torch.Generator().manual_seed(seed)
-        layers = [Layer(site, self, generator) for site in chosen(anatomy.sites, self.targets)]
+        layers = [AdaLoraLayer(site, self, generator) for site in select_targets(anatomy.sites, self.targets)]
         return AdaLora(self, layers, anatomy.task)
 
 
-class Part:
+class FactorState:
     """One of A, e and B: [R, ...] along `dim`, and what is remembered of each of its entries."""
 
     def __init__(self, name: str, start: Tensor, dim: int) -> None:
@@ -158,7 +158,7 @@ class Part:
         return (self.mean * self.spread).mean(1 - self.dim)
 
 
-class Layer:
+class AdaLoraLayer:
     """The change beside one linear map. `kept`: [R] what the last pruning left."""
 
     def __init__(self, site: Site, config: AdaLoraConfig, generator: torch.Generator) -> None:
@@ -168,7 +168,7 @@ class Layer:
         dtype, device = torch.promote_types(site.weight.dtype, torch.float32), site.weight.device
         a, b = (0.02 * torch.randn(shape, generator=generator) for shape in ((self.rank, site.inputs),
                                                                             (site.outputs, self.rank)))
-        self.parts = tuple(Part(name, start.to(device, dtype), dim) for name, start, dim in (
+        self.parts = tuple(FactorState(name, start.to(device, dtype), dim) for name, start, dim in (
             ("lora_A", a, 0), ("lora_E", torch.zeros(self.rank, 1), 0), ("lora_B", b, 1)))
         self.a, self.e, self.b = (part.parameter for part in self.parts)
         self.kept = torch.ones(self.rank, dtype=torch.bool, device=device)
@@ -229,9 +229,9 @@ class Layer:
         found = {f"{TRAINING}{self.path}.kept": self.kept} if going_on else {}
         for part in self.parts:
             name = f"{self.path}.{part.name}"
-            found[name] = _empty(part, rank)
+            found[name] = _build_empty(part, rank)
             if going_on:
-                found |= {f"{TRAINING}{name}.cut": _empty(part, self.rank - rank), f"{TRAINING}{name}.mean": part.mean,
+                found |= {f"{TRAINING}{name}.cut": _build_empty(part, self.rank - rank), f"{TRAINING}{name}.mean": part.mean,
                           f"{TRAINING}{name}.spread": part.spread}
         return found
 
@@ -251,17 +251,17 @@ class Layer:
                 memory.copy_(state[saved]) if going_on else memory.zero_()
 
 
-def _empty(part: Part, rank: int) -> Tensor:
+def _build_empty(part: FactorState, rank: int) -> Tensor:
     """The part's shape at another rank, without numbers."""
     shape = list(part.parameter.shape)
     shape[part.dim] = rank
     return torch.empty(shape, device="meta")
 
 
-class AdaLora(Merging):
+class AdaLora(MergeableMethod):
     """AdaLoRA on a model."""
 
-    def __init__(self, config: AdaLoraConfig, layers: list[Layer], task: str = "CAUSAL_LM") -> None:
+    def __init__(self, config: AdaLoraConfig, layers: list[AdaLoraLayer], task: str = "CAUSAL_LM") -> None:
         super().__init__()
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
         self.scope = self.hooks.scope
@@ -322,7 +322,7 @@ class AdaLora(Merging):
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         going_on = any(name.startswith(TRAINING) for name in state)
-        refuse_misfits({name: t for layer in self.layers for name, t in layer.wanted(state, going_on).items()}, state)
+        check_state_shapes({name: t for layer in self.layers for name, t in layer.wanted(state, going_on).items()}, state)
         for layer in self.layers:
             layer.load(state, going_on)
 

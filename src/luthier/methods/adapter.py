@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
 from luthier.core.protocols import Anatomy, Block
-from luthier.methods.adapter_format import own_form
+from luthier.methods.adapter_format import build_native_config
 from luthier.methods.hooks import Hooks, load_into
 from luthier.methods.lora import PREFIX
 
@@ -62,7 +62,7 @@ class AdapterConfig(Config):
     def attach(self, anatomy: Anatomy, *, seed: int) -> Adapter:
         names = [place for block in anatomy.blocks for place in self.places(block)]
         for pattern in self.reduction_pattern:
-            if not any(_fits(name, pattern) for name in names):
+            if not any(_matches_place(name, pattern) for name in names):
                 raise RecipeError(f"method.reduction_pattern: {pattern!r} fits no place of an adapter",
                                   f"the places are called {names[0]} and so on")
         return Adapter(self, anatomy, seed)
@@ -73,11 +73,11 @@ class AdapterConfig(Config):
 
     def width(self, place: str, hidden: int) -> int:
         """r."""
-        factors = [factor for pattern, factor in self.reduction_pattern.items() if _fits(place, pattern)]
+        factors = [factor for pattern, factor in self.reduction_pattern.items() if _matches_place(place, pattern)]
         return max(1, round(hidden / (factors[0] if factors else self.reduction)))
 
 
-def _fits(place: str, pattern: str) -> bool:
+def _matches_place(place: str, pattern: str) -> bool:
     return f".{pattern}." in f".{place}." or re.fullmatch(pattern, place) is not None
 
 
@@ -173,4 +173,4 @@ class Adapter:
         load_into(self.parameters(), state)
 
     def peft(self) -> dict[str, Any] | None:
-        return own_form(self.config, self.task)
+        return build_native_config(self.config, self.task)

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.adapter_format import own_form
-from luthier.methods.freeze import norms
+from luthier.methods.adapter_format import build_native_config
+from luthier.methods.freeze import find_norms
 from luthier.methods.hooks import Hooks, load_into
-from luthier.methods.lora import PREFIX, chosen
-from luthier.methods.merging import Merging, own
+from luthier.methods.lora import PREFIX, select_targets
+from luthier.methods.merging import MergeableMethod, get_own_parameter
 
 
 class BitfitConfig(Config):
@@ -45,11 +45,11 @@ class BitfitConfig(Config):
                            "the MLP's first map; norms; or roles (q, k, v, o, gate, up, down), endings or expressions")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Bitfit:
-        return Bitfit(self, places(anatomy, self.which), anatomy.task)
+        return Bitfit(self, find_bias_targets(anatomy, self.which), anatomy.task)
 
 
 @dataclass(frozen=True)
-class Place:
+class BiasTarget:
     """A module and those of its outputs, from `start` up to `end`, that get a bias."""
 
     name: str
@@ -60,35 +60,35 @@ class Place:
     norm: bool = False
 
 
-def places(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[Place]:
+def find_bias_targets(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[BiasTarget]:
     """What `which` names. Raises `RecipeError` where that is nothing."""
-    biased = [Place(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
-              for name, module in norms(anatomy).items() if (bias := own(module, "bias")) is not None]
+    biased = [BiasTarget(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
+              for name, module in find_norms(anatomy).items() if (bias := get_own_parameter(module, "bias")) is not None]
     if which == "norms" and not biased:
         raise RecipeError("method.which: the norms of this model have no biases",
                           "use all (biases of the linear maps), or the method ln (weights of the norms)")
     if which == "paper":
-        maps = [_query(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
+        maps = [_find_query_slice(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
         if not any(site.role in ("q", "qkv") for site in anatomy.sites):
             raise RecipeError("method.which: no query was found in this model, as a map of its own or as the first "
                               "part of one", "use all, or name the maps by their endings")
         return maps
     maps = [] if which == "norms" else [
-        Place(site.name, site.module, 0, site.outputs, site.outputs)
-        for site in chosen(anatomy.sites, "all-linear" if which == "all" else which)]
+        BiasTarget(site.name, site.module, 0, site.outputs, site.outputs)
+        for site in select_targets(anatomy.sites, "all-linear" if which == "all" else which)]
     return maps + (biased if which in ("all", "norms") else [])
 
 
-def _query(anatomy: Anatomy, site: Site) -> Place:
+def _find_query_slice(anatomy: Anatomy, site: Site) -> BiasTarget:
     """A fused map's query part: its first outputs."""
     end = anatomy.sizes["heads"] * anatomy.sizes["head_dim"] if site.role == "qkv" else site.outputs
-    return Place(site.name, site.module, 0, end, site.outputs)
+    return BiasTarget(site.name, site.module, 0, end, site.outputs)
 
 
-class Bitfit(Merging):
+class Bitfit(MergeableMethod):
     """BitFit on a model."""
 
-    def __init__(self, config: BitfitConfig, found: list[Place], task: str) -> None:
+    def __init__(self, config: BitfitConfig, found: list[BiasTarget], task: str) -> None:
         super().__init__()
         self.config, self.places, self.task, self.hooks = config, found, task, Hooks()
         self.scope = self.hooks.scope
@@ -99,7 +99,7 @@ class Bitfit(Merging):
             dtype = torch.promote_types(like.dtype, torch.float32)
             bias = nn.Parameter(torch.zeros(place.end - place.start, dtype=dtype, device=like.device))
             self._biases[f"{PREFIX}{place.name}.bitfit"] = bias
-            self.hooks.after(place.module, _adding(place, bias))
+            self.hooks.after(place.module, _build_bias_hook(place, bias))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._biases
@@ -110,7 +110,7 @@ class Bitfit(Merging):
     def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Every module's bias with the change in it; one is created where there is none."""
         for place, change in zip(self.places, self._biases.values(), strict=True):
-            old, weight = own(place.module, "bias"), own(place.module, "weight")
+            old, weight = get_own_parameter(place.module, "bias"), get_own_parameter(place.module, "weight")
             like = old if old is not None else weight
             assert like is not None
             whole = change.new_zeros(place.outputs) if old is None else old.to(change.dtype).clone()
@@ -124,10 +124,10 @@ class Bitfit(Merging):
         load_into(self._biases, state)
 
     def peft(self) -> dict[str, Any] | None:
-        return own_form(self.config, self.task)
+        return build_native_config(self.config, self.task)
 
 
-def _adding(place: Place, bias: nn.Parameter) -> Any:
+def _build_bias_hook(place: BiasTarget, bias: nn.Parameter) -> Any:
     """The change of one place: y [..., out] -> y with the bias added."""
     def whole(_x: Tensor, y: Tensor) -> Tensor:
         # A linear map's gradient does not need its output, so it may be written into. A norm's output is another

@@ -22,18 +22,18 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.optimizer_hook import Update
-from luthier.core.protocols import Anatomy, Attached, Scope
+from luthier.core.optimizer_hook import OptimizerHook
+from luthier.core.protocols import AdapterGate, Anatomy, Tuner
 from luthier.methods import METHODS
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.lora import LoraConfig
-from luthier.methods.prefixed import Named
-from luthier.methods.prompt import Words
+from luthier.methods.prefixed import PrefixedMethod
+from luthier.methods.prompt import VirtualTokenConfig
 
 OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
 
-class SeveralConfig(Config):
+class CompositeConfig(Config):
     """A list of methods, as one."""
 
     name: Literal["several"] = "several"
@@ -51,7 +51,7 @@ class SeveralConfig(Config):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"{twice[0]} stands in the list twice, and their parameters would have the same names; "
                              "one with a larger size (rank) holds what two of them would")
-        virtual = [name for name, part in zip(names, parts, strict=True) if isinstance(part, Words)]
+        virtual = [name for name, part in zip(names, parts, strict=True) if isinstance(part, VirtualTokenConfig)]
         if len(virtual) > 1:
             raise ValueError(f"{' and '.join(virtual)} are all virtual tokens, and a saved run holds one kind of them")
         return parts
@@ -65,9 +65,9 @@ class SeveralConfig(Config):
         """The first part's."""
         return float(self.parts[0].default_rate)
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Several:
+    def attach(self, anatomy: Anatomy, *, seed: int) -> CompositeMethod:
         """Every part. Raises `RecipeError` where the result could not be saved."""
-        found: list[Attached] = []
+        found: list[Tuner] = []
         order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
         for i, part in order:
             found.append(part.attach(anatomy, seed=seed + i))
@@ -78,15 +78,15 @@ class SeveralConfig(Config):
             if meet := sorted(before & found[-1].state().keys()):
                 raise RecipeError(f"{part.name} keeps what it trains as {meet[0]!r}, and so does another of the list: "
                                   "one file cannot hold both", "leave one of them out")
-        return Several(found, [part.default_rate / self.default_rate for _, part in order])
+        return CompositeMethod(found, [part.default_rate / self.default_rate for _, part in order])
 
 
-def parts_of(method: Config) -> tuple[Any, ...]:
+def list_parts(method: Config) -> tuple[Any, ...]:
     """The methods of a list, or the one."""
-    return method.parts if isinstance(method, SeveralConfig) else (method,)
+    return method.parts if isinstance(method, CompositeConfig) else (method,)
 
 
-class Several:
+class CompositeMethod:
     """Parts that train, are switched and are saved together. It has no switch of its own: see `scopes`.
 
     Args:
@@ -96,7 +96,7 @@ class Several:
 
     scope = None
 
-    def __init__(self, parts: Sequence[Attached], rates: Sequence[float] | None = None) -> None:
+    def __init__(self, parts: Sequence[Tuner], rates: Sequence[float] | None = None) -> None:
         self.parts, self.rates = tuple(parts), tuple(rates or [1.0] * len(parts))
         names = [name for part in parts for name in part.parameters()]
         assert len(names) == len(set(names)), "two parts have parameters of one name"
@@ -109,8 +109,8 @@ class Several:
                     if name in part.parameters())
 
     @property
-    def at_update(self) -> Update | None:
-        return together(part.at_update for part in self.parts)
+    def at_update(self) -> OptimizerHook | None:
+        return combine_hooks(part.at_update for part in self.parts)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -120,7 +120,7 @@ class Several:
             yield
 
     def merge(self) -> None:
-        done: list[Attached] = []
+        done: list[Tuner] = []
         try:
             for part in self.parts:
                 part.merge()
@@ -168,10 +168,10 @@ class Several:
 
 
 @dataclass(frozen=True)
-class Together:
+class CombinedHook:
     """What several methods do at an update, one after another."""
 
-    parts: tuple[Update, ...]
+    parts: tuple[OptimizerHook, ...]
 
     def before(self) -> None:
         for part in self.parts:
@@ -182,17 +182,17 @@ class Together:
             part.after(step, total, sound)
 
 
-def together(found: Iterable[Update | None]) -> Update | None:
+def combine_hooks(found: Iterable[OptimizerHook | None]) -> OptimizerHook | None:
     """All of them as one; None where there is none."""
     parts = tuple(update for update in found if update is not None)
-    return Together(parts) if parts else None
+    return CombinedHook(parts) if parts else None
 
 
-def scopes(attached: Attached) -> tuple[Scope, ...] | None:
+def collect_gates(attached: Tuner) -> tuple[AdapterGate, ...] | None:
     """The switches of an attached method and of all its parts; None where one of them has none."""
-    if isinstance(attached, Named):
-        return scopes(attached.inner)
-    if not isinstance(attached, Several):
+    if isinstance(attached, PrefixedMethod):
+        return collect_gates(attached.inner)
+    if not isinstance(attached, CompositeMethod):
         return None if attached.scope is None else (attached.scope,)
-    found = [scopes(part) for part in attached.parts]
+    found = [collect_gates(part) for part in attached.parts]
     return None if None in found else tuple(scope for inner in found if inner for scope in inner)

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.core.protocols import Anatomy, Attached
+from luthier.core.protocols import Anatomy, Tuner
 from luthier.methods.adalora import AdaLora
-from luthier.methods.adalora import Layer as Searched
-from luthier.methods.composite import Several
-from luthier.methods.lora import Layer, Lora
+from luthier.methods.adalora import AdaLoraLayer as Searched
+from luthier.methods.composite import CompositeMethod
+from luthier.methods.lora import Lora, LoraLayer
 from luthier.methods.prefix import Prefix, ProjectedPrefix
-from luthier.methods.prompt import Prompt, ports_of
+from luthier.methods.prompt import Prompt, get_injector
 from luthier.methods.ptuning import PTuning
 
 CHUNK = 8192  # words that are compared at once
@@ -34,7 +34,7 @@ SAMPLE = 64  # vectors that stand for the usual ones where there are no words
 
 
 @dataclass(frozen=True)
-class Reading:
+class Diagnostic:
     """A table of what was read off a method.
 
     Args:
@@ -51,59 +51,59 @@ class Reading:
 
 
 @torch.no_grad()
-def describe(attached: Attached, anatomy: Anatomy) -> list[Reading]:
+def diagnose(attached: Tuner, anatomy: Anatomy) -> list[Diagnostic]:
     """All that can be read off a method; nothing of methods whose numbers mean nothing by themselves."""
-    if isinstance(attached, Several):
-        return [reading for part in attached.parts for reading in describe(part, anatomy)]
+    if isinstance(attached, CompositeMethod):
+        return [reading for part in attached.parts for reading in diagnose(part, anatomy)]
     if isinstance(attached, Prompt | PTuning):
-        if (usual := ports_of(anatomy).usual) is not None:
-            return [_sizes(attached.virtual(), usual(SAMPLE, 0), "the virtual tokens")]
-        return [Reading("words", "embeddings of the virtual tokens, and of every word of the vocabulary",
-                        tuple(_prompt(attached.virtual(), anatomy)))]
+        if (usual := get_injector(anatomy).usual) is not None:
+            return [_measure_norms(attached.virtual(), usual(SAMPLE, 0), "the virtual tokens")]
+        return [Diagnostic("words", "embeddings of the virtual tokens, and of every word of the vocabulary",
+                        tuple(_diagnose_prompt(attached.virtual(), anatomy)))]
     if isinstance(attached, Prefix | ProjectedPrefix):
-        if (usual := ports_of(anatomy).usual) is not None:
-            keys = ports_of(anatomy).keys_values(usual(SAMPLE, 0))[0][0]
-            return [_sizes(_rows(attached.virtual()[0, 0]), _rows(keys), "the first layer's keys of the prefix")]
-        return [Reading("words", "the first layer's keys of the prefix, and of every word as if it stood in that place",
-                        tuple(_prefix(attached.virtual()[0, 0], anatomy)))]
+        if (usual := get_injector(anatomy).usual) is not None:
+            keys = get_injector(anatomy).keys_values(usual(SAMPLE, 0))[0][0]
+            return [_measure_norms(_flatten_heads(attached.virtual()[0, 0]), _flatten_heads(keys), "the first layer's keys of the prefix")]
+        return [Diagnostic("words", "the first layer's keys of the prefix, and of every word as if it stood in that place",
+                        tuple(_diagnose_prefix(attached.virtual()[0, 0], anatomy)))]
     if isinstance(attached, AdaLora):
-        return [Reading("layers", "the length |s B diag(e) A| of each change relative to its weight's |W|, and its "
+        return [Diagnostic("layers", "the length |s B diag(e) A| of each change relative to its weight's |W|, and its "
                         "effective rank, of the ranks that the search left",
-                        tuple(_layer(la, int(la.left().sum())) for la in attached.layers))]
+                        tuple(_diagnose_layer(la, int(la.left().sum())) for la in attached.layers))]
     if isinstance(attached, Lora):
-        return [Reading("layers", "the length |s B A| of each change relative to its weight's |W|, and its effective "
-                        "rank", tuple(_layer(la, la.rank) for la in attached.layers if isinstance(la, Layer)))]
+        return [Diagnostic("layers", "the length |s B A| of each change relative to its weight's |W|, and its effective "
+                        "rank", tuple(_diagnose_layer(la, la.rank) for la in attached.layers if isinstance(la, LoraLayer)))]
     return []
 
 
 # ---------------------------------------------------------------- words
 
 
-def _prompt(virtual: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
+def _diagnose_prompt(virtual: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
     device = next(anatomy.embedding.parameters()).device
-    yield from _compared(virtual, lambda ids: anatomy.embedding(torch.tensor(ids, device=device)), anatomy)
+    yield from _find_nearest_tokens(virtual, lambda ids: anatomy.embedding(torch.tensor(ids, device=device)), anatomy)
 
 
-def _prefix(keys: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
+def _diagnose_prefix(keys: Tensor, anatomy: Anatomy) -> Iterator[dict[str, Any]]:
     """`keys` [G, N, d]."""
-    ports = ports_of(anatomy)
-    for i, key in enumerate(_rows(keys)):
-        yield from _compared(key[None], lambda ids, i=i: ports.first_keys(ids, i), anatomy)  # type: ignore[misc]
+    ports = get_injector(anatomy)
+    for i, key in enumerate(_flatten_heads(keys)):
+        yield from _find_nearest_tokens(key[None], lambda ids, i=i: ports.first_keys(ids, i), anatomy)  # type: ignore[misc]
 
 
-def _rows(keys: Tensor) -> Tensor:
+def _flatten_heads(keys: Tensor) -> Tensor:
     """[N, G d] of [G, N, d]."""
     return keys.transpose(0, 1).flatten(1)
 
 
-def _sizes(virtual: Tensor, usual: Tensor, what: str) -> Reading:
+def _measure_norms(virtual: Tensor, usual: Tensor, what: str) -> Diagnostic:
     """A row for each virtual token, without words: both [n, D]."""
     sizes = virtual.norm(dim=1) / usual.to(virtual).norm(dim=1).mean()
-    return Reading("words", f"the size of {what}, 1 for a plain patch's: this base has no words to compare them with",
+    return Diagnostic("words", f"the size of {what}, 1 for a plain patch's: this base has no words to compare them with",
                    tuple({"size": size, "nearest": []} for size in sizes.tolist()))
 
 
-def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], anatomy: Anatomy) -> Iterator[dict[str, Any]]:
+def _find_nearest_tokens(virtual: Tensor, table: Callable[[list[int]], Tensor], anatomy: Anatomy) -> Iterator[dict[str, Any]]:
     """A row for each virtual token [N, D], out of the vectors of words, [n, D]."""
     size, lengths = anatomy.sizes["vocabulary"], []
     best = torch.full((len(virtual), 0), 2.0).to(virtual)
@@ -126,7 +126,7 @@ def _compared(virtual: Tensor, table: Callable[[list[int]], Tensor], anatomy: An
 # ---------------------------------------------------------------- LoRA
 
 
-def _layer(layer: Layer | Searched, of: int) -> dict[str, Any]:
+def _diagnose_layer(layer: LoraLayer | Searched, of: int) -> dict[str, Any]:
     """Size and effective rank, exp(-sum p log p) of the shares p of the singular values (Roy and Vetterli 2007), which
     is 1 for one direction and R for R equal ones. DoRA's lengths are not part of it."""
     a, b = layer.factors()

@@ -25,27 +25,27 @@ if TYPE_CHECKING:
     from luthier.methods.lora import LoraConfig
 
 
-def named(target: str, experts: Experts) -> bool:
+def is_target(target: str, experts: Experts) -> bool:
     """Whether a target means these experts: `experts` for all of them, or an ending such as `experts.down_proj`."""
     return target == "experts" or ("experts." in target and f".{experts.name}".endswith(f".{target}"))
 
 
-def applies(pattern: str, experts: Experts) -> bool:
+def matches_pattern(pattern: str, experts: Experts) -> bool:
     """Whether a key of a pattern means these experts: as a target does, or as an expression for their whole path."""
-    return named(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
+    return is_target(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
 
 
-def chosen_experts(experts: Sequence[Experts], targets: str | Sequence[str]) -> list[Experts]:
+def select_experts(experts: Sequence[Experts], targets: str | Sequence[str]) -> list[Experts]:
     """Those that `targets` names; `all-linear` leaves them alone, for they are most of a model's weights."""
-    return [] if targets == "all-linear" else [e for e in experts if any(named(target, e) for target in targets)]
+    return [] if targets == "all-linear" else [e for e in experts if any(is_target(target, e) for target in targets)]
 
 
-def expert_layers(found: Sequence[Experts], config: LoraConfig, generator: torch.Generator) -> list[ExpertLayer]:
+def build_expert_layers(found: Sequence[Experts], config: LoraConfig, generator: torch.Generator) -> list[ExpertLayer]:
     """Raises `RecipeError` for the variants that have no form for experts."""
     unfit = [setting for setting, given in (
         ("dora", config.dora), ("dropout", config.dropout > 0), ("init: pissa", config.init == "pissa"),
-        ("rank_pattern", any(applies(key, e) for key in config.rank_pattern for e in found)),
-        ("alpha_pattern", any(applies(key, e) for key in config.alpha_pattern for e in found))) if given]
+        ("rank_pattern", any(matches_pattern(key, e) for key in config.rank_pattern for e in found)),
+        ("alpha_pattern", any(matches_pattern(key, e) for key in config.alpha_pattern for e in found))) if given]
     if found and unfit:
         raise RecipeError(f"method.targets names experts, whose change has no {unfit[0]}",
                           f"leave {unfit[0]} out, or the experts")

@@ -24,7 +24,7 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Anatomy
-from luthier.methods.full import EMBEDDING_RATE, KEEP_BASE, Full, of_embeddings
+from luthier.methods.full import EMBEDDING_LR_HELP, KEEP_BASE_HELP, Full, scale_embedding_lr
 
 
 class FreezeConfig(Config):
@@ -39,9 +39,9 @@ class FreezeConfig(Config):
     patterns: tuple[str, ...] = Field((), description="parameters by their names: whole parts between dots "
                                                       "(mlp.down_proj), or expressions that fit a whole name")
     embeddings: bool = Field(False, description="the input embeddings (and with them a head that shares their weight)")
-    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
+    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
     head: bool = Field(False, description="the output projection (and with it embeddings that share its weight)")
-    keep_base: bool | None = Field(None, description=KEEP_BASE)
+    keep_base: bool | None = Field(None, description=KEEP_BASE_HELP)
 
     @property
     def last_blocks(self) -> int | None:
@@ -53,14 +53,14 @@ class FreezeConfig(Config):
         wanted = {id(p) for module in self._modules(anatomy) for p in module.parameters()}
         named = dict(anatomy.model.named_parameters())  # tied weights are named once
         for pattern in self.patterns:
-            found = {id(p) for name, p in named.items() if fits(name, pattern)}
+            found = {id(p) for name, p in named.items() if matches_name(name, pattern)}
             if not found:
                 raise RecipeError(f"method.patterns: {pattern!r} fits no parameter of this model",
                                   "use parts of their names, such as: " + ", ".join(sorted(
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
             wanted |= found
         trained = {name: p for name, p in named.items() if id(p) in wanted}
-        return Full(trained, bool(self.keep_base), of_embeddings(anatomy, trained, self.embedding_rate))
+        return Full(trained, bool(self.keep_base), scale_embedding_lr(anatomy, trained, self.embedding_rate))
 
     def _modules(self, anatomy: Anatomy) -> Iterable[nn.Module]:
         blocks = [block.module for block in anatomy.blocks]
@@ -70,7 +70,7 @@ class FreezeConfig(Config):
                               f"use {len(blocks)} or fewer")
         yield from blocks[max(0, len(blocks) - last):]
         if self.layers is not None:
-            yield from _range(blocks, *self.layers)
+            yield from _resolve_range(blocks, *self.layers)
         if self.embeddings:
             yield anatomy.embedding
         if self.head:
@@ -79,7 +79,7 @@ class FreezeConfig(Config):
             yield anatomy.head
 
 
-def _range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
+def _resolve_range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
     count = len(blocks)
     start, end = (place + count if place < 0 else place for place in (first, last))
     if not 0 <= start <= end < count:
@@ -88,12 +88,12 @@ def _range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
     return blocks[start:end + 1]
 
 
-def fits(name: str, pattern: str) -> bool:
+def matches_name(name: str, pattern: str) -> bool:
     """Whether the pattern is some whole parts of the dotted name, or an expression that fits all of it."""
     return f".{pattern}." in f".{name}." or re.fullmatch(pattern, name) is not None
 
 
-class LnConfig(Config):
+class LnTuningConfig(Config):
     """Training the norms alone: their weights, and their biases where they have them."""
 
     default_rate: ClassVar[float] = 1e-3
@@ -102,14 +102,14 @@ class LnConfig(Config):
     biases: bool = Field(True, description="the norms' biases too, where there are any")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        named = {f"{path}.{name}": p for path, norm in norms(anatomy).items() for name, p in norm.named_parameters()
+        named = {f"{path}.{name}": p for path, norm in find_norms(anatomy).items() for name, p in norm.named_parameters()
                  if self.biases or name != "bias"}
         if not named:
             raise RecipeError("method ln: the norms of this model have no weights", "use another method: bitfit, lora")
         return Full(named, keep_base=True)
 
 
-def norms(anatomy: Anatomy) -> dict[str, nn.Module]:
+def find_norms(anatomy: Anatomy) -> dict[str, nn.Module]:
     """Every norm of the model by its path: those of the blocks, and those outside of them that are of the same make."""
     inner = {id(norm) for block in anatomy.blocks for norm in block.norms}
     makes = {type(norm) for block in anatomy.blocks for norm in block.norms}

@@ -19,9 +19,9 @@ from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import load_into
 
-KEEP_BASE = ("keep a copy of what trains as it was, so that the base can be switched back to; costs its size in "
+KEEP_BASE_HELP = ("keep a copy of what trains as it was, so that the base can be switched back to; costs its size in "
              "memory. Left out: where the objective compares the model with its base (DPO, PPO)")
-EMBEDDING_RATE = ("factor on the learning rate for the input embeddings (and a head that shares their weight), which "
+EMBEDDING_LR_HELP = ("factor on the learning rate for the input embeddings (and a head that shares their weight), which "
                   "continued pretraining wants below 1")
 
 
@@ -31,15 +31,15 @@ class FullConfig(Config):
     default_rate: ClassVar[float] = 2e-5
 
     name: Literal["full"] = "full"
-    keep_base: bool | None = Field(None, description=KEEP_BASE)
-    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
+    keep_base: bool | None = Field(None, description=KEEP_BASE_HELP)
+    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
         named = dict(anatomy.model.named_parameters())  # tied weights are named once
-        return Full(named, bool(self.keep_base), of_embeddings(anatomy, named, self.embedding_rate))
+        return Full(named, bool(self.keep_base), scale_embedding_lr(anatomy, named, self.embedding_rate))
 
 
-def of_embeddings(anatomy: Anatomy, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, float]:
+def scale_embedding_lr(anatomy: Anatomy, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, float]:
     """The factor of each of `parameters` that is the input embeddings'. Raises `RecipeError` where a factor would have
     no effect."""
     mine = {id(p) for p in anatomy.embedding.parameters()}

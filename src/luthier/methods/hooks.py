@@ -14,19 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import NotMergeable, RunError
-from luthier.core.protocols import Scope, Site
+from luthier.core.protocols import AdapterGate, Site
 
-Change = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
+DeltaFunction = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
 
 
 class Hooks:
     """The hooks of one attached method. `scope` says whether, where and how strongly they act."""
 
     def __init__(self) -> None:
-        self.scope = Scope()
+        self.scope = AdapterGate()
         self._handles: list[Any] = []
 
-    def after(self, module: nn.Module, change: Change) -> None:
+    def after(self, module: nn.Module, change: DeltaFunction) -> None:
         """From now on `module` returns ``change(input, output)``. Where it returns a tuple, its first entry changes.
         `change` may write into the output."""
 
@@ -50,13 +50,13 @@ class Hooks:
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
-    def _scoped(self, change: Change, x: Tensor, y: Tensor) -> Tensor:
+    def _scoped(self, change: DeltaFunction, x: Tensor, y: Tensor) -> Tensor:
         """``change(x, y)``, as strongly as `scope.weight` says, for the tokens of `scope.part` alone."""
         scope = self.scope
         if scope.part is None:
             return change(x, y) if scope.weight == 1 else y + scope.weight * (change(x, y.clone()) - y)
         index = scope.part[1]
-        dim = _dimension(scope.part[0], scope.among, y.shape)
+        dim = _find_token_dim(scope.part[0], scope.among, y.shape)
         some = y.index_select(dim, index)
         new = change(x.index_select(dim, index), some if scope.weight == 1 else some.clone())
         return y.index_copy(dim, index, new if scope.weight == 1 else some + scope.weight * (new - some))
@@ -72,7 +72,7 @@ class Hooks:
         self._handles.clear()
 
 
-def _dimension(dim: int, among: int, shape: torch.Size) -> int:
+def _find_token_dim(dim: int, among: int, shape: torch.Size) -> int:
     """Which dimension of a hidden state holds the tokens of a row (`dim` 1) or the rows of a batch (0), `among` many:
     some norms see [1, heads, T, d]. Raises `RunError` where that cannot be told: a mixture sorts tokens by expert."""
     among = among or shape[dim]
@@ -93,13 +93,13 @@ def refuse_quantized(sites: Iterable[Site]) -> None:
 
 def load_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
     """Copy `state` into `parameters`, bit for bit. Raises `RunError` for missing, unknown or misshapen entries."""
-    refuse_misfits(parameters, state)
+    check_state_shapes(parameters, state)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
 
-def refuse_misfits(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+def check_state_shapes(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
     """Raises `RunError` where `state` has not the names and shapes of `wanted`."""
     missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     misshapen = [f"{name} {list(state[name].shape)} instead of {list(t.shape)}"

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
-from luthier.methods.lora import PREFIX, chosen, matches
-from luthier.methods.merging import Merging, own
-from luthier.methods.peft_settings import MERGE, ORIGIN, refuse_unread, target_expression
+from luthier.methods.hooks import Hooks, check_state_shapes, refuse_quantized
+from luthier.methods.lora import PREFIX, matches_target, select_targets
+from luthier.methods.merging import MergeableMethod, get_own_parameter
+from luthier.methods.peft_settings import MERGE, ORIGIN, build_target_pattern, refuse_unread
 
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
 PEFT_READ = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
@@ -50,7 +50,7 @@ class Ia3Config(Config):
     def from_peft(cls, adapter: Mapping[str, Any]) -> Ia3Config:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
         refuse_unread(adapter, PEFT_READ)
-        selected, inner = target_expression(adapter), adapter.get("feedforward_modules") or []
+        selected, inner = build_target_pattern(adapter), adapter.get("feedforward_modules") or []
         if selected is None or adapter["target_modules"] == "all-linear":
             raise RunError(f"the adapter was made with target_modules={adapter.get('target_modules')!r}, which is not "
                            "read here", MERGE)
@@ -66,20 +66,20 @@ class Ia3Config(Config):
         if self.targets == "paper":
             outer = [site for site in anatomy.sites if site.role in ("k", "v", "qkv")]
             # Where experts share one tensor, the MLP has no map of its own to scale.
-            inner = [site for site in anatomy.sites if any(matches(site, pattern) for pattern in self.feedforward)]
+            inner = [site for site in anatomy.sites if any(matches_target(site, pattern) for pattern in self.feedforward)]
             if not outer:
                 raise RecipeError("method.targets: no keys and values were found in this model, as maps of their own "
                                   "or one after another in one map", "name the maps to scale: targets: [ending]")
         else:
-            inner = chosen(anatomy.sites, self.feedforward)
-            outer = [site for site in chosen(anatomy.sites, self.targets) if site not in inner]
+            inner = select_targets(anatomy.sites, self.feedforward)
+            outer = [site for site in select_targets(anatomy.sites, self.targets) if site not in inner]
         skip = anatomy.sizes["heads"] * anatomy.sizes["head_dim"]
-        layers = [Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.targets == "paper" else 0)
+        layers = [Ia3Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.targets == "paper" else 0)
                   for site in outer]
-        return Ia3(layers + [Layer(site, inputs=True) for site in inner], anatomy.task)
+        return Ia3(layers + [Ia3Layer(site, inputs=True) for site in inner], anatomy.task)
 
 
-class Layer:
+class Ia3Layer:
     """The scale of one linear map's outputs, all but the first `skip`, or of its inputs."""
 
     def __init__(self, site: Site, inputs: bool, skip: int = 0) -> None:
@@ -109,10 +109,10 @@ class Layer:
         return self.whole()[None] if self.inputs else self.whole()[:, None]
 
 
-class Ia3(Merging):
+class Ia3(MergeableMethod):
     """(IA)^3 on a model."""
 
-    def __init__(self, layers: list[Layer], task: str) -> None:
+    def __init__(self, layers: list[Ia3Layer], task: str) -> None:
         super().__init__()
         self.layers, self.task, self.hooks = layers, task, Hooks()
         self.scope = self.hooks.scope
@@ -122,7 +122,7 @@ class Ia3(Merging):
             else:
                 self.hooks.after(layer.site.module, layer.after)
 
-    def _named(self) -> dict[str, Layer]:
+    def _named(self) -> dict[str, Ia3Layer]:
         return {f"{PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -139,7 +139,7 @@ class Ia3(Merging):
             rows = layer.inputs == site.transposed
             weight = site.weight.to(scale.dtype) * (scale[:, None] if rows else scale[None])
             yield site.module, "weight", weight.to(site.weight.dtype)
-            if not layer.inputs and (bias := own(site.module, "bias")) is not None:
+            if not layer.inputs and (bias := get_own_parameter(site.module, "bias")) is not None:
                 yield site.module, "bias", (bias.to(scale.dtype) * scale).to(bias.dtype)
 
     def state(self) -> dict[str, Tensor]:
@@ -148,7 +148,7 @@ class Ia3(Merging):
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        refuse_misfits(self.state(), state)
+        check_state_shapes(self.state(), state)
         for name, layer in self._named().items():
             if not bool((state[name].flatten()[:layer.skip] == 1).all()):
                 raise RunError(f"the saved scales of {layer.site.name!r} change its queries too, as the paper's do not",

@@ -33,17 +33,17 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.expert_lora import ExpertLayer, chosen_experts, expert_layers, named
-from luthier.methods.hooks import Hooks, load_into, refuse_misfits, refuse_quantized
+from luthier.methods.expert_lora import ExpertLayer, build_expert_layers, is_target, select_experts
+from luthier.methods.hooks import Hooks, check_state_shapes, load_into, refuse_quantized
 from luthier.methods.peft_settings import (
     MERGE,
     ORIGIN,
     SELECTION,
-    pattern_expression,
+    build_key_pattern,
+    build_target_pattern,
+    format_unsupported,
     refuse_unread,
-    short_names,
-    target_expression,
-    unread,
+    shorten_names,
 )
 
 PREFIX = "base_model.model."  # PEFT's files put this before a module's path
@@ -81,10 +81,10 @@ class LoraConfig(Config):
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
         refuse_unread(adapter, PEFT_READ)
         if adapter.get("bias", "none") != "none":
-            raise unread("bias", adapter["bias"])
+            raise format_unsupported("bias", adapter["bias"])
         refuse_moved_base(adapter)
         targets = adapter.get("target_modules")
-        selected = "all-linear" if targets == "all-linear" else target_expression(adapter)
+        selected = "all-linear" if targets == "all-linear" else build_target_pattern(adapter)
         parameters = list(adapter.get("target_parameters") or ())
         if selected is None and not parameters:
             raise RunError("adapter_config.json names no target_modules, so nobody knows what was trained",
@@ -95,18 +95,18 @@ class LoraConfig(Config):
             "targets": selected if selected == "all-linear" and not parameters else
             [*([] if selected is None else [selected]), *parameters],
             "rslora": adapter.get("use_rslora") or False, "dora": adapter.get("use_dora") or False,
-            "rank_pattern": {pattern_expression(key): r for key, r in (adapter.get("rank_pattern") or {}).items()},
-            "alpha_pattern": {pattern_expression(key): a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
+            "rank_pattern": {build_key_pattern(key): r for key, r in (adapter.get("rank_pattern") or {}).items()},
+            "alpha_pattern": {build_key_pattern(key): a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
-        experts = chosen_experts(anatomy.experts, self.targets)
-        rest = [target for target in self.targets if not any(named(target, e) for e in experts)]
-        sites = chosen(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
+        experts = select_experts(anatomy.experts, self.targets)
+        rest = [target for target in self.targets if not any(is_target(target, e) for e in experts)]
+        sites = select_targets(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
         generator = torch.Generator().manual_seed(seed)
-        layers = [Layer(site, self, generator) for site in sites]
+        layers = [LoraLayer(site, self, generator) for site in sites]
         # Models of other tasks get heads whose maps may have the names of these.
         every = [name for name, _ in anatomy.model.named_modules()] if anatomy.task in GENERATES else None
-        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task, every)
+        return Lora(self, [*layers, *build_expert_layers(experts, self, generator)], anatomy.task, every)
 
 
 def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
@@ -118,32 +118,32 @@ def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
                        "path_initial_model_for_weight_conversion), or " + MERGE)
 
 
-def matches(site: Site, pattern: str) -> bool:
+def matches_target(site: Site, pattern: str) -> bool:
     """Whether `pattern` names the site: its role, the end of its path, or an expression that fits the whole path."""
     return (pattern == site.role or site.name == pattern or site.name.endswith("." + pattern)
             or re.fullmatch(pattern, site.name) is not None)
 
 
-def chosen(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site]:
+def select_targets(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site]:
     """The sites that `targets` names. A target that matches nothing is an error."""
     if targets == "all-linear":
         return [site for site in sites if site.role != "router"]
     assert not isinstance(targets, str)
     for target in targets:
-        if not any(matches(site, target) for site in sites):
+        if not any(matches_target(site, target) for site in sites):
             roles = sorted({site.role for site in sites} | {site.name.rsplit(".", 1)[-1] for site in sites})
             raise RecipeError(f"method.targets: {target!r} matches no linear map of this model",
                               f"use all-linear, or some of: {', '.join(roles)}")
-    return [site for site in sites if any(matches(site, target) for target in targets)]
+    return [site for site in sites if any(matches_target(site, target) for target in targets)]
 
 
-class Layer:
+class LoraLayer:
     """The change beside one linear map."""
 
     def __init__(self, site: Site, config: LoraConfig, generator: torch.Generator) -> None:
         self.site, self.p, self.path = site, config.dropout, site.name
-        self.rank = next((r for k, r in config.rank_pattern.items() if matches(site, k)), config.rank)
-        alpha = next((a for k, a in config.alpha_pattern.items() if matches(site, k)), config.alpha)
+        self.rank = next((r for k, r in config.rank_pattern.items() if matches_target(site, k)), config.rank)
+        alpha = next((a for k, a in config.alpha_pattern.items() if matches_target(site, k)), config.alpha)
         self.scale = alpha / (self.rank ** 0.5 if config.rslora else self.rank)
         weight = site.weight
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
@@ -237,11 +237,11 @@ class Lora:
 
     at_update = None
 
-    def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM",
+    def __init__(self, config: LoraConfig, layers: Sequence[LoraLayer | ExpertLayer], task: str = "CAUSAL_LM",
                  every: Sequence[str] | None = None) -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
-        paths = [layer.site.name for layer in layers if isinstance(layer, Layer)]
-        self._targets = sorted(set(paths)) if every is None else short_names(paths, every)
+        paths = [layer.site.name for layer in layers if isinstance(layer, LoraLayer)]
+        self._targets = sorted(set(paths)) if every is None else shorten_names(paths, every)
         self.scope = self.hooks.scope
         self._originals: list[Tensor] = []
         for layer in layers:
@@ -276,7 +276,7 @@ class Lora:
     @torch.no_grad()
     def merge(self) -> None:
         assert not self._originals, "merged already"
-        refuse_quantized(layer.site for layer in self.layers if isinstance(layer, Layer))
+        refuse_quantized(layer.site for layer in self.layers if isinstance(layer, LoraLayer))
         for layer in self.layers:
             self._originals.append(layer.site.weight.detach().clone())
             layer.site.weight.copy_(layer.merged())
@@ -301,7 +301,7 @@ class Lora:
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        refuse_misfits(self.state(), state)
+        check_state_shapes(self.state(), state)
         state = dict(state)
         for layer in self.layers:
             if layer.start is not None:
@@ -314,7 +314,7 @@ class Lora:
     def peft(self) -> dict[str, Any] | None:
         twice = 2 if self.config.init == "pissa" else 1
         stretch = twice ** 0.5 if self.config.rslora else twice
-        linear = [layer for layer in self.layers if isinstance(layer, Layer)]
+        linear = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
         experts = sorted(layer.site.name for layer in self.layers if isinstance(layer, ExpertLayer))
         return {
             "peft_type": "LORA", "task_type": self.task, "r": self.config.rank * twice,

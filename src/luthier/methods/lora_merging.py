@@ -24,12 +24,12 @@ from torch import Tensor
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import PREFIX, Lora, LoraConfig
 
-How = Literal["sum", "concatenation", "svd"]
+CombinationType = Literal["sum", "concatenation", "svd"]
 Factors = tuple[Tensor, Tensor]  # A [R, in], B [out, R]
 
 
 @dataclass(frozen=True)
-class Combined:
+class MergedLora:
     """One LoRA.
 
     Args:
@@ -44,7 +44,7 @@ class Combined:
 
 
 @torch.no_grad()
-def combine(loras: Sequence[Lora], weights: Sequence[float], how: How = "sum", rank: int | None = None) -> Combined:
+def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: CombinationType = "sum", rank: int | None = None) -> MergedLora:
     """LoRAs of one base as one LoRA; a map that only some of them change gets the change of those.
 
     Args:
@@ -54,8 +54,8 @@ def combine(loras: Sequence[Lora], weights: Sequence[float], how: How = "sum", r
     Raises:
         RecipeError: for settings that mean nothing together, and for DoRA, whose change is no sum.
     """
-    if how not in get_args(How):
-        raise RecipeError(f"adapters cannot be combined by {how!r}", f"one of: {', '.join(get_args(How))}")
+    if how not in get_args(CombinationType):
+        raise RecipeError(f"adapters cannot be combined by {how!r}", f"one of: {', '.join(get_args(CombinationType))}")
     if len(weights) != len(loras):
         raise RecipeError(f"{len(loras)} adapters and {len(weights)} weights", "give one weight for each adapter")
     if rank is not None and (how != "svd" or rank < 1):
@@ -67,9 +67,9 @@ def combine(loras: Sequence[Lora], weights: Sequence[float], how: How = "sum", r
     most = rank or max(layer.rank for lora in loras for layer in lora.layers)
     state, ranks = {}, {}
     kept = lost = 0.0
-    for name, parts in _by_site(loras, weights).items():
+    for name, parts in _collect_factors(loras, weights).items():
         whole = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
-        (a, b), inside, outside = (whole, 1.0, 0.0) if how == "concatenation" else _reduced(*whole, most if how == "svd"
+        (a, b), inside, outside = (whole, 1.0, 0.0) if how == "concatenation" else _reduce_rank(*whole, most if how == "svd"
                                                                                            else None)
         kept, lost = kept + inside, lost + outside
         ranks[name] = a.shape[0]
@@ -78,10 +78,10 @@ def combine(loras: Sequence[Lora], weights: Sequence[float], how: How = "sum", r
     others = {name: r for name, r in ranks.items() if r != largest}
     config = LoraConfig(rank=largest, alpha=largest, targets=tuple(ranks), rank_pattern=others,
                         alpha_pattern={name: float(r) for name, r in others.items()})
-    return Combined(config, state, (lost / (kept + lost)) ** 0.5 if lost else 0.0)
+    return MergedLora(config, state, (lost / (kept + lost)) ** 0.5 if lost else 0.0)
 
 
-def _by_site(loras: Sequence[Lora], weights: Sequence[float]) -> dict[str, list[Factors]]:
+def _collect_factors(loras: Sequence[Lora], weights: Sequence[float]) -> dict[str, list[Factors]]:
     """The factors of each map's change by its path, weight and scale in B."""
     found: dict[str, list[Factors]] = {}
     for lora, weight in zip(loras, weights, strict=True):
@@ -91,7 +91,7 @@ def _by_site(loras: Sequence[Lora], weights: Sequence[float]) -> dict[str, list[
     return found
 
 
-def _reduced(a: Tensor, b: Tensor, rank: int | None) -> tuple[Factors, float, float]:
+def _reduce_rank(a: Tensor, b: Tensor, rank: int | None) -> tuple[Factors, float, float]:
     """The product B A at most of this rank (None: at its own); the squared norms of what is kept and what is lost."""
     q_a, r_a = torch.linalg.qr(a.double().T)
     q_b, r_b = torch.linalg.qr(b.double())

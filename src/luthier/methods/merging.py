@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from luthier.core.optimizer_hook import Update
+from luthier.core.optimizer_hook import OptimizerHook
 from luthier.methods.hooks import Hooks
 
 
-class Merging:
+class MergeableMethod:
     """`merge`, `unmerge` and `disabled` of a method that stands on hooks and says what its merged weights are."""
 
     hooks: Hooks
-    at_update: Update | None = None
+    at_update: OptimizerHook | None = None
 
     def __init__(self) -> None:
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -29,7 +29,7 @@ class Merging:
     def merge(self) -> None:
         assert not self._originals, "merged already"
         for module, name, value in self.merged():
-            old = own(module, name)
+            old = get_own_parameter(module, name)
             self._originals.append((module, name, None if old is None else old.detach().clone()))
             if old is None:  # a bias where the module had none
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
@@ -41,7 +41,7 @@ class Merging:
     def unmerge(self) -> None:
         assert self._originals, "not merged"
         for module, name, value in reversed(self._originals):
-            old = own(module, name)
+            old = get_own_parameter(module, name)
             if value is None or old is None:
                 module.register_parameter(name, None)
             else:
@@ -63,6 +63,6 @@ class Merging:
                 yield
 
 
-def own(module: nn.Module, name: str) -> nn.Parameter | None:
+def get_own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """A parameter that stands directly in the module."""
     return dict(module.named_parameters(recurse=False)).get(name)

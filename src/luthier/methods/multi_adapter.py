@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import RecipeError, RunError, nearest
-from luthier.core.optimizer_hook import Update
-from luthier.core.protocols import Anatomy, Attached, Scope
+from luthier.core.optimizer_hook import OptimizerHook
+from luthier.core.protocols import AdapterGate, Anatomy, Tuner
 from luthier.core.types import Inputs
-from luthier.methods.composite import scopes, together
+from luthier.methods.composite import collect_gates, combine_hooks
 
 Choice = str | Mapping[str, float] | None  # one adapter, several by their weights, or the bare base
 
 
-class Acts(NamedTuple):
+class GateSetting(NamedTuple):
     """How one adapter acts: see `Scope`."""
 
     weight: float = 1.0
@@ -42,7 +42,7 @@ class Acts(NamedTuple):
     where: tuple[int, ...] = ()
 
 
-class Bank:
+class AdapterManager:
     """Adapters by name on one base. Whoever adds one hands its switch over to the bank.
 
     Args:
@@ -51,16 +51,16 @@ class Bank:
 
     def __init__(self, anatomy: Anatomy) -> None:
         self._anatomy = anatomy
-        self.members: dict[str, Attached] = {}
-        self._scopes: dict[str, tuple[Scope, ...]] = {}
-        self._acting: dict[str, Acts] = {}
+        self.members: dict[str, Tuner] = {}
+        self._scopes: dict[str, tuple[AdapterGate, ...]] = {}
+        self._acting: dict[str, GateSetting] = {}
         self._frozen: set[str] = set()
 
-    def add(self, name: str, attached: Attached) -> None:
+    def add(self, name: str, attached: Tuner) -> None:
         """Take an adapter in, silent until it is chosen. Raises `RunError` for one that has no switch."""
         if name in self.members:
             raise RecipeError(f"the bank has an adapter {name!r} already", "give this one another name")
-        found = scopes(attached)
+        found = collect_gates(attached)
         if found is None:
             raise RunError(f"{name!r} works inside the base's own parts, so nothing else can share this base with it",
                            "use a method that stands beside the weights, such as lora, or load that run by itself")
@@ -68,7 +68,7 @@ class Bank:
             scope.off += 1
         self.members[name], self._scopes[name] = attached, found
 
-    def frozen(self, name: str) -> Attached:
+    def frozen(self, name: str) -> Tuner:
         """The adapter, which trains no more from now on: a reference beside the policy that started from it."""
         self._known([name])
         self._frozen.add(name)
@@ -82,7 +82,7 @@ class Bank:
         """From now on that adapter acts alone (None: the bare base), or several, each change by its weight."""
         weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
         self._known(weights)
-        self._set({name: Acts(weight) for name, weight in weights.items()})
+        self._set({name: GateSetting(weight) for name, weight in weights.items()})
 
     @contextmanager
     def using(self, choice: Choice) -> Iterator[None]:
@@ -106,11 +106,11 @@ class Bank:
             for scope in every:
                 scope.off -= 1
 
-    def _set(self, acting: dict[str, Acts]) -> None:
+    def _set(self, acting: dict[str, GateSetting]) -> None:
         for name, found in self._scopes.items():
             was, now = name in self._acting, acting.get(name)
             for scope in found:
-                _turn(scope, scope.off + was - (now is not None), now or Acts())
+                _set_gate(scope, scope.off + was - (now is not None), now or GateSetting())
         self._acting = acting
 
     # ------------------------------------------------------------ which tokens go where
@@ -134,7 +134,7 @@ class Bank:
         assert isinstance(device, torch.device)
         assert set(places) <= set(range(-1, len(self.members))), places
         before = self._acting
-        self._set({name: Acts(1.0, (dim, found.to(device)), len(places), tuple(found.tolist()))
+        self._set({name: GateSetting(1.0, (dim, found.to(device)), len(places), tuple(found.tolist()))
                    for i, name in enumerate(self.members) if (found := (where == i).nonzero()[:, 0]).numel()})
         try:
             yield
@@ -145,7 +145,7 @@ class Bank:
         """See `Router`. Every scope as it stands now, whoever switched it: by the backward pass all contexts of the
         forward pass may be closed, `disabled()` of one adapter too."""
         every = [scope for found in self._scopes.values() for scope in found]
-        return _as_then(every, [_taken(scope) for scope in every])
+        return _restore_setting(every, [_read_gate(scope) for scope in every])
 
     # ------------------------------------------------------------ training them together
 
@@ -159,9 +159,9 @@ class Bank:
         return self.members[adapter].rate(inner)
 
     @property
-    def at_update(self) -> Update | None:
+    def at_update(self) -> OptimizerHook | None:
         """Of all that are not frozen."""
-        return together(attached.at_update for name, attached in self.members.items() if name not in self._frozen)
+        return combine_hooks(attached.at_update for name, attached in self.members.items() if name not in self._frozen)
 
     def _known(self, names: Iterable[str]) -> None:
         for name in names:
@@ -169,25 +169,25 @@ class Bank:
                 raise RecipeError(f"the bank has no adapter {name!r}", nearest(name, self.members))
 
 
-_Taken = tuple[int, Acts]
+_GateState = tuple[int, GateSetting]
 
 
-def _taken(scope: Scope) -> _Taken:
-    return scope.off, Acts(scope.weight, scope.part, scope.among, scope.where)
+def _read_gate(scope: AdapterGate) -> _GateState:
+    return scope.off, GateSetting(scope.weight, scope.part, scope.among, scope.where)
 
 
-def _turn(scope: Scope, off: int, acts: Acts) -> None:
+def _set_gate(scope: AdapterGate, off: int, acts: GateSetting) -> None:
     scope.off = off
     scope.weight, scope.part, scope.among, scope.where = acts
 
 
 @contextmanager
-def _as_then(every: Sequence[Scope], then: Sequence[_Taken]) -> Iterator[None]:
-    now = [_taken(scope) for scope in every]
+def _restore_setting(every: Sequence[AdapterGate], then: Sequence[_GateState]) -> Iterator[None]:
+    now = [_read_gate(scope) for scope in every]
     for scope, found in zip(every, then, strict=True):
-        _turn(scope, *found)
+        _set_gate(scope, *found)
     try:
         yield
     finally:
         for scope, found in zip(every, now, strict=True):
-            _turn(scope, *found)
+            _set_gate(scope, *found)

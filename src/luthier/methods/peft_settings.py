@@ -44,10 +44,10 @@ def refuse_unread(adapter: Mapping[str, Any], known: Container[str]) -> None:
     """Raises `RunError` that names the first set field which is not in `known`."""
     for key, value in adapter.items():
         if is_set(value) and key not in known and (key, value) != ("bias", "none"):
-            raise unread(key, value)
+            raise format_unsupported(key, value)
 
 
-def unread(key: str, value: Any) -> RunError:
+def format_unsupported(key: str, value: Any) -> RunError:
     return RunError(f"the adapter was made with {key}={value!r}, which is not read here",
                     "use it with PEFT, which alone can apply it" if key in NOT_MERGEABLE else MERGE)
 
@@ -69,7 +69,7 @@ def check_types(adapter: Mapping[str, Any]) -> None:
                            "fix the file, or save the adapter again") from None
 
 
-def names_expression(names: str | Sequence[str]) -> str:
+def build_name_pattern(names: str | Sequence[str]) -> str:
     """PEFT's rule for names of modules: a string is an expression for the whole path; a list holds endings of paths.
 
     >>> import re
@@ -78,25 +78,25 @@ def names_expression(names: str | Sequence[str]) -> str:
     """
     if isinstance(names, str):
         return f"(?:{names})"
-    return rf"(?:(?:.*\.)?(?:{_any(names)}))"
+    return rf"(?:(?:.*\.)?(?:{_join_alternatives(names)}))"
 
 
-def target_expression(adapter: Mapping[str, Any]) -> str | None:
+def build_target_pattern(adapter: Mapping[str, Any]) -> str | None:
     """One regular expression for the whole path of each module that PEFT's fields select (`SELECTION`); None where
     they select nothing (`target_modules: []` beside `target_parameters`)."""
     targets = adapter.get("target_modules")
     if not targets:
         return None
-    found = names_expression(targets)
-    layers = _layers_expression(adapter.get("layers_to_transform"), adapter.get("layers_pattern"))
+    found = build_name_pattern(targets)
+    layers = _build_layer_pattern(adapter.get("layers_to_transform"), adapter.get("layers_pattern"))
     if layers and not isinstance(targets, str):  # a path that is listed whole is selected whatever its layer
-        names = _any(targets)
+        names = _join_alternatives(targets)
         found = rf"(?:(?:{names})|{layers}(?:.*\.(?:{names})))"
     exclude = adapter.get("exclude_modules")
-    return rf"(?!{names_expression(exclude)}$){found}" if exclude else found
+    return rf"(?!{build_name_pattern(exclude)}$){found}" if exclude else found
 
 
-def _layers_expression(indexes: int | Sequence[int] | None, patterns: str | Sequence[str] | None) -> str:
+def _build_layer_pattern(indexes: int | Sequence[int] | None, patterns: str | Sequence[str] | None) -> str:
     """A lookahead for the index of the layer, empty where every layer is selected. The index is the first number behind
     one of the `patterns`; without them, the first from the third part of the path on, as in PEFT."""
     if indexes is None or (not isinstance(indexes, int) and not indexes):
@@ -108,19 +108,19 @@ def _layers_expression(indexes: int | Sequence[int] | None, patterns: str | Sequ
     return rf"(?=(?:.*?\.)?(?:{lists})\.(?:{allowed})\.)"
 
 
-def pattern_expression(pattern: str) -> str:
+def build_key_pattern(pattern: str) -> str:
     """PEFT's rule for keys of rank_pattern and alpha_pattern: an expression for the end of a path, from a dot on."""
     return rf"(.*\.)?({pattern})"
 
 
-def _any(names: Sequence[str]) -> str:
+def _join_alternatives(names: Sequence[str]) -> str:
     return "|".join(re.escape(name) for name in sorted(names))
 
 
 # ---------------------------------------------------------------- what is written
 
 
-def short_names(paths: Sequence[str], every: Sequence[str]) -> list[str]:
+def shorten_names(paths: Sequence[str], every: Sequence[str]) -> list[str]:
     """`target_modules` for these modules: the last part of a path where all modules of that name are meant, else the
     whole path.
 
@@ -139,17 +139,17 @@ def short_names(paths: Sequence[str], every: Sequence[str]) -> list[str]:
     return sorted(found)
 
 
-def with_whole_alphas(form: Mapping[str, Any]) -> dict[str, Any]:
+def make_alphas_integers(form: Mapping[str, Any]) -> dict[str, Any]:
     """An adapter_config.json whose alphas are integers where they are whole: some servers read nothing else.
 
     >>> with_whole_alphas({"lora_alpha": 16.0, "lora_dropout": 0.0, "alpha_pattern": {"q": 8.0, "v": 0.5}})
     {'lora_alpha': 16, 'lora_dropout': 0.0, 'alpha_pattern': {'q': 8, 'v': 0.5}}
     """
-    changed = {key: _whole(value) for key, value in form.items() if key in ("alpha", "lora_alpha")}
+    changed = {key: _to_integer(value) for key, value in form.items() if key in ("alpha", "lora_alpha")}
     if isinstance(patterns := form.get("alpha_pattern"), Mapping):
-        changed["alpha_pattern"] = {key: _whole(value) for key, value in patterns.items()}
+        changed["alpha_pattern"] = {key: _to_integer(value) for key, value in patterns.items()}
     return {**form, **changed}
 
 
-def _whole(value: Any) -> Any:
+def _to_integer(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value

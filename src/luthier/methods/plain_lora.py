@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached
+from luthier.core.protocols import Tuner
 from luthier.methods.adalora import AdaLora
 from luthier.methods.expert_lora import ExpertLayer
 from luthier.methods.lora import PREFIX, Lora, LoraConfig
@@ -28,7 +28,7 @@ def check_plain(method: object) -> None:
 
 
 @torch.no_grad()
-def fold_into_plain_lora(attached: Attached, rank: int | None) -> tuple[LoraConfig, dict[str, Tensor]]:
+def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig, dict[str, Tensor]]:
     """Settings and weights of the plain LoRA with the same change.
 
     Args:

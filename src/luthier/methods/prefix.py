@@ -28,25 +28,25 @@ from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import Anatomy
-from luthier.methods.hooks import refuse_misfits
+from luthier.methods.hooks import check_state_shapes
 from luthier.methods.prompt import (
     EMBEDDINGS,
-    Standing,
-    Words,
-    noise,
-    peft_form,
-    ports_of,
-    rms,
-    saved_form,
-    starting,
-    wide,
+    VirtualTokenConfig,
+    VirtualTokenMethod,
+    build_peft_config,
+    build_saved_config,
+    choose_init_tokens,
+    compute_rms,
+    draw_normal,
+    get_injector,
+    to_trainable_dtype,
 )
-from luthier.methods.ptuning import Folding, seeded
+from luthier.methods.ptuning import ReparameterizedPrompt, draw_with_seed
 
-NETWORK = 0.05  # factor on the learning rate for the weights of the MLP
+ENCODER_LR_MULTIPLIER = 0.05  # factor on the learning rate for the weights of the MLP
 
 
-class PrefixConfig(Words):
+class PrefixConfig(VirtualTokenConfig):
     """Settings of prefix tuning."""
 
     default_rate: ClassVar[float] = 0.02
@@ -72,55 +72,55 @@ class PrefixConfig(Words):
         return cls(tokens=adapter["num_virtual_tokens"])
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix | ProjectedPrefix:
-        start, scale = starting_pairs(anatomy, self, seed)
+        start, scale = init_key_values(anatomy, self, seed)
         if not self.projection:
             return Prefix(anatomy, self, start, scale)
         layers, _, heads, tokens, width = start.shape
-        encoder = seeded(seed, lambda: Projection(tokens, self.hidden or anatomy.sizes["hidden"],
+        encoder = draw_with_seed(seed, lambda: PrefixProjection(tokens, self.hidden or anatomy.sizes["hidden"],
                                                   (layers, 2, heads, width), self.init))
         return ProjectedPrefix(anatomy, self, encoder.to(start),
                                torch.zeros_like(start) if self.init == "random" else start, scale)
 
 
-def starting_pairs(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, Tensor]:
+def init_key_values(anatomy: Anatomy, config: VirtualTokenConfig, seed: int) -> tuple[Tensor, Tensor]:
     """[layers, 2, G, N, d] keys and values to start from, and their size in each layer, [layers, 2, 1, 1, 1]."""
-    found = ports_of(anatomy).keys_values(starting(anatomy, config, seed))
+    found = get_injector(anatomy).keys_values(choose_init_tokens(anatomy, config, seed))
     if len({x.shape for pair in found for x in pair}) > 1:
         raise BaseError("the keys and values of this base's layers differ in shape, and a prefix has one shape for all",
                         "use the method prompt")
-    start = wide(torch.stack([torch.stack(pair) for pair in found]))
-    scale = torch.tensor([[rms(x) for x in layer] for layer in start]).to(start)[:, :, None, None, None]
-    return (start if config.init == "words" else scale * noise(start.shape, seed).to(start)), scale
+    start = to_trainable_dtype(torch.stack([torch.stack(pair) for pair in found]))
+    scale = torch.tensor([[compute_rms(x) for x in layer] for layer in start]).to(start)[:, :, None, None, None]
+    return (start if config.init == "words" else scale * draw_normal(start.shape, seed).to(start)), scale
 
 
-def flat(pairs: Tensor) -> Tensor:
+def flatten_key_values(pairs: Tensor) -> Tensor:
     """[layers, 2, G, N, d] as PEFT's file has it: [N, layers * 2 * G * d]."""
     return pairs.permute(3, 0, 1, 2, 4).flatten(1)
 
 
-def unflat(rows: Tensor, like: Tensor) -> Tensor:
+def unflatten_key_values(rows: Tensor, like: Tensor) -> Tensor:
     """`flat` undone."""
     layers, two, heads, tokens, width = like.shape
     return rows.view(tokens, layers, two, heads, width).permute(1, 2, 3, 0, 4)
 
 
-def prefix_form(anatomy: Anatomy, pairs: Tensor) -> dict[str, Any]:
+def build_prefix_config(anatomy: Anatomy, pairs: Tensor) -> dict[str, Any]:
     """What PEFT's adapter_config.json says. Its `token_dim` is that of all key heads together."""
     _, _, heads, tokens, width = pairs.shape
-    return {"peft_type": "PREFIX_TUNING", **peft_form(anatomy, tokens), "token_dim": heads * width,
+    return {"peft_type": "PREFIX_TUNING", **build_peft_config(anatomy, tokens), "token_dim": heads * width,
             "num_attention_heads": heads, "prefix_projection": False, "encoder_hidden_size": heads * width}
 
 
-class Prefix(Standing):
+class Prefix(VirtualTokenMethod):
     """Prefix tuning on a model."""
 
-    def __init__(self, anatomy: Anatomy, config: Words, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, anatomy: Anatomy, config: VirtualTokenConfig, start: Tensor, scale: Tensor) -> None:
         super().__init__()
         self._like, self._scale = start, scale
         # A parameter for each, since each has a rate of its own.
         self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]
-        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
-        ports_of(anatomy).prefix(lambda: self.pairs, self.scope)
+        self._form = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
+        get_injector(anatomy).prefix(lambda: self.pairs, self.scope)
 
     def virtual(self) -> Tensor:
         """[layers, 2, G, N, d]"""
@@ -135,12 +135,12 @@ class Prefix(Standing):
         return float(self._scale[int(layer), int(kind == "value")])
 
     def state(self) -> dict[str, Tensor]:
-        return {EMBEDDINGS: flat(self.virtual().detach()).contiguous()}
+        return {EMBEDDINGS: flatten_key_values(self.virtual().detach()).contiguous()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        refuse_misfits({EMBEDDINGS: flat(self._like)}, state)
-        for pair, layer in zip(self.pairs, unflat(state[EMBEDDINGS], self._like), strict=True):
+        check_state_shapes({EMBEDDINGS: flatten_key_values(self._like)}, state)
+        for pair, layer in zip(self.pairs, unflatten_key_values(state[EMBEDDINGS], self._like), strict=True):
             for parameter, saved in zip(pair, layer, strict=True):
                 parameter.copy_(saved)
 
@@ -148,7 +148,7 @@ class Prefix(Standing):
         return self._form
 
 
-class Projection(nn.Module):
+class PrefixProjection(nn.Module):
     """[layers, 2, G, N, d] out of an embedding for each virtual token, by PEFT's two maps and their names."""
 
     def __init__(self, tokens: int, hidden: int, shape: tuple[int, int, int, int], init: str) -> None:
@@ -166,21 +166,21 @@ class Projection(nn.Module):
         return rows.view(-1, *self.shape).permute(1, 2, 3, 0, 4)
 
 
-class ProjectedPrefix(Folding):
+class ProjectedPrefix(ReparameterizedPrompt):
     """Prefix tuning through an MLP, on a model."""
 
-    network = NETWORK
+    network = ENCODER_LR_MULTIPLIER
 
-    def __init__(self, anatomy: Anatomy, config: Words, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, anatomy: Anatomy, config: VirtualTokenConfig, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
-        ports_of(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
+        self._form = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
+        get_injector(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
 
     def flat(self, virtual: Tensor) -> Tensor:
-        return flat(virtual).contiguous()
+        return flatten_key_values(virtual).contiguous()
 
     def unflat(self, rows: Tensor) -> Tensor:
-        return unflat(rows, self.start)
+        return unflatten_key_values(rows, self.start)
 
     def peft(self) -> dict[str, Any] | None:
         return self._form

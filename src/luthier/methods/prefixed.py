@@ -11,22 +11,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from luthier.core.optimizer_hook import Update
-from luthier.core.protocols import Attached, Scope
+from luthier.core.optimizer_hook import OptimizerHook
+from luthier.core.protocols import AdapterGate, Tuner
 
 
-class Named:
+class PrefixedMethod:
     """`inner`, its parameters called ``<name>/...``."""
 
-    def __init__(self, name: str, inner: Attached) -> None:
+    def __init__(self, name: str, inner: Tuner) -> None:
         self._prefix, self.inner = f"{name}/", inner
 
     @property
-    def scope(self) -> Scope | None:
+    def scope(self) -> AdapterGate | None:
         return self.inner.scope
 
     @property
-    def at_update(self) -> Update | None:
+    def at_update(self) -> OptimizerHook | None:
         return self.inner.at_update
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -26,23 +26,23 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
-from luthier.core.protocols import Anatomy, Scope
+from luthier.core.protocols import AdapterGate, Anatomy
 from luthier.core.soft_prompts import Kind, Ports
-from luthier.methods.adapter_format import own_form
+from luthier.methods.adapter_format import build_native_config
 from luthier.methods.hooks import load_into
 
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name of all that it keeps of virtual tokens
-COMMON = 5000  # words to start from are drawn from so many first entries of the vocabulary, the most frequent ones
-Init = Literal["words", "random"]
-TEXT = "start from this text, repeated or cut to length, instead of words that are drawn"
+MAX_SAMPLED_TOKEN_ID = 5000  # words to start from are drawn from so many first entries of the vocabulary, the most frequent ones
+PromptTuningInit = Literal["words", "random"]
+INIT_TEXT_HELP = "start from this text, repeated or cut to length, instead of words that are drawn"
 
 
-class Words(Config):
+class VirtualTokenConfig(Config):
     """Settings that all virtual tokens share."""
 
     tokens: int = Field(20, ge=1, description="how many virtual tokens; each takes a place of the context")
-    init: Init = Field("words", description="start as real words, or at random (learns late)")
-    text: str | None = Field(None, min_length=1, description=TEXT)
+    init: PromptTuningInit = Field("words", description="start as real words, or at random (learns late)")
+    text: str | None = Field(None, min_length=1, description=INIT_TEXT_HELP)
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -51,7 +51,7 @@ class Words(Config):
         return self
 
 
-class PromptConfig(Words):
+class PromptConfig(VirtualTokenConfig):
     """Settings of prompt tuning."""
 
     default_rate: ClassVar[float] = 0.3
@@ -64,14 +64,14 @@ class PromptConfig(Words):
         return cls(tokens=adapter["num_virtual_tokens"])
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prompt:
-        start, scale = embedded_words(anatomy, self, seed)
+        start, scale = embed_init_tokens(anatomy, self, seed)
         return Prompt(anatomy, self, start, scale)
 
 
 # ---------------------------------------------------------------- where virtual tokens start
 
 
-def ports_of(anatomy: Anatomy) -> Ports:
+def get_injector(anatomy: Anatomy) -> Ports:
     """Where virtual tokens enter. Raises `RecipeError` where they cannot."""
     if anatomy.ports is None:
         raise RecipeError("this base has no place for virtual tokens: its family computes positions or pictures that "
@@ -79,19 +79,19 @@ def ports_of(anatomy: Anatomy) -> Ports:
     return anatomy.ports
 
 
-def starting(anatomy: Anatomy, config: Words, seed: int) -> list[int] | Tensor:
+def choose_init_tokens(anatomy: Anatomy, config: VirtualTokenConfig, seed: int) -> list[int] | Tensor:
     """N token ids to start from: those of the text, or frequent words drawn without repetition while they last. Of a
     base without words [N, D], vectors of the kind that its first layer gets. Raises as `ports_of` does."""
-    n, usual = config.tokens, ports_of(anatomy).usual
+    n, usual = config.tokens, get_injector(anatomy).usual
     if usual is None:
-        return word_ids(anatomy, n, config.text, seed)
+        return sample_token_ids(anatomy, n, config.text, seed)
     if config.text is not None:
         raise RecipeError("method.text: this base has no words that virtual tokens could start from", "leave it out: "
                           "init: words then starts from what the base's first layer usually gets")
     return usual(n, seed)
 
 
-def word_ids(anatomy: Anatomy, n: int, text: str | None, seed: int) -> list[int]:
+def sample_token_ids(anatomy: Anatomy, n: int, text: str | None, seed: int) -> list[int]:
     """See `starting`."""
     tokenizer = anatomy.tokenizer
     if text is not None:
@@ -100,35 +100,35 @@ def word_ids(anatomy: Anatomy, n: int, text: str | None, seed: int) -> list[int]
             raise RecipeError(f"method.text {text!r} has no tokens", "give words to start from")
         return (ids * (n // len(ids) + 1))[:n]
     special = set(tokenizer.all_special_ids)
-    common = [i for i in range(min(anatomy.sizes["vocabulary"], COMMON)) if i not in special]
+    common = [i for i in range(min(anatomy.sizes["vocabulary"], MAX_SAMPLED_TOKEN_ID)) if i not in special]
     found = [i for i in common if tokenizer.decode([i]).strip().isalpha()] or common
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     return [found[i] for i in (order * (n // len(order) + 1))[:n]]
 
 
 @torch.no_grad()
-def embedded_words(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, float]:
+def embed_init_tokens(anatomy: Anatomy, config: VirtualTokenConfig, seed: int) -> tuple[Tensor, float]:
     """[N, D] embeddings to start from, and the root mean square of an entry of the N words' embeddings."""
-    start = starting(anatomy, config, seed)
+    start = choose_init_tokens(anatomy, config, seed)
     if isinstance(start, list):
         start = anatomy.embedding(torch.tensor(start, device=next(anatomy.embedding.parameters()).device))
-    real = wide(start)
-    scale = rms(real)
+    real = to_trainable_dtype(start)
+    scale = compute_rms(real)
     if config.init == "random":
-        real = scale * noise(real.shape, seed).to(real)
+        real = scale * draw_normal(real.shape, seed).to(real)
     return real, scale
 
 
-def wide(x: Tensor) -> Tensor:
+def to_trainable_dtype(x: Tensor) -> Tensor:
     """A copy to train: in float32 or wider, whatever the base is kept in; small updates vanish in sixteen bits."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32), copy=True)
 
 
-def rms(x: Tensor) -> float:
+def compute_rms(x: Tensor) -> float:
     return float(x.square().mean().sqrt())
 
 
-def noise(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
+def draw_normal(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
     """Standard normal numbers, the same on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -136,13 +136,13 @@ def noise(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
 # ---------------------------------------------------------------- on a model
 
 
-class Standing:
+class VirtualTokenMethod:
     """What all virtual tokens on a model share: their switch, and that they cannot be folded into weights."""
 
     at_update = None
 
     def __init__(self) -> None:
-        self.scope = Scope()
+        self.scope = AdapterGate()
 
     def disabled(self) -> AbstractContextManager[None]:
         return self.scope.disabled()
@@ -154,15 +154,15 @@ class Standing:
     unmerge = merge
 
 
-class Prompt(Standing):
+class Prompt(VirtualTokenMethod):
     """Prompt tuning on a model."""
 
-    def __init__(self, anatomy: Anatomy, config: Words, start: Tensor, scale: float) -> None:
+    def __init__(self, anatomy: Anatomy, config: VirtualTokenConfig, start: Tensor, scale: float) -> None:
         super().__init__()
         self.embeddings, self._scale = nn.Parameter(start), scale
-        self._form = saved_form(anatomy, config, "prompt", {
-            "peft_type": "PROMPT_TUNING", **peft_form(anatomy, len(start)), "prompt_tuning_init": "RANDOM"})
-        ports_of(anatomy).prompt(self.virtual, self.scope)
+        self._form = build_saved_config(anatomy, config, "prompt", {
+            "peft_type": "PROMPT_TUNING", **build_peft_config(anatomy, len(start)), "prompt_tuning_init": "RANDOM"})
+        get_injector(anatomy).prompt(self.virtual, self.scope)
 
     def virtual(self) -> Tensor:
         """[N, D] the virtual tokens' embeddings."""
@@ -178,13 +178,13 @@ class Prompt(Standing):
         return {EMBEDDINGS: self.embeddings.detach()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        load_into(self.parameters(), read_only(state, len(self.embeddings)))
+        load_into(self.parameters(), drop_unused_tokens(state, len(self.embeddings)))
 
     def peft(self) -> dict[str, Any] | None:
         return self._form
 
 
-def peft_form(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
+def build_peft_config(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
     """What PEFT's adapter_config.json says of all virtual tokens."""
     sizes = anatomy.sizes
     return {"task_type": anatomy.task, "num_virtual_tokens": tokens, "token_dim": sizes["hidden"],
@@ -192,12 +192,12 @@ def peft_form(anatomy: Anatomy, tokens: int) -> dict[str, Any]:
             "inference_mode": True}
 
 
-def saved_form(anatomy: Anatomy, config: Words, kind: Kind, theirs: dict[str, Any]) -> dict[str, Any]:
+def build_saved_config(anatomy: Anatomy, config: VirtualTokenConfig, kind: Kind, theirs: dict[str, Any]) -> dict[str, Any]:
     """What adapter_config.json says: in PEFT's form where PEFT would do the same with it, else in one of our own."""
-    return theirs if kind in ports_of(anatomy).peft else own_form(config, anatomy.task)
+    return theirs if kind in get_injector(anatomy).peft else build_native_config(config, anatomy.task)
 
 
-def read_only(state: Mapping[str, Tensor], tokens: int) -> Mapping[str, Tensor]:
+def drop_unused_tokens(state: Mapping[str, Tensor], tokens: int) -> Mapping[str, Tensor]:
     """A saved prompt without what nobody uses: PEFT keeps a second set of N for the decoder of an encoder-decoder
     (`num_transformer_submodules` 2, its default there), and puts in the first N, before the source, alone."""
     found = state.get(EMBEDDINGS)

@@ -25,21 +25,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.core.protocols import TRAINING, Anatomy
-from luthier.methods.hooks import load_into, refuse_misfits
+from luthier.methods.hooks import check_state_shapes, load_into
 from luthier.methods.prompt import (
     EMBEDDINGS,
     PromptConfig,
-    Standing,
-    Words,
-    embedded_words,
-    peft_form,
-    ports_of,
-    read_only,
-    saved_form,
+    VirtualTokenConfig,
+    VirtualTokenMethod,
+    build_peft_config,
+    build_saved_config,
+    drop_unused_tokens,
+    embed_init_tokens,
+    get_injector,
 )
 
 
-class PTuningConfig(Words):
+class PTuningConfig(VirtualTokenConfig):
     """Settings of P-tuning."""
 
     default_rate: ClassVar[float] = 1e-2
@@ -56,20 +56,20 @@ class PTuningConfig(Words):
                           "hidden": adapter.get("encoder_hidden_size")})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> PTuning:
-        words, scale = embedded_words(anatomy, self, seed)
-        encoder = seeded(seed, lambda: Encoder(self.encoder, words.shape, self.hidden or words.shape[1], self.init))
+        words, scale = embed_init_tokens(anatomy, self, seed)
+        encoder = draw_with_seed(seed, lambda: PromptEncoder(self.encoder, words.shape, self.hidden or words.shape[1], self.init))
         return PTuning(anatomy, self, encoder.to(words), torch.zeros_like(words) if self.init == "random" else words,
                        torch.tensor(scale).to(words))
 
 
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+def draw_with_seed(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
     """What `make` draws from the global generator at this seed; the generator itself stays where it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
 
 
-class Encoder(nn.Module):
+class PromptEncoder(nn.Module):
     """F(z): [N, D], with PEFT's names for its parts."""
 
     def __init__(self, kind: str, shape: torch.Size, hidden: int, init: str) -> None:
@@ -95,7 +95,7 @@ class Encoder(nn.Module):
         return made
 
 
-class Folding(Standing):
+class ReparameterizedPrompt(VirtualTokenMethod):
     """Virtual tokens that a network makes while they train: ``start + scale * encoder()``, any shape.
 
     After `load` of a saved file, which holds the result alone, that result is all there is, and would train as such.
@@ -143,13 +143,13 @@ class Folding(Standing):
     def load(self, state: Mapping[str, Tensor]) -> None:
         wanted = {EMBEDDINGS: self.flat(self.start)}
         if state.keys() == wanted.keys():
-            refuse_misfits(wanted, state)
+            check_state_shapes(wanted, state)
             result = self.unflat(state[EMBEDDINGS].to(self.start, copy=True))
             if self.folded is None:
                 self.folded = nn.Parameter(result)
             self.folded.data.copy_(result)  # an optimiser may hold it already
             return
-        refuse_misfits(wanted | self._training(), state)
+        check_state_shapes(wanted | self._training(), state)
         self.folded, self.start, self.scale = None, *(state[TRAINING + n].to(self.start, copy=True)
                                                       for n in ("start", "scale"))
         load_into(self.parameters(), {name: state[name] for name in self.parameters()})
@@ -163,7 +163,7 @@ class Folding(Standing):
         return rows
 
 
-class PTuning(Folding):
+class PTuning(ReparameterizedPrompt):
     """P-tuning on a model."""
 
     bare = PromptConfig.default_rate / PTuningConfig.default_rate
@@ -171,14 +171,14 @@ class PTuning(Folding):
     def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = saved_form(anatomy, config, "prompt", {
-            "peft_type": "P_TUNING", **peft_form(anatomy, len(start)),
+        self._form = build_saved_config(anatomy, config, "prompt", {
+            "peft_type": "P_TUNING", **build_peft_config(anatomy, len(start)),
             "encoder_hidden_size": config.hidden or start.shape[1],
             "encoder_reparameterization_type": config.encoder.upper()})
-        ports_of(anatomy).prompt(self.virtual, self.scope)
+        get_injector(anatomy).prompt(self.virtual, self.scope)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        super().load(read_only(state, len(self.start)))
+        super().load(drop_unused_tokens(state, len(self.start)))
 
     def peft(self) -> dict[str, Any] | None:
         return self._form

@@ -19,11 +19,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from luthier.core.protocols import Anatomy
-from luthier.methods.prefix import Prefix, starting_pairs
-from luthier.methods.prompt import Init, Words
+from luthier.methods.prefix import Prefix, init_key_values
+from luthier.methods.prompt import PromptTuningInit, VirtualTokenConfig
 
 
-class PTuningV2Config(Words):
+class PTuningV2Config(VirtualTokenConfig):
     """Settings of P-tuning v2."""
 
     default_rate: ClassVar[float] = 0.05
@@ -31,7 +31,7 @@ class PTuningV2Config(Words):
     name: Literal["ptuning_v2"] = "ptuning_v2"
     tokens: int = Field(32, ge=1, description="virtual tokens in each layer: below 20 for plain classes, about 100 for "
                                               "labels of every token")
-    init: Init = Field("random", description="at random, as in the paper, or as the keys and values of real words")
+    init: PromptTuningInit = Field("random", description="at random, as in the paper, or as the keys and values of real words")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix:
-        return Prefix(anatomy, self, *starting_pairs(anatomy, self, seed))
+        return Prefix(anatomy, self, *init_key_values(anatomy, self, seed))

@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from luthier.core.errors import RunError
 from luthier.core.expert_layers import ExpertChange, Experts
-from luthier.core.protocols import Scope
+from luthier.core.protocols import AdapterGate
 
 NAME = "luthier"
 ROLES = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
@@ -34,7 +34,7 @@ class _Entered:
         before = module.config._experts_implementation
         self.real: Callable[..., Tensor] = (ALL_EXPERTS_FUNCTIONS[before] if before in ALL_EXPERTS_FUNCTIONS
                                             else type(module).forward.__wrapped__)
-        self.changes: list[tuple[str, Scope, ExpertChange]] = []
+        self.changes: list[tuple[str, AdapterGate, ExpertChange]] = []
         module.config = copy(module.config)  # its own, so that modules without changes keep their function
         module.config._experts_implementation = NAME
 
@@ -54,8 +54,8 @@ def experts_in(name: str, layer: nn.Module, block: int) -> list[Experts]:
     return found
 
 
-def _door(module: nn.Module, parameter: str) -> Callable[[Scope, ExpertChange], None]:
-    def enter(scope: Scope, change: ExpertChange) -> None:
+def _door(module: nn.Module, parameter: str) -> Callable[[AdapterGate, ExpertChange], None]:
+    def enter(scope: AdapterGate, change: ExpertChange) -> None:
         if not isinstance(getattr(module, "luthier", None), _Entered):
             module.luthier = _Entered(module)  # type: ignore[assignment]
         module.luthier.changes.append((parameter, scope, change))  # type: ignore[union-attr, operator]
@@ -90,7 +90,7 @@ def run(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 
 
 def _map(module: Any, name: str, rows: Tensor, counts: Sequence[int],
-         acting: Sequence[tuple[str, Scope, ExpertChange]]) -> Tensor:
+         acting: Sequence[tuple[str, AdapterGate, ExpertChange]]) -> Tensor:
     """[N, out] of [N, in], rows sorted by expert, with the changes that act."""
     weight = getattr(module, name)
     bias = getattr(module, f"{name}_bias") if module.has_bias else None

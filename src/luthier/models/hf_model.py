@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from luthier.core.errors import BaseError, LuthierError
-from luthier.core.protocols import Attached, ChatFormat, Head, Router
+from luthier.core.protocols import ChatFormat, Head, Router, Tuner
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.models.activation_recompute import Lean, slim
 from luthier.models.adapter_routing import as_now, routed
@@ -91,7 +91,7 @@ class Loaded:
             block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
                 checkpoint, use_reentrant=False, context_fn=lambda: (self._lean.shut(), as_now(self.router)))
 
-    def add(self, heads: Sequence[Head], seed: int) -> Attached:
+    def add(self, heads: Sequence[Head], seed: int) -> Tuner:
         self.heads = Heads(heads, self.anatomy.sizes["hidden"], self.device, seed, self.anatomy.task, self._task_head)
         return self.heads
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import RunError
-from luthier.core.protocols import Head, Scope
+from luthier.core.protocols import AdapterGate, Head
 from luthier.core.types import Forest, Outputs, Target, sent
 from luthier.models.attention.packed import describe
 from luthier.models.hf_task_heads import TaskHead
@@ -33,7 +33,7 @@ class Heads:
                  build: Callable[[Head, torch.Generator], TaskHead | str] | None = None) -> None:
         """`build`: makes a head from Transformers' own class of its task, or says why there is none."""
         self.heads, self.task = tuple(heads), task
-        self.scope = Scope()  # nobody reads it: heads change nothing in the base
+        self.scope = AdapterGate()  # nobody reads it: heads change nothing in the base
         self.modules: dict[str, nn.Linear | TaskHead] = {}
         self.own: TaskHead | None = None  # the one that Transformers' class has
         self.why = ""  # why there is none, where one was wanted

@@ -26,7 +26,7 @@ from pydantic import Field, field_validator
 
 from luthier.core.config import Config
 from luthier.core.errors import RunError
-from luthier.core.protocols import Attached, Family, Feed, Objective
+from luthier.core.protocols import Family, Feed, Objective, Tuner
 from luthier.core.types import Batch, Encoded
 from luthier.distributed import process_group
 from luthier.training import checkpoint, rng
@@ -88,7 +88,7 @@ class Job:
     """
 
     family: Family
-    attached: Attached
+    attached: Tuner
     objective: Objective
     feed: Feed
     held_out: list[Batch]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RunError
-from luthier.core.optimizer_hook import Update
+from luthier.core.optimizer_hook import OptimizerHook
 
 Schedule = Literal["linear", "cosine", "constant", "wsd"]
 MASTER = "master"  # of a parameter's entries in a checkpoint, the one that holds its float32 copy
@@ -92,7 +92,7 @@ class Optimizer:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: Callable[[str], float], peak: float,
-                 config: OptimizerConfig, total_steps: int, update: Update | None = None) -> None:
+                 config: OptimizerConfig, total_steps: int, update: OptimizerHook | None = None) -> None:
         assert parameters, "a method that trains nothing"
         self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
         self._update, self._step = update, 0

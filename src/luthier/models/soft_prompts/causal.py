@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import Anatomy, Router, Scope
+from luthier.core.protocols import AdapterGate, Anatomy, Router
 from luthier.core.soft_prompts import Kind
 from luthier.core.types import Forest
 from luthier.models.adapter_routing import routed
@@ -133,10 +133,10 @@ class VirtualPorts:
 
     # ------------------------------------------------------------ what methods call
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
         self._open(Door("prompt", make, scope, make().shape[0]))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def prefix(self, make: Callable[[], Sequence[Pair]], scope: AdapterGate) -> None:
         self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
 
     def _open(self, door: Door) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.core.errors import RunError
-from luthier.core.protocols import Scope
+from luthier.core.protocols import AdapterGate
 from luthier.core.soft_prompts import Kind
 from luthier.core.types import Forest
 
@@ -23,7 +23,7 @@ class Door:
 
     kind: Kind
     make: Callable[[], Any]
-    scope: Scope
+    scope: AdapterGate
     n: int
 
 
@@ -66,7 +66,7 @@ def shares_of(doors: Sequence[Door], forest: Forest | None, rows: int) -> Shares
     return Shares(tuple(number), tuple(number[share] for share in found))
 
 
-def _named(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
+def _named(scope: AdapterGate, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
     """Which of the places a scope names, in a call of so many (tokens or rows) along a dimension."""
     if scope.part is None or (scope.part[0], scope.among) != call:
         return range(len(places)) if acts(scope) else ()
@@ -74,7 +74,7 @@ def _named(scope: Scope, places: Sequence[int], call: tuple[int, int]) -> Iterab
     return (i for i, place in enumerate(places) if place in named)
 
 
-def acts(scope: Scope) -> bool:
+def acts(scope: AdapterGate) -> bool:
     """Whether a scope lets virtual tokens act on all of a call. Raises `RunError` where it asks for a part of it."""
     if not _switched_on(scope):
         return False
@@ -84,7 +84,7 @@ def acts(scope: Scope) -> bool:
     return True
 
 
-def _switched_on(scope: Scope) -> bool:
+def _switched_on(scope: AdapterGate) -> bool:
     if scope.off or scope.weight == 0:
         return False
     if scope.weight != 1:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Scope
+from luthier.core.protocols import AdapterGate, Anatomy
 from luthier.core.soft_prompts import Kind
 from luthier.models.attention import biased
 from luthier.models.attention.biased import Before
@@ -70,10 +70,10 @@ class SourcePorts:
 
     # ------------------------------------------------------------ what methods call
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
         self._open(Door("prompt", make, scope, make().shape[0]))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def prefix(self, make: Callable[[], Sequence[Pair]], scope: AdapterGate) -> None:
         if not self._modules:
             self.keys_values([0])
         self._open(Door("prefix", make, scope, make()[0][0].shape[1]))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Anatomy, Scope
+from luthier.core.protocols import AdapterGate, Anatomy
 from luthier.core.soft_prompts import Kind
 from luthier.models.attention.packed import Pair
 from luthier.models.soft_prompts.causal import Carried, Catch
@@ -65,14 +65,14 @@ class PicturePorts:
         found: Tensor = seen[torch.arange(n, device=seen.device), places]
         return found
 
-    def prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
+    def prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
         n = make().shape[0]
         with torch.no_grad(), self._bare():
             seen = self._seen_of(self._pixels(1))[0]
             self._run_on(torch.cat([seen, seen[:1].expand(n, -1)]))
         self._open(Door("prompt", make, scope, n))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: Scope) -> None:
+    def prefix(self, make: Callable[[], Sequence[Pair]], scope: AdapterGate) -> None:
         if not self._modules:
             self.keys_values(self.usual(1, 0))
         self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
