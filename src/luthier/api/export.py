@@ -165,8 +165,8 @@ def _refuse_unsupported(run: Run, made: Recipe, attached: Tuner | None) -> None:
         unread = "lengths of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
         raise RunError(what + f"Transformers reads no {unread} from the file",
                        "--to merged, or --to adapter, which PEFT reads whole")
-    if form["peft_type"] in assembly.BRIDGED and has_saved_heads(made.objective) is False:
-        for key in assembly.BRIDGED[form["peft_type"]]:
+    if form["peft_type"] in assembly.PEFT_ONLY_FIELDS and has_saved_heads(made.objective) is False:
+        for key in assembly.PEFT_ONLY_FIELDS[form["peft_type"]]:
             if form.get(key) not in (None, False, "none", [], {}):
                 raise RunError(what + f"it is not known that Transformers reads {key} from the file",
                                "--to merged, or --to adapter, which PEFT reads whole")

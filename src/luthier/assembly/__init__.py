@@ -91,7 +91,7 @@ from luthier.data import DataConfig
 from luthier.methods import METHODS
 from luthier.methods.diagnostics import Diagnostic, diagnose
 from luthier.methods.multi_adapter import AdapterManager
-from luthier.methods.peft import BRIDGED
+from luthier.methods.peft import PEFT_ONLY_FIELDS
 from luthier.models import (
     ALIASES,
     BaseConfig,
@@ -107,7 +107,8 @@ from luthier.rl import RolloutCollector
 from luthier.training.run_folder import Run
 
 __all__ = [
-    "ALIASES", "BRIDGED", "AdapterManager", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
+    "ALIASES", "PEFT_ONLY_FIELDS", "AdapterManager", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig",
+    "METHODS",
     "PromptFormat", "Diagnostic", "Recipe", "RolloutCollector", "Run", "ServedModels", "precompute_reference",
     "attach_method", "attach_runs",
     "describe_model_conflict",

@@ -12,12 +12,12 @@ from luthier.assembly.run_io import has_saved_heads, save_tuned
 from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import Lora
-from luthier.methods.lora_merging import How, merge_loras
+from luthier.methods.lora_merging import CombinationType, merge_loras
 from luthier.models import identify_base
 from luthier.training.run_folder import Run
 
 
-def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None,
+def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how: CombinationType, rank: int | None,
                    base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
     """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
 

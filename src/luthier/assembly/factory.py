@@ -27,7 +27,7 @@ from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.training.memory import trim_heap
 
 DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
-HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
+HEAD_LEARNING_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
 def load_family(config: BaseConfig, words: bool = False) -> Family:
@@ -63,7 +63,7 @@ def attach_method(base: Family, method: AnyMethod, seed: int) -> Tuner:
 
 
 def attach_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
-                 default_rate: float = HEAD_RATE) -> Tuner:
+                 default_rate: float = HEAD_LEARNING_RATE) -> Tuner:
     """The method together with what the objective adds to the base's states.
 
     Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
@@ -71,7 +71,7 @@ def attach_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
     """
     if not objective.heads:
         return attached
-    return CompositeMethod([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
+    return CompositeMethod([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_LEARNING_RATE / default_rate])
 
 
 def fit_objective(made: Recipe, found: Datasets) -> Recipe:

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from luthier.core.errors import LuthierError, RunError
 from luthier.core.protocols import ModelStructure
 from luthier.methods import READERS
-from luthier.methods.adapter_format import OWN
+from luthier.methods.adapter_format import NATIVE_TYPE
 from luthier.methods.lora import PREFIX
-from luthier.methods.peft import BRIDGED, PeftConfig
+from luthier.methods.peft import PEFT_ONLY_FIELDS, PeftConfig
 from luthier.methods.peft_settings import MERGE, check_types, is_set
 from luthier.training.run_folder import Run
 
@@ -41,12 +41,12 @@ def read_method(form: Mapping[str, Any], run: Run | None = None) -> Any:
         RunError: the settings cannot be read, or are of a kind that is not read here.
     """
     try:
-        if form.get("peft_type") == OWN:
+        if form.get("peft_type") == NATIVE_TYPE:
             return form["method"] if "method" in form else [read_method(part) for part in form["parts"]]
         check_types(form)
         kind = str(form.get("peft_type"))
         reader = READERS.get(kind, PeftConfig)
-        if kind in BRIDGED and _needs_bridge(form, run):
+        if kind in PEFT_ONLY_FIELDS and _needs_bridge(form, run):
             reader = PeftConfig
         _refuse_heads(form)
         return reader.from_peft(form).model_dump()
@@ -62,7 +62,7 @@ def read_method(form: Mapping[str, Any], run: Run | None = None) -> Any:
 
 def _needs_bridge(form: Mapping[str, Any], run: Run | None) -> bool:
     """Whether the adapter changes what no method here reads: by its settings, or by the modules in its file."""
-    if any(is_set(form.get(key)) and form[key] != "none" for key in BRIDGED[str(form["peft_type"])]):
+    if any(is_set(form.get(key)) and form[key] != "none" for key in PEFT_ONLY_FIELDS[str(form["peft_type"])]):
         return True
     targets = form.get("target_modules")
     if (targets is None and not form.get("target_parameters")) or str(targets).lower() == "all-linear":

@@ -19,7 +19,7 @@ from luthier.assembly.settings import make_public
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tuner
 from luthier.data import DataConfig
-from luthier.methods.adapter_format import OWN
+from luthier.methods.adapter_format import NATIVE_TYPE
 from luthier.methods.composite import CompositeMethod
 from luthier.methods.lora import PREFIX
 from luthier.methods.peft_settings import make_alphas_integers
@@ -214,7 +214,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
     base.get_padded_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
     # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
-    if config["peft_type"] not in (OWN, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
+    if config["peft_type"] not in (NATIVE_TYPE, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
         _save_embedding(run, made, base)
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 from luthier.core.config import Config
 
-OWN = "LUTHIER"
+NATIVE_TYPE = "LUTHIER"
 
 
 def build_native_config(config: Config, task: str) -> dict[str, Any]:
     """The content of adapter_config.json for these settings; `task` is PEFT's name of what the model is for."""
-    return {"peft_type": OWN, "task_type": task, "method": config.model_dump(mode="json"), "inference_mode": True}
+    return {"peft_type": NATIVE_TYPE, "task_type": task, "method": config.model_dump(mode="json"),
+            "inference_mode": True}

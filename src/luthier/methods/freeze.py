@@ -24,7 +24,7 @@ from torch import nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import ModelStructure
-from luthier.methods.full import EMBEDDING_RATE, KEEP_BASE, Full, scale_embedding_lr
+from luthier.methods.full import EMBEDDING_LR_HELP, KEEP_BASE_HELP, Full, scale_embedding_lr
 
 
 class FreezeConfig(Config):
@@ -39,9 +39,9 @@ class FreezeConfig(Config):
     patterns: tuple[str, ...] = Field((), description="parameters by their names: whole parts between dots "
                                                       "(mlp.down_proj), or expressions that fit a whole name")
     embeddings: bool = Field(False, description="the input embeddings (and with them a head that shares their weight)")
-    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
+    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
     head: bool = Field(False, description="the output projection (and with it embeddings that share its weight)")
-    keep_base: bool | None = Field(None, description=KEEP_BASE)
+    keep_base: bool | None = Field(None, description=KEEP_BASE_HELP)
 
     @property
     def last_blocks(self) -> int | None:

@@ -19,9 +19,10 @@ from luthier.core.errors import NotMergeable, RecipeError, RunError
 from luthier.core.protocols import ModelStructure
 from luthier.methods.hooks import load_into
 
-KEEP_BASE = ("keep a copy of what trains as it was, so that the base can be switched back to; costs its size in "
+KEEP_BASE_HELP = ("keep a copy of what trains as it was, so that the base can be switched back to; costs its size in "
              "memory. Left out: where the objective compares the model with its base (DPO, PPO)")
-EMBEDDING_RATE = ("factor on the learning rate for the input embeddings (and a head that shares their weight), which "
+EMBEDDING_LR_HELP = ("factor on the learning rate for the input embeddings (and a head that shares their weight), "
+                     "which "
                   "continued pretraining wants below 1")
 
 
@@ -31,8 +32,8 @@ class FullConfig(Config):
     default_rate: ClassVar[float] = 2e-5
 
     name: Literal["full"] = "full"
-    keep_base: bool | None = Field(None, description=KEEP_BASE)
-    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
+    keep_base: bool | None = Field(None, description=KEEP_BASE_HELP)
+    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Full:
         named = dict(structure.model.named_parameters())  # tied weights are named once

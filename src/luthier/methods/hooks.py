@@ -17,7 +17,7 @@ from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import NotMergeable, RunError
 from luthier.core.protocols import TargetLinear
 
-Change = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
+DeltaFunction = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
 
 
 class Hooks:
@@ -27,7 +27,7 @@ class Hooks:
         self.scope = AdapterGate()
         self._handles: list[Any] = []
 
-    def after(self, module: nn.Module, change: Change) -> None:
+    def after(self, module: nn.Module, change: DeltaFunction) -> None:
         """From now on `module` returns ``change(input, output)``. Where it returns a tuple, its first entry changes.
         `change` may write into the output."""
 
@@ -51,7 +51,7 @@ class Hooks:
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
-    def _scoped(self, change: Change, x: Tensor, y: Tensor) -> Tensor:
+    def _scoped(self, change: DeltaFunction, x: Tensor, y: Tensor) -> Tensor:
         """``change(x, y)``, as strongly as `scope.weight` says, for the tokens of `scope.part` alone."""
         scope = self.scope
         if scope.part is None:

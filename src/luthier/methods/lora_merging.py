@@ -24,7 +24,7 @@ from torch import Tensor
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import PREFIX, Lora, LoraConfig
 
-How = Literal["sum", "concatenation", "svd"]
+CombinationType = Literal["sum", "concatenation", "svd"]
 Factors = tuple[Tensor, Tensor]  # A [R, in], B [out, R]
 
 
@@ -44,7 +44,7 @@ class MergedLora:
 
 
 @torch.no_grad()
-def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: How = "sum",
+def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: CombinationType = "sum",
                 rank: int | None = None) -> MergedLora:
     """LoRAs of one base as one LoRA; a map that only some of them change gets the change of those.
 
@@ -55,8 +55,8 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: How = "sum
     Raises:
         RecipeError: for settings that mean nothing together, and for DoRA, whose change is no sum.
     """
-    if how not in get_args(How):
-        raise RecipeError(f"adapters cannot be combined by {how!r}", f"one of: {', '.join(get_args(How))}")
+    if how not in get_args(CombinationType):
+        raise RecipeError(f"adapters cannot be combined by {how!r}", f"one of: {', '.join(get_args(CombinationType))}")
     if len(weights) != len(loras):
         raise RecipeError(f"{len(loras)} adapters and {len(weights)} weights", "give one weight for each adapter")
     if rank is not None and (how != "svd" or rank < 1):

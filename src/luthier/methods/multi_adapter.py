@@ -170,10 +170,10 @@ class AdapterManager:
                 raise RecipeError(f"the bank has no adapter {name!r}", suggest_nearest(name, self.members))
 
 
-_Taken = tuple[int, GateSetting]
+_GateState = tuple[int, GateSetting]
 
 
-def _read_gate(scope: AdapterGate) -> _Taken:
+def _read_gate(scope: AdapterGate) -> _GateState:
     return scope.off, GateSetting(scope.weight, scope.part, scope.among, scope.where)
 
 
@@ -183,7 +183,7 @@ def _set_gate(scope: AdapterGate, off: int, acts: GateSetting) -> None:
 
 
 @contextmanager
-def _restore_setting(every: Sequence[AdapterGate], then: Sequence[_Taken]) -> Iterator[None]:
+def _restore_setting(every: Sequence[AdapterGate], then: Sequence[_GateState]) -> Iterator[None]:
     now = [_read_gate(scope) for scope in every]
     for scope, found in zip(every, then, strict=True):
         _set_gate(scope, *found)

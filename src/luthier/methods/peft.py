@@ -35,18 +35,18 @@ from luthier.methods.lora import refuse_moved_base
 from luthier.methods.peft_settings import MERGE, ORIGIN, refuse_unread
 
 # Tuners that want something of the training loop or of the model's caller which nobody gives them here.
-REFUSED = {
+UNSUPPORTED_TUNERS = {
     "ADALORA": "it must be told of every step, to move its ranks; use the method adalora",
     "POLY": "it must be told the task of every row",
     "XLORA": "it is a mixture of adapters that were trained before",
 }
 # Settings of PEFT's types of adapter that other methods here read, for which PEFT's own tuner takes it instead.
-BRIDGED = {
+PEFT_ONLY_FIELDS = {
     "LORA": ("modules_to_save", "trainable_token_indices", "bias", "lora_bias", "ensure_weight_tying"),
     "IA3": ("modules_to_save",),
 }
 # What a LoRA started from: it was trained since, and needs none of it.
-STARTS = ("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
+INIT_FIELDS = ("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_core",
           "qalora_group_size")
 
 
@@ -76,11 +76,11 @@ class PeftConfig(Config):
         kind = str(adapter["peft_type"])
         made = cls.parse({"type": kind})
         fields = made.known_fields()
-        if kind in BRIDGED:
-            refuse_unread(adapter, {"LORA": LORA_READ, "IA3": IA3_READ}[kind] | set(BRIDGED[kind]))
+        if kind in PEFT_ONLY_FIELDS:
+            refuse_unread(adapter, {"LORA": LORA_READ, "IA3": IA3_READ}[kind] | set(PEFT_ONLY_FIELDS[kind]))
             refuse_moved_base(adapter)
         refuse_unread(adapter, fields | ORIGIN)
-        dropped = ORIGIN | set(STARTS if kind in BRIDGED else ())
+        dropped = ORIGIN | set(INIT_FIELDS if kind in PEFT_ONLY_FIELDS else ())
         return made.model_copy(update={"config": {key: value for key, value in adapter.items() if key in fields
                                                   and key not in dropped and value is not None}})
 
@@ -102,8 +102,8 @@ class PeftConfig(Config):
     def theirs(self, task: str) -> Any:
         """PEFT's config. Raises `RecipeError` for a tuner or field that PEFT does not know or that cannot work here."""
         fields, made_by = self.known_fields(), self._classes()[self.type]
-        if self.type in REFUSED:
-            raise RecipeError(f"method.type: {self.type} cannot be trained here: {REFUSED[self.type]}",
+        if self.type in UNSUPPORTED_TUNERS:
+            raise RecipeError(f"method.type: {self.type} cannot be trained here: {UNSUPPORTED_TUNERS[self.type]}",
                               "choose another tuner")
         given = dict(self.config)
         if "target_modules" in fields:

@@ -43,7 +43,7 @@ from luthier.methods.prompt import (
 )
 from luthier.methods.ptuning import ReparameterizedPrompt, draw_with_seed
 
-NETWORK = 0.05  # factor on the learning rate for the weights of the MLP
+ENCODER_LR_MULTIPLIER = 0.05  # factor on the learning rate for the weights of the MLP
 
 
 class PrefixConfig(VirtualTokenConfig):
@@ -169,7 +169,7 @@ class PrefixProjection(nn.Module):
 class ProjectedPrefix(ReparameterizedPrompt):
     """Prefix tuning through an MLP, on a model."""
 
-    network = NETWORK
+    network = ENCODER_LR_MULTIPLIER
 
     def __init__(self, structure: ModelStructure, config: VirtualTokenConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:

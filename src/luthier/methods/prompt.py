@@ -33,17 +33,18 @@ from luthier.methods.adapter_format import build_native_config
 from luthier.methods.hooks import load_into
 
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name of all that it keeps of virtual tokens
-COMMON = 5000  # words to start from are drawn from so many first entries of the vocabulary, the most frequent ones
-Init = Literal["words", "random"]
-TEXT = "start from this text, repeated or cut to length, instead of words that are drawn"
+# words to start from are drawn from so many first entries of the vocabulary, the most frequent ones
+MAX_SAMPLED_TOKEN_ID = 5000
+PromptTuningInit = Literal["words", "random"]
+INIT_TEXT_HELP = "start from this text, repeated or cut to length, instead of words that are drawn"
 
 
 class VirtualTokenConfig(Config):
     """Settings that all virtual tokens share."""
 
     tokens: int = Field(20, ge=1, description="how many virtual tokens; each takes a place of the context")
-    init: Init = Field("words", description="start as real words, or at random (learns late)")
-    text: str | None = Field(None, min_length=1, description=TEXT)
+    init: PromptTuningInit = Field("words", description="start as real words, or at random (learns late)")
+    text: str | None = Field(None, min_length=1, description=INIT_TEXT_HELP)
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
@@ -101,7 +102,7 @@ def sample_token_ids(structure: ModelStructure, n: int, text: str | None, seed: 
             raise RecipeError(f"method.text {text!r} has no tokens", "give words to start from")
         return (ids * (n // len(ids) + 1))[:n]
     special = set(tokenizer.all_special_ids)
-    common = [i for i in range(min(structure.sizes["vocabulary"], COMMON)) if i not in special]
+    common = [i for i in range(min(structure.sizes["vocabulary"], MAX_SAMPLED_TOKEN_ID)) if i not in special]
     found = [i for i in common if tokenizer.decode([i]).strip().isalpha()] or common
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     return [found[i] for i in (order * (n // len(order) + 1))[:n]]

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from luthier.core.protocols import ModelStructure
 from luthier.methods.prefix import Prefix, init_key_values
-from luthier.methods.prompt import Init, VirtualTokenConfig
+from luthier.methods.prompt import PromptTuningInit, VirtualTokenConfig
 
 
 class PTuningV2Config(VirtualTokenConfig):
@@ -31,7 +31,8 @@ class PTuningV2Config(VirtualTokenConfig):
     name: Literal["ptuning_v2"] = "ptuning_v2"
     tokens: int = Field(32, ge=1, description="virtual tokens in each layer: below 20 for plain classes, about 100 for "
                                               "labels of every token")
-    init: Init = Field("random", description="at random, as in the paper, or as the keys and values of real words")
+    init: PromptTuningInit = Field("random", description="at random, as in the paper, or as the keys and values of "
+                                                         "real words")
 
     def attach(self, structure: ModelStructure, *, seed: int) -> Prefix:
         return Prefix(structure, self, *init_key_values(structure, self, seed))
