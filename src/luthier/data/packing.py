@@ -105,8 +105,7 @@ def batch(encoded: Sequence[Encoded]) -> Batch:
     target = Target(_long(at), _long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
                     sum(example.bytes for example in encoded), _long(items), torch.tensor(labels, dtype=torch.float32),
                     torch.tensor(margins, dtype=torch.float32), _long(groups), _long(item_of),
-                    {name: torch.cat([example.precomputed[name] for example in encoded])
-                     for name in encoded[0].precomputed},
+                    {name: torch.cat([row.precomputed[name] for row in encoded]) for name in encoded[0].precomputed},
                     torch.tensor(counted, dtype=torch.float32), _shares(encoded), _long(text_ids))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
