@@ -36,10 +36,10 @@ NAMED = pytest.mark.parametrize(("name", "settings"), EVERY, ids=[" ".join([n, *
 
 def with_prompts(labels: list[list[float]], shared: bool) -> list[TokenizedExample]:
     """A prompt and its answers: as a tree, or each answer as a document behind a prompt of its own."""
-    dice, found = Dice(9), []
+    rng, found = Dice(9), []
     for number, group in enumerate(labels):
-        prompt = dice.piece(9 - number, masked=9 - number)
-        answers = [dice.piece(3 + (number + 2 * i) % 5, 0) for i in range(len(group))]
+        prompt = rng.piece(9 - number, masked=9 - number)
+        answers = [rng.piece(3 + (number + 2 * i) % 5, 0) for i in range(len(group))]
         answers = [TokenSpan(piece.ids, (1.0,) * len(piece.ids), 0) for piece in answers]
         alone = [TokenSpan(prompt.ids + piece.ids, prompt.weights + piece.weights) for piece in answers]
         items = tuple(LabeledSpan(i + shared, label) for i, label in enumerate(group))
@@ -49,9 +49,9 @@ def with_prompts(labels: list[list[float]], shared: bool) -> list[TokenizedExamp
 
 def roots(labels: list[list[Any]]) -> list[TokenizedExample]:
     """Texts that are judged as a whole; where `labels` are empty, their words carry tags: the numbers 0 to 2."""
-    dice, found = Dice(11), []
+    rng, found = Dice(11), []
     for number, group in enumerate(labels):
-        pieces = [dice.piece(4 + (number + 3 * i) % 6) for i in range(max(len(group), 1))]
+        pieces = [rng.piece(4 + (number + 3 * i) % 6) for i in range(max(len(group), 1))]
         if not group:
             pieces = [TokenSpan(tuple(token % 3 for token in piece.ids), piece.weights) for piece in pieces]
         found.append(TokenizedExample(tuple(pieces), Origin("lab", number), items=tuple(LabeledSpan(i, label) for i, label in enumerate(group))))
@@ -92,7 +92,7 @@ def measured(family: CausalLM, objective: Any, attached: Tuner, examples: list[T
 
 @pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("name", [*COMPARED, "kto"])
-def test_a_shared_prompt_is_a_repeated_one(name: str) -> None:
+def test_shared_prompt_equals_repeated_prompt(name: str) -> None:
     family, objective, attached = ready(name, {})
     shared, repeated = (measured(family, objective, attached, rows(name, {}, way), None) for way in (True, False))
     assert apart(shared, repeated) < 1e-9
@@ -105,7 +105,7 @@ def test_a_shared_prompt_is_a_repeated_one(name: str) -> None:
 
 @pytest.mark.usefixtures("double")
 @NAMED
-def test_cutting_a_batch_changes_nothing(name: str, settings: dict[str, Any]) -> None:
+def test_micro_batch_size_does_not_matter(name: str, settings: dict[str, Any]) -> None:
     family, objective, attached = ready(name, settings)
     examples = rows(name, settings)
     assert len(pack_examples(examples, 12)) > 1
@@ -113,7 +113,7 @@ def test_cutting_a_batch_changes_nothing(name: str, settings: dict[str, Any]) ->
 
 
 @NAMED
-def test_it_learns_a_few_rows_and_is_measured(name: str, settings: dict[str, Any]) -> None:
+def test_training_lowers_the_loss_and_evaluation_runs(name: str, settings: dict[str, Any]) -> None:
     family, objective, attached = ready(name, settings)
     batches = pack_examples(rows(name, settings), 24)
     before = evaluate_batches(family, objective, batches, attached.disabled)
@@ -126,7 +126,7 @@ def test_it_learns_a_few_rows_and_is_measured(name: str, settings: dict[str, Any
     assert found.keys() - {"grad_norm"} <= after.keys()
 
 
-def test_the_reference_is_the_base_however_far_the_method_went() -> None:
+def test_reference_is_the_base_after_training() -> None:
     """DPO's reward of an answer is beta times its gain over the base; with a method that does nothing, none."""
     family, objective, attached = ready("dpo", {"beta": 2.0})
     batch, = pack_examples(rows("dpo", {}), None)

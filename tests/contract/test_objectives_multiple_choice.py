@@ -18,7 +18,7 @@ LABELS = [[0, 1], [1, 0, 1], [1, 1, 0, 1], [2, 0, 1]]
 
 
 @pytest.mark.parametrize("per_token", [True, False])
-def test_value_and_gradient_are_the_formula_s(per_token: bool) -> None:
+def test_loss_and_gradient_equal_the_formula(per_token: bool) -> None:
     case = answers("multiple_choice", torch.Generator().manual_seed(5), LABELS, per_token=per_token)
     logps, target = case.outputs.token_logps, case.target
     wanted, right, chance = torch.zeros((), dtype=torch.float64), 0, 0.0
@@ -39,7 +39,7 @@ def test_value_and_gradient_are_the_formula_s(per_token: bool) -> None:
     assert abs(float(other.loss().total - found.total)) > 1e-2, "the control: the other score is another loss"
 
 
-def test_equal_scores_are_not_right() -> None:
+def test_ties_count_as_wrong() -> None:
     case = answers("multiple_choice", torch.Generator().manual_seed(5), [[0, 1]])
     with torch.no_grad():
         case.outputs.token_logps.fill_(-1.0)
@@ -49,7 +49,7 @@ def test_equal_scores_are_not_right() -> None:
 
 
 @pytest.mark.parametrize("shared", ["auto", True, False])
-def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: object, tmp_path: Path) -> None:
+def test_accuracy_equals_scoring_one_answer_at_a_time(shared: object, tmp_path: Path) -> None:
     """Transformers' own forward pass, an answer at a time, in the order of the file, with the right one anywhere."""
     save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
     rows = [{"context": f"What is {word} of many things?", "choices": [word, word * 2, "no", "x y z"][:2 + n], "answer": n}
@@ -62,12 +62,12 @@ def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: objec
     for row in rows:
         scores = []
         for answer in row["choices"]:
-            said = [{"role": "user", "content": row["context"]}, {"role": "assistant", "content": answer}]
-            begun = family.tokenizer.apply_chat_template(said[:1], add_generation_prompt=True, return_dict=False)
-            whole = family.tokenizer.apply_chat_template(said, return_dict=False)[:-1]  # no line break behind the end
+            messages = [{"role": "user", "content": row["context"]}, {"role": "assistant", "content": answer}]
+            prompt_ids = family.tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
+            whole = family.tokenizer.apply_chat_template(messages, return_dict=False)[:-1]  # no line break behind the end
             with torch.no_grad():
                 logps = family.structure.model(torch.tensor([whole])).logits[0].log_softmax(-1)
-            scores.append(float(sum(logps[i - 1, whole[i]] for i in range(len(begun), len(whole)))) / (len(whole) - len(begun)))
+            scores.append(float(sum(logps[i - 1, whole[i]] for i in range(len(prompt_ids), len(whole)))) / (len(whole) - len(prompt_ids)))
         total -= float(torch.tensor(scores).log_softmax(0)[row["answer"]])
         right += scores.index(max(scores)) == row["answer"]
     assert found["loss"] == pytest.approx(total / len(rows), rel=1e-4)
@@ -75,7 +75,7 @@ def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: objec
     assert found["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4) / 3)
 
 
-def test_of_a_folder_the_test_rows_are_measured(tmp_path: Path) -> None:
+def test_evaluation_of_a_folder_uses_its_test_rows(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
     row = {"question": "q", "choices": ["one", "two"], "answer": "one"}
     for name, count in (("train", 5), ("test", 3)):

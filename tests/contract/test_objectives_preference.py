@@ -28,7 +28,7 @@ trl = pytest.importorskip("trl")
 RANKS = [[0, 1], [2, 0, 1], [1, 0], [3, 1, 0, 2]]
 
 
-def made(name: str, labels: Any = RANKS, **settings: Any) -> Case:
+def make_case(name: str, labels: Any = RANKS, **settings: Any) -> Case:
     return answers(name, torch.Generator().manual_seed(5), labels, **settings)
 
 
@@ -58,8 +58,8 @@ def trainer(kind: Any, **settings: Any) -> Any:
     return bare
 
 
-def answering(log_probs: Tensor) -> Any:
-    """What TRL's models return where they are asked for log-probabilities."""
+def model_output(log_probs: Tensor) -> Any:
+    """What TRL's models return when log-probabilities are requested."""
     return SimpleNamespace(log_probs=log_probs, entropy=torch.zeros_like(log_probs), mean_logits=torch.zeros_like(log_probs),
                            is_top1=torch.ones_like(log_probs, dtype=torch.bool))
 
@@ -69,33 +69,33 @@ def trl_dpo(case: Case, loss_type: str) -> tuple[Tensor, dict[str, float]]:
     from trl import DPOTrainer
     best, worst = pairs(case)
     settings = case.objective
-    made = trainer(DPOTrainer, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
+    trl_trainer = trainer(DPOTrainer, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
                    loss_types=[loss_type], loss_weights=[1.0], use_weighting=False, beta=settings.beta,
                    label_smoothing=dict(settings).get("label_smoothing") or 0.0)
     policy, mask = rows(case, case.outputs.token_logps, best + worst)
     reference = rows(case, case.outputs.reference_logps, best + worst)[0].sum(1)
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
               "ref_chosen_logps": reference[:len(best)], "ref_rejected_logps": reference[len(best):]}
-    loss = made._compute_loss(lambda **_: answering(policy), inputs, False)
-    return loss, {name: values[-1] for name, values in made._metrics["train"].items()}
+    loss = trl_trainer._compute_loss(lambda **_: model_output(policy), inputs, False)
+    return loss, {name: values[-1] for name, values in trl_trainer._metrics["train"].items()}
 
 
 def trl_cpo(case: Case, loss_type: str, reference: bool, mean: bool) -> Tensor:
     from trl.experimental.cpo import CPOTrainer
-    made = trainer(CPOTrainer, alpha=0.0, loss_type=loss_type, beta=case.objective.beta,
+    trl_trainer = trainer(CPOTrainer, alpha=0.0, loss_type=loss_type, beta=case.objective.beta,
                    simpo_gamma=dict(case.objective).get("gamma"), label_smoothing=dict(case.objective).get("label_smoothing") or 0.0)
     logps = case.outputs.token_logps - (case.outputs.reference_logps if reference else 0)
     sides = [rows(case, logps, items) for items in pairs(case)]
-    return made.cpo_loss(*(values.sum(1) / (mask.sum(1) if mean else 1) for values, mask in sides))[0].mean()
+    return trl_trainer.cpo_loss(*(values.sum(1) / (mask.sum(1) if mean else 1) for values, mask in sides))[0].mean()
 
 
 def trl_orpo(case: Case) -> Tensor:
     """TRL's odds ratio; and as the paper has it, the mean over each better answer's tokens."""
     from trl.experimental.orpo import ORPOTrainer
-    made = trainer(ORPOTrainer, beta=case.objective.beta)
+    trl_trainer = trainer(ORPOTrainer, beta=case.objective.beta)
     best, worst = (values.sum(1) / mask.sum(1) for values, mask in
                    (rows(case, case.outputs.token_logps, items) for items in pairs(case)))
-    return (-best - made.odds_ratio_loss(best, worst)[0]).mean()
+    return (-best - trl_trainer.odds_ratio_loss(best, worst)[0]).mean()
 
 
 ORACLES = {
@@ -109,7 +109,7 @@ ORACLES = {
 }
 
 
-def test_every_loss_of_dpo_is_held_against_another_implementation() -> None:
+def test_every_dpo_loss_has_an_oracle() -> None:
     assert {*DPO_LOSSES} == {"sigmoid", *SHORT_FORMS}
     assert {"dpo", *SHORT_FORMS} < ORACLES.keys()
     for loss_type in DPO_LOSSES:
@@ -117,7 +117,7 @@ def test_every_loss_of_dpo_is_held_against_another_implementation() -> None:
 
 
 @pytest.mark.parametrize("name", SHORT_FORMS)
-def test_a_short_form_is_dpo_with_that_loss(name: str) -> None:
+def test_short_form_equals_dpo_with_that_loss_type(name: str) -> None:
     """In a recipe as a word, with settings, and laid over another recipe; a loss_type that contradicts it is an error."""
     whole = {"name": "dpo", "loss_type": name}
     for given, wanted in ((name, whole), ({"name": name, "beta": 0.3}, {**whole, "beta": 0.3}),
@@ -130,7 +130,7 @@ def test_a_short_form_is_dpo_with_that_loss(name: str) -> None:
         recipe({"data": "-", "objective": {"name": name, "loss_type": other}})
 
 
-def test_label_smoothing_belongs_to_two_losses() -> None:
+def test_label_smoothing_is_refused_by_losses_without_it() -> None:
     assert {loss_type: DpoConfig(loss_type=loss_type).label_smoothing for loss_type in DPO_LOSSES} == {
         "sigmoid": None, "ipo": None, "hinge": None, "robust": 0.1, "cdpo": 0.1}
     assert DpoConfig(loss_type="cdpo", label_smoothing=0.0).label_smoothing == 0.0
@@ -139,7 +139,7 @@ def test_label_smoothing_belongs_to_two_losses() -> None:
             recipe({"data": "-", "objective": {"name": "dpo", "loss_type": loss_type, "label_smoothing": 0.1}})
 
 
-def same(case: Case, wanted: Tensor) -> None:
+def check_loss_and_gradient(case: Case, wanted: Tensor) -> None:
     """Ours, divided as the step divides it, is `wanted`, and so is its gradient on every token."""
     loss = case.loss()
     found = loss.total / case.objective.count(case.target)
@@ -151,24 +151,24 @@ def same(case: Case, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 1.5])
 @pytest.mark.parametrize("name", ORACLES)
-def test_it_is_trls(name: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradient_equal_trl(name: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # TRL rounds ORPO's to float32
-    case = made(name, beta=beta)
-    same(case, ORACLES[name](case))
+    case = make_case(name, beta=beta)
+    check_loss_and_gradient(case, ORACLES[name](case))
 
 
 @pytest.mark.parametrize("name", ORACLES)
-def test_no_two_of_them_are_the_same(name: str) -> None:
+def test_losses_differ_from_one_another(name: str) -> None:
     """The control: another name's formula on the same numbers is far away."""
-    case = made(name, beta=0.5)
+    case = make_case(name, beta=0.5)
     value = float(case.loss().total / case.loss().count)
     for other in ORACLES.keys() - {name}:
-        assert abs(value - float(ORACLES[other](made(other, beta=0.5)))) > 1e-3, other
+        assert abs(value - float(ORACLES[other](make_case(other, beta=0.5)))) > 1e-3, other
 
 
 @pytest.mark.parametrize("name", ["dpo", "robust"])
-def test_its_metrics_are_trls(name: str) -> None:
-    case = made(name, beta=0.3)
+def test_metrics_equal_trl(name: str) -> None:
+    case = make_case(name, beta=0.3)
     theirs = trl_dpo(case, {"dpo": "sigmoid"}.get(name, name))[1]
     ours = {metric: float(total) / float(n) for metric, (total, n) in case.loss().metrics.items()}
     names = {"rewards/chosen": "rewards/chosen", "rewards/rejected": "rewards/rejected", "rewards/margins": "rewards/margins",
@@ -176,8 +176,8 @@ def test_its_metrics_are_trls(name: str) -> None:
     assert ours == pytest.approx({name: theirs[other] for name, other in names.items()}, rel=1e-6)
 
 
-def test_weights_scale_log_probabilities_and_prompts_are_nobodys() -> None:
-    case = made("dpo")
+def test_weights_scale_log_probabilities_and_prompts_do_not_count() -> None:
+    case = make_case("dpo")
     target = replace(case.target, weights=torch.where(case.target.item_of < 0, 7.0, 2.0))
     twice = compute_completion_logps(case.outputs.token_logps, target, mean=False)
     once = compute_completion_logps(case.outputs.token_logps, case.target, mean=False)
@@ -189,11 +189,11 @@ def test_weights_scale_log_probabilities_and_prompts_are_nobodys() -> None:
     assert not gradient[case.target.item_of < 0].any()
 
 
-def test_a_robust_mean_over_flips_is_dpo() -> None:
+def test_mean_of_robust_over_flipped_labels_equals_sigmoid() -> None:
     """What the name promises: over pairs of which a share is flipped, the mean loss is that of the true ones."""
-    right, wrong = made("robust", [[0, 1]], label_smoothing=0.2), made("robust", [[1, 0]], label_smoothing=0.2)
+    right, wrong = make_case("robust", [[0, 1]], label_smoothing=0.2), make_case("robust", [[1, 0]], label_smoothing=0.2)
     flipped = 0.8 * right.loss().total + 0.2 * wrong.loss().total
-    assert float(flipped) == pytest.approx(float(made("dpo", [[0, 1]]).loss().total), rel=1e-12)
+    assert float(flipped) == pytest.approx(float(make_case("dpo", [[0, 1]]).loss().total), rel=1e-12)
 
 
 def test_log1mexp_is_exact_at_both_ends() -> None:
@@ -205,8 +205,8 @@ def test_log1mexp_is_exact_at_both_ends() -> None:
 
 
 @pytest.mark.parametrize("name", [*ORACLES, "reward"])
-def test_an_answer_alone_is_refused(name: str) -> None:
-    case = made("dpo", [[0, 1], [0]])
+def test_a_single_completion_is_refused(name: str) -> None:
+    case = make_case("dpo", [[0, 1], [0]])
     objective, outputs = make_objective(name), replace(case.outputs, scores=torch.zeros(3, 1))
     for call in (lambda: objective.count(case.target), lambda: objective(outputs, case.target)):
         with pytest.raises(DataError, match="at least two"):
@@ -222,7 +222,7 @@ def test_an_answer_alone_is_refused(name: str) -> None:
 def trl_kto(case: Case) -> Tensor:
     from trl import KTOTrainer
     settings, labels = case.objective, case.target.labels
-    made = trainer(KTOTrainer, calculate_KL=True, loss_type="kto", precompute_ref_logps=True, beta=settings.beta,
+    trl_trainer = trainer(KTOTrainer, calculate_KL=True, loss_type="kto", precompute_ref_logps=True, beta=settings.beta,
                    desirable_weight=settings.desirable_weight, undesirable_weight=settings.undesirable_weight)
     judged, other = ((labels >= 0).nonzero()[:, 0].tolist(), (labels < 0).nonzero()[:, 0].tolist())
     given: dict[str, Any] = {"label": labels[judged] == 1}
@@ -235,18 +235,18 @@ def trl_kto(case: Case) -> Tensor:
                   f"ref_{prefix}logps": rows(case, case.outputs.reference_logps, items)[0].sum(1)}
 
     def model(input_ids: Tensor, **_: Any) -> Any:
-        return answering(runs[int(input_ids[0, 0]) - 1][1])
+        return model_output(runs[int(input_ids[0, 0]) - 1][1])
 
-    return made._compute_loss(model, given, False)
+    return trl_trainer._compute_loss(model, given, False)
 
 
 @pytest.mark.parametrize(("labels", "lifted"), [([[1, -1], [0, -1], [0, -1], [1, -1], [0, -1]], 0.0), ([[1, -1], [0, -1]], 2.0),
                                                 ([[0, -1], [0, -1]], 2.0)])
-def test_kto_is_trls(labels: Any, lifted: float) -> None:
-    case = made("kto", labels, desirable_weight=1.5, undesirable_weight=0.7, beta=0.4)
+def test_kto_equals_trl(labels: Any, lifted: float) -> None:
+    case = make_case("kto", labels, desirable_weight=1.5, undesirable_weight=0.7, beta=0.4)
     below = case.outputs.reference_logps - 1.0 * (lifted == 0.0)  # z0 above 0, or clamped to it
     case = replace(case, outputs=replace(case.outputs, reference_logps=below + lifted))
-    same(case, trl_kto(case))
+    check_loss_and_gradient(case, trl_kto(case))
     z0 = float(case.loss().metrics["kl_estimate"][0])
     assert (z0 > 0) == (lifted == 0.0)
     gradient = torch.autograd.grad(case.loss().total, case.outputs.token_logps)[0]
@@ -255,12 +255,12 @@ def test_kto_is_trls(labels: Any, lifted: float) -> None:
     assert gradient[judged].all()
 
 
-def test_kto_without_a_mismatched_answer_is_refused() -> None:
+def test_kto_without_a_mismatched_completion_is_refused() -> None:
     with pytest.raises(DataError, match=r"another row.s prompt"):
-        made("kto", [[1], [0]]).loss()
+        make_case("kto", [[1], [0]]).loss()
 
 
-def test_kto_s_reference_asks_for_no_gradient() -> None:
+def test_kto_reference_has_no_gradient() -> None:
     """A batch that is computed in parts has leaves for all outputs; the reference's have no graph behind them."""
     case = cases()["kto"]
     leaves = {name: t.detach().requires_grad_() for name, t in case.outputs.tensors().items()}

@@ -137,14 +137,14 @@ def test_a_weight_that_is_none_is_refused(home: Path) -> None:
     assert report.reasons == {"weight is not a finite number from 0 up": 1}
 
 
-@pytest.mark.parametrize("kind", ["contrastive", "contrastive-both", "contrastive-labels"])
+@pytest.mark.parametrize("kind", ["contrastive", "contrastive-symmetric", "contrastive-supcon"])
 def test_among_negatives_it_is_a_factor_on_the_anchors_own_loss(kind: str) -> None:
     case = cases()[f"{kind}-weighted"]
     target, objective = case.target, case.objective
     states = F.normalize(case.outputs.pooled, dim=-1)
     similar = states @ states.T / objective.temperature
     weights = target.item_weights.double()
-    if kind == "contrastive-labels":
+    if kind == "contrastive-supcon":
         each = supcon_loss(similar, target.labels)
     else:
         anchor = target.labels == 0

@@ -157,8 +157,8 @@ def test_every_page_is_listed() -> None:
 
 
 def test_every_metric_has_its_entry() -> None:
-    glossary = re.findall(r"^### (\w+)$", text(ROOT / "docs/metrics.md"), re.MULTILINE)
-    share = re.findall(r'"(\w+_share)"', inspect.getsource(count_trainable))
+    glossary = re.findall(r"^### ([\w/]+)$", text(ROOT / "docs/metrics.md"), re.MULTILINE)
+    share = re.findall(r'"(\w+_fraction)"', inspect.getsource(count_trainable))
     wanted = line_names() | set(METRICS) | set(share) | {"perplexity"}
     assert {"nll", "grad_norm", "tokens_per_second"} <= wanted
     assert not wanted - set(glossary)

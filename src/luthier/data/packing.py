@@ -106,8 +106,7 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
                         sum(example.bytes for example in encoded), _to_long(items),
                         torch.tensor(labels, dtype=torch.float32),
                         torch.tensor(margins, dtype=torch.float32), _to_long(groups), _to_long(item_of),
-                        {name: torch.cat([example.precomputed[name] for example in encoded])
-                         for name in encoded[0].precomputed},
+                        {name: torch.cat([row.precomputed[name] for row in encoded]) for name in encoded[0].precomputed},
                         torch.tensor(counted, dtype=torch.float32), _build_label_shares(encoded), _to_long(text_ids))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 

@@ -13,8 +13,8 @@ u_y log p_y becomes sum_c q_c u_c log p_c, and u_y in the count becomes sum_c q_
 of the largest probability.
 
 Balanced weights are u_c = n / (C n_c), for n training labels of which n_c have class c, each counted with the weight of
-its row (scikit-learn's `balanced`, after King and Zeng 2001, "Logistic regression in rare events data"): every class
-then has the same share of the count.
+its row. Every class then has the same share of the count. This is scikit-learn's `balanced`, after King and Zeng 2001,
+"Logistic regression in rare events data".
 
 Shape letters: A items, P predicted tokens, C classes.
 """

@@ -1,4 +1,4 @@
-"""KTO: single completions, each labelled desirable or undesirable. Read `preference.py` first.
+"""KTO: single completions, each labeled desirable or undesirable. Read `preference.py` first.
 
 Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8. With r = log pi(y | x) - log pi_ref(y | x):
 
@@ -6,7 +6,7 @@ Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8. With r = log pi(y | x) - log p
     desirable:      desirable_weight   * (1 - sigmoid(beta (r - z0)))
     undesirable:    undesirable_weight * (1 - sigmoid(beta (z0 - r)))
 
-    total = sum over labelled completions of weight * that       count = sum of the weights of their rows
+    total = sum over labeled completions of weight * that       count = sum of the weights of their rows
 
 z0 estimates the KL divergence of the policy from the reference, from completions paired with another row's prompt. It
 is a weighted mean over the whole batch, so the rows of a batch interact.
@@ -30,7 +30,7 @@ from luthier.objectives.preference import compute_completion_logps
 class KtoConfig(ObjectiveConfig):
     """Kahneman-Tversky optimization.
 
-    Requires: `token_logps`, `reference_logps`. Items: completions, labelled 1 desirable, 0 undesirable, -1 mismatched
+    Requires: `token_logps`, `reference_logps`. Items: completions, labeled 1 desirable, 0 undesirable, -1 mismatched
     (a completion of another prompt, which is used for z0 alone).
     Metrics: `rewards/chosen` and `rewards/rejected` (beta r of desirable and undesirable completions), `logps/chosen`,
     `logps/rejected`, `kl_estimate` (z0).

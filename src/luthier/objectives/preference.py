@@ -161,7 +161,7 @@ class PreferenceConfig(ObjectiveConfig):
     """Base class of the preference objectives.
 
     Requires: `token_logps`, and `reference_logps` where the loss has a reference. Items: the completions of an example,
-    labelled by rank, 0 best.
+    labeled by rank, 0 best.
     Metrics: `rewards/chosen`, `rewards/rejected` (beta times w - w' and l - l'), `rewards/margins`,
     `rewards/accuracies`, `logps/chosen`, `logps/rejected`.
     """

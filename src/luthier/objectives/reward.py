@@ -73,7 +73,7 @@ class RewardConfig(ObjectiveConfig):
         total = sum over prompts of w (ranking loss + center_rewards_coefficient * centering loss)
         count = sum over prompts of w
 
-    Requires: `scores` [A, 1] of the head `score`. Items: the completions of an example, labelled by rank, 0 best.
+    Requires: `scores` [A, 1] of the head `score`. Items: the completions of an example, labeled by rank, 0 best.
     Metrics: `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies`, over all pairs; on held-out
     rows `calibration_error` and its bins.
     Raises: `DataError` if an example has no two completions of which one is better.

@@ -1,4 +1,4 @@
-"""The laws of an objective: pure, sums and counts, and for token losses torch's own cross-entropy."""
+"""Token losses against torch's own cross-entropy, and the invariants of an objective: pure, sums and counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luthier.core.types import LossInputs, Outputs
 from luthier.objectives import OBJECTIVES
 
 TOKENS = ("sft", "pretrain")
-NAME = pytest.mark.parametrize("name", TOKENS)  # the laws of all others: test_objectives_laws.py
+NAME = pytest.mark.parametrize("name", TOKENS)  # those of all others: test_objectives_invariants.py
 
 
 def case(dtype: torch.dtype = torch.float64, predictions: int = 40) -> tuple[torch.Tensor, LossInputs]:
@@ -36,7 +36,7 @@ def outputs(logits: torch.Tensor, target: LossInputs) -> Outputs:
 
 
 @pytest.mark.parametrize("name", TOKENS)
-def test_it_is_torchs_cross_entropy(name: str) -> None:
+def test_loss_and_gradient_equal_torch_cross_entropy(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
     loss = objective(outputs(logits, target), target)
     each = F.cross_entropy(logits, target.tokens, reduction="none")
@@ -57,13 +57,13 @@ def test_it_is_torchs_cross_entropy(name: str) -> None:
 
 
 @NAME
-def test_its_count_is_known_before_the_forward_pass(name: str) -> None:
+def test_count_is_known_before_the_forward_pass(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
     assert objective.count(target) == pytest.approx(float(objective(outputs(logits, target), target).count), rel=1e-6)
 
 
 @NAME
-def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
+def test_micro_batches_add_up_to_the_batch(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
     assert not objective.needs_full_batch, "a coupled objective is never split"
     whole = objective(outputs(logits, target), target)
@@ -80,7 +80,7 @@ def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
 
 
 @NAME
-def test_it_is_pure_and_its_metrics_have_no_gradient(name: str) -> None:
+def test_objective_is_pure_and_metrics_have_no_gradient(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
     before = target.weights.clone()
     first, second = (objective(outputs(logits, target), target) for _ in range(2))
@@ -92,19 +92,19 @@ def test_it_is_pure_and_its_metrics_have_no_gradient(name: str) -> None:
 
 
 @NAME
-def test_it_reads_only_what_it_says_it_needs(name: str) -> None:
+def test_objective_reads_only_required_outputs(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
     whole = outputs(logits, target)
-    asked = Outputs(**{field: vars(whole)[field] for field in objective.required_outputs})
-    assert torch.equal(objective(asked, target).total, objective(whole, target).total)
+    required = Outputs(**{field: vars(whole)[field] for field in objective.required_outputs})
+    assert torch.equal(objective(required, target).total, objective(whole, target).total)
     assert all(field in vars(whole) for field in objective.required_outputs)
 
 
-@pytest.mark.parametrize("room", ["objectives", "evaluation"])
-def test_the_examples_in_the_docstrings_are_true(room: str) -> None:
-    home = importlib.import_module(f"luthier.{room}")
-    inner = [f"{home.__name__}.{m.name}" for m in pkgutil.iter_modules(vars(home).get("__path__", []))]
-    results = [doctest.testmod(importlib.import_module(name)) for name in [home.__name__, *inner]]
+@pytest.mark.parametrize("package", ["objectives", "evaluation"])
+def test_docstring_examples(package: str) -> None:
+    module = importlib.import_module(f"luthier.{package}")
+    inner = [f"{module.__name__}.{m.name}" for m in pkgutil.iter_modules(vars(module).get("__path__", []))]
+    results = [doctest.testmod(importlib.import_module(name)) for name in [module.__name__, *inner]]
     assert sum(r.failed for r in results) == 0
     assert sum(r.attempted for r in results) > 3
     assert objectives.__doc__
