@@ -199,9 +199,8 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -
              "is in memory")
         return _scored(run, found, judge, nullcontext)
     bank = _bank(base, attached)
-    adapter, before = found.method.attach(base.structure, seed=found.seed), base.heads
-    base.add_heads(found.objective.heads, found.seed)
-    heads, base.heads = base.heads, before
+    adapter = found.method.attach(base.structure, seed=found.seed)
+    heads = base.build_heads(found.objective.heads, found.seed)
     saved = adapter_weights(run, base.structure)
     own = renamed(saved, adapter.state(), base)
     adapter.load({name: own[name] for name in adapter.state() if name in own})
@@ -214,12 +213,8 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -
 
     @contextmanager
     def acting() -> Iterator[None]:
-        before, base.heads = base.heads, heads
-        try:
-            with bank.using(name):
-                yield
-        finally:
-            base.heads = before
+        with base.using_heads(heads), bank.using(name):
+            yield
     return _scored(run, found, base, acting)
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from luthier.core.errors import BaseError, LuthierError
-from luthier.core.protocols import ChatFormat, Head, Router, Tuner
+from luthier.core.protocols import ChatFormat, Head, Heads, Router
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.models.activation_recompute import ActivationRecomputer, replace_gated_mlps
 from luthier.models.adapter_routing import route_segments, snapshot_routing
@@ -91,9 +91,22 @@ class HFModel:
             block.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
                 checkpoint, use_reentrant=False, context_fn=lambda: (self._recomputer.suspended(), snapshot_routing(self.router)))
 
-    def add_heads(self, heads: Sequence[Head], seed: int) -> Tuner:
-        self.heads = TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task, self._build_task_head)
+    def add_heads(self, heads: Sequence[Head], seed: int) -> TaskHeads:
+        self.heads = self.build_heads(heads, seed)
         return self.heads
+
+    def build_heads(self, heads: Sequence[Head], seed: int) -> TaskHeads:
+        return TaskHeads(heads, self.structure.sizes["hidden"], self.device, seed, self.structure.task,
+                         self._build_task_head)
+
+    @contextmanager
+    def using_heads(self, heads: Heads) -> Iterator[None]:
+        assert isinstance(heads, TaskHeads), "made by build_heads"
+        previous, self.heads = self.heads, heads
+        try:
+            yield
+        finally:
+            self.heads = previous
 
     def _build_task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
         if self.is_encoder_decoder:
