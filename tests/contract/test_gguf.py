@@ -191,8 +191,8 @@ def described(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"merges": []}, "no merges"), ({"byte_fallback": True}, "byte_fallback"), ({"type": "Unigram"}, "Unigram"),
-    ({"normalizer": {"type": "Lowercase"}}, "changes text first"), ({"ignore_merges": True}, "splits text"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"), ({"pre_tokenizer": None}, "not at all"),
+    ({"normalizer": {"type": "Lowercase"}}, "normalizes text"), ({"ignore_merges": True}, "no name for the tokenizer"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"), ({"pre_tokenizer": None}, "no split"),
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
     ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": CONTRACTIONS}, "behavior": "Isolated"}}, "ll"),
 ])

@@ -164,15 +164,15 @@ def test_a_run_on_gemma_goes_the_whole_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "overrides", "said"), [
     ("gemma", {"hidden_act": "silu"}, "'silu'"), ("gemma2", {"hidden_activation": "relu"}, "'relu'"),
-    ("gemma", {"use_bidirectional_attention": True}, "see the ones behind"),
+    ("gemma", {"use_bidirectional_attention": True}, "bidirectional attention"),
     ("gemma", {"tie_word_embeddings": False}, "no place for 'lm_head'"),
     ("gemma2", {"attention_bias": True}, "does not add"),
-    ("gemma2", {"query_pre_attn_scalar": 10}, "root of 10"), ("gemma3", {"query_pre_attn_scalar": 10}, "root of 10"),
-    ("gemma2", {"attn_logit_softcapping": None}, "not at all"), ("gemma2", {"final_logit_softcapping": None}, "not at all"),
-    ("gpt2", {"activation_function": "gelu"}, "'gelu'"), ("gpt2", {"scale_attn_weights": False}, "width alone"),
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "width alone"),
-    ("gemma3", {"attn_logit_softcapping": 5.0}, "caps its scores at 5.0"),
-    ("gemma3", {"rope_parameters": {**LINEAR, "sliding_attention": LINEAR["full_attention"]}}, "layers with a window"),
+    ("gemma2", {"query_pre_attn_scalar": 10}, r"sqrt\(10\)"), ("gemma3", {"query_pre_attn_scalar": 10}, r"sqrt\(10\)"),
+    ("gemma2", {"attn_logit_softcapping": None}, "no soft cap"), ("gemma2", {"final_logit_softcapping": None}, "no soft cap"),
+    ("gpt2", {"activation_function": "gelu"}, "'gelu'"), ("gpt2", {"scale_attn_weights": False}, "head_dim.* alone"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "head_dim.* alone"),
+    ("gemma3", {"attn_logit_softcapping": 5.0}, "soft cap of 5.0"),
+    ("gemma3", {"rope_parameters": {**LINEAR, "sliding_attention": LINEAR["full_attention"]}}, "layers with a sliding window"),
     ("gemma3", {"rope_parameters": {**LINEAR, "full_attention": {**LINEAR["full_attention"], "rope_type": "yarn"}}}, "yarn"),
 ])
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(name: str, overrides: dict[str, Any], said: str, tmp_path: Path) -> None:

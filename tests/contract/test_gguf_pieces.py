@@ -154,7 +154,7 @@ def lone(word: str, left: str, right: str) -> PreTrainedTokenizerFast:
 @llama
 def test_a_word_that_llama_cpp_alone_would_make_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = lone("ze", "z", "e")
-    with pytest.raises(BaseError, match="no merge makes the word 'ze', and llama"):
+    with pytest.raises(BaseError, match="no merge produces the token 'ze', but llama"):
         out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     assert not list(tmp_path.iterdir())
     right = pieces.apply_merges
@@ -167,7 +167,7 @@ def test_a_word_that_llama_cpp_alone_would_make_is_refused(tmp_path: Path, monke
 def test_a_special_word_with_a_space_is_found_out_too(tmp_path: Path) -> None:
     words = lone("▁z", "▁", "z")
     words.backend_tokenizer.add_special_tokens([AddedToken("▁z", normalized=False)])
-    with pytest.raises(BaseError, match="no merge makes the word '▁z'"):  # a text has ' z', which is no such word yet
+    with pytest.raises(BaseError, match="no merge produces the token '▁z'"):  # a text has ' z', which is no such word yet
         out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
 
 
@@ -257,14 +257,14 @@ ODD: dict[str, Any] = {"id": 700, "content": "<odd>", "single_word": False, "lst
 
 @pytest.mark.parametrize(("kind", "changes", "said"), [
     ("Llama's", {"ignore_merges": True}, "ignore_merges"), ("Llama's", {"dropout": 0.1}, "dropout"),
-    ("Llama's", {"normalizer": None}, "spaces stay spaces"), ("Llama's", {"normalizer": {"type": "NFKC"}}, "NFKC"),
+    ("Llama's", {"normalizer": None}, "spaces are not replaced"), ("Llama's", {"normalizer": {"type": "NFKC"}}, "NFKC"),
     ("Llama's", {"normalizer": {"type": "Prepend", "prepend": "▁"}}, "before a text"),
     ("Llama's", {"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
     ("Metaspace", {"normalizer": {"type": "Lowercase"}}, "Lowercase"),
-    ("Llama's", {"added_tokens": [{**ODD, "normalized": True}]}, "looks for '<odd>'"),
-    ("Gemma's", {"added_tokens": [{**ODD, "normalized": True, "content": "▁▁"}]}, "looks for '▁▁'"),
-    ("Gemma's", {"added_tokens": [{**ODD, "rstrip": True}]}, "takes the spaces"),
-    ("Gemma's", {"added_tokens": [{**ODD, "content": "ab"}, {**ODD, "content": "bc"}]}, "'ab' and 'bc' can share"),
+    ("Llama's", {"added_tokens": [{**ODD, "normalized": True}]}, "matches '<odd>' after"),
+    ("Gemma's", {"added_tokens": [{**ODD, "normalized": True, "content": "▁▁"}]}, "matches '▁▁' after"),
+    ("Gemma's", {"added_tokens": [{**ODD, "rstrip": True}]}, "strips the spaces"),
+    ("Gemma's", {"added_tokens": [{**ODD, "content": "ab"}, {**ODD, "content": "bc"}]}, "'ab' and 'bc' can overlap"),
     ("Gemma's", {"added_tokens": [{**ODD, "content": "b"}, {**ODD, "content": "abc", "normalized": True}]}, "'b' and 'abc'"),
 ])
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(kind: str, changes: dict[str, Any], said: str) -> None:
@@ -281,7 +281,7 @@ def test_and_the_refusal_of_words_cut_out_is_right(kind: str, found: dict[str, b
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     words = tokenizer(kind)
     words.backend_tokenizer.add_tokens([AddedToken(word, normalized=late) for word, late in found.items()])
-    with pytest.raises(BaseError, match=r"can share|looks for"):
+    with pytest.raises(BaseError, match=r"can overlap|matches .* after"):
         out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     monkeypatch.setattr(pieces, "adds_space_prefix", lambda described: kind == "Llama's")
     out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
@@ -309,7 +309,7 @@ def test_a_space_put_before_a_text_unless_one_is_there_is_refused(scheme: str, t
         assert wrong(tmp_path / f"{before}.gguf", words)
 
 
-@pytest.mark.parametrize(("missing", "said"), [("<0x7F>", "no token <0x7F>"), (None, "merges bytes")])
+@pytest.mark.parametrize(("missing", "said"), [("<0x7F>", "no token <0x7F>"), (None, "merges byte tokens")])
 def test_bytes_must_be_whole_and_alone(missing: str | None, said: str, tmp_path: Path) -> None:
     found = described()
     if missing:

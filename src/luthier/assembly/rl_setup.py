@@ -204,9 +204,8 @@ def _build_run_reward(run: Run, made: Recipe, base: Family, attached: Tuner, war
              "is in memory")
         return _score_completions(run, found, judge, nullcontext)
     bank = _build_adapters(base, attached)
-    adapter, before = found.method.attach(base.structure, seed=found.seed), base.heads
-    base.add_heads(found.objective.heads, found.seed)
-    heads, base.heads = base.heads, before
+    adapter = found.method.attach(base.structure, seed=found.seed)
+    heads = base.build_heads(found.objective.heads, found.seed)
     saved = load_adapter_weights(run, base.structure)
     own = rename_weights(saved, adapter.state(), base)
     adapter.load({name: own[name] for name in adapter.state() if name in own})
@@ -219,12 +218,8 @@ def _build_run_reward(run: Run, made: Recipe, base: Family, attached: Tuner, war
 
     @contextmanager
     def acting() -> Iterator[None]:
-        before, base.heads = base.heads, heads
-        try:
-            with bank.using(name):
-                yield
-        finally:
-            base.heads = before
+        with base.using_heads(heads), bank.using(name):
+            yield
     return _score_completions(run, found, base, acting)
 
 

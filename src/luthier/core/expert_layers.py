@@ -1,5 +1,9 @@
-"""ExpertLinears of a mixture as one part of the structure. Read `protocols.py` (TargetLinear) and `adapter_gate.py`
-first."""
+"""Expert layers of a mixture of experts as part of a model's structure. Read `protocols.py` (TargetLinear) and
+`adapter_gate.py`
+first.
+
+Shape letters: E experts, N rows sorted by expert.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +15,20 @@ from torch import Tensor, nn
 from luthier.core.adapter_gate import AdapterGate
 
 ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
-"""(rows [N, in] sorted by expert, how many each expert has [E]) -> what is added to their outputs, [N, out]."""
+"""(rows [N, in] sorted by expert, number of rows of each expert [E]) -> change of their outputs, [N, out]."""
 
 
 @dataclass(frozen=True)
 class ExpertLinears:
-    """One linear map of all experts of a block, kept as one parameter: no module of its own, so nothing to hook.
+    """One linear layer of all experts of a transformer layer, stored as one parameter. It is not a module, so it cannot
+    have forward hooks.
 
     Args:
         name: the parameter's path in the model.
         weight: [E, out, in]; `transposed`: [E, in, out].
         role: gate_up, up, or down.
-        count: E.
-        enter: has a change added to the map's outputs from now on, as its scope says.
+        num_experts: E.
+        add_change: registers a change that is added to the layer's outputs while its scope is active.
     """
 
     name: str

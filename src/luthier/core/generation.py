@@ -1,4 +1,4 @@
-"""How to generate, how conversations are written, what was generated. Read first; `protocols.py` goes on from here."""
+"""Sampling parameters, generation outputs and chat formats. Read this first; `protocols.py` continues."""
 
 from __future__ import annotations
 
@@ -8,8 +8,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to generate. `temperature` 0 is greedy. `first`: the number of the first prompt among all those that share
-    `seed`, which are answered in several calls; a prompt's random numbers follow from its number and the seed."""
+    """Sampling parameters of one call of `generate`.
+
+    Args:
+        temperature: 0 is greedy decoding.
+        top_k: 0 is off.
+        batch_size: prompts decoded at once.
+        stop: token ids that end an output, in addition to the model's eos tokens.
+        first_prompt_index: index of the call's first prompt among all prompts that share `seed`. A prompt's random
+            numbers depend on its index and the seed alone, so prompts may be split over several calls.
+    """
 
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -23,7 +31,14 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """One answer: which prompt, its token ids without the stop token, whether it ended by itself, and on which one."""
+    """One generated output.
+
+    Args:
+        index: of its prompt in the call.
+        token_ids: without the stop token.
+        finished: whether it ended with a stop token; otherwise at the length limit.
+        stop_token: the token that ended it.
+    """
 
     index: int
     token_ids: tuple[int, ...]
@@ -33,12 +48,12 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How conversations with a base are written.
+    """How conversations with a model are rendered.
 
     Args:
-        template: what a tokenizer's `chat_template` must be to render them: Jinja source, or several by name.
-        stop_tokens: the tokens that end a turn of the assistant; the first is the default template's.
-        trained: whether the model is tuned on conversations; what is saved then holds the template and the stop tokens.
+        template: the value for the tokenizer's `chat_template`: Jinja source, or several by name.
+        stop_tokens: the tokens that end an assistant turn; the first is that of the default template.
+        trained: whether the model was trained on conversations; saved files then include template and stop tokens.
     """
 
     template: Any = None

@@ -1,7 +1,10 @@
-"""Where virtual tokens enter a model: what a method that trains them is promised. Read `protocols.py` (ModelStructure)
+"""The protocol for inserting virtual tokens (soft prompts, prefixes) into a model. Read `protocols.py`
+(ModelStructure)
 first.
 
-Families implement it, each for its own kind of input; `ModelStructure.ports` holds it.
+Each family implements it for its own kind of input; `ModelStructure.injector` holds the implementation.
+
+Shape letters: N virtual tokens, D hidden size, G key-value heads of width d.
 """
 
 from __future__ import annotations
@@ -17,34 +20,34 @@ SoftPromptKind = Literal["prompt", "prefix"]
 
 
 class SoftPromptInjector(Protocol):
-    """Where virtual tokens enter a model. What is put in is computed anew at every call, so that it can train; every
-    caller of the model gets its own tokens' states back and nothing else. A method's `Scope` switches it."""
+    """Inserts virtual tokens into a model. They are computed again in every forward pass, so that they can train. The
+    states of virtual tokens are removed from the model's output. A method's `Scope` switches them on and off."""
 
     @property
     def typical_embeddings(self) -> Callable[[int, int], Tensor] | None:
-        """Where the base has no words, `usual(n, seed) -> [n, D]`: vectors of the kind that its first layer gets, for
-        virtual tokens to start from. None: they start from words."""
+        """For a base without a vocabulary, `typical_embeddings(n, seed) -> [n, D]`: vectors that are typical inputs of
+        its first layer, to initialize virtual tokens. None: they are initialized from token embeddings."""
         ...
 
     @property
     def peft_kinds(self) -> frozenset[SoftPromptKind]:
-        """Those of the two kinds that PEFT puts into this base to the same effect, so that its form can hold them."""
+        """The kinds for which PEFT computes the same outputs with this base, so that its format can be used."""
         ...
 
     def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
-        """`make() -> [N, D]`: N virtual tokens before every document that the scope names, computed once a row."""
+        """`make() -> [N, D]`: N virtual tokens before every document that the scope selects, computed once per row."""
         ...
 
     def add_prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: AdapterGate) -> None:
-        """`make() -> one (keys, values) for each attention of the model, each [G, N, d]`: seen by every token of the
-        documents that the scope names, as if it stood in the N places before the text. Positions move on by N."""
+        """`make()` returns one (keys, values) pair for each attention of the model, each [G, N, d]. Every token of the
+        documents that the scope selects attends to them, as to N tokens before the text; positions increase by N."""
         ...
 
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The bare base's own keys and values of some tokens (ids of words, or [N, D] of the `usual`), [G, N, d] both,
-        for each attention: a start for `prefix`."""
+        """The base's keys and values, [G, N, d] each, of some tokens (token ids, or [N, D] `typical_embeddings`), for
+        each attention: an initialization for `add_prefix`."""
         ...
 
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
-        """[n, G d] the first block's key of each of n tokens, as if each stood at `place` of a text of its own."""
+        """[n, G d] The first layer's key of each of n tokens, each at position `place` of its own text."""
         ...

@@ -124,6 +124,7 @@ def _find_nearest_tokens(virtual: Tensor, table: Callable[[list[int]], Tensor],
         best, order = best.topk(min(NEAREST, best.shape[1]), largest=False)
         who = who.gather(1, order)
     usual = torch.cat(lengths).mean()
+    assert structure.tokenizer is not None, "a base with a vocabulary has a tokenizer"
     for vector, distances, found in zip(virtual, best.tolist(), who.tolist(), strict=True):
         yield {"size": float(vector.norm() / usual),
                "nearest": [{"word": structure.tokenizer.decode([token]), "distance": distance}

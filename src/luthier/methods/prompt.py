@@ -96,6 +96,7 @@ def choose_init_tokens(structure: ModelStructure, config: VirtualTokenConfig, se
 def sample_token_ids(structure: ModelStructure, n: int, text: str | None, seed: int) -> list[int]:
     """See `starting`."""
     tokenizer = structure.tokenizer
+    assert tokenizer is not None, "a base with a vocabulary has a tokenizer"
     if text is not None:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:

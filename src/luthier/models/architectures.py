@@ -1,5 +1,4 @@
-"""What kind of architecture a folder holds, by its own config, and how Transformers loads each. `loading.py` goes
-on."""
+"""Detects a model's architecture from its config, and which Transformers class loads it. `loading.py` continues."""
 
 from __future__ import annotations
 
@@ -21,39 +20,39 @@ from luthier.core.errors import BaseError
 
 Architecture = Literal["causal", "encoder", "seq2seq", "vision"]
 
-# `AutoModel` is the stack alone: states are what an objective's head stands on.
+# `AutoModel` loads the backbone without a head: an objective adds its own head over the states.
 AUTO_CLASSES: Mapping[Architecture, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM,
                                             "encoder": AutoModel,
                                "vision": AutoModel}
-# What files of a bare stack may hold besides it, by the first part of the name: what earlier training stood on the
-# states. Nothing here is ever computed, so it is left where it is. All other weights must fit exactly.
+# Weights of earlier heads that the files of a backbone may contain, by the first part of the name. They are not loaded,
+# because nothing computes them. All other weights must match the model exactly.
 IGNORED_WEIGHTS = {
-    "pooler": "a map of the first state, for BERT's guess whether two texts follow each other",
-    "cls": "BERT's heads for masked words and next sentences",
-    "lm_head": "RoBERTa's head for masked words",
-    "vocab_transform": "DistilBERT's head for masked words, three parts",
+    "pooler": "BERT's layer over the first state, for next-sentence prediction",
+    "cls": "BERT's heads for masked tokens and next sentences",
+    "lm_head": "RoBERTa's masked-language-modeling head",
+    "vocab_transform": "DistilBERT's masked-language-modeling head, three modules",
     "vocab_layer_norm": "",
     "vocab_projector": "",
-    "predictions": "ALBERT's head for masked words",
-    "generator_predictions": "ELECTRA's heads, two parts",
+    "predictions": "ALBERT's masked-language-modeling head",
+    "generator_predictions": "ELECTRA's generator head, two modules",
     "generator_lm_head": "",
-    "discriminator_predictions": "ELECTRA's head for replaced words",
-    "head": "ModernBERT's head for masked words, two parts",
-    "decoder": "its second part; ViT's map from states back to pixels",
-    "classifier": "the head of a classification, of texts or pictures",
-    "pre_classifier": "DistilBERT's, its first part",
-    "qa_outputs": "the head of a search for answers in a text",
+    "discriminator_predictions": "ELECTRA's head for replaced tokens",
+    "head": "ModernBERT's masked-language-modeling head, two modules",
+    "decoder": "its second module; ViT's decoder from states to pixels",
+    "classifier": "a classification head, of texts or images",
+    "pre_classifier": "the first module of DistilBERT's classification head",
+    "qa_outputs": "an extractive question-answering head",
 }
 
 
-CLASSIFIER_HEADS = ("score", "classifier")  # what decoders' classes call their head
+CLASSIFIER_HEADS = ("score", "classifier")  # names of the head in decoders' classification classes
 
 
 def detect_architecture(config: PreTrainedConfig) -> Architecture | None:
-    """The kind of model that `config` describes; None where it is none of them.
+    """The architecture that `config` describes; None if it is not supported.
 
-    BERT and its like can be built as encoders and as decoders: the classes named in the config decide, then
-    `is_decoder`. Of a class that transformers does not know (it comes with code of its own) nothing is known: causal.
+    BERT-like models can be built as encoders and as decoders: the class names in the config decide, then `is_decoder`.
+    A config class unknown to transformers (with its own Python code) is assumed to be causal.
     """
     if config.is_encoder_decoder:
         return "seq2seq" if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING else None
@@ -66,7 +65,7 @@ def detect_architecture(config: PreTrainedConfig) -> Architecture | None:
 
 
 def get_load_options(config: PreTrainedConfig, kind: Architecture) -> dict[str, Any]:
-    """What the class is to be told besides its config: a stack without the pooler, which nothing here would use."""
+    """Extra arguments of the class: the backbone is built without a pooler, because nothing here uses it."""
     if AUTO_CLASSES[kind] is not AutoModel:
         return {}
     found: Any = MODEL_MAPPING[type(config)]
@@ -75,22 +74,21 @@ def get_load_options(config: PreTrainedConfig, kind: Architecture) -> dict[str, 
 
 
 def is_ignored_weight(key: str, prefix: str) -> bool:
-    """Whether the weight `key` is one of `IGNORED_WEIGHTS`; `prefix` is what the names of a model with a head begin
-    with."""
+    """Whether `key` is one of `IGNORED_WEIGHTS`; `prefix` is the backbone's prefix in a model with a head."""
     return key.removeprefix(f"{prefix}.").partition(".")[0] in IGNORED_WEIGHTS
 
 
 class MissingLMHead(nn.Module):
-    """In the place of an output projection that a model's files do not hold."""
+    """Replaces an output projection that a model's files do not contain."""
 
     def forward(self, *_: Any) -> Any:
-        raise BaseError("the model was saved as a classifier, without the projection onto the vocabulary, so it can "
-                        "predict no tokens", "use it for its classes, or take the base that it was made from")
+        raise BaseError("the model was saved as a classifier without a language-modeling head, so it can predict no tokens",
+                        "use it as a classifier, or choose the base that it was trained from")
 
 
 def ignore_classifier_head(model: Any, info: dict[str, Any]) -> None:
-    """Of a decoder that was saved as a classifier: its class's head is not read here, and the projection onto the
-    vocabulary, which its files do not hold, refuses to be used."""
+    """For a decoder that was saved as a classifier: ignores the classification head, and replaces the missing output
+    projection by one that raises an error."""
     if not any(re.search("For(Sequence|Token)Classification", name) for name in model.config.architectures or ()):
         return
     info["unexpected_keys"] = {key for key in info["unexpected_keys"] if key.partition(".")[0] not in CLASSIFIER_HEADS}
@@ -100,5 +98,5 @@ def ignore_classifier_head(model: Any, info: dict[str, Any]) -> None:
 
 
 def list_missing_head_weights(model: Any, missing: Iterable[str]) -> list[str]:
-    """Of the weights that a model's files lack, those that stand outside of its stack: its head's."""
+    """The missing weights outside of the backbone: those of the head."""
     return sorted(key for key in missing if not key.startswith(f"{model.base_model_prefix}."))

@@ -1,5 +1,4 @@
-"""From a name to a family: the base is loaded, and its own config says of which kind it is. Read `architectures.py`
-first."""
+"""Loads a base model and selects its family by its config. Read `architectures.py` first."""
 
 from __future__ import annotations
 
@@ -18,10 +17,10 @@ from luthier.models.sentence_files import read_pooling
 
 
 def open_family(config: BaseConfig, with_mlm_head: bool = False) -> Family:
-    """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why.
+    """Load the base as a `Family`. Raises `BaseError` with the reason if it cannot be loaded.
 
     Args:
-        words: load an encoder with its own head for masked words.
+        with_mlm_head: load an encoder with its masked-language-modeling head.
     """
     made = _load_family(config, with_mlm_head)
     made.has_explicit_pooling = config.pooling != "auto"
@@ -38,6 +37,6 @@ def _load_family(config: BaseConfig, with_mlm_head: bool) -> CausalLM | Encoder 
         made = Vision(model, tokenizer) if kind == "vision" else Seq2Seq(model, tokenizer)
         if config.pooling not in ("auto", made.pooling):
             raise BaseError(f"base.pooling: {config.pooling!r}; with this base it is always {made.pooling!r}",
-                            "leave base.pooling out")
+                            "omit base.pooling")
         return made
     return CausalLM(model, tokenizer, pooling="last" if config.pooling == "auto" else config.pooling)

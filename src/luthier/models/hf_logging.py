@@ -1,4 +1,4 @@
-"""What Transformers would say, in our words: nothing, or an error that names the fault. Read `core/errors.py` first."""
+"""Silences Transformers' logging, and turns its warnings about weights into errors. Read `core/errors.py` first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from luthier.core.errors import BaseError
 
 
 def check_weights_fit(name: str, info: Mapping[str, Any]) -> None:
-    """Refuse weights that do not fit their model exactly. Transformers would fill the gaps with random numbers."""
+    """Raise `BaseError` if weights do not fit their model exactly; Transformers would initialize missing weights randomly."""
     faults = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
               for what in ("missing", "unexpected", "mismatched")
               if (keys := sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"
@@ -24,13 +24,13 @@ def check_weights_fit(name: str, info: Mapping[str, Any]) -> None:
 
 
 def summarize_error(error: BaseException) -> str:
-    """The first line of an error, without a full stop."""
+    """The first line of an error, without the final period."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
 
 
 @contextmanager
 def silence_transformers() -> Iterator[None]:
-    """No progress bars and no chatter of Transformers: what is wrong is raised, what is not is not said."""
+    """A context without progress bars, warnings and log messages of Transformers below errors."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

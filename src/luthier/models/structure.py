@@ -1,9 +1,9 @@
-"""Finds a model's parts: its blocks, its linear maps and what each is for. Read `core/protocols.py` (ModelStructure)
+"""Finds a model's parts: its layers, its linear layers and their roles. Read `core/protocols.py` (ModelStructure)
 first.
 
-One table of endings serves GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM, BERT, ViT and their like; a linear map
-whose ending is not in it gets the role `other`, so that an unknown architecture still trains under every method that
-asks for "all linear maps".
+One table of name suffixes covers GPT-2, Llama, Qwen, Gemma, Mistral, Phi, OPT, BLOOM, BERT, ViT and similar models. A
+linear layer whose suffix is not in the table gets the role `other`, so an unknown architecture can still be trained by
+every method that targets all linear layers.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from luthier.core.protocols import ModelStructure, TargetLinear, TransformerLaye
 from luthier.models.expert_layers import find_experts
 from luthier.models.quantization import get_dequantizer
 
-# Ending of a module's path -> role. `qkv` holds queries, keys and values one after another, `qkv_mixed` head by head.
-# The longest ending that fits wins, so `attn.c_proj` goes before `c_proj`.
+# Suffix of a module's path -> role. `qkv` contains queries, keys and values one after another, `qkv_mixed` head by head.
+# The longest matching suffix wins, so `attn.c_proj` takes precedence over `c_proj`.
 ROLES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
     "query": "q", "key": "k", "value": "v", "attention.output.dense": "o",
@@ -41,48 +41,48 @@ MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
 
 
 def find_structure(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -> ModelStructure:
-    """The parts of a model of Transformers. Raises `BaseError` where no stack of blocks is found.
+    """The parts of a Transformers model. Raises `BaseError` if no stack of layers is found.
 
-    Besides what `ModelStructure` promises, `sizes` has `unit`: how many tokens one place of a row stands for; 1 for a
-    token, and for a picture its patches and their common token.
+    In addition to the sizes listed in `ModelStructure` there is `unit`: the number of model tokens of one row entry.
+    It is 1 for text; for an image it is the number of its patches plus the [CLS] token.
     """
     backbone = model.base_model if model.base_model is not model else model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is backbone and name), "")
     path, stack = _find_layers(backbone)
-    blocks = tuple(_describe_layer(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
+    layers = tuple(_describe_layer(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    head = head if hasattr(head, "weight") else None  # a classifier's base has none
-    embedding = getattr(embedding, "projection", embedding)  # of pictures: the map of their patches
+    head = head if hasattr(head, "weight") else None  # the base of a classifier has none
+    embedding = getattr(embedding, "projection", embedding)  # of images: the patch projection
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     sizes = {
-        "hidden": config.hidden_size, "layers": len(blocks), "heads": heads,
+        "hidden": config.hidden_size, "layers": len(layers), "heads": heads,
         "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
         "vocabulary": embedding.weight.shape[0] if hasattr(config, "vocab_size") else 0,
         "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    sites = tuple(site for block in blocks for site in find_linears(block))
+    linears = tuple(site for layer in layers for site in find_linears(layer))
     tied = head is not None and head.weight is embedding.weight
-    experts = tuple(found for block in blocks for found in find_experts(block.name, block.module, block.index))
-    return ModelStructure(model, backbone, blocks, sites, embedding, head, tied, sizes, task, tokenizer,
+    experts = tuple(found for layer in layers for found in find_experts(layer.name, layer.module, layer.index))
+    return ModelStructure(model, backbone, layers, linears, embedding, head, tied, sizes, task, tokenizer,
                           experts=experts)
 
 
 def get_role(path: str) -> str:
-    """What a linear map is for, by the ending of its path; `other` where the table does not know it."""
+    """The role of a linear layer by the suffix of its path; `other` if the table does not contain it."""
     fitting = [ending for ending in ROLES if path == ending or path.endswith("." + ending)]
     return ROLES[max(fitting, key=len)] if fitting else "other"
 
 
 def _find_layers(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The blocks: the longest list of alike modules."""
+    """The path and the modules of the layers: the longest `ModuleList` of modules of one class."""
     lists = [(name, module) for name, module in backbone.named_modules()
              if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1]
     if not lists:
-        raise BaseError(f"{type(backbone).__name__} has no stack of like layers, so its parts cannot be found",
-                        "use a transformer of the Transformers library")
-    # Outermost before innermost at equal length: an MoE block's experts are a list too.
+        raise BaseError(f"{type(backbone).__name__} has no stack of layers of one class, so its parts cannot be found",
+                        "use a transformer model of the Transformers library")
+    # The outermost list wins at equal length: the experts of an MoE layer are a ModuleList as well.
     return max(lists, key=lambda pair: (len(pair[1]) if pair[0].count(".") < 3 else 0, -pair[0].count(".")))
 
 
@@ -91,30 +91,30 @@ def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer
     attention = _find_attention(layer) or next((children[key] for key in ATTENTION if key in children), layer)
     mlp = next((children[key] for key in MLP if key in children), layer)
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
-    maps = {role: module for path, module in layer.named_modules() for role in ("o", "up", "down")
+    outputs = {role: module for path, module in layer.named_modules() for role in ("o", "up", "down")
             if isinstance(module, (nn.Linear, Conv1D)) and get_role(f"{name}.{path}") == role}
-    single = sum(get_role(path) == "down" for path, _ in layer.named_modules()) == 1
-    alone = single and mlp is layer  # OPT's two maps stand in the layer, whose own input is not theirs
-    return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=maps.get("o", attention),
-                 mlp_in=maps.get("up", mlp) if alone else mlp, mlp_out=maps.get("down", mlp) if single else mlp)
+    has_one_mlp = sum(get_role(path) == "down" for path, _ in layer.named_modules()) == 1
+    has_no_mlp_module = has_one_mlp and mlp is layer  # OPT: the MLP's two linear layers belong to the layer itself, whose input is not the MLP's
+    return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=outputs.get("o", attention),
+                 mlp_in=outputs.get("up", mlp) if has_no_mlp_module else mlp, mlp_out=outputs.get("down", mlp) if has_one_mlp else mlp)
 
 
 def _find_attention(layer: nn.Module) -> nn.Module | None:
-    """The module that the queries are made in, which is the one that attention functions are called with."""
+    """The module that contains the query projection; Transformers passes it to attention functions."""
     found = next((path for path, _ in layer.named_modules() if get_role(path) in ("q", "qkv", "qkv_mixed")), None)
     return None if found is None or "." not in found else layer.get_submodule(found.rpartition(".")[0])
 
 
-def find_linears(block: TransformerLayer) -> list[TargetLinear]:
-    """Every linear map in a block."""
+def find_linears(layer: TransformerLayer) -> list[TargetLinear]:
+    """Every linear layer in a transformer layer."""
     found = []
-    for name, module in block.module.named_modules():
+    for name, module in layer.module.named_modules():
         if isinstance(module, Conv1D):
             rows, columns = module.weight.shape
-            found.append(TargetLinear(f"{block.name}.{name}", module, get_role(name), block.index, rows, columns,
+            found.append(TargetLinear(f"{layer.name}.{name}", module, get_role(name), layer.index, rows, columns,
                               transposed=True))
         elif isinstance(module, nn.Linear):
-            found.append(TargetLinear(f"{block.name}.{name}", module, get_role(name), block.index,
+            found.append(TargetLinear(f"{layer.name}.{name}", module, get_role(name), layer.index,
                               module.in_features, module.out_features,
                               dequantize=get_dequantizer(module)))
     return found

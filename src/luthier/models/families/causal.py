@@ -1,7 +1,7 @@
-"""The causal language model family: one packed row in, what the objective asked for out.
+"""The family of causal language models: a packed row in, the outputs that the objective needs out.
 
-Read `hf_model.py` (how a row runs) and `models/ops/fused_logprobs.py` (the loss's end) first; this file joins them and
-generates.
+Read `hf_model.py` (how a row is computed) and `ops/fused_logprobs.py` (log-probabilities) first; this file combines
+them and adds generation.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from luthier.models.task_heads import Pooling
 
 
 class CausalLM(PackedHFModel):
-    """A decoder of Transformers behind the family's contract.
+    """A decoder of Transformers as a `Family`.
 
     Args:
         model: an `AutoModelForCausalLM` model.
         tokenizer: its tokenizer.
         layout: see `PackedHFModel`.
-        pooling: of items; the last token alone has seen all the others.
+        pooling: of items; only the last token attends to all others.
     """
 
     task: ClassVar[str] = "CAUSAL_LM"
@@ -46,26 +46,26 @@ class CausalLM(PackedHFModel):
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.structure.head is None:
             MissingLMHead()(states)
-        head = self.model.get_output_embeddings()  # looked up anew: a method may have exchanged it
+        head = self.model.get_output_embeddings()  # read on every call: a method may have replaced it
         return compute_logprobs(head, states, tokens, self._softcap, self._scale, entropies, temperature)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
-        """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
+        """See `Family`. `adapters`: for each prompt an index of the adapter manager, -1 for the base; empty: no routing."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         return generate(self.model, prompts, sampling, eos=self.stop_tokens, pad=0, device=self.device,
-                        routed=lambda rows: route_indices(self.router, 0,
+                        route=lambda rows: route_indices(self.router, 0,
                                                           [adapters[i] for i in rows] if adapters else []))
 
     def stream_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                adapters: Sequence[int] = ()) -> Iterator[tuple[int, int | None]]:
-        """As `generate`, all prompts in one batch, token by token: (index, token); None where an answer has ended."""
+        """Like `generate`, with all prompts in one batch, token by token: (index, token), and None at the end of one."""
         return stream_batch(self.model, prompts, sampling, self.stop_tokens, pad=0, device=self.device,
-                       routed=lambda rows: route_indices(self.router, 0,
+                       route=lambda rows: route_indices(self.router, 0,
                                                          [adapters[i] for i in rows] if adapters else []))
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
-        """One answer token by token."""
+        """One output, token by token."""
         return stream_tokens(self.model, prompt, sampling, eos=self.stop_tokens)
 
     @property

@@ -1,10 +1,11 @@
-"""The encoder family: BERT and its like, whose tokens see their whole text. Read `models/families/causal.py` and
+"""The family of encoders such as BERT, whose tokens attend to their whole text. Read `families/causal.py` and
 `hf_model.py` first.
 
-Three things differ from a decoder: attention is not causal (`models/attention/packed.py`), some architectures count
-positions from
-elsewhere than 0, and BERT's own tell the second of two texts from the first by a type. Loaded with its head
-(`mlm_head.py`), an encoder says what a hidden word was, at the word's own place.
+Three things differ from a decoder. Attention is not causal (`attention/packed.py`). Some architectures number positions
+from a value other than 0. BERT marks the second of two texts by a token type. With its head (`mlm_head.py`), an encoder
+predicts a masked token at the token's own position.
+
+Shape letters: T tokens of the row, S segments, L columns of a padded row.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ from luthier.models.task_heads import LOG_PROBS, Pooling
 
 
 class Encoder(PackedHFModel):
-    """An encoder of Transformers behind the family's contract.
+    """An encoder of Transformers as a `Family`.
 
     Args:
         model: an `AutoModel` model without a pooler, or an `AutoModelForMaskedLM` model.
         tokenizer: its tokenizer.
         layout: see `PackedHFModel`.
-        pooling: of items: `first` is BERT's [CLS], sentence encoders take the `mean`.
+        pooling: of items: `first` is BERT's [CLS]; sentence encoders use the `mean`.
 
     Raises:
-        BaseError: the model places its tokens, or computes its logits, in a way that is not known here, which a probe
-            of a few tokens shows.
+        BaseError: a probe of a few tokens shows that the model's position ids or logits are computed in an
+            unsupported way.
     """
 
     task: ClassVar[str] = "FEATURE_EXTRACTION"
@@ -69,7 +70,7 @@ class Encoder(PackedHFModel):
     def _build_mask(self, forest: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
         if forest.flat:
             return super()._build_mask(forest, runs)
-        # An ancestor does not see its descendants, although they stand in one padded row.
+        # An ancestor does not attend to its descendants, although they share a padded row.
         segment, _, related = describe_segments(forest)
         rows = pad_sequence([segment[run] for run in runs], batch_first=True, padding_value=-1)
         sees = related[rows[:, :, None], rows[:, None, :]] & (rows >= 0)[:, None, :]
@@ -77,8 +78,8 @@ class Encoder(PackedHFModel):
 
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         if needs & LOG_PROBS and self.mlm_head is None:
-            raise BaseError("an encoder sees the very token that it should predict, so without its head it gives none",
-                            "choose an objective that judges texts or words, or a base that writes text")
+            raise BaseError("an encoder without its masked-language-modeling head predicts no tokens",
+                            "choose an objective for texts or labeled tokens, or a causal language model")
         return super().forward(inputs, target, needs)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
@@ -87,7 +88,7 @@ class Encoder(PackedHFModel):
 
     @torch.no_grad()
     def _check_logits(self, mlm_head: MaskedLMHead) -> None:
-        """Whether the model's own logits are those of its parts as they are called here."""
+        """Raises `BaseError` if the model's own logits differ from those of its parts as they are called here."""
         was = self.model.training
         self.model.eval()
         row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
@@ -96,36 +97,34 @@ class Encoder(PackedHFModel):
                                             SegmentTree((3,), (-1,))))).float()
         self.model.train(was)
         if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
-            raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
+            raise BaseError(f"{type(self.model).__name__} computes its logits in an unsupported way",
                             "choose another encoder, such as BERT or RoBERTa")
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[GenerationOutput]:
-        raise BaseError("an encoder reads text and cannot write any",
-                        "choose a base that writes text, such as 'smollm2'")
+        raise BaseError("an encoder cannot generate text", "choose a causal language model, such as 'smollm2'")
 
     def save(self, path: Path) -> None:
-        """Write the whole model as a Transformers folder; one without a head of its own class also with the files by
-        which Sentence Transformers loads it."""
+        """Write the whole model as a Transformers folder. Without a task head, also write the files that Sentence
+        Transformers needs to load it."""
         super().save(path)
         if self.heads.task_head is None:
             write_sentence_files(path, self.structure.sizes["hidden"], self.pooling)
 
 
 def compute_token_types(tokens: Tensor, forest: SegmentTree, separator: int) -> Tensor:
-    """[T] 1 for what stands behind the first separator of its document, 0 for the rest: `[CLS] a [SEP]` is of type 0, a
-    second text and its own `[SEP]` of type 1. A `[SEP]` written inside a text counts like any other."""
+    """[T] 1 for tokens after the first separator of their document, 0 for the others: `[CLS] a [SEP]` has type 0, a
+    second text and its own `[SEP]` type 1. A `[SEP]` inside a text counts like any other."""
     found = (tokens == separator).long()
     owner, _, related = (to_device(x, tokens.device) for x in describe_segments(forest))
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
-    before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # separators before it in its own segment
+    before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # [T] separators before the token in its own segment
     if not forest.flat:
         before = before + ((related * own).sum(1) - own)[owner]
     return (before > 0).long()
 
 
 def _find_separator(tokenizer: Any) -> int | None:
-    """The token that parts two texts, where the tokenizer gives types as `compute_token_types` does; else None, and
-    all are 0."""
+    """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types are 0."""
     separator = getattr(tokenizer, "sep_token_id", None)
     if separator is None:
         return None
@@ -136,7 +135,8 @@ def _find_separator(tokenizer: Any) -> int | None:
 
 @torch.no_grad()
 def _detect_position_offset(model: Any) -> int:
-    """The position of a text's first token: 0, or behind the padding's (RoBERTa); whichever gives the model's own."""
+    """The position id of a text's first token: 0, or after that of padding (RoBERTa), whichever reproduces the model's
+    own states."""
     was, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
     tokens = torch.tensor([[t for t in range(5, 9) if t != model.config.pad_token_id][:3]], device=device)
@@ -151,6 +151,6 @@ def _detect_position_offset(model: Any) -> int:
             break
     model.train(was)
     if found is None:
-        raise BaseError(f"a {model.config.model_type} counts its tokens' places in a way that is not known here",
+        raise BaseError(f"a {model.config.model_type} computes position ids in an unsupported way",
                         "choose another encoder, such as 'minilm'")
     return found

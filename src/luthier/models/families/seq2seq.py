@@ -246,11 +246,11 @@ class _Seq2SeqDecodeBatch:
         found: Tensor = family.model.get_output_embeddings()(states * family.scale)
         return found
 
-    def append(self, chosen: Tensor, kept: Tensor | None) -> None:
-        if kept is not None:
-            self.cache.batch_select_indices(kept)
-            chosen, self.mask, self.read = chosen[kept], self.mask[kept], self.read[kept]
-        self.tokens = chosen[:, None]
+    def append(self, next_tokens: Tensor, kept_rows: Tensor | None) -> None:
+        if kept_rows is not None:
+            self.cache.batch_select_indices(kept_rows)
+            next_tokens, self.mask, self.read = next_tokens[kept_rows], self.mask[kept_rows], self.read[kept_rows]
+        self.tokens = next_tokens[:, None]
 
 
 # ---------------------------------------------------------------- parts
@@ -284,8 +284,8 @@ def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
     bare = TransformerLayer(index, name, layer, layer, layer, norms, layer, layer, layer)
     first: dict[str, TargetLinear] = {}
-    for site in find_linears(bare):
-        first.setdefault(site.role, site)
+    for linear in find_linears(bare):
+        first.setdefault(linear.role, linear)
     if not {"o", "down", "up"} <= first.keys():
         raise BaseError(f"{type(layer).__name__} has no attention and MLP whose linear maps have known names",
                         "use a base of the T5 family")

@@ -1,9 +1,10 @@
-"""The vision family: ViT and its like. A picture is a segment of one placeholder token. Read `hf_model.py` first.
+"""The family of vision transformers such as ViT. An image is a segment of one placeholder token. Read `hf_model.py`
+first.
 
-The stack sees each picture's patches and one common token, [CLS]; that token's last state, after the final norm, is the
-state of the segment's only token. So heads, pooling and objectives work as they do for texts.
+The backbone computes each image's patches and a [CLS] token. The last state of [CLS], after the final norm, is the state
+of the segment's only token. Therefore heads, pooling and objectives work as for texts.
 
-Shape letters: S pictures of a batch, C channels, D hidden size.
+Shape letters: S images of a batch, C channels, D hidden size.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from luthier.models.task_heads import LOG_PROBS, Pooling
 
 
 class Vision(HFModel):
-    """A vision transformer of Transformers behind the family's contract.
+    """A vision transformer of Transformers as a `Family`.
 
     Args:
         model: an `AutoModel` model without a pooler.
-        tokenizer: turns pixels into its inputs.
+        tokenizer: the image processor, which converts pixels to inputs.
 
     Raises:
-        BaseError: the model has no common token, which a probe shows.
+        BaseError: the model has no [CLS] token.
     """
 
     task: ClassVar[str] = "FEATURE_EXTRACTION"
@@ -43,8 +44,8 @@ class Vision(HFModel):
         config = model.config
         embeddings: Any = getattr(self.structure.backbone, "embeddings", None)
         if not isinstance(getattr(embeddings, "cls_token", None), Tensor):
-            raise BaseError(f"a {config.model_type} has no common token of all patches, whose state could stand for a "
-                            "picture", "choose a ViT, or another with a [CLS] token")
+            raise BaseError(f"a {config.model_type} has no [CLS] token, whose state could represent an image",
+                            "choose a ViT, or another model with a [CLS] token")
         height, width = tokenizer.size
         with torch.no_grad():
             unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
@@ -58,8 +59,8 @@ class Vision(HFModel):
         adapters = inputs.forest.adapters
         if len(set(adapters)) < 2 or not self._injector.injections:
             return super().states(inputs)
-        # Virtual tokens stand in every picture of a batch: each adapter's pictures are a batch by themselves.
-        assert inputs.images is not None, "a vision base takes pictures"
+        # Virtual tokens are inserted into every image of a batch, so each adapter's images are a batch of their own.
+        assert inputs.images is not None, "a vision base needs images"
         owner, found = torch.tensor(adapters), []
         order = owner.argsort(stable=True)
         for adapter in owner.unique().tolist():
@@ -70,21 +71,20 @@ class Vision(HFModel):
         return torch.cat(found)[order.argsort().to(self.device)]
 
     def _run(self, inputs: Inputs) -> Tensor:
-        assert inputs.images is not None, "a vision base takes pictures"
+        assert inputs.images is not None, "a vision base needs images"
         assert inputs.images.shape[0] == inputs.tokens.shape[0] == len(inputs.forest.lengths), "one token each"
         return self._run_images(inputs.images)[:, 0]
 
     def _run_images(self, images: Tensor) -> Tensor:
-        """[S, patches + 1, D]."""
+        """[S, 1 + patches, D] The states of [S, C, height, width] images."""
         states: Tensor = self.structure.backbone(pixel_values=images).last_hidden_state
         return states
 
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         if needs & LOG_PROBS:
-            raise BaseError("a vision base predicts no tokens, so it gives no log-probabilities",
-                            "choose an objective that judges pictures, such as classify or contrastive")
+            raise BaseError("a vision base predicts no tokens, so it has no log-probabilities",
+                            "choose an objective for images, such as classify or contrastive")
         return super().forward(inputs, target, needs)
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[GenerationOutput]:
-        raise BaseError("a vision base looks at pictures and cannot write", "choose a base that writes text, such as "
-                        "'smollm2'")
+        raise BaseError("a vision base cannot generate text", "choose a causal language model, such as 'smollm2'")

@@ -1,8 +1,9 @@
-"""What llama.cpp computes for an architecture, and what it must be told. Read `core/protocols.py` (ModelStructure)
+"""What llama.cpp computes for an architecture, and the hyperparameters it needs. Read `core/protocols.py`
+(ModelStructure)
 first.
 
-One table has a row for each of Transformers' model types. Where a model asks for something that its row does not say,
-it is refused. `models/gguf/writer.py` goes on.
+One table has an entry for each of Transformers' supported model types. A model whose config differs from its entry is
+rejected. `gguf/writer.py` continues.
 """
 
 from __future__ import annotations
@@ -26,16 +27,16 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """What llama.cpp does for one architecture.
+    """What llama.cpp computes for one architecture.
 
     Args:
-        biases: the maps and norms that it adds a bias to.
-        acts: Transformers' names of its activation; `act` is where a model's config has it.
-        turned: of each head's d rows of q and k, it turns row 2i with 2i + 1, where Transformers turns i with i + d/2.
-        raised: it multiplies by a norm's weight, where Transformers multiplies by 1 + weight.
-        windows: it knows which layers see the last tokens alone.
-        learnt: positions are learnt, norms have a mean and biases, and maps are kept [in, out] (`Conv1D`).
-        large: at this number of layers scores are divided by the root of width / heads, else by that of a head's width.
+        biases: the linear layers and norms that have a bias.
+        activations: Transformers' names of its activation; `activation_key` is the config's key of it.
+        permutes_qk: rotary embeddings pair row 2i of a head's q and k with 2i + 1; Transformers pairs i with i + d/2.
+        norm_plus_one: norms multiply by the stored weight; Transformers multiplies by 1 + weight.
+        has_window_pattern: it supports layers with and without a sliding window in one model.
+        is_gpt2_like: learned positions, LayerNorm with biases, weights stored [in, out] (`Conv1D`).
+        large_layers: with this number of layers scores are divided by sqrt(width / heads), otherwise by sqrt(head_dim).
     """
 
     arch: MODEL_ARCH
@@ -70,7 +71,7 @@ ARCHS: Mapping[str, ArchSpec] = {
 
 
 class TensorNames:
-    """llama.cpp's names and order for a model's tensors. Raises `BaseError` for an architecture not in the table."""
+    """llama.cpp's names and row order of a model's tensors. Raises `BaseError` for an unsupported architecture."""
 
     def __init__(self, config: Any) -> None:
         if config.model_type not in ARCHS:
@@ -81,21 +82,21 @@ class TensorNames:
         self._heads = {"attn_q": config.num_attention_heads, "attn_k": _num_key_value_heads(config)}
 
     def map_name(self, path: str) -> str:
-        """Of the weight of a module, without its ending."""
+        """llama.cpp's name of a module's weight, without the suffix."""
         found = self._known.get_name(path)
         if found is None:
             raise BaseError(f"llama.cpp's {self.spec.name} has no place for {path!r}", REMEDY)
         return str(found)
 
     def permute_rows(self, name: str, rows: Tensor) -> Tensor:
-        """[out, ...] rows of q and k, each head's turned pairs side by side; any other tensor as it is."""
+        """[out, ...] The rows of q and k with the pairs of rotary embeddings next to each other; other tensors unchanged."""
         heads = self._heads.get(name.rpartition(".")[2]) if self.spec.permutes_qk else None
         if heads is None:
             return rows
         return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
     def adjust_norm(self, name: str, weight: Tensor) -> Tensor:
-        """What llama.cpp multiplies by in a norm; any other tensor as it is."""
+        """The weight that llama.cpp multiplies by in a norm; other tensors unchanged."""
         return weight + 1 if self.spec.norm_plus_one and name.endswith("norm") else weight
 
 
@@ -104,8 +105,8 @@ def _num_key_value_heads(config: Any) -> int:
 
 
 def write_hyperparameters(writer: gguf.GGUFWriter, config: Any, vocabulary: int, spec: ArchSpec) -> Tensor | None:
-    """Sizes, windows, caps and rotary angles; what divides each rotary frequency, where the model changes them one by
-    one. Raises `BaseError` where llama.cpp would compute otherwise."""
+    """Write sizes, sliding windows, soft caps and rotary embeddings. Returns the divisors [d/2] of the rotary
+    frequencies if the model scales them individually. Raises `BaseError` if llama.cpp would compute something else."""
     act = getattr(config, spec.activation_key)
     if act not in spec.activations:
         raise BaseError(f"the model's activation is {act!r}, and llama.cpp would take {spec.activations[0]}", REMEDY)
@@ -131,32 +132,32 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: Any, vocabulary: int,
 
 
 def _write_gpt2(writer: gguf.GGUFWriter, config: Any) -> None:
-    """What only GPT-2 has."""
+    """Write what only GPT-2 has."""
     if not config.scale_attn_weights or config.scale_attn_by_inverse_layer_idx:
-        raise BaseError("the model does not divide its scores by the root of a head's width alone, as llama.cpp would",
+        raise BaseError("the model does not scale its attention scores by 1 / sqrt(head_dim) alone, as llama.cpp does",
                         REMEDY)
     writer.add_feed_forward_length(config.n_inner or 4 * config.hidden_size)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
 
 
 def _write_gemma(writer: gguf.GGUFWriter, config: Any, head: int, spec: ArchSpec) -> None:
-    """How scores are scaled and capped, and which layers have a window."""
+    """Write the scale and soft cap of attention scores, and which layers have a sliding window."""
     if getattr(config, "use_bidirectional_attention", None):
-        raise BaseError("the model's tokens see the ones behind them too, and llama.cpp's would not", REMEDY)
+        raise BaseError("the model uses bidirectional attention, which llama.cpp does not support here", REMEDY)
     if not spec.has_window_pattern:
         return
     large = config.num_hidden_layers == spec.large_layers
     scale = config.hidden_size // config.num_attention_heads if large else head
     if config.query_pre_attn_scalar != scale:
-        raise BaseError(f"the model divides scores by the root of {config.query_pre_attn_scalar}, and llama.cpp would "
-                        f"by that of {scale}", REMEDY)
+        raise BaseError(f"the model divides scores by sqrt({config.query_pre_attn_scalar}), but llama.cpp by "
+                        f"sqrt({scale})", REMEDY)
     scores, logits = config.attn_logit_softcapping, config.final_logit_softcapping
     if spec.arch == MODEL_ARCH.GEMMA2:
         if not scores or not logits:
-            raise BaseError("the model caps its scores or its logits not at all, and llama.cpp would", REMEDY)
+            raise BaseError("the model has no soft cap on its scores or logits, but llama.cpp applies one", REMEDY)
         writer.add_attn_logit_softcapping(scores)
     elif scores:
-        raise BaseError(f"the model caps its scores at {scores}, and llama.cpp would not", REMEDY)
+        raise BaseError(f"the model has a soft cap of {scores} on its scores, which llama.cpp does not apply", REMEDY)
     if logits:
         writer.add_final_logit_softcapping(logits)
     near = [kind == SLIDING for kind in config.layer_types]
@@ -166,19 +167,19 @@ def _write_gemma(writer: gguf.GGUFWriter, config: Any, head: int, spec: ArchSpec
 
 
 def _write_rope(writer: gguf.GGUFWriter, config: Any, head: int, spec: ArchSpec) -> Tensor | None:
-    """Of the rotary positions; see `write_hyperparameters`."""
+    """Write the rotary embeddings; see `write_hyperparameters`."""
     rope = config.rope_parameters
     near = rope.get(SLIDING)
-    if near is not None:  # layers with a window have angles of their own
+    if near is not None:  # layers with a sliding window have rotary embeddings of their own
         rope = rope[FULL]
         if near.get("rope_type", "default") != "default":
-            raise BaseError(f"the rotary angles of layers with a window are scaled by {near['rope_type']!r}, and "
-                            "llama.cpp would not", REMEDY)
+            raise BaseError(f"the rotary embeddings of layers with a sliding window are scaled by "
+                            f"{near['rope_type']!r}, which llama.cpp does not support", REMEDY)
         writer.add_rope_freq_base_swa(near["rope_theta"])
     kind, theta = rope.get("rope_type", "default"), rope["rope_theta"]
     writer.add_rope_freq_base(theta)
     if any(angles.get("partial_rotary_factor", 1.0) != 1.0 for angles in (rope, near or {})):
-        raise BaseError("the model turns a part of each head only, and llama.cpp would turn the whole", REMEDY)
+        raise BaseError("the model rotates only a part of each head, but llama.cpp rotates all of it", REMEDY)
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
@@ -187,6 +188,6 @@ def _write_rope(writer: gguf.GGUFWriter, config: Any, head: int, spec: ArchSpec)
         changed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         return theta ** (-torch.arange(0, head, 2, dtype=torch.float64) / head) / changed.double()
     elif kind != "default":
-        raise BaseError(f"the model's rotary angles are scaled by {kind!r}; default, linear and (llama) llama3 can be "
-                        "written", REMEDY)
+        raise BaseError(f"the model's rotary embeddings are scaled by {kind!r}; supported are default, linear and "
+                        "(for llama) llama3", REMEDY)
     return None

@@ -1,9 +1,8 @@
-"""A tokenizer as llama.cpp reads it: the words, their kinds, the merges, and how text is split before merging.
+"""Writes a byte-level BPE tokenizer for llama.cpp: tokens, token types, merges, and the pre-tokenizer's name.
 
-llama.cpp does not read how a tokenizer splits text; it knows some ways by name. So that it never splits otherwise than
-the tokenizer that trained, the way is read off `tokenizer.json` and must be one of `PRETOKENIZERS`. That is byte-level
-BPE; the other kind stands in `models/gguf/sentencepiece.py`, and what both have in `models/gguf/vocab.py`.
-`models/gguf/writer.py` goes on.
+llama.cpp does not read a pre-tokenizer's rules; it knows some pre-tokenizers by name. To make sure that it splits text
+like the trained tokenizer, the rules in `tokenizer.json` must equal one of `PRETOKENIZERS`. The other kind of tokenizer
+is in `gguf/sentencepiece.py`, the common parts in `gguf/vocab.py`. `gguf/writer.py` continues.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from luthier.models.gguf.vocab import REMEDY, build_token_table, check_added_tok
 CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORDS, REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}", r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 GPT2, DIGITS = "as GPT-2", "each digit alone"
-# (the splits one after another, whether a whole word of the vocabulary needs no merges) -> llama.cpp's name for it.
+# (the splits in order, whether whole words of the vocabulary skip the merges) -> llama.cpp's name of the pre-tokenizer.
 PRETOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGITS, GPT2), False): "smollm",
@@ -32,20 +31,20 @@ PRETOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: set[int], bos: int | None) -> None:
-    """Add everything about the tokenizer to the file's metadata.
+    """Add the tokenizer to the file's metadata.
 
-    NFC, which some tokenizers apply to a text first, is not known to llama.cpp: there text must come composed.
+    llama.cpp does not apply NFC normalization, which some tokenizers apply first: text must be given in NFC.
 
     Args:
-        size: rows of the embedding; words are made up for those that the tokenizer leaves unused.
-        ends: the tokens that end an answer.
-        bos: the first token of a text, where the tokenizer has none of its own.
+        size: number of embedding rows; rows without a token get placeholder tokens.
+        ends: the eos tokens.
+        bos: the bos token, if the tokenizer has none.
 
     Raises:
-        BaseError: llama.cpp would make other tokens of a text, or none; the error says why.
+        BaseError: llama.cpp would tokenize text differently; the error names the reason.
     """
     if not tokenizer.is_fast:
-        raise BaseError("the base's tokenizer has no tokenizer.json, so nobody knows how it splits", REMEDY)
+        raise BaseError("the base's tokenizer has no tokenizer.json, so its pre-tokenizer is unknown", REMEDY)
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     model = described["model"]
     if model.get("type") == "BPE" and model.get("byte_fallback"):
@@ -63,7 +62,7 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, size: int, ends: se
 
 
 def get_pretokenizer_name(described: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how a tokenizer splits text. Raises `BaseError` where it has none.
+    """llama.cpp's name of a tokenizer's pre-tokenizer. Raises `BaseError` if it has none.
 
     Args:
         described: the content of tokenizer.json.
@@ -75,21 +74,21 @@ def get_pretokenizer_name(described: Mapping[str, Any]) -> str:
         raise BaseError(f"the tokenizer is {model.get('type')}{f' with {strange[0]}' if strange else ''}, and only "
                         "byte-level BPE can be written", REMEDY)
     if not model["merges"]:
-        raise BaseError("the tokenizer has no merges, and llama.cpp loads no BPE without them", "use another base")
+        raise BaseError("the tokenizer has no merges, which llama.cpp needs for BPE", "use another base")
     normalizer = (described.get("normalizer") or {}).get("type", "NFC")
     if normalizer != "NFC":
-        raise BaseError(f"the tokenizer changes text first ({normalizer}), and llama.cpp would not", REMEDY)
+        raise BaseError(f"the tokenizer normalizes text ({normalizer}), which llama.cpp does not do", REMEDY)
     check_added_tokens(described["added_tokens"])
     splits = tuple(_list_splits(described.get("pre_tokenizer") or {}))
     found = PRETOKENIZERS.get((splits, bool(model.get("ignore_merges"))))
     if found is None:
-        raise BaseError(f"the tokenizer splits text in a way that is not known here by llama.cpp's name: "
-                        f"{'; '.join(splits) or 'not at all'}", REMEDY)
+        raise BaseError(f"llama.cpp has no name for the tokenizer's pre-tokenizer: "
+                        f"{'; '.join(splits) or 'no split'}", REMEDY)
     return found
 
 
 def _list_splits(step: Mapping[str, Any]) -> list[str]:
-    """The splits that a pre-tokenizer makes, one after another; what is unknown stands there by its kind."""
+    """The splits of a pre-tokenizer in order; an unknown one as its JSON."""
     kind = step.get("type")
     if kind is None:
         return []

@@ -1,4 +1,4 @@
-"""A GGUF file to a Transformers folder, once, in the cache. `loading.py` goes on from such folders."""
+"""Converts a GGUF file to a Transformers folder, once, in the cache. `model_folder.py` continues."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIGEST_FILE = ".sha256.json"  # in every folder of the cache: the digests of its
 
 
 def convert_cached(gguf: Path) -> Path:
-    """The folder made from this GGUF file: found in the cache by the file's content, or made now."""
+    """The folder converted from this GGUF file: found in the cache by the file's digest, or written now."""
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseError(f"{gguf} is not a GGUF file", "give a .gguf file or a Transformers folder")
@@ -34,8 +34,8 @@ def convert_cached(gguf: Path) -> Path:
 
 
 def build_once(made: Path, make: Callable[[Path], None]) -> Path:
-    """The folder `made` of the cache, made now by `make(to)` if need be; whole or not at all. Raises `BaseError` where
-    its weights are not those that were written."""
+    """The cache folder `made`, written by `make(to)` if it does not exist; atomically. Raises `BaseError` if its weights
+    are not those that were written."""
     if made.is_dir():
         _check_unchanged(made)
         return made
@@ -47,7 +47,7 @@ def build_once(made: Path, make: Callable[[Path], None]) -> Path:
         try:
             os.replace(ready, made)
         except OSError:
-            # Another process was first. Its folder came from the same content, so either will do.
+            # Another process was first. Its folder has the same content.
             if not made.is_dir():
                 raise
     return made
@@ -61,27 +61,27 @@ def _check_unchanged(made: Path) -> None:
     kept = made / DIGEST_FILE
     if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8")) != _digest_weights(made):
         raise BaseError(f"the weights in the cache folder {made} are not those that were written there (sha256)",
-                        "delete that folder: it is made again")
+                        "delete that folder; it will be written again")
 
 
 def convert_gguf(gguf: Path, to: Path) -> None:
     """Write a GGUF file as a Transformers folder: float32 safetensors, config, tokenizer, chat template."""
     source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     try:
-        with silence_transformers(), redirect_stderr(io.StringIO()):  # its progress bar knows no switch
+        with silence_transformers(), redirect_stderr(io.StringIO()):  # its progress bar cannot be disabled
             config = AutoConfig.from_pretrained(**source)
             tokenizer = AutoTokenizer.from_pretrained(**source)
             config.dtype = torch.float32
             with torch.device("meta"):
                 bare = AutoModelForCausalLM.from_config(config)
-            # The parser itself, since `from_pretrained` would ask for one more package and mark the model as quantised.
+            # Not `from_pretrained`: it needs one more package and marks the model as quantized.
             tensors = load_gguf_checkpoint(str(gguf), return_tensors=True, model_to_load=bare)["tensors"]
             missing, unexpected = bare.load_state_dict(tensors, strict=False, assign=True)
             bare.tie_weights()
-    except Exception as error:  # the parser trusts the file, so a damaged one can fail in any way
+    except Exception as error:  # the parser does not validate the file, so a damaged one can raise any error
         raise BaseError(f"{gguf} cannot be read as a causal language model ({summarize_error(error)})",
-                        "copy or download it again; if whole, it is a kind that transformers does not know") from error
-    empty = {name for name in missing if bare.get_parameter(name).is_meta}  # a tied head is not
+                        "copy or download it again; if it is complete, transformers does not support its architecture") from error
+    empty = {name for name in missing if bare.get_parameter(name).is_meta}  # a tied head is not on meta
     check_weights_fit(str(gguf), {"missing_keys": empty, "unexpected_keys": unexpected, "mismatched_keys": ()})
     with silence_transformers():
         bare.float().save_pretrained(to)

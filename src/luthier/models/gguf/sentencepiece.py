@@ -1,13 +1,15 @@
-"""A SentencePiece tokenizer as llama.cpp reads it: BPE over characters, '▁' for a space, bytes for characters unknown.
+"""Writes a SentencePiece tokenizer for llama.cpp: BPE over characters, '▁' for a space, bytes for unknown characters.
 
-Read `models/gguf/bpe.py` first, which has the other kind. The two programs join words by different rules. Tokenizers
-joins
-the two neighbours whose pair stands first in its list of merges. llama.cpp joins those whose joined text has the
-highest score, and any two that together are a word. They come to the same where a word's score is minus the place of
-the pair that makes it. For the text of a word, taken alone, is joined in one order only, and in that order inside any
-longer text too, as long as nothing is joined across its borders. So wherever a word's last two parts stand side by
-side, they are the same two, with the same place in the list. What is left are words that no merge makes of their own
-text: where such a text ends as two parts, llama.cpp alone would join them, and the tokenizer is refused.
+Read `gguf/bpe.py` first, which has the other kind. The two programs merge tokens by different rules. The tokenizers
+library merges the two neighbors whose pair comes first in its list of merges. llama.cpp merges the neighbors whose
+result has the highest score, and any two whose concatenation is a token.
+
+Both give the same result if a token's score is minus the rank of the pair that produces it. The text of a token is
+merged in one order only, and in the same order inside any longer text, as long as nothing is merged across its borders.
+So wherever the last two parts of a token are neighbors, they are the same pair, with the same rank.
+
+What remains are tokens that no merge produces from their own text. If such a text ends as two parts, llama.cpp alone
+would merge them, and the tokenizer is rejected.
 """
 
 from __future__ import annotations
@@ -25,23 +27,23 @@ from luthier.models.gguf.vocab import REMEDY, build_token_table, check_added_tok
 SPACE = "▁"
 BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 REPLACE, PREPEND = "' ' -> '▁'", "'▁' before a text"
-# What is done to a text -> whether llama.cpp is told to put a space before it.
+# The normalization of a text -> whether llama.cpp's add_space_prefix is set.
 NORMALIZERS: Mapping[tuple[str, ...], bool] = {(REPLACE,): False, (PREPEND, REPLACE): True, (REPLACE, PREPEND): True}
 
 Ranks = Mapping[tuple[str, str], int]
 
 
 def write_sentencepiece(writer: gguf.GGUFWriter, described: Mapping[str, Any], size: int) -> None:
-    """Add words, kinds and scores to the file's metadata.
+    """Add tokens, token types and scores to the file's metadata.
 
-    Added tokens of several '▁' (Gemma's) are not looked for where a text holds that letter itself.
+    Added tokens of several '▁' (Gemma's) are not matched where a text contains that character itself.
 
     Args:
         described: the content of tokenizer.json.
-        size: rows of the embedding.
+        size: number of embedding rows.
 
     Raises:
-        BaseError: llama.cpp would make other tokens of a text; the error says why.
+        BaseError: llama.cpp would tokenize text differently; the error names the reason.
     """
     model, added = described["model"], described["added_tokens"]
     before = adds_space_prefix(described)
@@ -66,8 +68,8 @@ def write_sentencepiece(writer: gguf.GGUFWriter, described: Mapping[str, Any], s
 
 
 def adds_space_prefix(described: Mapping[str, Any]) -> bool:
-    """Whether a text, and what follows a special token, gets a space before it. Raises `BaseError` where llama.cpp has
-    no word for what the tokenizer does to a text.
+    """Whether a space is added before a text, and after a special token. Raises `BaseError` if llama.cpp has no setting
+    for the tokenizer's normalization.
 
     Args:
         described: the content of tokenizer.json.
@@ -76,32 +78,32 @@ def adds_space_prefix(described: Mapping[str, Any]) -> bool:
     strange = [key for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
                if model.get(key)]
     if strange:
-        raise BaseError(f"the tokenizer is BPE with byte_fallback and {strange[0]}, and llama.cpp's has none", REMEDY)
+        raise BaseError(f"the tokenizer is BPE with byte_fallback and {strange[0]}, which llama.cpp does not support", REMEDY)
     check_added_tokens(added)
     done = tuple(_list_normalizers(described.get("normalizer") or {}))
     step = described.get("pre_tokenizer") or {}
     if step.get("type") == "Metaspace" and step.get("replacement") == SPACE and not step.get("split", True):
         if step["prepend_scheme"] != "never":
             where = "every text" if step["prepend_scheme"] == "always" else "the first words of a text"
-            raise BaseError(f"the tokenizer puts a space before {where} unless one is there (Metaspace); llama.cpp "
-                            "would put one there too, and behind every special token", REMEDY)
+            raise BaseError(f"the tokenizer adds a space before {where} unless one is there (Metaspace); llama.cpp "
+                            "adds one in any case, and after every special token", REMEDY)
         done = done or (REPLACE,)
     elif step and not (step.get("type") == "Split" and step["pattern"] == {"String": " "} and REPLACE in done):
-        raise BaseError(f"the tokenizer splits text first ({json.dumps(step, ensure_ascii=False)[:200]}), and "
-                        "llama.cpp would not", REMEDY)
+        raise BaseError(f"the tokenizer splits text first ({json.dumps(step, ensure_ascii=False)[:200]}), which "
+                        "llama.cpp does not do", REMEDY)
     if done not in NORMALIZERS:
-        raise BaseError(f"the tokenizer changes text first, and llama.cpp would do it otherwise: "
-                        f"{'; '.join(done) or 'spaces stay spaces'}", REMEDY)
+        raise BaseError(f"the tokenizer normalizes text in a way that llama.cpp does not support: "
+                        f"{'; '.join(done) or 'spaces are not replaced'}", REMEDY)
     before = NORMALIZERS[done]
     late = [token["content"] for token in added if token["normalized"] and (before or SPACE in token["content"])]
     if late:
-        raise BaseError(f"the tokenizer looks for {late[0]!r} after it has changed the spaces of a text, and llama.cpp "
-                        "would before", REMEDY)
+        raise BaseError(f"the tokenizer matches {late[0]!r} after it has replaced the spaces of a text, but "
+                        "llama.cpp before", REMEDY)
     return before
 
 
 def _list_normalizers(step: Mapping[str, Any]) -> list[str]:
-    """What a normalizer does to a text, one after another; what is unknown stands there as it is described."""
+    """The steps of a normalizer in order; an unknown one as its JSON."""
     kind = step.get("type")
     if kind is None:
         return []
@@ -115,30 +117,30 @@ def _list_normalizers(step: Mapping[str, Any]) -> list[str]:
 
 
 def compute_scores(words: Sequence[str], apart: set[str], merges: Sequence[Sequence[str] | str]) -> list[float]:
-    """Each word's score: minus the place, in the list of merges, of the pair that makes it.
+    """Each token's score: minus the rank, in the list of merges, of the pair that produces it.
 
     Args:
-        apart: words that are cut out of a text before anything is joined.
+        apart: added tokens, which are matched before anything is merged.
 
     Raises:
-        BaseError: llama.cpp would join two neighbours that the tokenizer leaves apart.
+        BaseError: llama.cpp would merge two neighbors that the tokenizer does not merge.
     """
     pairs = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
     if any(part in BYTES for pair in pairs for part in pair):
-        raise BaseError("the tokenizer merges bytes of unknown characters, and llama.cpp would not", REMEDY)
+        raise BaseError("the tokenizer merges byte tokens, which llama.cpp does not do", REMEDY)
     ranks: Ranks = {(left, right): place for place, (left, right) in enumerate(pairs)}
     found = []
     for word in words:
         parts = [] if word in apart else apply_merges(word, ranks)
         if len(parts) == 2 and (parts[0], parts[1]) not in ranks:
-            raise BaseError(f"no merge makes the word {word!r}, and llama.cpp would join {parts[0]!r} and {parts[1]!r} "
-                            "to it", REMEDY)
+            raise BaseError(f"no merge produces the token {word!r}, but llama.cpp would merge {parts[0]!r} and "
+                            f"{parts[1]!r} to it", REMEDY)
         found.append(-float(ranks[parts[0], parts[1]] if len(parts) == 2 else len(pairs)))
     return found
 
 
 def apply_merges(word: str, ranks: Ranks) -> list[str]:
-    """The text of a word as merges leave it when two parts are left of it; more parts where they end before."""
+    """The parts of a token's text after all merges, stopping at two parts."""
     parts = list(word)
     while len(parts) > 2:
         place, i = min(((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(pairwise(parts))))

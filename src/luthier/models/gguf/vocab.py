@@ -1,6 +1,6 @@
-"""What every tokenizer's part of a GGUF file has: words and their kinds, tokens with a task, words cut out of a text.
+"""The parts of a GGUF tokenizer common to all tokenizers: token list, token types, special tokens, added tokens.
 
-`models/gguf/bpe.py` and `models/gguf/sentencepiece.py` write the two kinds of tokenizers with it.
+`gguf/bpe.py` and `gguf/sentencepiece.py` use it for the two kinds of tokenizers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ REMEDY = "export with --to merged and give the folder to llama.cpp's own convert
 
 def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str],
                                                                                                              list[int]]:
-    """Every token's word and kind, by its id; `size` rows of the embedding, those without a word unused."""
+    """Every token's text and type, by its id. `size` is the number of embedding rows; rows without a token are unused."""
     words = [f"[PAD{i}]" for i in range(size)]
     kinds = [int(gguf.TokenType.UNUSED)] * size
     last = max([*vocabulary.values(), *(token["id"] for token in added)])
@@ -33,22 +33,22 @@ def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str
 
 
 def check_added_tokens(added: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse added tokens that llama.cpp would not find in a text where the tokenizer finds them."""
+    """Raise `BaseError` for added tokens that llama.cpp would match in other places of a text than the tokenizer."""
     odd = [t["content"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]]
     if odd:
-        raise BaseError(f"the token {odd[0]!r} takes the spaces around it, or whole words alone, and llama.cpp's would "
-                        "not", REMEDY)
+        raise BaseError(f"the token {odd[0]!r} strips the spaces around it, or matches whole words only, which llama.cpp "
+                        "does not do", REMEDY)
     pair = _find_ambiguous_tokens({t["content"].encode(): t["normalized"] for t in added})
     if pair is not None:
-        raise BaseError(f"the tokens {pair[0]!r} and {pair[1]!r} can share a part of a text, and llama.cpp would take "
-                        "the other one there", REMEDY)
+        raise BaseError(f"the tokens {pair[0]!r} and {pair[1]!r} can overlap in a text, where llama.cpp would match "
+                        "the other one", REMEDY)
 
 
 def _find_ambiguous_tokens(late: Mapping[bytes, bool]) -> tuple[str, str] | None:
-    """Two tokens for one part of a text of which the tokenizer takes the first and llama.cpp the second.
+    """Two overlapping tokens of which the tokenizer matches the first and llama.cpp the second.
 
-    A tokenizer takes the leftmost, of these the longest, and those that are looked for in the normalised text (`late`)
-    only in what the others left. llama.cpp takes the longest wherever it is.
+    A tokenizer matches the leftmost token, of these the longest, and tokens that are matched in the normalized text
+    (`late`) only in what the others left. llama.cpp matches the longest token anywhere.
     """
     starts: dict[bytes, list[bytes]] = {}
     for word in late:
@@ -58,7 +58,7 @@ def _find_ambiguous_tokens(late: Mapping[bytes, bool]) -> tuple[str, str] | None
         for k in range(1, len(left)):
             for right in starts.get(left[-k:], ()):
                 taken, other = (right, left) if late[left] and not late[right] else (left, right)
-                # Of runs of one character the longest is leftmost too.
+                # For repetitions of one character, the longest match is also the leftmost.
                 alike = late[left] == late[right] and len({*left, *right}) == 1
                 if left != right and len(other) >= len(taken) and not alike:
                     return taken.decode(), other.decode()
@@ -68,18 +68,18 @@ def _find_ambiguous_tokens(late: Mapping[bytes, bool]) -> tuple[str, str] | None
 
 
 def write_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int], bos: int | None) -> None:
-    """The tokens with a task, what stands around a text, and the chat template.
+    """Write the special tokens, which of them are added around a text, and the chat template.
 
-    llama.cpp takes tokens of its own choice for a start and an end that are not named, so both always are.
+    llama.cpp uses default tokens for bos and eos if they are not set, so both are always set.
     """
     if not ends:
-        raise BaseError("the base has no token that ends a text, and llama.cpp would take another word for it",
+        raise BaseError("the base has no eos token, and llama.cpp would use another token for it",
                         "give its tokenizer an eos_token")
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else min(ends)
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else bos
     writer.add_eos_token_id(eos)
     writer.add_bos_token_id(eos if start is None else start)
-    for token in sorted(ends - {eos})[:1]:  # of further ones llama.cpp knows the usual words by itself
+    for token in sorted(ends - {eos})[:1]:  # llama.cpp detects the common names of further ones
         writer.add_eot_token_id(token)
     if tokenizer.pad_token_id is not None:
         writer.add_pad_token_id(tokenizer.pad_token_id)
@@ -95,12 +95,12 @@ def write_special_tokens(writer: gguf.GGUFWriter, tokenizer: Any, ends: set[int]
 
 
 def _detect_added_tokens(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts its first token before a text, and its last behind."""
+    """Whether the tokenizer adds bos before a text, and eos after it."""
     bare = tokenizer("a", add_special_tokens=False).input_ids
     whole = tokenizer("a").input_ids
     for starts in (False, True):
         for closes in (False, True):
             if whole == [tokenizer.bos_token_id] * starts + bare + [tokenizer.eos_token_id] * closes:
                 return starts, closes
-    raise BaseError(f"the tokenizer writes 'a' as {tokenizer.convert_ids_to_tokens(whole)}, and llama.cpp can only put "
-                    "bos before and eos behind", REMEDY)
+    raise BaseError(f"the tokenizer writes 'a' as {tokenizer.convert_ids_to_tokens(whole)}, and llama.cpp can only add "
+                    "bos before and eos after it", REMEDY)

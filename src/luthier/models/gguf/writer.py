@@ -1,8 +1,8 @@
-"""A model, or a LoRA, as one GGUF file for llama.cpp. Read `models/gguf/archs.py` and `models/gguf/bpe.py` first.
+"""Writes a model, or a LoRA, as one GGUF file for llama.cpp. Read `gguf/archs.py` and `gguf/bpe.py` first.
 
-Most tensors are written as they are under llama.cpp's names. Some are put in the order, or raised by the 1, that its
-architecture wants (`models/gguf/archs.py`): the rows of q and k in biases and in a LoRA's B too. GPT-2's maps are
-turned over; a LoRA on them is not, since A and B are [R, in] and [out, R] on any map.
+Most tensors are written unchanged under llama.cpp's names. Some are permuted, or increased by 1, as llama.cpp's
+architecture expects (`gguf/archs.py`): the rows of q and k, in biases and in a LoRA's B as well. GPT-2's weights are
+transposed. A LoRA on them is not, because A and B are [R, in] and [out, R] on every linear layer.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WEIGHT_TYPES: Mapping[str, tuple[GGMLQuantizationType, LlamaFileType]] = {
 }
 Q8_BLOCK = 32
 FLOAT16_MAX = float(np.finfo(np.float16).max)
-# In a model so named llama.cpp lets special tokens take the spaces behind them, whatever the tokenizer says.
+# In models with these names llama.cpp strips spaces after special tokens, independent of the tokenizer.
 RSTRIP_MODEL_NAMES = ("phi-3", "phi3", "modern-bert")
 
 
@@ -50,18 +50,18 @@ class LoraDelta:
 def write_gguf(family: Family, path: Path, weight_type: WeightType = "float16", name: str = "") -> None:
     """Write the model and its tokenizer as one file.
 
-    A window over the last tokens (mistral, qwen2) is unknown to llama.cpp's architecture: the file's context ends where
-    the window would begin to matter.
+    llama.cpp does not support the sliding window of some architectures (mistral, qwen2): the file's context length is
+    then the length of the window.
 
     Args:
-        numbers: of the matrices; vectors stay in float32, and so do rows that q8_0 cannot divide in float16.
-        name: `general.name`, left out where llama.cpp would change the tokenizer for it.
+        numbers: of the matrices; vectors stay in float32; matrices whose rows q8_0 cannot divide are float16.
+        name: `general.name`, omitted where llama.cpp would change the tokenizer because of it.
 
     Raises:
-        BaseError: llama.cpp would not compute the same; the error says what.
+        BaseError: llama.cpp would compute something else; the error names the difference.
     """
     if weight_type not in get_args(WeightType):
-        raise BaseError(f"weights of a GGUF file cannot be {weight_type!r}",
+        raise BaseError(f"unknown GGUF weight type {weight_type!r}",
                         f"one of: {', '.join(get_args(WeightType))}")
     model: Any = family.structure.model
     names = TensorNames(model.config)
@@ -82,32 +82,32 @@ def write_gguf(family: Family, path: Path, weight_type: WeightType = "float16", 
 
 
 def _list_tensors(family: Family, names: TensorNames) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter under llama.cpp's name, in its order; a tied head is the embedding, which stands there once."""
-    turned = {f"{site.name}.weight" for site in family.structure.linears if site.transposed}
+    """Every parameter by llama.cpp's name, in its row order; a tied head is the embedding and is written once."""
+    transposed = {f"{path.name}.weight" for path in family.structure.linears if path.transposed}
     for path, parameter in family.structure.model.named_parameters():
         stem, _, ending = path.rpartition(".")
         name = names.map_name(stem)
         if ending == "bias" and name.rpartition(".")[2] not in names.spec.biases:
             raise BaseError(f"{path!r} is a bias that llama.cpp's {names.spec.name} does not add",
                             "export with --to merged, or train another method")
-        weight = parameter.detach().T if path in turned else parameter.detach()
+        weight = parameter.detach().T if path in transposed else parameter.detach()
         yield f"{name}.{ending}", names.adjust_norm(name, names.permute_rows(name, weight))
 
 
 # ---------------------------------------------------------------- an adapter
 
 
-def write_gguf_adapter(family: Family, changes: Mapping[str, LoraDelta], path: Path, name: str = "") -> None:
-    """Write LoRAs, by the paths of their maps, as one file that llama.cpp puts on the base's GGUF file.
+def write_gguf_adapter(family: Family, deltas: Mapping[str, LoraDelta], path: Path, name: str = "") -> None:
+    """Write LoRAs, by the paths of their modules, as one file that llama.cpp applies to the base's GGUF file.
 
-    There a file has one alpha, and a LoRA of rank R is scaled by alpha / R. Where that is not a map's own scale (other
-    ranks or alphas, rsLoRA), its B makes up for it.
+    Such a file has one alpha, and a LoRA of rank R is scaled by alpha / R. Where a module has another scale (other
+    ranks or alphas, rsLoRA), its B is multiplied by the quotient.
 
     Raises:
-        BaseError: the base is of no architecture that can be written.
+        BaseError: the base's architecture is not supported.
     """
     names = TensorNames(family.structure.model.config)
-    first = next(iter(changes.values()))
+    first = next(iter(deltas.values()))
     alpha = first.scale * first.a.shape[0]
     writer = gguf.GGUFWriter(None, names.spec.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -117,19 +117,19 @@ def write_gguf_adapter(family: Family, changes: Mapping[str, LoraDelta], path: P
         writer.add_name(name)
     writer.add_file_type(LlamaFileType.ALL_F32)
     tensors = {}
-    for site, change in changes.items():
-        at = names.map_name(site)
-        own = change.scale * change.a.shape[0] / alpha
-        tensors[f"{at}.weight.lora_a"] = change.a.detach()
-        tensors[f"{at}.weight.lora_b"] = names.permute_rows(at, change.b.detach()) * own
+    for module_path, delta in deltas.items():
+        tensor = names.map_name(module_path)
+        factor = delta.scale * delta.a.shape[0] / alpha
+        tensors[f"{tensor}.weight.lora_a"] = delta.a.detach()
+        tensors[f"{tensor}.weight.lora_b"] = names.permute_rows(tensor, delta.b.detach()) * factor
     _write_file(writer, path, tensors, "float32")
 
 
-# ---------------------------------------------------------------- numbers
+# ---------------------------------------------------------------- tensors
 
 
 def _write_file(writer: gguf.GGUFWriter, path: Path, tensors: Mapping[str, Tensor], weight_type: WeightType) -> None:
-    """The file, one tensor in memory at a time."""
+    """Write the file with one tensor in memory at a time."""
     kinds = {name: _select_type(tensor, weight_type) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), kinds[name])
