@@ -28,7 +28,7 @@ EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and ho
 
 
 def main() -> None:
-    family = assembly.family(assembly.BaseConfig(name="smollm2"))
+    family = assembly.family(assembly.ModelConfig(name_or_path="smollm2"))
     bank = assembly.Bank(family.anatomy)
     for i, (name, method) in enumerate(MEMBERS.items()):
         bank.add(name, assembly.attach(family, assembly.recipe({"data": "-", "method": method}).method, i))

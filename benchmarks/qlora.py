@@ -36,15 +36,15 @@ def side(base: str, bits: str, work: Path) -> dict[str, Any]:
 
     settle_allocator()
     imported = peak_gb("cpu")
-    made = assembly.recipe({"base": {"name": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
-                         "training": {"steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
+    made = assembly.recipe({"model": {"name_or_path": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
+                         "training": {"max_steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
     seed_everything(0)
-    family = assembly.family(made.base)
+    family = assembly.family(made.model)
     reading = peak_gb("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
     held = sum(tensor.nbytes for tensor in family.anatomy.model.state_dict().values())
     assembly.check(made, family)
-    family.checkpointing(assembly.micro_tokens(made, family))
+    family.checkpointing(assembly.resolve_max_tokens(made, family))
     found = assembly.datasets(made, family)
     attached, reference = assembly.begin(made, family)
     lines: list[dict[str, float]] = []
@@ -64,7 +64,7 @@ def large(folder: Path) -> None:
 
     from luthier import assembly
 
-    words = assembly.tokenizer(assembly.BaseConfig(name="smollm2"))
+    words = assembly.tokenizer(assembly.ModelConfig(name_or_path="smollm2"))
     config = LlamaConfig(hidden_size=1280, intermediate_size=3456, num_hidden_layers=16, num_attention_heads=20,
                          num_key_value_heads=20, vocab_size=49152, max_position_embeddings=2048,
                          tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)

@@ -109,9 +109,9 @@ def recipe(home: Path, base: str, method: str, objective: str) -> assembly.Recip
     if base in VISIONS and objective == "contrastive":
         minimised |= {"kind": "labels"}
     return assembly.recipe({
-        "base": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
-        "data": str(home / rows_of(base, objective)), "training": {"steps": STEPS, "batch_size": 4, "save_every": SAVED},
-        "optimizer": {"learning_rate": RATES.get(method), "schedule": "constant", "warmup": 0}, "seed": 1})
+        "model": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
+        "data": str(home / rows_of(base, objective)), "training": {"max_steps": STEPS, "batch_size": 4, "save_steps": SAVED},
+        "optimizer": {"learning_rate": RATES.get(method), "lr_scheduler_type": "constant", "warmup_ratio": 0}, "seed": 1})
 
 
 def vowels(prompts: Sequence[Any], answers: Sequence[str], facts: Sequence[Any]) -> list[float]:
@@ -127,7 +127,7 @@ class Trial:
 
     def __init__(self, made: assembly.Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = assembly.family(made.base, made.objective.hides)
+        self.base = assembly.family(made.model, made.objective.hides)
         assembly.check(made, self.base)
         found = assembly.datasets(made, self.base)
         self.made = assembly.fitted(made, found)

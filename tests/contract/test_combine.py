@@ -148,9 +148,9 @@ def test_a_dora_is_refused_with_the_reason() -> None:
 def trained(folder: Path, name: str, **more: Any) -> Path:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i} and {i}?", "completion": str(2 * i)}) + "\n" for i in range(4)))
-    return train(data=str(rows), run=str(folder / name), quiet=True, **{
-        "base.name": str(folder / "base"), "training.steps": 2, "training.batch_size": 4,
-        "optimizer.learning_rate": 1e-2, "evaluate.before": False, **more}).path
+    return train(data=str(rows), output_dir=str(folder / name), quiet=True, **{
+        "model.name_or_path": str(folder / "base"), "training.max_steps": 2, "training.batch_size": 4,
+        "optimizer.learning_rate": 1e-2, "evaluate.before_training": False, **more}).path
 
 
 def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -172,5 +172,5 @@ def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
         combine_runs([one, trained(tmp_path, "biases", method="bitfit")], tmp_path / "none")
     save_tiny(tmp_path / "other", "llama", seed=1, dtype=torch.float32)
     with pytest.raises(RecipeError, match="runs of one base"):
-        combine_runs([one, trained(tmp_path, "far", **{"base.name": str(tmp_path / "other")})], tmp_path / "none")
+        combine_runs([one, trained(tmp_path, "far", **{"model.name_or_path": str(tmp_path / "other")})], tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -11,7 +11,7 @@ import torch
 
 from cases import answers
 from luthier.api.evaluate import evaluate
-from luthier.models import BaseConfig, open_family
+from luthier.models import ModelConfig, open_family
 from tiny import save_tiny
 
 LABELS = [[0, 1], [1, 0, 1], [1, 1, 0, 1], [2, 0, 1]]
@@ -57,7 +57,7 @@ def test_what_is_measured_is_each_answer_behind_its_question_alone(shared: objec
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = evaluate(tmp_path / "base", data=str(tmp_path / "rows.jsonl"), objective="choice", quiet=True,
                      **{"data.share_prompt": shared})
-    family = open_family(BaseConfig(name=str(tmp_path / "base")))
+    family = open_family(ModelConfig(name_or_path=str(tmp_path / "base")))
     total, right = 0.0, 0
     for row in rows:
         scores = []

@@ -53,8 +53,8 @@ FILES: dict[str, str | list[dict[str, Any]]] = {
     "reviews.csv": table(",", "text", label=["good", "bad"]), "unseen.csv": table(",", "text", label=["good", "bad"]),
     "reviews.tsv": table("\t", "text", label=["good", "bad"]), "sts.tsv": table("\t", "sentence1", "sentence2", score=[0, 2, 5]),
 }
-SHORT = {"train": ["training.steps=1", "training.batch_size=4"], "evaluate": ["--max-new-tokens", "2"], "paraphrase": ["--max-new-tokens", "2"]}
-BRIEF = {"grpo": ["objective.max_new_tokens=4"], "ppo": ["objective.max_new_tokens=4"], "demo.yaml": ["evaluate.limit=2", "evaluate.max_new_tokens=2", "data.max_length=256"]}
+SHORT = {"train": ["training.max_steps=1", "training.batch_size=4"], "evaluate": ["--max-new-tokens", "2"], "paraphrase": ["--max-new-tokens", "2"]}
+BRIEF = {"grpo": ["objective.max_new_tokens=4"], "ppo": ["objective.max_new_tokens=4"], "demo.yaml": ["evaluate.max_samples=2", "evaluate.max_new_tokens=2", "data.max_length=256"]}
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
     for name in ("lora-smollm2", "law", "medicine"):
         if not (home / "runs" / name).exists():
-            assert call("train", "--data", "mine.jsonl", "data.test=unseen.jsonl", "training.steps=1", "--run", f"runs/{name}", "--quiet") == 0
+            assert call("train", "--data", "mine.jsonl", "data.test=unseen.jsonl", "training.max_steps=1", "--run", f"runs/{name}", "--quiet") == 0
     return call
 
 

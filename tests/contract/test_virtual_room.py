@@ -20,7 +20,7 @@ SIMPLEST = {"llama": "pretrain", "bert": "classify"}
 def recipe(home: Path, kind: str, method: Any, **data: Any) -> assembly.Recipe:
     save_tiny(home / kind, kind)
     (home / "rows.jsonl").write_text("".join(json.dumps({"text": letter * 900, "label": letter}) + "\n" for letter in "ab"))
-    return assembly.recipe({"base": str(home / kind), "method": method, "objective": SIMPLEST[kind],
+    return assembly.recipe({"model": str(home / kind), "method": method, "objective": SIMPLEST[kind],
                          "data": {"train": str(home / "rows.jsonl"), **data}})
 
 
@@ -31,7 +31,7 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
     most = CONTEXT[kind] - 9
     for given in (named, ["lora", named] if kind == "llama" else named):
         made = recipe(tmp_path, kind, given, max_length=most + 1)
-        base = assembly.family(made.base)
+        base = assembly.family(made.model)
         with pytest.raises(RecipeError, match=rf"max_length {most + 1} and 9 virtual tokens .* {CONTEXT[kind]} tokens"):
             assembly.check(made, base)
         assembly.check(recipe(tmp_path, kind, given, max_length=most), base)
@@ -45,7 +45,7 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
 @pytest.mark.parametrize(("method", "tokens"), [("prompt", 9), ("lora", 0)])
 def test_rows_are_cut_to_what_they_leave(kind: str, method: str, tokens: int, tmp_path: Path) -> None:
     made = recipe(tmp_path, kind, {"name": method, "tokens": tokens} if tokens else method)
-    base = assembly.family(made.base)
+    base = assembly.family(made.model)
     assembly.check(made, base)
     longest = max(len(piece.ids) for e in assembly.datasets(made, base).train for piece in e.pieces)
     assert longest == CONTEXT[kind] - tokens

@@ -68,13 +68,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> assembly.Recipe:
     path = home / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return assembly.recipe({"base": {"name": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
+    return assembly.recipe({"model": {"name_or_path": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
                          "objective": objective, "data": str(path), **more})
 
 
-def measured(recipe: assembly.Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
-    """The loss of all rows as one batch, cut into rows of at most `micro_tokens`, and every gradient."""
-    base = assembly.family(recipe.base)
+def measured(recipe: assembly.Recipe, max_tokens: int = 10_000) -> dict[str, Tensor]:
+    """The loss of all rows as one batch, cut into rows of at most `max_tokens`, and every gradient."""
+    base = assembly.family(recipe.model)
     found = assembly.datasets(recipe, base)
     recipe = assembly.fitted(recipe, found)
     attached, reference = assembly.begin(recipe, base)
@@ -82,7 +82,7 @@ def measured(recipe: assembly.Recipe, micro_tokens: int = 10_000) -> dict[str, T
         for i, parameter in enumerate(attached.parameters().values()):
             parameter.data = parameter.double()
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-    batches = assembly.rows.eval_batches(found.train, micro_tokens)
+    batches = assembly.rows.eval_batches(found.train, max_tokens)
     objective = recipe.objective
     count = sum(objective.count(batch.target) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
@@ -197,8 +197,8 @@ def test_they_count_rows_by_weight_and_by_how_often_their_source_is_seen(home: P
 
 
 def test_a_run_keeps_the_numbers_and_goes_on_from_balanced(home: Path) -> None:
-    recipe = made(home, {"name": "classify", "class_weights": "balanced"}, weighted(LABELLED), run=str(home / "run"),
-                  training={"steps": 2, "batch_size": 2, "save_every": 1})
+    recipe = made(home, {"name": "classify", "class_weights": "balanced"}, weighted(LABELLED), output_dir=str(home / "run"),
+                  training={"max_steps": 2, "batch_size": 2, "save_steps": 1})
     run = train(recipe, quiet=True)
     kept = yaml.safe_load((run.path / "recipe.yaml").read_text())["objective"]["class_weights"]
     assert kept == pytest.approx({"a": 9 / 15, "b": 9 / 6, "c": 9 / 6})

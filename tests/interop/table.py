@@ -103,9 +103,9 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
              **base_settings: Any) -> Made:
     """Attach, move every trainable weight at random, save as `luthier train` does."""
     base_path = save_base(path / "base", kind, dtype)
-    recipe = assembly.recipe(None, {"base": {"name": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
+    recipe = assembly.recipe(None, {"model": {"name_or_path": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
                                  "objective": OBJECTIVES[task]})
-    base = assembly.family(recipe.base)
+    base = assembly.family(recipe.model)
     attached, _ = assembly.begin(recipe, base)
     stir(attached)
     run = Run(path / "run")

@@ -24,7 +24,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"Some words, {n} of them."}) for n in range(4)))
     (tmp_path / "task.yaml").write_text("base: base\ndata: {train: rows.jsonl, test: rows.jsonl}\n"
-                                        "training: {steps: 2, batch_size: 4}\noptimizer: {learning_rate: 0.5}\n")
+                                        "training: {max_steps: 2, batch_size: 4}\noptimizer: {learning_rate: 0.5}\n")
     return "task.yaml"
 
 
@@ -59,14 +59,14 @@ def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None
     Path("asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
     folder = compare(recipe, ["lora"], general="asked.jsonl", quiet=True,
                      **{"data.columns": {"prompt": "prompt", "completion": "completion", "answer": "odd"},
-                        "data.limit": 3, "evaluate.limit": 2})
+                        "data.max_samples": 3, "evaluate.max_samples": 2})
     told = json.loads((folder.path / "comparison.json").read_text())
     assert told["general"] == "accuracy"
     wanted = evaluate("base", data="asked.jsonl", objective="choice", quiet=True)
     assert wanted["examples"] == 4
     assert told["general_before"] == wanted["accuracy"]
     assert told["methods"][0]["general"] == evaluate(
-        folder.path / "lora", data="asked.jsonl", objective="choice", limit=9, quiet=True, **{"data.columns": {}, "data.limit": 9})["accuracy"]
+        folder.path / "lora", data="asked.jsonl", objective="choice", limit=9, quiet=True, **{"data.columns": {}, "data.max_samples": 9})["accuracy"]
     assert "other text, accuracy" in (folder.path / "comparison.md").read_text()
 
 

@@ -40,7 +40,7 @@ def said(home: Path, **given: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 
 def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -> None:
-    base = assembly.family(assembly.BaseConfig(name=str(home / "base")))
+    base = assembly.family(assembly.ModelConfig(name_or_path=str(home / "base")))
     base.train(False)
 
     def answers(texts: list[str], ask: str) -> list[str]:
@@ -68,7 +68,7 @@ def test_a_seed_says_the_same_again(home: Path) -> None:
 
 
 def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, heard = type(assembly.family(assembly.BaseConfig(name=str(home / "base")))), []
+    family, heard = type(assembly.family(assembly.ModelConfig(name_or_path=str(home / "base")))), []
 
     def says(*words: tuple[str, bool]) -> None:
         told = iter(words)

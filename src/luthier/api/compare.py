@@ -24,8 +24,8 @@ from luthier.training.child_process import train_apart
 from luthier.training.run_folder import Run
 
 AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing that the recipe says of its own rows holds
-    "evaluate.metrics": [], "evaluate.limit": sys.maxsize, "data.columns": {}, "data.format": "auto",
-    "data.limit": sys.maxsize, "data.system": ""}
+    "evaluate.metrics": [], "evaluate.max_samples": sys.maxsize, "data.columns": {}, "data.format": "auto",
+    "data.max_samples": sys.maxsize, "data.system": ""}
 COLUMNS = ("after", "general", "trainable_share", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
@@ -62,7 +62,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
     told = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
     if other:
-        told |= {"general": other.measure, "general_before": other.of(made.base.name, quiet)}
+        told |= {"general": other.measure, "general_before": other.of(made.model.name_or_path, quiet)}
     folder.write("comparison.json", told)
     folder.write("comparison.md", table(told))
     plot_bars([row["method"] for row in rows], {

@@ -41,10 +41,10 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     with status("loading the run", quiet=quiet):
         recorded, family, attached = assembly.open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
-              "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
+              "evaluate.max_samples": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = assembly.dump(recorded)
-    if "training.micro_tokens" in run.provenance.get("resolved", ()):  # left out: every machine has its own
-        raw["training"]["micro_tokens"] = None
+    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # every machine has its own
+        raw["training"]["max_tokens_per_micro_batch"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
     made = assembly.recipe(raw, wanted)
@@ -58,15 +58,15 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
                           "name some: luthier evaluate RUN --data FILE")
-    if made.evaluate.limit:
-        encoded = encoded[:made.evaluate.limit]
+    if made.evaluate.max_samples:
+        encoded = encoded[:made.evaluate.max_samples]
     if base and attached is None:
         raise RecipeError("the run holds a whole model, so the bare base is not in it",
-                          f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
+                          f"evaluate the base by itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
     reference = _reference(run, recorded, made, family, attached)
     family.train(False)
     with attached.disabled() if base and attached else nullcontext():
-        batches = assembly.rows.eval_batches(encoded, assembly.micro_tokens(made, family))
+        batches = assembly.rows.eval_batches(encoded, assembly.resolve_max_tokens(made, family))
         results = (assembly.judged(made, family, attached, found, encoded) if made.objective.rolls
                    else with_perplexity(measure(family, made.objective, batches, reference)))
         if made.evaluate.metrics:
@@ -84,7 +84,7 @@ def _reference(run: Run, recorded: assembly.Recipe, made: assembly.Recipe, famil
         return attached.disabled if attached else nullcontext
     if attached:
         return assembly.beside(made, family, attached)
-    if not made.objective.rolls and recorded.base.name != str(run.path):
+    if not made.objective.rolls and recorded.model.name_or_path != str(run.path):
         raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
                           f"{str(run.path)!r} holds a whole model, trained over it",
                           "read what was measured while both were there (results.json: test), or measure by an "

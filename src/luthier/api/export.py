@@ -185,7 +185,7 @@ def merge(base: Family, attached: Attached) -> None:
     allowed = TOLERANCE[base.anatomy.embedding.weight.dtype]  # type: ignore[index]
     if not moved <= allowed:
         raise RunError(f"merging moved an output by {moved:.2g}, and rounding explains {allowed} at most",
-                       "train and export with base.dtype: float32, or use the adapter as it is")
+                       "train and export with model.dtype: float32, or use the adapter as it is")
 
 
 @torch.no_grad()

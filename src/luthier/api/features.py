@@ -45,7 +45,7 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
         out: a `.safetensors` file to keep them in, with their labels and settings in a `.json` beside it. Where it
             holds those of the same base, rows and settings already, it is read and nothing is computed.
         base_model: where the base of a run is now, if it was moved.
-        settings: laid over the recipe, such as ``**{"base.pooling": "mean", "data.max_length": 128}``.
+        settings: laid over the recipe, such as ``**{"model.pooling": "mean", "data.max_length": 128}``.
 
     Raises:
         RunError: `out` holds features of something else, or is no such file.
@@ -68,7 +68,7 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
     with explained(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     found, labels = _computed(made, run, quiet, base_model)
-    Run(file.parent).write(beside.name, {"made_of": made_of, "pooling": made.base.pooling, "labels": labels})
+    Run(file.parent).write(beside.name, {"made_of": made_of, "pooling": made.model.pooling, "labels": labels})
     with explained(file):
         save_file({"features": torch.from_numpy(found)}, file, metadata={"format": "pt"})
         file.chmod(beside.stat().st_mode)  # the library makes its files readable to their owner alone
@@ -108,8 +108,8 @@ def _recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str 
     if base_model is not None and not is_run:
         raise RecipeError(f"{str(base)!r} is a base itself", "leave the base model out (--base-model)")
     raw: dict[str, Any] = (assembly.dump(assembly.open_recipe(Run(base), base_model, report)) if is_run
-                           else {"base": {"name": str(base)}})
-    if is_run and any(key.partition(".")[0] == "base" for key in settings):
+                           else {"model": {"name_or_path": str(base)}})
+    if is_run and any(key.partition(".")[0] == "model" for key in settings):
         raise RecipeError(f"{str(base)!r} is a run, and its base is as it was trained", "leave settings of base out")
     raw["data"] = {**raw.get("data", {}), "train": data, "test": data, "eval": None, "augment": [], "streaming": True}
     return assembly.recipe({**raw, "objective": "classify"}, settings), Run(base) if is_run else None
@@ -117,11 +117,11 @@ def _recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str 
 
 def _made_of(made: assembly.Recipe, run: Run | None) -> str:
     """A fingerprint of all that decides the features: weights, rows, settings."""
-    data, base = made.data.test, made.base.model_dump_json(exclude={"name", "device"})
+    data, base = made.data.test, made.model.model_dump_json(exclude={"name_or_path", "device"})
     assert data is not None
     weights = [digest(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
     if run is None or run.adapter is not None:
-        weights.append(assembly.fingerprint(assembly.folder(made.base)))
+        weights.append(assembly.fingerprint(assembly.folder(made.model)))
     rows = digest(Path(data.path)) if Path(data.path).exists() else data.path
     told = [weights, rows, base, made.data.model_dump_json(exclude={"train"})]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -130,7 +130,7 @@ def _made_of(made: assembly.Recipe, run: Run | None) -> str:
 @torch.no_grad()
 def _computed(made: assembly.Recipe, run: Run | None, quiet: bool, base_model: str | None) -> tuple[np.ndarray, Labels]:
     with status("loading the base", quiet=quiet):
-        family = assembly.open_run(run, False, base_model)[1] if run else assembly.family(made.base)
+        family = assembly.open_run(run, False, base_model)[1] if run else assembly.family(made.model)
     with status("reading the data", quiet=quiet):
         # Streamed, so that the rows are read once: as those of a test, which nothing changes.
         found = assembly.rows.load(made.data, family.tokenizer, seed=made.seed, reads=KINDS)
@@ -139,7 +139,7 @@ def _computed(made: assembly.Recipe, run: Run | None, quiet: bool, base_model: s
     rows: list[Encoded] = [replace(row, items=row.items[:1]) for row in found.test]
     places = {row.origin: place for place, row in enumerate(rows)}
     states = torch.zeros(len(rows), family.anatomy.sizes["hidden"])
-    batches = assembly.rows.eval_batches(rows, assembly.micro_tokens(made, family))
+    batches = assembly.rows.eval_batches(rows, assembly.resolve_max_tokens(made, family))
     family.train(False)
     done = 0
     with Progress(len(rows), title="states", quiet=quiet) as bar:

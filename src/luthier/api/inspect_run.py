@@ -39,7 +39,7 @@ def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | Non
     if not readings:
         raise RunError(f"{str(run.path)!r} was tuned by {assembly.method_name(made)}, whose numbers say nothing by "
                        "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
-    found: dict[str, Any] = {"run": str(run.path), "method": assembly.method_name(made), "readings": [],
+    found: dict[str, Any] = {"output_dir": str(run.path), "method": assembly.method_name(made), "readings": [],
                              "picture": None}
     starts = _starts(run, made, family, attached) if any(r.kind == "words" for r in readings) else []
     for i, reading in enumerate(readings):
@@ -58,7 +58,7 @@ def inspect(run: Run | Path | str, *, quiet: bool = False, base_model: str | Non
 
 def _starts(run: Run, made: assembly.Recipe, family: Family, attached: Attached | None) -> Sequence[assembly.Reading]:
     """The method as it was before the first step, made once more from the recipe's seed; none where nobody knows."""
-    if not run.recipe or made.start is not None or attached is None:
+    if not run.recipe or made.init_from is not None or attached is None:
         return []
     with attached.disabled():
         return assembly.describe(assembly.attach(family, made.method, made.seed), family.anatomy)

@@ -26,10 +26,10 @@ from luthier.training.learning_monitor import LearningMonitor
 from luthier.training.loop import Job, Rolling, Summary, fit, total_steps
 from luthier.training.memory import peak_gb, settle_allocator
 from luthier.training.os_errors import explained
+from luthier.training.report_to import JsonLines, Tracker, demand, open_trackers
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
 from luthier.training.step import Reference, measure
-from luthier.training.trackers import JsonLines, Tracker, demand, open_trackers
 
 
 def train(recipe: str | Path | Mapping[str, Any] | assembly.Recipe | None = None, *, resume: bool = False,
@@ -42,7 +42,7 @@ def train(recipe: str | Path | Mapping[str, Any] | assembly.Recipe | None = None
         quiet: no progress on the terminal.
         base_model: where the base is now, if it was moved after the run that goes on, or that this one starts from, was
             made; it must be the same base.
-        settings: laid over the recipe: ``base="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
+        settings: laid over the recipe: ``model="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
 
     Raises:
         LuthierError: with everything that is wrong, before any work where it can be known.
@@ -51,19 +51,19 @@ def train(recipe: str | Path | Mapping[str, Any] | assembly.Recipe | None = None
     settle_allocator()
     process_group.start()
     quiet = quiet or process_group.rank() > 0
-    run = Run(process_group.agreed(made.run or str(_fresh_name(made))))
+    run = Run(process_group.agreed(made.output_dir or str(_fresh_name(made))))
     if not resume:
         run.vacant() if process_group.rank() == 0 else None
     elif _finished(run.existing(), made, quiet):
         _say(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
     assembly.rows.demand(made.data)
-    assembly.check_dtype(made.base)
-    demand(made.training.trackers)
+    assembly.check_dtype(made.model)
+    demand(made.training.report_to)
     saved = _checkpoint(run, quiet) if resume else None
     if resume:
         made = assembly.fill_left_out(made, assembly.Recipe.parse(run.recipe))
-        assembly.check_base(run, made.base, report=partial(_say, quiet))
+        assembly.check_base(run, made.model, report=partial(_say, quiet))
     if saved:
         assembly.check_resumable(run, saved.state.get("record") or {}, partial(_say, quiet))
     assembly.check_runs(made, partial(_say, quiet))
@@ -79,11 +79,11 @@ def _train(made: assembly.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoi
     _warn(quiet, assembly.find_unused_settings(made))
     assembly.check_rewards(made)
     with status("loading the base", quiet=quiet):
-        identity = assembly.identify(made.base)
+        identity = assembly.identify(made.model)
         seed_everything(made.seed)
-        base = assembly.family(made.base, made.objective.hides)
+        base = assembly.family(made.model, made.objective.hides)
         assembly.check(made, base)
-        base.checkpointing(0 if made.training.gradient_checkpointing else assembly.micro_tokens(made, base))
+        base.checkpointing(0 if made.training.gradient_checkpointing else assembly.resolve_max_tokens(made, base))
     if base.padded_why:
         _say(quiet, f"warning: {base.padded_why}")
     with status("reading the data", quiet=quiet):
@@ -113,7 +113,7 @@ def _train(made: assembly.Recipe, run: Run, out: Run, saved: checkpoint.Checkpoi
     rolling = feed if isinstance(feed, assembly.Rollouts) else None
     results: dict[str, Any] = share | (process_group.agreed(run.results) if resume else {})
     part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
-    if made.evaluate.before and not {"before", f"{part}_before"} & results.keys():
+    if made.evaluate.before_training and not {"before", f"{part}_before"} & results.keys():
         with assembly.untrained(reference):
             results |= _before(out, made, base, part, found.test or found.eval, asked, reference, rolling, quiet)
     out.write("results.json", results)
@@ -192,17 +192,19 @@ def _moved(made: assembly.Recipe, base_model: str | None, resume: bool) -> assem
     """The recipe with the base at its new place. Raises `RecipeError` where no earlier run says which base it is."""
     if base_model is None:
         return made
-    if not resume and made.start is None:
+    if not resume and made.init_from is None:
         raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was made, and this "
-                          "run is new", "name its base as base.name (--model)")
-    return made.model_copy(update={"base": made.base.model_copy(update={"name": base_model, "revision": None})})
+                          "run is new", "name its base as model.name_or_path (--model)")
+    return made.model_copy(update={"model": made.model.model_copy(update={"name_or_path": base_model,
+                                                                          "revision": None})})
 
 
 def _demand_same(run: Run, made: assembly.Recipe) -> None:
     """Raises `RunError` where the run was started with another recipe."""
     if changed := assembly.list_differences(run, made):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
-                       f"go on with its own (luthier train --resume {run.path}), or name another folder (run=NAME)")
+                       f"go on with its own (luthier train --resume {run.path}), or name another folder "
+                           "(output_dir=NAME)")
 
 
 def _report(run: Run, report: assembly.rows.DataReport) -> None:
@@ -227,7 +229,7 @@ def _trackers(run: Run, made: assembly.Recipe, saved: checkpoint.Checkpoint | No
     log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
         log.log(0, share)
-    return [log, *open_trackers(made.training.trackers, run.path, assembly.dump(assembly.make_public(made)), at)]
+    return [log, *open_trackers(made.training.report_to, run.path, assembly.dump(assembly.make_public(made)), at)]
 
 
 def _to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
@@ -273,7 +275,8 @@ def _finish(run: Run, made: assembly.Recipe, job: Job, summary: Summary, part: s
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
         results[part] = measured = _measured(made, base, test, job.reference or nullcontext, job.rolling)
-        results |= _headline("after", measured) | {"measured_on": part, "examples": len(test[:made.evaluate.limit])}
+        results |= _headline("after", measured) | {"measured_on": part,
+                                                   "examples": len(test[:made.evaluate.max_samples])}
         plot_metrics(measured, made.objective.classes or (), run.path)
     if asked:
         after = _score("the tuned model answers", base, asked, made, quiet)
@@ -293,8 +296,8 @@ def _measured(made: assembly.Recipe, base: Any, test: list[Encoded], reference: 
     """The objective's own measures of test rows."""
     base.train(False)
     if rolling:
-        return rolling.judged(test[:made.evaluate.limit])
-    batches = assembly.rows.eval_batches(test[:made.evaluate.limit], assembly.micro_tokens(made, base))
+        return rolling.judged(test[:made.evaluate.max_samples])
+    batches = assembly.rows.eval_batches(test[:made.evaluate.max_samples], assembly.resolve_max_tokens(made, base))
     return with_perplexity(measure(base, made.objective, batches, reference))
 
 
@@ -331,7 +334,7 @@ def _checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
 
 def _fresh_name(made: assembly.Recipe) -> Path:
     """runs/<method>-<base>, numbered where that is taken."""
-    stem = f"{assembly.method_name(made)}-{assembly.called(made.base.name)}"
+    stem = f"{assembly.method_name(made)}-{assembly.called(made.model.name_or_path)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
 

@@ -20,9 +20,9 @@ from luthier.assembly.factory import (
     family,
     fitted,
     held_out,
-    micro_tokens,
     note_conversations,
     questions,
+    resolve_max_tokens,
     tokenizer,
     with_heads,
 )
@@ -80,12 +80,12 @@ from luthier.methods import METHODS
 from luthier.methods.diagnostics import Reading, describe
 from luthier.methods.multi_adapter import Bank
 from luthier.methods.peft import BRIDGED
-from luthier.models import ALIASES, BaseConfig, CausalLM, cache, cast, fingerprint, folder, identify, resolve
+from luthier.models import ALIASES, CausalLM, ModelConfig, cache, cast, fingerprint, folder, identify, resolve
 from luthier.rl import Rollouts
 from luthier.training.run_folder import Run
 
 __all__ = [
-    "ALIASES", "BRIDGED", "Bank", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
+    "ALIASES", "BRIDGED", "Bank", "ModelConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
     "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
     "beforehand", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt", "check",
     "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
@@ -93,7 +93,7 @@ __all__ = [
     "dump", "family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
     "find_schedule_problems", "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter",
     "gguf_model", "held_out", "identify", "judged", "kept_heads", "least_gb", "list_changes", "list_differences",
-    "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "micro_tokens",
+    "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "resolve_max_tokens",
     "name_base", "note_conversations", "open_recipe", "open_run", "price", "prompt_format", "provenance",
     "questions", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling",
     "rows", "same_base", "save_tuned", "save_whole", "saved_dtype", "served", "standing", "tokenizer", "untrained",

@@ -29,13 +29,14 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
     recipes = [open_recipe(adapted(run), base_model, report) for run in runs]
     first = recipes[0]
     for run, made in zip(runs, recipes, strict=True):
-        if base_model is None and (conflict := base_conflict(run, first.base)):
-            raise RecipeError(f"{str(run.path)!r} was made on {made.base.name!r}, and {str(runs[0].path)!r} on "
-                              f"{first.base.name!r}: {conflict}", "combine runs of one base")
+        if base_model is None and (conflict := base_conflict(run, first.model)):
+            raise RecipeError(f"{str(run.path)!r} was made on {made.model.name_or_path!r}, and {str(runs[0].path)!r} "
+                              "on "
+                              f"{first.model.name_or_path!r}: {conflict}", "combine runs of one base")
         if kept_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
                               "runs have no sum", "use them side by side: luthier.open_bank")
-    base = family(first.base, first.objective.hides)
+    base = family(first.model, first.objective.hides)
     bank = banked(base, {str(i): run for i, run in enumerate(runs)})
     loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):
@@ -43,9 +44,9 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
             "stack others by their weights: luthier.open_bank and using({...})")
     found = combine(loras, weights, how, rank)
-    made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
+    made = first.model_copy(update={"method": found.config, "init_from": None, "output_dir": str(out.path)})
     made = make_paths_absolute(made)
-    out.begin(dump(made), {**record_start(made, identify(made.base), []), "combined": {str(run.path): float(weight)
+    out.begin(dump(made), {**record_start(made, identify(made.model), []), "combined": {str(run.path): float(weight)
                                                             for run, weight in zip(runs, weights, strict=True)}})
     attached = attach(base, made.method, made.seed)
     attached.load(found.state)

@@ -21,7 +21,7 @@ from luthier.methods.composite import Several, parts_of
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
 from luthier.methods.prompt import Words
-from luthier.models import BaseConfig, context_of, device_of, load_tokenizer, open_family
+from luthier.models import ModelConfig, context_of, device_of, load_tokenizer, open_family
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.training.memory import release
@@ -30,7 +30,7 @@ DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
 HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
-def family(config: BaseConfig, words: bool = False) -> Family:
+def family(config: ModelConfig, words: bool = False) -> Family:
     """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
     loading held besides is given back."""
     base = open_family(config, words)
@@ -42,15 +42,15 @@ def family(config: BaseConfig, words: bool = False) -> Family:
 
 def device(made: Recipe) -> torch.device:
     """The device that the base would be loaded to."""
-    return device_of(made.base.device)
+    return device_of(made.model.device)
 
 
-def tokenizer(config: BaseConfig) -> Any:
+def tokenizer(config: ModelConfig) -> Any:
     """The base's tokenizer, without its weights."""
     return load_tokenizer(config)
 
 
-def context(config: BaseConfig) -> int:
+def context(config: ModelConfig) -> int:
     """Tokens that the base can read at once, as its own config says, without its weights."""
     return context_of(config)
 
@@ -94,8 +94,8 @@ def note_conversations(base: Family, found: Datasets) -> None:
 def check(made: Recipe, base: Family) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
     fitting(made, base)
-    if made.data.streaming and not made.training.steps:
-        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
+    if made.data.streaming and not made.training.max_steps:
+        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.max_steps")
     if made.data.streaming and beforehand(made):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
@@ -105,10 +105,10 @@ def check(made: Recipe, base: Family) -> None:
         raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
                           "tokens", f"set data.max_length to {room} or less" + (
                               ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
-    added = made.base.structure is not None and made.base.structure.add_blocks
+    added = made.model.surgery is not None and made.model.structure.expand_layers
     for part in parts_of(made.method) if added else ():
         if why := _no_start(part):
-            raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
+            raise RecipeError(f"model.surgery.expand_layers: the last maps of added blocks are zero, and method "
                               f"{part.name} {why}", "train them by another method: freeze, full, lora")
 
 
@@ -162,7 +162,7 @@ def _check_tokens(base: Family, found: Datasets) -> None:
                 raise BaseError(
                     f"{example.origin}: the token {words!r} has the id {token}, and the base's embedding has {size} "
                     "rows",
-                    "add the token to the base (base.structure.new_tokens), or give the base its own tokenizer")
+                    "add the token to the base (model.surgery.new_tokens), or give the base its own tokenizer")
 
 
 def _hide(made: Recipe, base: Family) -> rows.Hide | None:
@@ -170,28 +170,29 @@ def _hide(made: Recipe, base: Family) -> rows.Hide | None:
     told = made.objective
     if not isinstance(told, PretrainConfig) or base.anatomy.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.base.name, told.rate, told.span,
+    return rows.Hide.of(base.tokenizer, "spans" if base.divided else "words", made.model.name_or_path,
+                        told.rate, told.span,
                         told.whole_words)
 
 
 def settled(made: Recipe, base: Family) -> DataConfig:
     """The settings of the data for this base; without a `max_length`, what the base's context has room for
     where that is less."""
-    most = min(made.data.most, room_for_text(made.method, base))
+    most = min(made.data.token_limit, room_for_text(made.method, base))
     found = made.data.model_copy(update={"max_length": made.data.max_length or most})
     return rows.DividedConfig.of(found) if base.divided else found
 
 
-def micro_tokens(made: Recipe, base: Family) -> int:
+def resolve_max_tokens(made: Recipe, base: Family) -> int:
     """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
     A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
-    tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
+    tokens = made.training.max_tokens_per_micro_batch or (8192 if base.device.type == "cuda" else 320)
     return max(1, tokens // base.anatomy.sizes.get("unit", 1))
 
 
 def feed(made: Recipe, base: Family, found: Datasets) -> Feed:
     """The batches of the run."""
-    micro = micro_tokens(made, base)
+    micro = resolve_max_tokens(made, base)
     if made.data.streaming:
         return Stream(settled(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
                       use=found.use)
@@ -201,7 +202,7 @@ def feed(made: Recipe, base: Family, found: Datasets) -> Feed:
 
 def held_out(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
     """The rows to evaluate on while training."""
-    return rows.eval_batches(found.eval, micro_tokens(made, base))
+    return rows.eval_batches(found.eval, resolve_max_tokens(made, base))
 
 
 def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Question]:
@@ -212,7 +213,7 @@ def questions(made: Recipe, base: Family, examples: Sequence[Example]) -> list[Q
     if strange is not None:
         raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which asks for no answer",
                           "leave evaluate.metrics out, or name rows with prompts in data.test")
-    for example in examples[:made.evaluate.limit]:
+    for example in examples[:made.evaluate.max_samples]:
         ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
         found.append(Question(tuple(ids), _asked(example), reference, example.origin))
     demand(found, made.evaluate.metrics)

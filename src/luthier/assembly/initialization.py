@@ -37,8 +37,8 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
         RunError: that run, or what it trained, cannot be read.
     """
     policy = attach(base, made.method, made.seed)
-    if made.start is not None:
-        _load(policy, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
+    if made.init_from is not None:
+        _load(policy, _fitting(made, Run(made.init_from), base), base, whole=not Run(made.init_from).recipe)
     reference = beside(made, base, policy)
     return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
@@ -46,10 +46,10 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
 def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.start is None or (scopes(policy) is None and not referred(made.objective)):
+    if made.init_from is None or (scopes(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
     bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
-    _load(reference, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
+    _load(reference, _fitting(made, Run(made.init_from), base), base, whole=not Run(made.init_from).recipe)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
     bank.frozen(REFERENCE)
@@ -79,8 +79,8 @@ def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
     found = recorded(adapted(start))
     other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
-    if conflict := base_conflict(start, made.base):
-        other.append(f"base.name: {found.base.name!r}, now {made.base.name!r}: {conflict}")
+    if conflict := base_conflict(start, made.model):
+        other.append(f"model.name_or_path: {found.model.name_or_path!r}, now {made.model.name!r}: {conflict}")
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other),

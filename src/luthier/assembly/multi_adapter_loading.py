@@ -72,7 +72,7 @@ class Served:
     def states(self, name: str, texts: Sequence[str]) -> Tensor:
         """[texts, D] pooled states, float32. Raises `RecipeError` for a text without tokens or beyond the context."""
         adapter = self.adapter(name)
-        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "overlong": "refuse"})
+        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "truncation": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
             found = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
@@ -133,13 +133,13 @@ def served(runs: Mapping[str, Path | str], base_model: str | None = None, report
     recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
-        if base_model is None and (conflict := base_conflict(folders[name], recipes[first].base)):
-            raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on "
-                              f"{recipes[first].base.name!r}: {conflict}", "serve runs of one base together")
-    base = family(recipes[first].base)
+        if base_model is None and (conflict := base_conflict(folders[name], recipes[first].model)):
+            raise RecipeError(f"{name!r} was made on {made.model.name_or_path!r}, and {first!r} on "
+                              f"{recipes[first].model.name_or_path!r}: {conflict}", "serve runs of one base together")
+    base = family(recipes[first].model)
     bank = banked(base, folders)
     base.train(False)
-    plain = called(recipes[first].base.name)
+    plain = called(recipes[first].model.name_or_path)
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
     return Served(base, bank, {**names, **{name: name for name in runs}},
                   {plain: PromptFormat(), **{name: prompt_format(run, recipes[name]) for name, run in folders.items()}},

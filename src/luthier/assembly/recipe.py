@@ -26,7 +26,7 @@ from luthier.methods.composite import SeveralConfig, parts_of
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
-from luthier.models import BaseConfig
+from luthier.models import ModelConfig
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
@@ -39,16 +39,17 @@ AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), SeveralConfig),  
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
 # The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
-FREE = ("run", "evaluate.", "base.device", "data.test", "method.keep_base", "training.micro_tokens",
-        "training.gradient_checkpointing", "training.save_every", "training.keep", "training.trackers",
-        "objective.labels")  # the last is read off the data, whose own fingerprint is compared
-SHORT = {"data": "train", "train": "path", "eval": "path", "test": "path"}  # what a bare word stands for; else: name
+FREE = ("output_dir", "evaluate.", "model.device", "data.test", "method.keep_base",
+        "training.max_tokens_per_micro_batch", "training.gradient_checkpointing", "training.save_steps",
+        "training.save_total_limit", "training.report_to", "objective.labels")  # the last is read off the data, whose own fingerprint is compared
+SHORT = {  # the setting that a bare value stands for; elsewhere: name
+    "model": "name_or_path", "data": "train", "train": "path", "eval": "path", "test": "path"}
 
 class Recipe(Config):
     """A whole run as data; one-to-one with a YAML file. `data: file.jsonl`, `method: lora` and the like are short for
     `data: {train: file.jsonl}` and `method: {name: lora}`; `method: [bitfit, {name: lora, rank: 4}]` is both."""
 
-    base: BaseConfig = Field(BaseConfig(), description="the pretrained model")
+    model: ModelConfig = Field(ModelConfig(), description="the pretrained model")
     method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
     objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="what is minimised")
     data: DataConfig = Field(description="what is trained and evaluated on")
@@ -56,20 +57,21 @@ class Recipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
-    start: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is the "
-                                                "reference; base and method are that run's")
-    run: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
+    init_from: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is "
+                                                "the reference; model and method are that run's")
+    output_dir: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
 
-    @field_validator("base", "method", "objective", mode="before")
+    @field_validator("model", "method", "objective", mode="before")
     @classmethod
     def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
         if info.field_name == "method" and isinstance(given, list | tuple):
             if not given:
                 raise ValueError("an empty list trains nothing; name a method")
             given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
+        key = SHORT.get(str(info.field_name), "name")
         if isinstance(given, dict):  # settings without a name are those of the default
-            return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
-        return {"name": given} if isinstance(given, str) else given
+            return {key: dict(cls.model_fields[str(info.field_name)].default)[key], **given}
+        return {key: given} if isinstance(given, str) else given
 
     @field_validator("data", mode="before")
     @classmethod
@@ -121,18 +123,18 @@ def beforehand(made: Recipe) -> bool:
 
 def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recipe that starts from a run takes from it the base and the method that it does not name itself."""
-    start = raw.get("start")
-    if start is None or {"base", "method"} <= raw.keys():
+    start = raw.get("init_from")
+    if start is None or {"model", "method"} <= raw.keys():
         return raw
     found = dump(recorded(adapted(Run(str(start)))))
-    return {"base": found["base"], "method": found["method"], **raw}
+    return {"model": found["model"], "method": found["method"], **raw}
 
 
 def adapted(run: Run) -> Run:
     """Itself, or a `RecipeError` where nothing can start from it."""
     if run.existing().adapter is None:
         raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
-                          f"a whole model is a base like any other: base.name={run.path}")
+                          f"a whole model is a base like any other: model.name_or_path={run.path}")
     return run
 
 
@@ -142,12 +144,12 @@ def recorded(run: Run) -> Recipe:
         return Recipe.parse(raw)
     adapter = run.adapter
     if adapter is None:
-        return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+        return Recipe(model=ModelConfig(name_or_path=str(run.path)), data=DataConfig.parse({"train": "-"}))
     if not adapter.get("base_model_name_or_path"):
         raise RunError(f"{str(run.path / 'adapter_config.json')!r} names no base (base_model_name_or_path)",
                        "write the hub id or folder of the base into it")
-    base = BaseConfig(name=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
-    return Recipe.parse({"base": base.model_dump(), "method": method_of(adapter, run), "data": "-"})
+    base = ModelConfig(name_or_path=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+    return Recipe.parse({"model": base.model_dump(), "method": method_of(adapter, run), "data": "-"})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -241,26 +243,26 @@ def idle(made: Recipe) -> list[str]:
     """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
     training, found = made.training, []
     evaluates = made.data.eval is not None
-    if training.patience and not evaluates:
-        found.append("training.patience has no effect: there is nothing to evaluate on (data.eval)")
-    if training.eval_every and not evaluates:
-        found.append("training.eval_every has no effect: there is nothing to evaluate on (data.eval)")
-    if training.steps and made.optimizer.warmup >= training.steps:
+    if training.early_stopping_patience and not evaluates:
+        found.append("training.early_stopping_patience has no effect: there is nothing to evaluate on (data.eval)")
+    if training.eval_steps and not evaluates:
+        found.append("training.eval_steps has no effect: there is nothing to evaluate on (data.eval)")
+    if training.max_steps and made.optimizer.warmup >= training.max_steps:
         found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
                      "as the run")
-    if training.steps and "epochs" in training.model_fields_set and training.epochs != 1.0:
-        found.append("training.epochs has no effect: training.steps is given")
+    if training.max_steps and "num_train_epochs" in training.model_fields_set and training.num_train_epochs != 1.0:
+        found.append("training.num_train_epochs has no effect: training.max_steps is given")
     if made.evaluate.metrics and not evaluates and made.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
-    structure = made.base.structure
+    structure = made.model.surgery
     if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in parts_of(made.method)}:
-        found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
+        found.append(f"model.surgery.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
     if made.objective.rolls and any(method.model_dump().get("dropout") for method in parts_of(made.method)):
         found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
                      "the first step of a round is already off its policy")
-    if made.data.train_on != "assistant" and made.objective.name == "pretrain":
-        found.append("data.train_on has no effect on documents (objective pretrain)")
+    if made.data.loss_on != "assistant" and made.objective.name == "pretrain":
+        found.append("data.loss_on has no effect on documents (objective pretrain)")
     return found
 
 

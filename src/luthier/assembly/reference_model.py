@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from luthier import data as rows
-from luthier.assembly.factory import micro_tokens
+from luthier.assembly.factory import resolve_max_tokens
 from luthier.assembly.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
@@ -54,7 +54,7 @@ def master_price(attached: Attached) -> str:
         return ""
     count, dtypes = sum(p.numel() for p in copied), sorted({str(p.dtype).removeprefix("torch.") for p in copied})
     return (f"the {count:,} weights that train are kept in {' and '.join(dtypes)}, so the optimizer updates float32 "
-            f"copies of them ({4 * count / 1e9:.3g} GB) and rounds them into the model after each step; base.dtype: "
+            f"copies of them ({4 * count / 1e9:.3g} GB) and rounds them into the model after each step; model.dtype: "
             "float32 with training.precision: bf16 takes 2 bytes a weight less")
 
 
@@ -98,7 +98,7 @@ def _known(made: Recipe, base: Family, encoded: Sequence[Encoded], reference: Re
     """Each example with the column `reference_logps`: one number for each of its predictions, in their order."""
     found, done = list(encoded), 0
     for start in range(0, len(found), GROUP):
-        for row in rows.first_fit(found[start:start + GROUP], micro_tokens(made, base)):
+        for row in rows.first_fit(found[start:start + GROUP], resolve_max_tokens(made, base)):
             places = [start + i for i in row]
             there = rows.batch([found[i] for i in places]).to(base.device)
             logps = reference_logps(base, there, partial(untrained, reference)).cpu()

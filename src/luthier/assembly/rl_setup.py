@@ -4,7 +4,7 @@
 | role      | what it is                                                                                    |
 |-----------|-----------------------------------------------------------------------------------------------|
 | policy    | the recipe's method, training                                                                 |
-| reference | the bare base, or the adapter of `start`, frozen                                              |
+| reference | the bare base, or the adapter of `init_from`, frozen                                          |
 | critic    | a value head on the policy's states, or on those of a second adapter (`critic: adapter`)      |
 | reward    | a reward run's adapter and head, silent but when it judges; a function; an address            |
 
@@ -45,8 +45,8 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rl_config import WorthConfig
 from luthier.rl import Answer, Reward, Rollouts, endpoint, named
+from luthier.training.report_to import JsonLines
 from luthier.training.run_folder import Run
-from luthier.training.trackers import JsonLines
 
 Warn = Callable[[str], None]
 Reference = Callable[[], AbstractContextManager[None]]
@@ -62,7 +62,7 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
     policy, heads = attached.parts
     bank = _bank(base, policy)
     critic = made.method.attach(base.anatomy, seed=made.seed + 1)
-    if made.start is not None:
+    if made.init_from is not None:
         critic.load(policy.state())
     bank.add(CRITIC, critic)
     base.critic = partial(bank.using, CRITIC)
@@ -100,7 +100,7 @@ def rolling(made: Recipe, base: Family, found: Datasets, attached: Attached, ref
     cursor = Loader(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix)
     return Rollouts(base, found.train, objective, [(_reward(one, made, base, attached, warn), one.weight)
                                                    for one in objective.reward],
-                    cursor, factory.micro_tokens(made, base), made.seed, reference,
+                    cursor, factory.resolve_max_tokens(made, base), made.seed, reference,
                     partial(autocast, made, base), found.eval, _noted(folder), process_group.map_shards)
 
 
@@ -147,7 +147,7 @@ def standing(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
     rows (or validation, or train rows where there are none), and how far each is from the start."""
     made = open_recipe(run.existing())
-    base = factory.family(made.base)
+    base = factory.family(made.model)
     found = factory.datasets(made, base)
     attached, reference = begin(made, base)
     policy = attached.parts[0] if isinstance(attached, Several) and made.objective.heads else attached
@@ -191,7 +191,7 @@ def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Attached,
 def _of_run(run: Run, made: Recipe, base: Family, attached: Attached, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _reward_recipe(run)
-    if run.adapter is None or scopes(attached) is None or base_conflict(run, made.base):
+    if run.adapter is None or scopes(attached) is None or base_conflict(run, made.model):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())
@@ -239,7 +239,7 @@ def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward
     config = factory.settled(found, judge)
     if judge.anatomy.task != "CAUSAL_LM" and not judge.divided:
         config = config.model_copy(update={"share_prompt": False})
-    micro = factory.micro_tokens(found, judge)
+    micro = factory.resolve_max_tokens(found, judge)
 
     def reward(answers: Sequence[Answer]) -> list[float]:
         groups = [list(group) for _, group in groupby(answers, key=lambda answer: (answer.ids, str(answer.origin)))]

@@ -36,8 +36,8 @@ def _train(options: argparse.Namespace) -> int:
         if folder is None:
             raise RecipeError("--resume: which run?", "luthier train --resume RUN")
         source = _recorded(Path(folder))
-    named = {"base.name": options.model, "data": options.data, "method": options.method, "objective": options.objective,
-             "run": str(folder) if folder else None}
+    named = {"model.name_or_path": options.model, "data": options.data, "method": options.method,
+             "objective": options.objective, "output_dir": str(folder) if folder else None}
     run = train(source, resume=options.resume, quiet=options.quiet, base_model=options.base_model,
                 **{key: value for key, value in named.items() if value is not None} | options.settings)
     return console.trained(run.path, run.results, options.json)
@@ -59,7 +59,7 @@ def _demo(options: argparse.Namespace) -> int:
                           "train on your own rows: luthier train --data FILE")
     with as_file(files("luthier") / "demo") as folder:
         shipped = {"data.train": str(folder / "train.jsonl"), "data.test": str(folder / "test.jsonl"),
-                   "run": options.run}
+                   "output_dir": options.run}
         run = train(folder / "recipe.yaml", quiet=options.quiet, **shipped | options.settings)
     return console.trained(run.path, run.results, options.json)
 
@@ -194,7 +194,7 @@ def _plan(options: argparse.Namespace) -> int:
     if len(options.words) > 1:
         raise RecipeError(f"luthier plan takes one recipe, not {len(options.words)}: {' '.join(options.words)}",
                           "settings are written key=value")
-    named = {"base.name": options.model, "data": options.data, "objective": options.objective}
+    named = {"model.name_or_path": options.model, "data": options.data, "objective": options.objective}
     run = plan(options.words[0] if options.words else None, options.methods.split(",") if options.methods else WAYS,
                out=options.out, quiet=options.quiet,
                **{key: value for key, value in named.items() if value is not None} | options.settings)
@@ -239,7 +239,7 @@ RUN = _option("--run", metavar="DIR", help="the run folder to make")
 COMMANDS: dict[str, Command] = {
     "train": Command("fine-tune a base and leave a run folder", _train, (
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
-        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (base.name)"),
+        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (model.name_or_path)"),
         _option("--data", metavar="FILE", help="rows to train on (data.train)"),
         _option("--method", help="which parameters train (method.name); a wrong name lists them all"),
         _option("--objective", help="what is minimised (objective.name); a wrong name lists them all"),
@@ -319,7 +319,7 @@ COMMANDS: dict[str, Command] = {
         _option("--out", metavar="DIR", help="the folder for the runs and the comparison"), QUIET, JSON)),
     "plan": Command("try a few steps of each way to train, and say which fit this machine and this data", _plan, (
         _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
-        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (base.name)"),
+        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (model.name_or_path)"),
         _option("--data", metavar="FILE", help="rows to train on (data.train)"),
         _option("--objective", help="what is minimised (objective.name)"),
         _option("--methods", metavar="A,B,A+B,A@nf4", help="ways to try; left out: the common ones"),

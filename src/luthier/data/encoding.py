@@ -108,11 +108,11 @@ def _root(text: str, second: str | None, example: Example, tokenizer: Tokenizer,
         marked = bool(tokenizer("", text_pair="", verbose=False)["input_ids"])
         text, options = (text, options | {"text_pair": second}) if marked else (f"{text}\n{second}", options)
     ids = tokenizer(text, **options)["input_ids"]
-    cut = len(ids) > config.most
-    if cut and config.overlong != "truncate":
-        return Refusal(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.most}")
+    cut = len(ids) > config.token_limit
+    if cut and config.truncation != "truncate":
+        return Refusal(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.token_limit}")
     if cut:
-        ids = tokenizer(text, truncation=True, max_length=config.most, **options)["input_ids"]
+        ids = tokenizer(text, truncation=True, max_length=config.token_limit, **options)["input_ids"]
     if not ids:
         return Refusal(example.origin, "the tokenizer makes no tokens of it")
     return Piece(tuple(ids), (0.0,) * len(ids)), cut
@@ -131,10 +131,10 @@ def _tagged(example: TaggedExample, tokenizer: Tokenizer, config: DataConfig) ->
         return _no_token(example, tokenizer) or Refusal(example.origin, "two words are one token")
     if refused := _no_token(example, tokenizer):
         return refused
-    cut = len(ids) > config.most
-    if cut and config.overlong != "truncate":
-        return Refusal(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.most}")
-    kept = min(len(ids), config.most)
+    cut = len(ids) > config.token_limit
+    if cut and config.truncation != "truncate":
+        return Refusal(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.token_limit}")
+    kept = min(len(ids), config.token_limit)
     tags = [-1] * kept
     for word, first in enumerate(firsts):
         if first < kept:
@@ -181,9 +181,9 @@ def _prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig, ro
     if config.divided and tokenizer.eos_token_id not in (None, ids[-1]):
         ids = [*ids, tokenizer.eos_token_id]  # as every source ends
     room = 0 if config.divided else room  # the decoder has a length of its own
-    if len(ids) + room > config.most:
+    if len(ids) + room > config.token_limit:
         return Refusal(example.origin, "the prompt leaves no room to answer" if room else "longer than max_length",
-                       f"{len(ids)} tokens and {room} for the answer, at most {config.most}")
+                       f"{len(ids)} tokens and {room} for the answer, at most {config.token_limit}")
     said = example.prompt if isinstance(example.prompt, str) else [{**m.extra, "role": m.role, "content": m.content}
                                                                    for m in example.prompt]
     facts = {"prompt": said, **({"tools": list(example.tools)} if example.tools else {}), **example.facts}

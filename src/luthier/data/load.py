@@ -298,8 +298,8 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
 
 def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train",
          seen: set[str] | None = None) -> Iterator[Example | Refusal]:
-    """Every row of `source` as an example or a refusal, in order, at most `limit` of them. The names of the file's own
-    columns are added to `seen`."""
+    """Every row of `source` as an example or a refusal, in order, at most `max_samples` of them. The names of the
+    file's own columns are added to `seen`."""
     config = config.for_source(source)
 
     def files() -> Iterator[tuple[str, Rows]]:
@@ -313,7 +313,7 @@ def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train"
         return numbering_of(chain.from_iterable(lines for _, lines in files()), config.columns)
 
     reader = replace(reader, numbering=numbering)
-    left = config.limit or sys.maxsize
+    left = config.max_samples or sys.maxsize
     for _, lines in files():
         lines = lines if seen is None else _watch_columns(lines, seen)
         for example in examples(islice(lines, left), config.format, config.columns, reader):

@@ -14,18 +14,18 @@ from luthier.data.images import Picture
 from luthier.data.masking import fixed
 
 
-def pack(encoded: Sequence[Encoded], micro_tokens: int | None) -> list[Batch]:
-    """The examples in as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: in one row.
+def pack(encoded: Sequence[Encoded], max_tokens: int | None) -> list[Batch]:
+    """The examples in as few rows of at most `max_tokens` tokens as first-fit decreasing finds; None: in one row.
 
-    An example longer than `micro_tokens` has a row of its own. What is predicted, with which weight, does not depend on
-    `micro_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
+    An example longer than `max_tokens` has a row of its own. What is predicted, with which weight, does not depend on
+    `max_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
     """
-    if micro_tokens is None:
+    if max_tokens is None:
         return [batch(encoded)] if encoded else []
-    return [batch([encoded[i] for i in row]) for row in first_fit(encoded, micro_tokens)]
+    return [batch([encoded[i] for i in row]) for row in first_fit(encoded, max_tokens)]
 
 
-def first_fit(encoded: Sequence[Encoded], micro_tokens: int) -> list[list[int]]:
+def first_fit(encoded: Sequence[Encoded], max_tokens: int) -> list[list[int]]:
     """Which examples share a row; see `pack`."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -34,18 +34,18 @@ def first_fit(encoded: Sequence[Encoded], micro_tokens: int) -> list[list[int]]:
         row = next((r for r, free in enumerate(room) if free >= tokens), None)
         if row is None:
             rows.append([index])
-            room.append(micro_tokens - tokens)
+            room.append(max_tokens - tokens)
         else:
             rows[row].append(index)
             room[row] -= tokens
     return [sorted(row) for row in rows]
 
 
-def eval_batches(encoded: Sequence[Encoded], micro_tokens: int | None, group: int = 512) -> list[Batch]:
+def eval_batches(encoded: Sequence[Encoded], max_tokens: int | None, group: int = 512) -> list[Batch]:
     """Batches to go through once, with the same hidden every time. Packs `group` examples at a time, which keeps
-    packing fast for many; `micro_tokens` None: rows of up to 8192 tokens."""
+    packing fast for many; `max_tokens` None: rows of up to 8192 tokens."""
     return [row for at in range(0, len(encoded), group)
-            for row in pack([fixed(one) for one in encoded[at:at + group]], micro_tokens or 8192)]
+            for row in pack([fixed(one) for one in encoded[at:at + group]], max_tokens or 8192)]
 
 
 def batch(encoded: Sequence[Encoded]) -> Batch:

@@ -70,8 +70,8 @@ def encode_words(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> t
         if isinstance(pieces, Refusal):
             return pieces
         found += pieces
-    return found, config.overlong == "truncate" and any(text.shortened or len(text.ids) - text.source > config.most
-                                                        for text in texts)
+    return found, config.truncation == "truncate" and any(
+        text.shortened or len(text.ids) - text.source > config.token_limit for text in texts)
 
 
 # ---------------------------------------------------------------- spelling
@@ -96,7 +96,7 @@ def _texts(example: Worded, tokenizer: Tokenizer, config: DataConfig, bare: bool
         return [_bare(example, tokenizer, config)]
     chat = as_chat(example) if isinstance(example, CompletionExample) else example
     try:
-        return render_chat(chat, tokenizer, config.rules, config.train_on)
+        return render_chat(chat, tokenizer, config.rules, config.loss_on)
     except RenderError as fault:
         return Refusal(example.origin, fault.reason, str(fault))
 
@@ -187,9 +187,9 @@ def _halves(text: Rendered, tokenizer: Tokenizer, example: Worded, config: DataC
     closing = [] if end_mark is None else [end_mark]
     if closing and ids and ids[-1] == end_mark:
         ids, ends = ids[:-1], ends[:-1]
-    room = config.most - len(closing)
+    room = config.token_limit - len(closing)
     shortened = len(ids) > room
-    if shortened and config.overlong != "truncate":
+    if shortened and config.truncation != "truncate":
         return Refusal(example.origin, "longer than max_length", f"{len(ids)} tokens of source, at most {room}")
     ids, ends = ids[:room] + closing, ends[:room] + [start] * len(closing)
     said = text.text[start:]
@@ -213,13 +213,13 @@ def cut(text: Spelled, config: DataConfig, tokenizer: Tokenizer) -> list[Encoded
     and every token but the document's first is predicted exactly once. Where the tokenizer opens a text with a token of
     its own, every part begins with it.
     """
-    length, most, end_mark = len(text.ids), config.most + text.source, tokenizer.eos_token_id
-    if length <= most or config.overlong == "truncate":
+    length, most, end_mark = len(text.ids), config.token_limit + text.source, tokenizer.eos_token_id
+    if length <= most or config.truncation == "truncate":
         ranges = [(0, min(length, most))]
-    elif config.overlong == "split" and text.divisible:
+    elif config.truncation == "split" and text.divisible:
         return _split(text, most, tokenizer)
     else:
-        only = "; only a text can be split" if config.overlong == "split" else ""
+        only = "; only a text can be split" if config.truncation == "split" else ""
         return Refusal(text.origin, "longer than max_length", f"{length} tokens, at most {most}{only}")
     found = [_encoded(text, start, stop, end_mark) for start, stop in ranges if any(text.weights[start + 1:stop])]
     if not found:

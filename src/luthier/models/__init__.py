@@ -17,7 +17,7 @@ from luthier.models.hf_task_heads import read_weights
 from luthier.models.identity import Identity, identify, is_local, public_name
 from luthier.models.loading import (
     ALIASES,
-    BaseConfig,
+    ModelConfig,
     context_of,
     device_of,
     fingerprint,
@@ -32,7 +32,7 @@ from luthier.models.padding_token import embedding_tokenizer
 from luthier.models.precision import cast, stored_dtype
 from luthier.models.sentence_files import write_sentence_files
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "cast", "context_of",
+__all__ = ["ALIASES", "ModelConfig", "CausalLM", "Encoder", "Identity", "Vision", "cache", "cast", "context_of",
            "device_of", "embedding_tokenizer", "fingerprint", "folder", "identify", "is_local", "load",
            "load_tokenizer", "open_family", "parameter_count", "public_name", "read_weights", "resolve", "shards",
            "stored_dtype", "write_sentence_files"]

@@ -12,11 +12,11 @@ from luthier.models.families.causal import CausalLM
 from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.models.families.vision import Vision
-from luthier.models.loading import BaseConfig, load
+from luthier.models.loading import ModelConfig, load
 from luthier.models.sentence_files import pooling_of
 
 
-def open_family(config: BaseConfig, words: bool = False) -> Family:
+def open_family(config: ModelConfig, words: bool = False) -> Family:
     """The base, loaded, behind the contract of its kind. Raises `BaseError` where it cannot be, saying why.
 
     Args:
@@ -27,7 +27,7 @@ def open_family(config: BaseConfig, words: bool = False) -> Family:
     return made
 
 
-def _family(config: BaseConfig, words: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
+def _family(config: ModelConfig, words: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
     model, tokenizer = load(config, words)
     kind = kind_of(model.config)
     if kind == "encoder":
@@ -36,7 +36,7 @@ def _family(config: BaseConfig, words: bool) -> CausalLM | Encoder | Vision | Se
     if kind in ("vision", "seq2seq"):
         made = Vision(model, tokenizer) if kind == "vision" else Seq2Seq(model, tokenizer)
         if config.pooling not in ("auto", made.pooling):
-            raise BaseError(f"base.pooling: {config.pooling!r}; with this base it is always {made.pooling!r}",
-                            "leave base.pooling out")
+            raise BaseError(f"model.pooling: {config.pooling!r}; with this base it is always {made.pooling!r}",
+                            "leave model.pooling out")
         return made
     return CausalLM(model, tokenizer, pooling="last" if config.pooling == "auto" else config.pooling)

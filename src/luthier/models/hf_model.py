@@ -271,7 +271,7 @@ class Packed(Loaded):
             self.model.train(was)
         if not bool(padded.isfinite().all()):
             raise BaseError(f"base {self.model.name_or_path!r}: its output is not a number",
-                            "set base.dtype to float32; if it is, the weights are damaged: get them anew")
+                            "set model.dtype to float32; if it is, the weights are damaged: get them anew")
         close = torch.allclose(packed, padded, rtol=1e-2, atol=1e-2 * float(padded.abs().max()))
         return "packed" if close else self._unpacked("documents of one row influence each other")
 

@@ -42,7 +42,7 @@ from luthier.models.gguf.reader import converted
 from luthier.models.hf_logging import complete, quiet, short
 from luthier.models.image_processor import Pictures
 from luthier.models.quantization import Bits, quantize
-from luthier.models.surgery import StructureConfig, restructured
+from luthier.models.surgery import SurgeryConfig, restructured
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 POOLING = "1_Pooling/config.json"  # how sentence encoders make one state of many
@@ -50,7 +50,7 @@ DOWNLOADED = ("*.json", "*.jinja", "*.txt", "*.model", "*.py", WEIGHTS, "model-*
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-class BaseConfig(Config):
+class ModelConfig(Config):
     """Which base, and how it is held in memory.
 
     Args:
@@ -66,14 +66,14 @@ class BaseConfig(Config):
         structure: what is changed before anything trains: words added, blocks added or left out.
     """
 
-    name: str = "smollm2"
+    name_or_path: str = "smollm2"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     pooling: Literal["auto", "last", "first", "mean"] = "auto"
     quantize: Bits = "none"
-    structure: StructureConfig | None = None
+    surgery: SurgeryConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -111,22 +111,23 @@ def resolve(name: str) -> Path | str:
     return name
 
 
-def folder(config: BaseConfig) -> Path:
+def folder(config: ModelConfig) -> Path:
     """The Transformers folder of a base: converted from GGUF or downloaded if need be, checked, and changed where the
     config changes its structure."""
-    found = resolve(config.name)
+    found = resolve(config.name_or_path)
     if isinstance(found, str):
         found = _download(found, config.revision)
     elif found.is_file():
         found = converted(found)
     _check(found, config)
-    if config.structure is None:
+    if config.surgery is None:
         return found
     if config.trust_remote_code:
-        raise BaseError(f"base {config.name!r}: the structure of a base with Python code of its own is not changed",
-                        "leave base.structure out, or set trust_remote_code: false")
+        raise BaseError(f"base {config.name_or_path!r}: the structure of a base with "
+                        "Python code of its own is not changed",
+                        "leave model.surgery out, or set trust_remote_code: false")
     with _explained(config, found):
-        return restructured(found, config.name, fingerprint(found), config.structure)
+        return restructured(found, config.name_or_path, fingerprint(found), config.surgery)
 
 
 def _packaged(alias: str, where: Packaged) -> Path:
@@ -159,38 +160,41 @@ def _download(name: str, revision: str | None) -> Path:
                         f"{next(iter(ALIASES))!r}") from error
 
 
-def _check(path: Path, config: BaseConfig) -> None:
+def _check(path: Path, config: ModelConfig) -> None:
     """Everything that can be known about a folder before any weight is read."""
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise BaseError(f"base {config.name!r} is an adapter, not a model", "give the base that it was trained on")
+            raise BaseError(f"base {config.name_or_path!r} is an adapter, not a model",
+                            "give the base that it was trained on")
         if inside := sorted(path.glob("*.gguf")):
-            raise BaseError(f"base {config.name!r}: the folder holds GGUF files and no config.json",
+            raise BaseError(f"base {config.name_or_path!r}: the folder holds GGUF files and no config.json",
                             f"give the file itself, for example {inside[0]}")
-        raise BaseError(f"base {config.name!r}: the folder {path} has no config.json",
+        raise BaseError(f"base {config.name_or_path!r}: the folder {path} has no config.json",
                         "give a Transformers model folder")
     if (path / "adapter_config.json").is_file():
-        raise BaseError(f"base {config.name!r} carries an adapter, which Transformers would put into it unasked",
-                        f"make one model of both: luthier export {config.name} --to merged")
+        raise BaseError(f"base {config.name_or_path!r} carries an adapter, which "
+                        "Transformers would put into it unasked",
+                        f"make one model of both: luthier export {config.name_or_path} --to merged")
     described = _json(path / "config.json")
     kind = described.get("model_type")
     if kind not in CONFIG_MAPPING and not ("auto_map" in described and config.trust_remote_code):
         if "auto_map" in described:
-            raise _needs_code(config.name)
-        raise BaseError(f"base {config.name!r}: the installed transformers knows no model type {kind!r}",
+            raise _needs_code(config.name_or_path)
+        raise BaseError(f"base {config.name_or_path!r}: the installed transformers knows no model type {kind!r}",
                         "upgrade transformers, or choose another base")
     if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
         if pickles := sorted(found.name for pattern in PICKLES for found in path.glob(pattern)):
-            raise BaseError(f"base {config.name!r} has only pickle weights ({pickles[0]}), and pickle is never loaded",
+            raise BaseError(f"base {config.name_or_path!r} has only pickle weights ({pickles[0]}), "
+                            "and pickle is never loaded",
                             "convert them to safetensors (on the hub: the Space `safetensors/convert`)")
-        raise BaseError(f"base {config.name!r}: {path} has neither {WEIGHTS} nor {INDEX}",
+        raise BaseError(f"base {config.name_or_path!r}: {path} has neither {WEIGHTS} nor {INDEX}",
                         "give a folder with safetensors weights (pickled ones are never loaded)")
     for shard in shards(path):
         try:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, FileNotFoundError) as error:
-            raise BaseError(f"base {config.name!r}: {shard} is missing or damaged ({short(error)})",
+            raise BaseError(f"base {config.name_or_path!r}: {shard} is missing or damaged ({short(error)})",
                             "copy or download the file again") from error
 
 
@@ -201,7 +205,7 @@ def shards(path: Path) -> list[Path]:
     return [path / name for name in sorted(set(_json(path / INDEX)["weight_map"].values()))]
 
 
-def parameter_count(config: BaseConfig) -> int:
+def parameter_count(config: ModelConfig) -> int:
     """How many weights the base's files hold, read off their headers: nothing is loaded."""
     count = 0
     for shard in shards(folder(config)):
@@ -226,7 +230,7 @@ def fingerprint(path: Path) -> str:
 # ---------------------------------------------------------------- from a folder to a model
 
 
-def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
+def load(config: ModelConfig, words: bool = False) -> tuple[Any, Any]:
     """The base in evaluation mode on the config's device, and its tokenizer (of pictures: `Pictures`).
 
     `words`: an encoder with its own head for masked words. Raises `BaseError` where its files hold none.
@@ -253,16 +257,17 @@ def load(config: BaseConfig, words: bool = False) -> tuple[Any, Any]:
     if kind == "causal":
         architectures.leave_out_head(model, info)
     if headed and (lost := architectures.headless(model, info["missing_keys"])):
-        raise BaseError(f"base {config.name!r}: its files hold no head for masked words (there is no {lost[0]})",
+        raise BaseError(f"base {config.name_or_path!r}: its files hold no head for "
+                        f"masked words (there is no {lost[0]})",
                         "choose an encoder whose files hold one, such as the one that this was made from")
-    complete(config.name, info)
+    complete(config.name_or_path, info)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped product of experts knows no float64
     quantize(model, config.quantize, dtype, device)
     return model.to(device), tokenizer
 
 
-def load_tokenizer(config: BaseConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> Any:
     """The base's tokenizer, without its weights."""
     path = folder(config)
     with _explained(config, path):
@@ -270,7 +275,7 @@ def load_tokenizer(config: BaseConfig) -> Any:
         return _tokenizer(config, path, _kind(config, described))
 
 
-def context_of(config: BaseConfig) -> int:
+def context_of(config: ModelConfig) -> int:
     """Positions that the base's config names; endless where it names none."""
     path = folder(config)
     with _explained(config, path):
@@ -278,7 +283,7 @@ def context_of(config: BaseConfig) -> int:
         return int(getattr(described, "max_position_embeddings", None) or 2**62)
 
 
-def stored_dtype(config: BaseConfig) -> torch.dtype | None:
+def stored_dtype(config: ModelConfig) -> torch.dtype | None:
     """The dtype that the base's config names for its weights, without loading them; None where it names none."""
     path = folder(config)
     with _explained(config, path):
@@ -287,22 +292,23 @@ def stored_dtype(config: BaseConfig) -> torch.dtype | None:
         return found if isinstance(found, torch.dtype) else getattr(torch, str(found), None)
 
 
-def _kind(config: BaseConfig, described: Any) -> Kind:
+def _kind(config: ModelConfig, described: Any) -> Kind:
     kind = kind_of(described)
     if kind is None:
-        raise BaseError(f"base {config.name!r} ({described.model_type}) is neither a causal language model nor an "
+        raise BaseError(f"base {config.name_or_path!r} ({described.model_type}) is "
+                        "neither a causal language model nor an "
                         "encoder, a sequence-to-sequence or a vision model", "choose another base, such as 'smollm2'")
     return kind
 
 
-def _tokenizer(config: BaseConfig, path: Path, kind: Kind) -> Any:
+def _tokenizer(config: ModelConfig, path: Path, kind: Kind) -> Any:
     if kind == "vision":
         return Pictures.of(path)
     return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)
 
 
 @contextmanager
-def _explained(config: BaseConfig, path: Path) -> Iterator[None]:
+def _explained(config: ModelConfig, path: Path) -> Iterator[None]:
     """Transformers' silence, and its errors as ours."""
     try:
         with quiet():
@@ -311,8 +317,8 @@ def _explained(config: BaseConfig, path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
-            raise _needs_code(config.name) from error
-        raise BaseError(f"base {config.name!r} cannot be loaded from {path} ({short(error)})",
+            raise _needs_code(config.name_or_path) from error
+        raise BaseError(f"base {config.name_or_path!r} cannot be loaded from {path} ({short(error)})",
                         "mend or replace the folder") from error
 
 

@@ -9,13 +9,13 @@ import torch
 from safetensors import safe_open
 
 from luthier.core.protocols import Family
-from luthier.models.loading import BaseConfig, folder, shards
+from luthier.models.loading import ModelConfig, folder, shards
 
 # By safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def stored_dtype(config: BaseConfig) -> torch.dtype:
+def stored_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype of most of the weights in the base's files, read off their headers; float32 where they hold none that
     can be trained."""
     counts: Counter[torch.dtype] = Counter()

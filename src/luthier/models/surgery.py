@@ -9,11 +9,11 @@ New words (`new_tokens`): with d_1 ... d_n the tokens of the description and E t
 
     E[new] = (E[d_1] + ... + E[d_n]) / n        and so each row (and bias) of a head with weights of its own.
 
-New blocks (`add_blocks`): copies of blocks whose last maps, of the attention and of the MLP, are zero. With a block
+New blocks (`expand_layers`): copies of blocks whose last maps, of the attention and of the MLP, are zero. With a block
 h = x + O a(x), y = h + D m(h), a copy with O = D = 0 gives y = x, bit for bit; O and D have gradients from the first
 step on, all that stands before them from the second. LLaMA Pro, Wu et al. 2024 (arXiv:2401.02415) section 3.2.
 
-Fewer blocks (`drop_blocks`): Sajjad et al. 2020 (2004.03844); deep blocks first, Gromov et al. 2024 (2403.17887).
+Fewer blocks (`drop_layers`): Sajjad et al. 2020 (2004.03844); deep blocks first, Gromov et al. 2024 (2403.17887).
 """
 
 from __future__ import annotations
@@ -42,26 +42,27 @@ WORDS = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.j
 LAST = ("o", "down")  # the roles of the maps that end a block's attention and its MLP
 
 
-class StructureConfig(Config):
+class SurgeryConfig(Config):
     """What is changed in a base before anything is attached or trained. Blocks are numbered as in the base, from 0."""
 
     new_tokens: Mapping[str, str] = Field(default_factory=dict, description=(
         "new word: its description, the mean of whose embeddings it starts from"))
-    add_blocks: int | tuple[int, ...] = Field((), description=(
+    expand_layers: int | tuple[int, ...] = Field((), description=(
         "a copy behind each of these blocks, or so many spread evenly; each starts as the identity"))
-    drop_blocks: tuple[int, ...] = Field((), description="the blocks that are left out")
+    drop_layers: tuple[int, ...] = Field((), description="the blocks that are left out")
 
     @model_validator(mode="after")
     def _something(self) -> Self:
-        if not (self.new_tokens or self.add_blocks or self.drop_blocks):
-            raise ValueError("nothing is changed; leave structure out, or name new_tokens, add_blocks or drop_blocks")
-        behind = () if isinstance(self.add_blocks, int) else self.add_blocks
-        if isinstance(self.add_blocks, int) and self.add_blocks < 0:
-            raise ValueError("add_blocks is a number above 0, or a list of blocks")
-        for named in (behind, self.drop_blocks):
+        if not (self.new_tokens or self.expand_layers or self.drop_layers):
+            raise ValueError("nothing is changed; "
+                             "leave surgery out, or name new_tokens, expand_layers or drop_layers")
+        behind = () if isinstance(self.expand_layers, int) else self.expand_layers
+        if isinstance(self.expand_layers, int) and self.expand_layers < 0:
+            raise ValueError("expand_layers is a number above 0, or a list of blocks")
+        for named in (behind, self.drop_layers):
             if len(set(named)) != len(named) or min(named, default=0) < 0:
                 raise ValueError("a block is named once, by its number in the base, from 0")
-        if both := sorted(set(behind) & set(self.drop_blocks)):
+        if both := sorted(set(behind) & set(self.drop_layers)):
             raise ValueError(f"block {both[0]} is both copied and left out")
         return self
 
@@ -70,25 +71,26 @@ class StructureConfig(Config):
 
         Raises: `RecipeError` where the base has no such blocks.
         """
-        kept = [block for block in range(count) if block not in self.drop_blocks]
-        behind = self.add_blocks
+        kept = [block for block in range(count) if block not in self.drop_layers]
+        behind = self.expand_layers
         if isinstance(behind, int):
             if behind > len(kept):
-                raise RecipeError(f"base.structure.add_blocks: {behind} blocks, one behind each of {len(kept)} at most",
+                raise RecipeError(f"model.surgery.expand_layers: {behind} blocks, "
+                                  f"one behind each of {len(kept)} at most",
                                   f"add {len(kept)} or fewer")
             behind = tuple(kept[(i + 1) * len(kept) // behind - 1] for i in range(behind))
-        if strange := [block for block in (*behind, *self.drop_blocks) if block >= count]:
-            raise RecipeError(f"base.structure: block {strange[0]}, and the base has 0 to {count - 1}",
+        if strange := [block for block in (*behind, *self.drop_layers) if block >= count]:
+            raise RecipeError(f"model.surgery: block {strange[0]}, and the base has 0 to {count - 1}",
                               "number blocks as they are in the base")
         if not kept:
-            raise RecipeError("base.structure.drop_blocks: no block would be left", "keep one at least")
+            raise RecipeError("model.surgery.drop_layers: no block would be left", "keep one at least")
         return [entry for block in kept for entry in ((block, False), (block, True))[:1 + (block in behind)]]
 
 
 # ---------------------------------------------------------------- a folder to a folder
 
 
-def restructured(path: Path, name: str, fingerprint: str, structure: StructureConfig) -> Path:
+def restructured(path: Path, name: str, fingerprint: str, structure: SurgeryConfig) -> Path:
     """The folder of the changed base: found in the cache, or made now.
 
     Args:
@@ -107,11 +109,11 @@ def restructured(path: Path, name: str, fingerprint: str, structure: StructureCo
     return once(made, lambda to: _make(path, name, to, structure))
 
 
-def _make(path: Path, name: str, to: Path, structure: StructureConfig) -> None:
+def _make(path: Path, name: str, to: Path, structure: SurgeryConfig) -> None:
     described = AutoConfig.from_pretrained(path)
     if kind_of(described) != "causal" or described.get_text_config() is not described:
         raise BaseError(f"base {name!r} ({described.model_type}) is no plain causal language model, and the structure "
-                        "of others is not changed", "leave base.structure out, or choose another base")
+                        "of others is not changed", "leave model.surgery out, or choose another base")
     model = _opened(path, name)
     tokenizer = AutoTokenizer.from_pretrained(path)
     change(model, tokenizer, structure)
@@ -120,7 +122,7 @@ def _make(path: Path, name: str, to: Path, structure: StructureConfig) -> None:
     if not torch.equal(_probe(_opened(to, name)), _probe(model)):
         raise BaseError(f"base {name!r} ({described.model_type}) says something else once its changed blocks are "
                         "saved and loaded: what a block is depends on its number in a way that is not known here",
-                        "leave base.structure.add_blocks and drop_blocks out, or choose another base")
+                        "leave model.surgery.expand_layers and drop_layers out, or choose another base")
 
 
 def _opened(path: Path, name: str) -> Any:
@@ -136,7 +138,7 @@ def _opened(path: Path, name: str) -> Any:
 
 
 @torch.no_grad()
-def change(model: Any, tokenizer: Any, structure: StructureConfig) -> None:
+def change(model: Any, tokenizer: Any, structure: SurgeryConfig) -> None:
     """Change a causal language model of Transformers, its config and its tokenizer in place. Raises `RecipeError`
     where the changes do not fit it, and `BaseError` where an added block of it would not be the identity."""
     if structure.new_tokens:
@@ -145,16 +147,16 @@ def change(model: Any, tokenizer: Any, structure: StructureConfig) -> None:
     order = structure.order(len(blocks))
     home = blocks[0].name.rpartition(".")[0]
     sources, kind = [block.module for block in blocks], model.config.model_type
-    if structure.drop_blocks:
+    if structure.drop_layers:
         _stack(model, home, [(block, sources[block]) for block, copy in order if not copy])
-    if structure.add_blocks:
+    if structure.expand_layers:
         silent = {block: _silent(blocks[block], model.config) for block, copy in order if copy}
         before, numbers = _probe(model), [block for block, copy in order if not copy]
         _stack(model, home, [(numbers.index(block), silent[block] if copy else sources[block])
                              for block, copy in order])
         if not torch.equal(_probe(model), before):
             raise BaseError(f"blocks of {kind} do not become the identity when the last maps of their attention and "
-                            "MLP are zero", "leave base.structure.add_blocks out, or choose another base")
+                            "MLP are zero", "leave model.surgery.expand_layers out, or choose another base")
 
 
 def _silent(block: Any, config: Any) -> nn.Module:
@@ -163,7 +165,7 @@ def _silent(block: Any, config: Any) -> nn.Module:
     if {site.role for site in last} != set(LAST):
         raise BaseError(f"a block of {config.model_type} has no linear map that ends its attention, or none that "
                         "ends its MLP, so no copy of it can start as the identity",
-                        "leave base.structure.add_blocks out, or choose another base")
+                        "leave model.surgery.expand_layers out, or choose another base")
     found: nn.Module = deepcopy(block.module, {id(config): config})  # settings of the whole model reach it
     for site in last:
         for parameter in found.get_submodule(site.name.removeprefix(f"{block.name}.")).parameters():
@@ -192,11 +194,11 @@ def _grow(model: Any, tokenizer: Any, new: Mapping[str, str]) -> None:
     described = {word: tokenizer(words, add_special_tokens=False)["input_ids"] for word, words in new.items()}
     for word, ids in described.items():
         if known.get(word, rows) < rows or not word.strip():  # a token without a row is as good as new
-            raise RecipeError(f"base.structure.new_tokens: {word!r} is "
+            raise RecipeError(f"model.surgery.new_tokens: {word!r} is "
                               + ("a token of this base already" if word.strip() else "empty"),
                               "name words that the base does not have as one token")
         if not ids:
-            raise RecipeError(f"base.structure.new_tokens: the description of {word!r} has no tokens",
+            raise RecipeError(f"model.surgery.new_tokens: the description of {word!r} has no tokens",
                               "describe it in words")
     tokenizer.add_tokens([AddedToken(word, normalized=False) for word in new])
     places = tokenizer.convert_tokens_to_ids(list(new))

@@ -62,7 +62,7 @@ def card(out: Run, source: Run, made: assembly.Recipe, base: Family) -> str:
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
         f"# {out.path.name}", "",
-        f"{kind} made with Luthier from `{upstream or Path(made.base.name).name}` by the method "
+        f"{kind} made with Luthier from `{upstream or Path(made.model.name_or_path).name}` by the method "
         f"`{assembly.method_name(made)}` with the objective `{made.objective.name}` on {names}. {recipe}".rstrip(), "",
         *_origin(made), "## Use", "", *_reason(out, made, base), "```python", *code, "```", "",
         *_results(source.results), *picture])
@@ -71,7 +71,7 @@ def card(out: Run, source: Run, made: assembly.Recipe, base: Family) -> str:
 def _origin(made: assembly.Recipe) -> list[str]:
     """What is said of a base that was read from a file in few bits: its weights are not those on the hub."""
     try:
-        found = assembly.resolve(made.base.name)
+        found = assembly.resolve(made.model.name_or_path)
     except LuthierError:  # the base is gone: nothing more is known of it
         return []
     if not isinstance(found, Path) or found.suffix != ".gguf":
@@ -85,14 +85,14 @@ def _origin(made: assembly.Recipe) -> list[str]:
 
 def base_of(made: assembly.Recipe) -> tuple[str, str]:
     """The base's name on the hub and its license, each empty where it is not known. A folder tells in its own card."""
-    name = made.base.name
+    name = made.model.name_or_path
     if name in UPSTREAM:
         return UPSTREAM[name]
     try:
         found = assembly.resolve(name)
         told = _front_of(Path(found) / "README.md") if isinstance(found, Path) and found.is_dir() else {}
         if isinstance(found, str):
-            told = _front_of(assembly.folder(made.base) / "README.md")
+            told = _front_of(assembly.folder(made.model) / "README.md")
             return found, str(told.get("license") or "")
     except LuthierError:  # the base is gone: nothing more is known of it
         return ("", "")

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from luthier.core.errors import BaseError
-from luthier.models.loading import BaseConfig, fingerprint, folder, load, resolve
+from luthier.models.loading import ModelConfig, fingerprint, folder, load, resolve
 from tiny import CHATML, IM_END, IM_START, KINDS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
 loading = importlib.import_module("luthier.models.loading")  # the room exports a function of the same name
 converting = importlib.import_module("luthier.models.gguf.reader")
 
 
-def base(path: Path, **options: str | bool) -> BaseConfig:
-    return BaseConfig.parse({"name": str(path), "dtype": "auto", "device": "cpu", **options})
+def base(path: Path, **options: str | bool) -> ModelConfig:
+    return ModelConfig.parse({"name": str(path), "dtype": "auto", "device": "cpu", **options})
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_an_alias_never_imports_its_package() -> None:
 
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     code = ("from luthier.models.loading import *\n"
-            "try: load(BaseConfig(name='owner/nothing'))\n"
+            "try: load(ModelConfig(name='owner/nothing'))\n"
             "except BaseError as error: print(error)")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)})
@@ -338,6 +338,6 @@ def test_smollm2_is_converted_exactly(tmp_path: Path, monkeypatch: pytest.Monkey
                                                capfd: pytest.CaptureFixture[str]) -> None:
     file = resolve_alias("smollm2")
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
-    model, tokenizer = load(BaseConfig(name="smollm2", device="cpu"))
+    model, tokenizer = load(ModelConfig(name_or_path="smollm2", device="cpu"))
     assert capfd.readouterr() == ("", "")
     same_as_straight_from(file, model, tokenizer)

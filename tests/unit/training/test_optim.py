@@ -10,13 +10,13 @@ from luthier.training.optimizer import Optimizer, OptimizerConfig
 
 
 def made(start: Tensor) -> Optimizer:
-    return Optimizer({"w": nn.Parameter(start.clone())}, lambda name: 1.0, 0.1, OptimizerConfig(clip=None), 10)
+    return Optimizer({"w": nn.Parameter(start.clone())}, lambda name: 1.0, 0.1, OptimizerConfig(max_grad_norm=None), 10)
 
 
 def stepped(optimizer: Optimizer, seed: int) -> None:
     w = optimizer.parameters["w"]
     (w * torch.randn(w.shape, generator=torch.Generator().manual_seed(seed))).sum().backward()
-    optimizer.step(optimizer.clip())
+    optimizer.step(optimizer.max_grad_norm())
 
 
 @pytest.mark.parametrize("turned", [False, True])  # PiSSA's start lies in memory column by column
