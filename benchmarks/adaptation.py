@@ -34,10 +34,10 @@ def luthier(*args: str) -> tuple[str, float, str]:
 
 def trained(folder: Path, *args: str) -> dict[str, Any]:
     """A run's measures of unseen rows before and after, and the command."""
-    _, seconds, said = luthier("train", "--run", str(folder), *args)
+    _, seconds, said = luthier("train", "--output-dir", str(folder), *args)
     found = json.loads((folder / "results.json").read_text())
     return {"before": found["test_before"], "after": found["test"], "rows": found["examples"], "steps": found["steps"],
-            "seconds": seconds, "command": said.replace(f"--run {folder} ", "")}
+            "seconds": seconds, "command": said.replace(f"--output-dir {folder} ", "")}
 
 
 def augmentation(home: Path, data: Path) -> dict[str, Any]:

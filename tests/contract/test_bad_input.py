@@ -61,7 +61,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.fixture
 def train(call: Call) -> Call:
-    return lambda *words: call("train", "recipe.yaml", "--run", "run", *words)
+    return lambda *words: call("train", "recipe.yaml", "--output-dir", "run", *words)
 
 
 def refused(output: Output, *words: str) -> str:
@@ -231,7 +231,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message(train: Call, monkeypatch: p
 def test_the_remedy_for_columns_is_one(train: Call) -> None:
     Path("a.jsonl").write_text(jsonl([{"question": f"q{i}", "answer": "a"} for i in range(4)]))
     assert train("--data", "a.jsonl", "data.columns={prompt: question, completion: answer}", "training.max_steps=1")[0] == 0
-    refused(train("--run", "b", "--data", "a.jsonl", "data.columns={prompt: qestion, completion: answer}"), "'qestion'", "did you mean 'question'")
+    refused(train("--output-dir", "b", "--data", "a.jsonl", "data.columns={prompt: qestion, completion: answer}"), "'qestion'", "did you mean 'question'")
 
 
 def test_a_missing_file_is_found_before_the_base_is_loaded(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +438,7 @@ class Narrow:
 @pytest.mark.parametrize("place", ["checkpoint", "metrics", "results", "adapter", "picture", "card"])
 def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     from safetensors import SafetensorError
-    assert train("--run", "whole", "--quiet")[0] == 0
+    assert train("--output-dir", "whole", "--quiet")[0] == 0
     with monkeypatch.context() as patch:
         if place == "checkpoint":
             refuse_at(patch, checkpoint, "_write", lambda folder, step, *_: step == 3)

@@ -47,7 +47,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("name", CARRIED)
 def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, tmp_path: Path) -> None:
     run = tuned(home, tmp_path / "run", CARRIED[name], **{"model.name_or_path": str(home / ("mixture" if name == "experts" else "base"))})
-    whole = export(run, "whole", tmp_path / "whole")
+    whole = export(run, "bundle", tmp_path / "whole")
     _, family, attached = assembly.open_run(run)
     family.train(False)
     told = logits(family.model)
@@ -62,7 +62,7 @@ def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, 
 
 
 def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
-    whole = export(tuned(home, tmp_path / "run", "lora"), "whole", tmp_path / "whole")
+    whole = export(tuned(home, tmp_path / "run", "lora"), "bundle", tmp_path / "whole")
     assert luthier.evaluate(whole, data=str(home / "rows.jsonl"), base_model=str(home / "base"), quiet=True)["perplexity"] > 1
     with pytest.raises(BaseError, match="carries an adapter"):
         assembly.family(assembly.ModelConfig(name_or_path=str(whole)))
@@ -75,5 +75,5 @@ def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_carried_is_refused(method: Any, settings: dict[str, Any], words: str, home: Path, tmp_path: Path) -> None:
     run = tuned(home, tmp_path / "run", method, **settings)
     with pytest.raises(RunError, match=words):
-        export(run, "whole", tmp_path / "whole")
+        export(run, "bundle", tmp_path / "whole")
     assert not (tmp_path / "whole").exists()

@@ -79,14 +79,14 @@ VERBS: dict[str, Callable[[Home, Path], list[str]]] = {
     "serve": lambda home, out: ["serve", str(home.run), "--port", "0"],
     "merge": lambda home, out: ["merge", str(home.run), "--out", str(out / "merged")],
     "adapter": lambda home, out: ["export", str(home.run), "--to", "adapter", "--out", str(out / "adapter")],
-    "whole": lambda home, out: ["export", str(home.run), "--to", "whole", "--out", str(out / "whole")],
+    "whole": lambda home, out: ["export", str(home.run), "--to", "bundle", "--out", str(out / "whole")],
     "inspect": lambda home, out: ["inspect", str(home.run)],
     "features": lambda home, out: ["features", str(home.run), "--data", str(home.path / "labels.jsonl"), "--out", str(out / "f.safetensors")],
-    "combine": lambda home, out: ["combine", str(home.run), str(home.run), "--out", str(out / "both")],
-    "paraphrase": lambda home, out: ["paraphrase", home.rows, "--column", "prompt", "--model", str(home.run), "--limit", "1",
+    "merge-adapters": lambda home, out: ["merge-adapters", str(home.run), str(home.run), "--out", str(out / "both")],
+    "paraphrase": lambda home, out: ["paraphrase", home.rows, "--column", "prompt", "--model", str(home.run), "--max-samples", "1",
                                      "--max-new-tokens", "2", "--out", str(out / "said.jsonl")],
     "resume": lambda home, out: ["train", "--resume", str(resumable(home, out))],
-    "init_from": lambda home, out: ["train", f"init_from={home.run}", "--data", home.rows, "training.max_steps=1", "--run", str(out / "next")],
+    "init_from": lambda home, out: ["train", f"init_from={home.run}", "--data", home.rows, "training.max_steps=1", "--output-dir", str(out / "next")],
 }
 
 
@@ -239,9 +239,9 @@ def test_an_exported_adapter_keeps_the_digest(home: Home, tmp_path: Path) -> Non
 
 
 def test_a_bank_takes_runs_of_the_base_that_it_is_given(home: Home) -> None:
-    luthier.open_bank(str(home.base), {"a": home.run})
+    luthier.load_adapters(str(home.base), {"a": home.run})
     with changed(home, flip_a_bit), pytest.raises(RecipeError, match="its weights should have the sha256"):
-        luthier.open_bank(str(home.base), {"a": home.run})
+        luthier.load_adapters(str(home.base), {"a": home.run})
 
 
 def test_a_base_model_without_a_run_is_refused(home: Home, capsys: pytest.CaptureFixture[str]) -> None:

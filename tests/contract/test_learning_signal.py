@@ -43,7 +43,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     def called(rows: list[Any], objective: str, *settings: str) -> Output:
         code = main(["train", "--model", str(base), "--data", jsonl(tmp_path / "rows.jsonl", rows), "--objective", objective,
-                     "--run", "run", "method.rank=2", *settings])
+                     "--output-dir", "run", "method.rank=2", *settings])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return code, out, err

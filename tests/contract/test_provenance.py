@@ -95,7 +95,7 @@ def local_paths(folder: Path, secret: Path) -> list[str]:
 STRUCTURE = {"model.surgery": {"drop_layers": [0]}}
 HEADED = {"objective": "classify", "data": None}
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora merged": ("merged", {}), "lora whole": ("whole", {}), "lora adapter": ("adapter", {}), "lora gguf": ("gguf", {"model": "merging"}),
+    "lora merged": ("merged", {}), "lora bundle": ("bundle", {}), "lora adapter": ("adapter", {}), "lora gguf": ("gguf", {"model": "merging"}),
     "lora gguf-adapter": ("gguf-adapter", {"model": "merging"}), "full merged": ("merged", {"method": "full"}), "full gguf": ("gguf", {"method": "full", "model": "merging"}),
     "prompt adapter": ("adapter", {"method": "prompt"}), "prefix adapter": ("adapter", {"method": "prefix"}), "own adapter": ("adapter", {"method": "adapter"}),
     "list adapter": ("adapter", {"method": ["lora", "bitfit"]}), "head adapter": ("adapter", HEADED), "head merged": ("merged", HEADED),

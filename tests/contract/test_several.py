@@ -279,7 +279,7 @@ def test_a_start_that_does_not_fit_is_refused_with_a_remedy(folder: Path) -> Non
 def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     import luthier
     runs = {"a": trained(folder, "a", method=LORA), "b": trained(folder, "b", method=["bitfit", LORA], seed=5)}
-    tuned = luthier.open_bank(str(folder / "base"), runs)
+    tuned = luthier.load_adapters(str(folder / "base"), runs)
     bare = logits(tuned.family)
     for name, run in runs.items():
         with tuned.using(name) as family:
@@ -297,4 +297,4 @@ def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     with pytest.raises(RecipeError, match="2 adapters"):
         tuned.answer(prompts, ["a", "b"])
     with pytest.raises(RecipeError, match="holds a whole model"):
-        luthier.open_bank(str(folder / "base"), {"w": trained(folder, "w", method="full")})
+        luthier.load_adapters(str(folder / "base"), {"w": trained(folder, "w", method="full")})

@@ -377,7 +377,7 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     attached, reference = assembly.begin(made, family)
     if name != "plain":
         with pytest.raises(RunError, match="Transformers reads"):
-            export(tmp_path / "run", "whole", tmp_path / "whole")
+            export(tmp_path / "run", "bundle", tmp_path / "whole")
     assert (said(family).double() - wanted).abs().max() < 1e-4
     assert attached.parameters()
     assert reference

@@ -48,7 +48,7 @@ def test_every_example_of_the_page_runs(runs: Path) -> None:
 
 def test_answers_inside_using_are_those_of_what_is_chosen(runs: Path) -> None:
     """Its system prompt with it; outside, and where a prompt names an adapter, nothing changes."""
-    tuned = luthier.open_bank(str(runs / "smollm2"), {name: f"runs/{name}" for name in ("law", "medicine", "soft")})
+    tuned = luthier.load_adapters(str(runs / "smollm2"), {name: f"runs/{name}" for name in ("law", "medicine", "soft")})
     short = Sampling(max_new_tokens=12)
     prompts = ["Who may sue?", "Hello"]
     told = {name: tuned.answer(prompts, name, short) for name in ("law", "medicine", "soft")}

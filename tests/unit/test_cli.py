@@ -44,8 +44,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "max_length": 128},
         "training": {"max_steps": 3, "batch_size": 4}, "optimizer": {"learning_rate": 0.01},
         "evaluate": {"metrics": ["exact"], "max_new_tokens": 4}}))
-    assert main(["train", str(folder / "recipe.yaml"), "--run", str(folder / "lora"), "--quiet"]) == 0
-    assert main(["train", str(folder / "recipe.yaml"), "--method", "full", "--run", str(folder / "full"), "--quiet"]) == 0
+    assert main(["train", str(folder / "recipe.yaml"), "--output-dir", str(folder / "lora"), "--quiet"]) == 0
+    assert main(["train", str(folder / "recipe.yaml"), "--method", "full", "--output-dir", str(folder / "full"), "--quiet"]) == 0
     return folder
 
 
@@ -67,7 +67,7 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 def test_train_leaves_a_run_and_says_what_is_next(run: Callable[..., Output], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, out, _ = run("train", "recipe.yaml", "--run", str(folder), "training.max_steps=2", "method.rank=3", "--quiet")
+    code, out, _ = run("train", "recipe.yaml", "--output-dir", str(folder), "training.max_steps=2", "method.rank=3", "--quiet")
     assert code == 0
     for expected in (str(folder), "exact", "perplexity", "2 steps", f"luthier chat {folder} --compare", "luthier export"):
         assert expected in out
@@ -79,13 +79,13 @@ def test_train_leaves_a_run_and_says_what_is_next(run: Callable[..., Output], tm
 
 def test_train_from_options_alone_prints_json_alone(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, _ = run("train", "--model", "base", "--data", "train.jsonl", "--method", "full", "--objective", "sft", "--json",
-                       "--run", str(tmp_path / "a"), "training.max_steps=1", "data.max_length=64", "--quiet")
+                       "--output-dir", str(tmp_path / "a"), "training.max_steps=1", "data.max_length=64", "--quiet")
     assert code == 0
     assert json.loads(out)["run"] == str(tmp_path / "a")
     assert yaml.safe_load((tmp_path / "a/recipe.yaml").read_text())["method"]["name"] == "full"
 
 
-@pytest.mark.parametrize("words", [("--resume", "RUN"), ("RUN", "--resume"), ("--resume", "--run", "RUN")])
+@pytest.mark.parametrize("words", [("--resume", "RUN"), ("RUN", "--resume"), ("--resume", "--output-dir", "RUN")])
 def test_a_run_goes_on_by_its_folder(run: Callable[..., Output], tmp_path: Path, words: tuple[str, ...]) -> None:
     folder = str(tmp_path / "run")
     assert run("train", "recipe.yaml", f"output_dir={folder}", "training.save_steps=1", "--quiet")[0] == 0
@@ -102,7 +102,7 @@ def test_a_run_goes_on_by_its_folder(run: Callable[..., Output], tmp_path: Path,
 
 def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> None:
     before = (home / "lora/metrics.jsonl").read_bytes()
-    code, _, err = run("train", "recipe.yaml", "--run", "lora")
+    code, _, err = run("train", "recipe.yaml", "--output-dir", "lora")
     assert (code, (home / "lora/metrics.jsonl").read_bytes()) == (2, before)
     assert "already holds a run" in err
     assert "Traceback" not in err
@@ -123,13 +123,13 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["train", "nothing.yaml"], ["there is no recipe 'nothing.yaml'"]),
     (["train", "recipe.yaml", "--reume"], ["no option '--reume'", "did you mean '--resume'"]),
     (["train", "recipe.yaml", "other.yaml"], ["takes one recipe"]),
-    (["train", "--resume"], ["which run?"]),
+    (["train", "--resume"], ["needs a run folder"]),
     (["train", "--model", "base"], ["data", "required"]),
     (["train", "--model", "base", "--data", "nothing.jsonl", "data.max_length=64"], ["nothing.jsonl"]),
     (["train", "--model", "smolm2", "--data", "train.jsonl"], ["did you mean 'smollm2'"]),
     (["evaluate", "lor"], ["there is no run folder 'lor'", "lora"]),
     (["evaluate"], ["takes one run"]),
-    (["evaluate", "full", "--base"], ["whole model"]),
+    (["evaluate", "full", "--base-model-only"], ["whole model"]),
     (["chat", "full", "--compare"], ["whole model"]),
     (["chat", "lora", "--message", "x", "--temperature", "-1"], ["temperature"]),
     (["chat", "lora", "--message", "x", "--temperature", "nan"], ["temperature nan"]),
@@ -162,7 +162,7 @@ def test_a_full_disk_is_one_message(run: Callable[..., Output], monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(console, "sections", full)
+    monkeypatch.setattr(console, "print_sections", full)
     code, out, err = run("doctor")
     assert (code, out) == (2, "")
     assert err.startswith("error: the disk is full: somewhere")
@@ -172,7 +172,7 @@ def test_other_errors_of_the_system_are_not_hidden(run: Callable[..., Output], m
     def broken(*_: Any) -> None:
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(console, "sections", broken)
+    monkeypatch.setattr(console, "print_sections", broken)
     with pytest.raises(OSError, match="input/output"):
         run("doctor")
 
@@ -183,7 +183,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], t
     from luthier.reporting.progress import Progress
     monkeypatch.setattr(Progress, "update", lambda self, step, **_: os.kill(os.getpid(), number) if step == 2 else None)
     folder = str(tmp_path / "run")
-    words = ("train", "recipe.yaml", "--run", folder, "evaluate.metrics=[]", "data.test=null", "--quiet")
+    words = ("train", "recipe.yaml", "--output-dir", folder, "evaluate.metrics=[]", "data.test=null", "--quiet")
     got, out, err = run(*words)
     assert (got, out) == (code, "")
     assert f"luthier train --resume {folder}" in err
@@ -208,13 +208,13 @@ def test_evaluate(run: Callable[..., Output]) -> None:
     tuned = json.loads(run("evaluate", "lora", "--json", "--quiet")[1])
     assert tuned["examples"] == 4
     assert {"perplexity", "nll", "exact", "token_accuracy"} <= tuned.keys()
-    base = json.loads(run("evaluate", "lora", "--base", "--limit", "2", "--metric", "contains", "--json")[1])
+    base = json.loads(run("evaluate", "lora", "--base-model-only", "--max-samples", "2", "--metric", "contains", "--json")[1])
     assert base["examples"] == 2
     assert base.keys() >= {"contains"} > {"exact"} & base.keys()
     other = json.loads(run("evaluate", "lora", "--data", "train.jsonl", "--max-new-tokens", "1", "--json", "data.max_samples=5")[1])
     assert other["examples"] == 5
     bare = json.loads(run("evaluate", "base", "--data", "test.jsonl", "data.max_length=128", "--json")[1])
-    whole = json.loads(run("evaluate", "lora", "--base", "--json")[1])
+    whole = json.loads(run("evaluate", "lora", "--base-model-only", "--json")[1])
     assert bare["perplexity"] == whole["perplexity"] != tuned["perplexity"]
     assert "perplexity" in run("evaluate", "full")[1]
 
@@ -328,7 +328,7 @@ def test_the_demo_reads_its_one_recipe_from_anywhere(run: Callable[..., Output],
     assert (ROOT / "recipes/demo.yaml").resolve() == ROOT / "src/luthier/demo/recipe.yaml"
     recipe = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
     assert all((ROOT / recipe["data"][part]).exists() for part in ("train", "test"))
-    code, out, err = run("demo", "--run", str(tmp_path / "demo"), "model=base", "training.max_steps=1", "evaluate.max_samples=2",
+    code, out, err = run("demo", "--output-dir", str(tmp_path / "demo"), "model=base", "training.max_steps=1", "evaluate.max_samples=2",
                          "data.max_length=256", "evaluate.max_new_tokens=2", "--json", "--quiet")
     assert code == 0, err
     assert json.loads(out)["metric"] == "json_equal"

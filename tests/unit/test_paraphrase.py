@@ -50,12 +50,12 @@ def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -
         return [base.tokenizer.decode(found[i].tokens, skip_special_tokens=True).strip() for i in range(len(texts))]
 
     wanted = answers([row["text"] for row in ROWS], ASKS[0])
-    told, rows = said(home, ask=ASKS[0])
+    told, rows = said(home, prompt_template=ASKS[0])
     assert rows == [{**row, "text": text} for row, text in zip(ROWS, wanted, strict=True) if text]
     assert told["unreadable"] == 2
     assert told["rows"] == 3 == told["written"] + told["empty"] + told["unchanged"] + told["cut_off"]
     assert told["written"] > 0
-    _, twice = said(home, ask=ASKS)
+    _, twice = said(home, prompt_template=ASKS)
     assert [row["text"] for row in twice] == [text for text in answers(wanted, ASKS[1]) if text], "there and back"
     recorded = json.loads((home / "new.json").read_text())
     assert recorded["ask"] == ASKS
@@ -86,7 +86,7 @@ def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.Mon
     assert rows == [{**ROWS[2], "text": "other"}]
     heard.clear()
     says(("", True), ("half of a", False), ("der dritte", True), ("the third", True))
-    told, rows = said(home, ask=ASKS)
+    told, rows = said(home, prompt_template=ASKS)
     assert (told["empty"], told["unchanged"], told["cut_off"], told["written"]) == (1, 0, 1, 1)
     assert rows == [{**ROWS[2], "text": "the third"}]
     assert [len(prompts) for prompts in heard] == [3, 1], "nothing is asked about what is not there"
@@ -105,6 +105,6 @@ def test_what_cannot_be_is_told_before_anything_is_loaded(home: Path) -> None:
 
 
 def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["paraphrase", str(home / "rows.jsonl"), "--column", "text", "--out", str(home / "new.jsonl"), "--limit",
+    assert main(["paraphrase", str(home / "rows.jsonl"), "--column", "text", "--out", str(home / "new.jsonl"), "--max-samples",
                  "2", "--model", str(home / "base"), "--max-new-tokens", "4", "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 2

@@ -98,7 +98,7 @@ def test_it_goes_on_where_it_was_interrupted(home: Path, tmp_path: Path, stage: 
 
 
 def test_the_command_prints_what_came_out(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rlhf", str(home / "recipe.yaml"), "--run", str(home / "whole"), "--json"]) == 0
+    assert main(["rlhf", str(home / "recipe.yaml"), "--output-dir", str(home / "whole"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["policies"]["tuned"]["reward"]
 
 

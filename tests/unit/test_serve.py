@@ -100,7 +100,7 @@ def text(answer: Any) -> str:
 def test_every_run_answers_by_its_name_as_it_does_in_python(house: House) -> None:
     with urlopen(f"{house.url}/models") as got:
         assert [model["id"] for model in json.load(got)["data"]] == ["base", *RUNS]
-    tuned = luthier.open_bank(str(house.path / "base"), {name: house.path / name for name in RUNS})
+    tuned = luthier.load_adapters(str(house.path / "base"), {name: house.path / name for name in RUNS})
     wanted = {name: tuned.answer(["Who?"], None if name == "base" else name, Sampling(max_new_tokens=12))[0]
               for name in ("base", *RUNS)}
     assert {name: text(house.chat(name, "Who?")) for name in wanted} == wanted
@@ -292,7 +292,7 @@ def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: Ho
 
 
 def test_a_group_of_more_than_one_batch_throws_other_dice_in_each(house: House) -> None:
-    counter = Counter(house.counter.served, most=2)
+    counter = Counter(house.counter.served, max_num_seqs=2)
     try:
         asked = {"model": "base", "prompt": "Dice?", "temperature": 1.0, "max_tokens": 12, "seed": 7, "n": 4}
 

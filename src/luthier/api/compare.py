@@ -29,8 +29,8 @@ AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing th
 COLUMNS = ("after", "general", "trainable_share", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
-def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None = None, out: Path | str | None = None,
-            quiet: bool = False, **settings: Any) -> Run:
+def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str | None = None,
+            out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
     """Train the recipe once with each method. Returns the folder with the runs, `comparison.json`, `.md` and `.png`.
 
     Runs that have ended already are kept, so an interrupted comparison goes on where it was.
@@ -38,8 +38,8 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     Args:
         recipe: a YAML file; its method and learning rate are left aside.
         methods: ways to train; `a+b` is both together, `lora@nf4` (or `qlora`) on a base kept in four bits.
-        general: rows that have nothing to do with the task: what became of them says what was forgotten. Of texts and
-            chats the perplexity is measured, of questions with choices how many are answered rightly.
+        retention_data: rows that have nothing to do with the task: what became of them says what was forgotten. Of
+            texts and chats the perplexity is measured, of questions with choices how many are answered rightly.
         settings: laid over the recipe in every run.
 
     Raises:
@@ -48,7 +48,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     """
     made = assembly.recipe(recipe, settings)
     ways = {method: assembly.candidate(made, method) for method in methods}
-    other = _other(made, general) if general else None
+    other = _other(made, retention_data) if retention_data else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -97,15 +97,15 @@ class _Other:
 def _other(made: assembly.Recipe, rows: str) -> _Other:
     """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
     if "token_logps" not in made.objective.needs or made.objective.heads:
-        raise RecipeError(f"--general {rows!r}: the objective {made.objective.name!r} does not train a model of words, "
-                          "so what was forgotten of other text cannot be said", "leave --general out")
+        raise RecipeError(f"--retention-data {rows!r}: the objective {made.objective.name!r} does not train a model "
+                          "of words, so what was forgotten of other text cannot be said", "leave --retention-data out")
     for _, lines in assembly.rows.read(rows):
         for example in assembly.rows.examples(lines):
             if isinstance(example, ComparedExample):
                 return _Other(rows, "choice", "accuracy")
             if not isinstance(example, assembly.rows.Refusal):
                 return _Other(rows, "sft", "perplexity")
-    raise RecipeError(f"--general {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
+    raise RecipeError(f"--retention-data {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
 
 
 def _row(method: str, run: Run, other: _Other | None, quiet: bool) -> dict[str, Any]:

@@ -19,16 +19,16 @@ from luthier.training.step import measure
 
 
 def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
-             limit: int | None = None, base: bool = False, max_new_tokens: int | None = None, quiet: bool = False,
-             base_model: str | None = None, **settings: Any) -> dict[str, Any]:
+             max_samples: int | None = None, base_model_only: bool = False, max_new_tokens: int | None = None,
+             quiet: bool = False, base_model: str | None = None, **settings: Any) -> dict[str, Any]:
     """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
 
     Args:
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
         data: rows to use in place of the recipe's test (or validation) rows.
         metrics: scores of generated answers; left out: the recipe's.
-        limit: only the first so many rows.
-        base: measure the bare base instead.
+        max_samples: only the first so many rows.
+        base_model_only: measure the base model instead, without the adapter.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
         settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
 
@@ -41,7 +41,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     with status("loading the run", quiet=quiet):
         recorded, family, attached = assembly.open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
-              "evaluate.max_samples": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
+              "evaluate.max_samples": max_samples, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = assembly.dump(recorded)
     if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # every machine has its own
         raw["training"]["max_tokens_per_micro_batch"] = None
@@ -60,12 +60,12 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
                           "name some: luthier evaluate RUN --data FILE")
     if made.evaluate.max_samples:
         encoded = encoded[:made.evaluate.max_samples]
-    if base and attached is None:
+    if base_model_only and attached is None:
         raise RecipeError("the run holds a whole model, so the bare base is not in it",
                           f"evaluate the base by itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
     reference = _reference(run, recorded, made, family, attached)
     family.train(False)
-    with attached.disabled() if base and attached else nullcontext():
+    with attached.disabled() if base_model_only and attached else nullcontext():
         batches = assembly.rows.eval_batches(encoded, assembly.resolve_max_tokens(made, family))
         results = (assembly.judged(made, family, attached, found, encoded) if made.objective.rolls
                    else with_perplexity(measure(family, made.objective, batches, reference)))

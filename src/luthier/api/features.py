@@ -35,12 +35,12 @@ Labels = list[Any]  # of each row a class's name, several of them, a number, or 
 KINDS = frozenset({"LabelledExample", "ImageExample"})  # what has one state and one label
 
 
-def features(base: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
+def features(model: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
              base_model: str | None = None, **settings: Any) -> tuple[np.ndarray, Labels]:
     """The pooled state of every row, [N, D] float32, in the order of the rows, and the rows' labels.
 
     Args:
-        base: an alias, a folder, a hub id, or a run folder (then with what it trained).
+        model: an alias, a folder, a hub id, or a run folder (then with what it trained).
         data: rows of texts or pictures with a label: a class, several, or a number.
         out: a `.safetensors` file to keep them in, with their labels and settings in a `.json` beside it. Where it
             holds those of the same base, rows and settings already, it is read and nothing is computed.
@@ -52,7 +52,7 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
         LuthierError: the base or the rows cannot be read.
     """
     tell = partial(print_line, quiet=quiet)
-    made, run = _recipe(base.path if isinstance(base, Run) else Path(base), data, settings, base_model, tell)
+    made, run = _recipe(model.path if isinstance(model, Run) else Path(model), data, settings, base_model, tell)
     if out is None:
         return _computed(made, run, quiet, base_model)
     file = Path(out)
@@ -110,7 +110,7 @@ def _recipe(base: Path, data: str, settings: Mapping[str, Any], base_model: str 
     raw: dict[str, Any] = (assembly.dump(assembly.open_recipe(Run(base), base_model, report)) if is_run
                            else {"model": {"name_or_path": str(base)}})
     if is_run and any(key.partition(".")[0] == "model" for key in settings):
-        raise RecipeError(f"{str(base)!r} is a run, and its base is as it was trained", "leave settings of base out")
+        raise RecipeError(f"{str(base)!r} is a run, and its base is as it was trained", "omit the settings of model")
     raw["data"] = {**raw.get("data", {}), "train": data, "test": data, "eval": None, "augment": [], "streaming": True}
     return assembly.recipe({**raw, "objective": "classify"}, settings), Run(base) if is_run else None
 

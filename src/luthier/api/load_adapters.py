@@ -1,7 +1,7 @@
-"""The verb `open_bank`: several runs on one copy of their base, answering side by side. Read
+"""The verb `load_adapters`: several runs on one copy of their base, answering side by side. Read
 `methods/multi_adapter.py` first.
 
-    tuned = luthier.open_bank("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
+    tuned = luthier.load_adapters("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
     tuned.answer(["Who may sue?", "What is a fever?", "Hello"], adapters=["law", "medicine", None])
     with tuned.using("law"):
         tuned.answer(["Who may sue?"])
@@ -65,7 +65,7 @@ class Tuned:
         return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 
-def open_bank(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
+def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> Tuned:
     """Load a base once and the adapters of several runs beside one another.
 
     Args:

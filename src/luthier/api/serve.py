@@ -106,12 +106,12 @@ class Counter:
 
     Args:
         served: what answers.
-        most: requests in one batch.
+        max_num_seqs: requests in one batch.
     """
 
-    def __init__(self, served: assembly.Served, most: int = 16) -> None:
+    def __init__(self, served: assembly.Served, max_num_seqs: int = 16) -> None:
         self.served = served
-        self.desk = Desk(served.base, served.numbers, most)
+        self.desk = Desk(served.base, served.numbers, max_num_seqs)
         self.born = int(time.time())
 
     def models(self) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def app(counter: Counter) -> Starlette:
     return Starlette(routes=routes, exception_handlers={LuthierError: refused})
 
 
-def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, most: int = 16,
+def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, max_num_seqs: int = 16,
           quiet: bool = False, base_model: str | None = None) -> None:
     """Answer until interrupted.
 
@@ -315,7 +315,7 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
         runs: run folders, a base, or names for them: ``{"law": "runs/law"}`` or ``["law=runs/law"]``; a folder's own
             name where none is given.
         host: the address to listen on; 0.0.0.0 lets other machines in, whoever they are.
-        most: requests answered in one batch.
+        max_num_seqs: requests answered in one batch.
         base_model: where the base of the runs is now, if it was moved.
 
     Raises:
@@ -329,7 +329,7 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
     found = dict(runs) if isinstance(runs, Mapping) else named(runs)
     door = _door(host, port)
     with status("loading", quiet=quiet):
-        counter = Counter(assembly.served(found, base_model, partial(print_line, quiet=quiet)), most)
+        counter = Counter(assembly.served(found, base_model, partial(print_line, quiet=quiet)), max_num_seqs)
     if not quiet:
         address = f"http://{host}:{door.getsockname()[1]}/v1"
         print(f"serving {', '.join(counter.served.names)} at {address}  (Ctrl-C ends)", flush=True)

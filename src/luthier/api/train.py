@@ -26,10 +26,10 @@ from luthier.training.learning_monitor import LearningMonitor
 from luthier.training.loop import Job, Rolling, Summary, fit, total_steps
 from luthier.training.memory import peak_gb, settle_allocator
 from luthier.training.os_errors import explained
-from luthier.training.report_to import JsonLines, Tracker, demand, open_trackers
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
 from luthier.training.step import Reference, measure
+from luthier.training.trackers import JsonLines, Tracker, demand, open_trackers
 
 
 def train(recipe: str | Path | Mapping[str, Any] | assembly.Recipe | None = None, *, resume: bool = False,

@@ -12,13 +12,13 @@ from luthier.assembly.run_io import kept_heads, save_tuned
 from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import Lora
-from luthier.methods.lora_merging import How, combine
+from luthier.methods.lora_merging import CombinationType, combine
 from luthier.models import identify
 from luthier.training.run_folder import Run
 
 
-def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None,
-             base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
+def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], combination_type: CombinationType,
+             rank: int | None, base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
     """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
 
     Raises:
@@ -35,15 +35,15 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
                               f"{first.model.name_or_path!r}: {conflict}", "combine runs of one base")
         if kept_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
-                              "runs have no sum", "use them side by side: luthier.open_bank")
+                              "runs have no sum", "use them side by side: luthier.load_adapters")
     base = family(first.model, first.objective.hides)
     bank = banked(base, {str(i): run for i, run in enumerate(runs)})
     loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
-            "stack others by their weights: luthier.open_bank and using({...})")
-    found = combine(loras, weights, how, rank)
+            "stack others by their weights: luthier.load_adapters and using({...})")
+    found = combine(loras, weights, combination_type, rank)
     made = first.model_copy(update={"method": found.config, "init_from": None, "output_dir": str(out.path)})
     made = make_paths_absolute(made)
     out.begin(dump(made), {**record_start(made, identify(made.model), []), "combined": {str(run.path): float(weight)
@@ -52,5 +52,5 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, 
     attached.load(found.state)
     save_tuned(out, made, base, attached)
     results = {"rank": found.config.rank, "relative_error": found.error}
-    out.write("results.json", {**results, "how": how})
+    out.write("results.json", {**results, "combination_type": combination_type})
     return results

@@ -105,7 +105,7 @@ def check(made: Recipe, base: Family) -> None:
         raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
                           "tokens", f"set data.max_length to {room} or less" + (
                               ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
-    added = made.model.surgery is not None and made.model.structure.expand_layers
+    added = made.model.surgery is not None and made.model.surgery.expand_layers
     for part in parts_of(made.method) if added else ():
         if why := _no_start(part):
             raise RecipeError(f"model.surgery.expand_layers: the last maps of added blocks are zero, and method "

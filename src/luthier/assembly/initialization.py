@@ -80,7 +80,7 @@ def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     found = recorded(adapted(start))
     other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
     if conflict := base_conflict(start, made.model):
-        other.append(f"model.name_or_path: {found.model.name_or_path!r}, now {made.model.name!r}: {conflict}")
+        other.append(f"model.name_or_path: {found.model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}")
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other),

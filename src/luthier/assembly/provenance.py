@@ -238,7 +238,7 @@ def check_runs(made: Recipe, report: Report) -> None:
     start = Run(made.init_from).existing()
     if conflict := base_conflict(start, made.model):
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  model.name_or_path: "
-                          f"{recorded(start).model.name_or_path!r}, now {made.model.name!r}: {conflict}",
+                          f"{recorded(start).model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}",
                           "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
                           "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
@@ -261,10 +261,10 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
     map_paths(saved, lambda path: known.add(path) or path)  # type: ignore[func-returns-value]
     ours = _make_absolute(fill_left_out(made, saved), known)
     conflict = ""
-    if kept and ours.model.name_or_path != saved.model.name:
+    if kept and ours.model.name_or_path != saved.model.name_or_path:
         conflict = compare_digests(kept, identify(ours.model).digests)
         if conflict:
-            conflict = f"model.name_or_path: {saved.model.name_or_path!r}, now {ours.model.name!r}: {conflict}"
+            conflict = f"model.name_or_path: {saved.model.name_or_path!r}, now {ours.model.name_or_path!r}: {conflict}"
         ours = ours.model_copy(update={"model": ours.model.model_copy(update={
             "name": saved.model.name_or_path, "revision": saved.model.revision})})
     return [*([conflict] if conflict else []), *changed(saved, ours)]
@@ -273,7 +273,7 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
 def _make_absolute(made: Recipe, known: Collection[str] = ()) -> Recipe:
     """As `make_paths_absolute`, for a recipe whose files may not be there; `known` are absolute paths that were."""
     base = made.model
-    if Path(base.name_or_path).expanduser().exists() and is_local(base.name):
+    if Path(base.name_or_path).expanduser().exists() and is_local(base.name_or_path):
         base = base.model_copy(update={"name_or_path": str(Path(base.name_or_path).expanduser().absolute())})
 
     def absolute(path: str) -> str:

@@ -11,11 +11,12 @@ from functools import reduce
 from importlib import metadata
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Self, TypeAlias
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
+from luthier.assembly.field_names import accept_peft_names, take_renamed
 from luthier.assembly.peft_adapters import method_of
 from luthier.core.config import NULL, Config
 from luthier.core.errors import RecipeError, RunError
@@ -41,7 +42,7 @@ AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(disc
 # The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
 FREE = ("output_dir", "evaluate.", "model.device", "data.test", "method.keep_base",
         "training.max_tokens_per_micro_batch", "training.gradient_checkpointing", "training.save_steps",
-        "training.save_total_limit", "training.report_to", "objective.labels")  # the last is read off the data, whose own fingerprint is compared
+        "training.save_total_limit", "training.report_to", "objective.labels")  # the data has its own digest
 SHORT = {  # the setting that a bare value stands for; elsewhere: name
     "model": "name_or_path", "data": "train", "train": "path", "eval": "path", "test": "path"}
 
@@ -61,6 +62,18 @@ class Recipe(Config):
                                                 "the reference; model and method are that run's")
     output_dir: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
 
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], where: str = "") -> Self:
+        """`raw` as a recipe. Raises one `RecipeError` with all faults; a name of another tool is answered with ours."""
+        raw, renamed = take_renamed(accept_peft_names(raw), _list_fields(raw))
+        if not renamed:
+            return super().parse(raw, where)
+        try:
+            super().parse(raw, where)
+        except RecipeError as error:
+            renamed += error.what.splitlines()
+        raise RecipeError("\n".join(renamed), "use the names above; `luthier schema` prints all settings")
+
     @field_validator("model", "method", "objective", mode="before")
     @classmethod
     def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
@@ -79,6 +92,18 @@ class Recipe(Config):
         return {"train": given} if isinstance(given, (str, list, tuple)) else given
 
 
+def _list_fields(raw: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """The fields of each section of this recipe; of the top level under ""."""
+    found: dict[str, type[Config]] = {"": Recipe, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig,
+                                      "optimizer": OptimizerConfig, "evaluate": EvaluateConfig}
+    for section, table in (("method", METHODS), ("objective", OBJECTIVES)):
+        default = Recipe.model_fields[section].default.name
+        name = raw[section].get("name", default) if isinstance(raw.get(section), Mapping) else ""
+        if config := table.get(str(name)):
+            found[section] = config
+    return {section: frozenset(config.model_fields) for section, config in found.items()}
+
+
 def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from a file, a mapping or nothing, with `settings` (nested, or dotted keys) laid over it.
 
@@ -86,10 +111,11 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
     """
     if isinstance(source, Recipe):
         source = dump(source)
-    raw = _read(Path(source)) if isinstance(source, (str, Path)) else dict(source or {})
+    raw = accept_peft_names(_read(Path(source)) if isinstance(source, (str, Path)) else source or {})
     for key, value in (settings or {}).items():
         if value is not None:
-            raw = _laid(raw, key.split("."), None if value is NULL else value)
+            accept_peft_names({"method": value} if key == "method" else {})  # refuses a setting that is given twice
+            raw = accept_peft_names(_laid(raw, key.split("."), None if value is NULL else value), override=True)
     return _kept(_demand_answers(Recipe.parse(_started(raw))))
 
 
@@ -247,9 +273,9 @@ def idle(made: Recipe) -> list[str]:
         found.append("training.early_stopping_patience has no effect: there is nothing to evaluate on (data.eval)")
     if training.eval_steps and not evaluates:
         found.append("training.eval_steps has no effect: there is nothing to evaluate on (data.eval)")
-    if training.max_steps and made.optimizer.warmup >= training.max_steps:
-        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
-                     "as the run")
+    if training.max_steps and made.optimizer.count_warmup_steps(training.max_steps) >= training.max_steps:
+        found.append("optimizer.learning_rate is never reached: the warm-up is as long as the run "
+                     f"({training.max_steps} steps)")
     if training.max_steps and "num_train_epochs" in training.model_fields_set and training.num_train_epochs != 1.0:
         found.append("training.num_train_epochs has no effect: training.max_steps is given")
     if made.evaluate.metrics and not evaluates and made.data.test is None:

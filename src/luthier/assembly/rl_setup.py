@@ -45,8 +45,8 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rl_config import WorthConfig
 from luthier.rl import Answer, Reward, Rollouts, endpoint, named
-from luthier.training.report_to import JsonLines
 from luthier.training.run_folder import Run
+from luthier.training.trackers import JsonLines
 
 Warn = Callable[[str], None]
 Reference = Callable[[], AbstractContextManager[None]]

@@ -80,7 +80,7 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
      "there are no rows to evaluate on (data.test or data.eval)"),
     ("model.pooling", lambda made: not made.objective.needs & {"pooled", "scores"},
      "the objective reads no state of a whole text"),
-    ("model.revision", lambda made: made.model.name_or_path in ALIASES or Path(made.model.name).exists(),
+    ("model.revision", lambda made: made.model.name_or_path in ALIASES or Path(made.model.name_or_path).exists(),
      "model.name_or_path is no id of the hub"),
     ("data.loss_on", lambda made: "ChatExample" not in made.objective.reads, "the objective reads no chats"),
     ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "Judged"), "the objective reads no chats or prompts"),
@@ -310,10 +310,9 @@ def find_schedule_problems(made: Recipe, feed: Feed) -> list[str]:
     training, found = made.training, []
     total = total_steps(training, feed.steps_per_epoch)
     length = f"the run has {total} step{'s' if total > 1 else ''}"
-    known = training.max_steps and made.optimizer.warmup >= training.max_steps  # `idle` has said it
-    if not known and all(factor(made.optimizer, step, total) < 1 for step in range(total)):
-        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
-                     f"as the run, {total} steps")
+    warned = training.max_steps and made.optimizer.count_warmup_steps(total) >= total  # by `idle`
+    if not warned and all(factor(made.optimizer, step, total) < 1 for step in range(total)):
+        found.append(f"optimizer.learning_rate is never reached: the warm-up is as long as the run ({total} steps)")
     if training.save_steps and training.save_steps > total:
         found.append(UNUSED.format(f"training.save_steps {training.save_steps}", length))
     every = training.eval_steps or feed.steps_per_epoch or total

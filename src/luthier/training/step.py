@@ -101,7 +101,7 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
         _add(sums, metrics)
     process_group.sum_gradients(optimizer.parameters.values())
     optimizer.complete()
-    norm = optimizer.max_grad_norm()
+    norm = optimizer.clip()
     optimizer.step(norm)
     read = later([*(x for pair in sums.values() for x in pair), loss, norm], device)
     return Stepped(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),

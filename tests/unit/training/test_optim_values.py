@@ -141,8 +141,8 @@ def test_without_weight_decay_nothing_decays() -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
 
 
-def adamw(parameters: dict[str, Tensor], steps: int, rates: list[float], beta1: float, beta2: float, epsilon: float,
-          decay: float) -> dict[str, Tensor]:
+def adamw(parameters: dict[str, Tensor], steps: int, rates: list[float], adam_beta1: float, adam_beta2: float,
+          adam_epsilon: float, decay: float) -> dict[str, Tensor]:
     """Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2, written out."""
     found = {name: value.detach().clone() for name, value in parameters.items()}
     first, second = ({name: torch.zeros_like(value) for name, value in found.items()} for _ in range(2))
@@ -152,10 +152,10 @@ def adamw(parameters: dict[str, Tensor], steps: int, rates: list[float], beta1: 
         for name, value in found.items():
             gradient = pushed[name].grad
             assert gradient is not None
-            first[name] = beta1 * first[name] + (1 - beta1) * gradient
-            second[name] = beta2 * second[name] + (1 - beta2) * gradient ** 2
+            first[name] = adam_beta1 * first[name] + (1 - adam_beta1) * gradient
+            second[name] = adam_beta2 * second[name] + (1 - adam_beta2) * gradient ** 2
             own = decay if value.ndim > 1 else 0.0
-            moved = (first[name] / (1 - beta1 ** t)) / ((second[name] / (1 - beta2 ** t)).sqrt() + epsilon)
+            moved = (first[name] / (1 - adam_beta1 ** t)) / ((second[name] / (1 - adam_beta2 ** t)).sqrt() + adam_epsilon)
             found[name] = value - rates[t - 1] * own * value - rates[t - 1] * moved
     return found
 

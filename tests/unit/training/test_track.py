@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from luthier.training.report_to import JsonLines, TensorBoard, Trackio, WandB, open_trackers
 
 from luthier.core.errors import MissingExtra, RecipeError, RunError
 from luthier.training import trackers as track
+from luthier.training.trackers import JsonLines, TensorBoard, Trackio, WandB, open_trackers
 
 
 def written(path: Path, last: int) -> Path:
