@@ -29,7 +29,7 @@ EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and ho
 
 
 def main() -> None:
-    family = load_family(assembly.BaseConfig(name="smollm2"))
+    family = load_family(assembly.ModelConfig(name_or_path="smollm2"))
     bank = assembly.AdapterManager(family.structure)
     for i, (name, method) in enumerate(MEMBERS.items()):
         bank.add(name, attach_method(family, assembly.recipe({"data": "-", "method": method}).method, i))

@@ -36,10 +36,10 @@ def side(base: str, bits: str, work: Path) -> dict[str, Any]:
 
     configure_malloc()
     imported = measure_peak_gb("cpu")
-    made = assembly.recipe({"base": {"name": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
-                         "training": {"steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
+    made = assembly.recipe({"model": {"name_or_path": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
+                         "training": {"max_steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
     seed_everything(0)
-    family = assembly.load_family(made.base)
+    family = assembly.load_family(made.model)
     reading = measure_peak_gb("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
     held = sum(tensor.nbytes for tensor in family.structure.model.state_dict().values())
@@ -64,7 +64,7 @@ def large(folder: Path) -> None:
 
     from luthier import assembly
 
-    words = assembly.load_base_tokenizer(assembly.BaseConfig(name="smollm2"))
+    words = assembly.load_base_tokenizer(assembly.ModelConfig(name_or_path="smollm2"))
     config = LlamaConfig(hidden_size=1280, intermediate_size=3456, num_hidden_layers=16, num_attention_heads=20,
                          num_key_value_heads=20, vocab_size=49152, max_position_embeddings=2048,
                          tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)

@@ -19,8 +19,8 @@ from luthier.core.config import Config
 from luthier.data import ChatConfig, DataConfig, ImageAugmentation, MixupAugmentation, Source, TextAugmentation
 from luthier.evaluation.generation_eval import EvaluateConfig
 from luthier.methods import METHODS
-from luthier.models import BaseConfig
-from luthier.models.surgery import StructureConfig
+from luthier.models import ModelConfig
+from luthier.models.surgery import SurgeryConfig
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.rl_config import RewardSourceConfig
 from luthier.training.loop import TrainingConfig
@@ -28,7 +28,7 @@ from luthier.training.optimizer import OptimizerConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 SECTIONS: dict[str, type[Config]] = {
-    "Top level": Recipe, "`base`": BaseConfig, "`base.structure`": StructureConfig,
+    "Top level": Recipe, "`base`": ModelConfig, "`model.surgery`": SurgeryConfig,
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
     "`objective.reward` of ppo and grpo": RewardSourceConfig, "`data`": DataConfig, "a source of `data`": Source,
@@ -41,8 +41,8 @@ MEANT = {  # what no description in the code says
     "training": "how long to train, in what portions, and what to keep",
     "optimizer": "AdamW and its schedule",
     "evaluate": "how generated answers are measured",
-    "beta1": "AdamW: decay of the gradient's running mean",
-    "beta2": "AdamW: decay of the squared gradient's running mean",
+    "adam_beta1": "AdamW: decay of the gradient's running mean",
+    "adam_beta2": "AdamW: decay of the squared gradient's running mean",
     "epsilon": "AdamW: added to the root in the denominator",
 }
 HEAD = """# The recipe
@@ -53,14 +53,14 @@ A recipe is a whole run as data: a YAML file, a mapping in Python, or settings o
 below with its type, its default and its meaning. `luthier schema` prints the same as a JSON schema, for editors.
 
 ```yaml
-base: smollm2
+model: smollm2
 method: {name: lora, rank: 16}
 objective: sft
 data: {train: mine.jsonl, eval: 0.05, max_length: 512}
-training: {epochs: 2, batch_size: 8}
-optimizer: {learning_rate: 2.0e-4, schedule: cosine}
-evaluate: {metrics: [exact], limit: 100}
-run: runs/mine
+training: {num_train_epochs: 2, batch_size: 8}
+optimizer: {learning_rate: 2.0e-4, lr_scheduler_type: cosine}
+evaluate: {metrics: [exact], max_samples: 100}
+output_dir: runs/mine
 ```
 
 Only `data` is required. Short forms: `base: smollm2` for `base: {name: smollm2}`, likewise `method` and `objective`;
@@ -69,7 +69,7 @@ Only `data` is required. Short forms: `base: smollm2` for `base: {name: smollm2}
 Settings are laid over a recipe as `key=value`, dots for depth, values read as YAML:
 
 ```bash
-luthier train recipes/demo.yaml method.rank=16 training.steps=20 'evaluate.metrics=[exact,contains]'
+luthier train recipes/demo.yaml method.rank=16 training.max_steps=20 'evaluate.metrics=[exact,contains]'
 ```
 
 An unknown key is refused with its nearest neighbour, and all of a recipe's errors come at once. A setting that can have
@@ -78,9 +78,10 @@ no effect is warned of. The run folder keeps the recipe with every setting spelt
 NOTES = {
     "`data`": "The columns that `columns` may name, and what the formats are: [data.md](data.md).",
     "`base`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
-    "`base.structure`": "With examples: [adaptation](adaptation.md#another-structure).",
+    "`model.surgery`": "With examples: [adaptation](adaptation.md#another-structure).",
     "`objective.reward` of ppo and grpo": "With a function of your own: [PPO](objectives/ppo.md#rewards).",
-    "`training`": "`batch_size` changes what is learned; `micro_tokens`, the memory a step takes, never does.",
+    "`training`": "`batch_size` changes what is learned; `max_tokens_per_micro_batch`, the "
+                  "memory a step takes, never does.",
     "`evaluate`": "What each metric means: [metrics.md](metrics.md).",
 }
 

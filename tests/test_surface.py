@@ -104,7 +104,7 @@ def test_the_surface_is_as_it_was_frozen() -> None:
 def test_every_part_of_the_surface_is_seen() -> None:
     lines = surface()
     assert lines == sorted(set(lines))
-    for part in ("name luthier.train(", "recipe base.name: str", "recipe method[lora].rank: int = 8", "recipe data.train",
+    for part in ("name luthier.train(", "recipe model.name_or_path: str", "recipe method[lora].rank: int = 8", "recipe data.train",
                  "recipe training.batch_size: int = 8", "recipe seed: int = 0", "command train --resume"):
         assert any(line.startswith(part) for line in lines), part
 

@@ -115,9 +115,9 @@ def recipe(home: Path, base: str, method: str, objective: str) -> Recipe:
     if base in VISIONS and objective == "contrastive":
         minimised |= {"loss": "supcon"}
     return assembly.recipe({
-        "base": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
-        "data": str(home / rows_of(base, objective)), "training": {"steps": STEPS, "batch_size": 4, "save_every": SAVED},
-        "optimizer": {"learning_rate": RATES.get(method), "schedule": "constant", "warmup": 0}, "seed": 1})
+        "model": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
+        "data": str(home / rows_of(base, objective)), "training": {"max_steps": STEPS, "batch_size": 4, "save_steps": SAVED},
+        "optimizer": {"learning_rate": RATES.get(method), "lr_scheduler_type": "constant", "warmup_ratio": 0}, "seed": 1})
 
 
 def vowels(prompts: Sequence[Any], answers: Sequence[str], facts: Sequence[Any]) -> list[float]:
@@ -133,7 +133,7 @@ class Trial:
 
     def __init__(self, made: Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = load_family(made.base, made.objective.uses_masking)
+        self.base = load_family(made.model, made.objective.uses_masking)
         check_loaded_model(made, self.base)
         found = load_datasets(made, self.base)
         self.made = fit_objective(made, found)

@@ -27,16 +27,16 @@ def recipe(job: Job) -> dict[str, Any]:
     """The setting in Luthier's words; whatever is not named is Luthier's default."""
     s = job.setting
     return {
-        "base": {"name": job.folder, "dtype": s.dtype},
+        "model": {"name_or_path": job.folder, "dtype": s.dtype},
         "method": {"name": "lora", "rank": s.rank, "alpha": s.alpha, "dropout": 0.0, "targets": "all-linear"},
         "objective": "sft",
         "data": {"train": job.rows, "max_length": s.max_length, "shuffle": False},
-        "training": {"steps": job.steps, "batch_size": s.batch_size,
+        "training": {"max_steps": job.steps, "batch_size": s.batch_size,
                      "precision": "bf16" if s.dtype == "bfloat16" else "float32"},
-        "optimizer": {"learning_rate": s.learning_rate, "schedule": "constant", "warmup": 0.0, "beta1": s.betas[0],
-                      "beta2": s.betas[1], "epsilon": s.epsilon, "weight_decay": s.weight_decay, "clip": s.max_grad_norm},
+        "optimizer": {"learning_rate": s.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "adam_beta1": s.betas[0],
+                      "adam_beta2": s.betas[1], "adam_epsilon": s.epsilon, "weight_decay": s.weight_decay, "max_grad_norm": s.max_grad_norm},
         "seed": s.seed,
-        "run": str(Path(job.work) / "run"),
+        "output_dir": str(Path(job.work) / "run"),
     }
 
 

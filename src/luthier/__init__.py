@@ -1,7 +1,7 @@
 """Luthier fine-tunes pretrained models with every method worth knowing, on one mechanism.
 
     import luthier
-    run = luthier.train(base="smollm2", data="mine.jsonl", method="lora")
+    run = luthier.train(model="smollm2", data="mine.jsonl", method="lora")
     print(luthier.evaluate(run, data="unseen.jsonl", metrics="exact"))
 
 Names are loaded when first used, so that `import luthier` and `luthier --help` are quick.

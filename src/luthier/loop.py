@@ -67,7 +67,7 @@ def start(**settings: Any) -> Session:
         raise RecipeError(f"objective {recipe.objective.name!r} samples its own training data, which a loop over rows "
                           "does not", "use luthier.train for it")
     seed_everything(recipe.seed)
-    family = load_family(recipe.base, recipe.objective.uses_masking)
+    family = load_family(recipe.model, recipe.objective.uses_masking)
     check_loaded_model(recipe, family)
     return Session(recipe, family)
 
@@ -178,7 +178,7 @@ class Session:
             RunError: the folder holds a run already, or cannot be written.
         """
         run = Run(folder)
-        identity = assembly.identify_base(self.recipe.base)
+        identity = assembly.identify_base(self.recipe.model)
         rate = self.recipe.optimizer.learning_rate or default_learning_rate(self.recipe)
         recipe = resolve_settings(self.recipe, self.family, identity, rate, run.path)
         tuner = self.tuner
@@ -206,7 +206,7 @@ class Session:
         self._has_conversations = datasets.conversations
         self._tuner, self._reference = init_policy(self.recipe, self.family)
         rate = self.recipe.optimizer.learning_rate or default_learning_rate(self.recipe)
-        config = self.recipe.optimizer.model_copy(update={"schedule": "constant", "warmup": 0.0})
+        config = self.recipe.optimizer.model_copy(update={"lr_scheduler_type": "constant", "warmup_ratio": 0.0})
         self._optimizer = Optimizer(self._tuner.parameters(), self._tuner.rate, rate, config, 1, self._tuner.at_update)
 
 

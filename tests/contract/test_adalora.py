@@ -45,7 +45,7 @@ KIND = pytest.mark.parametrize("kind", MAPS)
 
 
 def optimizer(attached: Any, config: OptimizerConfig | None = None, total: int = STEPS) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, RATE, config or OptimizerConfig(schedule="constant", warmup=0),
+    return Optimizer(attached.parameters(), attached.rate, RATE, config or OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0),
                      total, attached.at_update)
 
 
@@ -188,7 +188,7 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     family, attached = searched()
     bare, origin = logits(family), save_tiny(tmp_path / "base", "llama")
     take(family, attached, optimizer(attached), range(STEPS))
-    made = assembly.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
+    made = assembly.recipe({"model": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
     save_tuned(Run(tmp_path / "run"), made, family, attached)
     form, saved = (json.loads((tmp_path / "run/adapter_config.json").read_text()),
@@ -216,7 +216,7 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
         wanted = other(input_ids=TOKENS).logits
     form = json.loads((tmp_path / "adapter_config.json").read_text())
     assert form["rank_pattern"]
-    config = assembly.recipe({"base": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
+    config = assembly.recipe({"model": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
     assert (config.rank, config.start_rank, config.alpha) == (2, 4, 12.0)
     assert config.schedule(STEPS) == attached.config.schedule(STEPS)
     family = base("llama")
@@ -376,8 +376,8 @@ def test_an_adapter_saved_between_prunings_keeps_what_grew_again() -> None:
 def test_a_run_searches(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{w}?", "completion": w[::-1]}) + "\n"
                                                  for w in ("alpha", "beta", "gamma", "delta")))
-    run = train(base=str(save_tiny(tmp_path / "base", "llama", dtype=torch.float32)), data=str(tmp_path / "rows.jsonl"),
-                method={"name": "adalora", **SEARCH}, training={"steps": STEPS, "batch_size": 2}, run=str(tmp_path / "run"),
+    run = train(model=str(save_tiny(tmp_path / "base", "llama", dtype=torch.float32)), data=str(tmp_path / "rows.jsonl"),
+                method={"name": "adalora", **SEARCH}, training={"max_steps": STEPS, "batch_size": 2}, output_dir=str(tmp_path / "run"),
                 optimizer={"learning_rate": RATE}, quiet=True)
     left = [t.shape[0] for n, t in load_file(run.path / "adapter_model.safetensors").items() if n.endswith("lora_E")]
     assert (len(left), sum(left)) == (14, 2 * 14)
@@ -421,7 +421,7 @@ def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:
     with torch.no_grad():  # a map that lost all of its ranks
         attached.layers[3].kept.fill_(False)
         attached.layers[3].e.zero_()
-    made = assembly.recipe({"base": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "run": str(tmp_path / "run"),
+    made = assembly.recipe({"model": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "output_dir": str(tmp_path / "run"),
                          "method": attached.config.model_dump()})
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})

@@ -48,8 +48,8 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text(jsonl([row(i) for i in range(8)]))
     Path("recipe.yaml").write_text(yaml.safe_dump({
-        "base": str(base), "method": {"name": "lora", "rank": 2}, "data": {"train": "rows.jsonl", "max_length": 128},
-        "training": {"steps": 4, "batch_size": 4, "save_every": 1}, "optimizer": {"learning_rate": 0.01}}))
+        "model": str(base), "method": {"name": "lora", "rank": 2}, "data": {"train": "rows.jsonl", "max_length": 128},
+        "training": {"max_steps": 4, "batch_size": 4, "save_steps": 1}, "optimizer": {"learning_rate": 0.01}}))
 
     def called(*words: str) -> Output:
         code = main(words)
@@ -61,7 +61,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 @pytest.fixture
 def train(call: Call) -> Call:
-    return lambda *words: call("train", "recipe.yaml", "--run", "run", *words)
+    return lambda *words: call("train", "recipe.yaml", "--output-dir", "run", *words)
 
 
 def refused(output: Output, *words: str) -> str:
@@ -134,7 +134,7 @@ ROWS: dict[str, tuple[list[Any], int, int, tuple[str, ...]]] = {  # rows, kept, 
 def test_a_bad_row_among_good_ones_is_counted_and_named(train: Call, wrong: str) -> None:
     rows, kept, line, words = ROWS[wrong]
     Path("a.jsonl").write_text(jsonl(rows))
-    code, _, err = train("--data", "a.jsonl", "training.steps=1", "--json")
+    code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "--json")
     assert code == 0
     assert f"train: {kept} of {len(rows)} rows kept" in err
     assert f"train: 1 refused: {words[0]}, the first a.jsonl:{line}\n" in err
@@ -148,23 +148,23 @@ def test_a_bad_row_among_good_ones_is_counted_and_named(train: Call, wrong: str)
 
 def test_rows_that_are_too_long(train: Call) -> None:
     Path("a.jsonl").write_text(jsonl([row(1), {"prompt": "q", "completion": "a" * 300}]))
-    code, _, err = train("--data", "a.jsonl", "training.steps=1")
+    code, _, err = train("--data", "a.jsonl", "training.max_steps=1")
     assert code == 0
     assert "train: 2 of 2 rows kept, 1 truncated" in err
     shutil.rmtree("run")
-    code, _, err = train("--data", "a.jsonl", "training.steps=1", "data.overlong=refuse")
+    code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "data.truncation=refuse")
     assert code == 0
     assert "train: 1 refused: longer than max_length, the first a.jsonl:2" in err
     shutil.rmtree("run")
     Path("b.jsonl").write_text(jsonl([{"prompt": "q", "completion": "a" * 300}]))
-    refused(train("--data", "b.jsonl", "data.overlong=refuse"), "none of the 1 train rows", "b.jsonl:1: longer than max_length", "at most 128")
+    refused(train("--data", "b.jsonl", "data.truncation=refuse"), "none of the 1 train rows", "b.jsonl:1: longer than max_length", "at most 128")
     refused(train("data.max_length=300"), "data.max_length 300 is longer than the base's context, 256", "set data.max_length to 256 or less")
 
 
 def test_a_quote_that_never_closes_swallows_no_row_in_silence(train: Call) -> None:
     """Read leniently, the last cell would take in the rest of the file, and be trained on."""
     Path("a.csv").write_text('prompt,completion\nq0,a0\nq1,"a1\nq2,a2\nq3,a3\n')
-    code, _, err = train("--data", "a.csv", "training.steps=1")
+    code, _, err = train("--data", "a.csv", "training.max_steps=1")
     assert code == 0
     assert "train: 1 of 2 rows kept" in err
     (found,) = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]["refused"]
@@ -176,7 +176,7 @@ def test_windows_line_ends_and_a_byte_order_mark_are_no_fault(train: Call) -> No
     for name, content in (("a.jsonl", jsonl([row(1), row(2)])), ("a.csv", "prompt,completion\nq,a\nq,b\n")):
         Path(name).write_bytes(b"\xef\xbb\xbf" + content.replace("\n", "\r\n").encode())
         shutil.rmtree("run", ignore_errors=True)
-        code, _, err = train("--data", name, "training.steps=1")
+        code, _, err = train("--data", name, "training.max_steps=1")
         assert code == 0
         assert "train: 2 of 2 rows kept" in err
 
@@ -191,7 +191,7 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
     """They are counted as they are trained on, over a resume too, and told at the end."""
     rows = [row(1), "{broken", row(2), {"prompt": "q", "completion": "a" * 300}, {"prompt": "q", "completion": ""}]
     Path("a.jsonl").write_text(jsonl(rows))
-    words = ("data.train=a.jsonl", "data.streaming=true", "training.steps=3", "training.batch_size=1", "training.save_every=1")
+    words = ("data.train=a.jsonl", "data.streaming=true", "training.max_steps=3", "training.batch_size=1", "training.save_steps=1")
     code, _, err = train(*words)
     assert code == 0
     told = ("train: 3 of 5 rows kept, 1 truncated, the first a.jsonl:4\n", "train: 1 refused: broken JSON, the first a.jsonl:2\n",
@@ -209,7 +209,7 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
 
 def test_a_right_answer_that_no_metric_can_read_is_told_before_any_work(train: Call) -> None:
     Path("t.jsonl").write_text(jsonl([row(1, completion='{"a": 1}'), row(2)]))
-    refused(train("data.test=t.jsonl", "evaluate.metrics=json_equal", "evaluate.before=false"),
+    refused(train("data.test=t.jsonl", "evaluate.metrics=json_equal", "evaluate.before_training=false"),
             "t.jsonl:2: the reference 'answer 2' holds no JSON (metric json_equal)", "mend the row")
     assert not Path("run").exists()
 
@@ -230,8 +230,8 @@ def test_a_hub_that_cannot_be_reached_is_one_message(train: Call, monkeypatch: p
 
 def test_the_remedy_for_columns_is_one(train: Call) -> None:
     Path("a.jsonl").write_text(jsonl([{"question": f"q{i}", "answer": "a"} for i in range(4)]))
-    assert train("--data", "a.jsonl", "data.columns={prompt: question, completion: answer}", "training.steps=1")[0] == 0
-    refused(train("--run", "b", "--data", "a.jsonl", "data.columns={prompt: qestion, completion: answer}"), "'qestion'", "did you mean 'question'")
+    assert train("--data", "a.jsonl", "data.columns={prompt: question, completion: answer}", "training.max_steps=1")[0] == 0
+    refused(train("--output-dir", "b", "--data", "a.jsonl", "data.columns={prompt: qestion, completion: answer}"), "'qestion'", "did you mean 'question'")
 
 
 def test_a_missing_file_is_found_before_the_base_is_loaded(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,11 +251,11 @@ def never(*_: Any, **__: Any) -> None:
 
 def test_a_base_without_weights(train: Call, base: Path) -> None:
     shutil.copytree(base, "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    refused(train("base=bare"), "'bare'", "neither model.safetensors nor model.safetensors.index.json", "safetensors weights")
+    refused(train("model=bare"), "'bare'", "neither model.safetensors nor model.safetensors.index.json", "safetensors weights")
     shutil.copytree(base, "torn")
     weights = Path("torn/model.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1000])
-    refused(train("base=torn"), "model.safetensors is missing or damaged", "again")
+    refused(train("model=torn"), "model.safetensors is missing or damaged", "again")
     assert not Path("run").exists()
 
 
@@ -263,11 +263,11 @@ def test_a_base_of_pickles_or_of_numbers_that_are_none(train: Call, base: Path) 
     from safetensors.torch import load_file, save_file
     shutil.copytree(base, "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     Path("pickled/pytorch_model.bin").write_bytes(b"")
-    refused(train("base=pickled"), "only pickle weights (pytorch_model.bin), and pickle is never loaded", "safetensors")
+    refused(train("model=pickled"), "only pickle weights (pytorch_model.bin), and pickle is never loaded", "safetensors")
     shutil.copytree(base, "lost")
     weights = load_file("lost/model.safetensors")
     save_file({name: tensor * float("nan") for name, tensor in weights.items()}, "lost/model.safetensors", {"format": "pt"})
-    refused(train("base=lost"), "base 'lost': its output is not a number", "the weights are damaged")
+    refused(train("model=lost"), "base 'lost': its output is not a number", "the weights are damaged")
     assert not Path("run").exists()
 
 
@@ -286,20 +286,20 @@ def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
 @pytest.mark.parametrize(("words", "expected"), [
     (("method=lroa",), ("lroa", "'lora'")),
     (("objective=stf",), ("stf", "'sft'")),
-    (("optimizer.schedule=cosin",), ("optimizer.schedule", "'cosine'", "'cosin'")),
-    (("data.overlong=split it",), ("data.overlong", "'truncate'")),
+    (("optimizer.lr_scheduler_type=cosin",), ("optimizer.lr_scheduler_type", "'cosine'", "'cosin'")),
+    (("data.truncation=split it",), ("data.truncation", "'truncate'")),
     (("data.columns={promt: a}",), ("promt", "did you mean 'prompt'")),
     (("data.eval=1.5",), ("data.eval", "between 0 and 1")),
-    (("training.steps=some",), ("training.steps", "'some'")),
+    (("training.max_steps=some",), ("training.max_steps", "'some'")),
     (("training=4",), ("training", "(got 4)")),
     (("optimizer.learning_rate=.nan",), ("optimizer.learning_rate", "nan")),
-    (("base.device=cud",), ("cud",)),
+    (("model.device=cud",), ("cud",)),
     (("method.targets=[w]",), ("w",)),
     (("seed=99999999999999999999",), ("seed: ", "less than")),
-    (("data.limit=0",), ("data.limit", "(got 0)")),
+    (("data.max_samples=0",), ("data.max_samples", "(got 0)")),
     (("data.max_length=1",), ("data.max_length", "(got 1)")),
     (("optimizer={lr: 1}",), ("'optimizer.lr'", "did you mean 'learning_rate'?")),
-    (("learning_rate=1", "steps=2", "rank=3"), ("'learning_rate': did you mean optimizer.learning_rate?", "did you mean training.steps?", "did you mean method.rank?")),
+    (("learning_rate=1", "steps=2", "rank=3"), ("'learning_rate': did you mean optimizer.learning_rate?", "did you mean training.max_steps?", "did you mean method.rank?")),
     (("method=lroa",), ("method: unknown name 'lroa': did you mean 'lora'?", "known: full, ")),
     (("method.lora.rnak=2",), ("'method.rnak'", "did you mean 'rank'?")),
     (("method=[bitfit, {name: lora, rank: x}]",), ("error: method.parts.1.lora.rank: ", "(got 'x')\n  ->")),  # and no more
@@ -341,21 +341,21 @@ def test_a_run_folder_in_use_is_not_touched(train: Call, monkeypatch: pytest.Mon
     assert train("--quiet")[0] == 0
     before = contents(Path("run"))
     monkeypatch.setattr(assembly, "load_family", never)
-    refused(train(), "'run' already holds a run", "--resume", "run=NAME")
-    refused(train("training.trackers=[wandb]"), "'run' already holds a run")  # before any tracker is opened
+    refused(train(), "'run' already holds a run", "--resume", "output_dir=NAME")
+    refused(train("training.report_to=[wandb]"), "'run' already holds a run")  # before any tracker is opened
     assert contents(Path("run")) == before
 
 
 def test_a_file_in_the_place_of_the_run_folder(train: Call) -> None:
     Path("run").write_text("mine")
-    refused(train(), "'run'", "run=NAME")
+    refused(train(), "'run'", "output_dir=NAME")
     assert Path("run").read_text() == "mine"
 
 
 def test_a_missing_extra_is_told_before_any_work(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(assembly, "load_family", never)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
-    refused(train("training.trackers=[wandb]"), "'wandb', which is not installed", "pip install 'luthier[wandb]'")
+    refused(train("training.report_to=[wandb]"), "'wandb', which is not installed", "pip install 'luthier[wandb]'")
     assert not Path("run").exists()
 
 
@@ -364,7 +364,7 @@ def test_no_tracker_is_opened_for_a_run_that_cannot_begin(train: Call, monkeypat
     monkeypatch.setattr(trackers, "_check_package", lambda package: None)
     monkeypatch.setitem(trackers.TRACKERS, "wandb", never)
     Path("a.jsonl").write_text("{broken\n")
-    refused(train("training.trackers=[wandb]", "--data", "a.jsonl"), "a.jsonl:1")
+    refused(train("training.report_to=[wandb]", "--data", "a.jsonl"), "a.jsonl:1")
     assert not Path("run").exists()
 
 
@@ -396,7 +396,7 @@ def test_a_rate_that_breaks_the_loss(train: Call, monkeypatch: pytest.MonkeyPatc
         return step(*given)
 
     monkeypatch.setattr(loop, "step", noted)
-    refused(train("optimizer.learning_rate=1e30", "optimizer.clip=null"), "loss nan", "rows.jsonl:", "the weights were not updated",
+    refused(train("optimizer.learning_rate=1e30", "optimizer.max_grad_norm=null"), "loss nan", "rows.jsonl:", "the weights were not updated",
             "optimizer.learning_rate")
     after = attached[0].state()
     assert all(tensor.isfinite().all() for tensor in after.values())
@@ -438,7 +438,7 @@ class Narrow:
 @pytest.mark.parametrize("place", ["checkpoint", "metrics", "results", "adapter", "picture", "card"])
 def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     from safetensors import SafetensorError
-    assert train("--run", "whole", "--quiet")[0] == 0
+    assert train("--output-dir", "whole", "--quiet")[0] == 0
     with monkeypatch.context() as patch:
         if place == "checkpoint":
             refuse_at(patch, checkpoint, "_write", lambda folder, step, *_: step == 3)

@@ -156,7 +156,7 @@ def test_a_child_may_go_through_another_adapter_than_its_prompt() -> None:
 def test_two_adapters_train_in_one_pass_each_on_its_own_rows() -> None:
     def trained(together: bool) -> dict[str, Tensor]:
         family, bank = banked()
-        adam = Optimizer(bank.parameters(), bank.rate, 1e-2, OptimizerConfig(clip=None), 3)
+        adam = Optimizer(bank.parameters(), bank.rate, 1e-2, OptimizerConfig(max_grad_norm=None), 3)
         for i in range(3):
             adam.set_rate(i)
             # A row without any adapter has no gradient to give, so it comes along with the others.

@@ -140,7 +140,7 @@ def test_recomputed_blocks_go_through_the_same_adapters(kind: str) -> None:
 def test_adapters_of_every_kind_train_in_one_pass_each_on_its_own_documents() -> None:
     def trained(together: bool) -> dict[str, Tensor]:
         family, bank = begun()
-        adam = Optimizer(bank.parameters(), bank.rate, 1e-2, OptimizerConfig(clip=None), 3)
+        adam = Optimizer(bank.parameters(), bank.rate, 1e-2, OptimizerConfig(max_grad_norm=None), 3)
         examples = documents(LENGTHS)
         for i in range(3):
             adam.set_rate(i)

@@ -36,9 +36,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuned(home: Path, out: Path, method: Any, **settings: Any) -> luthier.Run:
-    return luthier.train(data=str(home / "rows.jsonl"), method=method, run=str(out), quiet=True, **{
-        "base.name": str(home / "base"), "training.steps": 4, "training.batch_size": 4,
-        "optimizer.learning_rate": 3e-2, "evaluate.before": False, **settings})
+    return luthier.train(data=str(home / "rows.jsonl"), method=method, output_dir=str(out), quiet=True, **{
+        "model.name_or_path": str(home / "base"), "training.max_steps": 4, "training.batch_size": 4,
+        "optimizer.learning_rate": 3e-2, "evaluate.before_training": False, **settings})
 
 
 @torch.no_grad()
@@ -48,8 +48,8 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CARRIED)
 def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, tmp_path: Path) -> None:
-    run = tuned(home, tmp_path / "run", CARRIED[name], **{"base.name": str(home / ("mixture" if name == "experts" else "base"))})
-    whole = export(run, "whole", tmp_path / "whole")
+    run = tuned(home, tmp_path / "run", CARRIED[name], **{"model.name_or_path": str(home / ("mixture" if name == "experts" else "base"))})
+    whole = export(run, "bundle", tmp_path / "whole")
     _, family, attached = open_run(run)
     family.train(False)
     told = logits(family.model)
@@ -64,10 +64,10 @@ def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, 
 
 
 def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
-    whole = export(tuned(home, tmp_path / "run", "lora"), "whole", tmp_path / "whole")
+    whole = export(tuned(home, tmp_path / "run", "lora"), "bundle", tmp_path / "whole")
     assert luthier.evaluate(whole, data=str(home / "rows.jsonl"), base_model=str(home / "base"), quiet=True)["perplexity"] > 1
     with pytest.raises(BaseError, match="carries an adapter"):
-        load_family(assembly.BaseConfig(name=str(whole)))
+        load_family(assembly.ModelConfig(name_or_path=str(whole)))
 
 
 @pytest.mark.parametrize(("method", "settings", "words"), [
@@ -77,5 +77,5 @@ def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_carried_is_refused(method: Any, settings: dict[str, Any], words: str, home: Path, tmp_path: Path) -> None:
     run = tuned(home, tmp_path / "run", method, **settings)
     with pytest.raises(RunError, match=words):
-        export(run, "whole", tmp_path / "whole")
+        export(run, "bundle", tmp_path / "whole")
     assert not (tmp_path / "whole").exists()

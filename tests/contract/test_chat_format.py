@@ -29,7 +29,7 @@ from tiny import CHATML, tiny
 
 CHATS = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}] * 8
 PAIRS = [{"prompt": "hi", "completion": " yo"}] * 8
-TRAINING = {"steps": 60, "batch_size": 8}
+TRAINING = {"max_steps": 60, "batch_size": 8}
 
 
 def make_base(folder: Path, template: Any = CHATML, eos: str = "<|im_end|>") -> Path:
@@ -45,7 +45,7 @@ def make_base(folder: Path, template: Any = CHATML, eos: str = "<|im_end|>") -> 
 
 def train(tmp_path: Path, base: Path, rows: list[Any], method: str = "lora", **settings: Any) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    luthier.train(base=str(base), data=str(tmp_path / "rows.jsonl"), method=method, run=str(tmp_path / "run"), quiet=True,
+    luthier.train(model=str(base), data=str(tmp_path / "rows.jsonl"), method=method, output_dir=str(tmp_path / "run"), quiet=True,
                   **{"optimizer.learning_rate": 0.02, **{f"training.{k}": v for k, v in TRAINING.items()}, **settings})
     return tmp_path / "run"
 
@@ -83,7 +83,7 @@ def test_the_end_of_a_turn_is_trained_saved_and_stopped_at(tmp_path: Path, templ
 def test_a_run_of_documents_keeps_the_bases_own_form(tmp_path: Path) -> None:
     """The control: where no conversation was trained, nothing of their form is written."""
     run = train(tmp_path, make_base(tmp_path / "base", CHATML, "<|endoftext|>"), [{"text": "one two"}] * 8, objective="pretrain",
-                **{"training.steps": 1})
+                **{"training.max_steps": 1})
     assert not (run / "generation_config.json").exists()
     assert AutoTokenizer.from_pretrained(run).eos_token == "<|endoftext|>"
 
@@ -91,7 +91,7 @@ def test_a_run_of_documents_keeps_the_bases_own_form(tmp_path: Path) -> None:
 def test_what_was_said_of_the_template_is_in_the_data_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, template, words in (("a", NOMARK, "no token at the end of a turn"), ("b", None, "has no chat template")):
         (tmp_path / name).mkdir()
-        run = train(tmp_path / name, make_base(tmp_path / name / "base", template, "<|endoftext|>"), CHATS, **{"training.steps": 1})
+        run = train(tmp_path / name, make_base(tmp_path / name / "base", template, "<|endoftext|>"), CHATS, **{"training.max_steps": 1})
         remarks = json.loads((run / "data_report.json").read_text())["parts"]["train"]["remarks"]
         assert [count for remark, count in remarks.items() if words in remark] == [8]
 
@@ -127,11 +127,11 @@ def test_a_token_that_the_embedding_has_no_row_for_is_refused_before_training_an
     tokenizer.add_tokens([AddedToken(f"<new{i}>", special=True, normalized=False) for i in range(20)])
     tokenizer.save_pretrained(base)
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a<new9>b"}]}]
-    said = {"data.chat.control_tokens": "token", "training.steps": 1}
+    said = {"data.chat.control_tokens": "token", "training.max_steps": 1}
     with pytest.raises(BaseError, match=r"rows.jsonl:1: the token '<new9>' has the id 334, .* 325 rows\n.*new_tokens"):
         train(tmp_path, base, rows, **said)
     assert not (tmp_path / "run").exists()
-    assert train(tmp_path, base, rows, method="full", **said, **{"base.structure": {"new_tokens": {"<new9>": "nine"}}}).exists()
+    assert train(tmp_path, base, rows, method="full", **said, **{"model.surgery": {"new_tokens": {"<new9>": "nine"}}}).exists()
 
 
 def test_padding_of_a_table_is_no_data(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from lab import base, logits, stir
 from torch import Tensor
 
 from luthier import assembly
-from luthier.api.merge_adapters import merge_adapters as combine_runs
+from luthier.api.merge_adapters import merge_adapters
 from luthier.api.train import train
 from luthier.assembly.run_io import open_run
 from luthier.cli.main import main
@@ -69,13 +69,13 @@ def far(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("how", ["sum", "concatenation"])
+@pytest.mark.parametrize("how", ["linear", "cat"])
 def test_the_exact_ways_are_the_sum_of_the_changes(name: str, how: str) -> None:
     loras = pair(name)
-    found, told = made(loras, how=how)
+    found, told = made(loras, combination_type=how)
     assert far(found, summed(loras)) < EXACT
     assert told.error == 0
-    other, _ = made(loras[::-1], how=how)  # the weights meet the other adapter
+    other, _ = made(loras[::-1], combination_type=how)  # the weights meet the other adapter
     assert far(other, summed(loras)) > 0.1
 
 
@@ -85,7 +85,7 @@ def test_svd_is_the_closest_of_its_rank_and_says_how_far(kind: str) -> None:
     wanted = summed(loras)
     errors = []
     for rank in (1, 3, 6, 8):
-        found, told = made(loras, kind, how="svd", rank=rank)
+        found, told = made(loras, kind, combination_type="svd", rank=rank)
         u = {n: torch.linalg.svd(t.double(), full_matrices=False) for n, t in wanted.items()}
         best = {n: (a[:, :rank] * s[:rank]) @ v[:rank] for n, (a, s, v) in u.items()}
         assert far(found, best) < EXACT
@@ -101,10 +101,10 @@ def test_the_sum_of_what_one_rank_holds_stays_at_that_rank() -> None:
     lora = pair("alike")[0]
     found = merge_loras([lora, lora], (0.5, 0.25))
     assert found.config.rank == 4
-    assert merge_loras([lora, lora], (0.5, 0.25), "concatenation").config.rank == 8
+    assert merge_loras([lora, lora], (0.5, 0.25), "cat").config.rank == 8
 
 
-@pytest.mark.parametrize(("how", "theirs"), [("sum", "cat"), ("concatenation", "cat"), ("svd", "svd"), ("sum", "svd")])
+@pytest.mark.parametrize(("how", "theirs"), [("linear", "cat"), ("cat", "cat"), ("svd", "svd"), ("linear", "svd")])
 def test_it_is_what_peft_makes_of_the_same_adapters(how: str, theirs: str) -> None:
     peft = pytest.importorskip("peft")
     loras = pair("alike")
@@ -123,13 +123,13 @@ def test_it_is_what_peft_makes_of_the_same_adapters(how: str, theirs: str) -> No
         model.base_model.add_weighted_adapter(["0", "1"], list(WEIGHTS), "rough", combination_type="linear")
         wanted, rough = ({layer.site.name: model.get_submodule(f"base_model.model.{layer.site.name}").get_delta_weight(name)
                           for layer in loras[0].layers} for name in ("sum", "rough"))
-    found, _ = made(loras, how=how, rank=3 if how == "svd" else None)
+    found, _ = made(loras, combination_type=how, rank=3 if how == "svd" else None)
     assert far(found, wanted) < 1e-6  # PEFT keeps the weights in float32
     assert far(found, rough) > 0.1
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"how": "linear"}, "one of: sum, concatenation, svd"), ({"rank": 3}, "only svd"),
+    ({"combination_type": "ties"}, "one of: linear, cat, svd"), ({"rank": 3}, "only svd"),
     ({"how": "svd", "rank": 0}, "at least 1"), ({"weights": (1.0,)}, "one weight for each"),
 ])
 def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
@@ -149,15 +149,15 @@ def test_a_dora_is_refused_with_the_reason() -> None:
 def trained(folder: Path, name: str, **more: Any) -> Path:
     rows = folder / "rows.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i} and {i}?", "completion": str(2 * i)}) + "\n" for i in range(4)))
-    return train(data=str(rows), run=str(folder / name), quiet=True, **{
-        "base.name": str(folder / "base"), "training.steps": 2, "training.batch_size": 4,
-        "optimizer.learning_rate": 1e-2, "evaluate.before": False, **more}).path
+    return train(data=str(rows), output_dir=str(folder / name), quiet=True, **{
+        "model.name_or_path": str(folder / "base"), "training.max_steps": 2, "training.batch_size": 4,
+        "optimizer.learning_rate": 1e-2, "evaluate.before_training": False, **more}).path
 
 
 def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
     one, two = trained(tmp_path, "one"), trained(tmp_path, "two", seed=5, **{"method.rank": 3})
-    words = ["combine", str(one), str(two), "--weights", "0.7", "-0.4", "--out", str(tmp_path / "both"), "--json"]
+    words = ["merge-adapters", str(one), str(two), "--weights", "0.7", "-0.4", "--out", str(tmp_path / "both"), "--json"]
     assert main(words) == 0
     assert json.loads(capsys.readouterr().out) == {"rank": 11, "relative_error": 0}
     import luthier
@@ -166,12 +166,12 @@ def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
         wanted = logits(tuned.family)
     assert (logits(open_run(assembly.Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4
     assert (logits(tuned.family) - wanted).abs().max() > 1e-2
-    assert combine_runs([one, two], tmp_path / "small", weights=WEIGHTS, how="svd", rank=2)["relative_error"] > 0.01
+    assert merge_adapters([one, two], tmp_path / "small", weights=WEIGHTS, combination_type="svd", rank=2)["relative_error"] > 0.01
     with pytest.raises(RunError, match="already holds a run"):
-        combine_runs([one, two], tmp_path / "both")
+        merge_adapters([one, two], tmp_path / "both")
     with pytest.raises(RecipeError, match="only runs of the method lora"):
-        combine_runs([one, trained(tmp_path, "biases", method="bitfit")], tmp_path / "none")
+        merge_adapters([one, trained(tmp_path, "biases", method="bitfit")], tmp_path / "none")
     save_tiny(tmp_path / "other", "llama", seed=1, dtype=torch.float32)
     with pytest.raises(RecipeError, match="runs of one base"):
-        combine_runs([one, trained(tmp_path, "far", **{"base.name": str(tmp_path / "other")})], tmp_path / "none")
+        merge_adapters([one, trained(tmp_path, "far", **{"model.name_or_path": str(tmp_path / "other")})], tmp_path / "none")
     assert not (tmp_path / "none").exists()

@@ -19,7 +19,7 @@ from luthier.core.errors import BaseError
 from luthier.core.protocols import SamplingParams
 from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree
 from luthier.data.packing import build_batch, pack_examples
-from luthier.models import BaseConfig, CausalLM, Encoder, open_family, resolve_name
+from luthier.models import CausalLM, Encoder, ModelConfig, open_family, resolve_name
 from luthier.models.architectures import detect_architecture
 from luthier.models.families.encoder import compute_token_types, read_pooling
 from tiny import ENCODERS, SEP, pair_tokenizer, save_tiny, tiny
@@ -40,8 +40,8 @@ def states(family: Encoder, ids: list[int]) -> torch.Tensor:
         return family.states(Inputs(torch.tensor(ids), torch.arange(len(ids)), SegmentTree((len(ids),), (-1,))))
 
 
-def folder(path: Path) -> BaseConfig:
-    return BaseConfig(name=str(path), dtype="auto", device="cpu")
+def folder(path: Path) -> ModelConfig:
+    return ModelConfig(name_or_path=str(path), dtype="auto", device="cpu")
 
 
 # ---------------------------------------------------------------- rows
@@ -118,8 +118,8 @@ def test_how_a_batch_is_cut_changes_nothing(pooling: str, method: str) -> None:
     family, examples = encoder("bert", pooling=pooling), judged([*documents(), *trees()])
     attached = attach(family, method)
     whole = scored(family, attached, pack_examples(examples, None))
-    for micro_tokens in (1, 40):
-        rows = pack_examples(examples, micro_tokens)
+    for max_tokens in (1, 40):
+        rows = pack_examples(examples, max_tokens)
         assert len(rows) > 1
         assert apart(scored(family, attached, rows), whole) < SAME
     assert apart(scored(family, attached, pack_examples(examples[:-1], None)), whole) > FAR
@@ -364,7 +364,7 @@ def test_real_encoders_load(name: str, pooling: str) -> None:
         resolve_name(name)
     except BaseError as absent:
         pytest.skip(str(absent))
-    family = open_family(BaseConfig(name=name, device="cpu"))
+    family = open_family(ModelConfig(name_or_path=name, device="cpu"))
     assert isinstance(family, Encoder)
     assert (family.layout, family.pooling) == ("packed", pooling)
     texts = ("一只猫坐在垫子上", "垫子上有一只小猫", "股票市场今天下跌") if "zh" in name else (

@@ -151,10 +151,10 @@ def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str) -> None:
     family, examples = base(kind), [*documents(), *trees()]
     attached = attach(family, method)
     whole = measured(family, attached, pack_examples(examples, None))
-    for micro_tokens in (1, 16, 40, 100):
-        rows = pack_examples(examples, micro_tokens)
+    for max_tokens in (1, 16, 40, 100):
+        rows = pack_examples(examples, max_tokens)
         assert apart(measured(family, attached, rows), whole) < SAME
-        if micro_tokens == 1:
+        if max_tokens == 1:
             assert len(rows) == len(examples)
 
     means = [measured(family, attached, [row])["loss"] for row in pack_examples(examples, 1)]

@@ -27,7 +27,7 @@ from luthier.assembly.run_io import save_tuned
 from luthier.cli.main import main
 from luthier.core.errors import BaseError, LuthierError, RunError
 from luthier.core.protocols import SamplingParams
-from luthier.models import BaseConfig, CausalLM
+from luthier.models import CausalLM, ModelConfig
 from luthier.models.gguf import writer as out
 from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, PRETOKENIZERS, get_pretokenizer_name
 from luthier.training.run_folder import Run
@@ -269,7 +269,7 @@ def test_the_command_line_names_the_file(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_heads_have_no_place_in_the_file(tmp_path: Path) -> None:
-    made = assembly.recipe({"base": "smollm2", "data": "-", "objective": "reward"})
+    made = assembly.recipe({"model": "smollm2", "data": "-", "objective": "reward"})
     with pytest.raises(RunError, match="heads of its own"):
         export_gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
     with pytest.raises(RunError, match="heads of its own"):
@@ -311,9 +311,9 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
 @llama
 @pytest.mark.slow
 def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
-    base = load_family(BaseConfig(name="smollm2", device="cpu"))
+    base = load_family(ModelConfig(name_or_path="smollm2", device="cpu"))
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
-    made = assembly.recipe({"base": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
+    made = assembly.recipe({"model": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
     attached = attach(base, "lora", stirred=False, rslora=True)
     stir(attached, 0.01)
     run = Run(tmp_path / "run")

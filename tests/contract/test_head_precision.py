@@ -185,8 +185,8 @@ def home(tmp_path: Path) -> Path:
 
 def test_held_out_rows_are_measured_without_autocast_as_evaluate_does(home: Path) -> None:
     rows = str(home / "rows.jsonl")
-    run = train(base=str(home / "base"), data={"train": rows, "eval": rows, "test": rows}, objective="pretrain",
-                training={"steps": 3, "precision": "bf16"}, run=str(home / "run"), quiet=True)
+    run = train(model=str(home / "base"), data={"train": rows, "eval": rows, "test": rows}, objective="pretrain",
+                training={"max_steps": 3, "precision": "bf16"}, output_dir=str(home / "run"), quiet=True)
     assert run.results["best"]["eval_nll"] == run.results["test"]["nll"]
     assert evaluate(run, quiet=True)["nll"] == pytest.approx(run.results["test"]["nll"], rel=1e-6)
     assert [line["eval_nll"] for line in run.metrics if "eval_nll" in line][-1] == run.results["test"]["nll"]
@@ -194,8 +194,8 @@ def test_held_out_rows_are_measured_without_autocast_as_evaluate_does(home: Path
 
 def test_bits_per_byte_has_the_nats_of_all_that_is_predicted_and_the_bytes_of_the_text(home: Path) -> None:
     rows = str(home / "rows.jsonl")
-    run = train(base=str(home / "base"), data={"train": rows, "test": rows}, objective="pretrain", training={"steps": 1},
-                run=str(home / "run"), quiet=True)
+    run = train(model=str(home / "base"), data={"train": rows, "test": rows}, objective="pretrain", training={"max_steps": 1},
+                output_dir=str(home / "run"), quiet=True)
     model, tokenizer, nats, size = tiny("llama", dtype=torch.float32), tiny_tokenizer(), 0.0, 0
     for line in (home / "rows.jsonl").read_text().splitlines():
         text = json.loads(line)["text"]
@@ -229,13 +229,13 @@ def test_what_is_no_refusal_of_the_model_is_not_taken_for_one(monkeypatch: pytes
 
 def test_padding_in_place_of_packing_is_said(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     rows = str(home / "rows.jsonl")
-    given: dict[str, Any] = {"base": str(home / "base"), "data": rows, "objective": "pretrain", "training": {"steps": 1}}
-    train(**given, run=str(home / "packed"))
+    given: dict[str, Any] = {"model": str(home / "base"), "data": rows, "objective": "pretrain", "training": {"max_steps": 1}}
+    train(**given, output_dir=str(home / "packed"))
     assert "padded row" not in capsys.readouterr().err
     real = attention.packed_attention
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME,
                         lambda module, q, k, v, mask, forest=None, **options: real(module, q, k, v, None, **options))
-    train(**given, run=str(home / "padded"))
+    train(**given, output_dir=str(home / "padded"))
     assert capsys.readouterr().err.count("cannot compute several documents in one row") == 1
 
 

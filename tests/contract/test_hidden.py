@@ -192,9 +192,9 @@ def home(path: Path, kind: str) -> Path:
 
 def recipe(path: Path, **settings: Any) -> dict[str, Any]:
     rows = str(path / "rows.jsonl")
-    return {"base": str(path / "base"), "objective": "pretrain", "data": {"train": rows, "test": rows, "eval": rows},
-            "training": {"steps": 6, "batch_size": 2, "save_every": 2, "keep": 9, "eval_every": 3, "keep_best": False},
-            "optimizer": {"learning_rate": 3e-3, "schedule": "constant"}, "seed": 4, **settings}
+    return {"model": str(path / "base"), "objective": "pretrain", "data": {"train": rows, "test": rows, "eval": rows},
+            "training": {"max_steps": 6, "batch_size": 2, "save_steps": 2, "save_total_limit": 9, "eval_steps": 3, "load_best_model_at_end": False},
+            "optimizer": {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}, "seed": 4, **settings}
 
 
 def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -208,22 +208,22 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
 def test_a_run_learns_resumes_and_opens_again(kind: str, method: str, tmp_path: Path) -> None:
     """With dropout: twice the same to the bit, gone on from step 2 the same to the bit, opened again the same measures."""
     made = recipe(home(tmp_path, kind), method=method)
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     tensors, lines = outcome(run)
     assert run.results["test"]["nll"] < run.results["test_before"]["nll"]
     assert run.results["metric"] == "perplexity"
     assert "bits_per_byte" not in run.results["test"]
-    again = train(made, run=str(tmp_path / "again"), quiet=True)
+    again = train(made, output_dir=str(tmp_path / "again"), quiet=True)
     assert all(torch.equal(tensors[name], other) for name, other in outcome(again)[0].items())
     killed = tmp_path / "killed"
     shutil.copytree(run.path, killed)
     (killed / "README.md").unlink()
     for folder in ("step-4", "step-6"):
         shutil.rmtree(killed / "checkpoints" / folder)
-    gone_on = outcome(train(made, run=str(killed), resume=True, quiet=True))
+    gone_on = outcome(train(made, output_dir=str(killed), resume=True, quiet=True))
     assert all(torch.equal(tensors[name], other) for name, other in gone_on[0].items())
     assert gone_on[1] == lines
-    other = outcome(train({**made, "seed": 5}, run=str(tmp_path / "other"), quiet=True))  # the control
+    other = outcome(train({**made, "seed": 5}, output_dir=str(tmp_path / "other"), quiet=True))  # the control
     assert any(not torch.equal(tensors[name], found) for name, found in other[0].items())
     assert evaluate(run, quiet=True)["nll"] == pytest.approx(run.results["test"]["nll"], rel=1e-5)
 
@@ -231,7 +231,7 @@ def test_a_run_learns_resumes_and_opens_again(kind: str, method: str, tmp_path: 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: str, tmp_path: Path) -> None:
     made = recipe(home(tmp_path, kind), method="full")
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     assert "AutoModelForMaskedLM" in (run.path / "README.md").read_text()
     before, after = load_file(tmp_path / "base" / "model.safetensors"), load_file(run.path / "model.safetensors")
     assert before.keys() == after.keys()
@@ -249,8 +249,8 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
             tmp_path / "base").eval()(input_ids=ids).logits, atol=1e-2)
         assert AutoModel.from_pretrained(run.path)(input_ids=ids).last_hidden_state.shape == (1, 7, 32)
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
-    tuned = train(base=str(run.path), method="lora", objective="classify", data=str(tmp_path / "labels.jsonl"), quiet=True,
-                  run=str(tmp_path / "classify"), training={"steps": 1, "batch_size": 2})
+    tuned = train(model=str(run.path), method="lora", objective="classify", data=str(tmp_path / "labels.jsonl"), quiet=True,
+                  output_dir=str(tmp_path / "classify"), training={"max_steps": 1, "batch_size": 2})
     assert tuned.results["steps"] == 1
     _, bare, _ = open_run(tuned)
     assert bare.structure.head is None  # whoever does not guess words has no head in memory
@@ -258,7 +258,7 @@ def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: st
 
 def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    run = train(recipe(home(tmp_path, "bert"), method="lora"), run=str(tmp_path / "run"), quiet=True)
+    run = train(recipe(home(tmp_path, "bert"), method="lora"), output_dir=str(tmp_path / "run"), quiet=True)
     _, family, _ = open_run(run)
     family.train(False)
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
@@ -273,12 +273,12 @@ def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_path: Path) -> None:
     """The stack has other names without its head; its adapter goes along, there and back."""
-    run = train(recipe(home(tmp_path, kind), method="lora"), run=str(tmp_path / "run"), quiet=True)
+    run = train(recipe(home(tmp_path, kind), method="lora"), output_dir=str(tmp_path / "run"), quiet=True)
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
     row = build_batch(examples("words"))
 
     def states(started: Recipe) -> Tensor:
-        family = load_family(started.base, started.objective.uses_masking)
+        family = load_family(started.model, started.objective.uses_masking)
         init_rl_policy(started, family)
         family.train(False)
         with torch.no_grad():
@@ -288,12 +288,12 @@ def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_pa
     tuned.train(False)
     with torch.no_grad():
         wanted = tuned.forward(row.inputs, row.target, frozenset({"states"})).states
-    made = assembly.recipe({"start": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
-                         "data": str(tmp_path / "labels.jsonl"), "training": {"steps": 1, "batch_size": 2}})
+    made = assembly.recipe({"init_from": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
+                         "data": str(tmp_path / "labels.jsonl"), "training": {"max_steps": 1, "batch_size": 2}})
     assert torch.allclose(states(made), wanted, atol=1e-6)
-    assert not torch.allclose(states(made.model_copy(update={"start": None})), wanted, atol=1e-3)
-    on = train(made, run=str(tmp_path / "on"), quiet=True)
-    back = assembly.recipe({"start": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
+    assert not torch.allclose(states(made.model_copy(update={"init_from": None})), wanted, atol=1e-3)
+    on = train(made, output_dir=str(tmp_path / "on"), quiet=True)
+    back = assembly.recipe({"init_from": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
     assert torch.allclose(states(back), wanted, atol=1e-1)
     assert not torch.equal(states(back), wanted)
 
@@ -311,13 +311,13 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
 
     def refused(kind: type[LuthierError], words: str, **settings: Any) -> None:
         with pytest.raises(kind, match=words):
-            train({**made, **settings}, run=str(tmp_path / "run"), quiet=True)
+            train({**made, **settings}, output_dir=str(tmp_path / "run"), quiet=True)
 
-    refused(BaseError, r"bare'.* its files hold no head for masked words \(there is no cls\.", base=str(tmp_path / "bare"))
-    refused(BaseError, r"t5' has no sentinels", base=str(tmp_path / "t5"))
+    refused(BaseError, r"bare'.* its files hold no head for masked words \(there is no cls\.", model=str(tmp_path / "bare"))
+    refused(BaseError, r"t5' has no sentinels", model=str(tmp_path / "t5"))
     refused(RecipeError, "predicts none", objective="sft")
     refused(RecipeError, r"objective.mean_noise_span_length 5.0: of what .*base' reads", objective={"name": "pretrain", "mean_noise_span_length": 5})
-    refused(RecipeError, r"objective.mlm_probability 0.3: of what .*llama' reads", base=str(tmp_path / "llama"),
+    refused(RecipeError, r"objective.mlm_probability 0.3: of what .*llama' reads", model=str(tmp_path / "llama"),
             objective={"name": "pretrain", "mlm_probability": 0.3})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     refused(DataError, r"reads TextExample\n.*reads them: sft;")

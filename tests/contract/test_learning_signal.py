@@ -44,7 +44,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     def called(rows: list[Any], objective: str, *settings: str) -> Output:
         code = main(["train", "--model", str(base), "--data", jsonl(tmp_path / "rows.jsonl", rows), "--objective", objective,
-                     "--run", "run", "method.rank=2", *settings])
+                     "--output-dir", "run", "method.rank=2", *settings])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return code, out, err
@@ -52,7 +52,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 PROMPTS = [{"prompt": f"say {i}", "reference": str(i)} for i in range(4)]
-ROLLS = ("training.steps=3", "training.batch_size=2", "objective.num_generations=2", "objective.max_new_tokens=3")
+ROLLS = ("training.max_steps=3", "training.batch_size=2", "objective.num_generations=2", "objective.max_new_tokens=3")
 REWARDS = """import random
 dice = random.Random(0)
 def constant(prompts, answers, facts): return [1.0] * len(answers)
@@ -81,7 +81,7 @@ def test_rewards_without_spread_are_told_within_three_rounds(call: Call, tmp_pat
 
 def test_no_gradient_is_told_with_its_likely_reason(call: Call, tmp_path: Path) -> None:
     rows = [{"anchor": f"question {i}", "positive": "the same answer"} for i in range(8)]
-    code, _, err = call(rows, "contrastive", "training.batch_size=1", "training.steps=4")
+    code, _, err = call(rows, "contrastive", "training.batch_size=1", "training.max_steps=4")
     assert code == 0
     assert "nothing can be learned from every batch" in err  # before the first step
     assert "grad_norm is exactly 0 in 3 consecutive steps" in err
@@ -89,14 +89,14 @@ def test_no_gradient_is_told_with_its_likely_reason(call: Call, tmp_path: Path) 
 
 def test_the_healthy_neighbours_are_silent(call: Call) -> None:
     rows = [{"anchor": f"question {i}", "positive": f"answer {i}"} for i in range(8)]
-    code, _, err = call(rows, "contrastive", "training.batch_size=4", "training.steps=4")
+    code, _, err = call(rows, "contrastive", "training.batch_size=4", "training.max_steps=4")
     assert code == 0
     assert "warning" not in err
 
 
 def test_only_one_verdict_is_told(call: Call) -> None:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": True} for i in range(4)]
-    assert "all 4 train rows are desirable" in call(rows, "kto", "training.steps=1")[2]
+    assert "all 4 train rows are desirable" in call(rows, "kto", "training.max_steps=1")[2]
 
 
 def test_a_broken_reward_is_one_error_and_no_run(call: Call, tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
     ({"method": "ln", "optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay"),
     ({"method": "lora", "optimizer": {"weight_decay": 0.1}}, ""), ({"method": ["bitfit", {"name": "lora", "rank": 64}]}, "rank 64")])
 def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[str, Any], words: str) -> None:
-    made = assembly.recipe({"base": str(base), "data": "-", **raw})
-    family = load_family(made.base)
+    made = assembly.recipe({"model": str(base), "data": "-", **raw})
+    family = load_family(made.model)
     lines = find_method_problems(made, family, attach_method(family, made.method, 0))
     assert bool(lines) == bool(words), lines
     assert not words or words in lines[0]
@@ -171,8 +171,8 @@ def test_equal_scores_count_half() -> None:
 
 def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp_path: Path) -> None:
     rows = [{"anchor": a, "positive": p} for a, p in (("a", "one"), ("b", "one"), ("one", "two"))]
-    made = assembly.recipe({"base": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
-    encoded = load_datasets(made, load_family(made.base)).train
+    made = assembly.recipe({"model": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
+    encoded = load_datasets(made, load_family(made.model)).train
     whole = pack_examples(encoded, None)[0].target.text_ids.tolist()
     assert whole[1] == whole[3] == whole[4]
     assert len(set(whole)) == 4
@@ -187,7 +187,7 @@ def test_rows_that_choose_the_checkpoint_are_called_validation(call: Call, tmp_p
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     rows = jsonl(tmp_path / "others.jsonl", CHAT)
     for data, part, other in (("data.eval=0.5", "validation", "test"), (f"data.test={rows}", "test", "validation")):
-        code, out, err = call(CHAT, "sft", "training.steps=1", data, f"run=run-{part}", "method.rank=3")
+        code, out, err = call(CHAT, "sft", "training.max_steps=1", data, f"output_dir=run-{part}", "method.rank=3")
         assert code == 0, err
         results = json.loads((tmp_path / f"run-{part}/results.json").read_text())
         assert results["measured_on"] == part
@@ -200,7 +200,7 @@ def test_rows_that_choose_the_checkpoint_are_called_validation(call: Call, tmp_p
 
 def test_evaluate_tells_refused_rows_as_train_does(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*CHAT[:3], "not json", {"prompt": "q"}, {"prompt": "q", "completion": 5}]
-    code, _, err = call(rows, "sft", "training.steps=1", "data.eval=0.3")
+    code, _, err = call(rows, "sft", "training.max_steps=1", "data.eval=0.3")
     assert code == 0, err
     told = sorted(line.partition(": ")[2] for line in err.splitlines() if " refused: " in line)
     assert len(told) >= 2
@@ -220,5 +220,5 @@ def test_evaluate_tells_refused_rows_as_train_does(call: Call, tmp_path: Path, c
 def test_columns_that_match_nothing_are_told(call: Call) -> None:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
     for columns, there in (("data.columns={system: sys}", True), ("data.columns={prompt: prompt}", False)):
-        _, _, err = call(rows, "sft", "training.steps=1", columns, f"run=run-{there}")
+        _, _, err = call(rows, "sft", "training.max_steps=1", columns, f"output_dir=run-{there}")
         assert ("data.columns names 'sys', which no row has" in err) == there, err

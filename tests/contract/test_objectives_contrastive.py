@@ -287,7 +287,7 @@ def test_recomputed_parts_use_the_same_dropout(name: str, kind: str, settings: d
     assert torch.equal(torch.rand(3), after)
 
 
-def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
+def trained(max_tokens: int, alone: bool = False) -> dict[str, Any]:
     """Weights and metrics after two steps of a contrastive tuning with a learned temperature; `alone`: of one part only."""
     torch.set_num_threads(1)
     objective, examples = OBJECTIVES["contrastive"](learn_temperature=True, symmetric=True), rows("contrastive", "infonce")
@@ -296,7 +296,7 @@ def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
     for i in range(2):
         adam.set_rate(i)
-        batches = pack_examples(examples, micro_tokens)
+        batches = pack_examples(examples, max_tokens)
         stepped = step(family, objective, batches[:1] if alone else batches, adam)
     return {"numbers": stepped.numbers(), "weights": {n: t.clone() for n, t in attached.state().items()}}
 

@@ -11,7 +11,7 @@ import torch
 
 from cases import answers
 from luthier.api.evaluate import evaluate
-from luthier.models import BaseConfig, open_family
+from luthier.models import ModelConfig, open_family
 from tiny import save_tiny
 
 LABELS = [[0, 1], [1, 0, 1], [1, 1, 0, 1], [2, 0, 1]]
@@ -57,7 +57,7 @@ def test_accuracy_equals_scoring_one_answer_at_a_time(shared: object, tmp_path: 
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = evaluate(tmp_path / "base", data=str(tmp_path / "rows.jsonl"), objective="multiple_choice", quiet=True,
                      **{"data.share_prompt": shared})
-    family = open_family(BaseConfig(name=str(tmp_path / "base")))
+    family = open_family(ModelConfig(name_or_path=str(tmp_path / "base")))
     total, right = 0.0, 0
     for row in rows:
         scores = []

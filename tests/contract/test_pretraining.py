@@ -33,7 +33,7 @@ def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict
     family = base(kind)
     attached = attach_method(family, METHODS[method](**settings), 3)
     before = {name: p.detach().clone() for name, p in attached.parameters().items()}
-    optimizer = Optimizer(attached.parameters(), attached.rate, RATE, OptimizerConfig(schedule="constant", warmup=0), steps)
+    optimizer = Optimizer(attached.parameters(), attached.rate, RATE, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), steps)
     for number in range(steps):
         optimizer.set_rate(number)
         step(family, SFT, [build_batch(documents())], optimizer)
@@ -68,13 +68,13 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
     (tmp_path / "field.jsonl").write_text("".join(json.dumps({"text": f"field {i} " * 9}) + "\n" for i in range(3)))
     (tmp_path / "general.jsonl").write_text("".join(json.dumps({"text": f"general {i}"}) + "\n" for i in range(8)))
     raw: dict[str, Any] = {
-        "base": str(tmp_path / "base"), "method": {"name": "full", "embedding_rate": 0.1}, "objective": "pretrain",
+        "model": str(tmp_path / "base"), "method": {"name": "full", "embedding_rate": 0.1}, "objective": "pretrain",
         "data": {"train": [{"path": str(tmp_path / "field.jsonl"), "weight": 2},
                            {"path": str(tmp_path / "general.jsonl"), "weight": 0.5}],
-                 "max_length": 48, "overlong": "split"},
-        "training": {"epochs": 2, "batch_size": 4, "save_every": 2, "keep": 9}, "optimizer": {"learning_rate": 1e-3}}
+                 "max_length": 48, "truncation": "split"},
+        "training": {"num_train_epochs": 2, "batch_size": 4, "save_steps": 2, "save_total_limit": 9}, "optimizer": {"learning_rate": 1e-3}}
     made = assembly.recipe(raw)
-    family = load_family(made.base)
+    family = load_family(made.model)
     found = load_datasets(made, family)
     feed = assembly.build_rl_batch_source(made, family, found, *init_rl_policy(made, family))
     epochs = []
@@ -86,13 +86,13 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
     assert epochs[0] != epochs[1]  # another half
     predicted = sum(len(p.predicted) for one in found.train for p in one.pieces if "field" in one.origin.file)
     assert predicted == sum(len(f"field {i} " * 9) for i in range(3))  # all but the first token, and the end mark
-    run = train(raw, run=str(tmp_path / "run"), quiet=True)
+    run = train(raw, output_dir=str(tmp_path / "run"), quiet=True)
     killed = tmp_path / "killed"
     shutil.copytree(run.path, killed)
     (killed / "README.md").unlink()
     for folder in (killed / "checkpoints").glob("step-*"):
         if int(folder.name[5:]) > 4:
             shutil.rmtree(folder)
-    again = train(raw, run=str(killed), resume=True, quiet=True)
+    again = train(raw, output_dir=str(killed), resume=True, quiet=True)
     one, other = (load_file(path / "model.safetensors") for path in (run.path, again.path))
     assert all(torch.equal(one[name], other[name]) for name in one)

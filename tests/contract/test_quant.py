@@ -16,7 +16,7 @@ from lab import TOKENIZER, apart, attach, digest, documents, logits, measured, s
 from luthier.api.train import count_trainable
 from luthier.core.errors import BaseError, NotMergeable, RecipeError
 from luthier.data.packing import build_batch
-from luthier.models import BaseConfig, CausalLM, quantization
+from luthier.models import CausalLM, ModelConfig, quantization
 from luthier.models.loading import load_model
 from luthier.models.quantization import get_dequantizer, quantize
 from tiny import save_tiny, tiny
@@ -136,7 +136,7 @@ def test_a_product_keeps_nothing_and_a_trained_bias_has_its_gradient(bits: str) 
 def test_a_base_read_from_its_file_is_the_one_quantised_in_memory(bits: str, stored: torch.dtype, tmp_path: Path) -> None:
     """It is exchanged map by map, straight from the mapped file, whatever the file's type."""
     save_tiny(tmp_path / "base", "llama", dtype=stored, intermediate_size=64)
-    model, _ = load_model(BaseConfig(name=str(tmp_path / "base"), quantize=bits))
+    model, _ = load_model(ModelConfig(name_or_path=str(tmp_path / "base"), quantize=bits))
     wanted = tiny("llama", dtype=stored, intermediate_size=64).float()
     quantize(wanted, bits)
     assert model.dtype == model.config.dtype == torch.float32
@@ -236,7 +236,7 @@ def test_a_base_that_would_stay_whole_is_refused(bits: Any, kind: str) -> None:
 @BITS
 def test_an_encoders_own_head_stays_whole(bits: Any, tmp_path: Path) -> None:
     save_tiny(tmp_path, "bert", dtype=torch.float32, words=True)
-    model, _ = load_model(BaseConfig(name=str(tmp_path), quantize=bits, device="cpu"), with_mlm_head=True)
+    model, _ = load_model(ModelConfig(name_or_path=str(tmp_path), quantize=bits, device="cpu"), with_mlm_head=True)
     few = {name for name, module in model.named_modules()
            if "Linear" in type(module).__name__ and type(module) is not torch.nn.Linear}
     assert few

@@ -28,7 +28,7 @@ from tiny import save_tiny
 CASES = [("full", 20), ("lora", None), ("adalora", 20)]  # several micro-batches a step; one, so that a rank has none
 
 
-def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[str, Any]:
+def trained(method: str, max_tokens: int | None, alone: bool = False) -> dict[str, Any]:
     """Weights and metrics after three steps; `alone` breaks the law: every rank keeps to its own gradients."""
     torch.set_num_threads(1)
     family = base("llama")
@@ -36,7 +36,7 @@ def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3, attached.at_update)
     for i in range(3):
         adam.set_rate(i)
-        rows = pack_examples(documents(seed=i), micro_tokens)
+        rows = pack_examples(documents(seed=i), max_tokens)
         stepped = step(family, SFT, rows[:1] if alone else rows, adam)
     return {"numbers": stepped.numbers(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},
             "micro_batches": stepped.micro_batches}
@@ -96,13 +96,13 @@ def test_torchrun_leaves_the_run_of_one_process(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base", "llama")
     rows = [{"prompt": f"Say {word}.", "completion": word * 3} for word in ("one", "two", "three", "four", "five", "six")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = ["--model", "base", "--data", "rows.jsonl", "base.dtype=float64", "data.eval=rows.jsonl", "data.max_length=256",
-                "training.steps=4", "training.batch_size=4", "training.micro_tokens=40", "training.eval_every=2",
-                "training.save_every=1"]
+    settings = ["--model", "base", "--data", "rows.jsonl", "model.dtype=float64", "data.eval=rows.jsonl", "data.max_length=256",
+                "training.max_steps=4", "training.batch_size=4", "training.max_tokens_per_micro_batch=40", "training.eval_steps=2",
+                "training.save_steps=1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(luthier.__file__).parents[1])}
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, launcher in (("alone", []), ("both", several)):
-        done = subprocess.run([sys.executable, *launcher, "-m", "luthier", "train", *settings, f"run={name}"], cwd=tmp_path,
+        done = subprocess.run([sys.executable, *launcher, "-m", "luthier", "train", *settings, f"output_dir={name}"], cwd=tmp_path,
                               env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     alone, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "both"))

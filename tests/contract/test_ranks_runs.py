@@ -94,12 +94,12 @@ def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
 
 
 def grpo(place: Path) -> dict[str, Any]:
-    return watched({"base": str(place / "base"), "method": {"name": "lora", "rank": 2},
+    return watched({"model": str(place / "base"), "method": {"name": "lora", "rank": 2},
                     "data": {"train": str(place / "train.jsonl"), "eval": str(place / "eval.jsonl"), "max_length": 64},
                     "objective": {"name": "grpo", "num_generations": 2, "max_new_tokens": 3, "beta": 0.1,
                                   "reward": {"function": f"{place}/noisy.py:noisy"}},
-                    "training": {"steps": 6, "batch_size": 4, "eval_every": 1, "patience": 4}, "optimizer": {"learning_rate": 0.01},
-                    "evaluate": {"before": False}}, run=str(place / "run"))
+                    "training": {"max_steps": 6, "batch_size": 4, "eval_steps": 1, "early_stopping_patience": 4}, "optimizer": {"learning_rate": 0.01},
+                    "evaluate": {"before_training": False}}, output_dir=str(place / "run"))
 
 
 def test_a_reward_that_is_not_deterministic_is_asked_once_and_leaves_the_ranks_alike(home: Path) -> None:
@@ -144,10 +144,10 @@ def test_the_first_rank_says_which_evaluation_is_the_best(tmp_path: Path) -> Non
 
 def dropped(place: Path) -> list[Any]:
     """A run of four steps with dropout; the same resumed from its second step, and so with the first rank's state."""
-    recipe = {"base": str(place / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.5},
+    recipe = {"model": str(place / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.5},
               "data": {"train": str(place / "train.jsonl"), "max_length": 64}, "optimizer": {"learning_rate": 0.01},
-              "training": {"steps": 4, "batch_size": 4, "micro_tokens": 20, "save_every": 2, "keep": 9}}
-    found = [watched(recipe, run=str(place / "whole"))]
+              "training": {"max_steps": 4, "batch_size": 4, "max_tokens_per_micro_batch": 20, "save_steps": 2, "save_total_limit": 9}}
+    found = [watched(recipe, output_dir=str(place / "whole"))]
     restore = states.restore_rng_state
     for name in ("resumed", "wrong"):
         if process_group.get_rank() == 0:
@@ -157,7 +157,7 @@ def dropped(place: Path) -> list[Any]:
         process_group.barrier()
         if name == "wrong":
             loop.rng.restore = lambda state: restore(process_group.broadcast_object(state))  # type: ignore[assignment]
-        found.append(watched(recipe, run=str(place / name), resume=True))
+        found.append(watched(recipe, output_dir=str(place / name), resume=True))
     loop.rng.restore = restore
     return found
 
@@ -185,7 +185,7 @@ def sixteen(place: Path) -> dict[str, Any]:
     return trained("full", 30, torch.bfloat16)
 
 
-def trained(method: str, micro_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+def trained(method: str, max_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     """The float32 copies of a base in sixteen bits after three steps, and the rounded model."""
     torch.set_num_threads(1)
     family = base("llama", dtype=dtype)
@@ -193,7 +193,7 @@ def trained(method: str, micro_tokens: int, dtype: torch.dtype) -> dict[str, Any
     adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 3)
     for i in range(3):
         adam.set_rate(i)
-        step(family, SFT, pack_examples(documents(seed=i), micro_tokens), adam)
+        step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam)
     return {"copies": {n: p.detach().clone() for n, p in adam.parameters.items()},
             "model": {n: p.detach().clone() for n, p in attached.parameters().items()}}
 

@@ -50,9 +50,9 @@ def recipe(home: Path, objective: str, method: Any, *, once: bool = False, dtype
     said: dict[str, Any] = {"name": objective} | ({"precompute_reference": True} if once else {})
     rows = str(home / ("verdicts.jsonl" if objective == "kto" else "pairs.jsonl"))
     return assembly.recipe({
-        "base": {"name": str(home / "base"), "dtype": dtype}, "method": method, "objective": said,
-        "data": {"train": rows}, "optimizer": {"learning_rate": 0.0003 if method == "full" else 0.003, "schedule": "constant", "warmup": 0},
-        "training": {"epochs": 2, "batch_size": 3, "micro_tokens": 150, "save_every": 4}, "seed": 1}, changes)
+        "model": {"name_or_path": str(home / "base"), "dtype": dtype}, "method": method, "objective": said,
+        "data": {"train": rows}, "optimizer": {"learning_rate": 0.0003 if method == "full" else 0.003, "lr_scheduler_type": "constant", "warmup_ratio": 0},
+        "training": {"num_train_epochs": 2, "batch_size": 3, "max_tokens_per_micro_batch": 150, "save_steps": 4}, "seed": 1}, changes)
 
 
 def gradients(one: Trial) -> dict[str, Tensor]:
@@ -98,8 +98,8 @@ def test_the_gradients_are_the_same(home: Path, tmp_path: Path, objective: str, 
 
 @pytest.mark.usefixtures("double")
 def test_a_run_that_starts_from_a_run_asks_that_one(home: Path, tmp_path: Path) -> None:
-    first = train(recipe(home, "orpo", "lora"), run=str(tmp_path / "first"), quiet=True)
-    live, once = (Trial(recipe(home, "dpo", "lora", once=once, start=str(first.path)), tmp_path) for once in (False, True))
+    first = train(recipe(home, "orpo", "lora"), output_dir=str(tmp_path / "first"), quiet=True)
+    live, once = (Trial(recipe(home, "dpo", "lora", once=once, init_from=str(first.path)), tmp_path) for once in (False, True))
     bare = Trial(recipe(home, "dpo", "lora", once=True), tmp_path)
     assert apart(gradients(once), gradients(live)) < TOLERANCE
     told, other = (one.feed.encoded[0].precomputed["reference_logps"] for one in (once, bare))
@@ -147,7 +147,7 @@ def test_a_full_run_says_what_its_reference_costs(home: Path, tmp_path: Path, on
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     rows = str(home / "pairs.jsonl")
     made = recipe(home, "dpo", "full", once=once, dtype="float32", **{"data.eval": rows, "data.test": rows})
-    run = train(made, run=str(tmp_path / "run"))
+    run = train(made, output_dir=str(tmp_path / "run"))
     said = capsys.readouterr().err
     count = int(run.results["parameters"])
     sentence = f"full keeps a copy of the {count:,} weights that it trains ({count * 4 / 1e9:.3g} GB)"
@@ -162,16 +162,16 @@ def test_held_out_rows_are_asked_about_as_they_are_measured(home: Path, tmp_path
     """Mixed precision is for training alone: before it, the model is its own reference to the last bit."""
     rows = str(home / "pairs.jsonl")
     made = recipe(home, "dpo", "lora", once=True, dtype="float32", **{"data.test": rows, "training.precision": precision})
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     assert run.results["test_before"]["rewards/margins"] == 0
 
 
 def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Path, tmp_path: Path) -> None:
-    family = load_family(assembly.BaseConfig(name=str(home / "base")))
+    family = load_family(assembly.ModelConfig(name_or_path=str(home / "base")))
     for name in METHODS:
-        made = assembly.recipe({"base": str(home / "base"), "data": "-", "method": name, "objective": {
+        made = assembly.recipe({"model": str(home / "base"), "data": "-", "method": name, "objective": {
             "name": "ppo", "critic": "adapter", "reward": "length"}})
-        inside = attach_method(load_family(made.base), made.method, 0).scope is None
+        inside = attach_method(load_family(made.model), made.method, 0).scope is None
         if not inside:
             fitting(made, family)
             continue
@@ -182,4 +182,4 @@ def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Pa
 
 def test_rows_that_are_streamed_cannot_be_asked_about_once(home: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="streaming"):
-        Trial(recipe(home, "dpo", "lora", once=True, **{"data.streaming": True, "training.steps": 2}), tmp_path)
+        Trial(recipe(home, "dpo", "lora", once=True, **{"data.streaming": True, "training.max_steps": 2}), tmp_path)

@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has none of its parent's threads, and their number changes the last bits
-    train(recipe(folder), run=str(folder / "whole"), quiet=True)  # here, so that all that is imported late is there too
+    train(recipe(folder), output_dir=str(folder / "whole"), quiet=True)  # here, so that all that is imported late is there too
     yield folder
     torch.set_num_threads(threads)
 
@@ -56,11 +56,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def recipe(folder: Path) -> dict[str, Any]:
     """Three epochs of four steps, each of several micro-batches; dropout, so that the random state matters."""
     return {
-        "base": str(folder / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.3},
+        "model": str(folder / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.3},
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"),
                  "max_length": 96, "shuffle": True},
-        "training": {"epochs": 3, "batch_size": 4, "micro_tokens": 100, "save_every": SAVE_EVERY, "eval_every": 3,
-                     "keep_best": True},
+        "training": {"num_train_epochs": 3, "batch_size": 4, "max_tokens_per_micro_batch": 100, "save_steps": SAVE_EVERY, "eval_steps": 3,
+                     "load_best_model_at_end": True},
         "optimizer": {"learning_rate": 0.05}, "evaluate": {"metrics": ["exact"], "max_new_tokens": 2}, "seed": 5}
 
 
@@ -101,7 +101,7 @@ def mortal(owner: Any, name: str, survive: int) -> None:
 def begin(home: Path, folder: Path, before: Callable[[], None] = lambda: None, **named: Any) -> int:
     def work() -> None:
         before()
-        train(recipe(home), run=str(folder), quiet=True, **named)
+        train(recipe(home), output_dir=str(folder), quiet=True, **named)
     return within(work)
 
 
@@ -197,7 +197,7 @@ def test_killed_at_random_moments_it_ends_the_same(home: Path, tmp_path: Path) -
 
 
 def test_a_stream_goes_on_too(home: Path, tmp_path: Path) -> None:
-    settings = {"data.streaming": True, "training.steps": 7}
+    settings = {"data.streaming": True, "training.max_steps": 7}
     assert begin(home, tmp_path / "whole", **settings) == 0
     assert begin(home, tmp_path / "run", lambda: mortal(loop, "step", 5), **settings) == -signal.SIGKILL
     assert begin(home, tmp_path / "run", resume=True, **settings) == 0
@@ -238,7 +238,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_used(home: Path, tmp_pa
     spoilt[-1] ^= 1
     file.write_bytes(spoilt)
     capfd.readouterr()
-    assert within(lambda: train(recipe(home), run=str(folder), resume=True)) == 0
+    assert within(lambda: train(recipe(home), output_dir=str(folder), resume=True)) == 0
     said = capfd.readouterr().err
     assert f"step-{newest} is damaged: optimizer.safetensors has changed" in said
     assert f"step-{before} is used instead" in said
@@ -252,7 +252,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(home: Path, tmp_path: Path, 
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "update", lambda self, step, **_: os.kill(os.getpid(), number) if step == 4 else None)
         with pytest.raises(Interrupted, match=f"{number.name} at step 5") as caught:
-            train(recipe(home), run=str(folder), quiet=True)
+            train(recipe(home), output_dir=str(folder), quiet=True)
     assert caught.value.exit_code == 128 + number
     assert str(folder) in caught.value.remedy
     assert (folder / "checkpoints/step-5").is_dir()
@@ -262,8 +262,8 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(home: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"training.epochs": 4}, ["training.epochs: 3.0, now 4.0"]),
-    ({"training.steps": 20}, ["training.steps: None, now 20"]),
+    ({"training.num_train_epochs": 4}, ["training.num_train_epochs: 3.0, now 4.0"]),
+    ({"training.max_steps": 20}, ["training.max_steps: None, now 20"]),
     ({"optimizer.learning_rate": 0.01, "method.rank": 3}, ["optimizer.learning_rate: 0.05, now 0.01", "method.rank: 2, now 3"]),
     ({"data.train": "other.jsonl"}, ["data.train", "other.jsonl"]),
     ({"method": "full"}, ["method.name: 'lora', now 'full'"]),
@@ -275,7 +275,7 @@ def test_another_recipe_is_refused(home: Path, tmp_path: Path, settings: dict[st
         assert begin(home, folder, lambda: mortal(loop, "step", 5)) == -signal.SIGKILL
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(RunError, match="started with another recipe") as caught:
-        train(recipe(home), run=str(folder), resume=True, quiet=True, **settings)
+        train(recipe(home), output_dir=str(folder), resume=True, quiet=True, **settings)
     for part in words:
         assert part in caught.value.what
     assert f"--resume {folder}" in caught.value.remedy
@@ -285,7 +285,7 @@ def test_another_recipe_is_refused(home: Path, tmp_path: Path, settings: dict[st
 def test_other_rows_in_the_same_file_are_refused(home: Path, tmp_path: Path) -> None:
     rows = tmp_path / "train.jsonl"
     rows.write_bytes((home / "train.jsonl").read_bytes())
-    words = {"data.train": str(rows), "run": str(tmp_path / "run"), "quiet": True}
+    words = {"data.train": str(rows), "output_dir": str(tmp_path / "run"), "quiet": True}
 
     def work() -> None:
         mortal(loop, "step", 5)
@@ -299,7 +299,7 @@ def test_other_rows_in_the_same_file_are_refused(home: Path, tmp_path: Path) -> 
 def test_what_decides_nothing_may_change(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert begin(home, folder, lambda: mortal(loop, "step", 5)) == -signal.SIGKILL
-    assert begin(home, folder, resume=True, **{"training.save_every": 5, "training.keep": 4, "evaluate.limit": 2}) == 0
+    assert begin(home, folder, resume=True, **{"training.save_steps": 5, "training.save_total_limit": 4, "evaluate.max_samples": 2}) == 0
     assert equal(home / "whole", folder)
     assert (folder / "checkpoints/step-10").is_dir()
 
@@ -349,15 +349,15 @@ def test_the_best_weights_damaged_at_the_end_can_be_done_without(home: Path, tmp
     assert main(words) == 2
     error = capsys.readouterr().err
     assert f"step-{best} is damaged: method.safetensors is missing" in error
-    assert " ".join([*words[:-1], "training.keep_best=false"]) in error
-    assert main([*words, "training.keep_best=false"]) == 0
+    assert " ".join([*words[:-1], "training.load_best_model_at_end=false"]) in error
+    assert main([*words, "training.load_best_model_at_end=false"]) == 0
     last = checkpoint.find_latest(folder / "checkpoints")[0].tensors["method"]
     assert all(torch.equal(tensor, last[name]) for name, tensor in load_file(folder / "adapter_model.safetensors").items())
 
 
 def test_a_run_that_stopped_early_stays_stopped(home: Path, tmp_path: Path) -> None:
     """Killed after its patience ended but before it was finished, it does not train on."""
-    folder, stopped = tmp_path / "run", {"training.patience": 1, "training.eval_every": 1, "optimizer.learning_rate": 0.9}
+    folder, stopped = tmp_path / "run", {"training.early_stopping_patience": 1, "training.eval_steps": 1, "optimizer.learning_rate": 0.9}
     begin(home, tmp_path / "whole", **stopped)
     steps = Run(tmp_path / "whole").results["steps"]
     assert steps < STEPS
@@ -380,5 +380,5 @@ def test_random_states_that_fit_nothing_here_are_told(home: Path, tmp_path: Path
     capfd.readouterr()
     if torch.cuda.is_available():
         pytest.skip("this machine has a place for them")
-    assert within(lambda: train(recipe(home), run=str(folder), resume=True)) == 0
+    assert within(lambda: train(recipe(home), output_dir=str(folder), resume=True)) == 0
     assert "warning: random states of 99 CUDA devices were saved and 0 are here" in capfd.readouterr().err

@@ -160,7 +160,7 @@ def test_every_token_has_the_advantage_of_its_own_answer(micro: int) -> None:
     """Each answer's reward is another number, so that its advantage tells whose it is."""
     objective = GrpoConfig(num_generations=3, max_new_tokens=4, advantage_estimator="dr_grpo")
     rolled = feed(objective, 4, ENDS, reward=lambda answers: [float(i * i) for i in range(len(answers))])
-    rolled.micro_tokens = micro
+    rolled.max_tokens = micro
     seen: dict[int, list[tuple[float, float]]] = {}
     for each in next(rolled):
         for item, label in enumerate(each.target.labels.tolist()):

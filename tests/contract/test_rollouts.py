@@ -227,7 +227,7 @@ def learn(objective: Any, seed: int, steps: int, rate: float = 0.05, **settings:
     family, attached = set_up(objective, seed=seed, stirred=False, dtype=torch.float32, num_hidden_layers=1,
                               vocab_size=88, initializer_range=0.3, eos_token_id=None)
     feed = rolls(objective, family, attached, seed, **settings)
-    optimizer = Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(schedule="constant", warmup=0.0),
+    optimizer = Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.0),
                           steps)
     said = []
     family.train(True)
@@ -289,12 +289,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(home: Path, name: str, **objective: Any) -> dict[str, Any]:
-    return {"base": str(home / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.2},
+    return {"model": str(home / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.2},
             "data": {"train": str(home / "prompts.jsonl"), "eval": str(home / "held.jsonl")},
             "objective": {"name": name, "reward": "length", "num_generations": 2, "max_new_tokens": 4, **objective},
-            "training": {"steps": 9, "batch_size": 2, "micro_tokens": 60, "save_every": 1, "keep": 20,
-                         "eval_every": 4, "keep_best": False},
-            "optimizer": {"learning_rate": 0.01}, "evaluate": {"before": False}, "seed": 5}
+            "training": {"max_steps": 9, "batch_size": 2, "max_tokens_per_micro_batch": 60, "save_steps": 1, "save_total_limit": 20,
+                         "eval_steps": 4, "load_best_model_at_end": False},
+            "optimizer": {"learning_rate": 0.01}, "evaluate": {"before_training": False}, "seed": 5}
 
 
 def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
@@ -306,8 +306,8 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
 @pytest.mark.parametrize("method", ["bitfit", "ln", "prefix", ["bitfit", {"name": "lora", "rank": 2}]], ids=str)
 def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None:
     made = recipe(home, "ppo", kl_coef=0.1) | {"method": method}
-    made["training"] |= {"steps": 2, "keep": 1}
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    made["training"] |= {"max_steps": 2, "save_total_limit": 1}
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     assert all("kl" in line for line in run.metrics if "reward" in line)
     _, family, _ = open_run(run)  # what was saved is the policy alone, and fits
     assert not family.heads.parameters()
@@ -317,7 +317,7 @@ def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None
     ("ppo", {"num_ppo_epochs": 2, "num_mini_batches": 2, "adaptive_kl_target": 0.5}), ("grpo", {"num_iterations": 2, "beta": 0.1}), ("grpo", {})])
 def test_a_resumed_run_ends_with_the_same_bits(home: Path, tmp_path: Path, name: str, settings: dict[str, Any]) -> None:
     made = recipe(home, name, **settings)
-    whole = train(made, run=str(tmp_path / "whole"), quiet=True)
+    whole = train(made, output_dir=str(tmp_path / "whole"), quiet=True)
     tensors, lines, samples = outcome(whole)
     assert any("eval_reward" in line for line in lines)
     assert samples.count("\n") >= 4
@@ -329,21 +329,21 @@ def test_a_resumed_run_ends_with_the_same_bits(home: Path, tmp_path: Path, name:
         for folder in (killed / "checkpoints").glob("step-*"):
             if int(folder.name[5:]) > at:
                 shutil.rmtree(folder)
-        again = outcome(train(made, run=str(killed), resume=True, quiet=True))
+        again = outcome(train(made, output_dir=str(killed), resume=True, quiet=True))
         assert all(torch.equal(again[0][key], tensors[key]) for key in tensors), at
         assert again[1:] == (lines, samples), at
 
 
 def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> None:
-    reward = train({"base": str(home / "base"), "method": {"name": "lora", "rank": 2}, "objective": "reward",
-                    "data": str(home / "pairs.jsonl"), "training": {"steps": 6, "batch_size": 6},
-                    "optimizer": {"learning_rate": 0.01}, "run": str(tmp_path / "reward")}, quiet=True)
-    start = train({"base": str(home / "base"), "method": {"name": "lora", "rank": 3}, "objective": "sft",
-                   "data": str(home / "sft.jsonl"), "training": {"steps": 6, "batch_size": 6},
-                   "optimizer": {"learning_rate": 0.01}, "run": str(tmp_path / "sft")}, quiet=True)
+    reward = train({"model": str(home / "base"), "method": {"name": "lora", "rank": 2}, "objective": "reward",
+                    "data": str(home / "pairs.jsonl"), "training": {"max_steps": 6, "batch_size": 6},
+                    "optimizer": {"learning_rate": 0.01}, "output_dir": str(tmp_path / "reward")}, quiet=True)
+    start = train({"model": str(home / "base"), "method": {"name": "lora", "rank": 3}, "objective": "sft",
+                   "data": str(home / "sft.jsonl"), "training": {"max_steps": 6, "batch_size": 6},
+                   "optimizer": {"learning_rate": 0.01}, "output_dir": str(tmp_path / "sft")}, quiet=True)
     raw = recipe(home, "ppo", reward={"model": str(reward.path)}, kl_coef=0.1)
-    made = assembly.recipe({key: raw[key] for key in raw if key not in ("base", "method")} | {"start": str(start.path)})
-    family = load_family(made.base)
+    made = assembly.recipe({key: raw[key] for key in raw if key not in ("model", "method")} | {"init_from": str(start.path)})
+    family = load_family(made.model)
     assert isinstance(family, CausalLM)
     found = load_datasets(made, family)
     attached, reference = init_rl_policy(made, family)
@@ -382,11 +382,11 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
 
 def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path, tmp_path: Path) -> None:
     save_tiny(tmp_path / "other", "gpt2", seed=8, dtype=torch.float32)
-    reward = train({"base": str(tmp_path / "other"), "method": "lora", "objective": "reward",
-                    "data": str(home / "pairs.jsonl"), "training": {"steps": 1, "batch_size": 4},
-                    "run": str(tmp_path / "reward")}, quiet=True)
+    reward = train({"model": str(tmp_path / "other"), "method": "lora", "objective": "reward",
+                    "data": str(home / "pairs.jsonl"), "training": {"max_steps": 1, "batch_size": 4},
+                    "output_dir": str(tmp_path / "reward")}, quiet=True)
     made = assembly.recipe(recipe(home, "grpo", reward={"model": str(reward.path)}))
-    family = load_family(made.base)
+    family = load_family(made.model)
     found = load_datasets(made, family)
     warned: list[str] = []
     feed = assembly.build_rl_batch_source(made, family, found, *init_rl_policy(made, family), None, warned.append)
@@ -398,7 +398,7 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
     made = assembly.recipe(recipe(home, "ppo", critic="adapter", kl_coef=0.1, vf_coef=1.0))
     found: list[dict[str, Tensor]] = []
     for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the bank stands elsewhere
-        family = load_family(made.base)
+        family = load_family(made.model)
         assert isinstance(family, CausalLM)
         data = load_datasets(made, family)
         attached, reference = init_rl_policy(made, family)
@@ -429,8 +429,8 @@ def feed_of(made: Any, family: Any, data: Any, attached: Any, reference: Any) ->
 
 def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> None:
     made = recipe(home, "ppo", critic="adapter")
-    made["training"] |= {"steps": 3}
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    made["training"] |= {"max_steps": 3}
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     tensors = load_file(run.path / "adapter_model.safetensors")
     assert tensors
     assert not any("critic" in name or "value" in name for name in tensors)
@@ -459,14 +459,14 @@ def test_a_recipe_that_cannot_be_is_refused(home: Path, tmp_path: Path, change: 
 
 def test_a_reward_that_lacks_its_fact_names_the_prompt(home: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"prompts.jsonl.*'reference'"):
-        train(recipe(home, "grpo", reward="number"), run=str(tmp_path / "run"), quiet=True)
+        train(recipe(home, "grpo", reward="number"), output_dir=str(tmp_path / "run"), quiet=True)
 
 
 def test_a_full_policy_trains_with_a_copy_of_its_base(home: Path, tmp_path: Path) -> None:
     made = recipe(home, "ppo", kl_coef=0.1) | {"method": "full"}
-    made["training"] |= {"steps": 3, "keep": 1}
+    made["training"] |= {"max_steps": 3, "save_total_limit": 1}
     made["optimizer"] = {"learning_rate": 0.001}
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     rounds = [line for line in run.metrics if "kl" in line]
     assert abs(rounds[0]["kl"]) < 1e-4
     assert abs(rounds[-1]["kl"]) > 1e-4

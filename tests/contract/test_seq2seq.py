@@ -116,8 +116,8 @@ def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str, monkeypatch:
     family, examples = base(kind), [*pairs(), forest()]
     attached = attach(family, method)
     whole = measured(family, attached, pack_examples(examples, None))
-    for micro_tokens in (1, 40, 90):
-        rows = pack_examples(examples, micro_tokens)
+    for max_tokens in (1, 40, 90):
+        rows = pack_examples(examples, max_tokens)
         assert len(rows) > 1
         assert apart(measured(family, attached, rows), whole) < SAME
     monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1e9)

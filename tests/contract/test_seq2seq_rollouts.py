@@ -129,7 +129,7 @@ def test_a_countable_reward_rises(objective: Any) -> None:
     with torch.no_grad():
         family.model.lm_head.weight[88:] *= 0.05  # a few likely words, among them the eight that pay
     feed = rolls(objective, family, attached)
-    optimizer = Optimizer(attached.parameters(), attached.rate, 0.05, OptimizerConfig(schedule="constant", warmup=0.0), 40)
+    optimizer = Optimizer(attached.parameters(), attached.rate, 0.05, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.0), 40)
     family.train(True)
     said = []
     for number in range(40 if objective.name == "ppo" else 20):
@@ -150,17 +150,17 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
             "prompts": [{"prompt": f"q{i}:"} for i in range(4)]}
     for name, found in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    common: dict[str, Any] = {"base": str(tmp_path / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.0},
-                              "training": {"steps": 6, "batch_size": 3}, "optimizer": {"learning_rate": 0.01}}
-    sft = train({**common, "data": str(tmp_path / "sft.jsonl"), "run": str(tmp_path / "sft")}, quiet=True)
+    common: dict[str, Any] = {"model": str(tmp_path / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.0},
+                              "training": {"max_steps": 6, "batch_size": 3}, "optimizer": {"learning_rate": 0.01}}
+    sft = train({**common, "data": str(tmp_path / "sft.jsonl"), "output_dir": str(tmp_path / "sft")}, quiet=True)
     judge = train({**common, "objective": "reward", "data": str(tmp_path / "pairs.jsonl"),
-                   "run": str(tmp_path / "reward")}, quiet=True)
-    made = assembly.recipe({"start": str(sft.path), "seed": 3,
+                   "output_dir": str(tmp_path / "reward")}, quiet=True)
+    made = assembly.recipe({"init_from": str(sft.path), "seed": 3,
                          "objective": {"name": "ppo", "reward": {"model": str(judge.path)}, "kl_coef": 0.1,
                                        "critic": "adapter", "answers": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
-                         "training": {"steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
-    family = load_family(made.base)
+                         "training": {"max_steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
+    family = load_family(made.model)
     found = load_datasets(made, family)
     attached, reference = init_rl_policy(made, family)
     warned: list[str] = []
@@ -187,7 +187,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     assert bare is not None
     assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     assert run.results["metric"] == "reward"
     standing = assembly.evaluate_policies(run)
     assert standing["start"]["kl"] == pytest.approx(0, abs=1e-4)
@@ -199,9 +199,9 @@ def test_a_prompt_may_fill_the_source(tmp_path: Path) -> None:
     t5("gated", torch.float32).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "p" * n}) + "\n" for n in (3, 7, 8)))
-    made = assembly.recipe({"base": str(tmp_path / "base"), "objective": {
+    made = assembly.recipe({"model": str(tmp_path / "base"), "objective": {
         "name": "grpo", "reward": f"{Path(__file__).parents[1] / 'trials.py'}:{vowels.__name__}", "max_new_tokens": 6},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "max_length": 8}})
-    found = load_datasets(made, load_family(made.base))
+    found = load_datasets(made, load_family(made.model))
     assert [one.tokens for one in found.train] == [4, 8]
     assert found.report.parts["train"].reasons == {"longer than max_length": 1}

@@ -74,10 +74,10 @@ def test_each_of_the_two_has_max_length_to_itself() -> None:
     (found,) = encoded(ROW, max_length=4)
     assert [spelt(piece.ids) for piece in found.pieces] == ["say$", " twi"]
     assert found.bytes == 4
-    refused = encoded(ROW, max_length=6, overlong="refuse")
+    refused = encoded(ROW, max_length=6, truncation="refuse")
     assert refused.reason == "longer than max_length"
     assert "source" in refused.detail
-    assert len(encoded(ROW, max_length=7, overlong="refuse")) == 1
+    assert len(encoded(ROW, max_length=7, truncation="refuse")) == 1
 
 
 def test_a_chat_is_asked_up_to_the_first_answer() -> None:
@@ -91,7 +91,7 @@ def test_what_asks_nothing_is_refused() -> None:
     for example in (TextExample("only text", Origin("lab", 1)), CompletionExample(" ", "an answer", Origin("lab", 1))):
         assert encoded(example).reason == "nothing is asked"
     chat = ChatExample((Message("user", "Hi"), Message("assistant", "Ho")), Origin("lab", 1))
-    assert encoded(chat, train_on="all").reason == "nothing is asked"
+    assert encoded(chat, loss_on="all").reason == "nothing is asked"
 
 
 def test_answers_that_are_compared_share_their_source() -> None:
@@ -122,11 +122,11 @@ def test_a_run_learns_a_task_and_opens_again(method: str, tmp_path: Path) -> Non
     tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"prompt": f"{word}:", "completion": word[0] * 2} for word in ("apple", "berry", "cherry", "date")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = luthier.train(base={"name": str(tmp_path / "base"), "dtype": "float64"}, method=method, quiet=True,
-                        run=str(tmp_path / "run"),
+    run = luthier.train(model={"name_or_path": str(tmp_path / "base"), "dtype": "float64"}, method=method, quiet=True,
+                        output_dir=str(tmp_path / "run"),
                         data={"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl")},
                         optimizer={"learning_rate": 3e-2 if method == "lora" else 1e-2},
-                        training={"steps": 24, "batch_size": 4, "micro_tokens": 30},
+                        training={"max_steps": 24, "batch_size": 4, "max_tokens_per_micro_batch": 30},
                         evaluate={"metrics": "exact", "max_new_tokens": 4})
     assert run.results["before"] == 0.0
     assert run.results["after"] == 1.0

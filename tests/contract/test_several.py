@@ -101,7 +101,7 @@ def test_parts_that_no_file_could_hold_are_refused(parts: Any, words: str) -> No
 
 
 def rates(found: Any, peak: float) -> dict[str, float]:
-    adam = Optimizer(found.parameters(), found.rate, peak, OptimizerConfig(schedule="constant", warmup=0), 3)
+    adam = Optimizer(found.parameters(), found.rate, peak, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 3)
     adam.set_rate(0)
     by_parameter = {id(p): group["lr"] for group in adam.adam.param_groups for p in group["params"]}
     return {name: by_parameter[id(p)] for name, p in found.parameters().items()}
@@ -192,9 +192,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def trained(folder: Path, name: str, **more: Any) -> Run:
-    given = {"base.name": str(folder / "base"), **more} if "start" not in more else more
-    return train(data=str(folder / "rows.jsonl"), run=str(folder / name), quiet=True, **{
-        "training.steps": 2, "training.batch_size": 4, "optimizer.learning_rate": 1e-2, "evaluate.before": False, **given})
+    given = {"model.name_or_path": str(folder / "base"), **more} if "init_from" not in more else more
+    return train(data=str(folder / "rows.jsonl"), output_dir=str(folder / name), quiet=True, **{
+        "training.max_steps": 2, "training.batch_size": 4, "optimizer.learning_rate": 1e-2, "evaluate.before_training": False, **given})
 
 
 def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Path) -> None:
@@ -222,10 +222,10 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
 def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, method: Any) -> None:
     first = trained(folder, "first", method=method)
     wanted = logits(open_run(first)[1])
-    made = assembly.recipe({"data": str(folder / "rows.jsonl"), "start": str(first.path)})
+    made = assembly.recipe({"data": str(folder / "rows.jsonl"), "init_from": str(first.path)})
     assert made.method == Recipe.parse(first.recipe).method
-    assert made.base.name == str(folder / "base")
-    family = load_family(made.base)
+    assert made.model.name_or_path == str(folder / "base")
+    family = load_family(made.model)
     bare = logits(family)
     policy, reference = init_rl_policy(made, family)
     assert torch.equal(logits(family), wanted)
@@ -245,7 +245,7 @@ def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, m
 
 def test_a_started_run_goes_on_from_there_and_stands_alone(folder: Path) -> None:
     first = trained(folder, "first", method=LORA)
-    second = trained(folder, "second", start=str(first.path))
+    second = trained(folder, "second", init_from=str(first.path))
     before, after = (load_file(run.path / "adapter_model.safetensors") for run in (first, second))
     assert before.keys() == after.keys()
     assert apart(after, before) > 1e-3
@@ -267,15 +267,15 @@ def test_a_started_run_goes_on_from_there_and_stands_alone(folder: Path) -> None
 def test_a_start_that_does_not_fit_is_refused_with_a_remedy(folder: Path) -> None:
     first = trained(folder, "first", method=LORA)
     with pytest.raises(RecipeError, match=r"method\.rank: 4, now 8") as caught:
-        trained(folder, "second", start=str(first.path), method="lora")
+        trained(folder, "second", init_from=str(first.path), method="lora")
     assert "leave base and method out" in caught.value.remedy
     save_tiny(folder / "other", "llama", seed=1, dtype=torch.float32)
     with pytest.raises(RecipeError, match=r"base\.name"):
-        trained(folder, "third", start=str(first.path), **{"base.name": str(folder / "other")})
+        trained(folder, "third", init_from=str(first.path), **{"model.name_or_path": str(folder / "other")})
     whole = trained(folder, "whole", method="full")
     with pytest.raises(RecipeError, match="holds a whole model") as caught:
-        trained(folder, "fourth", start=str(whole.path))
-    assert f"base.name={whole.path}" in caught.value.remedy
+        trained(folder, "fourth", init_from=str(whole.path))
+    assert f"model.name_or_path={whole.path}" in caught.value.remedy
 
 
 # ---------------------------------------------------------------- several runs in one process

@@ -57,7 +57,7 @@ def outcome(model: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
 def saved(family: CausalLM, attached: Any, place: Path, origin: Path, method: Any) -> Run:
     """A run folder's adapter, as `train` writes it, without a recipe."""
     place.mkdir()
-    save_tuned(Run(place), assembly.recipe({"base": str(origin), "data": "-", "method": method}), family, attached)
+    save_tuned(Run(place), assembly.recipe({"model": str(origin), "data": "-", "method": method}), family, attached)
     return Run(place)
 
 
@@ -377,7 +377,7 @@ def test_a_run_opens_again_with_and_without_its_recipe(name: str, settings: dict
     attached = attach(family, name, **settings)
     run = saved(family, attached, tmp_path / "run", origin, {"name": name, **settings})
     if recipe:
-        run.begin(assembly.dump(assembly.recipe({"base": str(origin), "data": "-", "method": {"name": name, **settings}})), {})
+        run.begin(assembly.dump(assembly.recipe({"model": str(origin), "data": "-", "method": {"name": name, **settings}})), {})
     made, again, method = open_run(run)
     assert made.method.name == name
     assert torch.equal(logits(again), logits(family))
@@ -406,7 +406,7 @@ def test_bitfit_and_lora_are_one_method_together() -> None:
     start = {n: p.detach().clone() for n, p in attached.parameters().items()}
     assert any("bitfit" in n for n in start)
     assert any("lora_A" in n for n in start)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(warmup=0), 4)
+    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(warmup_ratio=0), 4)
     for i in range(3):
         adam.set_rate(i)
         step(family, SFT, [build_batch(documents())], adam)

@@ -23,7 +23,7 @@ from luthier.training.loop import TrainingConfig, TrainJob, run_training_loop
 from luthier.training.optimizer import Optimizer, OptimizerConfig, compute_lr_factor
 from luthier.training.step import compute_reference_logps, evaluate_batches, forward_objective, step
 
-PLAIN = {"clip": None, "warmup": 0.0, "schedule": "constant"}
+PLAIN = {"max_grad_norm": None, "warmup_ratio": 0.0, "lr_scheduler_type": "constant"}
 STILL = 1e-30  # a learning rate at which nothing moves
 
 
@@ -84,7 +84,7 @@ def test_a_step_updates_with_the_clipped_gradient() -> None:
         family = base("llama")
         attached = attach(family, "lora")
         before = {name: p.detach().clone() for name, p in attached.parameters().items()}
-        step(family, SFT, rows(), optimizer(attached, 1.0, clip=limit, epsilon=1e4))
+        step(family, SFT, rows(), optimizer(attached, 1.0, max_grad_norm=limit, adam_epsilon=1e4))
         moved.append(sum(float((p - before[n]).square().sum()) for n, p in attached.parameters().items()) ** 0.5)
     family = base("llama")
     norm = step(family, SFT, rows(), optimizer(attach(family, "lora"), STILL)).numbers()["grad_norm"]
@@ -179,7 +179,7 @@ def job(folder: Path, family: CausalLM, attached: Tuner, lines: list[tuple[int, 
 
 
 def test_every_step_has_the_rate_of_its_number(tmp_path: Path) -> None:
-    settings = {"schedule": "linear", "warmup": 2.0, "floor": 0.1}
+    settings = {"lr_scheduler_type": "linear", "warmup_steps": 2, "min_lr_ratio": 0.1}
     family = base("llama", dtype=torch.float32)
     lines: list[tuple[int, Mapping[str, float]]] = []
     run_training_loop(job(tmp_path, family, attach(family, "lora"), lines, 0.01, optimizer=settings, steps=6))
@@ -192,7 +192,7 @@ def test_every_step_has_the_rate_of_its_number(tmp_path: Path) -> None:
 def test_a_step_is_made_with_the_rate_that_it_reports(tmp_path: Path) -> None:
     """With a warm-up of 10 of 10 steps, the first step moves by a tenth and more of what a constant rate moves."""
     moved = []
-    for settings in ({"warmup": 0.0, "schedule": "constant"}, {"warmup": 9.0}):
+    for settings in ({"warmup_ratio": 0.0, "lr_scheduler_type": "constant"}, {"warmup_steps": 9}):
         family = base("llama", dtype=torch.float64)
         attached = attach(family, "lora")
         before = {name: p.detach().clone() for name, p in attached.parameters().items()}
@@ -229,7 +229,7 @@ def test_evaluations_come_when_they_should_and_at_the_end(tmp_path: Path) -> Non
     for every, wanted in ((2, [2, 4, 5]), (None, [2, 4, 5]), (3, [3, 5])):  # left out: once an epoch of two steps
         family = base("llama", dtype=torch.float32)
         lines: list[tuple[int, Mapping[str, float]]] = []
-        run_training_loop(job(tmp_path / str(every), family, attach(family, "lora"), lines, STILL, held=rows(), steps=5, eval_every=every))
+        run_training_loop(job(tmp_path / str(every), family, attach(family, "lora"), lines, STILL, held=rows(), steps=5, eval_steps=every))
         assert [number for number, line in lines if "eval_loss" in line] == wanted
 
 
@@ -252,24 +252,24 @@ def scripted(folder: Path, losses: list[float], **training: Any) -> tuple[Any, l
     attached = attach(family, "lora")
     weights: list[dict[str, torch.Tensor]] = []
     feed = Feed(lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
-    made = job(folder, family, attached, [], 0.01, feed=feed, held=rows(), steps=len(losses), eval_every=1, **training)
+    made = job(folder, family, attached, [], 0.01, feed=feed, held=rows(), steps=len(losses), eval_steps=1, **training)
     made.rolling = Scripted(losses)
     summary = run_training_loop(made)
     return summary, weights, attached
 
 
-@pytest.mark.parametrize("keep_best", [True, False])
-def test_it_ends_with_the_weights_of_the_lowest_evaluation(tmp_path: Path, keep_best: bool) -> None:
-    summary, before, attached = scripted(tmp_path, [3.0, 1.0, 2.0, 1.0, 4.0], keep_best=keep_best)
+@pytest.mark.parametrize("load_best", [True, False])
+def test_it_ends_with_the_weights_of_the_lowest_evaluation(tmp_path: Path, load_best: bool) -> None:
+    summary, before, attached = scripted(tmp_path, [3.0, 1.0, 2.0, 1.0, 4.0], load_best_model_at_end=load_best)
     assert summary.best["step"] == 2  # the first of two that are equal
     assert summary.best["eval_loss"] == 1.0
     after_two = before[2]  # as the third step found them
     same = all(torch.equal(t, after_two[name]) for name, t in attached.state().items())
-    assert same is keep_best
+    assert same is load_best
 
 
 def test_it_gives_up_after_as_many_evaluations_without_a_better_one(tmp_path: Path) -> None:
-    summary, before, _ = scripted(tmp_path, [5.0, 4.0, 4.5, 3.0, 3.5, 3.2, 9.0, 1.0], patience=2)
+    summary, before, _ = scripted(tmp_path, [5.0, 4.0, 4.5, 3.0, 3.5, 3.2, 9.0, 1.0], early_stopping_patience=2)
     assert summary.steps == len(before) == 6  # one bad evaluation at step 3 is forgotten by step 4
     assert "2" in summary.stopped
 
@@ -279,7 +279,7 @@ def test_a_checkpoint_is_of_the_step_that_it_is_named_after(tmp_path: Path) -> N
     attached = attach(family, "lora")
     weights: list[dict[str, torch.Tensor]] = []
     feed = Feed(lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
-    run_training_loop(job(tmp_path, family, attached, [], 0.01, feed=feed, steps=5, save_every=2, keep=9))
+    run_training_loop(job(tmp_path, family, attached, [], 0.01, feed=feed, steps=5, save_steps=2, save_total_limit=9))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-2", "step-4", "step-5"]
     saved = checkpoint.load_checkpoint(tmp_path / "step-2")
     assert all(torch.equal(saved.tensors["method"][name], t) for name, t in weights[2].items())
@@ -300,7 +300,7 @@ def test_a_resumed_run_is_the_whole_one_step_by_step(tmp_path: Path) -> None:
             saved = checkpoint.load_checkpoint(tmp_path / "whole" / "step-2")
         held = pack_examples(documents(seed=5), 40)
         summary = run_training_loop(job(tmp_path / ("resumed" if resumed else "whole"), family, attached, lines, 0.05, held=held,
-                                        optimizer={"schedule": "cosine", "warmup": 2.0}, steps=6, save_every=2, keep=9, eval_every=6), saved)
+                                        optimizer={"lr_scheduler_type": "cosine", "warmup_steps": 2}, steps=6, save_steps=2, save_total_limit=9, eval_steps=6), saved)
         told = {number: line["loss"] for number, line in lines if "loss" in line}
         outcomes.append((summary.steps, summary.tokens, summary.best, told, {n: t.clone() for n, t in attached.state().items()}))
     whole, again = outcomes
@@ -333,7 +333,7 @@ def test_seconds_are_those_that_passed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_fraction_of_an_epoch_is_rounded_up_to_steps() -> None:
     from luthier.training.loop import count_total_steps
-    assert [count_total_steps(TrainingConfig(epochs=epochs), 10) for epochs in (1.0, 0.5, 0.51, 2.0, 0.01)] == [10, 5, 6, 20, 1]
-    assert count_total_steps(TrainingConfig(epochs=3.0, steps=7), 10) == 7
+    assert [count_total_steps(TrainingConfig(num_train_epochs=epochs), 10) for epochs in (1.0, 0.5, 0.51, 2.0, 0.01)] == [10, 5, 6, 20, 1]
+    assert count_total_steps(TrainingConfig(num_train_epochs=3.0, max_steps=7), 10) == 7
 
 

@@ -17,7 +17,7 @@ from luthier.api.train import train
 from luthier.assembly.method_variants import estimate_weight_gb
 from luthier.core.errors import RecipeError, RunError
 from luthier.data.packing import pack_examples
-from luthier.models import BaseConfig
+from luthier.models import ModelConfig
 from luthier.training import checkpoint
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import step
@@ -71,7 +71,7 @@ def test_as_many_weights_move_as_in_float32(name: str, settings: dict[str, Any],
 def test_small_updates_add_up() -> None:
     """A thousand updates of a tenth of the spacing of bfloat16 numbers around 1; the control is AdamW on the weight itself."""
     weight, control = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
-    adam = Optimizer({"w": weight}, lambda _: 1.0, 5e-4, OptimizerConfig(schedule="constant", warmup=0, clip=None), 1000)
+    adam = Optimizer({"w": weight}, lambda _: 1.0, 5e-4, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0, max_grad_norm=None), 1000)
     plain = torch.optim.AdamW([control], lr=5e-4, weight_decay=0)
     for i in range(1000):
         adam.set_rate(i)
@@ -87,7 +87,7 @@ def test_small_updates_add_up() -> None:
     assert weight.grad is not None  # let go of
 
 
-def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def reference(steps: int, max_tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mixed precision with master copies, written out: copies and the rounded model after full fine-tuning."""
     family = base("llama", dtype=torch.bfloat16)
     named = {n: p.requires_grad_(True) for n, p in family.model.named_parameters()}
@@ -97,7 +97,7 @@ def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[st
     for i in range(steps):
         for group in adam.param_groups:
             group["lr"] = 1e-3
-        batches = pack_examples(documents(seed=i), micro_tokens)
+        batches = pack_examples(documents(seed=i), max_tokens)
         count = sum(float(b.target.weights.double().sum()) for b in batches)
         for master in masters.values():
             master.grad = torch.zeros_like(master)
@@ -115,15 +115,15 @@ def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[st
     return masters, named
 
 
-@pytest.mark.parametrize("micro_tokens", [20, 400])
-def test_it_is_mixed_precision_written_out(micro_tokens: int) -> None:
-    masters, named = reference(4, micro_tokens)
+@pytest.mark.parametrize("max_tokens", [20, 400])
+def test_it_is_mixed_precision_written_out(max_tokens: int) -> None:
+    masters, named = reference(4, max_tokens)
     family = base("llama", dtype=torch.bfloat16)
     attached = attach(family, "full", stirred=False)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(schedule="constant", warmup=0), 4)
+    adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 4)
     for i in range(4):
         adam.set_rate(i)
-        assert step(family, SFT, pack_examples(documents(seed=i), micro_tokens), adam).micro_batches == (1 if micro_tokens == 400 else 5)
+        assert step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam).micro_batches == (1 if max_tokens == 400 else 5)
     for name, master in masters.items():
         torch.testing.assert_close(adam.parameters[name].detach(), master.detach(), rtol=1e-6, atol=2e-6)
     same = [float((p == named[n]).float().mean()) for n, p in attached.parameters().items()]
@@ -177,11 +177,11 @@ def rows(tmp_path: Path) -> Path:
 def test_a_run_on_a_bfloat16_base_says_the_memory_and_is_saved_in_the_dtype_of_its_base(
         rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.bfloat16)
-    run = train(base={"name": str(rows / "base"), "dtype": "auto"}, data={"train": str(rows / "rows.jsonl"), "test": str(rows / "rows.jsonl")},
-                method="full", training={"steps": 3}, optimizer={"learning_rate": 1e-3}, run=str(rows / "run"))
+    run = train(model={"name_or_path": str(rows / "base"), "dtype": "auto"}, data={"train": str(rows / "rows.jsonl"), "test": str(rows / "rows.jsonl")},
+                method="full", training={"max_steps": 3}, optimizer={"learning_rate": 1e-3}, output_dir=str(rows / "run"))
     assert "float32 copies of them" in capsys.readouterr().err
     assert json.loads((run.path / "config.json").read_text())["dtype"] == "bfloat16"
-    found = evaluate(run, quiet=True, **{"base.dtype": "auto"})
+    found = evaluate(run, quiet=True, **{"model.dtype": "auto"})
     assert found["nll"] == pytest.approx(run.results["test"]["nll"], rel=1e-6)  # what is saved is what was measured
 
 
@@ -189,14 +189,14 @@ def test_a_run_on_a_bfloat16_base_says_the_memory_and_is_saved_in_the_dtype_of_i
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_float16_base_is_refused_for_training_and_nothing_else(rows: Path, how: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.float16 if how == "auto" else torch.float32)
-    given: dict[str, Any] = {"data": str(rows / "rows.jsonl"), "method": method, "training": {"steps": 1}}
+    given: dict[str, Any] = {"data": str(rows / "rows.jsonl"), "method": method, "training": {"max_steps": 1}}
     with monkeypatch.context() as patch:
         patch.setattr("luthier.api.train.load_family", lambda *_: pytest.fail("loaded before it was refused"))
         with pytest.raises(RecipeError, match="float16") as error:
-            train(base={"name": str(rows / "base"), "dtype": how}, run=str(rows / "refused"), quiet=True, **given)
+            train(model={"name_or_path": str(rows / "base"), "dtype": how}, output_dir=str(rows / "refused"), quiet=True, **given)
     assert "bfloat16 or float32" in error.value.remedy
-    run = train(base={"name": str(rows / "base"), "dtype": "float32"}, run=str(rows / "run"), quiet=True, **given)  # the remedy works
-    assert evaluate(run, data=str(rows / "rows.jsonl"), quiet=True, **{"base.dtype": "float16"})["nll"] > 0
+    run = train(model={"name_or_path": str(rows / "base"), "dtype": "float32"}, output_dir=str(rows / "run"), quiet=True, **given)  # the remedy works
+    assert evaluate(run, data=str(rows / "rows.jsonl"), quiet=True, **{"model.dtype": "float16"})["nll"] > 0
     if method == "lora":
         assert (export(run, "merged", rows / "merged") / "config.json").exists()
 
@@ -206,12 +206,12 @@ def test_a_float16_base_whose_config_does_not_say_so_is_refused_once_it_is_loade
     config = json.loads((rows / "base/config.json").read_text())
     (rows / "base/config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}))
     with pytest.raises(RecipeError, match="float16"):
-        train(base={"name": str(rows / "base"), "dtype": "auto"}, data=str(rows / "rows.jsonl"), run=str(rows / "run"), quiet=True)
+        train(model={"name_or_path": str(rows / "base"), "dtype": "auto"}, data=str(rows / "rows.jsonl"), output_dir=str(rows / "run"), quiet=True)
 
 
 def test_the_plan_counts_the_copies(rows: Path) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.bfloat16)
-    frozen, whole = ({d: estimate_weight_gb(BaseConfig(name=str(rows / "base"), dtype=d), whole=w) for d in ("float32", "bfloat16")}
+    frozen, whole = ({d: estimate_weight_gb(ModelConfig(name_or_path=str(rows / "base"), dtype=d), whole=w) for d in ("float32", "bfloat16")}
                      for w in (False, True))
     assert whole["bfloat16"] / frozen["bfloat16"] == pytest.approx(9)  # 18 bytes a weight instead of 2
     assert whole["float32"] / frozen["float32"] == pytest.approx(4)

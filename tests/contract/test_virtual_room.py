@@ -22,7 +22,7 @@ SIMPLEST = {"llama": "pretrain", "bert": "classify"}
 def recipe(home: Path, kind: str, method: Any, **data: Any) -> Recipe:
     save_tiny(home / kind, kind)
     (home / "rows.jsonl").write_text("".join(json.dumps({"text": letter * 900, "label": letter}) + "\n" for letter in "ab"))
-    return assembly.recipe({"base": str(home / kind), "method": method, "objective": SIMPLEST[kind],
+    return assembly.recipe({"model": str(home / kind), "method": method, "objective": SIMPLEST[kind],
                          "data": {"train": str(home / "rows.jsonl"), **data}})
 
 
@@ -33,7 +33,7 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
     most = CONTEXT[kind] - 9
     for given in (named, ["lora", named] if kind == "llama" else named):
         made = recipe(tmp_path, kind, given, max_length=most + 1)
-        base = load_family(made.base)
+        base = load_family(made.model)
         with pytest.raises(RecipeError, match=rf"max_length {most + 1} and 9 virtual tokens .* {CONTEXT[kind]} tokens"):
             check_loaded_model(made, base)
         check_loaded_model(recipe(tmp_path, kind, given, max_length=most), base)
@@ -47,7 +47,7 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
 @pytest.mark.parametrize(("method", "tokens"), [("prompt", 9), ("lora", 0)])
 def test_rows_are_cut_to_what_they_leave(kind: str, method: str, tokens: int, tmp_path: Path) -> None:
     made = recipe(tmp_path, kind, {"name": method, "tokens": tokens} if tokens else method)
-    base = load_family(made.base)
+    base = load_family(made.model)
     check_loaded_model(made, base)
     longest = max(len(piece.ids) for e in load_datasets(made, base).train for piece in e.pieces)
     assert longest == CONTEXT[kind] - tokens

@@ -20,7 +20,7 @@ from luthier.core.examples import Origin
 from luthier.core.protocols import SamplingParams
 from luthier.core.types import TokenizedExample, TokenSpan
 from luthier.data.packing import build_batch, pack_examples
-from luthier.models import BaseConfig, Vision, load_tokenizer, open_family
+from luthier.models import ModelConfig, Vision, load_tokenizer, open_family
 from luthier.models.image_processor import ImageProcessor
 from tiny import VISIONS, save_tiny, tiny
 
@@ -84,8 +84,8 @@ def test_how_a_batch_is_cut_changes_nothing(method: str, family: Vision) -> None
     examples = photographs(family)
     attached = attach(family, method)
     whole = scored(family, attached, pack_examples(examples, None))
-    for micro_tokens in (1, 2):
-        rows = pack_examples(examples, micro_tokens)
+    for max_tokens in (1, 2):
+        rows = pack_examples(examples, max_tokens)
         assert len(rows) > 1
         assert apart(scored(family, attached, rows), whole) < SAME
     assert apart(scored(family, attached, pack_examples(examples[1:], None)), whole) > FAR
@@ -181,14 +181,14 @@ def test_a_folder_opens_as_a_vision_base_and_is_written_as_one(headed: bool, tmp
                                                     dtype=torch.float64).save_pretrained(base)
     (base / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 8, "width": 8}, "image_mean": [0.1] * 3}))
     capfd.readouterr()
-    family = open_family(BaseConfig(name=str(base), dtype="auto", device="cpu"))
+    family = open_family(ModelConfig(name_or_path=str(base), dtype="auto", device="cpu"))
     assert capfd.readouterr() == ("", ""), "loading is silent"
     assert isinstance(family, Vision)
     assert family.tokenizer.mean == (0.1,) * 3
-    assert load_tokenizer(BaseConfig(name=str(base))) == family.tokenizer
+    assert load_tokenizer(ModelConfig(name_or_path=str(base))) == family.tokenizer
     (tmp_path / "again").mkdir()
     family.save(tmp_path / "again")
-    again = open_family(BaseConfig(name=str(tmp_path / "again"), dtype="auto", device="cpu"))
+    again = open_family(ModelConfig(name_or_path=str(tmp_path / "again"), dtype="auto", device="cpu"))
     assert isinstance(again, Vision)
     assert again.tokenizer == family.tokenizer
     assert all(torch.equal(mine, other) for mine, other in
@@ -207,7 +207,7 @@ def test_it_refuses_what_it_cannot(family: Vision, tmp_path: Path) -> None:
         family.states(replace(row.inputs, images=None))
     save_tiny(tmp_path / "base", "vit")
     with pytest.raises(BaseError, match=r"base\.pooling"):
-        open_family(BaseConfig(name=str(tmp_path / "base"), pooling="mean", device="cpu"))
+        open_family(ModelConfig(name_or_path=str(tmp_path / "base"), pooling="mean", device="cpu"))
 
 
 # ---------------------------------------------------------------- pixels

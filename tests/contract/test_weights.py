@@ -71,13 +71,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> Recipe:
     path = home / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return assembly.recipe({"base": {"name": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
+    return assembly.recipe({"model": {"name_or_path": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
                          "objective": objective, "data": str(path), **more})
 
 
-def measured(recipe: Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
-    """The loss of all rows as one batch, cut into rows of at most `micro_tokens`, and every gradient."""
-    base = load_family(recipe.base)
+def measured(recipe: Recipe, max_tokens: int = 10_000) -> dict[str, Tensor]:
+    """The loss of all rows as one batch, cut into rows of at most `max_tokens`, and every gradient."""
+    base = load_family(recipe.model)
     found = read_datasets(recipe, base)
     recipe = fit_objective(recipe, found)
     attached, reference = init_rl_policy(recipe, base)
@@ -85,7 +85,7 @@ def measured(recipe: Recipe, micro_tokens: int = 10_000) -> dict[str, Tensor]:
         for i, parameter in enumerate(attached.parameters().values()):
             parameter.data = parameter.double()
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-    batches = assembly.rows.build_eval_batches(found.train, micro_tokens)
+    batches = assembly.rows.build_eval_batches(found.train, max_tokens)
     objective = recipe.objective
     count = sum(objective.count(batch.target) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
@@ -200,8 +200,8 @@ def test_they_count_rows_by_weight_and_by_how_often_their_source_is_seen(home: P
 
 
 def test_a_run_keeps_the_numbers_and_goes_on_from_balanced(home: Path) -> None:
-    recipe = made(home, {"name": "classify", "class_weights": "balanced"}, weighted(LABELLED), run=str(home / "run"),
-                  training={"steps": 2, "batch_size": 2, "save_every": 1})
+    recipe = made(home, {"name": "classify", "class_weights": "balanced"}, weighted(LABELLED), output_dir=str(home / "run"),
+                  training={"max_steps": 2, "batch_size": 2, "save_steps": 1})
     run = train(recipe, quiet=True)
     kept = yaml.safe_load((run.path / "recipe.yaml").read_text())["objective"]["class_weights"]
     assert kept == pytest.approx({"a": 9 / 15, "b": 9 / 6, "c": 9 / 6})

@@ -107,9 +107,9 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
              **base_settings: Any) -> Made:
     """Attach, move every trainable weight at random, save as `luthier train` does."""
     base_path = save_base(path / "base", kind, dtype)
-    recipe = assembly.recipe(None, {"base": {"name": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
+    recipe = assembly.recipe(None, {"model": {"name_or_path": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
                                  "objective": OBJECTIVES[task]})
-    base = load_family(recipe.base)
+    base = load_family(recipe.model)
     attached, _ = init_rl_policy(recipe, base)
     stir(attached)
     run = Run(path / "run")

@@ -137,7 +137,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's folders name no precision: bases are loaded in float64."""
     def opened(run: Run, *options: Any) -> Any:
         made = open_recipe(run, *options)
-        return made.model_copy(update={"base": made.base.model_copy(update={"dtype": "float64"})})
+        return made.model_copy(update={"model": made.model.model_copy(update={"dtype": "float64"})})
     monkeypatch.setattr(run_io, "open_recipe", opened)
 
 
@@ -377,12 +377,12 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     served = load_served_models({"mine": tmp_path / "run"})
     with served.bank.using(served.adapter("mine")) if served.bank else nullcontext():
         assert (said(served.base).double() - wanted).abs().max() < 1e-4  # served in float32
-    made = assembly.recipe({"start": str(tmp_path / "run"), "data": "-"})
-    family = load_family(made.base)
+    made = assembly.recipe({"init_from": str(tmp_path / "run"), "data": "-"})
+    family = load_family(made.model)
     attached, reference = init_rl_policy(made, family)
     if name != "plain":
         with pytest.raises(RunError, match="Transformers reads"):
-            export(tmp_path / "run", "whole", tmp_path / "whole")
+            export(tmp_path / "run", "bundle", tmp_path / "whole")
     assert (said(family).double() - wanted).abs().max() < 1e-4
     assert attached.parameters()
     assert reference
@@ -423,10 +423,10 @@ PLAIN = ("lora", "lora of some", "patterns", "rslora, tied", "pissa", "conv1d", 
 def made_run(kind: str, method: Any, folder: Path, **options: Any) -> tuple[Any, Any]:
     """A run folder of ours with moved weights, and what it holds."""
     origin = save_tiny(folder.parent / "base", kind, **options)
-    made = assembly.recipe({"base": {"name": str(origin), "dtype": "float64"}, "data": "-", "method": method, "run": str(folder)})
+    made = assembly.recipe({"model": {"name_or_path": str(origin), "dtype": "float64"}, "data": "-", "method": method, "output_dir": str(folder)})
     run = Run(folder)
     run.begin(assembly.dump(made), {})
-    family = load_family(made.base)
+    family = load_family(made.model)
     attached = attach_method(family, made.method, 3)
     dice = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -43,9 +43,9 @@ def train(path: Path, case: str, method: Any = "lora") -> luthier.Run:
     base = save_tiny(path / "private" / "base", kind, dtype=torch.float32)
     (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: owner/upstream\n---\n")
     (path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return luthier.train(base=str(base), data={"train": str(path / "rows.jsonl"), "test": str(path / "rows.jsonl")},
-                         method=method, objective=objective, training={"steps": 1, "batch_size": 5},
-                         run=str(path / "run"), quiet=True)
+    return luthier.train(model=str(base), data={"train": str(path / "rows.jsonl"), "test": str(path / "rows.jsonl")},
+                         method=method, objective=objective, training={"max_steps": 1, "batch_size": 5},
+                         output_dir=str(path / "run"), quiet=True)
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str, str]:
@@ -101,9 +101,9 @@ def test_a_head_that_no_class_holds_is_said(tmp_path: Path) -> None:
     """BERT's class takes the first token; a run that takes the mean is opened by this package alone."""
     base = save_tiny(tmp_path / "base", "bert", dtype=torch.float32)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LABELLED)))
-    run = luthier.train(base={"name": str(base), "pooling": "mean"}, data={"train": str(tmp_path / "rows.jsonl"), "test":
-                        str(tmp_path / "rows.jsonl")}, objective="classify", method="full", run=str(tmp_path / "run"),
-                        training={"steps": 1}, quiet=True)
+    run = luthier.train(model={"name_or_path": str(base), "pooling": "mean"}, data={"train": str(tmp_path / "rows.jsonl"), "test":
+                        str(tmp_path / "rows.jsonl")}, objective="classify", method="full", output_dir=str(tmp_path / "run"),
+                        training={"max_steps": 1}, quiet=True)
     text = (run.path / "README.md").read_text()
     assert "does not pool by mean" in text
     assert "library_name: luthier" in text
@@ -116,8 +116,8 @@ def test_a_merged_model_keeps_the_dtype_of_its_base(stored: torch.dtype, method:
     from transformers import AutoModelForCausalLM
     base = save_tiny(tmp_path / "base", "llama", dtype=stored)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, TALKS)))
-    run = luthier.train(base=str(base), data=str(tmp_path / "rows.jsonl"), method=method, run=str(tmp_path / "run"),
-                        training={"steps": 3}, optimizer={"learning_rate": 0.01}, quiet=True)
+    run = luthier.train(model=str(base), data=str(tmp_path / "rows.jsonl"), method=method, output_dir=str(tmp_path / "run"),
+                        training={"max_steps": 3}, optimizer={"learning_rate": 0.01}, quiet=True)
     wide = export(run, "merged", tmp_path / "wide", dtype="float32")
     kept = export(run, "merged", tmp_path / "kept")
     ids = torch.arange(40, 60)[None]

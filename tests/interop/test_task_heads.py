@@ -43,7 +43,7 @@ def loaded(made: Made, form: str) -> tuple[Any, Any]:
         folder = export(made.run, "merged")
         return auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     head, = made.recipe.objective.heads
-    bare = auto.from_pretrained(made.recipe.base.name, num_labels=head.width)
+    bare = auto.from_pretrained(made.recipe.model.name_or_path, num_labels=head.width)
     tokenizer = AutoTokenizer.from_pretrained(made.run.path)
     bare.config.pad_token_id = tokenizer.pad_token_id
     return PeftModel.from_pretrained(bare, made.run.path).eval(), tokenizer
@@ -204,7 +204,7 @@ def test_images_too(task: str, form: str, tmp_path: Path) -> None:
     else:
         head, = made.recipe.objective.heads
         model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(
-            made.recipe.base.name, num_labels=head.width), made.run.path)
+            made.recipe.model.name_or_path, num_labels=head.width), made.run.path)
     with torch.no_grad():
         assert (model.eval()(pixel_values=pixels).logits - wanted).abs().max() < SAME
 
@@ -219,8 +219,8 @@ def test_a_run_on_an_encoder_that_pools_by_mean_opens_again(objective: str, meth
     rows = ([{"text": f"{word} thing", "label": label} for word, label in (("good", "up"), ("bad", "down"), ("odd", "down"))]
             if objective == "classify" else [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(3)])
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = luthier.train(base=str(base), data=str(tmp_path / "rows.jsonl"), method=method, objective=objective,
-                        training={"steps": 2, "batch_size": 3}, run=str(tmp_path / "run"), quiet=True,
+    run = luthier.train(model=str(base), data=str(tmp_path / "rows.jsonl"), method=method, objective=objective,
+                        training={"max_steps": 2, "batch_size": 3}, output_dir=str(tmp_path / "run"), quiet=True,
                         **{"data.test": str(tmp_path / "rows.jsonl")})
     found = luthier.evaluate(run, quiet=True)
     assert found["loss"] == pytest.approx(run.results["test"]["loss"], rel=1e-5)

@@ -26,10 +26,10 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     rows.write_text("".join(json.dumps({"prompt": f"{i}?", "completion": str(2 * i)}) + "\n" for i in range(4)))
     methods: dict[str, Any] = {"law": ["lora", "bitfit"], "medicine": "lora", "soft": ["prompt", "ia3"]}
     for seed, (name, method) in enumerate(methods.items()):
-        luthier.train(data={"train": str(rows), "system": f"You know {name}."}, method=method, run=f"runs/{name}",
+        luthier.train(data={"train": str(rows), "system": f"You know {name}."}, method=method, output_dir=f"runs/{name}",
                       quiet=True, seed=seed, **{
-                          "base.name": str(tmp_path / "smollm2"), "training.steps": 2, "training.batch_size": 4,
-                          "optimizer.learning_rate": 3e-2, "evaluate.before": False})
+                          "model.name_or_path": str(tmp_path / "smollm2"), "training.max_steps": 2, "training.batch_size": 4,
+                          "optimizer.learning_rate": 3e-2, "evaluate.before_training": False})
     return tmp_path
 
 

@@ -41,12 +41,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.dumps({"messages": [{"role": "user", "content": f"{name} {i}?"}, {"role": "assistant", "content": f"yes {i % 3}"}]})
             + "\n" for i in range(count)))
     (folder / "recipe.yaml").write_text(yaml.safe_dump({
-        "base": str(folder / "base"), "method": {"name": "lora", "rank": 2},
+        "model": str(folder / "base"), "method": {"name": "lora", "rank": 2},
         "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "max_length": 128},
-        "training": {"steps": 3, "batch_size": 4}, "optimizer": {"learning_rate": 0.01},
+        "training": {"max_steps": 3, "batch_size": 4}, "optimizer": {"learning_rate": 0.01},
         "evaluate": {"metrics": ["exact"], "max_new_tokens": 4}}))
-    assert main(["train", str(folder / "recipe.yaml"), "--run", str(folder / "lora"), "--quiet"]) == 0
-    assert main(["train", str(folder / "recipe.yaml"), "--method", "full", "--run", str(folder / "full"), "--quiet"]) == 0
+    assert main(["train", str(folder / "recipe.yaml"), "--output-dir", str(folder / "lora"), "--quiet"]) == 0
+    assert main(["train", str(folder / "recipe.yaml"), "--method", "full", "--output-dir", str(folder / "full"), "--quiet"]) == 0
     return folder
 
 
@@ -68,28 +68,28 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 def test_train_leaves_a_run_and_says_what_is_next(run: Callable[..., Output], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, out, _ = run("train", "recipe.yaml", "--run", str(folder), "training.steps=2", "method.rank=3", "--quiet")
+    code, out, _ = run("train", "recipe.yaml", "--output-dir", str(folder), "training.max_steps=2", "method.rank=3", "--quiet")
     assert code == 0
     for expected in (str(folder), "exact", "perplexity", "2 steps", f"luthier chat {folder} --compare", "luthier export"):
         assert expected in out
     recorded = yaml.safe_load((folder / "recipe.yaml").read_text())
-    assert (recorded["method"]["rank"], recorded["training"]["steps"]) == (3, 2)
+    assert (recorded["method"]["rank"], recorded["training"]["max_steps"]) == (3, 2)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2]
 
 
 def test_train_from_options_alone_prints_json_alone(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, _ = run("train", "--model", "base", "--data", "train.jsonl", "--method", "full", "--objective", "sft", "--json",
-                       "--run", str(tmp_path / "a"), "training.steps=1", "data.max_length=64", "--quiet")
+                       "--output-dir", str(tmp_path / "a"), "training.max_steps=1", "data.max_length=64", "--quiet")
     assert code == 0
     assert json.loads(out)["run"] == str(tmp_path / "a")
     assert yaml.safe_load((tmp_path / "a/recipe.yaml").read_text())["method"]["name"] == "full"
 
 
-@pytest.mark.parametrize("words", [("--resume", "RUN"), ("RUN", "--resume"), ("--resume", "--run", "RUN")])
+@pytest.mark.parametrize("words", [("--resume", "RUN"), ("RUN", "--resume"), ("--resume", "--output-dir", "RUN")])
 def test_a_run_goes_on_by_its_folder(run: Callable[..., Output], tmp_path: Path, words: tuple[str, ...]) -> None:
     folder = str(tmp_path / "run")
-    assert run("train", "recipe.yaml", f"run={folder}", "training.save_every=1", "--quiet")[0] == 0
+    assert run("train", "recipe.yaml", f"output_dir={folder}", "training.save_steps=1", "--quiet")[0] == 0
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
     for lost in ("adapter_config.json", "adapter_model.safetensors", "results.json"):
         (Path(folder) / lost).unlink()
@@ -103,7 +103,7 @@ def test_a_run_goes_on_by_its_folder(run: Callable[..., Output], tmp_path: Path,
 
 def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> None:
     before = (home / "lora/metrics.jsonl").read_bytes()
-    code, _, err = run("train", "recipe.yaml", "--run", "lora")
+    code, _, err = run("train", "recipe.yaml", "--output-dir", "lora")
     assert (code, (home / "lora/metrics.jsonl").read_bytes()) == (2, before)
     assert "already holds a run" in err
     assert "Traceback" not in err
@@ -117,20 +117,20 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["train", "recipe.yaml", "method.rnak=4"], ["unknown setting 'method.rnak'", "did you mean 'rank'"]),
     (["train", "recipe.yaml", "trainin.steps=4"], ["did you mean 'training'"]),
     (["train", "recipe.yaml", "method=lroa"], ["lroa", "'lora'"]),
-    (["train", "recipe.yaml", "data.max_lenght=4", "training.steps=0"], ["did you mean 'max_length'", "training.steps"]),
+    (["train", "recipe.yaml", "data.max_lenght=4", "training.max_steps=0"], ["did you mean 'max_length'", "training.max_steps"]),
     (["train", "recipe.yaml", "evaluate.metrics=exat"], ["did you mean 'exact'"]),
-    (["train", "recipe.yaml", "training.trackers=[wanbd]"], ["did you mean 'wandb'"]),
+    (["train", "recipe.yaml", "training.report_to=[wanbd]"], ["did you mean 'wandb'"]),
     (["train", "recipe.yaml", "seed=[1"], ["is not YAML"]),
     (["train", "nothing.yaml"], ["there is no recipe 'nothing.yaml'"]),
     (["train", "recipe.yaml", "--reume"], ["no option '--reume'", "did you mean '--resume'"]),
     (["train", "recipe.yaml", "other.yaml"], ["takes one recipe"]),
-    (["train", "--resume"], ["which run?"]),
+    (["train", "--resume"], ["needs a run folder"]),
     (["train", "--model", "base"], ["data", "required"]),
     (["train", "--model", "base", "--data", "nothing.jsonl", "data.max_length=64"], ["nothing.jsonl"]),
     (["train", "--model", "smolm2", "--data", "train.jsonl"], ["did you mean 'smollm2'"]),
     (["evaluate", "lor"], ["there is no run folder 'lor'", "lora"]),
     (["evaluate"], ["takes one run"]),
-    (["evaluate", "full", "--base"], ["whole model"]),
+    (["evaluate", "full", "--base-model-only"], ["whole model"]),
     (["chat", "full", "--compare"], ["whole model"]),
     (["chat", "lora", "--message", "x", "--temperature", "-1"], ["temperature"]),
     (["chat", "lora", "--message", "x", "--temperature", "nan"], ["temperature nan"]),
@@ -163,7 +163,7 @@ def test_a_full_disk_is_one_message(run: Callable[..., Output], monkeypatch: pyt
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(console, "sections", full)
+    monkeypatch.setattr(console, "print_sections", full)
     code, out, err = run("doctor")
     assert (code, out) == (2, "")
     assert err.startswith("error: the disk is full: somewhere")
@@ -173,7 +173,7 @@ def test_other_errors_of_the_system_are_not_hidden(run: Callable[..., Output], m
     def broken(*_: Any) -> None:
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(console, "sections", broken)
+    monkeypatch.setattr(console, "print_sections", broken)
     with pytest.raises(OSError, match="input/output"):
         run("doctor")
 
@@ -184,7 +184,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], t
     from luthier.reporting.progress import Progress
     monkeypatch.setattr(Progress, "update", lambda self, step, **_: os.kill(os.getpid(), number) if step == 2 else None)
     folder = str(tmp_path / "run")
-    words = ("train", "recipe.yaml", "--run", folder, "evaluate.metrics=[]", "data.test=null", "--quiet")
+    words = ("train", "recipe.yaml", "--output-dir", folder, "evaluate.metrics=[]", "data.test=null", "--quiet")
     got, out, err = run(*words)
     assert (got, out) == (code, "")
     assert f"luthier train --resume {folder}" in err
@@ -209,13 +209,13 @@ def test_evaluate(run: Callable[..., Output]) -> None:
     tuned = json.loads(run("evaluate", "lora", "--json", "--quiet")[1])
     assert tuned["examples"] == 4
     assert {"perplexity", "nll", "exact", "token_accuracy"} <= tuned.keys()
-    base = json.loads(run("evaluate", "lora", "--base", "--limit", "2", "--metric", "contains", "--json")[1])
+    base = json.loads(run("evaluate", "lora", "--base-model-only", "--max-samples", "2", "--metric", "contains", "--json")[1])
     assert base["examples"] == 2
     assert base.keys() >= {"contains"} > {"exact"} & base.keys()
-    other = json.loads(run("evaluate", "lora", "--data", "train.jsonl", "--max-new-tokens", "1", "--json", "data.limit=5")[1])
+    other = json.loads(run("evaluate", "lora", "--data", "train.jsonl", "--max-new-tokens", "1", "--json", "data.max_samples=5")[1])
     assert other["examples"] == 5
     bare = json.loads(run("evaluate", "base", "--data", "test.jsonl", "data.max_length=128", "--json")[1])
-    whole = json.loads(run("evaluate", "lora", "--base", "--json")[1])
+    whole = json.loads(run("evaluate", "lora", "--base-model-only", "--json")[1])
     assert bare["perplexity"] == whole["perplexity"] != tuned["perplexity"]
     assert "perplexity" in run("evaluate", "full")[1]
 
@@ -262,9 +262,9 @@ def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:
     assert "train: 12 of 12 rows kept" in out
     assert "⟦yes 0<|im_end|>⟧" in out
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads(run(*words, "--json", "max_length=33", "data.overlong=refuse")[1])  # as a recipe has it, or short
+    report = json.loads(run(*words, "--json", "max_length=33", "data.truncation=refuse")[1])  # as a recipe has it, or short
     assert report["parts"]["train"]["reasons"] == {"longer than max_length": 2}
-    out = run(*words, "max_length=33", "overlong=refuse")[1]
+    out = run(*words, "max_length=33", "truncation=refuse")[1]
     assert "  train.jsonl:11: longer than max_length (" in out
     assert report == {**json.loads((tmp_path / "data_report.json").read_text()), "files": report["files"]}
 
@@ -322,14 +322,14 @@ def test_doctor_knows_every_extra_for_users() -> None:
 def test_schema_names_every_setting(run: Callable[..., Output]) -> None:
     code, out, _ = run("schema")
     assert code == 0
-    assert {"base", "method", "data", "training"} <= json.loads(out)["properties"].keys()
+    assert {"model", "method", "data", "training"} <= json.loads(out)["properties"].keys()
 
 
 def test_the_demo_reads_its_one_recipe_from_anywhere(run: Callable[..., Output], tmp_path: Path) -> None:
     assert (ROOT / "recipes/demo.yaml").resolve() == ROOT / "src/luthier/demo/recipe.yaml"
     recipe = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
     assert all((ROOT / recipe["data"][part]).exists() for part in ("train", "test"))
-    code, out, err = run("demo", "--run", str(tmp_path / "demo"), "base=base", "training.steps=1", "evaluate.limit=2",
+    code, out, err = run("demo", "--output-dir", str(tmp_path / "demo"), "model=base", "training.max_steps=1", "evaluate.max_samples=2",
                          "data.max_length=256", "evaluate.max_new_tokens=2", "--json", "--quiet")
     assert code == 0, err
     assert json.loads(out)["metric"] == "json_equal"
@@ -355,9 +355,9 @@ def test_a_public_name_is_the_function() -> None:
 
 
 def test_null_and_an_empty_mapping_unset_what_a_recipe_set() -> None:
-    recipe = {"data": {"train": "x", "limit": 3, "columns": {"prompt": "q"}}, "optimizer": {"clip": 2.0}}
-    given = parse(["train", "data.limit=null", "data.columns={}", "optimizer.clip=null", "data.eval=0.5"]).settings
+    recipe = {"data": {"train": "x", "max_samples": 3, "columns": {"prompt": "q"}}, "optimizer": {"max_grad_norm": 2.0}}
+    given = parse(["train", "data.max_samples=null", "data.columns={}", "optimizer.max_grad_norm=null", "data.eval=0.5"]).settings
     made = assembly.recipe(recipe, given)
-    assert (made.data.limit, made.data.columns, made.optimizer.clip, made.data.eval) == (None, {}, None, 0.5)
-    assert assembly.recipe(recipe, {"data.limit": None}).data.limit == 3, "from Python None is what was left out"
-    assert assembly.recipe(recipe, parse(["train", "data=x", "data.limit=null"]).settings).data.limit is None
+    assert (made.data.max_samples, made.data.columns, made.optimizer.max_grad_norm, made.data.eval) == (None, {}, None, 0.5)
+    assert assembly.recipe(recipe, {"data.max_samples": None}).data.max_samples == 3, "from Python None is what was left out"
+    assert assembly.recipe(recipe, parse(["train", "data=x", "data.max_samples=null"]).settings).data.max_samples is None

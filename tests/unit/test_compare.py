@@ -24,12 +24,12 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"Some words, {n} of them."}) for n in range(4)))
     (tmp_path / "task.yaml").write_text("base: base\ndata: {train: rows.jsonl, test: rows.jsonl}\n"
-                                        "training: {steps: 2, batch_size: 4}\noptimizer: {learning_rate: 0.5}\n")
+                                        "training: {max_steps: 2, batch_size: 4}\noptimizer: {learning_rate: 0.5}\n")
     return "task.yaml"
 
 
 def test_methods_beside_one_another(recipe: str) -> None:
-    folder = compare(recipe, ["lora", "bitfit+lora"], general="text.jsonl", quiet=True)
+    folder = compare(recipe, ["lora", "bitfit+lora"], retention_data="text.jsonl", quiet=True)
     told = json.loads((folder.path / "comparison.json").read_text())
     assert [row["method"] for row in told["methods"]] == ["lora", "bitfit+lora"]
     for row in told["methods"]:
@@ -57,25 +57,25 @@ def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None
     asked = [{"context": f"What is {word}?", "choices": [word, word * 2, "no"], "answer": n % 3}
              for n, word in enumerate(("one", "two", "six", "ten"))]
     Path("asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    folder = compare(recipe, ["lora"], general="asked.jsonl", quiet=True,
+    folder = compare(recipe, ["lora"], retention_data="asked.jsonl", quiet=True,
                      **{"data.columns": {"prompt": "prompt", "completion": "completion", "answer": "odd"},
-                        "data.limit": 3, "evaluate.limit": 2})
+                        "data.max_samples": 3, "evaluate.max_samples": 2})
     told = json.loads((folder.path / "comparison.json").read_text())
     assert told["general"] == "accuracy"
     wanted = evaluate("base", data="asked.jsonl", objective="multiple_choice", quiet=True)
     assert wanted["examples"] == 4
     assert told["general_before"] == wanted["accuracy"]
     assert told["methods"][0]["general"] == evaluate(
-        folder.path / "lora", data="asked.jsonl", objective="multiple_choice", limit=9, quiet=True, **{"data.columns": {}, "data.limit": 9})["accuracy"]
+        folder.path / "lora", data="asked.jsonl", objective="multiple_choice", max_samples=9, quiet=True, **{"data.columns": {}, "data.max_samples": 9})["accuracy"]
     assert "other text, accuracy" in (folder.path / "comparison.md").read_text()
 
 
 def test_other_text_for_an_objective_that_models_no_words_is_told_before_any_work(recipe: str) -> None:
     with pytest.raises(RecipeError, match="does not train a model of words"):
-        compare(recipe, ["lora"], general="text.jsonl", quiet=True, objective="classify")
+        compare(recipe, ["lora"], retention_data="text.jsonl", quiet=True, objective="classify")
     Path("odd.jsonl").write_text('{"odd": 1}\n')
     with pytest.raises(LuthierError, match="odd"):
-        compare(recipe, ["lora"], general="odd.jsonl", quiet=True)
+        compare(recipe, ["lora"], retention_data="odd.jsonl", quiet=True)
     assert not list(Path("runs").glob("compare-*/lora"))
 
 

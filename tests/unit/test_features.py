@@ -34,7 +34,7 @@ def written(path: Path, words: tuple[str, ...] = WORDS, **more: Any) -> str:
 def test_states_are_those_of_transformers(kind: str, pooling: str, tmp_path: Path) -> None:
     """Rows in their order, whatever batches they were computed in."""
     path = save_tiny(tmp_path / "base", kind)
-    settings: dict[str, Any] = {"base.dtype": "float64", "base.pooling": pooling, "training.micro_tokens": 20}
+    settings: dict[str, Any] = {"model.dtype": "float64", "model.pooling": pooling, "training.max_tokens_per_micro_batch": 20}
     found, labels = luthier.features(path, written(tmp_path / "rows.jsonl"), quiet=True, **settings)
     model = (AutoModelForCausalLM if kind == "llama" else AutoModel).from_pretrained(path, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -76,7 +76,7 @@ def test_a_file_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert np.array_equal(found, again[0])
     assert labels == again[1] == LABELS
     assert json.loads(out.with_suffix(".json").read_text())["labels"] == LABELS
-    for other in ({"base.pooling": "mean"}, {"data.max_length": 3}):
+    for other in ({"model.pooling": "mean"}, {"data.max_length": 3}):
         with pytest.raises(RunError, match="another base, other rows or other settings"):
             luthier.features(path, rows, out=out, quiet=True, **other)
     written(tmp_path / "rows.jsonl", WORDS[1:])
@@ -92,8 +92,8 @@ def test_a_file_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
     path, rows = save_tiny(tmp_path / "base", "bert"), written(tmp_path / "rows.jsonl")
-    run = train({"base": str(path), "data": rows, "objective": "classify", "method": "lora", "run": str(tmp_path / "run"),
-                 "training": {"steps": 3}, "optimizer": {"learning_rate": 0.05}}, quiet=True)
+    run = train({"model": str(path), "data": rows, "objective": "classify", "method": "lora", "output_dir": str(tmp_path / "run"),
+                 "training": {"max_steps": 3}, "optimizer": {"learning_rate": 0.05}}, quiet=True)
     tuned, labels = luthier.features(run, rows, quiet=True)
     assert labels == LABELS
     assert not np.allclose(tuned, luthier.features(path, rows, quiet=True)[0], atol=1e-3)
@@ -106,7 +106,7 @@ def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
     assert pooled is not None
     assert np.allclose(tuned[2], pooled[0].numpy(), atol=1e-4)
     with pytest.raises(RecipeError, match="as it was trained"):
-        luthier.features(run, rows, quiet=True, **{"base.pooling": "mean"})
+        luthier.features(run, rows, quiet=True, **{"model.pooling": "mean"})
 
 
 def test_a_probe_separates_what_is_separable() -> None:

@@ -24,10 +24,10 @@ TEXT = "abc"
 def tuned(tmp_path: Path, method: dict[str, Any], kind: str = "llama", move: float = 0.0) -> tuple[Run, Any]:
     """A run folder as `train` leaves it, of a method that has moved by so much."""
     origin = save_tiny(tmp_path / "base", kind, dtype=torch.float32)
-    made = assembly.recipe({"base": str(origin), "data": "-", "method": method, "run": str(tmp_path / "run")})
+    made = assembly.recipe({"model": str(origin), "data": "-", "method": method, "output_dir": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
-    family = load_family(made.base)
+    family = load_family(made.model)
     attached = attach_method(family, made.method, made.seed)
     with torch.no_grad():
         for i, parameter in enumerate(attached.parameters().values()):

@@ -47,9 +47,9 @@ def test_a_classifiers_answers_are_those_that_evaluate_counts(tmp_path: Path, mo
     save_tiny(tmp_path / "minilm", "bert", dtype=torch.float32)
     truth = [["down", "up"][i % 2] for i in range(9)]
     (tmp_path / "unseen.csv").write_text("text,label\n" + "".join(f"{chr(97 + i % 2) * 9} {i},{label}\n" for i, label in enumerate(truth)))
-    run = luthier.train(data="unseen.csv", objective="classify", run="runs/lora-minilm", quiet=True, **{
-        "base.name": str(tmp_path / "minilm"), "training.steps": 20, "training.batch_size": 9,
-        "optimizer.learning_rate": 1e-2, "evaluate.before": False})
+    run = luthier.train(data="unseen.csv", objective="classify", output_dir="runs/lora-minilm", quiet=True, **{
+        "model.name_or_path": str(tmp_path / "minilm"), "training.max_steps": 20, "training.batch_size": 9,
+        "optimizer.learning_rate": 1e-2, "evaluate.before_training": False})
     capsys.readouterr()
     exec(compile(blocks(ROOT / "docs/objectives/classify.md", "python")[0], "classify.md", "exec"), {})
     said = json.loads(capsys.readouterr().out.replace("'", '"'))

@@ -41,7 +41,7 @@ def said(home: Path, **given: Any) -> tuple[dict[str, Any], list[dict[str, Any]]
 
 
 def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -> None:
-    base = load_family(assembly.BaseConfig(name=str(home / "base")))
+    base = load_family(assembly.ModelConfig(name_or_path=str(home / "base")))
     base.train(False)
 
     def answers(texts: list[str], ask: str) -> list[str]:
@@ -51,12 +51,12 @@ def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -
         return [base.tokenizer.decode(found[i].token_ids, skip_special_tokens=True).strip() for i in range(len(texts))]
 
     wanted = answers([row["text"] for row in ROWS], ASKS[0])
-    told, rows = said(home, ask=ASKS[0])
+    told, rows = said(home, prompt_template=ASKS[0])
     assert rows == [{**row, "text": text} for row, text in zip(ROWS, wanted, strict=True) if text]
     assert told["unreadable"] == 2
     assert told["rows"] == 3 == told["written"] + told["empty"] + told["unchanged"] + told["cut_off"]
     assert told["written"] > 0
-    _, twice = said(home, ask=ASKS)
+    _, twice = said(home, prompt_template=ASKS)
     assert [row["text"] for row in twice] == [text for text in answers(wanted, ASKS[1]) if text], "there and back"
     recorded = json.loads((home / "new.json").read_text())
     assert recorded["ask"] == ASKS
@@ -69,7 +69,7 @@ def test_a_seed_says_the_same_again(home: Path) -> None:
 
 
 def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, heard = type(load_family(assembly.BaseConfig(name=str(home / "base")))), []
+    family, heard = type(load_family(assembly.ModelConfig(name_or_path=str(home / "base")))), []
 
     def says(*words: tuple[str, bool]) -> None:
         told = iter(words)
@@ -87,7 +87,7 @@ def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.Mon
     assert rows == [{**ROWS[2], "text": "other"}]
     heard.clear()
     says(("", True), ("half of a", False), ("der dritte", True), ("the third", True))
-    told, rows = said(home, ask=ASKS)
+    told, rows = said(home, prompt_template=ASKS)
     assert (told["empty"], told["unchanged"], told["cut_off"], told["written"]) == (1, 0, 1, 1)
     assert rows == [{**ROWS[2], "text": "the third"}]
     assert [len(prompts) for prompts in heard] == [3, 1], "nothing is asked about what is not there"
@@ -106,6 +106,6 @@ def test_what_cannot_be_is_told_before_anything_is_loaded(home: Path) -> None:
 
 
 def test_the_command(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["paraphrase", str(home / "rows.jsonl"), "--column", "text", "--out", str(home / "new.jsonl"), "--limit",
+    assert main(["paraphrase", str(home / "rows.jsonl"), "--column", "text", "--out", str(home / "new.jsonl"), "--max-samples",
                  "2", "--model", str(home / "base"), "--max-new-tokens", "4", "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == 2

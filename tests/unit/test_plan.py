@@ -30,8 +30,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_trial_is_extended_to_the_whole_run(home: Path) -> None:
-    folder = plan(None, ["lora", "bitfit+lora"], quiet=True, **{"base.name": "base", "data": "rows.jsonl",
-                                                                "training.epochs": 3.0})
+    folder = plan(None, ["lora", "bitfit+lora"], quiet=True, **{"model.name_or_path": "base", "data": "rows.jsonl",
+                                                                "training.num_train_epochs": 3.0})
     told = json.loads((folder.path / "plan.json").read_text())
     lora, both = told["methods"]
     assert told["data"]["kept"] == ROWS
@@ -49,7 +49,7 @@ def test_a_trial_is_extended_to_the_whole_run(home: Path) -> None:
 
 
 def test_rows_that_are_held_out_are_not_steps(home: Path) -> None:
-    settings = {"base.name": "base", "data": "rows.jsonl", "training.epochs": 3.0, "data.eval": 0.4}
+    settings = {"model.name_or_path": "base", "data": "rows.jsonl", "training.num_train_epochs": 3.0, "data.eval": 0.4}
     told = json.loads((plan(None, ["lora"], quiet=True, **settings).path / "plan.json").read_text())
     assert told["methods"][0]["steps"] == 3 * 0.6 * ROWS / 8
 
@@ -61,8 +61,8 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
         begun.append(run.name)
         return 2, "error: no place | for it"
 
-    made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
-    room = 2 * estimate_weight_gb(made.base, whole=False)
+    made = recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
+    room = 2 * estimate_weight_gb(made.model, whole=False)
     monkeypatch.setattr(MODULE, "available_memory_gb", lambda device: room)
     monkeypatch.setattr(MODULE, "train_in_child_process", refuse)
     folder = plan(made, ["full", "lora"], quiet=True)
@@ -76,11 +76,11 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
 
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
-    made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
+    made = recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
     from luthier.assembly import load_family
-    held = {id(p): p.numel() for p in load_family(made.base).structure.model.parameters()}
-    assert estimate_weight_gb(made.base, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
-    assert estimate_weight_gb(made.base, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
+    held = {id(p): p.numel() for p in load_family(made.model).structure.model.parameters()}
+    assert estimate_weight_gb(made.model, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
+    assert estimate_weight_gb(made.model, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
 
 
 def row(method: str, memory: float, seconds: float, *, fits: bool = True, tokens: int = 1000) -> dict[str, Any]:
@@ -104,9 +104,9 @@ def test_the_choice_follows_from_what_was_measured(rows: list[dict[str, Any]], o
 
 
 def test_ways_are_spelt(home: Path) -> None:
-    made = recipe(None, {"base.name": "base", "data": "rows.jsonl", "optimizer.learning_rate": 0.5})
+    made = recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl", "optimizer.learning_rate": 0.5})
     assert build_variant(made, "qlora") == build_variant(made, "lora@nf4")
-    assert build_variant(made, "qlora")["base"]["quantize"] == "nf4"
+    assert build_variant(made, "qlora")["model"]["quantize"] == "nf4"
     assert build_variant(made, "bitfit+lora")["method"] == ["bitfit", "lora"]
     assert build_variant(made, "lora")["optimizer"]["learning_rate"] is None, "each way has its own rate"
     with pytest.raises(RecipeError, match="'lorra'"):

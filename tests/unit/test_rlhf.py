@@ -31,15 +31,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                        ("held", [{"prompt": "new?"}, {"prompt": "newer?"}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
-    rlhf(recipe(folder), run=str(folder / "whole"), quiet=True)
+    rlhf(recipe(folder), output_dir=str(folder / "whole"), quiet=True)
     return folder
 
 
 def recipe(home: Path) -> dict[str, Any]:
-    brief = {"steps": 3, "batch_size": 4, "save_every": 1}
+    brief = {"max_steps": 3, "batch_size": 4, "save_steps": 1}
     return {
-        "base": str(home / "base"), "method": {"name": "lora", "rank": 2}, "optimizer": {"learning_rate": 0.01},
-        "evaluate": {"before": False}, "training": brief,
+        "model": str(home / "base"), "method": {"name": "lora", "rank": 2}, "optimizer": {"learning_rate": 0.01},
+        "evaluate": {"before_training": False}, "training": brief,
         "sft": {"data": str(home / "sft.jsonl")},
         "reward": {"data": {"train": str(home / "pairs.jsonl"), "test": str(home / "pairs.jsonl")}},
         "ppo": {"data": {"train": str(home / "prompts.jsonl"), "test": str(home / "held.jsonl")},
@@ -60,10 +60,10 @@ def test_three_runs_and_a_report(home: Path) -> None:
     assert "| after PPO |" in (folder / "report.md").read_text()
     assert (folder / "rlhf.png").stat().st_size > 5000
     ppo = Run(folder / "3-ppo")
-    assert ppo.recipe["start"] == str(folder / "1-sft")
+    assert ppo.recipe["init_from"] == str(folder / "1-sft")
     assert ppo.recipe["objective"]["reward"][0]["model"] == str(folder / "2-reward")
     assert ppo.recipe["training"]["batch_size"] == 2
-    assert ppo.recipe["training"]["steps"] == 3
+    assert ppo.recipe["training"]["max_steps"] == 3
 
 
 def test_evaluate_says_what_the_policy_earns(home: Path) -> None:
@@ -87,7 +87,7 @@ def test_it_goes_on_where_it_was_interrupted(home: Path, tmp_path: Path, stage: 
         if int(place.name[5:]) > at:
             shutil.rmtree(place)
     earlier = {f: f.stat().st_mtime_ns for n in ("1-sft", "2-reward") if n < stage for f in (folder / n).glob("*")}
-    rlhf(made, run=str(folder), quiet=True)
+    rlhf(made, output_dir=str(folder), quiet=True)
     for name in ("1-sft", "2-reward", "3-ppo"):
         file = Path(name) / "adapter_model.safetensors"
         assert (folder / file).read_bytes() == (home / "whole" / file).read_bytes(), name
@@ -98,7 +98,7 @@ def test_it_goes_on_where_it_was_interrupted(home: Path, tmp_path: Path, stage: 
 
 
 def test_the_command_prints_what_came_out(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rlhf", str(home / "recipe.yaml"), "--run", str(home / "whole"), "--json"]) == 0
+    assert main(["rlhf", str(home / "recipe.yaml"), "--output-dir", str(home / "whole"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["policies"]["tuned"]["reward"]
 
 
@@ -117,7 +117,7 @@ def test_all_faults_come_at_once(home: Path, change: dict[str, Any], words: list
 
 
 def test_settings_are_laid_over_one_part_or_all(home: Path) -> None:
-    folder, made = plan_stages(recipe(home), {"ppo.objective.kl_coef": 0.7, "seed": 3, "run": "there"})
+    folder, made = plan_stages(recipe(home), {"ppo.objective.kl_coef": 0.7, "seed": 3, "output_dir": "there"})
     assert folder == Path("there")
     assert [one.seed for one in made.values()] == [3, 3, 3]
     assert made["ppo"].model_dump()["objective"]["kl_coef"] == 0.7

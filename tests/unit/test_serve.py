@@ -82,8 +82,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     for number, name in enumerate(RUNS):
         rows = [{"prompt": f"{name} {i}?", "completion": "abcdefgh"[number * 4:][:4] * (1 + i)} for i in range(4)]
         (home / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        luthier.train(base=str(home / "base"), data=str(home / f"{name}.jsonl"), run=str(home / name), quiet=True,
-                      **{"training.steps": 6, "optimizer.learning_rate": 0.05, "seed": number})
+        luthier.train(model=str(home / "base"), data=str(home / f"{name}.jsonl"), output_dir=str(home / name), quiet=True,
+                      **{"training.max_steps": 6, "optimizer.learning_rate": 0.05, "seed": number})
     counter = OpenAIServing(load_served_models({name: home / name for name in RUNS}))
     server = opened(counter)
     yield House(home, counter, next(server))
@@ -168,8 +168,8 @@ def test_what_samples_otherwise_waits_for_the_next_batch() -> None:
 
 
 def test_a_runs_own_system_prompt_stands_where_none_is_brought(house: House, tmp_path: Path) -> None:
-    luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "told"), quiet=True,
-                  **{"training.steps": 1, "data.system": "Be brief."})
+    luthier.train(model=str(house.path / "base"), data=str(house.path / "law.jsonl"), output_dir=str(tmp_path / "told"), quiet=True,
+                  **{"training.max_steps": 1, "data.system": "Be brief."})
     served = load_served_models({"told": tmp_path / "told", "law": house.path / "law"})
     said = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "Hi")])) for name in ("told", "law", "base")}
     assert "Be brief." in said["told"]
@@ -269,8 +269,8 @@ def test_what_the_chat_template_refuses_is_told(house: House, monkeypatch: pytes
 
 
 def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: House, tmp_path: Path) -> None:
-    luthier.train(base=str(house.path / "base"), data=str(house.path / "law.jsonl"), run=str(tmp_path / "soft"), quiet=True,
-                  method={"name": "prompt", "tokens": 20}, **{"training.steps": 1})
+    luthier.train(model=str(house.path / "base"), data=str(house.path / "law.jsonl"), output_dir=str(tmp_path / "soft"), quiet=True,
+                  method={"name": "prompt", "tokens": 20}, **{"training.max_steps": 1})
     counter = OpenAIServing(load_served_models({"soft": tmp_path / "soft", "law": house.path / "law"}))
     try:
         long = {"prompt": "x" * 240, "max_tokens": 3, "temperature": 0}
@@ -292,7 +292,7 @@ def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: Ho
 
 
 def test_a_group_of_more_than_one_batch_throws_other_dice_in_each(house: House) -> None:
-    counter = OpenAIServing(house.counter.served, most=2)
+    counter = OpenAIServing(house.counter.served, max_num_seqs=2)
     try:
         asked = {"model": "base", "prompt": "Dice?", "temperature": 1.0, "max_tokens": 12, "seed": 7, "n": 4}
 

@@ -68,7 +68,7 @@ def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | Non
         made, base, attached = open_run(run if isinstance(run, Run) else Run(run), False, base_model,
                                               partial(print_line, quiet=quiet))
     if not isinstance(base, assembly.CausalLM):
-        raise RecipeError(f"{str(run)!r} stands on {made.base.name!r}, which holds no conversations",
+        raise RecipeError(f"{str(run)!r} stands on {made.model.name_or_path!r}, which holds no conversations",
                           "chat with a causal language model, such as 'smollm2'")
     if compare and attached is None:
         raise RecipeError(f"{str(run)!r} is a whole model without an adapter, so there are not two to compare",

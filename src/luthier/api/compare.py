@@ -26,13 +26,13 @@ from luthier.training.child_process import train_in_child_process
 from luthier.training.run_folder import Run
 
 AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing that the recipe says of its own rows holds
-    "evaluate.metrics": [], "evaluate.limit": sys.maxsize, "data.columns": {}, "data.format": "auto",
-    "data.limit": sys.maxsize, "data.system": ""}
+    "evaluate.metrics": [], "evaluate.max_samples": sys.maxsize, "data.columns": {}, "data.format": "auto",
+    "data.max_samples": sys.maxsize, "data.system": ""}
 COLUMNS = ("after", "general", "trainable_fraction", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
-def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None = None, out: Path | str | None = None,
-            quiet: bool = False, **settings: Any) -> Run:
+def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str | None = None,
+            out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
     """Train the recipe once with each method. Returns the folder with the runs, `comparison.json`, `.md` and `.png`.
 
     Runs that have ended already are kept, so an interrupted comparison goes on where it was.
@@ -40,8 +40,8 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     Args:
         recipe: a YAML file; its method and learning rate are left aside.
         methods: ways to train; `a+b` is both together, `lora@nf4` (or `qlora`) on a base kept in four bits.
-        general: rows that have nothing to do with the task: what became of them says what was forgotten. Of texts and
-            chats the perplexity is measured, of questions with choices how many are answered rightly.
+        retention_data: rows that have nothing to do with the task: what became of them says what was forgotten. Of
+            texts and chats the perplexity is measured, of questions with choices how many are answered rightly.
         settings: laid over the recipe in every run.
 
     Raises:
@@ -50,7 +50,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     """
     made = assembly.recipe(recipe, settings)
     ways = {method: build_variant(made, method) for method in methods}
-    other = _load_retention_data(made, general) if general else None
+    other = _load_retention_data(made, retention_data) if retention_data else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -64,7 +64,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
     told = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
     if other:
-        told |= {"general": other.measure, "general_before": other.of(made.base.name, quiet)}
+        told |= {"general": other.measure, "general_before": other.of(made.model.name_or_path, quiet)}
     folder.write("comparison.json", told)
     folder.write("comparison.md", format_table(told))
     plot_bars([row["method"] for row in rows], {
@@ -99,15 +99,15 @@ class _RetentionData:
 def _load_retention_data(made: Recipe, rows: str) -> _RetentionData:
     """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
     if "token_logps" not in made.objective.required_outputs or made.objective.heads:
-        raise RecipeError(f"--general {rows!r}: the objective {made.objective.name!r} does not train a model of words, "
-                          "so what was forgotten of other text cannot be said", "leave --general out")
+        raise RecipeError(f"--retention-data {rows!r}: the objective {made.objective.name!r} does not train a model "
+                          "of words, so what was forgotten of other text cannot be said", "leave --retention-data out")
     for _, lines in assembly.rows.read_source(rows):
         for example in assembly.rows.read_examples(lines):
             if isinstance(example, PreferenceExample):
                 return _RetentionData(rows, "multiple_choice", "accuracy")
             if not isinstance(example, assembly.rows.RejectedRow):
                 return _RetentionData(rows, "sft", "perplexity")
-    raise RecipeError(f"--general {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
+    raise RecipeError(f"--retention-data {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
 
 
 def _build_row(method: str, run: Run, other: _RetentionData | None, quiet: bool) -> dict[str, Any]:

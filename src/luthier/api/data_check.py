@@ -45,12 +45,12 @@ def check_data(file: str, *, model: str | None = None, evaluated: str | None = N
         settings: of a recipe's `data`, such as ``{"max_length": 512}``; ``data.max_length`` is the same.
         out: folder for data_report.json and lengths.png; left out: runs/check-<name of the file>.
     """
-    given: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "base.name": model}
+    given: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "model.name_or_path": model}
     made = assembly.recipe(None, given | {f"data.{key.removeprefix('data.')}": value
                                        for key, value in (settings or {}).items()})
     with status("reading the data", quiet=quiet):
-        tokenizer = load_base_tokenizer(made.base)
-        most = made.data.max_length or min(made.data.most, read_context_length(made.base))
+        tokenizer = load_base_tokenizer(made.model)
+        most = made.data.max_length or min(made.data.token_limit, read_context_length(made.model))
         config = made.data.model_copy(update={"streaming": False, "max_length": most})
         found = assembly.rows.read_datasets(config, tokenizer, seed=made.seed)
     folder = Path(out) if out else Path("runs") / f"check-{Path(file).stem}"

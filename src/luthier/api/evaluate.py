@@ -24,16 +24,16 @@ from luthier.training.step import evaluate_batches
 
 
 def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
-             limit: int | None = None, base: bool = False, max_new_tokens: int | None = None, quiet: bool = False,
-             base_model: str | None = None, **settings: Any) -> dict[str, Any]:
+             max_samples: int | None = None, base_model_only: bool = False, max_new_tokens: int | None = None,
+             quiet: bool = False, base_model: str | None = None, **settings: Any) -> dict[str, Any]:
     """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
 
     Args:
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
         data: rows to use in place of the recipe's test (or validation) rows.
         metrics: scores of generated answers; left out: the recipe's.
-        limit: only the first so many rows.
-        base: measure the bare base instead.
+        max_samples: only the first so many rows.
+        base_model_only: measure the base model instead, without the adapter.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
         settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
 
@@ -46,10 +46,10 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     with status("loading the run", quiet=quiet):
         recorded, family, attached = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
-              "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
+              "evaluate.max_samples": max_samples, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = assembly.dump(recorded)
-    if "training.micro_tokens" in run.provenance.get("resolved", ()):  # left out: every machine has its own
-        raw["training"]["micro_tokens"] = None
+    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # every machine has its own
+        raw["training"]["max_tokens_per_micro_batch"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
     made = assembly.recipe(raw, wanted)
@@ -63,14 +63,14 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
                           "name some: luthier evaluate RUN --data FILE")
-    if made.evaluate.limit:
-        encoded = encoded[:made.evaluate.limit]
-    if base and attached is None:
+    if made.evaluate.max_samples:
+        encoded = encoded[:made.evaluate.max_samples]
+    if base_model_only and attached is None:
         raise RecipeError("the run holds a whole model, so the bare base is not in it",
-                          f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
+                          f"evaluate the base by itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
     reference = _build_reference(run, recorded, made, family, attached)
     family.train(False)
-    with attached.disabled() if base and attached else nullcontext():
+    with attached.disabled() if base_model_only and attached else nullcontext():
         batches = assembly.rows.build_eval_batches(encoded, resolve_micro_batch_tokens(made, family))
         results = (evaluate_run_policy(made, family, attached, found, encoded) if made.objective.is_online
                    else add_perplexity(evaluate_batches(family, made.objective, batches, reference)))
@@ -89,7 +89,7 @@ def _build_reference(run: Run, recorded: Recipe, made: Recipe, family: Any, atta
         return attached.disabled if attached else nullcontext
     if attached:
         return reference_context(made, family, attached)
-    if not made.objective.is_online and recorded.base.name != str(run.path):
+    if not made.objective.is_online and recorded.model.name_or_path != str(run.path):
         raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
                           f"{str(run.path)!r} holds a whole model, trained over it",
                           "read what was measured while both were there (results.json: test), or measure by an "

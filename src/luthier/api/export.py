@@ -30,10 +30,10 @@ from luthier.reporting.model_card import build_model_card
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
 
-FORMS = ("merged", "whole", "adapter", "gguf", "gguf-adapter")
+FORMS = ("merged", "bundle", "adapter", "gguf", "gguf-adapter")
 VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what Transformers alone cannot put in
 FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are one file
-DTYPES = {"merged": ("float32", "bfloat16", "float16"), "whole": ("float32", "bfloat16", "float16"),
+DTYPES = {"merged": ("float32", "bfloat16", "float16"), "bundle": ("float32", "bfloat16", "float16"),
           "gguf": ("float32", "float16", "q8_0")}
 NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PROBE = 16  # tokens of the check that merging changed nothing
@@ -42,7 +42,7 @@ PROBE = 16  # tokens of the check that merging changed nothing
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-3, torch.bfloat16: 0.5, torch.float16: 0.1}
 
 
-def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "gguf", "gguf-adapter"] = "merged",
+def export(run: Run | Path | str, to: Literal["merged", "bundle", "adapter", "gguf", "gguf-adapter"] = "merged",
            out: Path | str | None = None,
            dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None,
            lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None) -> Path:
@@ -51,12 +51,12 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     Args:
         to: `merged`, a model like any other, the method's change folded into its weights (of a full run, a copy; of a
             run on a base in few bits, into the base as it was before);
-            `whole`, the base with the adapter beside it in one folder, which Transformers loads in one call;
+            `bundle`, the base with the adapter beside it in one folder, which Transformers loads in one call;
             `adapter`, the files that PEFT loads beside the base;
             `gguf`, the merged model as one file for llama.cpp;
             or `gguf-adapter`, a LoRA as the file that llama.cpp loads beside the base's.
         out: the folder or file; left out: in the run's folder, `model.gguf`, `adapter.gguf` or under the form's name.
-        dtype: of the weights. Left out: of `merged` and `whole` the one that the base's files are stored in, whatever
+        dtype: of the weights. Left out: of `merged` and `bundle` the one that the base's files are stored in, whatever
             it was trained in; of the matrices in `gguf` float16.
         lora_rank: write `adapter` as a plain LoRA of this rank on every map, for servers that read one rank and one
             alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks padded with zeros. `auto`:
@@ -84,7 +84,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
         attached = convert_to_plain_lora(base, attached, None if lora_rank == "auto" else lora_rank)
     if to == "adapter":
         _refuse_unreadable(run, made, attached)
-    if to == "whole":
+    if to == "bundle":
         _refuse_unsupported(run, made, attached)
     if to in ("merged", "gguf") and attached is not None:
         merge_adapter(base, attached)
@@ -177,10 +177,10 @@ def _refuse_unsupported(run: Run, made: Recipe, attached: Tuner | None) -> None:
 
 def _write_folder(out: Path, to: str, made: Recipe, base: Family, attached: Tuner | None) -> None:
     out.mkdir()
-    if to == "whole" and attached is not None:
+    if to == "bundle" and attached is not None:
         with attached.disabled():
             save_full_model(Run(out), made, base)
-    if to in ("adapter", "whole") and attached is not None:
+    if to in ("adapter", "bundle") and attached is not None:
         save_tuned(Run(out), made, base, attached, public=True)
     else:
         save_full_model(Run(out), made, base)
@@ -195,7 +195,7 @@ def merge_adapter(base: Family, attached: Tuner) -> None:
     allowed = TOLERANCE[base.structure.embedding.weight.dtype]  # type: ignore[index]
     if not moved <= allowed:
         raise RunError(f"merging moved an output by {moved:.2g}, and rounding explains {allowed} at most",
-                       "train and export with base.dtype: float32, or use the adapter as it is")
+                       "train and export with model.dtype: float32, or use the adapter as it is")
 
 
 @torch.no_grad()

@@ -39,24 +39,24 @@ Labels = list[Any]  # of each row a class's name, several of them, a number, or 
 KINDS = frozenset({"LabelledExample", "ImageExample"})  # what has one state and one label
 
 
-def features(base: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
+def features(model: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
              base_model: str | None = None, **settings: Any) -> tuple[np.ndarray, Labels]:
     """The pooled state of every row, [N, D] float32, in the order of the rows, and the rows' labels.
 
     Args:
-        base: an alias, a folder, a hub id, or a run folder (then with what it trained).
+        model: an alias, a folder, a hub id, or a run folder (then with what it trained).
         data: rows of texts or pictures with a label: a class, several, or a number.
         out: a `.safetensors` file to keep them in, with their labels and settings in a `.json` beside it. Where it
             holds those of the same base, rows and settings already, it is read and nothing is computed.
         base_model: where the base of a run is now, if it was moved.
-        settings: laid over the recipe, such as ``**{"base.pooling": "mean", "data.max_length": 128}``.
+        settings: laid over the recipe, such as ``**{"model.pooling": "mean", "data.max_length": 128}``.
 
     Raises:
         RunError: `out` holds features of something else, or is no such file.
         LuthierError: the base or the rows cannot be read.
     """
     tell = partial(print_line, quiet=quiet)
-    made, run = _build_feature_recipe(base.path if isinstance(base, Run) else Path(base), data, settings, base_model,
+    made, run = _build_feature_recipe(model.path if isinstance(model, Run) else Path(model), data, settings, base_model,
                                       tell)
     if out is None:
         return _compute_features(made, run, quiet, base_model)
@@ -73,7 +73,7 @@ def features(base: Run | Path | str, data: str, *, out: Path | str | None = None
     with translate_os_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     found, labels = _compute_features(made, run, quiet, base_model)
-    Run(file.parent).write(beside.name, {"made_of": made_of, "pooling": made.base.pooling, "labels": labels})
+    Run(file.parent).write(beside.name, {"made_of": made_of, "pooling": made.model.pooling, "labels": labels})
     with translate_os_errors(file):
         save_file({"features": torch.from_numpy(found)}, file, metadata={"format": "pt"})
         file.chmod(beside.stat().st_mode)  # the library makes its files readable to their owner alone
@@ -113,20 +113,20 @@ def _build_feature_recipe(base: Path, data: str, settings: Mapping[str, Any], ba
     if base_model is not None and not is_run:
         raise RecipeError(f"{str(base)!r} is a base itself", "leave the base model out (--base-model)")
     raw: dict[str, Any] = (assembly.dump(open_recipe(Run(base), base_model, report)) if is_run
-                           else {"base": {"name": str(base)}})
-    if is_run and any(key.partition(".")[0] == "base" for key in settings):
-        raise RecipeError(f"{str(base)!r} is a run, and its base is as it was trained", "leave settings of base out")
+                           else {"model": {"name_or_path": str(base)}})
+    if is_run and any(key.partition(".")[0] == "model" for key in settings):
+        raise RecipeError(f"{str(base)!r} is a run, and its base is as it was trained", "omit the settings of model")
     raw["data"] = {**raw.get("data", {}), "train": data, "test": data, "eval": None, "augment": [], "streaming": True}
     return assembly.recipe({**raw, "objective": "classify"}, settings), Run(base) if is_run else None
 
 
 def _describe_features(made: Recipe, run: Run | None) -> str:
     """A fingerprint of all that decides the features: weights, rows, settings."""
-    data, base = made.data.test, made.base.model_dump_json(exclude={"name", "device"})
+    data, base = made.data.test, made.model.model_dump_json(exclude={"name_or_path", "device"})
     assert data is not None
     weights = [compute_digest(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
     if run is None or run.adapter is not None:
-        weights.append(assembly.compute_fingerprint(assembly.prepare_folder(made.base)))
+        weights.append(assembly.compute_fingerprint(assembly.prepare_folder(made.model)))
     rows = compute_digest(Path(data.path)) if Path(data.path).exists() else data.path
     told = [weights, rows, base, made.data.model_dump_json(exclude={"train"})]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
@@ -135,7 +135,7 @@ def _describe_features(made: Recipe, run: Run | None) -> str:
 @torch.no_grad()
 def _compute_features(made: Recipe, run: Run | None, quiet: bool, base_model: str | None) -> tuple[np.ndarray, Labels]:
     with status("loading the base", quiet=quiet):
-        family = open_run(run, False, base_model)[1] if run else load_family(made.base)
+        family = open_run(run, False, base_model)[1] if run else load_family(made.model)
     with status("reading the data", quiet=quiet):
         # Streamed, so that the rows are read once: as those of a test, which nothing changes.
         found = assembly.rows.read_datasets(made.data, family.tokenizer, seed=made.seed, reads=KINDS)

@@ -42,7 +42,7 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str |
     if not readings:
         raise RunError(f"{str(run.path)!r} was tuned by {method_name(made)}, whose numbers say nothing by "
                        "themselves", "inspect a run of prompt, ptuning, prefix, ptuning_v2, lora or adalora")
-    found: dict[str, Any] = {"run": str(run.path), "method": method_name(made), "readings": [],
+    found: dict[str, Any] = {"output_dir": str(run.path), "method": method_name(made), "readings": [],
                              "picture": None}
     starts = _init_method_again(run, made, family, attached) if any(r.kind == "words" for r in readings) else []
     for i, reading in enumerate(readings):
@@ -61,7 +61,7 @@ def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str |
 
 def _init_method_again(run: Run, made: Recipe, family: Family, attached: Tuner | None) -> Sequence[assembly.Diagnostic]:
     """The method as it was before the first step, made once more from the recipe's seed; none where nobody knows."""
-    if not run.recipe or made.start is not None or attached is None:
+    if not run.recipe or made.init_from is not None or attached is None:
         return []
     with attached.disabled():
         return assembly.diagnose(attach_method(family, made.method, made.seed), family.structure)

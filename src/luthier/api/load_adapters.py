@@ -81,7 +81,7 @@ def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapt
         RunError: a run that holds a whole model, or a method that cannot share its base.
         RecipeError: a run of another base.
     """
-    config = assembly.BaseConfig(name=base)
+    config = assembly.ModelConfig(name_or_path=base)
     family = load_family(config)
     if not isinstance(family, assembly.CausalLM):
         raise RunError(f"{base!r} is no causal language model, so it answers nothing",
@@ -90,7 +90,8 @@ def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapt
     made = {name: assembly.recorded(run.existing()) for name, run in folders.items()}
     for name, recipe in made.items():
         if conflict := describe_model_conflict(folders[name], config):
-            raise RecipeError(f"the run {name!r} was made on {recipe.base.name!r}, not on {base!r}: {conflict}",
+            raise RecipeError(f"the run {name!r} was made on {recipe.model.name_or_path!r}, not on "
+                              f"{base!r}: {conflict}",
                               "open it with the runs of its own base")
     return MultiAdapterModel(family, attach_runs(family, folders),
                              {name: build_prompt_format(run, made[name]) for name, run in folders.items()})

@@ -1,7 +1,8 @@
 """The verb `paraphrase`: rows said anew by a model, as a file to train on beside the rows themselves.
 
-    ask     one request: the words in other words. Several: each answer is what the next one asks about, such as a
-            translation and the way back (Sennrich et al. 2016, arXiv:1511.06709, section 3)
+    prompt_template  one request: the words in other words. Several: each answer is what the next one
+                     asks about, such as a translation and the way back (Sennrich et al. 2016, arXiv:1511.06709,
+                     section 3)
 
 The answers depend on the base, the rows, the requests and the seed alone. A row whose words came back empty or
 unchanged teaches nothing new, one whose answer was cut off teaches half sentences: both are left out and counted. Read
@@ -24,13 +25,13 @@ from luthier.core.protocols import Family, SamplingParams
 from luthier.reporting.progress import Progress, print_line, status
 from luthier.training.run_folder import Run
 
-ASK = "Say this in other words, in the same language:\n{text}"
+PROMPT_TEMPLATE = "Say this in other words, in the same language:\n{text}"
 
 
 def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | str = "smollm2",
-               ask: Sequence[str] | str = ASK, limit: int | None = None, temperature: float = 0.0, seed: int = 0,
-               max_new_tokens: int = 128, batch_size: int = 16, quiet: bool = False,
-               base_model: str | None = None) -> dict[str, Any]:
+               prompt_template: Sequence[str] | str = PROMPT_TEMPLATE, max_samples: int | None = None,
+               temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 128, batch_size: int = 16,
+               quiet: bool = False, base_model: str | None = None) -> dict[str, Any]:
     """Write the rows of a file with one column said anew. Returns what became of them: rows read, written, unchanged,
     empty, cut off (an answer longer than `max_new_tokens`), unreadable.
 
@@ -39,14 +40,14 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
         out: a `.jsonl` file to make; what was asked, and the counts, stand in a `.json` beside it.
         model: a base or run that writes.
         base_model: where the base of that run is now, if it was moved.
-        ask: the request, with `{text}` where the words go; several are asked one after the other.
+        prompt_template: the request, with `{text}` where the words go; several are asked one after the other.
 
     Raises:
         RecipeError: a request without `{text}`, or a model that does not write.
         DataError: no row has the column.
         RunError: `out` is there already, or is no `.jsonl` file.
     """
-    asked, target = [ask] if isinstance(ask, str) else list(ask), Path(out)
+    asked, target = [prompt_template] if isinstance(prompt_template, str) else list(prompt_template), Path(out)
     if lame := next((one for one in asked if "{text}" not in one), None if asked else "nothing"):
         raise RecipeError(f"the request {lame!r} has no place for the words", "write {text} where they go")
     if target.suffix != ".jsonl" or target.exists():
@@ -60,7 +61,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
             unread += not usable
     if not rows:
         raise DataError(f"no row of {file} has words in a column {column!r}", "name a column of texts with --column")
-    rows = rows[:limit]
+    rows = rows[:max_samples]
     with status("loading the model", quiet=quiet):
         _, base, _ = open_run(Run(model) if not isinstance(model, Run) else model, False, base_model,
                                    partial(print_line, quiet=quiet))
@@ -78,7 +79,7 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.write_lines(target.name, made)
     folder.write(target.with_suffix(".json").name, {**told, "file": file, "column": column, "model": str(model),
-                                                    "ask": asked, "temperature": temperature, "seed": seed})
+                                                    "prompt_template": asked, "temperature": temperature, "seed": seed})
     return {"file": str(target), **told}
 
 

@@ -54,7 +54,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     made = assembly.recipe(recipe, settings)
     ways = {name: build_variant(made, name) for name in dict.fromkeys(methods)}
     room = available_memory_gb(select_device(made))
-    folder = Run(out or Path("runs") / f"plan-{display_name(made.base.name)}")
+    folder = Run(out or Path("runs") / f"plan-{display_name(made.model.name_or_path)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     data: dict[str, Any] = {}
@@ -64,7 +64,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
             rows.append({"method": name, **_time_method(made, raw, run, steps, room)})
             data = data or _read_trial(run)
             bar.update(done)
-    told = {"base": made.base.name, "room_gb": room, "steps": steps, "data": data, "methods": rows}
+    told = {"model": made.model.name_or_path, "room_gb": room, "steps": steps, "data": data, "methods": rows}
     told |= {"advice": build_advice(told, made.objective.name)}
     folder.write("plan.json", told)
     folder.write("plan.md", format_table(told))
@@ -79,10 +79,10 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
 def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room: float) -> dict[str, Any]:
     """What a trial measured, or `why` there is none."""
     candidate = Recipe.parse(raw)
-    least = estimate_weight_gb(candidate.base, whole=method_name(candidate) == "full")
+    least = estimate_weight_gb(candidate.model, whole=method_name(candidate) == "full")
     if least > room:
         return {"why": f"the weights alone need {least:.1f} GB, and {room:.1f} GB are free", "fits": False}
-    raw["training"] |= {"steps": steps, "save_every": None, "trackers": []}
+    raw["training"] |= {"max_steps": steps, "save_steps": None, "report_to": []}
     raw["data"] |= {"test": None, "eval": None}
     raw["evaluate"] |= {"metrics": [], "before": False}
     code, words = train_in_child_process(raw, run)
@@ -94,7 +94,7 @@ def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room:
     timed = found.metrics[2:]  # line 0 tells the shares, line 1 is of the first step
     length = statistics.median(line["tokens"] for line in timed)
     per_token = statistics.median(line["step_seconds"] / line["tokens"] for line in timed)
-    total = made.training.steps or _estimate_whole_run(made, round(timed[0]["step"] / timed[0]["epoch"]))
+    total = made.training.max_steps or _estimate_whole_run(made, round(timed[0]["step"] / timed[0]["epoch"]))
     results = found.results
     return {"fits": results["peak_memory_gb"] * SPARE <= room, "steps": total, "tokens": round(total * length),
             "seconds": total * per_token * length, "tokens_per_second": 1 / per_token,
@@ -104,7 +104,7 @@ def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room:
 def _estimate_whole_run(made: Recipe, steps: int) -> int:
     """Steps of the whole run, of which a trial had so many an epoch. A trial holds nothing out."""
     held = made.data.eval if isinstance(made.data.eval, float) else 0.0
-    return max(1, math.ceil(round(made.training.epochs * steps * (1 - held), 6)))
+    return max(1, math.ceil(round(made.training.num_train_epochs * steps * (1 - held), 6)))
 
 
 def _read_trial(run: Path) -> dict[str, Any]:
@@ -124,8 +124,8 @@ def build_advice(told: Mapping[str, Any], objective: str) -> list[str]:
     measured = {row["method"]: row for row in told["methods"] if "seconds" in row}
     fits = {name: row for name, row in measured.items() if row["fits"]}
     if not fits:
-        return [f"Nothing tried here fits into {told['room_gb']:.1f} GB. In this order: base.quantize=nf4, "
-                "base.dtype=bfloat16, a smaller training.micro_tokens, a smaller base."]
+        return [f"Nothing tried here fits into {told['room_gb']:.1f} GB. In this order: model.quantize=nf4, "
+                "model.dtype=bfloat16, a smaller training.max_tokens_per_micro_batch, a smaller base."]
     tokens = max(row["tokens"] for row in fits.values())
     if objective == "pretrain" and "full" in fits and tokens >= LARGE:
         chosen, why = "full", (f"{tokens:,} tokens of plain text have more to teach than few parameters take up "

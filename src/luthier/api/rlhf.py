@@ -31,8 +31,8 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
 
     Args:
         recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; what stands beside them (base,
-            method, data, seed, ...) holds for every part that does not say otherwise; `run` is the folder.
-        settings: laid over it; ``ppo.objective.kl_coef`` for one part, ``base.name`` for all.
+            method, data, seed, ...) holds for every part that does not say otherwise; `output_dir` is the folder.
+        settings: laid over it; ``ppo.objective.kl_coef`` for one part, ``model.name_or_path`` for all.
 
     Raises:
         RecipeError: with everything that is wrong in any part, before the first one starts.
@@ -56,7 +56,7 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
     raw = dict(recipe) if isinstance(recipe, Mapping) else _read_recipe(Path(recipe))
     stem = "rlhf" if isinstance(recipe, Mapping) else Path(recipe).stem
     parts = {stage: dict(raw.pop(stage)) for stage in STAGES if stage in raw}
-    folder = Path(str(settings.get("run") or raw.get("run") or Path("runs") / stem))
+    folder = Path(str(settings.get("output_dir") or raw.get("output_dir") or Path("runs") / stem))
     if not {"sft", "ppo"} <= parts.keys():
         raise RecipeError("a recipe of rlhf has the parts sft, reward and ppo, each with its data and training",
                           f"see recipes/rlhf.yaml; this one has {', '.join([*parts, *raw]) or 'nothing'}")
@@ -64,19 +64,19 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
     if unknown:
         raise RecipeError(f"unknown setting {unknown[0]!r}",
                           suggest_nearest(unknown[0], [*STAGES, *Recipe.model_fields]))
-    shared = {key: value for key, value in raw.items() if key != "run"}
+    shared = {key: value for key, value in raw.items() if key != "output_dir"}
     made: dict[str, Recipe] = {}
     faults = []
     for stage, part in parts.items():
-        over = {key: value for key, value in settings.items() if key.partition(".")[0] not in (*STAGES, "run")}
+        over = {key: value for key, value in settings.items() if key.partition(".")[0] not in (*STAGES, "output_dir")}
         over |= {key.removeprefix(f"{stage}."): value for key, value in settings.items() if key.startswith(f"{stage}.")}
         part = {**part, "objective": _build_stage_objective(stage, part.get("objective", {}), folder,
                                                             "reward" in parts),
-                "run": str(folder / STAGES[stage])}
+                "output_dir": str(folder / STAGES[stage])}
         if stage == "ppo":
             first = assembly.dump(made["sft"]) if "sft" in made else {}
-            part = {"base": first.get("base", "-"), "method": first.get("method", "lora"), **part,
-                    "start": str(folder / STAGES["sft"])}
+            part = {"model": first.get("model", "-"), "method": first.get("method", "lora"), **part,
+                    "init_from": str(folder / STAGES["sft"])}
         try:
             made[stage] = assembly.recipe(shared, {**part, **over})
         except RecipeError as error:

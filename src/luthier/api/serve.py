@@ -107,12 +107,12 @@ class OpenAIServing:
 
     Args:
         served: what answers.
-        most: requests in one batch.
+        max_num_seqs: requests in one batch.
     """
 
-    def __init__(self, served: ServedModels, most: int = 16) -> None:
+    def __init__(self, served: ServedModels, max_num_seqs: int = 16) -> None:
         self.served = served
-        self.desk = InferenceEngine(served.base, served.numbers, most)
+        self.desk = InferenceEngine(served.base, served.numbers, max_num_seqs)
         self.born = int(time.time())
 
     def models(self) -> dict[str, Any]:
@@ -310,7 +310,7 @@ def build_app(counter: OpenAIServing) -> Starlette:
     return Starlette(routes=routes, exception_handlers={LuthierError: refused})
 
 
-def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, most: int = 16,
+def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, max_num_seqs: int = 16,
           quiet: bool = False, base_model: str | None = None) -> None:
     """Answer until interrupted.
 
@@ -318,7 +318,7 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
         runs: run folders, a base, or names for them: ``{"law": "runs/law"}`` or ``["law=runs/law"]``; a folder's own
             name where none is given.
         host: the address to listen on; 0.0.0.0 lets other machines in, whoever they are.
-        most: requests answered in one batch.
+        max_num_seqs: requests answered in one batch.
         base_model: where the base of the runs is now, if it was moved.
 
     Raises:
@@ -332,7 +332,7 @@ def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", p
     found = dict(runs) if isinstance(runs, Mapping) else name_runs(runs)
     door = _open_socket(host, port)
     with status("loading", quiet=quiet):
-        counter = OpenAIServing(load_served_models(found, base_model, partial(print_line, quiet=quiet)), most)
+        counter = OpenAIServing(load_served_models(found, base_model, partial(print_line, quiet=quiet)), max_num_seqs)
     if not quiet:
         address = f"http://{host}:{door.getsockname()[1]}/v1"
         print(f"serving {', '.join(counter.served.names)} at {address}  (Ctrl-C ends)", flush=True)

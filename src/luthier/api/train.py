@@ -75,7 +75,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
         quiet: no progress on the terminal.
         base_model: where the base is now, if it was moved after the run that goes on, or that this one starts from, was
             made; it must be the same base.
-        settings: laid over the recipe: ``base="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
+        settings: laid over the recipe: ``model="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
 
     Raises:
         LuthierError: with everything that is wrong, before any work where it can be known.
@@ -84,19 +84,19 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
-    run = Run(process_group.broadcast_object(made.run or str(_choose_run_name(made))))
+    run = Run(process_group.broadcast_object(made.output_dir or str(_choose_run_name(made))))
     if not resume:
         run.vacant() if process_group.get_rank() == 0 else None
     elif _is_finished(run.existing(), made, quiet):
         _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
     assembly.rows.check_sources(made.data)
-    check_dtype(made.base)
-    check_trackers(made.training.trackers)
+    check_dtype(made.model)
+    check_trackers(made.training.report_to)
     saved = _find_checkpoint(run, quiet) if resume else None
     if resume:
         made = fill_left_out(made, Recipe.parse(run.recipe))
-        check_base(run, made.base, report=partial(_print_line, quiet))
+        check_base(run, made.model, report=partial(_print_line, quiet))
     if saved:
         check_resumable(run, saved.state.get("record") or {}, partial(_print_line, quiet))
     check_runs(made, partial(_print_line, quiet))
@@ -112,9 +112,9 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     _print_warnings(quiet, find_unused_settings(made))
     check_rewards(made)
     with status("loading the base", quiet=quiet):
-        identity = assembly.identify_base(made.base)
+        identity = assembly.identify_base(made.model)
         seed_everything(made.seed)
-        base = load_family(made.base, made.objective.uses_masking)
+        base = load_family(made.model, made.objective.uses_masking)
         check_loaded_model(made, base)
         base.enable_gradient_checkpointing(0 if made.training.gradient_checkpointing
                                            else resolve_micro_batch_tokens(made, base))
@@ -148,7 +148,7 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     rolling = feed if isinstance(feed, assembly.RolloutCollector) else None
     results: dict[str, Any] = share | (process_group.broadcast_object(run.results) if resume else {})
     part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
-    if made.evaluate.before and not {"before", f"{part}_before"} & results.keys():
+    if made.evaluate.before_training and not {"before", f"{part}_before"} & results.keys():
         with initial_model(reference):
             results |= _evaluate_before(out, made, base, part, found.test or found.eval, asked, reference, rolling,
                                         quiet)
@@ -229,17 +229,19 @@ def _apply_base_model(made: Recipe, base_model: str | None, resume: bool) -> Rec
     """The recipe with the base at its new place. Raises `RecipeError` where no earlier run says which base it is."""
     if base_model is None:
         return made
-    if not resume and made.start is None:
+    if not resume and made.init_from is None:
         raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was made, and this "
-                          "run is new", "name its base as base.name (--model)")
-    return made.model_copy(update={"base": made.base.model_copy(update={"name": base_model, "revision": None})})
+                          "run is new", "name its base as model.name_or_path (--model)")
+    return made.model_copy(update={"model": made.model.model_copy(update={"name_or_path": base_model,
+                                                                          "revision": None})})
 
 
 def _check_same_recipe(run: Run, made: Recipe) -> None:
     """Raises `RunError` where the run was started with another recipe."""
     if changed := list_differences(run, made):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
-                       f"go on with its own (luthier train --resume {run.path}), or name another folder (run=NAME)")
+                       f"go on with its own (luthier train --resume {run.path}), or name another folder "
+                           "(output_dir=NAME)")
 
 
 def _write_data_report(run: Run, report: assembly.rows.DataReport) -> None:
@@ -264,7 +266,7 @@ def _build_trackers(run: Run, made: Recipe, saved: checkpoint.Checkpoint | None,
     log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
         log.log(0, share)
-    return [log, *open_trackers(made.training.trackers, run.path, assembly.dump(make_public(made)), at)]
+    return [log, *open_trackers(made.training.report_to, run.path, assembly.dump(make_public(made)), at)]
 
 
 def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
@@ -313,7 +315,7 @@ def _finish_run(run: Run, made: Recipe, job: TrainJob, summary: TrainResult, par
     if test:
         results[part] = measured = _evaluate_objective(made, base, test, job.reference or nullcontext, job.rolling)
         results |= _pick_headline("after", measured) | {"measured_on": part,
-                                                        "examples": len(test[:made.evaluate.limit])}
+                                                        "examples": len(test[:made.evaluate.max_samples])}
         plot_metrics(measured, made.objective.classes or (), run.path)
     if asked:
         after = _evaluate_answers("the tuned model answers", base, asked, made, quiet)
@@ -333,8 +335,8 @@ def _evaluate_objective(made: Recipe, base: Any, test: list[TokenizedExample], r
     """The objective's own measures of test rows."""
     base.train(False)
     if rolling:
-        return rolling.judged(test[:made.evaluate.limit])
-    batches = assembly.rows.build_eval_batches(test[:made.evaluate.limit], resolve_micro_batch_tokens(made, base))
+        return rolling.judged(test[:made.evaluate.max_samples])
+    batches = assembly.rows.build_eval_batches(test[:made.evaluate.max_samples], resolve_micro_batch_tokens(made, base))
     return add_perplexity(evaluate_batches(base, made.objective, batches, reference))
 
 
@@ -371,7 +373,7 @@ def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
 
 def _choose_run_name(made: Recipe) -> Path:
     """runs/<method>-<base>, numbered where that is taken."""
-    stem = f"{method_name(made)}-{display_name(made.base.name)}"
+    stem = f"{method_name(made)}-{display_name(made.model.name_or_path)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
 

@@ -94,8 +94,8 @@ from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.peft import PEFT_ONLY_FIELDS
 from luthier.models import (
     ALIASES,
-    BaseConfig,
     CausalLM,
+    ModelConfig,
     cast_weights,
     compute_fingerprint,
     get_cache_folder,
@@ -107,7 +107,7 @@ from luthier.rl import RolloutCollector
 from luthier.training.run_folder import Run
 
 __all__ = [
-    "ALIASES", "PEFT_ONLY_FIELDS", "AdapterManager", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig",
+    "ALIASES", "PEFT_ONLY_FIELDS", "AdapterManager", "ModelConfig", "CausalLM", "CheckpointRecord", "DataConfig",
     "METHODS",
     "PromptFormat", "Diagnostic", "Recipe", "RolloutCollector", "Run", "ServedModels", "precompute_reference",
     "attach_method", "attach_runs",

@@ -17,8 +17,8 @@ from luthier.models import identify_base
 from luthier.training.run_folder import Run
 
 
-def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how: CombinationType, rank: int | None,
-                   base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
+def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], combination_type: CombinationType,
+                   rank: int | None, base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
     """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
 
     Raises:
@@ -29,27 +29,29 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how:
     recipes = [open_recipe(adapted(run), base_model, report) for run in runs]
     first = recipes[0]
     for run, made in zip(runs, recipes, strict=True):
-        if base_model is None and (conflict := describe_model_conflict(run, first.base)):
-            raise RecipeError(f"{str(run.path)!r} was made on {made.base.name!r}, and {str(runs[0].path)!r} on "
-                              f"{first.base.name!r}: {conflict}", "combine runs of one base")
+        if base_model is None and (conflict := describe_model_conflict(run, first.model)):
+            raise RecipeError(f"{str(run.path)!r} was made on {made.model.name_or_path!r}, and {str(runs[0].path)!r} "
+                              "on "
+                              f"{first.model.name_or_path!r}: {conflict}", "combine runs of one base")
         if has_saved_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
                               "runs have no sum", "use them side by side: luthier.load_adapters")
-    base = load_family(first.base, first.objective.uses_masking)
+    base = load_family(first.model, first.objective.uses_masking)
     bank = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
     loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
             "stack others by their weights: luthier.load_adapters and using({...})")
-    found = merge_loras(loras, weights, how, rank)
-    made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
+    found = merge_loras(loras, weights, combination_type, rank)
+    made = first.model_copy(update={"method": found.config, "init_from": None, "output_dir": str(out.path)})
     made = make_paths_absolute(made)
-    out.begin(dump(made), {**record_start(made, identify_base(made.base), []), "combined": {str(run.path): float(weight)
+    out.begin(dump(made), {**record_start(made, identify_base(made.model), []),
+                           "combined": {str(run.path): float(weight)
                                                             for run, weight in zip(runs, weights, strict=True)}})
     attached = attach_method(base, made.method, made.seed)
     attached.load(found.state)
     save_tuned(out, made, base, attached)
     results = {"rank": found.config.rank, "relative_error": found.error}
-    out.write("results.json", {**results, "how": how})
+    out.write("results.json", {**results, "combination_type": combination_type})
     return results

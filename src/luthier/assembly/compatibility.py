@@ -15,7 +15,7 @@ from luthier.methods.composite import list_parts
 from luthier.methods.freeze import FreezeConfig, LnTuningConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.peft import PeftConfig
-from luthier.models import BaseConfig, read_stored_dtype
+from luthier.models import ModelConfig, read_stored_dtype
 from luthier.models.task_heads import LOG_PROBS
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
@@ -24,7 +24,7 @@ from luthier.objectives.ppo import PpoConfig
 INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods without a switch that a bank could turn
 
 
-def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
+def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
     """Raises `RecipeError` where the base would train in float16.
 
     Its smallest number is 6e-8, and the loss of a step is divided by all of its weighted tokens: without loss scaling
@@ -36,25 +36,28 @@ def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:
     """
     known = read_stored_dtype(config) if config.dtype == "auto" and loaded is None else None
     if config.dtype == "float16" or torch.float16 in (loaded, known):
-        raise RecipeError(f"base.dtype {config.dtype!r}: {config.name!r} would train in float16, where small gradients "
+        raise RecipeError(f"model.dtype {config.dtype!r}: {config.name_or_path!r} would train in float16, where "
+                          "small gradients "
                           "become 0 and no loss scaling is used",
-                          "set base.dtype to bfloat16 or float32 (evaluate, chat and export take float16)")
+                          "set model.dtype to bfloat16 or float32 (evaluate, chat and export take float16)")
 
 
 def fitting(made: Recipe, base: Family) -> None:
     """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
     weight = base.structure.embedding.weight
     assert isinstance(weight, torch.Tensor)
-    check_dtype(made.base, weight.dtype)
+    check_dtype(made.model, weight.dtype)
     name, needs = made.objective.name, made.objective.required_outputs
     if isinstance(made.objective, PpoConfig | GrpoConfig):
         needs = needs | made.objective.rollout_outputs
         if not base.can_generate:
-            raise RecipeError(f"objective {name!r} learns from the base's own answers, and {made.base.name!r} writes "
+            raise RecipeError(f"objective {name!r} learns from the base's own answers, and "
+                              f"{made.model.name_or_path!r} writes "
                               "none", "choose a base that writes text, such as 'smollm2'")
     guesses = made.objective.uses_masking and base.structure.head is not None
     if needs & LOG_PROBS and base.structure.task == "FEATURE_EXTRACTION" and not guesses:
-        raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and {made.base.name!r} predicts "
+        raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and "
+                          f"{made.model.name_or_path!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
     inside = next((part.name for part in list_parts(made.method) if isinstance(part, INSIDE)), None)
@@ -63,12 +66,12 @@ def fitting(made: Recipe, base: Family) -> None:
                           "works inside the base's own parts, which the two would share",
                           "set objective.critic: shared, or train an adapter (method: lora)")
     if isinstance(made.objective, PretrainConfig):
-        _hiding(made.objective, made.base.name, base)
+        _hiding(made.objective, made.model.name_or_path, base)
     if any(change.name == "mixup" for change in made.data.augment) and not made.objective.supports_soft_labels:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
     kept = all(part.model_dump().get("keep_base", True) for part in list_parts(made.method))
-    if referred(made.objective) and made.start is None and not kept and not beforehand(made):
+    if referred(made.objective) and made.init_from is None and not kept and not beforehand(made):
         without = "objective.kl_coef: 0" if isinstance(made.objective, PpoConfig) \
             else "objective.beta: 0" if isinstance(made.objective, GrpoConfig) \
             else "objective.precompute_reference: true"

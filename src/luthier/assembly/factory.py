@@ -21,7 +21,7 @@ from luthier.methods.composite import CompositeMethod, list_parts
 from luthier.methods.ia3 import Ia3Config
 from luthier.methods.lora import LoraConfig
 from luthier.methods.prompt import VirtualTokenConfig
-from luthier.models import BaseConfig, get_context_length, load_tokenizer, open_family, resolve_device
+from luthier.models import ModelConfig, get_context_length, load_tokenizer, open_family, resolve_device
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.training.memory import trim_heap
@@ -30,7 +30,7 @@ DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
 HEAD_LEARNING_RATE = 1e-3  # of an objective's heads, while the method trains at its default
 
 
-def load_family(config: BaseConfig, words: bool = False) -> Family:
+def load_family(config: ModelConfig, words: bool = False) -> Family:
     """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
     loading held besides is given back."""
     base = open_family(config, words)
@@ -43,15 +43,15 @@ def load_family(config: BaseConfig, words: bool = False) -> Family:
 
 def select_device(made: Recipe) -> torch.device:
     """The device that the base would be loaded to."""
-    return resolve_device(made.base.device)
+    return resolve_device(made.model.device)
 
 
-def load_base_tokenizer(config: BaseConfig) -> Any:
+def load_base_tokenizer(config: ModelConfig) -> Any:
     """The base's tokenizer, without its weights."""
     return load_tokenizer(config)
 
 
-def read_context_length(config: BaseConfig) -> int:
+def read_context_length(config: ModelConfig) -> int:
     """Tokens that the base can read at once, as its own config says, without its weights."""
     return get_context_length(config)
 
@@ -95,8 +95,8 @@ def set_chat_format(base: Family, found: Datasets) -> None:
 def check_loaded_model(made: Recipe, base: Family) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
     fitting(made, base)
-    if made.data.streaming and not made.training.steps:
-        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
+    if made.data.streaming and not made.training.max_steps:
+        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.max_steps")
     if made.data.streaming and beforehand(made):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
@@ -106,10 +106,10 @@ def check_loaded_model(made: Recipe, base: Family) -> None:
         raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
                           "tokens", f"set data.max_length to {room} or less" + (
                               ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
-    added = made.base.structure is not None and made.base.structure.add_blocks
+    added = made.model.surgery is not None and made.model.surgery.expand_layers
     for part in list_parts(made.method) if added else ():
         if why := _explain_zero_start(part):
-            raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
+            raise RecipeError(f"model.surgery.expand_layers: the last maps of added blocks are zero, and method "
                               f"{part.name} {why}", "train them by another method: freeze, full, lora")
 
 
@@ -168,7 +168,7 @@ def _check_tokens(base: Family, found: Datasets) -> None:
                 raise BaseError(
                     f"{example.origin}: the token {words!r} has the id {token}, and the base's embedding has {size} "
                     "rows",
-                    "add the token to the base (base.structure.new_tokens), or give the base its own tokenizer")
+                    "add the token to the base (model.surgery.new_tokens), or give the base its own tokenizer")
 
 
 def _build_masking(made: Recipe, base: Family) -> rows.MaskingConfig | None:
@@ -176,7 +176,8 @@ def _build_masking(made: Recipe, base: Family) -> rows.MaskingConfig | None:
     told = made.objective
     if not isinstance(told, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
-    return rows.MaskingConfig.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name,
+    return rows.MaskingConfig.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words",
+                                 made.model.name_or_path,
                                  told.mlm_probability,
                                  told.mean_noise_span_length,
                                  told.whole_word_mask)
@@ -185,7 +186,7 @@ def _build_masking(made: Recipe, base: Family) -> rows.MaskingConfig | None:
 def resolve_data_config(made: Recipe, base: Family) -> DataConfig:
     """The settings of the data for this base; without a `max_length`, what the base's context has room for
     where that is less."""
-    most = min(made.data.most, compute_text_length(made.method, base))
+    most = min(made.data.token_limit, compute_text_length(made.method, base))
     found = made.data.model_copy(update={"max_length": made.data.max_length or most})
     return rows.DividedConfig.of(found) if base.is_encoder_decoder else found
 
@@ -193,7 +194,7 @@ def resolve_data_config(made: Recipe, base: Family) -> DataConfig:
 def resolve_micro_batch_tokens(made: Recipe, base: Family) -> int:
     """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
     A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
-    tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
+    tokens = made.training.max_tokens_per_micro_batch or (8192 if base.device.type == "cuda" else 320)
     return max(1, tokens // base.structure.sizes.get("unit", 1))
 
 
@@ -221,7 +222,7 @@ def build_eval_prompts(made: Recipe, base: Family, examples: Sequence[Example]) 
     if strange is not None:
         raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which asks for no answer",
                           "leave evaluate.metrics out, or name rows with prompts in data.test")
-    for example in examples[:made.evaluate.limit]:
+    for example in examples[:made.evaluate.max_samples]:
         ids, reference = rows.encode_prompt(example, base.tokenizer, made.data)
         found.append(EvalPrompt(tuple(ids), _get_question_text(example), reference, example.origin))
     check_references(found, made.evaluate.metrics)

@@ -37,9 +37,9 @@ def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
         RunError: that run, or what it trained, cannot be read.
     """
     policy = attach_method(base, made.method, made.seed)
-    if made.start is not None:
-        _load_method_weights(policy, _read_compatible_weights(made, Run(made.start), base), base,
-                             whole=not Run(made.start).recipe)
+    if made.init_from is not None:
+        _load_method_weights(policy, _read_compatible_weights(made, Run(made.init_from), base), base,
+                             whole=not Run(made.init_from).recipe)
     reference = reference_context(made, base, policy)
     return attach_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
 
@@ -47,11 +47,11 @@ def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
 def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.start is None or (collect_gates(policy) is None and not referred(made.objective)):
+    if made.init_from is None or (collect_gates(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
     bank, reference = AdapterManager(base.structure), attach_method(base, made.method, made.seed)
-    _load_method_weights(reference, _read_compatible_weights(made, Run(made.start), base), base,
-                         whole=not Run(made.start).recipe)
+    _load_method_weights(reference, _read_compatible_weights(made, Run(made.init_from), base), base,
+                         whole=not Run(made.init_from).recipe)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
     bank.frozen(REFERENCE)
@@ -81,8 +81,8 @@ def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str
     """What the run trained that the recipe starts from."""
     found = recorded(adapted(start))
     other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
-    if conflict := describe_model_conflict(start, made.base):
-        other.append(f"base.name: {found.base.name!r}, now {made.base.name!r}: {conflict}")
+    if conflict := describe_model_conflict(start, made.model):
+        other.append(f"model.name_or_path: {found.model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}")
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other),

@@ -1,6 +1,6 @@
 """Ways to train one task, as people write them: `lora`, `bitfit+lora`, `lora@nf4`. Read `recipe.py` first.
 
-    METHOD[+METHOD][@BITS]     methods by their names, together where joined by +; BITS as in base.quantize
+    METHOD[+METHOD][@BITS]     methods by their names, together where joined by +; BITS as in model.quantize
 
 `qlora` is short for `lora@nf4`. Each takes its own default settings and learning rate, whatever the recipe has.
 """
@@ -12,7 +12,7 @@ from typing import Any, get_args
 from luthier.assembly.recipe import Recipe, dump
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.methods import METHODS
-from luthier.models import BaseConfig, count_parameters
+from luthier.models import ModelConfig, count_parameters
 from luthier.models.quantization import QuantizationType
 
 SHORT = {"qlora": "lora@nf4"}
@@ -36,11 +36,11 @@ def build_variant(made: Recipe, spelled: str) -> dict[str, Any]:
     raw["method"] = names if len(names) > 1 else names[0]
     raw["optimizer"]["learning_rate"] = None
     if bits:
-        raw["base"]["quantize"] = bits
+        raw["model"]["quantize"] = bits
     return raw
 
 
-def estimate_weight_gb(base: BaseConfig, whole: bool) -> float:
+def estimate_weight_gb(base: ModelConfig, whole: bool) -> float:
     """What the weights alone need in memory, in GB of 10**9 bytes; `whole`: where every one of them trains."""
     width = BYTES[base.dtype if base.quantize == "none" else base.quantize]
     if whole:  # a base in sixteen bits is there beside the float32 copy that trains: `training/optimizer.py`

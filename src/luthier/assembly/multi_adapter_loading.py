@@ -73,7 +73,7 @@ class ServedModels:
     def states(self, name: str, texts: Sequence[str]) -> Tensor:
         """[texts, D] pooled states, float32. Raises `RecipeError` for a text without tokens or beyond the context."""
         adapter = self.adapter(name)
-        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "overlong": "refuse"})
+        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "truncation": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
             found = rows.encode_example(ClassificationExample(text, 0.0, Origin("input", number + 1)),
@@ -137,13 +137,13 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
     recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
-        if base_model is None and (conflict := describe_model_conflict(folders[name], recipes[first].base)):
-            raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on "
-                              f"{recipes[first].base.name!r}: {conflict}", "serve runs of one base together")
-    base = load_family(recipes[first].base)
+        if base_model is None and (conflict := describe_model_conflict(folders[name], recipes[first].model)):
+            raise RecipeError(f"{name!r} was made on {made.model.name_or_path!r}, and {first!r} on "
+                              f"{recipes[first].model.name_or_path!r}: {conflict}", "serve runs of one base together")
+    base = load_family(recipes[first].model)
     bank = attach_runs(base, folders)
     base.train(False)
-    plain = display_name(recipes[first].base.name)
+    plain = display_name(recipes[first].model.name_or_path)
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
     return ServedModels(base, bank, {**names, **{name: name for name in runs}},
                         {plain: PromptFormat(),

@@ -23,7 +23,7 @@ from luthier.assembly.recipe import Recipe, changed, dump, provenance, recorded
 from luthier.assembly.settings import fill_left_out, map_paths
 from luthier.core.digests import compute_file_sha256, compute_json_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
-from luthier.models import BaseConfig, Identity, get_public_name, identify_base, is_local_path, prepare_folder
+from luthier.models import Identity, ModelConfig, get_public_name, identify_base, is_local_path, prepare_folder
 from luthier.models.identity import DECISIVE_DIGESTS
 from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
@@ -86,12 +86,13 @@ def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
 def _digest_runs(made: Recipe) -> dict[str, dict[str, str]]:
     """The weights of the runs that a recipe names: the one to start from, and those that judge."""
     rewards = made.objective.reward if isinstance(made.objective, OnlineRLConfig) else ()
-    named = {"start": made.start, **{f"objective.reward.{i}.model": worth.model for i, worth in enumerate(rewards)}}
+    named = {"init_from": made.init_from, **{f"objective.reward.{i}.model": worth.model for i,
+                                             worth in enumerate(rewards)}}
     return {key: {file.name: compute_file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
             for key, place in named.items() if place is not None and Path(place).is_dir()}
 
 
-def describe_base(base: BaseConfig) -> dict[str, Any]:
+def describe_base(base: ModelConfig) -> dict[str, Any]:
     """What an exported adapter says of its base: its public name and its digests, and no path."""
     found = identify_base(base)
     return {"name": get_public_name(base, found.upstream), "revision": found.revision, "sha256": dict(found.digests)}
@@ -119,33 +120,34 @@ def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore
             raise RunError(f"{str(run.path)!r} holds a whole model, so it has no base that could have moved",
                            "leave the base model out (--base-model)")
         return made
-    return made.model_copy(update={"base": check_base(run, made.base, base_model, report)})
+    return made.model_copy(update={"model": check_base(run, made.model, base_model, report)})
 
 
-def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report: Report = ignore) -> BaseConfig:
+def check_base(run: Run, base: ModelConfig, base_model: str | None = None, report: Report = ignore) -> ModelConfig:
     """The base of a run, or `base_model` in its place. Raises `BaseError` where it is not the one trained on."""
-    config = base if base_model is None else base.model_copy(update={"name": base_model, "revision": None})
+    config = base if base_model is None else base.model_copy(update={"name_or_path": base_model, "revision": None})
     kept = read_digests(run)
     if not kept:
         if run.recipe:
-            report(f"note: {str(run.path)!r} was made before digests of bases were kept: the base {config.name!r} is "
+            report(f"note: {str(run.path)!r} was made before digests of bases were kept: "
+                   f"the base {config.name_or_path!r} is "
                    "used unchecked")
         if base_model is None:
             _find_model(run, config, prepare_folder)
         return config
     found = _find_model(run, config, identify_base)
     if conflict := compare_digests(kept, found.digests):
-        raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name!r}: {conflict}",
+        raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name_or_path!r}: {conflict}",
                         "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
                         "base_model=PATH)")
     if (old := kept.get("tokenizer")) and old != found.digests.get("tokenizer"):
-        report(f"warning: tokenizer or chat template of the base {config.name!r} have changed since "
+        report(f"warning: tokenizer or chat template of the base {config.name_or_path!r} have changed since "
                f"{str(run.path)!r} was trained (sha256 {old[:SHOWN]}, now {found.digests['tokenizer'][:SHOWN]}): "
                "prompts may be rendered in another way")
     return config
 
 
-def _find_model(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> Found:
+def _find_model(run: Run, config: ModelConfig, find: Callable[[ModelConfig], Found]) -> Found:
     """`find(config)`, its error telling whose base it is and that it can be named."""
     try:
         return find(config)
@@ -169,17 +171,17 @@ def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
                  for part in DECISIVE_DIGESTS if part in kept and kept[part] != found.get(part)), "")
 
 
-def describe_model_conflict(run: Run, base: BaseConfig) -> str:
+def describe_model_conflict(run: Run, base: ModelConfig) -> str:
     """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
-    found, kept = recorded(run).base, read_digests(run)
-    if kept and found.structure == base.structure:
+    found, kept = recorded(run).model, read_digests(run)
+    if kept and found.surgery == base.surgery:
         return compare_digests(kept, _find_model(run, base, identify_base).digests)
-    return "" if is_same_model(found, base) else f"it was made on {found.name!r}"
+    return "" if is_same_model(found, base) else f"it was made on {found.name_or_path!r}"
 
 
-def is_same_model(one: BaseConfig, other: BaseConfig) -> bool:
+def is_same_model(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
-    named = (one.name, one.structure) == (other.name, other.structure)
+    named = (one.name_or_path, one.surgery) == (other.name_or_path, other.surgery)
     return one.revision == other.revision and (named or prepare_folder(one) == prepare_folder(other))
 
 
@@ -218,13 +220,13 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
     if compute_json_sha256(run.recipe) != record["recipe_sha256"]:
         if lines := changed(*(_drop_paths(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
             raise RunError(f"{run.path / 'recipe.yaml'} was changed after the checkpoint was written:\n  "
-                           + "\n  ".join(lines), "put these settings back, or start another run (run=NAME)")
+                           + "\n  ".join(lines), "put these settings back, or start another run (output_dir=NAME)")
         report(f"warning: {run.path / 'recipe.yaml'} has changed since the checkpoint; no setting that decides the "
                "result")
     if _digest_runs(Recipe.parse(run.recipe)) != (record["runs_sha256"] or {}):
         raise RunError(f"{str(run.path)!r}: a run that it starts from or is rewarded by (start, objective.reward) is "
                        "not there any more, or has other weights than when this run began",
-                       "put it back as it was, or start another run (run=NAME)")
+                       "put it back as it was, or start another run (output_dir=NAME)")
     for line in _describe_changed_metrics(run, record["metrics"], "the checkpoint"):
         report(f"warning: {line}")
 
@@ -232,12 +234,12 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
 def check_runs(made: Recipe, report: Report) -> None:
     """Check the runs that a recipe names, before anything is loaded. Raises `RunError` or `RecipeError` where the run
     to start from is not there or stands on another base."""
-    if made.start is None:
+    if made.init_from is None:
         return
-    start = Run(made.start).existing()
-    if conflict := describe_model_conflict(start, made.base):
-        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  base.name: "
-                          f"{recorded(start).base.name!r}, now {made.base.name!r}: {conflict}",
+    start = Run(made.init_from).existing()
+    if conflict := describe_model_conflict(start, made.model):
+        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  model.name_or_path: "
+                          f"{recorded(start).model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}",
                           "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
                           "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
@@ -246,8 +248,8 @@ def check_runs(made: Recipe, report: Report) -> None:
 
 def _drop_paths(made: Recipe) -> Recipe:
     """The recipe with bare names for paths: base, runs and rows have digests of their own, wherever they are."""
-    base = made.base.model_copy(update={"name": "-"})
-    return map_paths(made, lambda path: Path(path).name).model_copy(update={"base": base})
+    base = made.model.model_copy(update={"name_or_path": "-"})
+    return map_paths(made, lambda path: Path(path).name).model_copy(update={"model": base})
 
 
 def list_differences(run: Run, made: Recipe) -> list[str]:
@@ -260,22 +262,22 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
     map_paths(saved, lambda path: known.add(path) or path)  # type: ignore[func-returns-value]
     ours = _make_absolute(fill_left_out(made, saved), known)
     conflict = ""
-    if kept and ours.base.name != saved.base.name:
-        conflict = compare_digests(kept, identify_base(ours.base).digests)
+    if kept and ours.model.name_or_path != saved.model.name_or_path:
+        conflict = compare_digests(kept, identify_base(ours.model).digests)
         if conflict:
-            conflict = f"base.name: {saved.base.name!r}, now {ours.base.name!r}: {conflict}"
-        ours = ours.model_copy(update={"base": ours.base.model_copy(update={
-            "name": saved.base.name, "revision": saved.base.revision})})
+            conflict = f"model.name_or_path: {saved.model.name_or_path!r}, now {ours.model.name_or_path!r}: {conflict}"
+        ours = ours.model_copy(update={"model": ours.model.model_copy(update={
+            "name": saved.model.name_or_path, "revision": saved.model.revision})})
     return [*([conflict] if conflict else []), *changed(saved, ours)]
 
 
 def _make_absolute(made: Recipe, known: Collection[str] = ()) -> Recipe:
     """As `make_paths_absolute`, for a recipe whose files may not be there; `known` are absolute paths that were."""
-    base = made.base
-    if Path(base.name).expanduser().exists() and is_local_path(base.name):
-        base = base.model_copy(update={"name": str(Path(base.name).expanduser().absolute())})
+    base = made.model
+    if Path(base.name_or_path).expanduser().exists() and is_local_path(base.name_or_path):
+        base = base.model_copy(update={"name_or_path": str(Path(base.name_or_path).expanduser().absolute())})
 
     def absolute(path: str) -> str:
         place = str(Path(path).expanduser().absolute())
         return place if place in known or Path(place).exists() else path
-    return map_paths(made, absolute).model_copy(update={"base": base})
+    return map_paths(made, absolute).model_copy(update={"model": base})

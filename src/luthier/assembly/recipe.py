@@ -11,11 +11,12 @@ from functools import reduce
 from importlib import metadata
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Self, TypeAlias
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 
+from luthier.assembly.field_names import accept_peft_names, take_renamed
 from luthier.assembly.peft_adapters import read_method
 from luthier.core.config import NULL, Config
 from luthier.core.errors import RecipeError, RunError
@@ -26,7 +27,7 @@ from luthier.methods.composite import CompositeConfig, list_parts
 from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.lora import LoraConfig
-from luthier.models import BaseConfig
+from luthier.models import ModelConfig
 from luthier.objectives import OBJECTIVES, expand_short_form
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
@@ -39,16 +40,17 @@ AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), CompositeConfig),
 AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
 # The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
-FREE = ("run", "evaluate.", "base.device", "data.test", "method.keep_base", "training.micro_tokens",
-        "training.gradient_checkpointing", "training.save_every", "training.keep", "training.trackers",
-        "objective.labels")  # the last is read off the data, whose own fingerprint is compared
-SHORT = {"data": "train", "train": "path", "eval": "path", "test": "path"}  # what a bare word stands for; else: name
+FREE = ("output_dir", "evaluate.", "model.device", "data.test", "method.keep_base",
+        "training.max_tokens_per_micro_batch", "training.gradient_checkpointing", "training.save_steps",
+        "training.save_total_limit", "training.report_to", "objective.labels")  # the data has its own digest
+SHORT = {  # the setting that a bare value stands for; elsewhere: name
+    "model": "name_or_path", "data": "train", "train": "path", "eval": "path", "test": "path"}
 
 class Recipe(Config):
     """A whole run as data; one-to-one with a YAML file. `data: file.jsonl`, `method: lora` and the like are short for
     `data: {train: file.jsonl}` and `method: {name: lora}`; `method: [bitfit, {name: lora, rank: 4}]` is both."""
 
-    base: BaseConfig = Field(BaseConfig(), description="the pretrained model")
+    model: ModelConfig = Field(ModelConfig(), description="the pretrained model")
     method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
     objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="what is minimised")
     data: DataConfig = Field(description="what is trained and evaluated on")
@@ -56,26 +58,51 @@ class Recipe(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
-    start: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is the "
-                                                "reference; base and method are that run's")
-    run: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
+    init_from: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is "
+                                                "the reference; model and method are that run's")
+    output_dir: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
 
-    @field_validator("base", "method", "objective", mode="before")
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any], where: str = "") -> Self:
+        """`raw` as a recipe. Raises one `RecipeError` with all faults; a name of another tool is answered with ours."""
+        raw, renamed = take_renamed(accept_peft_names(raw), _list_fields(raw))
+        if not renamed:
+            return super().parse(raw, where)
+        try:
+            super().parse(raw, where)
+        except RecipeError as error:
+            renamed += error.what.splitlines()
+        raise RecipeError("\n".join(renamed), "use the names above; `luthier schema` prints all settings")
+
+    @field_validator("model", "method", "objective", mode="before")
     @classmethod
     def _by_name(cls, given: Any, info: ValidationInfo) -> Any:
         if info.field_name == "method" and isinstance(given, list | tuple):
             if not given:
                 raise ValueError("an empty list trains nothing; name a method")
             given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
+        key = SHORT.get(str(info.field_name), "name")
         if isinstance(given, dict):  # settings without a name are those of the default
-            given = {"name": cls.model_fields[str(info.field_name)].default.name, **given}
-        given = {"name": given} if isinstance(given, str) else given
+            given = {key: dict(cls.model_fields[str(info.field_name)].default)[key], **given}
+        given = {key: given} if isinstance(given, str) else given
         return expand_short_form(given) if info.field_name == "objective" and isinstance(given, dict) else given
 
     @field_validator("data", mode="before")
     @classmethod
     def _by_path(cls, given: Any) -> Any:
         return {"train": given} if isinstance(given, (str, list, tuple)) else given
+
+
+def _list_fields(raw: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+    """The fields of each section of this recipe; of the top level under ""."""
+    found: dict[str, type[Config]] = {"": Recipe, "model": ModelConfig, "data": DataConfig, "training": TrainingConfig,
+                                      "optimizer": OptimizerConfig, "evaluate": EvaluateConfig}
+    for section, table in (("method", METHODS), ("objective", OBJECTIVES)):
+        default = Recipe.model_fields[section].default.name
+        name = raw[section].get("name", default) if isinstance(raw.get(section), Mapping) else ""
+        if config := table.get(str(name)):
+            found[section] = config
+    return {section: frozenset(config.model_fields) for section, config in found.items()}
 
 
 def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Mapping[str, Any] | None = None) -> Recipe:
@@ -85,10 +112,11 @@ def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Map
     """
     if isinstance(source, Recipe):
         source = dump(source)
-    raw = _read(Path(source)) if isinstance(source, (str, Path)) else dict(source or {})
+    raw = accept_peft_names(_read(Path(source)) if isinstance(source, (str, Path)) else source or {})
     for key, value in (settings or {}).items():
         if value is not None:
-            raw = _laid(raw, key.split("."), None if value is NULL else value)
+            accept_peft_names({"method": value} if key == "method" else {})  # refuses a setting that is given twice
+            raw = accept_peft_names(_laid(raw, key.split("."), None if value is NULL else value), override=True)
     return _kept(_demand_answers(Recipe.parse(_started(raw))))
 
 
@@ -122,18 +150,18 @@ def beforehand(made: Recipe) -> bool:
 
 def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recipe that starts from a run takes from it the base and the method that it does not name itself."""
-    start = raw.get("start")
-    if start is None or {"base", "method"} <= raw.keys():
+    start = raw.get("init_from")
+    if start is None or {"model", "method"} <= raw.keys():
         return raw
     found = dump(recorded(adapted(Run(str(start)))))
-    return {"base": found["base"], "method": found["method"], **raw}
+    return {"model": found["model"], "method": found["method"], **raw}
 
 
 def adapted(run: Run) -> Run:
     """Itself, or a `RecipeError` where nothing can start from it."""
     if run.existing().adapter is None:
         raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
-                          f"a whole model is a base like any other: base.name={run.path}")
+                          f"a whole model is a base like any other: model.name_or_path={run.path}")
     return run
 
 
@@ -143,12 +171,12 @@ def recorded(run: Run) -> Recipe:
         return Recipe.parse(raw)
     adapter = run.adapter
     if adapter is None:
-        return Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
+        return Recipe(model=ModelConfig(name_or_path=str(run.path)), data=DataConfig.parse({"train": "-"}))
     if not adapter.get("base_model_name_or_path"):
         raise RunError(f"{str(run.path / 'adapter_config.json')!r} names no base (base_model_name_or_path)",
                        "write the hub id or folder of the base into it")
-    base = BaseConfig(name=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
-    return Recipe.parse({"base": base.model_dump(), "method": read_method(adapter, run), "data": "-"})
+    base = ModelConfig(name_or_path=adapter["base_model_name_or_path"], revision=adapter.get("revision"))
+    return Recipe.parse({"model": base.model_dump(), "method": read_method(adapter, run), "data": "-"})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -242,27 +270,27 @@ def idle(made: Recipe) -> list[str]:
     """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
     training, found = made.training, []
     evaluates = made.data.eval is not None
-    if training.patience and not evaluates:
-        found.append("training.patience has no effect: there is nothing to evaluate on (data.eval)")
-    if training.eval_every and not evaluates:
-        found.append("training.eval_every has no effect: there is nothing to evaluate on (data.eval)")
-    if training.steps and made.optimizer.warmup >= training.steps:
-        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
-                     "as the run")
-    if training.steps and "epochs" in training.model_fields_set and training.epochs != 1.0:
-        found.append("training.epochs has no effect: training.steps is given")
+    if training.early_stopping_patience and not evaluates:
+        found.append("training.early_stopping_patience has no effect: there is nothing to evaluate on (data.eval)")
+    if training.eval_steps and not evaluates:
+        found.append("training.eval_steps has no effect: there is nothing to evaluate on (data.eval)")
+    if training.max_steps and made.optimizer.count_warmup_steps(training.max_steps) >= training.max_steps:
+        found.append("optimizer.learning_rate is never reached: the warm-up is as long as the run "
+                     f"({training.max_steps} steps)")
+    if training.max_steps and "num_train_epochs" in training.model_fields_set and training.num_train_epochs != 1.0:
+        found.append("training.num_train_epochs has no effect: training.max_steps is given")
     if made.evaluate.metrics and not evaluates and made.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
-    structure = made.base.structure
+    structure = made.model.surgery
     if structure and structure.new_tokens and not {"full", "freeze",
                                                    "peft"} & {m.name for m in list_parts(made.method)}:
-        found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
+        found.append(f"model.surgery.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
     if made.objective.is_online and any(method.model_dump().get("dropout") for method in list_parts(made.method)):
         found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
                      "the first step of a round is already off its policy")
-    if made.data.train_on != "assistant" and made.objective.name == "pretrain":
-        found.append("data.train_on has no effect on documents (objective pretrain)")
+    if made.data.loss_on != "assistant" and made.objective.name == "pretrain":
+        found.append("data.loss_on has no effect on documents (objective pretrain)")
     return found
 
 

@@ -54,7 +54,7 @@ def describe_master_copy_cost(attached: Tuner) -> str:
         return ""
     count, dtypes = sum(p.numel() for p in copied), sorted({str(p.dtype).removeprefix("torch.") for p in copied})
     return (f"the {count:,} weights that train are kept in {' and '.join(dtypes)}, so the optimizer updates float32 "
-            f"copies of them ({4 * count / 1e9:.3g} GB) and rounds them into the model after each step; base.dtype: "
+            f"copies of them ({4 * count / 1e9:.3g} GB) and rounds them into the model after each step; model.dtype: "
             "float32 with training.precision: bf16 takes 2 bytes a weight less")
 
 

@@ -4,7 +4,7 @@
 | role      | what it is                                                                                    |
 |-----------|-----------------------------------------------------------------------------------------------|
 | policy    | the recipe's method, training                                                                 |
-| reference | the bare base, or the adapter of `start`, frozen                                              |
+| reference | the bare base, or the adapter of `init_from`, frozen                                          |
 | critic    | a value head on the policy's states, or on those of a second adapter (`critic: adapter`)      |
 | reward    | a reward run's adapter and head, silent but when it judges; a function; an address            |
 
@@ -62,7 +62,7 @@ def init_rl_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
     policy, heads = attached.parts
     bank = _build_adapters(base, policy)
     critic = made.method.attach(base.structure, seed=made.seed + 1)
-    if made.start is not None:
+    if made.init_from is not None:
         critic.load(policy.state())
     bank.add(CRITIC, critic)
     base.critic = partial(bank.using, CRITIC)
@@ -152,7 +152,7 @@ def evaluate_policies(run: Run) -> dict[str, dict[str, float]]:
     """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
     rows (or validation, or train rows where there are none), and how far each is from the start."""
     made = open_recipe(run.existing())
-    base = factory.load_family(made.base)
+    base = factory.load_family(made.model)
     found = factory.load_datasets(made, base)
     attached, reference = init_rl_policy(made, base)
     policy = attached.parts[0] if isinstance(attached, CompositeMethod) and made.objective.heads else attached
@@ -196,7 +196,7 @@ def _build_reward(config: RewardSourceConfig, made: Recipe, base: Family, attach
 def _build_run_reward(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _load_reward_recipe(run)
-    if run.adapter is None or collect_gates(attached) is None or describe_model_conflict(run, made.base):
+    if run.adapter is None or collect_gates(attached) is None or describe_model_conflict(run, made.model):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.structure.model.parameters())

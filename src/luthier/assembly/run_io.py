@@ -26,7 +26,7 @@ from luthier.methods.peft_settings import make_alphas_integers
 from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
     ALIASES,
-    BaseConfig,
+    ModelConfig,
     get_public_name,
     list_weight_files,
     make_embedding_tokenizer,
@@ -61,23 +61,24 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
     if _is_model_name(run.path):
         if base_model is not None:
             raise RunError(f"{str(run.path)!r} is a base itself", "leave the base model out (--base-model)")
-        bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
-        return bare, load_family(bare.base), None
+        bare = Recipe(model=ModelConfig(name_or_path=str(run.path)), data=DataConfig.parse({"train": "-"}))
+        return bare, load_family(bare.model), None
     run.existing()
     made = open_recipe(run, base_model, report)
-    if whole and made.base.quantize != "none":
-        made = made.model_copy(update={"base": made.base.model_copy(update={"quantize": "none"})})
+    if whole and made.model.quantize != "none":
+        made = made.model_copy(update={"model": made.model.model_copy(update={"quantize": "none"})})
     if run.adapter is None:
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
         # it is in the weights
-        base = load_family(made.base.model_copy(update={"name": str(run.path), "structure": None}),
+        base = load_family(made.model.model_copy(update={"name_or_path": str(run.path),
+                                                    "surgery": None}),
                            made.objective.uses_masking)
         if has_saved_heads(made.objective):
             base.add_heads(made.objective.heads, made.seed).load(_read_full_model_heads(run, base))
         return made, base, None
-    base = load_family(made.base, made.objective.uses_masking)
+    base = load_family(made.model, made.objective.uses_masking)
     _restore_chat_format(run, base)
     attached = attach_method(base, made.method, made.seed)
     if has_saved_heads(made.objective):
@@ -169,7 +170,7 @@ def resolve_saved_dtype(made: Recipe, base: Family) -> torch.dtype:
     """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
     gone that of the model as it is."""
     try:
-        return read_stored_dtype(made.base)
+        return read_stored_dtype(made.model)
     except BaseError:
         weight = base.structure.embedding.weight
         assert isinstance(weight, torch.Tensor)
@@ -206,11 +207,11 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
-    name = name_base(made.base, public)
+    name = name_base(made.model, public)
     run.write("adapter_config.json", {**make_alphas_integers(config), "base_model_name_or_path": name,
-                                      "revision": made.base.revision})
+                                      "revision": made.model.revision})
     if public:
-        run.write(BASE_FILE, describe_base(made.base))
+        run.write(BASE_FILE, describe_base(made.model))
     base.get_padded_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
     # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
@@ -218,13 +219,13 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
         _save_embedding(run, made, base)
 
 
-def name_base(config: BaseConfig, public: bool = False) -> str:
+def name_base(config: ModelConfig, public: bool = False) -> str:
     """The name by which PEFT loads the base: a hub id as it is, anything else as the Transformers folder that it
     became. `public`: by its hub id or bare name, which other machines may know."""
     if public:
-        return get_public_name(config) if config.structure is None else prepare_folder(config).name
-    hub = config.structure is None and isinstance(resolve_name(config.name), str)
-    return config.name if hub else str(prepare_folder(config).absolute())
+        return get_public_name(config) if config.surgery is None else prepare_folder(config).name
+    hub = config.surgery is None and isinstance(resolve_name(config.name_or_path), str)
+    return config.name_or_path if hub else str(prepare_folder(config).absolute())
 
 
 def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tuner:

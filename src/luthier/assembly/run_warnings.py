@@ -68,20 +68,21 @@ def _one_step_a_round(made: Recipe) -> bool:
 ONCE = "each round is one optimizer step (one epoch of one mini-batch), taken by the policy that answered"
 # (setting, when it has no effect, why). A setting is named only where it differs from its default.
 RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
-    ("training.keep", lambda made: not (_evaluates(made) or made.training.save_every),
-     "one checkpoint alone is written, at the end (set training.save_every)"),
-    ("optimizer.floor", lambda made: made.optimizer.schedule == "constant", "optimizer.schedule is constant"),
+    ("training.save_total_limit", lambda made: not (_evaluates(made) or made.training.save_steps),
+     "one checkpoint alone is written, at the end (set training.save_steps)"),
+    ("optimizer.min_lr_ratio", lambda made: made.optimizer.lr_scheduler_type == "constant",
+     "optimizer.lr_scheduler_type is constant"),
     ("evaluate.max_new_tokens", lambda made: not made.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
     ("evaluate.batch_size", lambda made: not made.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
-    ("evaluate.limit", lambda made: not _evaluates(made) and made.data.test is None,
+    ("evaluate.max_samples", lambda made: not _evaluates(made) and made.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
-    ("evaluate.before", lambda made: not _evaluates(made) and made.data.test is None,
+    ("evaluate.before_training", lambda made: not _evaluates(made) and made.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
-    ("base.pooling", lambda made: not made.objective.required_outputs & {"pooled", "scores"},
+    ("model.pooling", lambda made: not made.objective.required_outputs & {"pooled", "scores"},
      "the objective reads no state of a whole text"),
-    ("base.revision", lambda made: made.base.name in ALIASES or Path(made.base.name).exists(),
-     "base.name is no id of the hub"),
-    ("data.train_on", lambda made: "ChatExample" not in made.objective.example_types, "the objective reads no chats"),
+    ("model.revision", lambda made: made.model.name_or_path in ALIASES or Path(made.model.name_or_path).exists(),
+     "model.name_or_path is no id of the hub"),
+    ("data.loss_on", lambda made: "ChatExample" not in made.objective.example_types, "the objective reads no chats"),
     ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "UnpairedPreference"),
      "the objective reads no chats or prompts"),
     ("data.share_prompt", _reads_none_of("Compared", "UnpairedPreference"),
@@ -125,8 +126,8 @@ def _is_changed(made: Recipe, setting: str) -> bool:
 def _unused_sources(made: Recipe) -> Iterator[str]:
     sources = made.data.train
     weights = {source.weight for source in sources}
-    if made.training.steps and len(weights) == 1 and weights != {1.0}:
-        yield UNUSED.format("data.train: weight", "all sources have the same, and training.steps is given")
+    if made.training.max_steps and len(weights) == 1 and weights != {1.0}:
+        yield UNUSED.format("data.train: weight", "all sources have the same, and training.max_steps is given")
     for source in sources:
         if source.document != "auto" and source.path.endswith(TABLES):
             yield UNUSED.format("data.train: document", f"{source.path!r} is no plain text")
@@ -318,19 +319,18 @@ def find_schedule_problems(made: Recipe, feed: BatchSource) -> list[str]:
     training, found = made.training, []
     total = count_total_steps(training, feed.steps_per_epoch)
     length = f"the run has {total} step{'s' if total > 1 else ''}"
-    known = training.steps and made.optimizer.warmup >= training.steps  # `idle` has said it
-    if not known and all(compute_lr_factor(made.optimizer, step, total) < 1 for step in range(total)):
-        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
-                     f"as the run, {total} steps")
-    if training.save_every and training.save_every > total:
-        found.append(UNUSED.format(f"training.save_every {training.save_every}", length))
-    every = training.eval_every or feed.steps_per_epoch or total
+    warned = training.max_steps and made.optimizer.count_warmup_steps(total) >= total  # by `idle`
+    if not warned and all(compute_lr_factor(made.optimizer, step, total) < 1 for step in range(total)):
+        found.append(f"optimizer.learning_rate is never reached: the warm-up is as long as the run ({total} steps)")
+    if training.save_steps and training.save_steps > total:
+        found.append(UNUSED.format(f"training.save_steps {training.save_steps}", length))
+    every = training.eval_steps or feed.steps_per_epoch or total
     if made.data.eval is not None:
-        if training.eval_every and training.eval_every > total:
-            found.append(UNUSED.format(f"training.eval_every {training.eval_every}",
+        if training.eval_steps and training.eval_steps > total:
+            found.append(UNUSED.format(f"training.eval_steps {training.eval_steps}",
                                        f"{length}; its end is evaluated anyway"))
         evaluations = total // every + (total % every > 0)
-        if training.patience and training.patience >= evaluations:
-            found.append(UNUSED.format(f"training.patience {training.patience}",
+        if training.early_stopping_patience and training.early_stopping_patience >= evaluations:
+            found.append(UNUSED.format(f"training.early_stopping_patience {training.early_stopping_patience}",
                                        f"{length}, with {evaluations} evaluations"))
     return found

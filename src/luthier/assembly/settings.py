@@ -28,16 +28,16 @@ from luthier.objectives.rl_config import OnlineRLConfig
 
 UNSET = (None, "auto")
 RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings that the start of a run decides
-    "base": ("revision", "pooling"),
+    "model": ("revision", "pooling"),
     "method": ("keep_base", "start_rank", "scale", "last", "hidden"),
     "objective": ("epsilon_high",),
     "data": ("max_length",),
-    "training": ("micro_tokens",),
+    "training": ("max_tokens_per_micro_batch",),
     "optimizer": ("learning_rate",),
-    "": ("run",),
+    "": ("output_dir",),
 }
 LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
-    "base.device": "every machine has its own", "base.structure": "no change", "method.layers": "none",
+    "model.device": "every machine has its own", "model.surgery": "no change", "method.layers": "none",
     "method.text": "words are drawn by the seed", "objective.model": "another kind of reward",
     "objective.label_smoothing": "robust and cdpo have a number, the other losses have none",
     "objective.function": "another kind of reward", "objective.url": "another kind of reward",
@@ -48,9 +48,9 @@ LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
     "data.document": "by the file's ending", "data.eval": "no rows", "data.test": "no rows",
     "data.format": "by the columns, whose rows have a digest", "data.system": "none",
     "data.share_prompt": "the result is the same", "data.score_scale": "read off the rows, which have a digest",
-    "data.file": "none", "data.limit": "all rows", "training.steps": "as many as the epochs have",
-    "training.eval_every": "once an epoch", "training.save_every": "never", "training.patience": "never",
-    "evaluate.limit": "all rows", "start": "the bare base",
+    "data.file": "none", "data.max_samples": "all rows", "training.max_steps": "as many as the epochs have",
+    "training.eval_steps": "once an epoch", "training.save_steps": "never", "training.early_stopping_patience": "never",
+    "evaluate.max_samples": "all rows", "init_from": "the bare base",
 }
 
 
@@ -65,7 +65,8 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
         rate: the learning rate of the run.
         run: its folder.
     """
-    micro = made.training.micro_tokens or resolve_micro_batch_tokens(made, base) * base.structure.sizes.get("unit", 1)
+    micro = made.training.max_tokens_per_micro_batch or resolve_micro_batch_tokens(made,
+                                                                                   base) * base.structure.sizes.get("unit", 1)
     length = made.data.max_length if "channels" in base.structure.sizes else resolve_data_config(made, base).max_length
     pools = "pooled" in made.objective.required_outputs  # a head pools as its class does, unless the recipe says how
     methods = [_resolve_method(part, base) for part in list_parts(made.method)]
@@ -73,14 +74,14 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
     if isinstance(objective, GrpoConfig) and objective.epsilon_high is None:
         objective = objective.model_copy(update={"epsilon_high": objective.epsilon})
     return made.model_copy(update={
-        "base": made.base.model_copy(update={"pooling": base.pooling if pools else made.base.pooling,
-                                             "revision": identity.revision or made.base.revision}),
+        "model": made.model.model_copy(update={"pooling": base.pooling if pools else made.model.pooling,
+                                             "revision": identity.revision or made.model.revision}),
         "method": _join_methods(made.method, methods),
         "objective": objective,
         "data": made.data.model_copy(update={"max_length": length}),
-        "training": made.training.model_copy(update={"micro_tokens": micro}),
+        "training": made.training.model_copy(update={"max_tokens_per_micro_batch": micro}),
         "optimizer": made.optimizer.model_copy(update={"learning_rate": rate}),
-        "run": str(run)})
+        "output_dir": str(run)})
 
 
 def _resolve_method(method: AnyMethod, base: Family) -> AnyMethod:
@@ -106,7 +107,7 @@ def _join_methods(method: AnyMethod, parts: Sequence[AnyMethod]) -> AnyMethod:
 def fill_left_out(made: Recipe, saved: Recipe) -> Recipe:
     """The recipe with the values that a run's saved recipe holds for settings in `RESOLVED` that it leaves out."""
     update: dict[str, Any] = {section: _fill(dict(made)[section], dict(saved)[section], RESOLVED[section])
-                              for section in ("base", "objective", "data", "training", "optimizer")}
+                              for section in ("model", "objective", "data", "training", "optimizer")}
     ours, theirs = list_parts(made.method), list_parts(saved.method)
     if [part.name for part in ours] == [part.name for part in theirs]:
         update["method"] = _join_methods(made.method, [_fill(one, other, RESOLVED["method"])
@@ -148,7 +149,7 @@ def map_paths(made: Recipe, path: Callable[[str], str]) -> Recipe:
     return made.model_copy(update={
         "data": data.model_copy(update={"train": tuple(source(one) for one in data.train), "eval": source(data.eval),
                                         "test": source(data.test), "augment": changes}),
-        "objective": objective, "start": optional(made.start), "run": optional(made.run)})
+        "objective": objective, "init_from": optional(made.init_from), "output_dir": optional(made.output_dir)})
 
 
 def _map_function(function: str | None, path: Callable[[str], str]) -> str | None:
@@ -159,12 +160,12 @@ def _map_function(function: str | None, path: Callable[[str], str]) -> str | Non
 
 def make_paths_absolute(made: Recipe) -> Recipe:
     """The recipe with an absolute path for every file and folder that exists here."""
-    base = made.base
-    if is_local_path(base.name):
-        base = base.model_copy(update={"name": str(Path(base.name).expanduser().absolute())})
+    base = made.model
+    if is_local_path(base.name_or_path):
+        base = base.model_copy(update={"name_or_path": str(Path(base.name_or_path).expanduser().absolute())})
     absolute = map_paths(made, lambda path: str(Path(path).expanduser().absolute()) if _exists(path) else path)
-    run = None if made.run is None else str(Path(made.run).expanduser().absolute())
-    return absolute.model_copy(update={"base": base, "run": run})
+    run = None if made.output_dir is None else str(Path(made.output_dir).expanduser().absolute())
+    return absolute.model_copy(update={"model": base, "output_dir": run})
 
 
 def make_public(made: Recipe, upstream: str | None = None) -> Recipe:
@@ -174,8 +175,9 @@ def make_public(made: Recipe, upstream: str | None = None) -> Recipe:
         upstream: the base's hub id, where it is known to have one.
     """
     public = map_paths(made, lambda path: Path(path).name if _exists(path) or Path(path).is_absolute() else path)
-    base = made.base.model_copy(update={"name": get_public_name(made.base, upstream)})
-    return public.model_copy(update={"base": base, "run": Path(made.run).name if made.run else None})
+    base = made.model.model_copy(update={"name_or_path": get_public_name(made.model, upstream)})
+    folder = Path(made.output_dir).name if made.output_dir else None
+    return public.model_copy(update={"model": base, "output_dir": folder})
 
 
 def _exists(path: str) -> bool:

@@ -1,6 +1,7 @@
-"""The commands: what each is for, what it takes, and which verb it calls. Read `cli/main.py` first.
+"""The commands: what each is for, its arguments, and the function of `luthier.api` it calls. Read `cli/main.py` first.
 
-One function a command, and one entry in `COMMANDS`. Verbs are imported where they are called, so that --help is quick.
+One function and one entry in `COMMANDS` for each command. The functions of `luthier.api` are imported where they are
+called, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -16,211 +17,223 @@ from luthier.cli import console
 from luthier.core.errors import LuthierError, RecipeError, suggest_nearest
 
 
-def _only(options: argparse.Namespace, what: str) -> str:
-    """The one word that a command was given besides settings."""
-    if len(options.words) != 1:
-        raise RecipeError(f"luthier {options.command} takes one {what}, not {len(options.words)}",
+def _get_only_positional(options: argparse.Namespace, what: str) -> str:
+    """The single positional argument of a command that takes settings besides it."""
+    if len(options.positionals) != 1:
+        raise RecipeError(f"luthier {options.command} takes one {what}, not {len(options.positionals)}",
                           f"see: luthier {options.command} --help")
-    return str(options.words[0])
+    return str(options.positionals[0])
 
 
-def _train(options: argparse.Namespace) -> int:
+def _get_optional_recipe(options: argparse.Namespace) -> str | None:
+    """The recipe of a command that also runs without one."""
+    if len(options.positionals) > 1:
+        raise RecipeError(f"luthier {options.command} takes one recipe, not {len(options.positionals)}: "
+                          f"{' '.join(options.positionals)}", "settings are written key=value")
+    return str(options.positionals[0]) if options.positionals else None
+
+
+def _merge_settings(options: argparse.Namespace, **named: Any) -> dict[str, Any]:
+    """The options that were given, by the names of their recipe fields; settings written key=value win."""
+    return {key: value for key, value in named.items() if value is not None} | options.settings
+
+
+def _run_train(options: argparse.Namespace) -> int:
     from luthier.api.train import train
-    if len(options.words) > 1:
-        raise RecipeError(f"luthier train takes one recipe, not {len(options.words)}: {' '.join(options.words)}",
-                          "settings are written key=value")
-    source = options.words[0] if options.words else None
-    folder = options.run or options.settings.get("run")
+    source = _get_optional_recipe(options)
+    folder = options.output_dir or options.settings.get("output_dir")
     if options.resume and (source is None or not Path(source).is_file()):
         folder = source or folder
         if folder is None:
-            raise RecipeError("--resume: which run?", "luthier train --resume RUN")
-        source = _recorded(Path(folder))
-    named = {"base.name": options.model, "data": options.data, "method": options.method, "objective": options.objective,
-             "run": str(folder) if folder else None}
-    run = train(source, resume=options.resume, quiet=options.quiet, base_model=options.base_model,
-                **{key: value for key, value in named.items() if value is not None} | options.settings)
-    return console.trained(run.path, run.results, options.json)
+            raise RecipeError("--resume needs a run folder", "luthier train --resume RUN")
+        source = _find_saved_recipe(Path(folder))
+    run = train(source, resume=options.resume, quiet=options.quiet, base_model=options.base_model, **_merge_settings(
+        options, **{"model.name_or_path": options.model, "data": options.data, "method": options.method,
+                    "objective": options.objective, "output_dir": str(folder) if folder else None}))
+    return console.print_training(run.path, run.results, options.json)
 
 
-def _recorded(folder: Path) -> str:
+def _find_saved_recipe(folder: Path) -> str:
     if not (folder / "recipe.yaml").exists():
-        raise RecipeError(f"there is no run in {str(folder)!r} to go on with (no recipe.yaml)",
-                          "name the folder of a run that was started")
+        raise RecipeError(f"{str(folder)!r} is not a run folder (it has no recipe.yaml), so it cannot be resumed",
+                          "give the folder of a run that was started")
     return str(folder / "recipe.yaml")
 
 
-def _demo(options: argparse.Namespace) -> int:
+def _run_demo(options: argparse.Namespace) -> int:
     from importlib.resources import as_file, files
 
     from luthier.api.train import train
-    if options.words:
-        raise RecipeError(f"luthier demo takes settings (key=value) only, not {options.words[0]!r}",
+    if options.positionals:
+        raise RecipeError(f"luthier demo takes settings (key=value) only, not {options.positionals[0]!r}",
                           "train on your own rows: luthier train --data FILE")
     with as_file(files("luthier") / "demo") as folder:
-        shipped = {"data.train": str(folder / "train.jsonl"), "data.test": str(folder / "test.jsonl"),
-                   "run": options.run}
-        run = train(folder / "recipe.yaml", quiet=options.quiet, **shipped | options.settings)
-    return console.trained(run.path, run.results, options.json)
+        embedded = {"data.train": str(folder / "train.jsonl"), "data.test": str(folder / "test.jsonl"),
+                    "output_dir": options.output_dir}
+        run = train(folder / "recipe.yaml", quiet=options.quiet, **embedded | options.settings)
+    return console.print_training(run.path, run.results, options.json)
 
 
-def _evaluate(options: argparse.Namespace) -> int:
+def _run_evaluate(options: argparse.Namespace) -> int:
     from luthier.api.evaluate import evaluate
-    results = evaluate(_only(options, "run"), data=options.data, metrics=options.metric, limit=options.limit,
-                       base=options.base, max_new_tokens=options.max_new_tokens, quiet=options.quiet,
-                       base_model=options.base_model, **options.settings)
+    results = evaluate(_get_only_positional(options, "run"), data=options.data, metrics=options.metric,
+                       max_samples=options.max_samples, base_model_only=options.base_model_only,
+                       max_new_tokens=options.max_new_tokens, quiet=options.quiet, base_model=options.base_model,
+                       **options.settings)
     shown = results if options.json else {name: value for name, value in results.items() if name != "rows"}
-    return console.table(shown, options.json)
+    return console.print_table(shown, options.json)
 
 
-def _chat(options: argparse.Namespace) -> int:
+def _run_chat(options: argparse.Namespace) -> int:
     from luthier.api.chat import open_chat
-    talks = open_chat(options.run, compare=options.compare, system=options.system, temperature=options.temperature,
-                      max_new_tokens=options.max_new_tokens, quiet=options.quiet, base_model=options.base_model)
+    sessions = open_chat(options.run, compare=options.compare, system=options.system,
+                         temperature=options.temperature, max_new_tokens=options.max_new_tokens, quiet=options.quiet,
+                         base_model=options.base_model)
     if options.message is not None:
-        console.answer(talks, options.message)
+        console.stream_answer(sessions, options.message)
         return 0
-    console.say("/reset forgets the conversation, /exit ends it")
-    while (line := console.ask()) is not None and line != "/exit":
+    console.print_notice("/reset clears the conversation, /exit ends it")
+    while (line := console.read_line()) is not None and line != "/exit":
         if line == "/reset":
-            for talk in talks:
-                talk.reset()
+            for session in sessions:
+                session.reset()
         elif line:
             try:
-                console.answer(talks, line)
-            except LuthierError as error:  # a conversation that outgrew the context can be reset
-                console.say(f"error: {error}")
+                console.stream_answer(sessions, line)
+            except LuthierError as error:  # a conversation that no longer fits the context can be reset
+                console.print_notice(f"error: {error}")
     return 0
 
 
-def _paraphrase(options: argparse.Namespace) -> int:
-    from luthier.api.paraphrase import ASK, paraphrase
-    return console.table(paraphrase(options.file, options.column, options.out, model=options.model,
-                                   ask=options.ask or ASK, limit=options.limit, temperature=options.temperature,
-                                   seed=options.seed, max_new_tokens=options.max_new_tokens, quiet=options.quiet,
-                                   base_model=options.base_model),
-                        options.json)
+def _run_paraphrase(options: argparse.Namespace) -> int:
+    from luthier.api.paraphrase import PROMPT_TEMPLATE, paraphrase
+    counts = paraphrase(options.file, options.column, options.out, model=options.model,
+                        prompt_template=options.prompt_template or PROMPT_TEMPLATE, max_samples=options.max_samples,
+                        temperature=options.temperature, seed=options.seed, max_new_tokens=options.max_new_tokens,
+                        quiet=options.quiet, base_model=options.base_model)
+    return console.print_table(counts, options.json)
 
 
-def _serve(options: argparse.Namespace) -> int:
+def _run_serve(options: argparse.Namespace) -> int:
     from luthier.api.serve import serve
-    serve(options.runs, host=options.host, port=options.port, most=options.batch_size, quiet=options.quiet,
+    serve(options.runs, host=options.host, port=options.port, max_num_seqs=options.max_num_seqs, quiet=options.quiet,
           base_model=options.base_model)
     return 0
 
 
-def _data(options: argparse.Namespace) -> int:
+def _run_data(options: argparse.Namespace) -> int:
     from luthier.api.data_check import check_data
-    if options.words[:1] != ["check"]:
-        given = f" {options.words[0]!r}" if options.words else ""
-        raise RecipeError(f"luthier data has no command{given}",
-                          f"{suggest_nearest((options.words or [''])[0], ['check'])}: "
-                          "luthier data check FILE")
-    if len(options.words) != 2:
+    if options.positionals[:1] != ["check"]:
+        given = f" {options.positionals[0]!r}" if options.positionals else ""
+        hint = suggest_nearest((options.positionals or [""])[0], ["check"])
+        raise RecipeError(f"luthier data has no command{given}", f"{hint}: luthier data check FILE")
+    if len(options.positionals) != 2:
         raise RecipeError("luthier data check takes one file", "luthier data check FILE [key=value ...]")
-    found = check_data(options.words[1], model=options.model, evaluated=options.eval, settings=options.settings,
-                       out=options.out, quiet=options.quiet)
-    return console.checked(found.report.to_json(), found.report.lines(), found.previews,
-                          (found.report_file, found.picture), options.json)
+    found = check_data(options.positionals[1], model=options.model, evaluated=options.eval, settings=options.settings,
+                  out=options.out, quiet=options.quiet)
+    return console.print_data_check(found.report.to_json(), found.report.lines(), found.previews,
+                                    (found.report_file, found.picture), options.json)
 
 
-def _rlhf(options: argparse.Namespace) -> int:
+def _run_rlhf(options: argparse.Namespace) -> int:
     from luthier.api.rlhf import rlhf
-    named = {"run": options.run} if options.run else {}
-    folder = rlhf(_only(options, "recipe"), quiet=options.quiet or options.json, **named | options.settings)
+    folder = rlhf(_get_only_positional(options, "recipe"), quiet=options.quiet or options.json,
+                  **_merge_settings(options, output_dir=options.output_dir or None))
     report = json.loads((folder.path / "report.json").read_text(encoding="utf-8"))
     shown = {f"reward {role}": one["reward"] for role, one in report["policies"].items()}
-    return console.table({"folder": str(folder.path), **(report if options.json else shown)}, options.json)
+    return console.print_table({"folder": str(folder.path), **(report if options.json else shown)}, options.json)
 
 
-def _merge(options: argparse.Namespace) -> int:
+def _run_merge(options: argparse.Namespace) -> int:
     from luthier.api.export import export
     written = export(options.run, "merged", options.out, base_model=options.base_model)
-    return console.table({"folder": str(written), **_dtype_of(written)}, options.json)
+    return console.print_table({"folder": str(written), **_read_dtype(written)}, options.json)
 
 
-def _export(options: argparse.Namespace) -> int:
+def _run_export(options: argparse.Namespace) -> int:
     from luthier.api.export import export
-    rank = options.lora_rank  # a word that is no number is refused by `export`
+    rank = options.lora_rank  # text that is not a number is refused by `export`
     written = export(options.run, options.to, options.out, options.dtype,
                      int(rank) if rank and rank.isdecimal() else rank, base_model=options.base_model)
-    return console.table({"folder" if written.is_dir() else "file": str(written), **_dtype_of(written)}, options.json)
+    kind = "folder" if written.is_dir() else "file"
+    return console.print_table({kind: str(written), **_read_dtype(written)}, options.json)
 
 
-def _dtype_of(written: Path) -> dict[str, str]:
-    """What an exported model's weights are stored in."""
+def _read_dtype(written: Path) -> dict[str, str]:
+    """The dtype that an exported model's weights are stored in."""
     config = written / "config.json"
     return {"dtype": json.loads(config.read_text(encoding="utf-8")).get("dtype", "")} if config.is_file() else {}
 
 
-def _features(options: argparse.Namespace) -> int:
+def _run_features(options: argparse.Namespace) -> int:
     from luthier.api.features import features, fit_linear_probe
-    base, out = _only(options, "base or run"), Path(options.out) if options.out else None
+    model = _get_only_positional(options, "model or run")
+    out = Path(options.out) if options.out else None
     if options.probe != (options.test is not None):
-        raise RecipeError("a probe is measured on rows that it has not seen, so --probe and --test belong together",
-                          "luthier features BASE --data FILE --probe --test FILE")
+        raise RecipeError("--probe and --test belong together: a probe is measured on rows that it was not fitted on",
+                          "luthier features MODEL --data FILE --probe --test FILE")
     if not (out or options.probe):
-        raise RecipeError("the features would go nowhere", "name a file with --out, or ask for --probe")
-    states, labels = features(base, options.data, out=out, quiet=options.quiet, base_model=options.base_model,
+        raise RecipeError("neither --out nor --probe is given, so the features would be lost",
+                          "give a file with --out, or give --probe and --test")
+    states, labels = features(model, options.data, out=out, quiet=options.quiet, base_model=options.base_model,
                               **options.settings)
     shown: dict[str, Any] = {"file": str(out)} if out else {}
     shown |= {"rows": len(states), "size": states.shape[1]}
     if options.probe:
         test = out and out.with_name(f"{out.stem}-test{out.suffix}")
-        shown |= fit_linear_probe(states, labels, *features(base, options.test, out=test, quiet=options.quiet,
-                                                  base_model=options.base_model, **options.settings))
-    return console.table(shown, options.json)
+        shown |= fit_linear_probe(states, labels, *features(model, options.test, out=test, quiet=options.quiet,
+                                                 base_model=options.base_model, **options.settings))
+    return console.print_table(shown, options.json)
 
 
-def _inspect(options: argparse.Namespace) -> int:
+def _run_inspect(options: argparse.Namespace) -> int:
     from luthier.api.inspect_run import inspect_run
-    return console.inspected(inspect_run(options.run, quiet=options.quiet, base_model=options.base_model), options.json)
+    return console.print_inspection(inspect_run(options.run, quiet=options.quiet, base_model=options.base_model),
+                                    options.json)
 
 
-def _combine(options: argparse.Namespace) -> int:
+def _run_merge_adapters(options: argparse.Namespace) -> int:
     from luthier.api.merge_adapters import merge_adapters
-    return console.table(merge_adapters(options.runs, options.out, weights=options.weights, how=options.how,
-                                rank=options.rank, base_model=options.base_model), options.json)
+    results = merge_adapters(options.runs, options.out, weights=options.weights,
+                             combination_type=options.combination_type, rank=options.rank,
+                             base_model=options.base_model)
+    return console.print_table(results, options.json)
 
 
-def _compare(options: argparse.Namespace) -> int:
+def _run_compare(options: argparse.Namespace) -> int:
     from luthier.api.compare import compare
-    run = compare(_only(options, "recipe"), options.methods.split(","), general=options.general, out=options.out,
-                  quiet=options.quiet, **options.settings)
-    return console.written(run.path, "comparison", options.json)
+    run = compare(_get_only_positional(options, "recipe"), options.methods.split(","),
+                  retention_data=options.retention_data, out=options.out, quiet=options.quiet, **options.settings)
+    return console.print_report(run.path, "comparison", options.json)
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _run_plan(options: argparse.Namespace) -> int:
     from luthier.api.plan import WAYS, plan
-    if len(options.words) > 1:
-        raise RecipeError(f"luthier plan takes one recipe, not {len(options.words)}: {' '.join(options.words)}",
-                          "settings are written key=value")
-    named = {"base.name": options.model, "data": options.data, "objective": options.objective}
-    run = plan(options.words[0] if options.words else None, options.methods.split(",") if options.methods else WAYS,
-               out=options.out, quiet=options.quiet,
-               **{key: value for key, value in named.items() if value is not None} | options.settings)
-    return console.written(run.path, "plan", options.json)
+    run = plan(_get_optional_recipe(options), options.methods.split(",") if options.methods else WAYS, out=options.out,
+               quiet=options.quiet, **_merge_settings(options, **{
+                   "model.name_or_path": options.model, "data": options.data, "objective": options.objective}))
+    return console.print_report(run.path, "plan", options.json)
 
 
-def _doctor(options: argparse.Namespace) -> int:
+def _run_doctor(options: argparse.Namespace) -> int:
     from luthier.api.doctor import doctor
-    return console.sections(doctor(), options.json)
+    return console.print_sections(doctor(), options.json)
 
 
-def _schema(options: argparse.Namespace) -> int:
+def _run_schema(options: argparse.Namespace) -> int:
     from luthier.api.schema import schema
     print(json.dumps(schema(), indent=2, ensure_ascii=False))
     return 0
 
 
-# ---------------------------------------------------------------- what there is
+# ---------------------------------------------------------------- the table of commands
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it is for, what it takes, what it does."""
+    """One command: its help, its function, its arguments."""
 
     help: str
     run: Callable[[argparse.Namespace], int]
@@ -231,110 +244,114 @@ def _option(*flags: str, **described: Any) -> Argument:
     return flags, described
 
 
-QUIET = _option("--quiet", action="store_true", help="no progress on the terminal")
+QUIET = _option("--quiet", action="store_true", help="print no progress")
 JSON = _option("--json", action="store_true", help="print JSON and nothing else")
 BASE_MODEL = _option("--base-model", metavar="PATH",
-                     help="where the base is now, if it was moved; must be the base that the run was trained on")
-RUN = _option("--run", metavar="DIR", help="the run folder to make")
+                     help="the present path of the base model, if it was moved; must be the one the run was trained on")
+MODEL = _option("--model", metavar="MODEL", help="alias, folder, .gguf file or hub id (model.name_or_path)")
+TRAIN_DATA = _option("--data", metavar="FILE", help="training rows (data.train)")
+OBJECTIVE = _option("--objective", help="training objective (objective.name); an unknown name lists all of them")
+RECIPE = _option("positionals", nargs="*", metavar="RECIPE.yaml | key=value",
+                 help="a recipe, and settings that override it")
+OUTPUT_DIR = _option("--output-dir", metavar="DIR", help="the run folder to create (output_dir)")
+MAX_SAMPLES = _option("--max-samples", type=int, metavar="N", help="use only the first N rows")
+TEMPERATURE = _option("--temperature", type=float, default=0.0,
+                      help="sampling temperature; 0 (default) is greedy decoding")
 
 COMMANDS: dict[str, Command] = {
-    "train": Command("fine-tune a base and leave a run folder", _train, (
-        _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
-        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (base.name)"),
-        _option("--data", metavar="FILE", help="rows to train on (data.train)"),
-        _option("--method", help="which parameters train (method.name); a wrong name lists them all"),
-        _option("--objective", help="what is minimised (objective.name); a wrong name lists them all"),
-        RUN, _option("--resume", action="store_true", help="go on with the run named, from its newest checkpoint"),
+    "train": Command("fine-tune a model and write a run folder", _run_train, (
+        RECIPE, MODEL, TRAIN_DATA,
+        _option("--method", help="training method (method.name); an unknown name lists all of them"),
+        OBJECTIVE, OUTPUT_DIR,
+        _option("--resume", action="store_true", help="continue a run from its newest checkpoint"),
         BASE_MODEL, QUIET, JSON)),
-    "rlhf": Command("SFT, then a reward model, then PPO: three runs in one folder, and what each gained", _rlhf, (
-        _option("words", nargs="*", metavar="RECIPE.yaml | key=value",
-                help="a recipe with the parts sft, reward and ppo; given again, it goes on where it was interrupted"),
-        RUN, QUIET, JSON)),
-    "evaluate": Command("measure a run on its test rows, or on others", _evaluate, (
-        _option("words", nargs="*", metavar="RUN | key=value", help="a run folder, and settings laid over its recipe"),
-        _option("--data", metavar="FILE", help="rows to measure on; left out: the recipe's"),
-        _option("--metric", action="append", default=[], help="score of generated answers; may be given several times"),
-        _option("--limit", type=int, metavar="N", help="only the first N rows"),
-        _option("--base", action="store_true", help="measure the bare base instead"),
-        _option("--max-new-tokens", type=int, metavar="N", help="longest answer"),
+    "rlhf": Command("SFT, reward model and PPO: three runs in one folder, with a report of what each gained",
+                    _run_rlhf, (
+        _option("positionals", nargs="*", metavar="RECIPE.yaml | key=value",
+                help="a recipe with the parts sft, reward and ppo; run it again to continue where it was interrupted"),
+        OUTPUT_DIR, QUIET, JSON)),
+    "evaluate": Command("evaluate a run on its test rows, or on other rows", _run_evaluate, (
+        _option("positionals", nargs="*", metavar="RUN | key=value",
+                help="a run folder, and settings that override its recipe"),
+        _option("--data", metavar="FILE", help="rows to evaluate on; default: the recipe's test rows"),
+        _option("--metric", action="append", default=[], help="metric of generated answers; may be repeated"),
+        MAX_SAMPLES, _option("--base-model-only", action="store_true", help="evaluate the base model without the run"),
+        _option("--max-new-tokens", type=int, metavar="N", help="maximum length of an answer"),
         BASE_MODEL, QUIET, JSON)),
-    "chat": Command("talk with a run or a base", _chat, (
-        _option("run", metavar="RUN", help="a run folder, or a base"),
-        _option("--compare", action="store_true", help="the base's and the tuned model's answers side by side"),
-        _option("--message", metavar="TEXT", help="say this, print the answer and end"),
-        _option("--system", metavar="TEXT", help="system prompt"),
-        _option("--temperature", type=float, default=0.0, help="0 (as it comes): always the most probable word"),
-        _option("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer"),
+    "chat": Command("chat with a run or a model", _run_chat, (
+        _option("run", metavar="RUN", help="a run folder, or a model"),
+        _option("--compare", action="store_true",
+                help="print the base model's and the tuned model's answers side by side"),
+        _option("--message", metavar="TEXT", help="send one message, print the answer and exit"),
+        _option("--system", metavar="TEXT", help="system prompt"), TEMPERATURE,
+        _option("--max-new-tokens", type=int, default=256, metavar="N", help="maximum length of an answer"),
         BASE_MODEL, QUIET)),
-    "serve": Command("answer by OpenAI's protocol: a base, or several runs on one copy of it", _serve, (
-        _option("runs", nargs="+", metavar="RUN | NAME=RUN", help="run folders of one base, or a base"),
-        _option("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in"),
+    "serve": Command("serve a model, or several runs on one copy of it, by the OpenAI protocol", _run_serve, (
+        _option("runs", nargs="+", metavar="RUN | NAME=RUN", help="run folders with the same base model, or one model"),
+        _option("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines"),
         _option("--port", type=int, default=8000),
-        _option("--batch-size", type=int, default=16, metavar="N", help="requests answered together"),
+        _option("--max-num-seqs", type=int, default=16, metavar="N", help="maximum number of requests in one batch"),
         BASE_MODEL, QUIET)),
-    "data": Command("`data check FILE`: what would become of every row", _data, (
-        _option("words", nargs="*", metavar="check FILE | key=value", help="`check`, a file, and settings of `data`"),
-        _option("--model", metavar="BASE", help="whose tokenizer and chat template; left out: smollm2"),
-        _option("--eval", metavar="FILE", help="rows to evaluate on: are some of them in FILE too?"),
-        _option("--out", metavar="DIR", help="where the report and the picture go"), QUIET, JSON)),
-    "paraphrase": Command("rows said anew by a model, or translated there and back: more rows to train on",
-                          _paraphrase, (
-        _option("file", metavar="FILE", help="rows with a column of texts"),
-        _option("--column", required=True, metavar="NAME", help="whose words change; the rest of a row is kept"),
-        _option("--out", required=True, metavar="FILE", help="the .jsonl file to make"),
-        _option("--model", default="smollm2", metavar="BASE | RUN", help="who says it anew"),
-        _option("--ask", action="append", metavar="TEXT",
-                help="the request, with {text} where the words go; given twice: the second asks about what came back"),
-        _option("--limit", type=int, metavar="N", help="only the first N rows"),
-        _option("--temperature", type=float, default=0.0, help="0 (as it comes): always the most probable word"),
+    "data": Command("`data check FILE`: report how each row would be used", _run_data, (
+        _option("positionals", nargs="*", metavar="check FILE | key=value",
+                help="`check`, a file, and settings of `data`"),
+        _option("--model", metavar="MODEL", help="model whose tokenizer and chat template are used; default: smollm2"),
+        _option("--eval", metavar="FILE", help="evaluation rows, to find rows that are also in FILE"),
+        _option("--out", metavar="DIR", help="folder for the report and the plot"), QUIET, JSON)),
+    "paraphrase": Command("paraphrase or back-translate rows with a model, as more rows to train on", _run_paraphrase, (
+        _option("file", metavar="FILE", help="rows with a column of text"),
+        _option("--column", required=True, metavar="NAME", help="the column to rewrite; other columns are kept"),
+        _option("--out", required=True, metavar="FILE", help="the .jsonl file to create"),
+        _option("--model", default="smollm2", metavar="MODEL | RUN", help="the model or run that rewrites"),
+        _option("--prompt-template", action="append", metavar="TEXT",
+                help="prompt with {text} in place of the text; given twice, the second is applied to the first answer"),
+        MAX_SAMPLES, TEMPERATURE,
         _option("--seed", type=int, default=0), _option("--max-new-tokens", type=int, default=128, metavar="N"),
         BASE_MODEL, QUIET, JSON)),
-    "export": Command("write a run as a folder or file for other tools", _export, (
+    "export": Command("export a run for other tools", _run_export, (
         _option("run", metavar="RUN", help="a run folder"),
-        _option("--to", choices=("merged", "whole", "adapter", "gguf", "gguf-adapter"), default="merged",
-                help="one model; the base with the adapter in its folder; PEFT's adapter files; for llama.cpp a file "
-                     "of the one model, or of the LoRA alone"),
+        _option("--to", choices=("merged", "bundle", "adapter", "gguf", "gguf-adapter"), default="merged",
+                help="merged: one model; bundle: the base model with the adapter in one folder; adapter: PEFT's files "
+                     "alone; gguf: the merged model for llama.cpp; gguf-adapter: the LoRA alone for llama.cpp"),
         _option("--dtype", choices=("float32", "bfloat16", "float16", "q8_0"),
-                help="of the weights; default: as the base's files store them; for gguf float16"),
+                help="dtype of the weights; default: that of the base model's files; for gguf float16"),
         _option("--lora-rank", metavar="N | auto",
-                help="write the adapter as a plain LoRA of one rank and one alpha, for servers that read no patterns"),
-        _option("--out", metavar="PATH", help="the folder or file to write; left out: inside the run's"),
+                help="write a plain LoRA with one rank and one alpha, for servers that do not support patterns"),
+        _option("--out", metavar="PATH", help="the folder or file to create; default: inside the run folder"),
         BASE_MODEL, JSON)),
-    "merge": Command("fold what was trained into the base and write the model: export --to merged", _merge, (
+    "merge": Command("merge the trained weights into the base model: the same as export --to merged", _run_merge, (
         _option("run", metavar="RUN", help="a run folder"),
-        _option("--out", metavar="DIR", help="the folder to write; left out: `merged` inside the run's"), BASE_MODEL,
-        JSON)),
-    "features": Command("keep a frozen base's state of every row in a file, for a model on top", _features, (
-        _option("words", nargs="*", metavar="BASE | RUN | key=value", help="a base or a run, and settings"),
-        _option("--data", metavar="FILE", required=True, help="texts or pictures, with a label each"),
-        _option("--out", metavar="FILE", help="a .safetensors file; one that is there already is not computed again"),
-        _option("--probe", action="store_true", help="fit a linear classifier on them (scikit-learn)"),
-        _option("--test", metavar="FILE", help="rows to measure the probe on"), BASE_MODEL, QUIET, JSON)),
-    "inspect": Command("show what a run learned: virtual tokens as words, LoRA's changes by size and rank", _inspect, (
-        _option("run", metavar="RUN", help="a run folder, or an adapter of PEFT"), BASE_MODEL, QUIET, JSON)),
-    "compare": Command("train one recipe with many methods and set what they gave and cost side by side", _compare, (
-        _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
+        _option("--out", metavar="DIR", help="the folder to create; default: `merged` inside the run folder"),
+        BASE_MODEL, JSON)),
+    "features": Command("write a frozen model's pooled state of each row to a file", _run_features, (
+        _option("positionals", nargs="*", metavar="MODEL | RUN | key=value", help="a model or a run, and settings"),
+        _option("--data", metavar="FILE", required=True, help="texts or images, each with a label"),
+        _option("--out", metavar="FILE", help="a .safetensors file; an existing one is read, not computed again"),
+        _option("--probe", action="store_true", help="fit a linear classifier on the states (scikit-learn)"),
+        _option("--test", metavar="FILE", help="rows to evaluate the probe on"), BASE_MODEL, QUIET, JSON)),
+    "inspect": Command("show what a run learned: nearest tokens of virtual tokens, size and rank of LoRA updates",
+                       _run_inspect, (
+        _option("run", metavar="RUN", help="a run folder, or a PEFT adapter"), BASE_MODEL, QUIET, JSON)),
+    "compare": Command("train one recipe with several methods and report quality and cost of each", _run_compare, (
+        RECIPE,
         _option("--methods", required=True, metavar="A,B,A+B,A@nf4",
-                help="ways to train; a+b is both together, lora@nf4 (or qlora) on a base in four bits"),
-        _option("--general", metavar="FILE", help="rows of other text, for what was forgotten"),
-        _option("--out", metavar="DIR", help="the folder for the runs and the comparison"), QUIET, JSON)),
-    "plan": Command("try a few steps of each way to train, and say which fit this machine and this data", _plan, (
-        _option("words", nargs="*", metavar="RECIPE.yaml | key=value", help="a recipe, and settings laid over it"),
-        _option("--model", metavar="BASE", help="alias, folder, .gguf file or hub id (base.name)"),
-        _option("--data", metavar="FILE", help="rows to train on (data.train)"),
-        _option("--objective", help="what is minimised (objective.name)"),
-        _option("--methods", metavar="A,B,A+B,A@nf4", help="ways to try; left out: the common ones"),
-        _option("--out", metavar="DIR", help="the folder for the plan"), QUIET, JSON)),
-    "combine": Command("several LoRA runs of one base into one", _combine, (
+                help="methods to train; a+b combines two, lora@nf4 (or qlora) quantizes the base model to four bits"),
+        _option("--retention-data", metavar="FILE", help="unrelated rows, to measure what the model forgets"),
+        _option("--out", metavar="DIR", help="folder for the runs and the comparison"), QUIET, JSON)),
+    "plan": Command("measure a few steps of several methods and report which fit this machine and data", _run_plan, (
+        RECIPE, MODEL, TRAIN_DATA, OBJECTIVE,
+        _option("--methods", metavar="A,B,A+B,A@nf4", help="methods to measure; default: the common ones"),
+        _option("--out", metavar="DIR", help="folder for the plan"), QUIET, JSON)),
+    "merge-adapters": Command("merge several LoRA runs of one base model into one", _run_merge_adapters, (
         _option("runs", nargs="+", metavar="RUN", help="run folders"),
-        _option("--weights", nargs="+", type=float, default=[], metavar="W", help="one for each run; left out: 1"),
-        _option("--how", choices=("sum", "concatenation", "svd"), default="sum",
-                help="sum and concatenation are exact; svd brings the sum to a rank"),
-        _option("--rank", type=int, metavar="R", help="of the result, for svd"),
-        _option("--out", metavar="DIR", required=True, help="the run folder to make"), BASE_MODEL, JSON)),
-    "demo": Command("train the embedded base on the embedded rows: a few minutes on a laptop", _demo, (
-        _option("words", nargs="*", metavar="key=value", help="settings laid over the demo's recipe"),
-        RUN, QUIET, JSON)),
-    "doctor": Command("tell what this machine has", _doctor, (JSON,)),
-    "schema": Command("print the JSON schema of a recipe", _schema),
+        _option("--weights", nargs="+", type=float, default=[], metavar="W", help="one for each run; default: 1"),
+        _option("--combination-type", choices=("linear", "cat", "svd"), default="linear",
+                help="linear and cat are exact; svd approximates the sum at a given rank"),
+        _option("--rank", type=int, metavar="R", help="rank of the result, for svd"),
+        _option("--out", metavar="DIR", required=True, help="the run folder to create"), BASE_MODEL, JSON)),
+    "demo": Command("train the embedded model on the embedded rows: a few minutes on a laptop", _run_demo, (
+        _option("positionals", nargs="*", metavar="key=value", help="settings that override the demo's recipe"),
+        OUTPUT_DIR, QUIET, JSON)),
+    "doctor": Command("print hardware, versions and optional packages", _run_doctor, (JSON,)),
+    "schema": Command("print the JSON schema of a recipe", _run_schema),
 }

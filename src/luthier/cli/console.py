@@ -14,27 +14,27 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-COMPARED = 3  # answers shown side by side after a training
-REFUSED = 10  # rows named one by one after a data check
+MAX_SHOWN_ANSWERS = 3  # after a training, side by side
+MAX_SHOWN_ROWS = 10  # refused rows listed by a data check
 
 
-class Speaker(Protocol):
-    """Whatever answers: a conversation of the verb `chat`."""
+class ChatSession(Protocol):
+    """A conversation with a model, as `luthier.api.chat` opens it."""
 
     def say(self, text: str) -> Iterator[str]: ...
 
 
-def as_json(value: Any) -> None:
+def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
-def say(line: str) -> None:
-    """A word to the user that is no result."""
+def print_notice(line: str) -> None:
+    """Print a line that is not a result, to stderr."""
     print(line, file=sys.stderr)
 
 
-def ask() -> str | None:
-    """A line from the user without outer space; None at the end of the input."""
+def read_line() -> str | None:
+    """One line of input, stripped; None at the end of the input."""
     if sys.stdin.isatty():
         import readline  # noqa: F401  gives `input` a history and an editable line
     try:
@@ -43,39 +43,40 @@ def ask() -> str | None:
         return None
 
 
-def table(values: Mapping[str, Any], json_wanted: bool) -> int:
-    """Names and values."""
-    if json_wanted:
-        as_json(values)
+def print_table(values: Mapping[str, Any], as_json: bool) -> int:
+    """Print names and values."""
+    if as_json:
+        print_json(values)
         return 0
     width = max(map(len, values))
     for name, value in values.items():
-        print(f"{name:<{width}}  {_number(value)}")
+        print(f"{name:<{width}}  {_format_number(value)}")
     return 0
 
 
-def sections(found: Mapping[str, Mapping[str, Any]], json_wanted: bool) -> int:
-    """Names and values under headings."""
-    if json_wanted:
-        as_json(found)
+def print_sections(found: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
+    """Print names and values under headings."""
+    if as_json:
+        print_json(found)
         return 0
     for title, values in found.items():
         print(title)
         for name, value in values.items():
-            inner = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else _number(value)
+            inner = (", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping)
+                     else _format_number(value))
             print(f"  {name:<14} {inner}")
     return 0
 
 
-def _number(value: Any) -> str:
+def _format_number(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def written(folder: Path, name: str, json_wanted: bool) -> int:
-    """What a verb wrote as `name`.json, .md and .png: a comparison, a plan."""
-    if json_wanted:
+def print_report(folder: Path, name: str, as_json: bool) -> int:
+    """Print the report `name`.md or `name`.json of a folder: a comparison, a plan."""
+    if as_json:
         print((folder / f"{name}.json").read_text(encoding="utf-8"))
         return 0
     print((folder / f"{name}.md").read_text(encoding="utf-8"))
@@ -86,33 +87,33 @@ def written(folder: Path, name: str, json_wanted: bool) -> int:
 # ---------------------------------------------------------------- train
 
 
-def trained(run: Path, results: Mapping[str, Any], json_wanted: bool) -> int:
-    """What a training came to, some answers before and after, and what to try next."""
-    if json_wanted:
-        as_json({"run": str(run), **results})
+def print_training(run: Path, results: Mapping[str, Any], as_json: bool) -> int:
+    """Print the results of a training, some answers before and after it, and the next commands."""
+    if as_json:
+        print_json({"run": str(run), **results})
         return 0
     console = Console()
-    shown = _side_by_side(run, str(results.get("metric", "")))
+    shown = _compare_answers(run, str(results.get("metric", "")))
     if shown:
         console.print(shown)
-    for name, value in _summary(run, results):
+    for name, value in _list_results(run, results):
         print(f"{name:<11} {value}")
     print("\nnext:")
-    for line in _next(run, results):
+    for line in _list_next_commands(run, results):
         print(f"  {line}")
     return 0
 
 
-def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _list_results(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "run", str(run)
     if "after" in results:
         before = f"{results['before']:.4g} -> " if results.get("before") is not None else ""
-        rows = f"{results['examples']} {_measured_on(results)} rows"
+        rows = f"{results['examples']} {_get_part(results)} rows"
         yield str(results["metric"]), f"{before}{results['after']:.4g}  ({rows})"
-    part = _measured_on(results)
-    if "perplexity" in (tested := results.get(part) or {}) and results.get("metric") != "perplexity":
+    part = _get_part(results)
+    if "perplexity" in (measured := results.get(part) or {}) and results.get("metric") != "perplexity":
         before = f"{results[f'{part}_before']['perplexity']:.4g} -> " if f"{part}_before" in results else ""
-        yield "perplexity", f"{before}{tested['perplexity']:.4g}  ({results['examples']} {part} rows)"
+        yield "perplexity", f"{before}{measured['perplexity']:.4g}  ({results['examples']} {part} rows)"
     elif perplexity := (results.get("best") or {}).get("eval_perplexity"):
         yield "perplexity", f"{perplexity:.4g} at step {int(results['best']['step'])}  (validation rows)"
     share = f"{results['trainable']:,} of {results['parameters']:,} parameters ({results['trainable_fraction']:.2%})"
@@ -124,82 +125,83 @@ def _summary(run: Path, results: Mapping[str, Any]) -> Iterator[tuple[str, str]]
         yield "stopped", str(results["stopped"])
 
 
-def _measured_on(results: Mapping[str, Any]) -> str:
-    """`test`, or `validation` where the rows are those that chose the checkpoint."""
+def _get_part(results: Mapping[str, Any]) -> str:
+    """`test`, or `validation` where the rows also chose the checkpoint."""
     return str(results.get("measured_on", "test"))
 
 
-def _next(run: Path, results: Mapping[str, Any]) -> Iterator[str]:
-    adapter, whole = (_json(run / name) for name in ("adapter_config.json", "config.json"))
-    classes = whole.get("architectures") or ()
+def _list_next_commands(run: Path, results: Mapping[str, Any]) -> Iterator[str]:
+    adapter, model = (_read_json(run / name) for name in ("adapter_config.json", "config.json"))
+    classes = model.get("architectures") or ()
     if adapter.get("task_type") == "CAUSAL_LM" or any(name.endswith("ForCausalLM") for name in classes):
         yield f"luthier chat {run}" + (" --compare" if adapter else "")
     yield f"luthier evaluate {run}" + ("" if "after" in results else " --data FILE")
     yield f"luthier export {run} --to merged"
 
 
-def _json(file: Path) -> dict[str, Any]:
-    """The object in a file; empty where there is none."""
+def _read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if the file does not exist."""
     return dict(json.loads(file.read_text(encoding="utf-8"))) if file.exists() else {}
 
 
-def _side_by_side(run: Path, metric: str) -> Table | None:
-    """Up to three questions with the base's answer, the tuned model's and the right one."""
-    before, after = _rows(run / "answers_before.jsonl"), _rows(run / "answers.jsonl")
+def _compare_answers(run: Path, metric: str) -> Table | None:
+    """A table of up to three prompts: the answers of the base and of the tuned model, and the reference."""
+    before, after = _read_rows(run / "answers_before.jsonl"), _read_rows(run / "answers.jsonl")
     if not after:
         return None
-    shown = Table(title=f"the first {min(COMPARED, len(after))} of {len(after)} answers ({metric})", show_lines=True)
-    for title in ("asked", *(["base"] if before else []), "tuned", "right"):
+    shown = Table(title=f"the first {min(MAX_SHOWN_ANSWERS, len(after))} of {len(after)} answers ({metric})",
+                  show_lines=True)
+    for title in ("prompt", *(["base"] if before else []), "tuned", "reference"):
         shown.add_column(title, overflow="fold")
-    for index, row in enumerate(after[:COMPARED]):
+    for index, row in enumerate(after[:MAX_SHOWN_ANSWERS]):
         old = [before[index]["answer"]] if before else []
-        shown.add_row(*(Text(_brief(words)) for words in (row["prompt"], *old, row["answer"], row["reference"])))
+        shown.add_row(*(Text(_shorten(text)) for text in (row["prompt"], *old, row["answer"], row["reference"])))
     return shown
 
 
-def _rows(file: Path) -> list[dict[str, str]]:
+def _read_rows(file: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
-def _brief(words: str, most: int = 300) -> str:
-    return words if len(words) <= most else words[:most - 4] + " ..."
+def _shorten(text: str, max_length: int = 300) -> str:
+    return text if len(text) <= max_length else text[:max_length - 4] + " ..."
 
 
 # ---------------------------------------------------------------- chat
 
 
-def answer(speakers: Sequence[Speaker], line: str) -> None:
-    """The answer as it comes; of two speakers side by side, base and tuned."""
-    if len(speakers) == 1:
-        for bit in speakers[0].say(line):
-            print(bit, end="", flush=True)
+def stream_answer(sessions: Sequence[ChatSession], line: str) -> None:
+    """Print the answer while it is generated; of two sessions (base and tuned) side by side."""
+    if len(sessions) == 1:
+        for delta in sessions[0].say(line):
+            print(delta, end="", flush=True)
         print()
         return
     console = Console()
-    said = [Text() for _ in speakers]
+    answers = [Text() for _ in sessions]
     shown = Table(show_lines=True, expand=console.is_terminal)
     for title in ("base", "tuned"):
         shown.add_column(title, ratio=1, overflow="fold")
-    shown.add_row(*said)
+    shown.add_row(*answers)
     if not console.is_terminal:
-        for text, speaker in zip(said, speakers, strict=True):
-            text.append("".join(speaker.say(line)))
+        for text, session in zip(answers, sessions, strict=True):
+            text.append("".join(session.say(line)))
         console.print(shown)
         return
     with Live(shown, console=console, auto_refresh=False, vertical_overflow="visible") as live:
-        for text, speaker in zip(said, speakers, strict=True):
-            for bit in speaker.say(line):
-                text.append(bit)
+        for text, session in zip(answers, sessions, strict=True):
+            for delta in session.say(line):
+                text.append(delta)
                 live.refresh()
 
 
 # ---------------------------------------------------------------- inspect
 
 
-def inspected(found: Mapping[str, Any], json_wanted: bool) -> int:
-    """Virtual tokens by their nearest words, and changed linear maps by size and rank."""
-    if json_wanted:
-        as_json(found)
+def print_inspection(found: Mapping[str, Any], as_json: bool) -> int:
+    """Print virtual tokens with their nearest vocabulary tokens, and changed linear layers with size and rank."""
+    if as_json:
+        print_json(found)
         return 0
     for reading in found["readings"]:
         print(f"{found['method']}: {reading['about']}")
@@ -207,57 +209,57 @@ def inspected(found: Mapping[str, Any], json_wanted: bool) -> int:
         for title in next(iter(reading["rows"])):
             shown.add_column(title, overflow="fold")
         for row in reading["rows"]:
-            shown.add_row(*(Text(_cell(value)) for value in row.values()))
+            shown.add_row(*(Text(_format_cell(value)) for value in row.values()))
         Console().print(shown)
     if found["picture"]:
         print(f"written: {found['picture']}")
     return 0
 
 
-def _cell(place: Any) -> str:
-    """``'word' 0.12, 'other' 0.40 (size 1.1)`` for a virtual token; its size alone where there are no words."""
-    if place is None:
-        return "not known"
-    if not isinstance(place, Mapping):
-        return _number(place)
-    words = ", ".join(f"{near['word']!r} {near['distance']:.2f}" for near in place["nearest"])
-    return f"{words} (size {place['size']:.2g})" if words else f"size {place['size']:.2g}"
+def _format_cell(value: Any) -> str:
+    """A cell of a table; of a virtual token ``'cat' 0.12, 'dog' 0.40 (size 1.1)``, or its size alone."""
+    if value is None:
+        return "unknown"
+    if not isinstance(value, Mapping):
+        return _format_number(value)
+    nearest = ", ".join(f"{near['word']!r} {near['distance']:.2f}" for near in value["nearest"])
+    return f"{nearest} (size {value['size']:.2g})" if nearest else f"size {value['size']:.2g}"
 
 
 # ---------------------------------------------------------------- data check
 
 
-def checked(report: Mapping[str, Any], lines: Iterable[str], previews: Sequence[Text], files: Sequence[Path],
-            json_wanted: bool) -> int:
-    """The report of a data check and some examples, what is trained in green or between brackets."""
-    if json_wanted:
-        as_json({**report, "files": files})
+def print_data_check(report: Mapping[str, Any], lines: Iterable[str], previews: Sequence[Text], files: Sequence[Path],
+                     as_json: bool) -> int:
+    """Print the report of a data check and some examples; trained text is green, or between brackets."""
+    if as_json:
+        print_json({**report, "files": files})
         return 0
     for line in lines:
         print(line)
     for name, part in report["parts"].items():
-        for row in part["refused"][:REFUSED]:
+        for row in part["refused"][:MAX_SHOWN_ROWS]:
             detail = f" ({row['detail']})" if row["detail"] else ""
             print(f"  {row['file']}:{row['line']}: {row['reason']}{detail}")
-        if (more := sum(part["reasons"].values()) - REFUSED) > 0:
-            print(f"  and {more} more that were refused")
-        at = part["lengths"]
-        print(f"{name}: tokens in an example: {at['min']:.0f} to {at['max']:.0f}, half up to {at['median']:.0f}, "
-              f"99% up to {at['p99']:.0f}")
+        if (more := sum(part["reasons"].values()) - MAX_SHOWN_ROWS) > 0:
+            print(f"  and {more} more refused rows")
+        lengths = part["lengths"]
+        print(f"{name}: tokens per example: {lengths['min']:.0f} to {lengths['max']:.0f}, median "
+              f"{lengths['median']:.0f}, 99th percentile {lengths['p99']:.0f}")
     console = Console()
-    coloured = console.is_terminal and not console.no_color
+    colored = console.is_terminal and not console.no_color
     for number, text in enumerate(previews, 1):
-        how = "green" if coloured else "between ⟦ and ⟧"
-        print(f"\nexample {number} as the model meets it (trained: {how}):")
-        console.print(text if coloured else _bracketed(text), soft_wrap=True)
+        how = "green" if colored else "between ⟦ and ⟧"
+        print(f"\nexample {number} as the model reads it (trained text: {how}):")
+        console.print(text if colored else _add_brackets(text), soft_wrap=True)
     print("\nwritten: " + ", ".join(map(str, files)))
     return 0
 
 
-def _bracketed(text: Text) -> Text:
-    plain, at = "", 0
+def _add_brackets(text: Text) -> Text:
+    plain, end = "", 0
     for span in text.spans:
         if span.style == "green":
-            plain += text.plain[at:span.start] + "⟦" + text.plain[span.start:span.end] + "⟧"
-            at = span.end
-    return Text(plain + text.plain[at:])
+            plain += text.plain[end:span.start] + "⟦" + text.plain[span.start:span.end] + "⟧"
+            end = span.end
+    return Text(plain + text.plain[end:])

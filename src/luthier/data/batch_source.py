@@ -53,15 +53,15 @@ class InMemoryBatchSource:
 
     Args:
         batch_size: examples of one optimiser step; the last step of an epoch has what is left.
-        micro_tokens: the most tokens of one micro-batch, None for no limit.
+        max_tokens: the most tokens of one micro-batch, None for no limit.
         mix: for consecutive runs of `encoded`, how many examples and how often each is seen in an epoch. 2 is twice;
             0.5 is half of them, another half each epoch. Empty: everything once.
     """
 
-    def __init__(self, encoded: Sequence[TokenizedExample], batch_size: int, micro_tokens: int | None,
+    def __init__(self, encoded: Sequence[TokenizedExample], batch_size: int, max_tokens: int | None,
                  shuffle: bool = True,
                  seed: int = 0, mix: Mix = ()) -> None:
-        self.encoded, self.batch_size, self.micro_tokens = encoded, batch_size, micro_tokens
+        self.encoded, self.batch_size, self.max_tokens = encoded, batch_size, max_tokens
         self.shuffle, self.seed, self.mix = shuffle, seed, tuple(mix) or ((len(encoded), 1.0),)
         assert encoded, "there is something to train on"
         assert sum(count for count, _ in self.mix) == len(encoded), "mix covers every example"
@@ -103,7 +103,7 @@ class InMemoryBatchSource:
         chosen = self._order[self.row:self.row + self.batch_size]
         self.row += len(chosen)
         return pack_examples([apply_random(self.encoded[i], self.seed, self.epoch, int(i)) for i in chosen],
-                             self.micro_tokens)
+                             self.max_tokens)
 
     @property
     def _order(self) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -56,22 +56,22 @@ class RenderedChat:
 
 
 def compute_turn_weights(turns: Sequence[Mapping[str, Any] | Message], given: Sequence[float | None],
-                         train_on: str) -> list[float]:
-    """The weight of each turn: its own, else what `train_on` says of its role."""
+                         loss_on: str) -> list[float]:
+    """The weight of each turn: its own, else what `loss_on` says of its role."""
     roles = [turn.role if isinstance(turn, Message) else turn["role"] for turn in turns]
     last = max((i for i, role in enumerate(roles) if role == "assistant"), default=-1)
     by_rule = {"all": lambda i: 1.0, "last": lambda i: float(i == last),
-               "assistant": lambda i: float(roles[i] == "assistant")}[train_on]
+               "assistant": lambda i: float(roles[i] == "assistant")}[loss_on]
     return [by_rule(i) if weight is None else weight for i, weight in enumerate(given)]
 
 
-def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRules, train_on: str) -> list[RenderedChat]:
+def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRules, loss_on: str) -> list[RenderedChat]:
     """The texts of a chat with their trained parts: one, or one for each trained turn where history is rewritten.
     Raises `RenderError`."""
     made = build_conversation(example.messages, example.tools, tokenizer, rules)
-    rest = float(train_on == "all")
-    weights = compute_turn_weights(made.turns, made.weights, train_on)
-    chat = _ChatRenderer(made, weights, whole=train_on == "all")
+    rest = float(loss_on == "all")
+    weights = compute_turn_weights(made.turns, made.weights, loss_on)
+    chat = _ChatRenderer(made, weights, whole=loss_on == "all")
     own = [i for i, weight in enumerate(weights) if weight != rest]
     text = chat.until(len(made.turns))
     chat.refuse_dropped(len(made.turns))

@@ -56,13 +56,13 @@ class DataConfig(Config):
         "standard column: the file's own column, where they differ; numbers from 0 mean a table without a header"))
     max_length: int | None = Field(None, ge=2, description=(
         "the most tokens that one example may have; left out: 1024, or the base's context where that is shorter"))
-    overlong: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
+    truncation: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
         "what happens to longer ones: truncate cuts the end off, or of a prompt with answers to compare the oldest "
         "words of its turns (never the opening token, a header or the system prompt); split cuts a text into several "
         "examples without loss, and refuses all else"))
     system: str | None = Field(None, description="system prompt for the chats that have none")
     chat: ChatConfig = Field(ChatConfig(), description="how messages and prompts become text")
-    train_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
+    loss_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
         "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight wins"))
     share_prompt: Literal["auto"] | bool = Field("auto", description=(
         "whether a prompt is computed once for all its answers; the result is the same; auto: where that saves much"))
@@ -72,7 +72,8 @@ class DataConfig(Config):
         "changes to what is read: deletion, swap and synonyms of words; crop, flip and noise of pictures; mixup of "
         "either, with their labels"))
     shuffle: bool = Field(True, description="whether every epoch has its own order")
-    limit: int | None = Field(None, ge=1, description="read at most this many rows of every source, for a quick try")
+    max_samples: int | None = Field(None, ge=1, description=(
+        "read at most this many rows of every source, for a quick try"))
     streaming: bool = Field(False, description=(
         "read the train rows anew in every epoch instead of keeping them; shuffled in blocks, not as a whole"))
 
@@ -130,7 +131,7 @@ class DataConfig(Config):
         return RenderingRules(self.chat, self.system)
 
     @property
-    def most(self) -> int:
+    def token_limit(self) -> int:
         """Tokens that one example may have."""
         return self.max_length or LENGTH
 

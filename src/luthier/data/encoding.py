@@ -111,11 +111,11 @@ def _encode_root(text: str, second: str | None, example: Example, tokenizer: Tok
         marked = bool(tokenizer("", text_pair="", verbose=False)["input_ids"])
         text, options = (text, options | {"text_pair": second}) if marked else (f"{text}\n{second}", options)
     ids = tokenizer(text, **options)["input_ids"]
-    cut = len(ids) > config.most
-    if cut and config.overlong != "truncate":
-        return RejectedRow(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.most}")
+    cut = len(ids) > config.token_limit
+    if cut and config.truncation != "truncate":
+        return RejectedRow(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.token_limit}")
     if cut:
-        ids = tokenizer(text, truncation=True, max_length=config.most, **options)["input_ids"]
+        ids = tokenizer(text, truncation=True, max_length=config.token_limit, **options)["input_ids"]
     if not ids:
         return RejectedRow(example.origin, "the tokenizer makes no tokens of it")
     return TokenSpan(tuple(ids), (0.0,) * len(ids)), cut
@@ -135,10 +135,10 @@ def _encode_tagged_words(example: TokenClassificationExample, tokenizer: Tokeniz
         return _reject_empty_word(example, tokenizer) or RejectedRow(example.origin, "two words are one token")
     if refused := _reject_empty_word(example, tokenizer):
         return refused
-    cut = len(ids) > config.most
-    if cut and config.overlong != "truncate":
-        return RejectedRow(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.most}")
-    kept = min(len(ids), config.most)
+    cut = len(ids) > config.token_limit
+    if cut and config.truncation != "truncate":
+        return RejectedRow(example.origin, "longer than max_length", f"{len(ids)} tokens, at most {config.token_limit}")
+    kept = min(len(ids), config.token_limit)
     tags = [-1] * kept
     for word, first in enumerate(firsts):
         if first < kept:
@@ -185,9 +185,9 @@ def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataCon
     if config.is_encoder_decoder and tokenizer.eos_token_id not in (None, ids[-1]):
         ids = [*ids, tokenizer.eos_token_id]  # as every source ends
     room = 0 if config.is_encoder_decoder else room  # the decoder has a length of its own
-    if len(ids) + room > config.most:
+    if len(ids) + room > config.token_limit:
         return RejectedRow(example.origin, "the prompt leaves no room to answer" if room else "longer than max_length",
-                           f"{len(ids)} tokens and {room} for the answer, at most {config.most}")
+                           f"{len(ids)} tokens and {room} for the answer, at most {config.token_limit}")
     said = example.prompt if isinstance(example.prompt, str) else [{**m.extra, "role": m.role, "content": m.content}
                                                                    for m in example.prompt]
     facts = {"prompt": said, **({"tools": list(example.tools)} if example.tools else {}), **example.facts}

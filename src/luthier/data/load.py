@@ -311,8 +311,8 @@ def _choose_held_out(count: int, share: float, seed: int) -> set[int]:
 
 def iterate_examples(source: Source, config: DataConfig, reader: RowReader, part: str = "train",
                      seen: set[str] | None = None) -> Iterator[Example | RejectedRow]:
-    """Every row of `source` as an example or a refusal, in order, at most `limit` of them. The names of the file's own
-    columns are added to `seen`."""
+    """Every row of `source` as an example or a refusal, in order, at most `max_samples` of them. The names of the
+    file's own columns are added to `seen`."""
     config = config.for_source(source)
 
     def files() -> Iterator[tuple[str, Rows]]:
@@ -327,7 +327,7 @@ def iterate_examples(source: Source, config: DataConfig, reader: RowReader, part
         return find_source_numbering(chain.from_iterable(lines for _, lines in files()), config.columns)
 
     reader = replace(reader, numbering=numbering)
-    left = config.limit or sys.maxsize
+    left = config.max_samples or sys.maxsize
     for _, lines in files():
         lines = lines if seen is None else _collect_columns(lines, seen)
         for example in read_examples(islice(lines, left), config.format, config.columns, reader):

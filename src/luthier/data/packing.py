@@ -14,18 +14,18 @@ from luthier.data.images import ImageInput
 from luthier.data.masking import apply_fixed
 
 
-def pack_examples(encoded: Sequence[TokenizedExample], micro_tokens: int | None) -> list[Batch]:
-    """The examples in as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: in one row.
+def pack_examples(encoded: Sequence[TokenizedExample], max_tokens: int | None) -> list[Batch]:
+    """The examples in as few rows of at most `max_tokens` tokens as first-fit decreasing finds; None: in one row.
 
-    An example longer than `micro_tokens` has a row of its own. What is predicted, with which weight, does not depend on
-    `micro_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
+    An example longer than `max_tokens` has a row of its own. What is predicted, with which weight, does not depend on
+    `max_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
     """
-    if micro_tokens is None:
+    if max_tokens is None:
         return [build_batch(encoded)] if encoded else []
-    return [build_batch([encoded[i] for i in row]) for row in assign_rows(encoded, micro_tokens)]
+    return [build_batch([encoded[i] for i in row]) for row in assign_rows(encoded, max_tokens)]
 
 
-def assign_rows(encoded: Sequence[TokenizedExample], micro_tokens: int) -> list[list[int]]:
+def assign_rows(encoded: Sequence[TokenizedExample], max_tokens: int) -> list[list[int]]:
     """Which examples share a row; see `pack`."""
     rows: list[list[int]] = []
     room: list[int] = []
@@ -34,18 +34,18 @@ def assign_rows(encoded: Sequence[TokenizedExample], micro_tokens: int) -> list[
         row = next((r for r, free in enumerate(room) if free >= tokens), None)
         if row is None:
             rows.append([index])
-            room.append(micro_tokens - tokens)
+            room.append(max_tokens - tokens)
         else:
             rows[row].append(index)
             room[row] -= tokens
     return [sorted(row) for row in rows]
 
 
-def build_eval_batches(encoded: Sequence[TokenizedExample], micro_tokens: int | None, group: int = 512) -> list[Batch]:
+def build_eval_batches(encoded: Sequence[TokenizedExample], max_tokens: int | None, group: int = 512) -> list[Batch]:
     """Batches to go through once, with the same hidden every time. Packs `group` examples at a time, which keeps
-    packing fast for many; `micro_tokens` None: rows of up to 8192 tokens."""
+    packing fast for many; `max_tokens` None: rows of up to 8192 tokens."""
     return [row for at in range(0, len(encoded), group)
-            for row in pack_examples([apply_fixed(one) for one in encoded[at:at + group]], micro_tokens or 8192)]
+            for row in pack_examples([apply_fixed(one) for one in encoded[at:at + group]], max_tokens or 8192)]
 
 
 def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
@@ -106,7 +106,8 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
                         sum(example.bytes for example in encoded), _to_long(items),
                         torch.tensor(labels, dtype=torch.float32),
                         torch.tensor(margins, dtype=torch.float32), _to_long(groups), _to_long(item_of),
-                        {name: torch.cat([row.precomputed[name] for row in encoded]) for name in encoded[0].precomputed},
+                        {name: torch.cat([row.precomputed[name] for row in encoded])
+                         for name in encoded[0].precomputed},
                         torch.tensor(counted, dtype=torch.float32), _build_label_shares(encoded), _to_long(text_ids))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 

@@ -112,8 +112,8 @@ def _tokenize_answers(row: _PromptAndAnswers, tokenizer: Tokenizer,
                       config: DataConfig) -> list[TokenizedText] | RejectedRow:
     """Every answer behind its prompt; only the answers' words have a weight. The row's own is its items': on the words
     it would scale log-probabilities, not losses."""
-    if config.train_on == "all":
-        config = config.model_copy(update={"train_on": "assistant"})
+    if config.loss_on == "all":
+        config = config.model_copy(update={"loss_on": "assistant"})
     found: list[TokenizedText] = []
     for answer in row.answers:
         if isinstance(row.prompt, str) and isinstance(answer, str) and not row.tools:
@@ -141,16 +141,17 @@ def _truncate_prompt(row: _PromptAndAnswers, texts: Sequence[TokenizedText], who
     """Cuts words of the prompt away until the first `whole` texts fit; the end of any further ones."""
     prompt = _count_shared_tokens(texts)
     longest = max(len(text.ids) for text in texts[:whole])
-    excess = max(0, longest - config.most)
-    stops = tuple(min(len(text.ids), config.most + excess) for text in texts)
+    excess = max(0, longest - config.token_limit)
+    stops = tuple(min(len(text.ids), config.token_limit + excess) for text in texts)
     if not excess:
         return _Truncation(prompt, stops)
-    if config.overlong != "truncate":
-        return RejectedRow(row.origin, "longer than max_length", f"{longest} tokens, at most {config.most}")
+    if config.truncation != "truncate":
+        return RejectedRow(row.origin, "longer than max_length", f"{longest} tokens, at most {config.token_limit}")
     words = _find_removable_tokens(row, texts[0], prompt, tokenizer, config)
     if excess >= max(len(words), 1):
         return RejectedRow(row.origin, "an answer leaves no room for its prompt",
-                           f"{longest} tokens, at most {config.most}; {len(words)} of them are words of the prompt, of "
+                           f"{longest} tokens, at most {config.token_limit}; "
+                           f"{len(words)} of them are words of the prompt, of "
                            "which one at least is kept")
     return _Truncation(prompt, stops, frozenset(words[:excess]))
 

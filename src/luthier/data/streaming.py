@@ -42,13 +42,13 @@ class StreamingBatchSource:
 
     steps_per_epoch = 0
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, micro_tokens: int | None,
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, max_tokens: int | None,
                  seed: int = 0, block: int = 4096, use: DatasetSpec = ANY_DATASET) -> None:
         if any(isinstance(change, TextAugmentation | MixupAugmentation) for change in config.augment):
             raise DataError("data.augment: rows that are streamed are neither changed nor copied", "do not stream")
         self.config, self.tokenizer, self.seed, self.block, self.use = use.fitted(config), tokenizer, seed, block, use
         self.known = fit_label_encoder((), use.classes or None, config)
-        self.batch_size, self.micro_tokens = batch_size, micro_tokens
+        self.batch_size, self.max_tokens = batch_size, max_tokens
         self.tally = RowCounter()
         self._begin(0, 0)
 
@@ -151,7 +151,7 @@ class StreamingBatchSource:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the train rows can be used; the first:\n{first}",
                             "mend the rows, or say with `format:` and `columns:` how they are written")
-        return pack_examples(chosen, self.micro_tokens)
+        return pack_examples(chosen, self.max_tokens)
 
     def state(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "row": self.row, "taken": self.taken, "data": self.fingerprint,

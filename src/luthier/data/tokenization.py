@@ -71,8 +71,8 @@ def encode_text_example(example: Worded, tokenizer: Tokenizer, config: DataConfi
         if isinstance(pieces, RejectedRow):
             return pieces
         found += pieces
-    return found, config.overlong == "truncate" and any(text.shortened or len(text.ids) - text.source > config.most
-                                                        for text in texts)
+    return found, config.truncation == "truncate" and any(
+        text.shortened or len(text.ids) - text.source > config.token_limit for text in texts)
 
 
 # ---------------------------------------------------------------- spelling
@@ -98,7 +98,7 @@ def _build_texts(example: Worded, tokenizer: Tokenizer, config: DataConfig,
         return [_is_bare(example, tokenizer, config)]
     chat = convert_to_chat(example) if isinstance(example, CompletionExample) else example
     try:
-        return render_chat(chat, tokenizer, config.rules, config.train_on)
+        return render_chat(chat, tokenizer, config.rules, config.loss_on)
     except RenderError as fault:
         return RejectedRow(example.origin, fault.reason, str(fault))
 
@@ -190,9 +190,9 @@ def _join_source_and_answer(text: RenderedChat, tokenizer: Tokenizer, example: W
     closing = [] if end_mark is None else [end_mark]
     if closing and ids and ids[-1] == end_mark:
         ids, ends = ids[:-1], ends[:-1]
-    room = config.most - len(closing)
+    room = config.token_limit - len(closing)
     shortened = len(ids) > room
-    if shortened and config.overlong != "truncate":
+    if shortened and config.truncation != "truncate":
         return RejectedRow(example.origin, "longer than max_length", f"{len(ids)} tokens of source, at most {room}")
     ids, ends = ids[:room] + closing, ends[:room] + [start] * len(closing)
     said = text.text[start:]
@@ -217,13 +217,13 @@ def truncate(text: TokenizedText, config: DataConfig, tokenizer: Tokenizer) -> l
     and every token but the document's first is predicted exactly once. Where the tokenizer opens a text with a token of
     its own, every part begins with it.
     """
-    length, most, end_mark = len(text.ids), config.most + text.source, tokenizer.eos_token_id
-    if length <= most or config.overlong == "truncate":
+    length, most, end_mark = len(text.ids), config.token_limit + text.source, tokenizer.eos_token_id
+    if length <= most or config.truncation == "truncate":
         ranges = [(0, min(length, most))]
-    elif config.overlong == "split" and text.divisible:
+    elif config.truncation == "split" and text.divisible:
         return _split_document(text, most, tokenizer)
     else:
-        only = "; only a text can be split" if config.overlong == "split" else ""
+        only = "; only a text can be split" if config.truncation == "split" else ""
         return RejectedRow(text.origin, "longer than max_length", f"{length} tokens, at most {most}{only}")
     found = [_build_example(text, start, stop, end_mark) for start, stop in ranges if any(text.weights[start + 1:stop])]
     if not found:

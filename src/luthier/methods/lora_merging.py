@@ -24,7 +24,7 @@ from torch import Tensor
 from luthier.core.errors import RecipeError
 from luthier.methods.lora import PREFIX, Lora, LoraConfig
 
-CombinationType = Literal["sum", "concatenation", "svd"]
+CombinationType = Literal["linear", "cat", "svd"]
 Factors = tuple[Tensor, Tensor]  # A [R, in], B [out, R]
 
 
@@ -44,7 +44,7 @@ class MergedLora:
 
 
 @torch.no_grad()
-def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: CombinationType = "sum",
+def merge_loras(loras: Sequence[Lora], weights: Sequence[float], combination_type: CombinationType = "linear",
                 rank: int | None = None) -> MergedLora:
     """LoRAs of one base as one LoRA; a map that only some of them change gets the change of those.
 
@@ -55,12 +55,13 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: Combinatio
     Raises:
         RecipeError: for settings that mean nothing together, and for DoRA, whose change is no sum.
     """
-    if how not in get_args(CombinationType):
-        raise RecipeError(f"adapters cannot be combined by {how!r}", f"one of: {', '.join(get_args(CombinationType))}")
+    if combination_type not in get_args(CombinationType):
+        raise RecipeError(f"adapters cannot be combined by {combination_type!r}",
+                          f"one of: {', '.join(get_args(CombinationType))}")
     if len(weights) != len(loras):
         raise RecipeError(f"{len(loras)} adapters and {len(weights)} weights", "give one weight for each adapter")
-    if rank is not None and (how != "svd" or rank < 1):
-        raise RecipeError(f"rank {rank} with {how}: only svd brings a change to a rank, of at least 1",
+    if rank is not None and (combination_type != "svd" or rank < 1):
+        raise RecipeError(f"rank {rank} with {combination_type}: only svd brings a change to a rank, of at least 1",
                           "leave the rank out, or combine by svd")
     if any(lora.config.dora for lora in loras):
         raise RecipeError("a DoRA stretches the whole of each map, so two of them have no sum",
@@ -70,9 +71,8 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: Combinatio
     kept = lost = 0.0
     for name, parts in _collect_factors(loras, weights).items():
         whole = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
-        (a, b), inside, outside = (whole, 1.0, 0.0) if how == "concatenation" else _reduce_rank(*whole,
-                                                                                                most if how == "svd"
-                                                                                           else None)
+        limit = most if combination_type == "svd" else None
+        (a, b), inside, outside = (whole, 1.0, 0.0) if combination_type == "cat" else _reduce_rank(*whole, limit)
         kept, lost = kept + inside, lost + outside
         ranks[name] = a.shape[0]
         state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = a.contiguous(), b.contiguous()

@@ -161,8 +161,8 @@ class Peft:
             except RuntimeError as error:
                 self._put(self._own)
                 raise RecipeError(f"PEFT's {self.config.peft_type.value} does not work beside a base in these few "
-                                  f"bits: {error}", "set base.quantize: int8 or none, or use a method of Luthier's own "
-                                  "(lora, adapter)") from error
+                                  f"bits: {error}", "set model.quantize: int8 or none, or use a method of Luthier's "
+                                  "own (lora, adapter)") from error
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters

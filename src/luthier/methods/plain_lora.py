@@ -50,8 +50,8 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
     if rank is not None and rank < largest:
         name = next(name for name, (a, _, _) in parts.items() if a.shape[0] == largest)
         raise RunError(f"--lora-rank {rank} is below the rank of {name}, {largest}",
-                       f"give {largest} or more, or bring the LoRA to a smaller rank first: luthier combine RUN --how "
-                       f"svd --rank {rank} --out DIR")
+                       f"give {largest} or more, or bring the LoRA to a smaller rank first: "
+                       f"luthier merge-adapters RUN --combination-type svd --rank {rank} --out DIR")
     size = rank or largest
     scale = Counter(scale for _, _, scale in parts.values()).most_common(1)[0][0]
     alpha = scale * size if float(scale * size).is_integer() else float(size)

@@ -14,14 +14,14 @@ from luthier.models.families.vision import Vision
 from luthier.models.hf_task_heads import read_weights
 from luthier.models.identity import Identity, get_public_name, identify_base, is_local_path
 from luthier.models.loading import get_context_length, load_model, load_tokenizer, resolve_device
-from luthier.models.model_config import BaseConfig
+from luthier.models.model_config import ModelConfig
 from luthier.models.model_folder import compute_fingerprint, count_parameters, list_weight_files, prepare_folder
 from luthier.models.model_names import ALIASES, resolve_name
 from luthier.models.padding_token import make_embedding_tokenizer
 from luthier.models.precision import cast_weights, read_stored_dtype
 from luthier.models.sentence_files import write_sentence_files
 
-__all__ = ["ALIASES", "BaseConfig", "CausalLM", "Encoder", "Identity", "Vision", "get_cache_folder", "cast_weights",
+__all__ = ["ALIASES", "ModelConfig", "CausalLM", "Encoder", "Identity", "Vision", "get_cache_folder", "cast_weights",
            "compute_fingerprint", "count_parameters", "get_context_length", "get_public_name", "identify_base",
            "is_local_path", "list_weight_files", "load_model", "load_tokenizer", "make_embedding_tokenizer",
            "open_family", "prepare_folder", "read_stored_dtype", "read_weights", "resolve_device", "resolve_name",

@@ -76,7 +76,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         NotFinite: the model's output is not a number.
     """
     start_batch = partial(CausalDecodeBatch, model, pad, device)
-    return generate_outputs(start_batch, prompts, _limit_new_tokens(model, prompts, sampling, route), sampling, eos, route)
+    return generate_outputs(start_batch, prompts, _limit_new_tokens(model, prompts, sampling, route), sampling, eos,
+                            route)
 
 
 def stream_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
@@ -99,7 +100,8 @@ def stream_tokens(model: nn.Module, prompt: Sequence[int], sampling: SamplingPar
 
 def generate_outputs(start_batch: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int],
                      sampling: SamplingParams,
-            eos: Set[int], route: RouteRows = _no_routing, batch_groups: Sequence[int] = ()) -> Iterator[GenerationOutput]:
+            eos: Set[int], route: RouteRows = _no_routing,
+            batch_groups: Sequence[int] = ()) -> Iterator[GenerationOutput]:
     """`generate` for any family.
 
     Args:
@@ -159,7 +161,8 @@ def _remaining_contexts(model: nn.Module, rows: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
+def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limits: Sequence[int],
+            sampling: SamplingParams,
             stops: Set[int], route: RouteRows = _no_routing) -> Iterator[tuple[int, int]]:
     """Yields (index, token) for every prompt of one batch and every step, until a stop token or the limit."""
     rows = list(prompts)  # rows[i]: the index of the prompt of row i
@@ -171,7 +174,8 @@ def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limit
         with route(rows):  # not around a `yield`: the consumer's code must run outside of it
             logits = batch.logits()
         if not_finite := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
-            raise NotFinite(f"the model's output for prompts {not_finite[:5]} is not a number, so no next token can be selected",
+            raise NotFinite(f"the model's output for prompts {not_finite[:5]} is not a number, so no next token can "
+                            f"be selected",
                             "set the base's dtype to float32; if it is, the weights or the run are damaged")
         next_tokens = sample_tokens(logits, sampling, [uniforms[index].random() for index in rows])
         for index, token in zip(rows, next_tokens.tolist(), strict=True):
@@ -199,7 +203,8 @@ class CausalDecodeBatch:
         self.tokens, self.mask = pad_left(prompts, pad, device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         # position of each row
-        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1  # [B, 1] last position
+        # [B, 1] last position
+        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1
         described: Any = model.config
         self.cache = DynamicCache(config=described)
 

@@ -12,11 +12,11 @@ from luthier.models.families.encoder import Encoder
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.models.families.vision import Vision
 from luthier.models.loading import load_model
-from luthier.models.model_config import BaseConfig
+from luthier.models.model_config import ModelConfig
 from luthier.models.sentence_files import read_pooling
 
 
-def open_family(config: BaseConfig, with_mlm_head: bool = False) -> Family:
+def open_family(config: ModelConfig, with_mlm_head: bool = False) -> Family:
     """Load the base as a `Family`. Raises `BaseError` with the reason if it cannot be loaded.
 
     Args:
@@ -27,7 +27,7 @@ def open_family(config: BaseConfig, with_mlm_head: bool = False) -> Family:
     return made
 
 
-def _load_family(config: BaseConfig, with_mlm_head: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
+def _load_family(config: ModelConfig, with_mlm_head: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
     model, tokenizer = load_model(config, with_mlm_head)
     kind = detect_architecture(model.config)
     if kind == "encoder":
@@ -36,7 +36,7 @@ def _load_family(config: BaseConfig, with_mlm_head: bool) -> CausalLM | Encoder 
     if kind in ("vision", "seq2seq"):
         made = Vision(model, tokenizer) if kind == "vision" else Seq2Seq(model, tokenizer)
         if config.pooling not in ("auto", made.pooling):
-            raise BaseError(f"base.pooling: {config.pooling!r}; with this base it is always {made.pooling!r}",
-                            "omit base.pooling")
+            raise BaseError(f"model.pooling: {config.pooling!r}; with this base it is always {made.pooling!r}",
+                            "omit model.pooling")
         return made
     return CausalLM(model, tokenizer, pooling="last" if config.pooling == "auto" else config.pooling)

@@ -188,7 +188,8 @@ class HFModel:
             return self.tokenizer
         tokenizer = deepcopy(self.tokenizer)
         tokenizer.chat_template = self.chat_format.template
-        if self.chat_format.stop_tokens and not self.is_encoder_decoder:  # an encoder-decoder's source ends with the original eos
+        # an encoder-decoder's source ends with the original eos
+        if self.chat_format.stop_tokens and not self.is_encoder_decoder:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.chat_format.stop_tokens[0])
         return tokenizer
 
@@ -270,7 +271,8 @@ class PackedHFModel(HFModel):
 
     @torch.no_grad()
     def _detect_layout(self) -> Layout:
-        """Packed if two segments in one row have the same states as on their own; some architectures do not support it."""
+        """Packed if two segments in one row have the same states as on their own; some architectures do not support
+        it."""
         device, was = self.device, self.model.training
         self.model.eval()
         inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),
@@ -289,7 +291,7 @@ class PackedHFModel(HFModel):
             self.model.train(was)
         if not bool(padded.isfinite().all()):
             raise BaseError(f"base {self.model.name_or_path!r}: its output is not a number",
-                            "set base.dtype to float32; if it is, the weights are damaged: download them again")
+                            "set model.dtype to float32; if it is, the weights are damaged: download them again")
         close = torch.allclose(packed, padded, rtol=1e-2, atol=1e-2 * float(padded.abs().max()))
         return "packed" if close else self._fall_back_to_padded("documents of one row influence each other")
 

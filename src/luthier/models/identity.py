@@ -8,7 +8,7 @@
 | `tokenizer` | tokenizer, chat template, preprocessor and pooling files         | is told                            |
 
 `_name_or_path` and `transformers_version` in config.json do not count: they say where a folder came from and who wrote
-it. The changes of `base.structure` do not count either: they stand in the recipe.
+it. The changes of `model.surgery` do not count either: they stand in the recipe.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.core.digests import compute_file_sha256, compute_files_sha256, compute_json_sha256
-from luthier.models.model_config import BaseConfig
+from luthier.models.model_config import ModelConfig
 from luthier.models.model_folder import list_weight_files, prepare_folder
 from luthier.models.model_names import resolve_name
 
@@ -58,14 +58,14 @@ class Identity:
                 "sha256": dict(self.digests)}
 
 
-def identify_base(config: BaseConfig) -> Identity:
+def identify_base(config: ModelConfig) -> Identity:
     """Find a base and compute its digests; no weight is loaded. Raises `BaseError` where there is no such base."""
-    found = resolve_name(config.name)
+    found = resolve_name(config.name_or_path)
     if isinstance(found, Path) and found.is_file():
-        return Identity({"gguf": compute_file_sha256(found)}, found.absolute(), HUB_IDS.get(config.name))
-    path = prepare_folder(config.model_copy(update={"structure": None})).absolute()
+        return Identity({"gguf": compute_file_sha256(found)}, found.absolute(), HUB_IDS.get(config.name_or_path))
+    path = prepare_folder(config.model_copy(update={"surgery": None})).absolute()
     hub = HUB_SNAPSHOT.search(path.as_posix())
-    upstream = HUB_IDS.get(config.name) or (found if isinstance(found, str) else
+    upstream = HUB_IDS.get(config.name_or_path) or (found if isinstance(found, str) else
                                              f"{hub['owner']}/{hub['name']}" if hub else None)
     return Identity(compute_digests(path, config.trust_remote_code), path, upstream, hub["commit"] if hub else None)
 
@@ -86,17 +86,17 @@ def is_local_path(name: str) -> bool:
     return name not in HUB_IDS and isinstance(resolve_name(name), Path)
 
 
-def get_public_name(config: BaseConfig, upstream: str | None = None) -> str:
+def get_public_name(config: ModelConfig, upstream: str | None = None) -> str:
     """What a base is called on other machines: its hub id where it has one, else the bare name of its folder or file.
 
-    >>> public_name(BaseConfig(name="smollm2")), public_name(BaseConfig(name="/home/me/bases/tiny/"))
+    >>> public_name(ModelConfig(name="smollm2")), public_name(ModelConfig(name="/home/me/bases/tiny/"))
     ('HuggingFaceTB/SmolLM2-135M-Instruct', 'tiny')
     """
-    if upstream or config.name in HUB_IDS:
-        return upstream or HUB_IDS[config.name]
-    path = Path(config.name).expanduser()
+    if upstream or config.name_or_path in HUB_IDS:
+        return upstream or HUB_IDS[config.name_or_path]
+    path = Path(config.name_or_path).expanduser()
     if hub := HUB_SNAPSHOT.search(path.absolute().as_posix()):
         return f"{hub['owner']}/{hub['name']}"
-    if path.is_absolute() or path.exists() or config.name.startswith((".", "~")) or len(path.parts) > 2:
+    if path.is_absolute() or path.exists() or config.name_or_path.startswith((".", "~")) or len(path.parts) > 2:
         return path.absolute().name if path.name in ("", "..") else path.name
-    return config.name
+    return config.name_or_path

@@ -18,12 +18,12 @@ from luthier.models import architectures
 from luthier.models.architectures import Architecture, detect_architecture
 from luthier.models.hf_logging import check_weights_fit
 from luthier.models.image_processor import ImageProcessor
-from luthier.models.model_config import BaseConfig
+from luthier.models.model_config import ModelConfig
 from luthier.models.model_folder import prepare_folder, translate_errors
 from luthier.models.quantization import quantize
 
 
-def load_model(config: BaseConfig, with_mlm_head: bool = False) -> tuple[Any, Any]:
+def load_model(config: ModelConfig, with_mlm_head: bool = False) -> tuple[Any, Any]:
     """The base in evaluation mode on the config's device, and its tokenizer (for images: `ImageProcessor`).
 
     Memory peaks near one copy of the weights: they are mapped from the file and copied tensor by tensor.
@@ -55,17 +55,17 @@ def load_model(config: BaseConfig, with_mlm_head: bool = False) -> tuple[Any, An
     if architecture == "causal":
         architectures.ignore_classifier_head(model, info)
     if with_mlm_head and (missing := architectures.list_missing_head_weights(model, info["missing_keys"])):
-        raise BaseError(f"base {config.name!r}: its files hold no masked-language-modeling head "
+        raise BaseError(f"base {config.name_or_path!r}: its files hold no masked-language-modeling head "
                         f"({missing[0]} is missing)",
                         "choose an encoder whose files hold one, such as the model that this one was made from")
-    check_weights_fit(config.name, info)
+    check_weights_fit(config.name_or_path, info)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the grouped matrix product of experts does not support float64
     quantize(model, config.quantize, dtype, device)
     return model.to(device), tokenizer
 
 
-def load_tokenizer(config: BaseConfig) -> Any:
+def load_tokenizer(config: ModelConfig) -> Any:
     """The base's tokenizer, without loading the weights."""
     path = prepare_folder(config)
     with translate_errors(config, path):
@@ -73,7 +73,7 @@ def load_tokenizer(config: BaseConfig) -> Any:
         return _load_tokenizer(config, path, _require_architecture(config, model_config))
 
 
-def get_context_length(config: BaseConfig) -> int:
+def get_context_length(config: ModelConfig) -> int:
     """The number of positions in the base's config; practically unlimited where the config has none."""
     path = prepare_folder(config)
     with translate_errors(config, path):
@@ -81,15 +81,16 @@ def get_context_length(config: BaseConfig) -> int:
         return int(getattr(model_config, "max_position_embeddings", None) or 2**62)
 
 
-def _require_architecture(config: BaseConfig, model_config: Any) -> Architecture:
+def _require_architecture(config: ModelConfig, model_config: Any) -> Architecture:
     architecture = detect_architecture(model_config)
     if architecture is None:
-        raise BaseError(f"base {config.name!r} ({model_config.model_type}) is neither a causal language model nor an "
+        raise BaseError(f"base {config.name_or_path!r} ({model_config.model_type}) is "
+                        "neither a causal language model nor an "
                         "encoder, a sequence-to-sequence or a vision model", "choose another base, such as 'smollm2'")
     return architecture
 
 
-def _load_tokenizer(config: BaseConfig, path: Path, architecture: Architecture) -> Any:
+def _load_tokenizer(config: ModelConfig, path: Path, architecture: Architecture) -> Any:
     if architecture == "vision":
         return ImageProcessor.from_pretrained(path)
     return AutoTokenizer.from_pretrained(path, trust_remote_code=config.trust_remote_code)

@@ -6,14 +6,14 @@ from typing import Literal
 
 from luthier.core.config import Config
 from luthier.models.quantization import QuantizationType
-from luthier.models.surgery import StructureConfig
+from luthier.models.surgery import SurgeryConfig
 
 
-class BaseConfig(Config):
+class ModelConfig(Config):
     """Which base model is loaded, and how it is held in memory.
 
     Args:
-        name: an alias, a `.gguf` file, a Transformers folder, or a hub id.
+        name_or_path: an alias, a `.gguf` file, a Transformers folder, or a hub id.
         dtype: of the parameters; `auto` is the dtype that the weights are stored in. A float16 base cannot be trained.
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether Python code that comes with the base may run.
@@ -22,14 +22,14 @@ class BaseConfig(Config):
             what the base was trained with (a decoder: last; an encoder: as its folder says, else first).
         quantize: quantize the linear layers to 4 bits (nf4) or 8 bits (int8), for QLoRA and every other method that
             leaves the base frozen.
-        structure: changes to the model before training: new tokens, added layers, dropped layers.
+        surgery: changes to the model before training: new tokens, added layers, dropped layers.
     """
 
-    name: str = "smollm2"
+    name_or_path: str = "smollm2"
     dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "float32"
     revision: str | None = None
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     pooling: Literal["auto", "last", "first", "mean"] = "auto"
     quantize: QuantizationType = "none"
-    structure: StructureConfig | None = None
+    surgery: SurgeryConfig | None = None

@@ -21,63 +21,66 @@ from luthier.core.digests import compute_files_sha256
 from luthier.core.errors import BaseError, LuthierError
 from luthier.models.gguf.reader import convert_cached
 from luthier.models.hf_logging import silence_transformers, summarize_error
-from luthier.models.model_config import BaseConfig
+from luthier.models.model_config import ModelConfig
 from luthier.models.model_names import INDEX, WEIGHTS, download_model, resolve_name
 from luthier.models.modified_folder import prepare_modified_folder
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
-def prepare_folder(config: BaseConfig) -> Path:
+def prepare_folder(config: ModelConfig) -> Path:
     """The Transformers folder of a base: converted from GGUF or downloaded if necessary, checked, and modified where
     the config asks for surgery."""
-    path = resolve_name(config.name)
+    path = resolve_name(config.name_or_path)
     if isinstance(path, str):
         path = download_model(path, config.revision)
     elif path.is_file():
         path = convert_cached(path)
     _check_folder(path, config)
-    if config.structure is None:
+    if config.surgery is None:
         return path
     if config.trust_remote_code:
-        raise BaseError(f"base {config.name!r}: base.structure does not support a base with its own Python code",
+        raise BaseError(f"base {config.name_or_path!r}: model.surgery does not support a base with its own Python code",
                         "omit base.structure, or set trust_remote_code: false")
     with translate_errors(config, path):
-        return prepare_modified_folder(path, config.name, compute_fingerprint(path), config.structure)
+        return prepare_modified_folder(path, config.name_or_path, compute_fingerprint(path), config.surgery)
 
 
-def _check_folder(path: Path, config: BaseConfig) -> None:
+def _check_folder(path: Path, config: ModelConfig) -> None:
     """All checks of a folder that need no weights."""
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
-            raise BaseError(f"base {config.name!r} is an adapter, not a model", "give the base that it was trained on")
+            raise BaseError(f"base {config.name_or_path!r} is an adapter, not a model", "give the base that it was "
+                                                                                        "trained on")
         if files := sorted(path.glob("*.gguf")):
-            raise BaseError(f"base {config.name!r}: the folder holds GGUF files and no config.json",
+            raise BaseError(f"base {config.name_or_path!r}: the folder holds GGUF files and no config.json",
                             f"give the file itself, for example {files[0]}")
-        raise BaseError(f"base {config.name!r}: the folder {path} has no config.json",
+        raise BaseError(f"base {config.name_or_path!r}: the folder {path} has no config.json",
                         "give a Transformers model folder")
     if (path / "adapter_config.json").is_file():
-        raise BaseError(f"base {config.name!r} contains an adapter, which Transformers would load without being asked",
-                        f"merge the two first: luthier export {config.name} --to merged")
+        raise BaseError(f"base {config.name_or_path!r} contains an adapter, which Transformers would load without "
+                        f"being asked",
+                        f"merge the two first: luthier export {config.name_or_path} --to merged")
     model_config = _read_json(path / "config.json")
     model_type = model_config.get("model_type")
     if model_type not in CONFIG_MAPPING and not ("auto_map" in model_config and config.trust_remote_code):
         if "auto_map" in model_config:
-            raise _remote_code_error(config.name)
-        raise BaseError(f"base {config.name!r}: the installed transformers knows no model type {model_type!r}",
+            raise _remote_code_error(config.name_or_path)
+        raise BaseError(f"base {config.name_or_path!r}: the installed transformers knows no model type {model_type!r}",
                         "upgrade transformers, or choose another base")
     if not (path / WEIGHTS).is_file() and not (path / INDEX).is_file():
         if pickles := sorted(file.name for pattern in PICKLES for file in path.glob(pattern)):
-            raise BaseError(f"base {config.name!r} has only pickle weights ({pickles[0]}), and pickle is never loaded",
+            raise BaseError(f"base {config.name_or_path!r} has only pickle weights ({pickles[0]}), and pickle is "
+                            f"never loaded",
                             "convert them to safetensors (on the hub: the Space `safetensors/convert`)")
-        raise BaseError(f"base {config.name!r}: {path} has neither {WEIGHTS} nor {INDEX}",
+        raise BaseError(f"base {config.name_or_path!r}: {path} has neither {WEIGHTS} nor {INDEX}",
                         "give a folder with safetensors weights (pickle is never loaded)")
     for shard in list_weight_files(path):
         try:
             with safe_open(shard, framework="pt"):
                 pass
         except (SafetensorError, FileNotFoundError) as error:
-            raise BaseError(f"base {config.name!r}: {shard} is missing or damaged ({summarize_error(error)})",
+            raise BaseError(f"base {config.name_or_path!r}: {shard} is missing or damaged ({summarize_error(error)})",
                             "copy or download the file again") from error
 
 
@@ -88,7 +91,7 @@ def list_weight_files(path: Path) -> list[Path]:
     return [path / name for name in sorted(set(_read_json(path / INDEX)["weight_map"].values()))]
 
 
-def count_parameters(config: BaseConfig) -> int:
+def count_parameters(config: ModelConfig) -> int:
     """How many weights the base's files hold, read from their headers without loading the weights."""
     count = 0
     for shard in list_weight_files(prepare_folder(config)):
@@ -111,7 +114,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def translate_errors(config: BaseConfig, path: Path) -> Iterator[None]:
+def translate_errors(config: ModelConfig, path: Path) -> Iterator[None]:
     """Silences Transformers, and raises its errors as `BaseError`."""
     try:
         with silence_transformers():
@@ -120,8 +123,8 @@ def translate_errors(config: BaseConfig, path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         if "trust_remote_code" in str(error):
-            raise _remote_code_error(config.name) from error
-        raise BaseError(f"base {config.name!r} cannot be loaded from {path} ({summarize_error(error)})",
+            raise _remote_code_error(config.name_or_path) from error
+        raise BaseError(f"base {config.name_or_path!r} cannot be loaded from {path} ({summarize_error(error)})",
                         "fix or replace the folder") from error
 
 

@@ -19,14 +19,14 @@ from luthier.core.errors import BaseError
 from luthier.models.architectures import detect_architecture
 from luthier.models.gguf.reader import build_once
 from luthier.models.hf_logging import check_weights_fit
-from luthier.models.surgery import StructureConfig, compute_probe_logits, modify_model
+from luthier.models.surgery import SurgeryConfig, compute_probe_logits, modify_model
 
 FORMAT_VERSION = "2"  # increase it when `modify_model` changes its results: folders of older versions are then not used
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json",
                    "generation_config.json")
 
 
-def prepare_modified_folder(path: Path, name: str, fingerprint: str, surgery: StructureConfig) -> Path:
+def prepare_modified_folder(path: Path, name: str, fingerprint: str, surgery: SurgeryConfig) -> Path:
     """The folder of the modified base, taken from the cache or written now.
 
     Args:
@@ -45,10 +45,10 @@ def prepare_modified_folder(path: Path, name: str, fingerprint: str, surgery: St
     return build_once(folder, lambda to: _write_modified_folder(path, name, to, surgery))
 
 
-def _write_modified_folder(path: Path, name: str, to: Path, surgery: StructureConfig) -> None:
+def _write_modified_folder(path: Path, name: str, to: Path, surgery: SurgeryConfig) -> None:
     config = AutoConfig.from_pretrained(path)
     if detect_architecture(config) != "causal" or config.get_text_config() is not config:
-        raise BaseError(f"base {name!r} ({config.model_type}): base.structure supports plain causal language models "
+        raise BaseError(f"base {name!r} ({config.model_type}): model.surgery supports plain causal language models "
                         "only", "omit base.structure, or choose another base")
     model = _load(path, name)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -58,7 +58,7 @@ def _write_modified_folder(path: Path, name: str, to: Path, surgery: StructureCo
     if not torch.equal(compute_probe_logits(_load(to, name)), compute_probe_logits(model)):
         raise BaseError(f"base {name!r} ({config.model_type}): outputs differ after the modified model is saved and "
                         "reloaded; this architecture derives layer behavior from the layer index in an unsupported way",
-                        "omit base.structure.add_blocks and drop_blocks, or choose another base")
+                        "omit model.surgery.expand_layers and drop_layers, or choose another base")
 
 
 def _load(path: Path, name: str) -> Any:

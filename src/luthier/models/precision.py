@@ -9,14 +9,14 @@ import torch
 from safetensors import safe_open
 
 from luthier.core.protocols import Family
-from luthier.models.model_config import BaseConfig
+from luthier.models.model_config import ModelConfig
 from luthier.models.model_folder import list_weight_files, prepare_folder
 
 # By safetensors' names.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_stored_dtype(config: BaseConfig) -> torch.dtype:
+def read_stored_dtype(config: ModelConfig) -> torch.dtype:
     """The dtype of most of the weights in the base's files, read off their headers; float32 where they hold none that
     can be trained."""
     counts: Counter[torch.dtype] = Counter()

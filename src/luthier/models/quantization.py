@@ -50,10 +50,11 @@ def quantize(model: Any, bits: QuantizationType, dtype: torch.dtype | None = Non
         return
     dtype, device = dtype or model.dtype, device or model.device
     if dtype == torch.float64:
-        raise BaseError(f"base.quantize {bits!r}: maps in few bits expand to 32 or 16 bits, and base.dtype is float64",
-                        "set base.dtype to float32 or bfloat16")
+        raise BaseError(f"model.quantize {bits!r}: maps in few bits expand to 32 or 16 bits, "
+                        "and model.dtype is float64",
+                        "set model.dtype to float32 or bfloat16")
     if find_spec("bitsandbytes") is None:
-        raise MissingExtra("bitsandbytes", "quant", f"base.quantize {bits!r}")
+        raise MissingExtra("bitsandbytes", "quant", f"model.quantize {bits!r}")
     head = model.get_output_embeddings()
     files = _MappedFiles()
     # Of the stack alone: the head of an encoder is several maps, and stands beside it.
@@ -83,9 +84,9 @@ def _check_quantizable(model: Any, few: int, bits: QuantizationType) -> None:
                 and not isinstance(module, nn.Embedding | nn.Conv2d)
                 for p in module.parameters(recurse=False) if p.ndim > 1 and id(p) not in embeddings)
     if whole >= few:
-        raise BaseError(f"base.quantize {bits!r}: of the maps of this {type(model).__name__} {few:,} weights can be "
+        raise BaseError(f"model.quantize {bits!r}: of the maps of this {type(model).__name__} {few:,} weights can be "
                         f"kept in few bits, and {whole:,} stay as they are (transposed maps, or experts)",
-                        "leave base.quantize out, or choose another base")
+                        "leave model.quantize out, or choose another base")
 
 
 def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dtype,

@@ -54,5 +54,5 @@ def read_pooling(path: Path) -> Pooling:
     modes = [named] if isinstance(named, str) else list(named)
     if len(modes) != 1 or modes[0] not in MODES:
         raise BaseError(f"{path / POOLING}: pooling by {' and '.join(modes)}; known are {', '.join(MODES)}",
-                        "set base.pooling to last, first or mean")
+                        "set model.pooling to last, first or mean")
     return MODES[modes[0]]

@@ -5,11 +5,12 @@ New tokens (`new_tokens`): with d_1 ... d_n the tokens of the description and E 
 
     E[new] = (E[d_1] + ... + E[d_n]) / n        and the same for each row (and bias) of an untied head.
 
-Added layers (`add_blocks`): copies of layers whose output projections, of the attention and of the MLP, are zero. With
+Added layers (`expand_layers`): copies of layers whose output projections, of the attention and of the MLP, are zero.
+With
 a layer h = x + O a(x), y = h + D m(h), a copy with O = D = 0 gives y = x exactly. O and D get gradients from the first
 step on, all weights before them from the second. LLaMA Pro, Wu et al. 2024 (arXiv:2401.02415) section 3.2.
 
-Dropped layers (`drop_blocks`): Sajjad et al. 2020 (2004.03844); deep layers first, Gromov et al. 2024 (2403.17887).
+Dropped layers (`drop_layers`): Sajjad et al. 2020 (2004.03844); deep layers first, Gromov et al. 2024 (2403.17887).
 
 Shape letters: V vocabulary, D hidden size, L tokens.
 """
@@ -33,27 +34,27 @@ from luthier.models.structure import find_linears, find_structure
 OUTPUT_ROLES = ("o", "down")  # the roles of the output projections of a layer's attention and MLP
 
 
-class StructureConfig(Config):
+class SurgeryConfig(Config):
     """Changes to a base model before a method is attached. Layers are numbered as in the base, from 0."""
 
     new_tokens: Mapping[str, str] = Field(default_factory=dict, description=(
         "new token: its description; the new embedding is the mean of the description's embeddings"))
-    add_blocks: int | tuple[int, ...] = Field((), description=(
+    expand_layers: int | tuple[int, ...] = Field((), description=(
         "insert a copy after each of these layers, or this many copies spread evenly; each copy starts as the "
         "identity"))
-    drop_blocks: tuple[int, ...] = Field((), description="the layers that are removed")
+    drop_layers: tuple[int, ...] = Field((), description="the layers that are removed")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not (self.new_tokens or self.add_blocks or self.drop_blocks):
-            raise ValueError("nothing is changed; omit structure, or set new_tokens, add_blocks or drop_blocks")
-        copied = () if isinstance(self.add_blocks, int) else self.add_blocks
-        if isinstance(self.add_blocks, int) and self.add_blocks < 0:
-            raise ValueError("add_blocks is a number above 0, or a list of layers")
-        for indices in (copied, self.drop_blocks):
+        if not (self.new_tokens or self.expand_layers or self.drop_layers):
+            raise ValueError("nothing is changed; omit structure, or set new_tokens, expand_layers or drop_layers")
+        copied = () if isinstance(self.expand_layers, int) else self.expand_layers
+        if isinstance(self.expand_layers, int) and self.expand_layers < 0:
+            raise ValueError("expand_layers is a number above 0, or a list of layers")
+        for indices in (copied, self.drop_layers):
             if len(set(indices)) != len(indices) or min(indices, default=0) < 0:
                 raise ValueError("a layer is named once, by its index in the base, from 0")
-        if both := sorted(set(copied) & set(self.drop_blocks)):
+        if both := sorted(set(copied) & set(self.drop_layers)):
             raise ValueError(f"layer {both[0]} is both copied and dropped")
         return self
 
@@ -66,23 +67,23 @@ class StructureConfig(Config):
         Raises:
             RecipeError: the base has no such layers.
         """
-        kept = [index for index in range(count) if index not in self.drop_blocks]
-        copied = self.add_blocks
+        kept = [index for index in range(count) if index not in self.drop_layers]
+        copied = self.expand_layers
         if isinstance(copied, int):
             if copied > len(kept):
-                raise RecipeError(f"base.structure.add_blocks: {copied} layers, but at most one copy after each of "
+                raise RecipeError(f"model.surgery.expand_layers: {copied} layers, but at most one copy after each of "
                                   f"{len(kept)}", f"add {len(kept)} or fewer")
             copied = tuple(kept[(i + 1) * len(kept) // copied - 1] for i in range(copied))
-        if unknown := [index for index in (*copied, *self.drop_blocks) if index >= count]:
-            raise RecipeError(f"base.structure: layer {unknown[0]}, but the base has layers 0 to {count - 1}",
+        if unknown := [index for index in (*copied, *self.drop_layers) if index >= count]:
+            raise RecipeError(f"model.surgery: layer {unknown[0]}, but the base has layers 0 to {count - 1}",
                               "use the base's layer indices")
         if not kept:
-            raise RecipeError("base.structure.drop_blocks: no layer would be left", "keep at least one")
+            raise RecipeError("model.surgery.drop_layers: no layer would be left", "keep at least one")
         return [entry for index in kept for entry in ((index, False), (index, True))[:1 + (index in copied)]]
 
 
 @torch.no_grad()
-def modify_model(model: Any, tokenizer: Any, surgery: StructureConfig) -> None:
+def modify_model(model: Any, tokenizer: Any, surgery: SurgeryConfig) -> None:
     """Change a causal language model of Transformers, its config and its tokenizer in place.
 
     Raises:
@@ -95,16 +96,16 @@ def modify_model(model: Any, tokenizer: Any, surgery: StructureConfig) -> None:
     order = surgery.list_layers(len(layers))
     path = layers[0].name.rpartition(".")[0]
     sources, model_type = [layer.module for layer in layers], model.config.model_type
-    if surgery.drop_blocks:
+    if surgery.drop_layers:
         _replace_layers(model, path, [(index, sources[index]) for index, is_copy in order if not is_copy])
-    if surgery.add_blocks:
+    if surgery.expand_layers:
         copies = {index: _make_identity_layer(layers[index], model.config) for index, is_copy in order if is_copy}
         before, kept = compute_probe_logits(model), [index for index, is_copy in order if not is_copy]
         _replace_layers(model, path, [(kept.index(index), copies[index] if is_copy else sources[index])
                                       for index, is_copy in order])
         if not torch.equal(compute_probe_logits(model), before):
             raise BaseError(f"layers of {model_type} do not become the identity when the output projections of their "
-                            "attention and MLP are zero", "omit base.structure.add_blocks, or choose another base")
+                            "attention and MLP are zero", "omit model.surgery.expand_layers, or choose another base")
 
 
 def _make_identity_layer(layer: TransformerLayer, config: Any) -> nn.Module:
@@ -113,7 +114,7 @@ def _make_identity_layer(layer: TransformerLayer, config: Any) -> nn.Module:
     if {linear.role for linear in outputs} != set(OUTPUT_ROLES):
         raise BaseError(f"a layer of {config.model_type} has no linear output projection in its attention or its MLP, "
                         "so no copy of it can start as the identity",
-                        "omit base.structure.add_blocks, or choose another base")
+                        "omit model.surgery.expand_layers, or choose another base")
     # The memo keeps the copy on the model's own config, so that later changes of it apply to the copy as well.
     copied: nn.Module = deepcopy(layer.module, {id(config): config})
     for linear in outputs:
@@ -143,11 +144,11 @@ def _add_tokens(model: Any, tokenizer: Any, new: Mapping[str, str]) -> None:
     descriptions = {token: tokenizer(text, add_special_tokens=False)["input_ids"] for token, text in new.items()}
     for token, ids in descriptions.items():
         if vocabulary.get(token, rows) < rows or not token.strip():  # a token without an embedding row counts as new
-            raise RecipeError(f"base.structure.new_tokens: {token!r} is "
+            raise RecipeError(f"model.surgery.new_tokens: {token!r} is "
                               + ("already a token of this base" if token.strip() else "empty"),
                               "name tokens that the base does not have")
         if not ids:
-            raise RecipeError(f"base.structure.new_tokens: the description of {token!r} has no tokens",
+            raise RecipeError(f"model.surgery.new_tokens: the description of {token!r} has no tokens",
                               "describe it in words")
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new])
     token_ids = tokenizer.convert_tokens_to_ids(list(new))

@@ -63,7 +63,7 @@ def build_model_card(out: Run, source: Run, made: Recipe, base: Family) -> str:
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
         f"# {out.path.name}", "",
-        f"{kind} made with Luthier from `{upstream or Path(made.base.name).name}` by the method "
+        f"{kind} made with Luthier from `{upstream or Path(made.model.name_or_path).name}` by the method "
         f"`{method_name(made)}` with the objective `{made.objective.name}` on {names}. {recipe}".rstrip(), "",
         *_describe_origin(made), "## Use", "", *_explain_native_loading(out, made, base), "```python", *code, "```", "",
         *_format_results(source.results), *picture])
@@ -72,7 +72,7 @@ def build_model_card(out: Run, source: Run, made: Recipe, base: Family) -> str:
 def _describe_origin(made: Recipe) -> list[str]:
     """What is said of a base that was read from a file in few bits: its weights are not those on the hub."""
     try:
-        found = assembly.resolve_name(made.base.name)
+        found = assembly.resolve_name(made.model.name_or_path)
     except LuthierError:  # the base is gone: nothing more is known of it
         return []
     if not isinstance(found, Path) or found.suffix != ".gguf":
@@ -86,14 +86,14 @@ def _describe_origin(made: Recipe) -> list[str]:
 
 def find_base_model(made: Recipe) -> tuple[str, str]:
     """The base's name on the hub and its license, each empty where it is not known. A folder tells in its own card."""
-    name = made.base.name
+    name = made.model.name_or_path
     if name in UPSTREAM:
         return UPSTREAM[name]
     try:
         found = assembly.resolve_name(name)
         told = _read_front_matter(Path(found) / "README.md") if isinstance(found, Path) and found.is_dir() else {}
         if isinstance(found, str):
-            told = _read_front_matter(assembly.prepare_folder(made.base) / "README.md")
+            told = _read_front_matter(assembly.prepare_folder(made.model) / "README.md")
             return found, str(told.get("license") or "")
     except LuthierError:  # the base is gone: nothing more is known of it
         return ("", "")

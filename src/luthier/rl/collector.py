@@ -118,7 +118,7 @@ class RolloutCollector:
         objective: its settings of a rollout, and its columns.
         rewards: what an answer is worth, each with its weight.
         cursor: which prompts are next; its batch size is the prompts of a round.
-        micro_tokens: the most tokens of one micro-batch; a prompt's answers are spread over several where they must be.
+        max_tokens: the most tokens of one micro-batch; a prompt's answers are spread over several where they must be.
         reference: makes the context in which the family is the reference.
         autocast: makes the context for mixed precision.
         held: prompts that `judged` answers, and nobody learns from.
@@ -127,14 +127,14 @@ class RolloutCollector:
     """
 
     def __init__(self, family: Family, prompts: Sequence[TokenizedExample], objective: RolloutObjective,
-                 rewards: Sequence[tuple[Reward, float]], cursor: InMemoryBatchSource, micro_tokens: int, seed: int = 0,
+                 rewards: Sequence[tuple[Reward, float]], cursor: InMemoryBatchSource, max_tokens: int, seed: int = 0,
                  reference: Callable[[], AbstractContextManager[None]] = nullcontext,
                  autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
                  held: Sequence[TokenizedExample] = (),
                  note: Callable[[int, list[dict[str, Any]]], None] = lambda step, said: None,
                  map_shards: MapShards = _map_locally) -> None:
         self.family, self.prompts, self.objective, self.rewards = family, prompts, objective, rewards
-        self.cursor, self.micro_tokens, self.seed = cursor, micro_tokens, seed
+        self.cursor, self.max_tokens, self.seed = cursor, max_tokens, seed
         self.reference, self.autocast, self.held, self.note = reference, autocast, held, note
         self.map_shards = map_shards
         self.kl_coef = objective.kl_coef
@@ -274,7 +274,7 @@ class RolloutCollector:
         if not asks:
             return found
         drawn = RolloutBatch(tuple(range(len(prompts))), tuple(answers), (0.0,) * len(answers), {})
-        for one, places in _build_micro_batches(prompts, drawn, range(len(prompts)), self.micro_tokens,
+        for one, places in _build_micro_batches(prompts, drawn, range(len(prompts)), self.max_tokens,
                                                 self.objective.temperature):
             there = one.to(self.family.device)
             outputs = self.family.forward(there.inputs, there.target, asks - {"reference_logps"})
@@ -306,7 +306,7 @@ class RolloutCollector:
         return said
 
     def _batches(self, drawn: RolloutBatch, chosen: Sequence[int]) -> list[tuple[Batch, Tensor]]:
-        return _build_micro_batches([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.micro_tokens,
+        return _build_micro_batches([self.prompts[i] for i in drawn.prompts], drawn, chosen, self.max_tokens,
                                     self.objective.temperature)
 
 
@@ -328,11 +328,11 @@ def _format_prompt(prompt: TokenizedExample, words: Any) -> str:
 
 
 def _build_micro_batches(prompts: Sequence[TokenizedExample], drawn: RolloutBatch, chosen: Sequence[int],
-                         micro_tokens: int, temperature: float) -> list[tuple[Batch, Tensor]]:
+                         max_tokens: int, temperature: float) -> list[tuple[Batch, Tensor]]:
     """Micro-batches of the chosen prompts and their answers, whose log-probabilities are those of sampling at
     `temperature`; for each the places of its predictions among all M.
 
-    A tree that is longer than `micro_tokens` is cut into several, each with the prompt and some of its answers.
+    A tree that is longer than `max_tokens` is cut into several, each with the prompt and some of its answers.
     """
     times = len(drawn.answers) // len(drawn.prompts)
     starts = np.concatenate([[0], np.cumsum([len(answer) for answer in drawn.answers])])
@@ -345,12 +345,12 @@ def _build_micro_batches(prompts: Sequence[TokenizedExample], drawn: RolloutBatc
             size = len(drawn.answers[answer])
             if not parts or size > room:
                 parts.append([])
-                room = micro_tokens - len(prompt)
+                room = max_tokens - len(prompt)
             parts[-1].append(answer)
             room -= size
         trees += [(_build_tree(prompts[place], drawn, part), part) for part in parts]
     found = []
-    for row in assign_rows([tree for tree, _ in trees], micro_tokens):
+    for row in assign_rows([tree for tree, _ in trees], max_tokens):
         owners = [answer for i in row for answer in trees[i][1]]
         places = np.concatenate([np.arange(starts[a], starts[a + 1]) for a in owners])
         made = build_batch([trees[i][0] for i in row])

@@ -17,7 +17,7 @@ def train_in_child_process(recipe: Mapping[str, Any], run: Path) -> tuple[int, s
     The recipe and everything said stand beside the folder, in `<run>.yaml` and `<run>.log`.
     """
     written, log = run.with_name(f"{run.name}.yaml"), run.with_name(f"{run.name}.log")
-    written.write_text(yaml.safe_dump({**recipe, "run": str(run)}, sort_keys=False, allow_unicode=True),
+    written.write_text(yaml.safe_dump({**recipe, "output_dir": str(run)}, sort_keys=False, allow_unicode=True),
                        encoding="utf-8")
     command = [sys.executable, "-m", "luthier", "train", str(written), *(["--resume"] if run.exists() else [])]
     with log.open("w", encoding="utf-8") as stream:

@@ -18,7 +18,7 @@ REASONS: Mapping[str, str] = {
     "kto": "the sigmoid may be saturated: lower objective.beta or the learning rate",
 }
 GENERAL = "rows of which all weights are 0, a method whose parts do not reach the output, or numbers below what " \
-          "base.dtype can hold"
+          "model.dtype can hold"
 
 
 class LearningMonitor:

@@ -38,24 +38,26 @@ from luthier.training.step import Reference, StepResult, evaluate_batches, step
 class TrainingConfig(Config):
     """How long to train, in what portions, and what to keep."""
 
-    epochs: float = Field(1.0, gt=0, description="passes over the data")
-    steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
+    num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
+    max_steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
     batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
-    micro_tokens: int | None = Field(None, ge=1, description="most tokens in memory at once; never changes the result. "
-                                     "Left out: 320 on a CPU, 8192 on a GPU")
+    max_tokens_per_micro_batch: int | None = Field(None, ge=1, description="most tokens in memory at once; never "
+                                                   "changes the result. Left out: 320 on a CPU, 8192 on a GPU")
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, while "
                                                   "training; held-out rows are measured without it, as `evaluate` does")
     gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
-                                         "memory; if not, in rows longer than micro_tokens as many as do not fit")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides those at the "
+                                         "memory; if not, in rows longer than "
+                                             "max_tokens_per_micro_batch as many as do not fit")
+    eval_steps: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
+    save_steps: int | None = Field(None, ge=1, description="steps between checkpoints, besides those at the "
                                    "best evaluation, at the end and on a signal")
-    keep: int = Field(2, ge=1, description="checkpoints kept, besides the best one")
-    patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better one")
-    keep_best: bool = Field(True, description="end with the weights of the best evaluation, not the last")
-    trackers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
+    save_total_limit: int = Field(2, ge=1, description="checkpoints kept, besides the best one")
+    early_stopping_patience: int | None = Field(None, ge=1, description="stop after this many evaluations "
+                                                "without a better one")
+    load_best_model_at_end: bool = Field(True, description="end with the weights of the best evaluation, not the last")
+    report_to: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
 
-    @field_validator("trackers", mode="before")
+    @field_validator("report_to", mode="before")
     @classmethod
     def _several(cls, given: Any) -> Any:
         return (given,) if isinstance(given, str) else given
@@ -117,7 +119,7 @@ class TrainResult:
 
 
 def count_total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
-    return training.steps or max(1, math.ceil(training.epochs * steps_per_epoch))
+    return training.max_steps or max(1, math.ceil(training.num_train_epochs * steps_per_epoch))
 
 
 def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None) -> TrainResult:
@@ -127,7 +129,7 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
                           job.attached.at_update)
     summary = TrainResult(0, 0.0, 0)
     bad_evaluations = _restore_checkpoint(job, optimizer, summary, resume) if resume else 0
-    eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch
+    eval_steps = job.training.eval_steps or job.feed.steps_per_epoch or total  # a stream does not know its epoch
     job.family.train(True)
     longest = 0  # row so far
     waiting: _LogEntry | None = None  # on a GPU a step's numbers are read while the next step runs: see `later`
@@ -147,8 +149,8 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
             ended = _log_step(job, waiting, ended)
         waiting = line
         at_end = summary.steps == total
-        evaluates = bool(job.held_out) and (summary.steps % eval_every == 0 or at_end)
-        saves = at_end or bool(job.training.save_every and summary.steps % job.training.save_every == 0)
+        evaluates = bool(job.held_out) and (summary.steps % eval_steps == 0 or at_end)
+        saves = at_end or bool(job.training.save_steps and summary.steps % job.training.save_steps == 0)
         summary.stopped = _stop_requested(job)
         if not late or evaluates or saves or summary.stopped:
             ended = _log_step(job, waiting, ended)
@@ -162,7 +164,7 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
             saves = saves or better
         if saves or summary.stopped:
             _save_checkpoint(job, optimizer, summary, bad_evaluations)
-    if job.training.keep_best and summary.best and summary.best["step"] != summary.steps:
+    if job.training.load_best_model_at_end and summary.best and summary.best["step"] != summary.steps:
         job.attached.load(_load_best(job, summary).tensors["method"])
     optimizer.close()
     job.family.train(False)
@@ -252,7 +254,7 @@ def _evaluate(job: TrainJob, summary: TrainResult) -> bool:
 
 def _should_stop_early(training: TrainingConfig, bad_evaluations: int) -> str:
     """Why to stop early, or an empty string."""
-    given_up = training.patience and bad_evaluations >= training.patience
+    given_up = training.early_stopping_patience and bad_evaluations >= training.early_stopping_patience
     return f"no better evaluation in {bad_evaluations} of them" if given_up else ""
 
 
@@ -272,10 +274,10 @@ def _save_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult, 
         return
     state = {"feed": job.feed.state(), "random": states, "summary": vars(summary),
              "bad_evaluations": bad_evaluations, "total_steps": optimizer.total, "record": job.record()}
-    best = int(summary.best["step"]) if summary.best and job.training.keep_best else None
+    best = int(summary.best["step"]) if summary.best and job.training.load_best_model_at_end else None
     checkpoint.save_checkpoint(job.folder, summary.steps, {"method": job.attached.state(),
                                                            "optimizer": optimizer.state()},
-                               state, keep=job.training.keep, protect=best)
+                               state, keep=job.training.save_total_limit, protect=best)
     process_group.barrier()
 
 
@@ -314,7 +316,7 @@ def _load_best(job: TrainJob, summary: TrainResult) -> checkpoint.Checkpoint:
     except RunError as error:
         raise RunError(f"{error.what}; it holds the weights of the best evaluation",
                        "end with the last weights instead: "
-                       f"luthier train --resume {job.folder.parent} training.keep_best=false") from error
+                       f"luthier train --resume {job.folder.parent} training.load_best_model_at_end=false") from error
 
 
 def _build_autocast(job: TrainJob) -> AbstractContextManager[Any]:

@@ -3,7 +3,7 @@
 The schedule's factor at step k of n, after a linear warm-up of w steps, with u = (k - w) / (n - w):
 
     constant 1        linear 1 - u (1 - f)        cosine f + (1 - f) (1 + cos pi u) / 2
-    wsd      1 until the last fifth, then linear to f         (f: `floor`)
+    wsd      1 until the last fifth, then linear to f         (f: `min_lr_ratio`)
 
 A parameter in sixteen bits cannot hold the small updates of training: bfloat16 has 8 bits of precision, so an update
 below 1/256 of the weight is lost, and moments in sixteen bits do not decay (bfloat16) or underflow (float16). So the
@@ -16,10 +16,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from luthier.core.config import Config
@@ -35,30 +35,55 @@ class OptimizerConfig(Config):
 
     learning_rate: float | None = Field(None, gt=0, description="peak rate; left out: the method's default "
                                         "times the objective's factor")
-    schedule: Schedule = Field("linear", description="how the rate falls after the warm-up")
-    warmup: float = Field(0.03, ge=0, description="below 1: share of all steps; from 1 up: number of steps")
-    floor: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the end")
+    lr_scheduler_type: Schedule = Field("linear", description="how the rate falls after the warm-up")
+    warmup_ratio: float | None = Field(0.03, ge=0, le=1, description="warm-up as a share of all steps; null where "
+                                       "warmup_steps is given")
+    warmup_steps: int | None = Field(None, ge=0, description="warm-up as a number of steps, in place of warmup_ratio")
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="share of the peak rate at the end")
     weight_decay: float = Field(0.0, ge=0, description="decoupled decay of matrices; vectors are never decayed")
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    clip: float | None = Field(1.0, gt=0, description="longest gradient over all that trains; null: no clipping")
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    max_grad_norm: float | None = Field(1.0, gt=0, description="longest gradient of all that trains; null: no clipping")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_default_ratio(cls, given: Any) -> Any:
+        """`warmup_steps` alone replaces the default of `warmup_ratio`."""
+        if isinstance(given, dict) and given.get("warmup_steps") is not None:
+            return {"warmup_ratio": None, **given}
+        return given
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("warmup_ratio and warmup_steps are both given; set one of them to null")
+        if self.warmup_ratio is None and self.warmup_steps is None:
+            raise ValueError("warmup_ratio and warmup_steps are both null; set one of them (0: no warm-up)")
+        return self
+
+    def count_warmup_steps(self, total: int) -> int:
+        """The number of warm-up steps in a run of `total` steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        assert self.warmup_ratio is not None
+        return round(self.warmup_ratio * total)
 
 
 def compute_lr_factor(config: OptimizerConfig, step: int, total: int) -> float:
     """Share of the peak rate for the step with this index (from 0) of `total`."""
-    warm = round(config.warmup * total) if config.warmup < 1 else int(config.warmup)
+    warm = config.count_warmup_steps(total)
     if step < warm:
         return (step + 1) / (warm + 1)
     done = min(1.0, (step - warm) / max(1, total - warm))
-    fall = 1.0 - config.floor
-    match config.schedule:
+    fall = 1.0 - config.min_lr_ratio
+    match config.lr_scheduler_type:
         case "constant":
             return 1.0
         case "linear":
             return 1.0 - fall * done
         case "cosine":
-            return config.floor + fall * (1 + math.cos(math.pi * done)) / 2
+            return config.min_lr_ratio + fall * (1 + math.cos(math.pi * done)) / 2
         case "wsd":
             return 1.0 - fall * max(0.0, done - 0.8) / 0.2
 
@@ -108,7 +133,8 @@ class Optimizer:
         self.device = next(iter(parameters.values())).device
         self.adam = torch.optim.AdamW(
             [{"params": list(ps), "weight_decay": decay, "factor": times} for (times, decay), ps in groups.items()],
-            lr=peak, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=self.device.type in ("cuda", "cpu"))
+            lr=peak, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
+            fused=self.device.type in ("cuda", "cpu"))
 
     def set_rate(self, step: int) -> float:
         """Set the rate for the step with this index; returns that of a plain parameter."""
@@ -124,8 +150,8 @@ class Optimizer:
             self._update.before()
 
     def clip(self) -> Tensor:
-        """Shorten the gradient to `config.clip`; returns its length before, a scalar on the device."""
-        limit = math.inf if self.config.clip is None else self.config.clip
+        """Shorten the gradient to `config.max_grad_norm`; returns its length before, a scalar on the device."""
+        limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         return nn.utils.clip_grad_norm_(self.parameters.values(), limit)
 
     def step(self, norm: Tensor) -> None:

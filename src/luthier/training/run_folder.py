@@ -80,7 +80,7 @@ class Run:
         """Itself, or a `RunError` where the folder already holds a run."""
         if (self.path / "recipe.yaml").exists():
             raise RunError(f"{str(self.path)!r} already holds a run",
-                           "go on with it (--resume), or name another folder (run=NAME)")
+                           "go on with it (--resume), or name another folder (output_dir=NAME)")
         return self
 
     def begin(self, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ class Run:
                                                      allow_unicode=True))
         except OSError as error:
             raise RunError(f"the run folder {str(self.path)!r} cannot be written: {error.strerror}",
-                           "free some space, or name another folder (run=NAME)") from error
+                           "free some space, or name another folder (output_dir=NAME)") from error
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
         """Write a text or JSON file of the run, whole or not at all. Raises `RunError` where the disk is full."""

@@ -42,12 +42,12 @@ def test_the_assistants_turns_are_trained_to_their_end(tokenizer, trained) -> No
 
 
 def test_last_trains_the_last_answer_only(tokenizer, trained) -> None:
-    (found,) = encode_example(ChatExample(CHAT, HERE), tokenizer, config(train_on="last"))
+    (found,) = encode_example(ChatExample(CHAT, HERE), tokenizer, config(loss_on="last"))
     assert trained(found, tokenizer) == ["good 🙂<|im_end|>"]
 
 
 def test_all_trains_every_token(tokenizer) -> None:
-    (found,) = encode_example(ChatExample(CHAT, HERE), tokenizer, config(train_on="all"))
+    (found,) = encode_example(ChatExample(CHAT, HERE), tokenizer, config(loss_on="all"))
     assert set(found.pieces[0].weights) == {1.0}
 
 
@@ -57,10 +57,10 @@ def test_a_turns_own_weight_goes_first(tokenizer, trained) -> None:
     (found,) = encode_example(chat, tokenizer, config())
     assert trained(found, tokenizer) == ["user\none<|im_end|>\n", "four<|im_end|>"]
     assert set(found.pieces[0].weights) == {0.25, 0.0, 1.0}
-    (found,) = encode_example(ChatExample(chat.messages[2:], HERE), tokenizer, config(train_on="all"))
+    (found,) = encode_example(ChatExample(chat.messages[2:], HERE), tokenizer, config(loss_on="all"))
     assert sorted(set(found.pieces[0].weights)) == [1.0, 2.0]
     quiet = ChatExample((Message("user", "one", 0.0), Message("assistant", "two")), HERE)
-    (found,) = encode_example(quiet, tokenizer, config(train_on="all"))
+    (found,) = encode_example(quiet, tokenizer, config(loss_on="all"))
     assert trained(found, tokenizer) == ["<|im_start|>assistant\ntwo<|im_end|>\n"]
 
 
@@ -88,7 +88,7 @@ def test_a_template_that_rewrites_history_gives_each_turn_its_own_text(letters, 
     assert trained(first, letters) == ["hm</think>a<|im_end|>"]
     assert trained(second, letters) == ["so</think>b<|im_end|>"]
     assert "assistant\na<|im_end|>" in letters.decode(second.pieces[0].ids)
-    (last,) = encode_example(chat, letters, config(train_on="last"))
+    (last,) = encode_example(chat, letters, config(loss_on="last"))
     assert last.pieces == second.pieces
 
 
@@ -141,7 +141,7 @@ def test_the_prompt_is_trls_and_the_answer_ends_with_its_mark(tokenizer, trained
 def test_the_prompt_is_what_stands_before_the_first_trained_token(tokenizer) -> None:
     chat = ChatExample(CHAT, HERE)
     ids, answer = encode_prompt(chat, tokenizer, config(system="unused"))
-    (found,) = encode_example(chat, tokenizer, config(train_on="last"))
+    (found,) = encode_example(chat, tokenizer, config(loss_on="last"))
     assert (answer, tuple(ids)) == ("good 🙂", found.pieces[0].ids[:len(ids)])
     assert not any(found.pieces[0].weights[:len(ids)])
     assert tokenizer.decode([t for t, w in zip(found.pieces[0].ids, found.pieces[0].weights, strict=True) if w]) == "good 🙂<|im_end|>"

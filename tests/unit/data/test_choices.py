@@ -120,7 +120,7 @@ def test_the_rows_of_a_source_show_from_where_numbers_count(name: str, write: Wr
 def test_all_files_of_a_source_and_rows_beyond_the_limit_show_it(write: Write, tmp_path_factory: pytest.TempPathFactory, letters: PreTrainedTokenizerFast) -> None:
     write("set/a.jsonl", source([1, 2]))
     folder = write("set/b.jsonl", source([3, 4])).rsplit("/", 1)[0]
-    made = DataConfig.parse({"train": folder, "limit": 1})
+    made = DataConfig.parse({"train": folder, "max_samples": 1})
     assert [right(one) for one in iterate_examples(made.train[0], made, ANY)] == ["ant"]
     made = DataConfig.parse({"train": folder, "shuffle": False})
     ((first, *_),) = [[right(one) for one in iterate_examples(made.train[0], made, ANY)]]

@@ -80,7 +80,7 @@ def test_several_sources_keep_their_weights(write, letters) -> None:
 def test_limit_and_progress(write, letters) -> None:
     told = []
     path = write("a.txt", "word\n" * 1000)
-    found = read_datasets(config(train=path, limit=450), letters, seed=0, progress=lambda part, count: told.append((part, count)))
+    found = read_datasets(config(train=path, max_samples=450), letters, seed=0, progress=lambda part, count: told.append((part, count)))
     assert len(found.train) == 450
     assert told == [("train", 200), ("train", 400)]
 
@@ -88,9 +88,9 @@ def test_limit_and_progress(write, letters) -> None:
 def test_a_limit_does_not_hide_columns_that_fit_nothing(write, letters) -> None:
     path = write("a.jsonl", '{"x": 1}\n' * 5)
     with pytest.raises(DataError, match="fit no known format"):
-        read_datasets(config(train=path, limit=3), letters, seed=0)
+        read_datasets(config(train=path, max_samples=3), letters, seed=0)
     both = [write(name, rows("one", "two")) for name in ("f/a.jsonl", "f/b.jsonl")]
-    found = read_datasets(config(train=str(Path(both[0]).parent), limit=3), letters, seed=0)
+    found = read_datasets(config(train=str(Path(both[0]).parent), max_samples=3), letters, seed=0)
     assert [str(one.origin) for one in found.train] == [f"{both[0]}:1", f"{both[0]}:2", f"{both[1]}:1"]
 
 

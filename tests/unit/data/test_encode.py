@@ -98,10 +98,10 @@ def test_a_chat_whose_answer_is_cut_off_is_refused(letters) -> None:
     assert "max_length=20" in found.detail
 
 
-@pytest.mark.parametrize("overlong", ["refuse", "split"])
-def test_an_overlong_chat_is_refused(letters, overlong) -> None:
+@pytest.mark.parametrize("truncation", ["refuse", "split"])
+def test_an_overlong_chat_is_refused(letters, truncation) -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a" * 50)), HERE)
-    found = encode_example(chat, letters, config(max_length=20, overlong=overlong))
+    found = encode_example(chat, letters, config(max_length=20, truncation=truncation))
     assert isinstance(found, RejectedRow)
     assert found.reason == "longer than max_length"
 
@@ -118,7 +118,7 @@ def test_nothing_with_a_weight_is_refused(letters) -> None:
 @given(st.text(st.characters(codec="utf-8"), min_size=2, max_size=60).filter(lambda t: "<|" not in t), st.integers(2, 20))
 def test_splitting_predicts_every_token_but_the_first_once(letters, text, most) -> None:
     (whole,) = encode_example(TextExample(text, HERE), letters, config(max_length=10**6))
-    parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, overlong="split"))
+    parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, truncation="split"))
     predicted = [token for part in parts for token in part.pieces[0].ids[1:]]
     assert tuple(predicted) == whole.pieces[0].ids[1:]
     assert all(len(part.pieces[0].ids) <= most for part in parts)
@@ -130,7 +130,7 @@ def test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text(letters) 
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", END_OF_TEXT)])
     text = bytes(range(65, 91)).decode()
     for most in (3, 4, 7, 26, 27, 28, 40):
-        parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, overlong="split"))
+        parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, truncation="split"))
         assert all(len(part.pieces[0].ids) <= most and part.pieces[0].ids[0] == END_OF_TEXT for part in parts)
         predicted = [part.pieces[0].ids[i] for part in parts for i in part.pieces[0].predicted]
         assert predicted == [*text.encode(), IM_END]  # each once
@@ -140,7 +140,7 @@ def test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text(letters) 
 def test_a_slow_tokenizer_gives_the_same(letters) -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a🙂"), Message("user", "r"), Message("assistant", "b")), HERE)
     for example in (chat, TextExample("abc 🙂", HERE), CompletionExample("a", "b🙂", HERE)):
-        for options in ({}, {"format": "completion"}, {"train_on": "all"}):
+        for options in ({}, {"format": "completion"}, {"loss_on": "all"}):
             fast = encode_example(example, letters, config(**options))
             slow = encode_example(example, Slow(letters), config(**options))
             assert [part.pieces for part in slow] == [part.pieces for part in fast]

@@ -142,7 +142,7 @@ def test_whole_words_are_hidden_whole() -> None:
 
 def test_words_of_a_later_part_are_hidden_whole_too() -> None:
     tokenizer = word_tokenizer()
-    parts = whole("words", tokenizer=tokenizer, settings={"max_length": 40, "overlong": "split"}, whole=True)
+    parts = whole("words", tokenizer=tokenizer, settings={"max_length": 40, "truncation": "split"}, whole=True)
     assert len(parts) == 3
     owners, at = tokenizer(TEXT).word_ids()[1:-1], 0
     for part in parts:
@@ -223,12 +223,12 @@ def test_a_long_text_is_cut_split_or_refused(how: Any) -> None:
     room = 30 - 2
     short, = whole(how, settings={"max_length": 30})
     assert len(short.pieces[0].ids) == room + (2 if how == "words" else 1)
-    parts = whole(how, settings={"max_length": 30, "overlong": "split"})
+    parts = whole(how, settings={"max_length": 30, "truncation": "split"})
     marks = (CLS, SEP, IM_END)
     assert bytes(t for part in parts for t in part.pieces[0].ids if t not in marks).decode() == TEXT
     assert max(part.tokens for part in parts) - min(part.tokens for part in parts) <= 1
     assert all(max(map(len, (p.ids for p in apply_random(part, 0, 0, 0).pieces))) <= 30 for part in parts)
-    refused = whole(how, settings={"max_length": 30, "overlong": "refuse"})
+    refused = whole(how, settings={"max_length": 30, "truncation": "refuse"})
     assert refused.reason == "longer than max_length"
 
 

@@ -109,7 +109,7 @@ def test_a_text_and_a_pair_have_the_tokenizers_own_marks(bert, letters) -> None:
     assert ids(ClassificationExample("a b", 0.0, HERE, "c"), bert) == [2, 4, 5, 3, 6, 3]
     assert ids(ClassificationExample("a b c d", 0.0, HERE, "c"), bert, max_length=6) == [2, 4, 5, 3, 6, 3]
     assert ids(ClassificationExample("ab", 0.0, HERE, "c"), letters) == list(b"ab\nc")
-    refused = encode_example(ClassificationExample("a b c d", 0.0, HERE), bert, config(max_length=4, overlong="refuse"))
+    refused = encode_example(ClassificationExample("a b c d", 0.0, HERE), bert, config(max_length=4, truncation="refuse"))
     assert (refused.reason, refused.detail) == ("longer than max_length", "6 tokens, at most 4")
 
 
@@ -253,7 +253,7 @@ def test_real_files_are_read_whole(name, letters) -> None:
     if not SHARED.is_dir():
         pytest.skip("the shared data is not here")
     count, columns, labels = REAL[name]
-    found = read_datasets(config(train=str(SHARED / name), columns=columns, limit=3000), letters, seed=0)
+    found = read_datasets(config(train=str(SHARED / name), columns=columns, max_samples=3000), letters, seed=0)
     part = found.report.parts["train"]
     assert (part.read, part.kept, part.reasons, found.labels) == (count, count, {}, labels)
     assert torch.tensor([i.label for one in found.train for i in one.items]).max() <= 1

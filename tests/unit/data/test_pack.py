@@ -60,22 +60,22 @@ def expected(examples: list[TokenizedExample]) -> Counter:
 
 @settings(deadline=None)
 @given(EXAMPLES, st.one_of(st.none(), st.integers(1, 60)))
-def test_what_is_predicted_does_not_depend_on_the_rows(examples, micro_tokens) -> None:
-    batches = pack_examples(examples, micro_tokens)
+def test_what_is_predicted_does_not_depend_on_the_rows(examples, max_tokens) -> None:
+    batches = pack_examples(examples, max_tokens)
     assert predictions(batches) == expected(examples)
     assert sorted(o.line for b in batches for o in b.origins) == list(range(len(examples)))
     assert sum(b.target.bytes for b in batches) == sum(e.bytes for e in examples)
     for batch in batches:
         size = len(batch.inputs.tokens)
         assert size == sum(batch.inputs.forest.lengths) == len(batch.inputs.positions)
-        assert micro_tokens is None or size <= micro_tokens or len(batch.origins) == 1
+        assert max_tokens is None or size <= max_tokens or len(batch.origins) == 1
         assert len(batch.origins) == batch.target.examples
 
 
 @settings(deadline=None)
 @given(EXAMPLES, st.integers(1, 60))
-def test_positions_count_on_from_the_parent(examples, micro_tokens) -> None:
-    for batch in pack_examples(examples, micro_tokens):
+def test_positions_count_on_from_the_parent(examples, max_tokens) -> None:
+    for batch in pack_examples(examples, max_tokens):
         forest = batch.inputs.forest
         for segment, start in enumerate(forest.starts):
             depth = sum(forest.lengths[s] for s in forest.path(segment)[:-1])
@@ -106,8 +106,8 @@ def test_nothing_makes_no_batch() -> None:
 
 def test_evaluation_goes_once_through_everything() -> None:
     examples = lengths(*range(1, 20))
-    for micro_tokens in (5, 30, None):
-        assert predictions(build_eval_batches(examples, micro_tokens, group=4)) == expected(examples)
+    for max_tokens in (5, 30, None):
+        assert predictions(build_eval_batches(examples, max_tokens, group=4)) == expected(examples)
 
 
 def test_one_row_by_hand() -> None:

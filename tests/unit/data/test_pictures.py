@@ -163,7 +163,7 @@ def test_real_pictures_are_read_whole() -> None:
     file = SHARED / "fashion_mnist" / "t10k-images-idx3-ubyte.gz"
     if not file.is_file():
         pytest.skip("the shared data is not here")
-    found = read_datasets(config(train=str(file), limit=500), see, seed=0)
+    found = read_datasets(config(train=str(file), max_samples=500), see, seed=0)
     assert (len(found.train), len(found.labels)) == (500, 10)
     assert build_batch(found.train[:8]).inputs.images.shape == (8, 1, 28, 28)
 

@@ -214,7 +214,7 @@ def test_too_long_loses_the_prompts_beginning_for_all_answers_alike(letters) -> 
     end = letters.eos_token_id
     assert [bytes(ids[:-1]) for ids, _ in paths(found)] == [b"6789aaa", b"6789b"]
     assert all(ids[-1] == end for ids, _ in paths(found))
-    refused = encode_example(example, letters, config(**bare, overlong="refuse"))
+    refused = encode_example(example, letters, config(**bare, truncation="refuse"))
     assert (refused.reason, refused.detail) == ("longer than max_length", "14 tokens, at most 8")
     assert encode_example(PreferenceExample("q", ("a" * 20, "b"), (0, 1), HERE), letters, config(**bare)).reason == "an answer leaves no room for its prompt"
 
@@ -256,7 +256,7 @@ def test_real_files_are_read(name, letters) -> None:
     if not SHARED.is_dir():
         pytest.skip("the shared data is not here")
     kind, count, reasons = REAL[name]
-    found = read_datasets(config(train=str(SHARED / name), max_length=10**6, limit=40), letters, seed=0, reads=frozenset({f"{kind}Example"}))
+    found = read_datasets(config(train=str(SHARED / name), max_length=10**6, max_samples=40), letters, seed=0, reads=frozenset({f"{kind}Example"}))
     part = found.report.parts["train"]
     assert (part.read, part.kept, part.reasons) == (count, count - sum(reasons.values()), reasons)
     assert found.kinds == {f"{kind}Example"}

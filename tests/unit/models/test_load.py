@@ -18,14 +18,14 @@ from luthier.core.errors import BaseError
 from luthier.models import model_folder, model_names
 from luthier.models.gguf import reader
 from luthier.models.loading import load_model
-from luthier.models.model_config import BaseConfig
+from luthier.models.model_config import ModelConfig
 from luthier.models.model_folder import compute_fingerprint, prepare_folder
 from luthier.models.model_names import resolve_name
 from tiny import CHATML, IM_END, IM_START, KINDS, VOCABULARY, save_tiny, tiny, tiny_tokenizer
 
 
-def base(path: Path, **options: str | bool) -> BaseConfig:
-    return BaseConfig.parse({"name": str(path), "dtype": "auto", "device": "cpu", **options})
+def base(path: Path, **options: str | bool) -> ModelConfig:
+    return ModelConfig.parse({"name_or_path": str(path), "dtype": "auto", "device": "cpu", **options})
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_an_alias_never_imports_its_package() -> None:
 
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     code = ("from luthier.models.loading import *\n"
-            "try: load_model(BaseConfig(name='owner/nothing'))\n"
+            "try: load_model(ModelConfig(name='owner/nothing'))\n"
             "except BaseError as error: print(error)")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)})
@@ -339,6 +339,6 @@ def test_smollm2_is_converted_exactly(tmp_path: Path, monkeypatch: pytest.Monkey
                                                capfd: pytest.CaptureFixture[str]) -> None:
     file = resolve_alias("smollm2")
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
-    model, tokenizer = load_model(BaseConfig(name="smollm2", device="cpu"))
+    model, tokenizer = load_model(ModelConfig(name_or_path="smollm2", device="cpu"))
     assert capfd.readouterr() == ("", "")
     same_as_straight_from(file, model, tokenizer)

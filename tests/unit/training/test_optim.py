@@ -10,7 +10,7 @@ from luthier.training.optimizer import Optimizer, OptimizerConfig
 
 
 def made(start: Tensor) -> Optimizer:
-    return Optimizer({"w": nn.Parameter(start.clone())}, lambda name: 1.0, 0.1, OptimizerConfig(clip=None), 10)
+    return Optimizer({"w": nn.Parameter(start.clone())}, lambda name: 1.0, 0.1, OptimizerConfig(max_grad_norm=None), 10)
 
 
 def stepped(optimizer: Optimizer, seed: int) -> None:

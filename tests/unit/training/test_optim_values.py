@@ -40,24 +40,24 @@ def rates(scheduler: Callable[[torch.optim.Optimizer], Any], total: int = TOTAL)
 
 
 @pytest.mark.parametrize(("ours", "name", "extra"), [
-    ({"schedule": "linear"}, "linear", {}),
-    ({"schedule": "cosine"}, "cosine", {}),
-    ({"schedule": "constant"}, "constant_with_warmup", {}),
-    ({"schedule": "cosine", "floor": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ({"lr_scheduler_type": "linear"}, "linear", {}),
+    ({"lr_scheduler_type": "cosine"}, "cosine", {}),
+    ({"lr_scheduler_type": "constant"}, "constant_with_warmup", {}),
+    ({"lr_scheduler_type": "cosine", "min_lr_ratio": 0.1}, "cosine_with_min_lr", {"min_lr_rate": 0.1}),
 ], ids=str)
 @pytest.mark.parametrize("warm", [0, 5])
 def test_after_the_warm_up_the_rates_are_those_of_transformers(ours: dict[str, Any], name: str, extra: dict[str, Any], warm: int) -> None:
     wanted = rates(lambda adam: get_scheduler(name, adam, warm, TOTAL, scheduler_specific_kwargs=extra or None))
-    found = factors(warmup=float(warm), **ours)
+    found = factors(warmup_steps=warm, **ours)
     assert found[warm:] == pytest.approx(wanted[warm:], abs=1e-12)
-    assert len({round(rate, 6) for rate in found[warm:]}) == (1 if ours["schedule"] == "constant" else TOTAL - warm)
+    assert len({round(rate, 6) for rate in found[warm:]}) == (1 if ours["lr_scheduler_type"] == "constant" else TOTAL - warm)
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.25])
 def test_wsd_is_that_of_transformers_with_a_linear_decay_over_the_last_fifth(floor: float) -> None:
     wanted = rates(lambda adam: get_wsd_schedule(adam, num_warmup_steps=0, num_decay_steps=TOTAL // 5, num_training_steps=TOTAL,
                                                  decay_type="linear", min_lr_ratio=floor))
-    found = factors(schedule="wsd", warmup=0.0, floor=floor)
+    found = factors(lr_scheduler_type="wsd", warmup_ratio=0.0, min_lr_ratio=floor)
     assert found == pytest.approx(wanted, abs=1e-12)
     assert found[15:17] == [1.0, 1.0]  # full at step 16, where the decay begins, and lower from step 17 on
     assert found[17] < 1
@@ -67,18 +67,18 @@ def test_wsd_is_that_of_transformers_with_a_linear_decay_over_the_last_fifth(flo
 def test_the_warm_up_is_torchs_linear_one(warm: int) -> None:
     """From 1 / (w + 1) in equal parts to 1 at step w, so that no step is lost at a rate of 0."""
     wanted = rates(lambda adam: LinearLR(adam, start_factor=1 / (warm + 1), end_factor=1.0, total_iters=warm))
-    assert factors(schedule="constant", warmup=float(warm)) == pytest.approx(wanted, abs=1e-12)
+    assert factors(lr_scheduler_type="constant", warmup_steps=warm) == pytest.approx(wanted, abs=1e-12)
 
 
 BY_HAND: list[tuple[dict[str, Any], dict[int, float]]] = [
-    ({"schedule": "linear", "warmup": 4.0}, {0: 0.2, 3: 0.8, 4: 1.0, 5: 15 / 16, 12: 0.5, 19: 1 / 16}),
-    ({"schedule": "linear", "warmup": 0.2}, {0: 0.2, 3: 0.8, 4: 1.0, 12: 0.5}),  # a share of all steps
-    ({"schedule": "linear", "warmup": 0.0, "floor": 0.2}, {0: 1.0, 10: 0.6, 19: 0.24}),
-    ({"schedule": "cosine", "warmup": 4.0}, {4: 1.0, 8: (1 + math.sqrt(0.5)) / 2, 12: 0.5, 16: (1 - math.sqrt(0.5)) / 2}),
-    ({"schedule": "cosine", "warmup": 0.0, "floor": 0.5}, {0: 1.0, 10: 0.75, 19: 0.75 + math.cos(math.pi * 0.95) / 4}),
-    ({"schedule": "constant", "warmup": 4.0, "floor": 0.5}, {0: 0.2, 3: 0.8, 4: 1.0, 19: 1.0}),
-    ({"schedule": "wsd", "warmup": 0.0}, {0: 1.0, 16: 1.0, 18: 0.5, 19: 0.25}),
-    ({"schedule": "wsd", "warmup": 10.0, "floor": 0.5}, {9: 10 / 11, 10: 1.0, 18: 1.0, 19: 0.75}),
+    ({"lr_scheduler_type": "linear", "warmup_steps": 4}, {0: 0.2, 3: 0.8, 4: 1.0, 5: 15 / 16, 12: 0.5, 19: 1 / 16}),
+    ({"lr_scheduler_type": "linear", "warmup_ratio": 0.2}, {0: 0.2, 3: 0.8, 4: 1.0, 12: 0.5}),  # a share of all steps
+    ({"lr_scheduler_type": "linear", "warmup_ratio": 0.0, "min_lr_ratio": 0.2}, {0: 1.0, 10: 0.6, 19: 0.24}),
+    ({"lr_scheduler_type": "cosine", "warmup_steps": 4}, {4: 1.0, 8: (1 + math.sqrt(0.5)) / 2, 12: 0.5, 16: (1 - math.sqrt(0.5)) / 2}),
+    ({"lr_scheduler_type": "cosine", "warmup_ratio": 0.0, "min_lr_ratio": 0.5}, {0: 1.0, 10: 0.75, 19: 0.75 + math.cos(math.pi * 0.95) / 4}),
+    ({"lr_scheduler_type": "constant", "warmup_steps": 4, "min_lr_ratio": 0.5}, {0: 0.2, 3: 0.8, 4: 1.0, 19: 1.0}),
+    ({"lr_scheduler_type": "wsd", "warmup_ratio": 0.0}, {0: 1.0, 16: 1.0, 18: 0.5, 19: 0.25}),
+    ({"lr_scheduler_type": "wsd", "warmup_steps": 10, "min_lr_ratio": 0.5}, {9: 10 / 11, 10: 1.0, 18: 1.0, 19: 0.75}),
 ]
 
 
@@ -90,13 +90,13 @@ def test_rates_by_hand(settings: dict[str, Any], wanted: dict[int, float]) -> No
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "wsd"])
 def test_beyond_the_last_step_the_rate_stays_at_its_floor(schedule: Any) -> None:
-    assert compute_lr_factor(OptimizerConfig(schedule=schedule, floor=0.3), TOTAL, TOTAL) == pytest.approx(0.3)
-    assert compute_lr_factor(OptimizerConfig(schedule=schedule, floor=0.3), TOTAL + 7, TOTAL) == pytest.approx(0.3)
+    assert compute_lr_factor(OptimizerConfig(lr_scheduler_type=schedule, min_lr_ratio=0.3), TOTAL, TOTAL) == pytest.approx(0.3)
+    assert compute_lr_factor(OptimizerConfig(lr_scheduler_type=schedule, min_lr_ratio=0.3), TOTAL + 7, TOTAL) == pytest.approx(0.3)
 
 
 def test_each_group_has_the_rate_of_its_step_times_its_own_factor() -> None:
     ours = Optimizer({"a": nn.Parameter(torch.ones(2, 2)), "b": nn.Parameter(torch.ones(2, 2))},
-                     lambda name: 16.0 if name == "b" else 1.0, 0.5, OptimizerConfig(schedule="linear", warmup=0.0), 4)
+                     lambda name: 16.0 if name == "b" else 1.0, 0.5, OptimizerConfig(lr_scheduler_type="linear", warmup_ratio=0.0), 4)
     for step, wanted in enumerate((0.5, 0.375, 0.25, 0.125)):
         assert ours.set_rate(step) == pytest.approx(wanted)
         assert [group["lr"] for group in ours.adam.param_groups] == pytest.approx([wanted, 16 * wanted])
@@ -121,7 +121,7 @@ def test_only_matrices_decay_and_by_rate_times_weight_decay() -> None:
     parameters = start()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     ours = Optimizer(parameters, lambda name: 2.0 if name == "stack" else 1.0, 0.1,
-                     OptimizerConfig(weight_decay=0.5, schedule="constant", warmup=0.0, clip=None), 10)
+                     OptimizerConfig(weight_decay=0.5, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=None), 10)
     ours.set_rate(0)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -141,8 +141,8 @@ def test_without_weight_decay_nothing_decays() -> None:
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
 
 
-def adamw(parameters: dict[str, Tensor], steps: int, rates: list[float], beta1: float, beta2: float, epsilon: float,
-          decay: float) -> dict[str, Tensor]:
+def adamw(parameters: dict[str, Tensor], steps: int, rates: list[float], adam_beta1: float, adam_beta2: float,
+          adam_epsilon: float, decay: float) -> dict[str, Tensor]:
     """Loshchilov and Hutter 2019 (arXiv:1711.05101), algorithm 2, written out."""
     found = {name: value.detach().clone() for name, value in parameters.items()}
     first, second = ({name: torch.zeros_like(value) for name, value in found.items()} for _ in range(2))
@@ -152,18 +152,18 @@ def adamw(parameters: dict[str, Tensor], steps: int, rates: list[float], beta1: 
         for name, value in found.items():
             gradient = pushed[name].grad
             assert gradient is not None
-            first[name] = beta1 * first[name] + (1 - beta1) * gradient
-            second[name] = beta2 * second[name] + (1 - beta2) * gradient ** 2
+            first[name] = adam_beta1 * first[name] + (1 - adam_beta1) * gradient
+            second[name] = adam_beta2 * second[name] + (1 - adam_beta2) * gradient ** 2
             own = decay if value.ndim > 1 else 0.0
-            moved = (first[name] / (1 - beta1 ** t)) / ((second[name] / (1 - beta2 ** t)).sqrt() + epsilon)
+            moved = (first[name] / (1 - adam_beta1 ** t)) / ((second[name] / (1 - adam_beta2 ** t)).sqrt() + adam_epsilon)
             found[name] = value - rates[t - 1] * own * value - rates[t - 1] * moved
     return found
 
 
 def test_the_update_is_adamws_formula() -> None:
-    settings = {"beta1": 0.8, "beta2": 0.95, "epsilon": 1e-3}
+    settings = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": 1e-3}
     parameters = start()
-    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(weight_decay=0.3, warmup=2.0, clip=None, **settings), 5)
+    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(weight_decay=0.3, warmup_steps=2, max_grad_norm=None, **settings), 5)
     wanted = adamw(start(), 5, [0.1 * compute_lr_factor(ours.config, step, 5) for step in range(5)], decay=0.3, **settings)
     other = adamw(start(), 5, [0.1 * compute_lr_factor(ours.config, step, 5) for step in range(5)], decay=0.0, **settings)
     for t in range(5):
@@ -182,7 +182,7 @@ def length(parameters: dict[str, nn.Parameter]) -> float:
 @pytest.mark.parametrize("limit", [0.5, 2.0])
 def test_a_gradient_that_is_too_long_is_shortened_as_a_whole(limit: float) -> None:
     parameters = start()
-    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(clip=limit), 10)
+    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(max_grad_norm=limit), 10)
     push(parameters, 1)
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     long = length(parameters)
@@ -196,7 +196,7 @@ def test_a_gradient_that_is_too_long_is_shortened_as_a_whole(limit: float) -> No
 @pytest.mark.parametrize(("limit", "size"), [(1.0, 0.01), (None, 100.0)])
 def test_a_short_gradient_and_one_without_a_limit_stay_as_they_are(limit: float | None, size: float) -> None:
     parameters = start()
-    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(clip=limit), 10)
+    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(max_grad_norm=limit), 10)
     push(parameters, 1, size)
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     assert float(ours.clip()) == pytest.approx(length(parameters))

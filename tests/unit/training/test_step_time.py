@@ -30,7 +30,7 @@ class Device:
         return lambda: time.sleep(max(0.0, end - time.perf_counter()))
 
 
-def times(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, save_every: int | None = None, host: float = 0.0) -> tuple[list[dict[str, float]], float]:
+def times(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, save_steps: int | None = None, host: float = 0.0) -> tuple[list[dict[str, float]], float]:
     """The lines of a run whose every step takes `STEP` on the device, and `host` seconds before it is queued; the wall
     time of the whole run."""
     device, lines = Device(), []
@@ -61,19 +61,19 @@ def times(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, save_every: 
     attached: Any = SimpleNamespace(parameters=lambda: {"w": weight}, rate=lambda _: 1.0, at_update=None, state=lambda: {"w": weight.detach()})
     family: Any = SimpleNamespace(device=torch.device(kind), train=lambda _: None)
     objective: Any = None
-    job = loop.TrainJob(family, attached, objective, Endless(), [], loop.TrainingConfig(steps=STEPS, save_every=save_every),  # type: ignore[arg-type]
+    job = loop.TrainJob(family, attached, objective, Endless(), [], loop.TrainingConfig(max_steps=STEPS, save_steps=save_steps),  # type: ignore[arg-type]
                         OptimizerConfig(), 0.1, folder, log)
     began = time.perf_counter()
     loop.run_training_loop(job)
     return lines, time.perf_counter() - began
 
 
-@pytest.mark.parametrize("save_every", [None, 3])
+@pytest.mark.parametrize("save_steps", [None, 3])
 @pytest.mark.parametrize("host", [0.0, 0.01])
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 def test_the_times_of_the_steps_add_up_to_the_time_of_the_run(
-        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, save_every: int | None, host: float) -> None:
-    lines, wall = times(monkeypatch, tmp_path, kind, save_every, host)
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, save_steps: int | None, host: float) -> None:
+    lines, wall = times(monkeypatch, tmp_path, kind, save_steps, host)
     seconds = [line["step_seconds"] for line in lines]
     assert len(seconds) == STEPS
     assert sum(seconds) + 0.01 >= STEPS * STEP

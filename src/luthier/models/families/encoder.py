@@ -117,14 +117,16 @@ def compute_token_types(tokens: Tensor, forest: SegmentTree, separator: int) -> 
     found = (tokens == separator).long()
     owner, _, related = (to_device(x, tokens.device) for x in describe_segments(forest))
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
-    before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # [T] separators before the token in its own segment
+    # [T] separators before the token in its own segment
+    before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]
     if not forest.flat:
         before = before + ((related * own).sum(1) - own)[owner]
     return (before > 0).long()
 
 
 def _find_separator(tokenizer: Any) -> int | None:
-    """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types are 0."""
+    """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types are
+    0."""
     separator = getattr(tokenizer, "sep_token_id", None)
     if separator is None:
         return None

@@ -89,7 +89,8 @@ class TensorNames:
         return str(found)
 
     def permute_rows(self, name: str, rows: Tensor) -> Tensor:
-        """[out, ...] The rows of q and k with the pairs of rotary embeddings next to each other; other tensors unchanged."""
+        """[out, ...] The rows of q and k with the pairs of rotary embeddings next to each other; other tensors
+        unchanged."""
         heads = self._heads.get(name.rpartition(".")[2]) if self.spec.permutes_qk else None
         if heads is None:
             return rows
