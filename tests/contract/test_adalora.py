@@ -35,7 +35,7 @@ peft = pytest.importorskip("peft")
 
 SAME, FAR = 1e-9, 1e-3
 STEPS, RATE = 14, 5e-3
-SEARCH = {"rank": 2, "start_rank": 4, "alpha": 12.0, "wait": 0.2, "settle": 0.3, "every": 0.15}  # steps 3, 10 and 2
+SEARCH = {"target_r": 2, "init_r": 4, "alpha": 12.0, "warmup_fraction": 0.2, "final_fraction": 0.3, "prune_interval": 0.15}  # steps 3, 10 and 2
 TOKENS = torch.tensor([[7, 201, 33, 33, 90, 255, 12, 64, 3, 150, 41, 8]])
 MAPS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -43,8 +43,8 @@ KIND = pytest.mark.parametrize("kind", MAPS)
 
 
 def optimizer(attached: Any, config: OptimizerConfig | None = None, total: int = STEPS) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, RATE, config or OptimizerConfig(schedule="constant", warmup=0),
-                     total, attached.at_update)
+    return Optimizer(attached.parameters(), attached.lr_multiplier, RATE, config or OptimizerConfig(schedule="constant", warmup=0),
+                     total, attached.optimizer_hook)
 
 
 def searched(kind: str = "llama", **settings: Any) -> tuple[CausalLM, AdaLora]:
@@ -136,7 +136,7 @@ def test_every_step_of_the_search_is_pefts(kind: str) -> None:
     assert len(set(map(sum, kept(attached)))) > 1, "some maps kept more than others"
 
 
-@pytest.mark.parametrize("settings", [{"beta1": 0.2}, {"orthogonal": 0.0}, {"every": 0.07}])
+@pytest.mark.parametrize("settings", [{"beta1": 0.2}, {"orth_reg_weight": 0.0}, {"prune_interval": 0.07}])
 @pytest.mark.usefixtures("double")
 def test_another_search_is_not_pefts(settings: dict[str, Any]) -> None:
     """The control of the equality above: PEFT's settings stay as they are, all but one of what ours read."""
@@ -165,8 +165,8 @@ def test_the_same_weights_give_the_same_function_and_gradients(kind: str) -> Non
     assert apart(found, outcome(other, adapter(other))) > FAR
 
 
-@pytest.mark.parametrize(("total", "settings"), [(1, {}), (2, {}), (7, {}), (40, {}), (100, {"every": 0.03}),
-                                                 (23, {"wait": 0.0, "settle": 0.0}), (1000, {"settle": 0.7})])
+@pytest.mark.parametrize(("total", "settings"), [(1, {}), (2, {}), (7, {}), (40, {}), (100, {"prune_interval": 0.03}),
+                                                 (23, {"warmup_fraction": 0.0, "final_fraction": 0.0}), (1000, {"final_fraction": 0.7})])
 def test_the_budget_is_pefts_at_every_step(total: int, settings: dict[str, Any]) -> None:
     config = AdaLoraConfig(**settings)
     first, last, every = config.schedule(total)
@@ -215,7 +215,7 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
     form = json.loads((tmp_path / "adapter_config.json").read_text())
     assert form["rank_pattern"]
     config = assembly.recipe({"base": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
-    assert (config.rank, config.start_rank, config.alpha) == (2, 4, 12.0)
+    assert (config.target_r, config.init_r, config.alpha) == (2, 4, 12.0)
     assert config.schedule(STEPS) == attached.config.schedule(STEPS)
     family = base("llama")
     bare = logits(family)
@@ -244,7 +244,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
                                    {"trainable_token_indices": [0]}, {"a_field_of_the_future": True}])
 def test_what_is_not_read_of_pefts_settings_is_refused(field: dict[str, Any]) -> None:
     plain = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9).to_dict()
-    assert AdaLoraConfig.from_peft(plain).rank == 8
+    assert AdaLoraConfig.from_peft(plain).target_r == 8
     with pytest.raises(RunError, match=next(iter(field))):
         AdaLoraConfig.from_peft({**plain, **field})
 
@@ -271,7 +271,7 @@ def test_how_a_batch_is_cut_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_penaltys_gradient_is_that_of_its_formula() -> None:
-    attached = attach(base("llama"), "adalora", **SEARCH, orthogonal=0.3)
+    attached = attach(base("llama"), "adalora", **SEARCH, orth_reg_weight=0.3)
     parameters = attached.parameters()
     penalty = torch.zeros((), dtype=torch.float64)
     for layer in attached.layers:
@@ -281,7 +281,7 @@ def test_the_penaltys_gradient_is_that_of_its_formula() -> None:
     wanted = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
     for parameter in parameters.values():
         parameter.grad = None
-    attached.before()
+    attached.pre_step()
     assert apart({n: parameters[n].grad for n in wanted}, wanted) < 1e-12
     assert len(wanted) == 2 * len(attached.layers)
 
@@ -389,20 +389,20 @@ def test_wrappers_pass_the_update_on() -> None:
     assert several.parts[0] is inner, "it comes before what adds to the changed map"
     take(family, several, optimizer(several), range(STEPS))
     assert sum(map(sum, kept(inner))) == 2 * len(inner.layers)
-    assert PrefixedMethod("critic", inner).at_update is inner
-    bank = AdapterManager(family.anatomy)
-    bank.add("policy", inner)
-    assert bank.at_update is not None
-    bank.frozen("policy")
-    assert bank.at_update is None
-    assert attach(base("llama"), "lora").at_update is None
+    assert PrefixedMethod("critic", inner).optimizer_hook is inner
+    manager = AdapterManager(family.anatomy)
+    manager.add("policy", inner)
+    assert manager.optimizer_hook is not None
+    manager.freeze("policy")
+    assert manager.optimizer_hook is None
+    assert attach(base("llama"), "lora").optimizer_hook is None
 
 
 # ---------------------------------------------------------------- settings, and what it says of itself
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"rank": 8, "start_rank": 4}, "start_rank 4 is below rank 8"), ({"wait": 0.6, "settle": 0.5}, "no step for the search")])
+    ({"target_r": 8, "init_r": 4}, "init_r 4 is below target_r 8"), ({"warmup_fraction": 0.6, "final_fraction": 0.5}, "no step for the search")])
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         AdaLoraConfig.parse(settings)
@@ -410,7 +410,7 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words:
 
 def test_experts_are_refused() -> None:
     with pytest.raises(RecipeError, match="experts"):
-        attach(base("mixtral"), "adalora", targets=("q", "experts"))
+        attach(base("mixtral"), "adalora", target_modules=("q", "experts"))
 
 
 def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:

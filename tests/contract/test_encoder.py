@@ -238,7 +238,7 @@ def test_the_parts_are_found(kind: str) -> None:
         assert "pooler" not in name, parameter.shape
 
 
-@pytest.mark.parametrize(("name", "settings"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"dora": True})])
+@pytest.mark.parametrize(("name", "settings"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"use_dora": True})])
 def test_the_laws_of_a_method(name: str, settings: dict[str, Any]) -> None:
     ids = list(range(20, 40))
     family = encoder("bert")

@@ -132,7 +132,7 @@ def test_smaller_numbers_are_close(name: str, numbers: Any, close: float, tmp_pa
 
 @llama
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3", "gpt2"])
-@pytest.mark.parametrize("settings", [{}, {"rslora": True, "rank": 4, "alpha_pattern": {"up": 3.0}}])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank": 4, "alpha_pattern": {"up": 3.0}}])
 def test_a_lora_on_the_base_is_the_run(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     base = family(name)
     out.write_gguf(base, tmp_path / "base.gguf", "float32")

@@ -293,7 +293,7 @@ def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
     objective, examples = OBJECTIVES["contrastive"](learned=True, both=True), rows("contrastive", "pairs")
     family = base("llama")
     attached = assembly.with_heads(family, attach(family, "lora"), objective, 3)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 2)
     for i in range(2):
         adam.set_rate(i)
         batches = pack(examples, micro_tokens)

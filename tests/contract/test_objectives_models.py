@@ -118,7 +118,7 @@ def test_it_learns_a_few_rows_and_is_measured(name: str, settings: dict[str, Any
     family, objective, attached = ready(name, settings)
     batches = pack(rows(name, settings), 24)
     before = measure(family, objective, batches, attached.disabled)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(schedule="constant"), 5)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(schedule="constant"), 5)
     for i in range(5):
         adam.set_rate(i)
         found = step(family, objective, batches, adam, reference=attached.disabled).numbers()

@@ -38,13 +38,13 @@ def widened(kind: str, family: CausalLM) -> CausalLM:
     """The same model with ordinary weights that hold what the bits stand for."""
     model = tiny(kind, dtype=torch.float32, intermediate_size=64)
     for site in family.anatomy.sites:
-        model.get_submodule(site.name).weight.data.copy_(site.matrix())
+        model.get_submodule(site.name).weight.data.copy_(site.base_weight())
     return CausalLM(model, TOKENIZER)
 
 
 @BITS
 @KIND
-@pytest.mark.parametrize(("method", "settings"), [("lora", {}), ("lora", {"dora": True}), ("adapter", {}), ("bitfit", {})])
+@pytest.mark.parametrize(("method", "settings"), [("lora", {}), ("lora", {"use_dora": True}), ("adapter", {}), ("bitfit", {})])
 def test_loss_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
         kind: str, bits: str, method: str, settings: dict[str, Any]) -> None:
     family = few(kind, bits)
@@ -65,7 +65,7 @@ def test_the_bits_stand_for_nearly_the_weights(bits: str) -> None:
         weight = whole.get_submodule(site.name).weight
         if weight.numel() < 4096:  # of so few maxima the second quantisation makes little
             continue
-        off = (site.matrix() - weight).abs().mean() / weight.abs().mean()
+        off = (site.base_weight() - weight).abs().mean() / weight.abs().mean()
         assert 0 < off < {"nf4": 0.12, "int8": 0.02}[bits]
         assert expander(whole.get_submodule(site.name)) is None
     stored = sum(t.numel() * t.element_size() for n, t in family.model.state_dict().items() if n.endswith("proj.weight"))

@@ -213,8 +213,8 @@ def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> No
         folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1)))
 
 
-@pytest.mark.parametrize(("method", "words"), [({"name": "lora", "dora": True}, "divides by"), ("ia3", "stays zero"),
-                                               ({"name": "lora", "init": "pissa"}, "largest directions")])
+@pytest.mark.parametrize(("method", "words"), [({"name": "lora", "use_dora": True}, "divides by"), ("ia3", "stays zero"),
+                                               ({"name": "lora", "init_lora_weights": "pissa"}, "largest directions")])
 def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> None:
     family = assembly.CausalLM(tiny("llama"), tiny_tokenizer())
     structure = {"structure": {"add_blocks": 1}}

@@ -29,8 +29,8 @@ from luthier.models.soft_prompts.seq2seq import Carried
 from tiny import END_OF_TEXT, IM_END
 
 N = 5
-SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"tokens": N}, "ptuning": {"tokens": N, "hidden": 7},
-                                       "prefix": {"tokens": N}, "ptuning_v2": {"tokens": N}}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"num_virtual_tokens": N}, "ptuning": {"num_virtual_tokens": N, "encoder_hidden_size": 7},
+                                       "prefix": {"num_virtual_tokens": N}, "ptuning_v2": {"num_virtual_tokens": N}}
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 DEEP = {"prefix", "ptuning_v2"}
 
@@ -205,7 +205,7 @@ def test_answers_with_a_cache_are_those_without_and_transformers_own(method: str
 
 def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
     family = base("relu")
-    prompt, prefix = attach(family, "prompt", tokens=3), attach(family, "prefix", tokens=4)
+    prompt, prefix = attach(family, "prompt", num_virtual_tokens=3), attach(family, "prefix", num_virtual_tokens=4)
     given = padded(pairs()[:1])
     with torch.no_grad():
         found = family.model(**given).logits
@@ -219,27 +219,27 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = AdapterManager(family.anatomy)
+    manager = AdapterManager(family.anatomy)
     for name, method in (("a", "prompt"), ("b", "prefix"), ("c", "lora")):
-        bank.add(name, attach(family, method, **SETTINGS.get(method, {})))
-    family.router = bank
+        manager.add(name, attach(family, method, **SETTINGS.get(method, {})))
+    family.router = manager
     names = ["a", "b", None, "c", "b", "a"]
 
     def total(who: str | None, examples: list[Encoded]) -> Tensor:
-        with bank.using(who):
+        with manager.use_adapter(who):
             row = batch(examples)
             return SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
 
     examples = pairs()
     single = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", "c", None))
     row = batch(examples)
-    inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
+    inputs = manager.with_adapters(row.inputs, [name for name in names for _ in range(2)])
     assert (SFT(family.forward(inputs, row.target, SFT.needs), row.target).total - single).abs() < SAME
     assert (total("a", examples) - single).abs() > FAR
     owners = ["b", "a", None, "c", "a"]
-    found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6), bank.numbers(owners)), key=lambda g: g.index)
+    found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6), manager.resolve_indices(owners)), key=lambda g: g.index)
     for prompt, answer, who in zip(PROMPTS, found, owners, strict=True):
-        with bank.using(who):
+        with manager.use_adapter(who):
             assert said(family, [prompt], max_new_tokens=6) == [answer.tokens]
 
 
@@ -248,11 +248,11 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
 
 def test_they_start_as_the_words_of_a_text() -> None:
     family = base()
-    prompt = attach(family, "prompt", stirred=False, tokens=7, text="to to")
+    prompt = attach(family, "prompt", stirred=False, num_virtual_tokens=7, prompt_tuning_init_text="to to")
     ids = (list(b"to to") * 2)[:7]
     assert torch.equal(prompt.virtual(), family.anatomy.embedding(torch.tensor(ids)))
     fresh, bare = base(), base()
-    prefix = attach(fresh, "prefix", stirred=False, tokens=5, text="to to")
+    prefix = attach(fresh, "prefix", stirred=False, num_virtual_tokens=5, prompt_tuning_init_text="to to")
     words = torch.tensor([list(b"to to")])
     with torch.no_grad():  # a causal decoder cannot tell them from words that it begins with
         read = bare.encoder(input_ids=words).last_hidden_state
@@ -272,9 +272,9 @@ def test_a_base_whose_attention_cannot_be_reached_is_refused_a_prefix() -> None:
     model = t5("relu")
     model.set_attn_implementation("eager")
     family = Seq2Seq(model, tokenizer())
-    attach(family, "prompt", tokens=N)
+    attach(family, "prompt", num_virtual_tokens=N)
     with pytest.raises(BaseError, match="out of reach"):
-        attach(family, "prefix", tokens=N)
+        attach(family, "prefix", num_virtual_tokens=N)
 
 
 # ---------------------------------------------------------------- PEFT's

@@ -25,8 +25,8 @@ from luthier.training.run_folder import Run
 from tiny import VISIONS, save_tiny, tiny
 
 N = 5
-SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"tokens": N}, "ptuning": {"tokens": N, "hidden": 7},
-                                       "prefix": {"tokens": N}, "ptuning_v2": {"tokens": N}}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"num_virtual_tokens": N}, "ptuning": {"num_virtual_tokens": N, "encoder_hidden_size": 7},
+                                       "prefix": {"num_virtual_tokens": N}, "ptuning_v2": {"num_virtual_tokens": N}}
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 DEEP = {"prefix", "ptuning_v2"}
 
@@ -120,14 +120,14 @@ def test_how_a_batch_is_cut_and_recomputed_changes_nothing(method: str, family: 
 
 
 def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
-    prompt, prefix = attach(family, "prompt", tokens=3), attach(family, "prefix", tokens=4)
+    prompt, prefix = attach(family, "prompt", num_virtual_tokens=3), attach(family, "prefix", num_virtual_tokens=4)
     both = states(family)
     for part in (prompt, prefix):
         with part.disabled():
             assert (states(family) - both).abs().max() > FAR
     other = Vision(tiny("vit"), family.tokenizer)
     longer = prompt.virtual().detach()
-    again = attach(other, "prefix", tokens=4, stirred=False)
+    again = attach(other, "prefix", num_virtual_tokens=4, stirred=False)
     again.load(prefix.state())
     handle = other.model.embeddings.register_forward_hook(
         lambda _m, _a, seen: torch.cat([seen[:, :1], longer.expand(len(seen), -1, -1), seen[:, 1:]], 1))
@@ -136,19 +136,19 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
 
 
 def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
-    bank = AdapterManager(family.anatomy)
+    manager = AdapterManager(family.anatomy)
     for name, method in (("a", "prompt"), ("b", "prefix")):
-        bank.add(name, attach(family, method, **SETTINGS[method]))
+        manager.add(name, attach(family, method, **SETTINGS[method]))
     found = {}
     for who in ("a", "b", None):
-        with bank.using(who):
+        with manager.use_adapter(who):
             found[who] = states(family)
     assert all((found[x] - found[y]).abs().max() > FAR for x, y in (("a", "b"), ("a", None), ("b", None)))
-    family.router = bank
+    family.router = manager
     names = ["b", "a", None, "b", "a"]
     row = batch(photographs(family))
     with torch.no_grad():
-        mixed = family.states(bank.through(row.inputs, names))
+        mixed = family.states(manager.with_adapters(row.inputs, names))
     for i, who in enumerate(names):
         assert (mixed[i] - found[who][i]).abs().max() < 1e-12
 
@@ -157,8 +157,8 @@ def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
 
 def test_they_start_as_plain_patches(family: Vision) -> None:
     """Each is what the first layer gets of a picture of one colour, at one of its places."""
-    attached = attach(family, "prompt", stirred=False, tokens=40)
-    other = attach(Vision(tiny("vit"), family.tokenizer), "prompt", stirred=False, seed=4, tokens=40)
+    attached = attach(family, "prompt", stirred=False, num_virtual_tokens=40)
+    other = attach(Vision(tiny("vit"), family.tokenizer), "prompt", stirred=False, seed=4, num_virtual_tokens=40)
     assert not torch.equal(attached.virtual(), other.virtual())
     embeddings = tiny("vit").embeddings
     weight = embeddings.patch_embeddings.projection.weight.sum((2, 3))  # [D, channels]
@@ -179,10 +179,10 @@ def test_they_start_as_plain_patches(family: Vision) -> None:
 
 @METHOD
 def test_a_text_to_start_from_is_refused(method: str, family: Vision) -> None:
-    settings_ = {**SETTINGS[method], "init": "words", "text": "a picture"}
+    settings_ = {**SETTINGS[method], "prompt_tuning_init": "text", "prompt_tuning_init_text": "a picture"}
     with pytest.raises(RecipeError, match="no words"):
         attach(family, method, **settings_)
-    attach(family, method, **{**SETTINGS[method], "init": "random"})
+    attach(family, method, **{**SETTINGS[method], "prompt_tuning_init": "random"})
 
 
 def test_a_model_whose_layers_know_places_is_refused(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_model_whose_layers_know_places_is_refused(tmp_path: Path) -> None:
     other = Vision(AutoModel.from_config(config, dtype=torch.float64).eval(), settings(tmp_path))
     for method in ("prompt", "prefix"):
         with pytest.raises(BaseError, match="positions in its layers"):
-            attach(other, method, tokens=N)
+            attach(other, method, num_virtual_tokens=N)
 
 
 # ---------------------------------------------------------------- runs

@@ -126,7 +126,7 @@ def test_the_parts_are_found(family: Vision) -> None:
     assert {"unit": 5, "channels": 3, "height": 8, "width": 8}.items() <= family.anatomy.sizes.items()
 
 
-@pytest.mark.parametrize(("name", "options"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"dora": True})])
+@pytest.mark.parametrize(("name", "options"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"use_dora": True})])
 def test_the_laws_of_a_method(name: str, options: dict[str, Any], family: Vision, tmp_path: Path) -> None:
     bare, weights = states(family), digest(family)
     attached = attach(family, name, stirred=False, **options)

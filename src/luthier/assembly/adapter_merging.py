@@ -34,14 +34,14 @@ def combined(runs: Sequence[Run], out: Run, weights: Sequence[float], how: Combi
                               f"{first.base.name!r}: {conflict}", "combine runs of one base")
         if kept_heads(made.objective):
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
-                              "runs have no sum", "use them side by side: luthier.open_bank")
+                              "runs have no sum", "use them side by side: luthier.load_adapters")
     base = family(first.base, first.objective.hides)
-    bank = banked(base, {str(i): run for i, run in enumerate(runs)})
-    loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
+    manager = banked(base, {str(i): run for i, run in enumerate(runs)})
+    loras = [attached for attached in manager.adapters.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
-            "stack others by their weights: luthier.open_bank and using({...})")
+            "stack others by their weights: luthier.load_adapters and using({...})")
     found = merge_loras(loras, weights, how, rank)
     made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
     made = make_paths_absolute(made)

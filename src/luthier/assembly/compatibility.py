@@ -21,7 +21,7 @@ from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 
-INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods without a switch that a bank could turn
+INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods without a switch that a manager could turn
 
 
 def check_dtype(config: BaseConfig, loaded: torch.dtype | None = None) -> None:

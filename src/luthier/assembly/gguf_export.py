@@ -26,7 +26,7 @@ def gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path: Path,
     if not isinstance(attached, Lora):
         raise RunError(f"the run was tuned by {method_name(made)}, and llama.cpp's adapters are LoRAs",
                        "export the whole model with --to gguf")
-    if attached.config.dora:
+    if attached.config.use_dora:
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
     changes = {layer.site.name: Change(*layer.factors(), layer.scale) for layer in attached.layers}

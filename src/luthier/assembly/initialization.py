@@ -1,7 +1,7 @@
 """Where a training starts from: the bare base, or a run that was tuned before. Read `factory.py` and `run_io.py` first.
 
 With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
-reference of objectives that have one (DPO, PPO). Both stand on one base, in a bank. Without it, the reference is the
+reference of objectives that have one (DPO, PPO). Both stand on one base, in a manager. Without it, the reference is the
 bare base.
 """
 
@@ -40,22 +40,22 @@ def begin(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
     if made.start is not None:
         _load(policy, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
     reference = beside(made, base, policy)
-    return with_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
+    return with_heads(base, policy, made.objective, made.seed, made.method.default_learning_rate), reference
 
 
 def beside(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
-    starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
+    starts from, put frozen and silent into a manager with the policy. Raises as `begin` does."""
     if made.start is None or (collect_gates(policy) is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    bank, reference = AdapterManager(base.anatomy), attach(base, made.method, made.seed)
+    manager, reference = AdapterManager(base.anatomy), attach(base, made.method, made.seed)
     _load(reference, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)
-    bank.add(POLICY, policy)
-    bank.add(REFERENCE, reference)
-    bank.frozen(REFERENCE)
-    bank.choose(POLICY)
-    base.router = bank
-    return partial(bank.using, REFERENCE)
+    manager.add(POLICY, policy)
+    manager.add(REFERENCE, reference)
+    manager.freeze(REFERENCE)
+    manager.set_adapter(POLICY)
+    base.router = manager
+    return partial(manager.use_adapter, REFERENCE)
 
 
 def banked(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
@@ -65,14 +65,14 @@ def banked(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
         RecipeError: a run holds a whole model, or was made on another base.
         RunError: a run's method cannot share its base.
     """
-    bank = AdapterManager(base.anatomy)
+    manager = AdapterManager(base.anatomy)
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach(base, found.method, found.seed)
         _load(attached, adapter_weights(run, base.anatomy), base, whole=not run.recipe)
-        bank.add(name, attached)
-    base.router = bank
-    return bank
+        manager.add(name, attached)
+    base.router = manager
+    return manager
 
 
 def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:

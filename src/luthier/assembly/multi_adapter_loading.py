@@ -35,13 +35,13 @@ class Served:
     """What answers.
 
     Args:
-        names: by which it is asked for, to the adapter in the bank; None for the model as it stands.
+        names: by which it is asked for, to the adapter in the manager; None for the model as it stands.
         formats: how the prompts of each are written.
         rooms: tokens of text that each reads at once: the base's context without a run's virtual tokens.
     """
 
     base: Family
-    bank: AdapterManager | None
+    manager: AdapterManager | None
     names: Mapping[str, str | None]
     formats: Mapping[str, PromptFormat]
     rooms: Mapping[str, int]
@@ -57,8 +57,8 @@ class Served:
         return self.names[name]
 
     def numbers(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
-        """Names of adapters as `generate` knows them; empty where there is no bank."""
-        return () if self.bank is None else self.bank.numbers(adapters)
+        """Names of adapters as `generate` knows them; empty where there is no manager."""
+        return () if self.manager is None else self.manager.resolve_indices(adapters)
 
     def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
         """A conversation up to where the answer begins, written as the run's rows were."""
@@ -83,7 +83,7 @@ class Served:
         states = torch.zeros(len(encoded), self.base.anatomy.sizes["hidden"])
         for row in rows.first_fit(encoded, ROW):
             batch = rows.batch([encoded[i] for i in row]).to(self.base.device)
-            with nullcontext() if self.bank is None else self.bank.using(adapter):
+            with nullcontext() if self.manager is None else self.manager.use_adapter(adapter):
                 pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
             assert pooled is not None
             states[row] = pooled.float().cpu()
@@ -137,11 +137,11 @@ def served(runs: Mapping[str, Path | str], base_model: str | None = None, report
             raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on "
                               f"{recipes[first].base.name!r}: {conflict}", "serve runs of one base together")
     base = family(recipes[first].base)
-    bank = banked(base, folders)
+    manager = banked(base, folders)
     base.train(False)
     plain = called(recipes[first].base.name)
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
-    return Served(base, bank, {**names, **{name: name for name in runs}},
+    return Served(base, manager, {**names, **{name: name for name in runs}},
                   {plain: PromptFormat(), **{name: prompt_format(run, recipes[name]) for name, run in folders.items()}},
                   {plain: base.anatomy.sizes["context"],
                    **{name: room_for_text(made.method, base) for name, made in recipes.items()}})

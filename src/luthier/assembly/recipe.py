@@ -66,7 +66,7 @@ class Recipe(Config):
         if info.field_name == "method" and isinstance(given, list | tuple):
             if not given:
                 raise ValueError("an empty list trains nothing; name a method")
-            given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
+            given = {"name": "composite", "parts": list(given)} if len(given) > 1 else given[0]
         if isinstance(given, dict):  # settings without a name are those of the default
             return {"name": cls.model_fields[str(info.field_name)].default.name, **given}
         return {"name": given} if isinstance(given, str) else given
@@ -215,7 +215,7 @@ def _laid_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[A
 
 def default_learning_rate(made: Recipe) -> float:
     """Where the recipe gives none: the method's default (as for instruction tuning) times the objective's factor."""
-    return float(made.method.default_rate * made.objective.learning_rate_factor)
+    return float(made.method.default_learning_rate * made.objective.learning_rate_factor)
 
 
 def describe_learning_rate(made: Recipe) -> str:
@@ -224,7 +224,7 @@ def describe_learning_rate(made: Recipe) -> str:
         return f"{made.optimizer.learning_rate:g} (optimizer.learning_rate)"
     factor = made.objective.learning_rate_factor
     times = f" times {factor:g} for {made.objective.name}" if factor != 1 else ""
-    return f"{default_learning_rate(made):g} (the default: {made.method.default_rate:g} of {method_name(made)}{times})"
+    return f"{default_learning_rate(made):g} (the default: {made.method.default_learning_rate:g} of {method_name(made)}{times})"
 
 
 def method_name(made: Recipe) -> str:

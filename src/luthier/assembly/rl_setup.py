@@ -8,7 +8,7 @@
 | critic    | a value head on the policy's states, or on those of a second adapter (`critic: adapter`)      |
 | reward    | a reward run's adapter and head, silent but when it judges; a function; an address            |
 
-All adapters stand in one bank on one copy of the weights. What cannot stand there (a method that changes the base
+All adapters stand in one manager on one copy of the weights. What cannot stand there (a method that changes the base
 itself, a reward on another base) costs a second model, and is said to.
 """
 
@@ -60,12 +60,12 @@ def begin(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
         return attached, reference
     assert isinstance(attached, CompositeMethod), "PPO has a value head"
     policy, heads = attached.parts
-    bank = _bank(base, policy)
+    manager = _bank(base, policy)
     critic = made.method.attach(base.anatomy, seed=made.seed + 1)
     if made.start is not None:
         critic.load(policy.state())
-    bank.add(CRITIC, critic)
-    base.critic = partial(bank.using, CRITIC)
+    manager.add(CRITIC, critic)
+    base.critic = partial(manager.use_adapter, CRITIC)
     return CompositeMethod([policy, PrefixedMethod(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
 
 
@@ -198,7 +198,7 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -
         warn(f"the reward {str(run.path)!r} cannot share the policy's base, so a second model of {count:,} parameters "
              "is in memory")
         return _scored(run, found, judge, nullcontext)
-    bank = _bank(base, attached)
+    manager = _bank(base, attached)
     adapter, before = found.method.attach(base.anatomy, seed=found.seed), base.heads
     base.add(found.objective.heads, found.seed)
     heads, base.heads = base.heads, before
@@ -206,9 +206,9 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -
     own = renamed(saved, adapter.state(), base)
     adapter.load({name: own[name] for name in adapter.state() if name in own})
     heads.load({name: saved[name] for name in heads.state() if name in saved})
-    name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in bank.members)
-    bank.add(name, adapter)
-    bank.frozen(name)
+    name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in manager.adapters)
+    manager.add(name, adapter)
+    manager.freeze(name)
     for parameter in heads.parameters().values():
         parameter.requires_grad_(False)
 
@@ -216,7 +216,7 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -
     def acting() -> Iterator[None]:
         before, base.heads = base.heads, heads
         try:
-            with bank.using(name):
+            with manager.use_adapter(name):
                 yield
         finally:
             base.heads = before
@@ -224,14 +224,14 @@ def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -
 
 
 def _bank(base: Family, attached: Tuner) -> AdapterManager:
-    """The bank on this base; a new one holds what trains, acting."""
+    """The manager on this base; a new one holds what trains, acting."""
     if isinstance(base.router, AdapterManager):
         return base.router
-    bank = AdapterManager(base.anatomy)
-    bank.add(initialization.POLICY, attached)
-    bank.choose(initialization.POLICY)
-    base.router = bank
-    return bank
+    manager = AdapterManager(base.anatomy)
+    manager.add(initialization.POLICY, attached)
+    manager.set_adapter(initialization.POLICY)
+    base.router = manager
+    return manager
 
 
 def _scored(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:

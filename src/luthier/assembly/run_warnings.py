@@ -297,7 +297,8 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
     if not above:
         return []
     rank, site = above[0]
-    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.inputs} to {site.outputs}: its "
+    field = "target_r" if method == "adalora" else "rank"
+    return [f"method.{field}: {method} has rank {rank} on {site.name!r}, a map from {site.inputs} to {site.outputs}: its "
             f"rank is {min(site.inputs, site.outputs)} at most ({len(above)} such maps), so the rest adds nothing"]
 
 

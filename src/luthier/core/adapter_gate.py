@@ -20,15 +20,15 @@ class AdapterGate:
     """
 
     def __init__(self) -> None:
-        self.off, self.weight, self.among = 0, 1.0, 0
-        self.part: tuple[int, Tensor] | None = None
-        self.where: tuple[int, ...] = ()
+        self.disabled_depth, self.scale, self.dim_size = 0, 1.0, 0
+        self.token_index: tuple[int, Tensor] | None = None
+        self.positions: tuple[int, ...] = ()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """While open, the method does not act. Nests."""
-        self.off += 1
+        self.disabled_depth += 1
         try:
             yield
         finally:
-            self.off -= 1
+            self.disabled_depth -= 1

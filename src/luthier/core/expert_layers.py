@@ -22,7 +22,7 @@ class Experts:
         weight: [E, out, in]; `transposed`: [E, in, out].
         role: gate_up, up, or down.
         count: E.
-        enter: has a change added to the map's outputs from now on, as its scope says.
+        enter: has a change added to the map's outputs from now on, as its gate says.
     """
 
     name: str

@@ -14,12 +14,12 @@ from torch import Tensor
 class OptimizerHook(Protocol):
     """Called around the optimiser's update, once a step."""
 
-    def before(self) -> None:
+    def pre_step(self) -> None:
         """The gradients of the whole step are summed, and not yet clipped: what the method minimises by itself (a
         penalty on its weights) adds its gradient here."""
         ...
 
-    def after(self, step: int, total: int, sound: Tensor) -> None:
+    def post_step(self, step: int, total: int, sound: Tensor) -> None:
         """The weights are updated, and the gradients that did it still there.
 
         Args:

@@ -83,7 +83,7 @@ class Site:
     transposed: bool = False
     expand: Callable[[], Tensor] | None = None
 
-    def matrix(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """The frozen weight, [out, in], however the module keeps it."""
         if self.expand is not None:
             return self.expand()
@@ -258,14 +258,14 @@ class Family(Protocol):
 
 
 class Router(Protocol):
-    """Who sends each token through its own adapter, or none; a bank. A family that has one asks it."""
+    """Who sends each token through its own adapter, or none; a manager. A family that has one asks it."""
 
-    def routed(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
+    def route(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
         """While open, the i-th place along dimension `dim` of every hidden state (0: rows of a batch, 1: tokens of a
-        row) goes through the adapter `places[i]`, an index into the bank; through none at -1."""
+        row) goes through the adapter `places[i]`, an index into the manager; through none at -1."""
         ...
 
-    def moment(self) -> AbstractContextManager[None]:
+    def snapshot(self) -> AbstractContextManager[None]:
         """The setting of now, to be entered once more later: by what is recomputed in the backward pass."""
         ...
 
@@ -277,20 +277,20 @@ class Tuner(Protocol):
     """A method on a model. Same call in, same shapes out: no objective can notice it."""
 
     @property
-    def scope(self) -> AdapterGate | None:
-        """Its switch, which a bank turns; None where the method has changed the base's own weights."""
+    def gate(self) -> AdapterGate | None:
+        """Its switch, which a manager turns; None where the method has changed the base's own weights."""
         ...
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """What trains, by its name in the adapter file."""
         ...
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         """Factor on the learning rate for the named parameter (LoRA+ uses it); 1 for most."""
         ...
 
     @property
-    def at_update(self) -> OptimizerHook | None:
+    def optimizer_hook(self) -> OptimizerHook | None:
         """What it does at each update of the weights; None where that is nothing, as for nearly all."""
         ...
 

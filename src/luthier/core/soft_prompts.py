@@ -30,13 +30,13 @@ class Ports(Protocol):
         """Those of the two kinds that PEFT puts into this base to the same effect, so that its form can hold them."""
         ...
 
-    def prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
-        """`make() -> [N, D]`: N virtual tokens before every document that the scope names, computed once a row."""
+    def prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
+        """`make() -> [N, D]`: N virtual tokens before every document that the gate names, computed once a row."""
         ...
 
-    def prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: AdapterGate) -> None:
+    def prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], gate: AdapterGate) -> None:
         """`make() -> one (keys, values) for each attention of the model, each [G, N, d]`: seen by every token of the
-        documents that the scope names, as if it stood in the N places before the text. Positions move on by N."""
+        documents that the gate names, as if it stood in the N places before the text. Positions move on by N."""
         ...
 
     def keys_values(self, start: Sequence[int] | Tensor) -> list[tuple[Tensor, Tensor]]:

@@ -27,7 +27,7 @@ METHODS: dict[str, type[Config]] = {
     "adapter": AdapterConfig,
     "bitfit": BitfitConfig,
     "ia3": Ia3Config,
-    "ln": LnTuningConfig,
+    "ln_tuning": LnTuningConfig,
     "prompt": PromptConfig,
     "ptuning": PTuningConfig,
     "prefix": PrefixConfig,

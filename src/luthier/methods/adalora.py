@@ -11,9 +11,9 @@ update every entry w of the three gets a sensitivity, smoothed over the steps, a
 
 A triplet's score is s(e_r) plus the mean of s over its row of A and over its column of B (eq. 7). A pruning keeps the
 b(t) triplets of the highest scores over all maps together and sets the others' e to zero (eq. 6); their vectors stay,
-so that they can come back until the search ends. The budget b falls from R to `rank` on average (eq. 12):
+so that they can come back until the search ends. The budget b falls from R to `target_r` on average (eq. 12):
 
-    all of R while t <= wait n,  then down by the cube of what is left of the way,  `rank` from t = n - settle n on
+    all of R while t <= warmup_fraction n,  then down by the cube of what is left of the way,  `target_r` from t = n - final_fraction n on
 
 so that the last steps train what was kept. What keeps A's rows and B's columns apart is a penalty, whose gradient is
 added once a step, to the sum over all micro-batches:
@@ -60,37 +60,37 @@ KNOWN = PEFT_READ - {"bias", "use_dora", "target_parameters"} | {
 class AdaLoraConfig(Config):
     """Settings of AdaLoRA."""
 
-    default_rate: ClassVar[float] = 5e-3
+    default_learning_rate: ClassVar[float] = 5e-3
 
     name: Literal["adalora"] = "adalora"
-    rank: int = Field(8, ge=1, description="ranks that are left at the end, on average over the maps")
-    start_rank: int | None = Field(None, ge=1, description="rank R of every map at the start; left out: one and a half "
-                                                           "times `rank`, as in the paper")
+    target_r: int = Field(8, ge=1, description="ranks that are left at the end, on average over the maps")
+    init_r: int | None = Field(None, ge=1, description="rank R of every map at the start; left out: one and a half "
+                                                           "times `target_r`, as in the paper")
     alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / R")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="roles (q, k, v, o, gate, up, down), endings of names, regular expressions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
-    wait: float = Field(0.1, ge=0, lt=1, description="share of all steps before the first pruning")
-    settle: float = Field(0.5, ge=0, lt=1, description="share of all steps after the last one, at fixed ranks")
-    every: float = Field(0.001, gt=0, lt=1, description="share of all steps from one pruning to the next, of one step "
+    warmup_fraction: float = Field(0.1, ge=0, lt=1, description="share of all steps before the first pruning")
+    final_fraction: float = Field(0.5, ge=0, lt=1, description="share of all steps after the last one, at fixed ranks")
+    prune_interval: float = Field(0.001, gt=0, lt=1, description="share of all steps from one pruning to the next, of one step "
                                                         "at least")
     beta1: float = Field(0.85, ge=0, lt=1, description="decay of the sensitivity's running mean")
     beta2: float = Field(0.85, ge=0, lt=1, description="decay of its spread's")
-    orthogonal: float = Field(0.5, ge=0, description="weight gamma of the penalty that keeps directions apart")
+    orth_reg_weight: float = Field(0.5, ge=0, description="weight gamma of the penalty that keeps directions apart")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.begin < self.rank:
-            raise ValueError(f"start_rank {self.start_rank} is below rank {self.rank}, and ranks are only taken away")
-        if self.wait + self.settle > 0.99:
-            raise ValueError(f"wait {self.wait} and settle {self.settle} leave no step for the search: together they "
+        if self.initial_rank < self.target_r:
+            raise ValueError(f"init_r {self.init_r} is below target_r {self.target_r}, and ranks are only taken away")
+        if self.warmup_fraction + self.final_fraction > 0.99:
+            raise ValueError(f"warmup_fraction {self.warmup_fraction} and final_fraction {self.final_fraction} leave no step for the search: together they "
                              "are 0.99 at most")
         return self
 
     @property
-    def begin(self) -> int:
+    def initial_rank(self) -> int:
         """R"""
-        return self.start_rank or -(-3 * self.rank // 2)
+        return self.init_r or -(-3 * self.target_r // 2)
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> AdaLoraConfig:
@@ -103,22 +103,22 @@ class AdaLoraConfig(Config):
                            "save the adapter again with the PEFT that made it")
         total = adapter["total_step"]
         return cls.parse({
-            "rank": min(adapter["target_r"], adapter["init_r"]), "start_rank": adapter["init_r"],
+            "target_r": min(adapter["target_r"], adapter["init_r"]), "init_r": adapter["init_r"],
             "alpha": adapter["lora_alpha"] if adapter["lora_alpha"] > 0 else adapter["init_r"],
             "dropout": adapter.get("lora_dropout") or 0.0,
-            "targets": "all-linear" if adapter["target_modules"] == "all-linear" else [selected],
-            "wait": adapter["tinit"] / total, "settle": adapter["tfinal"] / total,
-            "every": min(adapter["deltaT"] / total, 0.99), "beta1": adapter["beta1"], "beta2": adapter["beta2"],
-            "orthogonal": adapter["orth_reg_weight"]})
+            "target_modules": "all-linear" if adapter["target_modules"] == "all-linear" else [selected],
+            "warmup_fraction": adapter["tinit"] / total, "final_fraction": adapter["tfinal"] / total,
+            "prune_interval": min(adapter["deltaT"] / total, 0.99), "beta1": adapter["beta1"], "beta2": adapter["beta2"],
+            "orth_reg_weight": adapter["orth_reg_weight"]})
 
     def schedule(self, total: int) -> tuple[int, int, int]:
         """Of a run of `total` steps: the last one before the search, its last, and the steps between prunings."""
-        return round(self.wait * total), total - round(self.settle * total), max(1, round(self.every * total))
+        return round(self.warmup_fraction * total), total - round(self.final_fraction * total), max(1, round(self.prune_interval * total))
 
     def budget(self, step: int, total: int, maps: int) -> int | None:
         """b(t): how many triplets of all `maps` a pruning after this step (from 1) keeps; None where none is due."""
         first, last, every = self.schedule(total)
-        start, end = self.begin * maps, self.rank * maps
+        start, end = self.initial_rank * maps, self.target_r * maps
         if step == last:
             return end
         if not first < step < last or step % every:
@@ -126,11 +126,11 @@ class AdaLoraConfig(Config):
         return int((start - end) * (1 - (step - first) / (last - first)) ** 3 + end)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> AdaLora:
-        if select_experts(anatomy.experts, self.targets):
-            raise RecipeError("method.targets names experts, whose changes are of one rank for all",
+        if select_experts(anatomy.experts, self.target_modules):
+            raise RecipeError("method.target_modules names experts, whose changes are of one rank for all",
                               "use the method lora for them, or leave the experts out")
         generator = torch.Generator().manual_seed(seed)
-        layers = [AdaLoraLayer(site, self, generator) for site in select_targets(anatomy.sites, self.targets)]
+        layers = [AdaLoraLayer(site, self, generator) for site in select_targets(anatomy.sites, self.target_modules)]
         return AdaLora(self, layers, anatomy.task)
 
 
@@ -162,7 +162,7 @@ class AdaLoraLayer:
     """The change beside one linear map. `kept`: [R] what the last pruning left."""
 
     def __init__(self, site: Site, config: AdaLoraConfig, generator: torch.Generator) -> None:
-        self.site, self.p, self.rank, self.path = site, config.dropout, config.begin, PREFIX + site.name
+        self.site, self.p, self.rank, self.path = site, config.dropout, config.initial_rank, PREFIX + site.name
         self.scale = config.alpha / (self.rank + ROUGHLY)
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
         dtype, device = torch.promote_types(site.weight.dtype, torch.float32), site.weight.device
@@ -173,7 +173,7 @@ class AdaLoraLayer:
         self.a, self.e, self.b = (part.parameter for part in self.parts)
         self.kept = torch.ones(self.rank, dtype=torch.bool, device=device)
 
-    def change(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., out] with the change added, from x [..., in]."""
         if self.p:
             x = F.dropout(x, self.p, self.site.module.training)
@@ -190,13 +190,13 @@ class AdaLoraLayer:
         left = self.left()
         return (self.a * self.e)[left], self.b[:, left]
 
-    def matrix(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """The frozen W, [out, in]."""
-        return self.site.matrix()
+        return self.site.base_weight()
 
     def merged(self) -> Tensor:
         """The weight, as the module keeps it, that gives the same outputs alone."""
-        weight = self.matrix().to(self.a.dtype) + self.scale * (self.b @ (self.a * self.e))
+        weight = self.base_weight().to(self.a.dtype) + self.scale * (self.b @ (self.a * self.e))
         return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
 
     def penalise(self, weight: float) -> None:
@@ -264,28 +264,28 @@ class AdaLora(MergeableMethod):
     def __init__(self, config: AdaLoraConfig, layers: list[AdaLoraLayer], task: str = "CAUSAL_LM") -> None:
         super().__init__()
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
-        self.scope = self.hooks.scope
-        self.at_update = self
+        self.gate = self.hooks.gate
+        self.optimizer_hook = self
         for layer in layers:
-            self.hooks.after(layer.site.module, layer.change)
+            self.hooks.modify_output(layer.site.module, layer.delta)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {f"{layer.path}.{part.name}": part.parameter for layer in self.layers for part in layer.parts}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
     # ------------------------------------------------------------ the search
 
     @torch.no_grad()
-    def before(self) -> None:
+    def pre_step(self) -> None:
         """Add the penalty's gradient."""
-        if self.config.orthogonal:
+        if self.config.orth_reg_weight:
             for layer in self.layers:
-                layer.penalise(self.config.orthogonal / (2 * len(self.layers)))
+                layer.penalise(self.config.orth_reg_weight / (2 * len(self.layers)))
 
     @torch.no_grad()
-    def after(self, step: int, total: int, sound: Tensor) -> None:
+    def post_step(self, step: int, total: int, sound: Tensor) -> None:
         """Measure, prune where it is due, and once the search has ended keep what was pruned at zero."""
         _, last, _ = self.config.schedule(total)
         if step <= last:
@@ -330,9 +330,9 @@ class AdaLora(MergeableMethod):
         config = self.config
         first, last, every = config.schedule(PEFT_STEPS)
         return {
-            "peft_type": "ADALORA", "task_type": self.task, "target_r": config.rank, "init_r": config.begin,
+            "peft_type": "ADALORA", "task_type": self.task, "target_r": config.target_r, "init_r": config.initial_rank,
             "tinit": first, "tfinal": PEFT_STEPS - last, "deltaT": every, "total_step": PEFT_STEPS,
-            "beta1": config.beta1, "beta2": config.beta2, "orth_reg_weight": config.orthogonal,
+            "beta1": config.beta1, "beta2": config.beta2, "orth_reg_weight": config.orth_reg_weight,
             "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none", "init_lora_weights": True,
             "target_modules": sorted(layer.site.name for layer in self.layers),
             "fan_in_fan_out": any(layer.site.transposed for layer in self.layers),

@@ -42,12 +42,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.
 class AdapterConfig(Config):
     """Settings of bottleneck adapters."""
 
-    default_rate: ClassVar[float] = 5e-4
+    default_learning_rate: ClassVar[float] = 5e-4
 
     name: Literal["adapter"] = "adapter"
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
         "pfeiffer", description="houlsby: after attention and after MLP; pfeiffer: after the MLP; parallel: beside it")
-    reduction: float = Field(16.0, ge=1, description="the bottleneck is this many times narrower than the model")
+    reduction_factor: float = Field(16.0, ge=1, description="the bottleneck is this many times narrower than the model")
     reduction_pattern: dict[str, float] = Field({}, description="other factors for some places: whole parts of "
                                                 "`layers.3.mlp` and the like, or expressions -> factor")
     activation: Literal["gelu", "relu", "silu", "tanh"] = Field("gelu", description="between the two maps")
@@ -74,7 +74,7 @@ class AdapterConfig(Config):
     def width(self, place: str, hidden: int) -> int:
         """r."""
         factors = [factor for pattern, factor in self.reduction_pattern.items() if _matches_place(place, pattern)]
-        return max(1, round(hidden / (factors[0] if factors else self.reduction)))
+        return max(1, round(hidden / (factors[0] if factors else self.reduction_factor)))
 
 
 def _matches_place(place: str, pattern: str) -> bool:
@@ -127,11 +127,11 @@ class Bottleneck:
 class Adapter:
     """Bottleneck adapters on a model."""
 
-    at_update = None
+    optimizer_hook = None
 
     def __init__(self, config: AdapterConfig, anatomy: Anatomy, seed: int) -> None:
         self.config, self.task, self.hooks = config, anatomy.task, Hooks()
-        self.scope = self.hooks.scope
+        self.gate = self.hooks.gate
         self.bottlenecks: dict[str, Bottleneck] = {}
         generator = torch.Generator().manual_seed(seed)
         for block in anatomy.blocks:
@@ -142,18 +142,18 @@ class Adapter:
 
     def _hang(self, made: Bottleneck, block: Block, place: str) -> None:
         if self.config.placement != "parallel":
-            self.hooks.after(block.attention_out if place.endswith(".attention") else block.mlp_out, made.after)
+            self.hooks.modify_output(block.attention_out if place.endswith(".attention") else block.mlp_out, made.after)
         elif block.mlp_in is block.mlp_out:
-            self.hooks.after(block.mlp_out, made.beside)
+            self.hooks.modify_output(block.mlp_out, made.beside)
         else:
-            self.hooks.before(block.mlp_in, made.read)
-            self.hooks.after(block.mlp_out, made.written)
+            self.hooks.modify_input(block.mlp_in, made.read)
+            self.hooks.modify_output(block.mlp_out, made.written)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {f"{PREFIX}{place}.adapter.{name}": parameter for place, made in self.bottlenecks.items()
                 for name, parameter in made.parameters.items()}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
     def disabled(self) -> Any:

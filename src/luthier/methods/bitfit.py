@@ -37,15 +37,15 @@ from luthier.methods.merging import MergeableMethod, get_own_parameter
 class BitfitConfig(Config):
     """Settings of BitFit."""
 
-    default_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 1e-3
 
     name: Literal["bitfit"] = "bitfit"
-    which: Literal["all", "paper", "norms"] | tuple[str, ...] = Field(
+    bias_scope: Literal["all", "paper", "norms"] | tuple[str, ...] = Field(
         "all", description="all: linear maps of the blocks, and norms that have a bias; paper: the query's and that of "
                            "the MLP's first map; norms; or roles (q, k, v, o, gate, up, down), endings or expressions")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Bitfit:
-        return Bitfit(self, find_bias_targets(anatomy, self.which), anatomy.task)
+        return Bitfit(self, find_bias_targets(anatomy, self.bias_scope), anatomy.task)
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,12 @@ def find_bias_targets(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[Bi
     biased = [BiasTarget(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
               for name, module in find_norms(anatomy).items() if (bias := get_own_parameter(module, "bias")) is not None]
     if which == "norms" and not biased:
-        raise RecipeError("method.which: the norms of this model have no biases",
-                          "use all (biases of the linear maps), or the method ln (weights of the norms)")
+        raise RecipeError("method.bias_scope: the norms of this model have no biases",
+                          "use all (biases of the linear maps), or the method ln_tuning (weights of the norms)")
     if which == "paper":
         maps = [_find_query_slice(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
         if not any(site.role in ("q", "qkv") for site in anatomy.sites):
-            raise RecipeError("method.which: no query was found in this model, as a map of its own or as the first "
+            raise RecipeError("method.bias_scope: no query was found in this model, as a map of its own or as the first "
                               "part of one", "use all, or name the maps by their endings")
         return maps
     maps = [] if which == "norms" else [
@@ -91,7 +91,7 @@ class Bitfit(MergeableMethod):
     def __init__(self, config: BitfitConfig, found: list[BiasTarget], task: str) -> None:
         super().__init__()
         self.config, self.places, self.task, self.hooks = config, found, task, Hooks()
-        self.scope = self.hooks.scope
+        self.gate = self.hooks.gate
         self._biases = {}
         for place in found:
             like = next(p for p in place.module.parameters())
@@ -99,12 +99,12 @@ class Bitfit(MergeableMethod):
             dtype = torch.promote_types(like.dtype, torch.float32)
             bias = nn.Parameter(torch.zeros(place.end - place.start, dtype=dtype, device=like.device))
             self._biases[f"{PREFIX}{place.name}.bitfit"] = bias
-            self.hooks.after(place.module, _build_bias_hook(place, bias))
+            self.hooks.modify_output(place.module, _build_bias_hook(place, bias))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._biases
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
     def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:

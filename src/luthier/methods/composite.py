@@ -36,7 +36,7 @@ OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discrimina
 class CompositeConfig(Config):
     """A list of methods, as one."""
 
-    name: Literal["several"] = "several"
+    name: Literal["composite"] = "composite"
     parts: tuple[SerializeAsAny[OneMethod], ...] = Field(min_length=2)
 
     @field_validator("parts", mode="before")
@@ -61,9 +61,9 @@ class CompositeConfig(Config):
         return [part.model_dump(mode=info.mode) for part in self.parts]
 
     @property
-    def default_rate(self) -> float:
+    def default_learning_rate(self) -> float:
         """The first part's."""
-        return float(self.parts[0].default_rate)
+        return float(self.parts[0].default_learning_rate)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> CompositeMethod:
         """Every part. Raises `RecipeError` where the result could not be saved."""
@@ -78,7 +78,7 @@ class CompositeConfig(Config):
             if meet := sorted(before & found[-1].state().keys()):
                 raise RecipeError(f"{part.name} keeps what it trains as {meet[0]!r}, and so does another of the list: "
                                   "one file cannot hold both", "leave one of them out")
-        return CompositeMethod(found, [part.default_rate / self.default_rate for _, part in order])
+        return CompositeMethod(found, [part.default_learning_rate / self.default_learning_rate for _, part in order])
 
 
 def list_parts(method: Config) -> tuple[Any, ...]:
@@ -87,14 +87,14 @@ def list_parts(method: Config) -> tuple[Any, ...]:
 
 
 class CompositeMethod:
-    """Parts that train, are switched and are saved together. It has no switch of its own: see `scopes`.
+    """Parts that train, are switched and are saved together. It has no switch of its own: see `gates`.
 
     Args:
         parts: attached methods, in the order in which they were attached.
         rates: factor on the learning rate for each part.
     """
 
-    scope = None
+    gate = None
 
     def __init__(self, parts: Sequence[Tuner], rates: Sequence[float] | None = None) -> None:
         self.parts, self.rates = tuple(parts), tuple(rates or [1.0] * len(parts))
@@ -104,13 +104,13 @@ class CompositeMethod:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for part in self.parts for name, parameter in part.parameters().items()}
 
-    def rate(self, name: str) -> float:
-        return next(rate * part.rate(name) for part, rate in zip(self.parts, self.rates, strict=True)
+    def lr_multiplier(self, name: str) -> float:
+        return next(rate * part.lr_multiplier(name) for part, rate in zip(self.parts, self.rates, strict=True)
                     if name in part.parameters())
 
     @property
-    def at_update(self) -> OptimizerHook | None:
-        return combine_hooks(part.at_update for part in self.parts)
+    def optimizer_hook(self) -> OptimizerHook | None:
+        return combine_hooks(part.optimizer_hook for part in self.parts)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -173,13 +173,13 @@ class CombinedHook:
 
     parts: tuple[OptimizerHook, ...]
 
-    def before(self) -> None:
+    def pre_step(self) -> None:
         for part in self.parts:
-            part.before()
+            part.pre_step()
 
-    def after(self, step: int, total: int, sound: Tensor) -> None:
+    def post_step(self, step: int, total: int, sound: Tensor) -> None:
         for part in self.parts:
-            part.after(step, total, sound)
+            part.post_step(step, total, sound)
 
 
 def combine_hooks(found: Iterable[OptimizerHook | None]) -> OptimizerHook | None:
@@ -193,6 +193,6 @@ def collect_gates(attached: Tuner) -> tuple[AdapterGate, ...] | None:
     if isinstance(attached, PrefixedMethod):
         return collect_gates(attached.inner)
     if not isinstance(attached, CompositeMethod):
-        return None if attached.scope is None else (attached.scope,)
+        return None if attached.gate is None else (attached.gate,)
     found = [collect_gates(part) for part in attached.parts]
-    return None if None in found else tuple(scope for inner in found if inner for scope in inner)
+    return None if None in found else tuple(gate for inner in found if inner for gate in inner)

@@ -134,6 +134,6 @@ def _diagnose_layer(layer: LoraLayer | Searched, of: int) -> dict[str, Any]:
     found = layer.scale * torch.linalg.svdvals(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T)
     shares = found / found.sum().clamp(min=torch.finfo(found.dtype).tiny)
     rank = torch.special.entr(shares).sum().exp() if found.any() else found.new_zeros(())
-    weight = layer.matrix()
+    weight = layer.base_weight()
     return {"name": layer.site.name, "block": layer.site.block, "role": layer.site.role,
             "size": float(found.norm() / weight.to(found.dtype).norm()), "rank": float(rank), "of": of}

@@ -43,11 +43,11 @@ def select_experts(experts: Sequence[Experts], targets: str | Sequence[str]) -> 
 def build_expert_layers(found: Sequence[Experts], config: LoraConfig, generator: torch.Generator) -> list[ExpertLayer]:
     """Raises `RecipeError` for the variants that have no form for experts."""
     unfit = [setting for setting, given in (
-        ("dora", config.dora), ("dropout", config.dropout > 0), ("init: pissa", config.init == "pissa"),
+        ("use_dora", config.use_dora), ("dropout", config.dropout > 0), ("init_lora_weights: pissa", config.init_lora_weights == "pissa"),
         ("rank_pattern", any(matches_pattern(key, e) for key in config.rank_pattern for e in found)),
         ("alpha_pattern", any(matches_pattern(key, e) for key in config.alpha_pattern for e in found))) if given]
     if found and unfit:
-        raise RecipeError(f"method.targets names experts, whose change has no {unfit[0]}",
+        raise RecipeError(f"method.target_modules names experts, whose change has no {unfit[0]}",
                           f"leave {unfit[0]} out, or the experts")
     layers = []
     for i, site in enumerate(found):
@@ -63,29 +63,29 @@ class ExpertLayer:
         inside: how many other maps of the same experts are changed around this one, which PEFT's names tell.
     """
 
-    m = start = None
+    magnitude = initial_factors = None
 
     def __init__(self, site: Experts, config: LoraConfig, generator: torch.Generator, inside: int) -> None:
         self.site, self.rank = site, config.rank
-        self.scale = config.alpha / (self.rank ** 0.5 if config.rslora else self.rank)
+        self.scale = config.alpha / (self.rank ** 0.5 if config.use_rslora else self.rank)
         self.module = site.name.rpartition(".")[0]
         self.path = self.module + ".base_layer" * inside
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
         shape = (site.count * self.rank, site.inputs)
-        a = (torch.randn(shape, generator=generator) / self.rank if config.init == "gaussian"
+        a = (torch.randn(shape, generator=generator) / self.rank if config.init_lora_weights == "gaussian"
              else (torch.rand(shape, generator=generator) * 2 - 1) / site.inputs ** 0.5)
         self.a = nn.Parameter(a.to(site.weight.device, dtype))
         self.b = nn.Parameter(torch.zeros(site.outputs, self.rank * site.count, device=site.weight.device, dtype=dtype))
 
     def enter(self, hooks: Hooks) -> None:
-        self.site.enter(hooks.scope, self.change)
+        self.site.enter(hooks.gate, self.delta)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A as [E, R, in] and B as [E, out, R]."""
         count = self.site.count
         return self.a.view(count, self.rank, -1), self.b.view(-1, self.rank, count).permute(2, 0, 1)
 
-    def change(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+    def delta(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """What is added to each row's output: [N, out] of x [N, in], rows sorted by expert."""
         a, b = (half.to(x.dtype) for half in self.factors())
         return self.scale * torch.cat([F.linear(F.linear(part, a[e]), b[e])

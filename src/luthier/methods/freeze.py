@@ -6,7 +6,7 @@ copy of just the chosen weights is kept. The run folder holds the whole model, a
 `freeze`, learning rate 5e-4: fewer weights must reach the same change as all of them, on top of a stack that stands
 still, so each may move further than under full fine-tuning (2e-5); it stays below LoRA's, since these are real weights.
 
-`ln`, learning rate 1e-3: a norm's weight is about one in size, and Adam moves it by about the rate in a step; a few
+`ln_tuning`, learning rate 1e-3: a norm's weight is about one in size, and Adam moves it by about the rate in a step; a few
 hundred steps at 1e-3 stretch a feature by some ten percent. Smaller rates leave a thousandth of the model's weights
 with nothing to say. Norms alone: Zhao et al. 2023 (arXiv:2312.11420); in convolutional networks, Frankle et al. 2020
 (2003.00152).
@@ -30,24 +30,24 @@ from luthier.methods.full import EMBEDDING_LR_HELP, KEEP_BASE_HELP, Full, scale_
 class FreezeConfig(Config):
     """Which part of the base trains: all that any of these settings names. Nothing named: the last two blocks."""
 
-    default_rate: ClassVar[float] = 5e-4
+    default_learning_rate: ClassVar[float] = 5e-4
 
     name: Literal["freeze"] = "freeze"
-    last: int | None = Field(None, ge=1, description="the last so many blocks; 2 where nothing at all is chosen")
+    num_trainable_layers: int | None = Field(None, ge=1, description="the last so many blocks; 2 where nothing at all is chosen")
     layers: tuple[int, int] | None = Field(None, description="blocks from the first to the second number, both "
                                                              "included; negative ones count from the end")
     patterns: tuple[str, ...] = Field((), description="parameters by their names: whole parts between dots "
                                                       "(mlp.down_proj), or expressions that fit a whole name")
     embeddings: bool = Field(False, description="the input embeddings (and with them a head that shares their weight)")
-    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
+    embedding_lr_multiplier: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
     head: bool = Field(False, description="the output projection (and with it embeddings that share its weight)")
     keep_base: bool | None = Field(None, description=KEEP_BASE_HELP)
 
     @property
-    def last_blocks(self) -> int | None:
+    def num_trained_layers(self) -> int | None:
         """`last`, or what it is where nothing at all is chosen."""
         chosen = self.layers is not None or self.patterns or self.embeddings or self.head
-        return self.last if self.last is not None or chosen else 2
+        return self.num_trainable_layers if self.num_trainable_layers is not None or chosen else 2
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
         wanted = {id(p) for module in self._modules(anatomy) for p in module.parameters()}
@@ -60,13 +60,13 @@ class FreezeConfig(Config):
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
             wanted |= found
         trained = {name: p for name, p in named.items() if id(p) in wanted}
-        return Full(trained, bool(self.keep_base), scale_embedding_lr(anatomy, trained, self.embedding_rate))
+        return Full(trained, bool(self.keep_base), scale_embedding_lr(anatomy, trained, self.embedding_lr_multiplier))
 
     def _modules(self, anatomy: Anatomy) -> Iterable[nn.Module]:
         blocks = [block.module for block in anatomy.blocks]
-        last = self.last_blocks or 0
-        if last > len(blocks) and self.last is not None:
-            raise RecipeError(f"method.last: {last} blocks, and this model has {len(blocks)}",
+        last = self.num_trained_layers or 0
+        if last > len(blocks) and self.num_trainable_layers is not None:
+            raise RecipeError(f"method.num_trainable_layers: {last} blocks, and this model has {len(blocks)}",
                               f"use {len(blocks)} or fewer")
         yield from blocks[max(0, len(blocks) - last):]
         if self.layers is not None:
@@ -96,16 +96,16 @@ def matches_name(name: str, pattern: str) -> bool:
 class LnTuningConfig(Config):
     """Training the norms alone: their weights, and their biases where they have them."""
 
-    default_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 1e-3
 
-    name: Literal["ln"] = "ln"
+    name: Literal["ln_tuning"] = "ln_tuning"
     biases: bool = Field(True, description="the norms' biases too, where there are any")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
         named = {f"{path}.{name}": p for path, norm in find_norms(anatomy).items() for name, p in norm.named_parameters()
                  if self.biases or name != "bias"}
         if not named:
-            raise RecipeError("method ln: the norms of this model have no weights", "use another method: bitfit, lora")
+            raise RecipeError("method ln_tuning: the norms of this model have no weights", "use another method: bitfit, lora")
         return Full(named, keep_base=True)
 
 

@@ -28,15 +28,15 @@ EMBEDDING_LR_HELP = ("factor on the learning rate for the input embeddings (and 
 class FullConfig(Config):
     """Settings of full fine-tuning."""
 
-    default_rate: ClassVar[float] = 2e-5
+    default_learning_rate: ClassVar[float] = 2e-5
 
     name: Literal["full"] = "full"
     keep_base: bool | None = Field(None, description=KEEP_BASE_HELP)
-    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
+    embedding_lr_multiplier: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
         named = dict(anatomy.model.named_parameters())  # tied weights are named once
-        return Full(named, bool(self.keep_base), scale_embedding_lr(anatomy, named, self.embedding_rate))
+        return Full(named, bool(self.keep_base), scale_embedding_lr(anatomy, named, self.embedding_lr_multiplier))
 
 
 def scale_embedding_lr(anatomy: Anatomy, parameters: Mapping[str, nn.Parameter], rate: float) -> dict[str, float]:
@@ -45,8 +45,8 @@ def scale_embedding_lr(anatomy: Anatomy, parameters: Mapping[str, nn.Parameter],
     mine = {id(p) for p in anatomy.embedding.parameters()}
     found = {name: rate for name, parameter in parameters.items() if id(parameter) in mine}
     if rate != 1 and not found:
-        raise RecipeError(f"method.embedding_rate {rate}: no embeddings train", "set method.embeddings: true, or leave "
-                          "embedding_rate out")
+        raise RecipeError(f"method.embedding_lr_multiplier {rate}: no embeddings train", "set method.embeddings: true, or leave "
+                          "embedding_lr_multiplier out")
     return found
 
 
@@ -59,8 +59,8 @@ class Full:
         rates: name -> factor on its learning rate; 1 for those without.
     """
 
-    scope = None
-    at_update = None
+    gate = None
+    optimizer_hook = None
 
     def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool,
                  rates: Mapping[str, float] | None = None) -> None:
@@ -82,7 +82,7 @@ class Full:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return self._rates.get(name, 1.0)
 
     @contextmanager

@@ -20,50 +20,50 @@ DeltaFunction = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a modul
 
 
 class Hooks:
-    """The hooks of one attached method. `scope` says whether, where and how strongly they act."""
+    """The hooks of one attached method. `gate` says whether, where and how strongly they act."""
 
     def __init__(self) -> None:
-        self.scope = AdapterGate()
+        self.gate = AdapterGate()
         self._handles: list[Any] = []
 
-    def after(self, module: nn.Module, change: DeltaFunction) -> None:
+    def modify_output(self, module: nn.Module, change: DeltaFunction) -> None:
         """From now on `module` returns ``change(input, output)``. Where it returns a tuple, its first entry changes.
         `change` may write into the output."""
 
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self.scope.off:
+            if self.gate.disabled_depth:
                 return None
             if isinstance(output, tuple):
-                return self._scoped(change, args[0], output[0]), *output[1:]
-            return self._scoped(change, args[0], output)
+                return self._apply_gated(change, args[0], output[0]), *output[1:]
+            return self._apply_gated(change, args[0], output)
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def before(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    def modify_input(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
         """From now on `module` gets ``change(input)``, of the same shape, as its first argument. `change` must not
         write into its argument."""
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-            if self.scope.off:
+            if self.gate.disabled_depth:
                 return None
-            return self._scoped(lambda x, _: change(x), args[0], args[0]), *args[1:]
+            return self._apply_gated(lambda x, _: change(x), args[0], args[0]), *args[1:]
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
-    def _scoped(self, change: DeltaFunction, x: Tensor, y: Tensor) -> Tensor:
-        """``change(x, y)``, as strongly as `scope.weight` says, for the tokens of `scope.part` alone."""
-        scope = self.scope
-        if scope.part is None:
-            return change(x, y) if scope.weight == 1 else y + scope.weight * (change(x, y.clone()) - y)
-        index = scope.part[1]
-        dim = _find_token_dim(scope.part[0], scope.among, y.shape)
+    def _apply_gated(self, change: DeltaFunction, x: Tensor, y: Tensor) -> Tensor:
+        """``change(x, y)``, as strongly as `gate.scale` says, for the tokens of `gate.token_index` alone."""
+        gate = self.gate
+        if gate.token_index is None:
+            return change(x, y) if gate.scale == 1 else y + gate.scale * (change(x, y.clone()) - y)
+        index = gate.token_index[1]
+        dim = _find_token_dim(gate.token_index[0], gate.dim_size, y.shape)
         some = y.index_select(dim, index)
-        new = change(x.index_select(dim, index), some if scope.weight == 1 else some.clone())
-        return y.index_copy(dim, index, new if scope.weight == 1 else some + scope.weight * (new - some))
+        new = change(x.index_select(dim, index), some if gate.scale == 1 else some.clone())
+        return y.index_copy(dim, index, new if gate.scale == 1 else some + gate.scale * (new - some))
 
     def disabled(self) -> AbstractContextManager[None]:
         """While open, nothing is changed. Nests."""
-        return self.scope.disabled()
+        return self.gate.disabled()
 
     def detach(self) -> None:
         """Take the hooks away for good."""
@@ -80,7 +80,7 @@ def _find_token_dim(dim: int, among: int, shape: torch.Size) -> int:
     if len(shape) < 3 or len(fitting) != 1:
         raise RunError(f"a part of the model works on {list(shape)}, where it cannot be told which of {among} tokens "
                        "or rows are which, so they cannot go through different adapters",
-                       "let the method change other parts, or run each adapter's rows by themselves (bank.using)")
+                       "let the method change other parts, or run each adapter's rows by themselves (manager.use_adapter)")
     return fitting[0]
 
 

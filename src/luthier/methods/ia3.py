@@ -39,12 +39,12 @@ PEFT_READ = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules"
 class Ia3Config(Config):
     """Settings of (IA)^3."""
 
-    default_rate: ClassVar[float] = 2e-2
+    default_learning_rate: ClassVar[float] = 2e-2
 
     name: Literal["ia3"] = "ia3"
-    targets: Literal["paper"] | tuple[str, ...] = Field(
+    target_modules: Literal["paper"] | tuple[str, ...] = Field(
         "paper", description="maps whose outputs are scaled: k and v as in the paper, or roles, endings, expressions")
-    feedforward: tuple[str, ...] = Field(("down",), description="linear maps whose inputs are scaled instead, likewise")
+    feedforward_modules: tuple[str, ...] = Field(("down",), description="linear maps whose inputs are scaled instead, likewise")
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> Ia3Config:
@@ -59,22 +59,22 @@ class Ia3Config(Config):
         targets = adapter["target_modules"]
         outer = [] if isinstance(targets, list) and set(targets) <= {*inner} else [f"(?!{ends}$){selected}"]
         if not inner:
-            return cls.parse({"targets": [selected], "feedforward": []})
-        return cls.parse({"targets": outer, "feedforward": [f"(?={ends}$){selected}"]})
+            return cls.parse({"target_modules": [selected], "feedforward_modules": []})
+        return cls.parse({"target_modules": outer, "feedforward_modules": [f"(?={ends}$){selected}"]})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Ia3:
-        if self.targets == "paper":
+        if self.target_modules == "paper":
             outer = [site for site in anatomy.sites if site.role in ("k", "v", "qkv")]
             # Where experts share one tensor, the MLP has no map of its own to scale.
-            inner = [site for site in anatomy.sites if any(matches_target(site, pattern) for pattern in self.feedforward)]
+            inner = [site for site in anatomy.sites if any(matches_target(site, pattern) for pattern in self.feedforward_modules)]
             if not outer:
-                raise RecipeError("method.targets: no keys and values were found in this model, as maps of their own "
+                raise RecipeError("method.target_modules: no keys and values were found in this model, as maps of their own "
                                   "or one after another in one map", "name the maps to scale: targets: [ending]")
         else:
-            inner = select_targets(anatomy.sites, self.feedforward)
-            outer = [site for site in select_targets(anatomy.sites, self.targets) if site not in inner]
+            inner = select_targets(anatomy.sites, self.feedforward_modules)
+            outer = [site for site in select_targets(anatomy.sites, self.target_modules) if site not in inner]
         skip = anatomy.sizes["heads"] * anatomy.sizes["head_dim"]
-        layers = [Ia3Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.targets == "paper" else 0)
+        layers = [Ia3Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.target_modules == "paper" else 0)
                   for site in outer]
         return Ia3(layers + [Ia3Layer(site, inputs=True) for site in inner], anatomy.task)
 
@@ -115,12 +115,12 @@ class Ia3(MergeableMethod):
     def __init__(self, layers: list[Ia3Layer], task: str) -> None:
         super().__init__()
         self.layers, self.task, self.hooks = layers, task, Hooks()
-        self.scope = self.hooks.scope
+        self.gate = self.hooks.gate
         for layer in layers:
             if layer.inputs:
-                self.hooks.before(layer.site.module, layer.scaled)
+                self.hooks.modify_input(layer.site.module, layer.scaled)
             else:
-                self.hooks.after(layer.site.module, layer.after)
+                self.hooks.modify_output(layer.site.module, layer.after)
 
     def _named(self) -> dict[str, Ia3Layer]:
         return {f"{PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
@@ -128,7 +128,7 @@ class Ia3(MergeableMethod):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: layer.l for name, layer in self._named().items()}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
     def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -152,7 +152,7 @@ class Ia3(MergeableMethod):
         for name, layer in self._named().items():
             if not bool((state[name].flatten()[:layer.skip] == 1).all()):
                 raise RunError(f"the saved scales of {layer.site.name!r} change its queries too, as the paper's do not",
-                               "name the map to have it scaled whole: method.targets")
+                               "name the map to have it scaled whole: method.target_modules")
         for name, layer in self._named().items():
             layer.l.copy_(state[name].flatten()[layer.skip:])
 

@@ -61,18 +61,18 @@ PEFT_DEFAULT = 8  # of r and of lora_alpha, which files of other tools leave out
 class LoraConfig(Config):
     """Settings of LoRA, rsLoRA, DoRA, LoRA+ and PiSSA."""
 
-    default_rate: ClassVar[float] = 5e-4
+    default_learning_rate: ClassVar[float] = 5e-4
 
     name: Literal["lora"] = "lora"
     rank: int = Field(8, ge=1, description="rank R of the change; more holds more, costs more")
     alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / rank")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="roles (q, k, v, o, gate, up, down, experts), endings of names, regular expressions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
-    dora: bool = Field(False, description="learn each output row's length apart from its direction")
-    init: Literal["default", "gaussian", "pissa"] = Field("default", description="how A starts (with B zero), or PiSSA")
-    plus: float = Field(1.0, gt=0, description="LoRA+: factor on B's learning rate; 16 in the paper")
+    use_rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
+    use_dora: bool = Field(False, description="learn each output row's length apart from its direction")
+    init_lora_weights: Literal["default", "gaussian", "pissa"] = Field("default", description="how A starts (with B zero), or PiSSA")
+    loraplus_lr_ratio: float = Field(1.0, gt=0, description="LoRA+: factor on B's learning rate; 16 in the paper")
     rank_pattern: dict[str, int] = Field({}, description="other ranks: role, ending or expression -> rank")
     alpha_pattern: dict[str, float] = Field({}, description="other alphas, likewise")
 
@@ -92,16 +92,16 @@ class LoraConfig(Config):
         return cls.parse({
             "rank": adapter.get("r", PEFT_DEFAULT), "alpha": adapter.get("lora_alpha", PEFT_DEFAULT),
             "dropout": adapter.get("lora_dropout") or 0.0,
-            "targets": selected if selected == "all-linear" and not parameters else
+            "target_modules": selected if selected == "all-linear" and not parameters else
             [*([] if selected is None else [selected]), *parameters],
-            "rslora": adapter.get("use_rslora") or False, "dora": adapter.get("use_dora") or False,
+            "use_rslora": adapter.get("use_rslora") or False, "use_dora": adapter.get("use_dora") or False,
             "rank_pattern": {build_key_pattern(key): r for key, r in (adapter.get("rank_pattern") or {}).items()},
             "alpha_pattern": {build_key_pattern(key): a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
-        experts = select_experts(anatomy.experts, self.targets)
-        rest = [target for target in self.targets if not any(is_target(target, e) for e in experts)]
-        sites = select_targets(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
+        experts = select_experts(anatomy.experts, self.target_modules)
+        rest = [target for target in self.target_modules if not any(is_target(target, e) for e in experts)]
+        sites = select_targets(anatomy.sites, self.target_modules if self.target_modules == "all-linear" else tuple(rest))
         generator = torch.Generator().manual_seed(seed)
         layers = [LoraLayer(site, self, generator) for site in sites]
         # Models of other tasks get heads whose maps may have the names of these.
@@ -132,7 +132,7 @@ def select_targets(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> l
     for target in targets:
         if not any(matches_target(site, target) for site in sites):
             roles = sorted({site.role for site in sites} | {site.name.rsplit(".", 1)[-1] for site in sites})
-            raise RecipeError(f"method.targets: {target!r} matches no linear map of this model",
+            raise RecipeError(f"method.target_modules: {target!r} matches no linear map of this model",
                               f"use all-linear, or some of: {', '.join(roles)}")
     return [site for site in sites if any(matches_target(site, target) for target in targets)]
 
@@ -144,20 +144,20 @@ class LoraLayer:
         self.site, self.p, self.path = site, config.dropout, site.name
         self.rank = next((r for k, r in config.rank_pattern.items() if matches_target(site, k)), config.rank)
         alpha = next((a for k, a in config.alpha_pattern.items() if matches_target(site, k)), config.alpha)
-        self.scale = alpha / (self.rank ** 0.5 if config.rslora else self.rank)
+        self.scale = alpha / (self.rank ** 0.5 if config.use_rslora else self.rank)
         weight = site.weight
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        a, b = (half.to(weight.device, dtype) for half in self._start(config.init, generator))
+        a, b = (half.to(weight.device, dtype) for half in self._init_factors(config.init_lora_weights, generator))
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.start = (self.a.detach().clone(), self.b.detach().clone()) if config.init == "pissa" else None
-        self.length = self._norms().sqrt() if config.dora else None  # |W| of each output row
-        self.m = nn.Parameter(self.length.clone()) if self.length is not None else None
+        self.initial_factors = (self.a.detach().clone(), self.b.detach().clone()) if config.init_lora_weights == "pissa" else None
+        self.initial_norm = self._compute_squared_norms().sqrt() if config.use_dora else None  # |W| of each output row
+        self.magnitude = nn.Parameter(self.initial_norm.clone()) if self.initial_norm is not None else None
 
-    def _start(self, init: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _init_factors(self, init: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         shape = (self.rank, self.site.inputs)
         if init == "pissa":
-            u, s, v = torch.linalg.svd(self.matrix().float(), full_matrices=False)
+            u, s, v = torch.linalg.svd(self.base_weight().float(), full_matrices=False)
             root = (s[:self.rank] / self.scale).sqrt()
             return root[:, None] * v[:self.rank], u[:, :self.rank] * root
         if init == "gaussian":
@@ -167,13 +167,13 @@ class LoraLayer:
         return a, torch.zeros(self.site.outputs, self.rank)
 
     def enter(self, hooks: Hooks) -> None:
-        hooks.after(self.site.module, self.change)
+        hooks.modify_output(self.site.module, self.delta)
 
-    def matrix(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """The frozen W, [out, in]."""
-        return self.site.matrix()
+        return self.site.base_weight()
 
-    def change(self, x: Tensor, y: Tensor) -> Tensor:
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
         """y [..., out] with the change added, from x [..., in]."""
         if self.p:
             x = F.dropout(x, self.p, self.site.module.training)
@@ -181,39 +181,39 @@ class LoraLayer:
         low = F.linear(x, a.to(x.dtype))
         # Mixed precision turns products to sixteen bits by itself, but nothing that is written where it stands.
         moved = add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)
-        if self.m is None or self.length is None:
+        if self.magnitude is None or self.initial_norm is None:
             return moved
         # The bias stands outside of the weight's length.
         bias: Any = self.site.module.bias
-        stretch = (self.m / self.lengths()).to(y.dtype)
+        stretch = (self.magnitude / self.compute_weight_norm()).to(y.dtype)
         return moved * stretch if bias is None else (moved - bias) * stretch + bias
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The A and B whose product is the change; PiSSA's start is taken away by a second half."""
-        if self.start is None:
+        if self.initial_factors is None:
             return self.a, self.b
-        return torch.cat([self.a, self.start[0]]), torch.cat([self.b, -self.start[1]], dim=1)
+        return torch.cat([self.a, self.initial_factors[0]]), torch.cat([self.b, -self.initial_factors[1]], dim=1)
 
     @torch.no_grad()
-    def lengths(self) -> Tensor:
+    def compute_weight_norm(self) -> Tensor:
         """|W + s B A| of each output row, [out]."""
-        assert self.length is not None
+        assert self.initial_norm is not None
         a, b = self.factors()
-        cross = (self.matrix().to(a.dtype) @ a.T * b).sum(1)
+        cross = (self.base_weight().to(a.dtype) @ a.T * b).sum(1)
         own = (b @ (a @ a.T) * b).sum(1)
-        return (self.length ** 2 + 2 * self.scale * cross + self.scale ** 2 * own).clamp_min(0).sqrt()
+        return (self.initial_norm ** 2 + 2 * self.scale * cross + self.scale ** 2 * own).clamp_min(0).sqrt()
 
-    def _norms(self) -> Tensor:
-        weight = self.matrix()
+    def _compute_squared_norms(self) -> Tensor:
+        weight = self.base_weight()
         return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
 
     @torch.no_grad()
     def merged(self) -> Tensor:
         """The weight, as the module keeps it, that gives the same outputs alone."""
         a, b = self.factors()
-        weight = self.matrix().to(a.dtype) + self.scale * (b @ a)
-        if self.m is not None:
-            weight = weight * (self.m / self.lengths())[:, None]
+        weight = self.base_weight().to(a.dtype) + self.scale * (b @ a)
+        if self.magnitude is not None:
+            weight = weight * (self.magnitude / self.compute_weight_norm())[:, None]
         return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
 
 
@@ -235,14 +235,14 @@ class Lora:
             out: they are named by their whole paths.
     """
 
-    at_update = None
+    optimizer_hook = None
 
     def __init__(self, config: LoraConfig, layers: Sequence[LoraLayer | ExpertLayer], task: str = "CAUSAL_LM",
                  every: Sequence[str] | None = None) -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
         paths = [layer.site.name for layer in layers if isinstance(layer, LoraLayer)]
         self._targets = sorted(set(paths)) if every is None else shorten_names(paths, every)
-        self.scope = self.hooks.scope
+        self.gate = self.hooks.gate
         self._originals: list[Tensor] = []
         for layer in layers:
             layer.enter(self.hooks)
@@ -253,12 +253,12 @@ class Lora:
             path = PREFIX + layer.path
             found[f"{path}.lora_A.weight"] = layer.a
             found[f"{path}.lora_B.weight"] = layer.b
-            if layer.m is not None:
-                found[f"{path}.lora_magnitude_vector"] = layer.m
+            if layer.magnitude is not None:
+                found[f"{path}.lora_magnitude_vector"] = layer.magnitude
         return found
 
-    def rate(self, name: str) -> float:
-        return self.config.plus if name.endswith("lora_B.weight") else 1.0
+    def lr_multiplier(self, name: str) -> float:
+        return self.config.loraplus_lr_ratio if name.endswith("lora_B.weight") else 1.0
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -280,7 +280,7 @@ class Lora:
         for layer in self.layers:
             self._originals.append(layer.site.weight.detach().clone())
             layer.site.weight.copy_(layer.merged())
-        self.hooks.scope.off += 1
+        self.hooks.gate.disabled_depth += 1
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -288,13 +288,13 @@ class Lora:
         for layer, weight in zip(self.layers, self._originals, strict=True):
             layer.site.weight.copy_(weight)
         self._originals.clear()
-        self.hooks.scope.off -= 1
+        self.hooks.gate.disabled_depth -= 1
 
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; a PiSSA change is written as an ordinary LoRA of twice the rank on the same base."""
         state = {name: parameter.detach() for name, parameter in self.parameters().items()}
         for layer in self.layers:
-            if layer.start is not None:
+            if layer.initial_factors is not None:
                 a, b = layer.factors()
                 path = PREFIX + layer.path
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.detach(), b.detach()
@@ -304,16 +304,16 @@ class Lora:
         check_state_shapes(self.state(), state)
         state = dict(state)
         for layer in self.layers:
-            if layer.start is not None:
+            if layer.initial_factors is not None:
                 path = PREFIX + layer.path
                 a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
-                layer.start = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
+                layer.initial_factors = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a[:layer.rank], b[:, :layer.rank]
         load_into(self.parameters(), state)
 
     def peft(self) -> dict[str, Any] | None:
-        twice = 2 if self.config.init == "pissa" else 1
-        stretch = twice ** 0.5 if self.config.rslora else twice
+        twice = 2 if self.config.init_lora_weights == "pissa" else 1
+        stretch = twice ** 0.5 if self.config.use_rslora else twice
         linear = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
         experts = sorted(layer.site.name for layer in self.layers if isinstance(layer, ExpertLayer))
         return {
@@ -321,7 +321,7 @@ class Lora:
             "lora_alpha": self.config.alpha * stretch, "lora_dropout": self.config.dropout,
             "target_modules": self._targets,
             **({"target_parameters": experts} if experts else {}),
-            "use_rslora": self.config.rslora, "use_dora": self.config.dora, "bias": "none",
+            "use_rslora": self.config.use_rslora, "use_dora": self.config.use_dora, "bias": "none",
             "fan_in_fan_out": any(layer.site.transposed for layer in linear),
             "rank_pattern": {la.site.name: la.rank * twice for la in self.layers if la.rank != self.config.rank},
             "alpha_pattern": self._alphas(stretch), "init_lora_weights": True, "inference_mode": True,
@@ -330,7 +330,7 @@ class Lora:
     def _alphas(self, stretch: float) -> dict[str, float]:
         found = {}
         for layer in self.layers:
-            alpha = layer.scale * (layer.rank ** 0.5 if self.config.rslora else layer.rank)
+            alpha = layer.scale * (layer.rank ** 0.5 if self.config.use_rslora else layer.rank)
             if alpha != self.config.alpha:
                 found[layer.site.name] = alpha * stretch
         return found

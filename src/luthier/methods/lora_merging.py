@@ -61,7 +61,7 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: Combinatio
     if rank is not None and (how != "svd" or rank < 1):
         raise RecipeError(f"rank {rank} with {how}: only svd brings a change to a rank, of at least 1",
                           "leave the rank out, or combine by svd")
-    if any(lora.config.dora for lora in loras):
+    if any(lora.config.use_dora for lora in loras):
         raise RecipeError("a DoRA stretches the whole of each map, so two of them have no sum",
                           "combine plain LoRAs, or merge one into the base and train on (luthier export --to merged)")
     most = rank or max(layer.rank for lora in loras for layer in lora.layers)
@@ -76,7 +76,7 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: Combinatio
         state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = a.contiguous(), b.contiguous()
     largest = max(ranks.values())
     others = {name: r for name, r in ranks.items() if r != largest}
-    config = LoraConfig(rank=largest, alpha=largest, targets=tuple(ranks), rank_pattern=others,
+    config = LoraConfig(rank=largest, alpha=largest, target_modules=tuple(ranks), rank_pattern=others,
                         alpha_pattern={name: float(r) for name, r in others.items()})
     return MergedLora(config, state, (lost / (kept + lost)) ** 0.5 if lost else 0.0)
 

@@ -16,7 +16,7 @@ class MergeableMethod:
     """`merge`, `unmerge` and `disabled` of a method that stands on hooks and says what its merged weights are."""
 
     hooks: Hooks
-    at_update: OptimizerHook | None = None
+    optimizer_hook: OptimizerHook | None = None
 
     def __init__(self) -> None:
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []
@@ -35,7 +35,7 @@ class MergeableMethod:
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
             else:
                 old.copy_(value)
-        self.hooks.scope.off += 1
+        self.hooks.gate.disabled_depth += 1
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -47,7 +47,7 @@ class MergeableMethod:
             else:
                 old.copy_(value)
         self._originals.clear()
-        self.hooks.scope.off -= 1
+        self.hooks.gate.disabled_depth -= 1
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

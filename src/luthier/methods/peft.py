@@ -6,7 +6,7 @@ Read `full.py` first. The tuner is PEFT's, by its own config; this file only kee
 
 PEFT puts a module of its own in the place of each one that it changes. While the method is switched off, or merged, the
 base's own modules stand there again, so that the base is the base bit for bit and is saved under its own names. What a
-bank does (part of the tokens, a weight) PEFT's modules cannot, hence `scope` is None.
+manager does (part of the tokens, a weight) PEFT's modules cannot, hence `gate` is None.
 
 Learning rate 5e-3: most of these are products of several factors that start small, LoHa's of four, so they move later
 than LoRA's of two. On the demo's rows 15 steps of LoHa at 2e-4 left the loss at 4.5; at 5e-3 it was 0.4 after 40. Each
@@ -53,7 +53,7 @@ INIT_FIELDS = ("init_lora_weights", "loftq_config", "eva_config", "corda_config"
 class PeftConfig(Config):
     """Which of PEFT's tuners, and its settings."""
 
-    default_rate: ClassVar[float] = 5e-3
+    default_learning_rate: ClassVar[float] = 5e-3
 
     name: Literal["peft"] = "peft"
     type: str = Field("LOHA", description="PEFT's name of the tuner, such as LOHA, LOKR, VERA, OFT")
@@ -120,8 +120,8 @@ class PeftConfig(Config):
 class Peft:
     """One of PEFT's tuners on a model."""
 
-    scope = None
-    at_update = None
+    gate = None
+    optimizer_hook = None
 
     def __init__(self, config: Any, anatomy: Anatomy, seed: int) -> None:
         from peft import get_peft_model
@@ -166,7 +166,7 @@ class Peft:
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._parameters
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
     def _put(self, modules: Mapping[str, nn.Module]) -> None:

@@ -22,7 +22,7 @@ from luthier.methods.lora import PREFIX, Lora, LoraConfig
 
 def check_plain(method: object) -> None:
     """Raises `RunError` for a method's settings whose change no plain LoRA holds."""
-    if isinstance(method, LoraConfig) and method.dora:
+    if isinstance(method, LoraConfig) and method.use_dora:
         raise RunError("a DoRA scales each row of the weight too, which no plain LoRA can",
                        "export it with --to merged")
 
@@ -61,4 +61,4 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
         wide_a[:a.shape[0]] = a
         wide_b[:, :b.shape[1]] = b if own * size == alpha else b * (own * size / alpha)
         state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = wide_a, wide_b
-    return LoraConfig(rank=size, alpha=alpha, targets=tuple(parts)), state
+    return LoraConfig(rank=size, alpha=alpha, target_modules=tuple(parts)), state

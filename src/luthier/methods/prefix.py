@@ -7,7 +7,7 @@ token of a text sees all of them, in layers with a sliding window too; the text'
 with a decoder has three attentions, each with pairs of its own: what is called a layer below is one attention.
 
 They start as the keys and values that the base itself computes for N words (section 7.4: real words start better than
-random numbers do). `projection: true` makes them by an MLP, the paper's re-parameterisation (section 4.3), as a change
+random numbers do). `prefix_projection: true` makes them by an MLP, the paper's re-parameterisation (section 4.3), as a change
 of that start; it is folded away on saving, as `ptuning.py` says.
 
 Learning rate 0.02, in units of what stands there: `rate` is the root mean square of the words' keys (or values) in that
@@ -49,16 +49,16 @@ ENCODER_LR_MULTIPLIER = 0.05  # factor on the learning rate for the weights of t
 class PrefixConfig(VirtualTokenConfig):
     """Settings of prefix tuning."""
 
-    default_rate: ClassVar[float] = 0.02
+    default_learning_rate: ClassVar[float] = 0.02
 
     name: Literal["prefix"] = "prefix"
-    projection: bool = Field(False, description="train an MLP that makes the prefix, and fold it away on saving")
-    hidden: int | None = Field(None, ge=1, description="width of that MLP; left out: the base's own")
+    prefix_projection: bool = Field(False, description="train an MLP that makes the prefix, and fold it away on saving")
+    encoder_hidden_size: int | None = Field(None, ge=1, description="width of that MLP; left out: the base's own")
 
     @model_validator(mode="after")
     def _used(self) -> Self:
-        if self.hidden is not None and not self.projection:
-            raise ValueError("hidden is the width of the MLP, and there is none: set projection: true")
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("hidden is the width of the MLP, and there is none: set prefix_projection: true")
         return self
 
     @classmethod
@@ -69,17 +69,17 @@ class PrefixConfig(VirtualTokenConfig):
             raise RunError("this is PEFT's prefix of an encoder-decoder: it acts on the decoder's own attention alone, "
                            "and its layers share keys and values, which no method here does",
                            "use it with PEFT, or train a prefix here, which acts on all three attentions")
-        return cls(tokens=adapter["num_virtual_tokens"])
+        return cls(num_virtual_tokens=adapter["num_virtual_tokens"])
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix | ProjectedPrefix:
         start, scale = init_key_values(anatomy, self, seed)
-        if not self.projection:
+        if not self.prefix_projection:
             return Prefix(anatomy, self, start, scale)
         layers, _, heads, tokens, width = start.shape
-        encoder = draw_with_seed(seed, lambda: PrefixProjection(tokens, self.hidden or anatomy.sizes["hidden"],
-                                                  (layers, 2, heads, width), self.init))
+        encoder = draw_with_seed(seed, lambda: PrefixProjection(tokens, self.encoder_hidden_size or anatomy.sizes["hidden"],
+                                                  (layers, 2, heads, width), self.prompt_tuning_init))
         return ProjectedPrefix(anatomy, self, encoder.to(start),
-                               torch.zeros_like(start) if self.init == "random" else start, scale)
+                               torch.zeros_like(start) if self.prompt_tuning_init == "random" else start, scale)
 
 
 def init_key_values(anatomy: Anatomy, config: VirtualTokenConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ def init_key_values(anatomy: Anatomy, config: VirtualTokenConfig, seed: int) -> 
                         "use the method prompt")
     start = to_trainable_dtype(torch.stack([torch.stack(pair) for pair in found]))
     scale = torch.tensor([[compute_rms(x) for x in layer] for layer in start]).to(start)[:, :, None, None, None]
-    return (start if config.init == "words" else scale * draw_normal(start.shape, seed).to(start)), scale
+    return (start if config.prompt_tuning_init == "text" else scale * draw_normal(start.shape, seed).to(start)), scale
 
 
 def flatten_key_values(pairs: Tensor) -> Tensor:
@@ -120,7 +120,7 @@ class Prefix(VirtualTokenMethod):
         # A parameter for each, since each has a rate of its own.
         self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]
         self._form = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
-        get_injector(anatomy).prefix(lambda: self.pairs, self.scope)
+        get_injector(anatomy).prefix(lambda: self.pairs, self.gate)
 
     def virtual(self) -> Tensor:
         """[layers, 2, G, N, d]"""
@@ -130,7 +130,7 @@ class Prefix(VirtualTokenMethod):
         return {f"{EMBEDDINGS}.{i}.{kind}": parameter for i, pair in enumerate(self.pairs)
                 for kind, parameter in zip(("key", "value"), pair, strict=True)}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         _, layer, kind = name.split(".")
         return float(self._scale[int(layer), int(kind == "value")])
 
@@ -157,7 +157,7 @@ class PrefixProjection(nn.Module):
         self.embedding = nn.Embedding(tokens, hidden)
         last = nn.Linear(hidden, shape[0] * shape[1] * shape[2] * shape[3])
         self.transform = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), last)
-        if init == "words":
+        if init == "text":
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
@@ -174,7 +174,7 @@ class ProjectedPrefix(ReparameterizedPrompt):
     def __init__(self, anatomy: Anatomy, config: VirtualTokenConfig, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
         self._form = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
-        get_injector(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
+        get_injector(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.gate)
 
     def flat(self, virtual: Tensor) -> Tensor:
         return flatten_key_values(virtual).contiguous()

@@ -22,18 +22,18 @@ class PrefixedMethod:
         self._prefix, self.inner = f"{name}/", inner
 
     @property
-    def scope(self) -> AdapterGate | None:
-        return self.inner.scope
+    def gate(self) -> AdapterGate | None:
+        return self.inner.gate
 
     @property
-    def at_update(self) -> OptimizerHook | None:
-        return self.inner.at_update
+    def optimizer_hook(self) -> OptimizerHook | None:
+        return self.inner.optimizer_hook
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {self._prefix + name: parameter for name, parameter in self.inner.parameters().items()}
 
-    def rate(self, name: str) -> float:
-        return self.inner.rate(name.removeprefix(self._prefix))
+    def lr_multiplier(self, name: str) -> float:
+        return self.inner.lr_multiplier(name.removeprefix(self._prefix))
 
     def disabled(self) -> AbstractContextManager[None]:
         return self.inner.disabled()

@@ -33,35 +33,35 @@ from luthier.methods.hooks import load_into
 
 EMBEDDINGS = "prompt_embeddings"  # PEFT's name of all that it keeps of virtual tokens
 MAX_SAMPLED_TOKEN_ID = 5000  # words to start from are drawn from so many first entries of the vocabulary, the most frequent ones
-PromptTuningInit = Literal["words", "random"]
+PromptTuningInit = Literal["text", "random"]
 INIT_TEXT_HELP = "start from this text, repeated or cut to length, instead of words that are drawn"
 
 
 class VirtualTokenConfig(Config):
     """Settings that all virtual tokens share."""
 
-    tokens: int = Field(20, ge=1, description="how many virtual tokens; each takes a place of the context")
-    init: PromptTuningInit = Field("words", description="start as real words, or at random (learns late)")
-    text: str | None = Field(None, min_length=1, description=INIT_TEXT_HELP)
+    num_virtual_tokens: int = Field(20, ge=1, description="how many virtual tokens; each takes a place of the context")
+    prompt_tuning_init: PromptTuningInit = Field("text", description="start as real words, or at random (learns late)")
+    prompt_tuning_init_text: str | None = Field(None, min_length=1, description=INIT_TEXT_HELP)
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:
-        if self.text is not None and self.init == "random":
-            raise ValueError("text is a start from words: set init: words, or leave the text out")
+        if self.prompt_tuning_init_text is not None and self.prompt_tuning_init == "random":
+            raise ValueError("text is a start from words: set prompt_tuning_init: text, or leave the text out")
         return self
 
 
 class PromptConfig(VirtualTokenConfig):
     """Settings of prompt tuning."""
 
-    default_rate: ClassVar[float] = 0.3
+    default_learning_rate: ClassVar[float] = 0.3
 
     name: Literal["prompt"] = "prompt"
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> PromptConfig:
         """The settings that PEFT's adapter_config.json describes."""
-        return cls(tokens=adapter["num_virtual_tokens"])
+        return cls(num_virtual_tokens=adapter["num_virtual_tokens"])
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prompt:
         start, scale = embed_init_tokens(anatomy, self, seed)
@@ -82,12 +82,12 @@ def get_injector(anatomy: Anatomy) -> Ports:
 def choose_init_tokens(anatomy: Anatomy, config: VirtualTokenConfig, seed: int) -> list[int] | Tensor:
     """N token ids to start from: those of the text, or frequent words drawn without repetition while they last. Of a
     base without words [N, D], vectors of the kind that its first layer gets. Raises as `ports_of` does."""
-    n, usual = config.tokens, get_injector(anatomy).usual
+    n, usual = config.num_virtual_tokens, get_injector(anatomy).usual
     if usual is None:
-        return sample_token_ids(anatomy, n, config.text, seed)
-    if config.text is not None:
-        raise RecipeError("method.text: this base has no words that virtual tokens could start from", "leave it out: "
-                          "init: words then starts from what the base's first layer usually gets")
+        return sample_token_ids(anatomy, n, config.prompt_tuning_init_text, seed)
+    if config.prompt_tuning_init_text is not None:
+        raise RecipeError("method.prompt_tuning_init_text: this base has no words that virtual tokens could start from", "leave it out: "
+                          "prompt_tuning_init: text then starts from what the base's first layer usually gets")
     return usual(n, seed)
 
 
@@ -97,7 +97,7 @@ def sample_token_ids(anatomy: Anatomy, n: int, text: str | None, seed: int) -> l
     if text is not None:
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
         if not ids:
-            raise RecipeError(f"method.text {text!r} has no tokens", "give words to start from")
+            raise RecipeError(f"method.prompt_tuning_init_text {text!r} has no tokens", "give words to start from")
         return (ids * (n // len(ids) + 1))[:n]
     special = set(tokenizer.all_special_ids)
     common = [i for i in range(min(anatomy.sizes["vocabulary"], MAX_SAMPLED_TOKEN_ID)) if i not in special]
@@ -114,7 +114,7 @@ def embed_init_tokens(anatomy: Anatomy, config: VirtualTokenConfig, seed: int) -
         start = anatomy.embedding(torch.tensor(start, device=next(anatomy.embedding.parameters()).device))
     real = to_trainable_dtype(start)
     scale = compute_rms(real)
-    if config.init == "random":
+    if config.prompt_tuning_init == "random":
         real = scale * draw_normal(real.shape, seed).to(real)
     return real, scale
 
@@ -139,13 +139,13 @@ def draw_normal(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
 class VirtualTokenMethod:
     """What all virtual tokens on a model share: their switch, and that they cannot be folded into weights."""
 
-    at_update = None
+    optimizer_hook = None
 
     def __init__(self) -> None:
-        self.scope = AdapterGate()
+        self.gate = AdapterGate()
 
     def disabled(self) -> AbstractContextManager[None]:
-        return self.scope.disabled()
+        return self.gate.disabled()
 
     def merge(self) -> None:
         raise NotMergeable("virtual tokens stand beside the words, in no weight of the base that could hold them",
@@ -162,7 +162,7 @@ class Prompt(VirtualTokenMethod):
         self.embeddings, self._scale = nn.Parameter(start), scale
         self._form = build_saved_config(anatomy, config, "prompt", {
             "peft_type": "PROMPT_TUNING", **build_peft_config(anatomy, len(start)), "prompt_tuning_init": "RANDOM"})
-        get_injector(anatomy).prompt(self.virtual, self.scope)
+        get_injector(anatomy).prompt(self.virtual, self.gate)
 
     def virtual(self) -> Tensor:
         """[N, D] the virtual tokens' embeddings."""
@@ -171,7 +171,7 @@ class Prompt(VirtualTokenMethod):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {EMBEDDINGS: self.embeddings}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return self._scale
 
     def state(self) -> dict[str, Tensor]:

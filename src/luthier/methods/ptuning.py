@@ -3,7 +3,7 @@
     p = w + s F(z)          z: [N, D] trained   F: an encoder, trained   w: [N, D] words' embeddings, fixed
 
 F is a bidirectional LSTM with an MLP on it (Liu et al. 2021, arXiv:2103.10385, equation 3), or the MLP of three maps
-that PEFT and NeMo use. Where the paper starts with an untrained F alone (`init: random`, w = 0), here its last map
+that PEFT and NeMo use. Where the paper starts with an untrained F alone (`prompt_tuning_init: random`, w = 0), here its last map
 starts at zero: p starts as real words, for the reason given in `prompt.py`. s is the size of the base's embeddings, so
 that F's weights have the size that any network's have.
 
@@ -42,23 +42,23 @@ from luthier.methods.prompt import (
 class PTuningConfig(VirtualTokenConfig):
     """Settings of P-tuning."""
 
-    default_rate: ClassVar[float] = 1e-2
+    default_learning_rate: ClassVar[float] = 1e-2
 
     name: Literal["ptuning"] = "ptuning"
-    encoder: Literal["mlp", "lstm"] = Field("mlp", description="what makes the virtual tokens: three maps, or an LSTM")
-    hidden: int | None = Field(None, ge=1, description="width of the encoder; left out: the base's own")
+    encoder_reparameterization_type: Literal["mlp", "lstm"] = Field("mlp", description="what makes the virtual tokens: three maps, or an LSTM")
+    encoder_hidden_size: int | None = Field(None, ge=1, description="width of the encoder; left out: the base's own")
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> PTuningConfig:
         """The settings that PEFT's adapter_config.json describes; its file holds the encoder's result alone."""
         kind = str(adapter.get("encoder_reparameterization_type") or "MLP").rsplit(".", 1)[-1].lower()
-        return cls.parse({"tokens": adapter["num_virtual_tokens"], "encoder": kind,
-                          "hidden": adapter.get("encoder_hidden_size")})
+        return cls.parse({"num_virtual_tokens": adapter["num_virtual_tokens"], "encoder_reparameterization_type": kind,
+                          "encoder_hidden_size": adapter.get("encoder_hidden_size")})
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> PTuning:
         words, scale = embed_init_tokens(anatomy, self, seed)
-        encoder = draw_with_seed(seed, lambda: PromptEncoder(self.encoder, words.shape, self.hidden or words.shape[1], self.init))
-        return PTuning(anatomy, self, encoder.to(words), torch.zeros_like(words) if self.init == "random" else words,
+        encoder = draw_with_seed(seed, lambda: PromptEncoder(self.encoder_reparameterization_type, words.shape, self.encoder_hidden_size or words.shape[1], self.prompt_tuning_init))
+        return PTuning(anatomy, self, encoder.to(words), torch.zeros_like(words) if self.prompt_tuning_init == "random" else words,
                        torch.tensor(scale).to(words))
 
 
@@ -83,7 +83,7 @@ class PromptEncoder(nn.Module):
             self.mlp_head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
                                           nn.Linear(hidden, width))
         self.kind = kind
-        if init == "words":
+        if init == "text":
             last = self.mlp_head[-1]
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
@@ -127,7 +127,7 @@ class ReparameterizedPrompt(VirtualTokenMethod):
             return {EMBEDDINGS: self.folded}
         return {TRAINING + name: parameter for name, parameter in self.encoder.named_parameters()}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return self.network if self.folded is None else self.bare * float(self.scale.mean())
 
     def state(self) -> dict[str, Tensor]:
@@ -166,16 +166,16 @@ class ReparameterizedPrompt(VirtualTokenMethod):
 class PTuning(ReparameterizedPrompt):
     """P-tuning on a model."""
 
-    bare = PromptConfig.default_rate / PTuningConfig.default_rate
+    bare = PromptConfig.default_learning_rate / PTuningConfig.default_learning_rate
 
     def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
         self._form = build_saved_config(anatomy, config, "prompt", {
             "peft_type": "P_TUNING", **build_peft_config(anatomy, len(start)),
-            "encoder_hidden_size": config.hidden or start.shape[1],
-            "encoder_reparameterization_type": config.encoder.upper()})
-        get_injector(anatomy).prompt(self.virtual, self.scope)
+            "encoder_hidden_size": config.encoder_hidden_size or start.shape[1],
+            "encoder_reparameterization_type": config.encoder_reparameterization_type.upper()})
+        get_injector(anatomy).prompt(self.virtual, self.gate)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         super().load(drop_unused_tokens(state, len(self.start)))

@@ -26,12 +26,12 @@ from luthier.methods.prompt import PromptTuningInit, VirtualTokenConfig
 class PTuningV2Config(VirtualTokenConfig):
     """Settings of P-tuning v2."""
 
-    default_rate: ClassVar[float] = 0.05
+    default_learning_rate: ClassVar[float] = 0.05
 
     name: Literal["ptuning_v2"] = "ptuning_v2"
-    tokens: int = Field(32, ge=1, description="virtual tokens in each layer: below 20 for plain classes, about 100 for "
+    num_virtual_tokens: int = Field(32, ge=1, description="virtual tokens in each layer: below 20 for plain classes, about 100 for "
                                               "labels of every token")
-    init: PromptTuningInit = Field("random", description="at random, as in the paper, or as the keys and values of real words")
+    prompt_tuning_init: PromptTuningInit = Field("random", description="at random, as in the paper, or as the keys and values of real words")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix:
         return Prefix(anatomy, self, *init_key_values(anatomy, self, seed))

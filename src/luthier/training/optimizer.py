@@ -95,7 +95,7 @@ class Optimizer:
                  config: OptimizerConfig, total_steps: int, update: OptimizerHook | None = None) -> None:
         assert parameters, "a method that trains nothing"
         self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
-        self._update, self._step = update, 0
+        self._optimizer_hook, self._step = update, 0
         self.parameters = {name: nn.Parameter(parameter.detach().to(torch.float32)) if needs_master(parameter)
                            else parameter for name, parameter in parameters.items()}
         self._copied = {name: parameter for name, parameter in parameters.items() if needs_master(parameter)}
@@ -120,8 +120,8 @@ class Optimizer:
 
     def complete(self) -> None:
         """The gradient of the whole step is there: the method adds what it minimises by itself."""
-        if self._update:
-            self._update.before()
+        if self._optimizer_hook:
+            self._optimizer_hook.pre_step()
 
     def clip(self) -> Tensor:
         """Shorten the gradient to `config.clip`; returns its length before, a scalar on the device."""
@@ -137,8 +137,8 @@ class Optimizer:
         elif bool(norm.isfinite()):
             self.adam.step()
         self._write_back()
-        if self._update:
-            self._update.after(self._step + 1, self.total, norm.isfinite())
+        if self._optimizer_hook:
+            self._optimizer_hook.post_step(self._step + 1, self.total, norm.isfinite())
         self.adam.zero_grad(set_to_none=True)
 
     @torch.no_grad()

@@ -70,13 +70,13 @@ class SourcePorts:
 
     # ------------------------------------------------------------ what methods call
 
-    def prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
-        self._open(Door("prompt", make, scope, make().shape[0]))
+    def prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
+        self._open(Door("prompt", make, gate, make().shape[0]))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: AdapterGate) -> None:
+    def prefix(self, make: Callable[[], Sequence[Pair]], gate: AdapterGate) -> None:
         if not self._modules:
             self.keys_values([0])
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+        self._open(Door("prefix", make, gate, make()[0][0].shape[1]))
 
     def _open(self, door: Door) -> None:
         if not self.doors:
@@ -142,7 +142,7 @@ class SourcePorts:
     # ------------------------------------------------------------ the two hooks
 
     def _acting(self, kind: Kind) -> list[Door]:
-        return [] if self._suspended else [d for d in self.doors if d.kind == kind and acts(d.scope)]
+        return [] if self._suspended else [d for d in self.doors if d.kind == kind and acts(d.gate)]
 
     def _read(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the encoder: the prompt before each source, the prefix on its way."""
@@ -168,7 +168,7 @@ class SourcePorts:
         if width + len(virtual) > self._context:
             raise BaseError(f"a source of {width} tokens and {len(virtual)} virtual ones do not fit into the base's "
                             f"context of {self._context} tokens", f"set data.max_length to "
-                            f"{self._context - len(virtual)} or less, or use fewer virtual tokens (method.tokens)")
+                            f"{self._context - len(virtual)} or less, or use fewer virtual tokens (method.num_virtual_tokens)")
         virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
         if mask is None:
             return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}

@@ -65,17 +65,17 @@ class PicturePorts:
         found: Tensor = seen[torch.arange(n, device=seen.device), places]
         return found
 
-    def prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
+    def prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
         n = make().shape[0]
         with torch.no_grad(), self._bare():
             seen = self._seen_of(self._pixels(1))[0]
             self._run_on(torch.cat([seen, seen[:1].expand(n, -1)]))
-        self._open(Door("prompt", make, scope, n))
+        self._open(Door("prompt", make, gate, n))
 
-    def prefix(self, make: Callable[[], Sequence[Pair]], scope: AdapterGate) -> None:
+    def prefix(self, make: Callable[[], Sequence[Pair]], gate: AdapterGate) -> None:
         if not self._modules:
             self.keys_values(self.usual(1, 0))
-        self._open(Door("prefix", make, scope, make()[0][0].shape[1]))
+        self._open(Door("prefix", make, gate, make()[0][0].shape[1]))
 
     def _open(self, door: Door) -> None:
         if not self._carries:
@@ -143,7 +143,7 @@ class PicturePorts:
     # ------------------------------------------------------------ the hooks
 
     def _acting(self, kind: Kind) -> list[Door]:
-        return [door for door in self.doors if door.kind == kind and acts(door.scope)]
+        return [door for door in self.doors if door.kind == kind and acts(door.gate)]
 
     def _enter(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         made = [door.make() for door in self._acting("prefix")]

@@ -25,8 +25,8 @@ EXACT = 1e-9
 # Ranks, scales and targets differ; one is written as twice its rank.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "alike": ({"rank": 4, "alpha": 12.0}, {"rank": 4, "alpha": 12.0}),
-    "unlike": ({"rank": 3, "alpha": 6.0, "rslora": True, "rank_pattern": {"up": 5}, "alpha_pattern": {"q": 2.0}},
-               {"rank": 2, "init": "pissa", "targets": ("q", "down")}),
+    "unlike": ({"rank": 3, "alpha": 6.0, "use_rslora": True, "rank_pattern": {"up": 5}, "alpha_pattern": {"q": 2.0}},
+               {"rank": 2, "init_lora_weights": "pissa", "target_modules": ("q", "down")}),
 }
 
 
@@ -139,7 +139,7 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None
 def test_a_dora_is_refused_with_the_reason() -> None:
     family = base("llama")
     with pytest.raises(RecipeError, match="no sum"):
-        merge_loras([LoraConfig(dora=True).attach(family.anatomy, seed=0)], (1.0,))
+        merge_loras([LoraConfig(use_dora=True).attach(family.anatomy, seed=0)], (1.0,))
 
 
 # ---------------------------------------------------------------- run folders
@@ -161,7 +161,7 @@ def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out) == {"rank": 11, "relative_error": 0}
     import luthier
     tuned = luthier.load_adapters(str(tmp_path / "base"), {"one": one, "two": two})
-    with tuned.using({"one": 0.7, "two": -0.4}):
+    with tuned.use_adapter({"one": 0.7, "two": -0.4}):
         wanted = logits(tuned.family)
     assert (logits(assembly.open_run(assembly.Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4
     assert (logits(tuned.family) - wanted).abs().max() > 1e-2
