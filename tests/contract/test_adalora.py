@@ -44,7 +44,7 @@ KIND = pytest.mark.parametrize("kind", MAPS)
 
 def optimizer(attached: Any, config: OptimizerConfig | None = None, total: int = STEPS) -> Optimizer:
     return Optimizer(attached.parameters(), attached.lr_multiplier, RATE, config or OptimizerConfig(schedule="constant", warmup=0),
-                     total, attached.optimizer_hook)
+                     total, attached.optimizer_hooks)
 
 
 def searched(kind: str = "llama", **settings: Any) -> tuple[CausalLM, AdaLora]:
@@ -389,13 +389,13 @@ def test_wrappers_pass_the_update_on() -> None:
     assert several.parts[0] is inner, "it comes before what adds to the changed map"
     take(family, several, optimizer(several), range(STEPS))
     assert sum(map(sum, kept(inner))) == 2 * len(inner.layers)
-    assert PrefixedMethod("critic", inner).optimizer_hook is inner
+    assert PrefixedMethod("critic", inner).optimizer_hooks == (inner,)
     manager = AdapterManager(family.anatomy)
     manager.add("policy", inner)
-    assert manager.optimizer_hook is not None
+    assert len(manager.optimizer_hooks) == 1
     manager.freeze("policy")
-    assert manager.optimizer_hook is None
-    assert attach(base("llama"), "lora").optimizer_hook is None
+    assert manager.optimizer_hooks == ()
+    assert attach(base("llama"), "lora").optimizer_hooks == ()
 
 
 # ---------------------------------------------------------------- settings, and what it says of itself

@@ -44,7 +44,7 @@ CLOSE = 1e-10
 
 
 def optimizer(attached: Any, rate: float = 1e-2) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), 3, attached.optimizer_hook)
+    return Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), 3, attached.optimizer_hooks)
 
 
 def take_steps(family: CausalLM, attached: Any, steps: int = 3) -> None:

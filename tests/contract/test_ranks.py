@@ -33,7 +33,7 @@ def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[
     torch.set_num_threads(1)
     family = base("llama")
     attached = attach(family, method)
-    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 3, attached.optimizer_hook)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 3, attached.optimizer_hooks)
     for i in range(3):
         adam.set_rate(i)
         rows = pack(documents(seed=i), micro_tokens)

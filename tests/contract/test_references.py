@@ -170,7 +170,7 @@ def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Pa
     for name in METHODS:
         made = assembly.recipe({"base": str(home / "base"), "data": "-", "method": name, "objective": {
             "name": "ppo", "critic": "adapter", "reward": "length"}})
-        inside = assembly.attach(assembly.family(made.base), made.method, 0).gate is None
+        inside = assembly.attach(assembly.family(made.base), made.method, 0).gates is None
         if not inside:
             fitting(made, family)
             continue

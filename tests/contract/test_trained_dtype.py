@@ -37,7 +37,7 @@ def trained(name: str, settings: dict[str, Any], rate: float, dtype: torch.dtype
     """The optimizer, and what trains in the model before and after."""
     family = base(kind, dtype=dtype)
     attached = attach(family, name, stirred=False, **settings)
-    adam = Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), steps, attached.optimizer_hook)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), steps, attached.optimizer_hooks)
     before = {n: p.detach().clone() for n, p in attached.parameters().items()}
     for i in range(steps):
         adam.set_rate(i)

@@ -21,7 +21,6 @@ from luthier.assembly.run_io import renamed
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family, Tuner
-from luthier.methods.composite import collect_gates
 from luthier.methods.multi_adapter import AdapterManager
 from luthier.training.run_folder import Run
 
@@ -46,7 +45,7 @@ def begin(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
 def beside(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a manager with the policy. Raises as `begin` does."""
-    if made.start is None or (collect_gates(policy) is None and not referred(made.objective)):
+    if made.start is None or (policy.gates is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
     manager, reference = AdapterManager(base.anatomy), attach(base, made.method, made.seed)
     _load(reference, _fitting(made, Run(made.start), base), base, whole=not Run(made.start).recipe)

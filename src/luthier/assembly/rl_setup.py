@@ -37,7 +37,7 @@ from luthier.core.protocols import Family, Feed, Tuner
 from luthier.core.types import Encoded
 from luthier.data import DataConfig, Datasets, Loader
 from luthier.distributed import process_group
-from luthier.methods.composite import CompositeMethod, collect_gates
+from luthier.methods.composite import CompositeMethod
 from luthier.methods.full import FullConfig
 from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.prefixed import PrefixedMethod
@@ -191,7 +191,7 @@ def _reward(config: WorthConfig, made: Recipe, base: Family, attached: Tuner, wa
 def _of_run(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _reward_recipe(run)
-    if run.adapter is None or collect_gates(attached) is None or base_conflict(run, made.base):
+    if run.adapter is None or attached.gates is None or base_conflict(run, made.base):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.anatomy.model.parameters())

@@ -19,9 +19,8 @@ from luthier.assembly.settings import make_public
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tuner
 from luthier.data import DataConfig
-from luthier.methods.adapter_format import NATIVE_TYPE
+from luthier.methods.adapter_format import NATIVE_TYPE, PEFT_PREFIX
 from luthier.methods.composite import CompositeMethod
-from luthier.methods.lora import PREFIX
 from luthier.methods.peft_settings import make_alphas_integers
 from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
@@ -121,8 +120,8 @@ def _whole_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
     """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
     of Transformers' class, else beside it."""
     found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
-    names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
-    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
+    names = [name.removeprefix(PEFT_PREFIX) for name in base.heads.state() if name not in found]
+    return found | {PEFT_PREFIX + name: tensor for name, tensor in read_weights(names, shards(run.path)).items()}
 
 
 def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
@@ -136,9 +135,9 @@ def renamed(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Famil
         homes.add(base.heads.own.home)
 
     def others(name: str) -> list[str]:
-        rest = name.removeprefix(PREFIX)
+        rest = name.removeprefix(PEFT_PREFIX)
         stem = next((rest.removeprefix(home) for home in homes if rest.startswith(home)), rest)
-        return [name, PREFIX + stem, *(PREFIX + home + stem for home in sorted(homes))]
+        return [name, PEFT_PREFIX + stem, *(PEFT_PREFIX + home + stem for home in sorted(homes))]
 
     there = {next((other for other in others(name) if other in saved), name): name for name in names}
     return {there.get(name, name): tensor for name, tensor in saved.items()}
@@ -158,7 +157,7 @@ def save_whole(run: Run, made: Recipe, base: Family) -> None:
         return
     inside = base.heads.own.weights() if base.heads.own is not None else {}
     if heads := {name: tensor for name, tensor in base.heads.state().items()
-                 if name.removeprefix(PREFIX) not in inside}:
+                 if name.removeprefix(PEFT_PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
     if not run.recipe:
         run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
@@ -198,7 +197,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
              if not name.startswith(TRAINING)}
-    if scalars := {PREFIX + name: state.pop(PREFIX + name) for name in base.heads.scalars}:
+    if scalars := {PEFT_PREFIX + name: state.pop(PEFT_PREFIX + name) for name in base.heads.scalars}:
         save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
     state, config = _as_loaded(state, config, made, base)
     file = run.path / "adapter_model.safetensors"
@@ -247,7 +246,7 @@ def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Rec
     if own is None and (not embeds(made.objective) or base.divided):
         return state, config
     new = "" if own is None else own.home
-    heads = set() if own is None else {PREFIX + name for name in own.weights()}
+    heads = set() if own is None else {PEFT_PREFIX + name for name in own.weights()}
 
     sites = {site.name for site in base.anatomy.sites}
 
@@ -256,7 +255,7 @@ def _as_loaded(state: dict[str, torch.Tensor], config: dict[str, Any], made: Rec
             return name  # the end of a path
         return start + new + name.removeprefix(start + home) if name.startswith(start + home) else name
 
-    state = {name if name in heads else moved(name, PREFIX): tensor for name, tensor in state.items()}
+    state = {name if name in heads else moved(name, PEFT_PREFIX): tensor for name, tensor in state.items()}
     if own is None:
         config = {**config, "task_type": "FEATURE_EXTRACTION"}
     config = {key: ([moved(x) for x in value] if isinstance(value, list) else

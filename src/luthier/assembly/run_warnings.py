@@ -24,7 +24,8 @@ from luthier.core.types import Encoded
 from luthier.data import Datasets, Loader
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.composite import list_parts
-from luthier.methods.lora import LoraConfig, matches_target
+from luthier.methods.lora import LoraConfig
+from luthier.methods.targets import matches_target
 from luthier.models import ALIASES
 from luthier.objectives.classify import ClassifyConfig
 from luthier.objectives.contrastive import ContrastiveConfig

@@ -277,7 +277,7 @@ class Tuner(Protocol):
     """A method on a model. Same call in, same shapes out: no objective can notice it."""
 
     @property
-    def gate(self) -> AdapterGate | None:
+    def gates(self) -> tuple[AdapterGate, ...] | None:
         """Its switch, which a manager turns; None where the method has changed the base's own weights."""
         ...
 
@@ -290,7 +290,7 @@ class Tuner(Protocol):
         ...
 
     @property
-    def optimizer_hook(self) -> OptimizerHook | None:
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
         """What it does at each update of the weights; None where that is nothing, as for nearly all."""
         ...
 

@@ -44,11 +44,12 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import TRAINING, Anatomy, Site
-from luthier.methods.expert_lora import select_experts
+from luthier.methods.adapter_format import PEFT_PREFIX
 from luthier.methods.hooks import Hooks, check_state_shapes, refuse_quantized
-from luthier.methods.lora import PEFT_READ, PREFIX, add_product, refuse_moved_base, select_targets
+from luthier.methods.lora import PEFT_READ, add_product, refuse_moved_base
 from luthier.methods.merging import MergeableMethod
 from luthier.methods.peft_settings import build_target_pattern, refuse_unread
+from luthier.methods.targets import select_experts, select_targets
 
 ROUGHLY = 1e-5  # PEFT divides alpha by the rank and this
 PEFT_STEPS = 1000  # of which the shares of the schedule are written in PEFT's config, which wants whole steps
@@ -162,7 +163,7 @@ class AdaLoraLayer:
     """The change beside one linear map. `kept`: [R] what the last pruning left."""
 
     def __init__(self, site: Site, config: AdaLoraConfig, generator: torch.Generator) -> None:
-        self.site, self.p, self.rank, self.path = site, config.dropout, config.initial_rank, PREFIX + site.name
+        self.site, self.p, self.rank, self.path = site, config.dropout, config.initial_rank, PEFT_PREFIX + site.name
         self.scale = config.alpha / (self.rank + ROUGHLY)
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
         dtype, device = torch.promote_types(site.weight.dtype, torch.float32), site.weight.device
@@ -264,8 +265,8 @@ class AdaLora(MergeableMethod):
     def __init__(self, config: AdaLoraConfig, layers: list[AdaLoraLayer], task: str = "CAUSAL_LM") -> None:
         super().__init__()
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
-        self.gate = self.hooks.gate
-        self.optimizer_hook = self
+        self.gates = (self.hooks.gate,)
+        self.optimizer_hooks = (self,)
         for layer in layers:
             self.hooks.modify_output(layer.site.module, layer.delta)
 

@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import NotMergeable, RecipeError
 from luthier.core.protocols import Anatomy, Block
-from luthier.methods.adapter_format import build_native_config
+from luthier.methods.adapter_format import PEFT_PREFIX, build_native_config
 from luthier.methods.hooks import Hooks, load_into
-from luthier.methods.lora import PREFIX
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu, "silu": F.silu,
                                                       "tanh": torch.tanh}
@@ -127,11 +126,11 @@ class Bottleneck:
 class Adapter:
     """Bottleneck adapters on a model."""
 
-    optimizer_hook = None
+    optimizer_hooks = ()
 
     def __init__(self, config: AdapterConfig, anatomy: Anatomy, seed: int) -> None:
         self.config, self.task, self.hooks = config, anatomy.task, Hooks()
-        self.gate = self.hooks.gate
+        self.gates = (self.hooks.gate,)
         self.bottlenecks: dict[str, Bottleneck] = {}
         generator = torch.Generator().manual_seed(seed)
         for block in anatomy.blocks:
@@ -150,7 +149,7 @@ class Adapter:
             self.hooks.modify_output(block.mlp_out, made.written)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{PREFIX}{place}.adapter.{name}": parameter for place, made in self.bottlenecks.items()
+        return {f"{PEFT_PREFIX}{place}.adapter.{name}": parameter for place, made in self.bottlenecks.items()
                 for name, parameter in made.parameters.items()}
 
     def lr_multiplier(self, name: str) -> float:

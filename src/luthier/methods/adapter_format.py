@@ -11,6 +11,7 @@ from typing import Any
 from luthier.core.config import Config
 
 NATIVE_TYPE = "LUTHIER"
+PEFT_PREFIX = "base_model.model."  # PEFT's files put this before a module's path
 
 
 def build_native_config(config: Config, task: str) -> dict[str, Any]:

@@ -27,11 +27,11 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.adapter_format import build_native_config
-from luthier.methods.freeze import find_norms
+from luthier.methods.adapter_format import PEFT_PREFIX, build_native_config
 from luthier.methods.hooks import Hooks, load_into
-from luthier.methods.lora import PREFIX, select_targets
+from luthier.methods.ln_tuning import find_norms
 from luthier.methods.merging import MergeableMethod, get_own_parameter
+from luthier.methods.targets import select_targets
 
 
 class BitfitConfig(Config):
@@ -91,14 +91,14 @@ class Bitfit(MergeableMethod):
     def __init__(self, config: BitfitConfig, found: list[BiasTarget], task: str) -> None:
         super().__init__()
         self.config, self.places, self.task, self.hooks = config, found, task, Hooks()
-        self.gate = self.hooks.gate
+        self.gates = (self.hooks.gate,)
         self._biases = {}
         for place in found:
             like = next(p for p in place.module.parameters())
             # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
             dtype = torch.promote_types(like.dtype, torch.float32)
             bias = nn.Parameter(torch.zeros(place.end - place.start, dtype=dtype, device=like.device))
-            self._biases[f"{PREFIX}{place.name}.bitfit"] = bias
+            self._biases[f"{PEFT_PREFIX}{place.name}.bitfit"] = bias
             self.hooks.modify_output(place.module, _build_bias_hook(place, bias))
 
     def parameters(self) -> dict[str, nn.Parameter]:

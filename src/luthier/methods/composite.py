@@ -10,9 +10,8 @@ part by part.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, TypeAlias
@@ -27,7 +26,6 @@ from luthier.core.protocols import AdapterGate, Anatomy, Tuner
 from luthier.methods import METHODS
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.lora import LoraConfig
-from luthier.methods.prefixed import PrefixedMethod
 from luthier.methods.prompt import VirtualTokenConfig
 
 OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
@@ -87,14 +85,12 @@ def list_parts(method: Config) -> tuple[Any, ...]:
 
 
 class CompositeMethod:
-    """Parts that train, are switched and are saved together. It has no switch of its own: see `gates`.
+    """Parts that train, are switched and are saved together. Its gates are those of its parts.
 
     Args:
         parts: attached methods, in the order in which they were attached.
         rates: factor on the learning rate for each part.
     """
-
-    gate = None
 
     def __init__(self, parts: Sequence[Tuner], rates: Sequence[float] | None = None) -> None:
         self.parts, self.rates = tuple(parts), tuple(rates or [1.0] * len(parts))
@@ -109,8 +105,17 @@ class CompositeMethod:
                     if name in part.parameters())
 
     @property
-    def optimizer_hook(self) -> OptimizerHook | None:
-        return combine_hooks(part.optimizer_hook for part in self.parts)
+    def gates(self) -> tuple[AdapterGate, ...] | None:
+        gates: list[AdapterGate] = []
+        for part in self.parts:
+            if part.gates is None:
+                return None
+            gates += part.gates
+        return tuple(gates)
+
+    @property
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
+        return tuple(hook for part in self.parts for hook in part.optimizer_hooks)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -165,34 +170,3 @@ class CompositeMethod:
                     **({"modules_to_save": kept} if kept else {})}
         return {"peft_type": "LUTHIER", "task_type": forms[0]["task_type"], "parts": methods,
                 **({"modules_to_save": kept} if kept else {})}
-
-
-@dataclass(frozen=True)
-class CombinedHook:
-    """What several methods do at an update, one after another."""
-
-    parts: tuple[OptimizerHook, ...]
-
-    def pre_step(self) -> None:
-        for part in self.parts:
-            part.pre_step()
-
-    def post_step(self, step: int, total: int, sound: Tensor) -> None:
-        for part in self.parts:
-            part.post_step(step, total, sound)
-
-
-def combine_hooks(found: Iterable[OptimizerHook | None]) -> OptimizerHook | None:
-    """All of them as one; None where there is none."""
-    parts = tuple(update for update in found if update is not None)
-    return CombinedHook(parts) if parts else None
-
-
-def collect_gates(attached: Tuner) -> tuple[AdapterGate, ...] | None:
-    """The switches of an attached method and of all its parts; None where one of them has none."""
-    if isinstance(attached, PrefixedMethod):
-        return collect_gates(attached.inner)
-    if not isinstance(attached, CompositeMethod):
-        return None if attached.gate is None else (attached.gate,)
-    found = [collect_gates(part) for part in attached.parts]
-    return None if None in found else tuple(gate for inner in found if inner for gate in inner)

@@ -91,27 +91,3 @@ def _resolve_range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Mo
 def matches_name(name: str, pattern: str) -> bool:
     """Whether the pattern is some whole parts of the dotted name, or an expression that fits all of it."""
     return f".{pattern}." in f".{name}." or re.fullmatch(pattern, name) is not None
-
-
-class LnTuningConfig(Config):
-    """Training the norms alone: their weights, and their biases where they have them."""
-
-    default_learning_rate: ClassVar[float] = 1e-3
-
-    name: Literal["ln_tuning"] = "ln_tuning"
-    biases: bool = Field(True, description="the norms' biases too, where there are any")
-
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        named = {f"{path}.{name}": p for path, norm in find_norms(anatomy).items() for name, p in norm.named_parameters()
-                 if self.biases or name != "bias"}
-        if not named:
-            raise RecipeError("method ln_tuning: the norms of this model have no weights", "use another method: bitfit, lora")
-        return Full(named, keep_base=True)
-
-
-def find_norms(anatomy: Anatomy) -> dict[str, nn.Module]:
-    """Every norm of the model by its path: those of the blocks, and those outside of them that are of the same make."""
-    inner = {id(norm) for block in anatomy.blocks for norm in block.norms}
-    makes = {type(norm) for block in anatomy.blocks for norm in block.norms}
-    return {name: module for name, module in anatomy.model.named_modules()
-            if id(module) in inner or type(module) in makes}

@@ -59,8 +59,8 @@ class Full:
         rates: name -> factor on its learning rate; 1 for those without.
     """
 
-    gate = None
-    optimizer_hook = None
+    gates = None
+    optimizer_hooks = ()
 
     def __init__(self, parameters: dict[str, nn.Parameter], keep_base: bool,
                  rates: Mapping[str, float] | None = None) -> None:

@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Anatomy, Site
+from luthier.methods.adapter_format import PEFT_PREFIX
 from luthier.methods.hooks import Hooks, check_state_shapes, refuse_quantized
-from luthier.methods.lora import PREFIX, matches_target, select_targets
 from luthier.methods.merging import MergeableMethod, get_own_parameter
 from luthier.methods.peft_settings import MERGE, ORIGIN, build_target_pattern, refuse_unread
+from luthier.methods.targets import matches_target, select_targets
 
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
 PEFT_READ = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
@@ -115,7 +116,7 @@ class Ia3(MergeableMethod):
     def __init__(self, layers: list[Ia3Layer], task: str) -> None:
         super().__init__()
         self.layers, self.task, self.hooks = layers, task, Hooks()
-        self.gate = self.hooks.gate
+        self.gates = (self.hooks.gate,)
         for layer in layers:
             if layer.inputs:
                 self.hooks.modify_input(layer.site.module, layer.scaled)
@@ -123,7 +124,7 @@ class Ia3(MergeableMethod):
                 self.hooks.modify_output(layer.site.module, layer.after)
 
     def _named(self) -> dict[str, Ia3Layer]:
-        return {f"{PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
+        return {f"{PEFT_PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: layer.l for name, layer in self._named().items()}

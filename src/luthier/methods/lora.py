@@ -20,7 +20,6 @@ from 94 to 4.95, 1.66 and 1.47: small models (below a billion parameters) take 1
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -32,8 +31,10 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
+from luthier.core.expert_layers import Experts
 from luthier.core.protocols import Anatomy, Site
-from luthier.methods.expert_lora import ExpertLayer, build_expert_layers, is_target, select_experts
+from luthier.methods.adapter_format import PEFT_PREFIX
+from luthier.methods.expert_lora import ExpertLayer
 from luthier.methods.hooks import Hooks, check_state_shapes, load_into, refuse_quantized
 from luthier.methods.peft_settings import (
     MERGE,
@@ -45,8 +46,8 @@ from luthier.methods.peft_settings import (
     refuse_unread,
     shorten_names,
 )
+from luthier.methods.targets import is_target, matches_pattern, matches_target, select_experts, select_targets
 
-PREFIX = "base_model.model."  # PEFT's files put this before a module's path
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
 PEFT_READ = ORIGIN | SELECTION | {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
@@ -106,7 +107,27 @@ class LoraConfig(Config):
         layers = [LoraLayer(site, self, generator) for site in sites]
         # Models of other tasks get heads whose maps may have the names of these.
         every = [name for name, _ in anatomy.model.named_modules()] if anatomy.task in GENERATES else None
-        return Lora(self, [*layers, *build_expert_layers(experts, self, generator)], anatomy.task, every)
+        return Lora(self, [*layers, *self._build_expert_layers(experts, generator)], anatomy.task, every)
+
+    def compute_scale(self, rank: int, alpha: float) -> float:
+        """s."""
+        return alpha / (rank ** 0.5 if self.use_rslora else rank)
+
+    def _build_expert_layers(self, experts: Sequence[Experts], generator: torch.Generator) -> list[ExpertLayer]:
+        """Raises `RecipeError` for the variants that have no form for experts."""
+        unsupported = [setting for setting, is_used in (
+            ("use_dora", self.use_dora), ("dropout", self.dropout > 0),
+            ("init_lora_weights: pissa", self.init_lora_weights == "pissa"),
+            ("rank_pattern", any(matches_pattern(key, e) for key in self.rank_pattern for e in experts)),
+            ("alpha_pattern", any(matches_pattern(key, e) for key in self.alpha_pattern for e in experts))) if is_used]
+        if experts and unsupported:
+            raise RecipeError(f"method.target_modules names experts, which do not support {unsupported[0]}",
+                              f"omit {unsupported[0]}, or the experts")
+        modules = [e.name.rpartition(".")[0] for e in experts]
+        # PEFT nests one wrapper for each parameter of a module; the last one is the outermost.
+        return [ExpertLayer(e, self.rank, self.compute_scale(self.rank, self.alpha),
+                            self.init_lora_weights == "gaussian", generator, modules[i + 1:].count(modules[i]))
+                for i, e in enumerate(experts)]
 
 
 def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
@@ -118,25 +139,6 @@ def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
                        "path_initial_model_for_weight_conversion), or " + MERGE)
 
 
-def matches_target(site: Site, pattern: str) -> bool:
-    """Whether `pattern` names the site: its role, the end of its path, or an expression that fits the whole path."""
-    return (pattern == site.role or site.name == pattern or site.name.endswith("." + pattern)
-            or re.fullmatch(pattern, site.name) is not None)
-
-
-def select_targets(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site]:
-    """The sites that `targets` names. A target that matches nothing is an error."""
-    if targets == "all-linear":
-        return [site for site in sites if site.role != "router"]
-    assert not isinstance(targets, str)
-    for target in targets:
-        if not any(matches_target(site, target) for site in sites):
-            roles = sorted({site.role for site in sites} | {site.name.rsplit(".", 1)[-1] for site in sites})
-            raise RecipeError(f"method.target_modules: {target!r} matches no linear map of this model",
-                              f"use all-linear, or some of: {', '.join(roles)}")
-    return [site for site in sites if any(matches_target(site, target) for target in targets)]
-
-
 class LoraLayer:
     """The change beside one linear map."""
 
@@ -144,7 +146,7 @@ class LoraLayer:
         self.site, self.p, self.path = site, config.dropout, site.name
         self.rank = next((r for k, r in config.rank_pattern.items() if matches_target(site, k)), config.rank)
         alpha = next((a for k, a in config.alpha_pattern.items() if matches_target(site, k)), config.alpha)
-        self.scale = alpha / (self.rank ** 0.5 if config.use_rslora else self.rank)
+        self.scale = config.compute_scale(self.rank, alpha)
         weight = site.weight
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -235,14 +237,14 @@ class Lora:
             out: they are named by their whole paths.
     """
 
-    optimizer_hook = None
+    optimizer_hooks = ()
 
     def __init__(self, config: LoraConfig, layers: Sequence[LoraLayer | ExpertLayer], task: str = "CAUSAL_LM",
                  every: Sequence[str] | None = None) -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
         paths = [layer.site.name for layer in layers if isinstance(layer, LoraLayer)]
         self._targets = sorted(set(paths)) if every is None else shorten_names(paths, every)
-        self.gate = self.hooks.gate
+        self.gates = (self.hooks.gate,)
         self._originals: list[Tensor] = []
         for layer in layers:
             layer.enter(self.hooks)
@@ -250,7 +252,7 @@ class Lora:
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {}
         for layer in self.layers:
-            path = PREFIX + layer.path
+            path = PEFT_PREFIX + layer.path
             found[f"{path}.lora_A.weight"] = layer.a
             found[f"{path}.lora_B.weight"] = layer.b
             if layer.magnitude is not None:
@@ -296,7 +298,7 @@ class Lora:
         for layer in self.layers:
             if layer.initial_factors is not None:
                 a, b = layer.factors()
-                path = PREFIX + layer.path
+                path = PEFT_PREFIX + layer.path
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.detach(), b.detach()
         return state
 
@@ -305,7 +307,7 @@ class Lora:
         state = dict(state)
         for layer in self.layers:
             if layer.initial_factors is not None:
-                path = PREFIX + layer.path
+                path = PEFT_PREFIX + layer.path
                 a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
                 layer.initial_factors = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a[:layer.rank], b[:, :layer.rank]

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.methods.lora import PREFIX, Lora, LoraConfig
+from luthier.methods.adapter_format import PEFT_PREFIX
+from luthier.methods.lora import Lora, LoraConfig
 
 CombinationType = Literal["sum", "concatenation", "svd"]
 Factors = tuple[Tensor, Tensor]  # A [R, in], B [out, R]
@@ -73,7 +74,7 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], how: Combinatio
                                                                                            else None)
         kept, lost = kept + inside, lost + outside
         ranks[name] = a.shape[0]
-        state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = a.contiguous(), b.contiguous()
+        state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = a.contiguous(), b.contiguous()
     largest = max(ranks.values())
     others = {name: r for name, r in ranks.items() if r != largest}
     config = LoraConfig(rank=largest, alpha=largest, target_modules=tuple(ranks), rank_pattern=others,

@@ -16,7 +16,7 @@ class MergeableMethod:
     """`merge`, `unmerge` and `disabled` of a method that stands on hooks and says what its merged weights are."""
 
     hooks: Hooks
-    optimizer_hook: OptimizerHook | None = None
+    optimizer_hooks: tuple[OptimizerHook, ...] = ()
 
     def __init__(self) -> None:
         self._originals: list[tuple[nn.Module, str, Tensor | None]] = []

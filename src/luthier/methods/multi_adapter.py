@@ -28,7 +28,6 @@ from luthier.core.errors import RecipeError, RunError, nearest
 from luthier.core.optimizer_hook import OptimizerHook
 from luthier.core.protocols import AdapterGate, Anatomy, Tuner
 from luthier.core.types import Inputs
-from luthier.methods.composite import collect_gates, combine_hooks
 
 Choice = str | Mapping[str, float] | None  # one adapter, several by their weights, or the bare base
 
@@ -60,7 +59,7 @@ class AdapterManager:
         """Take an adapter in, silent until it is chosen. Raises `RunError` for one that has no switch."""
         if name in self.adapters:
             raise RecipeError(f"the manager has an adapter {name!r} already", "give this one another name")
-        found = collect_gates(attached)
+        found = attached.gates
         if found is None:
             raise RunError(f"{name!r} works inside the base's own parts, so nothing else can share this base with it",
                            "use a method that stands beside the weights, such as lora, or load that run by itself")
@@ -159,9 +158,10 @@ class AdapterManager:
         return self.adapters[adapter].lr_multiplier(inner)
 
     @property
-    def optimizer_hook(self) -> OptimizerHook | None:
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
         """Of all that are not frozen."""
-        return combine_hooks(attached.optimizer_hook for name, attached in self.adapters.items() if name not in self._frozen)
+        return tuple(hook for name, attached in self.adapters.items() if name not in self._frozen
+                     for hook in attached.optimizer_hooks)
 
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:

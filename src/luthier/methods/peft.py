@@ -120,8 +120,8 @@ class PeftConfig(Config):
 class Peft:
     """One of PEFT's tuners on a model."""
 
-    gate = None
-    optimizer_hook = None
+    gates = None
+    optimizer_hooks = ()
 
     def __init__(self, config: Any, anatomy: Anatomy, seed: int) -> None:
         from peft import get_peft_model

@@ -16,8 +16,9 @@ from torch import Tensor
 from luthier.core.errors import RunError
 from luthier.core.protocols import Tuner
 from luthier.methods.adalora import AdaLora
+from luthier.methods.adapter_format import PEFT_PREFIX
 from luthier.methods.expert_lora import ExpertLayer
-from luthier.methods.lora import PREFIX, Lora, LoraConfig
+from luthier.methods.lora import Lora, LoraConfig
 
 
 def check_plain(method: object) -> None:
@@ -60,5 +61,5 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
         wide_a, wide_b = a.new_zeros(size, a.shape[1]), b.new_zeros(b.shape[0], size)
         wide_a[:a.shape[0]] = a
         wide_b[:, :b.shape[1]] = b if own * size == alpha else b * (own * size / alpha)
-        state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = wide_a, wide_b
+        state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = wide_a, wide_b
     return LoraConfig(rank=size, alpha=alpha, target_modules=tuple(parts)), state

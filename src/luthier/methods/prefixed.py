@@ -22,12 +22,12 @@ class PrefixedMethod:
         self._prefix, self.inner = f"{name}/", inner
 
     @property
-    def gate(self) -> AdapterGate | None:
-        return self.inner.gate
+    def gates(self) -> tuple[AdapterGate, ...] | None:
+        return self.inner.gates
 
     @property
-    def optimizer_hook(self) -> OptimizerHook | None:
-        return self.inner.optimizer_hook
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
+        return self.inner.optimizer_hooks
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {self._prefix + name: parameter for name, parameter in self.inner.parameters().items()}

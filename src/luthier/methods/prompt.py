@@ -139,10 +139,11 @@ def draw_normal(shape: torch.Size | tuple[int, ...], seed: int) -> Tensor:
 class VirtualTokenMethod:
     """What all virtual tokens on a model share: their switch, and that they cannot be folded into weights."""
 
-    optimizer_hook = None
+    optimizer_hooks = ()
 
     def __init__(self) -> None:
         self.gate = AdapterGate()
+        self.gates = (self.gate,)
 
     def disabled(self) -> AbstractContextManager[None]:
         return self.gate.disabled()

@@ -27,13 +27,13 @@ LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
 class Heads:
     """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
 
-    optimizer_hook = None
+    gates: tuple[AdapterGate, ...] = ()  # heads change nothing in the base
+    optimizer_hooks = ()
 
     def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str,
                  build: Callable[[Head, torch.Generator], TaskHead | str] | None = None) -> None:
         """`build`: makes a head from Transformers' own class of its task, or says why there is none."""
         self.heads, self.task = tuple(heads), task
-        self.gate = AdapterGate()  # nobody reads it: heads change nothing in the base
         self.modules: dict[str, nn.Linear | TaskHead] = {}
         self.own: TaskHead | None = None  # the one that Transformers' class has
         self.why = ""  # why there is none, where one was wanted

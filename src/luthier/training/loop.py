@@ -124,7 +124,7 @@ def fit(job: Job, resume: checkpoint.Checkpoint | None = None) -> Summary:
     """Train to the end, or to the signal; a signal leaves a checkpoint. Raises `NotFinite` on a broken loss."""
     total = total_steps(job.training, job.feed.steps_per_epoch)
     optimizer = Optimizer(job.attached.parameters(), job.attached.lr_multiplier, job.rate, job.optimizer, total,
-                          job.attached.optimizer_hook)
+                          job.attached.optimizer_hooks)
     summary = Summary(0, 0.0, 0)
     bad_evaluations = _restore(job, optimizer, summary, resume) if resume else 0
     eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch

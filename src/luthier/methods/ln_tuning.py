@@ -1,0 +1,44 @@
+"""LN tuning: the norms alone train, their weights and their biases where they have them. Read `full.py` first.
+
+Learning rate 1e-3: a norm's weight is about one in size, and Adam moves it by about the learning rate in a step. A few
+hundred steps at 1e-3 change a feature by about ten percent; smaller rates leave a thousandth of the model's weights
+almost unchanged.
+
+Zhao et al. 2023 (arXiv:2312.11420); in convolutional networks, Frankle et al. 2020 (2003.00152).
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from luthier.core.config import Config
+from luthier.core.errors import RecipeError
+from luthier.core.protocols import Anatomy
+from luthier.methods.full import Full
+
+
+class LnTuningConfig(Config):
+    """Training the norms alone: their weights, and their biases where they have them."""
+
+    default_learning_rate: ClassVar[float] = 1e-3
+
+    name: Literal["ln_tuning"] = "ln_tuning"
+    biases: bool = Field(True, description="the norms' biases too, where there are any")
+
+    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
+        named = {f"{path}.{name}": p for path, norm in find_norms(anatomy).items() for name, p in norm.named_parameters()
+                 if self.biases or name != "bias"}
+        if not named:
+            raise RecipeError("method ln_tuning: the norms of this model have no weights", "use another method: bitfit, lora")
+        return Full(named, keep_base=True)
+
+
+def find_norms(anatomy: Anatomy) -> dict[str, nn.Module]:
+    """Every norm of the model by its path: those of the blocks, and those outside of them that are of the same make."""
+    inner = {id(norm) for block in anatomy.blocks for norm in block.norms}
+    makes = {type(norm) for block in anatomy.blocks for norm in block.norms}
+    return {name: module for name, module in anatomy.model.named_modules()
+            if id(module) in inner or type(module) in makes}
