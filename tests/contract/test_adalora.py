@@ -69,7 +69,7 @@ def kept(attached: AdaLora) -> list[list[bool]]:
 
 def theirs(kind: str, attached: AdaLora) -> Any:
     """PEFT's, of the settings `SEARCH` and the same weights."""
-    first, last, every = AdaLoraConfig(**SEARCH).schedule(STEPS)
+    first, last, every = AdaLoraConfig(**SEARCH).compute_schedule(STEPS)
     config = peft.AdaLoraConfig(
         task_type="CAUSAL_LM", target_modules=MAPS[kind], target_r=2, init_r=4, lora_alpha=12, tinit=first,
         tfinal=STEPS - last, deltaT=every, total_step=STEPS, fan_in_fan_out=kind == "gpt2")
@@ -98,7 +98,7 @@ def steps_of_both(kind: str, **settings: Any) -> Iterator[tuple[int, AdaLora, An
     other = theirs(kind, attached)
     adam = optimizer(attached)
     plain = torch.optim.AdamW(adapter(other).values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    last = attached.config.schedule(STEPS)[1]
+    last = attached.config.compute_schedule(STEPS)[1]
     for k in range(1, STEPS + 1):
         tokens = (TOKENS * k + k) % 250
         adam.set_rate(k - 1)
@@ -169,8 +169,8 @@ def test_the_same_weights_give_the_same_function_and_gradients(kind: str) -> Non
                                                  (23, {"warmup_fraction": 0.0, "final_fraction": 0.0}), (1000, {"final_fraction": 0.7})])
 def test_the_budget_is_pefts_at_every_step(total: int, settings: dict[str, Any]) -> None:
     config = AdaLoraConfig(**settings)
-    first, last, every = config.schedule(total)
-    assert config.budget(last, total, 3) == 8 * 3, "it always ends"
+    first, last, every = config.compute_schedule(total)
+    assert config.compute_budget(last, total, 3) == 8 * 3, "it always ends"
     if first >= last:
         return
     model = tiny("llama")
@@ -178,7 +178,7 @@ def test_the_budget_is_pefts_at_every_step(total: int, settings: dict[str, Any])
         target_modules=["q_proj"], tinit=first, tfinal=total - last, deltaT=every, total_step=total))
     for k in range(1, last):
         budget, due = other.base_model.rankallocator.budget_schedule(k)
-        assert config.budget(k, total, 2) == (budget if due else None), k
+        assert config.compute_budget(k, total, 2) == (budget if due else None), k
 
 
 @pytest.mark.usefixtures("double")
@@ -216,7 +216,7 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
     assert form["rank_pattern"]
     config = assembly.recipe({"base": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
     assert (config.target_r, config.init_r, config.alpha) == (2, 4, 12.0)
-    assert config.schedule(STEPS) == attached.config.schedule(STEPS)
+    assert config.compute_schedule(STEPS) == attached.config.compute_schedule(STEPS)
     family = base("llama")
     bare = logits(family)
     loaded = assembly.attach(family, config, 0)
@@ -324,13 +324,13 @@ def test_what_is_not_finite_changes_nothing() -> None:
             return type(loss)(loss.total * math.inf, loss.count, loss.metrics)
 
     adam.set_rate(5)  # the sixth step, of which a pruning is due
-    assert attached.config.budget(6, STEPS, 14) is not None
+    assert attached.config.compute_budget(6, STEPS, 14) is not None
     with pytest.raises(NotFinite):
         step(family, Infinite(), pack(documents(), None), adam).numbers()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     assert kept(attached) == ranks
     take(family, attached, adam, range(5, 6))
-    assert sum(map(sum, kept(attached))) == attached.config.budget(6, STEPS, 14)
+    assert sum(map(sum, kept(attached))) == attached.config.compute_budget(6, STEPS, 14)
 
 
 def test_what_fell_may_rise_until_the_search_ends() -> None:
@@ -368,7 +368,7 @@ def test_an_adapter_saved_between_prunings_keeps_what_grew_again() -> None:
     again.load({n: t for n, t in attached.state().items() if not n.startswith(TRAINING)})
     family.train(False)
     assert (logits(fresh) - logits(family)).abs().max() < 1e-6
-    assert all(layer.left().all() for layer in again.layers)
+    assert all(layer.get_active_mask().all() for layer in again.layers)
 
 
 def test_a_run_searches(tmp_path: Path) -> None:

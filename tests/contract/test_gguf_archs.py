@@ -138,7 +138,7 @@ def test_a_lora_on_the_base_is_the_run(name: str, settings: dict[str, Any], tmp_
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
     bare = logits(base, ids())
     attached = attach(base, "lora", **settings)
-    changes = {layer.site.name: out.Change(*layer.factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
+    changes = {layer.site.name: out.Change(*layer.get_factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
     out.write_gguf_adapter(base, changes, tmp_path / "adapter.gguf")
     right = wanted(base, ids())
     assert distance(bare, right) > 1e-2

@@ -42,7 +42,7 @@ def pair(name: str, kind: str = "llama") -> list[Lora]:
 
 def dense(lora: Lora) -> dict[str, Tensor]:
     """Every map's change as a matrix."""
-    return {layer.site.name: (layer.scale * layer.factors()[1] @ layer.factors()[0]).detach() for layer in lora.layers}
+    return {layer.site.name: (layer.scale * layer.get_factors()[1] @ layer.get_factors()[0]).detach() for layer in lora.layers}
 
 
 def summed(loras: list[Lora]) -> dict[str, Tensor]:

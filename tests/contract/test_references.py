@@ -138,7 +138,7 @@ def test_a_copy_that_is_forbidden_is_refused_with_what_would_do(home: Path, tmp_
     never = {"name": "full", "keep_base": False}
     with pytest.raises(RecipeError, match="precompute_reference: true"):
         Trial(recipe(home, "dpo", never), tmp_path)
-    assert Trial(recipe(home, "dpo", never, once=True), tmp_path).attached.copied == (0, 0)
+    assert Trial(recipe(home, "dpo", never, once=True), tmp_path).attached.base_copy_size == (0, 0)
 
 
 @pytest.mark.parametrize("once", [False, True])

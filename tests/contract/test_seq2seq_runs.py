@@ -201,7 +201,7 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
     assert apart({n: t for n, t in found.items() if n != "loss"}, {n: p.grad for n, p in wanted.items()}) < SAME
     stir(attached)
     assert (logits(other) - logits(family.model)).abs().max() > FAR
-    assert attached.peft()["task_type"] == "SEQ_2_SEQ_LM"
+    assert attached.get_peft_config()["task_type"] == "SEQ_2_SEQ_LM"
 
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:

@@ -56,12 +56,12 @@ def alone(family: CausalLM, attached: Any, ids: torch.Tensor, deep: bool) -> tor
     """[1, L, V] logits of one document behind the virtual tokens, by Transformers' own arguments."""
     with attached.disabled():
         if not deep:
-            embeds = torch.cat([attached.virtual()[None], family.anatomy.embedding(ids)], dim=1)
-            return family.model(inputs_embeds=embeds).logits[:, attached.virtual().shape[0]:]
+            embeds = torch.cat([attached.compute_virtual_tokens()[None], family.anatomy.embedding(ids)], dim=1)
+            return family.model(inputs_embeds=embeds).logits[:, attached.compute_virtual_tokens().shape[0]:]
         cache = DynamicCache()
-        for i, (key, value) in enumerate(attached.virtual()):
+        for i, (key, value) in enumerate(attached.compute_virtual_tokens()):
             cache.update(key[None], value[None], i)
-        n = attached.virtual().shape[3]
+        n = attached.compute_virtual_tokens().shape[3]
         positions = torch.arange(n, n + ids.shape[1])[None]
         return family.model(input_ids=ids, past_key_values=cache, position_ids=positions).logits
 
@@ -216,7 +216,7 @@ def test_two_kinds_of_virtual_tokens_stand_behind_one_another() -> None:
     with torch.no_grad():
         found = family.model(input_ids=TOKENS).logits
         with prompt.disabled():
-            longer = torch.cat([prompt.virtual()[None], family.anatomy.embedding(TOKENS)], dim=1)
+            longer = torch.cat([prompt.compute_virtual_tokens()[None], family.anatomy.embedding(TOKENS)], dim=1)
             assert (family.model(inputs_embeds=longer).logits[:, 3:] - found).abs().max() < SAME
     rows = [batch(documents())]
     both = {n: p for part in (prompt, prefix) for n, p in part.parameters().items()}
@@ -271,12 +271,12 @@ def behind(family: Encoder, attached: Any, ids: torch.Tensor, deep: bool) -> tor
     embeds = family.anatomy.embedding(torch.cat([torch.full((N,), 9), ids]))[None]
     with attached.disabled():
         if not deep:
-            embeds = torch.cat([attached.virtual()[None], embeds[:, N:]], dim=1)
+            embeds = torch.cat([attached.compute_virtual_tokens()[None], embeds[:, N:]], dim=1)
             return family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
         handles = []
         for site in family.anatomy.sites:
             if site.role in ("k", "v"):
-                rows = attached.virtual()[site.block, int(site.role == "v")].transpose(0, 1).flatten(1)
+                rows = attached.compute_virtual_tokens()[site.block, int(site.role == "v")].transpose(0, 1).flatten(1)
                 handles.append(site.module.register_forward_hook(
                     lambda _m, _a, out, rows=rows: torch.cat([rows[None], out[:, N:]], dim=1)))
         found = family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
@@ -340,7 +340,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
     family = base("llama")
     ids = list(b"to to")
     prompt = attach(family, "prompt", stirred=False, num_virtual_tokens=7, prompt_tuning_init_text="to to")
-    assert torch.equal(prompt.virtual(), family.anatomy.embedding(torch.tensor((ids * 2)[:7])))
+    assert torch.equal(prompt.compute_virtual_tokens(), family.anatomy.embedding(torch.tensor((ids * 2)[:7])))
     for name in ("ptuning", "prefix"):
         fresh = base("llama")
         attached = attach(fresh, name, stirred=False, num_virtual_tokens=5, prompt_tuning_init_text="to to")
@@ -357,7 +357,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
 def test_the_rate_is_in_units_of_what_stands_there() -> None:
     family = base("llama", num_hidden_layers=3)
     prompt = attach(family, "prompt", stirred=False)
-    assert prompt.lr_multiplier(EMBEDDINGS) == pytest.approx(float(prompt.virtual().square().mean().sqrt()))
+    assert prompt.lr_multiplier(EMBEDDINGS) == pytest.approx(float(prompt.compute_virtual_tokens().square().mean().sqrt()))
     prefix = attach(base("llama", num_hidden_layers=3), "prefix", stirred=False)
     rates = {name: prefix.lr_multiplier(name) for name in prefix.parameters()}
     assert len(set(rates.values())) == 6

@@ -94,7 +94,7 @@ def test_it_stands_before_every_source_in_loss_and_every_gradient(kind: str, met
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples[:n]:
             source, answer = (torch.tensor(piece.ids) for piece in example.pieces)
-            logits = alone(plain, attached.virtual(), source, answer, method in DEEP)
+            logits = alone(plain, attached.compute_virtual_tokens(), source, answer, method in DEEP)
             costs = F.cross_entropy(logits, answer, reduction="none") * torch.tensor(example.pieces[1].weights).double()
             loss = loss + costs.sum() / weight
         named = attached.parameters()
@@ -165,7 +165,7 @@ def test_several_answers_of_one_source_are_each_of_them_alone(method: str) -> No
             wanted = family.states(one.inputs)[-len(ids[-1]):]
             start = sum(len(piece.ids) for piece in tree.pieces[:leaf])
             assert (states[start:start + len(ids[-1])] - wanted).abs().max() < SAME
-    assert attached.virtual().shape
+    assert attached.compute_virtual_tokens().shape
 
 
 @METHOD
@@ -210,7 +210,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
     with torch.no_grad():
         found = family.model(**given).logits
         with prompt.disabled():
-            embeds = torch.cat([prompt.virtual()[None], family.model.shared(given["input_ids"])], 1)
+            embeds = torch.cat([prompt.compute_virtual_tokens()[None], family.model.shared(given["input_ids"])], 1)
             wanted = family.model(inputs_embeds=embeds, labels=given["labels"]).logits
         assert (found - wanted).abs().max() < SAME
         with prefix.disabled():
@@ -250,7 +250,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
     family = base()
     prompt = attach(family, "prompt", stirred=False, num_virtual_tokens=7, prompt_tuning_init_text="to to")
     ids = (list(b"to to") * 2)[:7]
-    assert torch.equal(prompt.virtual(), family.anatomy.embedding(torch.tensor(ids)))
+    assert torch.equal(prompt.compute_virtual_tokens(), family.anatomy.embedding(torch.tensor(ids)))
     fresh, bare = base(), base()
     prefix = attach(fresh, "prefix", stirred=False, num_virtual_tokens=5, prompt_tuning_init_text="to to")
     words = torch.tensor([list(b"to to")])
@@ -259,7 +259,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
         own = torch.tensor([[3, 4, 5]])
         longer = bare.decoder(input_ids=torch.cat([words, own], 1), encoder_hidden_states=read).last_hidden_state[:, 5:]
         decoder = [m for m in attentions(fresh.model) if m.is_decoder]
-        pairs_ = [p for p, m in zip(prefix.virtual(), attentions(fresh.model), strict=True) if m.is_decoder]
+        pairs_ = [p for p, m in zip(prefix.compute_virtual_tokens(), attentions(fresh.model), strict=True) if m.is_decoder]
         biases = fresh.anatomy.ports._biases(fresh.decoder, 3, 0, 5, None)
         own_only = Carried({m: Before(p[0][None], p[1][None], biases.get(m))
                             for m, p in zip(decoder, pairs_, strict=True) if m.is_causal})
@@ -331,7 +331,7 @@ def test_pefts_prefix_is_a_part_of_ours_with_shared_pairs() -> None:
     family, attached = tuned("relu", "prefix")
     every = attentions(family.model)
     own = [i for i, module in enumerate(every) if module.is_decoder and module.is_causal]
-    chosen = attached.virtual()[own].detach()  # [3, 2, H, N, d]
+    chosen = attached.compute_virtual_tokens()[own].detach()  # [3, 2, H, N, d]
     layers = torch.empty_like(chosen)
     for i in range(3):
         layers[2 * i % 3] = chosen[i]

@@ -67,7 +67,7 @@ def test_it_stands_among_the_patches_in_loss_and_every_gradient(method: str, fam
     for token in (0, 1):  # 1: the control, another token's state
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples:
-            state = by_hand(plain, example.images[0], attached.virtual(), method in DEEP)[token]
+            state = by_hand(plain, example.images[0], attached.compute_virtual_tokens(), method in DEEP)[token]
             label = torch.tensor(example.items[0].label, dtype=torch.float32).double()
             loss = loss + (head(state) - label).square().sum() / len(examples)
         named = attached.parameters()
@@ -83,7 +83,7 @@ def test_whoever_calls_the_model_gets_its_own_tokens_and_no_others(method: str, 
     (example, *_) = photographs(family)
     pixels = example.images[0][None].double()
     with torch.no_grad():
-        wanted = by_hand(tiny("vit"), pixels[0], attached.virtual(), method in DEEP)
+        wanted = by_hand(tiny("vit"), pixels[0], attached.compute_virtual_tokens(), method in DEEP)
         found = family.model(pixel_values=pixels, output_hidden_states=True)
         assert (found.last_hidden_state[0] - wanted).abs().max() < SAME
         assert {states.shape[1] for states in found.hidden_states} == {family.anatomy.sizes["unit"]}
@@ -126,7 +126,7 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
         with part.disabled():
             assert (states(family) - both).abs().max() > FAR
     other = Vision(tiny("vit"), family.tokenizer)
-    longer = prompt.virtual().detach()
+    longer = prompt.compute_virtual_tokens().detach()
     again = attach(other, "prefix", num_virtual_tokens=4, stirred=False)
     again.load(prefix.state())
     handle = other.model.embeddings.register_forward_hook(
@@ -159,13 +159,13 @@ def test_they_start_as_plain_patches(family: Vision) -> None:
     """Each is what the first layer gets of a picture of one colour, at one of its places."""
     attached = attach(family, "prompt", stirred=False, num_virtual_tokens=40)
     other = attach(Vision(tiny("vit"), family.tokenizer), "prompt", stirred=False, seed=4, num_virtual_tokens=40)
-    assert not torch.equal(attached.virtual(), other.virtual())
+    assert not torch.equal(attached.compute_virtual_tokens(), other.compute_virtual_tokens())
     embeddings = tiny("vit").embeddings
     weight = embeddings.patch_embeddings.projection.weight.sum((2, 3))  # [D, channels]
     places = embeddings.position_embeddings[0, 1:] + embeddings.patch_embeddings.projection.bias
     with torch.no_grad():
         colours, used = [], set()
-        for token in attached.virtual():
+        for token in attached.compute_virtual_tokens():
             left = token - places  # [P, D], of which one is a colour
             colour = torch.linalg.lstsq(weight.expand(len(places), -1, -1), left[..., None]).solution[..., 0]
             errors = (left - colour @ weight.T).norm(dim=1)

@@ -153,7 +153,7 @@ def test_the_laws_of_a_method(name: str, options: dict[str, Any], family: Vision
 
 def test_lora_is_pefts(family: Vision) -> None:
     attached = attach(family, "lora", rank=4, alpha=8)
-    form = attached.peft()
+    form = attached.get_peft_config()
     assert form is not None
     theirs = get_peft_model(tiny("vit"), PeftLora(r=4, lora_alpha=8, target_modules=form["target_modules"])).double().eval()
     pixels = batch(photographs(family)).inputs.images

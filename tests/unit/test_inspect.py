@@ -53,7 +53,7 @@ def test_virtual_tokens_start_as_their_words_and_end_elsewhere(method: str, kind
 def test_the_nearest_words_are_those_of_the_whole_table(tmp_path: Path) -> None:
     run, attached = tuned(tmp_path, {"name": "prompt", "num_virtual_tokens": 4}, move=0.3)
     table = tiny("llama", dtype=torch.float32).get_input_embeddings().weight
-    virtual = attached.virtual().detach()
+    virtual = attached.compute_virtual_tokens().detach()
     cosine = virtual @ table.T / virtual.norm(dim=1)[:, None] / table.norm(dim=1)
     (reading,) = inspect(run, quiet=True)["readings"]
     for i, row in enumerate(reading["rows"]):
@@ -76,7 +76,7 @@ def test_loras_changes_by_size_and_rank(settings: dict[str, Any], tmp_path: Path
     (reading,) = found["readings"]
     assert len(reading["rows"]) == len(attached.layers) == 14
     for layer, row in zip(attached.layers, reading["rows"], strict=True):
-        a, b = layer.factors()
+        a, b = layer.get_factors()
         change = (layer.scale * b @ a).detach()
         values = torch.linalg.svdvals(change)
         shares = values[values > 1e-6 * values[0]] / values.sum()

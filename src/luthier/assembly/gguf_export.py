@@ -29,7 +29,7 @@ def gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path: Path,
     if attached.config.use_dora:
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
-    changes = {layer.site.name: Change(*layer.factors(), layer.scale) for layer in attached.layers}
+    changes = {layer.site.name: Change(*layer.get_factors(), layer.scale) for layer in attached.layers}
     write_gguf_adapter(base, changes, path, name)
 
 

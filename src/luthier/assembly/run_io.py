@@ -191,7 +191,7 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
     if isinstance(made.objective, RollsConfig) and made.objective.heads:
         assert isinstance(attached, CompositeMethod), "the critic stands beside the method"
         attached = attached.parts[0]
-    config = attached.peft()
+    config = attached.get_peft_config()
     if config is None:
         save_whole(run, made, base)
         return
@@ -228,7 +228,7 @@ def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tu
     """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
     to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
     parts = list(attached.parts) if isinstance(attached, CompositeMethod) else [attached]
-    forms = [part.peft() or {} for part in parts]
+    forms = [part.get_peft_config() or {} for part in parts]
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
     tuned = [part for part in parts if part not in heads]
     if len(tuned) > 1:

@@ -1,4 +1,4 @@
-"""Experts of a mixture as one part of the anatomy. Read `protocols.py` (Site) and `adapter_gate.py` first."""
+"""The linear maps of all experts of a mixture-of-experts layer. Read `protocols.py` (Site) and `adapter_gate.py` first."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from luthier.core.adapter_gate import AdapterGate
 
 ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
-"""(rows [N, in] sorted by expert, how many each expert has [E]) -> what is added to their outputs, [N, out]."""
+"""(rows [N, in] sorted by expert, number of rows of each expert [E]) -> change of their outputs [N, out]."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """One linear map of all experts of a block, kept as one parameter: no module of its own, so nothing to hook.
+    """One linear map of all experts of a layer, stored as one parameter. It has no module of its own to hook.
 
     Args:
         name: the parameter's path in the model.
         weight: [E, out, in]; `transposed`: [E, in, out].
         role: gate_up, up, or down.
         count: E.
-        enter: has a change added to the map's outputs from now on, as its gate says.
+        enter: registers a function whose result is added to the map's outputs, as its gate allows.
     """
 
     name: str

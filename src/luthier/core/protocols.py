@@ -315,7 +315,7 @@ class Tuner(Protocol):
         """Take `state` back. Refuses missing, unknown and misshapen entries."""
         ...
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         """The content of PEFT's `adapter_config.json`, or None where PEFT has no such method."""
         ...
 

@@ -46,15 +46,16 @@ from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import TRAINING, Anatomy, Site
 from luthier.methods.adapter_format import PEFT_PREFIX
 from luthier.methods.hooks import Hooks, check_state_shapes, refuse_quantized
-from luthier.methods.lora import PEFT_READ, add_product, refuse_moved_base
+from luthier.methods.lora import PEFT_FIELDS as LORA_FIELDS
+from luthier.methods.lora import add_product, refuse_moved_base
 from luthier.methods.merging import MergeableMethod
 from luthier.methods.peft_settings import build_target_pattern, refuse_unread
 from luthier.methods.targets import select_experts, select_targets
 
-ROUGHLY = 1e-5  # PEFT divides alpha by the rank and this
+RANK_OFFSET = 1e-5  # PEFT divides alpha by the rank and this
 PEFT_STEPS = 1000  # of which the shares of the schedule are written in PEFT's config, which wants whole steps
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
-KNOWN = PEFT_READ - {"bias", "use_dora", "target_parameters"} | {
+PEFT_FIELDS = LORA_FIELDS - {"bias", "use_dora", "target_parameters"} | {
     "target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"}
 
 
@@ -96,7 +97,7 @@ class AdaLoraConfig(Config):
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> AdaLoraConfig:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        refuse_unread(adapter, KNOWN)
+        refuse_unread(adapter, PEFT_FIELDS)
         refuse_moved_base(adapter)
         selected = build_target_pattern(adapter)
         if selected is None:
@@ -112,13 +113,13 @@ class AdaLoraConfig(Config):
             "prune_interval": min(adapter["deltaT"] / total, 0.99), "beta1": adapter["beta1"], "beta2": adapter["beta2"],
             "orth_reg_weight": adapter["orth_reg_weight"]})
 
-    def schedule(self, total: int) -> tuple[int, int, int]:
+    def compute_schedule(self, total: int) -> tuple[int, int, int]:
         """Of a run of `total` steps: the last one before the search, its last, and the steps between prunings."""
         return round(self.warmup_fraction * total), total - round(self.final_fraction * total), max(1, round(self.prune_interval * total))
 
-    def budget(self, step: int, total: int, maps: int) -> int | None:
+    def compute_budget(self, step: int, total: int, maps: int) -> int | None:
         """b(t): how many triplets of all `maps` a pruning after this step (from 1) keeps; None where none is due."""
-        first, last, every = self.schedule(total)
+        first, last, every = self.compute_schedule(total)
         start, end = self.initial_rank * maps, self.target_r * maps
         if step == last:
             return end
@@ -140,23 +141,23 @@ class FactorState:
 
     def __init__(self, name: str, start: Tensor, dim: int) -> None:
         self.name, self.dim, self.parameter = name, dim, nn.Parameter(start)
-        self.mean, self.spread = torch.zeros_like(start), torch.zeros_like(start)
+        self.mean, self.uncertainty = torch.zeros_like(start), torch.zeros_like(start)
 
-    def gradient(self) -> Tensor:
+    def get_gradient(self) -> Tensor:
         """The parameter's, made of zeros where nothing reached it: a rank among several has such zeros."""
         if self.parameter.grad is None:
             self.parameter.grad = torch.zeros_like(self.parameter)
         return self.parameter.grad
 
-    def measure(self, config: AdaLoraConfig, sound: Tensor) -> None:
+    def update_sensitivity(self, config: AdaLoraConfig, sound: Tensor) -> None:
         """Sensitivity, its running mean and its spread: eqs. 8-10."""
-        now = torch.where(sound, (self.parameter * self.gradient()).abs(), self.mean)
+        now = torch.where(sound, (self.parameter * self.get_gradient()).abs(), self.mean)
         self.mean.lerp_(now, 1 - config.beta1)
-        self.spread.lerp_(torch.where(sound, (now - self.mean).abs(), self.spread), 1 - config.beta2)
+        self.uncertainty.lerp_(torch.where(sound, (now - self.mean).abs(), self.uncertainty), 1 - config.beta2)
 
-    def score(self) -> Tensor:
+    def compute_score(self) -> Tensor:
         """[R] the mean of s(w) over each triplet's entries."""
-        return (self.mean * self.spread).mean(1 - self.dim)
+        return (self.mean * self.uncertainty).mean(1 - self.dim)
 
 
 class AdaLoraLayer:
@@ -164,7 +165,7 @@ class AdaLoraLayer:
 
     def __init__(self, site: Site, config: AdaLoraConfig, generator: torch.Generator) -> None:
         self.site, self.p, self.rank, self.path = site, config.dropout, config.initial_rank, PEFT_PREFIX + site.name
-        self.scale = config.alpha / (self.rank + ROUGHLY)
+        self.scale = config.alpha / (self.rank + RANK_OFFSET)
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
         dtype, device = torch.promote_types(site.weight.dtype, torch.float32), site.weight.device
         a, b = (0.02 * torch.randn(shape, generator=generator) for shape in ((self.rank, site.inputs),
@@ -182,44 +183,44 @@ class AdaLoraLayer:
         # Mixed precision turns products to sixteen bits by itself, but nothing that is written where it stands.
         return add_product(y, low.to(y.dtype), self.b.to(y.dtype), self.scale)
 
-    def left(self) -> Tensor:
+    def get_active_mask(self) -> Tensor:
         """[R] the triplets that are part of the change, or may become so: between prunings those that fell can rise."""
         return self.kept | (self.e.detach()[:, 0] != 0)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def get_factors(self) -> tuple[Tensor, Tensor]:
         """The A and B of a plain LoRA with the same change, of the ranks that are left."""
-        left = self.left()
+        left = self.get_active_mask()
         return (self.a * self.e)[left], self.b[:, left]
 
     def base_weight(self) -> Tensor:
         """The frozen W, [out, in]."""
         return self.site.base_weight()
 
-    def merged(self) -> Tensor:
+    def compute_merged_weight(self) -> Tensor:
         """The weight, as the module keeps it, that gives the same outputs alone."""
         weight = self.base_weight().to(self.a.dtype) + self.scale * (self.b @ (self.a * self.e))
         return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
 
-    def penalise(self, weight: float) -> None:
+    def add_penalty_gradient(self, weight: float) -> None:
         """Add the gradient of ``weight (|A A^T - 1| + |B^T B - 1|)``."""
         for part in (self.parts[0], self.parts[2]):
             rows = part.parameter if part.dim == 0 else part.parameter.T
             apart = rows @ rows.T - torch.eye(self.rank, dtype=rows.dtype, device=rows.device)
             slope = 2 * weight / apart.norm().clamp_min(torch.finfo(rows.dtype).tiny) * (apart @ rows)
-            part.gradient().add_(slope if part.dim == 0 else slope.T)
+            part.get_gradient().add_(slope if part.dim == 0 else slope.T)
 
     def state(self) -> dict[str, Tensor]:
         """As PEFT's file has it, what is left of each part; what was cut, and the search's memory, to go on with."""
-        left = self.left()
+        left = self.get_active_mask()
         found = {f"{TRAINING}{self.path}.kept": left}
         for part in self.parts:
             whole, name = part.parameter.detach(), f"{self.path}.{part.name}"
             found[name], found[f"{TRAINING}{name}.cut"] = (
                 whole.index_select(part.dim, which.nonzero()[:, 0]) for which in (left, ~left))
-            found |= {f"{TRAINING}{name}.mean": part.mean, f"{TRAINING}{name}.spread": part.spread}
+            found |= {f"{TRAINING}{name}.mean": part.mean, f"{TRAINING}{name}.spread": part.uncertainty}
         return found
 
-    def wanted(self, state: Mapping[str, Tensor], going_on: bool) -> dict[str, Tensor]:
+    def get_expected_shapes(self, state: Mapping[str, Tensor], is_resume: bool) -> dict[str, Tensor]:
         """Names and shapes of a state that fits, whatever ranks are left in it."""
         kept, e = state.get(f"{TRAINING}{self.path}.kept"), state.get(f"{self.path}.lora_E")
         rank = self.rank
@@ -227,29 +228,29 @@ class AdaLoraLayer:
             rank = int(kept.sum())
         elif kept is None and e is not None and e.ndim == 2:
             rank = min(rank, e.shape[0])
-        found = {f"{TRAINING}{self.path}.kept": self.kept} if going_on else {}
+        found = {f"{TRAINING}{self.path}.kept": self.kept} if is_resume else {}
         for part in self.parts:
             name = f"{self.path}.{part.name}"
             found[name] = _build_empty(part, rank)
-            if going_on:
+            if is_resume:
                 found |= {f"{TRAINING}{name}.cut": _build_empty(part, self.rank - rank), f"{TRAINING}{name}.mean": part.mean,
-                          f"{TRAINING}{name}.spread": part.spread}
+                          f"{TRAINING}{name}.spread": part.uncertainty}
         return found
 
-    def load(self, state: Mapping[str, Tensor], going_on: bool) -> None:
+    def load(self, state: Mapping[str, Tensor], is_resume: bool) -> None:
         """Take `state` back. A saved adapter has not what was cut: its ranks come first, and the others are at zero."""
         rank, device = state[f"{self.path}.lora_E"].shape[0], self.kept.device
-        self.kept = (state[f"{TRAINING}{self.path}.kept"].to(device, copy=True) if going_on
+        self.kept = (state[f"{TRAINING}{self.path}.kept"].to(device, copy=True) if is_resume
                      else torch.arange(self.rank, device=device) < rank)
-        if not going_on:
+        if not is_resume:
             self.e.zero_()
         for part in self.parts:
             name = f"{self.path}.{part.name}"
             for which, saved in ((self.kept, name), (~self.kept, f"{TRAINING}{name}.cut")):
                 if saved in state:
                     part.parameter.index_copy_(part.dim, which.nonzero()[:, 0], state[saved].to(part.parameter))
-            for memory, saved in ((part.mean, f"{TRAINING}{name}.mean"), (part.spread, f"{TRAINING}{name}.spread")):
-                memory.copy_(state[saved]) if going_on else memory.zero_()
+            for memory, saved in ((part.mean, f"{TRAINING}{name}.mean"), (part.uncertainty, f"{TRAINING}{name}.spread")):
+                memory.copy_(state[saved]) if is_resume else memory.zero_()
 
 
 def _build_empty(part: FactorState, rank: int) -> Tensor:
@@ -283,26 +284,26 @@ class AdaLora(MergeableMethod):
         """Add the penalty's gradient."""
         if self.config.orth_reg_weight:
             for layer in self.layers:
-                layer.penalise(self.config.orth_reg_weight / (2 * len(self.layers)))
+                layer.add_penalty_gradient(self.config.orth_reg_weight / (2 * len(self.layers)))
 
     @torch.no_grad()
     def post_step(self, step: int, total: int, sound: Tensor) -> None:
         """Measure, prune where it is due, and once the search has ended keep what was pruned at zero."""
-        _, last, _ = self.config.schedule(total)
+        _, last, _ = self.config.compute_schedule(total)
         if step <= last:
             for part in (part for layer in self.layers for part in layer.parts):
-                part.measure(self.config, sound)
-        budget = self.config.budget(step, total, len(self.layers))
+                part.update_sensitivity(self.config, sound)
+        budget = self.config.compute_budget(step, total, len(self.layers))
         if budget is not None:
-            self._choose(budget, sound)
+            self._prune(budget, sound)
         if budget is not None or step > last:
             for layer in self.layers:
                 layer.e.masked_fill_((~layer.kept & sound)[:, None], 0)
 
-    def _choose(self, budget: int, sound: Tensor) -> None:
+    def _prune(self, budget: int, sound: Tensor) -> None:
         """The `budget` triplets of the highest scores. Where two are equal the earlier one goes: every rank says the
         same."""
-        scores = torch.stack([torch.stack([part.score() for part in layer.parts]).sum(0) for layer in self.layers])
+        scores = torch.stack([torch.stack([part.compute_score() for part in layer.parts]).sum(0) for layer in self.layers])
         order = scores.flatten().argsort(stable=True)
         kept = torch.ones_like(order, dtype=torch.bool)
         kept[order[:len(order) - budget]] = False
@@ -311,10 +312,10 @@ class AdaLora(MergeableMethod):
 
     # ------------------------------------------------------------ merging, saving
 
-    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def iter_merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         refuse_quantized(layer.site for layer in self.layers)
         for layer in self.layers:
-            yield layer.site.module, "weight", layer.merged()
+            yield layer.site.module, "weight", layer.compute_merged_weight()
 
     def state(self) -> dict[str, Tensor]:
         """PEFT's names, and its shapes for the ranks that are left; see `Layer.state`."""
@@ -322,14 +323,14 @@ class AdaLora(MergeableMethod):
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        going_on = any(name.startswith(TRAINING) for name in state)
-        check_state_shapes({name: t for layer in self.layers for name, t in layer.wanted(state, going_on).items()}, state)
+        is_resume = any(name.startswith(TRAINING) for name in state)
+        check_state_shapes({name: t for layer in self.layers for name, t in layer.get_expected_shapes(state, is_resume).items()}, state)
         for layer in self.layers:
-            layer.load(state, going_on)
+            layer.load(state, is_resume)
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         config = self.config
-        first, last, every = config.schedule(PEFT_STEPS)
+        first, last, every = config.compute_schedule(PEFT_STEPS)
         return {
             "peft_type": "ADALORA", "task_type": self.task, "target_r": config.target_r, "init_r": config.initial_rank,
             "tinit": first, "tfinal": PEFT_STEPS - last, "deltaT": every, "total_step": PEFT_STEPS,
@@ -337,6 +338,6 @@ class AdaLora(MergeableMethod):
             "lora_alpha": config.alpha, "lora_dropout": config.dropout, "bias": "none", "init_lora_weights": True,
             "target_modules": sorted(layer.site.name for layer in self.layers),
             "fan_in_fan_out": any(layer.site.transposed for layer in self.layers),
-            "rank_pattern": {f"{layer.site.name}.lora_E": layer.left().tolist() for layer in self.layers},
+            "rank_pattern": {f"{layer.site.name}.lora_E": layer.get_active_mask().tolist() for layer in self.layers},
             "inference_mode": True,
         }

@@ -59,18 +59,18 @@ class AdapterConfig(Config):
         return self.scale or (4.0 if self.placement == "parallel" else 1.0)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Adapter:
-        names = [place for block in anatomy.blocks for place in self.places(block)]
+        names = [place for block in anatomy.blocks for place in self.get_places(block)]
         for pattern in self.reduction_pattern:
             if not any(_matches_place(name, pattern) for name in names):
                 raise RecipeError(f"method.reduction_pattern: {pattern!r} fits no place of an adapter",
                                   f"the places are called {names[0]} and so on")
         return Adapter(self, anatomy, seed)
 
-    def places(self, block: Block) -> list[str]:
+    def get_places(self, block: Block) -> list[str]:
         """The names of a block's adapters."""
         return [f"{block.name}.{part}" for part in (("attention", "mlp") if self.placement == "houlsby" else ("mlp",))]
 
-    def width(self, place: str, hidden: int) -> int:
+    def compute_width(self, place: str, hidden: int) -> int:
         """r."""
         factors = [factor for pattern, factor in self.reduction_pattern.items() if _matches_place(place, pattern)]
         return max(1, round(hidden / (factors[0] if factors else self.reduction_factor)))
@@ -90,7 +90,7 @@ class Bottleneck:
         self._input: Tensor | None = None
         like = next(p for p in block.module.parameters() if p.is_floating_point())
         # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
-        dtype, width = torch.promote_types(like.dtype, torch.float32), config.width(place, hidden)
+        dtype, width = torch.promote_types(like.dtype, torch.float32), config.compute_width(place, hidden)
         # Kaiming's uniform with a = sqrt 5, as a linear map of torch starts.
         down = (torch.rand(width, hidden, generator=generator) * 2 - 1) / hidden ** 0.5
         started = {"down.weight": down, "down.bias": torch.zeros(width), "up.weight": torch.zeros(hidden, width),
@@ -105,18 +105,18 @@ class Bottleneck:
             inner = F.dropout(inner, self.p, self.block.training)
         return self.scale * F.linear(inner, up, u)
 
-    def after(self, _x: Tensor, h: Tensor) -> Tensor:
+    def add_to_output(self, _x: Tensor, h: Tensor) -> Tensor:
         return h + self(h)  # not in place: D's gradient needs h as it was
 
-    def beside(self, x: Tensor, h: Tensor) -> Tensor:
+    def add_from_input(self, x: Tensor, h: Tensor) -> Tensor:
         return h + self(x)
 
-    def read(self, x: Tensor) -> Tensor:
-        """Note the MLP's input on its way in, for `written`."""
+    def store_input(self, x: Tensor) -> Tensor:
+        """Note the MLP's input on its way in, for `add_from_stored_input`."""
         self._input = x
         return x
 
-    def written(self, _x: Tensor, h: Tensor) -> Tensor:
+    def add_from_stored_input(self, _x: Tensor, h: Tensor) -> Tensor:
         """The MLP's output with f of its input."""
         x, self._input = self._input, None
         assert x is not None, "the MLP gave an output without having been called"
@@ -134,23 +134,23 @@ class Adapter:
         self.bottlenecks: dict[str, Bottleneck] = {}
         generator = torch.Generator().manual_seed(seed)
         for block in anatomy.blocks:
-            for place in config.places(block):
-                made = Bottleneck(config, place, block, anatomy.sizes["hidden"], generator)
-                self.bottlenecks[place] = made
-                self._hang(made, block, place)
+            for place in config.get_places(block):
+                bottleneck = Bottleneck(config, place, block, anatomy.sizes["hidden"], generator)
+                self.bottlenecks[place] = bottleneck
+                self._register(bottleneck, block, place)
 
-    def _hang(self, made: Bottleneck, block: Block, place: str) -> None:
+    def _register(self, bottleneck: Bottleneck, block: Block, place: str) -> None:
         if self.config.placement != "parallel":
-            self.hooks.modify_output(block.attention_out if place.endswith(".attention") else block.mlp_out, made.after)
+            self.hooks.modify_output(block.attention_out if place.endswith(".attention") else block.mlp_out, bottleneck.add_to_output)
         elif block.mlp_in is block.mlp_out:
-            self.hooks.modify_output(block.mlp_out, made.beside)
+            self.hooks.modify_output(block.mlp_out, bottleneck.add_from_input)
         else:
-            self.hooks.modify_input(block.mlp_in, made.read)
-            self.hooks.modify_output(block.mlp_out, made.written)
+            self.hooks.modify_input(block.mlp_in, bottleneck.store_input)
+            self.hooks.modify_output(block.mlp_out, bottleneck.add_from_stored_input)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {f"{PEFT_PREFIX}{place}.adapter.{name}": parameter for place, made in self.bottlenecks.items()
-                for name, parameter in made.parameters.items()}
+        return {f"{PEFT_PREFIX}{place}.adapter.{name}": parameter for place, bottleneck in self.bottlenecks.items()
+                for name, parameter in bottleneck.parameters.items()}
 
     def lr_multiplier(self, name: str) -> float:
         return 1.0
@@ -171,5 +171,5 @@ class Adapter:
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_into(self.parameters(), state)
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         return build_native_config(self.config, self.task)

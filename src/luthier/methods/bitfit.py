@@ -107,7 +107,7 @@ class Bitfit(MergeableMethod):
     def lr_multiplier(self, name: str) -> float:
         return 1.0
 
-    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def iter_merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Every module's bias with the change in it; one is created where there is none."""
         for place, change in zip(self.places, self._biases.values(), strict=True):
             old, weight = get_own_parameter(place.module, "bias"), get_own_parameter(place.module, "weight")
@@ -123,7 +123,7 @@ class Bitfit(MergeableMethod):
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_into(self._biases, state)
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         return build_native_config(self.config, self.task)
 
 

@@ -69,7 +69,7 @@ class CompositeConfig(Config):
         order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
         for i, part in order:
             found.append(part.attach(anatomy, seed=seed + i))
-            if found[-1].peft() is None:
+            if found[-1].get_peft_config() is None:
                 raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model without "
                                   "room for another method", f"use {part.name} alone, or leave it out of the list")
             before = {name for earlier in found[:-1] for name in earlier.state()}
@@ -157,9 +157,9 @@ class CompositeMethod:
                 part.load(kept)
             raise
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         """The one part's form with the heads as PEFT's `modules_to_save`; a form of our own where that does not do."""
-        forms = [form for part in self.parts if (form := part.peft()) is not None]
+        forms = [form for part in self.parts if (form := part.get_peft_config()) is not None]
         if len(forms) != len(self.parts):
             return None
         kept = sorted({name for form in forms for name in form.get("modules_to_save") or ()})

@@ -57,19 +57,19 @@ def diagnose(attached: Tuner, anatomy: Anatomy) -> list[Diagnostic]:
         return [reading for part in attached.parts for reading in diagnose(part, anatomy)]
     if isinstance(attached, Prompt | PTuning):
         if (usual := get_injector(anatomy).usual) is not None:
-            return [_measure_norms(attached.virtual(), usual(SAMPLE, 0), "the virtual tokens")]
+            return [_measure_norms(attached.compute_virtual_tokens(), usual(SAMPLE, 0), "the virtual tokens")]
         return [Diagnostic("words", "embeddings of the virtual tokens, and of every word of the vocabulary",
-                        tuple(_diagnose_prompt(attached.virtual(), anatomy)))]
+                        tuple(_diagnose_prompt(attached.compute_virtual_tokens(), anatomy)))]
     if isinstance(attached, Prefix | ProjectedPrefix):
         if (usual := get_injector(anatomy).usual) is not None:
             keys = get_injector(anatomy).keys_values(usual(SAMPLE, 0))[0][0]
-            return [_measure_norms(_flatten_heads(attached.virtual()[0, 0]), _flatten_heads(keys), "the first layer's keys of the prefix")]
+            return [_measure_norms(_flatten_heads(attached.compute_virtual_tokens()[0, 0]), _flatten_heads(keys), "the first layer's keys of the prefix")]
         return [Diagnostic("words", "the first layer's keys of the prefix, and of every word as if it stood in that place",
-                        tuple(_diagnose_prefix(attached.virtual()[0, 0], anatomy)))]
+                        tuple(_diagnose_prefix(attached.compute_virtual_tokens()[0, 0], anatomy)))]
     if isinstance(attached, AdaLora):
         return [Diagnostic("layers", "the length |s B diag(e) A| of each change relative to its weight's |W|, and its "
                         "effective rank, of the ranks that the search left",
-                        tuple(_diagnose_layer(la, int(la.left().sum())) for la in attached.layers))]
+                        tuple(_diagnose_layer(la, int(la.get_active_mask().sum())) for la in attached.layers))]
     if isinstance(attached, Lora):
         return [Diagnostic("layers", "the length |s B A| of each change relative to its weight's |W|, and its effective "
                         "rank", tuple(_diagnose_layer(la, la.rank) for la in attached.layers if isinstance(la, LoraLayer)))]
@@ -129,7 +129,7 @@ def _find_nearest_tokens(virtual: Tensor, table: Callable[[list[int]], Tensor], 
 def _diagnose_layer(layer: LoraLayer | Searched, of: int) -> dict[str, Any]:
     """Size and effective rank, exp(-sum p log p) of the shares p of the singular values (Roy and Vetterli 2007), which
     is 1 for one direction and R for R equal ones. DoRA's lengths are not part of it."""
-    a, b = layer.factors()
+    a, b = layer.get_factors()
     # The singular values of B A are those of a small matrix: B = Q_b R_b, A^T = Q_a R_a.
     found = layer.scale * torch.linalg.svdvals(torch.linalg.qr(b)[1] @ torch.linalg.qr(a.T)[1].T)
     shares = found / found.sum().clamp(min=torch.finfo(found.dtype).tiny)

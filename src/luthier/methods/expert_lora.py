@@ -40,24 +40,24 @@ class ExpertLayer:
         self.a = nn.Parameter(a.to(site.weight.device, dtype))
         self.b = nn.Parameter(torch.zeros(site.outputs, self.rank * site.count, device=site.weight.device, dtype=dtype))
 
-    def enter(self, hooks: Hooks) -> None:
+    def register_hooks(self, hooks: Hooks) -> None:
         self.site.enter(hooks.gate, self.delta)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def get_factors(self) -> tuple[Tensor, Tensor]:
         """A as [E, R, in] and B as [E, out, R]."""
         count = self.site.count
         return self.a.view(count, self.rank, -1), self.b.view(-1, self.rank, count).permute(2, 0, 1)
 
     def delta(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """What is added to each row's output: [N, out] of x [N, in], rows sorted by expert."""
-        a, b = (half.to(x.dtype) for half in self.factors())
+        a, b = (half.to(x.dtype) for half in self.get_factors())
         return self.scale * torch.cat([F.linear(F.linear(part, a[e]), b[e])
                                        for e, part in enumerate(x.split(list(counts))) if len(part)])
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
+    def compute_merged_weight(self) -> Tensor:
         """The weight that gives the same outputs alone."""
-        a, b = self.factors()
+        a, b = self.get_factors()
         change = self.scale * (b @ a)
         weight = self.site.weight.to(a.dtype) + (change.transpose(1, 2) if self.site.transposed else change)
         return weight.to(self.site.weight.dtype)

@@ -71,10 +71,10 @@ class Full:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
         self._base = {n: p.detach().clone() for n, p in parameters.items()} if keep_base else None
-        self._off = 0
+        self._disabled_depth = 0
 
     @property
-    def copied(self) -> tuple[int, int]:
+    def base_copy_size(self) -> tuple[int, int]:
         """How many weights are there once more, and their bytes."""
         kept = (self._base or {}).values()
         return sum(t.numel() for t in kept), sum(t.numel() * t.element_size() for t in kept)
@@ -90,14 +90,14 @@ class Full:
         if self._base is None:
             raise RunError("full fine-tuning has overwritten the base, so it cannot be switched back to",
                            "set method.keep_base: true, which costs one copy of the weights")
-        self._off += 1
-        if self._off == 1:
+        self._disabled_depth += 1
+        if self._disabled_depth == 1:
             self._swap()
         try:
             yield
         finally:
-            self._off -= 1
-            if not self._off:
+            self._disabled_depth -= 1
+            if not self._disabled_depth:
                 self._swap()
 
     @torch.no_grad()
@@ -119,6 +119,6 @@ class Full:
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_into(self._parameters, state)
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         """None: the run folder holds the whole model."""
         return None

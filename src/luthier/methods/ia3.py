@@ -34,7 +34,7 @@ from luthier.methods.peft_settings import MERGE, ORIGIN, build_target_pattern, r
 from luthier.methods.targets import matches_target, select_targets
 
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
-PEFT_READ = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
+PEFT_FIELDS = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
 
 
 class Ia3Config(Config):
@@ -50,7 +50,7 @@ class Ia3Config(Config):
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> Ia3Config:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        refuse_unread(adapter, PEFT_READ)
+        refuse_unread(adapter, PEFT_FIELDS)
         selected, inner = build_target_pattern(adapter), adapter.get("feedforward_modules") or []
         if selected is None or adapter["target_modules"] == "all-linear":
             raise RunError(f"the adapter was made with target_modules={adapter.get('target_modules')!r}, which is not "
@@ -90,24 +90,24 @@ class Ia3Layer:
         size = site.inputs if inputs else site.outputs - skip
         self.l = nn.Parameter(torch.ones(size, dtype=dtype, device=site.weight.device))
 
-    def scaled(self, x: Tensor) -> Tensor:
+    def scale_features(self, x: Tensor) -> Tensor:
         """x [..., features] scaled, as x + x (l - 1): near one, sixteen bits would round l itself away."""
         change = (self.l - 1).to(x.dtype)
         if self.skip:
             change = torch.cat([change.new_zeros(self.skip), change])
         return torch.addcmul(x, x, change)
 
-    def after(self, _x: Tensor, y: Tensor) -> Tensor:
-        return self.scaled(y)
+    def scale_output(self, _x: Tensor, y: Tensor) -> Tensor:
+        return self.scale_features(y)
 
-    def whole(self) -> Tensor:
+    def expand_scale(self) -> Tensor:
         """The scale of every feature, [features]."""
         found = self.l.detach()
         return torch.cat([found.new_ones(self.skip), found]) if self.skip else found
 
-    def saved(self) -> Tensor:
+    def to_peft_shape(self) -> Tensor:
         """As PEFT keeps it: [1, in] or [out, 1]."""
-        return self.whole()[None] if self.inputs else self.whole()[:, None]
+        return self.expand_scale()[None] if self.inputs else self.expand_scale()[:, None]
 
 
 class Ia3(MergeableMethod):
@@ -119,24 +119,24 @@ class Ia3(MergeableMethod):
         self.gates = (self.hooks.gate,)
         for layer in layers:
             if layer.inputs:
-                self.hooks.modify_input(layer.site.module, layer.scaled)
+                self.hooks.modify_input(layer.site.module, layer.scale_features)
             else:
-                self.hooks.modify_output(layer.site.module, layer.after)
+                self.hooks.modify_output(layer.site.module, layer.scale_output)
 
-    def _named(self) -> dict[str, Ia3Layer]:
+    def _map_layers(self) -> dict[str, Ia3Layer]:
         return {f"{PEFT_PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: layer.l for name, layer in self._named().items()}
+        return {name: layer.l for name, layer in self._map_layers().items()}
 
     def lr_multiplier(self, name: str) -> float:
         return 1.0
 
-    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def iter_merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Weights with their rows or columns scaled, and the biases of scaled outputs."""
         refuse_quantized(layer.site for layer in self.layers)
         for layer in self.layers:
-            site, scale = layer.site, layer.whole()
+            site, scale = layer.site, layer.expand_scale()
             rows = layer.inputs == site.transposed
             weight = site.weight.to(scale.dtype) * (scale[:, None] if rows else scale[None])
             yield site.module, "weight", weight.to(site.weight.dtype)
@@ -145,19 +145,19 @@ class Ia3(MergeableMethod):
 
     def state(self) -> dict[str, Tensor]:
         """PEFT's names and shapes; the part of a fused map that is not scaled as ones."""
-        return {name: layer.saved() for name, layer in self._named().items()}
+        return {name: layer.to_peft_shape() for name, layer in self._map_layers().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         check_state_shapes(self.state(), state)
-        for name, layer in self._named().items():
+        for name, layer in self._map_layers().items():
             if not bool((state[name].flatten()[:layer.skip] == 1).all()):
                 raise RunError(f"the saved scales of {layer.site.name!r} change its queries too, as the paper's do not",
                                "name the map to have it scaled whole: method.target_modules")
-        for name, layer in self._named().items():
+        for name, layer in self._map_layers().items():
             layer.l.copy_(state[name].flatten()[layer.skip:])
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         return {
             "peft_type": "IA3", "task_type": self.task, "target_modules": sorted({la.site.name for la in self.layers}),
             "feedforward_modules": sorted({layer.site.name for layer in self.layers if layer.inputs}),

@@ -49,7 +49,7 @@ from luthier.methods.peft_settings import (
 from luthier.methods.targets import is_target, matches_pattern, matches_target, select_experts, select_targets
 
 # Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
-PEFT_READ = ORIGIN | SELECTION | {
+PEFT_FIELDS = ORIGIN | SELECTION | {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "bias", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size", "target_parameters",
@@ -80,7 +80,7 @@ class LoraConfig(Config):
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> LoraConfig:
         """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        refuse_unread(adapter, PEFT_READ)
+        refuse_unread(adapter, PEFT_FIELDS)
         if adapter.get("bias", "none") != "none":
             raise format_unsupported("bias", adapter["bias"])
         refuse_moved_base(adapter)
@@ -168,7 +168,7 @@ class LoraLayer:
             a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.inputs ** 0.5
         return a, torch.zeros(self.site.outputs, self.rank)
 
-    def enter(self, hooks: Hooks) -> None:
+    def register_hooks(self, hooks: Hooks) -> None:
         hooks.modify_output(self.site.module, self.delta)
 
     def base_weight(self) -> Tensor:
@@ -179,7 +179,7 @@ class LoraLayer:
         """y [..., out] with the change added, from x [..., in]."""
         if self.p:
             x = F.dropout(x, self.p, self.site.module.training)
-        a, b = self.factors()
+        a, b = self.get_factors()
         low = F.linear(x, a.to(x.dtype))
         # Mixed precision turns products to sixteen bits by itself, but nothing that is written where it stands.
         moved = add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)
@@ -190,7 +190,7 @@ class LoraLayer:
         stretch = (self.magnitude / self.compute_weight_norm()).to(y.dtype)
         return moved * stretch if bias is None else (moved - bias) * stretch + bias
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def get_factors(self) -> tuple[Tensor, Tensor]:
         """The A and B whose product is the change; PiSSA's start is taken away by a second half."""
         if self.initial_factors is None:
             return self.a, self.b
@@ -200,7 +200,7 @@ class LoraLayer:
     def compute_weight_norm(self) -> Tensor:
         """|W + s B A| of each output row, [out]."""
         assert self.initial_norm is not None
-        a, b = self.factors()
+        a, b = self.get_factors()
         cross = (self.base_weight().to(a.dtype) @ a.T * b).sum(1)
         own = (b @ (a @ a.T) * b).sum(1)
         return (self.initial_norm ** 2 + 2 * self.scale * cross + self.scale ** 2 * own).clamp_min(0).sqrt()
@@ -210,9 +210,9 @@ class LoraLayer:
         return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
+    def compute_merged_weight(self) -> Tensor:
         """The weight, as the module keeps it, that gives the same outputs alone."""
-        a, b = self.factors()
+        a, b = self.get_factors()
         weight = self.base_weight().to(a.dtype) + self.scale * (b @ a)
         if self.magnitude is not None:
             weight = weight * (self.magnitude / self.compute_weight_norm())[:, None]
@@ -247,7 +247,7 @@ class Lora:
         self.gates = (self.hooks.gate,)
         self._originals: list[Tensor] = []
         for layer in layers:
-            layer.enter(self.hooks)
+            layer.register_hooks(self.hooks)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = {}
@@ -281,7 +281,7 @@ class Lora:
         refuse_quantized(layer.site for layer in self.layers if isinstance(layer, LoraLayer))
         for layer in self.layers:
             self._originals.append(layer.site.weight.detach().clone())
-            layer.site.weight.copy_(layer.merged())
+            layer.site.weight.copy_(layer.compute_merged_weight())
         self.hooks.gate.disabled_depth += 1
 
     @torch.no_grad()
@@ -297,7 +297,7 @@ class Lora:
         state = {name: parameter.detach() for name, parameter in self.parameters().items()}
         for layer in self.layers:
             if layer.initial_factors is not None:
-                a, b = layer.factors()
+                a, b = layer.get_factors()
                 path = PEFT_PREFIX + layer.path
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.detach(), b.detach()
         return state
@@ -313,7 +313,7 @@ class Lora:
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a[:layer.rank], b[:, :layer.rank]
         load_into(self.parameters(), state)
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         twice = 2 if self.config.init_lora_weights == "pissa" else 1
         stretch = twice ** 0.5 if self.config.use_rslora else twice
         linear = [layer for layer in self.layers if isinstance(layer, LoraLayer)]

@@ -87,7 +87,7 @@ def _collect_factors(loras: Sequence[Lora], weights: Sequence[float]) -> dict[st
     found: dict[str, list[Factors]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:
-            a, b = layer.factors()
+            a, b = layer.get_factors()
             found.setdefault(layer.site.name, []).append((a, weight * layer.scale * b))
     return found
 

@@ -29,8 +29,8 @@ from luthier.core.config import Config
 from luthier.core.errors import MissingExtra, NotMergeable, RecipeError, RunError, nearest
 from luthier.core.protocols import Anatomy
 from luthier.methods.hooks import check_state_shapes, refuse_quantized
-from luthier.methods.ia3 import PEFT_READ as IA3_READ
-from luthier.methods.lora import PEFT_READ as LORA_READ
+from luthier.methods.ia3 import PEFT_FIELDS as IA3_FIELDS
+from luthier.methods.lora import PEFT_FIELDS as LORA_FIELDS
 from luthier.methods.lora import refuse_moved_base
 from luthier.methods.peft_settings import MERGE, ORIGIN, refuse_unread
 
@@ -75,9 +75,9 @@ class PeftConfig(Config):
                            "give a run of Luthier, or an adapter of PEFT")
         kind = str(adapter["peft_type"])
         made = cls.parse({"type": kind})
-        fields = made.known_fields()
+        fields = made.get_config_fields()
         if kind in PEFT_ONLY_FIELDS:
-            refuse_unread(adapter, {"LORA": LORA_READ, "IA3": IA3_READ}[kind] | set(PEFT_ONLY_FIELDS[kind]))
+            refuse_unread(adapter, {"LORA": LORA_FIELDS, "IA3": IA3_FIELDS}[kind] | set(PEFT_ONLY_FIELDS[kind]))
             refuse_moved_base(adapter)
         refuse_unread(adapter, fields | ORIGIN)
         dropped = ORIGIN | set(INIT_FIELDS if kind in PEFT_ONLY_FIELDS else ())
@@ -85,23 +85,23 @@ class PeftConfig(Config):
                                                   and key not in dropped and value is not None}})
 
     @staticmethod
-    def _classes() -> dict[str, Any]:
+    def _get_config_classes() -> dict[str, Any]:
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KNOWN
         return {kind.value: made for kind, made in KNOWN.items()}
 
-    def known_fields(self) -> frozenset[str]:
+    def get_config_fields(self) -> frozenset[str]:
         """Of PEFT's config for the tuner. Raises `RecipeError` for a tuner that PEFT does not know."""
-        names = self._classes()
+        names = self._get_config_classes()
         if self.type not in names:
             raise RecipeError(f"method.type: PEFT has no tuner {self.type!r}", nearest(self.type, names))
         return frozenset(names[self.type].__dataclass_fields__)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Peft:
-        return Peft(self.theirs(anatomy.task), anatomy, seed)
+        return Peft(self.build_tuner_config(anatomy.task), anatomy, seed)
 
-    def theirs(self, task: str) -> Any:
+    def build_tuner_config(self, task: str) -> Any:
         """PEFT's config. Raises `RecipeError` for a tuner or field that PEFT does not know or that cannot work here."""
-        fields, made_by = self.known_fields(), self._classes()[self.type]
+        fields, made_by = self.get_config_fields(), self._get_config_classes()[self.type]
         if self.type in UNSUPPORTED_TUNERS:
             raise RecipeError(f"method.type: {self.type} cannot be trained here: {UNSUPPORTED_TUNERS[self.type]}",
                               "choose another tuner")
@@ -138,27 +138,27 @@ class Peft:
                                   "choose other target_modules, or another tuner") from error
         now = dict(self.base.named_modules())
         # Path -> the base's own module, and PEFT's in its place.
-        self._own = {name: module for name, module in before.items() if name and now.get(name, module) is not module}
-        self._theirs = {name: now[name] for name in self._own}
+        self._base_modules = {name: module for name, module in before.items() if name and now.get(name, module) is not module}
+        self._peft_modules = {name: now[name] for name in self._base_modules}
         self._parameters = {name.replace(".default", ""): parameter
                             for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         # The base's own that train where they stand (`bias`), each with its numbers of the other state.
-        self._inside = [(p, p.detach().clone()) for p in self._parameters.values() if id(p) in own]
-        self._acting = True
-        self._off = 0
+        self._swapped_parameters = [(p, p.detach().clone()) for p in self._parameters.values() if id(p) in own]
+        self._is_active = True
+        self._disabled_depth = 0
         self._originals: dict[str, Tensor] = {}
-        self._few = [site for site in anatomy.sites if site.expand is not None and site.name in self._own]
+        self._quantized = [site for site in anatomy.sites if site.expand is not None and site.name in self._base_modules]
         self._probe()
 
     @torch.no_grad()
     def _probe(self) -> None:
         """Some tuners read a weight's shape, which a map in few bits does not have. Raises `RecipeError`."""
-        for site in self._few[:1]:
-            module = self._theirs[site.name]
+        for site in self._quantized[:1]:
+            module = self._peft_modules[site.name]
             try:
                 module(torch.zeros(1, 1, site.inputs, device=next(module.parameters()).device))
             except RuntimeError as error:
-                self._put(self._own)
+                self._install(self._base_modules)
                 raise RecipeError(f"PEFT's {self.config.peft_type.value} does not work beside a base in these few "
                                   f"bits: {error}", "set base.quantize: int8 or none, or use a method of Luthier's own "
                                   "(lora, adapter)") from error
@@ -169,12 +169,12 @@ class Peft:
     def lr_multiplier(self, name: str) -> float:
         return 1.0
 
-    def _put(self, modules: Mapping[str, nn.Module]) -> None:
-        acting = modules is not self._own
-        if acting is not self._acting:
-            for parameter, other in self._inside:
+    def _install(self, modules: Mapping[str, nn.Module]) -> None:
+        acting = modules is not self._base_modules
+        if acting is not self._is_active:
+            for parameter, other in self._swapped_parameters:
                 parameter.data, other.data = other.data, parameter.data
-        self._acting = acting
+        self._is_active = acting
         for path, module in modules.items():
             parent, _, name = path.rpartition(".")
             setattr(self.base.get_submodule(parent), name, module)
@@ -189,22 +189,22 @@ class Peft:
             finally:
                 self.merge()
             return
-        self._off += 1
-        self._put(self._own)
+        self._disabled_depth += 1
+        self._install(self._base_modules)
         try:
             yield
         finally:
-            self._off -= 1
-            if not self._off:
-                self._put(self._theirs)
+            self._disabled_depth -= 1
+            if not self._disabled_depth:
+                self._install(self._peft_modules)
 
     @torch.no_grad()
     def merge(self) -> None:
         from peft.utils.other import AuxiliaryTrainingWrapper
         assert not self._originals, "merged already"
-        refuse_quantized(self._few)
+        refuse_quantized(self._quantized)
         self._untie()
-        originals = {f"{path}.{name}": parameter.detach().clone() for path, module in self._own.items()
+        originals = {f"{path}.{name}": parameter.detach().clone() for path, module in self._base_modules.items()
                      for name, parameter in module.named_parameters() if not name.startswith("base_layer")}
         try:
             self.model.base_model.merge_adapter()
@@ -214,22 +214,22 @@ class Peft:
             raise NotMergeable(f"PEFT cannot merge {self.config.peft_type.value}: {error}",
                                "use the adapter as it is") from error
         self._originals = originals
-        for path, copy in self._saved_copies().items():  # PEFT's merging leaves `modules_to_save` aside
-            for name, parameter in self._own[path].named_parameters():
+        for path, copy in self._get_saved_copies().items():  # PEFT's merging leaves `modules_to_save` aside
+            for name, parameter in self._base_modules[path].named_parameters():
                 parameter.data.copy_(copy.get_parameter(name))
         # LN tuning exchanges the layer itself.
-        self._put({path: self._own[path] if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
-                   for path, module in self._theirs.items()})
+        self._install({path: self._base_modules[path] if isinstance(module, AuxiliaryTrainingWrapper) else module.get_base_layer()
+                   for path, module in self._peft_modules.items()})
 
-    def _saved_copies(self) -> dict[str, nn.Module]:
+    def _get_saved_copies(self) -> dict[str, nn.Module]:
         """The trained copies of `modules_to_save`, by the path of the module that each stands for."""
         from peft.utils.other import ModulesToSaveWrapper
-        return {path: module.modules_to_save["default"] for path, module in self._theirs.items()
+        return {path: module.modules_to_save["default"] for path, module in self._peft_modules.items()
                 if isinstance(module, ModulesToSaveWrapper)}
 
     def _untie(self) -> None:
         """A head that shares the embedding's weight gets its own where one of both changes, and the config says so."""
-        if not self._tied or not {id(self._embedding), id(self._head)} & {id(own) for own in self._own.values()}:
+        if not self._tied or not {id(self._embedding), id(self._head)} & {id(own) for own in self._base_modules.values()}:
             return
         assert self._head is not None
         self._head.weight = nn.Parameter(self._head.weight.detach().clone(), requires_grad=False)  # type: ignore[operator]
@@ -243,9 +243,9 @@ class Peft:
     @torch.no_grad()
     def unmerge(self) -> None:
         assert self._originals, "not merged"
-        self._put(self._theirs)
+        self._install(self._peft_modules)
         self.model.base_model.unmerge_adapter()
-        for path, module in self._own.items():  # PEFT takes off what it added, which rounding does not undo
+        for path, module in self._base_modules.items():  # PEFT takes off what it added, which rounding does not undo
             for name, parameter in module.named_parameters():
                 parameter.data = self._originals[f"{path}.{name}"]  # in its own layout: PEFT may leave it transposed
         if self._tied and self._head is not None and self._head.weight is not self._embedding.weight:
@@ -255,27 +255,27 @@ class Peft:
 
     def state(self) -> dict[str, Tensor]:
         from peft import get_peft_model_state_dict
-        with self._in_place():
+        with self._with_peft_modules():
             return dict(get_peft_model_state_dict(self.model, save_embedding_layers=False))
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         from peft import set_peft_model_state_dict
         check_state_shapes(self.state(), state)
-        with self._in_place():
+        with self._with_peft_modules():
             set_peft_model_state_dict(self.model, dict(state))
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
+    def _with_peft_modules(self) -> Iterator[None]:
         """PEFT finds its weights in its own modules alone."""
         assert not self._originals, "merged"
-        self._put(self._theirs)
+        self._install(self._peft_modules)
         try:
             yield
         finally:
-            if self._off:
-                self._put(self._own)
+            if self._disabled_depth:
+                self._install(self._base_modules)
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         return {**_to_json(self.config.to_dict()), "inference_mode": True}
 
 

@@ -46,7 +46,7 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
     if experts := [layer.site.name for layer in attached.layers if isinstance(layer, ExpertLayer)]:
         raise RunError(f"the LoRA changes experts ({experts[0]}), which PEFT keeps under target_parameters: no plain "
                        "LoRA holds them", "leave --lora-rank out, or export with --to merged")
-    parts = {layer.site.name: (*layer.factors(), layer.scale) for layer in attached.layers}
+    parts = {layer.site.name: (*layer.get_factors(), layer.scale) for layer in attached.layers}
     largest = max(1, *(a.shape[0] for a, _, _ in parts.values()), 1)
     if rank is not None and rank < largest:
         name = next(name for name, (a, _, _) in parts.items() if a.shape[0] == largest)

@@ -99,7 +99,7 @@ def flatten_key_values(pairs: Tensor) -> Tensor:
 
 
 def unflatten_key_values(rows: Tensor, like: Tensor) -> Tensor:
-    """`flat` undone."""
+    """`flatten` undone."""
     layers, two, heads, tokens, width = like.shape
     return rows.view(tokens, layers, two, heads, width).permute(1, 2, 3, 0, 4)
 
@@ -119,10 +119,10 @@ class Prefix(VirtualTokenMethod):
         self._like, self._scale = start, scale
         # A parameter for each, since each has a rate of its own.
         self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]
-        self._form = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
+        self._peft_config = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
         get_injector(anatomy).prefix(lambda: self.pairs, self.gate)
 
-    def virtual(self) -> Tensor:
+    def compute_virtual_tokens(self) -> Tensor:
         """[layers, 2, G, N, d]"""
         return torch.stack([torch.stack(pair) for pair in self.pairs])
 
@@ -135,7 +135,7 @@ class Prefix(VirtualTokenMethod):
         return float(self._scale[int(layer), int(kind == "value")])
 
     def state(self) -> dict[str, Tensor]:
-        return {EMBEDDINGS: flatten_key_values(self.virtual().detach()).contiguous()}
+        return {EMBEDDINGS: flatten_key_values(self.compute_virtual_tokens().detach()).contiguous()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -144,8 +144,8 @@ class Prefix(VirtualTokenMethod):
             for parameter, saved in zip(pair, layer, strict=True):
                 parameter.copy_(saved)
 
-    def peft(self) -> dict[str, Any] | None:
-        return self._form
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self._peft_config
 
 
 class PrefixProjection(nn.Module):
@@ -169,18 +169,18 @@ class PrefixProjection(nn.Module):
 class ProjectedPrefix(ReparameterizedPrompt):
     """Prefix tuning through an MLP, on a model."""
 
-    network = ENCODER_LR_MULTIPLIER
+    encoder_lr_multiplier = ENCODER_LR_MULTIPLIER
 
     def __init__(self, anatomy: Anatomy, config: VirtualTokenConfig, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
-        get_injector(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.gate)
+        self._peft_config = build_saved_config(anatomy, config, "prefix", build_prefix_config(anatomy, start))
+        get_injector(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.compute_virtual_tokens()], self.gate)
 
-    def flat(self, virtual: Tensor) -> Tensor:
+    def flatten(self, virtual: Tensor) -> Tensor:
         return flatten_key_values(virtual).contiguous()
 
-    def unflat(self, rows: Tensor) -> Tensor:
+    def unflatten(self, rows: Tensor) -> Tensor:
         return unflatten_key_values(rows, self.start)
 
-    def peft(self) -> dict[str, Any] | None:
-        return self._form
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self._peft_config

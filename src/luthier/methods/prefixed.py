@@ -1,6 +1,6 @@
-"""A method under a name of its own, so that two of one kind can train and be saved beside each other.
+"""A tuner whose parameter names have a prefix, so that two tuners of one kind can train and be saved together.
 
-Read `composite.py` first. PPO's critic is the same method as its policy, as ``critic/...``.
+Read `composite.py` first. PPO's critic uses the same method as its policy; its parameters are named ``critic/...``.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.optimizer_hook import OptimizerHook
-from luthier.core.protocols import AdapterGate, Tuner
+from luthier.core.protocols import Tuner
 
 
 class PrefixedMethod:
-    """`inner`, its parameters called ``<name>/...``."""
+    """`inner` with its parameters and saved tensors named ``<name>/...``."""
 
     def __init__(self, name: str, inner: Tuner) -> None:
         self._prefix, self.inner = f"{name}/", inner
@@ -50,5 +51,5 @@ class PrefixedMethod:
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.inner.load({name.removeprefix(self._prefix): tensor for name, tensor in state.items()})
 
-    def peft(self) -> dict[str, Any] | None:
-        return self.inner.peft()
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self.inner.get_peft_config()

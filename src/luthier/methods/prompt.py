@@ -161,11 +161,11 @@ class Prompt(VirtualTokenMethod):
     def __init__(self, anatomy: Anatomy, config: VirtualTokenConfig, start: Tensor, scale: float) -> None:
         super().__init__()
         self.embeddings, self._scale = nn.Parameter(start), scale
-        self._form = build_saved_config(anatomy, config, "prompt", {
+        self._peft_config = build_saved_config(anatomy, config, "prompt", {
             "peft_type": "PROMPT_TUNING", **build_peft_config(anatomy, len(start)), "prompt_tuning_init": "RANDOM"})
-        get_injector(anatomy).prompt(self.virtual, self.gate)
+        get_injector(anatomy).prompt(self.compute_virtual_tokens, self.gate)
 
-    def virtual(self) -> Tensor:
+    def compute_virtual_tokens(self) -> Tensor:
         """[N, D] the virtual tokens' embeddings."""
         return self.embeddings
 
@@ -181,8 +181,8 @@ class Prompt(VirtualTokenMethod):
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_into(self.parameters(), drop_unused_tokens(state, len(self.embeddings)))
 
-    def peft(self) -> dict[str, Any] | None:
-        return self._form
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self._peft_config
 
 
 def build_peft_config(anatomy: Anatomy, tokens: int) -> dict[str, Any]:

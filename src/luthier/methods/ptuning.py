@@ -106,79 +106,79 @@ class ReparameterizedPrompt(VirtualTokenMethod):
         scale: broadcasts over the result.
 
     Attributes:
-        network, bare: factors on the learning rate: of the encoder's weights, and of a bare result in units of `scale`.
+        encoder_lr_multiplier, bare_lr_multiplier: factors on the learning rate: of the encoder's weights, and of a bare result in units of `scale`.
     """
 
-    network, bare = 1.0, 1.0
+    encoder_lr_multiplier, bare_lr_multiplier = 1.0, 1.0
 
     def __init__(self, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.encoder, self.start, self.scale = encoder, start, scale
-        self.folded: nn.Parameter | None = None
+        self.bare_tokens: nn.Parameter | None = None
 
-    def virtual(self) -> Tensor:
-        if self.folded is not None:
-            return self.folded
+    def compute_virtual_tokens(self) -> Tensor:
+        if self.bare_tokens is not None:
+            return self.bare_tokens
         made: Tensor = self.start + self.scale * self.encoder()
         return made
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        if self.folded is not None:
-            return {EMBEDDINGS: self.folded}
+        if self.bare_tokens is not None:
+            return {EMBEDDINGS: self.bare_tokens}
         return {TRAINING + name: parameter for name, parameter in self.encoder.named_parameters()}
 
     def lr_multiplier(self, name: str) -> float:
-        return self.network if self.folded is None else self.bare * float(self.scale.mean())
+        return self.encoder_lr_multiplier if self.bare_tokens is None else self.bare_lr_multiplier * float(self.scale.mean())
 
     def state(self) -> dict[str, Tensor]:
         with torch.no_grad():
-            made = {EMBEDDINGS: self.flat(self.virtual()).detach()}
-        return made if self.folded is not None else made | self._training()
+            made = {EMBEDDINGS: self.flatten(self.compute_virtual_tokens()).detach()}
+        return made if self.bare_tokens is not None else made | self._get_training_state()
 
-    def _training(self) -> dict[str, Tensor]:
+    def _get_training_state(self) -> dict[str, Tensor]:
         """What going on needs besides the result."""
         own = {TRAINING + name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
         return {**own, f"{TRAINING}start": self.start, f"{TRAINING}scale": self.scale}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        wanted = {EMBEDDINGS: self.flat(self.start)}
+        wanted = {EMBEDDINGS: self.flatten(self.start)}
         if state.keys() == wanted.keys():
             check_state_shapes(wanted, state)
-            result = self.unflat(state[EMBEDDINGS].to(self.start, copy=True))
-            if self.folded is None:
-                self.folded = nn.Parameter(result)
-            self.folded.data.copy_(result)  # an optimiser may hold it already
+            result = self.unflatten(state[EMBEDDINGS].to(self.start, copy=True))
+            if self.bare_tokens is None:
+                self.bare_tokens = nn.Parameter(result)
+            self.bare_tokens.data.copy_(result)  # an optimiser may hold it already
             return
-        check_state_shapes(wanted | self._training(), state)
-        self.folded, self.start, self.scale = None, *(state[TRAINING + n].to(self.start, copy=True)
+        check_state_shapes(wanted | self._get_training_state(), state)
+        self.bare_tokens, self.start, self.scale = None, *(state[TRAINING + n].to(self.start, copy=True)
                                                       for n in ("start", "scale"))
         load_into(self.parameters(), {name: state[name] for name in self.parameters()})
 
-    def flat(self, virtual: Tensor) -> Tensor:
+    def flatten(self, virtual: Tensor) -> Tensor:
         """As PEFT's file has them: one row for each virtual token."""
         return virtual
 
-    def unflat(self, rows: Tensor) -> Tensor:
-        """`flat` undone."""
+    def unflatten(self, rows: Tensor) -> Tensor:
+        """`flatten` undone."""
         return rows
 
 
 class PTuning(ReparameterizedPrompt):
     """P-tuning on a model."""
 
-    bare = PromptConfig.default_learning_rate / PTuningConfig.default_learning_rate
+    bare_lr_multiplier = PromptConfig.default_learning_rate / PTuningConfig.default_learning_rate
 
     def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = build_saved_config(anatomy, config, "prompt", {
+        self._peft_config = build_saved_config(anatomy, config, "prompt", {
             "peft_type": "P_TUNING", **build_peft_config(anatomy, len(start)),
             "encoder_hidden_size": config.encoder_hidden_size or start.shape[1],
             "encoder_reparameterization_type": config.encoder_reparameterization_type.upper()})
-        get_injector(anatomy).prompt(self.virtual, self.gate)
+        get_injector(anatomy).prompt(self.compute_virtual_tokens, self.gate)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         super().load(drop_unused_tokens(state, len(self.start)))
 
-    def peft(self) -> dict[str, Any] | None:
-        return self._form
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self._peft_config

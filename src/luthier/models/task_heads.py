@@ -92,7 +92,7 @@ class Heads:
         for name, parameter in mine.items():
             parameter.copy_(state[name])
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         """What of PEFT's config the heads decide. A scalar is no module, so it is none of `modules_to_save`."""
         kept = [name for name, module in self.modules.items() if not isinstance(module, TaskHead)]
         kept += self.own.modules_to_save() if self.own is not None else []
