@@ -68,13 +68,13 @@ def far(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-@pytest.mark.parametrize("how", ["sum", "concatenation"])
+@pytest.mark.parametrize("how", ["linear", "cat"])
 def test_the_exact_ways_are_the_sum_of_the_changes(name: str, how: str) -> None:
     loras = pair(name)
-    found, told = made(loras, how=how)
+    found, told = made(loras, combination_type=how)
     assert far(found, summed(loras)) < EXACT
     assert told.error == 0
-    other, _ = made(loras[::-1], how=how)  # the weights meet the other adapter
+    other, _ = made(loras[::-1], combination_type=how)  # the weights meet the other adapter
     assert far(other, summed(loras)) > 0.1
 
 
@@ -84,7 +84,7 @@ def test_svd_is_the_closest_of_its_rank_and_says_how_far(kind: str) -> None:
     wanted = summed(loras)
     errors = []
     for rank in (1, 3, 6, 8):
-        found, told = made(loras, kind, how="svd", rank=rank)
+        found, told = made(loras, kind, combination_type="svd", rank=rank)
         u = {n: torch.linalg.svd(t.double(), full_matrices=False) for n, t in wanted.items()}
         best = {n: (a[:, :rank] * s[:rank]) @ v[:rank] for n, (a, s, v) in u.items()}
         assert far(found, best) < EXACT
@@ -100,10 +100,10 @@ def test_the_sum_of_what_one_rank_holds_stays_at_that_rank() -> None:
     lora = pair("alike")[0]
     found = merge_loras([lora, lora], (0.5, 0.25))
     assert found.config.rank == 4
-    assert merge_loras([lora, lora], (0.5, 0.25), "concatenation").config.rank == 8
+    assert merge_loras([lora, lora], (0.5, 0.25), "cat").config.rank == 8
 
 
-@pytest.mark.parametrize(("how", "theirs"), [("sum", "cat"), ("concatenation", "cat"), ("svd", "svd"), ("sum", "svd")])
+@pytest.mark.parametrize(("how", "theirs"), [("linear", "cat"), ("cat", "cat"), ("svd", "svd"), ("linear", "svd")])
 def test_it_is_what_peft_makes_of_the_same_adapters(how: str, theirs: str) -> None:
     peft = pytest.importorskip("peft")
     loras = pair("alike")
@@ -122,7 +122,7 @@ def test_it_is_what_peft_makes_of_the_same_adapters(how: str, theirs: str) -> No
         model.base_model.add_weighted_adapter(["0", "1"], list(WEIGHTS), "rough", combination_type="linear")
         wanted, rough = ({layer.site.name: model.get_submodule(f"base_model.model.{layer.site.name}").get_delta_weight(name)
                           for layer in loras[0].layers} for name in ("sum", "rough"))
-    found, _ = made(loras, how=how, rank=3 if how == "svd" else None)
+    found, _ = made(loras, combination_type=how, rank=3 if how == "svd" else None)
     assert far(found, wanted) < 1e-6  # PEFT keeps the weights in float32
     assert far(found, rough) > 0.1
 

@@ -14,7 +14,7 @@ from luthier.training.run_folder import Run
 
 
 def combine(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Sequence[float] = (),
-            how: Literal["sum", "concatenation", "svd"] = "sum", rank: int | None = None,
+            how: Literal["linear", "cat", "svd"] = "linear", rank: int | None = None,
             base_model: str | None = None) -> dict[str, float]:
     """Write one run whose change is the weighted sum of several runs' changes.
 

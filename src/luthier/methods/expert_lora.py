@@ -1,10 +1,10 @@
-"""LoRA on experts: a change of low rank beside each expert's map. Read `lora.py` first.
+"""LoRA on the experts of a mixture: a low-rank update of each expert's linear map. Read `lora.py` first.
 
     y_e = W_e x + s B_e A_e x          A_e: [R, in]   B_e: [out, R]   for each expert e of E
 
-All experts of a map are one parameter of the base, so no hook sees their outputs; the family's door (`Experts.enter`)
-hands the rows over, sorted by expert. Only the experts that some token was sent to are computed. The file is that of
-PEFT's `target_parameters`, which keeps A as [E R, in] and B as [out, R E], and one map's change inside the other's.
+The base stores all experts of a map as one parameter, so no hook sees their outputs. The model calls the registered
+function with the rows sorted by expert. Only experts that received a token are computed. The saved format is that of
+PEFT's `target_parameters`: A is [E R, in], B is [out, R E], and PEFT nests the wrappers of one module's parameters.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ from luthier.methods.hooks import Hooks
 
 
 class ExpertLayer:
-    """The changes beside one map of all experts.
+    """The updates of one map of all experts.
 
     Args:
-        inside: how many other maps of the same experts are changed around this one, which PEFT's names tell.
+        gaussian: initialize A with normal instead of uniform numbers.
+        nesting: how many of PEFT's wrappers of the same module are outside this one; part of the saved names.
     """
 
     magnitude = initial_factors = None
 
     def __init__(self, site: Experts, rank: int, scale: float, gaussian: bool, generator: torch.Generator,
-                 inside: int) -> None:
+                 nesting: int) -> None:
         self.site, self.rank, self.scale = site, rank, scale
         self.module = site.name.rpartition(".")[0]
-        self.path = self.module + ".base_layer" * inside
+        self.path = self.module + ".base_layer" * nesting
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
         shape = (site.count * self.rank, site.inputs)
         a = (torch.randn(shape, generator=generator) / self.rank if gaussian
@@ -49,15 +50,15 @@ class ExpertLayer:
         return self.a.view(count, self.rank, -1), self.b.view(-1, self.rank, count).permute(2, 0, 1)
 
     def delta(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """What is added to each row's output: [N, out] of x [N, in], rows sorted by expert."""
-        a, b = (half.to(x.dtype) for half in self.get_factors())
+        """The change of each row's output, [N, out], from x [N, in] sorted by expert; `counts` [E] rows of each."""
+        a, b = (factor.to(x.dtype) for factor in self.get_factors())  # [E, R, in], [E, out, R]
         return self.scale * torch.cat([F.linear(F.linear(part, a[e]), b[e])
-                                       for e, part in enumerate(x.split(list(counts))) if len(part)])
+                                       for e, part in enumerate(x.split(list(counts))) if len(part)])  # [N, out]
 
     @torch.no_grad()
     def compute_merged_weight(self) -> Tensor:
-        """The weight that gives the same outputs alone."""
+        """W + s B A of every expert, in the layout of the base's parameter."""
         a, b = self.get_factors()
-        change = self.scale * (b @ a)
-        weight = self.site.weight.to(a.dtype) + (change.transpose(1, 2) if self.site.transposed else change)
+        delta = self.scale * (b @ a)  # [E, out, in]
+        weight = self.site.weight.to(a.dtype) + (delta.transpose(1, 2) if self.site.transposed else delta)
         return weight.to(self.site.weight.dtype)

@@ -21,24 +21,25 @@ from luthier.methods.full import Full
 
 
 class LnTuningConfig(Config):
-    """Training the norms alone: their weights, and their biases where they have them."""
+    """Settings of LN tuning."""
 
     default_learning_rate: ClassVar[float] = 1e-3
 
     name: Literal["ln_tuning"] = "ln_tuning"
-    biases: bool = Field(True, description="the norms' biases too, where there are any")
+    biases: bool = Field(True, description="train the norms' biases too, where they have any")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        named = {f"{path}.{name}": p for path, norm in find_norms(anatomy).items() for name, p in norm.named_parameters()
-                 if self.biases or name != "bias"}
+        named = {f"{path}.{name}": p for path, norm in find_norms(anatomy).items()
+                 for name, p in norm.named_parameters() if self.biases or name != "bias"}
         if not named:
-            raise RecipeError("method ln_tuning: the norms of this model have no weights", "use another method: bitfit, lora")
+            raise RecipeError("method ln_tuning: the norms of this model have no weights",
+                              "use another method: bitfit, lora")
         return Full(named, keep_base=True)
 
 
 def find_norms(anatomy: Anatomy) -> dict[str, nn.Module]:
-    """Every norm of the model by its path: those of the blocks, and those outside of them that are of the same make."""
+    """Every norm of the model by its path: those of the layers, and modules of the same classes outside them."""
     inner = {id(norm) for block in anatomy.blocks for norm in block.norms}
-    makes = {type(norm) for block in anatomy.blocks for norm in block.norms}
+    classes = {type(norm) for block in anatomy.blocks for norm in block.norms}
     return {name: module for name, module in anatomy.model.named_modules()
-            if id(module) in inner or type(module) in makes}
+            if id(module) in inner or type(module) in classes}

@@ -11,13 +11,13 @@ from luthier.core.protocols import Site
 
 
 def matches_target(site: Site, pattern: str) -> bool:
-    """Whether `pattern` names the site: its role, the end of its path, or an expression that fits the whole path."""
+    """Whether `pattern` is the map's role, the end of its path, or a regular expression for its whole path."""
     return (pattern == site.role or site.name == pattern or site.name.endswith("." + pattern)
             or re.fullmatch(pattern, site.name) is not None)
 
 
 def select_targets(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site]:
-    """The sites that `targets` names. A target that matches nothing is an error."""
+    """The maps that `targets` selects. Raises `RecipeError` for a target that matches nothing."""
     if targets == "all-linear":
         return [site for site in sites if site.role != "router"]
     assert not isinstance(targets, str)
@@ -25,7 +25,7 @@ def select_targets(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> l
         if not any(matches_target(site, target) for site in sites):
             roles = sorted({site.role for site in sites} | {site.name.rsplit(".", 1)[-1] for site in sites})
             raise RecipeError(f"method.target_modules: {target!r} matches no linear map of this model",
-                              f"use all-linear, or some of: {', '.join(roles)}")
+                              f"use all-linear, or any of: {', '.join(roles)}")
     return [site for site in sites if any(matches_target(site, target) for target in targets)]
 
 
@@ -33,15 +33,15 @@ def select_targets(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> l
 
 
 def is_target(target: str, experts: Experts) -> bool:
-    """Whether a target means these experts: `experts` for all of them, or an ending such as `experts.down_proj`."""
+    """Whether a target selects these experts: `experts` (all of them), or a suffix such as `experts.down_proj`."""
     return target == "experts" or ("experts." in target and f".{experts.name}".endswith(f".{target}"))
 
 
 def matches_pattern(pattern: str, experts: Experts) -> bool:
-    """Whether a key of a pattern means these experts: as a target does, or as an expression for their whole path."""
+    """Whether a key of `rank_pattern` selects these experts: as a target, or as an expression for their whole path."""
     return is_target(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
 
 
 def select_experts(experts: Sequence[Experts], targets: str | Sequence[str]) -> list[Experts]:
-    """Those that `targets` names; `all-linear` leaves them alone, for they are most of a model's weights."""
+    """The experts that `targets` selects. `all-linear` excludes them: they are most of a model's weights."""
     return [] if targets == "all-linear" else [e for e in experts if any(is_target(target, e) for target in targets)]
