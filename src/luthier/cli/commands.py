@@ -328,7 +328,7 @@ COMMANDS: dict[str, Command] = {
         _option("runs", nargs="+", metavar="RUN", help="run folders"),
         _option("--weights", nargs="+", type=float, default=[], metavar="W", help="one for each run; left out: 1"),
         _option("--how", choices=("linear", "cat", "svd"), default="linear",
-                help="sum and concatenation are exact; svd brings the sum to a rank"),
+                help="linear and cat are exact; svd reduces the sum to a rank"),
         _option("--rank", type=int, metavar="R", help="of the result, for svd"),
         _option("--out", metavar="DIR", required=True, help="the run folder to make"), BASE_MODEL, JSON)),
     "demo": Command("train the embedded base on the embedded rows: a few minutes on a laptop", _demo, (

@@ -9,9 +9,9 @@ optimizer step every entry w of the three gets a sensitivity I, its moving avera
 
     I = |w dL/dw|    mean <- b1 mean + (1 - b1) I    unc <- b2 unc + (1 - b2) |I - mean|    s(w) = mean * unc
 
-A triplet's score is s(e_r) plus the mean of s over its row of A and over its column of B (eq. 7). Pruning keeps the b(t)
-triplets with the highest scores over all maps and sets e of the others to zero (eq. 6). Their vectors stay, so a triplet
-can return until the search ends. The budget b falls from R to `target_r` on average (eq. 12):
+A triplet's score is s(e_r) plus the mean of s over its row of A and over its column of B (eq. 7). Pruning keeps the
+b(t) triplets with the highest scores over all maps and sets e of the others to zero (eq. 6). Their vectors stay, so a
+triplet can return until the search ends. The budget b falls from R to `target_r` on average (eq. 12):
 
     R for t <= warmup_fraction n;  then a cubic decay;  `target_r` from t = n - final_fraction n on     (n: all steps)
 
@@ -29,9 +29,9 @@ follows the code there, since the paper's results and PEFT's files come from it:
 It follows the paper in one place: the last pruning uses the sensitivities of its own step. Their code skips them, so a
 run of few steps would prune without any.
 
-Learning rate 5e-3: the update is a product of three small factors, and e starts at zero, so it grows with the cube of the
-steps at first and needs ten times LoRA's rate. On the demo's rows 40 steps at 2e-3, 5e-3 and 1e-2 reduced the perplexity
-from 94.8 to 8.54, 1.59 and 1.44.
+Learning rate 5e-3: the update is a product of three small factors, and e starts at zero, so it grows with the cube of
+the steps at first and needs ten times LoRA's rate. On the demo's rows 40 steps at 2e-3, 5e-3 and 1e-2 reduced the
+perplexity from 94.8 to 8.54, 1.59 and 1.44.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class AdaLoraConfig(Config):
         if self.initial_rank < self.target_r:
             raise ValueError(f"init_r {self.init_r} is below target_r {self.target_r}; ranks can only be removed")
         if self.warmup_fraction + self.final_fraction > 0.99:
-            raise ValueError(f"warmup_fraction {self.warmup_fraction} and final_fraction {self.final_fraction} leave no step for "
-                             "the search; their sum must be at most 0.99")
+            raise ValueError(f"warmup_fraction {self.warmup_fraction} and final_fraction {self.final_fraction} leave no "
+                             "step for the search; their sum must be at most 0.99")
         return self
 
     @property
@@ -113,12 +113,13 @@ class AdaLoraConfig(Config):
             "dropout": adapter.get("lora_dropout") or 0.0,
             "target_modules": "all-linear" if adapter["target_modules"] == "all-linear" else [selected],
             "warmup_fraction": adapter["tinit"] / total, "final_fraction": adapter["tfinal"] / total,
-            "prune_interval": min(adapter["deltaT"] / total, 0.99), "beta1": adapter["beta1"], "beta2": adapter["beta2"],
-            "orth_reg_weight": adapter["orth_reg_weight"]})
+            "prune_interval": min(adapter["deltaT"] / total, 0.99),
+            "beta1": adapter["beta1"], "beta2": adapter["beta2"], "orth_reg_weight": adapter["orth_reg_weight"]})
 
     def compute_schedule(self, total: int) -> tuple[int, int, int]:
         """For `total` steps: the last step before the search, the last step of it, and the steps between prunings."""
-        return round(self.warmup_fraction * total), total - round(self.final_fraction * total), max(1, round(self.prune_interval * total))
+        return (round(self.warmup_fraction * total), total - round(self.final_fraction * total),
+                max(1, round(self.prune_interval * total)))
 
     def compute_budget(self, step: int, total: int, maps: int) -> int | None:
         """b(t): number of triplets over all `maps` kept after this step (from 1); None if no pruning is due."""
@@ -321,13 +322,14 @@ class AdaLora(MergeableMethod):
             yield layer.site.module, "weight", layer.compute_merged_weight()
 
     def state(self) -> dict[str, Tensor]:
-        """PEFT's names, and its shapes for the ranks that are left; see `Layer.state`."""
+        """See `AdaLoraLayer.state`."""
         return {name: tensor for layer in self.layers for name, tensor in layer.state().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
         is_resume = any(name.startswith(TRAINING) for name in state)
-        check_state_shapes({name: t for layer in self.layers for name, t in layer.get_expected_shapes(state, is_resume).items()}, state)
+        check_state_shapes({name: t for layer in self.layers
+                            for name, t in layer.get_expected_shapes(state, is_resume).items()}, state)
         for layer in self.layers:
             layer.load(state, is_resume)
 

@@ -1,17 +1,16 @@
-"""BitFit: biases alone. Read `full.py`, `hooks.py` and `merging.py` first.
+"""BitFit: only biases are trained. Read `full.py`, `hooks.py` and `merging.py` first.
 
-    y = W x + c + b          c: the bias that the module has, if any          b: [out], trained, starts at 0
+    y = W x + c + b          c: the module's own bias, if any          b: [out], trained, starts at 0
 
-b is added beside the module, so that the base's bytes never change and no weight has a gradient. Where an architecture
-has biases, training b and training c are the same thing, since their gradients are. Where it has none, as in most
-decoders of today, b is a bias that is created; norms without a bias (root-mean-square norms) get none, because nothing
-in such a norm could hold it once it is merged.
+b is added to the module's output, so the base's weights never change and have no gradients. Where a module has a bias,
+training b is equivalent to training c, since their gradients are equal. Where it has none, as in most current decoders,
+b is a new bias. RMS norms get none, because they have no bias into which it could be merged.
 
-Ben Zaken et al. 2022 (arXiv:2106.10199): section 3 and table 2; `which: paper` is their smaller set, the biases of the
-query and of the MLP's first map.
+Ben Zaken et al. 2022 (arXiv:2106.10199): section 3 and table 2; `bias_scope: paper` is their smaller set, the biases of
+the query and of the MLP's first map.
 
-Learning rate 1e-3: a bias enters every token directly, with no product before it, and there are few of them; the paper
-searched 1e-4 to 1e-3 for encoders, and what starts at zero wants the upper end.
+Learning rate 1e-3: a bias changes every token directly, and there are few of them. The paper searched 1e-4 to 1e-3 for
+encoders; biases that start at zero need the upper end.
 """
 
 from __future__ import annotations
@@ -41,8 +40,8 @@ class BitfitConfig(Config):
 
     name: Literal["bitfit"] = "bitfit"
     bias_scope: Literal["all", "paper", "norms"] | tuple[str, ...] = Field(
-        "all", description="all: linear maps of the blocks, and norms that have a bias; paper: the query's and that of "
-                           "the MLP's first map; norms; or roles (q, k, v, o, gate, up, down), endings or expressions")
+        "all", description="all: linear maps of the layers, and norms that have a bias; paper: the query map and the "
+                           "MLP's first map; norms; or roles (q, k, v, o, gate, up, down), suffixes, expressions")
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> Bitfit:
         return Bitfit(self, find_bias_targets(anatomy, self.bias_scope), anatomy.task)
@@ -50,7 +49,7 @@ class BitfitConfig(Config):
 
 @dataclass(frozen=True)
 class BiasTarget:
-    """A module and those of its outputs, from `start` up to `end`, that get a bias."""
+    """A module, and the range of its outputs, `start` to `end`, that gets a bias."""
 
     name: str
     module: nn.Module
@@ -60,27 +59,27 @@ class BiasTarget:
     norm: bool = False
 
 
-def find_bias_targets(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[BiasTarget]:
-    """What `which` names. Raises `RecipeError` where that is nothing."""
+def find_bias_targets(anatomy: Anatomy, bias_scope: str | tuple[str, ...]) -> list[BiasTarget]:
+    """The modules that `bias_scope` selects. Raises `RecipeError` if there are none."""
     biased = [BiasTarget(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
               for name, module in find_norms(anatomy).items() if (bias := get_own_parameter(module, "bias")) is not None]
-    if which == "norms" and not biased:
+    if bias_scope == "norms" and not biased:
         raise RecipeError("method.bias_scope: the norms of this model have no biases",
                           "use all (biases of the linear maps), or the method ln_tuning (weights of the norms)")
-    if which == "paper":
+    if bias_scope == "paper":
         maps = [_find_query_slice(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
         if not any(site.role in ("q", "qkv") for site in anatomy.sites):
-            raise RecipeError("method.bias_scope: no query was found in this model, as a map of its own or as the first "
-                              "part of one", "use all, or name the maps by their endings")
+            raise RecipeError("method.bias_scope: this model has no query map, neither separate nor fused",
+                              "use all, or name the maps by suffixes")
         return maps
-    maps = [] if which == "norms" else [
+    maps = [] if bias_scope == "norms" else [
         BiasTarget(site.name, site.module, 0, site.outputs, site.outputs)
-        for site in select_targets(anatomy.sites, "all-linear" if which == "all" else which)]
-    return maps + (biased if which in ("all", "norms") else [])
+        for site in select_targets(anatomy.sites, "all-linear" if bias_scope == "all" else bias_scope)]
+    return maps + (biased if bias_scope in ("all", "norms") else [])
 
 
 def _find_query_slice(anatomy: Anatomy, site: Site) -> BiasTarget:
-    """A fused map's query part: its first outputs."""
+    """The query part of a map: the first outputs of a fused one."""
     end = anatomy.sizes["heads"] * anatomy.sizes["head_dim"] if site.role == "qkv" else site.outputs
     return BiasTarget(site.name, site.module, 0, end, site.outputs)
 
@@ -95,7 +94,7 @@ class Bitfit(MergeableMethod):
         self._biases = {}
         for place in found:
             like = next(p for p in place.module.parameters())
-            # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
+            # Trained in float32 or wider, whatever the base's dtype: bfloat16 rounds small updates to nothing.
             dtype = torch.promote_types(like.dtype, torch.float32)
             bias = nn.Parameter(torch.zeros(place.end - place.start, dtype=dtype, device=like.device))
             self._biases[f"{PEFT_PREFIX}{place.name}.bitfit"] = bias
@@ -108,7 +107,7 @@ class Bitfit(MergeableMethod):
         return 1.0
 
     def iter_merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """Every module's bias with the change in it; one is created where there is none."""
+        """Every module's merged bias; a new one where the module had none."""
         for place, change in zip(self.places, self._biases.values(), strict=True):
             old, weight = get_own_parameter(place.module, "bias"), get_own_parameter(place.module, "weight")
             like = old if old is not None else weight
@@ -128,14 +127,14 @@ class Bitfit(MergeableMethod):
 
 
 def _build_bias_hook(place: BiasTarget, bias: nn.Parameter) -> Any:
-    """The change of one place: y [..., out] -> y with the bias added."""
-    def whole(_x: Tensor, y: Tensor) -> Tensor:
-        # A linear map's gradient does not need its output, so it may be written into. A norm's output is another
-        # matter: the family may make it again from the norm's input, by its storage.
+    """The hook of one module: y [..., out] -> y with the bias added."""
+    def add_bias(_x: Tensor, y: Tensor) -> Tensor:
+        # A linear map's gradient does not need its output, so it can be updated in place. A norm's output cannot:
+        # activation recomputation may rebuild it in the same storage from the norm's input.
         return y + bias.to(y.dtype) if place.norm else y.add_(bias.to(y.dtype))
 
-    def part(_x: Tensor, y: Tensor) -> Tensor:
+    def add_partial_bias(_x: Tensor, y: Tensor) -> Tensor:
         y[..., place.start:place.end] += bias.to(y.dtype)
         return y
 
-    return whole if place.end - place.start == place.outputs else part
+    return add_bias if place.end - place.start == place.outputs else add_partial_bias
