@@ -1,11 +1,10 @@
-"""Several methods on one model as one: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
+"""Several methods on one model: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
 
-Read `full.py` first. Every part keeps the names of its parameters, which must not meet, and its own learning rate: with
-the first part's default d_1 and rate r, part i trains at r d_i / d_1.
+Read `full.py` first. Each part keeps the names of its parameters, which must be distinct, and its own learning rate: for
+a learning rate r and the first part's default d_1, part i is trained at r d_i / d_1.
 
-Where parts change one module they do so in the order of the list, but for a LoRA, which comes first wherever it stands:
-its change is one of the map itself, and what others add or scale is then the changed map's. So a list can be merged
-part by part.
+Parts that change the same module act in the order of the list, except that LoRA and AdaLoRA always come first. They
+change the map itself, and the others then add to or scale the changed map, so the parts can be merged one by one.
 """
 
 from __future__ import annotations
@@ -32,26 +31,26 @@ OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discrimina
 
 
 class CompositeConfig(Config):
-    """A list of methods, as one."""
+    """Settings of a list of methods."""
 
     name: Literal["composite"] = "composite"
     parts: tuple[SerializeAsAny[OneMethod], ...] = Field(min_length=2)
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _by_name(cls, given: Any) -> Any:
+    def _expand_names(cls, given: Any) -> Any:
         return [{"name": part} if isinstance(part, str) else part for part in given]
 
     @field_validator("parts")
     @classmethod
-    def _fitting(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_parts(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [part.name for part in parts]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{twice[0]} stands in the list twice, and their parameters would have the same names; "
-                             "one with a larger size (rank) holds what two of them would")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{duplicates[0]} is in the list twice, and their parameters would have the same names; "
+                             "use one with a larger size (rank)")
         virtual = [name for name, part in zip(names, parts, strict=True) if isinstance(part, VirtualTokenConfig)]
         if len(virtual) > 1:
-            raise ValueError(f"{' and '.join(virtual)} are all virtual tokens, and a saved run holds one kind of them")
+            raise ValueError(f"{' and '.join(virtual)} all train virtual tokens, and a saved run can hold only one kind")
         return parts
 
     @model_serializer
@@ -60,36 +59,36 @@ class CompositeConfig(Config):
 
     @property
     def default_learning_rate(self) -> float:
-        """The first part's."""
+        """The first part's default."""
         return float(self.parts[0].default_learning_rate)
 
     def attach(self, anatomy: Anatomy, *, seed: int) -> CompositeMethod:
-        """Every part. Raises `RecipeError` where the result could not be saved."""
-        found: list[Tuner] = []
+        """Attach every part. Raises `RecipeError` if the result could not be saved."""
+        tuners: list[Tuner] = []
         order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
         for i, part in order:
-            found.append(part.attach(anatomy, seed=seed + i))
-            if found[-1].get_peft_config() is None:
-                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model without "
-                                  "room for another method", f"use {part.name} alone, or leave it out of the list")
-            before = {name for earlier in found[:-1] for name in earlier.state()}
-            if meet := sorted(before & found[-1].state().keys()):
-                raise RecipeError(f"{part.name} keeps what it trains as {meet[0]!r}, and so does another of the list: "
-                                  "one file cannot hold both", "leave one of them out")
-        return CompositeMethod(found, [part.default_learning_rate / self.default_learning_rate for _, part in order])
+            tuners.append(part.attach(anatomy, seed=seed + i))
+            if tuners[-1].get_peft_config() is None:
+                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model, which cannot "
+                                  "hold another method", f"use {part.name} alone, or remove it from the list")
+            before = {name for earlier in tuners[:-1] for name in earlier.state()}
+            if shared := sorted(before & tuners[-1].state().keys()):
+                raise RecipeError(f"{part.name} and another method of the list both save {shared[0]!r}, and one file "
+                                  "cannot hold both", "remove one of them")
+        return CompositeMethod(tuners, [part.default_learning_rate / self.default_learning_rate for _, part in order])
 
 
 def list_parts(method: Config) -> tuple[Any, ...]:
-    """The methods of a list, or the one."""
+    """The methods of a list; for a single method, that method."""
     return method.parts if isinstance(method, CompositeConfig) else (method,)
 
 
 class CompositeMethod:
-    """Parts that train, are switched and are saved together. Its gates are those of its parts.
+    """Tuners that are trained, disabled, merged and saved together.
 
     Args:
-        parts: attached methods, in the order in which they were attached.
-        rates: factor on the learning rate for each part.
+        parts: tuners in the order in which they were attached.
+        rates: factor on the learning rate of each part.
     """
 
     def __init__(self, parts: Sequence[Tuner], rates: Sequence[float] | None = None) -> None:
@@ -125,13 +124,13 @@ class CompositeMethod:
             yield
 
     def merge(self) -> None:
-        done: list[Tuner] = []
+        merged: list[Tuner] = []
         try:
             for part in self.parts:
                 part.merge()
-                done.append(part)
+                merged.append(part)
         except BaseException:
-            for part in reversed(done):
+            for part in reversed(merged):
                 part.unmerge()
             raise
 
@@ -143,14 +142,14 @@ class CompositeMethod:
         return {name: tensor for part in self.parts for name, tensor in part.state().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """All parts or none."""
-        wanted = [set(part.state()) for part in self.parts]
-        if unknown := sorted(state.keys() - set().union(*wanted)):
-            raise RunError(f"the saved weights do not fit these methods on this base: {len(unknown)} unknown, "
-                           f"the first {unknown[0]!r}", "use the base and the settings that they were trained with")
+        """Load all parts, or none if one refuses."""
+        names_of_parts = [set(part.state()) for part in self.parts]
+        if unexpected := sorted(state.keys() - set().union(*names_of_parts)):
+            raise RunError(f"the saved weights do not match these methods on this base: {len(unexpected)} unexpected, "
+                           f"the first is {unexpected[0]!r}", "use the base and the settings they were trained with")
         before = [{n: t.clone() for n, t in part.state().items()} for part in self.parts]
         try:
-            for part, names in zip(self.parts, wanted, strict=True):
+            for part, names in zip(self.parts, names_of_parts, strict=True):
                 part.load({name: state[name] for name in names & state.keys()})
         except RunError:
             for part, kept in zip(self.parts, before, strict=True):
@@ -158,13 +157,13 @@ class CompositeMethod:
             raise
 
     def get_peft_config(self) -> dict[str, Any] | None:
-        """The one part's form with the heads as PEFT's `modules_to_save`; a form of our own where that does not do."""
+        """One method's config with the heads as PEFT's `modules_to_save`; Luthier's own format for several methods."""
         forms = [form for part in self.parts if (form := part.get_peft_config()) is not None]
         if len(forms) != len(self.parts):
             return None
         kept = sorted({name for form in forms for name in form.get("modules_to_save") or ()})
         methods = [form for form in forms if form["peft_type"] is not None]
-        tasks = [form["task_type"] for form in forms if form["peft_type"] is None]  # what heads are for
+        tasks = [form["task_type"] for form in forms if form["peft_type"] is None]  # the task of the heads
         if len(methods) == 1:
             return {**methods[0], **({"task_type": tasks[0]} if tasks else {}),
                     **({"modules_to_save": kept} if kept else {})}

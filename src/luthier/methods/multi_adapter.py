@@ -1,17 +1,17 @@
-"""Several adapters on one base: who acts, how strongly, and on which tokens. Read `hooks.py` and `composite.py` first.
+"""Several adapters on one base: which are active, how strongly, and on which tokens. Read `hooks.py` first.
 
     manager = AdapterManager(anatomy)
-    manager.add("law", attached_a)                       # silent until it is chosen
-    manager.add("medicine", attached_b)
-    with manager.use_adapter("law"): ...                       # that one alone
-    with manager.use_adapter({"law": 0.7, "medicine": 0.3}):   # y + 0.7 (change of law) + 0.3 (change of medicine)
-    with manager.use_adapter(None): ...                        # the bare base
+    manager.add("law", tuner_a)                                     # inactive until it is selected
+    manager.add("medicine", tuner_b)
+    with manager.use_adapter("law"): ...                            # this one only
+    with manager.use_adapter({"law": 0.7, "medicine": 0.3}):   # y + 0.7 (delta of law) + 0.3 (delta of medicine)
+    with manager.use_adapter(None): ...                             # the base
 
-A setting is a handful of numbers on each adapter's `Scope`: no weight is copied or moved, so turning it costs
-microseconds. A family that knows the manager (`family.router = manager`) also sends every segment of a packed row, or every
-row of a padded batch, through an adapter of its own (`Forest.adapters`). Virtual tokens are routed by documents: each
-stands behind those of its own adapter (`models/soft_prompts/causal.py`). They are there or not, so in a stack their
-weight is 1.
+A selection is a few numbers on each adapter's `AdapterGate`. No weight is copied or moved, so switching costs
+microseconds. A family that knows the manager (`family.router = manager`) can also route each segment of a packed row, or
+each row of a padded batch, through its own adapter (`Forest.adapters`). Virtual tokens are routed by documents: each
+document attends to those of its own adapter (`models/soft_prompts/causal.py`). They are present or absent, so in a
+weighted sum their weight is 1.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from luthier.core.optimizer_hook import OptimizerHook
 from luthier.core.protocols import AdapterGate, Anatomy, Tuner
 from luthier.core.types import Inputs
 
-Choice = str | Mapping[str, float] | None  # one adapter, several by their weights, or the bare base
+Choice = str | Mapping[str, float] | None  # one adapter, several with weights, or the base alone
 
 
 class GateSetting(NamedTuple):
-    """How one adapter acts: see `Scope`."""
+    """The values of one adapter's `AdapterGate`."""
 
     scale: float = 1.0
     token_index: tuple[int, Tensor] | None = None
@@ -42,10 +42,10 @@ class GateSetting(NamedTuple):
 
 
 class AdapterManager:
-    """Adapters by name on one base. Whoever adds one hands its switch over to the manager.
+    """Adapters by name on one base. The manager controls the gates of the adapters that are added to it.
 
     Args:
-        anatomy: of the base that they all are attached to.
+        anatomy: structure of the base that all adapters are attached to.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -56,36 +56,36 @@ class AdapterManager:
         self._frozen: set[str] = set()
 
     def add(self, name: str, attached: Tuner) -> None:
-        """Take an adapter in, silent until it is chosen. Raises `RunError` for one that has no switch."""
+        """Add an adapter; it is inactive until selected. Raises `RunError` for a tuner without gates."""
         if name in self.adapters:
-            raise RecipeError(f"the manager has an adapter {name!r} already", "give this one another name")
-        found = attached.gates
-        if found is None:
-            raise RunError(f"{name!r} works inside the base's own parts, so nothing else can share this base with it",
-                           "use a method that stands beside the weights, such as lora, or load that run by itself")
-        for gate in found:
+            raise RecipeError(f"an adapter named {name!r} exists already", "use another name")
+        gates = attached.gates
+        if gates is None:
+            raise RunError(f"{name!r} modifies the base's own weights or modules and cannot share a base model with "
+                           "other adapters", "use a method that adds parameters, such as lora, or load that run alone")
+        for gate in gates:
             gate.disabled_depth += 1
-        self.adapters[name], self._gates[name] = attached, found
+        self.adapters[name], self._gates[name] = attached, gates
 
     def freeze(self, name: str) -> Tuner:
-        """The adapter, which trains no more from now on: a reference beside the policy that started from it."""
+        """Exclude an adapter from training, as the reference of a policy that started from it; returns the adapter."""
         self._check_names([name])
         self._frozen.add(name)
         for parameter in self.adapters[name].parameters().values():
             parameter.requires_grad_(False)
         return self.adapters[name]
 
-    # ------------------------------------------------------------ who acts
+    # ------------------------------------------------------------ selection
 
     def set_adapter(self, choice: Choice) -> None:
-        """From now on that adapter acts alone (None: the bare base), or several, each change by its weight."""
+        """Activate one adapter, none (None: the base alone), or several with weights."""
         weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
         self._check_names(weights)
         self._apply({name: GateSetting(weight) for name, weight in weights.items()})
 
     @contextmanager
     def use_adapter(self, choice: Choice) -> Iterator[None]:
-        """`choose`, until closed. Nests. A batch that is routed inside goes where its segments say."""
+        """`set_adapter` while the context is open. Contexts nest. A routed batch overrides the selection."""
         before = self._active
         self.set_adapter(choice)
         try:
@@ -95,61 +95,63 @@ class AdapterManager:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """While open, the model is the bare base, whatever is chosen or routed meanwhile."""
-        every = [gate for found in self._gates.values() for gate in found]
-        for gate in every:
+        """While the context is open the model is the base alone, whatever is selected or routed inside."""
+        gates = [gate for gates in self._gates.values() for gate in gates]
+        for gate in gates:
             gate.disabled_depth += 1
         try:
             yield
         finally:
-            for gate in every:
+            for gate in gates:
                 gate.disabled_depth -= 1
 
-    def _apply(self, acting: dict[str, GateSetting]) -> None:
-        for name, found in self._gates.items():
-            was, now = name in self._active, acting.get(name)
-            for gate in found:
-                _set_gate(gate, gate.disabled_depth + was - (now is not None), now or GateSetting())
-        self._active = acting
+    def _apply(self, active: dict[str, GateSetting]) -> None:
+        for name, gates in self._gates.items():
+            was_active, setting = name in self._active, active.get(name)
+            for gate in gates:
+                depth = gate.disabled_depth + was_active - (setting is not None)
+                _set_gate(gate, depth, setting or GateSetting())
+        self._active = active
 
-    # ------------------------------------------------------------ which tokens go where
+    # ------------------------------------------------------------ routing
 
     def resolve_indices(self, names: Iterable[str | None]) -> tuple[int, ...]:
-        """Adapters as `Forest.adapters` and `generate` name them: each one's index, -1 for None."""
+        """Index of each adapter, for `Forest.adapters` and `generate`; -1 for None."""
         names = list(names)
         self._check_names(name for name in names if name is not None)
         order = list(self.adapters)
         return tuple(-1 if name is None else order.index(name) for name in names)
 
     def with_adapters(self, inputs: Inputs, names: Sequence[str | None]) -> Inputs:
-        """The same row, every segment of it sent through the adapter named for it, or none."""
+        """`inputs` with each segment routed through the adapter of its name, or through none."""
         return replace(inputs, forest=replace(inputs.forest, adapters=self.resolve_indices(names)))
 
     @contextmanager
     def route(self, dim: int, places: Sequence[int]) -> Iterator[None]:
-        """See `Router`. Adapters without a place stay silent."""
-        where = torch.tensor(places)
+        """See `Router`. Adapters that are not in `places` are inactive."""
+        adapter_of_token = torch.tensor(places)  # [T] or [rows]
         device = self._anatomy.embedding.weight.device
         assert isinstance(device, torch.device)
         assert set(places) <= set(range(-1, len(self.adapters))), places
         before = self._active
-        self._apply({name: GateSetting(1.0, (dim, found.to(device)), len(places), tuple(found.tolist()))
-                   for i, name in enumerate(self.adapters) if (found := (where == i).nonzero()[:, 0]).numel()})
+        self._apply({name: GateSetting(1.0, (dim, index.to(device)), len(places), tuple(index.tolist()))
+                     for i, name in enumerate(self.adapters)
+                     if (index := (adapter_of_token == i).nonzero()[:, 0]).numel()})
         try:
             yield
         finally:
             self._apply(before)
 
     def snapshot(self) -> AbstractContextManager[None]:
-        """See `Router`. Every gate as it stands now, whoever switched it: by the backward pass all contexts of the
-        forward pass may be closed, `disabled()` of one adapter too."""
-        every = [gate for found in self._gates.values() for gate in found]
-        return _restore_setting(every, [_read_gate(gate) for gate in every])
+        """See `Router`. Stores every gate, whatever changed it: in the backward pass the contexts of the forward pass,
+        including `disabled()` of single adapters, are closed."""
+        gates = [gate for gates in self._gates.values() for gate in gates]
+        return _restore_setting(gates, [_read_gate(gate) for gate in gates])
 
-    # ------------------------------------------------------------ training them together
+    # ------------------------------------------------------------ training all of them
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Of all that are not frozen, as ``<adapter>/<parameter>``."""
+        """The parameters of all adapters that are not frozen, as ``<adapter>/<parameter>``."""
         return {f"{name}/{inner}": parameter for name, attached in self.adapters.items() if name not in self._frozen
                 for inner, parameter in attached.parameters().items()}
 
@@ -159,14 +161,14 @@ class AdapterManager:
 
     @property
     def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
-        """Of all that are not frozen."""
+        """The hooks of all adapters that are not frozen."""
         return tuple(hook for name, attached in self.adapters.items() if name not in self._frozen
                      for hook in attached.optimizer_hooks)
 
     def _check_names(self, names: Iterable[str]) -> None:
         for name in names:
             if name not in self.adapters:
-                raise RecipeError(f"the manager has no adapter {name!r}", nearest(name, self.adapters))
+                raise RecipeError(f"there is no adapter named {name!r}", nearest(name, self.adapters))
 
 
 _GateState = tuple[int, GateSetting]
@@ -176,18 +178,18 @@ def _read_gate(gate: AdapterGate) -> _GateState:
     return gate.disabled_depth, GateSetting(gate.scale, gate.token_index, gate.dim_size, gate.positions)
 
 
-def _set_gate(gate: AdapterGate, off: int, acts: GateSetting) -> None:
-    gate.disabled_depth = off
-    gate.scale, gate.token_index, gate.dim_size, gate.positions = acts
+def _set_gate(gate: AdapterGate, disabled_depth: int, setting: GateSetting) -> None:
+    gate.disabled_depth = disabled_depth
+    gate.scale, gate.token_index, gate.dim_size, gate.positions = setting
 
 
 @contextmanager
-def _restore_setting(every: Sequence[AdapterGate], then: Sequence[_GateState]) -> Iterator[None]:
-    now = [_read_gate(gate) for gate in every]
-    for gate, found in zip(every, then, strict=True):
-        _set_gate(gate, *found)
+def _restore_setting(gates: Sequence[AdapterGate], states: Sequence[_GateState]) -> Iterator[None]:
+    before = [_read_gate(gate) for gate in gates]
+    for gate, state in zip(gates, states, strict=True):
+        _set_gate(gate, *state)
     try:
         yield
     finally:
-        for gate, found in zip(every, now, strict=True):
-            _set_gate(gate, *found)
+        for gate, state in zip(gates, before, strict=True):
+            _set_gate(gate, *state)
