@@ -56,7 +56,8 @@ class MultiAdapterModel:
         through = [one] * len(prompts) if one is None or isinstance(one, str) else list(one)
         if len(through) != len(prompts):
             raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
-        numbers = () if adapters is None else self.manager.resolve_indices(through)  # refuses unknown names, before any work
+        # Refuses unknown names before any work.
+        numbers = () if adapters is None else self.manager.resolve_indices(through)
         forms = [self.formats.get(name or "", assembly.PromptFormat()) for name in through]
         ids = [assembly.chat_prompt(self.family, [Message("user", prompt)], form)
                for prompt, form in zip(prompts, forms, strict=True)]

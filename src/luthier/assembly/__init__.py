@@ -85,7 +85,8 @@ from luthier.rl import Rollouts
 from luthier.training.run_folder import Run
 
 __all__ = [
-    "ALIASES", "PEFT_ONLY_FIELDS", "AdapterManager", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
+    "ALIASES", "PEFT_ONLY_FIELDS", "AdapterManager", "BaseConfig", "CausalLM", "CheckpointRecord", "DataConfig",
+    "METHODS",
     "PromptFormat", "Diagnostic", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
     "beforehand", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt", "check",
     "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",

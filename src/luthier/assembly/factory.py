@@ -65,12 +65,14 @@ def with_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
                default_learning_rate: float = HEAD_LEARNING_RATE) -> Tuner:
     """The method together with what the objective adds to the base's states.
 
-    Heads start from nothing, so where the method would train at its `default_learning_rate` they train at `HEAD_RATE`; where the
+    Heads start from nothing, so where the method would train at its `default_learning_rate` they train at
+    `HEAD_LEARNING_RATE`; where the
     learning rate is another, by the recipe or by the objective's factor, theirs moves with it.
     """
     if not objective.heads:
         return attached
-    return CompositeMethod([attached, base.add(objective.heads, seed)], [1.0, HEAD_LEARNING_RATE / default_learning_rate])
+    return CompositeMethod([attached, base.add(objective.heads, seed)],
+                           [1.0, HEAD_LEARNING_RATE / default_learning_rate])
 
 
 def fitted(made: Recipe, found: Datasets) -> Recipe:
@@ -117,8 +119,8 @@ def room_for_text(method: AnyMethod, base: Family) -> int:
     context = base.anatomy.sizes["context"]
     virtual = sum(part.num_virtual_tokens for part in list_parts(method) if isinstance(part, VirtualTokenConfig))
     if virtual + 2 > context:
-        raise RecipeError(f"method.num_virtual_tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
-                          f"{context} tokens", f"set method.num_virtual_tokens far below {context}")
+        raise RecipeError(f"method.num_virtual_tokens: {virtual} virtual tokens leave no room for a text in the base's "
+                          f"context of {context} tokens", f"set method.num_virtual_tokens far below {context}")
     return context - virtual
 
 

@@ -224,7 +224,8 @@ def describe_learning_rate(made: Recipe) -> str:
         return f"{made.optimizer.learning_rate:g} (optimizer.learning_rate)"
     factor = made.objective.learning_rate_factor
     times = f" times {factor:g} for {made.objective.name}" if factor != 1 else ""
-    return f"{default_learning_rate(made):g} (the default: {made.method.default_learning_rate:g} of {method_name(made)}{times})"
+    return (f"{default_learning_rate(made):g} (the default: {made.method.default_learning_rate:g} of "
+            f"{method_name(made)}{times})")
 
 
 def method_name(made: Recipe) -> str:
@@ -253,7 +254,8 @@ def idle(made: Recipe) -> list[str]:
     if made.evaluate.metrics and not evaluates and made.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
     structure = made.base.structure
-    if structure and structure.new_tokens and not {"full", "freeze", "peft"} & {m.name for m in list_parts(made.method)}:
+    names = {m.name for m in list_parts(made.method)}
+    if structure and structure.new_tokens and not {"full", "freeze", "peft"} & names:
         found.append(f"base.structure.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
     if made.objective.rolls and any(method.model_dump().get("dropout") for method in list_parts(made.method)):

@@ -279,7 +279,8 @@ def find_method_problems(made: Recipe, base: Family, attached: Tuner) -> list[st
         if isinstance(part, LoraConfig):
             for setting, patterns in (("rank_pattern", part.rank_pattern), ("alpha_pattern", part.alpha_pattern)):
                 found += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
-                          for pattern in patterns if not any(matches_target(site, pattern) for site in base.anatomy.sites)]
+                          for pattern in patterns
+                          if not any(matches_target(site, pattern) for site in base.anatomy.sites)]
         if isinstance(part, LoraConfig | AdaLoraConfig):
             found += _of_ranks(part.name, [site for site in base.anatomy.sites if any(
                 f".{site.name}." in f".{name}." for name in parameters)], {
@@ -299,8 +300,8 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
         return []
     rank, site = above[0]
     field = "target_r" if method == "adalora" else "rank"
-    return [f"method.{field}: {method} has rank {rank} on {site.name!r}, a map from {site.inputs} to {site.outputs}: its "
-            f"rank is {min(site.inputs, site.outputs)} at most ({len(above)} such maps), so the rest adds nothing"]
+    return [f"method.{field}: {method} has rank {rank} on {site.name!r}, a map from {site.inputs} to {site.outputs}: "
+            f"its rank is {min(site.inputs, site.outputs)} at most ({len(above)} such maps), so the rest adds nothing"]
 
 
 # ---------------------------------------------------------------- of the number of steps

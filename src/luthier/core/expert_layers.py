@@ -1,4 +1,4 @@
-"""The linear maps of all experts of a mixture-of-experts layer. Read `protocols.py` (Site) and `adapter_gate.py` first."""
+"""The linear maps of all experts of a mixture layer. Read `protocols.py` (Site) and `adapter_gate.py` first."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ class AdaLoraConfig(Config):
         if self.initial_rank < self.target_r:
             raise ValueError(f"init_r {self.init_r} is below target_r {self.target_r}; ranks can only be removed")
         if self.warmup_fraction + self.final_fraction > 0.99:
-            raise ValueError(f"warmup_fraction {self.warmup_fraction} and final_fraction {self.final_fraction} leave no "
-                             "step for the search; their sum must be at most 0.99")
+            raise ValueError(f"warmup_fraction {self.warmup_fraction} and final_fraction {self.final_fraction} leave "
+                             "no step for the search; their sum must be at most 0.99")
         return self
 
     @property
@@ -253,7 +253,8 @@ class AdaLoraLayer:
             for mask, saved in ((self.kept, name), (~self.kept, f"{TRAINING}{name}.cut")):
                 if saved in state:
                     part.parameter.index_copy_(part.dim, mask.nonzero()[:, 0], state[saved].to(part.parameter))
-            for average, saved in ((part.mean, f"{TRAINING}{name}.mean"), (part.uncertainty, f"{TRAINING}{name}.spread")):
+            for average, saved in ((part.mean, f"{TRAINING}{name}.mean"),
+                                   (part.uncertainty, f"{TRAINING}{name}.spread")):
                 average.copy_(state[saved]) if is_resume else average.zero_()
 
 

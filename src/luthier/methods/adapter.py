@@ -1,4 +1,5 @@
-"""Bottleneck adapters: a small MLP after, or parallel to, sublayers of every layer. Read `full.py` and `hooks.py` first.
+"""Bottleneck adapters: a small MLP after, or parallel to, sublayers of every layer. Read `full.py` and `hooks.py`
+first.
 
     f(x) = s * (U a(D x + d) + u)          D: [r, H]  d: [r]  U: [H, r]  u: [H]       r = H / reduction_factor
 
@@ -44,8 +45,8 @@ class AdapterConfig(Config):
 
     name: Literal["adapter"] = "adapter"
     placement: Literal["houlsby", "pfeiffer", "parallel"] = Field(
-        "pfeiffer", description="houlsby: after attention and after MLP; pfeiffer: after the MLP; parallel: parallel to "
-                                "the MLP")
+        "pfeiffer", description="houlsby: after attention and after MLP; pfeiffer: after the MLP; "
+                                "parallel: parallel to the MLP")
     reduction_factor: float = Field(16.0, ge=1, description="hidden size of the model / width of the bottleneck")
     reduction_pattern: dict[str, float] = Field({}, description="exceptions: whole dotted parts of an adapter's "
                                                 "name (layers.3.mlp), or expressions -> factor")
@@ -141,7 +142,8 @@ class Adapter:
 
     def _register(self, bottleneck: Bottleneck, block: Block, place: str) -> None:
         if self.config.placement != "parallel":
-            self.hooks.modify_output(block.attention_out if place.endswith(".attention") else block.mlp_out, bottleneck.add_to_output)
+            module = block.attention_out if place.endswith(".attention") else block.mlp_out
+            self.hooks.modify_output(module, bottleneck.add_to_output)
         elif block.mlp_in is block.mlp_out:
             self.hooks.modify_output(block.mlp_out, bottleneck.add_from_input)
         else:

@@ -62,7 +62,8 @@ class BiasTarget:
 def find_bias_targets(anatomy: Anatomy, bias_scope: str | tuple[str, ...]) -> list[BiasTarget]:
     """The modules that `bias_scope` selects. Raises `RecipeError` if there are none."""
     biased = [BiasTarget(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
-              for name, module in find_norms(anatomy).items() if (bias := get_own_parameter(module, "bias")) is not None]
+              for name, module in find_norms(anatomy).items()
+              if (bias := get_own_parameter(module, "bias")) is not None]
     if bias_scope == "norms" and not biased:
         raise RecipeError("method.bias_scope: the norms of this model have no biases",
                           "use all (biases of the linear maps), or the method ln_tuning (weights of the norms)")

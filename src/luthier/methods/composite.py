@@ -1,7 +1,7 @@
 """Several methods on one model: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
 
-Read `full.py` first. Each part keeps the names of its parameters, which must be distinct, and its own learning rate: for
-a learning rate r and the first part's default d_1, part i is trained at r d_i / d_1.
+Read `full.py` first. Each part keeps the names of its parameters, which must be distinct, and its own learning rate:
+for a learning rate r and the first part's default d_1, part i is trained at r d_i / d_1.
 
 Parts that change the same module act in the order of the list, except that LoRA and AdaLoRA always come first. They
 change the map itself, and the others then add to or scale the changed map, so the parts can be merged one by one.
@@ -50,7 +50,8 @@ class CompositeConfig(Config):
                              "use one with a larger size (rank)")
         virtual = [name for name, part in zip(names, parts, strict=True) if isinstance(part, VirtualTokenConfig)]
         if len(virtual) > 1:
-            raise ValueError(f"{' and '.join(virtual)} all train virtual tokens, and a saved run can hold only one kind")
+            raise ValueError(f"{' and '.join(virtual)} all train virtual tokens, and a saved run can hold "
+                             "only one kind")
         return parts
 
     @model_serializer
@@ -69,8 +70,8 @@ class CompositeConfig(Config):
         for i, part in order:
             tuners.append(part.attach(anatomy, seed=seed + i))
             if tuners[-1].get_peft_config() is None:
-                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model, which cannot "
-                                  "hold another method", f"use {part.name} alone, or remove it from the list")
+                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model, which "
+                                  "cannot hold another method", f"use {part.name} alone, or remove it from the list")
             before = {name for earlier in tuners[:-1] for name in earlier.state()}
             if shared := sorted(before & tuners[-1].state().keys()):
                 raise RecipeError(f"{part.name} and another method of the list both save {shared[0]!r}, and one file "

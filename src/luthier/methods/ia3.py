@@ -34,7 +34,8 @@ from luthier.methods.peft_settings import MERGE, ORIGIN, build_target_pattern, r
 from luthier.methods.targets import matches_target, select_targets
 
 # Fields of PEFT's adapter_config.json that are read, or that do not affect what the saved weights compute.
-PEFT_FIELDS = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
+PEFT_FIELDS = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out",
+                        "init_ia3_weights"}
 
 
 class Ia3Config(Config):
@@ -71,7 +72,7 @@ class Ia3Config(Config):
             inner = [site for site in anatomy.sites
                      if any(matches_target(site, pattern) for pattern in self.feedforward_modules)]
             if not outer:
-                raise RecipeError("method.target_modules: this model has no key and value maps, neither separate nor fused",
+                raise RecipeError("method.target_modules: this model has no key and value maps, separate or fused",
                                   "name the maps to scale: target_modules: [suffix]")
         else:
             inner = select_targets(anatomy.sites, self.feedforward_modules)

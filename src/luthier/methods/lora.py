@@ -14,8 +14,8 @@ Papers: LoRA, Hu et al. 2021 (arXiv:2106.09685) eq. 3; rsLoRA, Kalajdzievski 202
 al. 2024 (2402.09353) eqs. 5, 11; PiSSA, Meng et al. 2024 (2404.02948) eqs. 2-4; LoRA+, Hayou et al. 2024 (2402.12354).
 
 Learning rate 5e-4: B starts at zero, so the product B A changes slowly, and LoRA needs 10 to 30 times full
-fine-tuning's rate, whatever its rank. On the demo's rows 40 steps at 2e-4, 5e-4 and 1e-3 reduced the perplexity from 94 to 4.95, 1.66
-and 1.47. Small models (below a billion parameters) work with 1e-3 and more, large ones often with 2e-4.
+fine-tuning's rate, whatever its rank. On the demo's rows 40 steps at 2e-4, 5e-4 and 1e-3 reduced the perplexity from 94
+to 4.95, 1.66 and 1.47. Small models (below a billion parameters) work with 1e-3 and more, large ones often with 2e-4.
 """
 
 from __future__ import annotations

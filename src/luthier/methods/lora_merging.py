@@ -57,7 +57,8 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], combination_typ
         RecipeError: for contradicting settings, and for DoRA, whose update is not additive.
     """
     if combination_type not in get_args(CombinationType):
-        raise RecipeError(f"unknown combination type {combination_type!r}", f"use one of: {', '.join(get_args(CombinationType))}")
+        raise RecipeError(f"unknown combination type {combination_type!r}",
+                          f"use one of: {', '.join(get_args(CombinationType))}")
     if len(weights) != len(loras):
         raise RecipeError(f"{len(loras)} adapters and {len(weights)} weights", "give one weight for each adapter")
     if rank is not None and (combination_type != "svd" or rank < 1):
@@ -76,7 +77,8 @@ def merge_loras(loras: Sequence[Lora], weights: Sequence[float], combination_typ
             *stacked, max_rank if combination_type == "svd" else None)
         kept, lost = kept + inside, lost + outside
         ranks[name] = a.shape[0]
-        state[f"{PEFT_PREFIX}{name}.lora_A.weight"], state[f"{PEFT_PREFIX}{name}.lora_B.weight"] = a.contiguous(), b.contiguous()
+        path = PEFT_PREFIX + name
+        state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.contiguous(), b.contiguous()
     largest = max(ranks.values())
     exceptions = {name: r for name, r in ranks.items() if r != largest}
     config = LoraConfig(rank=largest, alpha=largest, target_modules=tuple(ranks), rank_pattern=exceptions,

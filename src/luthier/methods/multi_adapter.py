@@ -8,8 +8,8 @@
     with manager.use_adapter(None): ...                             # the base
 
 A selection is a few numbers on each adapter's `AdapterGate`. No weight is copied or moved, so switching costs
-microseconds. A family that knows the manager (`family.router = manager`) can also route each segment of a packed row, or
-each row of a padded batch, through its own adapter (`Forest.adapters`). Virtual tokens are routed by documents: each
+microseconds. A family that knows the manager (`family.router = manager`) can also route each segment of a packed row,
+or each row of a padded batch, through its own adapter (`Forest.adapters`). Virtual tokens are routed by documents: each
 document attends to those of its own adapter (`models/soft_prompts/causal.py`). They are present or absent, so in a
 weighted sum their weight is 1.
 """

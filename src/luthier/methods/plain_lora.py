@@ -44,15 +44,15 @@ def fold_into_plain_lora(attached: Tuner, rank: int | None) -> tuple[LoraConfig,
                        "omit --lora-rank, or export with --to merged")
     check_plain(attached.config)
     if experts := [layer.site.name for layer in attached.layers if isinstance(layer, ExpertLayer)]:
-        raise RunError(f"the LoRA changes experts ({experts[0]}), which PEFT saves under target_parameters; a plain LoRA "
-                       "cannot represent them", "omit --lora-rank, or export with --to merged")
+        raise RunError(f"the LoRA changes experts ({experts[0]}), which PEFT saves under target_parameters; a plain "
+                       "LoRA cannot represent them", "omit --lora-rank, or export with --to merged")
     parts = {layer.site.name: (*layer.get_factors(), layer.scale) for layer in attached.layers}
     largest = max(1, *(a.shape[0] for a, _, _ in parts.values()), 1)
     if rank is not None and rank < largest:
         name = next(name for name, (a, _, _) in parts.items() if a.shape[0] == largest)
         raise RunError(f"--lora-rank {rank} is below the rank of {name}, {largest}",
-                       f"use {largest} or more, or reduce the rank first: luthier merge-adapters RUN --combination-type "
-                       f"svd --rank {rank} --out DIR")
+                       f"use {largest} or more, or reduce the rank first: luthier merge-adapters RUN "
+                       f"--combination-type svd --rank {rank} --out DIR")
     size = rank or largest
     scale = Counter(scale for _, _, scale in parts.values()).most_common(1)[0][0]
     alpha = scale * size if float(scale * size).is_integer() else float(size)

@@ -3,8 +3,8 @@
     desk = Desk(family, numbers)
     desk.ask(Request(prompt=ids, adapter="law"), tell)      # tell(Bit("Who may")), tell(Bit(" sue", 3, "stop"))
 
-Each request goes through its own adapter of a manager, so many tuned models on one base answer in one batch. Requests that
-sample alike share a batch; whoever comes later waits for the next. Read `methods/multi_adapter.py` first.
+Each request goes through its own adapter of a manager, so many tuned models on one base answer in one batch. Requests
+that sample alike share a batch; whoever comes later waits for the next. Read `methods/multi_adapter.py` first.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Desk:
 
     Args:
         family: nobody else may call it from now on. Only a causal language model answers; any runs errands.
-        numbers: names of adapters to their indices, as `AdapterManager.resolve_indices`; None: the base is served as it stands.
+        numbers: names of adapters to their indices, as `AdapterManager.resolve_indices`; None: the base is served
+            as it stands.
         most: requests in one batch.
     """
 

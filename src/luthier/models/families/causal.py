@@ -51,7 +51,7 @@ class CausalLM(Packed):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
                  adapters: Sequence[int] = ()) -> Iterator[Generated]:
-        """See `Family`. `adapters`: for each prompt an index into the manager, -1 for the bare base; empty: as it is."""
+        """See `Family`. `adapters`: each prompt's index into the manager, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         return generate(self.model, prompts, sampling, eos=self.stops, pad=0, device=self.device,
                         routed=lambda rows: through(self.router, 0, [adapters[i] for i in rows] if adapters else []))

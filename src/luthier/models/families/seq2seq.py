@@ -187,7 +187,7 @@ class Seq2Seq(Loaded):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling,
                  adapters: Sequence[int] = ()) -> Iterator[Generated]:
-        """See `Family`. `adapters`: for each prompt an index into the manager, -1 for the bare base; empty: as it is."""
+        """See `Family`. `adapters`: each prompt's index into the manager, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._source(i, prompt) for i, prompt in enumerate(prompts)]
         return answers(partial(_Answers, self), sources, self._limits(len(sources), sampling), sampling, self.stops,

@@ -80,7 +80,7 @@ def acts(gate: AdapterGate) -> bool:
         return False
     if gate.token_index is not None and len(gate.positions) != gate.dim_size:
         raise RunError("virtual tokens stand before whole texts, and this call is one that cannot be told apart into "
-                       "texts with several adapters", "run the rows of this adapter by themselves (manager.use_adapter)")
+                       "texts with several adapters", "run this adapter's rows by themselves (manager.use_adapter)")
     return True
 
 

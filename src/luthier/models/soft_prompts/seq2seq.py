@@ -168,7 +168,8 @@ class SourcePorts:
         if width + len(virtual) > self._context:
             raise BaseError(f"a source of {width} tokens and {len(virtual)} virtual ones do not fit into the base's "
                             f"context of {self._context} tokens", f"set data.max_length to "
-                            f"{self._context - len(virtual)} or less, or use fewer virtual tokens (method.num_virtual_tokens)")
+                            f"{self._context - len(virtual)} or less, or use fewer virtual tokens "
+                            "(method.num_virtual_tokens)")
         virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
         if mask is None:
             return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
