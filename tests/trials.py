@@ -52,11 +52,11 @@ BASES = tuple(SIMPLEST)
 FAMILIES = {"llama": "causal", "bert": "encoder", "t5": "sequence to sequence", "vit": "vision"}
 ELSEWHERE = (("bert", "contrastive"), ("bert", "reward"), ("bert", "pretrain"), ("t5", "pretrain"), ("vit", "contrastive"))  # tried with every method, besides
 SETTINGS: dict[str, dict[str, Any]] = {  # of methods: small enough for a tiny base
-    **{name: {"tokens": 3} for name in ("prompt", "ptuning", "prefix", "ptuning_v2")},
-    "lora": {"rank": 2}, "adalora": {"rank": 5, "start_rank": 6, "settle": 0.3},  # no map loses all of its ranks
-    "adapter": {"reduction": 8}, "peft": {"type": "LOHA", "config": {"r": 2}}}
+    **{name: {"num_virtual_tokens": 3} for name in ("prompt", "ptuning", "prefix", "ptuning_v2")},
+    "lora": {"rank": 2}, "adalora": {"target_r": 5, "init_r": 6, "final_fraction": 0.3},  # no map loses all of its ranks
+    "adapter": {"reduction_factor": 8}, "peft": {"type": "LOHA", "config": {"r": 2}}}
 RATES = {"full": 1e-3, "freeze": 1e-3,
-         **dict.fromkeys(("ln", "bitfit", "lora", "adalora", "adapter", "peft", "ia3"), 3e-3)}
+         **dict.fromkeys(("ln_tuning", "bitfit", "lora", "adalora", "adapter", "peft", "ia3"), 3e-3)}
 SMALLER: dict[str, dict[str, Any]] = {  # else one layer; Gemma's two are of two kinds
     "gpt2": {"n_layer": 1}, "distilbert": {"n_layers": 1}, "gemma2": {}, "gemma3": {}}
 WORDS = ("alpha", "beta", "gamma", "delta")

@@ -28,7 +28,7 @@ def recipe(job: Job) -> dict[str, Any]:
     s = job.setting
     return {
         "model": {"name_or_path": job.folder, "dtype": s.dtype},
-        "method": {"name": "lora", "rank": s.rank, "alpha": s.alpha, "dropout": 0.0, "targets": "all-linear"},
+        "method": {"name": "lora", "rank": s.rank, "alpha": s.alpha, "dropout": 0.0, "target_modules": "all-linear"},
         "objective": "sft",
         "data": {"train": job.rows, "max_length": s.max_length, "shuffle": False},
         "training": {"max_steps": job.steps, "batch_size": s.batch_size,

@@ -208,7 +208,7 @@ class Session:
         rate = self.recipe.optimizer.learning_rate or default_learning_rate(self.recipe)
         config = self.recipe.optimizer.model_copy(update={"lr_scheduler_type": "constant", "warmup_ratio": 0.0})
         self._optimizer = Optimizer(self._tuner.parameters(), self._tuner.lr_multiplier, rate, config, 1,
-                                    self._tuner.optimizer_hook)
+                                    self._tuner.optimizer_hooks)
 
 
 def _read_messages(prompt: str | Sequence[Mapping[str, str]]) -> list[Message]:

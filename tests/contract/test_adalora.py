@@ -37,7 +37,7 @@ peft = pytest.importorskip("peft")
 
 SAME, FAR = 1e-9, 1e-3
 STEPS, RATE = 14, 5e-3
-SEARCH = {"rank": 2, "start_rank": 4, "alpha": 12.0, "wait": 0.2, "settle": 0.3, "every": 0.15}  # steps 3, 10 and 2
+SEARCH = {"target_r": 2, "init_r": 4, "alpha": 12.0, "warmup_fraction": 0.2, "final_fraction": 0.3, "prune_interval": 0.15}  # steps 3, 10 and 2
 TOKENS = torch.tensor([[7, 201, 33, 33, 90, 255, 12, 64, 3, 150, 41, 8]])
 MAPS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -45,8 +45,8 @@ KIND = pytest.mark.parametrize("kind", MAPS)
 
 
 def optimizer(attached: Any, config: OptimizerConfig | None = None, total: int = STEPS) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, RATE, config or OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0),
-                     total, attached.at_update)
+    return Optimizer(attached.parameters(), attached.lr_multiplier, RATE, config or OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0),
+                     total, attached.optimizer_hooks)
 
 
 def searched(kind: str = "llama", **settings: Any) -> tuple[CausalLM, AdaLora]:
@@ -71,7 +71,7 @@ def kept(attached: AdaLora) -> list[list[bool]]:
 
 def theirs(kind: str, attached: AdaLora) -> Any:
     """PEFT's, of the settings `SEARCH` and the same weights."""
-    first, last, every = AdaLoraConfig(**SEARCH).schedule(STEPS)
+    first, last, every = AdaLoraConfig(**SEARCH).compute_schedule(STEPS)
     config = peft.AdaLoraConfig(
         task_type="CAUSAL_LM", target_modules=MAPS[kind], target_r=2, init_r=4, lora_alpha=12, tinit=first,
         tfinal=STEPS - last, deltaT=every, total_step=STEPS, fan_in_fan_out=kind == "gpt2")
@@ -100,7 +100,7 @@ def steps_of_both(kind: str, **settings: Any) -> Iterator[tuple[int, AdaLora, An
     other = theirs(kind, attached)
     adam = optimizer(attached)
     plain = torch.optim.AdamW(adapter(other).values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    last = attached.config.schedule(STEPS)[1]
+    last = attached.config.compute_schedule(STEPS)[1]
     for k in range(1, STEPS + 1):
         tokens = (TOKENS * k + k) % 250
         adam.set_rate(k - 1)
@@ -138,7 +138,7 @@ def test_every_step_of_the_search_is_pefts(kind: str) -> None:
     assert len(set(map(sum, kept(attached)))) > 1, "some maps kept more than others"
 
 
-@pytest.mark.parametrize("settings", [{"beta1": 0.2}, {"orthogonal": 0.0}, {"every": 0.07}])
+@pytest.mark.parametrize("settings", [{"beta1": 0.2}, {"orth_reg_weight": 0.0}, {"prune_interval": 0.07}])
 @pytest.mark.usefixtures("double")
 def test_another_search_is_not_pefts(settings: dict[str, Any]) -> None:
     """The control of the equality above: PEFT's settings stay as they are, all but one of what ours read."""
@@ -167,12 +167,12 @@ def test_the_same_weights_give_the_same_function_and_gradients(kind: str) -> Non
     assert apart(found, outcome(other, adapter(other))) > FAR
 
 
-@pytest.mark.parametrize(("total", "settings"), [(1, {}), (2, {}), (7, {}), (40, {}), (100, {"every": 0.03}),
-                                                 (23, {"wait": 0.0, "settle": 0.0}), (1000, {"settle": 0.7})])
+@pytest.mark.parametrize(("total", "settings"), [(1, {}), (2, {}), (7, {}), (40, {}), (100, {"prune_interval": 0.03}),
+                                                 (23, {"warmup_fraction": 0.0, "final_fraction": 0.0}), (1000, {"final_fraction": 0.7})])
 def test_the_budget_is_pefts_at_every_step(total: int, settings: dict[str, Any]) -> None:
     config = AdaLoraConfig(**settings)
-    first, last, every = config.schedule(total)
-    assert config.budget(last, total, 3) == 8 * 3, "it always ends"
+    first, last, every = config.compute_schedule(total)
+    assert config.compute_budget(last, total, 3) == 8 * 3, "it always ends"
     if first >= last:
         return
     model = tiny("llama")
@@ -180,7 +180,7 @@ def test_the_budget_is_pefts_at_every_step(total: int, settings: dict[str, Any])
         target_modules=["q_proj"], tinit=first, tfinal=total - last, deltaT=every, total_step=total))
     for k in range(1, last):
         budget, due = other.base_model.rankallocator.budget_schedule(k)
-        assert config.budget(k, total, 2) == (budget if due else None), k
+        assert config.compute_budget(k, total, 2) == (budget if due else None), k
 
 
 @pytest.mark.usefixtures("double")
@@ -217,8 +217,8 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
     form = json.loads((tmp_path / "adapter_config.json").read_text())
     assert form["rank_pattern"]
     config = assembly.recipe({"model": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
-    assert (config.rank, config.start_rank, config.alpha) == (2, 4, 12.0)
-    assert config.schedule(STEPS) == attached.config.schedule(STEPS)
+    assert (config.target_r, config.init_r, config.alpha) == (2, 4, 12.0)
+    assert config.compute_schedule(STEPS) == attached.config.compute_schedule(STEPS)
     family = base("llama")
     bare = logits(family)
     loaded = attach_method(family, config, 0)
@@ -246,7 +246,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
                                    {"trainable_token_indices": [0]}, {"a_field_of_the_future": True}])
 def test_what_is_not_read_of_pefts_settings_is_refused(field: dict[str, Any]) -> None:
     plain = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9).to_dict()
-    assert AdaLoraConfig.from_peft(plain).rank == 8
+    assert AdaLoraConfig.from_peft(plain).target_r == 8
     with pytest.raises(RunError, match=next(iter(field))):
         AdaLoraConfig.from_peft({**plain, **field})
 
@@ -273,7 +273,7 @@ def test_how_a_batch_is_cut_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_penaltys_gradient_is_that_of_its_formula() -> None:
-    attached = attach(base("llama"), "adalora", **SEARCH, orthogonal=0.3)
+    attached = attach(base("llama"), "adalora", **SEARCH, orth_reg_weight=0.3)
     parameters = attached.parameters()
     penalty = torch.zeros((), dtype=torch.float64)
     for layer in attached.layers:
@@ -283,7 +283,7 @@ def test_the_penaltys_gradient_is_that_of_its_formula() -> None:
     wanted = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
     for parameter in parameters.values():
         parameter.grad = None
-    attached.before()
+    attached.pre_step()
     assert apart({n: parameters[n].grad for n in wanted}, wanted) < 1e-12
     assert len(wanted) == 2 * len(attached.layers)
 
@@ -326,13 +326,13 @@ def test_what_is_not_finite_changes_nothing() -> None:
             return type(loss)(loss.total * math.inf, loss.count, loss.metrics)
 
     adam.set_rate(5)  # the sixth step, of which a pruning is due
-    assert attached.config.budget(6, STEPS, 14) is not None
+    assert attached.config.compute_budget(6, STEPS, 14) is not None
     with pytest.raises(NotFinite):
         step(family, Infinite(), pack_examples(documents(), None), adam).numbers()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     assert kept(attached) == ranks
     take(family, attached, adam, range(5, 6))
-    assert sum(map(sum, kept(attached))) == attached.config.budget(6, STEPS, 14)
+    assert sum(map(sum, kept(attached))) == attached.config.compute_budget(6, STEPS, 14)
 
 
 def test_what_fell_may_rise_until_the_search_ends() -> None:
@@ -370,7 +370,7 @@ def test_an_adapter_saved_between_prunings_keeps_what_grew_again() -> None:
     again.load({n: t for n, t in attached.state().items() if not n.startswith(TRAINING)})
     family.train(False)
     assert (logits(fresh) - logits(family)).abs().max() < 1e-6
-    assert all(layer.left().all() for layer in again.layers)
+    assert all(layer.get_active_mask().all() for layer in again.layers)
 
 
 def test_a_run_searches(tmp_path: Path) -> None:
@@ -391,20 +391,20 @@ def test_wrappers_pass_the_update_on() -> None:
     assert several.parts[0] is inner, "it comes before what adds to the changed map"
     take(family, several, optimizer(several), range(STEPS))
     assert sum(map(sum, kept(inner))) == 2 * len(inner.layers)
-    assert PrefixedMethod("critic", inner).at_update is inner
-    bank = AdapterManager(family.structure)
-    bank.add("policy", inner)
-    assert bank.at_update is not None
-    bank.frozen("policy")
-    assert bank.at_update is None
-    assert attach(base("llama"), "lora").at_update is None
+    assert PrefixedMethod("critic", inner).optimizer_hooks == (inner,)
+    manager = AdapterManager(family.structure)
+    manager.add("policy", inner)
+    assert len(manager.optimizer_hooks) == 1
+    manager.freeze("policy")
+    assert manager.optimizer_hooks == ()
+    assert attach(base("llama"), "lora").optimizer_hooks == ()
 
 
 # ---------------------------------------------------------------- settings, and what it says of itself
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"rank": 8, "start_rank": 4}, "start_rank 4 is below rank 8"), ({"wait": 0.6, "settle": 0.5}, "no step for the search")])
+    ({"target_r": 8, "init_r": 4}, "init_r 4 is below target_r 8"), ({"warmup_fraction": 0.6, "final_fraction": 0.5}, "no step for the search")])
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         AdaLoraConfig.parse(settings)
@@ -412,7 +412,7 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words:
 
 def test_experts_are_refused() -> None:
     with pytest.raises(RecipeError, match="experts"):
-        attach(base("mixtral"), "adalora", targets=("q", "experts"))
+        attach(base("mixtral"), "adalora", target_modules=("q", "experts"))
 
 
 def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:

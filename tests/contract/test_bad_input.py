@@ -294,7 +294,7 @@ def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
     (("training=4",), ("training", "(got 4)")),
     (("optimizer.learning_rate=.nan",), ("optimizer.learning_rate", "nan")),
     (("model.device=cud",), ("cud",)),
-    (("method.targets=[w]",), ("w",)),
+    (("method.target_modules=[w]",), ("w",)),
     (("seed=99999999999999999999",), ("seed: ", "less than")),
     (("data.max_samples=0",), ("data.max_samples", "(got 0)")),
     (("data.max_length=1",), ("data.max_length", "(got 1)")),
@@ -307,7 +307,7 @@ def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
     (("data.train={weight: 0}",), ("error: data.train.0.weight: Input should be greater than 0 (got 0)\n  ->",)),
     (("data.eval={pth: x}",), ("error: data.eval.path: this setting is required\nunknown setting 'data.eval.pth'",)),
     (("data.columns=prompt",), ("data.columns: Input should be a mapping, {key: value} (got 'prompt')",)),
-    (("method.targets=3",), ("method.targets: Input should be 'all-linear'; or: Input should be a list (got 3)",)),
+    (("method.target_modules=3",), ("method.target_modules: Input should be 'all-linear'; or: Input should be a list (got 3)",)),
 ])
 def test_a_setting_that_cannot_be(train: Call, words: tuple[str, ...], expected: tuple[str, ...]) -> None:
     refused(train(*words), *expected)

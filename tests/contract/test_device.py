@@ -33,7 +33,7 @@ def stepped(objective: SftConfig, examples: Sequence[TokenizedExample], recomput
     family.model.to("meta")
     for layer in attached.layers:
         layer.a, layer.b = (nn.Parameter(half.detach().to("meta")) for half in (layer.a, layer.b))
-    optimizer = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 10)
+    optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(), 10)
     optimizer.device = torch.device("cuda")  # the branch that a GPU takes; its kernel is not here
     optimizer.adam.step = lambda: None
     return step(family, objective, pack_examples(examples, 60), optimizer)

@@ -238,7 +238,7 @@ def test_the_parts_are_found(kind: str) -> None:
         assert "pooler" not in name, parameter.shape
 
 
-@pytest.mark.parametrize(("name", "settings"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"dora": True})])
+@pytest.mark.parametrize(("name", "settings"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"use_dora": True})])
 def test_the_laws_of_a_method(name: str, settings: dict[str, Any]) -> None:
     ids = list(range(20, 40))
     family = encoder("bert")
@@ -269,7 +269,7 @@ def test_lora_is_pefts() -> None:
     ids = torch.arange(20, 40)
     family = encoder("bert")
     attached = attach(family, "lora", rank=4, alpha=8)
-    form = attached.peft()
+    form = attached.get_peft_config()
     assert form is not None
     assert form["task_type"] == "FEATURE_EXTRACTION"
     theirs = get_peft_model(tiny("bert"), PeftLora(r=4, lora_alpha=8, target_modules=form["target_modules"],

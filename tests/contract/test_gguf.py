@@ -211,7 +211,7 @@ def tuned(place: Path, name: str, method: dict[str, Any], objective: str = "sft"
 
 
 LORAS: dict[str, dict[str, Any]] = {
-    "plain": {}, "rslora": {"rslora": True, "rank": 4}, "pissa": {"init": "pissa", "rank": 2}, "some maps": {"targets": ["k", "down"]},
+    "plain": {}, "rslora": {"use_rslora": True, "rank": 4}, "pissa": {"init_lora_weights": "pissa", "rank": 2}, "some maps": {"target_modules": ["k", "down"]},
     "odd ranks and alphas": {"rank_pattern": {"q": 3, "up": 1}, "alpha_pattern": {"k": 5.0, "o": 40.0}},
 }
 
@@ -233,7 +233,7 @@ def test_a_lora_on_the_base_is_the_run(name: str, lora: str, tmp_path: Path) -> 
 
 
 @llama
-@pytest.mark.parametrize("method", [{"name": "bitfit"}, {"name": "full"}, {"name": "lora", "dora": True}])
+@pytest.mark.parametrize("method", [{"name": "bitfit"}, {"name": "full"}, {"name": "lora", "use_dora": True}])
 def test_other_methods_are_merged_into_the_file(method: dict[str, Any], tmp_path: Path) -> None:
     run, base = tuned(tmp_path, "llama", method)
     merged = export(run, "gguf", tmp_path / "new/tuned.gguf", "float32")
@@ -313,8 +313,8 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
 def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
     base = load_family(ModelConfig(name_or_path="smollm2", device="cpu"))
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
-    made = assembly.recipe({"model": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
-    attached = attach(base, "lora", stirred=False, rslora=True)
+    made = assembly.recipe({"model": "smollm2", "data": "-", "method": {"name": "lora", "use_rslora": True}})
+    attached = attach(base, "lora", stirred=False, use_rslora=True)
     stir(attached, 0.01)
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})

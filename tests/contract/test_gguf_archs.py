@@ -132,13 +132,13 @@ def test_smaller_numbers_are_close(name: str, numbers: Any, close: float, tmp_pa
 
 @llama
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3", "gpt2"])
-@pytest.mark.parametrize("settings", [{}, {"rslora": True, "rank": 4, "alpha_pattern": {"up": 3.0}}])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank": 4, "alpha_pattern": {"up": 3.0}}])
 def test_a_lora_on_the_base_is_the_run(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     base = family(name)
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
     bare = logits(base, ids())
     attached = attach(base, "lora", **settings)
-    changes = {layer.site.name: out.LoraDelta(*layer.factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
+    changes = {layer.site.name: out.LoraDelta(*layer.get_factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
     out.write_gguf_adapter(base, changes, tmp_path / "adapter.gguf")
     right = wanted(base, ids())
     assert distance(bare, right) > 1e-2

@@ -49,7 +49,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(("method", "settings"), [
-    ("full", {}), ("freeze", {"head": True}), ("freeze", {"embeddings": True}), ("lora", {}), ("bitfit", {}), ("prefix", {"tokens": 2})], ids=str)
+    ("full", {}), ("freeze", {"head": True}), ("freeze", {"embeddings": True}), ("lora", {}), ("bitfit", {}), ("prefix", {"num_virtual_tokens": 2})], ids=str)
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_every_product_of_the_backward_pass_runs_in_the_dtype_of_autocast(
         method: str, settings: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,10 +209,10 @@ def test_bits_per_byte_has_the_nats_of_all_that_is_predicted_and_the_bytes_of_th
 
 def test_the_unit_of_a_prompt_is_the_size_of_the_words_that_it_starts_from() -> None:
     family = base("llama")
-    for settings in ({"tokens": 4}, {"tokens": 4, "text": "ab"}):
+    for settings in ({"num_virtual_tokens": 4}, {"num_virtual_tokens": 4, "prompt_tuning_init_text": "ab"}):
         attached = METHODS["prompt"](**settings).attach(family.structure, seed=3)
         start = next(iter(attached.parameters().values())).detach()
-        assert attached.rate("prompt_embeddings") == pytest.approx(float(start.square().mean().sqrt()))
+        assert attached.lr_multiplier("prompt_embeddings") == pytest.approx(float(start.square().mean().sqrt()))
 
 
 # ---------------------------------------------------------------- packing

@@ -137,11 +137,11 @@ def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
 
 @pytest.mark.parametrize(("raw", "words"), [
     ({"method": {"name": "lora", "rank": 64}}, "method.rank: lora has rank 64"), ({"method": {"name": "lora", "rank": 16}}, ""),
-    ({"method": {"name": "adalora", "rank": 64}}, "method.rank: adalora has rank 96"),
+    ({"method": {"name": "adalora", "target_r": 64}}, "method.target_r: adalora has rank 96"),
     ({"method": {"name": "lora", "rank_pattern": {"nothing": 4}}}, "method.rank_pattern: 'nothing'"),
     ({"method": {"name": "lora", "alpha_pattern": {"nothing": 4}}}, "method.alpha_pattern: 'nothing'"),
     ({"method": {"name": "lora", "rank_pattern": {"q": 4}, "alpha_pattern": {"v": 4}}}, ""),
-    ({"method": "ln", "optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay"),
+    ({"method": "ln_tuning", "optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay"),
     ({"method": "lora", "optimizer": {"weight_decay": 0.1}}, ""), ({"method": ["bitfit", {"name": "lora", "rank": 64}]}, "rank 64")])
 def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[str, Any], words: str) -> None:
     made = assembly.recipe({"model": str(base), "data": "-", **raw})

@@ -21,17 +21,17 @@ from tiny import KINDS
 # Settings that a row of METHODS is tried with, besides its defaults.
 ALWAYS: dict[str, dict[str, Any]] = {name: {"keep_base": True} for name in ("full", "freeze")}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"dora": True}, {"init": "pissa", "rank": 4}, {"init": "gaussian", "rslora": True},
-             {"init": "pissa", "rank": 2, "dora": True, "rslora": True}],
-    "adalora": [{"rank": 5, "start_rank": 6, "settle": 0.3}, {"targets": ("o",), "orthogonal": 0.0}],
+    "lora": [{"use_dora": True}, {"init_lora_weights": "pissa", "rank": 4}, {"init_lora_weights": "gaussian", "use_rslora": True},
+             {"init_lora_weights": "pissa", "rank": 2, "use_dora": True, "use_rslora": True}],
+    "adalora": [{"target_r": 5, "init_r": 6, "final_fraction": 0.3}, {"target_modules": ("o",), "orth_reg_weight": 0.0}],
     "freeze": [{"layers": (0, 0), "head": True}, {"patterns": ("mlp",), "embeddings": True}],
-    "adapter": [{"placement": "houlsby", "reduction": 4.0, "activation": "relu"}, {"placement": "parallel"}],
-    "bitfit": [{"which": "paper"}],
-    "prompt": [{"init": "random", "tokens": 3}], "ptuning": [{"encoder": "lstm", "hidden": 5}, {"init": "random"}],
-    "prefix": [{"projection": True, "hidden": 6}, {"text": "a start", "tokens": 3}], "ptuning_v2": [{"init": "words"}],
+    "adapter": [{"placement": "houlsby", "reduction_factor": 4.0, "activation": "relu"}, {"placement": "parallel"}],
+    "bitfit": [{"bias_scope": "paper"}],
+    "prompt": [{"prompt_tuning_init": "random", "num_virtual_tokens": 3}], "ptuning": [{"encoder_reparameterization_type": "lstm", "encoder_hidden_size": 5}, {"prompt_tuning_init": "random"}],
+    "prefix": [{"prefix_projection": True, "encoder_hidden_size": 6}, {"prompt_tuning_init_text": "a start", "num_virtual_tokens": 3}], "ptuning_v2": [{"prompt_tuning_init": "text"}],
 }
 VIRTUAL = {"prompt", "ptuning", "prefix", "ptuning_v2"}
-UNMERGEABLE = {"full", "freeze", "ln", "adapter", *VIRTUAL}  # each says why
+UNMERGEABLE = {"full", "freeze", "ln_tuning", "adapter", *VIRTUAL}  # each says why
 # What cannot start as the base: tokens that every text sees change what it says, whatever they are.
 STARTS_ELSEWHERE = VIRTUAL
 BRIDGES = {"peft"}  # not ours; what they keep of the contract is in tests of their own
@@ -44,7 +44,7 @@ CLOSE = 1e-10
 
 
 def optimizer(attached: Any, rate: float = 1e-2) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(), 3, attached.at_update)
+    return Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), 3, attached.optimizer_hooks)
 
 
 def take_steps(family: CausalLM, attached: Any, steps: int = 3) -> None:
@@ -218,7 +218,7 @@ def widths(attached: Any) -> dict[str, int]:
 @KIND
 def test_a_target_that_matches_nothing_is_an_error(kind: str) -> None:
     with pytest.raises(RecipeError, match="'qq_proj' matches no linear map"):
-        attach(base(kind), "lora", targets=("o", "qq_proj"))
+        attach(base(kind), "lora", target_modules=("o", "qq_proj"))
 
 
 @pytest.mark.parametrize(("kind", "targets", "names"), [
@@ -230,7 +230,7 @@ def test_a_target_that_matches_nothing_is_an_error(kind: str) -> None:
     ("mixtral", "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj"}),
 ])
 def test_targets_are_roles_endings_or_expressions(kind: str, targets: Any, names: set[str]) -> None:
-    found = widths(attach(base(kind), "lora", targets=targets))
+    found = widths(attach(base(kind), "lora", target_modules=targets))
     assert {name.rsplit(".", 1)[-1] for name in found} == names
     if "layers" in targets[0]:
         assert all(".1." in name for name in found)
@@ -252,7 +252,7 @@ def test_rank_and_alpha_patterns_reach_their_sites() -> None:
 
 def test_the_rates_of_lora_plus_reach_the_optimiser() -> None:
     family = base("llama")
-    attached = attach(family, "lora", stirred=False, plus=16.0)
+    attached = attach(family, "lora", stirred=False, loraplus_lr_ratio=16.0)
     adam = optimizer(attached, rate=1e-3)
     adam.set_rate(0)
     rate = {id(p): group["lr"] for group in adam.adam.param_groups for p in group["params"]}
@@ -264,13 +264,13 @@ def test_the_rates_of_lora_plus_reach_the_optimiser() -> None:
 
 def test_a_pissa_state_brings_its_own_start() -> None:
     """Singular vectors have no sign of their own: elsewhere they come out otherwise."""
-    settings = {"init": "pissa", "rank": 4}
+    settings = {"init_lora_weights": "pissa", "rank": 4}
     family = base("llama")
     wanted, state = logits(family), attach(family, "lora", **settings).state()
     fresh = base("llama")
     other = attach(fresh, "lora", stirred=False, **settings)
     for layer in other.layers:
-        layer.start = (-1.5 * layer.start[0], layer.start[1])
+        layer.initial_factors = (-1.5 * layer.initial_factors[0], layer.initial_factors[1])
     other.load(state)
     assert torch.equal(logits(fresh), logits(family))
     assert not torch.equal(logits(fresh), wanted)

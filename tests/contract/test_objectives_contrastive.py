@@ -293,7 +293,7 @@ def trained(max_tokens: int, alone: bool = False) -> dict[str, Any]:
     objective, examples = OBJECTIVES["contrastive"](learn_temperature=True, symmetric=True), rows("contrastive", "infonce")
     family = base("llama")
     attached = attach_heads(family, attach(family, "lora"), objective, 3)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 2)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 2)
     for i in range(2):
         adam.set_rate(i)
         batches = pack_examples(examples, max_tokens)

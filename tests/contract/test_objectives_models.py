@@ -117,7 +117,7 @@ def test_training_lowers_the_loss_and_evaluation_runs(name: str, settings: dict[
     family, objective, attached = ready(name, settings)
     batches = pack_examples(rows(name, settings), 24)
     before = evaluate_batches(family, objective, batches, attached.disabled)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(lr_scheduler_type="constant"), 5)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(lr_scheduler_type="constant"), 5)
     for i in range(5):
         adam.set_rate(i)
         found = step(family, objective, batches, adam, reference=attached.disabled).numbers()

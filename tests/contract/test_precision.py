@@ -20,9 +20,9 @@ from luthier.data.packing import pack_examples
 from luthier.models import CausalLM
 
 WAYS: list[tuple[str, dict[str, Any]]] = [
-    ("full", {}), ("lora", {}), ("lora", {"dora": True}), ("bitfit", {}), ("ia3", {}), ("ln", {}),
+    ("full", {}), ("lora", {}), ("lora", {"use_dora": True}), ("bitfit", {}), ("ia3", {}), ("ln_tuning", {}),
     ("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "parallel"}),
-    ("prompt", {"tokens": 3}), ("ptuning", {"tokens": 3}), ("prefix", {"tokens": 3}), ("prefix", {"tokens": 3, "projection": True})]
+    ("prompt", {"num_virtual_tokens": 3}), ("ptuning", {"num_virtual_tokens": 3}), ("prefix", {"num_virtual_tokens": 3}), ("prefix", {"num_virtual_tokens": 3, "prefix_projection": True})]
 
 
 def gradient(family: CausalLM, attached: Tuner, batches: Iterable[Batch], mixed: bool) -> Tensor:

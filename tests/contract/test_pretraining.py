@@ -33,7 +33,7 @@ def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict
     family = base(kind)
     attached = attach_method(family, METHODS[method](**settings), 3)
     before = {name: p.detach().clone() for name, p in attached.parameters().items()}
-    optimizer = Optimizer(attached.parameters(), attached.rate, RATE, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), steps)
+    optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, RATE, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), steps)
     for number in range(steps):
         optimizer.set_rate(number)
         step(family, SFT, [build_batch(documents())], optimizer)
@@ -42,12 +42,12 @@ def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict
             {name for name, p in attached.parameters().items() if id(p) in mine})
 
 
-@pytest.mark.parametrize(("method", "settings"), [("full", {}), ("freeze", {"last": 1, "embeddings": True, "head": True})])
+@pytest.mark.parametrize(("method", "settings"), [("full", {}), ("freeze", {"num_trainable_layers": 1, "embeddings": True, "head": True})])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
 def test_embeddings_move_at_a_rate_of_their_own(kind: str, method: str, settings: dict[str, Any]) -> None:
     """The first step of Adam moves all that has a gradient by the rate, whatever the gradient."""
     plain, names = moved(kind, method, **settings)
-    slow, _ = moved(kind, method, embedding_rate=0.1, **settings)
+    slow, _ = moved(kind, method, embedding_lr_multiplier=0.1, **settings)
     assert len(names) == 1
     for name, change in slow.items():
         wanted = plain[name] * (0.1 if name in names else 1.0)
@@ -58,8 +58,8 @@ def test_embeddings_move_at_a_rate_of_their_own(kind: str, method: str, settings
 
 
 def test_a_rate_of_embeddings_that_do_not_train_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"embedding_rate 0.5: no embeddings train"):
-        moved("llama", "freeze", last=1, embedding_rate=0.5)
+    with pytest.raises(RecipeError, match=r"embedding_lr_multiplier 0.5: no embeddings train"):
+        moved("llama", "freeze", num_trainable_layers=1, embedding_lr_multiplier=0.5)
 
 
 def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
     (tmp_path / "field.jsonl").write_text("".join(json.dumps({"text": f"field {i} " * 9}) + "\n" for i in range(3)))
     (tmp_path / "general.jsonl").write_text("".join(json.dumps({"text": f"general {i}"}) + "\n" for i in range(8)))
     raw: dict[str, Any] = {
-        "model": str(tmp_path / "base"), "method": {"name": "full", "embedding_rate": 0.1}, "objective": "pretrain",
+        "model": str(tmp_path / "base"), "method": {"name": "full", "embedding_lr_multiplier": 0.1}, "objective": "pretrain",
         "data": {"train": [{"path": str(tmp_path / "field.jsonl"), "weight": 2},
                            {"path": str(tmp_path / "general.jsonl"), "weight": 0.5}],
                  "max_length": 48, "truncation": "split"},

@@ -265,7 +265,7 @@ def test_every_setting_that_can_be_left_out_is_resolved_or_means_something() -> 
 
 
 SPELT: dict[str, Any] = {**{name: name for name in METHODS if name != "peft"}, "peft": {"name": "peft", "config": {"peft_type": "LOHA", "r": 4}},
-                         "mlp": {"name": "prefix", "projection": True}, "list": ["lora", "adapter"]}
+                         "mlp": {"name": "prefix", "prefix_projection": True}, "list": ["lora", "adapter"]}
 
 
 @pytest.mark.parametrize("method", SPELT)
@@ -277,7 +277,7 @@ def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -
         parts = saved.method.parts if section == "method" and method == "list" else [dict(saved)[section]] if section else [saved]
         for part in parts:
             unset = {name for name in names if dict(part).get(name, "no such setting") in UNSET}
-            assert unset <= ({"revision", "pooling"} | ({"hidden"} if method == "prefix" else set())), (section, unset)  # no hub, no state of a whole text; no MLP
+            assert unset <= ({"revision", "pooling"} | ({"encoder_hidden_size"} if method == "prefix" else set())), (section, unset)  # no hub, no state of a whole text; no MLP
     assert assembly.recipe(yaml.safe_load(yaml.safe_dump(assembly.dump(saved)))) == saved
     assert assembly.changed(saved, fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
 
@@ -285,7 +285,7 @@ def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -
 @pytest.fixture
 def other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version, in which every default that decides a result is another one."""
-    monkeypatch.setattr(METHODS["lora"], "default_rate", 0.3)
+    monkeypatch.setattr(METHODS["lora"], "default_learning_rate", 0.3)
     monkeypatch.setattr(import_module("luthier.data.config"), "LENGTH", 27)
     monkeypatch.setattr(import_module("luthier.assembly.factory"), "resolve_micro_batch_tokens", lambda made, base: made.training.max_tokens_per_micro_batch or 11)
 

@@ -44,7 +44,7 @@ def widened(kind: str, family: CausalLM) -> CausalLM:
 
 @BITS
 @KIND
-@pytest.mark.parametrize(("method", "settings"), [("lora", {}), ("lora", {"dora": True}), ("adapter", {}), ("bitfit", {})])
+@pytest.mark.parametrize(("method", "settings"), [("lora", {}), ("lora", {"use_dora": True}), ("adapter", {}), ("bitfit", {})])
 def test_loss_and_gradients_are_those_of_the_weights_that_the_bits_stand_for(
         kind: str, bits: str, method: str, settings: dict[str, Any]) -> None:
     family = few(kind, bits)

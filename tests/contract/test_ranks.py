@@ -33,7 +33,7 @@ def trained(method: str, max_tokens: int | None, alone: bool = False) -> dict[st
     torch.set_num_threads(1)
     family = base("llama")
     attached = attach(family, method)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3, attached.at_update)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 3, attached.optimizer_hooks)
     for i in range(3):
         adam.set_rate(i)
         rows = pack_examples(documents(seed=i), max_tokens)
@@ -46,7 +46,7 @@ def broken() -> str:
     """What every rank says when one of them alone has a loss that is not finite."""
     family = base("llama")
     attached = attach(family, "lora")
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 3)
     before = {n: t.clone() for n, t in attached.state().items()}
 
     class Infinite:

@@ -190,7 +190,7 @@ def trained(method: str, max_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     torch.set_num_threads(1)
     family = base("llama", dtype=dtype)
     attached = attach(family, method, stirred=False)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 3)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(), 3)
     for i in range(3):
         adam.set_rate(i)
         step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam)

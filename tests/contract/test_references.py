@@ -139,7 +139,7 @@ def test_a_copy_that_is_forbidden_is_refused_with_what_would_do(home: Path, tmp_
     never = {"name": "full", "keep_base": False}
     with pytest.raises(RecipeError, match="precompute_reference: true"):
         Trial(recipe(home, "dpo", never), tmp_path)
-    assert Trial(recipe(home, "dpo", never, once=True), tmp_path).attached.copied == (0, 0)
+    assert Trial(recipe(home, "dpo", never, once=True), tmp_path).attached.base_copy_size == (0, 0)
 
 
 @pytest.mark.parametrize("once", [False, True])
@@ -171,7 +171,7 @@ def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Pa
     for name in METHODS:
         made = assembly.recipe({"model": str(home / "base"), "data": "-", "method": name, "objective": {
             "name": "ppo", "critic": "adapter", "reward": "length"}})
-        inside = attach_method(load_family(made.model), made.method, 0).scope is None
+        inside = attach_method(load_family(made.model), made.method, 0).gates is None
         if not inside:
             fitting(made, family)
             continue

@@ -227,7 +227,7 @@ def learn(objective: Any, seed: int, steps: int, rate: float = 0.05, **settings:
     family, attached = set_up(objective, seed=seed, stirred=False, dtype=torch.float32, num_hidden_layers=1,
                               vocab_size=88, initializer_range=0.3, eos_token_id=None)
     feed = rolls(objective, family, attached, seed, **settings)
-    optimizer = Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.0),
+    optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.0),
                           steps)
     said = []
     family.train(True)
@@ -303,7 +303,7 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]], str]:
     return load_file(run.path / "adapter_model.safetensors"), lines, (run.path / "samples.jsonl").read_text()
 
 
-@pytest.mark.parametrize("method", ["bitfit", "ln", "prefix", ["bitfit", {"name": "lora", "rank": 2}]], ids=str)
+@pytest.mark.parametrize("method", ["bitfit", "ln_tuning", "prefix", ["bitfit", {"name": "lora", "rank": 2}]], ids=str)
 def test_other_methods_roll_too(home: Path, tmp_path: Path, method: Any) -> None:
     made = recipe(home, "ppo", kl_coef=0.1) | {"method": method}
     made["training"] |= {"max_steps": 2, "save_total_limit": 1}
@@ -397,12 +397,12 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
 def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
     made = assembly.recipe(recipe(home, "ppo", critic="adapter", kl_coef=0.1, vf_coef=1.0))
     found: list[dict[str, Tensor]] = []
-    for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the bank stands elsewhere
+    for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the manager stands elsewhere
         family = load_family(made.model)
         assert isinstance(family, CausalLM)
         data = load_datasets(made, family)
         attached, reference = init_rl_policy(made, family)
-        assert {name: attached.rate(name) * made.method.default_rate for name in attached.parameters() if "value" in name} == {
+        assert {name: attached.lr_multiplier(name) * made.method.default_learning_rate for name in attached.parameters() if "value" in name} == {
             f"base_model.model.value.{part}": pytest.approx(1e-3) for part in ("weight", "bias")}  # as a head of any objective
         with torch.no_grad():
             generator = torch.Generator().manual_seed(0)
@@ -507,7 +507,7 @@ def test_the_four_roles_of_ppo_cost_at_most_half_more_memory_than_sft() -> None:
     for name in ("sft", "ppo"):
         family, attached = set_up(objective, dtype=torch.float32)
         family.enable_gradient_checkpointing(384)
-        optimizer = Optimizer(attached.parameters(), attached.rate, 0.01, OptimizerConfig(), 2)
+        optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, 0.01, OptimizerConfig(), 2)
         optimizer.set_rate(0)
         feed = rolls(objective, family, attached, micro=384)
         family.train(True)

@@ -129,7 +129,7 @@ def test_a_countable_reward_rises(objective: Any) -> None:
     with torch.no_grad():
         family.model.lm_head.weight[88:] *= 0.05  # a few likely words, among them the eight that pay
     feed = rolls(objective, family, attached)
-    optimizer = Optimizer(attached.parameters(), attached.rate, 0.05, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.0), 40)
+    optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, 0.05, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.0), 40)
     family.train(True)
     said = []
     for number in range(40 if objective.name == "ppo" else 20):

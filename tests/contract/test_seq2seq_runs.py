@@ -185,7 +185,7 @@ def test_merged_is_attached() -> None:
 def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     family = base()
-    attached = attach(family, "lora", rank=4, alpha=12.0, targets=targets)
+    attached = attach(family, "lora", rank=4, alpha=12.0, target_modules=targets)
     config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=12, target_modules=theirs)
     other = peft.get_peft_model(t5("relu"), config, autocast_adapter_dtype=False).eval()
     wanted = {n.replace(".default", ""): p for n, p in other.named_parameters() if "lora_" in n}
@@ -201,38 +201,38 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
     assert apart({n: t for n, t in found.items() if n != "loss"}, {n: p.grad for n, p in wanted.items()}) < SAME
     stir(attached)
     assert (logits(other) - logits(family.model)).abs().max() > FAR
-    assert attached.peft()["task_type"] == "SEQ_2_SEQ_LM"
+    assert attached.get_peft_config()["task_type"] == "SEQ_2_SEQ_LM"
 
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = AdapterManager(family.structure)
+    manager = AdapterManager(family.structure)
     for i, name in enumerate("ab"):
-        bank.add(name, attach(family, "lora", seed=i))
-        stir(bank.members[name], seed=10 + i)
-    family.router = bank
+        manager.add(name, attach(family, "lora", seed=i))
+        stir(manager.adapters[name], seed=10 + i)
+    family.router = manager
     names = ["a", "b", None, "a", "b", None]
 
     def total(who: str | None, examples: list[TokenizedExample]) -> Tensor:
-        with bank.using(who):
+        with manager.use_adapter(who):
             row = build_batch(examples)
             return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     apart_ = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", None))
     row = build_batch(examples)
-    inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
+    inputs = manager.with_adapters(row.inputs, [name for name in names for _ in range(2)])
     assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - apart_).abs() < SAME
     assert (total("a", examples) - apart_).abs() > FAR
 
     found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
     for i, who in enumerate(["a", "b", None, "a", "b"]):
-        with bank.using(who):
+        with manager.use_adapter(who):
             assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].token_ids]
 
     tree = build_batch([forest()])
     with pytest.raises(RunError, match="another adapter"):
-        family.forward(bank.through(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.required_outputs)
+        family.forward(manager.with_adapters(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.required_outputs)
 
 
 def test_a_saved_base_is_the_same_base(tmp_path: Path) -> None:

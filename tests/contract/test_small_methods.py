@@ -64,7 +64,7 @@ def saved(family: CausalLM, attached: Any, place: Path, origin: Path, method: An
 # ---------------------------------------------------------------- every one, every way of computing
 
 WAYS = [("adapter", {"placement": "houlsby"}), ("adapter", {"placement": "parallel"}), ("bitfit", {}), ("ia3", {}),
-        ("ln", {}), ("freeze", {"last": 1, "keep_base": True})]
+        ("ln_tuning", {}), ("freeze", {"num_trainable_layers": 1, "keep_base": True})]
 
 
 @pytest.mark.usefixtures("double")
@@ -93,9 +93,9 @@ IA3: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "paper": ("llama", {}, LLAMA_IA3),
     "biases": ("qwen2", {}, LLAMA_IA3),
     "no map in the mixture": ("mixtral", {}, {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}),
-    "fused, whole": ("gpt2", {"targets": ("c_attn",)},
+    "fused, whole": ("gpt2", {"target_modules": ("c_attn",)},
                      {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"], "fan_in_fan_out": True}),
-    "chosen": ("gemma3", {"targets": ("o", "v"), "feedforward": ("layers.0.mlp.down_proj", "q")},
+    "chosen": ("gemma3", {"target_modules": ("o", "v"), "feedforward_modules": ("layers.0.mlp.down_proj", "q")},
                {"target_modules": ["o_proj", "v_proj", "layers.0.mlp.down_proj", "q_proj"],
                 "feedforward_modules": ["layers.0.mlp.down_proj", "q_proj"]}),
 }
@@ -165,18 +165,18 @@ def test_of_a_fused_map_the_keys_and_values_alone_are_scaled() -> None:
 def test_a_map_that_mixes_queries_and_keys_head_by_head_is_not_taken_apart() -> None:
     config = transformers.BloomConfig(vocab_size=264, hidden_size=32, n_layer=2, n_head=4)
     family = CausalLM(transformers.BloomForCausalLM(config).to(torch.float64).eval(), TOKENIZER)
-    for name, settings in (("ia3", {}), ("bitfit", {"which": "paper"})):
+    for name, settings in (("ia3", {}), ("bitfit", {"bias_scope": "paper"})):
         with pytest.raises(RecipeError, match="found in this model"):
             attach(family, name, **settings)
-    named = attach(family, "ia3", targets=("query_key_value",), feedforward=("down",))
+    named = attach(family, "ia3", target_modules=("query_key_value",), feedforward_modules=("down",))
     assert {t.shape for n, t in named.state().items() if "query_key_value" in n} == {(96, 1)}
 
 
 def test_ia3_says_what_it_does_not_find_or_read() -> None:
     with pytest.raises(RecipeError, match="'qq' matches no linear map"):
-        attach(base("llama"), "ia3", targets=("qq",))
+        attach(base("llama"), "ia3", target_modules=("qq",))
     plain = peft.IA3Config(**LLAMA_IA3).to_dict()
-    assert READERS["IA3"].from_peft(plain).parse(READERS["IA3"].from_peft(plain).model_dump()).feedforward
+    assert READERS["IA3"].from_peft(plain).parse(READERS["IA3"].from_peft(plain).model_dump()).feedforward_modules
     with pytest.raises(RunError, match="modules_to_save"):
         READERS["IA3"].from_peft({**plain, "modules_to_save": ["lm_head"]})
 
@@ -208,7 +208,7 @@ PLACES = {"gpt2": ("attn.c_proj", "mlp"), "llama": ("self_attn.o_proj", "mlp"), 
     ("houlsby", "relu", None), ("pfeiffer", "tanh", 0.5), ("parallel", "gelu", None)])
 def test_adapters_are_what_the_papers_draw(placement: str, activation: str, scale: float | None, kind: str) -> None:
     family = base(kind)
-    attached = attach(family, "adapter", placement=placement, activation=activation, scale=scale, reduction=8.0)
+    attached = attach(family, "adapter", placement=placement, activation=activation, scale=scale, reduction_factor=8.0)
     stem = next(iter(attached.bottlenecks)).partition(".0.")[0]
     model: Any = tiny(kind)
     acts = {"relu": nn.ReLU(), "tanh": nn.Tanh(), "gelu": nn.GELU()}
@@ -231,7 +231,7 @@ def test_adapters_are_what_the_papers_draw(placement: str, activation: str, scal
 
 
 def test_the_width_of_an_adapter_follows_its_place() -> None:
-    attached = attach(base("llama"), "adapter", placement="houlsby", reduction=8.0,
+    attached = attach(base("llama"), "adapter", placement="houlsby", reduction_factor=8.0,
                       reduction_pattern={"layers.1.mlp": 2.0, r".*\.attention": 32.0})
     widths = {place: made.parameters["down.bias"].shape[0] for place, made in attached.bottlenecks.items()}
     assert widths == {"model.layers.0.attention": 1, "model.layers.0.mlp": 4, "model.layers.1.attention": 1, "model.layers.1.mlp": 16}
@@ -255,7 +255,7 @@ def test_an_adapters_dropout_acts_in_training_only() -> None:
 @pytest.mark.parametrize(("kind", "which"), [("gpt2", "all"), ("gpt2", "norms"), ("llama", "all"), ("llama", "paper")])
 def test_bitfit_trains_the_biases_that_the_architecture_has_or_could_have(kind: str, which: str) -> None:
     family = base(kind)
-    attached = attach(family, "bitfit", which=which)
+    attached = attach(family, "bitfit", bias_scope=which)
     flags = {"attention_bias": True, "mlp_bias": True} if kind == "llama" else {}
     model = tiny(kind, **flags)
     own = dict(model.named_parameters())
@@ -275,15 +275,15 @@ def test_bitfit_trains_the_biases_that_the_architecture_has_or_could_have(kind: 
 
 
 def test_bitfits_choices() -> None:
-    paper = attach(base("gpt2"), "bitfit", which="paper")
+    paper = attach(base("gpt2"), "bitfit", bias_scope="paper")
     assert {n.rsplit(".", 2)[1]: tuple(p.shape) for n, p in paper.parameters().items()} == {"c_attn": (32,), "c_fc": (128,)}
-    chosen = attach(base("llama"), "bitfit", which=("o", "layers.1.mlp.up_proj"))
+    chosen = attach(base("llama"), "bitfit", bias_scope=("o", "layers.1.mlp.up_proj"))
     assert sorted(n.partition("layers.")[2] for n in chosen.parameters()) == [
         "0.self_attn.o_proj.bitfit", "1.mlp.up_proj.bitfit", "1.self_attn.o_proj.bitfit"]
     with pytest.raises(RecipeError, match="norms of this model have no biases"):
-        attach(base("llama"), "bitfit", which="norms")
+        attach(base("llama"), "bitfit", bias_scope="norms")
     with pytest.raises(RecipeError, match="'qq' matches no linear map"):
-        attach(base("llama"), "bitfit", which=("qq",))
+        attach(base("llama"), "bitfit", bias_scope=("qq",))
 
 
 @pytest.mark.parametrize(("kind", "which", "flags"), [
@@ -292,7 +292,7 @@ def test_bitfits_choices() -> None:
 def test_a_model_with_grown_biases_is_saved_so_that_it_loads(kind: str, which: Any, flags: dict[str, bool], tmp_path: Path) -> None:
     family = base(kind)
     bare = logits(family)
-    attached = attach(family, "bitfit", which=which)
+    attached = attach(family, "bitfit", bias_scope=which)
     attached.merge()
     wanted = logits(family)
     family.save(tmp_path)
@@ -307,7 +307,7 @@ def test_a_model_with_grown_biases_is_saved_so_that_it_loads(kind: str, which: A
 @pytest.mark.parametrize(("kind", "which"), [("qwen2", ("o",)), ("mistral", "all"), ("gemma2", ("up",))])
 def test_a_bias_that_an_architecture_cannot_keep_is_refused(kind: str, which: Any, tmp_path: Path) -> None:
     family = base(kind)
-    attach(family, "bitfit", which=which).merge()
+    attach(family, "bitfit", bias_scope=which).merge()
     with pytest.raises(NotMergeable, match="cannot keep"):
         family.save(tmp_path)
     assert not list(tmp_path.iterdir())
@@ -317,7 +317,7 @@ def test_a_bias_that_an_architecture_cannot_keep_is_refused(kind: str, which: An
 
 
 @pytest.mark.parametrize(("kind", "settings", "names"), [
-    ("llama", {"last": 1}, {"model.layers.1"}),
+    ("llama", {"num_trainable_layers": 1}, {"model.layers.1"}),
     ("llama", {"layers": (-2, 0)}, {"model.layers.0"}),
     ("llama", {"embeddings": True}, {"model.embed_tokens"}),
     ("llama", {"head": True, "patterns": ("q_proj", r".*\.0\.mlp\..*")},
@@ -332,7 +332,7 @@ def test_freeze_trains_what_is_named(kind: str, settings: dict[str, Any], names:
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"patterns": ("qq_proj",)}, "'qq_proj' fits no parameter"), ({"layers": (1, 5)}, "0 to 1"), ({"layers": (1, 0)}, "0 to 1"),
-    ({"last": 3}, "3 blocks, and this model has 2")])
+    ({"num_trainable_layers": 3}, "3 blocks, and this model has 2")])
 def test_freeze_says_what_it_does_not_find(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         attach(base("llama"), "freeze", **settings)
@@ -350,12 +350,12 @@ def test_names_are_fitted_part_by_part() -> None:
     ("gpt2", False, {"ln_1.weight", "ln_2.weight", "ln_f.weight"}),
 ])
 def test_ln_trains_every_norm(kind: str, biases: bool, names: set[str]) -> None:
-    found = attach(base(kind), "ln", biases=biases).parameters()
+    found = attach(base(kind), "ln_tuning", biases=biases).parameters()
     assert {".".join(n.rsplit(".", 2)[1:]) for n in found} == names
     assert len(found) == (5 if kind == "llama" else 10 if biases else 5)
 
 
-@pytest.mark.parametrize("name", ["freeze", "ln"])
+@pytest.mark.parametrize("name", ["freeze", "ln_tuning"])
 def test_a_part_of_the_base_is_saved_as_a_whole_model(name: str, tmp_path: Path) -> None:
     family, origin = base("llama", dtype=torch.float32), save_tiny(tmp_path / "base", "llama", dtype=torch.float32)
     attached = attach(family, name)
@@ -406,7 +406,7 @@ def test_bitfit_and_lora_are_one_method_together() -> None:
     start = {n: p.detach().clone() for n, p in attached.parameters().items()}
     assert any("bitfit" in n for n in start)
     assert any("lora_A" in n for n in start)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(warmup_ratio=0), 4)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(warmup_ratio=0), 4)
     for i in range(3):
         adam.set_rate(i)
         step(family, SFT, [build_batch(documents())], adam)
@@ -577,7 +577,7 @@ def row(family: Any) -> Inputs:
 
 
 @pytest.mark.parametrize("make", [bert, t5, vit])
-@pytest.mark.parametrize(("name", "settings"), [*WAYS, ("adapter", {}), ("bitfit", {"which": "paper"})],
+@pytest.mark.parametrize(("name", "settings"), [*WAYS, ("adapter", {}), ("bitfit", {"bias_scope": "paper"})],
                          ids=lambda v: v if isinstance(v, str) else "+".join(map(str, v.values())))
 def test_every_family_takes_them(name: str, settings: dict[str, Any], make: Any) -> None:
     family, fresh = alike(make), alike(make)

@@ -28,7 +28,7 @@ STILL = 1e-30  # a learning rate at which nothing moves
 
 
 def optimizer(attached: Tuner, rate: float = 0.1, **settings: Any) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(**{**PLAIN, **settings}), 10)
+    return Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(**{**PLAIN, **settings}), 10)
 
 
 def rows() -> list[Batch]:

@@ -216,8 +216,8 @@ def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> No
         prepare_folder(ModelConfig(name_or_path=str(path), surgery=SurgeryConfig(expand_layers=1)))
 
 
-@pytest.mark.parametrize(("method", "words"), [({"name": "lora", "dora": True}, "divides by"), ("ia3", "stays zero"),
-                                               ({"name": "lora", "init": "pissa"}, "largest directions")])
+@pytest.mark.parametrize(("method", "words"), [({"name": "lora", "use_dora": True}, "divides by"), ("ia3", "stays zero"),
+                                               ({"name": "lora", "init_lora_weights": "pissa"}, "largest directions")])
 def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> None:
     family = assembly.CausalLM(tiny("llama"), tiny_tokenizer())
     structure = {"surgery": {"expand_layers": 1}}

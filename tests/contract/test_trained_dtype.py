@@ -24,11 +24,11 @@ from luthier.training.step import step
 from tiny import save_tiny
 
 INSIDE: list[tuple[str, dict[str, Any], float]] = [  # methods that train the base's own weights, with a learning rate
-    ("full", {}, 2e-5), ("full", {"keep_base": True}, 2e-5), ("freeze", {"last": 1}, 5e-4), ("freeze", {"head": True}, 5e-4),
-    ("freeze", {"embeddings": True}, 5e-4), ("ln", {}, 1e-3)]
+    ("full", {}, 2e-5), ("full", {"keep_base": True}, 2e-5), ("freeze", {"num_trainable_layers": 1}, 5e-4), ("freeze", {"head": True}, 5e-4),
+    ("freeze", {"embeddings": True}, 5e-4), ("ln_tuning", {}, 1e-3)]
 OTHERS: list[tuple[str, dict[str, Any]]] = [
-    ("lora", {}), ("lora", {"dora": True}), ("bitfit", {}), ("ia3", {}), ("adalora", {}), ("adapter", {}),
-    ("prompt", {"tokens": 3}), ("ptuning", {"tokens": 3}), ("ptuning_v2", {"tokens": 3}), ("prefix", {"tokens": 3})]
+    ("lora", {}), ("lora", {"use_dora": True}), ("bitfit", {}), ("ia3", {}), ("adalora", {}), ("adapter", {}),
+    ("prompt", {"num_virtual_tokens": 3}), ("ptuning", {"num_virtual_tokens": 3}), ("ptuning_v2", {"num_virtual_tokens": 3}), ("prefix", {"num_virtual_tokens": 3})]
 STEPS = 30
 
 
@@ -37,7 +37,7 @@ def trained(name: str, settings: dict[str, Any], rate: float, dtype: torch.dtype
     """The optimizer, and what trains in the model before and after."""
     family = base(kind, dtype=dtype)
     attached = attach(family, name, stirred=False, **settings)
-    adam = Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(), steps, attached.at_update)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), steps, attached.optimizer_hooks)
     before = {n: p.detach().clone() for n, p in attached.parameters().items()}
     for i in range(steps):
         adam.set_rate(i)
@@ -64,7 +64,7 @@ def test_as_many_weights_move_as_in_float32(name: str, settings: dict[str, Any],
     assert all(t.dtype == torch.float32 for n, t in adam.state().items() if not n.endswith(".step"))
     largest = max(float((copies[n] - t.float()).abs().max()) for n, t in start.items())
     assert largest <= rate * STEPS * 1.05  # Adam moves a weight by about the rate; in float16 it was 500 times that
-    if name == "ln":  # its rate is large enough for the rounded weights too
+    if name == "ln_tuning":  # its rate is large enough for the rounded weights too
         assert moved(start, rounded) > 0.5
 
 
@@ -120,7 +120,7 @@ def test_it_is_mixed_precision_written_out(max_tokens: int) -> None:
     masters, named = reference(4, max_tokens)
     family = base("llama", dtype=torch.bfloat16)
     attached = attach(family, "full", stirred=False)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 4)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 4)
     for i in range(4):
         adam.set_rate(i)
         assert step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam).micro_batches == (1 if max_tokens == 400 else 5)
@@ -134,7 +134,7 @@ def test_it_resumes_to_the_bit(tmp_path: Path) -> None:
     def fresh() -> tuple[Any, Any, Optimizer]:
         family = base("llama", dtype=torch.bfloat16)
         attached = attach(family, "full", stirred=False)
-        return family, attached, Optimizer(attached.parameters(), attached.rate, 2e-5, OptimizerConfig(), 8)
+        return family, attached, Optimizer(attached.parameters(), attached.lr_multiplier, 2e-5, OptimizerConfig(), 8)
 
     def run(family: Any, adam: Optimizer, steps: range) -> None:
         for i in steps:

@@ -40,8 +40,8 @@ N = 5
 TOKENS = torch.tensor([[7, 201, 33, 33, 90, 255, 12, 64, 3, 150, 41, 8]])
 WINDOWED = {"mistral", "gemma2", "gemma3"}
 KIND = pytest.mark.parametrize("kind", KINDS)
-SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"tokens": N}, "ptuning": {"tokens": N, "hidden": 7},
-                                       "prefix": {"tokens": N}, "ptuning_v2": {"tokens": N}}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"num_virtual_tokens": N}, "ptuning": {"num_virtual_tokens": N, "encoder_hidden_size": 7},
+                                       "prefix": {"num_virtual_tokens": N}, "ptuning_v2": {"num_virtual_tokens": N}}
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 DEEP = {"prefix", "ptuning_v2"}
 
@@ -58,12 +58,12 @@ def alone(family: CausalLM, attached: Any, ids: torch.Tensor, deep: bool) -> tor
     """[1, L, V] logits of one document behind the virtual tokens, by Transformers' own arguments."""
     with attached.disabled():
         if not deep:
-            embeds = torch.cat([attached.virtual()[None], family.structure.embedding(ids)], dim=1)
-            return family.model(inputs_embeds=embeds).logits[:, attached.virtual().shape[0]:]
+            embeds = torch.cat([attached.compute_virtual_tokens()[None], family.structure.embedding(ids)], dim=1)
+            return family.model(inputs_embeds=embeds).logits[:, attached.compute_virtual_tokens().shape[0]:]
         cache = DynamicCache()
-        for i, (key, value) in enumerate(attached.virtual()):
+        for i, (key, value) in enumerate(attached.compute_virtual_tokens()):
             cache.update(key[None], value[None], i)
-        n = attached.virtual().shape[3]
+        n = attached.compute_virtual_tokens().shape[3]
         positions = torch.arange(n, n + ids.shape[1])[None]
         return family.model(input_ids=ids, past_key_values=cache, position_ids=positions).logits
 
@@ -214,16 +214,16 @@ def test_a_text_that_leaves_no_room_is_refused_and_one_that_just_does_is_not(kin
 
 def test_two_kinds_of_virtual_tokens_stand_behind_one_another() -> None:
     family = base("llama")
-    prompt, prefix = attach(family, "prompt", tokens=3), attach(family, "prefix", tokens=4)
+    prompt, prefix = attach(family, "prompt", num_virtual_tokens=3), attach(family, "prefix", num_virtual_tokens=4)
     with torch.no_grad():
         found = family.model(input_ids=TOKENS).logits
         with prompt.disabled():
-            longer = torch.cat([prompt.virtual()[None], family.structure.embedding(TOKENS)], dim=1)
+            longer = torch.cat([prompt.compute_virtual_tokens()[None], family.structure.embedding(TOKENS)], dim=1)
             assert (family.model(inputs_embeds=longer).logits[:, 3:] - found).abs().max() < SAME
     rows = [build_batch(documents())]
     both = {n: p for part in (prompt, prefix) for n, p in part.parameters().items()}
     padded = base("llama", "padded")
-    again = [attach(padded, name, tokens=n) for name, n in (("prompt", 3), ("prefix", 4))]
+    again = [attach(padded, name, num_virtual_tokens=n) for name, n in (("prompt", 3), ("prefix", 4))]
     assert {**measured(family, prefix, rows)}.keys() == {"loss", *prefix.parameters()}
     assert apart(measured(family, prefix, rows), measured(padded, again[1], rows)) < SAME
     assert apart(measured(family, prompt, rows), measured(padded, again[0], rows)) < SAME
@@ -232,10 +232,10 @@ def test_two_kinds_of_virtual_tokens_stand_behind_one_another() -> None:
 
 def test_what_has_no_meaning_is_refused() -> None:
     family, attached = tuned("llama", "prompt")
-    attached.scope.weight = 0.5
+    attached.gate.scale = 0.5
     with pytest.raises(RunError, match=r"weight of 0\.5"):
         logits(family)
-    attached.scope.weight, attached.scope.part, attached.scope.among = 1.0, (1, torch.tensor([0, 1])), 20
+    attached.gate.scale, attached.gate.token_index, attached.gate.dim_size = 1.0, (1, torch.tensor([0, 1])), 20
     with pytest.raises(RunError, match="cannot be told apart"):
         logits(family)
     with pytest.raises(RecipeError, match="no place for virtual tokens"):
@@ -273,12 +273,12 @@ def behind(family: Encoder, attached: Any, ids: torch.Tensor, deep: bool) -> tor
     embeds = family.structure.embedding(torch.cat([torch.full((N,), 9), ids]))[None]
     with attached.disabled():
         if not deep:
-            embeds = torch.cat([attached.virtual()[None], embeds[:, N:]], dim=1)
+            embeds = torch.cat([attached.compute_virtual_tokens()[None], embeds[:, N:]], dim=1)
             return family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
         handles = []
         for site in family.structure.linears:
             if site.role in ("k", "v"):
-                rows = attached.virtual()[site.layer_index, int(site.role == "v")].transpose(0, 1).flatten(1)
+                rows = attached.compute_virtual_tokens()[site.layer_index, int(site.role == "v")].transpose(0, 1).flatten(1)
                 handles.append(site.module.register_forward_hook(
                     lambda _m, _a, out, rows=rows: torch.cat([rows[None], out[:, N:]], dim=1)))
         found = family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
@@ -309,7 +309,7 @@ def test_an_encoders_packed_row_is_padded_and_each_text_by_itself(kind: str, met
 @READS
 def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
     family = reader(kind)
-    attach(family, "prefix", tokens=N)
+    attach(family, "prefix", num_virtual_tokens=N)
     last = family.structure.sizes["context"] - N
     with torch.no_grad():
         family.model(input_ids=torch.full((1, last), 7))
@@ -321,7 +321,7 @@ def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="prompt and prefix are all virtual tokens"):
         assembly.recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
     origin = save_tiny(tmp_path / "base", "llama")
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": [{"name": "ptuning", "tokens": N}, "bitfit"],
+    made = assembly.recipe({"model": str(origin), "data": "-", "method": [{"name": "ptuning", "num_virtual_tokens": N}, "bitfit"],
                          "output_dir": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
     run.begin(assembly.dump(made), {})
@@ -341,11 +341,11 @@ def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
 def test_they_start_as_the_words_of_a_text() -> None:
     family = base("llama")
     ids = list(b"to to")
-    prompt = attach(family, "prompt", stirred=False, tokens=7, text="to to")
-    assert torch.equal(prompt.virtual(), family.structure.embedding(torch.tensor((ids * 2)[:7])))
+    prompt = attach(family, "prompt", stirred=False, num_virtual_tokens=7, prompt_tuning_init_text="to to")
+    assert torch.equal(prompt.compute_virtual_tokens(), family.structure.embedding(torch.tensor((ids * 2)[:7])))
     for name in ("ptuning", "prefix"):
         fresh = base("llama")
-        attached = attach(fresh, name, stirred=False, tokens=5, text="to to")
+        attached = attach(fresh, name, stirred=False, num_virtual_tokens=5, prompt_tuning_init_text="to to")
         bare = base("llama")
         with torch.no_grad():
             whole = bare.model(input_ids=torch.tensor([[*ids, *TOKENS[0]]])).logits[:, 5:]
@@ -353,15 +353,15 @@ def test_they_start_as_the_words_of_a_text() -> None:
         stir(attached)
         assert (logits(fresh) - logits(bare)).abs().max() > FAR
     with pytest.raises(RecipeError, match="leave the text out"):
-        METHODS["prompt"].parse({"text": "to", "init": "random"})
+        METHODS["prompt"].parse({"prompt_tuning_init_text": "to", "prompt_tuning_init": "random"})
 
 
 def test_the_rate_is_in_units_of_what_stands_there() -> None:
     family = base("llama", num_hidden_layers=3)
     prompt = attach(family, "prompt", stirred=False)
-    assert prompt.rate(EMBEDDINGS) == pytest.approx(float(prompt.virtual().square().mean().sqrt()))
+    assert prompt.lr_multiplier(EMBEDDINGS) == pytest.approx(float(prompt.compute_virtual_tokens().square().mean().sqrt()))
     prefix = attach(base("llama", num_hidden_layers=3), "prefix", stirred=False)
-    rates = {name: prefix.rate(name) for name in prefix.parameters()}
+    rates = {name: prefix.lr_multiplier(name) for name in prefix.parameters()}
     assert len(set(rates.values())) == 6
     for name, parameter in prefix.parameters().items():
         assert rates[name] == pytest.approx(float(parameter.square().mean().sqrt()))
@@ -370,17 +370,17 @@ def test_the_rate_is_in_units_of_what_stands_there() -> None:
 # ---------------------------------------------------------------- the encoder is folded away, and training goes on
 
 
-@pytest.mark.parametrize(("method", "settings"), [("ptuning", {"encoder": "lstm", "hidden": 4}), ("ptuning", {}),
-                                                  ("prefix", {"projection": True, "hidden": 6})])
+@pytest.mark.parametrize(("method", "settings"), [("ptuning", {"encoder_reparameterization_type": "lstm", "encoder_hidden_size": 4}), ("ptuning", {}),
+                                                  ("prefix", {"prefix_projection": True, "encoder_hidden_size": 6})])
 def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: str, settings: dict[str, Any],
                                                                         tmp_path: Path) -> None:
     origin = save_tiny(tmp_path / "base", "llama")
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": {"name": method, "tokens": N, **settings}})
+    made = assembly.recipe({"model": str(origin), "data": "-", "method": {"name": method, "num_virtual_tokens": N, **settings}})
 
     def begun() -> tuple[CausalLM, Any, Optimizer]:
         family = base("llama")
         attached = attach_method(family, made.method, 0)
-        return family, attached, Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 4)
+        return family, attached, Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 4)
 
     def go_on(family: CausalLM, adam: Optimizer, steps: range) -> None:
         for i in steps:
@@ -408,7 +408,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     held = folded.parameters()[EMBEDDINGS]
     folded.load(saved)
     assert folded.parameters()[EMBEDDINGS] is held, "an optimiser may hold it already"
-    assert folded.rate(EMBEDDINGS) != 1
+    assert folded.lr_multiplier(EMBEDDINGS) != 1
     with pytest.raises(RunError, match="missing"):
         folded.load({n: t for n, t in state.items() if n != TRAINING + "start"})
 
@@ -490,7 +490,7 @@ def test_a_folder_of_pefts_opens_as_a_run(kind: str, method: str, tmp_path: Path
     other.save_pretrained(tmp_path / "run")
     made, family, attached = open_run(Run(tmp_path / "run"))
     assert isinstance(made.method, READERS[json.loads((tmp_path / "run/adapter_config.json").read_text())["peft_type"]])
-    assert made.method.tokens == N
+    assert made.method.num_virtual_tokens == N
     with torch.no_grad():
         assert (family.model(input_ids=TOKENS).logits - wanted).abs().max() < 1e-4
         with attached.disabled():

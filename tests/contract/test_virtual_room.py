@@ -29,7 +29,7 @@ def recipe(home: Path, kind: str, method: Any, **data: Any) -> Recipe:
 @pytest.mark.parametrize("kind", CONTEXT)
 @pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix", "ptuning_v2"])
 def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: str, method: str, tmp_path: Path) -> None:
-    named = {"name": method, "tokens": 9}
+    named = {"name": method, "num_virtual_tokens": 9}
     most = CONTEXT[kind] - 9
     for given in (named, ["lora", named] if kind == "llama" else named):
         made = recipe(tmp_path, kind, given, max_length=most + 1)
@@ -38,7 +38,7 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
             check_loaded_model(made, base)
         check_loaded_model(recipe(tmp_path, kind, given, max_length=most), base)
     with pytest.raises(RecipeError, match="no room for a text"):
-        check_loaded_model(recipe(tmp_path, kind, {"name": method, "tokens": CONTEXT[kind] - 1}), base)
+        check_loaded_model(recipe(tmp_path, kind, {"name": method, "num_virtual_tokens": CONTEXT[kind] - 1}), base)
     with pytest.raises(RecipeError, match=f"max_length {CONTEXT[kind] + 1} is longer"):
         check_loaded_model(recipe(tmp_path, kind, "lora", max_length=CONTEXT[kind] + 1), base)
 
@@ -46,7 +46,7 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
 @pytest.mark.parametrize("kind", CONTEXT)
 @pytest.mark.parametrize(("method", "tokens"), [("prompt", 9), ("lora", 0)])
 def test_rows_are_cut_to_what_they_leave(kind: str, method: str, tokens: int, tmp_path: Path) -> None:
-    made = recipe(tmp_path, kind, {"name": method, "tokens": tokens} if tokens else method)
+    made = recipe(tmp_path, kind, {"name": method, "num_virtual_tokens": tokens} if tokens else method)
     base = load_family(made.model)
     check_loaded_model(made, base)
     longest = max(len(piece.ids) for e in load_datasets(made, base).train for piece in e.pieces)

@@ -29,8 +29,8 @@ from luthier.models.soft_prompts.seq2seq import InjectedKeyValues
 from tiny import END_OF_TEXT, IM_END
 
 N = 5
-SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"tokens": N}, "ptuning": {"tokens": N, "hidden": 7},
-                                       "prefix": {"tokens": N}, "ptuning_v2": {"tokens": N}}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"num_virtual_tokens": N}, "ptuning": {"num_virtual_tokens": N, "encoder_hidden_size": 7},
+                                       "prefix": {"num_virtual_tokens": N}, "ptuning_v2": {"num_virtual_tokens": N}}
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 DEEP = {"prefix", "ptuning_v2"}
 
@@ -94,7 +94,7 @@ def test_it_stands_before_every_source_in_loss_and_every_gradient(kind: str, met
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples[:n]:
             source, answer = (torch.tensor(piece.ids) for piece in example.pieces)
-            logits = alone(plain, attached.virtual(), source, answer, method in DEEP)
+            logits = alone(plain, attached.compute_virtual_tokens(), source, answer, method in DEEP)
             costs = F.cross_entropy(logits, answer, reduction="none") * torch.tensor(example.pieces[1].weights).double()
             loss = loss + costs.sum() / weight
         named = attached.parameters()
@@ -165,7 +165,7 @@ def test_several_answers_of_one_source_are_each_of_them_alone(method: str) -> No
             wanted = family.states(one.inputs)[-len(ids[-1]):]
             start = sum(len(piece.ids) for piece in tree.pieces[:leaf])
             assert (states[start:start + len(ids[-1])] - wanted).abs().max() < SAME
-    assert attached.virtual().shape
+    assert attached.compute_virtual_tokens().shape
 
 
 @METHOD
@@ -205,12 +205,12 @@ def test_answers_with_a_cache_are_those_without_and_transformers_own(method: str
 
 def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
     family = base("relu")
-    prompt, prefix = attach(family, "prompt", tokens=3), attach(family, "prefix", tokens=4)
+    prompt, prefix = attach(family, "prompt", num_virtual_tokens=3), attach(family, "prefix", num_virtual_tokens=4)
     given = padded(pairs()[:1])
     with torch.no_grad():
         found = family.model(**given).logits
         with prompt.disabled():
-            embeds = torch.cat([prompt.virtual()[None], family.model.shared(given["input_ids"])], 1)
+            embeds = torch.cat([prompt.compute_virtual_tokens()[None], family.model.shared(given["input_ids"])], 1)
             wanted = family.model(inputs_embeds=embeds, labels=given["labels"]).logits
         assert (found - wanted).abs().max() < SAME
         with prefix.disabled():
@@ -219,27 +219,27 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = AdapterManager(family.structure)
+    manager = AdapterManager(family.structure)
     for name, method in (("a", "prompt"), ("b", "prefix"), ("c", "lora")):
-        bank.add(name, attach(family, method, **SETTINGS.get(method, {})))
-    family.router = bank
+        manager.add(name, attach(family, method, **SETTINGS.get(method, {})))
+    family.router = manager
     names = ["a", "b", None, "c", "b", "a"]
 
     def total(who: str | None, examples: list[TokenizedExample]) -> Tensor:
-        with bank.using(who):
+        with manager.use_adapter(who):
             row = build_batch(examples)
             return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     single = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", "c", None))
     row = build_batch(examples)
-    inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
+    inputs = manager.with_adapters(row.inputs, [name for name in names for _ in range(2)])
     assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - single).abs() < SAME
     assert (total("a", examples) - single).abs() > FAR
     owners = ["b", "a", None, "c", "a"]
-    found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6), bank.numbers(owners)), key=lambda g: g.index)
+    found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6), manager.resolve_indices(owners)), key=lambda g: g.index)
     for prompt, answer, who in zip(PROMPTS, found, owners, strict=True):
-        with bank.using(who):
+        with manager.use_adapter(who):
             assert said(family, [prompt], max_new_tokens=6) == [answer.token_ids]
 
 
@@ -248,18 +248,18 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
 
 def test_they_start_as_the_words_of_a_text() -> None:
     family = base()
-    prompt = attach(family, "prompt", stirred=False, tokens=7, text="to to")
+    prompt = attach(family, "prompt", stirred=False, num_virtual_tokens=7, prompt_tuning_init_text="to to")
     ids = (list(b"to to") * 2)[:7]
-    assert torch.equal(prompt.virtual(), family.structure.embedding(torch.tensor(ids)))
+    assert torch.equal(prompt.compute_virtual_tokens(), family.structure.embedding(torch.tensor(ids)))
     fresh, bare = base(), base()
-    prefix = attach(fresh, "prefix", stirred=False, tokens=5, text="to to")
+    prefix = attach(fresh, "prefix", stirred=False, num_virtual_tokens=5, prompt_tuning_init_text="to to")
     words = torch.tensor([list(b"to to")])
     with torch.no_grad():  # a causal decoder cannot tell them from words that it begins with
         read = bare.encoder(input_ids=words).last_hidden_state
         own = torch.tensor([[3, 4, 5]])
         longer = bare.decoder(input_ids=torch.cat([words, own], 1), encoder_hidden_states=read).last_hidden_state[:, 5:]
         decoder = [m for m in attentions(fresh.model) if m.is_decoder]
-        pairs_ = [p for p, m in zip(prefix.virtual(), attentions(fresh.model), strict=True) if m.is_decoder]
+        pairs_ = [p for p, m in zip(prefix.compute_virtual_tokens(), attentions(fresh.model), strict=True) if m.is_decoder]
         biases = fresh.structure.injector._compute_biases(fresh.decoder, 3, 0, 5, None)
         own_only = InjectedKeyValues({m: BiasedVirtualKeyValues(p[0][None], p[1][None], biases.get(m))
                             for m, p in zip(decoder, pairs_, strict=True) if m.is_causal})
@@ -272,9 +272,9 @@ def test_a_base_whose_attention_cannot_be_reached_is_refused_a_prefix() -> None:
     model = t5("relu")
     model.set_attn_implementation("eager")
     family = Seq2Seq(model, tokenizer())
-    attach(family, "prompt", tokens=N)
+    attach(family, "prompt", num_virtual_tokens=N)
     with pytest.raises(BaseError, match="out of reach"):
-        attach(family, "prefix", tokens=N)
+        attach(family, "prefix", num_virtual_tokens=N)
 
 
 # ---------------------------------------------------------------- PEFT's
@@ -331,7 +331,7 @@ def test_pefts_prefix_is_a_part_of_ours_with_shared_pairs() -> None:
     family, attached = tuned("relu", "prefix")
     every = attentions(family.model)
     own = [i for i, module in enumerate(every) if module.is_decoder and module.is_causal]
-    chosen = attached.virtual()[own].detach()  # [3, 2, H, N, d]
+    chosen = attached.compute_virtual_tokens()[own].detach()  # [3, 2, H, N, d]
     layers = torch.empty_like(chosen)
     for i in range(3):
         layers[2 * i % 3] = chosen[i]

@@ -59,7 +59,7 @@ def test_a_folder_of_pefts_opens_as_a_run(method: str, submodules: int, tmp_path
         wanted = other(**padded(pairs())).logits
     other.save_pretrained(tmp_path / "run")
     made, family, attached = open_run(Run(tmp_path / "run"))
-    assert made.method.tokens == N
+    assert made.method.num_virtual_tokens == N
     with torch.no_grad():
         assert (family.model(**padded(pairs())).logits - wanted).abs().max() < 1e-4
         with attached.disabled():

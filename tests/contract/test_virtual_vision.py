@@ -27,8 +27,8 @@ from luthier.training.run_folder import Run
 from tiny import VISIONS, save_tiny, tiny
 
 N = 5
-SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"tokens": N}, "ptuning": {"tokens": N, "hidden": 7},
-                                       "prefix": {"tokens": N}, "ptuning_v2": {"tokens": N}}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"num_virtual_tokens": N}, "ptuning": {"num_virtual_tokens": N, "encoder_hidden_size": 7},
+                                       "prefix": {"num_virtual_tokens": N}, "ptuning_v2": {"num_virtual_tokens": N}}
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 DEEP = {"prefix", "ptuning_v2"}
 
@@ -69,7 +69,7 @@ def test_it_stands_among_the_patches_in_loss_and_every_gradient(method: str, fam
     for token in (0, 1):  # 1: the control, another token's state
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples:
-            state = by_hand(plain, example.images[0], attached.virtual(), method in DEEP)[token]
+            state = by_hand(plain, example.images[0], attached.compute_virtual_tokens(), method in DEEP)[token]
             label = torch.tensor(example.items[0].label, dtype=torch.float32).double()
             loss = loss + (head(state) - label).square().sum() / len(examples)
         named = attached.parameters()
@@ -85,7 +85,7 @@ def test_whoever_calls_the_model_gets_its_own_tokens_and_no_others(method: str, 
     (example, *_) = photographs(family)
     pixels = example.images[0][None].double()
     with torch.no_grad():
-        wanted = by_hand(tiny("vit"), pixels[0], attached.virtual(), method in DEEP)
+        wanted = by_hand(tiny("vit"), pixels[0], attached.compute_virtual_tokens(), method in DEEP)
         found = family.model(pixel_values=pixels, output_hidden_states=True)
         assert (found.last_hidden_state[0] - wanted).abs().max() < SAME
         assert {states.shape[1] for states in found.hidden_states} == {family.structure.sizes["unit"]}
@@ -122,14 +122,14 @@ def test_how_a_batch_is_cut_and_recomputed_changes_nothing(method: str, family: 
 
 
 def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
-    prompt, prefix = attach(family, "prompt", tokens=3), attach(family, "prefix", tokens=4)
+    prompt, prefix = attach(family, "prompt", num_virtual_tokens=3), attach(family, "prefix", num_virtual_tokens=4)
     both = states(family)
     for part in (prompt, prefix):
         with part.disabled():
             assert (states(family) - both).abs().max() > FAR
     other = Vision(tiny("vit"), family.tokenizer)
-    longer = prompt.virtual().detach()
-    again = attach(other, "prefix", tokens=4, stirred=False)
+    longer = prompt.compute_virtual_tokens().detach()
+    again = attach(other, "prefix", num_virtual_tokens=4, stirred=False)
     again.load(prefix.state())
     handle = other.model.embeddings.register_forward_hook(
         lambda _m, _a, seen: torch.cat([seen[:, :1], longer.expand(len(seen), -1, -1), seen[:, 1:]], 1))
@@ -138,19 +138,19 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another(family: Vision) -> None:
 
 
 def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
-    bank = AdapterManager(family.structure)
+    manager = AdapterManager(family.structure)
     for name, method in (("a", "prompt"), ("b", "prefix")):
-        bank.add(name, attach(family, method, **SETTINGS[method]))
+        manager.add(name, attach(family, method, **SETTINGS[method]))
     found = {}
     for who in ("a", "b", None):
-        with bank.using(who):
+        with manager.use_adapter(who):
             found[who] = states(family)
     assert all((found[x] - found[y]).abs().max() > FAR for x, y in (("a", "b"), ("a", None), ("b", None)))
-    family.router = bank
+    family.router = manager
     names = ["b", "a", None, "b", "a"]
     row = build_batch(photographs(family))
     with torch.no_grad():
-        mixed = family.states(bank.through(row.inputs, names))
+        mixed = family.states(manager.with_adapters(row.inputs, names))
     for i, who in enumerate(names):
         assert (mixed[i] - found[who][i]).abs().max() < 1e-12
 
@@ -159,15 +159,15 @@ def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
 
 def test_they_start_as_plain_patches(family: Vision) -> None:
     """Each is what the first layer gets of a picture of one colour, at one of its places."""
-    attached = attach(family, "prompt", stirred=False, tokens=40)
-    other = attach(Vision(tiny("vit"), family.tokenizer), "prompt", stirred=False, seed=4, tokens=40)
-    assert not torch.equal(attached.virtual(), other.virtual())
+    attached = attach(family, "prompt", stirred=False, num_virtual_tokens=40)
+    other = attach(Vision(tiny("vit"), family.tokenizer), "prompt", stirred=False, seed=4, num_virtual_tokens=40)
+    assert not torch.equal(attached.compute_virtual_tokens(), other.compute_virtual_tokens())
     embeddings = tiny("vit").embeddings
     weight = embeddings.patch_embeddings.projection.weight.sum((2, 3))  # [D, channels]
     places = embeddings.position_embeddings[0, 1:] + embeddings.patch_embeddings.projection.bias
     with torch.no_grad():
         colours, used = [], set()
-        for token in attached.virtual():
+        for token in attached.compute_virtual_tokens():
             left = token - places  # [P, D], of which one is a colour
             colour = torch.linalg.lstsq(weight.expand(len(places), -1, -1), left[..., None]).solution[..., 0]
             errors = (left - colour @ weight.T).norm(dim=1)
@@ -181,10 +181,10 @@ def test_they_start_as_plain_patches(family: Vision) -> None:
 
 @METHOD
 def test_a_text_to_start_from_is_refused(method: str, family: Vision) -> None:
-    settings_ = {**SETTINGS[method], "init": "words", "text": "a picture"}
+    settings_ = {**SETTINGS[method], "prompt_tuning_init": "text", "prompt_tuning_init_text": "a picture"}
     with pytest.raises(RecipeError, match="no words"):
         attach(family, method, **settings_)
-    attach(family, method, **{**SETTINGS[method], "init": "random"})
+    attach(family, method, **{**SETTINGS[method], "prompt_tuning_init": "random"})
 
 
 def test_a_model_whose_layers_know_places_is_refused(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_model_whose_layers_know_places_is_refused(tmp_path: Path) -> None:
     other = Vision(AutoModel.from_config(config, dtype=torch.float64).eval(), settings(tmp_path))
     for method in ("prompt", "prefix"):
         with pytest.raises(BaseError, match="positions in its layers"):
-            attach(other, method, tokens=N)
+            attach(other, method, num_virtual_tokens=N)
 
 
 # ---------------------------------------------------------------- runs

@@ -126,7 +126,7 @@ def test_the_parts_are_found(family: Vision) -> None:
     assert {"unit": 5, "channels": 3, "height": 8, "width": 8}.items() <= family.structure.sizes.items()
 
 
-@pytest.mark.parametrize(("name", "options"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"dora": True})])
+@pytest.mark.parametrize(("name", "options"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"use_dora": True})])
 def test_the_laws_of_a_method(name: str, options: dict[str, Any], family: Vision, tmp_path: Path) -> None:
     bare, weights = states(family), digest(family)
     attached = attach(family, name, stirred=False, **options)
@@ -153,7 +153,7 @@ def test_the_laws_of_a_method(name: str, options: dict[str, Any], family: Vision
 
 def test_lora_is_pefts(family: Vision) -> None:
     attached = attach(family, "lora", rank=4, alpha=8)
-    form = attached.peft()
+    form = attached.get_peft_config()
     assert form is not None
     theirs = get_peft_model(tiny("vit"), PeftLora(r=4, lora_alpha=8, target_modules=form["target_modules"])).double().eval()
     pixels = build_batch(photographs(family)).inputs.images

@@ -375,7 +375,7 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
     served = load_served_models({"mine": tmp_path / "run"})
-    with served.bank.using(served.adapter("mine")) if served.bank else nullcontext():
+    with served.manager.use_adapter(served.adapter("mine")) if served.manager else nullcontext():
         assert (said(served.base).double() - wanted).abs().max() < 1e-4  # served in float32
     made = assembly.recipe({"init_from": str(tmp_path / "run"), "data": "-"})
     family = load_family(made.model)
@@ -392,22 +392,22 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"name": "lora", "rank": 4, "alpha": 12.0}),
-    "lora of some": ("llama", {"name": "lora", "targets": ["q", r"model\.layers\.1\.mlp\..*"]}),
+    "lora of some": ("llama", {"name": "lora", "target_modules": ["q", r"model\.layers\.1\.mlp\..*"]}),
     "patterns": ("llama", {"name": "lora", "rank": 4, "rank_pattern": {"q": 2, "down": 6}, "alpha_pattern": {"v": 5.0, "o": 0.3}}),
-    "rslora, tied": ("qwen2", {"name": "lora", "rslora": True, "rank_pattern": {"q": 2}}),
-    "pissa": ("llama", {"name": "lora", "init": "pissa", "rank": 3}),
+    "rslora, tied": ("qwen2", {"name": "lora", "use_rslora": True, "rank_pattern": {"q": 2}}),
+    "pissa": ("llama", {"name": "lora", "init_lora_weights": "pissa", "rank": 3}),
     "conv1d": ("gpt2", {"name": "lora", "rank_pattern": {"qkv": 2}}),
-    "adalora": ("llama", {"name": "adalora", "rank": 3, "start_rank": 5, "alpha": 7.0}),
-    "dora": ("llama", {"name": "lora", "dora": True}),
-    "dora, pissa": ("qwen2", {"name": "lora", "dora": True, "init": "pissa"}),
-    "experts": ("mixtral", {"name": "lora", "targets": ["q", "experts.down_proj"]}),
+    "adalora": ("llama", {"name": "adalora", "target_r": 3, "init_r": 5, "alpha": 7.0}),
+    "dora": ("llama", {"name": "lora", "use_dora": True}),
+    "dora, pissa": ("qwen2", {"name": "lora", "use_dora": True, "init_lora_weights": "pissa"}),
+    "experts": ("mixtral", {"name": "lora", "target_modules": ["q", "experts.down_proj"]}),
     "ia3": ("llama", {"name": "ia3"}),
-    "prompt": ("llama", {"name": "prompt", "tokens": 5}),
-    "ptuning": ("llama", {"name": "ptuning", "tokens": 5}),
-    "prefix": ("llama", {"name": "prefix", "tokens": 5}),
-    "prefix, projected": ("qwen2", {"name": "prefix", "tokens": 5, "projection": True}),
-    "ptuning_v2": ("gpt2", {"name": "ptuning_v2", "tokens": 5}),
-    "prefix, window as long as the context": ("mistral", {"name": "prefix", "tokens": 5}),
+    "prompt": ("llama", {"name": "prompt", "num_virtual_tokens": 5}),
+    "ptuning": ("llama", {"name": "ptuning", "num_virtual_tokens": 5}),
+    "prefix": ("llama", {"name": "prefix", "num_virtual_tokens": 5}),
+    "prefix, projected": ("qwen2", {"name": "prefix", "num_virtual_tokens": 5, "prefix_projection": True}),
+    "ptuning_v2": ("gpt2", {"name": "ptuning_v2", "num_virtual_tokens": 5}),
+    "prefix, window as long as the context": ("mistral", {"name": "prefix", "num_virtual_tokens": 5}),
     "loha": ("llama", {"name": "peft", "type": "LOHA", "config": {"r": 4, "alpha": 8.0}}),
     "oft": ("llama", {"name": "peft", "type": "OFT", "config": {"r": 4, "oft_block_size": 0}}),
     "peft's lora with all": ("qwen2", {"name": "peft", "type": "LORA", "config": {
@@ -415,7 +415,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "trainable_token_indices": {"embed_tokens": [7]}}}),
 }
 OPTIONS = {"prefix, window as long as the context": {"sliding_window": 256}}
-OWN = {"bitfit": "llama", "adapter": "llama", "ln": "llama"}
+OWN = {"bitfit": "llama", "adapter": "llama", "ln_tuning": "llama"}
 VIRTUAL = ("prompt", "ptuning")
 PLAIN = ("lora", "lora of some", "patterns", "rslora, tied", "pissa", "conv1d", "adalora")
 
@@ -553,7 +553,7 @@ WINDOWS: dict[str, tuple[str, dict[str, Any], bool]] = {
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_prefix_is_exchanged_only_where_peft_computes_the_same(name: str, tmp_path: Path) -> None:
     kind, options, windowed = WINDOWS[name]
-    family, _ = made_run(kind, {"name": "prefix", "tokens": 5}, tmp_path / "run", **options)
+    family, _ = made_run(kind, {"name": "prefix", "num_virtual_tokens": 5}, tmp_path / "run", **options)
     form = json.loads((tmp_path / "run/adapter_config.json").read_text())
     assert form["peft_type"] == ("LUTHIER" if windowed else "PREFIX_TUNING")
     exported = Run(export(tmp_path / "run", "adapter", tmp_path / "adapter"))

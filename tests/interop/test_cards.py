@@ -87,7 +87,7 @@ def test_the_code_of_the_card_loads_what_stands_beside_it(case: str, form: str, 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_what_peft_would_compute_otherwise_is_said_and_refused(method: str, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train(tmp_path, "classes", {"name": method, "tokens": 2})
+    run = train(tmp_path, "classes", {"name": method, "num_virtual_tokens": 2})
     front, code, text = parts(run.path)
     assert front["library_name"] == "luthier"
     assert "opened by Luthier" in text

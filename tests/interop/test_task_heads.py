@@ -139,8 +139,8 @@ def test_a_pipeline_sees_images(tmp_path: Path) -> None:
 
 
 METHODS: dict[str, Any] = {
-    "ia3": "ia3", "adalora": "adalora", "dora": {"name": "lora", "dora": True}, "pissa": {"name": "lora", "init": "pissa"},
-    "patterns": {"name": "lora", "targets": ["q", "v"], "rank_pattern": {"q": 4}, "alpha_pattern": {"v": 3.0}},
+    "ia3": "ia3", "adalora": "adalora", "dora": {"name": "lora", "use_dora": True}, "pissa": {"name": "lora", "init_lora_weights": "pissa"},
+    "patterns": {"name": "lora", "target_modules": ["q", "v"], "rank_pattern": {"q": 4}, "alpha_pattern": {"v": 3.0}},
     "loha": {"name": "peft", "type": "LOHA", "config": {"r": 2}},
 }
 

@@ -143,7 +143,7 @@ def test_the_recipe_page_is_fresh_and_whole() -> None:
 
 
 def test_every_method_and_objective_has_its_page() -> None:
-    besides = {"methods": {"bank", "lists"}, "objectives": set()}  # pages on how several of them go together
+    besides = {"methods": {"multi_adapter", "composite"}, "objectives": set()}  # pages on how several of them go together
     for kind, known in (("methods", METHODS), ("objectives", OBJECTIVES)):
         assert sorted({*known, *besides[kind]}) == sorted(page.stem for page in (ROOT / "docs" / kind).glob("*.md"))
         for name in known:

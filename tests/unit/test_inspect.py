@@ -39,7 +39,7 @@ def tuned(tmp_path: Path, method: dict[str, Any], kind: str = "llama", move: flo
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3"])
 @pytest.mark.parametrize("method", ["prompt", "ptuning", "prefix", "ptuning_v2"])
 def test_virtual_tokens_start_as_their_words_and_end_elsewhere(method: str, kind: str, tmp_path: Path) -> None:
-    settings = {"name": method, "tokens": 3, "text": TEXT, "init": "words"}
+    settings = {"name": method, "num_virtual_tokens": 3, "prompt_tuning_init_text": TEXT, "prompt_tuning_init": "text"}
     run, _ = tuned(tmp_path, settings, kind, move=2.0)
     (reading,) = inspect_run(run, quiet=True)["readings"]
     assert reading["kind"] == "words"
@@ -53,9 +53,9 @@ def test_virtual_tokens_start_as_their_words_and_end_elsewhere(method: str, kind
 
 
 def test_the_nearest_words_are_those_of_the_whole_table(tmp_path: Path) -> None:
-    run, attached = tuned(tmp_path, {"name": "prompt", "tokens": 4}, move=0.3)
+    run, attached = tuned(tmp_path, {"name": "prompt", "num_virtual_tokens": 4}, move=0.3)
     table = tiny("llama", dtype=torch.float32).get_input_embeddings().weight
-    virtual = attached.virtual().detach()
+    virtual = attached.compute_virtual_tokens().detach()
     cosine = virtual @ table.T / virtual.norm(dim=1)[:, None] / table.norm(dim=1)
     (reading,) = inspect_run(run, quiet=True)["readings"]
     for i, row in enumerate(reading["rows"]):
@@ -65,20 +65,20 @@ def test_the_nearest_words_are_those_of_the_whole_table(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_a_recipe_has_no_start(tmp_path: Path) -> None:
-    run, _ = tuned(tmp_path, {"name": "prompt", "tokens": 2})
+    run, _ = tuned(tmp_path, {"name": "prompt", "num_virtual_tokens": 2})
     (run.path / "recipe.yaml").unlink()
     (reading,) = inspect_run(run, quiet=True)["readings"]
     assert [row["start"] for row in reading["rows"]] == [None, None]
 
 
-@pytest.mark.parametrize("settings", [{}, {"init": "pissa"}, {"rank_pattern": {"q": 1}}])
+@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"rank_pattern": {"q": 1}}])
 def test_loras_changes_by_size_and_rank(settings: dict[str, Any], tmp_path: Path) -> None:
     run, attached = tuned(tmp_path, {"name": "lora", "rank": 3, **settings}, move=0.2)
     found = inspect_run(run, quiet=True)
     (reading,) = found["readings"]
     assert len(reading["rows"]) == len(attached.layers) == 14
     for layer, row in zip(attached.layers, reading["rows"], strict=True):
-        a, b = layer.factors()
+        a, b = layer.get_factors()
         change = (layer.scale * b @ a).detach()
         values = torch.linalg.svdvals(change)
         shares = values[values > 1e-6 * values[0]] / values.sum()
@@ -97,7 +97,7 @@ def test_an_untrained_lora_has_size_and_rank_zero(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, _ = tuned(tmp_path, {"name": "prompt", "tokens": 3, "text": TEXT})
+    run, _ = tuned(tmp_path, {"name": "prompt", "num_virtual_tokens": 3, "prompt_tuning_init_text": TEXT})
     capsys.readouterr()
     assert main(["inspect", str(run.path), "--quiet"]) == 0
     shown = capsys.readouterr().out

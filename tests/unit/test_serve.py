@@ -270,7 +270,7 @@ def test_what_the_chat_template_refuses_is_told(house: House, monkeypatch: pytes
 
 def test_a_run_with_virtual_tokens_reads_less_and_spoils_nobodys_batch(house: House, tmp_path: Path) -> None:
     luthier.train(model=str(house.path / "base"), data=str(house.path / "law.jsonl"), output_dir=str(tmp_path / "soft"), quiet=True,
-                  method={"name": "prompt", "tokens": 20}, **{"training.max_steps": 1})
+                  method={"name": "prompt", "num_virtual_tokens": 20}, **{"training.max_steps": 1})
     counter = OpenAIServing(load_served_models({"soft": tmp_path / "soft", "law": house.path / "law"}))
     try:
         long = {"prompt": "x" * 240, "max_tokens": 3, "temperature": 0}

@@ -78,7 +78,7 @@ def export(run: Run | Path | str, to: Literal["merged", "bundle", "adapter", "gg
     out = Path(out) if out else run.path / FILES.get(to, to)
     _refuse_existing(out, to)
     made, base, attached = open_run(run, to != "adapter", base_model, print_line)
-    if to == "adapter" and (attached is None or attached.peft() is None):
+    if to == "adapter" and (attached is None or attached.get_peft_config() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
     if lora_rank is not None and attached is not None:
         attached = convert_to_plain_lora(base, attached, None if lora_rank == "auto" else lora_rank)
@@ -142,7 +142,7 @@ def _refuse_existing(out: Path, to: str) -> None:
 
 def _refuse_unreadable(run: Run, made: Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where PEFT would compute something else with the adapter."""
-    form = (attached.peft() if attached is not None else None) or {}
+    form = (attached.get_peft_config() if attached is not None else None) or {}
     if form.get("peft_type") in VIRTUAL and (made.objective.required_outputs & {"pooled", "scores", "token_scores"}):
         raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({method_name(made)}) move the place of the "
                        f"state that objective {made.objective.name!r} reads",
@@ -151,7 +151,7 @@ def _refuse_unreadable(run: Run, made: Recipe, attached: Tuner | None) -> None:
 
 def _refuse_unsupported(run: Run, made: Recipe, attached: Tuner | None) -> None:
     """Raises `RunError` where Transformers would not put the adapter into the model by itself."""
-    form = attached.peft() if attached is not None else None
+    form = attached.get_peft_config() if attached is not None else None
     what = f"{str(run.path)!r} cannot be a whole model with an adapter in it: "
     if form is None:
         raise RunError(what + "it is a whole model without one", "export it with --to merged")

@@ -3,7 +3,7 @@
 
     tuned = luthier.load_adapters("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
     tuned.answer(["Who may sue?", "What is a fever?", "Hello"], adapters=["law", "medicine", None])
-    with tuned.using("law"):
+    with tuned.use_adapter("law"):
         tuned.answer(["Who may sue?"])
 """
 
@@ -29,19 +29,19 @@ class MultiAdapterModel:
 
     Attributes:
         family: the base; what acts on it is what `using` says.
-        bank: the adapters by name; none acts until one is chosen.
+        manager: the adapters by name; none acts until one is chosen.
     """
 
-    def __init__(self, family: assembly.CausalLM, bank: assembly.AdapterManager,
+    def __init__(self, family: assembly.CausalLM, manager: assembly.AdapterManager,
                  formats: Mapping[str, PromptFormat]) -> None:
-        self.family, self.bank, self.formats = family, bank, formats
+        self.family, self.manager, self.formats = family, manager, formats
         self._chosen: str | None = None
 
     @contextmanager
-    def using(self, choice: str | Mapping[str, float] | None) -> Iterator[assembly.CausalLM]:
+    def use_adapter(self, choice: str | Mapping[str, float] | None) -> Iterator[assembly.CausalLM]:
         """While open, the base speaks as that run, as several of them by their weights, or (None) as itself."""
         before = self._chosen
-        with self.bank.using(choice):
+        with self.manager.use_adapter(choice):
             self._chosen = choice if isinstance(choice, str) else None
             try:
                 yield self.family
@@ -60,7 +60,8 @@ class MultiAdapterModel:
         through = [one] * len(prompts) if one is None or isinstance(one, str) else list(one)
         if len(through) != len(prompts):
             raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
-        numbers = () if adapters is None else self.bank.numbers(through)  # refuses unknown names, before any work
+        # Refuses unknown names before any work.
+        numbers = () if adapters is None else self.manager.resolve_indices(through)
         forms = [self.formats.get(name or "", PromptFormat()) for name in through]
         ids = [encode_chat_prompt(self.family, [Message("user", prompt)], form)
                for prompt, form in zip(prompts, forms, strict=True)]

@@ -37,8 +37,8 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], comb
             raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
                               "runs have no sum", "use them side by side: luthier.load_adapters")
     base = load_family(first.model, first.objective.uses_masking)
-    bank = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
-    loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
+    manager = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
+    loras = [attached for attached in manager.adapters.values() if isinstance(attached, Lora)]
     if len(loras) < len(runs):
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
             f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),

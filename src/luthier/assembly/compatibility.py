@@ -12,8 +12,9 @@ from luthier.assembly.recipe import Recipe, beforehand, referred
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
 from luthier.methods.composite import list_parts
-from luthier.methods.freeze import FreezeConfig, LnTuningConfig
+from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
+from luthier.methods.ln_tuning import LnTuningConfig
 from luthier.methods.peft import PeftConfig
 from luthier.models import ModelConfig, read_stored_dtype
 from luthier.models.task_heads import LOG_PROBS
@@ -21,7 +22,7 @@ from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 
-INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods without a switch that a bank could turn
+INSIDE = (FullConfig, FreezeConfig, LnTuningConfig, PeftConfig)  # methods without a switch that a manager could turn
 
 
 def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:

@@ -63,15 +63,17 @@ def attach_method(base: Family, method: AnyMethod, seed: int) -> Tuner:
 
 
 def attach_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
-                 default_rate: float = HEAD_LEARNING_RATE) -> Tuner:
+                 default_learning_rate: float = HEAD_LEARNING_RATE) -> Tuner:
     """The method together with what the objective adds to the base's states.
 
-    Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
+    Heads start from nothing, so where the method would train at its `default_learning_rate` they train at
+    `HEAD_LEARNING_RATE`; where the
     learning rate is another, by the recipe or by the objective's factor, theirs moves with it.
     """
     if not objective.heads:
         return attached
-    return CompositeMethod([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_LEARNING_RATE / default_rate])
+    return CompositeMethod([attached, base.add_heads(objective.heads, seed)],
+                           [1.0, HEAD_LEARNING_RATE / default_learning_rate])
 
 
 def fit_objective(made: Recipe, found: Datasets) -> Recipe:
@@ -105,7 +107,7 @@ def check_loaded_model(made: Recipe, base: Family) -> None:
         beside = f" and {context - room} virtual tokens are" if room < context else " is"
         raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
                           "tokens", f"set data.max_length to {room} or less" + (
-                              ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
+                              ", or use fewer virtual tokens (method.num_virtual_tokens)" if room < context else ""))
     added = made.model.surgery is not None and made.model.surgery.expand_layers
     for part in list_parts(made.method) if added else ():
         if why := _explain_zero_start(part):
@@ -116,10 +118,10 @@ def check_loaded_model(made: Recipe, base: Family) -> None:
 def compute_text_length(method: AnyMethod, base: Family) -> int:
     """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
     context = base.structure.sizes["context"]
-    virtual = sum(part.tokens for part in list_parts(method) if isinstance(part, VirtualTokenConfig))
+    virtual = sum(part.num_virtual_tokens for part in list_parts(method) if isinstance(part, VirtualTokenConfig))
     if virtual + 2 > context:
-        raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
-                          f"{context} tokens", f"set method.tokens far below {context}")
+        raise RecipeError(f"method.num_virtual_tokens: {virtual} virtual tokens leave no room for a text in the base's "
+                          f"context of {context} tokens", f"set method.num_virtual_tokens far below {context}")
     return context - virtual
 
 
@@ -127,10 +129,10 @@ def _explain_zero_start(method: AnyMethod) -> str:
     """Why the method cannot train a map that is zero; empty where it can."""
     if isinstance(method, Ia3Config):
         return "multiplies what they give, which stays zero"
-    if isinstance(method, LoraConfig) and method.dora:
-        return "with dora divides by their rows' lengths"
-    return "with init: pissa starts from their largest directions" if isinstance(method, LoraConfig) \
-        and method.init == "pissa" else ""
+    if isinstance(method, LoraConfig) and method.use_dora:
+        return "with use_dora divides by their rows' lengths"
+    return "with init_lora_weights: pissa starts from their largest directions" if isinstance(method, LoraConfig) \
+        and method.init_lora_weights == "pissa" else ""
 
 
 def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:

@@ -26,10 +26,10 @@ def export_gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path
     if not isinstance(attached, Lora):
         raise RunError(f"the run was tuned by {method_name(made)}, and llama.cpp's adapters are LoRAs",
                        "export the whole model with --to gguf")
-    if attached.config.dora:
+    if attached.config.use_dora:
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
-    changes = {layer.site.name: LoraDelta(*layer.factors(), layer.scale) for layer in attached.layers}
+    changes = {layer.site.name: LoraDelta(*layer.get_factors(), layer.scale) for layer in attached.layers}
     write_gguf_adapter(base, changes, path, name)
 
 

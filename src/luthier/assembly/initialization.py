@@ -1,7 +1,7 @@
 """Where a training starts from: the bare base, or a run that was tuned before. Read `factory.py` and `run_io.py` first.
 
 With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
-reference of objectives that have one (DPO, PPO). Both stand on one base, in a bank. Without it, the reference is the
+reference of objectives that have one (DPO, PPO). Both stand on one base, in a manager. Without it, the reference is the
 bare base.
 """
 
@@ -21,7 +21,6 @@ from luthier.assembly.run_io import rename_weights
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family, Tuner
-from luthier.methods.composite import collect_gates
 from luthier.methods.multi_adapter import AdapterManager
 from luthier.training.run_folder import Run
 
@@ -41,23 +40,23 @@ def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
         _load_method_weights(policy, _read_compatible_weights(made, Run(made.init_from), base), base,
                              whole=not Run(made.init_from).recipe)
     reference = reference_context(made, base, policy)
-    return attach_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
+    return attach_heads(base, policy, made.objective, made.seed, made.method.default_learning_rate), reference
 
 
 def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
-    starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.init_from is None or (collect_gates(policy) is None and not referred(made.objective)):
+    starts from, put frozen and silent into a manager with the policy. Raises as `begin` does."""
+    if made.init_from is None or (policy.gates is None and not referred(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    bank, reference = AdapterManager(base.structure), attach_method(base, made.method, made.seed)
+    manager, reference = AdapterManager(base.structure), attach_method(base, made.method, made.seed)
     _load_method_weights(reference, _read_compatible_weights(made, Run(made.init_from), base), base,
                          whole=not Run(made.init_from).recipe)
-    bank.add(POLICY, policy)
-    bank.add(REFERENCE, reference)
-    bank.frozen(REFERENCE)
-    bank.choose(POLICY)
-    base.router = bank
-    return partial(bank.using, REFERENCE)
+    manager.add(POLICY, policy)
+    manager.add(REFERENCE, reference)
+    manager.freeze(REFERENCE)
+    manager.set_adapter(POLICY)
+    base.router = manager
+    return partial(manager.use_adapter, REFERENCE)
 
 
 def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
@@ -67,14 +66,14 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
         RecipeError: a run holds a whole model, or was made on another base.
         RunError: a run's method cannot share its base.
     """
-    bank = AdapterManager(base.structure)
+    manager = AdapterManager(base.structure)
     for name, run in runs.items():
         found = recorded(adapted(run))
         attached = attach_method(base, found.method, found.seed)
         _load_method_weights(attached, load_adapter_weights(run, base.structure), base, whole=not run.recipe)
-        bank.add(name, attached)
-    base.router = bank
-    return bank
+        manager.add(name, attached)
+    base.router = manager
+    return manager
 
 
 def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:

@@ -35,13 +35,13 @@ class ServedModels:
     """What answers.
 
     Args:
-        names: by which it is asked for, to the adapter in the bank; None for the model as it stands.
+        names: by which it is asked for, to the adapter in the manager; None for the model as it stands.
         formats: how the prompts of each are written.
         rooms: tokens of text that each reads at once: the base's context without a run's virtual tokens.
     """
 
     base: Family
-    bank: AdapterManager | None
+    manager: AdapterManager | None
     names: Mapping[str, str | None]
     formats: Mapping[str, PromptFormat]
     rooms: Mapping[str, int]
@@ -58,8 +58,8 @@ class ServedModels:
         return self.names[name]
 
     def numbers(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
-        """Names of adapters as `generate` knows them; empty where there is no bank."""
-        return () if self.bank is None else self.bank.numbers(adapters)
+        """Names of adapters as `generate` knows them; empty where there is no manager."""
+        return () if self.manager is None else self.manager.resolve_indices(adapters)
 
     def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
         """A conversation up to where the answer begins, written as the run's rows were."""
@@ -85,7 +85,7 @@ class ServedModels:
         states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
         for row in rows.assign_rows(encoded, ROW):
             batch = rows.build_batch([encoded[i] for i in row]).to(self.base.device)
-            with nullcontext() if self.bank is None else self.bank.using(adapter):
+            with nullcontext() if self.manager is None else self.manager.use_adapter(adapter):
                 pooled = self.base.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
             assert pooled is not None
             states[row] = pooled.float().cpu()
@@ -141,11 +141,11 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
             raise RecipeError(f"{name!r} was made on {made.model.name_or_path!r}, and {first!r} on "
                               f"{recipes[first].model.name_or_path!r}: {conflict}", "serve runs of one base together")
     base = load_family(recipes[first].model)
-    bank = attach_runs(base, folders)
+    manager = attach_runs(base, folders)
     base.train(False)
     plain = display_name(recipes[first].model.name_or_path)
     names: dict[str, str | None] = {plain: None} if plain not in runs else {}
-    return ServedModels(base, bank, {**names, **{name: name for name in runs}},
+    return ServedModels(base, manager, {**names, **{name: name for name in runs}},
                         {plain: PromptFormat(),
                          **{name: build_prompt_format(run, recipes[name]) for name, run in folders.items()}},
                         {plain: base.structure.sizes["context"],

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from luthier.core.errors import LuthierError, RunError
 from luthier.core.protocols import ModelStructure
 from luthier.methods import READERS
-from luthier.methods.adapter_format import NATIVE_TYPE
-from luthier.methods.lora import PREFIX
+from luthier.methods.adapter_format import NATIVE_TYPE, PEFT_PREFIX
 from luthier.methods.peft import PEFT_ONLY_FIELDS, PeftConfig
 from luthier.methods.peft_settings import MERGE, check_types, is_set
 from luthier.training.run_folder import Run
@@ -141,7 +140,7 @@ def drop_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], model
     """
     weights, kept = None, {}
     for name, tensor in saved.items():
-        path = name.removeprefix(PREFIX)
+        path = name.removeprefix(PEFT_PREFIX)
         if name not in own and path != name:
             weights = weights or {_strip_peft_prefix(key): value for key, value in model.state_dict().items()}
             base = weights.get(_strip_peft_prefix(path))

@@ -80,7 +80,7 @@ class Recipe(Config):
         if info.field_name == "method" and isinstance(given, list | tuple):
             if not given:
                 raise ValueError("an empty list trains nothing; name a method")
-            given = {"name": "several", "parts": list(given)} if len(given) > 1 else given[0]
+            given = {"name": "composite", "parts": list(given)} if len(given) > 1 else given[0]
         key = SHORT.get(str(info.field_name), "name")
         if isinstance(given, dict):  # settings without a name are those of the default
             given = {key: dict(cls.model_fields[str(info.field_name)].default)[key], **given}
@@ -244,7 +244,7 @@ def _laid_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[A
 
 def default_learning_rate(made: Recipe) -> float:
     """Where the recipe gives none: the method's default (as for instruction tuning) times the objective's factor."""
-    return float(made.method.default_rate * made.objective.learning_rate_factor)
+    return float(made.method.default_learning_rate * made.objective.learning_rate_factor)
 
 
 def describe_learning_rate(made: Recipe) -> str:
@@ -253,7 +253,8 @@ def describe_learning_rate(made: Recipe) -> str:
         return f"{made.optimizer.learning_rate:g} (optimizer.learning_rate)"
     factor = made.objective.learning_rate_factor
     times = f" times {factor:g} for {made.objective.name}" if factor != 1 else ""
-    return f"{default_learning_rate(made):g} (the default: {made.method.default_rate:g} of {method_name(made)}{times})"
+    return (f"{default_learning_rate(made):g} (the default: {made.method.default_learning_rate:g} of "
+            f"{method_name(made)}{times})")
 
 
 def method_name(made: Recipe) -> str:
@@ -282,8 +283,9 @@ def idle(made: Recipe) -> list[str]:
     if made.evaluate.metrics and not evaluates and made.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
     structure = made.model.surgery
+    names = {m.name for m in list_parts(made.method)}
     if structure and structure.new_tokens and not {"full", "freeze",
-                                                   "peft"} & {m.name for m in list_parts(made.method)}:
+                                                   "peft"} & names:
         found.append(f"model.surgery.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
                      "mean that they start from")
     if made.objective.is_online and any(method.model_dump().get("dropout") for method in list_parts(made.method)):

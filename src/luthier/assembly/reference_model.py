@@ -37,7 +37,7 @@ GROUP = 512  # examples that are packed together
 def describe_reference_cost(made: Recipe, attached: Tuner) -> str:
     """A sentence on the copy of the base's weights that the reference costs; empty where there is none."""
     parts = attached.parts if isinstance(attached, CompositeMethod) else (attached,)
-    copies = [part.copied for part in parts if isinstance(part, Full)]
+    copies = [part.base_copy_size for part in parts if isinstance(part, Full)]
     count, size = (sum(sizes) for sizes in zip(*copies, strict=True)) if copies else (0, 0)
     if not count or not referred(made.objective) or beforehand(made):
         return ""

@@ -8,7 +8,7 @@
 | critic    | a value head on the policy's states, or on those of a second adapter (`critic: adapter`)      |
 | reward    | a reward run's adapter and head, silent but when it judges; a function; an address            |
 
-All adapters stand in one bank on one copy of the weights. What cannot stand there (a method that changes the base
+All adapters stand in one manager on one copy of the weights. What cannot stand there (a method that changes the base
 itself, a reward on another base) costs a second model, and is said to.
 """
 
@@ -37,7 +37,7 @@ from luthier.core.protocols import BatchSource, Family, Tuner
 from luthier.core.types import TokenizedExample
 from luthier.data import DataConfig, Datasets, InMemoryBatchSource
 from luthier.distributed import process_group
-from luthier.methods.composite import CompositeMethod, collect_gates
+from luthier.methods.composite import CompositeMethod
 from luthier.methods.full import FullConfig
 from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.prefixed import PrefixedMethod
@@ -60,12 +60,12 @@ def init_rl_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
         return attached, reference
     assert isinstance(attached, CompositeMethod), "PPO has a value head"
     policy, heads = attached.parts
-    bank = _build_adapters(base, policy)
+    manager = _build_adapters(base, policy)
     critic = made.method.attach(base.structure, seed=made.seed + 1)
     if made.init_from is not None:
         critic.load(policy.state())
-    bank.add(CRITIC, critic)
-    base.critic = partial(bank.using, CRITIC)
+    manager.add(CRITIC, critic)
+    base.critic = partial(manager.use_adapter, CRITIC)
     return CompositeMethod([policy, PrefixedMethod(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
 
 
@@ -196,42 +196,42 @@ def _build_reward(config: RewardSourceConfig, made: Recipe, base: Family, attach
 def _build_run_reward(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
     """A reward run on this base, or on a base of its own."""
     found = _load_reward_recipe(run)
-    if run.adapter is None or collect_gates(attached) is None or describe_model_conflict(run, made.model):
+    if run.adapter is None or attached.gates is None or describe_model_conflict(run, made.model):
         found, judge, _ = open_run(run)
         judge.train(False)
         count = sum(parameter.numel() for parameter in judge.structure.model.parameters())
         warn(f"the reward {str(run.path)!r} cannot share the policy's base, so a second model of {count:,} parameters "
              "is in memory")
         return _score_completions(run, found, judge, nullcontext)
-    bank = _build_adapters(base, attached)
+    manager = _build_adapters(base, attached)
     adapter = found.method.attach(base.structure, seed=found.seed)
     heads = base.build_heads(found.objective.heads, found.seed)
     saved = load_adapter_weights(run, base.structure)
     own = rename_weights(saved, adapter.state(), base)
     adapter.load({name: own[name] for name in adapter.state() if name in own})
     heads.load({name: saved[name] for name in heads.state() if name in saved})
-    name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in bank.members)
-    bank.add(name, adapter)
-    bank.frozen(name)
+    name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in manager.adapters)
+    manager.add(name, adapter)
+    manager.freeze(name)
     for parameter in heads.parameters().values():
         parameter.requires_grad_(False)
 
     @contextmanager
     def acting() -> Iterator[None]:
-        with base.using_heads(heads), bank.using(name):
+        with base.using_heads(heads), manager.use_adapter(name):
             yield
     return _score_completions(run, found, base, acting)
 
 
 def _build_adapters(base: Family, attached: Tuner) -> AdapterManager:
-    """The bank on this base; a new one holds what trains, acting."""
+    """The manager on this base; a new one holds what trains, acting."""
     if isinstance(base.router, AdapterManager):
         return base.router
-    bank = AdapterManager(base.structure)
-    bank.add(initialization.POLICY, attached)
-    bank.choose(initialization.POLICY)
-    base.router = bank
-    return bank
+    manager = AdapterManager(base.structure)
+    manager.add(initialization.POLICY, attached)
+    manager.set_adapter(initialization.POLICY)
+    base.router = manager
+    return manager
 
 
 def _score_completions(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:

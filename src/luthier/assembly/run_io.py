@@ -19,9 +19,8 @@ from luthier.assembly.settings import make_public
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tuner
 from luthier.data import DataConfig
-from luthier.methods.adapter_format import NATIVE_TYPE
+from luthier.methods.adapter_format import NATIVE_TYPE, PEFT_PREFIX
 from luthier.methods.composite import CompositeMethod
-from luthier.methods.lora import PREFIX
 from luthier.methods.peft_settings import make_alphas_integers
 from luthier.methods.plain_lora import fold_into_plain_lora
 from luthier.models import (
@@ -123,8 +122,8 @@ def _read_full_model_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
     """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
     of Transformers' class, else beside it."""
     found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
-    names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
-    return found | {PREFIX + name: tensor for name, tensor in read_weights(names, list_weight_files(run.path)).items()}
+    names = [name.removeprefix(PEFT_PREFIX) for name in base.heads.state() if name not in found]
+    return found | {PEFT_PREFIX + name: tensor for name, tensor in read_weights(names, list_weight_files(run.path)).items()}
 
 
 def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
@@ -138,9 +137,9 @@ def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base
         homes.add(base.heads.task_head.backbone_prefix)
 
     def others(name: str) -> list[str]:
-        rest = name.removeprefix(PREFIX)
+        rest = name.removeprefix(PEFT_PREFIX)
         stem = next((rest.removeprefix(home) for home in homes if rest.startswith(home)), rest)
-        return [name, PREFIX + stem, *(PREFIX + home + stem for home in sorted(homes))]
+        return [name, PEFT_PREFIX + stem, *(PEFT_PREFIX + home + stem for home in sorted(homes))]
 
     there = {next((other for other in others(name) if other in saved), name): name for name in names}
     return {there.get(name, name): tensor for name, tensor in saved.items()}
@@ -160,7 +159,7 @@ def save_full_model(run: Run, made: Recipe, base: Family) -> None:
         return
     inside = base.heads.task_head.weights() if base.heads.task_head is not None else {}
     if heads := {name: tensor for name, tensor in base.heads.state().items()
-                 if name.removeprefix(PREFIX) not in inside}:
+                 if name.removeprefix(PEFT_PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
     if not run.recipe:
         run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
@@ -195,13 +194,13 @@ def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bo
     if isinstance(made.objective, OnlineRLConfig) and made.objective.heads:
         assert isinstance(attached, CompositeMethod), "the critic stands beside the method"
         attached = attached.parts[0]
-    config = attached.peft()
+    config = attached.get_peft_config()
     if config is None:
         save_full_model(run, made, base)
         return
     state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
              if not name.startswith(TRAINING)}
-    if scalars := {PREFIX + name: state.pop(PREFIX + name) for name in base.heads.scalars}:
+    if scalars := {PEFT_PREFIX + name: state.pop(PEFT_PREFIX + name) for name in base.heads.scalars}:
         save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
     state, config = _rename_for_loading(state, config, made, base)
     file = run.path / "adapter_model.safetensors"
@@ -232,7 +231,7 @@ def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tu
     """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
     to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
     parts = list(attached.parts) if isinstance(attached, CompositeMethod) else [attached]
-    forms = [part.peft() or {} for part in parts]
+    forms = [part.get_peft_config() or {} for part in parts]
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
     tuned = [part for part in parts if part not in heads]
     if len(tuned) > 1:
@@ -250,7 +249,7 @@ def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], 
     if own is None and (not is_embedding_objective(made.objective) or base.is_encoder_decoder):
         return state, config
     new = "" if own is None else own.backbone_prefix
-    heads = set() if own is None else {PREFIX + name for name in own.weights()}
+    heads = set() if own is None else {PEFT_PREFIX + name for name in own.weights()}
 
     sites = {site.name for site in base.structure.linears}
 
@@ -259,7 +258,7 @@ def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], 
             return name  # the end of a path
         return start + new + name.removeprefix(start + home) if name.startswith(start + home) else name
 
-    state = {name if name in heads else moved(name, PREFIX): tensor for name, tensor in state.items()}
+    state = {name if name in heads else moved(name, PEFT_PREFIX): tensor for name, tensor in state.items()}
     if own is None:
         config = {**config, "task_type": "FEATURE_EXTRACTION"}
     config = {key: ([moved(x) for x in value] if isinstance(value, list) else

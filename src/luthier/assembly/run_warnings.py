@@ -24,7 +24,8 @@ from luthier.core.types import TokenizedExample
 from luthier.data import Datasets, InMemoryBatchSource
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.composite import list_parts
-from luthier.methods.lora import LoraConfig, matches_target
+from luthier.methods.lora import LoraConfig
+from luthier.methods.targets import matches_target
 from luthier.models import ALIASES
 from luthier.objectives.classify import ClassifyConfig
 from luthier.objectives.contrastive import ContrastiveConfig
@@ -285,7 +286,8 @@ def find_method_problems(made: Recipe, base: Family, attached: Tuner) -> list[st
         if isinstance(part, LoraConfig):
             for setting, patterns in (("rank_pattern", part.rank_pattern), ("alpha_pattern", part.alpha_pattern)):
                 found += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
-                          for pattern in patterns if not any(matches_target(site, pattern)
+                          for pattern in patterns
+                          if not any(matches_target(site, pattern)
                                                              for site in base.structure.linears)]
         if isinstance(part, LoraConfig | AdaLoraConfig):
             found += _of_ranks(part.name, [site for site in base.structure.linears if any(
@@ -305,9 +307,10 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
     if not above:
         return []
     rank, site = above[0]
-    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to "
-            f"{site.out_features}: its "
-            f"rank is {min(site.in_features, site.out_features)} at most ({len(above)} such maps), so the rest adds "
+    field = "target_r" if method == "adalora" else "rank"
+    return [f"method.{field}: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to "
+            f"{site.out_features}: "
+            f"its rank is {min(site.in_features, site.out_features)} at most ({len(above)} such maps), so the rest adds "
             f"nothing"]
 
 

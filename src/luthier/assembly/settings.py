@@ -29,7 +29,7 @@ from luthier.objectives.rl_config import OnlineRLConfig
 UNSET = (None, "auto")
 RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings that the start of a run decides
     "model": ("revision", "pooling"),
-    "method": ("keep_base", "start_rank", "scale", "last", "hidden"),
+    "method": ("keep_base", "init_r", "scale", "num_trainable_layers", "encoder_hidden_size"),
     "objective": ("epsilon_high",),
     "data": ("max_length",),
     "training": ("max_tokens_per_micro_batch",),
@@ -38,7 +38,7 @@ RESOLVED: Mapping[str, tuple[str, ...]] = {  # section of a recipe -> settings t
 }
 LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
     "model.device": "every machine has its own", "model.surgery": "no change", "method.layers": "none",
-    "method.text": "words are drawn by the seed", "objective.model": "another kind of reward",
+    "method.prompt_tuning_init_text": "words are drawn by the seed", "objective.model": "another kind of reward",
     "objective.label_smoothing": "robust and cdpo have a number, the other losses have none",
     "objective.function": "another kind of reward", "objective.url": "another kind of reward",
     "objective.early_stop_kl": "no early end", "objective.adaptive_kl_target": "a fixed weight",
@@ -88,15 +88,15 @@ def _resolve_method(method: AnyMethod, base: Family) -> AnyMethod:
     """One method with what it takes from the base or from its other settings."""
     found: dict[str, Any] = {}
     if isinstance(method, AdaLoraConfig):
-        found = {"start_rank": method.begin}
+        found = {"init_r": method.initial_rank}
     elif isinstance(method, AdapterConfig):
         found = {"scale": method.factor}
     elif isinstance(method, FreezeConfig):
-        found = {"last": method.last_blocks}
-    elif isinstance(method, PrefixConfig) and method.projection:
-        found = {"hidden": method.hidden or base.structure.sizes["hidden"]}
+        found = {"num_trainable_layers": method.num_trained_layers}
+    elif isinstance(method, PrefixConfig) and method.prefix_projection:
+        found = {"encoder_hidden_size": method.encoder_hidden_size or base.structure.sizes["hidden"]}
     elif isinstance(method, PTuningConfig):
-        found = {"hidden": method.hidden or int(base.structure.embedding.weight.shape[1])}  # type: ignore[index]
+        found = {"encoder_hidden_size": method.encoder_hidden_size or int(base.structure.embedding.weight.shape[1])}  # type: ignore[index]
     return method.model_copy(update=found)
 
 

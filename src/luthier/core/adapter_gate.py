@@ -1,4 +1,4 @@
-"""The one switch of an attached method. Read this before `protocols.py`: it stands alone."""
+"""The switch of an adapter: whether it acts, how strongly, and on which tokens. Read this before `protocols.py`."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 
 class AdapterGate:
-    """Whether, where and how strongly an attached method acts: the one switch that methods read and banks turn.
+    """The state that an adapter's hooks read and an `AdapterManager` sets.
 
-    Args of the object, all plain attributes:
-        off: how many times it was switched off; it acts at 0.
-        weight: factor on the change, for weighted stacks of several methods.
-        part: (dimension, index) of the tokens that it acts on, for batches that mix several adapters; None for all.
-        among: how many there are along that dimension, for a method to be sure that it sees all of them in their order.
-        where: that index as numbers, to lay out rows without a look into a tensor.
+    Attributes:
+        disabled_depth: how many `disabled()` contexts are open; the adapter acts at 0.
+        scale: factor on the adapter's change, for weighted sums of adapters.
+        token_index: (dimension, indices) of the tokens or rows that the adapter acts on; None for all of them.
+        dim_size: size of that dimension; lets a hook verify that it sees every token in order.
+        positions: the same indices as integers, to build a layout without reading a tensor from the device.
     """
 
     def __init__(self) -> None:
-        self.off, self.weight, self.among = 0, 1.0, 0
-        self.part: tuple[int, Tensor] | None = None
-        self.where: tuple[int, ...] = ()
+        self.disabled_depth, self.scale, self.dim_size = 0, 1.0, 0
+        self.token_index: tuple[int, Tensor] | None = None
+        self.positions: tuple[int, ...] = ()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """While open, the method does not act. Nests."""
-        self.off += 1
+        """Disable the adapter while the context is open. Contexts nest."""
+        self.disabled_depth += 1
         try:
             yield
         finally:
-            self.off -= 1
+            self.disabled_depth -= 1

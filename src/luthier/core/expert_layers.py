@@ -1,9 +1,4 @@
-"""Expert layers of a mixture of experts as part of a model's structure. Read `protocols.py` (TargetLinear) and
-`adapter_gate.py`
-first.
-
-Shape letters: E experts, N rows sorted by expert.
-"""
+"""The linear maps of all experts of a mixture layer. Read `protocols.py` (TargetLinear) and `adapter_gate.py` first."""
 
 from __future__ import annotations
 
@@ -15,20 +10,19 @@ from torch import Tensor, nn
 from luthier.core.adapter_gate import AdapterGate
 
 ExpertChange = Callable[[Tensor, Sequence[int]], Tensor]
-"""(rows [N, in] sorted by expert, number of rows of each expert [E]) -> change of their outputs, [N, out]."""
+"""(rows [N, in] sorted by expert, number of rows of each expert [E]) -> change of their outputs [N, out]."""
 
 
 @dataclass(frozen=True)
 class ExpertLinears:
-    """One linear layer of all experts of a transformer layer, stored as one parameter. It is not a module, so it cannot
-    have forward hooks.
+    """One linear map of all experts of a layer, stored as one parameter. It has no module of its own to hook.
 
     Args:
         name: the parameter's path in the model.
         weight: [E, out, in]; `transposed`: [E, in, out].
         role: gate_up, up, or down.
-        num_experts: E.
-        add_change: registers a change that is added to the layer's outputs while its scope is active.
+        count: E.
+        enter: registers a function whose result is added to the map's outputs, as its gate allows.
     """
 
     name: str

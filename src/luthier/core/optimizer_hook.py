@@ -1,7 +1,7 @@
-"""What a method does at each update of the weights, where it has a say in it. Read `protocols.py` (Tuner) first.
+"""What a method does around each optimizer step. Read `protocols.py` (Tuner) first.
 
-A search for ranks looks at weights and gradients together, once a step: after the gradients of all micro-batches and
-ranks are summed, so that it cannot depend on how a batch was cut, and decides alike on every rank.
+AdaLoRA's rank search reads weights and gradients once a step, after the gradients of all micro-batches and ranks are
+summed. Its decisions therefore do not depend on how a batch was split, and are equal on every rank.
 """
 
 from __future__ import annotations
@@ -12,19 +12,18 @@ from torch import Tensor
 
 
 class OptimizerHook(Protocol):
-    """Called around the optimiser's update, once a step."""
+    """Called once before and once after each optimizer step."""
 
-    def before(self) -> None:
-        """The gradients of the whole step are summed, and not yet clipped: what the method minimises by itself (a
-        penalty on its weights) adds its gradient here."""
+    def pre_step(self) -> None:
+        """Add the gradient of the method's own penalty. The gradients of the whole step are summed, but not clipped."""
         ...
 
-    def after(self, step: int, total: int, sound: Tensor) -> None:
-        """The weights are updated, and the gradients that did it still there.
+    def post_step(self, step: int, total: int, sound: Tensor) -> None:
+        """Read the updated weights and the gradients of the step, which are still set.
 
         Args:
-            step, total: this was step `step` (from 1) of `total`.
-            sound: [] bool, on the device; where it is false a gradient was not finite, nothing was updated, and
-                nothing may change here.
+            step, total: number of this step (from 1), and the number of steps of the run.
+            sound: [] bool, on the device; False where a gradient was not finite. No weight was updated then, and the
+                hook must not change anything.
         """
         ...

@@ -275,12 +275,12 @@ class Family(Protocol):
 class Router(Protocol):
     """Selects an adapter, or none, for each token."""
 
-    def routed(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
+    def route(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
         """While open, the i-th place along dimension `dim` of every hidden state (0: rows of a batch, 1: tokens of a
-        row) goes through the adapter `places[i]`, an index into the bank; through none at -1."""
+        row) goes through the adapter `places[i]`, an index into the manager; through none at -1."""
         ...
 
-    def moment(self) -> AbstractContextManager[None]:
+    def snapshot(self) -> AbstractContextManager[None]:
         """The setting of now, to be entered once more later: by what is recomputed in the backward pass."""
         ...
 
@@ -292,20 +292,20 @@ class Tuner(Protocol):
     """A method attached to a model. The model's inputs and output shapes stay the same for every objective."""
 
     @property
-    def scope(self) -> AdapterGate | None:
-        """Its switch, controlled by an adapter manager; None if the method changes the base's own weights."""
+    def gates(self) -> tuple[AdapterGate, ...] | None:
+        """Its gates, controlled by an adapter manager; None if the method changes the base's own weights."""
         ...
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable parameters, by their names in the adapter file."""
         ...
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         """Factor on the learning rate of the named parameter (used by LoRA+); 1 for most."""
         ...
 
     @property
-    def at_update(self) -> OptimizerHook | None:
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
         """Its hook around optimizer steps; None for nearly all methods."""
         ...
 
@@ -330,7 +330,7 @@ class Tuner(Protocol):
         """Load `state`. Raises `RunError` for missing, unknown and misshapen entries."""
         ...
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         """The content of PEFT's `adapter_config.json`, or None if PEFT has no such method."""
         ...
 

@@ -34,13 +34,13 @@ class SoftPromptInjector(Protocol):
         """The kinds for which PEFT computes the same outputs with this base, so that its format can be used."""
         ...
 
-    def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
-        """`make() -> [N, D]`: N virtual tokens before every document that the scope selects, computed once per row."""
+    def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
+        """`make() -> [N, D]`: N virtual tokens before every document that the gate selects, computed once per row."""
         ...
 
-    def add_prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], scope: AdapterGate) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[tuple[Tensor, Tensor]]], gate: AdapterGate) -> None:
         """`make()` returns one (keys, values) pair for each attention of the model, each [G, N, d]. Every token of the
-        documents that the scope selects attends to them, as to N tokens before the text; positions increase by N."""
+        documents that the gate selects attends to them, as to N tokens before the text; positions increase by N."""
         ...
 
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[tuple[Tensor, Tensor]]:

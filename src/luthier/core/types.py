@@ -150,7 +150,7 @@ class SegmentTree:
     Args:
         lengths: tokens of each segment; they sum to T.
         parents: index of the segment that each continues, -1 for a root. A parent stands before its children.
-        adapters: index into a bank for each segment, -1 for the bare base; empty where nothing is routed.
+        adapters: index into a manager for each segment, -1 for the bare base; empty where nothing is routed.
     """
 
     lengths: tuple[int, ...]

@@ -1,7 +1,7 @@
-"""The form of our own in which a method is saved that PEFT does not have: the same two files, with the settings inside.
+"""The saved format of methods that PEFT does not have: the same two files, with Luthier's settings inside.
 
-    adapter_config.json         {"peft_type": "LUTHIER", "task_type": ..., "method": {the settings, as in the recipe}}
-    adapter_model.safetensors   what trained, each under `base_model.model.` and the path of the module that it changes
+    adapter_config.json         {"peft_type": "LUTHIER", "task_type": ..., "method": {settings, as in the recipe}}
+    adapter_model.safetensors   the trained tensors, named `base_model.model.` + path of the changed module + suffix
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 from luthier.core.config import Config
 
 NATIVE_TYPE = "LUTHIER"
+PEFT_PREFIX = "base_model.model."  # PEFT's files put this before a module's path
 
 
 def build_native_config(config: Config, task: str) -> dict[str, Any]:
-    """The content of adapter_config.json for these settings; `task` is PEFT's name of what the model is for."""
+    """The content of adapter_config.json for these settings; `task` is PEFT's task_type."""
     return {"peft_type": NATIVE_TYPE, "task_type": task, "method": config.model_dump(mode="json"),
             "inference_mode": True}

@@ -1,18 +1,16 @@
-"""Several methods on one model as one: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
+"""Several methods on one model: `method: [lora, bitfit]` in a recipe, or a method and an objective's heads.
 
-Read `full.py` first. Every part keeps the names of its parameters, which must not meet, and its own learning rate: with
-the first part's default d_1 and rate r, part i trains at r d_i / d_1.
+Read `full.py` first. Each part keeps the names of its parameters, which must be distinct, and its own learning rate:
+for a learning rate r and the first part's default d_1, part i is trained at r d_i / d_1.
 
-Where parts change one module they do so in the order of the list, but for a LoRA, which comes first wherever it stands:
-its change is one of the map itself, and what others add or scale is then the changed map's. So a list can be merged
-part by part.
+Parts that change the same module act in the order of the list, except that LoRA and AdaLoRA always come first. They
+change the map itself, and the others then add to or scale the changed map, so the parts can be merged one by one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import Annotated, Any, Literal, TypeAlias
@@ -28,33 +26,33 @@ from luthier.core.protocols import ModelStructure, Tuner
 from luthier.methods import METHODS
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.lora import LoraConfig
-from luthier.methods.prefixed import PrefixedMethod
 from luthier.methods.prompt import VirtualTokenConfig
 
 OneMethod: TypeAlias = Annotated[reduce(or_, METHODS.values()), Field(discriminator="name")]  # type: ignore[valid-type]
 
 
 class CompositeConfig(Config):
-    """A list of methods, as one."""
+    """Settings of a list of methods."""
 
-    name: Literal["several"] = "several"
+    name: Literal["composite"] = "composite"
     parts: tuple[SerializeAsAny[OneMethod], ...] = Field(min_length=2)
 
     @field_validator("parts", mode="before")
     @classmethod
-    def _by_name(cls, given: Any) -> Any:
+    def _expand_names(cls, given: Any) -> Any:
         return [{"name": part} if isinstance(part, str) else part for part in given]
 
     @field_validator("parts")
     @classmethod
-    def _fitting(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _check_parts(cls, parts: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [part.name for part in parts]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"{twice[0]} stands in the list twice, and their parameters would have the same names; "
-                             "one with a larger size (rank) holds what two of them would")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{duplicates[0]} is in the list twice, and their parameters would have the same names; "
+                             "use one with a larger size (rank)")
         virtual = [name for name, part in zip(names, parts, strict=True) if isinstance(part, VirtualTokenConfig)]
         if len(virtual) > 1:
-            raise ValueError(f"{' and '.join(virtual)} are all virtual tokens, and a saved run holds one kind of them")
+            raise ValueError(f"{' and '.join(virtual)} all train virtual tokens, and a saved run can hold "
+                             "only one kind")
         return parts
 
     @model_serializer
@@ -62,40 +60,38 @@ class CompositeConfig(Config):
         return [part.model_dump(mode=info.mode) for part in self.parts]
 
     @property
-    def default_rate(self) -> float:
-        """The first part's."""
-        return float(self.parts[0].default_rate)
+    def default_learning_rate(self) -> float:
+        """The first part's default."""
+        return float(self.parts[0].default_learning_rate)
 
     def attach(self, structure: ModelStructure, *, seed: int) -> CompositeMethod:
-        """Every part. Raises `RecipeError` where the result could not be saved."""
-        found: list[Tuner] = []
+        """Attach every part. Raises `RecipeError` if the result could not be saved."""
+        tuners: list[Tuner] = []
         order = sorted(enumerate(self.parts), key=lambda pair: not isinstance(pair[1], LoraConfig | AdaLoraConfig))
         for i, part in order:
-            found.append(part.attach(structure, seed=seed + i))
-            if found[-1].peft() is None:
-                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model without "
-                                  "room for another method", f"use {part.name} alone, or leave it out of the list")
-            before = {name for earlier in found[:-1] for name in earlier.state()}
-            if meet := sorted(before & found[-1].state().keys()):
-                raise RecipeError(f"{part.name} keeps what it trains as {meet[0]!r}, and so does another of the list: "
-                                  "one file cannot hold both", "leave one of them out")
-        return CompositeMethod(found, [part.default_rate / self.default_rate for _, part in order])
+            tuners.append(part.attach(structure, seed=seed + i))
+            if tuners[-1].get_peft_config() is None:
+                raise RecipeError(f"{part.name} trains the base's own weights, and its run is a whole model, which "
+                                  "cannot hold another method", f"use {part.name} alone, or remove it from the list")
+            before = {name for earlier in tuners[:-1] for name in earlier.state()}
+            if shared := sorted(before & tuners[-1].state().keys()):
+                raise RecipeError(f"{part.name} and another method of the list both save {shared[0]!r}, and one file "
+                                  "cannot hold both", "remove one of them")
+        return CompositeMethod(tuners, [part.default_learning_rate / self.default_learning_rate for _, part in order])
 
 
 def list_parts(method: Config) -> tuple[Any, ...]:
-    """The methods of a list, or the one."""
+    """The methods of a list; for a single method, that method."""
     return method.parts if isinstance(method, CompositeConfig) else (method,)
 
 
 class CompositeMethod:
-    """Parts that train, are switched and are saved together. It has no switch of its own: see `scopes`.
+    """Tuners that are trained, disabled, merged and saved together.
 
     Args:
-        parts: attached methods, in the order in which they were attached.
-        rates: factor on the learning rate for each part.
+        parts: tuners in the order in which they were attached.
+        rates: factor on the learning rate of each part.
     """
-
-    scope = None
 
     def __init__(self, parts: Sequence[Tuner], rates: Sequence[float] | None = None) -> None:
         self.parts, self.rates = tuple(parts), tuple(rates or [1.0] * len(parts))
@@ -105,13 +101,22 @@ class CompositeMethod:
     def parameters(self) -> dict[str, nn.Parameter]:
         return {name: parameter for part in self.parts for name, parameter in part.parameters().items()}
 
-    def rate(self, name: str) -> float:
-        return next(rate * part.rate(name) for part, rate in zip(self.parts, self.rates, strict=True)
+    def lr_multiplier(self, name: str) -> float:
+        return next(rate * part.lr_multiplier(name) for part, rate in zip(self.parts, self.rates, strict=True)
                     if name in part.parameters())
 
     @property
-    def at_update(self) -> OptimizerHook | None:
-        return combine_hooks(part.at_update for part in self.parts)
+    def gates(self) -> tuple[AdapterGate, ...] | None:
+        gates: list[AdapterGate] = []
+        for part in self.parts:
+            if part.gates is None:
+                return None
+            gates += part.gates
+        return tuple(gates)
+
+    @property
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
+        return tuple(hook for part in self.parts for hook in part.optimizer_hooks)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -121,13 +126,13 @@ class CompositeMethod:
             yield
 
     def merge(self) -> None:
-        done: list[Tuner] = []
+        merged: list[Tuner] = []
         try:
             for part in self.parts:
                 part.merge()
-                done.append(part)
+                merged.append(part)
         except BaseException:
-            for part in reversed(done):
+            for part in reversed(merged):
                 part.unmerge()
             raise
 
@@ -139,61 +144,30 @@ class CompositeMethod:
         return {name: tensor for part in self.parts for name, tensor in part.state().items()}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """All parts or none."""
-        wanted = [set(part.state()) for part in self.parts]
-        if unknown := sorted(state.keys() - set().union(*wanted)):
-            raise RunError(f"the saved weights do not fit these methods on this base: {len(unknown)} unknown, "
-                           f"the first {unknown[0]!r}", "use the base and the settings that they were trained with")
+        """Load all parts, or none if one refuses."""
+        names_of_parts = [set(part.state()) for part in self.parts]
+        if unexpected := sorted(state.keys() - set().union(*names_of_parts)):
+            raise RunError(f"the saved weights do not match these methods on this base: {len(unexpected)} unexpected, "
+                           f"the first is {unexpected[0]!r}", "use the base and the settings they were trained with")
         before = [{n: t.clone() for n, t in part.state().items()} for part in self.parts]
         try:
-            for part, names in zip(self.parts, wanted, strict=True):
+            for part, names in zip(self.parts, names_of_parts, strict=True):
                 part.load({name: state[name] for name in names & state.keys()})
         except RunError:
             for part, kept in zip(self.parts, before, strict=True):
                 part.load(kept)
             raise
 
-    def peft(self) -> dict[str, Any] | None:
-        """The one part's form with the heads as PEFT's `modules_to_save`; a form of our own where that does not do."""
-        forms = [form for part in self.parts if (form := part.peft()) is not None]
+    def get_peft_config(self) -> dict[str, Any] | None:
+        """One method's config with the heads as PEFT's `modules_to_save`; Luthier's own format for several methods."""
+        forms = [form for part in self.parts if (form := part.get_peft_config()) is not None]
         if len(forms) != len(self.parts):
             return None
         kept = sorted({name for form in forms for name in form.get("modules_to_save") or ()})
         methods = [form for form in forms if form["peft_type"] is not None]
-        tasks = [form["task_type"] for form in forms if form["peft_type"] is None]  # what heads are for
+        tasks = [form["task_type"] for form in forms if form["peft_type"] is None]  # the task of the heads
         if len(methods) == 1:
             return {**methods[0], **({"task_type": tasks[0]} if tasks else {}),
                     **({"modules_to_save": kept} if kept else {})}
         return {"peft_type": "LUTHIER", "task_type": forms[0]["task_type"], "parts": methods,
                 **({"modules_to_save": kept} if kept else {})}
-
-
-@dataclass(frozen=True)
-class CombinedHook:
-    """What several methods do at an update, one after another."""
-
-    parts: tuple[OptimizerHook, ...]
-
-    def before(self) -> None:
-        for part in self.parts:
-            part.before()
-
-    def after(self, step: int, total: int, sound: Tensor) -> None:
-        for part in self.parts:
-            part.after(step, total, sound)
-
-
-def combine_hooks(found: Iterable[OptimizerHook | None]) -> OptimizerHook | None:
-    """All of them as one; None where there is none."""
-    parts = tuple(update for update in found if update is not None)
-    return CombinedHook(parts) if parts else None
-
-
-def collect_gates(attached: Tuner) -> tuple[AdapterGate, ...] | None:
-    """The switches of an attached method and of all its parts; None where one of them has none."""
-    if isinstance(attached, PrefixedMethod):
-        return collect_gates(attached.inner)
-    if not isinstance(attached, CompositeMethod):
-        return None if attached.scope is None else (attached.scope,)
-    found = [collect_gates(part) for part in attached.parts]
-    return None if None in found else tuple(scope for inner in found if inner for scope in inner)

@@ -1,103 +1,65 @@
-"""LoRA on experts: a change of low rank beside each expert's map. Read `lora.py` first.
+"""LoRA on the experts of a mixture: a low-rank update of each expert's linear map. Read `lora.py` first.
 
     y_e = W_e x + s B_e A_e x          A_e: [R, in]   B_e: [out, R]   for each expert e of E
 
-All experts of a map are one parameter of the base, so no hook sees their outputs; the family's door
-(`ExpertLinears.add_change`)
-hands the rows over, sorted by expert. Only the experts that some token was sent to are computed. The file is that of
-PEFT's `target_parameters`, which keeps A as [E R, in] and B as [out, R E], and one map's change inside the other's.
+The base stores all experts of a map as one parameter, so no hook sees their outputs. The model calls the registered
+function with the rows sorted by expert. Only experts that received a token are computed. The saved format is that of
+PEFT's `target_parameters`: A is [E R, in], B is [out, R E], and PEFT nests the wrappers of one module's parameters.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from luthier.core.errors import RecipeError
 from luthier.core.expert_layers import ExpertLinears
 from luthier.methods.hooks import Hooks
 
-if TYPE_CHECKING:
-    from luthier.methods.lora import LoraConfig
-
-
-def is_target(target: str, experts: ExpertLinears) -> bool:
-    """Whether a target means these experts: `experts` for all of them, or an ending such as `experts.down_proj`."""
-    return target == "experts" or ("experts." in target and f".{experts.name}".endswith(f".{target}"))
-
-
-def matches_pattern(pattern: str, experts: ExpertLinears) -> bool:
-    """Whether a key of a pattern means these experts: as a target does, or as an expression for their whole path."""
-    return is_target(pattern, experts) or re.fullmatch(pattern, experts.name) is not None
-
-
-def select_experts(experts: Sequence[ExpertLinears], targets: str | Sequence[str]) -> list[ExpertLinears]:
-    """Those that `targets` names; `all-linear` leaves them alone, for they are most of a model's weights."""
-    return [] if targets == "all-linear" else [e for e in experts if any(is_target(target, e) for target in targets)]
-
-
-def build_expert_layers(found: Sequence[ExpertLinears], config: LoraConfig,
-                        generator: torch.Generator) -> list[ExpertLayer]:
-    """Raises `RecipeError` for the variants that have no form for experts."""
-    unfit = [setting for setting, given in (
-        ("dora", config.dora), ("dropout", config.dropout > 0), ("init: pissa", config.init == "pissa"),
-        ("rank_pattern", any(matches_pattern(key, e) for key in config.rank_pattern for e in found)),
-        ("alpha_pattern", any(matches_pattern(key, e) for key in config.alpha_pattern for e in found))) if given]
-    if found and unfit:
-        raise RecipeError(f"method.targets names experts, whose change has no {unfit[0]}",
-                          f"leave {unfit[0]} out, or the experts")
-    layers = []
-    for i, site in enumerate(found):
-        inside = sum(other.name.rpartition(".")[0] == site.name.rpartition(".")[0] for other in found[i + 1:])
-        layers.append(ExpertLayer(site, config, generator, inside))
-    return layers
-
 
 class ExpertLayer:
-    """The changes beside one map of all experts.
+    """The updates of one map of all experts.
 
     Args:
-        inside: how many other maps of the same experts are changed around this one, which PEFT's names tell.
+        gaussian: initialize A with normal instead of uniform numbers.
+        nesting: how many of PEFT's wrappers of the same module are outside this one; part of the saved names.
     """
 
-    m = start = None
+    magnitude = initial_factors = None
 
-    def __init__(self, site: ExpertLinears, config: LoraConfig, generator: torch.Generator, inside: int) -> None:
-        self.site, self.rank = site, config.rank
-        self.scale = config.alpha / (self.rank ** 0.5 if config.rslora else self.rank)
+    def __init__(self, site: ExpertLinears, rank: int, scale: float, gaussian: bool, generator: torch.Generator,
+                 nesting: int) -> None:
+        self.site, self.rank, self.scale = site, rank, scale
         self.module = site.name.rpartition(".")[0]
-        self.path = self.module + ".base_layer" * inside
+        self.path = self.module + ".base_layer" * nesting
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
         shape = (site.num_experts * self.rank, site.in_features)
-        a = (torch.randn(shape, generator=generator) / self.rank if config.init == "gaussian"
+        a = (torch.randn(shape, generator=generator) / self.rank if gaussian
              else (torch.rand(shape, generator=generator) * 2 - 1) / site.in_features ** 0.5)
         self.a = nn.Parameter(a.to(site.weight.device, dtype))
         self.b = nn.Parameter(torch.zeros(site.out_features, self.rank * site.num_experts, device=site.weight.device,
                                           dtype=dtype))
 
-    def enter(self, hooks: Hooks) -> None:
-        self.site.add_change(hooks.scope, self.change)
+    def register_hooks(self, hooks: Hooks) -> None:
+        self.site.add_change(hooks.gate, self.delta)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
+    def get_factors(self) -> tuple[Tensor, Tensor]:
         """A as [E, R, in] and B as [E, out, R]."""
         count = self.site.num_experts
         return self.a.view(count, self.rank, -1), self.b.view(-1, self.rank, count).permute(2, 0, 1)
 
-    def change(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """What is added to each row's output: [N, out] of x [N, in], rows sorted by expert."""
-        a, b = (half.to(x.dtype) for half in self.factors())
+    def delta(self, x: Tensor, counts: Sequence[int]) -> Tensor:
+        """The change of each row's output, [N, out], from x [N, in] sorted by expert; `counts` [E] rows of each."""
+        a, b = (factor.to(x.dtype) for factor in self.get_factors())  # [E, R, in], [E, out, R]
         return self.scale * torch.cat([F.linear(F.linear(part, a[e]), b[e])
-                                       for e, part in enumerate(x.split(list(counts))) if len(part)])
+                                       for e, part in enumerate(x.split(list(counts))) if len(part)])  # [N, out]
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The weight that gives the same outputs alone."""
-        a, b = self.factors()
-        change = self.scale * (b @ a)
-        weight = self.site.weight.to(a.dtype) + (change.transpose(1, 2) if self.site.transposed else change)
+    def compute_merged_weight(self) -> Tensor:
+        """W + s B A of every expert, in the layout of the base's parameter."""
+        a, b = self.get_factors()
+        delta = self.scale * (b @ a)  # [E, out, in]
+        weight = self.site.weight.to(a.dtype) + (delta.transpose(1, 2) if self.site.transposed else delta)
         return weight.to(self.site.weight.dtype)

@@ -1,15 +1,15 @@
-"""Several LoRAs into one. Read `lora.py` first.
+"""Merges several LoRAs into one. Read `lora.py` first.
 
-Each changes a map W by s_i B_i A_i (A_i: [R_i, in], B_i: [out, R_i]). With weights w_i the combined change is
+Each updates a map W by s_i B_i A_i (A_i: [R_i, in], B_i: [out, R_i]). With weights w_i the merged update is
 
     D = sum_i w_i s_i B_i A_i = [w_1 s_1 B_1 | w_2 s_2 B_2 | ...] [A_1 ; A_2 ; ...]
 
-    concatenation   just these factors: exact, and the ranks add up
-    sum             the same change at the smallest rank that holds it: exact to rounding
-    svd             the closest change of a given rank (Eckart and Young 1936): D's largest singular directions
+    cat      these factors: exact, and the ranks add up
+    linear   the same update at its smallest exact rank: exact up to rounding
+    svd      the closest update of a given rank (Eckart and Young 1936): D's largest singular directions
 
 D itself is never formed: with B = Q_b R_b and A^T = Q_a R_a its singular values are those of R_b R_a^T, a small matrix.
-Adding up the factors instead of the products (PEFT's `linear`) would add B_i A_j for i != j, which nobody trained.
+`linear` is exact. PEFT's `linear` adds the factors instead of the products, and thus also B_i A_j for i != j.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from luthier.core.errors import RecipeError
-from luthier.methods.lora import PREFIX, Lora, LoraConfig
+from luthier.methods.adapter_format import PEFT_PREFIX
+from luthier.methods.lora import Lora, LoraConfig
 
 CombinationType = Literal["linear", "cat", "svd"]
 Factors = tuple[Tensor, Tensor]  # A [R, in], B [out, R]
@@ -30,12 +31,12 @@ Factors = tuple[Tensor, Tensor]  # A [R, in], B [out, R]
 
 @dataclass(frozen=True)
 class MergedLora:
-    """One LoRA.
+    """The merged LoRA.
 
     Args:
-        config: its settings; every map's scale is 1.
-        state: its weights, as `Lora.load` takes them.
-        error: |D - its change| / |D|, Frobenius norms over all maps together; 0 where it is exact.
+        config: its settings; the scale of every map is 1.
+        state: its weights, for `Lora.load`.
+        error: |D - merged update| / |D|, Frobenius norms over all maps together; 0 where it is exact.
     """
 
     config: LoraConfig
@@ -46,61 +47,63 @@ class MergedLora:
 @torch.no_grad()
 def merge_loras(loras: Sequence[Lora], weights: Sequence[float], combination_type: CombinationType = "linear",
                 rank: int | None = None) -> MergedLora:
-    """LoRAs of one base as one LoRA; a map that only some of them change gets the change of those.
+    """Merge LoRAs of one base. A map that only some of them update gets the weighted sum of those.
 
     Args:
-        weights: one for each, of any sign.
-        rank: of the result, for `svd`; left out: the largest of theirs.
+        weights: one for each LoRA, of any sign.
+        rank: rank of the result, for `svd`; None: the largest rank of the inputs.
 
     Raises:
-        RecipeError: for settings that mean nothing together, and for DoRA, whose change is no sum.
+        RecipeError: for contradicting settings, and for DoRA, whose update is not additive.
     """
     if combination_type not in get_args(CombinationType):
-        raise RecipeError(f"adapters cannot be combined by {combination_type!r}",
-                          f"one of: {', '.join(get_args(CombinationType))}")
+        raise RecipeError(f"unknown combination type {combination_type!r}",
+                          f"use one of: {', '.join(get_args(CombinationType))}")
     if len(weights) != len(loras):
         raise RecipeError(f"{len(loras)} adapters and {len(weights)} weights", "give one weight for each adapter")
     if rank is not None and (combination_type != "svd" or rank < 1):
-        raise RecipeError(f"rank {rank} with {combination_type}: only svd brings a change to a rank, of at least 1",
-                          "leave the rank out, or combine by svd")
-    if any(lora.config.dora for lora in loras):
-        raise RecipeError("a DoRA stretches the whole of each map, so two of them have no sum",
-                          "combine plain LoRAs, or merge one into the base and train on (luthier export --to merged)")
-    most = rank or max(layer.rank for lora in loras for layer in lora.layers)
+        raise RecipeError(f"rank {rank} with combination type {combination_type}: only svd takes a rank, of 1 or "
+                          "more", "omit the rank, or use svd")
+    if any(lora.config.use_dora for lora in loras):
+        raise RecipeError("a DoRA rescales the whole weight, so DoRA adapters cannot be added",
+                          "merge plain LoRAs, or export one with --to merged and train on the result")
+    max_rank = rank or max(layer.rank for lora in loras for layer in lora.layers)
     state, ranks = {}, {}
     kept = lost = 0.0
     for name, parts in _collect_factors(loras, weights).items():
-        whole = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
-        limit = most if combination_type == "svd" else None
-        (a, b), inside, outside = (whole, 1.0, 0.0) if combination_type == "cat" else _reduce_rank(*whole, limit)
+        # [sum R, in], [out, sum R]
+        stacked = torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
+        (a, b), inside, outside = (stacked, 1.0, 0.0) if combination_type == "cat" else _reduce_rank(
+            *stacked, max_rank if combination_type == "svd" else None)
         kept, lost = kept + inside, lost + outside
         ranks[name] = a.shape[0]
-        state[f"{PREFIX}{name}.lora_A.weight"], state[f"{PREFIX}{name}.lora_B.weight"] = a.contiguous(), b.contiguous()
+        path = PEFT_PREFIX + name
+        state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.contiguous(), b.contiguous()
     largest = max(ranks.values())
-    others = {name: r for name, r in ranks.items() if r != largest}
-    config = LoraConfig(rank=largest, alpha=largest, targets=tuple(ranks), rank_pattern=others,
-                        alpha_pattern={name: float(r) for name, r in others.items()})
+    exceptions = {name: r for name, r in ranks.items() if r != largest}
+    config = LoraConfig(rank=largest, alpha=largest, target_modules=tuple(ranks), rank_pattern=exceptions,
+                        alpha_pattern={name: float(r) for name, r in exceptions.items()})
     return MergedLora(config, state, (lost / (kept + lost)) ** 0.5 if lost else 0.0)
 
 
 def _collect_factors(loras: Sequence[Lora], weights: Sequence[float]) -> dict[str, list[Factors]]:
-    """The factors of each map's change by its path, weight and scale in B."""
-    found: dict[str, list[Factors]] = {}
+    """Path of each map -> the factors of all its updates; weight and scale are multiplied into B."""
+    factors: dict[str, list[Factors]] = {}
     for lora, weight in zip(loras, weights, strict=True):
         for layer in lora.layers:
-            a, b = layer.factors()
-            found.setdefault(layer.site.name, []).append((a, weight * layer.scale * b))
-    return found
+            a, b = layer.get_factors()
+            factors.setdefault(layer.site.name, []).append((a, weight * layer.scale * b))
+    return factors
 
 
 def _reduce_rank(a: Tensor, b: Tensor, rank: int | None) -> tuple[Factors, float, float]:
-    """The product B A at most of this rank (None: at its own); the squared norms of what is kept and what is lost."""
-    q_a, r_a = torch.linalg.qr(a.double().T)
-    q_b, r_b = torch.linalg.qr(b.double())
+    """Factors of B A at this rank at most (None: its numerical rank), and the squared norms kept and lost."""
+    q_a, r_a = torch.linalg.qr(a.double().T)  # [in, R], [R, R]
+    q_b, r_b = torch.linalg.qr(b.double())  # [out, R], [R, R]
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    # What rounding alone leaves of a direction, at the precision that the factors were trained in.
-    held = int((s > s[0] * torch.finfo(a.dtype).eps * max(a.shape[1], b.shape[0])).sum())
-    keep = max(1, held if rank is None else min(rank, held))
+    # Singular values below this threshold are rounding errors at the precision of the trained factors.
+    numerical_rank = int((s > s[0] * torch.finfo(a.dtype).eps * max(a.shape[1], b.shape[0])).sum())
+    keep = max(1, numerical_rank if rank is None else min(rank, numerical_rank))
     root = s[:keep].sqrt()
     factors = (root[:, None] * (v[:keep] @ q_a.T)).to(a.dtype), (q_b @ u[:, :keep] * root).to(b.dtype)
-    return factors, float(s[:keep].square().sum()), float(s[keep:held].square().sum())
+    return factors, float(s[:keep].square().sum()), float(s[keep:numerical_rank].square().sum())

@@ -1,17 +1,17 @@
-"""Several adapters on one base: who acts, how strongly, and on which tokens. Read `hooks.py` and `composite.py` first.
+"""Several adapters on one base: which are active, how strongly, and on which tokens. Read `hooks.py` first.
 
-    bank = Bank(structure)
-    bank.add("law", attached_a)                       # silent until it is chosen
-    bank.add("medicine", attached_b)
-    with bank.using("law"): ...                       # that one alone
-    with bank.using({"law": 0.7, "medicine": 0.3}):   # y + 0.7 (change of law) + 0.3 (change of medicine)
-    with bank.using(None): ...                        # the bare base
+    manager = AdapterManager(structure)
+    manager.add("law", tuner_a)                                     # inactive until it is selected
+    manager.add("medicine", tuner_b)
+    with manager.use_adapter("law"): ...                            # this one only
+    with manager.use_adapter({"law": 0.7, "medicine": 0.3}):   # y + 0.7 (delta of law) + 0.3 (delta of medicine)
+    with manager.use_adapter(None): ...                             # the base
 
-A setting is a handful of numbers on each adapter's `Scope`: no weight is copied or moved, so turning it costs
-microseconds. A family that knows the bank (`family.router = bank`) also sends every segment of a packed row, or every
-row of a padded batch, through an adapter of its own (`Forest.adapters`). Virtual tokens are routed by documents: each
-stands behind those of its own adapter (`models/soft_prompts/causal.py`). They are there or not, so in a stack their
-weight is 1.
+A selection is a few numbers on each adapter's `AdapterGate`. No weight is copied or moved, so switching costs
+microseconds. A family that knows the manager (`family.router = manager`) can also route each segment of a packed row,
+or each row of a padded batch, through its own adapter (`Forest.adapters`). Virtual tokens are routed by documents: each
+document attends to those of its own adapter (`models/soft_prompts/causal.py`). They are present or absent, so in a
+weighted sum their weight is 1.
 """
 
 from __future__ import annotations
@@ -29,166 +29,168 @@ from luthier.core.errors import RecipeError, RunError, suggest_nearest
 from luthier.core.optimizer_hook import OptimizerHook
 from luthier.core.protocols import ModelStructure, Tuner
 from luthier.core.types import Inputs
-from luthier.methods.composite import collect_gates, combine_hooks
 
-Choice = str | Mapping[str, float] | None  # one adapter, several by their weights, or the bare base
+Choice = str | Mapping[str, float] | None  # one adapter, several with weights, or the base alone
 
 
 class GateSetting(NamedTuple):
-    """How one adapter acts: see `Scope`."""
+    """The values of one adapter's `AdapterGate`."""
 
-    weight: float = 1.0
-    part: tuple[int, Tensor] | None = None
-    among: int = 0
-    where: tuple[int, ...] = ()
+    scale: float = 1.0
+    token_index: tuple[int, Tensor] | None = None
+    dim_size: int = 0
+    positions: tuple[int, ...] = ()
 
 
 class AdapterManager:
-    """Adapters by name on one base. Whoever adds one hands its switch over to the bank.
+    """Adapters by name on one base. The manager controls the gates of the adapters that are added to it.
 
     Args:
-        structure: of the base that they all are attached to.
+        structure: structure of the base that all adapters are attached to.
     """
 
     def __init__(self, structure: ModelStructure) -> None:
         self._anatomy = structure
-        self.members: dict[str, Tuner] = {}
-        self._scopes: dict[str, tuple[AdapterGate, ...]] = {}
-        self._acting: dict[str, GateSetting] = {}
+        self.adapters: dict[str, Tuner] = {}
+        self._gates: dict[str, tuple[AdapterGate, ...]] = {}
+        self._active: dict[str, GateSetting] = {}
         self._frozen: set[str] = set()
 
     def add(self, name: str, attached: Tuner) -> None:
-        """Take an adapter in, silent until it is chosen. Raises `RunError` for one that has no switch."""
-        if name in self.members:
-            raise RecipeError(f"the bank has an adapter {name!r} already", "give this one another name")
-        found = collect_gates(attached)
-        if found is None:
-            raise RunError(f"{name!r} works inside the base's own parts, so nothing else can share this base with it",
-                           "use a method that stands beside the weights, such as lora, or load that run by itself")
-        for scope in found:
-            scope.off += 1
-        self.members[name], self._scopes[name] = attached, found
+        """Add an adapter; it is inactive until selected. Raises `RunError` for a tuner without gates."""
+        if name in self.adapters:
+            raise RecipeError(f"an adapter named {name!r} exists already", "use another name")
+        gates = attached.gates
+        if gates is None:
+            raise RunError(f"{name!r} modifies the base's own weights or modules and cannot share a base model with "
+                           "other adapters", "use a method that adds parameters, such as lora, or load that run alone")
+        for gate in gates:
+            gate.disabled_depth += 1
+        self.adapters[name], self._gates[name] = attached, gates
 
-    def frozen(self, name: str) -> Tuner:
-        """The adapter, which trains no more from now on: a reference beside the policy that started from it."""
-        self._known([name])
+    def freeze(self, name: str) -> Tuner:
+        """Exclude an adapter from training, as the reference of a policy that started from it; returns the adapter."""
+        self._check_names([name])
         self._frozen.add(name)
-        for parameter in self.members[name].parameters().values():
+        for parameter in self.adapters[name].parameters().values():
             parameter.requires_grad_(False)
-        return self.members[name]
+        return self.adapters[name]
 
-    # ------------------------------------------------------------ who acts
+    # ------------------------------------------------------------ selection
 
-    def choose(self, choice: Choice) -> None:
-        """From now on that adapter acts alone (None: the bare base), or several, each change by its weight."""
+    def set_adapter(self, choice: Choice) -> None:
+        """Activate one adapter, none (None: the base alone), or several with weights."""
         weights = {} if choice is None else {choice: 1.0} if isinstance(choice, str) else choice
-        self._known(weights)
-        self._set({name: GateSetting(weight) for name, weight in weights.items()})
+        self._check_names(weights)
+        self._apply({name: GateSetting(weight) for name, weight in weights.items()})
 
     @contextmanager
-    def using(self, choice: Choice) -> Iterator[None]:
-        """`choose`, until closed. Nests. A batch that is routed inside goes where its segments say."""
-        before = self._acting
-        self.choose(choice)
+    def use_adapter(self, choice: Choice) -> Iterator[None]:
+        """`set_adapter` while the context is open. Contexts nest. A routed batch overrides the selection."""
+        before = self._active
+        self.set_adapter(choice)
         try:
             yield
         finally:
-            self._set(before)
+            self._apply(before)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """While open, the model is the bare base, whatever is chosen or routed meanwhile."""
-        every = [scope for found in self._scopes.values() for scope in found]
-        for scope in every:
-            scope.off += 1
+        """While the context is open the model is the base alone, whatever is selected or routed inside."""
+        gates = [gate for gates in self._gates.values() for gate in gates]
+        for gate in gates:
+            gate.disabled_depth += 1
         try:
             yield
         finally:
-            for scope in every:
-                scope.off -= 1
+            for gate in gates:
+                gate.disabled_depth -= 1
 
-    def _set(self, acting: dict[str, GateSetting]) -> None:
-        for name, found in self._scopes.items():
-            was, now = name in self._acting, acting.get(name)
-            for scope in found:
-                _set_gate(scope, scope.off + was - (now is not None), now or GateSetting())
-        self._acting = acting
+    def _apply(self, active: dict[str, GateSetting]) -> None:
+        for name, gates in self._gates.items():
+            was_active, setting = name in self._active, active.get(name)
+            for gate in gates:
+                depth = gate.disabled_depth + was_active - (setting is not None)
+                _set_gate(gate, depth, setting or GateSetting())
+        self._active = active
 
-    # ------------------------------------------------------------ which tokens go where
+    # ------------------------------------------------------------ routing
 
-    def numbers(self, names: Iterable[str | None]) -> tuple[int, ...]:
-        """Adapters as `Forest.adapters` and `generate` name them: each one's index, -1 for None."""
+    def resolve_indices(self, names: Iterable[str | None]) -> tuple[int, ...]:
+        """Index of each adapter, for `Forest.adapters` and `generate`; -1 for None."""
         names = list(names)
-        self._known(name for name in names if name is not None)
-        order = list(self.members)
+        self._check_names(name for name in names if name is not None)
+        order = list(self.adapters)
         return tuple(-1 if name is None else order.index(name) for name in names)
 
-    def through(self, inputs: Inputs, names: Sequence[str | None]) -> Inputs:
-        """The same row, every segment of it sent through the adapter named for it, or none."""
-        return replace(inputs, forest=replace(inputs.forest, adapters=self.numbers(names)))
+    def with_adapters(self, inputs: Inputs, names: Sequence[str | None]) -> Inputs:
+        """`inputs` with each segment routed through the adapter of its name, or through none."""
+        return replace(inputs, forest=replace(inputs.forest, adapters=self.resolve_indices(names)))
 
     @contextmanager
-    def routed(self, dim: int, places: Sequence[int]) -> Iterator[None]:
-        """See `Router`. Adapters without a place stay silent."""
-        where = torch.tensor(places)
+    def route(self, dim: int, places: Sequence[int]) -> Iterator[None]:
+        """See `Router`. Adapters that are not in `places` are inactive."""
+        adapter_of_token = torch.tensor(places)  # [T] or [rows]
         device = self._anatomy.embedding.weight.device
         assert isinstance(device, torch.device)
-        assert set(places) <= set(range(-1, len(self.members))), places
-        before = self._acting
-        self._set({name: GateSetting(1.0, (dim, found.to(device)), len(places), tuple(found.tolist()))
-                   for i, name in enumerate(self.members) if (found := (where == i).nonzero()[:, 0]).numel()})
+        assert set(places) <= set(range(-1, len(self.adapters))), places
+        before = self._active
+        self._apply({name: GateSetting(1.0, (dim, index.to(device)), len(places), tuple(index.tolist()))
+                     for i, name in enumerate(self.adapters)
+                     if (index := (adapter_of_token == i).nonzero()[:, 0]).numel()})
         try:
             yield
         finally:
-            self._set(before)
+            self._apply(before)
 
-    def moment(self) -> AbstractContextManager[None]:
-        """See `Router`. Every scope as it stands now, whoever switched it: by the backward pass all contexts of the
-        forward pass may be closed, `disabled()` of one adapter too."""
-        every = [scope for found in self._scopes.values() for scope in found]
-        return _restore_setting(every, [_read_gate(scope) for scope in every])
+    def snapshot(self) -> AbstractContextManager[None]:
+        """See `Router`. Stores every gate, whatever changed it: in the backward pass the contexts of the forward pass,
+        including `disabled()` of single adapters, are closed."""
+        gates = [gate for gates in self._gates.values() for gate in gates]
+        return _restore_setting(gates, [_read_gate(gate) for gate in gates])
 
-    # ------------------------------------------------------------ training them together
+    # ------------------------------------------------------------ training all of them
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Of all that are not frozen, as ``<adapter>/<parameter>``."""
-        return {f"{name}/{inner}": parameter for name, attached in self.members.items() if name not in self._frozen
+        """The parameters of all adapters that are not frozen, as ``<adapter>/<parameter>``."""
+        return {f"{name}/{inner}": parameter for name, attached in self.adapters.items() if name not in self._frozen
                 for inner, parameter in attached.parameters().items()}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         adapter, _, inner = name.partition("/")
-        return self.members[adapter].rate(inner)
+        return self.adapters[adapter].lr_multiplier(inner)
 
     @property
-    def at_update(self) -> OptimizerHook | None:
-        """Of all that are not frozen."""
-        return combine_hooks(attached.at_update for name, attached in self.members.items() if name not in self._frozen)
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
+        """The hooks of all adapters that are not frozen."""
+        return tuple(hook for name, attached in self.adapters.items() if name not in self._frozen
+                     for hook in attached.optimizer_hooks)
 
-    def _known(self, names: Iterable[str]) -> None:
+    def _check_names(self, names: Iterable[str]) -> None:
         for name in names:
-            if name not in self.members:
-                raise RecipeError(f"the bank has no adapter {name!r}", suggest_nearest(name, self.members))
+            if name not in self.adapters:
+                raise RecipeError(f"there is no adapter named {name!r}", suggest_nearest(name, self.adapters))
 
 
 _GateState = tuple[int, GateSetting]
 
 
-def _read_gate(scope: AdapterGate) -> _GateState:
-    return scope.off, GateSetting(scope.weight, scope.part, scope.among, scope.where)
+def _read_gate(gate: AdapterGate) -> _GateState:
+    return gate.disabled_depth, GateSetting(gate.scale, gate.token_index, gate.dim_size, gate.positions)
 
 
-def _set_gate(scope: AdapterGate, off: int, acts: GateSetting) -> None:
-    scope.off = off
-    scope.weight, scope.part, scope.among, scope.where = acts
+def _set_gate(gate: AdapterGate, disabled_depth: int, setting: GateSetting) -> None:
+    gate.disabled_depth = disabled_depth
+    gate.scale, gate.token_index, gate.dim_size, gate.positions = setting
 
 
 @contextmanager
-def _restore_setting(every: Sequence[AdapterGate], then: Sequence[_GateState]) -> Iterator[None]:
-    now = [_read_gate(scope) for scope in every]
-    for scope, found in zip(every, then, strict=True):
-        _set_gate(scope, *found)
+def _restore_setting(gates: Sequence[AdapterGate], states: Sequence[_GateState]) -> Iterator[None]:
+    before = [_read_gate(gate) for gate in gates]
+    for gate, state in zip(gates, states, strict=True):
+        _set_gate(gate, *state)
     try:
         yield
     finally:
-        for scope, found in zip(every, now, strict=True):
-            _set_gate(scope, *found)
+        for gate, state in zip(gates, before, strict=True):
+            _set_gate(gate, *state)

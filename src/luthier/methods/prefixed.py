@@ -1,6 +1,6 @@
-"""A method under a name of its own, so that two of one kind can train and be saved beside each other.
+"""A tuner whose parameter names have a prefix, so that two tuners of one kind can train and be saved together.
 
-Read `composite.py` first. PPO's critic is the same method as its policy, as ``critic/...``.
+Read `composite.py` first. PPO's critic uses the same method as its policy; its parameters are named ``critic/...``.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from luthier.core.protocols import Tuner
 
 
 class PrefixedMethod:
-    """`inner`, its parameters called ``<name>/...``."""
+    """`inner` with its parameters and saved tensors named ``<name>/...``."""
 
     def __init__(self, name: str, inner: Tuner) -> None:
         self._prefix, self.inner = f"{name}/", inner
 
     @property
-    def scope(self) -> AdapterGate | None:
-        return self.inner.scope
+    def gates(self) -> tuple[AdapterGate, ...] | None:
+        return self.inner.gates
 
     @property
-    def at_update(self) -> OptimizerHook | None:
-        return self.inner.at_update
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
+        return self.inner.optimizer_hooks
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {self._prefix + name: parameter for name, parameter in self.inner.parameters().items()}
 
-    def rate(self, name: str) -> float:
-        return self.inner.rate(name.removeprefix(self._prefix))
+    def lr_multiplier(self, name: str) -> float:
+        return self.inner.lr_multiplier(name.removeprefix(self._prefix))
 
     def disabled(self) -> AbstractContextManager[None]:
         return self.inner.disabled()
@@ -51,5 +51,5 @@ class PrefixedMethod:
     def load(self, state: Mapping[str, Tensor]) -> None:
         self.inner.load({name.removeprefix(self._prefix): tensor for name, tensor in state.items()})
 
-    def peft(self) -> dict[str, Any] | None:
-        return self.inner.peft()
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self.inner.get_peft_config()

@@ -37,11 +37,11 @@ def route_indices(router: Router | None, dim: int, places: Sequence[int]) -> Abs
     if not places:
         return nullcontext()
     if router is None:
-        raise RunError("a batch names adapters for its rows, and the base has no bank to find them in",
-                       "set family.router to the bank that they were added to")
-    return router.routed(dim, places)
+        raise RunError("a batch names adapters for its rows, and the base has no manager to find them in",
+                       "set family.router to the manager that they were added to")
+    return router.route(dim, places)
 
 
 def snapshot_routing(router: Router | None) -> AbstractContextManager[None]:
     """The context of a block's recomputation, when every context of now may be closed."""
-    return nullcontext() if router is None else router.moment()
+    return nullcontext() if router is None else router.snapshot()

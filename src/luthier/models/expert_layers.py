@@ -56,10 +56,10 @@ def find_experts(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]
 
 
 def _make_add_change(module: nn.Module, parameter: str) -> Callable[[AdapterGate, ExpertChange], None]:
-    def enter(scope: AdapterGate, change: ExpertChange) -> None:
+    def enter(gate: AdapterGate, change: ExpertChange) -> None:
         if not isinstance(getattr(module, "luthier", None), _ExpertChanges):
             module.luthier = _ExpertChanges(module)  # type: ignore[assignment]
-        module.luthier.changes.append((parameter, scope, change))  # type: ignore[union-attr, operator]
+        module.luthier.changes.append((parameter, gate, change))  # type: ignore[union-attr, operator]
     return enter
 
 
@@ -70,7 +70,7 @@ def run_experts(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> 
         index: [T, K] the experts of each token.
         weights: [T, K] how much each counts.
     """
-    acting = [found for found in module.luthier.changes if not found[1].off]
+    acting = [found for found in module.luthier.changes if not found[1].disabled_depth]
     if not acting:
         real: Tensor = module.luthier.real(module, hidden, index, weights)
         return real
@@ -98,12 +98,12 @@ def _apply_linear(module: Any, name: str, rows: Tensor, counts: Sequence[int],
     matrices = weight.transpose(1, 2) if module.is_transposed else weight
     found = torch.cat([F.linear(part, matrices[e], None if bias is None else bias[e])
                        for e, part in enumerate(rows.split(list(counts))) if len(part)])
-    for parameter, scope, change in acting:
+    for parameter, gate, change in acting:
         if parameter == name:
-            if scope.part is not None:
+            if gate.token_index is not None:
                 raise RunError("an adapter on experts cannot act on some of a row's tokens only",
                                "run each adapter's rows by themselves, or leave the experts out of its targets")
-            found = found + scope.weight * change(rows, counts).to(found.dtype)
+            found = found + gate.scale * change(rows, counts).to(found.dtype)
     return found
 
 

@@ -28,13 +28,13 @@ LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
 class TaskHeads:
     """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
 
-    at_update = None
+    gates: tuple[AdapterGate, ...] = ()  # heads change nothing in the base
+    optimizer_hooks = ()
 
     def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str,
                  build: Callable[[Head, torch.Generator], TaskHead | str] | None = None) -> None:
         """`build`: makes a head from Transformers' own class of its task, or says why there is none."""
         self.heads, self.task = tuple(heads), task
-        self.scope = AdapterGate()  # nobody reads it: heads change nothing in the base
         self.modules: dict[str, nn.Linear | TaskHead] = {}
         self.task_head: TaskHead | None = None  # the one that Transformers' class has
         self.no_task_head_reason = ""  # why there is none, where one was wanted
@@ -65,7 +65,7 @@ class TaskHeads:
                 found |= {f"{PREFIX}{name}.{part}": parameter for part, parameter in module.named_parameters()}
         return found | {f"{PREFIX}{name}": parameter for name, parameter in self.scalars.items()}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
     @contextmanager
@@ -93,7 +93,7 @@ class TaskHeads:
         for name, parameter in mine.items():
             parameter.copy_(state[name])
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         """What of PEFT's config the heads decide. A scalar is no module, so it is none of `modules_to_save`."""
         kept = [name for name, module in self.modules.items() if not isinstance(module, TaskHead)]
         kept += self.task_head.modules_to_save() if self.task_head is not None else []

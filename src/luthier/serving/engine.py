@@ -3,8 +3,8 @@
     desk = Desk(family, numbers)
     desk.ask(Request(prompt=ids, adapter="law"), tell)      # tell(Bit("Who may")), tell(Bit(" sue", 3, "stop"))
 
-Each request goes through its own adapter of a bank, so many tuned models on one base answer in one batch. Requests that
-sample alike share a batch; whoever comes later waits for the next. Read `methods/multi_adapter.py` first.
+Each request goes through its own adapter of a manager, so many tuned models on one base answer in one batch. Requests
+that sample alike share a batch; whoever comes later waits for the next. Read `methods/multi_adapter.py` first.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Request:
 
     Args:
         prompt: token ids.
-        adapter: its name in the bank; None: the bare base.
+        adapter: its name in the manager; None: the bare base.
         stop: texts that end the answer; they are no part of it.
         seed: of the sampling; None: another every time.
         group: requests with a seed share a batch with their own group alone, or an answer would depend on who else
@@ -81,7 +81,8 @@ class InferenceEngine:
 
     Args:
         family: nobody else may call it from now on. Only a causal language model answers; any runs errands.
-        numbers: names of adapters to their indices, as `Bank.numbers`; None: the base is served as it stands.
+        numbers: names of adapters to their indices, as `AdapterManager.resolve_indices`; None: the base is served
+            as it stands.
         most: requests in one batch.
     """
 

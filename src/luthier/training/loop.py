@@ -125,8 +125,8 @@ def count_total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
 def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None) -> TrainResult:
     """Train to the end, or to the signal; a signal leaves a checkpoint. Raises `NotFinite` on a broken loss."""
     total = count_total_steps(job.training, job.feed.steps_per_epoch)
-    optimizer = Optimizer(job.attached.parameters(), job.attached.rate, job.rate, job.optimizer, total,
-                          job.attached.at_update)
+    optimizer = Optimizer(job.attached.parameters(), job.attached.lr_multiplier, job.rate, job.optimizer, total,
+                          job.attached.optimizer_hooks)
     summary = TrainResult(0, 0.0, 0)
     bad_evaluations = _restore_checkpoint(job, optimizer, summary, resume) if resume else 0
     eval_steps = job.training.eval_steps or job.feed.steps_per_epoch or total  # a stream does not know its epoch

@@ -14,7 +14,7 @@ rounded copy back into the model after each update (Micikevicius et al. 2018, ar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -113,14 +113,14 @@ class Optimizer:
         parameters: what trains, by name.
         rate: factor on the learning rate for a name.
         peak: peak learning rate.
-        update: what the method does at each update, if anything.
+        optimizer_hooks: what the method does at each update.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: Callable[[str], float], peak: float,
-                 config: OptimizerConfig, total_steps: int, update: OptimizerHook | None = None) -> None:
+                 config: OptimizerConfig, total_steps: int, optimizer_hooks: Sequence[OptimizerHook] = ()) -> None:
         assert parameters, "a method that trains nothing"
         self.config, self.total, self.peak, self.names = config, total_steps, peak, list(parameters)
-        self._update, self._step = update, 0
+        self._optimizer_hooks, self._step = optimizer_hooks, 0
         self.parameters = {name: nn.Parameter(parameter.detach().to(torch.float32)) if needs_master(parameter)
                            else parameter for name, parameter in parameters.items()}
         self._copied = {name: parameter for name, parameter in parameters.items() if needs_master(parameter)}
@@ -146,8 +146,8 @@ class Optimizer:
 
     def complete(self) -> None:
         """The gradient of the whole step is there: the method adds what it minimises by itself."""
-        if self._update:
-            self._update.before()
+        for hook in self._optimizer_hooks:
+            hook.pre_step()
 
     def clip(self) -> Tensor:
         """Shorten the gradient to `config.max_grad_norm`; returns its length before, a scalar on the device."""
@@ -163,8 +163,8 @@ class Optimizer:
         elif bool(norm.isfinite()):
             self.adam.step()
         self._write_back()
-        if self._update:
-            self._update.after(self._step + 1, self.total, norm.isfinite())
+        for hook in self._optimizer_hooks:
+            hook.post_step(self._step + 1, self.total, norm.isfinite())
         self.adam.zero_grad(set_to_none=True)
 
     @torch.no_grad()

@@ -212,7 +212,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing_and_is_gone(bad: float) -
     parameters = start()
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     told: list[bool] = []
-    update = SimpleNamespace(before=lambda: None, after=lambda step, total, fine: told.append(bool(fine)))
+    update = SimpleNamespace(pre_step=lambda: None, post_step=lambda step, total, fine: told.append(bool(fine)))
     ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(weight_decay=0.5), 10, update)
     push(parameters, 1)
     assert parameters["vector"].grad is not None
@@ -229,9 +229,9 @@ def test_a_gradient_that_is_not_finite_updates_nothing_and_is_gone(bad: float) -
 
 def test_a_methods_update_is_told_the_number_of_the_step_that_was_made() -> None:
     told: list[tuple[int, int]] = []
-    update = SimpleNamespace(before=lambda: None, after=lambda step, total, fine: told.append((step, total)))
+    update = SimpleNamespace(pre_step=lambda: None, post_step=lambda step, total, fine: told.append((step, total)))
     parameters = start()
-    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(), 3, update)
+    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(), 3, (update,))
     for step in range(3):
         ours.set_rate(step)
         push(parameters, step)

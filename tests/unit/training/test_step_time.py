@@ -58,7 +58,7 @@ def times(monkeypatch: pytest.MonkeyPatch, folder: Path, kind: str, save_steps: 
     monkeypatch.setattr(loop, "measure_peak_gb", lambda _: 0.0)
     monkeypatch.setattr(loop, "trim_heap", lambda _: None)
     weight = nn.Parameter(torch.zeros(2))
-    attached: Any = SimpleNamespace(parameters=lambda: {"w": weight}, rate=lambda _: 1.0, at_update=None, state=lambda: {"w": weight.detach()})
+    attached: Any = SimpleNamespace(parameters=lambda: {"w": weight}, lr_multiplier=lambda _: 1.0, optimizer_hooks=(), state=lambda: {"w": weight.detach()})
     family: Any = SimpleNamespace(device=torch.device(kind), train=lambda _: None)
     objective: Any = None
     job = loop.TrainJob(family, attached, objective, Endless(), [], loop.TrainingConfig(max_steps=STEPS, save_steps=save_steps),  # type: ignore[arg-type]

@@ -190,7 +190,7 @@ class Seq2Seq(HFModel):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
-        """See `Family`. `adapters`: for each prompt an index into the bank, -1 for the bare base; empty: as it is."""
+        """See `Family`. `adapters`: each prompt's index into the manager, -1 for the bare base; empty: as it is."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)]
         return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling),

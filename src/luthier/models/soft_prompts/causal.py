@@ -11,7 +11,7 @@ calls the model, with a packed row, a padded batch or a cache, gets the states o
     padded              they stand before each row's first token, behind its padding
     with a cache        the first call puts them in; later calls only move on
 
-Documents of one row, or rows of one batch, may go through different adapters of a bank: each then stands behind the
+Documents of one row, or rows of one batch, may go through different adapters of a manager: each then stands behind the
 virtual tokens of its own, and its positions move on by their number alone.
 
 Shape letters: B rows, L tokens of a row as the caller knows it, N virtual tokens, G key-value heads of width d.
@@ -135,11 +135,11 @@ class CausalInjector:
 
     # ------------------------------------------------------------ what methods call
 
-    def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
-        self._add_injection(Injection("prompt", make, scope, make().shape[0]))
+    def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
+        self._add_injection(Injection("prompt", make, gate, make().shape[0]))
 
-    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: AdapterGate) -> None:
-        self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], gate: AdapterGate) -> None:
+        self._add_injection(Injection("prefix", make, gate, make()[0][0].shape[1]))
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
@@ -278,7 +278,7 @@ class CausalInjector:
         if width + n > self._context:
             raise BaseError(f"a text of {width} tokens and {n} virtual ones do not fit into the base's context of "
                             f"{self._context} tokens", f"set data.max_length to {self._context - n} or less, or use "
-                            "fewer virtual tokens (method.tokens)")
+                            "fewer virtual tokens (method.num_virtual_tokens)")
 
     def _shift_positions(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
         """The call with the positions of every segment or row moved on; without any, they count from `seen`."""

@@ -2,7 +2,7 @@
 SoftPromptInjector) first; `models/soft_prompts/causal.py` uses it.
 
 A door is what one attached method puts in. Every segment of a packed row, and every row of a batch, has a share: the
-doors that stand open for it. Without a bank's routes all have the same.
+doors that stand open for it. Without a manager's routes all have the same.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Injection:
 
     kind: SoftPromptKind
     compute: Callable[[], Any]
-    scope: AdapterGate
+    gate: AdapterGate
     num_tokens: int
 
 
@@ -52,13 +52,13 @@ class InjectionPlan:
 def plan_injections(injections: Sequence[Injection], forest: SegmentTree | None, rows: int) -> InjectionPlan | None:
     """The share of every segment of the forest, or of every row; None where nothing acts. Raises `RunError` where a
     segment has other virtual tokens than the one that it continues."""
-    acting = [injection for injection in injections if _is_enabled(injection.scope)]
+    acting = [injection for injection in injections if _is_enabled(injection.gate)]
     if not acting:
         return None
     places = range(rows) if forest is None else forest.starts
     found: list[tuple[Injection, ...]] = [()] * len(places)
     for injection in acting:
-        for i in _list_targets(injection.scope, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
+        for i in _list_targets(injection.gate, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
             found[i] = (*found[i], injection)
     if forest is not None and any(p >= 0 and found[p] != own for p, own in zip(forest.parents, found, strict=True)):
         raise RunError("a segment goes through other virtual tokens than the one that it continues, and these stand "
@@ -67,29 +67,29 @@ def plan_injections(injections: Sequence[Injection], forest: SegmentTree | None,
     return InjectionPlan(tuple(number), tuple(number[combination] for combination in found))
 
 
-def _list_targets(scope: AdapterGate, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
-    """Which of the places a scope names, in a call of so many (tokens or rows) along a dimension."""
-    if scope.part is None or (scope.part[0], scope.among) != call:
-        return range(len(places)) if is_active(scope) else ()
-    named = set(scope.where)
+def _list_targets(gate: AdapterGate, places: Sequence[int], call: tuple[int, int]) -> Iterable[int]:
+    """Which of the places a gate names, in a call of so many (tokens or rows) along a dimension."""
+    if gate.token_index is None or (gate.token_index[0], gate.dim_size) != call:
+        return range(len(places)) if is_active(gate) else ()
+    named = set(gate.positions)
     return (i for i, place in enumerate(places) if place in named)
 
 
-def is_active(scope: AdapterGate) -> bool:
-    """Whether a scope lets virtual tokens act on all of a call. Raises `RunError` where it asks for a part of it."""
-    if not _is_enabled(scope):
+def is_active(gate: AdapterGate) -> bool:
+    """Whether a gate lets virtual tokens act on all of a call. Raises `RunError` where it asks for a part of it."""
+    if not _is_enabled(gate):
         return False
-    if scope.part is not None and len(scope.where) != scope.among:
+    if gate.token_index is not None and len(gate.positions) != gate.dim_size:
         raise RunError("virtual tokens stand before whole texts, and this call is one that cannot be told apart into "
-                       "texts with several adapters", "run the rows of this adapter by themselves (bank.using)")
+                       "texts with several adapters", "run this adapter's rows by themselves (manager.use_adapter)")
     return True
 
 
-def _is_enabled(scope: AdapterGate) -> bool:
-    if scope.off or scope.weight == 0:
+def _is_enabled(gate: AdapterGate) -> bool:
+    if gate.disabled_depth or gate.scale == 0:
         return False
-    if scope.weight != 1:
-        raise RunError(f"virtual tokens cannot be there by a weight of {scope.weight}: they are there or not",
+    if gate.scale != 1:
+        raise RunError(f"virtual tokens cannot be there by a weight of {gate.scale}: they are there or not",
                        "give them weight 1 or 0")
     return True
 

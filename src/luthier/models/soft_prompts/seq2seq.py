@@ -72,13 +72,13 @@ class Seq2SeqInjector:
 
     # ------------------------------------------------------------ what methods call
 
-    def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
-        self._add_injection(Injection("prompt", make, scope, make().shape[0]))
+    def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
+        self._add_injection(Injection("prompt", make, gate, make().shape[0]))
 
-    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: AdapterGate) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], gate: AdapterGate) -> None:
         if not self._modules:
             self.compute_keys_values([0])
-        self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
+        self._add_injection(Injection("prefix", make, gate, make()[0][0].shape[1]))
 
     def _add_injection(self, injection: Injection) -> None:
         if not self.injections:
@@ -144,7 +144,7 @@ class Seq2SeqInjector:
     # ------------------------------------------------------------ the two hooks
 
     def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
-        return [] if self._suspended else [d for d in self.injections if d.kind == kind and is_active(d.scope)]
+        return [] if self._suspended else [d for d in self.injections if d.kind == kind and is_active(d.gate)]
 
     def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         """Before the encoder: the prompt before each source, the prefix on its way."""
@@ -170,7 +170,8 @@ class Seq2SeqInjector:
         if width + len(virtual) > self._context:
             raise BaseError(f"a source of {width} tokens and {len(virtual)} virtual ones do not fit into the base's "
                             f"context of {self._context} tokens", f"set data.max_length to "
-                            f"{self._context - len(virtual)} or less, or use fewer virtual tokens (method.tokens)")
+                            f"{self._context - len(virtual)} or less, or use fewer virtual tokens "
+                            "(method.num_virtual_tokens)")
         virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
         if mask is None:
             return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}

@@ -66,17 +66,17 @@ class VisionInjector:
         found: Tensor = seen[torch.arange(n, device=seen.device), places]
         return found
 
-    def add_prompt(self, make: Callable[[], Tensor], scope: AdapterGate) -> None:
+    def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
         n = make().shape[0]
         with torch.no_grad(), self._base_only():
             seen = self._embed(self._zero_pixels(1))[0]
             self._record_row(torch.cat([seen, seen[:1].expand(n, -1)]))
-        self._add_injection(Injection("prompt", make, scope, n))
+        self._add_injection(Injection("prompt", make, gate, n))
 
-    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], scope: AdapterGate) -> None:
+    def add_prefix(self, make: Callable[[], Sequence[KeyValue]], gate: AdapterGate) -> None:
         if not self._modules:
             self.compute_keys_values(self.typical_embeddings(1, 0))
-        self._add_injection(Injection("prefix", make, scope, make()[0][0].shape[1]))
+        self._add_injection(Injection("prefix", make, gate, make()[0][0].shape[1]))
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
@@ -144,7 +144,7 @@ class VisionInjector:
     # ------------------------------------------------------------ the hooks
 
     def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
-        return [injection for injection in self.injections if injection.kind == kind and is_active(injection.scope)]
+        return [injection for injection in self.injections if injection.kind == kind and is_active(injection.gate)]
 
     def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
         made = [injection.compute() for injection in self._list_active("prefix")]

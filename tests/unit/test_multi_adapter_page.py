@@ -1,4 +1,4 @@
-"""The page on the bank: every example on it runs, one after another, on two small runs of other methods."""
+"""The page on the manager: every example on it runs, one after another, on two small runs of other methods."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import luthier
 from luthier.core.protocols import SamplingParams
 from tiny import save_tiny
 
-PAGE = ROOT / "docs/methods/bank.md"
+PAGE = ROOT / "docs/methods/multi_adapter.md"
 
 
 @pytest.fixture
@@ -40,8 +40,8 @@ def test_every_example_of_the_page_runs(runs: Path) -> None:
     for body in examples:
         exec(compile(body.replace('"smollm2"', repr(str(runs / "smollm2"))), PAGE.name, "exec"), told)
     assert told["states"].shape[0] == sum(map(len, told["texts"]))
-    assert list(told["tuned"].bank.members) == ["law", "medicine"]
-    low, high = (told["bank"].members[f"rank {rank}"].state() for rank in (2, 8))
+    assert list(told["tuned"].manager.adapters) == ["law", "medicine"]
+    low, high = (told["manager"].adapters[f"rank {rank}"].state() for rank in (2, 8))
     for trained in (low, high):
         assert all(float(t.abs().max()) > 0 for name, t in trained.items() if "lora_B" in name), "it was no step"
 
@@ -58,11 +58,11 @@ def test_answers_inside_using_are_those_of_what_is_chosen(runs: Path) -> None:
     mixed = tuned.answer(prompts[:1] * 4, ["law", "soft", None, "medicine"], short)
     assert mixed == [told["law"][0], told["soft"][0], bare[0], told["medicine"][0]]
     for name, wanted in told.items():
-        with tuned.using(name):
+        with tuned.use_adapter(name):
             assert tuned.answer(prompts, sampling=short) == wanted
             assert tuned.answer(prompts, [None, None], short) == bare
-            with tuned.using(None):
+            with tuned.use_adapter(None):
                 assert tuned.answer(prompts, sampling=short) == bare
             assert tuned.answer(prompts, sampling=short) == wanted
-    with tuned.using({"law": 1.0, "medicine": 1.0}):
+    with tuned.use_adapter({"law": 1.0, "medicine": 1.0}):
         assert tuned.answer(prompts, sampling=short) not in (bare, *told.values())

@@ -66,7 +66,7 @@ def family(kind: str) -> CausalLM:
 
 
 def attach(on: CausalLM, targets: Sequence[str] = ALL, **settings: Any) -> Tuner:
-    return attached_to(on, "lora", targets=tuple(targets), rank=3, alpha=7.0, **settings)
+    return attached_to(on, "lora", target_modules=tuple(targets), rank=3, alpha=7.0, **settings)
 
 
 def theirs(kind: str, parameters: list[str]) -> Any:
@@ -173,7 +173,7 @@ def test_folders_go_both_ways(tmp_path: Path) -> None:
     assert torch.equal(logits(fresh), logits(ours))
 
 
-@pytest.mark.parametrize("settings", [{"dora": True}, {"dropout": 0.1}, {"init": "pissa"},
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"dropout": 0.1}, {"init_lora_weights": "pissa"},
                                       {"rank_pattern": {"experts.down_proj": 2}}, {"alpha_pattern": {"experts": 2.0}}])
 def test_a_variant_without_a_form_for_experts_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=f"no {next(iter(settings))}"):
@@ -187,10 +187,10 @@ def test_a_dense_model_has_no_experts() -> None:
 
 def test_tokens_of_a_row_cannot_be_told_apart() -> None:
     ours = family("mixtral")
-    bank = AdapterManager(ours.structure)
+    manager = AdapterManager(ours.structure)
     for name in "ab":
-        bank.add(name, attach_method(ours, METHODS["lora"](targets=("experts",)), 0))
-    ours.router = bank
+        manager.add(name, attach_method(ours, METHODS["lora"](target_modules=("experts",)), 0))
+    ours.router = manager
     row = build_batch(documents()[:2])
     with pytest.raises(RunError, match="some of a row's tokens"):
-        ours.forward(bank.through(row.inputs, ["a", "b"]), row.target, SFT.required_outputs)
+        ours.forward(manager.with_adapters(row.inputs, ["a", "b"]), row.target, SFT.required_outputs)

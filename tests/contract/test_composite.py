@@ -33,9 +33,9 @@ from tiny import save_tiny
 
 LORA = {"name": "lora", "rank": 4}
 LISTS: list[list[Any]] = [
-    ["bitfit", LORA], [LORA, "bitfit"], [{**LORA, "dora": True}, "bitfit"], ["ia3", LORA], [LORA, "ia3"],
-    [{**LORA, "init": "pissa"}, "adapter"], ["prompt", "lora"], ["bitfit", "ia3", "lora"],
-    ["ia3", "bitfit", {**LORA, "dora": True}],
+    ["bitfit", LORA], [LORA, "bitfit"], [{**LORA, "use_dora": True}, "bitfit"], ["ia3", LORA], [LORA, "ia3"],
+    [{**LORA, "init_lora_weights": "pissa"}, "adapter"], ["prompt", "lora"], ["bitfit", "ia3", "lora"],
+    ["ia3", "bitfit", {**LORA, "use_dora": True}],
 ]
 MERGED = [parts for parts in LISTS if not {"adapter", "prompt"} & set(map(str, parts))]
 NAMED = {"ids": lambda parts: "+".join(p if isinstance(p, str) else "+".join(map(str, p.values())) for p in parts)}
@@ -101,21 +101,21 @@ def test_parts_that_no_file_could_hold_are_refused(parts: Any, words: str) -> No
 
 
 def rates(found: Any, peak: float) -> dict[str, float]:
-    adam = Optimizer(found.parameters(), found.rate, peak, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 3)
+    adam = Optimizer(found.parameters(), found.lr_multiplier, peak, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 3)
     adam.set_rate(0)
     by_parameter = {id(p): group["lr"] for group in adam.adam.param_groups for p in group["params"]}
     return {name: by_parameter[id(p)] for name, p in found.parameters().items()}
 
 
 def test_every_part_trains_at_its_own_default() -> None:
-    method = settings(["bitfit", {**LORA, "plus": 16}])
+    method = settings(["bitfit", {**LORA, "loraplus_lr_ratio": 16}])
     assert isinstance(method, CompositeConfig)
-    assert method.default_rate == METHODS["bitfit"].default_rate  # type: ignore[attr-defined]
-    found = rates(method.attach(base("llama").structure, seed=0), method.default_rate)
+    assert method.default_learning_rate == METHODS["bitfit"].default_learning_rate  # type: ignore[attr-defined]
+    found = rates(method.attach(base("llama").structure, seed=0), method.default_learning_rate)
     for name, rate in found.items():
         wanted = 1e-3 if name.endswith("bitfit") else 5e-4 * (16 if "lora_B" in name else 1)
         assert rate == pytest.approx(wanted)
-    doubled = rates(method.attach(base("llama").structure, seed=0), 2 * method.default_rate)
+    doubled = rates(method.attach(base("llama").structure, seed=0), 2 * method.default_learning_rate)
     assert doubled == pytest.approx({name: 2 * rate for name, rate in found.items()})
 
 
@@ -126,7 +126,7 @@ def test_heads_train_at_a_rate_of_their_own(name: str) -> None:
 
     family, method = base("llama"), METHODS[name]()
     scoring: Any = Scoring()
-    default: float = method.default_rate  # type: ignore[attr-defined]
+    default: float = method.default_learning_rate  # type: ignore[attr-defined]
     whole = attach_heads(family, attach_method(family, settings(name), 3), scoring, 3, default)
     found = rates(whole, default)
     heads = set(family.heads.parameters())
@@ -160,7 +160,7 @@ def test_a_list_is_a_method(parts: list[Any]) -> None:
         with part.disabled():
             assert not torch.equal(logits(family), tuned)  # every part has its share
     start = {name: p.detach().clone() for name, p in found.parameters().items()}
-    adam = Optimizer(found.parameters(), found.rate, 1e-2, OptimizerConfig(), 2)
+    adam = Optimizer(found.parameters(), found.lr_multiplier, 1e-2, OptimizerConfig(), 2)
     adam.set_rate(0)
     step(family, SFT, [build_batch(documents())], adam)
     assert all(not torch.equal(p, start[name]) for name, p in found.parameters().items())
@@ -287,9 +287,9 @@ def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     tuned = luthier.load_adapters(str(folder / "base"), runs)
     bare = logits(tuned.family)
     for name, run in runs.items():
-        with tuned.using(name) as family:
+        with tuned.use_adapter(name) as family:
             assert torch.equal(logits(family), logits(open_run(run)[1]))
-    with tuned.using({"a": 0.5, "b": 0.5}):
+    with tuned.use_adapter({"a": 0.5, "b": 0.5}):
         assert not torch.equal(logits(tuned.family), bare)
     assert torch.equal(logits(tuned.family), bare)
     sampling = SamplingParams(max_new_tokens=12)

@@ -26,8 +26,8 @@ EXACT = 1e-9
 # Ranks, scales and targets differ; one is written as twice its rank.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "alike": ({"rank": 4, "alpha": 12.0}, {"rank": 4, "alpha": 12.0}),
-    "unlike": ({"rank": 3, "alpha": 6.0, "rslora": True, "rank_pattern": {"up": 5}, "alpha_pattern": {"q": 2.0}},
-               {"rank": 2, "init": "pissa", "targets": ("q", "down")}),
+    "unlike": ({"rank": 3, "alpha": 6.0, "use_rslora": True, "rank_pattern": {"up": 5}, "alpha_pattern": {"q": 2.0}},
+               {"rank": 2, "init_lora_weights": "pissa", "target_modules": ("q", "down")}),
 }
 
 
@@ -43,7 +43,7 @@ def pair(name: str, kind: str = "llama") -> list[Lora]:
 
 def dense(lora: Lora) -> dict[str, Tensor]:
     """Every map's change as a matrix."""
-    return {layer.site.name: (layer.scale * layer.factors()[1] @ layer.factors()[0]).detach() for layer in lora.layers}
+    return {layer.site.name: (layer.scale * layer.get_factors()[1] @ layer.get_factors()[0]).detach() for layer in lora.layers}
 
 
 def summed(loras: list[Lora]) -> dict[str, Tensor]:
@@ -129,8 +129,8 @@ def test_it_is_what_peft_makes_of_the_same_adapters(how: str, theirs: str) -> No
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"combination_type": "ties"}, "one of: linear, cat, svd"), ({"rank": 3}, "only svd"),
-    ({"how": "svd", "rank": 0}, "at least 1"), ({"weights": (1.0,)}, "one weight for each"),
+    ({"combination_type": "sum"}, "one of: linear, cat, svd"), ({"rank": 3}, "only svd"),
+    ({"combination_type": "svd", "rank": 0}, "of 1 or more"), ({"weights": (1.0,)}, "one weight for each"),
 ])
 def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
@@ -140,7 +140,7 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None
 def test_a_dora_is_refused_with_the_reason() -> None:
     family = base("llama")
     with pytest.raises(RecipeError, match="no sum"):
-        merge_loras([LoraConfig(dora=True).attach(family.structure, seed=0)], (1.0,))
+        merge_loras([LoraConfig(use_dora=True).attach(family.structure, seed=0)], (1.0,))
 
 
 # ---------------------------------------------------------------- run folders
@@ -162,7 +162,7 @@ def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert json.loads(capsys.readouterr().out) == {"rank": 11, "relative_error": 0}
     import luthier
     tuned = luthier.load_adapters(str(tmp_path / "base"), {"one": one, "two": two})
-    with tuned.using({"one": 0.7, "two": -0.4}):
+    with tuned.use_adapter({"one": 0.7, "two": -0.4}):
         wanted = logits(tuned.family)
     assert (logits(open_run(assembly.Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4
     assert (logits(tuned.family) - wanted).abs().max() > 1e-2

@@ -1,6 +1,6 @@
 """What routing costs: switching adapters, and a row that mixes them beside the same documents run apart.
 
-    python -m benchmarks.bank      writes benchmarks/results/<date>-bank.json
+    python -m benchmarks.multi_adapter      writes benchmarks/results/<date>-multi_adapter.json
 
 On the embedded base with five adapters of four kinds. Processor seconds are the process's own, the least of some runs:
 neighbours of the machine do not count in them.
@@ -30,10 +30,10 @@ EACH, LENGTH, RUNS = 2, 64, 3  # documents of each adapter, their tokens, and ho
 
 def main() -> None:
     family = load_family(assembly.ModelConfig(name_or_path="smollm2"))
-    bank = assembly.AdapterManager(family.structure)
+    manager = assembly.AdapterManager(family.structure)
     for i, (name, method) in enumerate(MEMBERS.items()):
-        bank.add(name, attach_method(family, assembly.recipe({"data": "-", "method": method}).method, i))
-    family.router = bank
+        manager.add(name, attach_method(family, assembly.recipe({"data": "-", "method": method}).method, i))
+    family.router = manager
     names = [name for name in MEMBERS for _ in range(EACH)]
     tokens = torch.randint(1000, 40_000, (LENGTH * len(names),), generator=torch.Generator().manual_seed(0))
 
@@ -42,25 +42,25 @@ def main() -> None:
 
     def apart() -> None:
         for name in MEMBERS:
-            with bank.using(name):
+            with manager.use_adapter(name):
                 family.states(row(EACH))
 
     def one(name: str | None) -> None:
-        with bank.using(name):
+        with manager.use_adapter(name):
             family.states(row(len(names)))
 
-    mixed = bank.through(row(len(names)), names)
+    mixed = manager.with_adapters(row(len(names)), names)
     places = [place for place in mixed.forest.adapters for _ in range(LENGTH)]
     with torch.no_grad():
         seconds = {"mixed": _processor(lambda: family.states(mixed)), "apart": _processor(apart),
                    "one_lora": _processor(lambda: one("low")), "bare": _processor(lambda: one(None))}
     found = {"machine": machine(), "versions": versions(), "base": "smollm2", "members": MEMBERS,
              "documents": len(names), "tokens": len(tokens),
-             "switch_microseconds": _microseconds(lambda i: bank.using(list(MEMBERS)[i % len(MEMBERS)])),
-             "stack_microseconds": _microseconds(lambda i: bank.using({"low": 0.7, "low_too": 0.3})),
-             "route_microseconds": _microseconds(lambda i: bank.routed(1, places), 300),
+             "switch_microseconds": _microseconds(lambda i: manager.use_adapter(list(MEMBERS)[i % len(MEMBERS)])),
+             "stack_microseconds": _microseconds(lambda i: manager.use_adapter({"low": 0.7, "low_too": 0.3})),
+             "route_microseconds": _microseconds(lambda i: manager.route(1, places), 300),
              "forward_processor_seconds": seconds}
-    file = Path(__file__).with_name("results") / f"{date.today()}-bank.json"
+    file = Path(__file__).with_name("results") / f"{date.today()}-multi_adapter.json"
     file.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(file.read_text(encoding="utf-8"))
 
