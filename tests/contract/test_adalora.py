@@ -328,7 +328,7 @@ def test_what_is_not_finite_changes_nothing() -> None:
     adam.set_rate(5)  # the sixth step, of which a pruning is due
     assert attached.config.budget(6, STEPS, 14) is not None
     with pytest.raises(NotFinite):
-        step(family, Infinite(), pack_examples(documents(), None), adam).numbers()
+        step(family, Infinite(), pack_examples(documents(), None), adam).read_metrics()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     assert kept(attached) == ranks
     take(family, attached, adam, range(5, 6))

@@ -298,7 +298,7 @@ def trained(micro_tokens: int, alone: bool = False) -> dict[str, Any]:
         adam.set_rate(i)
         batches = pack_examples(examples, micro_tokens)
         stepped = step(family, objective, batches[:1] if alone else batches, adam)
-    return {"numbers": stepped.numbers(), "weights": {n: t.clone() for n, t in attached.state().items()}}
+    return {"numbers": stepped.read_metrics(), "weights": {n: t.clone() for n, t in attached.state().items()}}
 
 
 def work(rank: int, port: int, place: str) -> None:

@@ -76,7 +76,7 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
     made = assembly.recipe(raw)
     family = load_family(made.base)
     found = load_datasets(made, family)
-    feed = assembly.build_rl_batch_source(made, family, found, *init_rl_policy(made, family))
+    feed = assembly.build_training_source(made, family, found, *init_rl_policy(made, family))
     epochs = []
     for _ in range(2):
         seen = [origin for _ in range(feed.steps_per_epoch) for b in next(feed) for origin in b.origins]

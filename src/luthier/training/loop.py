@@ -61,48 +61,74 @@ class TrainingConfig(Config):
         return (given,) if isinstance(given, str) else given
 
 
-class OnlineFeed(Protocol):
-    """A feed whose batches are made by the model that learns; it has a word to say about them."""
+class OnlineFeed(BatchSource, Protocol):
+    """A batch source whose batches are made by the model that trains: rollouts. See `rl/rollout_source.py`."""
 
-    def heard(self, numbers: Callable[[], Mapping[str, float]]) -> Mapping[str, float]:
-        """Told after each step how to learn what it measured; what it answers joins the step's line."""
+    @property
+    def early_stop_kl(self) -> float | None:
+        """The loop ends a rollout once the metric `approx_kl` of a step is above this; None: never."""
         ...
 
-    def judged(self, prompts: Sequence[TokenizedExample] | None = None) -> dict[str, float]:
-        """Its own measures of these rows, left out: of those held out; `loss` is among them."""
+    def take_metrics(self) -> Mapping[str, float]:
+        """The metrics of a rollout that was collected since the last call; empty where there was none."""
+        ...
+
+    def end_rollout(self) -> None:
+        """Drop the steps that are left of the current rollout."""
+        ...
+
+    def evaluate(self, prompts: Sequence[TokenizedExample] | None = None) -> dict[str, float]:
+        """Metrics of the policy on these prompts, None: on the held-out prompts; `loss` is among them."""
         ...
 
 
 @dataclass
 class TrainJob:
-    """The objects of one training, chosen elsewhere.
+    """The objects of one training run.
 
     Args:
-        reference: makes the context in which the model is the reference of the objective; None where there is none.
-        rolling: the feed once more, if it makes its batches with the model.
-        log: told (step, metrics) for every line of metrics.jsonl.
-        show: told (step, metrics) for the progress display.
-        warn: told a sentence that the user should read.
-        record: called at every save for what a checkpoint keeps besides the state of the training.
-        stop: asked between steps whether a signal wants the run to end; its name, or an empty string.
+        eval_batches: held-out micro-batches; empty: no evaluation.
+        learning_rate: the peak.
+        folder: of the checkpoints.
+        log: called with (step, metrics) for every line of metrics.jsonl.
+        reference: makes the context in which the model is the reference model of the objective; None: no reference.
+        show_progress: called with (step, metrics) for the progress display.
+        warn: called with a sentence for the user.
+        get_record: called at every save; returns what a checkpoint stores besides the state of the training.
+        get_stop_signal: called after every step; returns the name of a signal that ends the run, or an empty string.
     """
 
     family: Family
     attached: Tuner
     objective: Objective
     feed: BatchSource
-    held_out: list[Batch]
+    eval_batches: list[Batch]
     training: TrainingConfig
     optimizer: OptimizerConfig
-    rate: float
+    learning_rate: float
     folder: Path
     log: Callable[[int, Mapping[str, float]], None]
     reference: Reference | None = None
-    rolling: OnlineFeed | None = None
-    show: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
+    show_progress: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None
     warn: Callable[[str], None] = lambda sentence: None
-    stop: Callable[[], str] = lambda: ""
-    record: Callable[[], Mapping[str, Any]] = dict
+    get_stop_signal: Callable[[], str] = lambda: ""
+    get_record: Callable[[], Mapping[str, Any]] = dict
+
+    @property
+    def rollouts(self) -> OnlineFeed | None:
+        """The feed, if it makes its batches with the model that trains."""
+        return None
+
+
+@dataclass
+class OnlineTrainJob(TrainJob):
+    """A training run on rollouts of the model itself (PPO, GRPO)."""
+
+    feed: OnlineFeed
+
+    @property
+    def rollouts(self) -> OnlineFeed:
+        return self.feed
 
 
 @dataclass
@@ -123,7 +149,7 @@ def count_total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
 def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None) -> TrainResult:
     """Train to the end, or to the signal; a signal leaves a checkpoint. Raises `NotFinite` on a broken loss."""
     total = count_total_steps(job.training, job.feed.steps_per_epoch)
-    optimizer = Optimizer(job.attached.parameters(), job.attached.rate, job.rate, job.optimizer, total,
+    optimizer = Optimizer(job.attached.parameters(), job.attached.rate, job.learning_rate, job.optimizer, total,
                           job.attached.at_update)
     summary = TrainResult(0, 0.0, 0)
     bad_evaluations = _restore_checkpoint(job, optimizer, summary, resume) if resume else 0
@@ -141,13 +167,13 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
         stepped = step(job.family, job.objective, batches, optimizer, lambda: _build_autocast(job), job.reference)
         summary.steps += 1
         summary.tokens += stepped.tokens
-        said = job.rolling.heard(stepped.numbers) if job.rolling else {}
-        line = _LogEntry(summary.steps, stepped, rate, began, said)
+        rollout_metrics = _follow_rollout(job.rollouts, stepped) if job.rollouts else {}
+        line = _LogEntry(summary.steps, stepped, rate, began, rollout_metrics)
         if waiting:
             ended = _log_step(job, waiting, ended)
         waiting = line
         at_end = summary.steps == total
-        evaluates = bool(job.held_out) and (summary.steps % eval_every == 0 or at_end)
+        evaluates = bool(job.eval_batches) and (summary.steps % eval_every == 0 or at_end)
         saves = at_end or bool(job.training.save_every and summary.steps % job.training.save_every == 0)
         summary.stopped = _stop_requested(job)
         if not late or evaluates or saves or summary.stopped:
@@ -172,11 +198,20 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
 # ---------------------------------------------------------------- what surrounds a step
 
 
+def _follow_rollout(rollouts: OnlineFeed, stepped: StepResult) -> Mapping[str, float]:
+    """End the rollout where the step left the policy too far from the one that generated it. Returns the metrics of a
+    rollout that began with this step."""
+    limit = rollouts.early_stop_kl
+    if limit is not None and stepped.read_metrics()["approx_kl"] > limit:
+        rollouts.end_rollout()
+    return rollouts.take_metrics()
+
+
 def _trim_heap(job: TrainJob, batches: Sequence[Batch], longest: int) -> int:
     """Gives the heap's holes back before a row that is longer than any before, and what a rollout left; returns the
     longest row's tokens."""
     tokens = max(batch.inputs.tokens.shape[0] for batch in batches)
-    if job.rolling or tokens > longest:
+    if job.rollouts or tokens > longest:
         trim_heap(job.family.device)
     return max(tokens, longest)
 
@@ -206,7 +241,7 @@ class _LogEntry:
     stepped: StepResult
     rate: float
     clock: _StepClock
-    said: Mapping[str, float]
+    rollout_metrics: Mapping[str, float]
 
 
 def _log_step(job: TrainJob, line: _LogEntry, ended: _StepClock) -> _StepClock:
@@ -215,11 +250,11 @@ def _log_step(job: TrainJob, line: _LogEntry, ended: _StepClock) -> _StepClock:
     A step takes from the end of the one before (`ended`), or from its own beginning where that is later. On a GPU it is
     queued while the one before still runs, so the time since its beginning would count both.
     """
-    numbers = line.stepped.numbers()  # waits for the device
+    numbers = line.stepped.read_metrics()  # waits for the device
     clock, now = line.clock.later(ended), _StepClock()
     seconds = clock.wall()
     metrics = {
-        **numbers, **line.said, "learning_rate": line.rate, "tokens": line.stepped.tokens,
+        **numbers, **line.rollout_metrics, "learning_rate": line.rate, "tokens": line.stepped.tokens,
         "examples": line.stepped.examples, "micro_batches": line.stepped.micro_batches, "step_seconds": seconds,
         "user_seconds": clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
         "peak_memory_gb": measure_peak_gb(job.family.device),
@@ -228,22 +263,22 @@ def _log_step(job: TrainJob, line: _LogEntry, ended: _StepClock) -> _StepClock:
         metrics["epoch"] = line.step / job.feed.steps_per_epoch
     if process_group.get_rank() == 0:
         job.log(line.step, metrics)
-        job.show(line.step, metrics)
+        job.show_progress(line.step, metrics)
     return now
 
 
 def _evaluate(job: TrainJob, summary: TrainResult) -> bool:
     """Measure the held-out batches; whether this was the best so far."""
     job.family.train(False)
-    found = job.rolling.judged() if job.rolling else evaluate_batches(job.family, job.objective, job.held_out,
-                                                                      job.reference)
+    found = job.rollouts.evaluate() if job.rollouts else evaluate_batches(job.family, job.objective, job.eval_batches,
+                                                                          job.reference)
     metrics = {f"eval_{name}": value for name, value in process_group.broadcast_object(found).items()}
     job.family.train(True)
     if "eval_nll" in metrics:
         metrics["eval_perplexity"] = math.exp(min(metrics["eval_nll"], 700.0))
     if process_group.get_rank() == 0:
         job.log(summary.steps, metrics)
-        job.show(summary.steps, metrics)
+        job.show_progress(summary.steps, metrics)
     better = metrics["eval_loss"] < summary.best.get("eval_loss", math.inf)
     if better:
         summary.best = {"step": summary.steps, **metrics}
@@ -258,7 +293,7 @@ def _should_stop_early(training: TrainingConfig, bad_evaluations: int) -> str:
 
 def _stop_requested(job: TrainJob) -> str:
     """Whether to stop; all ranks must say the same at the same step."""
-    asked = job.stop()
+    asked = job.get_stop_signal()
     if process_group.get_world_size() > 1 and process_group.all_reduce_sum([1.0 if asked else 0.0],
                                                                            job.family.device)[0]:
         return asked or "another process was told to stop"
@@ -271,7 +306,7 @@ def _save_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult, 
         process_group.barrier()  # a later step reads what the first rank writes here
         return
     state = {"feed": job.feed.state(), "random": states, "summary": vars(summary),
-             "bad_evaluations": bad_evaluations, "total_steps": optimizer.total, "record": job.record()}
+             "bad_evaluations": bad_evaluations, "total_steps": optimizer.total, "record": job.get_record()}
     best = int(summary.best["step"]) if summary.best and job.training.keep_best else None
     checkpoint.save_checkpoint(job.folder, summary.steps, {"method": job.attached.state(),
                                                            "optimizer": optimizer.state()},

@@ -61,7 +61,7 @@ class StepResult:
     micro_batches: int
     origins: tuple[Origin, ...]
 
-    def numbers(self) -> dict[str, float]:
+    def read_metrics(self) -> dict[str, float]:
         """The metrics as plain numbers. Raises `NotFinite`, naming the batch, where the loss or gradient is not."""
         *read, loss, norm = self.read()
         own = dict(zip(self.names, zip(read[0::2], read[1::2], strict=True), strict=True))
