@@ -29,7 +29,7 @@ class RewardSourceConfig(Config):
     function: str | None = Field(None, description=(
         "a built-in reward (`number`, `json_equal`, `contains`, `length`, `code_tests`, ...), or `module:name` or "
         "`file.py:name` of a function (prompts, completions, metadata) -> rewards, one per completion"))
-    url: str | None = Field(None, description="a URL that returns {rewards} for a POST of {prompts, completions, metadata}")
+    url: str | None = Field(None, description="a URL that answers {prompts, completions, metadata} with {rewards}")
     weight: float = Field(1.0, description="factor on this reward; several rewards are summed")
     timeout: float = Field(30.0, gt=0, description="seconds until a request, or the tests of one answer, time out")
 
