@@ -109,7 +109,7 @@ STEP_BREAKS = (
     Break("step-mean-of-micro-batches", "training/grad_cache.py", "        (part.total / count).backward()\n        return", "        (part.total / part.count).backward()\n        return", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
     Break("step-reported-loss-not-divided", "training/grad_cache.py", "return part.total.detach() / count, part.metrics\n    states", "return part.total.detach(), part.metrics\n    states", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
     Break("step-last-micro-batch-lost", "training/step.py", "else [[batch] for batch in mine]:", "else [[batch] for batch in mine[:-1]]:", on(STEP, "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
-    Break("step-not-clipped", "training/step.py", "norm = optimizer.clip()\n", "norm = torch.zeros((), device=device)\n", on(STEP, "test_a_step_updates_with_the_clipped_gradient", "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
+    Break("step-not-clipped", "training/step.py", "norm = optimizer.clip_grad_norm()\n", "norm = torch.zeros((), device=device)\n", on(STEP, "test_a_step_updates_with_the_clipped_gradient", "test_a_step_has_the_gradient_of_the_whole_batch_divided_once")),
     Break("step-reference-with-dropout", "training/step.py", "    family.train(False)\n    with torch.no_grad(), reference():", "    with torch.no_grad(), reference():", on(STEP, "test_the_reference_is_asked_without_dropout_and_the_mode_comes_back")),
     Break("step-reference-leaves-evaluation-mode", "training/step.py", "    family.train(training)\n", "", on(STEP, "test_the_reference_is_asked_without_dropout_and_the_mode_comes_back", "test_what_trains_is_computed_with_dropout_beside_the_reference")),
     Break("step-reference-is-the-policy", "training/step.py", "with torch.no_grad(), reference():", "with torch.no_grad():", on("contract/test_objectives_models.py", "test_the_reference_is_the_base_however_far_the_method_went")),
@@ -122,7 +122,7 @@ STEP_BREAKS = (
 )
 
 LOOP_BREAKS = (
-    Break("loop-rate-one-step-late", "training/loop.py", "optimizer.set_rate(summary.steps)", "optimizer.set_rate(max(0, summary.steps - 1))", on(STEP, "test_every_step_has_the_rate_of_its_number")),
+    Break("loop-rate-one-step-late", "training/loop.py", "optimizer.set_learning_rate(summary.steps)", "optimizer.set_learning_rate(max(0, summary.steps - 1))", on(STEP, "test_every_step_has_the_rate_of_its_number")),
     Break("loop-rate-not-set", "training/optimizer.py", "        for group in self.adam.param_groups:\n", "        for group in self.adam.param_groups[:0]:\n", on(STEP, "test_a_step_is_made_with_the_rate_that_it_reports")),
     Break("loop-evaluates-with-dropout", "training/loop.py", "    job.family.train(False)\n    found = ", "    found = ", on(STEP, "test_the_loop_evaluates_without_dropout_and_trains_with_it")),
     Break("loop-trains-without-dropout-after-evaluation", "training/loop.py", "    job.family.train(True)\n    if \"eval_nll\"", "    if \"eval_nll\"", on(STEP, "test_the_loop_evaluates_without_dropout_and_trains_with_it")),
@@ -134,7 +134,7 @@ LOOP_BREAKS = (
     Break("loop-patience-never-forgets", "training/loop.py", "bad_evaluations = 0 if better else bad_evaluations + 1", "bad_evaluations = bad_evaluations if better else bad_evaluations + 1", on(STEP, "test_it_gives_up_after_as_many_evaluations_without_a_better_one")),
     Break("loop-patience-off-by-one", "training/loop.py", "bad_evaluations >= training.patience", "bad_evaluations > training.patience", on(STEP, "test_it_gives_up_after_as_many_evaluations_without_a_better_one")),
     Break("loop-epochs-rounded-down", "training/loop.py", "math.ceil(training.epochs", "math.floor(training.epochs", on(STEP, "test_a_fraction_of_an_epoch_is_rounded_up_to_steps")),
-    Break("loop-seconds-doubled", "training/loop.py", "summary.seconds += began.wall()", "summary.seconds += 2 * began.wall()", on(STEP, "test_seconds_are_those_that_passed")),
+    Break("loop-seconds-doubled", "training/loop.py", "summary.seconds += clock.wall()", "summary.seconds += 2 * clock.wall()", on(STEP, "test_seconds_are_those_that_passed")),
     Break("loop-moments-not-restored", "training/loop.py", '    optimizer.load(saved.tensors["optimizer"])\n', "", on(STEP, "test_a_resumed_run_is_the_whole_one_step_by_step")),
     Break("loop-cursor-not-restored", "training/loop.py", '    job.feed.load(saved.state["feed"])\n', "", on(STEP, "test_a_resumed_run_is_the_whole_one_step_by_step")),
     Break("loop-random-state-not-restored", "training/loop.py", "    for sentence in ", "    for sentence in () and ", on(STEP, "test_a_resumed_run_is_the_whole_one_step_by_step")),

@@ -210,7 +210,7 @@ def reopens(home: Path, one: Trial) -> None:
     """The run folder gives the same loss as the model that it was written from."""
     run = Run(home / "run")
     shutil.rmtree(run.path, ignore_errors=True)
-    run.begin(assembly.dump(one.made), {})
+    run.create(assembly.dump(one.made), {})
     save_tuned(run, one.made, one.base, one.attached)
     made, opened, _ = open_run(run)
     opened.train(False)

@@ -119,7 +119,7 @@ def test_it_learns_a_few_rows_and_is_measured(name: str, settings: dict[str, Any
     before = evaluate_batches(family, objective, batches, attached.disabled)
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(schedule="constant"), 5)
     for i in range(5):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         found = step(family, objective, batches, adam, reference=attached.disabled).read_metrics()
     after = evaluate_batches(family, objective, batches, attached.disabled)
     assert after["loss"] < before["loss"] - 0.02 * abs(before["loss"])

@@ -35,7 +35,7 @@ def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict
     before = {name: p.detach().clone() for name, p in attached.parameters().items()}
     optimizer = Optimizer(attached.parameters(), attached.rate, RATE, OptimizerConfig(schedule="constant", warmup=0), steps)
     for number in range(steps):
-        optimizer.set_rate(number)
+        optimizer.set_learning_rate(number)
         step(family, SFT, [build_batch(documents())], optimizer)
     mine = {id(p) for p in family.structure.embedding.parameters()}
     return ({name: p.detach() - before[name] for name, p in attached.parameters().items()},

@@ -35,7 +35,7 @@ def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[
     attached = attach(family, method)
     adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3, attached.at_update)
     for i in range(3):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         rows = pack_examples(documents(seed=i), micro_tokens)
         stepped = step(family, SFT, rows[:1] if alone else rows, adam)
     return {"numbers": stepped.read_metrics(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},

@@ -192,7 +192,7 @@ def trained(method: str, micro_tokens: int, dtype: torch.dtype) -> dict[str, Any
     attached = attach(family, method, stirred=False)
     adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 3)
     for i in range(3):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         step(family, SFT, pack_examples(documents(seed=i), micro_tokens), adam)
     return {"copies": {n: p.detach().clone() for n, p in adam.parameters.items()},
             "model": {n: p.detach().clone() for n, p in attached.parameters().items()}}

@@ -242,7 +242,7 @@ def learn(objective: Any, seed: int, steps: int, rate: float = 0.05, **settings:
     said = []
     family.train(True)
     for number in range(steps):
-        optimizer.set_rate(number)
+        optimizer.set_learning_rate(number)
         found = step(family, objective, next(feed), optimizer, reference=attached.disabled)
         said.append(dict(_follow_rollout(feed, found)))
     return [one for one in said if one]
@@ -518,7 +518,7 @@ def test_the_four_roles_of_ppo_cost_at_most_half_more_memory_than_sft() -> None:
         family, attached = set_up(objective, dtype=torch.float32)
         family.enable_gradient_checkpointing(384)
         optimizer = Optimizer(attached.parameters(), attached.rate, 0.01, OptimizerConfig(), 2)
-        optimizer.set_rate(0)
+        optimizer.set_learning_rate(0)
         feed = rolls(objective, family, attached, micro=384)
         family.train(True)
         batches = next(feed) if name == "sft" else None

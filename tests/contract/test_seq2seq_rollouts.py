@@ -134,7 +134,7 @@ def test_a_countable_reward_rises(objective: Any) -> None:
     family.train(True)
     said = []
     for number in range(40 if objective.name == "ppo" else 20):
-        optimizer.set_rate(number)
+        optimizer.set_learning_rate(number)
         found = step(family, objective, next(feed), optimizer, reference=attached.disabled)
         said.append(dict(_follow_rollout(feed, found)))
     rewards = [one["reward"] for one in said if one]

@@ -93,8 +93,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     quiet = quiet or process_group.get_rank() > 0
     run = Run(process_group.broadcast_object(made.run or str(_choose_run_name(made))))
     if not resume:
-        run.vacant() if process_group.get_rank() == 0 else None
-    elif _is_finished(run.existing(), made, quiet):
+        run.require_vacant() if process_group.get_rank() == 0 else None
+    elif _is_finished(run.require_exists(), made, quiet):
         _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
     assembly.rows.check_sources(made.data)
@@ -137,7 +137,7 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     attached, reference = init_rl_policy(made, base)
     if not resume or process_group.get_rank() > 0:
         kept = make_paths_absolute(made)
-        out.begin(assembly.dump(kept), record_start(kept, identity, list_resolved(before, made)))
+        out.create(assembly.dump(kept), record_start(kept, identity, list_resolved(before, made)))
     if not saved:
         _write_data_report(out, found.report)
     for line in found.report.lines():

@@ -40,7 +40,7 @@ def evaluate_policies(run: Run) -> dict[str, dict[str, float]]:
     `base` is the bare base model, `start` the policy that the run started from, `tuned` the trained one. Where the run
     has no test rows, validation or train rows are used.
     """
-    recipe = open_recipe(run.existing())
+    recipe = open_recipe(run.require_exists())
     base = factory.load_family(recipe.base)
     datasets = factory.load_datasets(recipe, base)
     tuner, reference = init_rl_policy(recipe, base)

@@ -234,7 +234,7 @@ def check_runs(made: Recipe, report: Report) -> None:
     to start from is not there or stands on another base."""
     if made.start is None:
         return
-    start = Run(made.start).existing()
+    start = Run(made.start).require_exists()
     if conflict := describe_model_conflict(start, made.base):
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  base.name: "
                           f"{recorded(start).base.name!r}, now {made.base.name!r}: {conflict}",

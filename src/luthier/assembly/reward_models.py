@@ -31,7 +31,7 @@ MAX_SHOWN = 80  # characters of a prompt in an error
 
 def read_reward_recipe(run: Run) -> Recipe:
     """The recipe of a reward run. Raises `RecipeError` for a run with another objective."""
-    recipe = recorded(run.existing())
+    recipe = recorded(run.require_exists())
     if recipe.objective.name != "reward":
         raise RecipeError(f"objective.reward.model: the run {str(run.path)!r} has the objective "
                           f"{recipe.objective.name!r}, which gives no rewards", "train one with objective: reward")

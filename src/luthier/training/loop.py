@@ -1,13 +1,11 @@
-"""The loop around the step: evaluate, keep the best, save, stop early, go on where a run was killed.
+"""The training loop: step, log, evaluate, save, stop early, resume. Read `step.py` first.
 
-Read `step.py` first.
+A checkpoint holds everything that decides the next step: trained weights, optimizer moments, the data cursor, every
+random state of every rank, and the best evaluation so far. A resumed run therefore equals an uninterrupted one bit for
+bit.
 
-Everything that decides the next step is in a checkpoint: the trained weights, the optimiser's moments, the data
-cursor, every random state of every rank, and the best evaluation so far. So a run that was killed and resumed ends
-with the same bits as one that was not.
-
-Whatever decides what ranks do together (which evaluation is the best, when to stop) is decided from the first rank's
-numbers: a difference in one last bit would otherwise let one rank wait for another for ever.
+Decisions that ranks make together (which evaluation is the best, when to stop) use the numbers of rank 0. Rounding
+differs between ranks, so if each decided alone, one could stop while another waits in a collective call.
 """
 
 from __future__ import annotations
@@ -36,28 +34,28 @@ from luthier.training.step import Reference, StepResult, evaluate_batches, step
 
 
 class TrainingConfig(Config):
-    """How long to train, in what portions, and what to keep."""
+    """Length of the training, batch sizes, evaluation and checkpoints."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data")
-    steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
-    batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
-    micro_tokens: int | None = Field(None, ge=1, description="most tokens in memory at once; never changes the result. "
-                                     "Left out: 320 on a CPU, 8192 on a GPU")
-    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, while "
-                                                  "training; held-out rows are measured without it, as `evaluate` does")
-    gradient_checkpointing: bool = Field(False, description="recompute every block in the backward pass to save "
-                                         "memory; if not, in rows longer than micro_tokens as many as do not fit")
-    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; left out: once an epoch")
-    save_every: int | None = Field(None, ge=1, description="steps between checkpoints, besides those at the "
+    steps: int | None = Field(None, ge=1, description="optimizer steps, in place of epochs")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step; changes the result")
+    micro_tokens: int | None = Field(None, ge=1, description="tokens of a micro-batch; does not change the result. "
+                                     "Omitted: 320 on a CPU, 8192 on a GPU")
+    precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, in "
+                                                  "training; evaluation runs without it, as in `evaluate`")
+    gradient_checkpointing: bool = Field(False, description="recompute every layer in the backward pass to save "
+                                         "memory; false: in rows longer than micro_tokens, as many as do not fit")
+    eval_every: int | None = Field(None, ge=1, description="steps between evaluations; omitted: once per epoch")
+    save_every: int | None = Field(None, ge=1, description="steps between checkpoints; others are saved at the "
                                    "best evaluation, at the end and on a signal")
     keep: int = Field(2, ge=1, description="checkpoints kept, besides the best one")
     patience: int | None = Field(None, ge=1, description="stop after this many evaluations without a better one")
-    keep_best: bool = Field(True, description="end with the weights of the best evaluation, not the last")
-    trackers: tuple[str, ...] = Field((), description="besides metrics.jsonl: tensorboard, wandb, trackio")
+    keep_best: bool = Field(True, description="end with the weights of the best evaluation, not of the last step")
+    trackers: tuple[str, ...] = Field((), description="in addition to metrics.jsonl: tensorboard, wandb, trackio")
 
     @field_validator("trackers", mode="before")
     @classmethod
-    def _several(cls, given: Any) -> Any:
+    def _wrap_single_name(cls, given: Any) -> Any:
         return (given,) if isinstance(given, str) else given
 
 
@@ -133,7 +131,7 @@ class OnlineTrainJob(TrainJob):
 
 @dataclass
 class TrainResult:
-    """How a training ended. `stopped` names the signal or the reason of an early end, empty for a full run."""
+    """How a training run ended. `stopped` is the signal or the reason of an early end, empty for a full run."""
 
     steps: int
     seconds: float
@@ -147,7 +145,8 @@ def count_total_steps(training: TrainingConfig, steps_per_epoch: int) -> int:
 
 
 def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None) -> TrainResult:
-    """Train to the end, or to the signal; a signal leaves a checkpoint. Raises `NotFinite` on a broken loss."""
+    """Train until the last step, an early stop or a signal; each leaves a checkpoint. Raises `NotFinite` where the loss
+    or the gradient is not finite."""
     total = count_total_steps(job.training, job.feed.steps_per_epoch)
     optimizer = Optimizer(job.attached.parameters(), job.attached.rate, job.learning_rate, job.optimizer, total,
                           job.attached.at_update)
@@ -155,36 +154,36 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
     bad_evaluations = _restore_checkpoint(job, optimizer, summary, resume) if resume else 0
     eval_every = job.training.eval_every or job.feed.steps_per_epoch or total  # a stream does not know its epoch
     job.family.train(True)
-    longest = 0  # row so far
-    waiting: _LogEntry | None = None  # on a GPU a step's numbers are read while the next step runs: see `later`
-    ended = _StepClock()  # started when the numbers of the step before were there
-    late = job.family.device.type == "cuda"
+    longest = 0  # tokens of the longest row so far
+    pending: _LogEntry | None = None  # on a GPU a step's metrics are read while the next step runs: see `async_read`
+    previous = _StepClock()  # started when the metrics of the previous step had been read
+    logs_late = job.family.device.type == "cuda"
     while summary.steps < total and not summary.stopped:
-        began = _StepClock()
-        rate = optimizer.set_rate(summary.steps)
+        clock = _StepClock()
+        rate = optimizer.set_learning_rate(summary.steps)
         batches = next(job.feed)
         longest = _trim_heap(job, batches, longest)
         stepped = step(job.family, job.objective, batches, optimizer, lambda: _build_autocast(job), job.reference)
         summary.steps += 1
         summary.tokens += stepped.tokens
         rollout_metrics = _follow_rollout(job.rollouts, stepped) if job.rollouts else {}
-        line = _LogEntry(summary.steps, stepped, rate, began, rollout_metrics)
-        if waiting:
-            ended = _log_step(job, waiting, ended)
-        waiting = line
+        entry = _LogEntry(summary.steps, stepped, rate, clock, rollout_metrics)
+        if pending:
+            previous = _log_step(job, pending, previous)
+        pending = entry
         at_end = summary.steps == total
         evaluates = bool(job.eval_batches) and (summary.steps % eval_every == 0 or at_end)
         saves = at_end or bool(job.training.save_every and summary.steps % job.training.save_every == 0)
-        summary.stopped = _stop_requested(job)
-        if not late or evaluates or saves or summary.stopped:
-            ended = _log_step(job, waiting, ended)
-            waiting = None
-        summary.seconds += began.wall()
+        summary.stopped = _get_stop_signal(job)
+        if not logs_late or evaluates or saves or summary.stopped:
+            previous = _log_step(job, pending, previous)
+            pending = None
+        summary.seconds += clock.wall()
         if evaluates:
             better = _evaluate(job, summary)
             bad_evaluations = 0 if better else bad_evaluations + 1
             if not at_end:
-                summary.stopped = summary.stopped or _should_stop_early(job.training, bad_evaluations)
+                summary.stopped = summary.stopped or _describe_early_stop(job.training, bad_evaluations)
             saves = saves or better
         if saves or summary.stopped:
             _save_checkpoint(job, optimizer, summary, bad_evaluations)
@@ -208,8 +207,8 @@ def _follow_rollout(rollouts: OnlineFeed, stepped: StepResult) -> Mapping[str, f
 
 
 def _trim_heap(job: TrainJob, batches: Sequence[Batch], longest: int) -> int:
-    """Gives the heap's holes back before a row that is longer than any before, and what a rollout left; returns the
-    longest row's tokens."""
+    """Return freed heap memory to the system before a row that is longer than all before it, and after a rollout.
+    Returns the tokens of the longest row."""
     tokens = max(batch.inputs.tokens.shape[0] for batch in batches)
     if job.rollouts or tokens > longest:
         trim_heap(job.family.device)
@@ -217,13 +216,13 @@ def _trim_heap(job: TrainJob, batches: Sequence[Batch], longest: int) -> int:
 
 
 class _StepClock:
-    """Wall and user-CPU seconds since it was started."""
+    """Wall-clock and user CPU seconds since it was started."""
 
     def __init__(self) -> None:
         self._wall, self._user = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
-    def later(self, other: _StepClock) -> _StepClock:
-        """Whichever of the two was started later."""
+    def pick_later(self, other: _StepClock) -> _StepClock:
+        """The one of the two that was started later."""
         return self if self._wall >= other._wall else other
 
     def wall(self) -> float:
@@ -235,7 +234,7 @@ class _StepClock:
 
 @dataclass
 class _LogEntry:
-    """A line of metrics.jsonl before its numbers are read."""
+    """A line of metrics.jsonl whose metrics have not been read from the device yet."""
 
     step: int
     stepped: StepResult
@@ -244,31 +243,31 @@ class _LogEntry:
     rollout_metrics: Mapping[str, float]
 
 
-def _log_step(job: TrainJob, line: _LogEntry, ended: _StepClock) -> _StepClock:
-    """Write the step's line; returns a clock that was started when its numbers were there.
+def _log_step(job: TrainJob, entry: _LogEntry, previous: _StepClock) -> _StepClock:
+    """Log the step's metrics. Returns a clock that was started when they had been read.
 
-    A step takes from the end of the one before (`ended`), or from its own beginning where that is later. On a GPU it is
-    queued while the one before still runs, so the time since its beginning would count both.
+    A step lasts from the end of the previous one (`previous`), or from its own start where that is later. On a GPU it
+    is queued while the previous one still runs, so the time since its own start would count both.
     """
-    numbers = line.stepped.read_metrics()  # waits for the device
-    clock, now = line.clock.later(ended), _StepClock()
+    measured = entry.stepped.read_metrics()  # waits for the device
+    clock, now = entry.clock.pick_later(previous), _StepClock()
     seconds = clock.wall()
     metrics = {
-        **numbers, **line.rollout_metrics, "learning_rate": line.rate, "tokens": line.stepped.tokens,
-        "examples": line.stepped.examples, "micro_batches": line.stepped.micro_batches, "step_seconds": seconds,
-        "user_seconds": clock.user(), "tokens_per_second": line.stepped.tokens / seconds,
+        **measured, **entry.rollout_metrics, "learning_rate": entry.rate, "tokens": entry.stepped.tokens,
+        "examples": entry.stepped.examples, "micro_batches": entry.stepped.micro_batches, "step_seconds": seconds,
+        "user_seconds": clock.user(), "tokens_per_second": entry.stepped.tokens / seconds,
         "peak_memory_gb": measure_peak_gb(job.family.device),
     }
     if job.feed.steps_per_epoch:
-        metrics["epoch"] = line.step / job.feed.steps_per_epoch
+        metrics["epoch"] = entry.step / job.feed.steps_per_epoch
     if process_group.get_rank() == 0:
-        job.log(line.step, metrics)
-        job.show_progress(line.step, metrics)
+        job.log(entry.step, metrics)
+        job.show_progress(entry.step, metrics)
     return now
 
 
 def _evaluate(job: TrainJob, summary: TrainResult) -> bool:
-    """Measure the held-out batches; whether this was the best so far."""
+    """Evaluate on the held-out data. Returns whether this evaluation is the best so far."""
     job.family.train(False)
     found = job.rollouts.evaluate() if job.rollouts else evaluate_batches(job.family, job.objective, job.eval_batches,
                                                                           job.reference)
@@ -285,19 +284,19 @@ def _evaluate(job: TrainJob, summary: TrainResult) -> bool:
     return better
 
 
-def _should_stop_early(training: TrainingConfig, bad_evaluations: int) -> str:
-    """Why to stop early, or an empty string."""
-    given_up = training.patience and bad_evaluations >= training.patience
-    return f"no better evaluation in {bad_evaluations} of them" if given_up else ""
+def _describe_early_stop(training: TrainingConfig, bad_evaluations: int) -> str:
+    """The reason of an early stop, or an empty string."""
+    is_over = training.patience and bad_evaluations >= training.patience
+    return f"no better evaluation in {bad_evaluations} of them" if is_over else ""
 
 
-def _stop_requested(job: TrainJob) -> str:
-    """Whether to stop; all ranks must say the same at the same step."""
-    asked = job.get_stop_signal()
-    if process_group.get_world_size() > 1 and process_group.all_reduce_sum([1.0 if asked else 0.0],
+def _get_stop_signal(job: TrainJob) -> str:
+    """The signal that ends the run, or an empty string. All ranks stop at the same step."""
+    signal = job.get_stop_signal()
+    if process_group.get_world_size() > 1 and process_group.all_reduce_sum([1.0 if signal else 0.0],
                                                                            job.family.device)[0]:
-        return asked or "another process was told to stop"
-    return asked
+        return signal or "another process received a signal"
+    return signal
 
 
 def _save_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult, bad_evaluations: int) -> None:
@@ -314,32 +313,33 @@ def _save_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult, 
     process_group.barrier()
 
 
-def _restore_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult, saved: checkpoint.Checkpoint) -> int:
-    """Put everything back as it was; returns the count of evaluations without a better one."""
+def _restore_checkpoint(job: TrainJob, optimizer: Optimizer, summary: TrainResult,
+                        saved: checkpoint.Checkpoint) -> int:
+    """Restore the saved state. Returns the number of evaluations in a row without a better one."""
     if saved.state["total_steps"] != optimizer.total:
-        raise RunError(f"the run was planned for {saved.state['total_steps']} steps, now for {optimizer.total}: its "
-                       "learning rate would not be what it was", "resume with the recipe that it was started with")
+        raise RunError(f"the run was started with {saved.state['total_steps']} steps and now has {optimizer.total}: "
+                       "the learning rate schedule would differ", "resume with the recipe of the run")
     job.attached.load(saved.tensors["method"])
     optimizer.load(saved.tensors["optimizer"])
     job.feed.load(saved.state["feed"])
     for name, value in saved.state["summary"].items():
         vars(summary)[name] = value
     bad_evaluations = int(saved.state["bad_evaluations"])
-    # A signal's stop ends with this; a stop for want of better evaluations does not, or the run would go on beyond it.
-    summary.stopped = _should_stop_early(job.training, bad_evaluations) if summary.steps < optimizer.total else ""
+    # A stop by a signal ends here. An early stop does not: the run would otherwise continue past it.
+    summary.stopped = _describe_early_stop(job.training, bad_evaluations) if summary.steps < optimizer.total else ""
     for sentence in _restore_random(saved.state["random"]):
         job.warn(sentence)
     return bad_evaluations
 
 
 def _restore_random(states: Any) -> list[str]:
-    """Give this rank its own random states back; a sentence on what cannot be as it was."""
-    saved = [states] if isinstance(states, dict) else states  # earlier versions kept the first rank's alone
+    """Restore this rank's random states. Returns sentences on what cannot be restored."""
+    saved = [states] if isinstance(states, dict) else states  # earlier versions saved those of rank 0 alone
     if len(saved) == process_group.get_world_size():
         return rng.restore_rng_state(saved[process_group.get_rank()])
     return [f"the checkpoint was saved by {len(saved)} processes, and {process_group.get_world_size()} continue: "
-            f"dropout draws "
-            "other random numbers than it would have drawn",
+            "dropout draws "
+            "other random numbers than an uninterrupted run",
             *(rng.restore_rng_state(saved[0]) if process_group.get_rank() == 0 else ())]
 
 

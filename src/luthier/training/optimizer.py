@@ -1,14 +1,14 @@
-"""The optimiser and its learning rate over time. Independent of everything else in the runtime; read it in any order.
+"""AdamW and its learning-rate schedule. Read `core/config.py` first.
 
 The schedule's factor at step k of n, after a linear warm-up of w steps, with u = (k - w) / (n - w):
 
     constant 1        linear 1 - u (1 - f)        cosine f + (1 - f) (1 + cos pi u) / 2
     wsd      1 until the last fifth, then linear to f         (f: `floor`)
 
-A parameter in sixteen bits cannot hold the small updates of training: bfloat16 has 8 bits of precision, so an update
-below 1/256 of the weight is lost, and moments in sixteen bits do not decay (bfloat16) or underflow (float16). So the
-optimizer keeps a float32 master copy of every such parameter, with float32 gradients and moments, and writes the
-rounded copy back into the model after each update (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1).
+A 16-bit parameter cannot represent the small updates of training. bfloat16 has 8 bits of precision, so an update below
+1/256 of the weight is lost; 16-bit moments do not decay (bfloat16) or underflow (float16). So the optimizer keeps a
+float32 master copy of every such parameter, with float32 gradients and moments. After each update it writes the rounded
+copy back into the model (Micikevicius et al. 2018, arXiv:1710.03740, section 3.1).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def needs_master(parameter: Tensor) -> bool:
 
 
 def _accumulate(master: nn.Parameter, parameter: Tensor) -> None:
-    """Move the gradient of one micro-batch to the master copy, so that their sum is taken in float32."""
+    """Move the gradient of one micro-batch to the master copy, so that gradients are summed in float32."""
     assert parameter.grad is not None
     if master.grad is None:
         master.grad = parameter.grad.to(master.dtype)
@@ -79,16 +79,16 @@ def _accumulate(master: nn.Parameter, parameter: Tensor) -> None:
 
 
 class Optimizer:
-    """AdamW over named parameters, each group with its own factor on the rate.
+    """AdamW over named parameters, in groups with their own learning-rate multiplier.
 
-    `parameters` are what it updates, with the gradients of the step: the model's own where these have at least float32,
-    else their float32 master copies.
+    The attribute `parameters` holds what is updated: the model's parameters, or the float32 master copies of those in
+    16 bits.
 
     Args:
         parameters: what trains, by name.
-        rate: factor on the learning rate for a name.
+        rate: the learning-rate multiplier of a parameter, by its name.
         peak: peak learning rate.
-        update: what the method does at each update, if anything.
+        update: hook of the method around each step.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], rate: Callable[[str], float], peak: float,
@@ -110,26 +110,26 @@ class Optimizer:
             [{"params": list(ps), "weight_decay": decay, "factor": times} for (times, decay), ps in groups.items()],
             lr=peak, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=self.device.type in ("cuda", "cpu"))
 
-    def set_rate(self, step: int) -> float:
-        """Set the rate for the step with this index; returns that of a plain parameter."""
+    def set_learning_rate(self, step: int) -> float:
+        """Set the learning rate for the step with this index. Returns it, without multipliers."""
         self._step = step
         rate = self.peak * compute_lr_factor(self.config, step, self.total)
         for group in self.adam.param_groups:
             group["lr"] = rate * group["factor"]
         return rate
 
-    def complete(self) -> None:
-        """The gradient of the whole step is there: the method adds what it minimises by itself."""
+    def run_pre_step_hook(self) -> None:
+        """Run the method's hook once the gradient is complete: a method may add the gradient of its own penalty."""
         if self._update:
             self._update.before()
 
-    def clip(self) -> Tensor:
-        """Shorten the gradient to `config.clip`; returns its length before, a scalar on the device."""
+    def clip_grad_norm(self) -> Tensor:
+        """Clip the gradient to the norm `config.clip`. Returns its norm before, a scalar on the device."""
         limit = math.inf if self.config.clip is None else self.config.clip
         return nn.utils.clip_grad_norm_(self.parameters.values(), limit)
 
     def step(self, norm: Tensor) -> None:
-        """Update, unless `norm` is not finite. On a GPU the kernel itself looks at `norm`: nobody waits."""
+        """Update, unless `norm` is not finite. On a GPU the fused kernel checks it, without synchronization."""
         if self.device.type == "cuda":
             self.adam.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
             self.adam.grad_scale = None  # type: ignore[attr-defined]
@@ -143,18 +143,18 @@ class Optimizer:
 
     @torch.no_grad()
     def _write_back(self) -> None:
-        """Round the master copies into the model."""
+        """Copy the master copies, rounded, into the model."""
         for name, parameter in self._copied.items():
             parameter.copy_(self.parameters[name])
 
     def close(self) -> None:
-        """Let go of the model: its gradients are its own again, and the memory of the master copies can be freed."""
+        """Remove the gradient hooks from the model, so that the master copies can be freed."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Every moment, as ``<parameter>.<moment>``, and every master copy, as ``<parameter>.master``."""
+        """The moments, as ``<parameter>.<moment>``, and the master copies, as ``<parameter>.master``."""
         found = {f"{name}.{MASTER}": self.parameters[name].detach() for name in self._copied}
         for name, parameter in self.parameters.items():
             for key, value in self.adam.state.get(parameter, {}).items():
@@ -167,19 +167,19 @@ class Optimizer:
             name, moment = key.rsplit(".", 1)
             moments.setdefault(name, {})[moment] = value
         if unknown := moments.keys() - self.parameters.keys():
-            raise RunError(f"the checkpoint's optimiser holds a parameter that does not train here: {min(unknown)!r}",
+            raise RunError(f"the checkpoint has optimizer state of a parameter that does not train: {min(unknown)!r}",
                            "resume with the recipe that the run was started with")
         if missing := [name for name in self._copied if MASTER not in moments.get(name, {})]:
             raise RunError(f"the checkpoint has no float32 copy of {missing[0]!r}, which is kept in "
                            f"{str(self._copied[missing[0]].dtype).removeprefix('torch.')}: an earlier version wrote it",
-                           "train again from the beginning, under another run name")
+                           "start a new run")
         for name, found in moments.items():
             parameter = self.parameters[name]
             if MASTER in found:
                 with torch.no_grad():
                     parameter.copy_(found.pop(MASTER))
-            # In the parameter's own layout: the fused kernel goes through both as they lie in memory. The count of
-            # steps too must lie where the kernel runs; only Adam's own loading, not used here, would see to it.
+            # The fused kernel needs moments in the memory layout of the parameter, and the step count on its device.
+            # `Adam.load_state_dict` would do both, but is not used here.
             self.adam.state[parameter] = {
                 k: v.to(parameter.device, copy=True) if k == "step" else
                 torch.empty_like(parameter, dtype=v.dtype).copy_(v) for k, v in found.items()}

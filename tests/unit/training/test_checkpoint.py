@@ -147,7 +147,7 @@ def test_nothing_whole_is_said(tmp_path: Path) -> None:
     found, notes = find_latest(tmp_path)
     assert found is None
     assert len(notes) == 2
-    assert all("no older checkpoint is whole" in note for note in notes)
+    assert all("no older checkpoint is complete" in note for note in notes)
 
 
 # ---------------------------------------------------------------- a disk that refuses
@@ -155,7 +155,7 @@ def test_nothing_whole_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("place", ["save_file", "fsync", "rename", "write_text"])
 @pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "right to write"),
-                                             (errno.EIO, "look after that disk")])
+                                             (errno.EIO, "check that disk")])
 def test_a_refusing_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               place: str, code: int, words: str) -> None:
     save_checkpoint(tmp_path, 1, PART, {}, keep=1)
