@@ -198,7 +198,7 @@ def test_a_step_is_made_with_the_rate_that_it_reports(tmp_path: Path) -> None:
         before = {name: p.detach().clone() for name, p in attached.parameters().items()}
         feed = Feed()
         made = job(tmp_path / str(len(moved)), family, attached, [], 0.01, feed=feed, optimizer=settings, steps=10)
-        made.stop = lambda: "enough"
+        made.get_stop_signal = lambda: "enough"
         run_training_loop(made)
         moved.append(max(float((p - before[n]).abs().max()) for n, p in attached.parameters().items()))
     assert moved[1] / moved[0] == pytest.approx(0.1, rel=1e-3)
