@@ -56,7 +56,7 @@ def on(file: str, *tests: str) -> tuple[str, ...]:
     return tuple(f"tests/{file}::{test}" for test in tests)
 
 
-OPTIM, STEP, ROUNDS, DESK = ("unit/training/test_optim_values.py", "contract/test_step_and_loop.py",
+OPTIM, STEP, ROUNDS, DESK = ("unit/training/test_optimizer_values.py", "contract/test_step_and_loop.py",
                              "contract/test_rollout_rounds.py", "unit/test_desk.py")
 PARTS, LOSSES, ROLLS = "contract/test_attention_and_pooling.py", "contract/test_rollout_losses.py", "contract/test_rollouts.py"
 PREFERENCE, OBJECTIVE, REWARD = ("contract/test_objectives_preference.py", "contract/test_objective.py",
@@ -99,7 +99,7 @@ OPTIMIZER_BREAKS = (
     Break("optimizer-steps-on-nan", "training/optimizer.py", "elif bool(norm.isfinite()):", "elif True:", on(OPTIM, "test_a_gradient_that_is_not_finite_updates_nothing_and_is_gone")),
     Break("optimizer-gradients-stay", "training/optimizer.py", "self.adam.zero_grad(set_to_none=True)", "pass", on(STEP, "test_two_steps_do_not_add_up_their_gradients")),
     Break("optimizer-update-step-off-by-one", "training/optimizer.py", "self._update.after(self._step + 1,", "self._update.after(self._step,", on(OPTIM, "test_a_methods_update_is_told_the_number_of_the_step_that_was_made")),
-    Break("optimizer-one-moment-not-saved", "training/optimizer.py", "for key, value in self.adam.state.get(parameter, {}).items():", "for key, value in list(self.adam.state.get(parameter, {}).items())[:2]:", on("unit/training/test_optim.py", "test_saved_moments_are_those_of_their_own_entries")),
+    Break("optimizer-one-moment-not-saved", "training/optimizer.py", "for key, value in self.adam.state.get(parameter, {}).items():", "for key, value in list(self.adam.state.get(parameter, {}).items())[:2]:", on("unit/training/test_optimizer.py", "test_saved_moments_are_those_of_their_own_entries")),
 )
 
 STEP_BREAKS = (
