@@ -117,8 +117,8 @@ STEP_BREAKS = (
     Break("measure-divisor", "training/step.py", "            part = objective(outputs, batch.target)\n            _add_metrics(sums, {**part.metrics, \"loss\": (part.total, part.count)})", "            part = objective(outputs, batch.target)\n            _add_metrics(sums, {**part.metrics, \"loss\": (part.total, 1.0)})", on(STEP, "test_measured_numbers_are_sums_divided_once")),
     Break("measure-mean-of-means", "training/step.py", "            part = objective(outputs, batch.target)\n            _add_metrics(sums, {**part.metrics, \"loss\": (part.total, part.count)})", "            part = objective(outputs, batch.target)\n            _add_metrics(sums, {**part.metrics, \"loss\": (part.total / part.count, 1.0)})", on(STEP, "test_measured_numbers_are_sums_divided_once")),
     Break("measure-counts-do-not-add-up", "training/step.py", "(old[0] + total, old[1] + n)", "(old[0] + total, n)", on(STEP, "test_measured_numbers_are_sums_divided_once")),
-    Break("cached-gradients-other-dropout", "training/grad_cache.py", "        rng.restore_rng_state(state)\n", "", on(CONTRASTIVE, "test_parts_are_computed_again_with_the_same_dropout")),
-    Break("cached-gradients-not-divided", "training/grad_cache.py", "(part.total / count).backward()  # the scalars", "part.total.backward()  # the scalars", on(CONTRASTIVE, "test_a_batch_in_parts_is_the_whole_batch")),
+    Break("cached-gradients-other-dropout", "training/grad_cache.py", "        rng.restore_rng_state(state)  # the same dropout as in the first pass\n", "", on(CONTRASTIVE, "test_parts_are_computed_again_with_the_same_dropout")),
+    Break("cached-gradients-not-divided", "training/grad_cache.py", "(part.total / count).backward()  # gradients of", "part.total.backward()  # gradients of", on(CONTRASTIVE, "test_a_batch_in_parts_is_the_whole_batch")),
 )
 
 LOOP_BREAKS = (
