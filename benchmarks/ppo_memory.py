@@ -25,11 +25,11 @@ MOST = 1.5  # times SFT's peak that PPO's may be
 KEEP = """
 import json
 
-def keep(prompts, answers, facts):
+def keep(prompts, completions, metadata):
     with open({file!r}, "a") as kept:
-        for prompt, answer in zip(prompts, answers):
+        for prompt, answer in zip(prompts, completions):
             kept.write(json.dumps({{"asked": prompt, "completion": answer}}) + "\\n")
-    return [0.0] * len(answers)
+    return [0.0] * len(completions)
 """
 
 

@@ -48,7 +48,7 @@ def side(base: str, bits: str, work: Path) -> dict[str, Any]:
     found = assembly.load_datasets(made, family)
     attached, reference = assembly.init_rl_policy(made, family)
     lines: list[dict[str, float]] = []
-    run_training_loop(TrainJob(family, attached, made.objective, assembly.build_rl_batch_source(made, family, found, attached, reference), [], made.training,
+    run_training_loop(TrainJob(family, attached, made.objective, assembly.build_training_source(made, family, found, attached, reference), [], made.training,
                                made.optimizer, 1e-3, work, log=lambda step, numbers: lines.append(dict(numbers))))
     training = measure_peak_gb("cpu")
     return {"imported_gb": imported, "reading_gb": reading, "training_gb": training, "peak_gb": max(reading, training),

@@ -26,16 +26,15 @@ from luthier import assembly
 from luthier.assembly.factory import check_loaded_model, fit_objective, load_datasets, load_family
 from luthier.assembly.recipe import Recipe, default_learning_rate
 from luthier.assembly.reference_model import precompute_reference
-from luthier.assembly.rl_setup import build_rl_batch_source, init_rl_policy
+from luthier.assembly.rl_setup import build_training_source, init_rl_policy
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
 from luthier.methods import METHODS
 from luthier.models.task_heads import LOG_PROBS
 from luthier.objectives import OBJECTIVES, SHORT_FORMS
-from luthier.rl import RolloutCollector
 from luthier.training import checkpoint
-from luthier.training.loop import TrainJob, run_training_loop
+from luthier.training.loop import OnlineTrainJob, TrainJob, run_training_loop
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
 from luthier.training.step import evaluate_batches
@@ -120,9 +119,9 @@ def recipe(home: Path, base: str, method: str, objective: str) -> Recipe:
         "optimizer": {"learning_rate": RATES.get(method), "lr_scheduler_type": "constant", "warmup_ratio": 0}, "seed": 1})
 
 
-def vowels(prompts: Sequence[Any], answers: Sequence[str], facts: Sequence[Any]) -> list[float]:
+def vowels(prompts: Sequence[Any], completions: Sequence[str], metadata: Sequence[Any]) -> list[float]:
     """A reward: the share of an answer's characters that are in the first half of the alphabet of bytes."""
-    return [sum(ord(letter) < 80 for letter in answer) / (1 + len(answer)) for answer in answers]
+    return [sum(ord(letter) < 80 for letter in text) / (1 + len(text)) for text in completions]
 
 
 # ---------------------------------------------------------------- one trial
@@ -139,12 +138,12 @@ class Trial:
         self.made = fit_objective(made, found)
         self.attached, self.reference = init_rl_policy(self.made, self.base)
         found = precompute_reference(self.made, self.base, found, self.reference)
-        self.feed = build_rl_batch_source(self.made, self.base, found, self.attached, self.reference)
+        self.feed = build_training_source(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
-        self.job = TrainJob(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
-                            self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
-                            reference=self.reference, rolling=self.feed if isinstance(self.feed, RolloutCollector) else None,
-                            log=lambda step, numbers: self.lines.append(dict(numbers)))
+        job = OnlineTrainJob if self.made.objective.is_online else TrainJob
+        self.job = job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
+                       self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
+                       reference=self.reference, log=lambda step, numbers: self.lines.append(dict(numbers)))
         self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.build_eval_batches(found.train, 1000)
 
     def loss(self) -> float:
@@ -211,7 +210,7 @@ def reopens(home: Path, one: Trial) -> None:
     """The run folder gives the same loss as the model that it was written from."""
     run = Run(home / "run")
     shutil.rmtree(run.path, ignore_errors=True)
-    run.begin(assembly.dump(one.made), {})
+    run.create(assembly.dump(one.made), {})
     save_tuned(run, one.made, one.base, one.attached)
     made, opened, _ = open_run(run)
     opened.train(False)

@@ -143,9 +143,9 @@ class Session:
                 parameter.grad.div_(self._count)
         if learning_rate is not None:
             optimizer.peak = learning_rate
-        rate = optimizer.set_rate(self.steps)
-        optimizer.complete()
-        norm = optimizer.clip()
+        rate = optimizer.set_learning_rate(self.steps)
+        optimizer.run_pre_step_hook()
+        norm = optimizer.clip_grad_norm()
         optimizer.step(norm)
         self.steps += 1
         self._count = 0.0
@@ -182,7 +182,7 @@ class Session:
         rate = self.recipe.optimizer.learning_rate or default_learning_rate(self.recipe)
         recipe = resolve_settings(self.recipe, self.family, identity, rate, run.path)
         tuner = self.tuner
-        run.begin(dump(recipe), record_start(recipe, identity, []))
+        run.create(dump(recipe), record_start(recipe, identity, []))
         save_tuned(run, recipe, self.family, tuner)
         return run
 

@@ -59,6 +59,6 @@ def saved(place: Path, base: CausalLM, method: dict[str, Any], objective: str = 
     made = assembly.recipe({"model": str(place / "base"), "data": "-", "method": method, "objective": objective})
     attached = attach(base, method["name"], **{key: value for key, value in method.items() if key != "name"})
     run = Run(place / "run")
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     save_tuned(run, made, base, attached)
     return run

@@ -58,7 +58,7 @@ def searched(kind: str = "llama", **settings: Any) -> tuple[CausalLM, AdaLora]:
 
 def take(family: CausalLM, attached: Any, adam: Optimizer, steps: range, micro: int | None = None) -> None:
     for i in steps:
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         step(family, SFT, pack_examples(documents(seed=i), micro), adam)
 
 
@@ -103,10 +103,10 @@ def steps_of_both(kind: str, **settings: Any) -> Iterator[tuple[int, AdaLora, An
     last = attached.config.compute_schedule(STEPS)[1]
     for k in range(1, STEPS + 1):
         tokens = (TOKENS * k + k) % 250
-        adam.set_rate(k - 1)
+        adam.set_learning_rate(k - 1)
         family.model(input_ids=tokens, labels=tokens).loss.backward()
-        adam.complete()
-        adam.step(adam.clip())
+        adam.run_pre_step_hook()
+        adam.step(adam.clip_grad_norm())
         other(input_ids=tokens, labels=tokens).loss.backward()  # PEFT adds the penalty to it
         torch.nn.utils.clip_grad_norm_(adapter(other).values(), 1.0)
         plain.step()
@@ -325,10 +325,10 @@ def test_what_is_not_finite_changes_nothing() -> None:
             loss = SFT(outputs, target)
             return type(loss)(loss.total * math.inf, loss.count, loss.metrics)
 
-    adam.set_rate(5)  # the sixth step, of which a pruning is due
+    adam.set_learning_rate(5)  # the sixth step, of which a pruning is due
     assert attached.config.compute_budget(6, STEPS, 14) is not None
     with pytest.raises(NotFinite):
-        step(family, Infinite(), pack_examples(documents(), None), adam).numbers()
+        step(family, Infinite(), pack_examples(documents(), None), adam).read_metrics()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     assert kept(attached) == ranks
     take(family, attached, adam, range(5, 6))
@@ -424,7 +424,7 @@ def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:
     made = assembly.recipe({"model": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "output_dir": str(tmp_path / "run"),
                          "method": attached.config.model_dump()})
     run = Run(tmp_path / "run")
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     save_tuned(run, made, family, attached)
     (reading,) = inspect_run(run, quiet=True)["readings"]
     for layer, row in zip(attached.layers, reading["rows"], strict=True):

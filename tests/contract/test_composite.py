@@ -102,7 +102,7 @@ def test_parts_that_no_file_could_hold_are_refused(parts: Any, words: str) -> No
 
 def rates(found: Any, peak: float) -> dict[str, float]:
     adam = Optimizer(found.parameters(), found.lr_multiplier, peak, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 3)
-    adam.set_rate(0)
+    adam.set_learning_rate(0)
     by_parameter = {id(p): group["lr"] for group in adam.adam.param_groups for p in group["params"]}
     return {name: by_parameter[id(p)] for name, p in found.parameters().items()}
 
@@ -161,7 +161,7 @@ def test_a_list_is_a_method(parts: list[Any]) -> None:
             assert not torch.equal(logits(family), tuned)  # every part has its share
     start = {name: p.detach().clone() for name, p in found.parameters().items()}
     adam = Optimizer(found.parameters(), found.lr_multiplier, 1e-2, OptimizerConfig(), 2)
-    adam.set_rate(0)
+    adam.set_learning_rate(0)
     step(family, SFT, [build_batch(documents())], adam)
     assert all(not torch.equal(p, start[name]) for name, p in found.parameters().items())
     assert digest(family) == before

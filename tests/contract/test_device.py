@@ -73,7 +73,7 @@ def test_saved_moments_go_to_their_parameter() -> None:
     here = nn.Parameter(torch.randn(3))
     saving = Optimizer({"w": here}, lambda name: 1.0, 0.1, OptimizerConfig(), 10)
     here.sum().backward()
-    saving.step(saving.clip())
+    saving.step(saving.clip_grad_norm())
     there = nn.Parameter(torch.empty(3, device="meta"))
     resumed = Optimizer({"w": there}, lambda name: 1.0, 0.1, OptimizerConfig(), 10)
     resumed.load(saving.state())

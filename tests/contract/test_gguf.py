@@ -317,7 +317,7 @@ def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
     attached = attach(base, "lora", stirred=False, use_rslora=True)
     stir(attached, 0.01)
     run = Run(tmp_path / "run")
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     save_tuned(run, made, base, attached)
     prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
                for text in ("Why is the sky blue?", "Write one line about rain.")]

@@ -55,9 +55,9 @@ PROMPTS = [{"prompt": f"say {i}", "reference": str(i)} for i in range(4)]
 ROLLS = ("training.max_steps=3", "training.batch_size=2", "objective.num_generations=2", "objective.max_new_tokens=3")
 REWARDS = """import random
 dice = random.Random(0)
-def constant(prompts, answers, facts): return [1.0] * len(answers)
-def by_prompt(prompts, answers, facts): return [float(len(prompt) + ord(prompt[-1])) for prompt in prompts]
-def spread(prompts, answers, facts): return [dice.random() for _ in answers]
+def constant(prompts, completions, metadata): return [1.0] * len(completions)
+def by_prompt(prompts, completions, metadata): return [float(len(prompt) + ord(prompt[-1])) for prompt in prompts]
+def spread(prompts, completions, metadata): return [dice.random() for _ in completions]
 """
 
 
@@ -100,7 +100,7 @@ def test_only_one_verdict_is_told(call: Call) -> None:
 
 
 def test_a_broken_reward_is_one_error_and_no_run(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("LIMIT = undefined_name\ndef one(prompts, answers, facts): return [1.0] * len(answers)\n")
+    (tmp_path / "mine.py").write_text("LIMIT = undefined_name\ndef one(prompts, completions, metadata): return [1.0] * len(completions)\n")
     code, _, err = call(PROMPTS, "grpo", *ROLLS, "objective.reward=mine.py:one")
     assert code != 0
     assert "NameError: name 'undefined_name' is not defined" in err
@@ -112,10 +112,10 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("None", None, "NoneType None, not a list"), ("a number", 1.0, "float 1.0, not a list"), ("a string", "12", "str '12'"),
     ("bytes", b"12", "bytes"), ("a mapping", {0: 1.0, 1: 2.0}, "dict"), ("a set", {1.0, 2.0}, "set"),
     ("too few", [1.0], "1 numbers for 2"), ("too many", [1.0] * 3, "3 numbers for 2"), ("none at all", [], "0 numbers for 2"),
-    ("a None inside", [1.0, None], "NoneType None for answer 1"), ("a string inside", ["0.5", 1.0], "str '0.5' for answer 0"),
-    ("NaN", [float("nan"), 1.0], "float nan for answer 0"), ("infinity", [1.0, float("inf")], "float inf for answer 1"),
-    ("huge", [10 ** 400, 1], "for answer 0"), ("nested", [[1.0, 2.0], 1.0], "list"), ("complex", [1j, 1.0], "complex"),
-    ("rows of a tensor", torch.ones(2, 2), "list"), ("a NaN of a tensor", torch.tensor([1.0, float("nan")]), "for answer 1"),
+    ("a None inside", [1.0, None], "NoneType None for completion 1"), ("a string inside", ["0.5", 1.0], "str '0.5' for completion 0"),
+    ("NaN", [float("nan"), 1.0], "float nan for completion 0"), ("infinity", [1.0, float("inf")], "float inf for completion 1"),
+    ("huge", [10 ** 400, 1], "for completion 0"), ("nested", [[1.0, 2.0], 1.0], "list"), ("complex", [1j, 1.0], "complex"),
+    ("rows of a tensor", torch.ones(2, 2), "list"), ("a NaN of a tensor", torch.tensor([1.0, float("nan")]), "for completion 1"),
 ]
 
 

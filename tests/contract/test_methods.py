@@ -50,7 +50,7 @@ def optimizer(attached: Any, rate: float = 1e-2) -> Optimizer:
 def take_steps(family: CausalLM, attached: Any, steps: int = 3) -> None:
     adam, rows = optimizer(attached), [build_batch(documents())]
     for i in range(steps):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         step(family, SFT, rows, adam)
 
 
@@ -254,7 +254,7 @@ def test_the_rates_of_lora_plus_reach_the_optimiser() -> None:
     family = base("llama")
     attached = attach(family, "lora", stirred=False, loraplus_lr_ratio=16.0)
     adam = optimizer(attached, rate=1e-3)
-    adam.set_rate(0)
+    adam.set_learning_rate(0)
     rate = {id(p): group["lr"] for group in adam.adam.param_groups for p in group["params"]}
     for name, parameter in attached.parameters().items():
         assert rate[id(parameter)] == pytest.approx(1e-3 * (16 if "lora_B" in name else 1))

@@ -158,7 +158,7 @@ def test_two_adapters_train_in_one_pass_each_on_its_own_rows() -> None:
         family, manager = banked()
         adam = Optimizer(manager.parameters(), manager.lr_multiplier, 1e-2, OptimizerConfig(max_grad_norm=None), 3)
         for i in range(3):
-            adam.set_rate(i)
+            adam.set_learning_rate(i)
             # A row without any adapter has no gradient to give, so it comes along with the others.
             rows = [mixed(manager)] if together else [mixed(manager, only=only) for only in ((0, 2, 3), (1, 4), (5, 6, 7))]
             step(family, SFT, rows, adam)
@@ -264,7 +264,7 @@ def test_a_frozen_adapter_stays_as_it_is_beside_the_one_that_trains() -> None:
     assert all(name.startswith("a/") for name in manager.parameters())
     manager.set_adapter("a")
     adam = Optimizer(manager.parameters(), manager.lr_multiplier, 1e-2, OptimizerConfig(), 3)
-    adam.set_rate(0)
+    adam.set_learning_rate(0)
     step(family, SFT, [build_batch(documents())], adam)
     assert all(torch.equal(t, before[name]) for name, t in reference.state().items())
     with manager.use_adapter("b"):

@@ -143,7 +143,7 @@ def test_adapters_of_every_kind_train_in_one_pass_each_on_its_own_documents() ->
         adam = Optimizer(manager.parameters(), manager.lr_multiplier, 1e-2, OptimizerConfig(max_grad_norm=None), 3)
         examples = documents(LENGTHS)
         for i in range(3):
-            adam.set_rate(i)
+            adam.set_learning_rate(i)
             cuts = (range(12),) if together else ((0, 2, 3, 7, 8), (1, 4, 5), (6, 9, 10, 11))
             step(family, SFT, [mixed(manager, [examples[j] for j in cut], [NAMES[j] for j in cut]) for cut in cuts], adam)
         return {name: p.detach().clone() for name, p in manager.parameters().items()}

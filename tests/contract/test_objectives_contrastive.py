@@ -295,10 +295,10 @@ def trained(max_tokens: int, alone: bool = False) -> dict[str, Any]:
     attached = attach_heads(family, attach(family, "lora"), objective, 3)
     adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 2)
     for i in range(2):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         batches = pack_examples(examples, max_tokens)
         stepped = step(family, objective, batches[:1] if alone else batches, adam)
-    return {"numbers": stepped.numbers(), "weights": {n: t.clone() for n, t in attached.state().items()}}
+    return {"numbers": stepped.read_metrics(), "weights": {n: t.clone() for n, t in attached.state().items()}}
 
 
 def work(rank: int, port: int, place: str) -> None:

@@ -119,8 +119,8 @@ def test_training_lowers_the_loss_and_evaluation_runs(name: str, settings: dict[
     before = evaluate_batches(family, objective, batches, attached.disabled)
     adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(lr_scheduler_type="constant"), 5)
     for i in range(5):
-        adam.set_rate(i)
-        found = step(family, objective, batches, adam, reference=attached.disabled).numbers()
+        adam.set_learning_rate(i)
+        found = step(family, objective, batches, adam, reference=attached.disabled).read_metrics()
     after = evaluate_batches(family, objective, batches, attached.disabled)
     assert after["loss"] < before["loss"] - 0.02 * abs(before["loss"])
     assert found.keys() - {"grad_norm"} <= after.keys()

@@ -35,7 +35,7 @@ def moved(kind: str, method: str, steps: int = 1, **settings: Any) -> tuple[dict
     before = {name: p.detach().clone() for name, p in attached.parameters().items()}
     optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, RATE, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), steps)
     for number in range(steps):
-        optimizer.set_rate(number)
+        optimizer.set_learning_rate(number)
         step(family, SFT, [build_batch(documents())], optimizer)
     mine = {id(p) for p in family.structure.embedding.parameters()}
     return ({name: p.detach() - before[name] for name, p in attached.parameters().items()},
@@ -76,7 +76,7 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
     made = assembly.recipe(raw)
     family = load_family(made.model)
     found = load_datasets(made, family)
-    feed = assembly.build_rl_batch_source(made, family, found, *init_rl_policy(made, family))
+    feed = assembly.build_training_source(made, family, found, *init_rl_policy(made, family))
     epochs = []
     for _ in range(2):
         seen = [origin for _ in range(feed.steps_per_epoch) for b in next(feed) for origin in b.origins]

@@ -35,10 +35,10 @@ def trained(method: str, max_tokens: int | None, alone: bool = False) -> dict[st
     attached = attach(family, method)
     adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 3, attached.optimizer_hooks)
     for i in range(3):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         rows = pack_examples(documents(seed=i), max_tokens)
         stepped = step(family, SFT, rows[:1] if alone else rows, adam)
-    return {"numbers": stepped.numbers(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},
+    return {"numbers": stepped.read_metrics(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},
             "micro_batches": stepped.micro_batches}
 
 
@@ -58,7 +58,7 @@ def broken() -> str:
 
     stepped = step(family, Infinite(), pack_examples(documents(), 20), adam)
     with pytest.raises(NotFinite, match="lab:0"):
-        stepped.numbers()
+        stepped.read_metrics()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     return "refused"
 

@@ -30,10 +30,10 @@ from tiny import save_tiny
 LIMIT = 120  # seconds: ranks that wait for each other wait for ever
 REWARD = """
 import os, random
-def noisy(prompts, answers, facts):
+def noisy(prompts, completions, metadata):
     with open(os.path.join(os.path.dirname(__file__), "calls.txt"), "a") as file:
-        file.writelines(f"{os.getpid()} {p!r} {a!r}\\n" for p, a in zip(prompts, answers))
-    return [random.SystemRandom().random() for _ in answers]
+        file.writelines(f"{os.getpid()} {p!r} {a!r}\\n" for p, a in zip(prompts, completions))
+    return [random.SystemRandom().random() for _ in completions]
 """
 
 
@@ -122,10 +122,10 @@ def judged_by_rank(place: Path) -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name, agree in (("agreed", process_group.broadcast_object), ("alone", lambda value: value)):
         losses = iter([[3.0, 2.0, 2.5], [3.0, 3.5, 1.0]][process_group.get_rank()])
-        job: Any = SimpleNamespace(family=SimpleNamespace(train=lambda mode: None), log=lambda *_: None, show=lambda *_: None,
-                                   rolling=SimpleNamespace(judged=lambda losses=losses: {"loss": next(losses)}))
+        job: Any = SimpleNamespace(family=SimpleNamespace(train=lambda mode: None), log=lambda *_: None, show_progress=lambda *_: None,
+                                   rollouts=SimpleNamespace(evaluate=lambda losses=losses: {"loss": next(losses)}))
         summary = loop.TrainResult(0, 0.0, 0)
-        before, loop.process_group = loop.process_group, SimpleNamespace(rank=process_group.get_rank, agreed=agree)  # type: ignore[assignment]
+        before, loop.process_group = loop.process_group, SimpleNamespace(get_rank=process_group.get_rank, broadcast_object=agree)  # type: ignore[assignment]
         try:
             found[name] = [loop._evaluate(job, summary) for _ in range(3)] + [summary.best["eval_loss"]]
         finally:
@@ -192,7 +192,7 @@ def trained(method: str, max_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     attached = attach(family, method, stirred=False)
     adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(), 3)
     for i in range(3):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam)
     return {"copies": {n: p.detach().clone() for n, p in adam.parameters.items()},
             "model": {n: p.detach().clone() for n, p in attached.parameters().items()}}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,25 +34,28 @@ from luthier.models import CausalLM
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rl import Completion, RolloutCollector
+from luthier.rl import Completion, RolloutCollector, RolloutSource
+from luthier.training.loop import _follow_rollout
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.run_folder import Run
 from luthier.training.step import forward_objective, step
 from tiny import save_tiny
 
-PROMPTS = [TokenizedExample((TokenSpan(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), facts={"number": i})
+PROMPTS = [TokenizedExample((TokenSpan(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), metadata={"number": i})
            for i, n in enumerate((3, 7, 5, 4))]
 
 
 def letters(answers: Sequence[Completion]) -> list[float]:
     """The share of an answer's tokens that are P, Q, ... W: countable, and best at 1."""
-    return [sum(80 <= token < 88 for token in answer.tokens) / len(answer.tokens) for answer in answers]
+    return [sum(80 <= token < 88 for token in answer.token_ids) / len(answer.token_ids) for answer in answers]
 
 
 def rolls(objective: Any, family: CausalLM, attached: Tuner, seed: int = 0, micro: int = 1000, rounds: int = 4,
-          reward: Callable[[Sequence[Completion]], Sequence[float]] = letters, **named: Any) -> RolloutCollector:
-    return RolloutCollector(family, PROMPTS, objective, [(reward, 1.0)], InMemoryBatchSource(PROMPTS, rounds, None, seed=seed), micro, seed,
-                            attached.disabled, **named)
+          reward: Callable[[Sequence[Completion]], Sequence[float]] = letters, **named: Any) -> RolloutSource:
+    source = {name: named.pop(name) for name in ("log_samples",) if name in named}
+    collector = RolloutCollector(PROMPTS, objective, [(reward, 1.0)], InMemoryBatchSource(PROMPTS, rounds, None, seed=seed),
+                                 micro, seed, attached.disabled, **named)
+    return RolloutSource(collector, family, **source)
 
 
 def set_up(objective: Any, kind: str = "llama", seed: int = 3, stirred: bool = True,
@@ -115,7 +119,7 @@ def test_the_temperature_is_that_of_the_rollouts_batches_alone() -> None:
     feed = rolls(objective, family, attached)
     rolled, *_ = next(feed)
     assert rolled.target.temperature == 0.5
-    feed.judged(PROMPTS)
+    feed.evaluate(PROMPTS)
     plain = replace(rolled, target=replace(rolled.target, temperature=1.0))
     cool, warm = (family.forward(b.inputs, b.target, frozenset({"token_logps"})).token_logps for b in (rolled, plain))
     assert cool is not None
@@ -149,12 +153,12 @@ def test_a_round_is_learned_from_as_often_as_it_says() -> None:
     feed = rolls(objective, family, attached, rounds=3)
     assert feed.steps_per_epoch == 3 * 2 + 3 * 1  # a round of three prompts, and one of the fourth alone
     steps = [next(feed) for _ in range(6)]
-    assert feed.rounds == 1
+    assert feed.collector.rollouts == 1
     for epoch in range(3):
         origins = [o.line for batches in steps[2 * epoch:2 * epoch + 2] for b in batches for o in b.origins]
         assert len(set(origins)) == 3
     next(feed)
-    assert feed.rounds == 2
+    assert feed.collector.rollouts == 2
     assert len({line for batches in steps for b in batches for line in [o.line for o in b.origins]}
                | {o.line for b in next(feed) for o in b.origins}) == 4
 
@@ -183,8 +187,14 @@ def test_a_round_of_ppo_says_its_entropy() -> None:
             spread.append(torch.distributions.Categorical(logits=logits / 0.7).entropy())
         assert "entropies" not in batch.target.precomputed
     wanted = torch.cat(spread)
-    assert feed.heard(dict)["entropy"] == pytest.approx(float(wanted.mean()), rel=1e-4)
+    assert feed.take_metrics()["entropy"] == pytest.approx(float(wanted.mean()), rel=1e-4)
     assert float(wanted.std()) > 1e-3
+
+
+def follow(feed: RolloutSource, approx_kl: float) -> Mapping[str, float]:
+    """What the loop does after a step that measured this KL."""
+    measured: Any = SimpleNamespace(read_metrics=lambda: {"approx_kl": approx_kl})
+    return _follow_rollout(feed, measured)
 
 
 def test_a_round_ends_early_where_the_policy_has_moved_too_far() -> None:
@@ -192,13 +202,13 @@ def test_a_round_ends_early_where_the_policy_has_moved_too_far() -> None:
     family, attached = set_up(objective)
     feed = rolls(objective, family, attached)
     next(feed)
-    said = feed.heard(lambda: {"approx_kl": 0.05})
+    said = follow(feed, 0.05)
     assert {"reward", "completion_length", "eos_rate"} <= said.keys()
     next(feed)
-    assert feed.rounds == 1
-    assert not feed.heard(lambda: {"approx_kl": 0.2})  # said once a round
+    assert feed.collector.rollouts == 1
+    assert not follow(feed, 0.2)  # reported once per rollout
     next(feed)
-    assert feed.rounds == 2
+    assert feed.collector.rollouts == 2
 
 
 def test_rewards_reach_their_answers_and_unfinished_ones_pay() -> None:
@@ -210,9 +220,9 @@ def test_rewards_reach_their_answers_and_unfinished_ones_pay() -> None:
         told.extend(answers)
         return [float(i) for i in range(len(answers))]
     noted: list[Any] = []
-    feed = rolls(objective, family, attached, reward=reward, note=lambda at, said: noted.append((at, said)))
+    feed = rolls(objective, family, attached, reward=reward, log_samples=lambda at, said: noted.append((at, list(said))))
     batch, = next(feed)
-    assert [answer.facts["number"] for answer in told] == [n for o in batch.origins for n in (o.line, o.line)]
+    assert [answer.metadata["number"] for answer in told] == [n for o in batch.origins for n in (o.line, o.line)]
     wanted = [i - 0.25 * (not answer.finished) for i, answer in enumerate(told)]
     assert batch.target.labels.tolist() == pytest.approx(wanted)
     assert noted == [(1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
@@ -232,9 +242,9 @@ def learn(objective: Any, seed: int, steps: int, rate: float = 0.05, **settings:
     said = []
     family.train(True)
     for number in range(steps):
-        optimizer.set_rate(number)
+        optimizer.set_learning_rate(number)
         found = step(family, objective, next(feed), optimizer, reference=attached.disabled)
-        said.append(dict(feed.heard(found.numbers)))
+        said.append(dict(_follow_rollout(feed, found)))
     return [one for one in said if one]
 
 
@@ -256,7 +266,7 @@ def test_a_countable_reward_reaches_its_optimum(name: str, seed: int) -> None:
 def test_a_bandit_finds_its_best_arm(seed: int) -> None:
     """Half of the tokens pay 1, a tenth pays 2: the best that can be is 2, and 1 is the trap."""
     def pay(answers: Sequence[Completion]) -> list[float]:
-        return [2.0 if a.tokens[0] >= 80 else 1.0 if a.tokens[0] >= 36 else 0.0 for a in answers]
+        return [2.0 if a.token_ids[0] >= 80 else 1.0 if a.token_ids[0] >= 36 else 0.0 for a in answers]
     said = learn(PpoConfig(num_generations=32, max_new_tokens=1, kl_coef=0.0, num_ppo_epochs=2), seed, 50, reward=pay)
     assert sum(one["reward"] for one in said[-3:]) / 3 > 1.9, [round(one["reward"], 2) for one in said]
 
@@ -348,13 +358,13 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
     found = load_datasets(made, family)
     attached, reference = init_rl_policy(made, family)
     warned: list[str] = []
-    feed = assembly.build_rl_batch_source(made, family, found, attached, reference, None, warned.append)
-    assert isinstance(feed, RolloutCollector)
+    feed = assembly.build_training_source(made, family, found, attached, reference, None, warned.append)
+    assert isinstance(feed, RolloutSource)
     assert not warned  # one copy of the weights
     assert not any("reward" in name for name in attached.parameters())
 
     answers = [Completion("p1?", text, Origin("x", 1), {"prompt": "p1?"}) for text in ("aa", "zz", "")]
-    mine = feed.rewards[0][0](answers)
+    mine = feed.collector.rewards[0][0](answers)
     _, judge, _ = open_run(reward)  # the same run, opened by itself
     judge.train(False)
     scores = []
@@ -372,7 +382,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
     assert abs(scores[0] - scores[1]) > 1e-3
 
     batch = next(feed)[0]
-    said = feed.heard(dict)
+    said = feed.take_metrics()
     assert said["kl"] == pytest.approx(0, abs=1e-4)  # the policy is still what it started from
     with attached.disabled(), torch.no_grad():
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
@@ -389,7 +399,7 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
     family = load_family(made.model)
     found = load_datasets(made, family)
     warned: list[str] = []
-    feed = assembly.build_rl_batch_source(made, family, found, *init_rl_policy(made, family), None, warned.append)
+    feed = assembly.build_training_source(made, family, found, *init_rl_policy(made, family), None, warned.append)
     assert "second model of" in warned[0]
     assert len(next(feed)) > 0
 
@@ -408,7 +418,7 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
             generator = torch.Generator().manual_seed(0)
             for parameter in attached.parameters().values():
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-        feed = assembly.build_rl_batch_source(made, family, data, attached, reference)
+        feed = assembly.build_training_source(made, family, data, attached, reference)
         family.enable_gradient_checkpointing(over)
         found.append(gradients(family, made.objective, attached, next(feed)))
     first, second = found
@@ -424,7 +434,7 @@ def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
 
 
 def feed_of(made: Any, family: Any, data: Any, attached: Any, reference: Any) -> Any:
-    return assembly.build_rl_batch_source(made, family, data, attached, reference)
+    return assembly.build_training_source(made, family, data, attached, reference)
 
 
 def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> None:
@@ -508,7 +518,7 @@ def test_the_four_roles_of_ppo_cost_at_most_half_more_memory_than_sft() -> None:
         family, attached = set_up(objective, dtype=torch.float32)
         family.enable_gradient_checkpointing(384)
         optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, 0.01, OptimizerConfig(), 2)
-        optimizer.set_rate(0)
+        optimizer.set_learning_rate(0)
         feed = rolls(objective, family, attached, micro=384)
         family.train(True)
         batches = next(feed) if name == "sft" else None
@@ -529,11 +539,11 @@ def test_prompts_that_processes_share_get_the_answers_that_one_process_gives() -
         shards = {} if start is None else {"map_shards": lambda work, items: [work(items[:1], 0), work(items[1:], start)]}
         feed = rolls(objective, family, attached, **shards)
         next(feed)
-        assert feed._round is not None
-        return vars(feed._round)
+        assert feed.rollout is not None
+        return vars(feed.rollout)
 
     whole, shared, control = drawn(None), drawn(1), drawn(0)
-    assert whole["answers"] == shared["answers"] != control["answers"]
+    assert whole["completions"] == shared["completions"] != control["completions"]
     assert whole["rewards"] == shared["rewards"]
-    for name, column in whole["columns"].items():
-        torch.testing.assert_close(shared["columns"][name], column, rtol=1e-4, atol=1e-5)
+    for name, column in whole["token_values"].items():
+        torch.testing.assert_close(shared["token_values"][name], column, rtol=1e-4, atol=1e-5)

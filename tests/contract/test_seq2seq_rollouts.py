@@ -24,7 +24,8 @@ from luthier.data.batch_source import InMemoryBatchSource
 from luthier.models.families.seq2seq import Seq2Seq
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rl import Completion, RolloutCollector
+from luthier.rl import Completion, RolloutCollector, RolloutSource
+from luthier.training.loop import _follow_rollout
 from luthier.training.optimizer import Optimizer, OptimizerConfig
 from luthier.training.step import forward_objective, step
 from tiny import END_OF_TEXT, IM_END
@@ -36,7 +37,7 @@ PROMPTS = [TokenizedExample((TokenSpan((*range(65, 65 + n), IM_END), (0.0,) * (n
 
 def letters(answers: Sequence[Completion]) -> list[float]:
     """The share of an answer's tokens that are P, Q, ... W: countable, and best at 1."""
-    return [sum(80 <= token < 88 for token in answer.tokens) / len(answer.tokens) for answer in answers]
+    return [sum(80 <= token < 88 for token in answer.token_ids) / len(answer.token_ids) for answer in answers]
 
 
 def set_up(objective: Any, kind: str = "gated", seed: int = 3, stirred: bool = True, **model: Any) -> tuple[Seq2Seq, Any]:
@@ -45,9 +46,9 @@ def set_up(objective: Any, kind: str = "gated", seed: int = 3, stirred: bool = T
     return family, attach_heads(family, attached, objective, seed)
 
 
-def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> RolloutCollector:
-    return RolloutCollector(family, PROMPTS, objective, [(letters, 1.0)], InMemoryBatchSource(PROMPTS, rounds, None, seed=seed), micro, seed,
-                            attached.disabled)
+def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> RolloutSource:
+    return RolloutSource(RolloutCollector(PROMPTS, objective, [(letters, 1.0)], InMemoryBatchSource(PROMPTS, rounds, None, seed=seed),
+                                          micro, seed, attached.disabled), family)
 
 
 def alone(family: Seq2Seq, prompt: Sequence[int], answer: Sequence[int], temperature: float) -> Tensor:
@@ -133,9 +134,9 @@ def test_a_countable_reward_rises(objective: Any) -> None:
     family.train(True)
     said = []
     for number in range(40 if objective.name == "ppo" else 20):
-        optimizer.set_rate(number)
+        optimizer.set_learning_rate(number)
         found = step(family, objective, next(feed), optimizer, reference=attached.disabled)
-        said.append(dict(feed.heard(found.numbers)))
+        said.append(dict(_follow_rollout(feed, found)))
     rewards = [one["reward"] for one in said if one]
     assert rewards[0] < 0.2
     assert sum(rewards[-3:]) / 3 > 0.8, [round(one, 2) for one in rewards]
@@ -157,18 +158,18 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
                    "output_dir": str(tmp_path / "reward")}, quiet=True)
     made = assembly.recipe({"init_from": str(sft.path), "seed": 3,
                          "objective": {"name": "ppo", "reward": {"model": str(judge.path)}, "kl_coef": 0.1,
-                                       "critic": "adapter", "answers": 2, "max_new_tokens": 4},
+                                       "critic": "adapter", "num_generations": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
                          "training": {"max_steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
     family = load_family(made.model)
     found = load_datasets(made, family)
     attached, reference = init_rl_policy(made, family)
     warned: list[str] = []
-    feed = assembly.build_rl_batch_source(made, family, found, attached, reference, None, warned.append)
-    assert isinstance(feed, RolloutCollector)
+    feed = assembly.build_training_source(made, family, found, attached, reference, None, warned.append)
+    assert isinstance(feed, RolloutSource)
     assert not warned  # one copy of the weights
     answers = [Completion("p1:", text, Origin("x", 1), {"prompt": "p1:"}) for text in ("aa", "zz", "b")]
-    mine = feed.rewards[0][0](answers)
+    mine = feed.collector.rewards[0][0](answers)
     _, alone_, _ = open_run(judge)  # the same run, opened by itself
     alone_.train(False)
     for answer, given in zip(answers, mine, strict=True):
@@ -182,7 +183,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
         assert given == pytest.approx(float(scores), rel=1e-4, abs=1e-5)
     assert abs(mine[0] - mine[1]) > 1e-3
     batch = next(feed)[0]
-    assert feed.heard(dict)["kl"] == pytest.approx(0, abs=1e-4)  # the policy is still what it started from
+    assert feed.take_metrics()["kl"] == pytest.approx(0, abs=1e-4)  # the policy is still what it started from
     with attached.disabled(), torch.no_grad():
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     assert bare is not None

@@ -377,7 +377,7 @@ def test_a_run_opens_again_with_and_without_its_recipe(name: str, settings: dict
     attached = attach(family, name, **settings)
     run = saved(family, attached, tmp_path / "run", origin, {"name": name, **settings})
     if recipe:
-        run.begin(assembly.dump(assembly.recipe({"model": str(origin), "data": "-", "method": {"name": name, **settings}})), {})
+        run.create(assembly.dump(assembly.recipe({"model": str(origin), "data": "-", "method": {"name": name, **settings}})), {})
     made, again, method = open_run(run)
     assert made.method.name == name
     assert torch.equal(logits(again), logits(family))
@@ -408,7 +408,7 @@ def test_bitfit_and_lora_are_one_method_together() -> None:
     assert any("lora_A" in n for n in start)
     adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(warmup_ratio=0), 4)
     for i in range(3):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         step(family, SFT, [build_batch(documents())], adam)
     assert all(not torch.equal(p, start[n]) for n, p in attached.parameters().items())
     assert digest(family) == weights

@@ -19,7 +19,7 @@ from luthier.data.batch_source import InMemoryBatchSource
 from luthier.data.packing import build_batch, pack_examples
 from luthier.models import CausalLM
 from luthier.training import checkpoint
-from luthier.training.loop import TrainingConfig, TrainJob, run_training_loop
+from luthier.training.loop import OnlineTrainJob, TrainingConfig, TrainJob, run_training_loop
 from luthier.training.optimizer import Optimizer, OptimizerConfig, compute_lr_factor
 from luthier.training.step import compute_reference_logps, evaluate_batches, forward_objective, step
 
@@ -54,7 +54,7 @@ def test_a_step_has_the_gradient_of_the_whole_batch_divided_once() -> None:
     found: dict[str, torch.Tensor] = {}
     adam.complete = lambda: found.update({n: p.grad.clone() for n, p in attached.parameters().items()})  # type: ignore[method-assign, union-attr]
     stepped = step(family, SFT, rows(), adam)
-    numbers = stepped.numbers()
+    numbers = stepped.read_metrics()
     loss = wanted.pop("loss")
     assert apart(found, wanted) < 1e-6
     assert numbers["loss"] == pytest.approx(float(loss), rel=1e-6)
@@ -73,7 +73,7 @@ def test_two_steps_do_not_add_up_their_gradients() -> None:
         adam = optimizer(attached, STILL)
         for _ in range(steps):
             stepped = step(family, SFT, rows(), adam)
-        lengths.append(stepped.numbers()["grad_norm"])
+        lengths.append(stepped.read_metrics()["grad_norm"])
     assert lengths[1] == pytest.approx(lengths[0], rel=1e-9)
 
 
@@ -87,7 +87,7 @@ def test_a_step_updates_with_the_clipped_gradient() -> None:
         step(family, SFT, rows(), optimizer(attached, 1.0, max_grad_norm=limit, adam_epsilon=1e4))
         moved.append(sum(float((p - before[n]).square().sum()) for n, p in attached.parameters().items()) ** 0.5)
     family = base("llama")
-    norm = step(family, SFT, rows(), optimizer(attach(family, "lora"), STILL)).numbers()["grad_norm"]
+    norm = step(family, SFT, rows(), optimizer(attach(family, "lora"), STILL)).read_metrics()["grad_norm"]
     assert norm > 0.1
     assert moved[1] / moved[0] == pytest.approx(0.01 / norm, rel=1e-3)
 
@@ -198,7 +198,7 @@ def test_a_step_is_made_with_the_rate_that_it_reports(tmp_path: Path) -> None:
         before = {name: p.detach().clone() for name, p in attached.parameters().items()}
         feed = Feed()
         made = job(tmp_path / str(len(moved)), family, attached, [], 0.01, feed=feed, optimizer=settings, steps=10)
-        made.stop = lambda: "enough"
+        made.get_stop_signal = lambda: "enough"
         run_training_loop(made)
         moved.append(max(float((p - before[n]).abs().max()) for n, p in attached.parameters().items()))
     assert moved[1] / moved[0] == pytest.approx(0.1, rel=1e-3)
@@ -233,16 +233,22 @@ def test_evaluations_come_when_they_should_and_at_the_end(tmp_path: Path) -> Non
         assert [number for number, line in lines if "eval_loss" in line] == wanted
 
 
-class Scripted:
+class Scripted(Feed):
     """Evaluations as a test wants them, in place of a measurement."""
 
-    def __init__(self, losses: list[float]) -> None:
+    early_stop_kl = None
+
+    def __init__(self, losses: list[float], seen: Any) -> None:
+        super().__init__(seen)
         self.losses = iter(losses)
 
-    def heard(self, numbers: Any) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float]:
         return {}
 
-    def judged(self, prompts: Any = None) -> dict[str, float]:
+    def end_rollout(self) -> None:
+        raise AssertionError("no KL is measured")
+
+    def evaluate(self, prompts: Any = None) -> dict[str, float]:
         return {"loss": next(self.losses)}
 
 
@@ -251,10 +257,9 @@ def scripted(folder: Path, losses: list[float], **training: Any) -> tuple[Any, l
     family = base("llama", dtype=torch.float32)
     attached = attach(family, "lora")
     weights: list[dict[str, torch.Tensor]] = []
-    feed = Feed(lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
+    feed = Scripted(losses, lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
     made = job(folder, family, attached, [], 0.01, feed=feed, held=rows(), steps=len(losses), eval_steps=1, **training)
-    made.rolling = Scripted(losses)
-    summary = run_training_loop(made)
+    summary = run_training_loop(OnlineTrainJob(**vars(made)))
     return summary, weights, attached
 
 

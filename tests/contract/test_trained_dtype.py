@@ -40,7 +40,7 @@ def trained(name: str, settings: dict[str, Any], rate: float, dtype: torch.dtype
     adam = Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), steps, attached.optimizer_hooks)
     before = {n: p.detach().clone() for n, p in attached.parameters().items()}
     for i in range(steps):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         step(family, SFT, pack_examples(documents(seed=i), 30), adam)
     return adam, before, {n: p.detach().clone() for n, p in attached.parameters().items()}
 
@@ -74,9 +74,9 @@ def test_small_updates_add_up() -> None:
     adam = Optimizer({"w": weight}, lambda _: 1.0, 5e-4, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0, max_grad_norm=None), 1000)
     plain = torch.optim.AdamW([control], lr=5e-4, weight_decay=0)
     for i in range(1000):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         weight.sum().backward()
-        adam.step(adam.clip())
+        adam.step(adam.clip_grad_norm())
         control.grad = torch.ones_like(control)
         plain.step()
     assert weight.tolist() == pytest.approx([0.5] * 4, abs=0.004)
@@ -122,7 +122,7 @@ def test_it_is_mixed_precision_written_out(max_tokens: int) -> None:
     attached = attach(family, "full", stirred=False)
     adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 4)
     for i in range(4):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         assert step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam).micro_batches == (1 if max_tokens == 400 else 5)
     for name, master in masters.items():
         torch.testing.assert_close(adam.parameters[name].detach(), master.detach(), rtol=1e-6, atol=2e-6)
@@ -138,7 +138,7 @@ def test_it_resumes_to_the_bit(tmp_path: Path) -> None:
 
     def run(family: Any, adam: Optimizer, steps: range) -> None:
         for i in steps:
-            adam.set_rate(i)
+            adam.set_learning_rate(i)
             step(family, SFT, pack_examples(documents(seed=i), 40), adam)
 
     family, attached, adam = fresh()

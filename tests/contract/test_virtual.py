@@ -324,7 +324,7 @@ def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
     made = assembly.recipe({"model": str(origin), "data": "-", "method": [{"name": "ptuning", "num_virtual_tokens": N}, "bitfit"],
                          "output_dir": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     family = load_family(made.model)
     attached = attach_method(family, made.method, 0)
     stir(attached)
@@ -384,7 +384,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
 
     def go_on(family: CausalLM, adam: Optimizer, steps: range) -> None:
         for i in steps:
-            adam.set_rate(i)
+            adam.set_learning_rate(i)
             step(family, assembly.recipe({"data": "-"}).objective, [build_batch(documents())], adam)
 
     family, attached, adam = begun()

@@ -84,7 +84,7 @@ def test_a_run_opens_again(method: str, tmp_path: Path) -> None:
     attached = attach_method(family, made.method, 0)
     stir(attached)
     run = Run(tmp_path / "run")
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     save_tuned(run, made, family, attached)
     kind = json.loads((run.path / "adapter_config.json").read_text())["peft_type"]
     assert kind == {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING"}.get(method, "LUTHIER")

@@ -207,7 +207,7 @@ def test_a_run_opens_again_and_is_inspected(method: str, tmp_path: Path) -> None
     attached = attach_method(family, made.method, made.seed)
     stir(attached, size=1.0)
     run = Run(tmp_path / "run")
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     save_tuned(run, made, family, attached)
     assert json.loads((run.path / "adapter_config.json").read_text())["peft_type"] == "LUTHIER"
     (reading,) = inspect_run(run, quiet=True)["readings"]

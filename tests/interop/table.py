@@ -113,7 +113,7 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
     attached, _ = init_rl_policy(recipe, base)
     stir(attached)
     run = Run(path / "run")
-    run.begin(assembly.dump(recipe), assembly.provenance(recipe))
+    run.create(assembly.dump(recipe), assembly.provenance(recipe))
     save_tuned(run, recipe, base, attached)
     return Made(run, recipe, base, task)
 

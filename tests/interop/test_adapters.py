@@ -334,11 +334,11 @@ DAMAGED: dict[str, tuple[Any, str]] = {
         "base_model.model.model.embed_tokens.weight": torch.ones(264, 32, dtype=torch.float64)}), "save_embedding_layers"),
     "a longer vocabulary": (_change_weights(lambda s: s | {
         "base_model.model.lm_head.weight": torch.ones(300, 32, dtype=torch.float64)}), "save_embedding_layers"),
-    "config is no JSON": (_config("{not json"), "is no JSON"),
-    "config is empty": (_config(""), "is no JSON"),
+    "config is no JSON": (_config("{not json"), "is not valid JSON"),
+    "config is empty": (_config(""), "is not valid JSON"),
     "config is a list": (_config("[1]"), "holds a list"),
-    "config without a type": (_config('{"r": 8}'), "names no peft_type"),
-    "a type that is no word": (_config('{"peft_type": 3}'), "names no peft_type"),
+    "config without a type": (_config('{"r": 8}'), "has no peft_type"),
+    "a type that is no word": (_config('{"peft_type": 3}'), "has no peft_type"),
     "a prompt without its length": (_config('{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}'), "num_virtual_tokens"),
     "AdapterHub": (_hub, "AdapterHub"),
 }
@@ -425,7 +425,7 @@ def made_run(kind: str, method: Any, folder: Path, **options: Any) -> tuple[Any,
     origin = save_tiny(folder.parent / "base", kind, **options)
     made = assembly.recipe({"model": {"name_or_path": str(origin), "dtype": "float64"}, "data": "-", "method": method, "output_dir": str(folder)})
     run = Run(folder)
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     family = load_family(made.model)
     attached = attach_method(family, made.method, 3)
     dice = torch.Generator().manual_seed(4)

@@ -128,7 +128,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["train", "--model", "base"], ["data", "required"]),
     (["train", "--model", "base", "--data", "nothing.jsonl", "data.max_length=64"], ["nothing.jsonl"]),
     (["train", "--model", "smolm2", "--data", "train.jsonl"], ["did you mean 'smollm2'"]),
-    (["evaluate", "lor"], ["there is no run folder 'lor'", "lora"]),
+    (["evaluate", "lor"], ["run folder 'lor' not found", "lora"]),
     (["evaluate"], ["takes one run"]),
     (["evaluate", "full", "--base-model-only"], ["whole model"]),
     (["chat", "full", "--compare"], ["whole model"]),
@@ -156,7 +156,7 @@ def test_errors_are_json_too(run: Callable[..., Output]) -> None:
     code, out, err = run("evaluate", "nowhere", "--json")
     error = json.loads(out)["error"]
     assert (code, error["kind"], error["exit_code"]) == (2, "RunError", 2)
-    assert "there is no run folder" in error["what"] in err
+    assert "not found" in error["what"] in err
 
 
 def test_a_full_disk_is_one_message(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:

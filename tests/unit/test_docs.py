@@ -76,7 +76,7 @@ def line_names() -> set[str]:
     reported = {re.sub(r"(_\d+)+$", "", name) if name.startswith(("confusion", "calibration")) else name
                 for case in cases().values()
                 for name in [*case.loss().metrics, *case.objective.compute_eval_metrics(case.outputs, case.target)]}
-    written = "".join(inspect.getsource(function) for function in (loop._log_step, StepResult.numbers))
+    written = "".join(inspect.getsource(function) for function in (loop._log_step, StepResult.read_metrics))
     return reported | set(re.findall(r'"(\w+)"(?=:|\])', written))
 
 

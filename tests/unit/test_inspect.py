@@ -26,7 +26,7 @@ def tuned(tmp_path: Path, method: dict[str, Any], kind: str = "llama", move: flo
     origin = save_tiny(tmp_path / "base", kind, dtype=torch.float32)
     made = assembly.recipe({"model": str(origin), "data": "-", "method": method, "output_dir": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
-    run.begin(assembly.dump(made), {})
+    run.create(assembly.dump(made), {})
     family = load_family(made.model)
     attached = attach_method(family, made.method, made.seed)
     with torch.no_grad():

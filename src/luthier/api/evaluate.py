@@ -13,8 +13,8 @@ from typing import Any
 from luthier import assembly
 from luthier.assembly.factory import build_eval_prompts, load_datasets, resolve_micro_batch_tokens
 from luthier.assembly.initialization import reference_context
+from luthier.assembly.policy_evaluation import evaluate_policy
 from luthier.assembly.recipe import Recipe
-from luthier.assembly.rl_setup import evaluate_run_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError
 from luthier.evaluation.generation_eval import add_perplexity, evaluate_generations
@@ -72,7 +72,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     family.train(False)
     with attached.disabled() if base_model_only and attached else nullcontext():
         batches = assembly.rows.build_eval_batches(encoded, resolve_micro_batch_tokens(made, family))
-        results = (evaluate_run_policy(made, family, attached, found, encoded) if made.objective.is_online
+        results = (evaluate_policy(made, family, attached, found, encoded) if made.objective.is_online
                    else add_perplexity(evaluate_batches(family, made.objective, batches, reference)))
         if made.evaluate.metrics:
             asked = build_eval_prompts(made, family, examples)

@@ -24,19 +24,20 @@ from luthier.assembly.factory import load_family, resolve_micro_batch_tokens
 from luthier.assembly.provenance import open_recipe
 from luthier.assembly.recipe import Recipe
 from luthier.assembly.run_io import open_run
+from luthier.core.digests import compute_path_sha256
 from luthier.core.errors import MissingExtra, RecipeError, RunError
 from luthier.core.examples import ClassificationExample, ImageExample
 from luthier.core.labels import get_label_key
 from luthier.core.types import TokenizedExample
 from luthier.reporting.progress import Progress, print_line, status
 from luthier.training.os_errors import translate_os_errors
-from luthier.training.run_folder import Run, compute_digest
+from luthier.training.run_folder import Run
 
 if TYPE_CHECKING:
     import numpy as np
 
 Labels = list[Any]  # of each row a class's name, several of them, a number, or None for a picture without a label
-KINDS = frozenset({"LabelledExample", "ImageExample"})  # what has one state and one label
+KINDS = frozenset({"ClassificationExample", "ImageExample"})  # what has one state and one label
 
 
 def features(model: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
@@ -124,10 +125,10 @@ def _describe_features(made: Recipe, run: Run | None) -> str:
     """A fingerprint of all that decides the features: weights, rows, settings."""
     data, base = made.data.test, made.model.model_dump_json(exclude={"name_or_path", "device"})
     assert data is not None
-    weights = [compute_digest(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
+    weights = [compute_path_sha256(file) for file in sorted(run.path.glob("*.safetensors"))] if run else []
     if run is None or run.adapter is not None:
         weights.append(assembly.compute_fingerprint(assembly.prepare_folder(made.model)))
-    rows = compute_digest(Path(data.path)) if Path(data.path).exists() else data.path
+    rows = compute_path_sha256(Path(data.path)) if Path(data.path).exists() else data.path
     told = [weights, rows, base, made.data.model_dump_json(exclude={"train"})]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 

@@ -16,8 +16,8 @@ import yaml
 
 from luthier import assembly
 from luthier.api.train import Interrupted, train
+from luthier.assembly.policy_evaluation import evaluate_policies
 from luthier.assembly.recipe import Recipe
-from luthier.assembly.rl_setup import evaluate_policies
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.reporting.plots import plot_rlhf
 from luthier.training.run_folder import Run

@@ -56,7 +56,14 @@ from luthier.reporting.progress import Progress, status
 from luthier.training import checkpoint
 from luthier.training.interrupts import handle_interrupts
 from luthier.training.learning_monitor import LearningMonitor
-from luthier.training.loop import OnlineFeed, TrainJob, TrainResult, count_total_steps, run_training_loop
+from luthier.training.loop import (
+    OnlineFeed,
+    OnlineTrainJob,
+    TrainJob,
+    TrainResult,
+    count_total_steps,
+    run_training_loop,
+)
 from luthier.training.memory import configure_malloc, measure_peak_gb
 from luthier.training.os_errors import translate_os_errors
 from luthier.training.rng import seed_everything
@@ -86,8 +93,8 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     quiet = quiet or process_group.get_rank() > 0
     run = Run(process_group.broadcast_object(made.output_dir or str(_choose_run_name(made))))
     if not resume:
-        run.vacant() if process_group.get_rank() == 0 else None
-    elif _is_finished(run.existing(), made, quiet):
+        run.require_vacant() if process_group.get_rank() == 0 else None
+    elif _is_finished(run.require_exists(), made, quiet):
         _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
     assembly.rows.check_sources(made.data)
@@ -130,7 +137,7 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     attached, reference = init_rl_policy(made, base)
     if not resume or process_group.get_rank() > 0:
         kept = make_paths_absolute(made)
-        out.begin(assembly.dump(kept), record_start(kept, identity, list_resolved(before, made)))
+        out.create(assembly.dump(kept), record_start(kept, identity, list_resolved(before, made)))
     if not saved:
         _write_data_report(out, found.report)
     for line in found.report.lines():
@@ -142,15 +149,15 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     for line in (describe_reference_cost(made, attached), describe_master_copy_cost(attached)):
         _print_line(quiet or not line, line)
     found = _precompute_references(made, base, found, reference, quiet)
-    feed = assembly.build_rl_batch_source(made, base, found, attached, reference, out.path,
+    feed = assembly.build_training_source(made, base, found, attached, reference, out.path,
                                           lambda line: _print_line(quiet, f"warning: {line}"))
     _print_warnings(quiet, find_schedule_problems(made, feed))
-    rolling = feed if isinstance(feed, assembly.RolloutCollector) else None
+    rollouts = feed if isinstance(feed, assembly.RolloutSource) else None
     results: dict[str, Any] = share | (process_group.broadcast_object(run.results) if resume else {})
     part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
     if made.evaluate.before_training and not {"before", f"{part}_before"} & results.keys():
         with initial_model(reference):
-            results |= _evaluate_before(out, made, base, part, found.test or found.eval, asked, reference, rolling,
+            results |= _evaluate_before(out, made, base, part, found.test or found.eval, asked, reference, rollouts,
                                         quiet)
     out.write("results.json", results)
     trackers = [*_build_trackers(out, made, saved, share), LearningMonitor(
@@ -158,10 +165,11 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     if process_group.get_rank() > 0:
         # Everything that ranks must have alike is made by now; dropout need not be alike.
         seed_everything(made.seed + process_group.get_rank())
-    job = TrainJob(base, attached, made.objective, feed, build_eval_batches(made, base, found),
+    job_type: Any = OnlineTrainJob if rollouts else TrainJob
+    job = job_type(base, attached, made.objective, feed, build_eval_batches(made, base, found),
                    made.training, made.optimizer, rate, run.checkpoints,
-                   reference=reference, rolling=rolling, log=_log_to_all(*trackers),
-                   warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), record=CheckpointRecord(out))
+                   reference=reference, log=_log_to_all(*trackers),
+                   warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), get_record=CheckpointRecord(out))
     summary = _run_training(job, trackers, saved, quiet)
     if isinstance(feed, assembly.rows.StreamingBatchSource):
         _write_stream_report(out, feed.report(found.report), quiet)
@@ -283,19 +291,20 @@ def _run_training(job: TrainJob, trackers: Sequence[Tracker], saved: checkpoint.
     with ExitStack() as closing, handle_interrupts() as interruption, Progress(total, start=start, quiet=quiet) as bar:
         for tracker in trackers:
             closing.callback(tracker.close)
-        job.stop = lambda: interruption.requested or ""
+        job.get_stop_signal = lambda: interruption.requested or ""
         shown = {"loss": "loss", "reward": "reward", "eval_loss": "eval loss", "tokens_per_second": "tokens/s"}
-        job.show = lambda step, metrics: bar.update(step, **{shown[k]: v for k, v in metrics.items() if k in shown})
+        job.show_progress = lambda step, metrics: bar.update(
+            step, **{shown[k]: v for k, v in metrics.items() if k in shown})
         return run_training_loop(job, saved)
 
 
 def _evaluate_before(run: Run, made: Recipe, base: Any, part: str, test: list[TokenizedExample],
                      asked: Sequence[EvalPrompt],
-                     reference: Reference, rolling: OnlineFeed | None, quiet: bool) -> dict[str, Any]:
+                     reference: Reference, rollouts: OnlineFeed | None, quiet: bool) -> dict[str, Any]:
     """What the model is worth, before anything is trained."""
     results: dict[str, Any] = {}
     if test:
-        results[f"{part}_before"] = measured = _evaluate_objective(made, base, test, nullcontext, rolling)
+        results[f"{part}_before"] = measured = _evaluate_objective(made, base, test, nullcontext, rollouts)
         results |= _pick_headline("before", measured)
     if asked:
         before = _evaluate_answers("the base answers", base, asked, made, quiet)
@@ -313,7 +322,7 @@ def _finish_run(run: Run, made: Recipe, job: TrainJob, summary: TrainResult, par
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": measure_peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results[part] = measured = _evaluate_objective(made, base, test, job.reference or nullcontext, job.rolling)
+        results[part] = measured = _evaluate_objective(made, base, test, job.reference or nullcontext, job.rollouts)
         results |= _pick_headline("after", measured) | {"measured_on": part,
                                                         "examples": len(test[:made.evaluate.max_samples])}
         plot_metrics(measured, made.objective.classes or (), run.path)
@@ -331,11 +340,11 @@ def _finish_run(run: Run, made: Recipe, job: TrainJob, summary: TrainResult, par
 
 
 def _evaluate_objective(made: Recipe, base: Any, test: list[TokenizedExample], reference: Reference,
-                        rolling: OnlineFeed | None) -> dict[str, float]:
+                        rollouts: OnlineFeed | None) -> dict[str, float]:
     """The objective's own measures of test rows."""
     base.train(False)
-    if rolling:
-        return rolling.judged(test[:made.evaluate.max_samples])
+    if rollouts:
+        return rollouts.evaluate(test[:made.evaluate.max_samples])
     batches = assembly.rows.build_eval_batches(test[:made.evaluate.max_samples], resolve_micro_batch_tokens(made, base))
     return add_perplexity(evaluate_batches(base, made.objective, batches, reference))
 

@@ -30,6 +30,7 @@ from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
 from luthier.assembly.initialization import attach_runs, reference_context
 from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.assembly.multi_adapter_loading import ServedModels, display_name, load_served_models
+from luthier.assembly.policy_evaluation import evaluate_policies, evaluate_policy
 from luthier.assembly.provenance import (
     CheckpointRecord,
     check_base,
@@ -62,14 +63,7 @@ from luthier.assembly.reference_model import (
     initial_model,
     precompute_reference,
 )
-from luthier.assembly.rl_setup import (
-    build_rl_batch_source,
-    check_rewards,
-    evaluate_policies,
-    evaluate_run_policy,
-    init_rl_policy,
-    load_rollout_collector,
-)
+from luthier.assembly.rl_setup import build_rollout_source, build_training_source, check_rewards, init_rl_policy
 from luthier.assembly.run_io import (
     build_prompt_format,
     convert_to_plain_lora,
@@ -103,13 +97,13 @@ from luthier.models import (
     prepare_folder,
     resolve_name,
 )
-from luthier.rl import RolloutCollector
+from luthier.rl import RolloutSource
 from luthier.training.run_folder import Run
 
 __all__ = [
     "ALIASES", "PEFT_ONLY_FIELDS", "AdapterManager", "ModelConfig", "CausalLM", "CheckpointRecord", "DataConfig",
     "METHODS",
-    "PromptFormat", "Diagnostic", "Recipe", "RolloutCollector", "Run", "ServedModels", "precompute_reference",
+    "PromptFormat", "Diagnostic", "Recipe", "RolloutSource", "Run", "ServedModels", "precompute_reference",
     "attach_method", "attach_runs",
     "describe_model_conflict",
     "beforehand", "init_rl_policy", "reference_context", "get_cache_folder", "display_name", "build_variant",
@@ -119,10 +113,10 @@ __all__ = [
     "read_context_length",
     "convert_to_plain_lora", "load_datasets", "default_learning_rate", "diagnose", "describe_learning_rate",
     "select_device",
-    "dump", "load_family", "build_rl_batch_source", "fill_left_out", "find_data_problems", "find_method_problems",
+    "dump", "load_family", "build_training_source", "fill_left_out", "find_data_problems", "find_method_problems",
     "find_schedule_problems", "find_unused_settings", "compute_fingerprint", "fit_objective", "prepare_folder",
     "export_gguf_adapter",
-    "export_gguf_model", "build_eval_batches", "identify_base", "evaluate_run_policy", "has_saved_heads",
+    "export_gguf_model", "build_eval_batches", "identify_base", "evaluate_policy", "has_saved_heads",
     "estimate_weight_gb",
     "list_changes", "list_differences",
     "list_resolved", "make_paths_absolute", "make_public", "describe_master_copy_cost", "method_name",
@@ -130,7 +124,7 @@ __all__ = [
     "name_base", "set_chat_format", "open_recipe", "open_run", "describe_reference_cost", "build_prompt_format",
     "provenance",
     "build_eval_prompts", "recipe", "record_results", "record_start", "recorded", "resolve_name", "resolve_settings",
-    "load_rollout_collector",
+    "build_rollout_source",
     "rows", "is_same_model", "save_tuned", "save_full_model", "resolve_saved_dtype", "load_served_models",
     "evaluate_policies",
     "load_base_tokenizer", "initial_model",

@@ -25,7 +25,7 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], comb
         RecipeError: the runs have different bases, are no LoRAs, or have heads.
         RunError: a run cannot be read, or `out` holds one.
     """
-    out.vacant()
+    out.require_vacant()
     recipes = [open_recipe(adapted(run), base_model, report) for run in runs]
     first = recipes[0]
     for run, made in zip(runs, recipes, strict=True):
@@ -46,9 +46,9 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], comb
     found = merge_loras(loras, weights, combination_type, rank)
     made = first.model_copy(update={"method": found.config, "init_from": None, "output_dir": str(out.path)})
     made = make_paths_absolute(made)
-    out.begin(dump(made), {**record_start(made, identify_base(made.model), []),
-                           "combined": {str(run.path): float(weight)
-                                                            for run, weight in zip(runs, weights, strict=True)}})
+    out.create(dump(made), {**record_start(made, identify_base(made.model), []),
+                           "combined": {
+        str(run.path): float(weight) for run, weight in zip(runs, weights, strict=True)}})
     attached = attach_method(base, made.method, made.seed)
     attached.load(found.state)
     save_tuned(out, made, base, attached)

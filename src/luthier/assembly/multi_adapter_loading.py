@@ -105,7 +105,7 @@ def display_name(place: Path | str) -> str:
 
 def _modifies_base(run: Run) -> bool:
     """Whether the run's method works inside the base's own modules, which nothing else can then share."""
-    return any(isinstance(part, PeftConfig) for part in list_parts(recorded(run.existing()).method))
+    return any(isinstance(part, PeftConfig) for part in list_parts(recorded(run.require_exists()).method))
 
 
 def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = None,
@@ -134,7 +134,7 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
         base.train(False)
         return ServedModels(base, None, {name: None}, {name: build_prompt_format(run, made)},
                             {name: base.structure.sizes["context"]})
-    recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
+    recipes = {name: open_recipe(run.require_exists(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
     for name, made in recipes.items():
         if base_model is None and (conflict := describe_model_conflict(folders[name], recipes[first].model)):

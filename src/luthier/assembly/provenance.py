@@ -236,7 +236,7 @@ def check_runs(made: Recipe, report: Report) -> None:
     to start from is not there or stands on another base."""
     if made.init_from is None:
         return
-    start = Run(made.init_from).existing()
+    start = Run(made.init_from).require_exists()
     if conflict := describe_model_conflict(start, made.model):
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  model.name_or_path: "
                           f"{recorded(start).model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}",

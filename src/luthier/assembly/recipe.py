@@ -19,6 +19,7 @@ from pydantic import Field, SerializeAsAny, ValidationInfo, field_validator
 from luthier.assembly.field_names import accept_peft_names, take_renamed
 from luthier.assembly.peft_adapters import read_method
 from luthier.core.config import NULL, Config
+from luthier.core.digests import compute_path_sha256
 from luthier.core.errors import RecipeError, RunError
 from luthier.data import TYPES_WITH_ANSWER, DataConfig
 from luthier.evaluation.generation_eval import EvaluateConfig
@@ -33,7 +34,7 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.training.loop import TrainingConfig
 from luthier.training.optimizer import OptimizerConfig
-from luthier.training.run_folder import Run, compute_digest
+from luthier.training.run_folder import Run
 
 AnyMethod: TypeAlias = Annotated[reduce(or_, METHODS.values(), CompositeConfig),  # type: ignore[valid-type]
                                  Field(discriminator="name")]
@@ -159,7 +160,7 @@ def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def adapted(run: Run) -> Run:
     """Itself, or a `RecipeError` where nothing can start from it."""
-    if run.existing().adapter is None:
+    if run.require_exists().adapter is None:
         raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
                           f"a whole model is a base like any other: model.name_or_path={run.path}")
     return run
@@ -327,7 +328,7 @@ def provenance(made: Recipe) -> dict[str, Any]:
     packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "data_sha256": {str(path): compute_digest(path) for path in paths if path.exists()},
+        "data_sha256": {str(path): compute_path_sha256(path) for path in paths if path.exists()},
     }
 
 

@@ -1,12 +1,13 @@
-"""The model that an objective compares with, where it costs something. Read `initialization.py` first.
+"""The reference model of an objective, where it costs memory or time. Read `initialization.py` first.
 
-What it is says `starts.beside`. An adapter is switched off for it, at no cost but a second forward pass. A method that
-changes the base's own weights has three ways:
+An adapter is disabled for the reference: no memory, and a second forward pass. A method that changes the base weights
+has two ways:
 
-    a copy          of what trains, exchanged for that pass (`method.keep_base`)
-    beforehand      every row's log-probabilities, computed once before anything trains and kept with the row
+    a copy          of what trains, swapped in for that pass (`method.keep_base`)
+    precomputed     every row's log-probabilities, computed once before the training and kept with the row
                     (`objective.precompute_reference`): no copy and no second pass, under any method
-    none            where the objective has no reference
+
+Either way an objective reads them from `Outputs.reference_logps`; `training/step.py` puts them there.
 """
 
 from __future__ import annotations
@@ -60,58 +61,60 @@ def describe_master_copy_cost(attached: Tuner) -> str:
 
 def precompute_reference(made: Recipe, base: Family, found: Datasets, reference: Reference,
                          tick: Callable[[int], None] = lambda done: None) -> Datasets:
-    """The rows with what the reference says of them, where the recipe wants it beforehand; else as they are. To be
-    called before anything has trained.
+    """The rows with the reference's log-probabilities, where the recipe precomputes them; else unchanged. Call it
+    before the training.
 
     Args:
-        tick: told how many rows are done.
+        tick: called with the number of rows done.
     """
     if not beforehand(made):
         return found
     done = 0
-    told = []
+    parts = []
     for part in (found.train, found.eval, found.test):
-        # In the precision of what it is compared with: held-out rows are measured without autocast.
+        # In the precision of the policy's own pass: held-out rows are evaluated without autocast.
         precision = build_autocast(made, base) if part is found.train else nullcontext()
         with precision:
-            told.append(_add_precomputed(made, base, part, reference, partial(_digest_inputs, tick, done)))
+            parts.append(_add_reference_logps(made, base, part, reference, partial(_report_progress, tick, done)))
         done += len(part)
-    return replace(found, train=told[0], eval=told[1], test=told[2])
+    return replace(found, train=parts[0], eval=parts[1], test=parts[2])
 
 
 @contextmanager
 def initial_model(reference: Reference) -> Iterator[None]:
-    """The model that the training starts from. A full run without a copy of its base cannot be switched to it, and
-    before its first step need not be."""
+    """The model that the training starts from, before its first step.
+
+    A full run without a copy of its base cannot switch to the base. Before the first step it still is the base.
+    """
     with ExitStack() as stack:
         with suppress(RunError):
             stack.enter_context(reference())
         yield
 
 
-def _digest_inputs(tick: Callable[[int], None], before: int, done: int) -> None:
+def _report_progress(tick: Callable[[int], None], before: int, done: int) -> None:
     tick(before + done)
 
 
-def _add_precomputed(made: Recipe, base: Family, encoded: Sequence[TokenizedExample], reference: Reference,
-                     tick: Callable[[int], None]) -> list[TokenizedExample]:
-    """Each example with the column `reference_logps`: one number for each of its predictions, in their order."""
-    found, done = list(encoded), 0
-    for start in range(0, len(found), GROUP):
-        for row in rows.assign_rows(found[start:start + GROUP], resolve_micro_batch_tokens(made, base)):
-            places = [start + i for i in row]
-            there = rows.build_batch([found[i] for i in places]).to(base.device)
-            logps = compute_reference_logps(base, there, partial(initial_model, reference)).cpu()
-            sizes = [sum(len(piece.predicted) for piece in found[i].pieces) for i in places]
-            for i, own in zip(places, logps.split(sizes), strict=True):
-                found[i] = replace(found[i], precomputed={"reference_logps": own.clone()})
-            done += len(places)
+def _add_reference_logps(made: Recipe, base: Family, encoded: Sequence[TokenizedExample], reference: Reference,
+                         tick: Callable[[int], None]) -> list[TokenizedExample]:
+    """Each example with `reference_logps`: one number for each of its predictions, in their order."""
+    examples, done = list(encoded), 0
+    for start in range(0, len(examples), GROUP):
+        for row in rows.assign_rows(examples[start:start + GROUP], resolve_micro_batch_tokens(made, base)):
+            indices = [start + i for i in row]
+            batch = rows.build_batch([examples[i] for i in indices]).to(base.device)
+            logps = compute_reference_logps(base, batch, partial(initial_model, reference)).cpu()  # [P]
+            sizes = [sum(len(piece.predicted) for piece in examples[i].pieces) for i in indices]
+            for i, own in zip(indices, logps.split(sizes), strict=True):
+                examples[i] = replace(examples[i], precomputed={"reference_logps": own.clone()})
+            done += len(indices)
             tick(done)
-    return found
+    return examples
 
 
 def build_autocast(made: Recipe, base: Family) -> AbstractContextManager[Any]:
-    """Mixed precision, where the recipe trains in it."""
+    """The autocast context of the recipe's precision."""
     if made.training.precision == "bf16":
         return torch.autocast(base.device.type, torch.bfloat16)
     return nullcontext()

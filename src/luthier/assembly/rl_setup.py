@@ -1,275 +1,135 @@
-"""PPO's and GRPO's parts: policy, reference, critic and reward on one base, and the feed that rolls. Read
-`initialization.py`.
+"""The roles of PPO and GRPO on one base model, and the batch source of rollouts. Read `initialization.py` first.
 
-| role      | what it is                                                                                    |
-|-----------|-----------------------------------------------------------------------------------------------|
-| policy    | the recipe's method, training                                                                 |
-| reference | the bare base, or the adapter of `init_from`, frozen                                          |
-| critic    | a value head on the policy's states, or on those of a second adapter (`critic: adapter`)      |
-| reward    | a reward run's adapter and head, silent but when it judges; a function; an address            |
+| role      | what it is                                                                                     |
+|-----------|------------------------------------------------------------------------------------------------|
+| policy    | the recipe's method; it trains                                                                 |
+| reference | the bare base model, or the frozen adapter of the run that the training starts from            |
+| critic    | a value head on the policy's states, or on those of a second adapter (`critic: adapter`)       |
+| reward    | the adapter and head of a reward run (`reward_models.py`), a function, or an HTTP endpoint     |
 
-All adapters stand in one manager on one copy of the weights. What cannot stand there (a method that changes the base
-itself, a reward on another base) costs a second model, and is said to.
+All adapters share one copy of the base weights through an `AdapterManager`. What cannot share it (a method that changes
+the base weights, a reward model on another base) needs a second model, with a warning.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from luthier import data as rows
 from luthier.assembly import factory, initialization
-from luthier.assembly.peft_adapters import load_adapter_weights
-from luthier.assembly.provenance import describe_model_conflict, open_recipe
-from luthier.assembly.recipe import Recipe, recorded
+from luthier.assembly.recipe import Recipe
 from luthier.assembly.reference_model import build_autocast
-from luthier.assembly.run_io import open_run, rename_weights
-from luthier.core.errors import RecipeError, RunError
-from luthier.core.examples import Message, PreferenceExample
+from luthier.assembly.reward_models import get_adapter_manager, load_reward_model, read_reward_recipe
+from luthier.core.errors import RecipeError
 from luthier.core.protocols import BatchSource, Family, Tuner
-from luthier.core.types import TokenizedExample
-from luthier.data import DataConfig, Datasets, InMemoryBatchSource
+from luthier.data import Datasets, InMemoryBatchSource
 from luthier.distributed import process_group
 from luthier.methods.composite import CompositeMethod
-from luthier.methods.full import FullConfig
-from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.prefixed import PrefixedMethod
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rl_config import RewardSourceConfig
-from luthier.rl import Completion, Reward, RolloutCollector, call_endpoint, load_reward
+from luthier.rl import Reward, RolloutCollector, RolloutSource, build_endpoint_reward, load_reward
+from luthier.training.report_to import JsonLines
 from luthier.training.run_folder import Run
-from luthier.training.trackers import JsonLines
 
 Warn = Callable[[str], None]
 Reference = Callable[[], AbstractContextManager[None]]
-CRITIC, REWARD = "critic", "reward"
+CRITIC = "critic"
 
 
-def init_rl_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
+def init_rl_policy(recipe: Recipe, base: Family) -> tuple[Tuner, Reference]:
     """What trains, the critic included; and what makes the context in which the model is the reference."""
-    attached, reference = initialization.init_policy(made, base)
-    if not (isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter"):
-        return attached, reference
-    assert isinstance(attached, CompositeMethod), "PPO has a value head"
-    policy, heads = attached.parts
-    manager = _build_adapters(base, policy)
-    critic = made.method.attach(base.structure, seed=made.seed + 1)
-    if made.init_from is not None:
+    tuner, reference = initialization.init_policy(recipe, base)
+    if not (isinstance(recipe.objective, PpoConfig) and recipe.objective.critic == "adapter"):
+        return tuner, reference
+    assert isinstance(tuner, CompositeMethod), "PPO has a value head"
+    policy, heads = tuner.parts
+    adapters = get_adapter_manager(base, policy)
+    critic = recipe.method.attach(base.structure, seed=recipe.seed + 1)
+    if recipe.init_from is not None:
         critic.load(policy.state())
-    manager.add(CRITIC, critic)
-    base.critic = partial(manager.use_adapter, CRITIC)
-    return CompositeMethod([policy, PrefixedMethod(CRITIC, critic), heads], [1.0, 1.0, attached.rates[1]]), reference
+    adapters.add(CRITIC, critic)
+    base.critic = partial(adapters.use_adapter, CRITIC)
+    return CompositeMethod([policy, PrefixedMethod(CRITIC, critic), heads], [1.0, 1.0, tuner.rates[1]]), reference
 
 
-def build_rl_batch_source(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
+def build_training_source(recipe: Recipe, base: Family, datasets: Datasets, tuner: Tuner, reference: Reference,
                           folder: Path | None = None, warn: Warn = lambda sentence: None) -> BatchSource:
-    """The batches of the run: read from files, or the policy's own answers."""
-    if not isinstance(made.objective, PpoConfig | GrpoConfig):
-        return factory.build_batch_source(made, base, found)
-    return load_rollout_collector(made, base, found, attached, reference, folder, warn)
+    """The batches of the run: rows of the data, or rollouts of the policy."""
+    if not isinstance(recipe.objective, PpoConfig | GrpoConfig):
+        return factory.build_batch_source(recipe, base, datasets)
+    return build_rollout_source(recipe, base, datasets, tuner, reference, folder, warn)
 
 
-def load_rollout_collector(made: Recipe, base: Family, found: Datasets, attached: Tuner, reference: Reference,
-                           folder: Path | None = None, warn: Warn = lambda sentence: None) -> RolloutCollector:
-    """The feed that rolls.
+def build_rollout_source(recipe: Recipe, base: Family, datasets: Datasets, tuner: Tuner, reference: Reference,
+                         folder: Path | None = None, warn: Warn = lambda sentence: None) -> RolloutSource:
+    """Rollouts of the policy. Reward models are loaded here.
 
     Args:
-        folder: of the run; some answers of every round are written to samples.jsonl there.
-        warn: told what costs a second model.
+        folder: of the run; some completions of every rollout are written to samples.jsonl there. None: nowhere.
+        warn: called with a sentence about a second model in memory.
 
     Raises:
-        RecipeError: for settings that cannot be, before anything is generated.
+        RecipeError: for settings that exclude each other, before anything is generated.
     """
-    objective, training = made.objective, made.training
+    objective, batch_size = recipe.objective, recipe.training.batch_size
     assert isinstance(objective, PpoConfig | GrpoConfig)
-    check_rewards(made)
-    if made.data.streaming:
-        raise RecipeError("data.streaming: prompts of a rollout are kept in memory", "leave out data.streaming")
-    if objective.num_mini_batches > training.batch_size:
-        raise RecipeError(f"objective.num_mini_batches {objective.num_mini_batches}: a round has only "
-                          f"training.batch_size {training.batch_size} prompts",
-                          "a minibatch has at least one prompt: set it lower")
+    check_rewards(recipe)
+    if recipe.data.streaming:
+        raise RecipeError("data.streaming has no effect on rollouts: their prompts are kept in memory",
+                          "omit data.streaming")
+    if objective.num_mini_batches > batch_size:
+        raise RecipeError(f"objective.num_mini_batches is {objective.num_mini_batches}, but a rollout has only "
+                          f"{batch_size} prompts (training.batch_size)",
+                          "a mini-batch has at least one prompt: lower objective.num_mini_batches")
     assert base.can_generate, "other bases are refused when the recipe is checked"
-    cursor = InMemoryBatchSource(found.train, training.batch_size, None, shuffle=made.data.shuffle, seed=made.seed,
-                                 mix=found.mix)
-    return RolloutCollector(base, found.train, objective, [(_build_reward(one, made, base, attached, warn), one.weight)
-                                                           for one in objective.reward],
-                            cursor, factory.resolve_micro_batch_tokens(made, base), made.seed, reference,
-                            partial(build_autocast, made, base), found.eval, _format_samples(folder),
-                            process_group.map_shards)
+    cursor = InMemoryBatchSource(datasets.train, batch_size, None, shuffle=recipe.data.shuffle, seed=recipe.seed,
+                                 mix=datasets.mix)
+    rewards = [(_load_reward_source(source, recipe, base, tuner, warn), source.weight) for source in objective.reward]
+    collector = RolloutCollector(datasets.train, objective, rewards, cursor,
+                                 factory.resolve_micro_batch_tokens(recipe, base), recipe.seed, reference,
+                                 partial(build_autocast, recipe, base), process_group.map_shards)
+    return RolloutSource(collector, base, datasets.eval, _build_sample_logger(folder))
 
 
-def check_rewards(made: Recipe) -> None:
-    """Raises `RecipeError` where a reward is missing, cannot be called, or is no reward run. Loads no model."""
-    objective = made.objective
+def check_rewards(recipe: Recipe) -> None:
+    """Raises `RecipeError` where a reward is missing, cannot be called, or is not a reward run. Loads no model."""
+    objective = recipe.objective
     if not isinstance(objective, PpoConfig | GrpoConfig):
         return
     if not objective.reward:
-        raise RecipeError(f"objective.reward: {objective.name} needs to know what an answer is worth",
+        raise RecipeError(f"objective.reward is missing: {objective.name} needs the reward of a completion",
                           "objective.reward=number, or {model: FOLDER}, {function: module:name}, {url: http://...}")
-    for one in objective.reward:
-        if one.function is not None:
-            load_reward(one.function, one.timeout)
-        elif one.url is not None:
-            call_endpoint(one.url, one.timeout)
+    for source in objective.reward:
+        if source.function is not None:
+            load_reward(source.function, source.timeout)
+        elif source.url is not None:
+            build_endpoint_reward(source.url, source.timeout)
         else:
-            _load_reward_recipe(Run(str(one.model)))
+            read_reward_recipe(Run(str(source.model)))
 
 
-def _load_reward_recipe(run: Run) -> Recipe:
-    """What a reward run was trained with."""
-    found = recorded(run.existing())
-    if found.objective.name != "reward":
-        raise RecipeError(f"objective.reward.model: {str(run.path)!r} was trained with the objective "
-                          f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
-    return found
+def _load_reward_source(source: RewardSourceConfig, recipe: Recipe, base: Family, tuner: Tuner, warn: Warn) -> Reward:
+    if source.url is not None:
+        return build_endpoint_reward(source.url, source.timeout)
+    if source.function is not None:
+        return load_reward(source.function, source.timeout)
+    return load_reward_model(Run(str(source.model)), recipe, base, tuner, warn)
 
 
-def evaluate_run_policy(made: Recipe, base: Family, attached: Tuner | None, found: Datasets,
-                        prompts: list[TokenizedExample]) -> dict[str, float]:
-    """What a trained policy earns on prompts. There is no KL in it: its reference is not in the run folder."""
-    assert isinstance(made.objective, PpoConfig | GrpoConfig)
-    free: dict[str, Any] = ({"kl_coef": 0.0, "adaptive_kl_target": None} if isinstance(made.objective, PpoConfig)
-                            else {"beta": 0.0})
-    made = made.model_copy(update={"objective": made.objective.model_copy(update=free)})
-    # A whole model has no switch, so its reward run cannot share it.
-    here = attached if attached is not None else FullConfig().attach(base.structure, seed=0)
-    rolled = build_rl_batch_source(made, base, found if found.train else replace(found, train=prompts, mix=()), here,
-                                   nullcontext)
-    assert isinstance(rolled, RolloutCollector)
-    return rolled.judged(prompts)
-
-
-def evaluate_policies(run: Run) -> dict[str, dict[str, float]]:
-    """What the bare base, the policy that the run started from and the one that it trained earn on the run's test
-    rows (or validation, or train rows where there are none), and how far each is from the start."""
-    made = open_recipe(run.existing())
-    base = factory.load_family(made.model)
-    found = factory.load_datasets(made, base)
-    attached, reference = init_rl_policy(made, base)
-    policy = attached.parts[0] if isinstance(attached, CompositeMethod) and made.objective.heads else attached
-    rolled = load_rollout_collector(made, base, found, attached, reference)
-    prompts = found.test or found.eval or found.train
-    told = {}
-    with attached.disabled():
-        told["base"] = rolled.judged(prompts)
-    told["start"] = rolled.judged(prompts)
-    policy.load(load_adapter_weights(run, base.structure))
-    told["tuned"] = rolled.judged(prompts)
-    return {role: {name: value for name, value in one.items() if name != "loss"} | {"prompts": len(prompts)}
-            for role, one in told.items()}
-
-
-def _format_samples(folder: Path | None) -> Callable[[int, list[dict[str, Any]]], None]:
-    """Writes samples.jsonl, from the step on that the run stands at."""
+def _build_sample_logger(folder: Path | None) -> Callable[[int, Sequence[Mapping[str, Any]]], None]:
+    """Writes samples.jsonl. The first call cuts the file back to its step, so that a resumed run repeats no row."""
     files: list[JsonLines] = []
 
-    def note(step: int, said: list[dict[str, Any]]) -> None:
+    def log_samples(step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         if folder is None:
             return
         if not files:
             files.append(JsonLines(folder / "samples.jsonl", resume_at=step - 1))
-        for one in said:
-            files[0].log(step, one)
-    return note
-
-
-# ---------------------------------------------------------------- rewards
-
-
-def _build_reward(config: RewardSourceConfig, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
-    if config.url is not None:
-        return call_endpoint(config.url, config.timeout)
-    if config.function is not None:
-        return load_reward(config.function, config.timeout)
-    return _build_run_reward(Run(str(config.model)), made, base, attached, warn)
-
-
-def _build_run_reward(run: Run, made: Recipe, base: Family, attached: Tuner, warn: Warn) -> Reward:
-    """A reward run on this base, or on a base of its own."""
-    found = _load_reward_recipe(run)
-    if run.adapter is None or attached.gates is None or describe_model_conflict(run, made.model):
-        found, judge, _ = open_run(run)
-        judge.train(False)
-        count = sum(parameter.numel() for parameter in judge.structure.model.parameters())
-        warn(f"the reward {str(run.path)!r} cannot share the policy's base, so a second model of {count:,} parameters "
-             "is in memory")
-        return _score_completions(run, found, judge, nullcontext)
-    manager = _build_adapters(base, attached)
-    adapter = found.method.attach(base.structure, seed=found.seed)
-    heads = base.build_heads(found.objective.heads, found.seed)
-    saved = load_adapter_weights(run, base.structure)
-    own = rename_weights(saved, adapter.state(), base)
-    adapter.load({name: own[name] for name in adapter.state() if name in own})
-    heads.load({name: saved[name] for name in heads.state() if name in saved})
-    name = next(name for i in range(99) if (name := REWARD + str(i or "")) not in manager.adapters)
-    manager.add(name, adapter)
-    manager.freeze(name)
-    for parameter in heads.parameters().values():
-        parameter.requires_grad_(False)
-
-    @contextmanager
-    def acting() -> Iterator[None]:
-        with base.using_heads(heads), manager.use_adapter(name):
-            yield
-    return _score_completions(run, found, base, acting)
-
-
-def _build_adapters(base: Family, attached: Tuner) -> AdapterManager:
-    """The manager on this base; a new one holds what trains, acting."""
-    if isinstance(base.router, AdapterManager):
-        return base.router
-    manager = AdapterManager(base.structure)
-    manager.add(initialization.POLICY, attached)
-    manager.set_adapter(initialization.POLICY)
-    base.router = manager
-    return manager
-
-
-def _score_completions(run: Run, found: Recipe, judge: Family, acting: Reference) -> Reward:
-    """Answers put into words as the reward's own training rows were, and its scores of them."""
-    config = factory.resolve_data_config(found, judge)
-    if judge.structure.task != "CAUSAL_LM" and not judge.is_encoder_decoder:
-        config = config.model_copy(update={"share_prompt": False})
-    micro = factory.resolve_micro_batch_tokens(found, judge)
-
-    def reward(answers: Sequence[Completion]) -> list[float]:
-        groups = [list(group) for _, group in groupby(answers, key=lambda answer: (answer.ids, str(answer.origin)))]
-        encoded = [_build_comparison(run, group, judge, config) for group in groups]
-        scores: list[list[float]] = [[] for _ in groups]
-        with torch.no_grad(), acting():
-            for row in rows.assign_rows(encoded, micro):
-                there = rows.build_batch([encoded[i] for i in row]).to(judge.device)
-                outputs = judge.forward(there.inputs, there.target, frozenset({"scores"}))
-                assert outputs.scores is not None
-                given = iter(outputs.scores[:, 0].tolist())
-                for i in row:
-                    scores[i] = [next(given) for _ in groups[i]]
-        return [score for group in scores for score in group]
-    return reward
-
-
-def _build_comparison(run: Run, answers: Sequence[Completion], judge: Family, config: DataConfig) -> TokenizedExample:
-    """Answers to one prompt as a row of comparisons."""
-    raw = answers[0].facts.get("prompt", answers[0].prompt)
-    prompt = raw if isinstance(raw, str) else tuple(_build_message(turn) for turn in raw)
-    example = PreferenceExample(prompt, tuple(answer.text for answer in answers), tuple(range(len(answers))),
-                                answers[0].origin, tools=tuple(answers[0].facts.get("tools") or ()))
-    found = rows.encode_example(example, judge.tokenizer, config)
-    if isinstance(found, list):
-        return found[0]
-    raise RunError(f"the reward {str(run.path)!r} cannot read an answer to {answers[0].prompt[-80:]!r}: {found}",
-                   "train the reward with a longer data.max_length, or let answers be shorter")
-
-
-def _build_message(turn: Mapping[str, Any]) -> Message:
-    """A turn of a prompt as a row gave it."""
-    return Message(turn["role"], turn["content"], extra={k: v for k, v in turn.items() if k not in ("role", "content")})
+        for sample in samples:
+            files[0].log(step, sample)
+    return log_samples

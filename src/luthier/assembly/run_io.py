@@ -62,7 +62,7 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
             raise RunError(f"{str(run.path)!r} is a base itself", "leave the base model out (--base-model)")
         bare = Recipe(model=ModelConfig(name_or_path=str(run.path)), data=DataConfig.parse({"train": "-"}))
         return bare, load_family(bare.model), None
-    run.existing()
+    run.require_exists()
     made = open_recipe(run, base_model, report)
     if whole and made.model.quantize != "none":
         made = made.model_copy(update={"model": made.model.model_copy(update={"quantize": "none"})})

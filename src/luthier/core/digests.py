@@ -54,6 +54,16 @@ def compute_files_sha256(files: Iterable[tuple[str, Path]]) -> str:
     return digest.hexdigest()
 
 
+def compute_path_sha256(path: Path) -> str:
+    """sha256 of a file, or of the names and digests of a folder's files. Nothing is read from the cache."""
+    if not path.is_dir():
+        return _compute(path)
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        digest.update(f"{file.relative_to(path)} {_compute(file)}\n".encode())
+    return digest.hexdigest()
+
+
 def compute_text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -93,7 +93,7 @@ class TokenizedExample:
         items: the pieces that are judged as a whole.
         images: one picture for each piece, [channels, height, width], where the pieces are pictures; the pieces then
             hold one placeholder token each.
-        facts: what a reward function is told about a prompt.
+        metadata: what a reward function is told about a prompt.
         precomputed: name -> one number for each prediction, in their order, computed before (see `Target.precomputed`).
         hidden: what hides some of its tokens, drawn anew in every epoch; None: it is as it goes into a batch.
         remarks: rules that were applied to make text of its row, which the data report counts.
@@ -104,7 +104,7 @@ class TokenizedExample:
     bytes: int = 0
     items: tuple[LabeledSpan, ...] = ()
     images: tuple[Any, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     precomputed: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Any = None
     remarks: tuple[str, ...] = ()

@@ -33,8 +33,8 @@ def digest_example(example: TokenizedExample) -> bytes:
         found.update(array("q", piece.tags).tobytes())
         if piece.others:
             found.update(array("q", piece.others).tobytes() + array("d", [piece.share]).tobytes())
-    if example.items or example.facts:
-        found.update(repr((example.items, example.facts)).encode())
+    if example.items or example.metadata:
+        found.update(repr((example.items, example.metadata)).encode())
     if example.hidden is not None:
         found.update(example.hidden.digest)
     for image in example.images:

@@ -190,8 +190,8 @@ def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataCon
                            f"{len(ids)} tokens and {room} for the answer, at most {config.token_limit}")
     said = example.prompt if isinstance(example.prompt, str) else [{**m.extra, "role": m.role, "content": m.content}
                                                                    for m in example.prompt]
-    facts = {"prompt": said, **({"tools": list(example.tools)} if example.tools else {}), **example.facts}
-    return [TokenizedExample((TokenSpan(tuple(ids), (0.0,) * len(ids)),), example.origin, facts=facts,
+    metadata = {"prompt": said, **({"tools": list(example.tools)} if example.tools else {}), **example.metadata}
+    return [TokenizedExample((TokenSpan(tuple(ids), (0.0,) * len(ids)),), example.origin, metadata=metadata,
                              remarks=prompt.remarks)], False
 
 

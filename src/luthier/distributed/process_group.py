@@ -1,7 +1,7 @@
-"""Several processes that train one model: plain data parallelism, as much of it as the step needs.
+"""Data parallelism with torch.distributed: the collective calls that training needs. Reads nothing else first.
 
-Each rank takes its share of a step's micro-batches; counts and gradients are summed. Started by `torchrun`; alone,
-every function here does nothing.
+Each rank computes its share of a step's micro-batches; counts and gradients are summed. `torchrun` starts the
+processes. In a single process every function here returns its input or does nothing.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from luthier.core.types import DeviceMovable
 
 T = TypeVar("T")
 S = TypeVar("S")
-BUCKET = 2 ** 23  # gradients that are reduced together: 32 MB in float32
+BUCKET = 2 ** 23  # gradient elements that are reduced in one call: 32 MB in float32
 
 
 def init_process_group() -> None:
-    """Join the group that `torchrun` describes in the environment, if it does."""
+    """Join the process group that `torchrun` describes in the environment, if there is one."""
     if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
         if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # what the device `cuda` then means in this process
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the device `cuda` of this process
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -39,7 +39,7 @@ def get_world_size() -> int:
 
 
 def broadcast_object(value: T) -> T:
-    """The first rank's value, on all of them."""
+    """The value of rank 0, on all ranks."""
     if get_world_size() == 1:
         return value
     held = [value]
@@ -48,7 +48,7 @@ def broadcast_object(value: T) -> T:
 
 
 def barrier() -> None:
-    """Until every rank is here."""
+    """Wait until every rank has called this."""
     if get_world_size() > 1:
         dist.barrier()
 
@@ -63,7 +63,7 @@ def all_reduce_sum(numbers: list[float], device: torch.device) -> list[float]:
 
 
 def all_gather_object(value: T) -> list[T]:
-    """The value of every rank, in the order of ranks, on all of them."""
+    """The values of all ranks, in the order of ranks, on all ranks."""
     if get_world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * get_world_size()
@@ -72,8 +72,10 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def all_reduce_named(numbers: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """The numbers under each name, summed over ranks in the order of ranks; a rank that had no micro-batch may lack
-    names. One collective call, whatever the names."""
+    """The numbers under each name, summed in the order of ranks. One collective call for all names.
+
+    A rank without a micro-batch may lack names.
+    """
     found: dict[str, list[float]] = {}
     for own in all_gather_object({name: list(values) for name, values in numbers.items()}):
         for name, values in own.items():
@@ -82,11 +84,13 @@ def all_reduce_named(numbers: Mapping[str, Sequence[float]]) -> dict[str, list[f
 
 
 def map_shards(function: Callable[[Sequence[S], int], T], items: Sequence[S]) -> list[T]:
-    """`function(shard, start)` of consecutive shards of `items`, one computed by each rank; all results, in the order
-    of the items, on all ranks. `start` is the index of the shard's first item; empty shards give no result.
+    """`function(shard, start)` of consecutive shards of `items`, one shard per rank.
+
+    `start` is the index of the shard's first item. All ranks get all results, in the order of the items; empty shards
+    give none.
 
     Raises:
-        LuthierError: the first that any rank raised, on all of them, so that none waits for the others.
+        LuthierError: the first error of any rank, on all ranks, so that none waits for the others.
     """
     bounds = [len(items) * i // get_world_size() for i in range(get_world_size() + 1)]
     start, stop = bounds[get_rank()], bounds[get_rank() + 1]
@@ -100,16 +104,16 @@ def map_shards(function: Callable[[Sequence[S], int], T], items: Sequence[S]) ->
     gathered = all_gather_object((found, error and (error.what, error.remedy)))
     if error is not None:
         raise error
-    if told := next((failed for _, failed in gathered if failed), None):
-        raise LuthierError(*told)
+    if failure := next((failed for _, failed in gathered if failed), None):
+        raise LuthierError(*failure)
     return [result for i, (result, _) in enumerate(gathered) if bounds[i + 1] > bounds[i]]  # type: ignore[misc]
 
 
 def all_reduce_gradients(parameters: Iterable[Tensor], bucket: int = BUCKET) -> None:
-    """Add up the gradients of all ranks, in place. A rank that had no micro-batch adds zeros.
+    """Sum the gradients of all ranks, in place. A rank without a micro-batch adds zeros.
 
-    Gradients are copied into flat buffers of about `bucket` numbers, so that there is one collective call for each
-    buffer and not for each parameter. Larger gradients are reduced where they are, without a copy.
+    Gradients are copied into flat buffers of about `bucket` elements, for one collective call per buffer instead of one
+    per parameter. Larger gradients are reduced in place, without a copy.
     """
     if get_world_size() == 1:
         return
@@ -142,7 +146,7 @@ def _all_reduce(gradients: Sequence[Tensor]) -> None:
 
 
 def all_gather_others(mine: list[T], device: torch.device) -> list[T]:
-    """What the other ranks hold, in the order of ranks; tensors arrive on `device`."""
+    """The values of the other ranks, in the order of ranks, their tensors on `device`."""
     if get_world_size() == 1:
         return []
     gathered: list[list[T]] = [[] for _ in range(get_world_size())]
@@ -151,7 +155,7 @@ def all_gather_others(mine: list[T], device: torch.device) -> list[T]:
 
 
 def _to_device(value: Any, device: torch.device | str) -> Any:
-    """The same with every tensor inside on `device`."""
+    """The same value with every tensor inside it on `device`."""
     if isinstance(value, Tensor | DeviceMovable):
         return value.to(device)
     if isinstance(value, tuple):

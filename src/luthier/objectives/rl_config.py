@@ -28,8 +28,8 @@ class RewardSourceConfig(Config):
     model: str | None = Field(None, description="run folder of a reward model (objective `reward`)")
     function: str | None = Field(None, description=(
         "a built-in reward (`number`, `json_equal`, `contains`, `length`, `code_tests`, ...), or `module:name` or "
-        "`file.py:name` of a function (prompts, answers, facts) -> rewards, one for each answer"))
-    url: str | None = Field(None, description="an HTTP address that answers {prompts, answers, facts} with {rewards}")
+        "`file.py:name` of a function (prompts, completions, metadata) -> rewards, one per completion"))
+    url: str | None = Field(None, description="a URL that answers {prompts, completions, metadata} with {rewards}")
     weight: float = Field(1.0, description="factor on this reward; several rewards are summed")
     timeout: float = Field(30.0, gt=0, description="seconds until a request, or the tests of one answer, time out")
 

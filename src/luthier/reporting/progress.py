@@ -1,4 +1,4 @@
-"""What a person sees while waiting, on stderr: a bar on a terminal, a line now and then elsewhere, or nothing."""
+"""Progress on stderr: a bar on a terminal, else one line every few seconds. Reads nothing else first."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-EVERY = 10.0  # seconds between two lines where there is no terminal
+LINE_INTERVAL = 10.0  # seconds between two lines without a terminal
 
 
 class Progress:
-    """A run's progress; use as a context manager and call `update` after each step.
+    """The progress of a run: a context manager whose `update` is called after each step.
 
     Args:
-        total: the last step's number.
-        start: the step that a resumed run stands at; the time left is judged by the steps made since.
+        total: the number of the last step.
+        start: the step of a resumed run; the time left is estimated from the steps since.
         title: what is counted.
-        quiet: show nothing.
+        quiet: print nothing.
         console, clock: for tests.
     """
 
@@ -35,7 +35,7 @@ class Progress:
                         TimeElapsedColumn(), TimeRemainingColumn(), console=self._console, disable=quiet)
 
     def __enter__(self) -> Self:
-        self._began = self._said = self._clock()
+        self._began = self._last_line = self._clock()
         if self._console.is_terminal:
             self._task = self._bar.add_task("", total=self._total, completed=self._start, numbers="")
             self._bar.start()
@@ -53,9 +53,9 @@ class Progress:
             self._bar.update(self._task, completed=step, numbers=shown)
             return
         now = self._clock()
-        if self._quiet or (now - self._said < EVERY and step != self._total):
+        if self._quiet or (now - self._last_line < LINE_INTERVAL and step != self._total):
             return
-        self._said = now
+        self._last_line = now
         elapsed = now - self._began
         left = elapsed / max(1, step - self._start) * (self._total - step)
         times = f"{_format_duration(elapsed)} elapsed, {_format_duration(left)} left"
@@ -65,7 +65,7 @@ class Progress:
 
 @contextmanager
 def status(text: str, *, quiet: bool = False, console: Console | None = None) -> Iterator[None]:
-    """A spinner beside `text` while something loads; one plain line where there is no terminal."""
+    """A spinner with a text while something loads; one plain line without a terminal."""
     console = console or Console(stderr=True)
     if quiet:
         yield
@@ -84,7 +84,7 @@ def print_line(line: str, quiet: bool = False) -> None:
 
 
 def _format_number(value: float) -> str:
-    """Four digits that matter; thousands with commas.
+    """Four significant digits; thousands with commas.
 
     >>> _format_number(2.34567), _format_number(81234.5), _format_number(0.0002), _format_number(float("nan"))
     ('2.346', '81,234', '0.0002', 'nan')

@@ -1,13 +1,14 @@
-"""Code that a model wrote, run in a process of its own: without a network, within limits, and gone afterwards.
+"""Runs code that a model wrote in a child process, without a network and within limits. Reads nothing else first.
 
-What holds it: a new session that is killed as a whole; the kernel's limits (`setrlimit`) on processor time, memory,
-the size of files, the number of open ones and of processes; an empty folder that is removed; an empty environment.
-Where the kernel allows it, user, network and process namespaces of its own: then there is no network at all, and every
-process that it began dies with the first. Python itself refuses sockets, new processes and writing elsewhere too
-(`sandbox_guard.py`); where there are no namespaces that is all there is against these three. `isolation()` says which
-one holds here.
+The isolation:
 
-It is a fence against accidents, not a prison: run a model that you do not trust on a machine with nothing to lose.
+* a new session that is killed as a whole, an empty folder that is deleted, an empty environment;
+* kernel limits (`setrlimit`) on CPU time, memory, file size, open files and processes;
+* user, network and process namespaces where the kernel allows them: no network, and all processes end with the first;
+* an audit hook in Python that refuses sockets, new processes and writes outside the folder (`sandbox_guard.py`).
+  Without namespaces this hook alone guards against these three. `describe_isolation()` returns what applies here.
+
+This protects against accidents, not against attacks. Run an untrusted model on a machine that holds nothing of value.
 """
 
 from __future__ import annotations
@@ -30,15 +31,15 @@ GUARD = Path(__file__).with_name("sandbox_guard.py")
 
 @dataclass(frozen=True)
 class Limits:
-    """What a program may use.
+    """Limits of a program.
 
     Args:
-        seconds: of the clock; processor time is limited to as much.
+        seconds: of wall-clock time, and of CPU time.
         memory_mb: of address space.
-        file_mb: of any one file it writes.
+        file_mb: of each file that it writes.
         files: open at once.
-        processes: at once, threads too (outside a namespace: of all that its user runs).
-        output: characters kept of what it prints.
+        processes: at once, with threads; without a namespace, of all processes of the user.
+        output: bytes of its output that are kept, from the end.
     """
 
     seconds: float = 5.0
@@ -51,7 +52,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class ProgramResult:
-    """How a program ended. `code` is that of its process, negative for a signal; `timed_out` where it was killed."""
+    """How a program ended. `code` is the exit code, negative for a signal; `timed_out` where it was killed."""
 
     code: int
     output: str
@@ -59,14 +60,14 @@ class ProgramResult:
 
 
 def passes_test(program: str, test: str, limits: Limits) -> bool:
-    """Whether the program followed by the test runs to its end without an error."""
-    done = secrets.token_hex()  # printed at the end, so that a program which exits in the middle does not pass
-    found = run_program(f"{program}\n\n{test}\n\nprint({done!r})\n", limits)
-    return found.code == 0 and not found.timed_out and found.output.rstrip().endswith(done)
+    """Whether the program, followed by the test, runs to its end without an error."""
+    marker = secrets.token_hex()  # printed at the end, so that a program that exits early does not pass
+    result = run_program(f"{program}\n\n{test}\n\nprint({marker!r})\n", limits)
+    return result.code == 0 and not result.timed_out and result.output.rstrip().endswith(marker)
 
 
 def run_program(program: str, limits: Limits) -> ProgramResult:
-    """Run a Python program in a process of its own; see the module for what holds it."""
+    """Run a Python program in a child process, with the isolation that the module describes."""
     with tempfile.TemporaryDirectory(prefix="luthier-sandbox-") as folder, tempfile.TemporaryFile() as output:
         Path(folder, "answer.py").write_text(program, encoding="utf-8", errors="replace")
         command = [*_build_namespace_command(), sys.executable, "-I", "-S", "-B", str(GUARD),
@@ -86,29 +87,29 @@ def run_program(program: str, limits: Limits) -> ProgramResult:
 
 
 def _kill_session(process: subprocess.Popen[bytes]) -> None:
-    """The whole session, also what the program left behind when it ended."""
-    with suppress(ProcessLookupError):  # nothing of it is left
+    """Kill the whole session, with processes that the program left running."""
+    with suppress(ProcessLookupError):  # no process is left
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def _build_rlimits(limits: Limits) -> dict[str, int]:
-    """The limits by the kernel's names."""
+    """The limits by the names of `setrlimit`."""
     mega = 1 << 20
     return {"CPU": int(limits.seconds) + 1, "AS": limits.memory_mb * mega, "FSIZE": limits.file_mb * mega,
             "NOFILE": limits.files, "NPROC": limits.processes, "CORE": 0}
 
 
 def describe_isolation() -> str:
-    """What holds a program here, in words."""
+    """The isolation of a program on this machine, as a sentence."""
     if _build_namespace_command():
-        return "limits, and namespaces of its own: no network, no process outlives it"
-    return "limits, and Python's own refusal of sockets and processes: this kernel gives no namespaces to its users"
+        return "kernel limits and namespaces: no network, and no process outlives the program"
+    return "kernel limits and Python's audit hook against sockets and processes: this kernel allows users no namespaces"
 
 
 @cache
 def _build_namespace_command() -> tuple[str, ...]:
-    """The command that gives a program its own user, network and process namespaces; empty where that is refused."""
+    """The command that runs a program in its own user, network and process namespaces; empty where refused."""
     unshare = shutil.which("unshare")
     if unshare is None:
         return ()

@@ -1,8 +1,8 @@
-"""Runs inside the sandbox: takes the limits, refuses what a program has no business with, and runs it.
+"""Runs inside the sandbox: sets the limits, installs an audit hook, and runs the program.
 
-    python -I -S -B guard.py '{"CPU": 5, ...}' PROGRAM
+    python -I -S -B sandbox_guard.py '{"CPU": 5, ...}' PROGRAM
 
-Started by `sandbox.py`, never imported. Read that first.
+Started by `sandbox.py`, never imported. Read `sandbox.py` first.
 """
 
 import json
@@ -21,7 +21,7 @@ def outside(path: object, real=os.path.realpath, text=os.fsdecode, here=HERE, en
 
 
 def guard(event: str, args: tuple, outside=outside, refused=REFUSED, changes=CHANGES) -> None:  # type: ignore[no-untyped-def]
-    """An audit hook: it cannot be taken away again, and its defaults are out of the program's reach by name."""
+    """An audit hook. It cannot be removed, and what it uses are defaults, which the program cannot reach by name."""
     written = event == "open" and (args[2] or 0) & 0o3 and outside(args[0])
     if written or event.startswith(refused) or (event.startswith(changes) and any(map(outside, args))):
         raise PermissionError(f"{event} {args[0] if written else ''}: not in the sandbox")
@@ -30,7 +30,7 @@ def guard(event: str, args: tuple, outside=outside, refused=REFUSED, changes=CHA
 def main() -> None:
     with open(sys.argv[2], encoding="utf-8") as file:
         program = compile(file.read(), "answer", "exec")
-    for kind, most in json.loads(sys.argv[1]).items():  # a limit that is set can never be raised again
+    for kind, most in json.loads(sys.argv[1]).items():  # a hard limit cannot be raised again
         resource.setrlimit(vars(resource)[f"RLIMIT_{kind}"], (most, most))
     sys.addaudithook(guard)
     exec(program, {"__name__": "__main__"})

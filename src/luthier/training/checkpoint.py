@@ -1,18 +1,18 @@
-"""Checkpoints that are whole or not there: a folder of tensors, state and a manifest. Read `core/errors.py` first.
+"""Atomic checkpoints: a folder of tensors, state and a manifest. Read `core/errors.py` first.
 
     step-N/
       <part>.safetensors    one for each part: method, optimizer, ...
       state.json            everything that is not a tensor: cursor, schedule, random states
       manifest.json         size and sha256 of every other file
 
-A folder is written under a hidden name, forced to the disk and only then renamed. So a process killed at any moment
-leaves no `step-N` or a whole one, and the manifest finds what a disk or a hand did to it later. Hidden names:
+A folder is written under a hidden name, flushed to the disk, and then renamed. So a process that is killed leaves
+either no `step-N` or a complete one. The manifest detects later damage. Hidden names:
 
-    .writing-step-N-<pid>   not whole yet
-    .replaced-step-N        whole: the step's former checkpoint, until the new one stands in its place
-    .dropped-step-N         no longer wanted, perhaps half deleted
+    .writing-step-N-<pid>   incomplete
+    .replaced-step-N        complete: the step's former checkpoint, until the new one has its name
+    .dropped-step-N         to be deleted, perhaps half deleted
 
-One process writes a run. A `.writing` folder whose process is gone is litter, and the next save sweeps it away.
+One process writes a run. The next save deletes a `.writing` folder whose process has ended.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STATE, MANIFEST, SUFFIX = "state.json", "manifest.json", ".safetensors"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint: `tensors[part][name]` on the CPU, bit for bit as saved, and `state` as JSON gives it back."""
+    """A complete checkpoint: `tensors[part][name]` on the CPU, bit for bit as saved, and the `state`."""
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
@@ -53,14 +53,14 @@ class Checkpoint:
 
 def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any],
                     keep: int, protect: int | None = None) -> Path:
-    """Write `folder/step-N/`, then remove what is older than the last `keep`, never the step `protect`.
+    """Write `folder/step-N/`, then delete all but the last `keep` checkpoints, never that of the step `protect`.
 
     Args:
         tensors: part -> name -> tensor, of any dtype, shape and device.
-        state: what JSON can hold. Tuples come back as lists, keys as strings: JSON knows no others.
-        keep: how many checkpoints stay, this one included. Later steps are neither counted nor removed.
+        state: a JSON value. Tuples come back as lists, and keys as strings.
+        keep: how many checkpoints stay, this one included. Later steps are neither counted nor deleted.
 
-    Raises `RunError` where the disk is full or the folder closed; the earlier checkpoints are then as they were.
+    Raises `RunError` where the disk is full or not writable; earlier checkpoints are then unchanged.
     """
     assert keep >= 1, keep
     place, temporary = folder / f"step-{step}", folder / f".writing-step-{step}-{os.getpid()}"
@@ -75,7 +75,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, 
                 place.rename(folder / f".replaced-{place.name}")
             temporary.rename(place)
             _sync_path(folder)
-        finally:  # gone already where all went well; where not, that first error is the one to hear of
+        finally:  # already renamed on success; on failure the first error is raised, not one of the cleanup
             shutil.rmtree(temporary, ignore_errors=True)
         _remove_leftovers(folder)
         older = sorted(s for s in _list_steps(folder) if s < step)
@@ -99,7 +99,7 @@ def _write_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str
 
 
 def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
-    """One safetensors file. Views of one storage are written each by itself: the format knows no sharing."""
+    """One safetensors file. Views of one storage are copied, because the format has no shared storage."""
     seen: set[int] = set()
     plain = {}
     for name, tensor in named.items():
@@ -113,11 +113,11 @@ def _write_tensors(path: Path, named: Mapping[str, Tensor]) -> None:
         if number := parse_os_error(error):
             raise OSError(number, os.strerror(number), str(path)) from error
         raise
-    path.chmod(path.parent.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that their owner alone can read
 
 
 def _sync_path(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
+    """Flush a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -127,7 +127,7 @@ def _sync_path(path: Path) -> None:
 
 @contextmanager
 def _translate_os_errors(place: Path, needed: int) -> Iterator[None]:
-    """Errors of the file system as one `RunError`."""
+    """Translate errors of the file system to a `RunError` with the bytes needed and free."""
     try:
         yield
     except OSError as error:
@@ -136,7 +136,7 @@ def _translate_os_errors(place: Path, needed: int) -> Iterator[None]:
         raise RunError(
             f"cannot save {place.name} in {place.parent}: {error.strerror} ({error.filename or place.parent}); "
             f"its tensors need {needed:,} bytes, and {free:,} are free",
-            REMEDIES.get(error.errno or 0, "look after that disk or folder, then resume")) from error
+            REMEDIES.get(error.errno or 0, "check that disk or folder, then resume")) from error
 
 
 # ---------------------------------------------------------------- tidying
@@ -147,14 +147,14 @@ def _list_steps(folder: Path) -> list[int]:
 
 
 def _delete_checkpoint(path: Path) -> None:
-    """Delete a checkpoint. The rename comes first: a half-deleted `step-N` must never be seen."""
+    """Delete a checkpoint, renamed first, so that a half-deleted `step-N` never exists."""
     hidden = path.with_name(".dropped-" + path.name.removeprefix(".replaced-"))
     path.rename(hidden)
     shutil.rmtree(hidden)
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Finish what a killed writer began."""
+    """Finish the renames and deletions of a writer that was killed."""
     for path in sorted(folder.glob(".*-step-*")):
         if path.name.startswith(".dropped-"):
             shutil.rmtree(path)
@@ -169,7 +169,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _is_process_alive(pid: int) -> bool:
-    """Whether another process of that number runs. Ours is not writing now, so its folder is an earlier namesake's."""
+    """Whether another process has that id. A folder with our own id is of an earlier process with the same id."""
     if pid == os.getpid():
         return False
     try:
@@ -185,14 +185,14 @@ def _is_process_alive(pid: int) -> bool:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`, each file checked against the manifest. `RunError` where one is damaged."""
+    """The checkpoint in the folder `path`, checked against its manifest. Raises `RunError` where a file is damaged."""
     if reason := _find_damage(path):
         raise RunError(f"the checkpoint {path} is damaged: {reason}", "resume from an older checkpoint, or start again")
     return _read_manifest(path)
 
 
 def find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest whole checkpoint in `folder`, or None; and a sentence on each damaged one that was passed over."""
+    """The newest complete checkpoint in `folder`, or None; and a sentence on each damaged one that was skipped."""
     skipped = []
     found = None
     for path in _list_candidates(folder):
@@ -201,12 +201,12 @@ def find_latest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
             found = _read_manifest(path)
             break
         skipped.append((path, reason))
-    instead = f"step-{found.step} is used instead" if found else "no older checkpoint is whole"
+    instead = f"step-{found.step} is used instead" if found else "no older checkpoint is complete"
     return found, [f"the checkpoint {path} is damaged: {reason}; {instead}" for path, reason in skipped]
 
 
 def _list_candidates(folder: Path) -> list[Path]:
-    """Checkpoints, newest first. A replaced one counts where nothing stands in its place: its writer was killed."""
+    """Checkpoints, newest first. A replaced one counts where its writer was killed before the new one had its name."""
     if not folder.is_dir():
         return []
     steps = {step: folder / f"step-{step}" for step in _list_steps(folder)}
@@ -238,7 +238,7 @@ def _find_damage(path: Path) -> str | None:
                 return f"{name} has changed since it was written (its sha256 is another)"
     except FileNotFoundError:
         return f"{name} is missing"
-    except OSError as error:  # a bad sector is damage like any other
+    except OSError as error:  # such as a bad sector
         return f"{name} cannot be read ({error.strerror})"
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"{name} is not what was written ({error})"

@@ -1,4 +1,4 @@
-"""A training in a process of its own, so that one's memory is not another's. Read `training/run_folder.py` first."""
+"""A training run in a child process, so that its memory is freed at the end. Read `run_folder.py` first."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import yaml
 
 
 def train_in_child_process(recipe: Mapping[str, Any], run: Path) -> tuple[int, str]:
-    """Train a recipe, spelt out, into the folder `run`, or go on there. Returns the exit code and the last words.
+    """Train a resolved recipe into the folder `run`, or resume there. Returns the exit code and the last two lines.
 
-    The recipe and everything said stand beside the folder, in `<run>.yaml` and `<run>.log`.
+    The recipe is written to `<run>.yaml`, and the output to `<run>.log`.
     """
     written, log = run.with_name(f"{run.name}.yaml"), run.with_name(f"{run.name}.log")
     written.write_text(yaml.safe_dump({**recipe, "output_dir": str(run)}, sort_keys=False, allow_unicode=True),

@@ -1,11 +1,14 @@
-"""The backward pass of one sum: of a micro-batch, or of a batch whose rows meet in the loss. Read `step.py` first.
+"""The backward pass of one micro-batch, or of a whole batch with in-batch negatives. Read `step.py` first.
 
-Rows that meet (in-batch negatives) are computed in parts by gradient caching (Gao et al. 2021, arXiv:2101.06983): the
-outputs of all parts are computed without a graph, the loss of them all gives each output's gradient, and each part is
-then computed again with a graph, to take its own gradients back. The result is that of the whole batch at once, at
-the memory of one part and a second forward pass.
+In-batch negatives couple all rows of a batch. Such a batch is computed in parts by gradient caching (Gao et al. 2021,
+arXiv:2101.06983):
 
-Over ranks, every rank sees all outputs and takes back what is its own.
+1. compute the outputs of all parts without a graph;
+2. the loss over all outputs gives the gradient of each output;
+3. compute each part again with a graph, and backpropagate its output gradients.
+
+The result equals that of the whole batch at once, for the memory of one part and a second forward pass. With several
+ranks, every rank computes the loss over all outputs and backpropagates through its own parts.
 """
 
 from __future__ import annotations
@@ -28,12 +31,14 @@ Metrics = Mapping[str, tuple[Tensor, Tensor | float]]
 
 def backward(forward: Forward, objective: Objective, mine: list[Batch], count: float, device: torch.device,
              autocast: Callable[[], AbstractContextManager[None]]) -> tuple[Tensor, Metrics]:
-    """Loss and metrics; the gradients are left on the parameters. A function of its own, so that nothing of a graph
-    outlives it: what is still named while the next micro-batch runs is memory that both hold at once.
+    """Loss and metrics; the gradients are accumulated on the parameters.
+
+    This is a separate function so that no local variable keeps a graph alive while the next micro-batch runs: both
+    would be in memory at once.
 
     Args:
-        forward: a batch's outputs, with a graph where gradients are on.
-        mine: one micro-batch, or where rows meet this rank's parts of the whole batch; on the device.
+        forward: a batch's outputs, with a graph where gradients are enabled.
+        mine: one micro-batch; with in-batch negatives, this rank's parts of the whole batch. On the device.
         count: what the loss is divided by.
     """
     if not objective.needs_full_batch or (len(mine) == 1 and process_group.get_world_size() == 1):
@@ -54,23 +59,23 @@ def backward(forward: Forward, objective: Objective, mine: list[Batch], count: f
     every = [*zip(leaves, [batch.target for batch in mine], strict=True),
              *((Outputs(**tensors), target) for tensors, target in others)]  # type: ignore[arg-type]
     part = objective(Outputs.joined([o for o, _ in every]), LossInputs.joined([t for _, t in every]))
-    (part.total / count).backward()  # the scalars get their gradient here
+    (part.total / count).backward()  # gradients of the outputs; trained scalars get theirs here
     after = rng.capture_rng_state(device)
     for batch, state, leaf in zip(mine, states, leaves, strict=True):
-        rng.restore_rng_state(state)
+        rng.restore_rng_state(state)  # the same dropout as in the first pass
         with autocast():
             again = forward(batch).tensors()
         pairs = [(again[name], t.grad) for name, t in leaf.tensors().items() if t.grad is not None]
         torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
     rng.restore_rng_state(after)
-    if process_group.get_rank() != 0:  # the sums are of the whole batch: one rank reports them
+    if process_group.get_rank() != 0:  # the sums are over the whole batch, so one rank alone reports them
         return torch.zeros_like(part.total.detach()), {}
     return part.total.detach() / count, part.metrics
 
 
 def _detach_outputs(output: Outputs) -> Outputs:
     tensors = {name: t.detach().requires_grad_(t.is_floating_point()) for name, t in output.tensors().items()}
-    # Every rank computes the whole loss, so all but one leave the scalars alone: gradients are summed over ranks.
+    # Every rank computes the whole loss, and gradients are summed over ranks: only rank 0 differentiates scalars.
     scalars = output.scalars if process_group.get_rank() == 0 else {name: t.detach() for name,
                                                                     t in output.scalars.items()}
     return replace(output, **tensors, scalars=scalars)

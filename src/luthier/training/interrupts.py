@@ -1,4 +1,4 @@
-"""A polite end: Ctrl-C or a scheduler's SIGTERM becomes a request that the loop reads between two steps."""
+"""Ctrl-C and SIGTERM as a request that the training loop reads between two steps. Reads nothing else first."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from types import FrameType
 
 
 class Interruption:
-    """`requested` is None, or the name of the first signal that asked for an end."""
+    """`requested` is the name of the first signal received, or None."""
 
     def __init__(self) -> None:
         self.requested: str | None = None
-        self._impatient = False
+        self._has_sigint = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self._impatient:
+            if self._has_sigint:
                 raise KeyboardInterrupt
-            self._impatient = True
+            self._has_sigint = True
         self.requested = self.requested or signal.Signals(number).name
 
 
 @contextmanager
 def handle_interrupts() -> Iterator[Interruption]:
-    """While open, SIGINT and SIGTERM only set `requested`; a second SIGINT raises `KeyboardInterrupt` at once.
+    """Inside the context, SIGINT and SIGTERM only set `requested`; a second SIGINT raises `KeyboardInterrupt` at once.
 
-    Python hands signals to the main thread alone, so in any other this changes nothing and `requested` stays None.
+    Python delivers signals to the main thread only. In other threads this changes nothing, and `requested`
+    stays None.
     """
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
@@ -39,5 +40,5 @@ def handle_interrupts() -> Iterator[Interruption]:
         yield interruption
     finally:
         for number, handler in before.items():
-            # None: a handler that was not set from Python and cannot be set from here again
+            # None: a handler that was not installed by Python, which Python cannot restore
             signal.signal(number, signal.SIG_DFL if handler is None else handler)

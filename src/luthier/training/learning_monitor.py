@@ -1,32 +1,32 @@
-"""Warnings while a run trains: no gradient, or rewards without spread, for several steps. Read `trackers.py` first.
+"""Warnings during training: no gradient, or rewards without variance, for several steps. Read `trackers.py` first.
 
-What is known before the first step, `assembly/run_warnings.py` says.
+`assembly/run_warnings.py` has the warnings before the first step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-STEPS = 3  # consecutive steps, or rounds, before a warning: one flat batch happens in a healthy run
+STEPS = 3  # consecutive steps, or rollouts, before a warning: a single flat batch is normal
 
-# What to look at, by the objective; the rest holds for every objective.
+# What to check, by objective; GENERAL holds for every objective.
 REASONS: Mapping[str, str] = {
-    "ppo": "the learning signal is the reward: look at reward_std",
-    "grpo": "the learning signal is the spread of rewards within a group: look at frac_reward_zero_std",
+    "ppo": "the learning signal is the reward: check reward_std",
+    "grpo": "the learning signal is the variance of rewards within a group: check frac_reward_zero_std",
     "contrastive": "a batch needs negatives that differ from the positives: raise training.batch_size",
-    "hinge": "every pair may have its margin already, and is then left alone",
+    "hinge": "every pair may have reached its margin, and then has no gradient",
     "kto": "the sigmoid may be saturated: lower objective.beta or the learning rate",
 }
-GENERAL = "rows of which all weights are 0, a method whose parts do not reach the output, or numbers below what " \
-          "model.dtype can hold"
+GENERAL = "rows whose weights are all 0, a method whose parameters do not reach the output, or values below the " \
+          "range of base.dtype"
 
 
 class LearningMonitor:
-    """A `Tracker` that warns, once for each kind, where the metrics say that nothing is learned.
+    """A `Tracker` that warns, once per kind, where the metrics show that nothing is learned.
 
     Args:
         objective: the name of its loss (`variant`).
-        grouped: whether answers are compared within their group (GRPO); else rewards of a whole round count.
+        grouped: whether completions are compared within their group (GRPO), not within the whole rollout.
         warn: called with a sentence.
     """
 
@@ -48,7 +48,7 @@ class LearningMonitor:
                 self._warn_of_spread()
 
     def close(self) -> None:
-        """A run that is shorter than `STEPS` is judged at its end."""
+        """A run that is shorter than `STEPS` is checked at its end."""
         if 0 < self._steps < STEPS and self._without_gradient == self._steps:
             self._warn_of_gradient()
 
@@ -60,7 +60,7 @@ class LearningMonitor:
     def _warn_of_spread(self) -> None:
         what = "all answers to the same prompt had the same reward" if self.grouped else \
             "all answers had the same reward"
-        self._once("spread", f"in {self._without_spread} consecutive rounds {what}, so none is preferred over another. "
+        self._once("spread", f"in {self._without_spread} consecutive rollouts {what}, so none is preferred to another. "
                    "Likely reasons: the reward is constant, the prompts are too hard or too easy for this model, or "
                    "the answers are alike (raise objective.temperature or objective.num_generations); "
                    "samples.jsonl shows some")

@@ -1,4 +1,4 @@
-"""How much memory a run took, and an allocator that keeps what a step frees for the next one. Read nothing first."""
+"""Peak and available memory, and malloc settings that keep freed memory for the next step. Read nothing else first."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 
-GB = 1e9  # as disks and plans count, not 2**30
+GB = 1e9  # not 2**30
 
 # glibc's mallopt parameters, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 # Measured with forward-and-backward-like patterns of blocks from 0.3 to 100 MB (glibc 2.36, faults a step, peak MB):
 #                                          lengths vary      and logits too
-#     as glibc comes                       14,211   650      168,454  1,152
+#     glibc defaults                       14,211   650      168,454  1,152
 #     blocks to 32 MiB kept, no trim        3,527   665      140,702  1,157
 #     blocks to  1 GiB kept, no trim          529   694        4,868  1,518
 #     the same, grown by 16 MiB at a time     458   671        2,348  1,124
@@ -28,11 +28,11 @@ NEVER = -1
 
 
 def measure_peak_gb(device: torch.device | str) -> float:
-    """The most memory held so far, in GB of 10**9 bytes: tensors on a CUDA device, else the whole process in RAM."""
+    """Peak memory so far, in GB of 10**9 bytes: of tensors on a CUDA device, else of the process in RAM."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GB
     if sys.platform == "linux":
-        # Not getrusage: across exec that keeps the peak of whoever started the process.
+        # Not getrusage: across exec it keeps the peak of the parent process.
         status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / GB
     unit = 1 if sys.platform == "darwin" else 1024
@@ -40,9 +40,10 @@ def measure_peak_gb(device: torch.device | str) -> float:
 
 
 def available_memory_gb(device: torch.device | str, group: Path = Path("/sys/fs/cgroup")) -> float:
-    """The memory that is free for a run, in GB of 10**9 bytes: of a CUDA device, else of this machine or of the group
-    of processes that the system keeps this one in. Files that were read and are not in use count as free: the system
-    lets go of them where memory is wanted."""
+    """Available memory in GB of 10**9 bytes: of a CUDA device, else of this machine or this process's control group.
+
+    The file cache that is not in use counts as available: the system frees it when memory is needed.
+    """
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / GB
     if not Path("/proc/meminfo").exists():
@@ -58,13 +59,13 @@ def available_memory_gb(device: torch.device | str, group: Path = Path("/sys/fs/
 
 
 def configure_malloc() -> bool:
-    """Let glibc keep freed memory; returns whether it now does. Elsewhere (musl, macOS, Windows) nothing happens.
+    """Let glibc keep freed memory. Returns whether it now does; on musl, macOS and Windows nothing happens.
 
-    A step on the CPU frees its activations and the next asks for as much again. glibc hands large blocks back to the
-    kernel, which must clear every page anew when it is touched: that costs more than the arithmetic on it.
-    Call it before the model is loaded: blocks that were taken before keep their ways.
+    A step on the CPU frees its activations, and the next one allocates as much again. glibc returns large blocks to the
+    kernel, which must clear every page when it is touched again: that costs more than the arithmetic on it.
+    Call it before the model is loaded: blocks that were allocated earlier are not affected.
 
-    The same without code, before Python starts::
+    The same by environment variable::
 
         GLIBC_TUNABLES=glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=18446744073709551615:\\
         glibc.malloc.top_pad=16777216
@@ -77,13 +78,13 @@ def configure_malloc() -> bool:
 
 
 def trim_heap(device: torch.device | str) -> None:
-    """Give holes between live blocks back to the kernel. Call it where little is live, before a row longer than any
-    before.
+    """Return free heap memory between live blocks to the kernel. Call it when little is live, before a row longer than
+    all before it.
 
-    Blocks of a longer row do not fit into the holes that shorter ones left, so without this a run grows to more than
-    any of its rows needs. What is given back must be cleared anew by the kernel when it is touched: done after every
-    row, three steps of pairs took 1.5 million page faults and 4.4 system seconds beside 53 of the user's; done before
-    longer rows only, 0.13 million and 0.3, and the peak was 1.54 GB instead of 1.51.
+    Blocks of a longer row do not fit into the gaps that shorter rows left. Without trimming, a run grows to more than
+    any of its rows needs. The kernel must clear returned pages when they are touched again. Trimmed after every row,
+    three steps of pairs took 1.5 million page faults and 4.4 s of system time (53 s of user time). Trimmed before
+    longer rows only, they took 0.13 million and 0.3 s, and the peak was 1.54 GB instead of 1.51 GB.
     """
     if torch.device(device).type == "cpu" and sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         ctypes.CDLL(None).malloc_trim(0)

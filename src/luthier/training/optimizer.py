@@ -136,7 +136,7 @@ class Optimizer:
             lr=peak, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_epsilon,
             fused=self.device.type in ("cuda", "cpu"))
 
-    def set_rate(self, step: int) -> float:
+    def set_learning_rate(self, step: int) -> float:
         """Set the rate for the step with this index; returns that of a plain parameter."""
         self._step = step
         rate = self.peak * compute_lr_factor(self.config, step, self.total)
@@ -144,12 +144,12 @@ class Optimizer:
             group["lr"] = rate * group["factor"]
         return rate
 
-    def complete(self) -> None:
+    def run_pre_step_hook(self) -> None:
         """The gradient of the whole step is there: the method adds what it minimises by itself."""
         for hook in self._optimizer_hooks:
             hook.pre_step()
 
-    def clip(self) -> Tensor:
+    def clip_grad_norm(self) -> Tensor:
         """Shorten the gradient to `config.max_grad_norm`; returns its length before, a scalar on the device."""
         limit = math.inf if self.config.max_grad_norm is None else self.config.max_grad_norm
         return nn.utils.clip_grad_norm_(self.parameters.values(), limit)

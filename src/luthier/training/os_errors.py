@@ -1,4 +1,4 @@
-"""What the disk refuses, as errors that say what to do. Read `core/errors.py` first."""
+"""Errors of the disk, translated to `RunError` with a remedy. Read `core/errors.py` first."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors import SafetensorError
 from luthier.core.errors import RunError
 
 FULL = "free some space there, keep fewer checkpoints, or let the run write to another disk; then resume"
-DENIED = "give this user the right to write there, or let the run write to another folder; then resume"
+DENIED = "give this user write permission there, or let the run write to another folder; then resume"
 REMEDIES = {errno.ENOSPC: FULL, errno.EDQUOT: FULL, errno.EFBIG: FULL,
             errno.EACCES: DENIED, errno.EPERM: DENIED, errno.EROFS: DENIED}
 
 
 @contextmanager
 def translate_os_errors(place: Path) -> Iterator[None]:
-    """A full or closed disk, met while writing to `place`, as one `RunError`. Other errors stay what they are."""
+    """Translate a full or read-only disk, while writing to `place`, to a `RunError`. Other errors are unchanged."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -32,6 +32,6 @@ def translate_os_errors(place: Path) -> Iterator[None]:
 
 
 def parse_os_error(error: SafetensorError) -> int | None:
-    """The number of the system's error that safetensors has put into words, if it was one."""
+    """The errno in the message of a safetensors error; None where it was not an error of the system."""
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None

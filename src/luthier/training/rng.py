@@ -1,7 +1,7 @@
-"""Random states of a process: seeded together, caught and given back bit for bit. Nothing simpler to read first.
+"""Random states of a process: seed all of them, save and restore them exactly. Reads nothing else first.
 
-Covered: Python's `random`, NumPy's global generator, torch on the CPU, on every CUDA device and on MPS. Generators that
-somebody made for himself are his to save.
+Covers Python's `random`, NumPy's global generator, and torch on the CPU, every CUDA device and MPS. Generators that
+other code creates are not included.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch import Tensor
 
 
 def seed_everything(seed: int) -> None:
-    """Start every global generator at `seed`; torch seeds all its devices at once."""
+    """Seed every global generator; torch seeds all of its devices at once."""
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(seed % 2**32)  # it takes no more bits
+        numpy.random.seed(seed % 2**32)  # NumPy takes 32 bits
     torch.manual_seed(seed)
 
 
 def capture_rng_state(device: torch.device | str) -> dict[str, Any]:
-    """Every global random state that a run on `device` can draw from, as JSON holds it."""
+    """Every global random state that a run on `device` uses, as a JSON value."""
     version, words, normal = random.getstate()
     state: dict[str, Any] = {"python": [version, list(words), normal], "cpu": _encode_state(torch.get_rng_state())}
     if numpy := sys.modules.get("numpy"):
@@ -39,15 +39,15 @@ def capture_rng_state(device: torch.device | str) -> dict[str, Any]:
 
 
 def restore_rng_state(state: Mapping[str, Any]) -> list[str]:
-    """Go on where `capture` was; a sentence on each state that this machine has no place for.
+    """Restore what `capture_rng_state` returned. Returns a sentence for each state without a device here.
 
-    A run that moves from a GPU to a CPU is let go on, but draws other numbers than it would have: hence the sentence.
+    A run may move from a GPU to a CPU, but then uses other random numbers than an uninterrupted run.
     """
     version, words, normal = state["python"]
     random.setstate((version, tuple(words), normal))
     torch.set_rng_state(_decode_state(state["cpu"]))
     if "numpy" in state:
-        import numpy  # where it was in use when the state was caught, it will be again
+        import numpy  # used when the state was saved, so it will be used again
 
         name, words, *rest = state["numpy"]
         numpy.random.set_state((name, numpy.array(words, dtype=numpy.uint32), *rest))
@@ -57,12 +57,12 @@ def restore_rng_state(state: Mapping[str, Any]) -> list[str]:
         torch.cuda.set_rng_state(_decode_state(text), index)
     if len(saved) > here:
         lost.append(f"random states of {len(saved)} CUDA devices were saved and {here} are here: "
-                    "the run goes on with other random numbers than it would have drawn")
+                    "the run continues with other random numbers than an uninterrupted one")
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(_decode_state(state["mps"]))
     elif "mps" in state:
         lost.append("a random state of MPS was saved and there is none here: "
-                    "the run goes on with other random numbers than it would have drawn")
+                    "the run continues with other random numbers than an uninterrupted one")
     return lost
 
 

@@ -1,4 +1,4 @@
-"""The run folder: what a training leaves behind, and all that later verbs read. See DESIGN section 7.
+"""The run folder: what a training run writes, and all that later commands read. Read `core/errors.py` first.
 
     recipe.yaml  adapter_config.json + adapter_model.safetensors (or model.safetensors)  tokenizer files
     metrics.jsonl  data_report.json  results.json  answers.jsonl  loss.png  lengths.png  checkpoints/  README.md
@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -22,7 +21,7 @@ ADAPTER_HUB = frozenset({"hidden_size", "model_class", "model_type", "model_name
 
 
 class Run:
-    """A run folder, made by a training, by hand or by PEFT."""
+    """A run folder, written by a training run, by hand or by PEFT. The properties read the files anew each time."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -36,21 +35,21 @@ class Run:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """recipe.yaml without its `provenance`; empty where the folder has none."""
+        """recipe.yaml without its `provenance`; empty if the folder has none."""
         file = self.path / "recipe.yaml"
         raw = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
         return {key: value for key, value in raw.items() if key != "provenance"}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What recipe.yaml holds besides settings: versions, the base, digests; empty where the folder has none."""
+        """Versions, base model and digests from recipe.yaml; empty if the folder has none."""
         file = self.path / "recipe.yaml"
         raw = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else {}
         return dict(raw.get("provenance") or {})
 
     @property
     def metrics(self) -> list[dict[str, float]]:
-        """One dictionary a line of metrics.jsonl."""
+        """One dictionary per line of metrics.jsonl."""
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -65,27 +64,28 @@ class Run:
         file = self.path / "adapter_config.json"
         return read_adapter_config(file) if file.exists() else None
 
-    def existing(self) -> Run:
-        """Itself, or a `RunError` where there is no such run."""
+    def require_exists(self) -> Run:
+        """Returns itself. Raises `RunError` if there is no such run."""
         if not self.path.is_dir():
             near = sorted(str(p) for p in self.path.parent.glob("*") if p.is_dir()) if self.path.parent.is_dir() else []
-            raise RunError(f"there is no run folder {str(self.path)!r}",
-                           f"runs beside it: {', '.join(near[:8])}" if near else "train one: luthier train RECIPE.yaml")
+            raise RunError(f"run folder {str(self.path)!r} not found",
+                           f"runs in the same folder: {', '.join(near[:8])}" if near
+                           else "train one: luthier train RECIPE.yaml")
         if not any((self.path / name).exists() for name in ("recipe.yaml", "adapter_config.json", "config.json")):
             raise RunError(f"{str(self.path)!r} is not a run folder: it has no recipe.yaml, adapter_config.json or "
                            "config.json", "name the folder that `luthier train` printed")
         return self
 
-    def vacant(self) -> Run:
-        """Itself, or a `RunError` where the folder already holds a run."""
+    def require_vacant(self) -> Run:
+        """Returns itself. Raises `RunError` if the folder already holds a run."""
         if (self.path / "recipe.yaml").exists():
             raise RunError(f"{str(self.path)!r} already holds a run",
-                           "go on with it (--resume), or name another folder (output_dir=NAME)")
+                           "continue it (--resume), or name another folder (output_dir=NAME)")
         return self
 
-    def begin(self, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
-        """Write recipe.yaml. Raises `RunError` where the folder already holds a run or cannot be written."""
-        self.vacant()
+    def create(self, recipe: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+        """Write recipe.yaml. Raises `RunError` if the folder holds a run or cannot be written."""
+        self.require_vacant()
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self.write("recipe.yaml", yaml.safe_dump({**recipe, "provenance": dict(provenance)}, sort_keys=False,
@@ -95,7 +95,7 @@ class Run:
                            "free some space, or name another folder (output_dir=NAME)") from error
 
     def write(self, name: str, content: str | Mapping[str, Any]) -> Path:
-        """Write a text or JSON file of the run, whole or not at all. Raises `RunError` where the disk is full."""
+        """Write a text or JSON file of the run atomically. Raises `RunError` if the disk is full."""
         text = content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         file, temporary = self.path / name, self.path / f".{name}.{os.getpid()}"
         with translate_os_errors(file):
@@ -116,27 +116,14 @@ def read_adapter_config(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise RunError(f"{str(file)!r} is no JSON: {error}", again) from None
+        raise RunError(f"{str(file)!r} is not valid JSON: {error}", again) from None
     if not isinstance(found, dict):
-        raise RunError(f"{str(file)!r} holds a {type(found).__name__}, and an adapter's settings are a mapping", again)
+        raise RunError(f"{str(file)!r} holds a {type(found).__name__}; adapter settings are a mapping", again)
     if "peft_type" not in found and "config" in found and ADAPTER_HUB & found.keys():
-        raise RunError(f"{str(file)!r} is of the library `adapters` (AdapterHub), whose format is not PEFT's",
+        raise RunError(f"{str(file)!r} is in the format of the library `adapters` (AdapterHub), not of PEFT",
                        "use it with that library; a LoRA can be merged there (model.merge_adapter), and the saved "
-                       "model taken as the base")
+                       "model used as the base model")
     if not isinstance(found.get("peft_type"), str):
-        raise RunError(f"{str(file)!r} names no peft_type, so nobody knows what was trained",
-                       "give a run of Luthier, or an adapter of PEFT")
+        raise RunError(f"{str(file)!r} has no peft_type, so the method is unknown",
+                       "give a run of Luthier or a PEFT adapter")
     return found
-
-
-def compute_digest(path: Path) -> str:
-    """sha256 of a file, or of the names and digests of a folder's files."""
-    found = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            found.update(f"{file.relative_to(path)} {compute_digest(file)}\n".encode())
-    else:
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                found.update(block)
-    return found.hexdigest()

@@ -1,7 +1,9 @@
-"""One optimiser step, whole, on one screen. Read `core/protocols.py` first; `loop.py` calls this.
+"""One optimizer step. Read `core/protocols.py` first; `loop.py` calls this.
 
-Only the step divides. The count is taken over all micro-batches (and ranks) before the first forward pass, and each
-backward pass is of total / count; so the result does not depend on how a batch was cut.
+Only the step divides. It takes the count over all micro-batches and ranks before the first forward pass, and each
+backward pass is of total / count. So the result does not depend on how a batch was split.
+
+Shape letter: P predictions of a micro-batch.
 """
 
 from __future__ import annotations
@@ -28,29 +30,32 @@ Reference = Callable[[], AbstractContextManager[None]]
 
 
 def async_read(values: Sequence[Tensor | float], device: torch.device) -> Callable[[], list[float]]:
-    """What reads `values`. From a GPU they set out now, in one copy behind the work that makes them: whoever reads them
-    waits for that work and for nothing that was queued after it, so the next step may be under way."""
+    """A function that returns the values as numbers. From a GPU the copy is queued now, behind the work that computes
+    them, so reading waits for that work only, and the next step can be queued before it."""
     if device.type != "cuda":
         return lambda: [float(value) for value in values]
-    there = [value.detach() for value in values if isinstance(value, Tensor) and value.is_cuda]
-    wide = torch.stack([value.to(torch.float64) for value in there])
-    here = torch.empty(wide.shape, dtype=wide.dtype, pin_memory=True)
-    here.copy_(wide, non_blocking=True)
+    on_device = [value.detach() for value in values if isinstance(value, Tensor) and value.is_cuda]
+    stacked = torch.stack([value.to(torch.float64) for value in on_device])
+    on_host = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)  # only pinned memory is copied to async
+    on_host.copy_(stacked, non_blocking=True)
     done = torch.cuda.Event()
     done.record()
 
     def read() -> list[float]:
         done.synchronize()
-        found = iter(here.tolist())
-        return [next(found) if isinstance(value, Tensor) and value.is_cuda else float(value) for value in values]
+        numbers = iter(on_host.tolist())
+        return [next(numbers) if isinstance(value, Tensor) and value.is_cuda else float(value) for value in values]
 
     return read
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step measured. `read` gives what its `names` sum to, total and count of each in turn, then the loss and
-    the gradient's length; it waits for the step to end."""
+    """The metrics of one step, perhaps still on the device.
+
+    `read()` blocks until the step has finished and returns [sum_0, count_0, sum_1, count_1, ..., loss, grad_norm],
+    ordered as `names`.
+    """
 
     count: float
     names: tuple[str, ...]
@@ -61,17 +66,17 @@ class StepResult:
     micro_batches: int
     origins: tuple[Origin, ...]
 
-    def numbers(self) -> dict[str, float]:
-        """The metrics as plain numbers. Raises `NotFinite`, naming the batch, where the loss or gradient is not."""
+    def read_metrics(self) -> dict[str, float]:
+        """The metrics as numbers. Raises `NotFinite`, with the batch, where the loss or the gradient is not finite."""
         *read, loss, norm = self.read()
         own = dict(zip(self.names, zip(read[0::2], read[1::2], strict=True), strict=True))
         summed = process_group.all_reduce_named({**own, "": (loss,)})
         (loss,) = summed.pop("")
         if not (math.isfinite(loss) and math.isfinite(norm)):
             shown = ", ".join(map(str, self.origins[:8])) + (" ..." if len(self.origins) > 8 else "")
-            raise NotFinite(f"loss {loss} with gradient length {norm} on the batch of {shown}; "
+            raise NotFinite(f"loss {loss} with gradient norm {norm} on the batch of {shown}; "
                             "the weights were not updated with it",
-                            "lower optimizer.learning_rate, or look at these rows with `luthier data check`")
+                            "lower optimizer.learning_rate, or check these rows with `luthier data check`")
         means = {name: total / n for name, (total, n) in summed.items() if n}
         return {"loss": loss, **means, "grad_norm": norm}
 
@@ -82,10 +87,10 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     """Forward and backward through every micro-batch, then one update.
 
     Args:
-        batches: the micro-batches of one optimiser step; this rank takes its share of them.
-        optimizer: its rate is already set.
-        autocast: makes a context for mixed precision, entered anew for each forward pass.
-        reference: makes the context in which the model is the reference, for objectives that need one.
+        batches: the micro-batches of one optimizer step, of all ranks; this rank computes its share of them.
+        optimizer: its learning rate is already set.
+        autocast: makes a context for mixed precision, entered for each forward pass.
+        reference: makes the context in which the model is the reference model, for objectives that need one.
     """
     device = family.device
     mine = [batch.to(device) for batch in batches[process_group.get_rank()::process_group.get_world_size()]]
@@ -93,16 +98,15 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     assert count > 0, "an encoded example always has a weight above 0"
     loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
     sums: Sums = {}
-    # Where rows meet in the loss, the micro-batches are parts of one sum; elsewhere each is a sum of its own.
+    # With in-batch negatives the micro-batches are parts of one sum; otherwise each is a sum of its own.
     for part in [mine] if objective.needs_full_batch else [[batch] for batch in mine]:
         part_loss, metrics = backward(partial(forward_objective, family, objective, reference=reference), objective,
-                                      part, count,
-                                      device, autocast)
+                                      part, count, device, autocast)
         loss += part_loss
         _add_metrics(sums, metrics)
     process_group.all_reduce_gradients(optimizer.parameters.values())
-    optimizer.complete()
-    norm = optimizer.clip()
+    optimizer.run_pre_step_hook()
+    norm = optimizer.clip_grad_norm()
     optimizer.step(norm)
     read = async_read([*(x for pair in sums.values() for x in pair), loss, norm], device)
     return StepResult(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
@@ -112,20 +116,22 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
 
 def forward_objective(family: Family, objective: Objective, batch: Batch,
                       reference: Reference | None = None) -> Outputs:
-    """What the objective needs of one micro-batch; the reference's log-probabilities from a pass of its own, unless
-    they were computed before."""
+    """The outputs that the objective requires of one micro-batch.
+
+    `reference_logps` are the precomputed ones of the batch; where it has none, those of a second forward pass.
+    """
     if "reference_logps" not in objective.required_outputs:
         return family.forward(batch.inputs, batch.target, objective.required_outputs)
     logps = batch.target.precomputed.get("reference_logps")
     if logps is None:
-        assert reference is not None, "whoever trains with a reference says what it is"
+        assert reference is not None, "an objective with a reference is given one"
         logps = compute_reference_logps(family, batch, reference)
     return replace(family.forward(batch.inputs, batch.target, objective.required_outputs - {"reference_logps"}),
                    reference_logps=logps)
 
 
 def compute_reference_logps(family: Family, batch: Batch, reference: Reference) -> Tensor:
-    """[P] the reference's log-probability of every prediction. It has no dropout and no gradient."""
+    """[P] log-probabilities of the reference model, without dropout and without a gradient."""
     training = family.training
     family.train(False)
     with torch.no_grad(), reference():
@@ -144,7 +150,7 @@ def _add_metrics(sums: Sums, metrics: Metrics) -> None:
 @torch.no_grad()
 def evaluate_batches(family: Family, objective: Objective, batches: list[Batch],
                      reference: Reference | None = None) -> dict[str, float]:
-    """The objective's metrics over held-out batches: each sum divided once, at the end; and its `quality`."""
+    """The objective's metrics over held-out batches, each sum divided once at the end; and its evaluation metrics."""
     sums: Sums = {}
     kept: list[tuple[Outputs, LossInputs]] = []
     whole = objective.needs_full_batch or objective.has_eval_metrics

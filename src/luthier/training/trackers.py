@@ -1,4 +1,4 @@
-"""Where metrics go: lines of JSON in the run folder, and the trackers a recipe names. Read `core/errors.py` first."""
+"""Metric loggers: metrics.jsonl, TensorBoard, Weights & Biases, Trackio. Read `core/errors.py` first."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from luthier.training.os_errors import translate_os_errors
 
 
 class Tracker(Protocol):
-    """Takes a step's metrics."""
+    """Logs the metrics of a step."""
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None: ...
     def close(self) -> None: ...
 
 
 class JsonLines:
-    """One line of JSON for each call of `log`, on its way to the disk when `log` returns. NaN is written as `NaN`.
+    """One line of JSON per call of `log`, given to the system when `log` returns. NaN is written as `NaN`.
 
     Args:
-        path: the file; its folder is there.
-        resume_at: None starts the file anew. A step keeps the lines up to it, so that the steps that a killed run had
-            made after its last checkpoint do not stand there twice; a last line that was cut short goes too.
+        path: the file; its folder exists.
+        resume_at: None: start an empty file. A step: keep the lines up to it, so that steps after the last checkpoint
+            of a killed run are not logged twice. An incomplete last line is removed too.
     """
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
         self._path = path
         with translate_os_errors(path):
             _truncate_log(path, resume_at)
-            self._file = path.open("ab", buffering=0)  # what a full disk refused is not tried again at the close
+            self._file = path.open("ab", buffering=0)  # so close() does not retry a write that the disk refused
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         assert "step" not in metrics
@@ -48,7 +48,7 @@ class JsonLines:
 
 
 def _truncate_log(path: Path, resume_at: int | None) -> None:
-    """Cut `path` back to the lines up to `resume_at`, in one move: a kill leaves the old file or the new."""
+    """Truncate `path` to the lines up to `resume_at`, atomically."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     kept = []
     for number, line in enumerate(lines, 1):
@@ -79,7 +79,7 @@ class TensorBoard:
         _check_package("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = None if resume_at is None else resume_at + 1  # hides what a killed run had logged beyond
+        purge = None if resume_at is None else resume_at + 1  # hides what a killed run logged after its last checkpoint
         self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         self._writer.add_text("recipe", f"```json\n{json.dumps(config, indent=1, default=str)}\n```")
 
@@ -94,9 +94,9 @@ class TensorBoard:
 
 
 class WandB:
-    """Weights & Biases, in the project that `WANDB_PROJECT` names, else `luthier`.
+    """Weights & Biases, in the project of `WANDB_PROJECT`, else `luthier`.
 
-    A resumed run goes on under the id kept in the folder; steps that the service has seen already stay as they were.
+    A resumed run continues under the id stored in the folder. Steps that the service already has are unchanged.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
@@ -118,7 +118,7 @@ class WandB:
 
 
 class Trackio:
-    """Trackio, in the project that `TRACKIO_PROJECT` names, else `luthier`; its database is the user's own."""
+    """Trackio, in the project of `TRACKIO_PROJECT`, else `luthier`; its database is in the user's home folder."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_at: int | None) -> None:
         _check_package("trackio")
@@ -142,17 +142,17 @@ TRACKERS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Tracker]] = 
 
 
 def check_trackers(names: Iterable[str]) -> None:
-    """An error where a tracker is not known or its package not installed. Opens nothing."""
+    """Raises an error for an unknown tracker or a package that is not installed. Opens nothing."""
     for name in names:
         if name not in TRACKERS:
             raise RecipeError(f"unknown tracker {name!r}: {suggest_nearest(name, TRACKERS)}",
-                              "metrics.jsonl is always written and needs no name")
+                              "metrics.jsonl is always written and need not be listed")
         _check_package(name)
 
 
 def open_trackers(names: Iterable[str], folder: Path, config: Mapping[str, Any],
                   resume_at: int | None = None) -> list[Tracker]:
-    """The trackers named, besides `JsonLines`. All names and packages are checked before any is opened."""
+    """The named trackers, without `JsonLines`. All names and packages are checked before any is opened."""
     names = list(dict.fromkeys(names))
     check_trackers(names)
     if names:
@@ -161,7 +161,7 @@ def open_trackers(names: Iterable[str], folder: Path, config: Mapping[str, Any],
 
 
 def _check_package(package: str) -> None:
-    # No origin: a mere folder of that name on the path, such as the `wandb/` that wandb leaves in working folders.
+    # A spec without an origin is a plain folder of that name, such as the `wandb/` that wandb writes.
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise MissingExtra(package, package, f"the tracker {package!r}")

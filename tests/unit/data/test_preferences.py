@@ -116,7 +116,7 @@ def test_a_bad_row_is_refused_with_its_reason(name) -> None:
 
 PROMPTS = {
     "alone": ({"prompt": "q"}, "q", {}),
-    "with facts": ({"prompt": "q", "answer": "4", "tests": ["x"]}, "q", {"reference": "4", "tests": ["x"]}),
+    "with metadata": ({"prompt": "q", "answer": "4", "tests": ["x"]}, "q", {"reference": "4", "tests": ["x"]}),
     "completion": ({"prompt": "q", "completion": "a"}, "q", {"reference": "a"}),
     "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", {"chosen": "a", "rejected": "b"}),
     "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
@@ -127,12 +127,12 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_whoever_reads_prompts_gets_them_from_any_row_that_holds_one(name) -> None:
-    row, prompt, facts = PROMPTS[name]
+    row, prompt, metadata = PROMPTS[name]
     (found,) = become(row, kinds="Prompt")
     assert isinstance(found, PromptExample)
     assert found.prompt == prompt
-    assert facts.items() <= found.facts.items()
-    assert ("reference" in found.facts) == ("reference" in facts)
+    assert metadata.items() <= found.metadata.items()
+    assert ("reference" in found.metadata) == ("reference" in metadata)
 
 
 def test_the_kinds_that_are_read_decide_between_formats() -> None:
@@ -239,7 +239,7 @@ def test_a_prompt_keeps_its_facts_and_must_leave_room(letters) -> None:
     example = PromptExample("ab", HERE, {"reference": "4"})
     (found,) = encode_example(example, letters, config())
     assert letters.decode(found.pieces[0].ids) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
-    assert found.facts == {"prompt": "ab", "reference": "4"}
+    assert found.metadata == {"prompt": "ab", "reference": "4"}
     assert found.pieces[0].predicted == ()
     size = len(found.pieces[0].ids)
     assert encode_example(example, letters, config(max_length=size + 5), 5) == [found]

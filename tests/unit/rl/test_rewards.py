@@ -14,14 +14,17 @@ import pytest
 
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Origin
-from luthier.rl.rewards import Completion, call_endpoint, compute_rewards, extract_code, load_reward, wrap_function
+from luthier.rl.builtin_rewards import extract_code
+from luthier.rl.function_rewards import load_reward, wrap_function
+from luthier.rl.http_rewards import build_endpoint_reward
+from luthier.rl.rewards import Completion, compute_rewards
 
 
-def answer(text: str, **facts: Any) -> Completion:
-    return Completion("What is it?", text, Origin("rows.jsonl", 7), facts)
+def answer(text: str, **metadata: Any) -> Completion:
+    return Completion("What is it?", text, Origin("rows.jsonl", 7), metadata)
 
 
-@pytest.mark.parametrize(("name", "text", "facts", "wanted"), [
+@pytest.mark.parametrize(("name", "text", "metadata", "wanted"), [
     ("number", "so it is 18.0", {"reference": "#### 18"}, 1.0),
     ("number", "so it is 17", {"reference": "#### 18"}, 0.0),
     ("json_equal", '{"a": 1}', {"reference": '{"a": 1.0}'}, 1.0),
@@ -32,8 +35,8 @@ def answer(text: str, **facts: Any) -> Completion:
     ("code_tests", "```python\ndef f(x):\n    return x + 1\n```", {"tests": ["assert f(1) == 2", "assert f(1) == 3"]}, 0.5),
     ("code_tests", "def f(x): return x", {"tests": "assert f(1) == 1"}, 1.0),
 ])
-def test_built_in_rewards(name: str, text: str, facts: dict[str, Any], wanted: float) -> None:
-    assert compute_rewards([answer(text, **facts)], [(load_reward(name, 5.0), 1.0)]) == [wanted]
+def test_built_in_rewards(name: str, text: str, metadata: dict[str, Any], wanted: float) -> None:
+    assert compute_rewards([answer(text, **metadata)], [(load_reward(name, 5.0), 1.0)]) == [wanted]
 
 
 def test_several_rewards_are_added_by_their_weights() -> None:
@@ -41,29 +44,29 @@ def test_several_rewards_are_added_by_their_weights() -> None:
     assert compute_rewards([answer("one two", length=2), answer("one", length=2)], rewards) == [2 - 3.5, 1 - 1.5]
 
 
-@pytest.mark.parametrize(("name", "facts", "word"), [
+@pytest.mark.parametrize(("name", "metadata", "word"), [
     ("number", {}, "has no 'reference'"), ("number", {"reference": "none"}, "has no number"),
-    ("length", {"length": "long"}, "wants a number of words"), ("code_tests", {"tests": []}, "is empty")])
-def test_a_row_that_cannot_be_judged_is_named(name: str, facts: dict[str, Any], word: str) -> None:
+    ("length", {"length": "long"}, "needs a number of words"), ("code_tests", {"tests": []}, "is empty")])
+def test_a_row_that_cannot_be_scored_is_named(name: str, metadata: dict[str, Any], word: str) -> None:
     with pytest.raises(RunError, match=word) as caught:
-        load_reward(name, 1.0)([answer("3", **facts)])
+        load_reward(name, 1.0)([answer("3", **metadata)])
     assert "rows.jsonl:7" in str(caught.value)
     assert "What is it?" in str(caught.value)
 
 
 @pytest.mark.parametrize(("function", "word"), [
-    (lambda p, a, f: 1 / 0, "ZeroDivisionError"), (lambda p, a, f: [math.nan], "nan for answer 0, not a finite number"),
-    (lambda p, a, f: [math.inf], "inf"), (lambda p, a, f: [1.0, 2.0], "2 numbers for 1 answers"),
-    (lambda p, a, f: ["good"], "str 'good' for answer 0"), (lambda p, a, f: None, "returned NoneType None")])
+    (lambda p, a, f: 1 / 0, "ZeroDivisionError"), (lambda p, a, f: [math.nan], "nan for completion 0, not a finite number"),
+    (lambda p, a, f: [math.inf], "inf"), (lambda p, a, f: [1.0, 2.0], "2 numbers for 1 completions"),
+    (lambda p, a, f: ["good"], "str 'good' for completion 0"), (lambda p, a, f: None, "returned NoneType None")])
 def test_a_function_that_breaks_names_the_prompt(function: Any, word: str) -> None:
     with pytest.raises(RunError, match=word) as caught:
         compute_rewards([answer("3")], [(wrap_function(function, "mine:f"), 1.0)])
     assert "What is it?" in str(caught.value)
 
 
-def test_a_function_of_a_file_is_told_prompts_answers_and_facts(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def f(prompts, answers, facts):\n    return [len(p) + len(a) + f['x'] for p, a, f "
-                                      "in zip(prompts, answers, facts)]\n")
+def test_a_function_in_a_file_receives_prompts_completions_and_metadata(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(prompts, completions, metadata):\n    return [len(p) + len(a) + f['x'] for p, a, f "
+                                      "in zip(prompts, completions, metadata)]\n")
     assert load_reward(f"{tmp_path}/mine.py:f", 1.0)([answer("abc", x=100)]) == [11 + 3 + 100]
     with pytest.raises(RecipeError, match="defines no function 'g'"):
         load_reward(f"{tmp_path}/mine.py:g", 1.0)
@@ -88,7 +91,7 @@ class _Service(BaseHTTPRequestHandler):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.send_response(self.code)
         self.end_headers()
-        self.wfile.write(self.said or json.dumps({"rewards": [len(a) for a in asked["answers"]]}).encode())
+        self.wfile.write(self.said or json.dumps({"rewards": [len(a) for a in asked["completions"]]}).encode())
 
     def log_message(self, *words: Any) -> None:
         """Nothing to say."""
@@ -103,29 +106,29 @@ def service() -> Iterator[str]:
     server.server_close()
 
 
-def test_an_address_gives_rewards_or_says_why_not(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_endpoint_returns_rewards_or_the_error_says_why_not(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_Service, "said", b"")
-    assert compute_rewards([answer("abc"), answer("")], [(call_endpoint(service, 5.0), 1.0)]) == [3.0, 0.0]
-    for said, code, word in ((b"nonsense", 200, "its answer is not"), (b'{"scores": [1]}', 200, "KeyError"),
-                             (b"", 503, "answered 503")):
+    assert compute_rewards([answer("abc"), answer("")], [(build_endpoint_reward(service, 5.0), 1.0)]) == [3.0, 0.0]
+    for said, code, word in ((b"nonsense", 200, "its response is not"), (b'{"scores": [1]}', 200, "KeyError"),
+                             (b"", 503, "status 503")):
         monkeypatch.setattr(_Service, "said", said)
         monkeypatch.setattr(_Service, "code", code)
         with pytest.raises(RunError, match=word) as caught:
-            call_endpoint(service, 5.0)([answer("abc")])
+            build_endpoint_reward(service, 5.0)([answer("abc")])
         assert service in str(caught.value)
 
 
-def test_an_address_that_is_not_there_or_late_is_an_error_in_words(service: str) -> None:
+def test_an_endpoint_that_does_not_respond_is_a_plain_error(service: str) -> None:
     with pytest.raises(RunError, match="failed for"):
-        call_endpoint("http://127.0.0.1:9", 1.0)([answer("a")])
-    with pytest.raises(RecipeError, match="no http"):
-        call_endpoint("127.0.0.1:9", 1.0)
+        build_endpoint_reward("http://127.0.0.1:9", 1.0)([answer("a")])
+    with pytest.raises(RecipeError, match="not an http"):
+        build_endpoint_reward("127.0.0.1:9", 1.0)
 
 
 def test_a_package_that_a_reward_needs_is_no_missing_reward(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "needy_reward.py").write_text("import no_such_package_here\ndef f(prompts, answers, facts): return [0.0] * len(prompts)\n")
+    (tmp_path / "needy_reward.py").write_text("import no_such_package_here\ndef f(prompts, completions, metadata): return [0.0] * len(prompts)\n")
     with pytest.raises(RecipeError, match=r"needy_reward raised ModuleNotFoundError: No module named 'no_such_package_here'"):
         load_reward("needy_reward:f", 1.0)
-    with pytest.raises(RecipeError, match=r"name a module that Python finds"):
+    with pytest.raises(RecipeError, match=r"name a module on Python's path"):
         load_reward("no_such_reward_here:f", 1.0)

@@ -147,15 +147,15 @@ def test_nothing_whole_is_said(tmp_path: Path) -> None:
     found, notes = find_latest(tmp_path)
     assert found is None
     assert len(notes) == 2
-    assert all("no older checkpoint is whole" in note for note in notes)
+    assert all("no older checkpoint is complete" in note for note in notes)
 
 
 # ---------------------------------------------------------------- a disk that refuses
 
 
 @pytest.mark.parametrize("place", ["save_file", "fsync", "rename", "write_text"])
-@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "right to write"),
-                                             (errno.EIO, "look after that disk")])
+@pytest.mark.parametrize(("code", "words"), [(errno.ENOSPC, "free some space"), (errno.EACCES, "write permission"),
+                                             (errno.EIO, "check that disk")])
 def test_a_refusing_disk_leaves_all_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                               place: str, code: int, words: str) -> None:
     save_checkpoint(tmp_path, 1, PART, {}, keep=1)
@@ -184,10 +184,10 @@ def test_a_full_file_system_in_earnest(tmp_path: Path) -> None:
 import resource, sys, torch
 from pathlib import Path
 from luthier.core.errors import RunError
-from luthier.training.checkpoint import save
+from luthier.training.checkpoint import save_checkpoint
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
-    save(Path(sys.argv[1]), 1, {"method": {"w": torch.zeros(5000)}}, {}, keep=1)
+    save_checkpoint(Path(sys.argv[1]), 1, {"method": {"w": torch.zeros(5000)}}, {}, keep=1)
 except RunError as error:
     print(error)
 """
@@ -209,7 +209,7 @@ KILLER = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from luthier.training.checkpoint import latest, save
+from luthier.training.checkpoint import find_latest, save_checkpoint
 
 torch.set_num_threads(1)
 os.fsync = lambda handle: None  # a kill loses nothing that the system holds, and waiting for the disk takes all the time
@@ -217,7 +217,7 @@ folder, mode = Path(sys.argv[1]), sys.argv[2]
 
 def write(step):
     tensors = {part: {"w": torch.full((40_000,), float(step))} for part in ("method", "optimizer")}
-    save(folder, step, tensors, {"step": step}, keep=1)
+    save_checkpoint(folder, step, tensors, {"step": step}, keep=1)
 
 def doomed(survive):
     # dies before its `survive`-th change of the folder
@@ -233,7 +233,7 @@ def doomed(survive):
         setattr(os, name, wrap(getattr(os, name)))
 
 def check(least):
-    found, notes = latest(folder)
+    found, notes = find_latest(folder)
     assert not notes, notes
     step = found.step if found else 0
     assert step >= least, (step, least)

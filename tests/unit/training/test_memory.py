@@ -14,9 +14,9 @@ from luthier.training import memory
 
 SCRIPT = """
 import json, random, resource, sys, torch
-from luthier.training.memory import peak_gb, settle_allocator
+from luthier.training.memory import measure_peak_gb, configure_malloc
 torch.set_num_threads(1)
-settled = sys.argv[1] == "yes" and settle_allocator()
+settled = sys.argv[1] == "yes" and configure_malloc()
 lengths = random.Random(3)
 
 def step():
@@ -32,7 +32,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     step()
 faults = (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 20
-print(json.dumps([settled, faults, peak_gb("cpu")]))
+print(json.dumps([settled, faults, measure_peak_gb("cpu")]))
 """
 
 
@@ -63,7 +63,7 @@ def test_the_peak_is_this_process_s_own() -> None:
     held = torch.ones(150_000_000)  # 0.6 GB
     assert memory.measure_peak_gb("cpu") > 0.6
     child = "import sys, types; sys.modules['torch'] = t = types.ModuleType('torch'); t.device = lambda d: t; t.type = 'cpu'\n" \
-            "from luthier.training.memory import peak_gb; print(peak_gb('cpu'))"
+            "from luthier.training.memory import measure_peak_gb; print(measure_peak_gb('cpu'))"
     done = subprocess.run([sys.executable, "-c", child], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.1
     assert held[0] == 1

@@ -114,7 +114,7 @@ def _read_pixels(raw: Any, origin: Origin) -> Any:
 
 
 def convert_prompt(values: Values, origin: Origin) -> Example:
-    """A prompt for rollouts to answer. All other columns are facts, which a reward function is told."""
+    """A prompt for rollouts to answer. All other columns are metadata, which a reward function is told."""
     raw = values["prompt"]
     prompt: tuple[Message, ...] | str = (tuple(read_turns(raw, "prompt")) if isinstance(raw, list)
                                          else read_nonempty_string(values, "prompt"))
@@ -151,7 +151,7 @@ def get_prompt_and_reference(example: Example) -> tuple[tuple[Message, ...] | st
     if isinstance(example, PreferenceExample):
         return example.prompt, get_answer_text(example.answers[0])
     if isinstance(example, PromptExample):
-        return example.prompt, str(example.facts.get("reference", ""))
+        return example.prompt, str(example.metadata.get("reference", ""))
     assert isinstance(example, UnpairedPreferenceExample), f"{type(example).__name__} holds no prompt"
     return example.prompt, get_answer_text(example.answer) if example.good else ""
 
@@ -167,7 +167,7 @@ def get_answer_text(answer: tuple[Message, ...] | str) -> str:
     return answer if isinstance(answer, str) else answer[-1].content
 
 
-PROMPT_TYPES = frozenset({"ChatExample", "CompletionExample", "ComparedExample",
+PROMPT_TYPES = frozenset({"ChatExample", "CompletionExample", "PreferenceExample",
                           "UnpairedPreferenceExample"})  # what `as_prompt` takes
 # kinds of example that an answer can be generated to
 TYPES_WITH_ANSWER = PROMPT_TYPES | {"PromptExample", "TextExample"}

@@ -10,9 +10,9 @@ import torch
 from luthier.training import loop
 
 
-@pytest.mark.parametrize(("rolling", "released"), [(None, [320, 409]), (object(), [320, 300, 409, 409])])
-def test_holes_are_given_back_before_longer_rows(rolling, released, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = SimpleNamespace(rolling=rolling, family=SimpleNamespace(device=torch.device("cpu")))
+@pytest.mark.parametrize(("rollouts", "released"), [(None, [320, 409]), (object(), [320, 300, 409, 409])])
+def test_holes_are_given_back_before_longer_rows(rollouts, released, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = SimpleNamespace(rollouts=rollouts, family=SimpleNamespace(device=torch.device("cpu")))
     found: list[int] = []
     longest = 0
     for rows in ((100, 320), (300,), (409, 12), (409,)):

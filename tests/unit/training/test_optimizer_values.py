@@ -98,7 +98,7 @@ def test_each_group_has_the_rate_of_its_step_times_its_own_factor() -> None:
     ours = Optimizer({"a": nn.Parameter(torch.ones(2, 2)), "b": nn.Parameter(torch.ones(2, 2))},
                      lambda name: 16.0 if name == "b" else 1.0, 0.5, OptimizerConfig(lr_scheduler_type="linear", warmup_ratio=0.0), 4)
     for step, wanted in enumerate((0.5, 0.375, 0.25, 0.125)):
-        assert ours.set_rate(step) == pytest.approx(wanted)
+        assert ours.set_learning_rate(step) == pytest.approx(wanted)
         assert [group["lr"] for group in ours.adam.param_groups] == pytest.approx([wanted, 16 * wanted])
 
 
@@ -122,10 +122,10 @@ def test_only_matrices_decay_and_by_rate_times_weight_decay() -> None:
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     ours = Optimizer(parameters, lambda name: 2.0 if name == "stack" else 1.0, 0.1,
                      OptimizerConfig(weight_decay=0.5, lr_scheduler_type="constant", warmup_ratio=0.0, max_grad_norm=None), 10)
-    ours.set_rate(0)
+    ours.set_learning_rate(0)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    ours.step(ours.clip())
+    ours.step(ours.clip_grad_norm())
     kept = {"matrix": 1 - 0.1 * 0.5, "vector": 1.0, "stack": 1 - 2 * 0.1 * 0.5, "scalar": 1.0}
     for name, share in kept.items():
         torch.testing.assert_close(parameters[name].detach(), share * before[name], rtol=1e-12, atol=0)
@@ -137,7 +137,7 @@ def test_without_weight_decay_nothing_decays() -> None:
     ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(), 10)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-    ours.step(ours.clip())
+    ours.step(ours.clip_grad_norm())
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
 
 
@@ -167,9 +167,9 @@ def test_the_update_is_adamws_formula() -> None:
     wanted = adamw(start(), 5, [0.1 * compute_lr_factor(ours.config, step, 5) for step in range(5)], decay=0.3, **settings)
     other = adamw(start(), 5, [0.1 * compute_lr_factor(ours.config, step, 5) for step in range(5)], decay=0.0, **settings)
     for t in range(5):
-        ours.set_rate(t)
+        ours.set_learning_rate(t)
         push(parameters, t + 1)
-        ours.step(ours.clip())
+        ours.step(ours.clip_grad_norm())
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.detach(), wanted[name], rtol=1e-9, atol=1e-12)
     assert (parameters["matrix"] - other["matrix"]).abs().max() > 1e-3  # the control
@@ -187,7 +187,7 @@ def test_a_gradient_that_is_too_long_is_shortened_as_a_whole(limit: float) -> No
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     long = length(parameters)
     assert long > 2 * limit
-    assert float(ours.clip()) == pytest.approx(long)  # what is reported is the length before
+    assert float(ours.clip_grad_norm()) == pytest.approx(long)  # what is reported is the length before
     assert length(parameters) == pytest.approx(limit, rel=1e-5)
     for name, parameter in parameters.items():  # one factor for all
         torch.testing.assert_close(parameter.grad, before[name] * (limit / long), rtol=1e-5, atol=0)
@@ -199,7 +199,7 @@ def test_a_short_gradient_and_one_without_a_limit_stay_as_they_are(limit: float 
     ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(max_grad_norm=limit), 10)
     push(parameters, 1, size)
     before = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
-    assert float(ours.clip()) == pytest.approx(length(parameters))
+    assert float(ours.clip_grad_norm()) == pytest.approx(length(parameters))
     assert all(torch.equal(p.grad, before[name]) for name, p in parameters.items() if p.grad is not None)
 
 
@@ -217,12 +217,12 @@ def test_a_gradient_that_is_not_finite_updates_nothing_and_is_gone(bad: float) -
     push(parameters, 1)
     assert parameters["vector"].grad is not None
     parameters["vector"].grad[2] = bad
-    ours.step(ours.clip())
+    ours.step(ours.clip_grad_norm())
     assert all(torch.equal(parameter, before[name]) for name, parameter in parameters.items())
     assert all(parameter.grad is None for parameter in parameters.values())
     assert not ours.state()
     push(parameters, 2)
-    ours.step(ours.clip())
+    ours.step(ours.clip_grad_norm())
     assert all(not torch.equal(parameter, before[name]) for name, parameter in parameters.items())
     assert told == [False, True]
 
@@ -233,8 +233,8 @@ def test_a_methods_update_is_told_the_number_of_the_step_that_was_made() -> None
     parameters = start()
     ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(), 3, (update,))
     for step in range(3):
-        ours.set_rate(step)
+        ours.set_learning_rate(step)
         push(parameters, step)
-        ours.complete()
-        ours.step(ours.clip())
+        ours.run_pre_step_hook()
+        ours.step(ours.clip_grad_norm())
     assert told == [(1, 3), (2, 3), (3, 3)]
