@@ -15,7 +15,7 @@ from luthier.data.packing import build_batch
 from luthier.models.attention.packed import describe_segments, packed_attention
 from luthier.models.task_heads import pool_states
 
-TREE = SegmentTree((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a piece behind the second
+TREE = SegmentTree((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a span behind the second
 FLAT = SegmentTree((4, 1, 5), (-1, -1, -1))
 
 

@@ -61,7 +61,7 @@ def test_the_order_of_everything_is_nothing(name: str) -> None:
     case = CASES[name]
     wanted, generator = case.loss(), torch.Generator().manual_seed(1)
     for _ in range(3):
-        examples = torch.randperm(case.target.examples, generator=generator).tolist()
+        examples = torch.randperm(case.target.num_examples, generator=generator).tolist()
         other = case.taken(examples, generator)
         found = other.loss()
         torch.testing.assert_close(found.total, wanted.total, rtol=1e-12, atol=1e-12)
@@ -77,7 +77,7 @@ def test_the_order_of_everything_is_nothing(name: str) -> None:
 def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
     case = CASES[name]
     whole = case.loss()
-    parts = [case.taken(examples).loss() for examples in ([1], [0, *range(2, case.target.examples)])]
+    parts = [case.taken(examples).loss() for examples in ([1], [0, *range(2, case.target.num_examples)])]
     torch.testing.assert_close(sum(p.total for p in parts), whole.total, rtol=1e-12, atol=1e-12)
     assert sum(float(p.count) for p in parts) == pytest.approx(float(whole.count), rel=1e-6)
     for leaf, gradient in gradients(case, whole.total).items():
@@ -92,7 +92,7 @@ def test_parts_of_a_batch_add_up_to_it(name: str) -> None:
 def test_coupled_is_coupled(name: str) -> None:
     """The control for the declaration: parts of such a batch do not add up to it, though their counts do."""
     case = CASES[name]
-    parts = [case.taken(examples).loss() for examples in ([0], range(1, case.target.examples))]
+    parts = [case.taken(examples).loss() for examples in ([0], range(1, case.target.num_examples))]
     assert abs(float(sum(p.total for p in parts)) - float(case.loss().total)) > 1e-3
     assert sum(float(p.count) for p in parts) == float(case.loss().count)
 

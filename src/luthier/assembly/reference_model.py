@@ -102,7 +102,7 @@ def _add_precomputed(made: Recipe, base: Family, encoded: Sequence[TokenizedExam
             places = [start + i for i in row]
             there = rows.build_batch([found[i] for i in places]).to(base.device)
             logps = compute_reference_logps(base, there, partial(initial_model, reference)).cpu()
-            sizes = [sum(len(piece.predicted) for piece in found[i].pieces) for i in places]
+            sizes = [sum(len(span.predicted) for span in found[i].spans) for i in places]
             for i, own in zip(places, logps.split(sizes), strict=True):
                 found[i] = replace(found[i], precomputed={"reference_logps": own.clone()})
             done += len(places)

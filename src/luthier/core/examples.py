@@ -136,12 +136,12 @@ class PromptExample:
     """A prompt without an answer: rollouts answer it.
 
     Args:
-        facts: what a reward function may be told: `reference`, `tests` and the row's other columns.
+        metadata: what a reward function may be told: `reference`, `tests` and the row's other columns.
     """
 
     prompt: tuple[Message, ...] | str
     origin: Origin
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
 
 

@@ -75,11 +75,11 @@ class LabeledSpan:
         text_id: a hash of the piece's tokens where texts are compared, else None.
     """
 
-    piece: int
+    span_index: int
     label: float | tuple[float, ...]
     margin: float = 0.0
     weight: float = 1.0
-    shares: tuple[float, ...] = ()
+    soft_label: tuple[float, ...] = ()
     text_id: int | None = field(default=None, compare=False, repr=False)
 
 
@@ -99,19 +99,19 @@ class TokenizedExample:
         remarks: rules that were applied to make text of its row, which the data report counts.
     """
 
-    pieces: tuple[TokenSpan, ...]
+    spans: tuple[TokenSpan, ...]
     origin: Origin
-    bytes: int = 0
-    items: tuple[LabeledSpan, ...] = ()
+    num_bytes: int = 0
+    labeled_spans: tuple[LabeledSpan, ...] = ()
     images: tuple[Any, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     precomputed: Mapping[str, Tensor] = field(default_factory=dict)
-    hidden: Any = None
+    masking: Any = None
     remarks: tuple[str, ...] = ()
 
     @property
-    def tokens(self) -> int:
-        return sum(len(piece.ids) for piece in self.pieces)
+    def num_tokens(self) -> int:
+        return sum(len(span.ids) for span in self.spans)
 
 
 # ---------------------------------------------------------------- batches
@@ -230,37 +230,38 @@ class LossInputs(DeviceMovable):
         temperature: every log-probability is that of sampling at this temperature.
     """
 
-    at: Tensor
-    tokens: Tensor
+    state_index: Tensor
+    token_ids: Tensor
     weights: Tensor
-    examples: int
-    bytes: int = 0
-    items: Tensor = field(default_factory=_build_empty)
+    num_examples: int
+    num_bytes: int = 0
+    labeled_segments: Tensor = field(default_factory=_build_empty)
     labels: Tensor = field(default_factory=lambda: torch.zeros(0))
     margins: Tensor = field(default_factory=lambda: torch.zeros(0))
     groups: Tensor = field(default_factory=_build_empty)
     item_of: Tensor = field(default_factory=_build_empty)
     precomputed: Mapping[str, Tensor] = field(default_factory=dict)
     item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
-    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
+    soft_labels: Tensor = field(default_factory=lambda: torch.zeros(0))
     text_ids: Tensor = field(default_factory=_build_empty)
     temperature: float = 1.0
 
     @staticmethod
     def joined(targets: Sequence[LossInputs]) -> LossInputs:
         """Several batches' targets as one list; `at` and `items` keep pointing into their own rows."""
-        examples = _offsets(t.examples for t in targets)
-        items = _offsets(t.items.shape[0] for t in targets)
+        examples = _offsets(t.num_examples for t in targets)
+        items = _offsets(t.labeled_segments.shape[0] for t in targets)
         return LossInputs(
-            torch.cat([t.at for t in targets]), torch.cat([t.tokens for t in targets]),
-            torch.cat([t.weights for t in targets]), sum(t.examples for t in targets), sum(t.bytes for t in targets),
-            torch.cat([t.items for t in targets]), torch.cat([t.labels for t in targets]),
+            torch.cat([t.state_index for t in targets]), torch.cat([t.token_ids for t in targets]),
+            torch.cat([t.weights for t in targets]), sum(t.num_examples for t in targets),
+            sum(t.num_bytes for t in targets),
+            torch.cat([t.labeled_segments for t in targets]), torch.cat([t.labels for t in targets]),
             torch.cat([t.margins for t in targets]),
             torch.cat([t.groups + start for t, start in zip(targets, examples, strict=True)]),
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),
             {name: torch.cat([t.precomputed[name] for t in targets]) for name in targets[0].precomputed},
-            torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]),
+            torch.cat([t.item_weights for t in targets]), torch.cat([t.soft_labels for t in targets]),
             torch.cat([t.text_ids for t in targets]), targets[0].temperature)
 
 

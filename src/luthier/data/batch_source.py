@@ -26,17 +26,17 @@ Mix = Sequence[tuple[int, float]]
 def digest_example(example: TokenizedExample) -> bytes:
     """What the example trains, whatever its origin and whatever a model said of it: 16 bytes over all else."""
     found = hashlib.blake2b(digest_size=16)
-    for piece in example.pieces:
-        found.update(array("q", (piece.parent, len(piece.ids))).tobytes())
-        found.update(array("q", piece.ids).tobytes())
-        found.update(array("d", piece.weights).tobytes())
-        found.update(array("q", piece.tags).tobytes())
-        if piece.others:
-            found.update(array("q", piece.others).tobytes() + array("d", [piece.share]).tobytes())
-    if example.items or example.facts:
-        found.update(repr((example.items, example.facts)).encode())
-    if example.hidden is not None:
-        found.update(example.hidden.digest)
+    for span in example.spans:
+        found.update(array("q", (span.parent, len(span.ids))).tobytes())
+        found.update(array("q", span.ids).tobytes())
+        found.update(array("d", span.weights).tobytes())
+        found.update(array("q", span.tags).tobytes())
+        if span.others:
+            found.update(array("q", span.others).tobytes() + array("d", [span.share]).tobytes())
+    if example.labeled_spans or example.metadata:
+        found.update(repr((example.labeled_spans, example.metadata)).encode())
+    if example.masking is not None:
+        found.update(example.masking.digest)
     for image in example.images:
         found.update(image.digest if isinstance(image, ImageInput) else image.numpy().tobytes())
     return found.digest()

@@ -105,15 +105,15 @@ def encode_labels(example: Example, encoded: TokenizedExample, what: LabelEncode
             return encoded
     except InvalidRowError as unfit:
         return RejectedRow(example.origin, unfit.reason, unfit.detail)
-    return replace(encoded, items=tuple(replace(item, label=told) for item in encoded.items))
+    return replace(encoded, labeled_spans=tuple(replace(item, label=told) for item in encoded.labeled_spans))
 
 
 def _encode_tags(example: TokenClassificationExample, encoded: TokenizedExample,
                  what: LabelEncoder) -> TokenizedExample:
-    (piece,) = encoded.pieces
+    (span,) = encoded.spans
     numbers = [_encode_class(tag, what) for tag in example.tags]
-    tags = tuple(int(numbers[word]) if word >= 0 else -1 for word in piece.tags)
-    return replace(encoded, pieces=(replace(piece, tags=tags),))
+    tags = tuple(int(numbers[word]) if word >= 0 else -1 for word in span.tags)
+    return replace(encoded, spans=(replace(span, tags=tags),))
 
 
 def _scale_score(score: float, scale: float) -> float:
@@ -191,13 +191,13 @@ def sum_class_weights(encoded: Iterable[tuple[TokenizedExample, float]], classes
     """Of each class how many labels the examples have, each as often as its weight says, times the number beside it."""
     sums = [0.0] * len(classes)
     for example, times in encoded:
-        for item in example.items:
-            told = item.shares or item.label
+        for item in example.labeled_spans:
+            told = item.soft_label or item.label
             shares = enumerate(told) if isinstance(told, tuple) else [(int(told), 1.0)]
             for index, share in shares:
                 sums[index] += share * item.weight * times
-        for piece in example.pieces:
-            for tag, weight in zip(piece.tags, piece.weights, strict=False):
+        for span in example.spans:
+            for tag, weight in zip(span.tags, span.weights, strict=False):
                 sums[tag] += weight * times  # of a token without a tag the weight is 0
     return dict(zip(classes, sums, strict=True))
 

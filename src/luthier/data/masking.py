@@ -105,9 +105,9 @@ class MaskableDocument:
 
     def drawn(self, example: TokenizedExample, chance: np.random.Generator) -> TokenizedExample:
         """The example as a base sees it, with what it is to guess."""
-        piece, = example.pieces
+        span, = example.spans
         makes = _mask_tokens if self.hide.how == "words" else _mask_spans
-        return replace(example, pieces=makes(piece, self, chance), hidden=None)
+        return replace(example, spans=makes(span, self, chance), masking=None)
 
     @property
     def digest(self) -> bytes:
@@ -164,18 +164,18 @@ def _build_document(example: TextExample, before: list[int], body: list[int], af
                            f"{needed}, and there are {len(hide.stand)}; lower data.max_length or raise "
                            "objective.mean_noise_span_length")
     words = [-1] * len(before) + [-1 if owner is None else owner for owner in owners] + [-1] * len(after)
-    piece = TokenSpan((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
-    return TokenizedExample((piece,), example.origin, hidden=MaskableDocument(hide, tuple(words) if owners else ()))
+    span = TokenSpan((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
+    return TokenizedExample((span,), example.origin, masking=MaskableDocument(hide, tuple(words) if owners else ()))
 
 
 # ---------------------------------------------------------------- words
 
 
-def _mask_tokens(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
+def _mask_tokens(span: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
     """One root; hidden tokens have what they were as their tag. Exactly `rate` of all tokens, one at least; of whole
     words, as many as do not exceed that, in the order of the dice (the first of them, where all would)."""
     hide = hidden.hide
-    places = [i for i, weight in enumerate(piece.weights) if weight]
+    places = [i for i, weight in enumerate(span.weights) if weight]
     words = [list(group) for _, group in groupby(places, (lambda i: hidden.owners[i]) if hidden.owners else None)]
     wanted = max(1, round(hide.rate * len(places)))
     order = [words[i] for i in chance.permutation(len(words))]
@@ -183,14 +183,14 @@ def _mask_tokens(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.G
     for word in order:
         if len(chosen) + len(word) <= wanted:
             chosen += word
-    ids, tags = list(piece.ids), [-1] * len(piece.ids)
+    ids, tags = list(span.ids), [-1] * len(span.ids)
     for place in sorted(chosen or order[0]):
         tags[place], die = ids[place], chance.random()
         if die < MASKED:
             ids[place] = hide.stand[0]
         elif die < MASKED + RANDOM:
             ids[place] = _draw_token(hide, chance)
-    weights = tuple(weight if tag >= 0 else 0.0 for weight, tag in zip(piece.weights, tags, strict=True))
+    weights = tuple(weight if tag >= 0 else 0.0 for weight, tag in zip(span.weights, tags, strict=True))
     return (TokenSpan(tuple(ids), weights, tags=tuple(tags)),)
 
 
@@ -211,16 +211,16 @@ def _count_spans(length: int, hide: MaskingConfig) -> tuple[int, int]:
     return tokens, min(max(1, round(tokens / hide.span)), length - tokens + 1)
 
 
-def _mask_spans(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
+def _mask_spans(span: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
     """The source, and its answer. All ways to cut the hidden tokens into spans, and to place these, are as likely."""
-    hide, body = hidden.hide, [i for i, weight in enumerate(piece.weights) if weight]
+    hide, body = hidden.hide, [i for i, weight in enumerate(span.weights) if weight]
     tokens, count = _count_spans(len(body), hide)
     cuts = np.sort(chance.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
     lengths = np.diff([0, *cuts, tokens])
     free = len(body) - tokens - (count - 1)  # tokens that are seen, besides one between any two spans
     bars = np.sort(chance.choice(free + count, count, replace=False))
     gaps = np.diff([-1, *bars]) - 1 + (np.arange(count) > 0)
-    ids = list(piece.ids)
+    ids = list(span.ids)
     source, answer, at = ids[:body[0]], ids[:body[0]], body[0]
     for sentinel, gap, length in zip(hide.stand, gaps.tolist(), lengths.tolist(), strict=False):
         source += [*ids[at:at + gap], sentinel]
@@ -228,7 +228,7 @@ def _mask_spans(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Ge
         at += gap + length
     source += ids[at:]
     answer += [hide.stand[count], *ids[body[-1] + 1:]]
-    weight = piece.weights[body[0]]
+    weight = span.weights[body[0]]
     return TokenSpan(tuple(source), (0.0,) * len(source)), TokenSpan(tuple(answer), (weight,) * len(answer), 0)
 
 
@@ -237,18 +237,18 @@ def _mask_spans(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Ge
 
 def apply_random(example: TokenizedExample, *draw: int) -> TokenizedExample:
     """The example with all that every epoch draws anew: what is hidden of a document, how a picture is changed."""
-    if example.hidden is None:
+    if example.masking is None:
         return images.apply_random_changes(example, *draw)
-    found: TokenizedExample = example.hidden.drawn(example, np.random.default_rng(draw))
+    found: TokenizedExample = example.masking.drawn(example, np.random.default_rng(draw))
     return found
 
 
 def apply_fixed(example: TokenizedExample) -> TokenizedExample:
     """The example with the same hidden whenever it is met; as it is, where nothing is to be."""
-    if example.hidden is None:
+    if example.masking is None:
         return example
-    tokens = array("q", example.pieces[0].ids).tobytes()
-    found: TokenizedExample = example.hidden.drawn(
+    tokens = array("q", example.spans[0].ids).tobytes()
+    found: TokenizedExample = example.masking.drawn(
         example, np.random.default_rng(list(hashlib.blake2b(tokens, digest_size=16).digest())))
     return found
 

@@ -59,13 +59,13 @@ def _draw_pair(row: int, rows: int, alpha: float, chance: np.random.Generator) -
 
 def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: LabelEncoder) -> TokenizedExample:
     """`share` of `a` and the rest of `b`: one example, whose label is theirs mixed."""
-    (one,), (other,) = a.items, b.items
-    pieces, images = a.pieces, a.images
+    (one,), (other,) = a.labeled_spans, b.labeled_spans
+    spans, images = a.spans, a.images
     if images:
         images = (replace(a.images[0], other=b.images[0], share=share),)
     else:
-        pieces = (_mix_spans(a.pieces[0], b.pieces[0], share),)
-    return replace(a, pieces=pieces, images=images, items=(_mix_labels(one, other, share, what),))
+        spans = (_mix_spans(a.spans[0], b.spans[0], share),)
+    return replace(a, spans=spans, images=images, labeled_spans=(_mix_labels(one, other, share, what),))
 
 
 def _mix_spans(a: TokenSpan, b: TokenSpan, share: float) -> TokenSpan:
@@ -87,4 +87,4 @@ def _mix_labels(a: LabeledSpan, b: LabeledSpan, share: float, what: LabelEncoder
     shares = [0.0] * len(what.classes)
     shares[int(a.label)] += share
     shares[int(b.label)] += 1 - share
-    return replace(a, weight=weight, label=a.label if share >= 0.5 else b.label, shares=tuple(shares))
+    return replace(a, weight=weight, label=a.label if share >= 0.5 else b.label, soft_label=tuple(shares))

@@ -29,8 +29,8 @@ def assign_rows(encoded: Sequence[TokenizedExample], micro_tokens: int) -> list[
     """Which examples share a row; see `pack`."""
     rows: list[list[int]] = []
     room: list[int] = []
-    for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].tokens, i)):
-        tokens = encoded[index].tokens
+    for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].num_tokens, i)):
+        tokens = encoded[index].num_tokens
         row = next((r for r, free in enumerate(room) if free >= tokens), None)
         if row is None:
             rows.append([index])
@@ -51,7 +51,7 @@ def build_eval_batches(encoded: Sequence[TokenizedExample], micro_tokens: int | 
 def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
     """All the examples as one row.
 
-    A position counts on from its parent piece. The prediction of a child's first token is made at its parent's last
+    A position counts on from its parent span. The prediction of a child's first token is made at its parent's last
     token; the first token of a root follows nothing and is not predicted. A tag is predicted at its own token.
     """
     tokens: list[int] = []
@@ -72,38 +72,38 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
     item_of: list[int] = []
     images: list[torch.Tensor] = []
     for owner, example in enumerate(encoded):
-        first = len(lengths)  # segment of the example's first piece
-        judged = {item.piece: len(items) + i for i, item in enumerate(example.items)}
-        items += [first + item.piece for item in example.items]
-        labels += [item.label for item in example.items]
-        margins += [item.margin for item in example.items]
-        counted += [item.weight for item in example.items]
-        groups += [owner] * len(example.items)
-        text_ids += [item.text_id for item in example.items if item.text_id is not None]
+        first = len(lengths)  # segment of the example's first span
+        judged = {item.span_index: len(items) + i for i, item in enumerate(example.labeled_spans)}
+        items += [first + item.span_index for item in example.labeled_spans]
+        labels += [item.label for item in example.labeled_spans]
+        margins += [item.margin for item in example.labeled_spans]
+        counted += [item.weight for item in example.labeled_spans]
+        groups += [owner] * len(example.labeled_spans)
+        text_ids += [item.text_id for item in example.labeled_spans if item.text_id is not None]
         images += [image.tensor() if isinstance(image, ImageInput) else image for image in example.images]
-        spans: list[tuple[int, int]] = []  # of each piece: its last token's place in the row, and its depth behind it
-        for number, piece in enumerate(example.pieces):
+        span_ends: list[tuple[int, int]] = []  # of each span: index of its last token, depth behind it
+        for number, span in enumerate(example.spans):
             start, before, depth = len(tokens), -1, 0
-            if piece.parent >= 0:
-                before, depth = spans[piece.parent]
-            length = len(piece.ids)
-            tokens += piece.ids
-            others += piece.others or [-1] * length
-            shares += [piece.share] * length
+            if span.parent >= 0:
+                before, depth = span_ends[span.parent]
+            length = len(span.ids)
+            tokens += span.ids
+            others += span.others or [-1] * length
+            shares += [span.share] * length
             positions += range(depth, depth + length)
             lengths.append(length)
-            parents.append(first + piece.parent if piece.parent >= 0 else -1)
-            spans.append((start + length - 1, depth + length))
-            for i in piece.predicted:
-                at.append(start + i if piece.tags else start + i - 1 if i else before)
-                goals.append(piece.tags[i] if piece.tags else piece.ids[i])
-                weights.append(piece.weights[i])
+            parents.append(first + span.parent if span.parent >= 0 else -1)
+            span_ends.append((start + length - 1, depth + length))
+            for i in span.predicted:
+                at.append(start + i if span.tags else start + i - 1 if i else before)
+                goals.append(span.tags[i] if span.tags else span.ids[i])
+                weights.append(span.weights[i])
                 item_of.append(judged.get(number, -1))
     inputs = Inputs(_to_long(tokens), _to_long(positions), SegmentTree(tuple(lengths), tuple(parents)),
                     torch.stack(images) if images else None,
                     *((_to_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else ()))
     target = LossInputs(_to_long(at), _to_long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
-                        sum(example.bytes for example in encoded), _to_long(items),
+                        sum(example.num_bytes for example in encoded), _to_long(items),
                         torch.tensor(labels, dtype=torch.float32),
                         torch.tensor(margins, dtype=torch.float32), _to_long(groups), _to_long(item_of),
                         {name: torch.cat([example.precomputed[name] for example in encoded])
@@ -114,9 +114,9 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
 
 def _build_label_shares(encoded: Sequence[TokenizedExample]) -> torch.Tensor:
     """See `Target`: a class by itself is a mixture of one."""
-    items = [item for example in encoded for item in example.items]
-    width = max((len(item.shares) for item in items), default=0)
-    rows = [item.shares or [float(item.label == i) for i in range(width)] for item in items] if width else []
+    items = [item for example in encoded for item in example.labeled_spans]
+    width = max((len(item.soft_label) for item in items), default=0)
+    rows = [item.soft_label or [float(item.label == i) for i in range(width)] for item in items] if width else []
     return torch.tensor(rows, dtype=torch.float32)
 
 

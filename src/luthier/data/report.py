@@ -169,7 +169,7 @@ class RowCounter:
     def part(self, encoded: Sequence[TokenizedExample]) -> PartReport:
         """The counts so far, and what `encoded` is like."""
         count, pairs = _count_duplicates(encoded)
-        lengths = np.array([example.tokens for example in encoded] or [0])
+        lengths = np.array([example.num_tokens for example in encoded] or [0])
         longest = int(lengths.max()) or 1
         counts, edges = np.histogram(lengths, bins=min(BINS, longest), range=(0, longest))
         return PartReport(
@@ -184,7 +184,7 @@ class RowCounter:
 
 
 def _count_trained(example: TokenizedExample) -> int:
-    return sum(len(piece.predicted) for piece in example.pieces)
+    return sum(len(span.predicted) for span in example.spans)
 
 
 def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[tuple[str, str], ...]]:
@@ -193,7 +193,7 @@ def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[t
     pairs: list[tuple[str, str]] = []
     for example in encoded:
         pictures = tuple(image.digest if isinstance(image, ImageInput) else image for image in example.images)
-        before = seen.setdefault((example.pieces, example.items, pictures), example)
+        before = seen.setdefault((example.spans, example.labeled_spans, pictures), example)
         if before is not example:
             count += 1
             if len(pairs) < PAIRS:
@@ -244,7 +244,7 @@ ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
 
 
 def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
-    """The example's words as the model meets them: what is trained in green, the rest dim; before each piece what it
+    """The example's words as the model meets them: what is trained in green, the rest dim; before each span what it
     continues and how it is judged, behind each tagged word its tag.
 
     Args:
@@ -253,28 +253,28 @@ def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequ
     from rich.text import Text
 
     shown = Text()
-    judged = {item.piece: item for item in encoded.items}
-    for index, piece in enumerate(encoded.pieces):
+    judged = {item.span_index: item for item in encoded.labeled_spans}
+    for index, span in enumerate(encoded.spans):
         item = judged.get(index)
-        said = [*([f"continues piece {piece.parent}"] if piece.parent >= 0 else []),
-                *([f"piece {index}"] if index and piece.parent < 0 else []),
+        said = [*([f"continues span {span.parent}"] if span.parent >= 0 else []),
+                *([f"span {index}"] if index and span.parent < 0 else []),
                 *([_format_label(item, labels)] if item else [])]
         if said:
             shown.append(("\n" if index else "") + f"--- {', '.join(said)}\n", style="dim italic")
         if encoded.images:
-            shown.append(f"[picture, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
+            shown.append(f"[image, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
             continue
-        for trained, start, stop in _find_token_runs(piece):
-            shown.append(tokenizer.decode(piece.ids[start:stop]), style="green" if trained else "dim")
-            if trained and piece.tags:
-                shown.append(f"/{_format_class(piece.tags[start], labels)}", style="italic")
+        for trained, start, stop in _find_token_runs(span):
+            shown.append(tokenizer.decode(span.ids[start:stop]), style="green" if trained else "dim")
+            if trained and span.tags:
+                shown.append(f"/{_format_class(span.tags[start], labels)}", style="italic")
     return shown
 
 
 def _format_label(item: LabeledSpan, labels: Sequence[str]) -> str:
-    """How a piece is judged."""
-    if item.shares:
-        shares = [f"{share:.2f} {_format_class(i, labels)}" for i, share in enumerate(item.shares) if share]
+    """How a span is judged."""
+    if item.soft_label:
+        shares = [f"{share:.2f} {_format_class(i, labels)}" for i, share in enumerate(item.soft_label) if share]
         return f"label {', '.join(shares)}"
     if isinstance(item.label, tuple):
         flagged = [_format_class(i, labels) for i, flag in enumerate(item.label) if flag]
@@ -287,9 +287,9 @@ def _format_class(number: float, labels: Sequence[str]) -> str:
     return labels[int(number)] if labels else f"{number:g}"
 
 
-def _find_token_runs(piece: TokenSpan) -> list[tuple[bool, int, int]]:
+def _find_token_runs(span: TokenSpan) -> list[tuple[bool, int, int]]:
     """Runs of tokens that are all predicted, or none; where each starts and stops. A tag is a run of its own."""
-    predicted = set(piece.predicted)
-    starts = [i for i in range(len(piece.ids))
-              if not i or (i in predicted) != (i - 1 in predicted) or (piece.tags and i in predicted)]
-    return [(start in predicted, start, stop) for start, stop in pairwise([*starts, len(piece.ids)])]
+    predicted = set(span.predicted)
+    starts = [i for i in range(len(span.ids))
+              if not i or (i in predicted) != (i - 1 in predicted) or (span.tags and i in predicted)]
+    return [(start in predicted, start, stop) for start, stop in pairwise([*starts, len(span.ids)])]

@@ -43,7 +43,7 @@ class TokenizedText:
     Args:
         ends: for each token, where its characters end in `text`.
         divisible: whether it may be cut into several examples (documents may, chats may not).
-        source: how many tokens are a source, which is read and not gone on with: a piece of its own.
+        source: how many tokens are a source, which is read and not gone on with: a span of its own.
         shortened: whether some of the source was cut off.
         remarks: see `Rendered`.
     """
@@ -67,10 +67,10 @@ def encode_text_example(example: Worded, tokenizer: Tokenizer, config: DataConfi
         return texts
     found: list[TokenizedExample] = []
     for text in texts:
-        pieces = truncate(text, config, tokenizer)
-        if isinstance(pieces, RejectedRow):
-            return pieces
-        found += pieces
+        spans = truncate(text, config, tokenizer)
+        if isinstance(spans, RejectedRow):
+            return spans
+        found += spans
     return found, config.overlong == "truncate" and any(text.shortened or len(text.ids) - text.source > config.most
                                                         for text in texts)
 
@@ -242,10 +242,10 @@ def _split_document(text: TokenizedText, most: int, tokenizer: Tokenizer) -> lis
     while True:
         part = _build_example(text, start, min(stop, length), tokenizer.eos_token_id)
         if start and opening:
-            (piece,) = part.pieces
-            weights = ((0.0,) * (len(opening) + 1), piece.weights[1:])  # the shared token has been predicted
-            part = replace(part, pieces=(TokenSpan((*opening, *piece.ids), weights[0] + weights[1]),))
-        if part.pieces[0].predicted:
+            (span,) = part.spans
+            weights = ((0.0,) * (len(opening) + 1), span.weights[1:])  # the shared token has been predicted
+            part = replace(part, spans=(TokenSpan((*opening, *span.ids), weights[0] + weights[1]),))
+        if part.spans[0].predicted:
             found.append(part)
         if stop >= length:
             return found or RejectedRow(text.origin, "nothing to train on", f"{length} tokens")
@@ -254,9 +254,9 @@ def _split_document(text: TokenizedText, most: int, tokenizer: Tokenizer) -> lis
 
 def _build_example(text: TokenizedText, start: int, stop: int, end_mark: int | None) -> TokenizedExample:
     first = start + text.source
-    pieces = [TokenSpan(tuple(text.ids[start:first]), tuple(text.weights[start:first]))] if text.source else []
-    pieces.append(TokenSpan(tuple(text.ids[first:stop]), tuple(text.weights[first:stop]), len(pieces) - 1))
-    return TokenizedExample(tuple(pieces), text.origin, count_predicted_bytes(text, start, stop, end_mark),
+    spans = [TokenSpan(tuple(text.ids[start:first]), tuple(text.weights[start:first]))] if text.source else []
+    spans.append(TokenSpan(tuple(text.ids[first:stop]), tuple(text.weights[first:stop]), len(spans) - 1))
+    return TokenizedExample(tuple(spans), text.origin, count_predicted_bytes(text, start, stop, end_mark),
                             remarks=() if start else text.remarks)
 
 

@@ -254,7 +254,7 @@ class RolloutCollector:
         return answers, [r - off * (not a.finished) for a, r in zip(answers, rewards, strict=True)], found
 
     def _answers(self, prompts: Sequence[TokenizedExample], times: int, seed: int, start: int = 0) -> list[Completion]:
-        asked = [prompt.pieces[0].ids for prompt in prompts for _ in range(times)]
+        asked = [prompt.spans[0].ids for prompt in prompts for _ in range(times)]
         sampling = SamplingParams(self.objective.max_new_tokens, self.objective.temperature,
                             batch_size=self.objective.generation_batch_size, seed=seed,
                             first_prompt_index=start * times)
@@ -262,7 +262,7 @@ class RolloutCollector:
         words = self.family.tokenizer
         texts = [_format_prompt(prompt, words) for prompt in prompts]
         return [Completion(texts[i // times], words.decode(one.token_ids, skip_special_tokens=True),
-                           prompts[i // times].origin, prompts[i // times].facts, asked[i],
+                           prompts[i // times].origin, prompts[i // times].metadata, asked[i],
                            one.token_ids + ((one.stop_token,) if one.stop_token is not None else ()), one.finished)
                 for i, one in enumerate(said)]
 
@@ -322,9 +322,9 @@ def _compute_reward_std(rewards: Sequence[float], group: int) -> dict[str, float
 
 def _format_prompt(prompt: TokenizedExample, words: Any) -> str:
     """What was asked, as a person reads it: the prompt, or the last thing said before the answer."""
-    said = prompt.facts.get("prompt", "")
+    said = prompt.metadata.get("prompt", "")
     return (said if isinstance(said, str) else str(said[-1]["content"])) or \
-        str(words.decode(prompt.pieces[0].ids, skip_special_tokens=True))
+        str(words.decode(prompt.spans[0].ids, skip_special_tokens=True))
 
 
 def _build_micro_batches(prompts: Sequence[TokenizedExample], drawn: RolloutBatch, chosen: Sequence[int],
@@ -338,7 +338,7 @@ def _build_micro_batches(prompts: Sequence[TokenizedExample], drawn: RolloutBatc
     starts = np.concatenate([[0], np.cumsum([len(answer) for answer in drawn.answers])])
     trees: list[tuple[TokenizedExample, list[int]]] = []
     for place in chosen:
-        prompt = prompts[place].pieces[0].ids
+        prompt = prompts[place].spans[0].ids
         parts: list[list[int]] = []
         room = 0
         for answer in range(place * times, (place + 1) * times):
@@ -360,7 +360,7 @@ def _build_micro_batches(prompts: Sequence[TokenizedExample], drawn: RolloutBatc
 
 
 def _build_tree(prompt: TokenizedExample, drawn: RolloutBatch, answers: Sequence[int]) -> TokenizedExample:
-    root = TokenSpan(prompt.pieces[0].ids, (0.0,) * len(prompt.pieces[0].ids))
+    root = TokenSpan(prompt.spans[0].ids, (0.0,) * len(prompt.spans[0].ids))
     children = [TokenSpan(drawn.answers[a], (1.0,) * len(drawn.answers[a]), 0) for a in answers]
     return TokenizedExample((root, *children), prompt.origin,
-                            items=tuple(LabeledSpan(1 + i, drawn.rewards[a]) for i, a in enumerate(answers)))
+                            labeled_spans=tuple(LabeledSpan(1 + i, drawn.rewards[a]) for i, a in enumerate(answers)))

@@ -106,7 +106,7 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     optimizer.step(norm)
     read = async_read([*(x for pair in sums.values() for x in pair), loss, norm], device)
     return StepResult(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
-                      sum(b.target.examples for b in batches), len(batches),
+                      sum(b.target.num_examples for b in batches), len(batches),
                       tuple(o for b in batches for o in b.origins))
 
 

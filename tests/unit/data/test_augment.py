@@ -94,7 +94,7 @@ def test_copies_are_added_for_training_alone_and_counted(write, letters) -> None
     assert (len(added.test), added.mix) == (10, ((40, 1.0),))
     assert added.train == loaded(augment=[{"name": "deletion", "copies": 2}, "swap"]).train
     assert added.train != loaded(1, augment=[{"name": "deletion", "copies": 2}, "swap"]).train
-    assert [one.items for one in added.train[:4]] == [added.train[0].items] * 4
+    assert [one.labeled_spans for one in added.train[:4]] == [added.train[0].labeled_spans] * 4
     replaced = loaded(augment=[{"name": "swap", "copies": 0, "replace": 0.5}])
     own = loaded().train
     assert len(replaced.train) == 10
@@ -103,7 +103,7 @@ def test_copies_are_added_for_training_alone_and_counted(write, letters) -> None
 
 def test_a_change_without_a_meaning_is_refused(write, letters) -> None:
     path = write("a.jsonl", json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}))
-    with pytest.raises(DataError, match="knows no deletion for ComparedExample"):
+    with pytest.raises(DataError, match="knows no deletion for PreferenceExample"):
         read_datasets(DataConfig.parse({"train": path, "augment": ["deletion"]}), letters, seed=0)
     with pytest.raises(RecipeError, match="augment"):
         DataConfig.parse({"train": path, "augment": ["delete"]})

@@ -96,7 +96,7 @@ def test_an_idx_file_finds_its_labels_beside_it(mnist) -> None:
     mnist(3, 3, "t10k")
     for given in (path, str(Path(path).parent)):
         found = read_datasets(config(train=given), see, seed=0)
-        assert (found.labels, [one.items[0].label for one in found.train]) == (("0", "1", "2"), [0.0, 1.0, 2.0] * 2)
+        assert (found.labels, [one.labeled_spans[0].label for one in found.train]) == (("0", "1", "2"), [0.0, 1.0, 2.0] * 2)
         assert str(found.train[4].origin) == f"{path}:5"
     assert len(read_datasets(config(train={"path": str(Path(path).parent), "split": "test"}), see, seed=0).train) == 3
     with pytest.raises(DataError, match="has no split 'unseen'"):
@@ -115,7 +115,7 @@ def test_damaged_idx_files_are_named(mnist, write) -> None:
 def test_pictures_without_a_label_become_two_views_drawn_anew_in_every_epoch(mnist) -> None:
     found = read_datasets(config(train=mnist(), columns={"label": "none"}), see, seed=0)
     assert found.labels == ()
-    assert [[i.label for i in one.items] for one in found.train] == [[0.0, 1.0]] * 6
+    assert [[i.label for i in one.labeled_spans] for one in found.train] == [[0.0, 1.0]] * 6
 
     def epochs(seed: int, count: int = 2) -> list[torch.Tensor]:
         loader = InMemoryBatchSource(found.train, 6, None, shuffle=False, seed=seed)

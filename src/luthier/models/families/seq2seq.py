@@ -80,7 +80,7 @@ class Seq2Seq(HFModel):
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
         if needs & LOG_PROBS:
-            torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.at].all(),
+            torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.state_index].all(),
                                 "a source is read, never predicted")
         return super().forward(inputs, target, needs)
 
