@@ -89,7 +89,7 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {  # what is wrong:
     "not objects": ("a.jsonl", "3\n[1, 2]\n", ("a.jsonl:1: not an object", "this is int", "a.jsonl:2")),
     "a missing column": ("a.jsonl", jsonl([{"question": "q", "answer": "a"}]), ("'question', 'answer' fit no known format", "`columns: {prompt: question")),
     "a missing column in a table": ("a.csv", "question,answer\nq,a\n", ("a.csv:2", "'question', 'answer'", "columns:")),
-    "pairs": ("a.jsonl", jsonl([{"prompt": "q", "chosen": "a", "rejected": "b"}]), ("(ComparedExample)", "choose an objective that reads them: ")),
+    "pairs": ("a.jsonl", jsonl([{"prompt": "q", "chosen": "a", "rejected": "b"}]), ("(PreferenceExample)", "choose an objective that reads them: ")),
     "no assistant": ("a.jsonl", jsonl([{"messages": [{"role": "user", "content": "q"}]}]), ("a.jsonl:1: no assistant's turn",)),
     "no weight": ("a.jsonl", jsonl([row(1, weight=0)]), ("a.jsonl:1: nothing to train on",)),
     "all cut off": ("a.jsonl", jsonl([{"prompt": "q" * 300, "completion": "a"}]), ("a.jsonl:1: nothing to train on", "max_length=128")),

@@ -281,7 +281,7 @@ def test_pictures_are_mixed_as_their_pixels_are(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_mixed_is_told(home: Path) -> None:
-    with pytest.raises(DataError, match="knows no mixup for TaggedExample"):
+    with pytest.raises(DataError, match="knows no mixup for TokenClassificationExample"):
         rows(home, "mixup", given=[{"words": ["a", "b"], "tags": ["X", "Y"]}] * 2)
     with pytest.raises(DataError, match="mixup mixes two rows, and there is one"):
         rows(home, "mixup", given=ROWS[:1])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 Labels = list[Any]  # of each row a class's name, several of them, a number, or None for a picture without a label
-KINDS = frozenset({"LabelledExample", "ImageExample"})  # what has one state and one label
+KINDS = frozenset({"ClassificationExample", "ImageExample"})  # what has one state and one label
 
 
 def features(base: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,

@@ -82,9 +82,9 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("base.revision", lambda made: made.base.name in ALIASES or Path(made.base.name).exists(),
      "base.name is no id of the hub"),
     ("data.train_on", lambda made: "ChatExample" not in made.objective.example_types, "the objective reads no chats"),
-    ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "UnpairedPreference"),
+    ("data.system", _reads_none_of("Chat", "Prompt", "Preference", "UnpairedPreference"),
      "the objective reads no chats or prompts"),
-    ("data.share_prompt", _reads_none_of("Compared", "UnpairedPreference"),
+    ("data.share_prompt", _reads_none_of("Preference", "UnpairedPreference"),
      "the objective compares no answers to one prompt"),
     ("data.score_scale", lambda made: not (isinstance(made.objective, ContrastiveConfig)
                                             and made.objective.loss == "cosent"),

@@ -83,16 +83,16 @@ class InMemoryBatchSource:
 
     def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Indices of the examples in the order of this epoch, from the seed and the epoch alone."""
-        chance = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.seed, epoch])
         parts, start = [], 0
         for count, weight in self.mix:
             own = np.arange(start, start + count)
             whole = int(weight)
             extra = _count_repeats(count, weight) - whole * count
-            parts += [own] * whole + ([np.sort(chance.permutation(own)[:extra])] if extra else [])
+            parts += [own] * whole + ([np.sort(rng.permutation(own)[:extra])] if extra else [])
             start += count
         found = np.concatenate(parts)
-        return chance.permutation(found) if self.shuffle else found
+        return rng.permutation(found) if self.shuffle else found
 
     def __iter__(self) -> Self:
         return self

@@ -119,7 +119,7 @@ def _read_idx_array(file: Path, dimensions: int) -> Pixels:
 class ImageChange(Protocol):
     """A change to a picture: `augment.PictureAugment`."""
 
-    def picture(self, pixels: Pixels, chance: np.random.Generator) -> Pixels: ...
+    def picture(self, pixels: Pixels, rng: np.random.Generator) -> Pixels: ...
 
 
 @dataclass(frozen=True)
@@ -146,9 +146,9 @@ class ImageInput:
 
     def _seen(self) -> Tensor:
         pixels = np.asarray(self.pixels)
-        chance = np.random.default_rng(self.draw)
+        rng = np.random.default_rng(self.draw)
         for change in self.changes:
-            pixels = change.picture(pixels, chance)
+            pixels = change.picture(pixels, rng)
         return torch.as_tensor(self.see(np.array(pixels)))  # a copy: changes are views, and an IDX file is read-only
 
     @cached_property

@@ -33,7 +33,8 @@ from luthier.data.label_encoding import (
 )
 from luthier.data.masking import MaskingConfig, apply_fixed, disable_augmentation
 from luthier.data.mixup import draw_pairs, mix_examples
-from luthier.data.report import DataReport, Overlap, PartReport, RowCounter, count_overlap
+from luthier.data.overlap import Overlap, count_overlap
+from luthier.data.report import DataReport, PartReport, RowCounter
 from luthier.data.rows import RejectedRow, Row, Rows
 from luthier.data.tokenization import is_conversation, uses_chat_template
 

@@ -103,11 +103,11 @@ class MaskableDocument:
     hide: MaskingConfig
     owners: tuple[int, ...] = ()
 
-    def drawn(self, example: TokenizedExample, chance: np.random.Generator) -> TokenizedExample:
+    def drawn(self, example: TokenizedExample, rng: np.random.Generator) -> TokenizedExample:
         """The example as a base sees it, with what it is to guess."""
         span, = example.spans
         makes = _mask_tokens if self.hide.how == "words" else _mask_spans
-        return replace(example, spans=makes(span, self, chance), masking=None)
+        return replace(example, spans=makes(span, self, rng), masking=None)
 
     @property
     def digest(self) -> bytes:
@@ -171,33 +171,33 @@ def _build_document(example: TextExample, before: list[int], body: list[int], af
 # ---------------------------------------------------------------- words
 
 
-def _mask_tokens(span: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
+def _mask_tokens(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Generator) -> tuple[TokenSpan, ...]:
     """One root; hidden tokens have what they were as their tag. Exactly `rate` of all tokens, one at least; of whole
     words, as many as do not exceed that, in the order of the dice (the first of them, where all would)."""
     hide = hidden.hide
     places = [i for i, weight in enumerate(span.weights) if weight]
     words = [list(group) for _, group in groupby(places, (lambda i: hidden.owners[i]) if hidden.owners else None)]
     wanted = max(1, round(hide.rate * len(places)))
-    order = [words[i] for i in chance.permutation(len(words))]
+    order = [words[i] for i in rng.permutation(len(words))]
     chosen: list[int] = []
     for word in order:
         if len(chosen) + len(word) <= wanted:
             chosen += word
     ids, tags = list(span.ids), [-1] * len(span.ids)
     for place in sorted(chosen or order[0]):
-        tags[place], die = ids[place], chance.random()
+        tags[place], die = ids[place], rng.random()
         if die < MASKED:
             ids[place] = hide.stand[0]
         elif die < MASKED + RANDOM:
-            ids[place] = _draw_token(hide, chance)
+            ids[place] = _draw_token(hide, rng)
     weights = tuple(weight if tag >= 0 else 0.0 for weight, tag in zip(span.weights, tags, strict=True))
     return (TokenSpan(tuple(ids), weights, tags=tuple(tags)),)
 
 
-def _draw_token(hide: MaskingConfig, chance: np.random.Generator) -> int:
+def _draw_token(hide: MaskingConfig, rng: np.random.Generator) -> int:
     """Any token that is no special one."""
     while True:
-        if (token := int(chance.integers(hide.words))) not in hide.special:
+        if (token := int(rng.integers(hide.words))) not in hide.special:
             return token
 
 
@@ -211,14 +211,14 @@ def _count_spans(length: int, hide: MaskingConfig) -> tuple[int, int]:
     return tokens, min(max(1, round(tokens / hide.span)), length - tokens + 1)
 
 
-def _mask_spans(span: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
+def _mask_spans(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Generator) -> tuple[TokenSpan, ...]:
     """The source, and its answer. All ways to cut the hidden tokens into spans, and to place these, are as likely."""
     hide, body = hidden.hide, [i for i, weight in enumerate(span.weights) if weight]
     tokens, count = _count_spans(len(body), hide)
-    cuts = np.sort(chance.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
+    cuts = np.sort(rng.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
     lengths = np.diff([0, *cuts, tokens])
     free = len(body) - tokens - (count - 1)  # tokens that are seen, besides one between any two spans
-    bars = np.sort(chance.choice(free + count, count, replace=False))
+    bars = np.sort(rng.choice(free + count, count, replace=False))
     gaps = np.diff([-1, *bars]) - 1 + (np.arange(count) > 0)
     ids = list(span.ids)
     source, answer, at = ids[:body[0]], ids[:body[0]], body[0]

@@ -46,15 +46,15 @@ def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int
         if len(examples) < 2:
             raise DataError("data.augment: mixup mixes two rows, and there is one",
                             "give more rows, or leave mixup out")
-        chance = np.random.default_rng([seed, row, number, 1])
-        own = chance.random() < change.replace
-        yield [_draw_pair(row, len(examples), change.alpha, chance) if place or own else None
+        rng = np.random.default_rng([seed, row, number, 1])
+        own = rng.random() < change.replace
+        yield [_draw_pair(row, len(examples), change.alpha, rng) if place or own else None
                for place in range(1 + change.copies)]
 
 
-def _draw_pair(row: int, rows: int, alpha: float, chance: np.random.Generator) -> MixupDraw:
+def _draw_pair(row: int, rows: int, alpha: float, rng: np.random.Generator) -> MixupDraw:
     """Any other row; the share in 32 bits, as batches hold it."""
-    return MixupDraw(int((row + 1 + chance.integers(rows - 1)) % rows), float(np.float32(chance.beta(alpha, alpha))))
+    return MixupDraw(int((row + 1 + rng.integers(rows - 1)) % rows), float(np.float32(rng.beta(alpha, alpha))))
 
 
 def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: LabelEncoder) -> TokenizedExample:

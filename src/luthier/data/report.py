@@ -3,39 +3,24 @@ first."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from luthier.core.examples import (
-    ChatExample,
-    ClassificationExample,
-    CompletionExample,
-    ContrastiveExample,
-    Example,
-    ImageExample,
-    Message,
     Origin,
-    PreferenceExample,
-    PromptExample,
-    TextExample,
-    TokenClassificationExample,
-    UnpairedPreferenceExample,
 )
-from luthier.core.protocols import Tokenizer
-from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
+from luthier.core.types import TokenizedExample
 from luthier.data.images import ImageInput
+from luthier.data.overlap import Overlap
 from luthier.data.rows import RejectedRow
 
 if TYPE_CHECKING:
-    from rich.text import Text
+    pass
 
 LISTED = 1000  # refusals named one by one; all of them are counted
 PAIRS = 20  # duplicates and overlaps named one by one
@@ -84,14 +69,6 @@ class PartReport:
     truncated_rows: tuple[str, ...] = ()
     remarks: Mapping[str, int] = field(default_factory=dict)
     unmatched_columns: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Examples of one part whose prompt, but for case, space and punctuation, is also in the train part."""
-
-    count: int = 0
-    pairs: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -199,97 +176,3 @@ def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[t
             if len(pairs) < PAIRS:
                 pairs.append((str(before.origin), str(example.origin)))
     return count, tuple(pairs)
-
-
-def count_overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap:
-    """How many prompts of `other` are in `train` too."""
-    asked: dict[str, Example] = {}
-    for example in train:
-        asked.setdefault(normalize_prompt(example), example)
-    asked.pop("", None)
-    met = [(asked[words], example) for example in other if (words := normalize_prompt(example)) in asked]
-    return Overlap(len(met), tuple((str(a.origin), str(b.origin)) for a, b in met[:PAIRS]))
-
-
-def normalize_prompt(example: Example) -> str:
-    """What is asked, without case, punctuation and extra space: all but the system prompt before the last answer. Of a
-    picture, a digest of its pixels."""
-    if isinstance(example, ImageExample):
-        return hashlib.blake2b(np.ascontiguousarray(example.pixels).tobytes(), digest_size=16).hexdigest()
-    words = ASKS[type(example)](example)
-    if not isinstance(words, str):
-        words = " ".join(m.content for m in words if m.role != "system")
-    return " ".join(re.sub(r"[^\w\s]", " ", words.casefold()).split())
-
-
-def _split_before_last(example: ChatExample) -> tuple[Message, ...]:
-    last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=len(example.messages))
-    return example.messages[:last]
-
-
-ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
-    ChatExample: _split_before_last,
-    CompletionExample: lambda example: example.prompt,
-    PreferenceExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
-    UnpairedPreferenceExample: lambda example: example.prompt,
-    PromptExample: lambda example: example.prompt,
-    TextExample: lambda example: example.text,
-    ClassificationExample: lambda example: f"{example.text} {example.second or ''}",
-    TokenClassificationExample: lambda example: " ".join(example.words),
-    ContrastiveExample: lambda example: " ".join(example.texts[:2]),
-}
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
-    """The example's words as the model meets them: what is trained in green, the rest dim; before each span what it
-    continues and how it is judged, behind each tagged word its tag.
-
-    Args:
-        labels: the names of the classes.
-    """
-    from rich.text import Text
-
-    shown = Text()
-    judged = {item.span_index: item for item in encoded.labeled_spans}
-    for index, span in enumerate(encoded.spans):
-        item = judged.get(index)
-        said = [*([f"continues span {span.parent}"] if span.parent >= 0 else []),
-                *([f"span {index}"] if index and span.parent < 0 else []),
-                *([_format_label(item, labels)] if item else [])]
-        if said:
-            shown.append(("\n" if index else "") + f"--- {', '.join(said)}\n", style="dim italic")
-        if encoded.images:
-            shown.append(f"[image, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
-            continue
-        for trained, start, stop in _find_token_runs(span):
-            shown.append(tokenizer.decode(span.ids[start:stop]), style="green" if trained else "dim")
-            if trained and span.tags:
-                shown.append(f"/{_format_class(span.tags[start], labels)}", style="italic")
-    return shown
-
-
-def _format_label(item: LabeledSpan, labels: Sequence[str]) -> str:
-    """How a span is judged."""
-    if item.soft_label:
-        shares = [f"{share:.2f} {_format_class(i, labels)}" for i, share in enumerate(item.soft_label) if share]
-        return f"label {', '.join(shares)}"
-    if isinstance(item.label, tuple):
-        flagged = [_format_class(i, labels) for i, flag in enumerate(item.label) if flag]
-        return f"labels {', '.join(flagged) or 'none'}"
-    return (f"label {_format_class(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
-            + (f", weight {item.weight:g}" if item.weight != 1 else ""))
-
-
-def _format_class(number: float, labels: Sequence[str]) -> str:
-    return labels[int(number)] if labels else f"{number:g}"
-
-
-def _find_token_runs(span: TokenSpan) -> list[tuple[bool, int, int]]:
-    """Runs of tokens that are all predicted, or none; where each starts and stops. A tag is a run of its own."""
-    predicted = set(span.predicted)
-    starts = [i for i in range(len(span.ids))
-              if not i or (i in predicted) != (i - 1 in predicted) or (span.tags and i in predicted)]
-    return [(start in predicted, start, stop) for start, stop in pairwise([*starts, len(span.ids)])]

@@ -79,14 +79,14 @@ class StreamingBatchSource:
                 else:
                     yield row
 
-    def _source(self, source: Source, chance: np.random.Generator) -> Iterator[tuple[Example | RejectedRow,
+    def _source(self, source: Source, rng: np.random.Generator) -> Iterator[tuple[Example | RejectedRow,
                                                                                      DataConfig]]:
         whole, config = int(source.weight), self.config.for_source(source)
         for _ in range(whole):
             yield from ((row, config) for row in iterate_examples(source, self.config, self.use.reader))
         if source.weight > whole:
             again = iterate_examples(source, self.config, self.use.reader)
-            yield from ((row, config) for row in again if chance.random() < source.weight - whole)
+            yield from ((row, config) for row in again if rng.random() < source.weight - whole)
 
     def _refill(self) -> None:
         """The next block, shuffled by the seed and its place alone; an empty one at the end of the epoch."""

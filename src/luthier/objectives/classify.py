@@ -61,7 +61,8 @@ class ClassifyConfig(ObjectiveConfig):
     """
 
     name: Literal["classify"] = "classify"
-    example_types: ClassVar[frozenset[str]] = frozenset({"LabelledExample", "TaggedExample", "ImageExample"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"ClassificationExample", "TokenClassificationExample",
+                                                    "ImageExample"})
     has_eval_metrics: ClassVar[bool] = True
 
     @property

@@ -159,7 +159,7 @@ class ContrastiveConfig(ObjectiveConfig):
         (0.6265, 2.0)
     """
 
-    example_types: ClassVar[frozenset[str]] = frozenset({"TextsExample", "LabelledExample", "ImageExample"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"ContrastiveExample", "ClassificationExample", "ImageExample"})
     required_outputs: ClassVar[frozenset[str]] = frozenset({"pooled"})
     needs_full_batch: ClassVar[bool] = True
     has_eval_metrics: ClassVar[bool] = True

@@ -52,7 +52,7 @@ class MultipleChoiceConfig(ObjectiveConfig):
         0.3133
     """
 
-    example_types: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"PreferenceExample"})
     required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
 
     name: Literal["multiple_choice"] = "multiple_choice"

@@ -166,7 +166,7 @@ class PreferenceConfig(ObjectiveConfig):
     `rewards/accuracies`, `logps/chosen`, `logps/rejected`.
     """
 
-    example_types: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"PreferenceExample"})
     required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps"})
     # 1e-6 for `full`, 2.5e-5 for LoRA: TRL's DPO default is 1e-6 where its SFT default is 2e-5; the papers have 5e-7 to
     # 1e-6.

@@ -86,7 +86,7 @@ class RewardConfig(ObjectiveConfig):
         (0.3133, 1.0)
     """
 
-    example_types: ClassVar[frozenset[str]] = frozenset({"ComparedExample"})
+    example_types: ClassVar[frozenset[str]] = frozenset({"PreferenceExample"})
     required_outputs: ClassVar[frozenset[str]] = frozenset({"scores"})
     has_eval_metrics: ClassVar[bool] = True
     # 1e-5 for `full`: TRL's example of a reward model has half the rate of its SFT example, with LoRA and without.

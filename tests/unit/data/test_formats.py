@@ -156,6 +156,6 @@ def test_a_file_of_strangers_is_given_up_early() -> None:
 
 
 def test_preference_pairs_are_not_imitated() -> None:
-    reader = RowReader(frozenset({"ChatExample", "TextExample"}), {"dpo": ["ComparedExample"], "sft": ["ChatExample"]})
-    with pytest.raises(DataError, match=r"'sharegpt_pair' \(ComparedExample\).*\n.*an objective that reads them: dpo;"):
+    reader = RowReader(frozenset({"ChatExample", "TextExample"}), {"dpo": ["PreferenceExample"], "sft": ["ChatExample"]})
+    with pytest.raises(DataError, match=r"'sharegpt_pair' \(PreferenceExample\).*\n.*an objective that reads them: dpo;"):
         become({"conversations": [{"from": "human", "value": "q"}], "chosen": "a", "rejected": "b"}, reader=reader)

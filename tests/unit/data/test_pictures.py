@@ -69,7 +69,7 @@ def test_a_folder_of_pictures_has_its_classes_from_its_subfolders(folder) -> Non
     one = build_batch(found.train)
     assert (one.inputs.images.shape, one.inputs.tokens.shape, one.target.labels.tolist()) == ((4, 1, 6, 5), (4,), [0.0, 0.0, 1.0, 1.0])
     torch.testing.assert_close(one.inputs.images[0, 0], torch.from_numpy(noise(0, 6, 5)).float() / 255)
-    assert format_preview(found.train[1], None, found.labels).plain == "--- label cat\n[picture, 6 x 5 x 3]"
+    assert format_preview(found.train[1], None, found.labels).plain == "--- label cat\n[image, 6 x 5 x 3]"
 
 
 def test_a_column_may_name_a_picture_file_or_hold_its_bytes(folder) -> None:

@@ -46,7 +46,7 @@ CASES = {
     "whole chats behind a prompt": ({"prompt": "q", "chosen": [turn("user", "q"), turn("assistant", "a")],
                                      "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
     "whole chats": ({"chosen": [turn("user", "q"), turn("assistant", "a")], "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
-    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
+    "implicit_prompt_preference": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
     "transcripts that part early": ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
                                     PreferenceExample((ASK,), ((GOOD, Message("user", "r"), GOOD), (BAD,)), (0, 1), HERE)),
     "a rejected response": ({"messages": [turn("user", "q"), turn("assistant", "a")], "rejected_response": "b"}, PAIR),
@@ -119,7 +119,7 @@ PROMPTS = {
     "with metadata": ({"prompt": "q", "answer": "4", "tests": ["x"]}, "q", {"reference": "4", "tests": ["x"]}),
     "completion": ({"prompt": "q", "completion": "a"}, "q", {"reference": "a"}),
     "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", {"chosen": "a", "rejected": "b"}),
-    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
+    "implicit_prompt_preference": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
     "a chat": ({"messages": [turn("user", "q"), turn("assistant", "a")], "id": 3}, (ASK,), {"reference": "a", "id": 3}),
     "a bad answer is no reference": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": 0}, (ASK,), {"label": 0}),
 }
@@ -138,8 +138,8 @@ def test_whoever_reads_prompts_gets_them_from_any_row_that_holds_one(name) -> No
 def test_the_kinds_that_are_read_decide_between_formats() -> None:
     row = {"messages": [turn("user", "q"), turn("assistant", "a")], "label": True}
     assert [type(become(row, kinds=kind)[0]).__name__ for kind in ("Chat", "UnpairedPreference")] == ["ChatExample", "UnpairedPreferenceExample"]
-    with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads ComparedExample"):
-        become({"text": "t"}, kinds="Compared")
+    with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads PreferenceExample"):
+        become({"text": "t"}, kinds="Preference")
     with pytest.raises(DataError, match="format: pair: rows with prompt, chosen, rejected"):
         become({"prompt": "q", "chosen": "a", "rejected": "b"}, kinds="Text", format="pair")
 
@@ -223,7 +223,7 @@ def test_a_verdict_stands_beside_another_rows_answer(write, letters) -> None:
     rows = [{"prompt": "p1", "completion": "a", "label": True}, {"prompt": "p2", "completion": "a", "label": False},
             {"prompt": "p3", "completion": "c", "label": True}]
     path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    found = read_datasets(config(train=path, format="judged", share_prompt=False), letters, seed=0).train
+    found = read_datasets(config(train=path, format="unpaired_preference", share_prompt=False), letters, seed=0).train
     said = [[letters.decode(ids).split("assistant\n")[1].split("<|")[0] for ids, _ in paths(one)] for one in found]
     asked = [{letters.decode(ids).split("user\n")[1].split("<|")[0] for ids, _ in paths(one)} for one in found]
     assert said == [["a", "c"], ["a", "c"], ["c", "a"]]
@@ -247,7 +247,7 @@ def test_a_prompt_keeps_its_metadata_and_must_leave_room(letters) -> None:
     assert refused.reason == "the prompt leaves no room to answer"
 
 
-REAL = {"hh_rlhf_harmless.jsonl": ("Compared", 40, {}), "dpo_en_demo.json": ("Compared", 40, {}),
+REAL = {"hh_rlhf_harmless.jsonl": ("Preference", 40, {}), "dpo_en_demo.json": ("Preference", 40, {}),
         "kto_en_demo.json": ("UnpairedPreference", 40, {})}
 
 

@@ -167,7 +167,7 @@ def get_answer_text(answer: tuple[Message, ...] | str) -> str:
     return answer if isinstance(answer, str) else answer[-1].content
 
 
-PROMPT_TYPES = frozenset({"ChatExample", "CompletionExample", "ComparedExample",
+PROMPT_TYPES = frozenset({"ChatExample", "CompletionExample", "PreferenceExample",
                           "UnpairedPreferenceExample"})  # what `as_prompt` takes
 # kinds of example that an answer can be generated to
 TYPES_WITH_ANSWER = PROMPT_TYPES | {"PromptExample", "TextExample"}
