@@ -35,7 +35,7 @@ def note(watch: Watch, begun: list[float]) -> None:
         ids, forest, starts = inputs.tokens.tolist(), inputs.forest, inputs.forest.starts
         segment_of = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(forest.lengths)).tolist()
         for item in target.labeled_segments.tolist():
-            path = forest.path(item)
+            path = forest.find_path(item)
             words = [token for s in path for token in ids[starts[s]:starts[s] + forest.lengths[s]]]
             before = len(words) - forest.lengths[item]
             own = [p for p, of in zip(target.state_index.tolist(), target.item_of.tolist(), strict=True)

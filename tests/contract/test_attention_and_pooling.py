@@ -33,7 +33,7 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, caus
     owner = [s for s, n in enumerate(forest.lengths) for _ in range(n)]
     out = torch.zeros(1, tokens, heads, width, dtype=torch.float64)
     for t in range(tokens):
-        line = [u for s in forest.path(owner[t]) for u in range(tokens) if owner[u] == s]
+        line = [u for s in forest.find_path(owner[t]) for u in range(tokens) if owner[u] == s]
         at = line.index(t)
         seen = [u for i, u in enumerate(line) if (not causal or i <= at) and (window is None or at - i < window)]
         for h in range(heads):

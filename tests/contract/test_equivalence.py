@@ -115,7 +115,7 @@ def log_probs(family, rows) -> torch.Tensor:
 
 
 def test_the_trees_are_trees() -> None:
-    depths = [max(len(build_batch([tree]).inputs.forest.path(i)) for i in range(len(tree.spans))) for tree in trees()]
+    depths = [max(len(build_batch([tree]).inputs.forest.find_path(i)) for i in range(len(tree.spans))) for tree in trees()]
     assert len(TREES) == len(depths)
     assert max(depths) == 3
     assert any(len(paths(tree)) > 2 for tree in trees())

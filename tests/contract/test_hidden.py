@@ -1,6 +1,6 @@
 """Documents with a part hidden: an encoder's own head and T5 guess it as Transformers' own loss has it, in runs that resume.
 
-What is hidden stands in `tests/unit/data/test_hide.py`; read `lab.py` and `lab_t5.py` first.
+What is hidden stands in `tests/unit/data/test_masking.py`; read `lab.py` and `lab_t5.py` first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from luthier.core.errors import BaseError, DataError, LuthierError, RecipeError
 from luthier.core.examples import Origin, TextExample
 from luthier.core.types import TokenizedExample
 from luthier.data import DataConfig, DividedConfig, MaskingConfig, encode_example
-from luthier.data.masking import apply_random
 from luthier.data.packing import build_batch, pack_examples
+from luthier.data.transforms import apply_random
 from luthier.models import Encoder
 from luthier.models.ops import fused_logprobs
 from luthier.objectives import OBJECTIVES

@@ -177,7 +177,7 @@ def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp
     assert whole[1] == whole[3] == whole[4]
     assert len(set(whole)) == 4
     parts = [pack_examples([one], None)[0].target for one in encoded]
-    assert LossInputs.joined(parts).text_ids.tolist() == whole
+    assert LossInputs.concatenate(parts).text_ids.tolist() == whole
 
 
 CHAT = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(6)]

@@ -149,7 +149,7 @@ def test_a_share_of_one_is_the_example_itself(kind: str) -> None:
     less = mix_examples(a, b, 0.5, CLASSES)
     assert not torch.allclose(base.states(build_batch([less, plain(4, 1.0, 3)]).inputs), states[0], atol=1e-3)
     swapped = mix_examples(b, a, 0.0, CLASSES)  # the longer one's tokens, whichever came first
-    assert (swapped.spans[0].ids, swapped.spans[0].share) == (a.spans[0].ids, 1.0)
+    assert (swapped.spans[0].ids, swapped.spans[0].mix.share) == (a.spans[0].ids, 1.0)
     assert torch.equal(base.states(build_batch([swapped, plain(4, 1.0, 3)]).inputs), states[0])
 
 
@@ -201,14 +201,14 @@ def test_mixtures_are_seeded_counted_and_of_training_rows_alone(home: Path) -> N
     part = found.report.parts["train"]
     assert (part.read, part.kept, part.encoded, part.augmented, part.labels) == (5, 5, 15, {"mixup": 10}, {"a": 2, "b": 2, "c": 1})
     assert "train: 10 rows changed or added by mixup" in found.report.lines()
-    assert [bool(one.spans[0].others) for one in found.train] == [False, True, True] * 5
+    assert [bool(one.spans[0].mix) for one in found.train] == [False, True, True] * 5
     assert found.train == rows(home, MIXUP).train
     assert found.train != rows(home, MIXUP, seed=1).train
-    assert not any(one.spans[0].others or one.labeled_spans[0].soft_label for one in found.test)
+    assert not any(one.spans[0].mix or one.labeled_spans[0].soft_label for one in found.test)
     assert found.mix == ((15, 1.0),)
     assert sum(found.counts.values()) == pytest.approx(15)
     replaced = rows(home, {**MIXUP, "copies": 0, "replace": 0.5}, seed=3)
-    assert 0 < sum(bool(one.spans[0].others) for one in replaced.train) == replaced.report.parts["train"].augmented["mixup"] < 5
+    assert 0 < sum(bool(one.spans[0].mix) for one in replaced.train) == replaced.report.parts["train"].augmented["mixup"] < 5
     both = rows(home, {"name": "deletion", "copies": 1}, {"name": "mixup"})
     assert (len(both.train), both.report.parts["train"].augmented) == (20, {"deletion": 5, "mixup": 10})
 
@@ -233,11 +233,11 @@ def test_the_cursor_is_exact_and_knows_the_mixtures(home: Path) -> None:
     again.load(saved)
     for _ in range(5):
         for mine, theirs in zip(next(one), next(again), strict=True):
-            for name in ("tokens", "others", "shares"):
-                a, b = getattr(mine.inputs, name), getattr(theirs.inputs, name)
-                assert (a is None and b is None) or torch.equal(a, b)
+            assert torch.equal(mine.inputs.tokens, theirs.inputs.tokens)
+            a, b = mine.inputs.mix, theirs.inputs.mix
+            assert (a is None and b is None) or (torch.equal(a.ids, b.ids) and torch.equal(a.shares, b.shares))
             assert torch.equal(mine.target.soft_labels, theirs.target.soft_labels)
-    less = [replace(e, spans=(replace(e.spans[0], share=e.spans[0].share * 0.5),)) if e.spans[0].others else e for e in encoded]
+    less = [replace(e, spans=(replace(e.spans[0], mix=replace(e.spans[0].mix, share=e.spans[0].mix.share * 0.5)),)) if e.spans[0].mix else e for e in encoded]
     with pytest.raises(DataError, match="not what this run was trained on"):
         InMemoryBatchSource(less, 4, 60, seed=2).load(saved)
 
@@ -275,7 +275,7 @@ def test_pictures_are_mixed_as_their_pixels_are(tmp_path: Path) -> None:
     assert not torch.equal(replace(noisy, draw=(1,)).tensor(), replace(noisy, draw=(2,)).tensor())
     step = InMemoryBatchSource(found, 12, None, seed=1)
     first, second = (next(step)[0] for _ in range(2))  # noise is drawn anew in every epoch, in both pictures
-    assert first.inputs.others is None
+    assert first.inputs.mix is None
     assert first.target.soft_labels.shape == (12, 2)
     assert not torch.equal(first.inputs.images, second.inputs.images)
 

@@ -136,6 +136,6 @@ def test_an_example_alone_and_sixteen_bits_stay_finite(name: str) -> None:
 def test_empty_targets_join() -> None:
     case = CASES["contrastive"]
     a, b = case.taken([0, 1]), case.taken([2, 3])
-    joined = LossInputs.joined([a.target, b.target])
-    total = case.objective(Outputs.joined([a.outputs, b.outputs]), joined).total
+    joined = LossInputs.concatenate([a.target, b.target])
+    total = case.objective(Outputs.concatenate([a.outputs, b.outputs]), joined).total
     torch.testing.assert_close(total, case.loss().total, rtol=1e-12, atol=0)

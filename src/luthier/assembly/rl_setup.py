@@ -264,10 +264,10 @@ def _score_completions(run: Run, found: Recipe, judge: Family, acting: Reference
 
 def _build_comparison(run: Run, answers: Sequence[Completion], judge: Family, config: DataConfig) -> TokenizedExample:
     """Answers to one prompt as a row of comparisons."""
-    raw = answers[0].metadata.get("prompt", answers[0].prompt)
+    raw = answers[0].facts.get("prompt", answers[0].prompt)
     prompt = raw if isinstance(raw, str) else tuple(_build_message(turn) for turn in raw)
     example = PreferenceExample(prompt, tuple(answer.text for answer in answers), tuple(range(len(answers))),
-                                answers[0].origin, tools=tuple(answers[0].metadata.get("tools") or ()))
+                                answers[0].origin, tools=tuple(answers[0].facts.get("tools") or ()))
     found = rows.encode_example(example, judge.tokenizer, config)
     if isinstance(found, list):
         return found[0]

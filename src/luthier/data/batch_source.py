@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from luthier.core.errors import DataError
 from luthier.core.types import Batch, TokenizedExample
-from luthier.data.images import ImageInput
-from luthier.data.masking import apply_random
 from luthier.data.packing import pack_examples
+from luthier.data.transforms import apply_random
 
 Mix = Sequence[tuple[int, float]]
 
@@ -31,14 +31,14 @@ def digest_example(example: TokenizedExample) -> bytes:
         found.update(array("q", span.ids).tobytes())
         found.update(array("d", span.weights).tobytes())
         found.update(array("q", span.tags).tobytes())
-        if span.others:
-            found.update(array("q", span.others).tobytes() + array("d", [span.share]).tobytes())
+        if span.mix:
+            found.update(array("q", span.mix.ids).tobytes() + array("d", [span.mix.share]).tobytes())
     if example.labeled_spans or example.metadata:
         found.update(repr((example.labeled_spans, example.metadata)).encode())
     if example.masking is not None:
         found.update(example.masking.digest)
     for image in example.images:
-        found.update(image.digest if isinstance(image, ImageInput) else image.numpy().tobytes())
+        found.update(image.numpy().tobytes() if isinstance(image, Tensor) else image.digest)
     return found.digest()
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from luthier.core.errors import DataError, MissingExtra
 from luthier.core.examples import Origin
-from luthier.core.types import TokenizedExample
 from luthier.data.row_values import InvalidRowError
 from luthier.data.rows import RejectedRow, Row, Rows, open_file
 
@@ -139,6 +138,11 @@ class ImageInput:
     other: ImageInput | None = None
     share: float = 1.0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[height, width] or [height, width, 3]"""
+        return np.shape(self.pixels)
+
     def tensor(self) -> Tensor:
         if self.other is None:
             return self._seen()
@@ -162,18 +166,3 @@ class ImageInput:
         if self.other is not None:
             found.update(self.other.digest + repr(self.share).encode())
         return found.digest()
-
-
-def disable_changes(example: TokenizedExample) -> TokenizedExample:
-    """A single picture as it is, for held-out rows; two views of one need their changes."""
-    if len(example.images) != 1:
-        return example
-    return replace(example, images=(replace(example.images[0], changes=()),))
-
-
-def apply_random_changes(example: TokenizedExample, *draw: int) -> TokenizedExample:
-    """The example with its pictures' changes drawn anew; itself where it has none."""
-    if not any(isinstance(image, ImageInput) and image.changes for image in example.images):
-        return example
-    return replace(example, images=tuple(replace(image, draw=(*draw, view))
-                                         for view, image in enumerate(example.images)))

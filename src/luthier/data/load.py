@@ -31,12 +31,13 @@ from luthier.data.label_encoding import (
     fit_label_encoder,
     sum_class_weights,
 )
-from luthier.data.masking import MaskingConfig, apply_fixed, disable_augmentation
+from luthier.data.masking import MaskingConfig
 from luthier.data.mixup import draw_pairs, mix_examples
 from luthier.data.overlap import Overlap, count_overlap
 from luthier.data.report import DataReport, PartReport, RowCounter
 from luthier.data.rows import RejectedRow, Row, Rows
 from luthier.data.tokenization import is_conversation, uses_chat_template
+from luthier.data.transforms import apply_fixed, disable_augmentation
 
 Progress = Callable[[str, int], None]
 TICK = 200  # rows between two words of progress

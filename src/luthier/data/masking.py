@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from array import array
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Literal
@@ -29,7 +28,6 @@ from luthier.core.errors import BaseError
 from luthier.core.examples import Example, TextExample
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import TokenizedExample, TokenSpan
-from luthier.data import images
 from luthier.data.config import DataConfig
 from luthier.data.rows import RejectedRow
 
@@ -103,7 +101,7 @@ class MaskableDocument:
     hide: MaskingConfig
     owners: tuple[int, ...] = ()
 
-    def drawn(self, example: TokenizedExample, rng: np.random.Generator) -> TokenizedExample:
+    def apply(self, example: TokenizedExample, rng: np.random.Generator) -> TokenizedExample:
         """The example as a base sees it, with what it is to guess."""
         span, = example.spans
         makes = _mask_tokens if self.hide.how == "words" else _mask_spans
@@ -230,30 +228,3 @@ def _mask_spans(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Genera
     answer += [hide.stand[count], *ids[body[-1] + 1:]]
     weight = span.weights[body[0]]
     return TokenSpan(tuple(source), (0.0,) * len(source)), TokenSpan(tuple(answer), (weight,) * len(answer), 0)
-
-
-# ---------------------------------------------------------------- on the way into a batch
-
-
-def apply_random(example: TokenizedExample, *draw: int) -> TokenizedExample:
-    """The example with all that every epoch draws anew: what is hidden of a document, how a picture is changed."""
-    if example.masking is None:
-        return images.apply_random_changes(example, *draw)
-    found: TokenizedExample = example.masking.drawn(example, np.random.default_rng(draw))
-    return found
-
-
-def apply_fixed(example: TokenizedExample) -> TokenizedExample:
-    """The example with the same hidden whenever it is met; as it is, where nothing is to be."""
-    if example.masking is None:
-        return example
-    tokens = array("q", example.spans[0].ids).tobytes()
-    found: TokenizedExample = example.masking.drawn(
-        example, np.random.default_rng(list(hashlib.blake2b(tokens, digest_size=16).digest())))
-    return found
-
-
-def disable_augmentation(example: TokenizedExample) -> TokenizedExample:
-    """The example as held-out rows are: pictures as they are, and always the same hidden."""
-    return images.disable_changes(apply_fixed(example))
-

@@ -18,10 +18,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from luthier.core.embedding_mix import SpanMix
 from luthier.core.errors import DataError
 from luthier.core.examples import ClassificationExample, Example, ImageExample
 from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
 from luthier.data.augmentation import MixupAugmentation
+from luthier.data.images import ImageInput
 from luthier.data.label_encoding import LabelEncoder
 
 
@@ -62,7 +64,10 @@ def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: L
     (one,), (other,) = a.labeled_spans, b.labeled_spans
     spans, images = a.spans, a.images
     if images:
-        images = (replace(a.images[0], other=b.images[0], share=share),)
+        image, other_image = a.images[0], b.images[0]
+        assert isinstance(image, ImageInput)
+        assert isinstance(other_image, ImageInput)
+        images = (replace(image, other=other_image, share=share),)
     else:
         spans = (_mix_spans(a.spans[0], b.spans[0], share),)
     return replace(a, spans=spans, images=images, labeled_spans=(_mix_labels(one, other, share, what),))
@@ -72,7 +77,7 @@ def _mix_spans(a: TokenSpan, b: TokenSpan, share: float) -> TokenSpan:
     """The longer one's tokens, with the other's mixed in."""
     if len(a.ids) < len(b.ids):
         a, b, share = b, a, 1 - share
-    return replace(a, others=b.ids + (-1,) * (len(a.ids) - len(b.ids)), share=share)
+    return replace(a, mix=SpanMix(b.ids + (-1,) * (len(a.ids) - len(b.ids)), share))
 
 
 def _mix_labels(a: LabeledSpan, b: LabeledSpan, share: float, what: LabelEncoder) -> LabeledSpan:

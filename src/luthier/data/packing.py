@@ -9,9 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from luthier.core.embedding_mix import EmbeddingMix
 from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, TokenizedExample
-from luthier.data.images import ImageInput
-from luthier.data.masking import apply_fixed
 
 
 def pack_examples(encoded: Sequence[TokenizedExample], micro_tokens: int | None) -> list[Batch]:
@@ -45,7 +44,7 @@ def build_eval_batches(encoded: Sequence[TokenizedExample], micro_tokens: int | 
     """Batches to go through once, with the same hidden every time. Packs `group` examples at a time, which keeps
     packing fast for many; `micro_tokens` None: rows of up to 8192 tokens."""
     return [row for at in range(0, len(encoded), group)
-            for row in pack_examples([apply_fixed(one) for one in encoded[at:at + group]], micro_tokens or 8192)]
+            for row in pack_examples(encoded[at:at + group], micro_tokens or 8192)]
 
 
 def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
@@ -80,7 +79,7 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
         counted += [item.weight for item in example.labeled_spans]
         groups += [owner] * len(example.labeled_spans)
         text_ids += [item.text_id for item in example.labeled_spans if item.text_id is not None]
-        images += [image.tensor() if isinstance(image, ImageInput) else image for image in example.images]
+        images += [image if isinstance(image, torch.Tensor) else image.tensor() for image in example.images]
         span_ends: list[tuple[int, int]] = []  # of each span: index of its last token, depth behind it
         for number, span in enumerate(example.spans):
             start, before, depth = len(tokens), -1, 0
@@ -88,8 +87,8 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
                 before, depth = span_ends[span.parent]
             length = len(span.ids)
             tokens += span.ids
-            others += span.others or [-1] * length
-            shares += [span.share] * length
+            others += span.mix.ids if span.mix else [-1] * length
+            shares += [span.mix.share if span.mix else 1.0] * length
             positions += range(depth, depth + length)
             lengths.append(length)
             parents.append(first + span.parent if span.parent >= 0 else -1)
@@ -99,9 +98,9 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
                 goals.append(span.tags[i] if span.tags else span.ids[i])
                 weights.append(span.weights[i])
                 item_of.append(judged.get(number, -1))
+    mix = EmbeddingMix(_to_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else None
     inputs = Inputs(_to_long(tokens), _to_long(positions), SegmentTree(tuple(lengths), tuple(parents)),
-                    torch.stack(images) if images else None,
-                    *((_to_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else ()))
+                    torch.stack(images) if images else None, mix)
     target = LossInputs(_to_long(at), _to_long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
                         sum(example.num_bytes for example in encoded), _to_long(items),
                         torch.tensor(labels, dtype=torch.float32),

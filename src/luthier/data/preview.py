@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
 
@@ -34,7 +32,7 @@ def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequ
         if said:
             shown.append(("\n" if index else "") + f"--- {', '.join(said)}\n", style="dim italic")
         if encoded.images:
-            shown.append(f"[image, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
+            shown.append(f"[image, {' x '.join(map(str, encoded.images[index].shape))}]", style="dim")
             continue
         for trained, start, stop in _find_token_runs(span):
             shown.append(tokenizer.decode(span.ids[start:stop]), style="green" if trained else "dim")

@@ -25,10 +25,10 @@ from luthier.data.config import DataConfig, Source
 from luthier.data.encoding import encode_with_truncation
 from luthier.data.label_encoding import encode_labels, explain_no_streaming, fit_label_encoder
 from luthier.data.load import ANY_DATASET, DatasetSpec, build_no_rows_error, iterate_examples
-from luthier.data.masking import apply_random
 from luthier.data.packing import pack_examples
 from luthier.data.report import DataReport, RowCounter
 from luthier.data.rows import RejectedRow
+from luthier.data.transforms import apply_random
 
 
 class StreamingBatchSource:

@@ -140,7 +140,7 @@ def pool_states(row: Tensor, forest: SegmentTree, items: Tensor, how: Pooling) -
     if how == "last":
         return row.index_select(0, (starts + lengths - 1)[items])
     if how == "first":
-        roots = to_device(torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))]), row.device)
+        roots = to_device(torch.tensor([forest.find_path(i)[0] for i in range(len(forest.lengths))]), row.device)
         return row.index_select(0, starts[roots[items]])
     # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
     # and in an order of its own in every run.

@@ -157,7 +157,7 @@ def evaluate_batches(family: Family, objective: Objective, batches: list[Batch],
             _add_metrics(sums, {**part.metrics, "loss": (part.total, part.count)})
     found: dict[str, float] = {}
     if kept:
-        outputs, target = Outputs.joined([o for o, _ in kept]), LossInputs.joined([t for _, t in kept])
+        outputs, target = Outputs.concatenate([o for o, _ in kept]), LossInputs.concatenate([t for _, t in kept])
         if objective.needs_full_batch:
             part = objective(outputs, target)
             _add_metrics(sums, {**part.metrics, "loss": (part.total, part.count)})

@@ -67,7 +67,7 @@ class Encoder(PackedHFModel):
         return columns
 
     def _build_mask(self, forest: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
-        if forest.flat:
+        if forest.is_flat:
             return super()._build_mask(forest, runs)
         # An ancestor does not see its descendants, although they stand in one padded row.
         segment, _, related = describe_segments(forest)
@@ -118,7 +118,7 @@ def compute_token_types(tokens: Tensor, forest: SegmentTree, separator: int) -> 
     owner, _, related = (to_device(x, tokens.device) for x in describe_segments(forest))
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
     before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # separators before it in its own segment
-    if not forest.flat:
+    if not forest.is_flat:
         before = before + ((related * own).sum(1) - own)[owner]
     return (before > 0).long()
 

@@ -18,9 +18,9 @@ from luthier.core.examples import Origin, TextExample
 from luthier.core.types import Batch, TokenizedExample
 from luthier.data import DataConfig, DividedConfig, MaskingConfig, encode_example, read_datasets
 from luthier.data.batch_source import InMemoryBatchSource
-from luthier.data.masking import apply_fixed, apply_random
 from luthier.data.packing import build_batch, build_eval_batches
 from luthier.data.streaming import StreamingBatchSource
+from luthier.data.transforms import apply_fixed, apply_random
 from tiny import CLS, IM_END, MASK, SEP, pair_tokenizer, tiny_tokenizer, with_sentinels
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind; it has seen many a fox."

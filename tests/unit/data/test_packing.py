@@ -36,7 +36,7 @@ def predictions(batches: list[Batch]) -> Counter:
         for at, token, weight, item in zip(target.state_index.tolist(), target.token_ids.tolist(), target.weights.tolist(), target.item_of.tolist(), strict=True):
             owner = target.groups.tolist()[item]
             segment = max(i for i, start in enumerate(starts) if start <= at)
-            before = [inputs.tokens[starts[s]:starts[s] + inputs.forest.lengths[s]].tolist() for s in inputs.forest.path(segment)[:-1]]
+            before = [inputs.tokens[starts[s]:starts[s] + inputs.forest.lengths[s]].tolist() for s in inputs.forest.find_path(segment)[:-1]]
             before.append(inputs.tokens[starts[segment]:at + 1].tolist())
             found[batch.origins[owner].line, tuple(chain(*before)), token, weight] += 1
     return found
@@ -78,7 +78,7 @@ def test_positions_count_on_from_the_parent(examples, micro_tokens) -> None:
     for batch in pack_examples(examples, micro_tokens):
         forest = batch.inputs.forest
         for segment, start in enumerate(forest.starts):
-            depth = sum(forest.lengths[s] for s in forest.path(segment)[:-1])
+            depth = sum(forest.lengths[s] for s in forest.find_path(segment)[:-1])
             got = batch.inputs.positions[start:start + forest.lengths[segment]].tolist()
             assert got == list(range(depth, depth + forest.lengths[segment]))
 
