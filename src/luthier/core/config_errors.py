@@ -15,14 +15,14 @@ from luthier.core.errors import suggest_nearest
 
 QUOTED = re.compile(r"'([^']+)'")
 LABEL = re.compile(r"(str|int|float|bool|none)$|(literal|tuple|list|dict|lax-or-strict|function-\w+)\[")  # of a branch
-PLAIN = {kind: f"Input should be {what}" for kind, what in {  # without Python's words for what YAML holds
+PLAIN = {kind: f"Input should be {what}" for kind, what in {  # YAML's terms instead of Python's
     "tuple_type": "a list", "dict_type": "a mapping, {key: value}", "model_type": "a mapping, {key: value}",
     "mapping_type": "a mapping, {key: value}", "model_attributes_type": "a mapping, {key: value}"}.items()}
 
 
 def translate_errors(error: ValidationError, model: type[BaseModel], where: str = "") -> list[str]:
-    """One line for each place that is at fault: what was given, what the rule is. Places are named as they are written
-    in a recipe, so Pydantic's names of a union's branches are left out, and the branches' rules are told as one."""
+    """One line for each invalid setting: the rule, and the given value. Settings are named as in a recipe: Pydantic's
+    names for the branches of a union are removed, and the rules of the branches are joined into one line."""
     found: dict[str, list[Mapping[str, Any]]] = {}
     unions: set[str] = set()
     for fault in error.errors(include_url=False):
@@ -31,8 +31,8 @@ def translate_errors(error: ValidationError, model: type[BaseModel], where: str 
         found.setdefault(place, []).append(dict(fault))
         if branch:
             unions.add(place)
-    # Of a union, the branch that looks deepest is what was meant; that it is no number besides is no news. Nor is that
-    # a list is too short where one of its entries could not be read.
+    # For a union, the branch with the deepest fault is the intended one; faults of the other branches are omitted. A
+    # list that is too short is omitted too if one of its entries is invalid.
     unions |= {place for place, faults in found.items() if faults[0]["type"] == "too_short"}
     meant = [place for place in found if not (place in unions and any(p.startswith(f"{place}.") for p in found))]
     return [_describe_error(place, found[place], model) for place in meant]

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,8 +92,8 @@ class PendingMasking(Protocol):
         """Hash of all settings that determine the masked tokens."""
         ...
 
-    def apply(self, example: TokenizedExample, rng: np.random.Generator) -> TokenizedExample:
-        """The example with some tokens masked, and with the predictions of these tokens."""
+    def apply(self, example: TokenizedExample, seed: Sequence[int]) -> TokenizedExample:
+        """The example with some tokens masked, chosen by `seed`, and with the predictions of these tokens."""
         ...
 
 

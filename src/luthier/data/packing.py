@@ -1,4 +1,4 @@
-"""Encoded examples to batches: rows without padding. Read `core/types.py` first, then nothing else.
+"""Packs tokenized examples into batches: rows without padding. Read `core/types.py` first.
 
 Shape letters: T tokens in a row, P predictions in it.
 """
@@ -14,7 +14,7 @@ from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, Tokenized
 
 
 def pack_examples(encoded: Sequence[TokenizedExample], micro_tokens: int | None) -> list[Batch]:
-    """The examples in as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: in one row.
+    """Packs the examples into as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: one row.
 
     An example longer than `micro_tokens` has a row of its own. What is predicted, with which weight, does not depend on
     `micro_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
@@ -41,17 +41,17 @@ def assign_rows(encoded: Sequence[TokenizedExample], micro_tokens: int) -> list[
 
 
 def build_eval_batches(encoded: Sequence[TokenizedExample], micro_tokens: int | None, group: int = 512) -> list[Batch]:
-    """Batches to go through once, with the same hidden every time. Packs `group` examples at a time, which keeps
-    packing fast for many; `micro_tokens` None: rows of up to 8192 tokens."""
+    """Batches for one evaluation pass. Packs `group` examples at a time, because first-fit is quadratic; `micro_tokens`
+    None: rows of at most 8192 tokens."""
     return [row for at in range(0, len(encoded), group)
             for row in pack_examples(encoded[at:at + group], micro_tokens or 8192)]
 
 
 def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
-    """All the examples as one row.
+    """All examples as one row.
 
-    A position counts on from its parent span. The prediction of a child's first token is made at its parent's last
-    token; the first token of a root follows nothing and is not predicted. A tag is predicted at its own token.
+    Positions continue from the parent span. The first token of a child is predicted at its parent's last token; the
+    first token of a root is not predicted. A tag is predicted at its own token.
     """
     tokens: list[int] = []
     positions: list[int] = []
@@ -61,24 +61,14 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
     goals: list[int] = []
     weights: list[float] = []
     items: list[int] = []
-    labels: list[float | tuple[float, ...]] = []
-    margins: list[float] = []
-    counted: list[float] = []
     others: list[int] = []
     shares: list[float] = []
-    text_ids: list[int] = []
-    groups: list[int] = []
     item_of: list[int] = []
     images: list[torch.Tensor] = []
-    for owner, example in enumerate(encoded):
+    for example in encoded:
         first = len(lengths)  # segment of the example's first span
         judged = {item.span_index: len(items) + i for i, item in enumerate(example.labeled_spans)}
         items += [first + item.span_index for item in example.labeled_spans]
-        labels += [item.label for item in example.labeled_spans]
-        margins += [item.margin for item in example.labeled_spans]
-        counted += [item.weight for item in example.labeled_spans]
-        groups += [owner] * len(example.labeled_spans)
-        text_ids += [item.text_id for item in example.labeled_spans if item.text_id is not None]
         images += [image if isinstance(image, torch.Tensor) else image.tensor() for image in example.images]
         span_ends: list[tuple[int, int]] = []  # of each span: index of its last token, depth behind it
         for number, span in enumerate(example.spans):
@@ -101,13 +91,18 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
     mix = EmbeddingMix(_to_long(others), torch.tensor(shares, dtype=torch.float32)) if max(others) >= 0 else None
     inputs = Inputs(_to_long(tokens), _to_long(positions), SegmentTree(tuple(lengths), tuple(parents)),
                     torch.stack(images) if images else None, mix)
+    labeled = [item for example in encoded for item in example.labeled_spans]
     target = LossInputs(_to_long(at), _to_long(goals), torch.tensor(weights, dtype=torch.float32), len(encoded),
                         sum(example.num_bytes for example in encoded), _to_long(items),
-                        torch.tensor(labels, dtype=torch.float32),
-                        torch.tensor(margins, dtype=torch.float32), _to_long(groups), _to_long(item_of),
+                        torch.tensor([item.label for item in labeled], dtype=torch.float32),  # [A] or [A, C]
+                        torch.tensor([item.margin for item in labeled], dtype=torch.float32),
+                        _to_long(i for i, example in enumerate(encoded) for _ in example.labeled_spans),
+                        _to_long(item_of),
                         {name: torch.cat([example.precomputed[name] for example in encoded])
                          for name in encoded[0].precomputed},
-                        torch.tensor(counted, dtype=torch.float32), _build_label_shares(encoded), _to_long(text_ids))
+                        torch.tensor([item.weight for item in labeled], dtype=torch.float32),
+                        _build_label_shares(encoded),
+                        _to_long(item.text_id for item in labeled if item.text_id is not None))
     return Batch(inputs, target, tuple(example.origin for example in encoded))
 
 

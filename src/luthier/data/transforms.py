@@ -10,8 +10,6 @@ import hashlib
 from array import array
 from dataclasses import replace
 
-import numpy as np
-
 from luthier.core.types import TokenizedExample
 from luthier.data.images import ImageInput
 
@@ -23,7 +21,7 @@ def apply_random(example: TokenizedExample, *draw: int) -> TokenizedExample:
         draw: seeds of the random numbers: run seed, epoch, row.
     """
     if example.masking is not None:
-        return example.masking.apply(example, np.random.default_rng(draw))
+        return example.masking.apply(example, draw)
     if not any(isinstance(image, ImageInput) and image.changes for image in example.images):
         return example
     return replace(example, images=tuple(replace(image, draw=(*draw, view)) if isinstance(image, ImageInput) else image
@@ -36,7 +34,7 @@ def apply_fixed(example: TokenizedExample) -> TokenizedExample:
         return example
     tokens = array("q", example.spans[0].ids).tobytes()
     seed = list(hashlib.blake2b(tokens, digest_size=16).digest())
-    return example.masking.apply(example, np.random.default_rng(seed))
+    return example.masking.apply(example, seed)
 
 
 def disable_augmentation(example: TokenizedExample) -> TokenizedExample:

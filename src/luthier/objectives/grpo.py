@@ -98,8 +98,7 @@ class GrpoConfig(OnlineRLConfig):
             losses = losses + self.beta * kl
             metrics["kl_loss"] = kl.detach().sum()
         if self.advantage_estimator == "grpo":
-            count = target.labeled_segments.shape[0]
-            lengths = torch.bincount(target.item_of, minlength=count)  # [A] tokens of each completion
+            lengths = torch.bincount(target.item_of, minlength=len(target.labeled_segments))  # [A] tokens of each one
             losses = losses / lengths[target.item_of]
         n = float(logps.shape[0])
         return Loss(losses.sum(), torch.tensor(self.count(target)),
