@@ -14,7 +14,7 @@ from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, Tokenized
 
 
 def pack_examples(encoded: Sequence[TokenizedExample], micro_tokens: int | None) -> list[Batch]:
-    """Packs the examples into as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: one row.
+    """Packs the examples into as few rows of at most `micro_tokens` tokens as first-fit decreasing finds; None: one.
 
     An example longer than `micro_tokens` has a row of its own. What is predicted, with which weight, does not depend on
     `micro_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
