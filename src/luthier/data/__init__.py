@@ -1,9 +1,8 @@
-"""Rows to examples to tokens and weights to batches. The only room that imports `datasets`.
+"""Turns rows into examples, tokens with weights, and batches. The only package that imports `datasets`.
 
 Reading order: `sources.py`, `splits.py`, `data/formats/registry.py`, `templates.py`, `conversation.py`, `chat.py`,
-`char_offsets.py`,
-`tokenization.py`, `masking.py`, `encoding.py`, `label_encoding.py`, `packing.py`, `batch_source.py`; `load.py` puts
-them together.
+`char_offsets.py`, `tokenization.py`, `masking.py`, `encoding.py`, `label_encoding.py`, `transforms.py`, `packing.py`,
+`batch_source.py`; `load.py` combines them.
 """
 
 from luthier.data.augmentation import (

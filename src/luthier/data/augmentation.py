@@ -1,7 +1,7 @@
-"""More rows out of the same: words left out, swapped or exchanged for others, pictures cropped, flipped or made noisy.
+"""Data augmentation: settings, and augmented copies of examples. Read `core/examples.py` first.
 
-Everything is drawn from the run's seed, the row and the change, so the same recipe gives the same rows. Only what a
-model reads is changed, never what it is to answer. Read `core/examples.py` first.
+Random numbers depend on the seed of the run, the row and the augmentation, so the same recipe gives the same rows. Only
+the input of the model is changed, never its target.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from luthier.data.text_augmentation import UNIT, delete_words, read_synonyms, re
 
 
 class TextAugmentation(Config):
-    """A change to the words that are read: deletion, swap or synonyms."""
+    """Changes words of the input: deletion, swap or synonyms."""
 
     name: Literal["deletion", "swap", "synonyms"] = Field(description=(
-        "deletion: words are left out; swap: pairs of words change places; synonyms: words are exchanged by a file"))
-    rate: float = Field(0.1, gt=0, lt=1, description="the share of a row's words that is changed")
-    copies: int = Field(1, ge=0, description="changed rows that are added for each row")
-    replace: float = Field(0.0, ge=0, le=1, description="the probability with which a row itself is changed")
-    file: str | None = Field(None, description="of synonyms: a line for each group of words, separated by commas")
+        "deletion: removes words; swap: swaps pairs of words; synonyms: replaces words by synonyms from a file"))
+    rate: float = Field(0.1, gt=0, lt=1, description="share of a row's words that is changed")
+    copies: int = Field(1, ge=0, description="changed copies that are added for each row")
+    replace: float = Field(0.0, ge=0, le=1, description="probability of changing the row itself")
+    file: str | None = Field(None, description="synonyms, one comma-separated group on each line")
 
     def text(self, text: str, rng: np.random.Generator) -> str:
         if self.name == "synonyms":
@@ -49,12 +49,12 @@ class TextAugmentation(Config):
 
 
 class ImageAugmentation(Config):
-    """A change to a picture, drawn anew in every epoch: crop, flip or noise."""
+    """Changes an image anew in every epoch: crop, flip or noise."""
 
     name: Literal["crop", "flip", "noise"] = Field(description=(
-        "crop: a part of at least `amount` of the area, at the old size; flip: left and right change places; "
-        "noise: normal, with a deviation of `amount` of the range of brightness"))
-    chance: float = Field(0.5, gt=0, le=1, description="the probability with which a picture is changed")
+        "crop: a region of at least `amount` of the area, resized to the original size; flip: left and right swapped; "
+        "noise: Gaussian, standard deviation `amount` of the brightness range"))
+    chance: float = Field(0.5, gt=0, le=1, description="probability of changing an image")
     amount: float = Field(0.3, gt=0, lt=1, description="see `name`")
 
     def picture(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
@@ -67,18 +67,18 @@ class ImageAugmentation(Config):
 
 
 class MixupAugmentation(Config):
-    """Rows mixed with one another, what is read and the label alike: see `mixup.py`."""
+    """Mixes pairs of rows, inputs and labels: see `mixup.py`."""
 
-    name: Literal["mixup"] = Field("mixup", description="two rows and their labels are mixed; for objective: classify")
+    name: Literal["mixup"] = Field("mixup", description="mixes two rows and their labels; for objective: classify")
     alpha: float = Field(0.2, gt=0, description=(
-        "a row's share is drawn from Beta(alpha, alpha): with a small alpha it is near 0 or 1"))
-    copies: int = Field(1, ge=0, description="mixed rows that are added for each row")
-    replace: float = Field(0.0, ge=0, le=1, description="the probability with which a row itself is mixed")
+        "a row's share is drawn from Beta(alpha, alpha); a small alpha gives shares near 0 or 1"))
+    copies: int = Field(1, ge=0, description="mixed copies that are added for each row")
+    replace: float = Field(0.0, ge=0, le=1, description="probability of mixing the row itself")
 
 
 Augment = Annotated[TextAugmentation | ImageAugmentation | MixupAugmentation, Field(discriminator="name")]
 VIEWS = (ImageAugmentation(name="crop", chance=1.0), ImageAugmentation(name="flip"),
-         ImageAugmentation(name="noise", amount=0.05))  # of pictures without a label, where the recipe names no change
+         ImageAugmentation(name="noise", amount=0.05))  # of images without a label, if the recipe names no augmentation
 
 
 def _augment_classification(example: Any, change: Callable[[str], str]) -> Example:
@@ -87,7 +87,7 @@ def _augment_classification(example: Any, change: Callable[[str], str]) -> Examp
 
 
 def _augment_chat(example: Any, change: Callable[[str], str]) -> Example:
-    """Only the user's turns."""
+    """Changes the user's turns only."""
     said: tuple[Message, ...] = tuple(replace(turn, content=change(turn.content))
                                       if turn.role == "user" and turn.content.strip() else turn
                                       for turn in example.messages)
@@ -106,10 +106,10 @@ TEXT_EDITORS: dict[type, Callable[[Any, Callable[[str], str]], Example]] = {
 
 def augment_examples(example: Example, row: int, changes: Sequence[TextAugmentation],
                      seed: int) -> list[tuple[str, Example]]:
-    """The row itself, changed or not, and its changed copies; each with the name of its change, or none.
+    """The row itself, changed or not, and its changed copies; each with the name of its augmentation, or "".
 
     Args:
-        row: its number among the train rows, which its chances are drawn from.
+        row: its index among the train rows, a seed of the random numbers.
     """
     found: list[tuple[str, Example]] = [("", example)]
     for number, change in enumerate(changes):
@@ -136,7 +136,7 @@ def _augment_example(example: Example, change: TextAugmentation, rng: np.random.
 
 def _augment_tagged_words(pairs: list[tuple[str, str]], change: TextAugmentation,
                           rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Words with their tags, by the same rules as a text's words."""
+    """Words with their tags, by the same rules as the words of a text."""
     places = [str(i) for i in range(len(pairs))]
     chosen = (delete_words if change.name == "deletion" else swap_words)(places, change.rate, rng)
     return [pairs[int(place)] for place in chosen]

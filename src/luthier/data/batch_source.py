@@ -1,4 +1,4 @@
-"""Which examples make which step: epochs, mixing, and an exact cursor. Read `packing.py` first.
+"""Selects the examples of each step: epochs, source weights, and an exact cursor. Read `packing.py` first.
 
 `Loader` keeps its examples in memory. `Stream`, in `streaming.py`, reads them anew in every epoch.
 """

@@ -1,5 +1,5 @@
-"""Every kind of example to tokens. Read `tokenization.py` first, for words that are predicted, then
-`preference_encoding.py`, for answers.
+"""Tokenizes every kind of example. Read `tokenization.py` first (predicted text), then `preference_encoding.py`
+(completions).
 
 Texts with a label, tags or a likeness are encoded without what only all the training rows together say: their classes'
 numbers, the scale of their scores. `label_encoding.py` puts these in.

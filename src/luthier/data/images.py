@@ -1,7 +1,7 @@
-"""Pictures: read from folders and IDX files, kept as they lie, made into tensors when a batch wants them.
+"""Images from folders and IDX files, decoded when they are packed into a batch. Read `rows.py` first.
 
-A folder's subfolders are the classes. An IDX file is the format of MNIST; the labels' file is found beside it. Read
-`rows.py` first. Pixels are bytes, [height, width] or [height, width, 3].
+Subfolders are classes. IDX is the format of MNIST; the file of labels is in the same folder. Pixels are bytes,
+[height, width] or [height, width, 3].
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def open_image(file: Path | io.BytesIO) -> Pixels:
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture on disk, decoded whenever it is asked for."""
+    """An image file, decoded at every access."""
 
     path: Path
 
@@ -63,13 +63,13 @@ class ImageFile:
         return open_image(self.path)
 
     def checked(self) -> ImageFile:
-        """Itself, once it has been decoded without a fault."""
+        """Decodes the file once, and returns it. Raises `InvalidRowError`."""
         open_image(self.path)
         return self
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Its pictures, at any depth."""
+    """The image files of a folder, at any depth."""
     return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
@@ -87,7 +87,7 @@ def read_image_rows(files: Sequence[tuple[Path, Path]]) -> Rows:
 
 
 def read_idx(file: Path) -> Iterator[Row | RejectedRow]:
-    """Every picture of an IDX file, with its label where the labels' file lies beside it."""
+    """Every image of an IDX file, with its label if the file of labels exists."""
     pixels = _read_idx_array(file, 3)
     beside = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = _read_idx_array(beside, 1) if beside.exists() else None
@@ -112,23 +112,23 @@ def _read_idx_array(file: Path, dimensions: int) -> Pixels:
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 
-# ---------------------------------------------------------------- on the way into a batch
+# ---------------------------------------------------------------- images of tokenized examples
 
 
 class ImageChange(Protocol):
-    """A change to a picture: `augment.PictureAugment`."""
+    """A change to an image: `augmentation.ImageAugmentation`."""
 
     def picture(self, pixels: Pixels, rng: np.random.Generator) -> Pixels: ...
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A picture of an encoded example: pixels, the changes that they go through, and who makes a tensor of them.
+    """An image of a tokenized example: pixels, their augmentations, and the processor that makes a tensor of them.
 
     Args:
-        see: the family's processor: pixels to a float tensor [channels, height, width].
-        draw: what the changes are drawn from: run's seed, epoch, row and view.
-        other: a picture that is mixed in, at 1 - `share`; their tensors are, which is as good as their pixels.
+        see: the model's image processor: pixels to a float tensor [channels, height, width].
+        draw: seeds of the augmentations: run seed, epoch, row and view.
+        other: an image that is mixed in with weight 1 - `share` (mixup); mixing the tensors equals mixing the pixels.
     """
 
     pixels: Any
@@ -157,7 +157,7 @@ class ImageInput:
 
     @cached_property
     def digest(self) -> bytes:
-        """Of the pixels (of a file, its name and size) and the changes."""
+        """Hash of the pixels (for a file, of its name and size) and the augmentations."""
         found = hashlib.blake2b(repr(self.changes).encode(), digest_size=16)
         if isinstance(self.pixels, ImageFile):
             found.update(f"{self.pixels.path} {self.pixels.path.stat().st_size}".encode())

@@ -1,5 +1,7 @@
-"""From the `data:` part of a recipe to encoded examples and a report. Read `encoding.py` and `label_encoding.py`
-first."""
+"""Loads the `data:` section of a recipe: tokenized examples and a report.
+
+Read `encoding.py` and `label_encoding.py` first.
+"""
 
 from __future__ import annotations
 

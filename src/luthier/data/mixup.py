@@ -1,14 +1,14 @@
-"""Mixup: two rows as one, what is read and the label alike. Read `augmentation.py` and `label_encoding.py` first.
+"""Mixup: one example from two rows, inputs and labels mixed. Read `augmentation.py` and `label_encoding.py` first.
 
     read     share * a + (1 - share) * b        share ~ Beta(alpha, alpha), drawn once from the seed, row and change
     label    share * label_a + (1 - share) * label_b
 
-Of pictures the pixels are mixed: Zhang et al. 2018 (arXiv:1710.09412), section 2. Of texts the embeddings of their
-tokens, place by place: wordMixup of Guo et al. 2019 (arXiv:1905.08941); the shorter text goes on as embeddings of
-zeros, and the types of its tokens are those of the longer. Each mixture is one example that is made here, so how a
-batch is cut changes nothing.
+For images, mixup mixes the pixels: Zhang et al. 2018 (arXiv:1710.09412), section 2. For texts, it mixes the embeddings
+of the tokens at equal positions: wordMixup of Guo et al. 2019 (arXiv:1905.08941). The shorter text is padded with
+embeddings of zeros, and the token types are those of the longer one. Each mixture is one example, so results do not
+depend on the division into micro-batches.
 
-A label is a class, whose mixture is a share of each class; one flag for each class; or a number.
+A label is a class (its mixture is a share of each class), one flag for each class, or a number.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int
 
 
 def _draw_pair(row: int, rows: int, alpha: float, rng: np.random.Generator) -> MixupDraw:
-    """Any other row; the share in 32 bits, as batches hold it."""
+    """Any other row; the share in float32, as in a batch."""
     return MixupDraw(int((row + 1 + rng.integers(rows - 1)) % rows), float(np.float32(rng.beta(alpha, alpha))))
 
 
 def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: LabelEncoder) -> TokenizedExample:
-    """`share` of `a` and the rest of `b`: one example, whose label is theirs mixed."""
+    """One example of `share` times `a` and 1 - `share` times `b`, with the labels mixed alike."""
     (one,), (other,) = a.labeled_spans, b.labeled_spans
     spans, images = a.spans, a.images
     if images:
@@ -74,7 +74,7 @@ def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: L
 
 
 def _mix_spans(a: TokenSpan, b: TokenSpan, share: float) -> TokenSpan:
-    """The longer one's tokens, with the other's mixed in."""
+    """The tokens of the longer span, mixed with those of the other."""
     if len(a.ids) < len(b.ids):
         a, b, share = b, a, 1 - share
     return replace(a, mix=SpanMix(b.ids + (-1,) * (len(a.ids) - len(b.ids)), share))

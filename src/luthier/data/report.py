@@ -1,5 +1,7 @@
-"""What became of every row: kept, truncated or refused, and what the kept ones are like. Read `tokenization.py`
-first."""
+"""The data report: counts of rows that were kept, truncated or rejected, and statistics of the kept ones.
+
+Read `tokenization.py` first.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on rows that do not fit in memory. Read `batch_source.py` first: this is its twin that keeps nothing.
+"""Training on rows that do not fit in memory. Read `batch_source.py` first.
 
 Every epoch reads the sources anew, a row of each in turn. Examples are shuffled in blocks. The cursor is the number of
 rows before the current block, and of examples taken from it: who resumes skips the former and reads the latter again.
