@@ -38,19 +38,19 @@ LIMIT = 64_000_000  # pixels of one picture: more is a decompression bomb or a s
 def open_image(file: Path | io.BytesIO) -> Pixels:
     """A picture file as [height, width, 3], or [height, width] where it is grey. Raises `UnfitError`."""
     if importlib.util.find_spec("PIL") is None:
-        raise MissingExtra("pillow", "vision", "reading pictures")
+        raise MissingExtra("pillow", "vision", "reading images")
     from PIL import Image
 
     try:
         with Image.open(file) as picture:
             if picture.width * picture.height > LIMIT:
-                raise InvalidRowError("the picture is too large", f"{picture.width} x {picture.height} pixels")
+                raise InvalidRowError("the image is too large", f"{picture.width} x {picture.height} pixels")
             grey = picture.mode in ("1", "L")
             return np.asarray(picture.convert("L" if grey else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         if isinstance(fault, InvalidRowError):
             raise
-        raise InvalidRowError("the picture cannot be read", str(fault)) from fault
+        raise InvalidRowError("the image cannot be read", str(fault)) from fault
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,8 @@ def read_idx(file: Path) -> Iterator[Row | RejectedRow]:
     beside = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = _read_idx_array(beside, 1) if beside.exists() else None
     if labels is not None and len(labels) != len(pixels):
-        raise DataError(f"{file} holds {len(pixels)} pictures, {beside.name} beside it {len(labels)} labels",
-                        "get both files anew")
+        raise DataError(f"{file} holds {len(pixels)} images, {beside.name} beside it {len(labels)} labels",
+                        "download both files again")
     for number, picture in enumerate(pixels):
         yield Row({"pixels": picture, **({} if labels is None else {"label": int(labels[number])})},
                   Origin(str(file), number + 1))
@@ -104,11 +104,11 @@ def _read_idx_array(file: Path, dimensions: int) -> Pixels:
         raw = stream.read()
     head = 4 + 4 * dimensions
     if len(raw) < head or raw[:4] != bytes((0, 0, 8, dimensions)):
-        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions", "get it anew")
+        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions", "download it again")
     shape = struct.unpack(f">{dimensions}I", raw[4:head])
     if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
         raise DataError(f"{file} says it holds {' x '.join(map(str, shape))} bytes, and holds {len(raw) - head}",
-                        "it is damaged: get it anew")
+                        "it is damaged: download it again")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 

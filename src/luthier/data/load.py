@@ -226,7 +226,7 @@ class _PartReader:
         if self.tally.refused and not self.kept:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the {self.tally.read} {self.name} rows can be used; the first:\n{first}",
-                            "mend the rows, or say with `format:` and `columns:` how they are written")
+                            "fix the rows, or name their format and columns with `format:` and `columns:`")
 
 
 @dataclass(frozen=True)

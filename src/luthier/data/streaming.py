@@ -150,7 +150,7 @@ class StreamingBatchSource:
         if not chosen:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the train rows can be used; the first:\n{first}",
-                            "mend the rows, or say with `format:` and `columns:` how they are written")
+                            "fix the rows, or name their format and columns with `format:` and `columns:`")
         return pack_examples(chosen, self.micro_tokens)
 
     def state(self) -> dict[str, Any]:

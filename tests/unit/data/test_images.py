@@ -64,7 +64,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_of_pictures_has_its_classes_from_its_subfolders(folder) -> None:
     found = read_datasets(config(train=str(folder)), see, seed=0)
     part = found.report.parts["train"]
-    assert (found.labels, part.kept, part.reasons, part.labels) == (("cat", "dog"), 4, {"the picture cannot be read": 1}, {"cat": 2, "dog": 2})
+    assert (found.labels, part.kept, part.reasons, part.labels) == (("cat", "dog"), 4, {"the image cannot be read": 1}, {"cat": 2, "dog": 2})
     assert part.refused[0]["file"].endswith("dog/3.png")
     one = build_batch(found.train)
     assert (one.inputs.images.shape, one.inputs.tokens.shape, one.target.labels.tolist()) == ((4, 1, 6, 5), (4,), [0.0, 0.0, 1.0, 1.0])
@@ -78,7 +78,7 @@ def test_a_column_may_name_a_picture_file_or_hold_its_bytes(folder) -> None:
     named, packed, missing, ragged, deep = read_examples([Row(row, Origin(str(folder / "rows.jsonl"), i)) for i, row in enumerate(rows)])
     np.testing.assert_array_equal(np.asarray(named.pixels), packed.pixels)
     assert (named.label, packed.label) == ("a", None)
-    assert [one.reason for one in (missing, ragged, deep)] == ["the picture cannot be read", "pixels are no table of bytes",
+    assert [one.reason for one in (missing, ragged, deep)] == ["the image cannot be read", "pixels are no table of bytes",
                                                                "pixels are not [height, width] or [height, width, 3]"]
 
 
