@@ -40,21 +40,21 @@ class Case:
 
     def select(self, examples: Sequence[int], generator: torch.Generator | None = None) -> Case:
         """Some of the examples, whose outputs stay in the same graph; with a generator in another order of everything."""
-        number = torch.full((self.target.examples,), -1)
+        number = torch.full((self.target.num_examples,), -1)
         number[torch.tensor(examples)] = torch.arange(len(examples))
         items = (number[self.target.groups] >= 0).nonzero()[:, 0]
         points = (number[self.owner] >= 0).nonzero()[:, 0]
         if generator is not None:
             items, points = (x[torch.randperm(len(x), generator=generator)] for x in (items, points))
-        place = torch.full((self.target.items.shape[0] + 1,), -1)  # the last entry: of predictions that are of no item
+        place = torch.full((self.target.labeled_segments.shape[0] + 1,), -1)  # the last entry: of predictions that are of no item
         place[items] = torch.arange(len(items))
         t = self.target
-        part = replace(t, at=t.at[points], tokens=t.tokens[points], weights=t.weights[points], examples=len(examples),
-                       items=t.items[items], labels=t.labels[items], margins=t.margins[items],
+        part = replace(t, state_index=t.state_index[points], token_ids=t.token_ids[points], weights=t.weights[points], num_examples=len(examples),
+                       labeled_segments=t.labeled_segments[items], labels=t.labels[items], margins=t.margins[items],
                        groups=number[t.groups[items]], item_of=place[t.item_of[points]],
                        precomputed={column: values[points] for column, values in t.precomputed.items()},
                        item_weights=t.item_weights[items] if len(t.item_weights) else t.item_weights,
-                       shares=t.shares[items] if len(t.shares) else t.shares)
+                       soft_labels=t.soft_labels[items] if len(t.soft_labels) else t.soft_labels)
         outputs = {name: value[items if name in BY_ITEM else points] for name, value in self.outputs.tensors().items()}
         return Case(self.objective, Outputs(**outputs, scalars=self.outputs.scalars), part, number[self.owner[points]])
 
@@ -90,7 +90,7 @@ def cases(seed: int = 0) -> dict[str, Case]:
 
 def _weighted(case: Case, rng: torch.Generator) -> Case:
     """The case with a weight for each of its rows."""
-    weights = torch.randint(1, 9, (case.target.examples,), generator=rng) / 4
+    weights = torch.randint(1, 9, (case.target.num_examples,), generator=rng) / 4
     return replace(case, target=replace(case.target, item_weights=weights[case.target.groups]))
 
 
@@ -105,7 +105,7 @@ def answers(name: str, rng: torch.Generator, labels: Sequence[Sequence[float]], 
     n = len(item_of)
     logps = [-size * torch.rand(n, generator=rng, dtype=torch.float64) for size in (1.5, 2)]  # KTO's z0 is above 0
     target = LossInputs(torch.arange(n), torch.zeros(n, dtype=torch.int64), torch.ones(n), len(labels),
-                        items=torch.arange(len(flat)), labels=torch.tensor(flat, dtype=torch.float32),
+                        labeled_segments=torch.arange(len(flat)), labels=torch.tensor(flat, dtype=torch.float32),
                         margins=torch.zeros(len(flat)), groups=groups, item_of=item_of,
                         precomputed={column: torch.randn(n, generator=rng, dtype=torch.float64) for column in known})
     outputs = Outputs(token_logps=logps[0].requires_grad_(), reference_logps=logps[1])
@@ -133,7 +133,7 @@ def _items(name: str, rng: torch.Generator, labels: Sequence[Sequence[object]], 
     values = torch.randn(len(flat), pooled or scores, generator=rng, dtype=torch.float64).requires_grad_()
     given = torch.rand(len(flat), generator=rng) if margins else torch.zeros(len(flat))
     target = LossInputs(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0), len(labels),
-                        items=torch.arange(len(flat)), labels=flat, margins=given, groups=groups)
+                        labeled_segments=torch.arange(len(flat)), labels=flat, margins=given, groups=groups)
     made = _made(name, settings)
     scalars = {head.name: torch.tensor(head.start, dtype=torch.float64, requires_grad=True)
                for head in made.heads if head.kind == "scalar"}

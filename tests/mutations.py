@@ -63,9 +63,9 @@ PREFERENCE, OBJECTIVE, REWARD = ("contract/test_objectives_preference.py", "cont
                                  "contract/test_objectives_reward.py")
 CONTRASTIVE, CLASSIFY, LAWS = ("contract/test_objectives_contrastive.py", "contract/test_objectives_classify.py",
                                "contract/test_objectives_invariants.py")
-GENERATE, PACK, LOADER, EQUAL = ("unit/models/test_generate.py", "unit/data/test_pack.py", "unit/data/test_loader.py",
+GENERATE, PACK, LOADER, EQUAL = ("unit/models/test_generate.py", "unit/data/test_packing.py", "unit/data/test_batch_source.py",
                                  "contract/test_equivalence.py")
-CHOICE, HIDE = "contract/test_objectives_multiple_choice.py", "unit/data/test_hide.py"
+CHOICE, HIDE = "contract/test_objectives_multiple_choice.py", "unit/data/test_masking.py"
 ROUND, CUT = "contract/test_round_trip.py", "unit/data/test_truncated_prompts.py"
 
 
@@ -150,8 +150,8 @@ DATA_BREAKS = (
     Break("pack-child-predicted-from-its-neighbour", "data/packing.py", "start + i - 1 if i else before", "start + i - 1", on(PACK, "test_one_row_by_hand")),
     Break("pack-positions-of-children-start-anew", "data/packing.py", "range(depth, depth + length)", "range(length)", on(PACK, "test_one_row_by_hand")),
     Break("pack-depth-off-by-one", "data/packing.py", "(start + length - 1, depth + length)", "(start + length - 1, depth + length - 1)", on(PACK, "test_one_row_by_hand")),
-    Break("pack-parents-of-the-wrong-example", "data/packing.py", "first + piece.parent if", "piece.parent if", on(PACK, "test_one_row_by_hand")),
-    Break("pack-weights-are-ones", "data/packing.py", "weights.append(piece.weights[i])", "weights.append(1.0)", on(PACK, "test_one_row_by_hand")),
+    Break("pack-parents-of-the-wrong-example", "data/packing.py", "first + span.parent if", "span.parent if", on(PACK, "test_one_row_by_hand")),
+    Break("pack-weights-are-ones", "data/packing.py", "weights.append(span.weights[i])", "weights.append(1.0)", on(PACK, "test_one_row_by_hand")),
     Break("pack-rows-too-long", "data/packing.py", "room[row] -= tokens", "room[row] -= tokens - 1", on(PACK, "test_rows_are_filled_first_fit_decreasing_and_keep_order")),
     Break("pack-prompt-tokens-predicted", "core/types.py", "if weight and (i or self.parent >= 0))", "if i or self.parent >= 0)", on(EQUAL, "test_a_prediction_without_weight_is_not_computed")),
     Break("pack-first-token-of-a-child-not-predicted", "core/types.py", "(i or self.parent >= 0)", "i", on(PACK, "test_one_row_by_hand")),
@@ -163,8 +163,8 @@ DATA_BREAKS = (
 )
 
 MODEL_BREAKS = (
-    Break("attention-siblings-seen", "models/attention/packed.py", "        path = forest.path(i)\n        k, v", "        path = tuple(range(i + 1))\n        k, v", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
-    Break("attention-ancestors-not-seen", "models/attention/packed.py", "        path = forest.path(i)\n        k, v", "        path = (i,)\n        k, v", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-siblings-seen", "models/attention/packed.py", "        path = forest.find_path(i)\n        k, v", "        path = tuple(range(i + 1))\n        k, v", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
+    Break("attention-ancestors-not-seen", "models/attention/packed.py", "        path = forest.find_path(i)\n        k, v", "        path = (i,)\n        k, v", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
     Break("attention-future-seen", "models/attention/packed.py", "causal and mask is None, scale, dropout", "False, scale, dropout", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
     Break("attention-mask-off-by-one", "models/attention/packed.py", "seen = behind >= 0", "seen = behind > 0", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
     Break("attention-window-off-by-one", "models/attention/packed.py", "seen & (behind < window)", "seen & (behind <= window)", on(PARTS, "test_each_token_sees_itself_its_past_and_its_ancestors")),
@@ -336,7 +336,7 @@ RENDERING_BREAKS = (
     Break("opening-token-twice", "data/tokenization.py", "ids, starts, ends = tokenize_rendered(text, tokenizer, special=closed)", "ids, starts, ends = tokenize_rendered(text, tokenizer, special=True)", on(ROUND, *laws("llama3"))),
     Break("cut-newest-words", "data/preference_encoding.py", "frozenset(words[:excess])", "frozenset(words[-excess:])", on(CUT, "test_what_is_cut_are_the_oldest_words_of_turns[chatml-True]")),
     Break("cut-opening-token", "data/preference_encoding.py", "range(len(get_special_tokens(tokenizer)[0]), prompt)", "range(0, prompt)", on(CUT, "test_a_bare_prompt_keeps_its_opening_token")),
-    Break("split-part-without-opening", "data/tokenization.py", "if start and opening:", "if not start and opening:", on("unit/data/test_encode.py", "test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text")),
+    Break("split-part-without-opening", "data/tokenization.py", "if start and opening:", "if not start and opening:", on("unit/data/test_encoding.py", "test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text")),
 )
 BREAKS = (*SCHEDULE_BREAKS, *OPTIMIZER_BREAKS, *STEP_BREAKS, *LOOP_BREAKS, *DATA_BREAKS, *MODEL_BREAKS, *OBJECTIVE_BREAKS,
           *RENDERING_BREAKS,

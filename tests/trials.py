@@ -30,6 +30,7 @@ from luthier.assembly.rl_setup import build_training_source, init_rl_policy
 from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
+from luthier.data.transforms import apply_fixed
 from luthier.methods import METHODS
 from luthier.models.task_heads import LOG_PROBS
 from luthier.objectives import OBJECTIVES, SHORT_FORMS
@@ -144,7 +145,7 @@ class Trial:
         self.job = job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
                        self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
                        reference=self.reference, log=lambda step, numbers: self.lines.append(dict(numbers)))
-        self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.build_eval_batches(found.train, 1000)
+        self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.build_eval_batches([apply_fixed(one) for one in found.train], 1000)
 
     def loss(self) -> float:
         """On all rows, without dropout."""

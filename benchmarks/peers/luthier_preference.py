@@ -34,12 +34,12 @@ def note(watch: Watch, begun: list[float]) -> None:
             print(f"{PROGRESS}step {len(begun)} of {watch.job.steps}", flush=True)
         ids, forest, starts = inputs.tokens.tolist(), inputs.forest, inputs.forest.starts
         segment_of = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(forest.lengths)).tolist()
-        for item in target.items.tolist():
-            path = forest.path(item)
+        for item in target.labeled_segments.tolist():
+            path = forest.find_path(item)
             words = [token for s in path for token in ids[starts[s]:starts[s] + forest.lengths[s]]]
             before = len(words) - forest.lengths[item]
-            own = [p for p, of in zip(target.at.tolist(), target.item_of.tolist(), strict=True)
-                   if target.items[of] == item]
+            own = [p for p, of in zip(target.state_index.tolist(), target.item_of.tolist(), strict=True)
+                   if target.labeled_segments[of] == item]
             # A prediction made inside the item is of the token after it; one made at its parent's end is of its first.
             places = [before + p - starts[item] + 1 if segment_of[p] == item else before for p in own]
             watch.saw(words, () if reward else places)

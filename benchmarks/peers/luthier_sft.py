@@ -65,8 +65,8 @@ def note(watch: Watch, begun: list[float]) -> None:
         if len(watch.documents) % size == 0:
             begun.append(time.perf_counter())
             print(f"{PROGRESS}step {len(begun)} of {watch.job.steps}", flush=True)
-        forest, at = inputs.forest, target.at.tolist()
-        assert forest.flat, "instruction tuning packs whole documents"
+        forest, at = inputs.forest, target.state_index.tolist()
+        assert forest.is_flat, "instruction tuning packs whole documents"
         for start, length in zip(forest.starts, forest.lengths, strict=True):
             ids = inputs.tokens[start:start + length].tolist()
             # `at` names the state that predicts: the token after it is the one predicted.

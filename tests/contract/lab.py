@@ -31,7 +31,7 @@ class Dice:
         self.generator = torch.Generator().manual_seed(seed)
         self._weights = iter((torch.randperm(10_000, generator=self.generator) + 1).div(4096.0).tolist())
 
-    def piece(self, length: int, parent: int = -1, masked: int = 0) -> TokenSpan:
+    def span(self, length: int, parent: int = -1, masked: int = 0) -> TokenSpan:
         ids = torch.randint(BYTES, (length,), generator=self.generator).tolist()
         return TokenSpan(tuple(ids), (0.0,) * masked + tuple(next(self._weights) for _ in range(length - masked)), parent)
 
@@ -39,25 +39,25 @@ class Dice:
 def documents(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[TokenizedExample]:
     """One document for each length; a third of its tokens, the prompt, has no weight."""
     dice = Dice(seed)
-    return [TokenizedExample((dice.piece(n, masked=n // 3),), Origin("lab", i), n) for i, n in enumerate(lengths)]
+    return [TokenizedExample((dice.span(n, masked=n // 3),), Origin("lab", i), n) for i, n in enumerate(lengths)]
 
 
 def trees(seed: int = 1) -> list[TokenizedExample]:
-    """One example for each shape in `TREES`; its pieces differ in length and all of them have weights."""
+    """One example for each shape in `TREES`; its spans differ in length and all of them have weights."""
     dice = Dice(seed)
-    return [TokenizedExample(tuple(dice.piece(3 + 4 * ((i + j) % 4), parent) for j, parent in enumerate(shape)),
+    return [TokenizedExample(tuple(dice.span(3 + 4 * ((i + j) % 4), parent) for j, parent in enumerate(shape)),
                              Origin("lab", i), 1) for i, shape in enumerate(TREES)]
 
 
 def paths(tree: TokenizedExample) -> list[TokenizedExample]:
     """Each leaf of a tree with all its ancestors as a document. What several share has its weights in the first alone."""
-    parents, seen, found = {piece.parent for piece in tree.pieces}, set(), []
-    for leaf in (i for i in range(len(tree.pieces)) if i not in parents):
+    parents, seen, found = {span.parent for span in tree.spans}, set(), []
+    for leaf in (i for i in range(len(tree.spans)) if i not in parents):
         path = [leaf]
-        while (parent := tree.pieces[path[0]].parent) >= 0:
+        while (parent := tree.spans[path[0]].parent) >= 0:
             path.insert(0, parent)
-        ids = tuple(token for i in path for token in tree.pieces[i].ids)
-        weights = tuple(0.0 if i in seen else w for i in path for w in tree.pieces[i].weights)
+        ids = tuple(token for i in path for token in tree.spans[i].ids)
+        weights = tuple(0.0 if i in seen else w for i in path for w in tree.spans[i].weights)
         seen.update(path)
         found.append(TokenizedExample((TokenSpan(ids, weights),), tree.origin, 1))
     return found
@@ -136,7 +136,7 @@ def scored(family: Any, attached: Tuner, batches: Iterable[Batch]) -> dict[str, 
     heads = family.add_heads((SCORE,), 7)
     family.heads.modules["score"].double()
     trained = {**attached.parameters(), **heads.parameters()}
-    items = sum(len(batch.target.items) for batch in batches)
+    items = sum(len(batch.target.labeled_segments) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
     for parameter in trained.values():
         parameter.grad = None
@@ -151,6 +151,6 @@ def scored(family: Any, attached: Tuner, batches: Iterable[Batch]) -> dict[str, 
 
 
 def judged(examples: Iterable[TokenizedExample]) -> list[TokenizedExample]:
-    """The examples, the last piece of each an item with two odd numbers as its label."""
-    return [replace(e, items=(LabeledSpan(len(e.pieces) - 1, (0.1 + 0.37 * i % 1, 0.9 - 0.23 * i % 1)),))
+    """The examples, the last span of each labeled with two odd numbers as its label."""
+    return [replace(e, labeled_spans=(LabeledSpan(len(e.spans) - 1, (0.1 + 0.37 * i % 1, 0.9 - 0.23 * i % 1)),))
             for i, e in enumerate(examples)]

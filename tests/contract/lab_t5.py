@@ -78,9 +78,9 @@ def base(kind: str = "relu", **settings: Any) -> Seq2Seq:
 def pairs(flat: bool = False, seed: int = 0) -> list[TokenizedExample]:
     """A source and its answer, of many lengths; `flat`: all weights are 1."""
     dice = Dice(seed)
-    found = [TokenizedExample((dice.piece(n, masked=n), dice.piece(m, 0)), Origin("lab", i), m)
+    found = [TokenizedExample((dice.span(n, masked=n), dice.span(m, 0)), Origin("lab", i), m)
              for i, (n, m) in enumerate(zip(SOURCES, ANSWERS, strict=True))]
-    return [TokenizedExample((e.pieces[0], TokenSpan(e.pieces[1].ids, (1.0,) * len(e.pieces[1].ids), 0)), e.origin, e.bytes)
+    return [TokenizedExample((e.spans[0], TokenSpan(e.spans[1].ids, (1.0,) * len(e.spans[1].ids), 0)), e.origin, e.num_bytes)
             for e in found] if flat else found
 
 
@@ -88,12 +88,12 @@ def forest() -> TokenizedExample:
     """A source with three answers, one of which goes on in two ways."""
     dice = Dice(5)
     parents = (-1, 0, 0, 2, 2, 0)
-    return TokenizedExample(tuple(dice.piece(3 + 2 * i, p, masked=3 * (p < 0)) for i, p in enumerate(parents)), Origin("lab", 0), 1)
+    return TokenizedExample(tuple(dice.span(3 + 2 * i, p, masked=3 * (p < 0)) for i, p in enumerate(parents)), Origin("lab", 0), 1)
 
 
 def padded(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
     """As Transformers takes them."""
-    sources, answers = ([torch.tensor(e.pieces[i].ids) for e in examples] for i in (0, 1))
+    sources, answers = ([torch.tensor(e.spans[i].ids) for e in examples] for i in (0, 1))
     width = max(map(len, sources))
     rows = torch.full((len(sources), width), END_OF_TEXT)
     mask = torch.zeros(len(sources), width, dtype=torch.int64)

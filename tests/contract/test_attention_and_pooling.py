@@ -15,7 +15,7 @@ from luthier.data.packing import build_batch
 from luthier.models.attention.packed import describe_segments, packed_attention
 from luthier.models.task_heads import pool_states
 
-TREE = SegmentTree((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a piece behind the second
+TREE = SegmentTree((3, 2, 4, 1), (-1, 0, 0, 2))  # a prompt, two answers, and a span behind the second
 FLAT = SegmentTree((4, 1, 5), (-1, -1, -1))
 
 
@@ -33,7 +33,7 @@ def by_hand(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, caus
     owner = [s for s, n in enumerate(forest.lengths) for _ in range(n)]
     out = torch.zeros(1, tokens, heads, width, dtype=torch.float64)
     for t in range(tokens):
-        line = [u for s in forest.path(owner[t]) for u in range(tokens) if owner[u] == s]
+        line = [u for s in forest.find_path(owner[t]) for u in range(tokens) if owner[u] == s]
         at = line.index(t)
         seen = [u for i, u in enumerate(line) if (not causal or i <= at) and (window is None or at - i < window)]
         for h in range(heads):

@@ -100,11 +100,11 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
         plain.zero_grad()
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples:
-            ids = torch.tensor([example.pieces[0].ids])
+            ids = torch.tensor([example.spans[0].ids])
             mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)
             mask = (1 - mask.tril()) * -1e9 if causal else torch.zeros_like(mask)
             mean = plain(input_ids=ids, attention_mask=mask).last_hidden_state[0].mean(0)
-            label = torch.tensor(example.items[0].label, dtype=torch.float32).double()
+            label = torch.tensor(example.labeled_spans[0].label, dtype=torch.float32).double()
             loss = loss + (head(mean) - label).square().sum() / len(examples)
         loss.backward()
         wanted = {"loss": loss.detach(), **{n: p.grad for n, p in plain.named_parameters()}}
@@ -129,10 +129,10 @@ def test_how_a_batch_is_cut_changes_nothing(pooling: str, method: str) -> None:
 def test_an_ancestor_never_sees_its_descendants(kind: str) -> None:
     family, tree = encoder(kind), trees()[0]
     row, alone = build_batch([tree]).inputs, build_batch(paths(tree)[:1]).inputs
-    root = len(tree.pieces[0].ids)
+    root = len(tree.spans[0].ids)
     with torch.no_grad():
         whole = family.states(row)
-    assert (whole[:root] - states(family, list(tree.pieces[0].ids))).abs().max() < SAME
+    assert (whole[:root] - states(family, list(tree.spans[0].ids))).abs().max() < SAME
     assert (whole[:root] - states(family, alone.tokens.tolist())[:root]).abs().max() > FAR
 
 
@@ -169,7 +169,7 @@ def test_pooled_is_that_of_transformers_own_states(pooling: str) -> None:
     row = build_batch(examples)
     with torch.no_grad():
         found = family.forward(row.inputs, row.target, frozenset({"pooled"})).pooled
-        alone = [plain(input_ids=torch.tensor([e.pieces[0].ids])).last_hidden_state[0] for e in examples]
+        alone = [plain(input_ids=torch.tensor([e.spans[0].ids])).last_hidden_state[0] for e in examples]
     by = {"first": [s[0] for s in alone], "last": [s[-1] for s in alone], "mean": [s.mean(0) for s in alone]}
     assert (found - torch.stack(by.pop(pooling))).abs().max() < SAME
     for others in by.values():

@@ -28,9 +28,9 @@ KIND = pytest.mark.parametrize("kind", KINDS)
 
 def merged_documents(examples: list[TokenizedExample]) -> TokenizedExample:
     """The control for packing: all tokens as one document, with the weight of each document's first token at 0."""
-    pieces = [piece for example in examples for piece in example.pieces]
-    return TokenizedExample((TokenSpan(tuple(i for p in pieces for i in p.ids),
-                                       tuple(w for p in pieces for w in (0.0, *p.weights[1:]))),), Origin("lab", 0), 1)
+    spans = [span for example in examples for span in example.spans]
+    return TokenizedExample((TokenSpan(tuple(i for p in spans for i in p.ids),
+                                       tuple(w for p in spans for w in (0.0, *p.weights[1:]))),), Origin("lab", 0), 1)
 
 
 # ---------------------------------------------------------------- packed rows
@@ -78,7 +78,7 @@ def test_a_tree_is_each_of_its_paths_alone(kind: str, method: str) -> None:
         assert apart(measured(family, attached, whole), measured(family, attached, alone)) < SAME
         assert (log_probs(family, whole) - log_probs(family, alone)).abs().max() < SAME
 
-    siblings = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, i - 1) for i, p in enumerate(trees()[0].pieces)), Origin("lab", 0))
+    siblings = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, i - 1) for i, p in enumerate(trees()[0].spans)), Origin("lab", 0))
     assert apart(measured(family, attached, [build_batch([siblings])]), measured(family, attached, [build_batch(trees()[:1])])) > FAR
 
 
@@ -115,7 +115,7 @@ def log_probs(family, rows) -> torch.Tensor:
 
 
 def test_the_trees_are_trees() -> None:
-    depths = [max(len(build_batch([tree]).inputs.forest.path(i)) for i in range(len(tree.pieces))) for tree in trees()]
+    depths = [max(len(build_batch([tree]).inputs.forest.find_path(i)) for i in range(len(tree.spans))) for tree in trees()]
     assert len(TREES) == len(depths)
     assert max(depths) == 3
     assert any(len(paths(tree)) > 2 for tree in trees())
@@ -129,12 +129,12 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
 
     plain = base(kind).model
     plain.set_attn_implementation("eager")
-    weight = sum(sum(e.pieces[0].weights[1:]) for e in documents())
+    weight = sum(sum(e.spans[0].weights[1:]) for e in documents())
     for flat in (False, True):  # flat: the control, in which every token has the same weight
         plain.zero_grad()
         loss = 0.0
         for example in documents():
-            ids, weights = torch.tensor(example.pieces[0].ids), torch.tensor(example.pieces[0].weights).double()
+            ids, weights = torch.tensor(example.spans[0].ids), torch.tensor(example.spans[0].weights).double()
             each = F.cross_entropy(plain(input_ids=ids[None]).logits[0, :-1], ids[1:], reduction="none")
             loss = loss + (each * (weights[1:] > 0 if flat else weights[1:])).sum() / weight
         loss.backward()
@@ -224,13 +224,13 @@ def test_the_whole_logits_never_exist(monkeypatch: pytest.MonkeyPatch) -> None:
         largest.clear()
         row = build_batch(documents())
         measured(family, attach(family, method), [row])
-        assert max(largest) <= 16 < len(row.target.at)
+        assert max(largest) <= 16 < len(row.target.state_index)
 
 
 def test_a_prediction_without_weight_is_not_computed() -> None:
     examples = documents()
-    wanted = sum(w > 0 for e in examples for w in e.pieces[0].weights[1:])
-    assert len(build_batch(examples).target.at) == wanted < sum(len(e.pieces[0].ids) for e in examples) - len(examples)
+    wanted = sum(w > 0 for e in examples for w in e.spans[0].weights[1:])
+    assert len(build_batch(examples).target.state_index) == wanted < sum(len(e.spans[0].ids) for e in examples) - len(examples)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])

@@ -151,7 +151,7 @@ def test_the_mean_of_a_text_is_summed_in_float32(dtype: torch.dtype, autocast: b
         flat = pool_states(row, SegmentTree(lengths, (-1,) * 5), items, "mean")
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     for i, item in enumerate(items.tolist()):
-        path = torch.cat([parts[a] for a in forest.path(item)])
+        path = torch.cat([parts[a] for a in forest.find_path(item)])
         torch.testing.assert_close(found[i].double(), path.mean(0), rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(flat[i].double(), parts[item].mean(0), rtol=2e-6, atol=2e-6)
     if dtype == torch.bfloat16:  # the control: summed in the row's dtype

@@ -1,6 +1,6 @@
 """Documents with a part hidden: an encoder's own head and T5 guess it as Transformers' own loss has it, in runs that resume.
 
-What is hidden stands in `tests/unit/data/test_hide.py`; read `lab.py` and `lab_t5.py` first.
+What is hidden stands in `tests/unit/data/test_masking.py`; read `lab.py` and `lab_t5.py` first.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from luthier.core.errors import BaseError, DataError, LuthierError, RecipeError
 from luthier.core.examples import Origin, TextExample
 from luthier.core.types import TokenizedExample
 from luthier.data import DataConfig, DividedConfig, MaskingConfig, encode_example
-from luthier.data.masking import apply_random
 from luthier.data.packing import build_batch, pack_examples
+from luthier.data.transforms import apply_random
 from luthier.models import Encoder
 from luthier.models.ops import fused_logprobs
 from luthier.objectives import OBJECTIVES
@@ -65,14 +65,14 @@ def encoder(kind: str, layout: Any = None, **overrides: Any) -> Encoder:
 
 def theirs(model: Any, found: Sequence[TokenizedExample], shift: int = 0) -> Any:
     """Transformers' own loss of the same rows: the mean over what was hidden."""
-    width = max(one.tokens for one in found)
+    width = max(one.num_tokens for one in found)
     ids, mask = torch.full((len(found), width), PAD), torch.zeros(len(found), width, dtype=torch.int64)
     labels = torch.full((len(found), width), -100)
     for i, one in enumerate(found):
-        piece, = one.pieces
-        ids[i, :one.tokens], mask[i, :one.tokens] = torch.tensor(piece.ids), 1
-        for place in piece.predicted:
-            labels[i, place + shift] = piece.tags[place]
+        span, = one.spans
+        ids[i, :one.num_tokens], mask[i, :one.num_tokens] = torch.tensor(span.ids), 1
+        for place in span.predicted:
+            labels[i, place + shift] = span.tags[place]
     return model(input_ids=ids, attention_mask=mask, labels=labels).loss
 
 
@@ -105,7 +105,7 @@ def test_masked_words_cost_what_they_cost_in_transformers(kind: str) -> None:
     # The controls: the state before the hidden word guesses it, as in a decoder; nothing was hidden.
     assert apart(mine, grown(other, theirs(other, found, shift=-1), names)) > FAR
     bare = [TokenizedExample((p.__class__(tuple(t if t >= 0 else i for i, t in zip(p.ids, p.tags, strict=True)), p.weights, tags=p.tags),),
-                             e.origin) for e in found for p in e.pieces]
+                             e.origin) for e in found for p in e.spans]
     assert apart(mine, grown(other, theirs(other, bare), names)) > FAR
 
 

@@ -157,7 +157,7 @@ def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[s
 def test_equal_scores_count_half() -> None:
     assert count_correct_pairs(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])).tolist() == [1, 0, 0.5]
     logps = torch.tensor([-2.0, -1.0])
-    pair = LossInputs(torch.arange(2), torch.zeros(2), torch.ones(2), 1, items=torch.tensor([1, 2]),
+    pair = LossInputs(torch.arange(2), torch.zeros(2), torch.ones(2), 1, labeled_segments=torch.tensor([1, 2]),
                       labels=torch.tensor([0.0, 1.0]), groups=torch.tensor([0, 0]), item_of=torch.tensor([0, 1]),
                       margins=torch.zeros(2))
     for name, known in OBJECTIVES.items():
@@ -177,7 +177,7 @@ def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp
     assert whole[1] == whole[3] == whole[4]
     assert len(set(whole)) == 4
     parts = [pack_examples([one], None)[0].target for one in encoded]
-    assert LossInputs.joined(parts).text_ids.tolist() == whole
+    assert LossInputs.concatenate(parts).text_ids.tolist() == whole
 
 
 CHAT = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(6)]

@@ -44,7 +44,7 @@ WEIGHTS = {"b": 2.0, "c": 0.5}
 
 def plain(length: int, label: Any, seed: int, weight: float = 1.0) -> TokenizedExample:
     ids = torch.randint(256, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-    return TokenizedExample((TokenSpan(tuple(ids), (0.0,) * length),), Origin("f", seed), items=(LabeledSpan(0, label, weight=weight),))
+    return TokenizedExample((TokenSpan(tuple(ids), (0.0,) * length),), Origin("f", seed), labeled_spans=(LabeledSpan(0, label, weight=weight),))
 
 
 def couples() -> list[tuple[TokenizedExample, TokenizedExample, float]]:
@@ -71,7 +71,7 @@ def family(kind: str, layout: Any = None) -> Any:
 def by_hand(base: Any, one: TokenizedExample, two: TokenizedExample | None, share: float) -> Tensor:
     """[D] the pooled state of one example alone, its embeddings mixed by torch and put into Transformers' own backbone."""
     weight = base.structure.embedding.weight
-    texts = [torch.tensor(e.pieces[0].ids) for e in (one, *([two] if two else []))]
+    texts = [torch.tensor(e.spans[0].ids) for e in (one, *([two] if two else []))]
     width = max(map(len, texts))
     scale = getattr(base.structure.embedding, "embed_scale", torch.ones(())).double()
     rows = [F.pad(scale * F.embedding(ids, weight), (0, 0, 0, width - len(ids))) for ids in texts]
@@ -135,8 +135,8 @@ def test_without_weights_it_is_cross_entropy_with_probabilities() -> None:
     scores[3] = scores[3].roll(1)
     objective = OBJECTIVES["classify"](labels=CLASSES.classes)
     found = objective(Outputs(scores=scores), target)
-    torch.testing.assert_close(found.total / found.count, F.cross_entropy(scores, target.shares.double()), rtol=1e-12, atol=0)
-    guesses, truth = scores.argmax(-1), target.shares.argmax(-1)
+    torch.testing.assert_close(found.total / found.count, F.cross_entropy(scores, target.soft_labels.double()), rtol=1e-12, atol=0)
+    guesses, truth = scores.argmax(-1), target.soft_labels.argmax(-1)
     assert float(found.metrics["accuracy"][0]) == 4 == float((guesses == truth).sum()) != float((guesses == truth.roll(1)).sum())
 
 
@@ -149,17 +149,17 @@ def test_a_share_of_one_is_the_example_itself(kind: str) -> None:
     less = mix_examples(a, b, 0.5, CLASSES)
     assert not torch.allclose(base.states(build_batch([less, plain(4, 1.0, 3)]).inputs), states[0], atol=1e-3)
     swapped = mix_examples(b, a, 0.0, CLASSES)  # the longer one's tokens, whichever came first
-    assert (swapped.pieces[0].ids, swapped.pieces[0].share) == (a.pieces[0].ids, 1.0)
+    assert (swapped.spans[0].ids, swapped.spans[0].mix.share) == (a.spans[0].ids, 1.0)
     assert torch.equal(base.states(build_batch([swapped, plain(4, 1.0, 3)]).inputs), states[0])
 
 
 def test_labels_of_every_kind_are_mixed() -> None:
-    items = mix_examples(plain(3, 0.0, 0), plain(3, 2.0, 1), 0.25, CLASSES).items
-    assert (items[0].label, items[0].shares) == (2.0, (0.25, 0.0, 0.75))
-    assert mix_examples(plain(3, 4.0, 0), plain(3, 2.0, 1), 0.25, LabelEncoder(None)).items[0].label == 2.5
-    flags = mix_examples(plain(3, (1.0, 1.0, 0.0), 0), plain(3, (0.0, 1.0, 0.0), 1), 0.25, replace(CLASSES, several=True)).items[0]
-    assert (flags.label, flags.shares) == ((0.25, 1.0, 0.0), ())
-    assert mix_examples(plain(3, 0.0, 0, 3.0), plain(3, 0.0, 1, 1.0), 0.25, CLASSES).items[0].weight == 1.5
+    items = mix_examples(plain(3, 0.0, 0), plain(3, 2.0, 1), 0.25, CLASSES).labeled_spans
+    assert (items[0].label, items[0].soft_label) == (2.0, (0.25, 0.0, 0.75))
+    assert mix_examples(plain(3, 4.0, 0), plain(3, 2.0, 1), 0.25, LabelEncoder(None)).labeled_spans[0].label == 2.5
+    flags = mix_examples(plain(3, (1.0, 1.0, 0.0), 0), plain(3, (0.0, 1.0, 0.0), 1), 0.25, replace(CLASSES, several=True)).labeled_spans[0]
+    assert (flags.label, flags.soft_label) == ((0.25, 1.0, 0.0), ())
+    assert mix_examples(plain(3, 0.0, 0, 3.0), plain(3, 0.0, 1, 1.0), 0.25, CLASSES).labeled_spans[0].weight == 1.5
     shown = str(format_preview(mix_examples(plain(3, 0.0, 0), plain(3, 2.0, 1), 0.25, CLASSES), tiny_tokenizer(), CLASSES.classes))
     assert "0.25 a, 0.75 c" in shown
 
@@ -201,14 +201,14 @@ def test_mixtures_are_seeded_counted_and_of_training_rows_alone(home: Path) -> N
     part = found.report.parts["train"]
     assert (part.read, part.kept, part.encoded, part.augmented, part.labels) == (5, 5, 15, {"mixup": 10}, {"a": 2, "b": 2, "c": 1})
     assert "train: 10 rows changed or added by mixup" in found.report.lines()
-    assert [bool(one.pieces[0].others) for one in found.train] == [False, True, True] * 5
+    assert [bool(one.spans[0].mix) for one in found.train] == [False, True, True] * 5
     assert found.train == rows(home, MIXUP).train
     assert found.train != rows(home, MIXUP, seed=1).train
-    assert not any(one.pieces[0].others or one.items[0].shares for one in found.test)
+    assert not any(one.spans[0].mix or one.labeled_spans[0].soft_label for one in found.test)
     assert found.mix == ((15, 1.0),)
     assert sum(found.counts.values()) == pytest.approx(15)
     replaced = rows(home, {**MIXUP, "copies": 0, "replace": 0.5}, seed=3)
-    assert 0 < sum(bool(one.pieces[0].others) for one in replaced.train) == replaced.report.parts["train"].augmented["mixup"] < 5
+    assert 0 < sum(bool(one.spans[0].mix) for one in replaced.train) == replaced.report.parts["train"].augmented["mixup"] < 5
     both = rows(home, {"name": "deletion", "copies": 1}, {"name": "mixup"})
     assert (len(both.train), both.report.parts["train"].augmented) == (20, {"deletion": 5, "mixup": 10})
 
@@ -233,11 +233,11 @@ def test_the_cursor_is_exact_and_knows_the_mixtures(home: Path) -> None:
     again.load(saved)
     for _ in range(5):
         for mine, theirs in zip(next(one), next(again), strict=True):
-            for name in ("tokens", "others", "shares"):
-                a, b = getattr(mine.inputs, name), getattr(theirs.inputs, name)
-                assert (a is None and b is None) or torch.equal(a, b)
-            assert torch.equal(mine.target.shares, theirs.target.shares)
-    less = [replace(e, pieces=(replace(e.pieces[0], share=e.pieces[0].share * 0.5),)) if e.pieces[0].others else e for e in encoded]
+            assert torch.equal(mine.inputs.tokens, theirs.inputs.tokens)
+            a, b = mine.inputs.mix, theirs.inputs.mix
+            assert (a is None and b is None) or (torch.equal(a.ids, b.ids) and torch.equal(a.shares, b.shares))
+            assert torch.equal(mine.target.soft_labels, theirs.target.soft_labels)
+    less = [replace(e, spans=(replace(e.spans[0], mix=replace(e.spans[0].mix, share=e.spans[0].mix.share * 0.5)),)) if e.spans[0].mix else e for e in encoded]
     with pytest.raises(DataError, match="not what this run was trained on"):
         InMemoryBatchSource(less, 4, 60, seed=2).load(saved)
 
@@ -275,8 +275,8 @@ def test_pictures_are_mixed_as_their_pixels_are(tmp_path: Path) -> None:
     assert not torch.equal(replace(noisy, draw=(1,)).tensor(), replace(noisy, draw=(2,)).tensor())
     step = InMemoryBatchSource(found, 12, None, seed=1)
     first, second = (next(step)[0] for _ in range(2))  # noise is drawn anew in every epoch, in both pictures
-    assert first.inputs.others is None
-    assert first.target.shares.shape == (12, 2)
+    assert first.inputs.mix is None
+    assert first.target.soft_labels.shape == (12, 2)
     assert not torch.equal(first.inputs.images, second.inputs.images)
 
 

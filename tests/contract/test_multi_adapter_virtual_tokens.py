@@ -59,7 +59,7 @@ def begun(kind: str = "llama", layout: Any = None, **overrides: Any) -> tuple[Ca
 def mixed(manager: AdapterManager, examples: Sequence[TokenizedExample], names: Sequence[str | None]) -> Batch:
     """One row, every example of it through the adapter named for it."""
     row = build_batch(list(examples))
-    each = [name for example, name in zip(examples, names, strict=True) for _ in example.pieces]
+    each = [name for example, name in zip(examples, names, strict=True) for _ in example.spans]
     return replace(row, inputs=manager.with_adapters(row.inputs, each))
 
 

@@ -23,7 +23,7 @@ def make_case(task: str, labels: Tensor, scores: Tensor, **settings: object) -> 
     if task != "regression":
         settings["labels"] = NAMES
     nothing = torch.zeros(0, dtype=torch.int64)
-    target = LossInputs(nothing, nothing, torch.zeros(0), n, items=torch.arange(n), labels=labels.float(), groups=torch.arange(n))
+    target = LossInputs(nothing, nothing, torch.zeros(0), n, labeled_segments=torch.arange(n), labels=labels.float(), groups=torch.arange(n))
     return Case(OBJECTIVES["classify"](task=task, **settings), Outputs(scores=scores.double().requires_grad_()), target, nothing)
 
 
@@ -57,11 +57,11 @@ def test_token_loss_equals_transformers_and_weights_equal_torch() -> None:
     from transformers.loss.loss_utils import ForTokenClassification
     case = cases()["classify-tokens"]
     plain = Case(OBJECTIVES["classify"](task="tokens", labels=NAMES), case.outputs,
-                 LossInputs(case.target.at, case.target.tokens, torch.ones(12), 4), case.owner)
+                 LossInputs(case.target.state_index, case.target.token_ids, torch.ones(12), 4), case.owner)
     config = SimpleNamespace(num_labels=3)
-    check_loss_and_gradient(plain, ForTokenClassification(case.outputs.token_scores, case.target.tokens, config), "token_scores")
-    each = F.cross_entropy(case.outputs.token_scores, case.target.tokens, reduction="none")
-    weights = case.target.weights.double() * torch.tensor([2.0, 1.0, 0.5])[case.target.tokens]
+    check_loss_and_gradient(plain, ForTokenClassification(case.outputs.token_scores, case.target.token_ids, config), "token_scores")
+    each = F.cross_entropy(case.outputs.token_scores, case.target.token_ids, reduction="none")
+    weights = case.target.weights.double() * torch.tensor([2.0, 1.0, 0.5])[case.target.token_ids]
     check_loss_and_gradient(case, (weights * each).sum() / weights.sum(), "token_scores")
 
 

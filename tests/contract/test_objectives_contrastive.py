@@ -38,7 +38,7 @@ def make_case(labels: list[list[float]], **settings: object) -> Case:
     flat = torch.tensor([label for group in labels for label in group])
     states = torch.randn(len(flat), 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     nothing = torch.zeros(0, dtype=torch.int64)
-    target = LossInputs(nothing, nothing, torch.zeros(0), len(labels), items=torch.arange(len(flat)), labels=flat,
+    target = LossInputs(nothing, nothing, torch.zeros(0), len(labels), labeled_segments=torch.arange(len(flat)), labels=flat,
                         groups=torch.tensor([g for g, group in enumerate(labels) for _ in group]))
     return Case(OBJECTIVES["contrastive"](**settings), Outputs(pooled=(3 * states).requires_grad_()), target, nothing)
 
@@ -218,10 +218,10 @@ def rows(objective: str, kind: str) -> list[TokenizedExample]:
               "kto": [[1, -1], [0, -1], [0, -1], [1, -1]]}.get(kind, [[0, 1, 2], [0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 3]])
     found = []
     for number, group in enumerate(labels):
-        prompt = [rng.piece(3 + number, masked=3 + number)] if objective == "kto" else []
-        pieces = [*prompt, *(rng.piece(4 + (3 * number + i) % 5, len(prompt) - 1) for i in range(len(group)))]
+        prompt = [rng.span(3 + number, masked=3 + number)] if objective == "kto" else []
+        spans = [*prompt, *(rng.span(4 + (3 * number + i) % 5, len(prompt) - 1) for i in range(len(group)))]
         items = tuple(LabeledSpan(len(prompt) + i, float(label)) for i, label in enumerate(group))
-        found.append(TokenizedExample(tuple(pieces), Origin("lab", number), items=items))
+        found.append(TokenizedExample(tuple(spans), Origin("lab", number), labeled_spans=items))
     return found
 
 
@@ -353,7 +353,7 @@ def compute_loss(rows: Sequence[Sequence[str]], states: Mapping[str, Tensor], **
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     labels = torch.tensor([float(c) for row in rows for c in range(len(row))])
     groups = torch.tensor([r for r, row in enumerate(rows) for _ in row])
-    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(rows), items=torch.arange(len(texts)), labels=labels,
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(rows), labeled_segments=torch.arange(len(texts)), labels=labels,
                         groups=groups, text_ids=torch.tensor([numbers[text] << 40 for text in texts]))
     return ContrastiveConfig(**settings)(Outputs(pooled=torch.stack([states[text] for text in texts])), target)
 
@@ -391,14 +391,14 @@ def test_masked_duplicates_by_hand(name: str, both: bool) -> None:
 def test_mask_duplicates_without_text_ids_is_refused() -> None:
     states = {text: torch.randn(4) for text in "ab12"}
     assert compute_loss([("a", "1"), ("b", "2")], states, mask_duplicates=True).count == 2
-    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 2, items=torch.arange(4),
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 2, labeled_segments=torch.arange(4),
                         labels=torch.tensor([0.0, 1, 0, 1]), groups=torch.tensor([0, 0, 1, 1]))
     with pytest.raises(DataError, match="mask_duplicates compares texts"):
         ContrastiveConfig(mask_duplicates=True)(Outputs(pooled=torch.randn(4, 3)), target)
 
 
 def test_triplet_ties_count_half() -> None:
-    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.arange(3),
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, labeled_segments=torch.arange(3),
                         labels=torch.tensor([0.0, 1, 2]), groups=torch.zeros(3, dtype=torch.int64))
     for far, wanted in (((1.0, 0.0), 0.5), ((0.0, 1.0), 1.0)):
         states = torch.tensor([[1.0, 0.0], [1.0, 0.0], far])

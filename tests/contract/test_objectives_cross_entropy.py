@@ -31,27 +31,27 @@ def case(dtype: torch.dtype = torch.float64, predictions: int = 40) -> tuple[tor
 
 
 def outputs(logits: torch.Tensor, target: LossInputs) -> Outputs:
-    logps = logits.log_softmax(-1).gather(1, target.tokens[:, None])[:, 0]
-    return Outputs(token_logps=logps, token_hits=logits.argmax(-1) == target.tokens)
+    logps = logits.log_softmax(-1).gather(1, target.token_ids[:, None])[:, 0]
+    return Outputs(token_logps=logps, token_hits=logits.argmax(-1) == target.token_ids)
 
 
 @pytest.mark.parametrize("name", TOKENS)
 def test_loss_and_gradient_equal_torch_cross_entropy(name: str) -> None:
     objective, (logits, target) = OBJECTIVES[name](), case()
     loss = objective(outputs(logits, target), target)
-    each = F.cross_entropy(logits, target.tokens, reduction="none")
+    each = F.cross_entropy(logits, target.token_ids, reduction="none")
     wanted = (target.weights.double() * each).sum()
     torch.testing.assert_close(loss.total, wanted, rtol=1e-12, atol=0)
     found, = torch.autograd.grad(loss.total, logits, retain_graph=True)
     expected, = torch.autograd.grad(wanted, logits, retain_graph=True)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
-    mean, = torch.autograd.grad(F.cross_entropy(logits, target.tokens), logits)
+    mean, = torch.autograd.grad(F.cross_entropy(logits, target.token_ids), logits)
     assert (found - mean * len(each)).abs().max() > 1e-2  # the control: without weights
     assert float(loss.count) == pytest.approx(float(target.weights.sum()), rel=1e-6)
     total, n = loss.metrics["nll"]
     assert float(total) / float(n) == pytest.approx(float(wanted) / float(target.weights.sum()), rel=1e-6)
     hits, n = loss.metrics["token_accuracy"]
-    assert (int(hits), n) == (int((logits.argmax(-1) == target.tokens).sum()), 40.0)
+    assert (int(hits), n) == (int((logits.argmax(-1) == target.token_ids).sum()), 40.0)
     bits, n = loss.metrics["bits_per_byte"]
     assert float(bits) / float(n) == pytest.approx(float(each.sum()) / math.log(2) / 99, rel=1e-12)
 
@@ -69,8 +69,8 @@ def test_micro_batches_add_up_to_the_batch(name: str) -> None:
     whole = objective(outputs(logits, target), target)
     parts = []
     for rows in (slice(0, 10), slice(10, 40)):
-        part = replace(target, at=target.at[rows], tokens=target.tokens[rows], weights=target.weights[rows],
-                       bytes=9 if rows.start == 0 else 90)
+        part = replace(target, state_index=target.state_index[rows], token_ids=target.token_ids[rows], weights=target.weights[rows],
+                       num_bytes=9 if rows.start == 0 else 90)
         parts.append(objective(outputs(logits[rows], part), part))
     assert float(sum(p.total for p in parts)) == pytest.approx(float(whole.total), rel=1e-9)
     assert float(sum(p.count for p in parts)) == pytest.approx(float(whole.count), rel=1e-6)

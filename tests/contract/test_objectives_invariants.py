@@ -64,7 +64,7 @@ def test_order_of_examples_does_not_matter(name: str) -> None:
     case = CASES[name]
     wanted, generator = case.loss(), torch.Generator().manual_seed(1)
     for _ in range(3):
-        examples = torch.randperm(case.target.examples, generator=generator).tolist()
+        examples = torch.randperm(case.target.num_examples, generator=generator).tolist()
         other = case.select(examples, generator)
         found = other.loss()
         torch.testing.assert_close(found.total, wanted.total, rtol=1e-12, atol=1e-12)
@@ -80,7 +80,7 @@ def test_order_of_examples_does_not_matter(name: str) -> None:
 def test_micro_batches_add_up_to_the_batch(name: str) -> None:
     case = CASES[name]
     whole = case.loss()
-    parts = [case.select(examples).loss() for examples in ([1], [0, *range(2, case.target.examples)])]
+    parts = [case.select(examples).loss() for examples in ([1], [0, *range(2, case.target.num_examples)])]
     torch.testing.assert_close(sum(p.total for p in parts), whole.total, rtol=1e-12, atol=1e-12)
     assert sum(float(p.count) for p in parts) == pytest.approx(float(whole.count), rel=1e-6)
     for leaf, gradient in compute_gradients(case, whole.total).items():
@@ -95,7 +95,7 @@ def test_micro_batches_add_up_to_the_batch(name: str) -> None:
 def test_full_batch_objectives_cannot_be_split(name: str) -> None:
     """The control for the declaration: parts of such a batch do not add up to it, though their counts do."""
     case = CASES[name]
-    parts = [case.select(examples).loss() for examples in ([0], range(1, case.target.examples))]
+    parts = [case.select(examples).loss() for examples in ([0], range(1, case.target.num_examples))]
     assert abs(float(sum(p.total for p in parts)) - float(case.loss().total)) > 1e-3
     assert sum(float(p.count) for p in parts) == float(case.loss().count)
 
@@ -139,6 +139,6 @@ def test_one_example_and_16_bit_inputs_stay_finite(name: str) -> None:
 def test_empty_targets_join() -> None:
     case = CASES["contrastive"]
     a, b = case.select([0, 1]), case.select([2, 3])
-    joined = LossInputs.joined([a.target, b.target])
-    total = case.objective(Outputs.joined([a.outputs, b.outputs]), joined).total
+    joined = LossInputs.concatenate([a.target, b.target])
+    total = case.objective(Outputs.concatenate([a.outputs, b.outputs]), joined).total
     torch.testing.assert_close(total, case.loss().total, rtol=1e-12, atol=0)

@@ -38,12 +38,12 @@ def with_prompts(labels: list[list[float]], shared: bool) -> list[TokenizedExamp
     """A prompt and its answers: as a tree, or each answer as a document behind a prompt of its own."""
     rng, found = Dice(9), []
     for number, group in enumerate(labels):
-        prompt = rng.piece(9 - number, masked=9 - number)
-        answers = [rng.piece(3 + (number + 2 * i) % 5, 0) for i in range(len(group))]
-        answers = [TokenSpan(piece.ids, (1.0,) * len(piece.ids), 0) for piece in answers]
-        alone = [TokenSpan(prompt.ids + piece.ids, prompt.weights + piece.weights) for piece in answers]
+        prompt = rng.span(9 - number, masked=9 - number)
+        answers = [rng.span(3 + (number + 2 * i) % 5, 0) for i in range(len(group))]
+        answers = [TokenSpan(span.ids, (1.0,) * len(span.ids), 0) for span in answers]
+        alone = [TokenSpan(prompt.ids + span.ids, prompt.weights + span.weights) for span in answers]
         items = tuple(LabeledSpan(i + shared, label) for i, label in enumerate(group))
-        found.append(TokenizedExample((prompt, *answers) if shared else tuple(alone), Origin("lab", number), items=items))
+        found.append(TokenizedExample((prompt, *answers) if shared else tuple(alone), Origin("lab", number), labeled_spans=items))
     return found
 
 
@@ -51,10 +51,10 @@ def roots(labels: list[list[Any]]) -> list[TokenizedExample]:
     """Texts that are judged as a whole; where `labels` are empty, their words carry tags: the numbers 0 to 2."""
     rng, found = Dice(11), []
     for number, group in enumerate(labels):
-        pieces = [rng.piece(4 + (number + 3 * i) % 6) for i in range(max(len(group), 1))]
+        spans = [rng.span(4 + (number + 3 * i) % 6) for i in range(max(len(group), 1))]
         if not group:
-            pieces = [TokenSpan(tuple(token % 3 for token in piece.ids), piece.weights) for piece in pieces]
-        found.append(TokenizedExample(tuple(pieces), Origin("lab", number), items=tuple(LabeledSpan(i, label) for i, label in enumerate(group))))
+            spans = [TokenSpan(tuple(token % 3 for token in span.ids), span.weights) for span in spans]
+        found.append(TokenizedExample(tuple(spans), Origin("lab", number), labeled_spans=tuple(LabeledSpan(i, label) for i, label in enumerate(group))))
     return found
 
 
@@ -96,8 +96,8 @@ def test_shared_prompt_equals_repeated_prompt(name: str) -> None:
     family, objective, attached = ready(name, {})
     shared, repeated = (measured(family, objective, attached, rows(name, {}, way), None) for way in (True, False))
     assert apart(shared, repeated) < 1e-9
-    other = [TokenizedExample(e.pieces, e.origin, items=e.items[::-1]) for e in rows(name, {})]  # the control: other items' labels
-    swapped = [TokenizedExample(e.pieces, e.origin, items=tuple(LabeledSpan(i.piece, j.label) for i, j in zip(e.items, e.items[::-1], strict=True)))
+    other = [TokenizedExample(e.spans, e.origin, labeled_spans=e.labeled_spans[::-1]) for e in rows(name, {})]  # the control: other items' labels
+    swapped = [TokenizedExample(e.spans, e.origin, labeled_spans=tuple(LabeledSpan(i.span_index, j.label) for i, j in zip(e.labeled_spans, e.labeled_spans[::-1], strict=True)))
                for e in rows(name, {})]
     assert apart(measured(family, objective, attached, other, None), shared) < 1e-9
     assert apart(measured(family, objective, attached, swapped, None), shared) > 1e-3

@@ -23,7 +23,7 @@ def test_loss_and_gradient_equal_the_formula(per_token: bool) -> None:
     logps, target = case.outputs.token_logps, case.target
     wanted, right, chance = torch.zeros((), dtype=torch.float64), 0, 0.0
     for group, labels in enumerate(LABELS):
-        own = [i for i in range(len(target.items)) if target.groups[i] == group]
+        own = [i for i in range(len(target.labeled_segments)) if target.groups[i] == group]
         scores = torch.stack([(logps[target.item_of == i].mean() if per_token else logps[target.item_of == i].sum()) for i in own])
         wanted = wanted - scores.log_softmax(0)[labels.index(0)]
         right += int(scores.argmax()) == labels.index(0)

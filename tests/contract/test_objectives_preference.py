@@ -34,7 +34,7 @@ def make_case(name: str, labels: Any = RANKS, **settings: Any) -> Case:
 
 def pairs(case: Case) -> tuple[list[int], list[int]]:
     """Every (better, worse) pair of items of one group, found by looking at all of them."""
-    target, items = case.target, range(len(case.target.items))
+    target, items = case.target, range(len(case.target.labeled_segments))
     found = [(i, j) for i, j in permutations(items, 2)
              if target.groups[i] == target.groups[j] and target.labels[i] < target.labels[j]]
     return [i for i, _ in found], [j for _, j in found]

@@ -20,7 +20,7 @@ from luthier.objectives import OBJECTIVES, metrics
 def make_case(ranks: list[list[int]], margins: bool = True, **settings: object) -> Case:
     rng = torch.Generator().manual_seed(3)
     n = sum(len(group) for group in ranks)
-    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(ranks), items=torch.arange(n),
+    target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), len(ranks), labeled_segments=torch.arange(n),
                         labels=torch.tensor([float(rank) for group in ranks for rank in group]),
                         margins=torch.rand(n, generator=rng) * margins,
                         groups=torch.tensor([g for g, group in enumerate(ranks) for _ in group]))

@@ -84,7 +84,7 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
         assert counted == {"field.jsonl": 2 * 3 * 2, "general.jsonl": 4}  # each field's document is cut in two
         epochs.append({str(origin) for origin in seen if "general" in origin.file})
     assert epochs[0] != epochs[1]  # another half
-    predicted = sum(len(p.predicted) for one in found.train for p in one.pieces if "field" in one.origin.file)
+    predicted = sum(len(p.predicted) for one in found.train for p in one.spans if "field" in one.origin.file)
     assert predicted == sum(len(f"field {i} " * 9) for i in range(3))  # all but the first token, and the end mark
     run = train(raw, output_dir=str(tmp_path / "run"), quiet=True)
     killed = tmp_path / "killed"

@@ -34,7 +34,7 @@ def draw_case() -> tuple[Tensor, dict[str, Tensor]]:
 def target(known: dict[str, Tensor]) -> LossInputs:
     answers = len(LENGTHS)
     return LossInputs(torch.arange(TOTAL), torch.zeros(TOTAL, dtype=torch.long), torch.ones(TOTAL), 2,
-                      items=torch.arange(answers), labels=torch.zeros(answers), margins=torch.zeros(answers),
+                      labeled_segments=torch.arange(answers), labels=torch.zeros(answers), margins=torch.zeros(answers),
                       groups=torch.arange(answers) // 3, item_of=torch.repeat_interleave(torch.arange(answers), LENGTHS),
                       precomputed=known)
 

@@ -70,10 +70,10 @@ def test_the_token_that_ended_an_answer_is_trained_as_part_of_it() -> None:
         assert len(answer.token_ids) == 6 or answer.finished
     found = []
     for each in batches:
-        for item in range(len(each.target.items)):
+        for item in range(len(each.target.labeled_segments)):
             mine = each.target.item_of == item
             assert (each.target.weights[mine] == 1).all()
-            found.append(tuple(each.target.tokens[mine].tolist()))
+            found.append(tuple(each.target.token_ids[mine].tolist()))
     assert sorted(found) == sorted(answer.token_ids for answer in told)
 
 
@@ -186,5 +186,5 @@ def test_an_answer_is_the_policys_own_to_its_prompt() -> None:
     for answer in told:
         greedy, = rolled.policy.generate([answer.prompt_ids], SamplingParams(5))
         assert answer.token_ids[:len(greedy.token_ids)] == greedy.token_ids
-        assert answer.prompt_ids == PROMPTS[answer.origin.line].pieces[0].ids
+        assert answer.prompt_ids == PROMPTS[answer.origin.line].spans[0].ids
     assert len({answer.token_ids for answer in told}) > 3

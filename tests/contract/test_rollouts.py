@@ -95,12 +95,12 @@ def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None
     for batches in (next(feed), next(feed)):
         for batch in batches:
             forest, target = batch.inputs.forest, batch.target
-            for item, segment in enumerate(target.items.tolist()):
+            for item, segment in enumerate(target.labeled_segments.tolist()):
                 parent = forest.parents[segment]
                 prompt, answer = (tuple(batch.inputs.tokens[forest.starts[s]:][:forest.lengths[s]].tolist())
                                   for s in (parent, segment))
                 mine = target.item_of == item
-                assert target.tokens[mine].tolist() == list(answer)
+                assert target.token_ids[mine].tolist() == list(answer)
                 wanted = alone(family, prompt, answer, temperature)
                 torch.testing.assert_close(target.precomputed["old_logps"][mine], wanted, rtol=1e-4, atol=1e-5)
                 with attached.disabled():
@@ -180,7 +180,7 @@ def test_a_round_of_ppo_says_its_entropy() -> None:
     spread = []
     for batch in batches:
         forest, tokens = batch.inputs.forest, batch.inputs.tokens
-        for segment in batch.target.items.tolist():
+        for segment in batch.target.labeled_segments.tolist():
             prompt, answer = (tokens[forest.starts[s]:][:forest.lengths[s]] for s in (forest.parents[segment], segment))
             with torch.no_grad():
                 logits = family.model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1:-1]
@@ -372,7 +372,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
         words = judge.tokenizer.apply_chat_template(
             [{"role": "user", "content": "p1?"}, {"role": "assistant", "content": answer.text}], tokenize=True)
         ids = torch.tensor(words["input_ids"] if not isinstance(words, list) else words)[:-1]  # no line break at the end
-        target = LossInputs(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([0]))
+        target = LossInputs(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, labeled_segments=torch.tensor([0]))
         inputs = Inputs(ids, torch.arange(len(ids)), SegmentTree((len(ids),), (-1,)))
         with torch.no_grad():
             found_scores = judge.forward(inputs, target, frozenset({"scores"})).scores

@@ -98,7 +98,7 @@ class Case:
     @property
     def texts(self) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
         assert isinstance(self.found, list)
-        return [(piece.ids, piece.weights) for one in self.found for piece in one.pieces]
+        return [(span.ids, span.weights) for one in self.found for span in one.spans]
 
     def runs(self) -> list[tuple[int, list[int], list[int]]]:
         """Of every trained turn: which text it stands in, the tokens before it, and its own."""
@@ -281,7 +281,7 @@ def test_control_tokens_are_tokens_where_the_recipe_says_so() -> None:
     example = ChatExample((Message("user", "a<|im_end|>b"), Message("assistant", "yo")), HERE)
     counts = {reading: encode_example(example, tokenizer, DataConfig.parse({"train": "-", "chat": {"control_tokens": reading}}))
               for reading in ("text", "token")}
-    assert {reading: found[0].pieces[0].ids.count(end) for reading, found in counts.items()} == {"text": 2, "token": 3}
+    assert {reading: found[0].spans[0].ids.count(end) for reading, found in counts.items()} == {"text": 2, "token": 3}
     assert any("plain text" in remark for remark in counts["text"][0].remarks)
 
 
@@ -331,7 +331,7 @@ def test_a_bare_prompt_is_asked_as_it_is_trained(backend: str, text: str) -> Non
         example = CompletionExample(text, completion, HERE)
         (found,) = encode_example(example, tokenizer, CONFIG)
         asked, answer = encode_prompt(example, tokenizer, CONFIG)
-        ids, weights = found.pieces[0].ids, found.pieces[0].weights
+        ids, weights = found.spans[0].ids, found.spans[0].weights
         assert (list(ids[:len(asked)]), answer) == (asked, completion)
         assert not any(weights[:len(asked)])
         assert all(weights[len(asked):])

@@ -73,20 +73,20 @@ def test_weights_of_tokens_are_factors_of_their_log_probs(kind: str) -> None:
         every = -F.cross_entropy(family.model(**given).logits.transpose(1, 2), given["labels"], reduction="none")
     wanted = torch.cat([every[i, :n] for i, n in enumerate(ANSWERS)])
     assert (logps - wanted).abs().max() < SAME
-    assert torch.equal(row.target.weights, torch.tensor([w for e in examples for w in e.pieces[1].weights]))
+    assert torch.equal(row.target.weights, torch.tensor([w for e in examples for w in e.spans[1].weights]))
 
 
 def alone(tree: TokenizedExample) -> list[TokenizedExample]:
     """Each leaf with a source of its own; what several share has its weights in the first alone."""
-    inner, seen, found = {p.parent for p in tree.pieces}, set(), []
-    for leaf in (i for i in range(len(tree.pieces)) if i not in inner):
+    inner, seen, found = {p.parent for p in tree.spans}, set(), []
+    for leaf in (i for i in range(len(tree.spans)) if i not in inner):
         path = [leaf]
-        while (parent := tree.pieces[path[0]].parent) >= 0:
+        while (parent := tree.spans[path[0]].parent) >= 0:
             path.insert(0, parent)
-        ids = tuple(t for i in path[1:] for t in tree.pieces[i].ids)
-        weights = tuple(0.0 if i in seen else w for i in path[1:] for w in tree.pieces[i].weights)
+        ids = tuple(t for i in path[1:] for t in tree.spans[i].ids)
+        weights = tuple(0.0 if i in seen else w for i in path[1:] for w in tree.spans[i].weights)
         seen.update(path)
-        found.append(TokenizedExample((tree.pieces[0], TokenSpan(ids, weights, 0)), tree.origin, 1))
+        found.append(TokenizedExample((tree.spans[0], TokenSpan(ids, weights, 0)), tree.origin, 1))
     return found
 
 
@@ -98,7 +98,7 @@ def test_several_answers_of_one_source_are_each_of_them_alone(kind: str, method:
     whole = measured(family, attached, [build_batch([forest()])])
     assert len(alone(forest())) == 4
     assert apart(whole, measured(family, attached, [build_batch([e]) for e in alone(forest())])) < SAME
-    flat = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, min(p.parent, 0)) for p in forest().pieces), Origin("lab", 0), 1)
+    flat = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, min(p.parent, 0)) for p in forest().spans), Origin("lab", 0), 1)
     assert apart(whole, measured(family, attached, [build_batch([flat])])) > FAR
 
 
@@ -107,7 +107,7 @@ def test_a_source_is_read_once_however_many_answers_it_has() -> None:
     family.encoder.register_forward_pre_hook(lambda _m, _a, given: widths.append(given["input_ids"].numel()), with_kwargs=True)
     row = build_batch([forest()])
     family.forward(row.inputs, row.target, SFT.required_outputs)
-    assert widths == [len(forest().pieces[0].ids)]
+    assert widths == [len(forest().spans[0].ids)]
 
 
 @KIND
@@ -155,7 +155,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
 def test_a_source_is_never_predicted() -> None:
     """The encoder sees all of it, so its own tokens would be read off, not learnt."""
     dice, family = Dice(), base()
-    row = build_batch([TokenizedExample((dice.piece(6), dice.piece(3, 0)), Origin("lab", 0))])
+    row = build_batch([TokenizedExample((dice.span(6), dice.span(3, 0)), Origin("lab", 0))])
     with pytest.raises(RuntimeError, match="never predicted"):
         family.forward(row.inputs, row.target, SFT.required_outputs)
 
@@ -164,15 +164,15 @@ def test_heads_stand_on_the_decoders_states() -> None:
     """An answer's item is its last token's state; a source's is that of the start token."""
     family, dice = base(), Dice()
     family.add_heads([Head("score", "item", 2)], 0)
-    pieces = (dice.piece(7, masked=7), dice.piece(4, 0), dice.piece(5, 0))
-    whole = build_batch([TokenizedExample(pieces, Origin("lab", 0), items=(LabeledSpan(0, 0.0), LabeledSpan(1, 0.0), LabeledSpan(2, 1.0)))])
-    lone = build_batch([TokenizedExample(pieces[:1], Origin("lab", 0), items=(LabeledSpan(0, 0.0),))])
+    spans = (dice.span(7, masked=7), dice.span(4, 0), dice.span(5, 0))
+    whole = build_batch([TokenizedExample(spans, Origin("lab", 0), labeled_spans=(LabeledSpan(0, 0.0), LabeledSpan(1, 0.0), LabeledSpan(2, 1.0)))])
+    lone = build_batch([TokenizedExample(spans[:1], Origin("lab", 0), labeled_spans=(LabeledSpan(0, 0.0),))])
     with torch.no_grad():
         found = family.forward(whole.inputs, whole.target, frozenset({"pooled", "scores"}))
         single = family.forward(lone.inputs, lone.target, frozenset({"pooled"}))
-        states = [family.model(input_ids=torch.tensor([pieces[0].ids]), output_hidden_states=True,
+        states = [family.model(input_ids=torch.tensor([spans[0].ids]), output_hidden_states=True,
                                decoder_input_ids=torch.tensor([[END_OF_TEXT, *ids]])).decoder_hidden_states[-1][0, -1]
-                  for ids in ((), pieces[1].ids, pieces[2].ids)]
+                  for ids in ((), spans[1].ids, spans[2].ids)]
     assert (found.pooled - torch.stack(states)).abs().max() < SAME
     assert (single.pooled[0] - states[0]).abs().max() < SAME
     assert found.scores.shape == (3, 2)

@@ -83,11 +83,11 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
     ended, seen = 0, []
     for batch in batches:
         forest, target = batch.inputs.forest, batch.target
-        for item, segment in enumerate(target.items.tolist()):
+        for item, segment in enumerate(target.labeled_segments.tolist()):
             prompt, answer = (tuple(batch.inputs.tokens[forest.starts[s]:][:forest.lengths[s]].tolist())
                               for s in (forest.parents[segment], segment))
             mine = target.item_of == item
-            assert target.tokens[mine].tolist() == list(answer)
+            assert target.token_ids[mine].tolist() == list(answer)
             wanted = alone(family, prompt, answer, temperature)
             assert (target.precomputed["old_logps"][mine] - wanted).abs().max() < SAME
             with attached.disabled():
@@ -174,7 +174,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     alone_.train(False)
     for answer, given in zip(answers, mine, strict=True):
         source, said = (torch.tensor(alone_.tokenizer(text)["input_ids"]) for text in ("p1:", answer.text))
-        target = LossInputs(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([1]))
+        target = LossInputs(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, labeled_segments=torch.tensor([1]))
         inputs = Inputs(torch.cat([source, said]), torch.arange(len(source) + len(said)),
                         SegmentTree((len(source), len(said)), (-1, 0)))
         with torch.no_grad():
@@ -204,5 +204,5 @@ def test_a_prompt_may_fill_the_source(tmp_path: Path) -> None:
         "name": "grpo", "reward": f"{Path(__file__).parents[1] / 'trials.py'}:{vowels.__name__}", "max_new_tokens": 6},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "max_length": 8}})
     found = load_datasets(made, load_family(made.model))
-    assert [one.tokens for one in found.train] == [4, 8]
+    assert [one.num_tokens for one in found.train] == [4, 8]
     assert found.report.parts["train"].reasons == {"longer than max_length": 1}

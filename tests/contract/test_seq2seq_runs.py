@@ -59,21 +59,21 @@ def spelt(ids: Sequence[int]) -> str:
 ROW = CompletionExample("say it", " twice", Origin("lab", 1), 0.5)
 
 
-def test_source_and_answer_are_two_pieces_with_an_end_mark_each() -> None:
+def test_source_and_answer_are_two_spans_with_an_end_mark_each() -> None:
     (found,) = encoded(ROW)
-    source, answer = found.pieces
+    source, answer = found.spans
     assert (spelt(source.ids), source.weights, source.parent) == ("say it$", (0.0,) * 7, -1)
     assert (spelt(answer.ids), answer.weights, answer.parent) == (" twice$", (0.5,) * 7, 0)
-    assert found.bytes == len(" twice")
+    assert found.num_bytes == len(" twice")
     row = build_batch([found])
-    assert row.target.tokens.tolist() == list(answer.ids)  # the first one too, and the end mark
-    assert row.target.at.tolist() == [6, *range(7, 13)]
+    assert row.target.token_ids.tolist() == list(answer.ids)  # the first one too, and the end mark
+    assert row.target.state_index.tolist() == [6, *range(7, 13)]
 
 
 def test_each_of_the_two_has_max_length_to_itself() -> None:
     (found,) = encoded(ROW, max_length=4)
-    assert [spelt(piece.ids) for piece in found.pieces] == ["say$", " twi"]
-    assert found.bytes == 4
+    assert [spelt(span.ids) for span in found.spans] == ["say$", " twi"]
+    assert found.num_bytes == 4
     refused = encoded(ROW, max_length=6, truncation="refuse")
     assert refused.reason == "longer than max_length"
     assert "source" in refused.detail
@@ -83,8 +83,8 @@ def test_each_of_the_two_has_max_length_to_itself() -> None:
 def test_a_chat_is_asked_up_to_the_first_answer() -> None:
     chat = ChatExample((Message("user", "Hi"), Message("assistant", "Ho")), Origin("lab", 1))
     (found,) = encoded(chat)
-    assert [spelt(piece.ids) for piece in found.pieces] == ["### User:\nHi\n\n### Assistant:\n$", "Ho$"]
-    assert found.pieces[1].weights == (1.0,) * 3
+    assert [spelt(span.ids) for span in found.spans] == ["### User:\nHi\n\n### Assistant:\n$", "Ho$"]
+    assert found.spans[1].weights == (1.0,) * 3
 
 
 def test_what_asks_nothing_is_refused() -> None:
@@ -96,10 +96,10 @@ def test_what_asks_nothing_is_refused() -> None:
 
 def test_answers_that_are_compared_share_their_source() -> None:
     (found,) = encoded(PreferenceExample("which", ("this", "that"), (0, 1), Origin("lab", 1)))
-    assert [(spelt(p.ids), p.parent) for p in found.pieces] == [("which$", -1), ("this$", 0), ("that$", 0)]
-    assert [item.piece for item in found.items] == [1, 2]
+    assert [(spelt(p.ids), p.parent) for p in found.spans] == [("which$", -1), ("this$", 0), ("that$", 0)]
+    assert [item.span_index for item in found.labeled_spans] == [1, 2]
     (alone,) = encoded(PromptExample("which", Origin("lab", 1)))
-    assert spelt(alone.pieces[0].ids) == "which$"
+    assert spelt(alone.spans[0].ids) == "which$"
 
 
 def test_an_opening_mark_belongs_to_its_half() -> None:
@@ -108,7 +108,7 @@ def test_an_opening_mark_belongs_to_its_half() -> None:
     opened.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", IM_START), ("<|im_end|>", IM_END)])
     found = encode_example(ROW, opened, DividedConfig.of(DataConfig.parse({"train": "-"})))
-    source, answer = found[0].pieces
+    source, answer = found[0].spans
     assert source.ids[0] == answer.ids[0] == IM_START
     assert source.ids[-1] == answer.ids[-1] == IM_END
     assert answer.weights == (0.5,) * 8

@@ -60,7 +60,7 @@ def test_a_step_has_the_gradient_of_the_whole_batch_divided_once() -> None:
     assert numbers["loss"] == pytest.approx(float(loss), rel=1e-6)
     assert numbers["nll"] == pytest.approx(float(loss), rel=1e-6)
     assert numbers["grad_norm"] == pytest.approx(float(torch.stack([g.square().sum() for g in wanted.values()]).sum().sqrt()), rel=1e-5)
-    assert stepped.tokens == sum(e.tokens for e in [*documents(), *trees()])
+    assert stepped.tokens == sum(e.num_tokens for e in [*documents(), *trees()])
     assert stepped.examples == len([*documents(), *trees()])
     assert all(parameter.grad is None for parameter in attached.parameters().values())  # nothing is left for the next step
 
@@ -140,7 +140,7 @@ def test_a_known_reference_is_not_asked_again() -> None:
 
     from luthier.objectives import OBJECTIVES
     family, row = base("llama"), build_batch(documents())
-    told = torch.arange(row.target.at.shape[0]).double()
+    told = torch.arange(row.target.state_index.shape[0]).double()
     known = replace(row, target=replace(row.target, precomputed={"reference_logps": told}))
     assert torch.equal(forward_objective(family, OBJECTIVES["dpo"](), known).reference_logps, told)
 

@@ -77,11 +77,11 @@ def test_computed_once_a_row_is_put_before_every_document(kind: str, method: str
     attached = attach(family, method, **SETTINGS[method])
     examples = documents()
     found = measured(family, attached, [build_batch(examples)])
-    weight = sum(sum(e.pieces[0].weights[1:]) for e in examples)
+    weight = sum(sum(e.spans[0].weights[1:]) for e in examples)
     for n in (len(examples), len(examples) - 1):  # the control leaves one document out
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples[:n]:
-            ids, weights = torch.tensor([example.pieces[0].ids]), torch.tensor(example.pieces[0].weights).double()
+            ids, weights = torch.tensor([example.spans[0].ids]), torch.tensor(example.spans[0].weights).double()
             said = alone(family, attached, ids, method in DEEP)[0, :-1]
             loss = loss + (F.cross_entropy(said, ids[0, 1:], reduction="none") * weights[1:]).sum() / weight
         named = attached.parameters()
@@ -294,9 +294,9 @@ def test_an_encoders_packed_row_is_padded_and_each_text_by_itself(kind: str, met
     attached = attach(family, method, **SETTINGS[method])
     examples = [TokenizedExample((TokenSpan(tuple(range(20 + n, 20 + 2 * n)), (1.0,) * n),), Origin("lab", n)) for n in (7, 2, 12)]
     found = states(family, attached, examples)
-    single = torch.cat([behind(family, attached, torch.tensor(e.pieces[0].ids), method in DEEP) for e in examples])
+    single = torch.cat([behind(family, attached, torch.tensor(e.spans[0].ids), method in DEEP) for e in examples])
     assert (found["states"] - single).abs().max() < SAME
-    plain = torch.cat([family.model(input_ids=torch.tensor([e.pieces[0].ids])).last_hidden_state[0] for e in examples])
+    plain = torch.cat([family.model(input_ids=torch.tensor([e.spans[0].ids])).last_hidden_state[0] for e in examples])
     assert (plain - single).abs().max() < SAME  # without positions
     with torch.no_grad(), attached.disabled():
         assert (family.states(build_batch(examples).inputs) - single).abs().max() > FAR

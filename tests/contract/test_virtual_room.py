@@ -49,7 +49,7 @@ def test_rows_are_cut_to_what_they_leave(kind: str, method: str, tokens: int, tm
     made = recipe(tmp_path, kind, {"name": method, "num_virtual_tokens": tokens} if tokens else method)
     base = load_family(made.model)
     check_loaded_model(made, base)
-    longest = max(len(piece.ids) for e in load_datasets(made, base).train for piece in e.pieces)
+    longest = max(len(span.ids) for e in load_datasets(made, base).train for span in e.spans)
     assert longest == CONTEXT[kind] - tokens
 
 

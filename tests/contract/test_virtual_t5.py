@@ -89,13 +89,13 @@ def test_it_stands_before_every_source_in_loss_and_every_gradient(kind: str, met
     found = measured(family, attached, [build_batch(examples)])
     plain = t5(kind)
     plain.set_attn_implementation("eager")
-    weight = sum(sum(e.pieces[1].weights) for e in examples)
+    weight = sum(sum(e.spans[1].weights) for e in examples)
     for n in (len(examples), len(examples) - 1):  # the control leaves one pair out
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples[:n]:
-            source, answer = (torch.tensor(piece.ids) for piece in example.pieces)
+            source, answer = (torch.tensor(span.ids) for span in example.spans)
             logits = alone(plain, attached.compute_virtual_tokens(), source, answer, method in DEEP)
-            costs = F.cross_entropy(logits, answer, reduction="none") * torch.tensor(example.pieces[1].weights).double()
+            costs = F.cross_entropy(logits, answer, reduction="none") * torch.tensor(example.spans[1].weights).double()
             loss = loss + costs.sum() / weight
         named = attached.parameters()
         wanted = {"loss": loss.detach(), **dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))}
@@ -159,11 +159,11 @@ def test_several_answers_of_one_source_are_each_of_them_alone(method: str) -> No
     with torch.no_grad():
         states = family.states(row.inputs)
         for leaf in (1, 3, 4, 5):
-            ids = [tree.pieces[i].ids for i in ((0, 2, leaf) if leaf in (3, 4) else (0, leaf))]
+            ids = [tree.spans[i].ids for i in ((0, 2, leaf) if leaf in (3, 4) else (0, leaf))]
             one = build_batch([TokenizedExample((TokenSpan(ids[0], (0.0,) * len(ids[0])), TokenSpan(sum(ids[1:], ()), (1.0,) * sum(
                 map(len, ids[1:])), 0)), Origin("lab", 0))])
             wanted = family.states(one.inputs)[-len(ids[-1]):]
-            start = sum(len(piece.ids) for piece in tree.pieces[:leaf])
+            start = sum(len(span.ids) for span in tree.spans[:leaf])
             assert (states[start:start + len(ids[-1])] - wanted).abs().max() < SAME
     assert attached.compute_virtual_tokens().shape
 

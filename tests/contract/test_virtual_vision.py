@@ -70,7 +70,7 @@ def test_it_stands_among_the_patches_in_loss_and_every_gradient(method: str, fam
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples:
             state = by_hand(plain, example.images[0], attached.compute_virtual_tokens(), method in DEEP)[token]
-            label = torch.tensor(example.items[0].label, dtype=torch.float32).double()
+            label = torch.tensor(example.labeled_spans[0].label, dtype=torch.float32).double()
             loss = loss + (head(state) - label).square().sum() / len(examples)
         named = attached.parameters()
         wanted = {"loss": loss.detach(), **dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))}

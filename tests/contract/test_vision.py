@@ -71,7 +71,7 @@ def test_it_is_transformers_own_model_one_picture_at_a_time(method: str, family:
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples:
             state = plain(pixel_values=example.images[0][None].double()).last_hidden_state[0, token]
-            label = torch.tensor(example.items[0].label, dtype=torch.float32).double()
+            label = torch.tensor(example.labeled_spans[0].label, dtype=torch.float32).double()
             loss = loss + (head(state) - label).square().sum() / len(examples)
         loss.backward()
         wanted = {"loss": loss.detach(), **({n: p.grad for n, p in plain.named_parameters()} if method == "full" else {})}

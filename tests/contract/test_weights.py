@@ -22,7 +22,7 @@ from torch import Tensor
 from cases import cases
 from luthier import assembly
 from luthier.api.train import train
-from luthier.assembly.factory import fit_objective, load_family
+from luthier.assembly.factory import fit_objective, load_datasets, load_family
 from luthier.assembly.recipe import Recipe
 from luthier.assembly.rl_setup import init_rl_policy
 from luthier.core.errors import RecipeError, RunError
@@ -78,7 +78,7 @@ def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **mo
 def measured(recipe: Recipe, max_tokens: int = 10_000) -> dict[str, Tensor]:
     """The loss of all rows as one batch, cut into rows of at most `max_tokens`, and every gradient."""
     base = load_family(recipe.model)
-    found = read_datasets(recipe, base)
+    found = load_datasets(recipe, base)
     recipe = fit_objective(recipe, found)
     attached, reference = init_rl_policy(recipe, base)
     with torch.no_grad():

@@ -87,13 +87,13 @@ class Made:
         forest = SegmentTree(tuple(map(len, ids)), (-1,) * len(ids))
         places = torch.cat([torch.arange(len(text)) for text in ids])
         rows = torch.arange(len(ids))
-        target = LossInputs(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)), len(ids), items=rows, groups=rows)
+        target = LossInputs(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)), len(ids), labeled_segments=rows, groups=rows)
         return self._of(Inputs(tokens, places, forest), target)
 
     @torch.no_grad()
     def of_images(self, pixels: Tensor) -> Tensor:
         rows = torch.arange(len(pixels))
-        target = LossInputs(rows, rows, torch.ones(len(pixels)), len(pixels), items=rows, groups=rows)
+        target = LossInputs(rows, rows, torch.ones(len(pixels)), len(pixels), labeled_segments=rows, groups=rows)
         return self._of(Inputs(rows * 0, rows * 0, SegmentTree((1,) * len(pixels), (-1,) * len(pixels)), pixels), target)
 
     def _of(self, inputs: Inputs, target: LossInputs) -> Tensor:

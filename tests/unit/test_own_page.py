@@ -35,7 +35,7 @@ def test_the_objective_of_the_page_is_its_formula(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(OBJECTIVES, "focal", None)  # taken out again
     exec(compile(OBJECTIVE, "own.md", "exec", dont_inherit=True), told)  # without this file's postponed annotations
     chances, weights = torch.tensor([0.9, 0.2], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
-    target = LossInputs(at=torch.tensor([0, 1]), tokens=torch.tensor([5, 6]), weights=weights, examples=1, bytes=2)
+    target = LossInputs(state_index=torch.tensor([0, 1]), token_ids=torch.tensor([5, 6]), weights=weights, num_examples=1, num_bytes=2)
     loss = told["FocalConfig"](gamma=2.0)(Outputs(token_logps=chances.log()), target)
     wanted = sum(w * (1 - p) ** 2 * -p.log() for w, p in zip(weights, chances, strict=True))
     torch.testing.assert_close(loss.total, wanted)

@@ -142,7 +142,7 @@ def _compute_features(made: Recipe, run: Run | None, quiet: bool, base_model: st
         found = assembly.rows.read_datasets(made.data, family.tokenizer, seed=made.seed, reads=KINDS)
     for line in found.report.lines():
         print(line, file=sys.stderr) if not quiet else None
-    rows: list[TokenizedExample] = [replace(row, items=row.items[:1]) for row in found.test]
+    rows: list[TokenizedExample] = [replace(row, labeled_spans=row.labeled_spans[:1]) for row in found.test]
     places = {row.origin: place for place, row in enumerate(rows)}
     states = torch.zeros(len(rows), family.structure.sizes["hidden"])
     batches = assembly.rows.build_eval_batches(rows, resolve_micro_batch_tokens(made, family))

@@ -163,9 +163,9 @@ def _check_tokens(base: Family, found: Datasets) -> None:
     if size is None or "channels" in base.structure.sizes:
         return
     for example in (*found.train, *found.eval, *found.test):
-        for piece in example.pieces:
-            if max(piece.ids) >= size:
-                token = next(token for token in piece.ids if token >= size)
+        for span in example.spans:
+            if max(span.ids) >= size:
+                token = next(token for token in span.ids if token >= size)
                 words = base.tokenizer.convert_ids_to_tokens(token)
                 raise BaseError(
                     f"{example.origin}: the token {words!r} has the id {token}, and the base's embedding has {size} "

@@ -105,7 +105,7 @@ def _add_reference_logps(made: Recipe, base: Family, encoded: Sequence[Tokenized
             indices = [start + i for i in row]
             batch = rows.build_batch([examples[i] for i in indices]).to(base.device)
             logps = compute_reference_logps(base, batch, partial(initial_model, reference)).cpu()  # [P]
-            sizes = [sum(len(piece.predicted) for piece in examples[i].pieces) for i in indices]
+            sizes = [sum(len(span.predicted) for span in examples[i].spans) for i in indices]
             for i, own in zip(indices, logps.split(sizes), strict=True):
                 examples[i] = replace(examples[i], precomputed={"reference_logps": own.clone()})
             done += len(indices)

@@ -33,7 +33,7 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rl_config import RewardSourceConfig
 from luthier.rl import Reward, RolloutCollector, RolloutSource, build_endpoint_reward, load_reward
-from luthier.training.report_to import JsonLines
+from luthier.training.trackers import JsonLines
 from luthier.training.run_folder import Run
 
 Warn = Callable[[str], None]

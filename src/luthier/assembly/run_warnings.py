@@ -84,9 +84,9 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("model.revision", lambda made: made.model.name_or_path in ALIASES or Path(made.model.name_or_path).exists(),
      "model.name_or_path is no id of the hub"),
     ("data.loss_on", lambda made: "ChatExample" not in made.objective.example_types, "the objective reads no chats"),
-    ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "UnpairedPreference"),
+    ("data.system", _reads_none_of("Chat", "Prompt", "Preference", "UnpairedPreference"),
      "the objective reads no chats or prompts"),
-    ("data.share_prompt", _reads_none_of("Compared", "UnpairedPreference"),
+    ("data.share_prompt", _reads_none_of("Preference", "UnpairedPreference"),
      "the objective compares no answers to one prompt"),
     ("data.score_scale", lambda made: not (isinstance(made.objective, ContrastiveConfig)
                                             and made.objective.loss == "cosent"),
@@ -162,14 +162,14 @@ def find_data_problems(made: Recipe, found: Datasets) -> list[str]:
         return list(_of_classes(made, objective, found))
     if isinstance(objective, ContrastiveConfig):
         return list(_of_contrast(made, objective, found))
-    widest = max((len(one.items) for one in found.train), default=0)
+    widest = max((len(one.labeled_spans) for one in found.train), default=0)
     if isinstance(objective, RewardConfig) and objective.ranking == "all_pairs" and widest == 2:
         return [UNUSED.format("objective.ranking", "every row compares two answers, of which both are the same loss")]
     return []
 
 
 def _of_verdicts(train: Sequence[TokenizedExample]) -> Iterator[str]:
-    labels = {item.label for one in train for item in one.items if item.label in (0.0, 1.0)}
+    labels = {item.label for one in train for item in one.labeled_spans if item.label in (0.0, 1.0)}
     if len(labels) == 1:
         there, missing, weight = ("desirable", "undesirable", "undesirable_weight") if labels == {1.0} else (
             "undesirable", "desirable", "desirable_weight")
@@ -179,7 +179,7 @@ def _of_verdicts(train: Sequence[TokenizedExample]) -> Iterator[str]:
 
 
 def _of_classes(made: Recipe, objective: ClassifyConfig, found: Datasets) -> Iterator[str]:
-    items = [item for one in found.train for item in one.items]
+    items = [item for one in found.train for item in one.labeled_spans]
     if objective.task == "regression":
         if len({item.label for item in items}) == 1:
             yield f"all {len(items)} train rows have the label {items[0].label:g}: only a constant can be learned"
@@ -198,7 +198,7 @@ def _of_classes(made: Recipe, objective: ClassifyConfig, found: Datasets) -> Ite
     elif missing:
         yield f"no train row has the class {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else "")
     elif objective.task == "single" and not made.data.shuffle and made.training.batch_size > 1:
-        flat, total = _count_batches(made, found, lambda batch: len({one.items[0].label for one in batch}) == 1)
+        flat, total = _count_batches(made, found, lambda batch: len({one.labeled_spans[0].label for one in batch}) == 1)
         if flat >= MANY * total:
             yield (f"in {flat} of {total} batches of an epoch all rows have one class, and data.shuffle is false: "
                    "shuffle the rows")
@@ -219,7 +219,7 @@ def _of_contrast(made: Recipe, objective: ContrastiveConfig, found: Datasets) ->
                f"({made.training.batch_size}), or give rows that differ")
     if objective.loss != "infonce":
         return
-    seen = Counter(item.text_id for one in found.train for item in one.items if item.label == 1)
+    seen = Counter(item.text_id for one in found.train for item in one.labeled_spans if item.label == 1)
     twice = sum(count for text, count in seen.items() if text is not None and count > 1)
     if twice and not objective.mask_duplicates and flat < total:
         yield (f"{twice} of {sum(seen.values())} positives occur more than once, and where two share a batch each "
@@ -229,21 +229,21 @@ def _of_contrast(made: Recipe, objective: ContrastiveConfig, found: Datasets) ->
 
 
 def _has_duplicates(train: Sequence[TokenizedExample]) -> bool:
-    texts = Counter(text for one in train for text in {item.text_id for item in one.items})
+    texts = Counter(text for one in train for text in {item.text_id for item in one.labeled_spans})
     return any(count > 1 for count in texts.values())
 
 
 def _content(one: TokenizedExample, place: int) -> Any:
     """What the item's text is, for comparison; a picture is like no other."""
-    text = one.items[place].text_id
+    text = one.labeled_spans[place].text_id
     return (id(one), place) if text is None else text
 
 
 def _has_no_negative(batch: Sequence[TokenizedExample], masked: bool) -> bool:
     """Pairs: whether the loss of every anchor is a constant."""
     anchors = [_content(one, 0) for one in batch]
-    positives = [{_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch]
-    others = {_content(one, i) for one in batch for i, item in enumerate(one.items) if item.label != 0}
+    positives = [{_content(one, i) for i, item in enumerate(one.labeled_spans) if item.label == 1} for one in batch]
+    others = {_content(one, i) for one in batch for i, item in enumerate(one.labeled_spans) if item.label != 0}
     if masked:  # see `objectives.contrastive.find_false_negatives`
         known: dict[Any, set[Any]] = {}
         for anchor, own in zip(anchors, positives, strict=True):
@@ -253,17 +253,17 @@ def _has_no_negative(batch: Sequence[TokenizedExample], masked: bool) -> bool:
 
 
 def _has_no_contrast(batch: Sequence[TokenizedExample], _: bool) -> bool:
-    counts = Counter(item.label for one in batch for item in one.items)
+    counts = Counter(item.label for one in batch for item in one.labeled_spans)
     return len(counts) == 1 or max(counts.values()) == 1
 
 
 def _has_no_order(batch: Sequence[TokenizedExample], _: bool) -> bool:
-    return len({one.items[0].label for one in batch}) == 1
+    return len({one.labeled_spans[0].label for one in batch}) == 1
 
 
 def _has_no_gap(batch: Sequence[TokenizedExample], _: bool) -> bool:
-    return all({_content(one, i) for i, item in enumerate(one.items) if item.label != 0}
-               == {_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch)
+    return all({_content(one, i) for i, item in enumerate(one.labeled_spans) if item.label != 0}
+               == {_content(one, i) for i, item in enumerate(one.labeled_spans) if item.label == 1} for one in batch)
 
 
 def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[TokenizedExample]], bool]) -> tuple[int,

@@ -1,11 +1,11 @@
 """sha256 of files, computed once for each version of a file. Uses the standard library only.
 
 A digest is taken over every byte: one flipped bit changes it. Digests of files of a megabyte or more are kept in the
-cache, so that a base of many gigabytes is read once and not before every command. A kept digest is used only where the
+cache, so that a model of many gigabytes is read once and not before every command. A cached digest is used only if the
 file's absolute path, size, inode, modification time and change time are those at which it was computed. The change
-time is set by the operating system at every write and cannot be set back, so what a kept digest cannot notice is a
-change below the file system (a failing disk) alone. A file that changed in the last seconds before it was read is not
-kept: a second change could have the same time.
+time is set by the operating system at every write and cannot be set back. So a cached digest misses only a change
+below the file system (a failing disk). The digest of a file that changed within the last seconds is not cached: a
+second change could have the same time.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _read(kept: Path, version: list[str | int]) -> str | None:
 
 
 def _write(kept: Path, content: dict[str, object]) -> None:
-    """Keep a digest if that is possible: a cache that cannot be written costs time, nothing else."""
+    """Caches a digest if possible: a cache that cannot be written only costs time."""
     temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
     with suppress(OSError):
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
-"""Rows to examples to tokens and weights to batches. The only room that imports `datasets`.
+"""Turns rows into examples, tokens with weights, and batches. The only package that imports `datasets`.
 
 Reading order: `sources.py`, `splits.py`, `data/formats/registry.py`, `templates.py`, `conversation.py`, `chat.py`,
-`char_offsets.py`,
-`tokenization.py`, `masking.py`, `encoding.py`, `label_encoding.py`, `packing.py`, `batch_source.py`; `load.py` puts
-them together.
+`char_offsets.py`, `tokenization.py`, `masking.py`, `encoding.py`, `label_encoding.py`, `transforms.py`, `packing.py`,
+`batch_source.py`; `load.py` combines them.
 """
 
 from luthier.data.augmentation import (
@@ -11,7 +10,6 @@ from luthier.data.augmentation import (
     MixupAugmentation,
     TextAugmentation,
     augment_examples,
-    paraphrase_examples,
 )
 from luthier.data.batch_source import InMemoryBatchSource
 from luthier.data.chat import RenderError
@@ -24,8 +22,11 @@ from luthier.data.formats.text import read_turn
 from luthier.data.images import ImageInput
 from luthier.data.load import Datasets, DatasetSpec, check_sources, read_datasets
 from luthier.data.masking import MaskingConfig
+from luthier.data.overlap import Overlap
 from luthier.data.packing import assign_rows, build_batch, build_eval_batches, pack_examples
-from luthier.data.report import DataReport, Overlap, PartReport, format_preview
+from luthier.data.paraphrase import paraphrase_examples
+from luthier.data.preview import format_preview
+from luthier.data.report import DataReport, PartReport
 from luthier.data.row_values import InvalidRowError
 from luthier.data.rows import RejectedRow, Row
 from luthier.data.sources import read_source

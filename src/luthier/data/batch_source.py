@@ -1,4 +1,4 @@
-"""Which examples make which step: epochs, mixing, and an exact cursor. Read `packing.py` first.
+"""Selects the examples of each step: epochs, source weights, and an exact cursor. Read `packing.py` first.
 
 `Loader` keeps its examples in memory. `Stream`, in `streaming.py`, reads them anew in every epoch.
 """
@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from luthier.core.errors import DataError
 from luthier.core.types import Batch, TokenizedExample
-from luthier.data.images import ImageInput
-from luthier.data.masking import apply_random
 from luthier.data.packing import pack_examples
+from luthier.data.transforms import apply_random
 
 Mix = Sequence[tuple[int, float]]
 
@@ -26,19 +26,19 @@ Mix = Sequence[tuple[int, float]]
 def digest_example(example: TokenizedExample) -> bytes:
     """What the example trains, whatever its origin and whatever a model said of it: 16 bytes over all else."""
     found = hashlib.blake2b(digest_size=16)
-    for piece in example.pieces:
-        found.update(array("q", (piece.parent, len(piece.ids))).tobytes())
-        found.update(array("q", piece.ids).tobytes())
-        found.update(array("d", piece.weights).tobytes())
-        found.update(array("q", piece.tags).tobytes())
-        if piece.others:
-            found.update(array("q", piece.others).tobytes() + array("d", [piece.share]).tobytes())
-    if example.items or example.metadata:
-        found.update(repr((example.items, example.metadata)).encode())
-    if example.hidden is not None:
-        found.update(example.hidden.digest)
+    for span in example.spans:
+        found.update(array("q", (span.parent, len(span.ids))).tobytes())
+        found.update(array("q", span.ids).tobytes())
+        found.update(array("d", span.weights).tobytes())
+        found.update(array("q", span.tags).tobytes())
+        if span.mix:
+            found.update(array("q", span.mix.ids).tobytes() + array("d", [span.mix.share]).tobytes())
+    if example.labeled_spans or example.metadata:
+        found.update(repr((example.labeled_spans, example.metadata)).encode())
+    if example.masking is not None:
+        found.update(example.masking.digest)
     for image in example.images:
-        found.update(image.digest if isinstance(image, ImageInput) else image.numpy().tobytes())
+        found.update(image.numpy().tobytes() if isinstance(image, Tensor) else image.digest)
     return found.digest()
 
 
@@ -83,16 +83,16 @@ class InMemoryBatchSource:
 
     def order(self, epoch: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """Indices of the examples in the order of this epoch, from the seed and the epoch alone."""
-        chance = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.seed, epoch])
         parts, start = [], 0
         for count, weight in self.mix:
             own = np.arange(start, start + count)
             whole = int(weight)
             extra = _count_repeats(count, weight) - whole * count
-            parts += [own] * whole + ([np.sort(chance.permutation(own)[:extra])] if extra else [])
+            parts += [own] * whole + ([np.sort(rng.permutation(own)[:extra])] if extra else [])
             start += count
         found = np.concatenate(parts)
-        return chance.permutation(found) if self.shuffle else found
+        return rng.permutation(found) if self.shuffle else found
 
     def __iter__(self) -> Self:
         return self

@@ -1,5 +1,5 @@
-"""Every kind of example to tokens. Read `tokenization.py` first, for words that are predicted, then
-`preference_encoding.py`, for answers.
+"""Tokenizes every kind of example. Read `tokenization.py` first (predicted text), then `preference_encoding.py`
+(completions).
 
 Texts with a label, tags or a likeness are encoded without what only all the training rows together say: their classes'
 numbers, the scale of their scores. `label_encoding.py` puts these in.
@@ -79,8 +79,8 @@ def _encode_classification(example: ClassificationExample, tokenizer: Tokenizer,
     found = _encode_root(example.text, example.second, example, tokenizer, config)
     if isinstance(found, RejectedRow):
         return found
-    return [TokenizedExample((found[0],), example.origin, items=(LabeledSpan(0, UNSETTLED, weight=example.weight),
-                                                                 ))], found[1]
+    labeled = LabeledSpan(0, UNSETTLED, weight=example.weight)
+    return [TokenizedExample((found[0],), example.origin, labeled_spans=(labeled,))], found[1]
 
 
 def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, config: DataConfig) -> Made:
@@ -92,14 +92,14 @@ def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, confi
             return found
         roots.append(found)
     items = tuple(LabeledSpan(i, float(i) if example.score is None else UNSETTLED, weight=example.weight,
-                              text_id=_hash_span(piece)) for i, (piece, _) in enumerate(roots))
-    return [TokenizedExample(tuple(piece for piece, _ in roots), example.origin, items=items)], any(cut for _,
+                              text_id=_hash_span(span)) for i, (span, _) in enumerate(roots))
+    return [TokenizedExample(tuple(span for span, _ in roots), example.origin, labeled_spans=items)], any(cut for _,
                                                                                                     cut in roots)
 
 
-def _hash_span(piece: TokenSpan) -> int:
-    """63 bits of the piece's tokens."""
-    digest = hashlib.blake2b(array("q", piece.ids).tobytes(), digest_size=8).digest()
+def _hash_span(span: TokenSpan) -> int:
+    """63 bits of the span's tokens."""
+    digest = hashlib.blake2b(array("q", span.ids).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
@@ -202,7 +202,8 @@ def _encode_image(example: ImageExample, tokenizer: Any, config: DataConfig) -> 
     picture = ImageInput(example.pixels, tokenizer, changes if views == 1 else changes or VIEWS)
     images = tuple(ImageInput(picture.pixels, picture.see, picture.changes, (0, view)) for view in range(views))
     items = tuple(LabeledSpan(i, UNSETTLED if views == 1 else float(i), weight=example.weight) for i in range(views))
-    return [TokenizedExample((TokenSpan((0,), (0.0,)),) * views, example.origin, items=items, images=images)], False
+    spans = (TokenSpan((0,), (0.0,)),) * views
+    return [TokenizedExample(spans, example.origin, labeled_spans=items, images=images)], False
 
 
 ENCODERS: dict[type, Callable[[Any, Tokenizer, DataConfig], Made]] = {

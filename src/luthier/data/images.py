@@ -1,7 +1,7 @@
-"""Pictures: read from folders and IDX files, kept as they lie, made into tensors when a batch wants them.
+"""Images from folders and IDX files, decoded when they are packed into a batch. Read `rows.py` first.
 
-A folder's subfolders are the classes. An IDX file is the format of MNIST; the labels' file is found beside it. Read
-`rows.py` first. Pixels are bytes, [height, width] or [height, width, 3].
+Subfolders are classes. IDX is the format of MNIST; the file of labels is in the same folder. Pixels are bytes,
+[height, width] or [height, width, 3].
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from torch import Tensor
 
 from luthier.core.errors import DataError, MissingExtra
 from luthier.core.examples import Origin
-from luthier.core.types import TokenizedExample
 from luthier.data.row_values import InvalidRowError
 from luthier.data.rows import RejectedRow, Row, Rows, open_file
 
@@ -39,24 +38,24 @@ LIMIT = 64_000_000  # pixels of one picture: more is a decompression bomb or a s
 def open_image(file: Path | io.BytesIO) -> Pixels:
     """A picture file as [height, width, 3], or [height, width] where it is grey. Raises `UnfitError`."""
     if importlib.util.find_spec("PIL") is None:
-        raise MissingExtra("pillow", "vision", "reading pictures")
+        raise MissingExtra("pillow", "vision", "reading images")
     from PIL import Image
 
     try:
         with Image.open(file) as picture:
             if picture.width * picture.height > LIMIT:
-                raise InvalidRowError("the picture is too large", f"{picture.width} x {picture.height} pixels")
+                raise InvalidRowError("the image is too large", f"{picture.width} x {picture.height} pixels")
             grey = picture.mode in ("1", "L")
             return np.asarray(picture.convert("L" if grey else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         if isinstance(fault, InvalidRowError):
             raise
-        raise InvalidRowError("the picture cannot be read", str(fault)) from fault
+        raise InvalidRowError("the image cannot be read", str(fault)) from fault
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A picture on disk, decoded whenever it is asked for."""
+    """An image file, decoded at every access."""
 
     path: Path
 
@@ -64,13 +63,13 @@ class ImageFile:
         return open_image(self.path)
 
     def checked(self) -> ImageFile:
-        """Itself, once it has been decoded without a fault."""
+        """Decodes the file once, and returns it. Raises `InvalidRowError`."""
         open_image(self.path)
         return self
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Its pictures, at any depth."""
+    """The image files of a folder, at any depth."""
     return [file for file in sorted(folder.rglob("*")) if file.suffix.lower() in SUFFIXES and file.is_file()
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
@@ -88,13 +87,13 @@ def read_image_rows(files: Sequence[tuple[Path, Path]]) -> Rows:
 
 
 def read_idx(file: Path) -> Iterator[Row | RejectedRow]:
-    """Every picture of an IDX file, with its label where the labels' file lies beside it."""
+    """Every image of an IDX file, with its label if the file of labels exists."""
     pixels = _read_idx_array(file, 3)
     beside = file.with_name(file.name.replace("images", "labels").replace("idx3", "idx1"))
     labels = _read_idx_array(beside, 1) if beside.exists() else None
     if labels is not None and len(labels) != len(pixels):
-        raise DataError(f"{file} holds {len(pixels)} pictures, {beside.name} beside it {len(labels)} labels",
-                        "get both files anew")
+        raise DataError(f"{file} holds {len(pixels)} images, {beside.name} beside it {len(labels)} labels",
+                        "download both files again")
     for number, picture in enumerate(pixels):
         yield Row({"pixels": picture, **({} if labels is None else {"label": int(labels[number])})},
                   Origin(str(file), number + 1))
@@ -105,31 +104,31 @@ def _read_idx_array(file: Path, dimensions: int) -> Pixels:
         raw = stream.read()
     head = 4 + 4 * dimensions
     if len(raw) < head or raw[:4] != bytes((0, 0, 8, dimensions)):
-        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions", "get it anew")
+        raise DataError(f"{file} is no IDX file of bytes in {dimensions} dimensions", "download it again")
     shape = struct.unpack(f">{dimensions}I", raw[4:head])
     if len(raw) - head != int(np.prod(shape, dtype=np.int64)):
         raise DataError(f"{file} says it holds {' x '.join(map(str, shape))} bytes, and holds {len(raw) - head}",
-                        "it is damaged: get it anew")
+                        "it is damaged: download it again")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 
-# ---------------------------------------------------------------- on the way into a batch
+# ---------------------------------------------------------------- images of tokenized examples
 
 
 class ImageChange(Protocol):
-    """A change to a picture: `augment.PictureAugment`."""
+    """A change to an image: `augmentation.ImageAugmentation`."""
 
-    def picture(self, pixels: Pixels, chance: np.random.Generator) -> Pixels: ...
+    def picture(self, pixels: Pixels, rng: np.random.Generator) -> Pixels: ...
 
 
 @dataclass(frozen=True)
 class ImageInput:
-    """A picture of an encoded example: pixels, the changes that they go through, and who makes a tensor of them.
+    """An image of a tokenized example: pixels, their augmentations, and the processor that makes a tensor of them.
 
     Args:
-        see: the family's processor: pixels to a float tensor [channels, height, width].
-        draw: what the changes are drawn from: run's seed, epoch, row and view.
-        other: a picture that is mixed in, at 1 - `share`; their tensors are, which is as good as their pixels.
+        see: the model's image processor: pixels to a float tensor [channels, height, width].
+        draw: seeds of the augmentations: run seed, epoch, row and view.
+        other: an image that is mixed in with weight 1 - `share` (mixup); mixing the tensors equals mixing the pixels.
     """
 
     pixels: Any
@@ -139,6 +138,11 @@ class ImageInput:
     other: ImageInput | None = None
     share: float = 1.0
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[height, width] or [height, width, 3]"""
+        return np.shape(self.pixels)
+
     def tensor(self) -> Tensor:
         if self.other is None:
             return self._seen()
@@ -146,14 +150,14 @@ class ImageInput:
 
     def _seen(self) -> Tensor:
         pixels = np.asarray(self.pixels)
-        chance = np.random.default_rng(self.draw)
+        rng = np.random.default_rng(self.draw)
         for change in self.changes:
-            pixels = change.picture(pixels, chance)
+            pixels = change.picture(pixels, rng)
         return torch.as_tensor(self.see(np.array(pixels)))  # a copy: changes are views, and an IDX file is read-only
 
     @cached_property
     def digest(self) -> bytes:
-        """Of the pixels (of a file, its name and size) and the changes."""
+        """Hash of the pixels (for a file, of its name and size) and the augmentations."""
         found = hashlib.blake2b(repr(self.changes).encode(), digest_size=16)
         if isinstance(self.pixels, ImageFile):
             found.update(f"{self.pixels.path} {self.pixels.path.stat().st_size}".encode())
@@ -162,18 +166,3 @@ class ImageInput:
         if self.other is not None:
             found.update(self.other.digest + repr(self.share).encode())
         return found.digest()
-
-
-def disable_changes(example: TokenizedExample) -> TokenizedExample:
-    """A single picture as it is, for held-out rows; two views of one need their changes."""
-    if len(example.images) != 1:
-        return example
-    return replace(example, images=(replace(example.images[0], changes=()),))
-
-
-def apply_random_changes(example: TokenizedExample, *draw: int) -> TokenizedExample:
-    """The example with its pictures' changes drawn anew; itself where it has none."""
-    if not any(isinstance(image, ImageInput) and image.changes for image in example.images):
-        return example
-    return replace(example, images=tuple(replace(image, draw=(*draw, view))
-                                         for view, image in enumerate(example.images)))

@@ -1,6 +1,6 @@
-"""What only all the training rows together say: the classes, the scale of scores, other rows' answers.
+"""Labels that depend on all training rows: class indices, the scale of scores, completions of other rows (KTO).
 
-Read `encoding.py` first, which leaves these open.
+Read `encoding.py` first, which leaves these values open.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ SHOWN = 12  # classes named in a message
 
 @dataclass(frozen=True)
 class LabelEncoder:
-    """What the training rows settle.
+    """Class indices and the scale of scores, fitted on the training rows.
 
     Args:
-        classes: names by their numbers; None where labels are numbers to regress to.
-        several: whether a row may have several classes; its label is then one flag for each.
-        scale: what scores are divided by.
+        classes: names in the order of their indices; None for regression.
+        several: whether a row may have several classes; its label is then one flag for each class.
+        scale: divisor of scores.
     """
 
     classes: tuple[str, ...] | None = None
@@ -48,12 +48,12 @@ class LabelEncoder:
 
     @cached_property
     def places(self) -> Mapping[str, int]:
-        """The number of each class by its name's value."""
+        """Index of each class by the value of its name."""
         return {get_label_key(one): place for place, one in enumerate(self.classes or ())}
 
 
 def fit_label_encoder(examples: Sequence[Example], classes: tuple[str, ...] | None, config: DataConfig) -> LabelEncoder:
-    """From the training rows. `classes` as the objective has them: None, their names, or () to find them here."""
+    """Fits on the training rows. `classes` are those of the objective: None, names, or () to collect them."""
     labels = [label for example in examples for label in _get_labels(example)]
     if classes == ():
         if not config.streaming:  # a regression's features are read so, too
@@ -92,7 +92,7 @@ def _get_labels(example: Example) -> tuple[Label, ...]:
 
 
 def encode_labels(example: Example, encoded: TokenizedExample, what: LabelEncoder) -> TokenizedExample | RejectedRow:
-    """The example with its labels as numbers, or why its row is refused."""
+    """The example with encoded labels, or why its row is rejected."""
     try:
         if isinstance(example, TokenClassificationExample):
             return _encode_tags(example, encoded, what)
@@ -105,15 +105,15 @@ def encode_labels(example: Example, encoded: TokenizedExample, what: LabelEncode
             return encoded
     except InvalidRowError as unfit:
         return RejectedRow(example.origin, unfit.reason, unfit.detail)
-    return replace(encoded, items=tuple(replace(item, label=told) for item in encoded.items))
+    return replace(encoded, labeled_spans=tuple(replace(item, label=told) for item in encoded.labeled_spans))
 
 
 def _encode_tags(example: TokenClassificationExample, encoded: TokenizedExample,
                  what: LabelEncoder) -> TokenizedExample:
-    (piece,) = encoded.pieces
+    (span,) = encoded.spans
     numbers = [_encode_class(tag, what) for tag in example.tags]
-    tags = tuple(int(numbers[word]) if word >= 0 else -1 for word in piece.tags)
-    return replace(encoded, pieces=(replace(piece, tags=tags),))
+    tags = tuple(int(numbers[word]) if word >= 0 else -1 for word in span.tags)
+    return replace(encoded, spans=(replace(span, tags=tags),))
 
 
 def _scale_score(score: float, scale: float) -> float:
@@ -123,7 +123,7 @@ def _scale_score(score: float, scale: float) -> float:
 
 
 def _encode_label(label: Label, what: LabelEncoder) -> float | tuple[float, ...]:
-    """A class's number, one flag for each class, or the number itself."""
+    """A class index, one flag for each class, or the number itself."""
     if what.classes is None and isinstance(label, tuple):
         raise InvalidRowError("several labels where one number is wanted", ", ".join(label))
     if what.classes is None or not what.several:
@@ -134,7 +134,7 @@ def _encode_label(label: Label, what: LabelEncoder) -> float | tuple[float, ...]
 
 
 def _encode_class(label: str | float, what: LabelEncoder) -> float:
-    """The number of the class that has the label's value for a name; of a regression the value itself."""
+    """Index of the class whose name has the value of the label; for regression the value itself."""
     if what.classes is None:
         return read_number(label, "label")
     found = what.places.get(get_label_key(label))
@@ -175,7 +175,7 @@ def add_mismatched_completions(examples: Sequence[Example], everything: Sequence
 
 
 def explain_no_streaming(example: Example, what: tuple[str, ...] | None, config: DataConfig) -> str:
-    """Why this kind of example cannot be streamed; empty where it can."""
+    """Why this kind of example cannot be streamed; empty if it can."""
     if isinstance(example, UnpairedPreferenceExample):
         return "rows with a verdict need another row's answer beside them"
     if _get_labels(example) and what == ():
@@ -191,13 +191,13 @@ def sum_class_weights(encoded: Iterable[tuple[TokenizedExample, float]], classes
     """Of each class how many labels the examples have, each as often as its weight says, times the number beside it."""
     sums = [0.0] * len(classes)
     for example, times in encoded:
-        for item in example.items:
-            told = item.shares or item.label
+        for item in example.labeled_spans:
+            told = item.soft_label or item.label
             shares = enumerate(told) if isinstance(told, tuple) else [(int(told), 1.0)]
             for index, share in shares:
                 sums[index] += share * item.weight * times
-        for piece in example.pieces:
-            for tag, weight in zip(piece.tags, piece.weights, strict=False):
+        for span in example.spans:
+            for tag, weight in zip(span.tags, span.weights, strict=False):
                 sums[tag] += weight * times  # of a token without a tag the weight is 0
     return dict(zip(classes, sums, strict=True))
 

@@ -1,5 +1,7 @@
-"""From the `data:` part of a recipe to encoded examples and a report. Read `encoding.py` and `label_encoding.py`
-first."""
+"""Loads the `data:` section of a recipe: tokenized examples and a report.
+
+Read `encoding.py` and `label_encoding.py` first.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,13 @@ from luthier.data.label_encoding import (
     fit_label_encoder,
     sum_class_weights,
 )
-from luthier.data.masking import MaskingConfig, apply_fixed, disable_augmentation
+from luthier.data.masking import MaskingConfig
 from luthier.data.mixup import draw_pairs, mix_examples
-from luthier.data.report import DataReport, Overlap, PartReport, RowCounter, count_overlap
+from luthier.data.overlap import Overlap, count_overlap
+from luthier.data.report import DataReport, PartReport, RowCounter
 from luthier.data.rows import RejectedRow, Row, Rows
 from luthier.data.tokenization import is_conversation, uses_chat_template
+from luthier.data.transforms import apply_fixed, disable_augmentation
 
 Progress = Callable[[str, int], None]
 TICK = 200  # rows between two words of progress
@@ -222,7 +226,7 @@ class _PartReader:
         if self.tally.refused and not self.kept:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the {self.tally.read} {self.name} rows can be used; the first:\n{first}",
-                            "mend the rows, or say with `format:` and `columns:` how they are written")
+                            "fix the rows, or name their format and columns with `format:` and `columns:`")
 
 
 @dataclass(frozen=True)

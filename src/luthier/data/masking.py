@@ -1,24 +1,23 @@
-"""Documents of which a part is hidden, for bases that read a text whole and guess what is missing. Read
-`tokenization.py`.
+"""Masked tokens and masked spans for pretraining objectives. Read `tokenization.py` first.
 
-    words   [CLS] the cat sat [SEP]          ->  [CLS] the [MASK] sat [SEP], and at [MASK] `cat` is guessed
+    words   [CLS] the cat sat [SEP]          ->  [CLS] the [MASK] sat [SEP], and `cat` is predicted at [MASK]
     spans   thank you for inviting me </s>   ->  thank you <extra_id_0> me </s>
-                                                 <extra_id_0> for inviting <extra_id_1> </s>  is written in answer
+                                                 <extra_id_0> for inviting <extra_id_1> </s>  is the target
 
-Words are for encoders: BERT, Devlin et al. 2019 (arXiv:1810.04805) section 3.1 and appendix A.1; drawn anew for every
-epoch as in RoBERTa, Liu et al. 2019 (1907.11692) section 4.1. Spans are for bases that write: T5, Raffel et al. 2020
-(1910.10683) section 3.1.4, with lengths as in 3.3.4.
+Masked words are for encoders: BERT, Devlin et al. 2019 (arXiv:1810.04805) section 3.1 and appendix A.1. They are drawn
+anew in every epoch as in RoBERTa, Liu et al. 2019 (1907.11692) section 4.1. Masked spans are for encoder-decoder
+models: T5, Raffel et al. 2020 (1910.10683) section 3.1.4, with lengths as in 3.3.4.
 
-An encoded document is kept whole. What is hidden is drawn on its way into a batch: while training from the run's seed,
-the epoch and the row alone, however an epoch is cut, and wherever it goes on; of held-out rows from their own tokens
-alone, so that every evaluation, of any run, hides the same.
+A tokenized document is stored without masks; `transforms.py` applies them. In training, masks depend on the seed of
+the run, the epoch and the row only, so they do not change with the batch size or after a resume. For held-out rows they
+depend on the tokens only, so every evaluation of every run masks the same tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Literal
@@ -29,26 +28,25 @@ from luthier.core.errors import BaseError
 from luthier.core.examples import Example, TextExample
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import TokenizedExample, TokenSpan
-from luthier.data import images
 from luthier.data.config import DataConfig
 from luthier.data.rows import RejectedRow
 
-MASKED, RANDOM = 0.8, 0.1  # of the hidden words: shown as the mask, and as any other token; the rest is shown as it is
+MASKED, RANDOM = 0.8, 0.1  # shares of masked words: replaced by the mask, by a random token; the rest stay unchanged
 
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """How documents are hidden, and with which tokens.
+    """How documents are masked, and with which tokens.
 
     Args:
-        how: see the module's text.
-        rate: the share of a document's tokens that is hidden.
-        span: the mean length of spans, in tokens.
-        whole: whether the tokens of a word are hidden together, or not at all.
-        stand: the tokens that stand for what is hidden: the mask; or the sentinels, one for each span.
-        special: tokens that no word is, and that are never hidden (of spans: tokens that no text may have).
-        end: the end mark; an answer has one too.
-        words: how many tokens there are to show in place of another.
+        how: masked words or masked spans; see the module docstring.
+        rate: share of a document's tokens that is masked.
+        span: mean length of a span, in tokens.
+        whole: whether all tokens of a word are masked together.
+        stand: the tokens that replace masked ones: the mask token, or one sentinel for each span.
+        special: special tokens, which are never masked (for spans: tokens that a text must not contain).
+        end: the end-of-sequence token, which the target has too.
+        words: vocabulary size for random replacements.
     """
 
     how: Literal["words", "spans"]
@@ -63,21 +61,21 @@ class MaskingConfig:
     @staticmethod
     def of(tokenizer: Tokenizer, how: Literal["words", "spans"], name: str, rate: float = 0.15, span: float = 3.0,
            whole: bool = False) -> MaskingConfig:
-        """With the tokens of the base `name`. Raises `BaseError` where its tokenizer has none to stand for others."""
+        """Reads the tokens from the tokenizer of model `name`. Raises `BaseError` if it has no mask or sentinels."""
         if how == "spans":
             stand = _find_sentinels(tokenizer)
             if len(stand) < 2:
                 raise BaseError(f"the tokenizer of {name!r} has no sentinels (<extra_id_0>, <extra_id_1>, ...), which "
-                                "stand for the spans that are hidden", "choose a base of the T5 family, or train this "
+                                "replace the masked spans", "choose a base of the T5 family, or train this "
                                 "one on sources and answers (objective: sft)")
             special = frozenset(token for token in (*stand, tokenizer.eos_token_id) if token is not None)
             return MaskingConfig(how, rate, span, False, stand, special, tokenizer.eos_token_id, 0)
         if tokenizer.mask_token_id is None:
-            raise BaseError(f"the tokenizer of {name!r} has no mask, which stands for the words that are hidden",
+            raise BaseError(f"the tokenizer of {name!r} has no mask token, which replaces the masked words",
                             "choose an encoder that was trained on masked words, such as BERT or RoBERTa")
         if whole and not tokenizer.is_fast:
-            raise BaseError(f"the tokenizer of {name!r} does not say which tokens are one word",
-                            "leave out objective.whole_word_mask")
+            raise BaseError(f"the tokenizer of {name!r} does not map tokens to words",
+                            "omit objective.whole_word_mask")
         special = frozenset(tokenizer.all_special_ids)
         return MaskingConfig(how, rate, span, whole, (tokenizer.mask_token_id,), special, None, len(tokenizer))
 
@@ -89,29 +87,29 @@ def _find_sentinels(tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(found)
 
 
-# ---------------------------------------------------------------- a document, whole
+# ---------------------------------------------------------------- documents before masking
 
 
 @dataclass(frozen=True)
 class MaskableDocument:
-    """What a document that is still whole knows of hiding. Its tokens with a weight may be hidden.
+    """The masking that a stored document gets later. Its tokens with a weight may be masked.
 
     Args:
-        owners: the word that each of its tokens is of; empty: each is one of its own.
+        owners: index of each token's word; empty: every token is a word.
     """
 
     hide: MaskingConfig
     owners: tuple[int, ...] = ()
 
-    def drawn(self, example: TokenizedExample, chance: np.random.Generator) -> TokenizedExample:
-        """The example as a base sees it, with what it is to guess."""
-        piece, = example.pieces
-        makes = _mask_tokens if self.hide.how == "words" else _mask_spans
-        return replace(example, pieces=makes(piece, self, chance), hidden=None)
+    def apply(self, example: TokenizedExample, seed: Sequence[int]) -> TokenizedExample:
+        """The example as the model sees it, with the masked tokens as its predictions."""
+        span, = example.spans
+        mask = _mask_tokens if self.hide.how == "words" else _mask_spans
+        return replace(example, spans=mask(span, self, np.random.default_rng(seed)), masking=None)
 
     @property
     def digest(self) -> bytes:
-        """Of all that decides what is hidden, but for the example itself."""
+        """Hash of everything that determines the masked tokens, except the example itself."""
         hide = self.hide
         told = (hide.how, hide.rate, hide.span, hide.whole, hide.stand, sorted(hide.special), hide.words, self.owners)
         return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
@@ -119,8 +117,8 @@ class MaskableDocument:
 
 def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
                     hide: MaskingConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
-    """A text as one example, or as several of like length where it is split; and whether its end was cut off."""
-    assert isinstance(example, TextExample), "whoever hides reads documents"
+    """A text as one example, or as several of similar length if it is split; and whether it was truncated."""
+    assert isinstance(example, TextExample), "masking applies to documents"
     told = tokenizer(example.text, return_special_tokens_mask=True, verbose=False)
     ids, marks = list(told["input_ids"]), [bool(mark) for mark in told["special_tokens_mask"]]
     start = marks.index(False) if False in marks else len(ids)
@@ -128,11 +126,11 @@ def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
     before, after = ids[:start], ids[stop:]
     if hide.how == "spans" and hide.end is not None and after[-1:] != [hide.end]:
         after = [*after, hide.end]
-    room = config.token_limit - len(before) - len(after) - (hide.how == "spans")  # one sentinel more than spans
+    room = config.most - len(before) - len(after) - (hide.how == "spans")  # a target has one sentinel more than spans
     length = stop - start
-    if length > room and config.truncation == "refuse":
+    if length > room and config.overlong == "refuse":
         return RejectedRow(example.origin, "longer than max_length", f"{length} tokens, at most {room}")
-    if config.truncation == "truncate":
+    if config.overlong == "truncate":
         length = min(length, room)
     parts = max(1, math.ceil(length / max(1, room)))
     bounds = [start + length * i // parts for i in range(parts + 1)]
@@ -164,40 +162,40 @@ def _build_document(example: TextExample, before: list[int], body: list[int], af
                            f"{needed}, and there are {len(hide.stand)}; lower data.max_length or raise "
                            "objective.mean_noise_span_length")
     words = [-1] * len(before) + [-1 if owner is None else owner for owner in owners] + [-1] * len(after)
-    piece = TokenSpan((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
-    return TokenizedExample((piece,), example.origin, hidden=MaskableDocument(hide, tuple(words) if owners else ()))
+    span = TokenSpan((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
+    return TokenizedExample((span,), example.origin, masking=MaskableDocument(hide, tuple(words) if owners else ()))
 
 
 # ---------------------------------------------------------------- words
 
 
-def _mask_tokens(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
-    """One root; hidden tokens have what they were as their tag. Exactly `rate` of all tokens, one at least; of whole
-    words, as many as do not exceed that, in the order of the dice (the first of them, where all would)."""
+def _mask_tokens(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Generator) -> tuple[TokenSpan, ...]:
+    """One root; masked tokens have their original token as tag. Masks exactly `rate` of all tokens, at least one. Of
+    whole words, it takes as many in random order as do not exceed that count (the first one, if every word does)."""
     hide = hidden.hide
-    places = [i for i, weight in enumerate(piece.weights) if weight]
+    places = [i for i, weight in enumerate(span.weights) if weight]
     words = [list(group) for _, group in groupby(places, (lambda i: hidden.owners[i]) if hidden.owners else None)]
     wanted = max(1, round(hide.rate * len(places)))
-    order = [words[i] for i in chance.permutation(len(words))]
+    order = [words[i] for i in rng.permutation(len(words))]
     chosen: list[int] = []
     for word in order:
         if len(chosen) + len(word) <= wanted:
             chosen += word
-    ids, tags = list(piece.ids), [-1] * len(piece.ids)
+    ids, tags = list(span.ids), [-1] * len(span.ids)
     for place in sorted(chosen or order[0]):
-        tags[place], die = ids[place], chance.random()
+        tags[place], die = ids[place], rng.random()
         if die < MASKED:
             ids[place] = hide.stand[0]
         elif die < MASKED + RANDOM:
-            ids[place] = _draw_token(hide, chance)
-    weights = tuple(weight if tag >= 0 else 0.0 for weight, tag in zip(piece.weights, tags, strict=True))
+            ids[place] = _draw_token(hide, rng)
+    weights = tuple(weight if tag >= 0 else 0.0 for weight, tag in zip(span.weights, tags, strict=True))
     return (TokenSpan(tuple(ids), weights, tags=tuple(tags)),)
 
 
-def _draw_token(hide: MaskingConfig, chance: np.random.Generator) -> int:
-    """Any token that is no special one."""
+def _draw_token(hide: MaskingConfig, rng: np.random.Generator) -> int:
+    """A random token that is not special."""
     while True:
-        if (token := int(chance.integers(hide.words))) not in hide.special:
+        if (token := int(rng.integers(hide.words))) not in hide.special:
             return token
 
 
@@ -205,22 +203,23 @@ def _draw_token(hide: MaskingConfig, chance: np.random.Generator) -> int:
 
 
 def _count_spans(length: int, hide: MaskingConfig) -> tuple[int, int]:
-    """Of a text of `length` tokens, how many are hidden, and in how many spans: as T5 rounds them. One token at least
-    is hidden, and one seen, also between two spans."""
+    """Numbers of masked tokens and of spans for a text of `length` tokens, rounded as in T5. At least one token is
+    masked, at least one is visible, and at least one is visible between two spans."""
     tokens = min(max(1, round(hide.rate * length)), length - 1)
     return tokens, min(max(1, round(tokens / hide.span)), length - tokens + 1)
 
 
-def _mask_spans(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Generator) -> tuple[TokenSpan, ...]:
-    """The source, and its answer. All ways to cut the hidden tokens into spans, and to place these, are as likely."""
-    hide, body = hidden.hide, [i for i, weight in enumerate(piece.weights) if weight]
+def _mask_spans(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Generator) -> tuple[TokenSpan, ...]:
+    """The source, and its target. All divisions of the masked tokens into spans, and all placements, are equally
+    likely."""
+    hide, body = hidden.hide, [i for i, weight in enumerate(span.weights) if weight]
     tokens, count = _count_spans(len(body), hide)
-    cuts = np.sort(chance.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
+    cuts = np.sort(rng.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
     lengths = np.diff([0, *cuts, tokens])
-    free = len(body) - tokens - (count - 1)  # tokens that are seen, besides one between any two spans
-    bars = np.sort(chance.choice(free + count, count, replace=False))
+    free = len(body) - tokens - (count - 1)  # visible tokens, beyond the one between any two spans
+    bars = np.sort(rng.choice(free + count, count, replace=False))
     gaps = np.diff([-1, *bars]) - 1 + (np.arange(count) > 0)
-    ids = list(piece.ids)
+    ids = list(span.ids)
     source, answer, at = ids[:body[0]], ids[:body[0]], body[0]
     for sentinel, gap, length in zip(hide.stand, gaps.tolist(), lengths.tolist(), strict=False):
         source += [*ids[at:at + gap], sentinel]
@@ -228,32 +227,5 @@ def _mask_spans(piece: TokenSpan, hidden: MaskableDocument, chance: np.random.Ge
         at += gap + length
     source += ids[at:]
     answer += [hide.stand[count], *ids[body[-1] + 1:]]
-    weight = piece.weights[body[0]]
+    weight = span.weights[body[0]]
     return TokenSpan(tuple(source), (0.0,) * len(source)), TokenSpan(tuple(answer), (weight,) * len(answer), 0)
-
-
-# ---------------------------------------------------------------- on the way into a batch
-
-
-def apply_random(example: TokenizedExample, *draw: int) -> TokenizedExample:
-    """The example with all that every epoch draws anew: what is hidden of a document, how a picture is changed."""
-    if example.hidden is None:
-        return images.apply_random_changes(example, *draw)
-    found: TokenizedExample = example.hidden.drawn(example, np.random.default_rng(draw))
-    return found
-
-
-def apply_fixed(example: TokenizedExample) -> TokenizedExample:
-    """The example with the same hidden whenever it is met; as it is, where nothing is to be."""
-    if example.hidden is None:
-        return example
-    tokens = array("q", example.pieces[0].ids).tobytes()
-    found: TokenizedExample = example.hidden.drawn(
-        example, np.random.default_rng(list(hashlib.blake2b(tokens, digest_size=16).digest())))
-    return found
-
-
-def disable_augmentation(example: TokenizedExample) -> TokenizedExample:
-    """The example as held-out rows are: pictures as they are, and always the same hidden."""
-    return images.disable_changes(apply_fixed(example))
-

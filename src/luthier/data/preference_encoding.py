@@ -92,16 +92,16 @@ def _build_tree(row: _PromptAndAnswers, labels: Sequence[tuple[float, float]], w
     if isinstance(cut, RejectedRow):
         return cut
     shared = cut.shared if _is_sharing_useful(cut, config) else 0
-    pieces = [_build_span(text, cut.kept(shared, stop), 0 if shared else -1)
+    spans = [_build_span(text, cut.kept(shared, stop), 0 if shared else -1)
               for text, stop in zip(texts, cut.stops, strict=True)]
     if shared:
-        pieces.insert(0, _build_span(texts[0], cut.kept(0, shared), -1))
+        spans.insert(0, _build_span(texts[0], cut.kept(0, shared), -1))
     items = tuple(LabeledSpan(index + bool(shared), *label, weight) for index, label in enumerate(labels))
     length = sum(count_predicted_bytes(text, 0, stop, tokenizer.eos_token_id)
                  for text, stop in zip(texts, cut.stops, strict=True))
     shortened = bool(cut.removed) or any(stop < len(text.ids) for text, stop in zip(texts, cut.stops, strict=True))
     remarks = tuple(dict.fromkeys(remark for text in texts for remark in text.remarks))
-    return [TokenizedExample(tuple(pieces), row.origin, length, items, remarks=remarks)], shortened
+    return [TokenizedExample(tuple(spans), row.origin, length, items, remarks=remarks)], shortened
 
 
 def _build_span(text: TokenizedText, places: Sequence[int], parent: int) -> TokenSpan:

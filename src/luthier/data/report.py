@@ -1,41 +1,28 @@
-"""What became of every row: kept, truncated or refused, and what the kept ones are like. Read `tokenization.py`
-first."""
+"""The data report: counts of rows that were kept, truncated or rejected, and statistics of the kept ones.
+
+Read `tokenization.py` first.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from luthier.core.examples import (
-    ChatExample,
-    ClassificationExample,
-    CompletionExample,
-    ContrastiveExample,
-    Example,
-    ImageExample,
-    Message,
     Origin,
-    PreferenceExample,
-    PromptExample,
-    TextExample,
-    TokenClassificationExample,
-    UnpairedPreferenceExample,
 )
-from luthier.core.protocols import Tokenizer
-from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
+from luthier.core.types import TokenizedExample
 from luthier.data.images import ImageInput
+from luthier.data.overlap import Overlap
 from luthier.data.rows import RejectedRow
 
 if TYPE_CHECKING:
-    from rich.text import Text
+    pass
 
 LISTED = 1000  # refusals named one by one; all of them are counted
 PAIRS = 20  # duplicates and overlaps named one by one
@@ -84,14 +71,6 @@ class PartReport:
     truncated_rows: tuple[str, ...] = ()
     remarks: Mapping[str, int] = field(default_factory=dict)
     unmatched_columns: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Overlap:
-    """Examples of one part whose prompt, but for case, space and punctuation, is also in the train part."""
-
-    count: int = 0
-    pairs: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -169,7 +148,7 @@ class RowCounter:
     def part(self, encoded: Sequence[TokenizedExample]) -> PartReport:
         """The counts so far, and what `encoded` is like."""
         count, pairs = _count_duplicates(encoded)
-        lengths = np.array([example.tokens for example in encoded] or [0])
+        lengths = np.array([example.num_tokens for example in encoded] or [0])
         longest = int(lengths.max()) or 1
         counts, edges = np.histogram(lengths, bins=min(BINS, longest), range=(0, longest))
         return PartReport(
@@ -184,7 +163,7 @@ class RowCounter:
 
 
 def _count_trained(example: TokenizedExample) -> int:
-    return sum(len(piece.predicted) for piece in example.pieces)
+    return sum(len(span.predicted) for span in example.spans)
 
 
 def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[tuple[str, str], ...]]:
@@ -193,103 +172,9 @@ def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[t
     pairs: list[tuple[str, str]] = []
     for example in encoded:
         pictures = tuple(image.digest if isinstance(image, ImageInput) else image for image in example.images)
-        before = seen.setdefault((example.pieces, example.items, pictures), example)
+        before = seen.setdefault((example.spans, example.labeled_spans, pictures), example)
         if before is not example:
             count += 1
             if len(pairs) < PAIRS:
                 pairs.append((str(before.origin), str(example.origin)))
     return count, tuple(pairs)
-
-
-def count_overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap:
-    """How many prompts of `other` are in `train` too."""
-    asked: dict[str, Example] = {}
-    for example in train:
-        asked.setdefault(normalize_prompt(example), example)
-    asked.pop("", None)
-    met = [(asked[words], example) for example in other if (words := normalize_prompt(example)) in asked]
-    return Overlap(len(met), tuple((str(a.origin), str(b.origin)) for a, b in met[:PAIRS]))
-
-
-def normalize_prompt(example: Example) -> str:
-    """What is asked, without case, punctuation and extra space: all but the system prompt before the last answer. Of a
-    picture, a digest of its pixels."""
-    if isinstance(example, ImageExample):
-        return hashlib.blake2b(np.ascontiguousarray(example.pixels).tobytes(), digest_size=16).hexdigest()
-    words = ASKS[type(example)](example)
-    if not isinstance(words, str):
-        words = " ".join(m.content for m in words if m.role != "system")
-    return " ".join(re.sub(r"[^\w\s]", " ", words.casefold()).split())
-
-
-def _split_before_last(example: ChatExample) -> tuple[Message, ...]:
-    last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=len(example.messages))
-    return example.messages[:last]
-
-
-ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
-    ChatExample: _split_before_last,
-    CompletionExample: lambda example: example.prompt,
-    PreferenceExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
-    UnpairedPreferenceExample: lambda example: example.prompt,
-    PromptExample: lambda example: example.prompt,
-    TextExample: lambda example: example.text,
-    ClassificationExample: lambda example: f"{example.text} {example.second or ''}",
-    TokenClassificationExample: lambda example: " ".join(example.words),
-    ContrastiveExample: lambda example: " ".join(example.texts[:2]),
-}
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def format_preview(encoded: TokenizedExample, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
-    """The example's words as the model meets them: what is trained in green, the rest dim; before each piece what it
-    continues and how it is judged, behind each tagged word its tag.
-
-    Args:
-        labels: the names of the classes.
-    """
-    from rich.text import Text
-
-    shown = Text()
-    judged = {item.piece: item for item in encoded.items}
-    for index, piece in enumerate(encoded.pieces):
-        item = judged.get(index)
-        said = [*([f"continues piece {piece.parent}"] if piece.parent >= 0 else []),
-                *([f"piece {index}"] if index and piece.parent < 0 else []),
-                *([_format_label(item, labels)] if item else [])]
-        if said:
-            shown.append(("\n" if index else "") + f"--- {', '.join(said)}\n", style="dim italic")
-        if encoded.images:
-            shown.append(f"[picture, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
-            continue
-        for trained, start, stop in _find_token_runs(piece):
-            shown.append(tokenizer.decode(piece.ids[start:stop]), style="green" if trained else "dim")
-            if trained and piece.tags:
-                shown.append(f"/{_format_class(piece.tags[start], labels)}", style="italic")
-    return shown
-
-
-def _format_label(item: LabeledSpan, labels: Sequence[str]) -> str:
-    """How a piece is judged."""
-    if item.shares:
-        shares = [f"{share:.2f} {_format_class(i, labels)}" for i, share in enumerate(item.shares) if share]
-        return f"label {', '.join(shares)}"
-    if isinstance(item.label, tuple):
-        flagged = [_format_class(i, labels) for i, flag in enumerate(item.label) if flag]
-        return f"labels {', '.join(flagged) or 'none'}"
-    return (f"label {_format_class(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
-            + (f", weight {item.weight:g}" if item.weight != 1 else ""))
-
-
-def _format_class(number: float, labels: Sequence[str]) -> str:
-    return labels[int(number)] if labels else f"{number:g}"
-
-
-def _find_token_runs(piece: TokenSpan) -> list[tuple[bool, int, int]]:
-    """Runs of tokens that are all predicted, or none; where each starts and stops. A tag is a run of its own."""
-    predicted = set(piece.predicted)
-    starts = [i for i in range(len(piece.ids))
-              if not i or (i in predicted) != (i - 1 in predicted) or (piece.tags and i in predicted)]
-    return [(start in predicted, start, stop) for start, stop in pairwise([*starts, len(piece.ids)])]

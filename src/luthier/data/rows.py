@@ -1,4 +1,4 @@
-"""A row with its origin, a row that cannot be used, and how a file is opened. Read `core/examples.py` first."""
+"""Rows with their origin, rejected rows, and decompression of files. Read `core/examples.py` first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from luthier.core.examples import Origin
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of a file says, by column."""
+    """One row of a file: values by column."""
 
     values: Mapping[str, Any]
     origin: Origin
@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True)
 class RejectedRow:
-    """A row that is not trained on. `reason` is one of few, to count by; `detail` is about this row alone."""
+    """A row that is not used. `reason` is one of a few texts that are counted; `detail` concerns this row only."""
 
     origin: Origin
     reason: str
@@ -55,11 +55,11 @@ OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open,
 
 @contextmanager
 def open_file(file: Path) -> Iterator[io.BufferedReader]:
-    """The unpacked bytes of `file`. Whatever unpacking complains about becomes one `DataError`."""
+    """The decompressed bytes of `file`. Every decompression error becomes one `DataError`."""
     opener = OPENERS.get(file.suffix.lower())
     try:
         with (opener(file) if opener else file.open("rb")) as raw:
             yield io.BufferedReader(raw)
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as fault:
         raise DataError(f"{file} cannot be read: {fault}",
-                        "it is damaged, or not what its suffix says: get it anew, or mend the suffix") from fault
+                        "it is damaged, or not what its suffix says: download it again, or fix the suffix") from fault

@@ -98,13 +98,13 @@ def _read_card_configs(folder: Path, files: Sequence[Path], subset: str | None) 
     try:
         told = yaml.safe_load(head[1])
     except yaml.YAMLError as fault:
-        raise DataError(f"{readme}: its YAML head cannot be read: {fault}", "mend it, or name the files one by "
+        raise DataError(f"{readme}: its YAML head cannot be read: {fault}", "fix it, or name the files one by "
                         "one") from fault
     configs = told.get("configs") if isinstance(told, Mapping) else None
     if not configs:
         return None
     if not isinstance(configs, list) or not all(isinstance(one, Mapping) for one in configs):
-        raise DataError(f"{readme}: configs is not a list of mappings", "mend it, or name the files one by one")
+        raise DataError(f"{readme}: configs is not a list of mappings", "fix it, or name the files one by one")
     named = {str(one.get("config_name", ROOT)): one for one in configs}
     default = next((name for name, one in named.items() if one.get("default") is True or name == ROOT), None)
     chosen = _choose_subset(folder, list(named), subset or default)
@@ -134,7 +134,7 @@ def _read_config(folder: Path, files: Sequence[Path], config: Mapping[str, Any],
             for file in matched:
                 if owner.setdefault(file, split) != split:
                     raise DataError(f"{where}: {file} is of the splits {owner[file]!r} and {split!r}",
-                                    "mend it, or name the files one by one")
+                                    "fix it, or name the files one by one")
             found[split] = sorted({*found.get(split, ()), *matched})
     return found
 
@@ -147,7 +147,7 @@ def _read_patterns(given: Any, where: str) -> Iterator[tuple[str, list[str]]]:
         split, path = (one.get("split", TRAIN), one.get("path")) if isinstance(one, Mapping) else (TRAIN, one)
         listed: list[Any] = path if isinstance(path, list) else [path]
         if not listed or not all(isinstance(pattern, str) for pattern in listed):
-            raise DataError(f"{where}: data_files names no path", "mend it, or name the files one by one")
+            raise DataError(f"{where}: data_files names no path", "fix it, or name the files one by one")
         yield str(split), listed
 
 

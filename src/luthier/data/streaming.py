@@ -1,4 +1,4 @@
-"""Training on rows that do not fit in memory. Read `batch_source.py` first: this is its twin that keeps nothing.
+"""Training on rows that do not fit in memory. Read `batch_source.py` first.
 
 Every epoch reads the sources anew, a row of each in turn. Examples are shuffled in blocks. The cursor is the number of
 rows before the current block, and of examples taken from it: who resumes skips the former and reads the latter again.
@@ -25,10 +25,10 @@ from luthier.data.config import DataConfig, Source
 from luthier.data.encoding import encode_with_truncation
 from luthier.data.label_encoding import encode_labels, explain_no_streaming, fit_label_encoder
 from luthier.data.load import ANY_DATASET, DatasetSpec, build_no_rows_error, iterate_examples
-from luthier.data.masking import apply_random
 from luthier.data.packing import pack_examples
 from luthier.data.report import DataReport, RowCounter
 from luthier.data.rows import RejectedRow
+from luthier.data.transforms import apply_random
 
 
 class StreamingBatchSource:
@@ -79,14 +79,14 @@ class StreamingBatchSource:
                 else:
                     yield row
 
-    def _source(self, source: Source, chance: np.random.Generator) -> Iterator[tuple[Example | RejectedRow,
+    def _source(self, source: Source, rng: np.random.Generator) -> Iterator[tuple[Example | RejectedRow,
                                                                                      DataConfig]]:
         whole, config = int(source.weight), self.config.for_source(source)
         for _ in range(whole):
             yield from ((row, config) for row in iterate_examples(source, self.config, self.use.reader))
         if source.weight > whole:
             again = iterate_examples(source, self.config, self.use.reader)
-            yield from ((row, config) for row in again if chance.random() < source.weight - whole)
+            yield from ((row, config) for row in again if rng.random() < source.weight - whole)
 
     def _refill(self) -> None:
         """The next block, shuffled by the seed and its place alone; an empty one at the end of the epoch."""
@@ -150,7 +150,7 @@ class StreamingBatchSource:
         if not chosen:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the train rows can be used; the first:\n{first}",
-                            "mend the rows, or say with `format:` and `columns:` how they are written")
+                            "fix the rows, or name their format and columns with `format:` and `columns:`")
         return pack_examples(chosen, self.max_tokens)
 
     def state(self) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from luthier.core.examples import (
     ChatExample,
     CompletionExample,
     Example,
+    LMExample,
     Message,
     Origin,
     PreferenceExample,
     PromptExample,
     TextExample,
     UnpairedPreferenceExample,
-    Worded,
 )
 from luthier.core.protocols import Tokenizer
 from luthier.core.types import TokenizedExample, TokenSpan
@@ -43,7 +43,7 @@ class TokenizedText:
     Args:
         ends: for each token, where its characters end in `text`.
         divisible: whether it may be cut into several examples (documents may, chats may not).
-        source: how many tokens are a source, which is read and not gone on with: a piece of its own.
+        source: how many tokens are a source, which is read and not gone on with: a span of its own.
         shortened: whether some of the source was cut off.
         remarks: see `Rendered`.
     """
@@ -59,7 +59,7 @@ class TokenizedText:
     remarks: tuple[str, ...] = ()
 
 
-def encode_text_example(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[TokenizedExample],
+def encode_text_example(example: LMExample, tokenizer: Tokenizer, config: DataConfig) -> tuple[list[TokenizedExample],
                                                                                             bool] | RejectedRow:
     """The example as tokens and weights (several where it was split), and whether its end was cut off."""
     texts = tokenize_example(example, tokenizer, config)
@@ -67,10 +67,10 @@ def encode_text_example(example: Worded, tokenizer: Tokenizer, config: DataConfi
         return texts
     found: list[TokenizedExample] = []
     for text in texts:
-        pieces = truncate(text, config, tokenizer)
-        if isinstance(pieces, RejectedRow):
-            return pieces
-        found += pieces
+        spans = truncate(text, config, tokenizer)
+        if isinstance(spans, RejectedRow):
+            return spans
+        found += spans
     return found, config.truncation == "truncate" and any(
         text.shortened or len(text.ids) - text.source > config.token_limit for text in texts)
 
@@ -78,7 +78,7 @@ def encode_text_example(example: Worded, tokenizer: Tokenizer, config: DataConfi
 # ---------------------------------------------------------------- spelling
 
 
-def tokenize_example(example: Worded, tokenizer: Tokenizer, config: DataConfig) -> list[TokenizedText] | RejectedRow:
+def tokenize_example(example: LMExample, tokenizer: Tokenizer, config: DataConfig) -> list[TokenizedText] | RejectedRow:
     """The example's texts, uncut: one, but for chats under a template that rewrites history."""
     bare = isinstance(example, CompletionExample) and not uses_chat_template(tokenizer, config)
     if config.is_encoder_decoder:
@@ -90,7 +90,7 @@ def tokenize_example(example: Worded, tokenizer: Tokenizer, config: DataConfig) 
     return [_tokenize_text(text, tokenizer, example, closed=closed) for text in texts]
 
 
-def _build_texts(example: Worded, tokenizer: Tokenizer, config: DataConfig,
+def _build_texts(example: LMExample, tokenizer: Tokenizer, config: DataConfig,
                  bare: bool) -> list[RenderedChat] | RejectedRow:
     if isinstance(example, TextExample):
         return [_build_document(example, tokenizer, config)]
@@ -144,7 +144,7 @@ def _list_remarks(marked: str, text: str) -> tuple[str, ...]:
     return () if marked == text else ("control tokens spelt in a text are plain text (data.chat.control_tokens)",)
 
 
-def _tokenize_text(text: RenderedChat, tokenizer: Tokenizer, example: Worded, *, closed: bool) -> TokenizedText:
+def _tokenize_text(text: RenderedChat, tokenizer: Tokenizer, example: LMExample, *, closed: bool) -> TokenizedText:
     """`closed`: the tokenizer's own opening and the end mark are put around it (a template brings its own)."""
     ids, starts, ends = tokenize_rendered(text, tokenizer, special=closed)
     weights = [text.rest * example.weight] * len(ids)
@@ -162,7 +162,7 @@ def _tokenize_text(text: RenderedChat, tokenizer: Tokenizer, example: Worded, *,
 # ---------------------------------------------------------------- sources and their answers
 
 
-def _tokenize_source_and_answer(example: Worded, tokenizer: Tokenizer, config: DataConfig,
+def _tokenize_source_and_answer(example: LMExample, tokenizer: Tokenizer, config: DataConfig,
                                 bare: bool) -> list[TokenizedText] | RejectedRow:
     """`spell` for a base that reads a source and writes its answer: everything before the first trained word, and what
     follows it, each tokenised alone and with an end mark of its own."""
@@ -181,7 +181,7 @@ def _tokenize_source_and_answer(example: Worded, tokenizer: Tokenizer, config: D
     return found
 
 
-def _join_source_and_answer(text: RenderedChat, tokenizer: Tokenizer, example: Worded, config: DataConfig,
+def _join_source_and_answer(text: RenderedChat, tokenizer: Tokenizer, example: LMExample, config: DataConfig,
                             bare: bool) -> TokenizedText | RejectedRow:
     """Source and answer, spelt alone and put one behind the other."""
     start, end_mark = text.spans[0].start, tokenizer.eos_token_id
@@ -242,10 +242,10 @@ def _split_document(text: TokenizedText, most: int, tokenizer: Tokenizer) -> lis
     while True:
         part = _build_example(text, start, min(stop, length), tokenizer.eos_token_id)
         if start and opening:
-            (piece,) = part.pieces
-            weights = ((0.0,) * (len(opening) + 1), piece.weights[1:])  # the shared token has been predicted
-            part = replace(part, pieces=(TokenSpan((*opening, *piece.ids), weights[0] + weights[1]),))
-        if part.pieces[0].predicted:
+            (span,) = part.spans
+            weights = ((0.0,) * (len(opening) + 1), span.weights[1:])  # the shared token has been predicted
+            part = replace(part, spans=(TokenSpan((*opening, *span.ids), weights[0] + weights[1]),))
+        if part.spans[0].predicted:
             found.append(part)
         if stop >= length:
             return found or RejectedRow(text.origin, "nothing to train on", f"{length} tokens")
@@ -254,9 +254,9 @@ def _split_document(text: TokenizedText, most: int, tokenizer: Tokenizer) -> lis
 
 def _build_example(text: TokenizedText, start: int, stop: int, end_mark: int | None) -> TokenizedExample:
     first = start + text.source
-    pieces = [TokenSpan(tuple(text.ids[start:first]), tuple(text.weights[start:first]))] if text.source else []
-    pieces.append(TokenSpan(tuple(text.ids[first:stop]), tuple(text.weights[first:stop]), len(pieces) - 1))
-    return TokenizedExample(tuple(pieces), text.origin, count_predicted_bytes(text, start, stop, end_mark),
+    spans = [TokenSpan(tuple(text.ids[start:first]), tuple(text.weights[start:first]))] if text.source else []
+    spans.append(TokenSpan(tuple(text.ids[first:stop]), tuple(text.weights[first:stop]), len(spans) - 1))
+    return TokenizedExample(tuple(spans), text.origin, count_predicted_bytes(text, start, stop, end_mark),
                             remarks=() if start else text.remarks)
 
 

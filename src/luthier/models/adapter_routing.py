@@ -25,7 +25,7 @@ def route_segments(router: Router | None, forest: SegmentTree, packed: bool) -> 
     if packed:
         return route_indices(router, 1, [a for a, n in zip(chosen, forest.lengths, strict=True) for _ in range(n)])
     parents = set(forest.parents)
-    rows = [{chosen[a] for a in forest.path(i)} for i in range(len(chosen)) if i not in parents]
+    rows = [{chosen[a] for a in forest.find_path(i)} for i in range(len(chosen)) if i not in parents]
     if any(len(row) > 1 for row in rows):
         raise RunError("a segment goes through another adapter than the one that it continues, and this base computes "
                        "every document as one padded row", "send whole documents through one adapter")

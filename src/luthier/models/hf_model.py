@@ -307,7 +307,7 @@ def list_leaf_paths(forest: SegmentTree) -> tuple[list[Tensor], Callable[[int], 
     parents = set(forest.parents)
     starts = forest.starts
     spans = [torch.arange(start, start + n) for start, n in zip(starts, forest.lengths, strict=True)]
-    runs = [torch.cat([spans[a] for a in forest.path(i)]) for i in range(len(spans)) if i not in parents]
+    runs = [torch.cat([spans[a] for a in forest.find_path(i)]) for i in range(len(spans)) if i not in parents]
 
     def locate(width: int) -> Tensor:
         positions = torch.full((sum(forest.lengths),), -1)  # [T]

@@ -10,9 +10,9 @@ from luthier.core.types import Inputs
 def mix_embeddings(embedding: nn.Module, inputs: Inputs) -> Tensor | None:
     """[T, D] s E[a] + (1 - s) E[b], with E[-1] = 0, for tokens a, the others b and shares s, all [T]; None where
     nothing is mixed. Guo et al. 2019 (arXiv:1905.08941). A token whose share is 1 keeps its embedding bit for bit."""
-    if inputs.others is None or inputs.shares is None:
+    if inputs.mix is None:
         return None
     own: Tensor = embedding(inputs.tokens)
-    other = embedding(inputs.others.clamp(min=0)) * (inputs.others >= 0)[:, None]
-    shares = inputs.shares[:, None].to(own.dtype)
+    other = embedding(inputs.mix.ids.clamp(min=0)) * (inputs.mix.ids >= 0)[:, None]
+    shares = inputs.mix.shares[:, None].to(own.dtype)
     return shares * own + (1 - shares) * other

@@ -119,18 +119,18 @@ class TaskHeads:
         """
         made: dict[str, Any] = {"scalars": dict(self.scalars)}
         if needs & (LOG_PROBS | {"states", "token_scores"}):
-            made["states"] = states = row.index_select(0, target.at)
+            made["states"] = states = row.index_select(0, target.state_index)
             if needs & LOG_PROBS:
-                logps, hits, entropies = log_probs(states, target.tokens, "token_entropies" in needs,
+                logps, hits, entropies = log_probs(states, target.token_ids, "token_entropies" in needs,
                                                    target.temperature)
                 made |= {"token_logps": logps, "token_hits": hits, "token_entropies": entropies}
             if "token_scores" in needs:
                 made["token_scores"] = self._compute_scores("token", states)
         if "pooled" in needs:
-            made["pooled"] = pool_states(row, forest, target.items, pooling)
+            made["pooled"] = pool_states(row, forest, target.labeled_segments, pooling)
         if "scores" in needs:
             own = pooling if self.task_head is None else cast(Pooling, self.task_head.pooling)
-            made["scores"] = self._compute_scores("item", pool_states(row, forest, target.items, own))
+            made["scores"] = self._compute_scores("item", pool_states(row, forest, target.labeled_segments, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 
@@ -140,7 +140,7 @@ def pool_states(row: Tensor, forest: SegmentTree, items: Tensor, how: Pooling) -
     if how == "last":
         return row.index_select(0, (starts + lengths - 1)[items])
     if how == "first":
-        roots = to_device(torch.tensor([forest.path(i)[0] for i in range(len(forest.lengths))]), row.device)
+        roots = to_device(torch.tensor([forest.find_path(i)[0] for i in range(len(forest.lengths))]), row.device)
         return row.index_select(0, starts[roots[items]])
     # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
     # and in an order of its own in every run.

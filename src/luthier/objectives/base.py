@@ -97,7 +97,7 @@ def upcast_to_float32(values: Tensor) -> Tensor:
 def get_item_weights(target: LossInputs) -> Tensor:
     """The loss weight of each item, 1 where the batch has none. Returns [A]."""
     weights = target.item_weights
-    return weights if weights.shape[0] else torch.ones(target.items.shape[0], device=weights.device)  # [A]
+    return weights if weights.shape[0] else torch.ones(target.labeled_segments.shape[0], device=weights.device)  # [A]
 
 
 def get_group_weights(target: LossInputs, table: Tensor) -> Tensor:

@@ -158,8 +158,9 @@ class ClassifyConfig(ObjectiveConfig):
         if self.task == "multi":
             losses = F.binary_cross_entropy_with_logits(scores, target.labels.to(scores.dtype), reduction="none")
             correct = ((scores > 0) == (target.labels > 0.5)).all(-1)  # [A]
-        elif target.shares.shape[0]:
-            shares, class_weights = target.shares.to(scores.dtype), self._get_class_weights(target).to(scores.dtype)
+        elif target.soft_labels.shape[0]:
+            shares = target.soft_labels.to(scores.dtype)  # [A, C]
+            class_weights = self._get_class_weights(target).to(scores.dtype)
             losses = F.cross_entropy(scores, shares, class_weights, reduction="none")  # [A]
             weights = get_item_weights(target)  # [A] the losses have the class weights already
             correct = scores.argmax(-1) == self._get_classes(target)  # [A]
@@ -192,7 +193,7 @@ class ClassifyConfig(ObjectiveConfig):
 
     def _get_classes(self, target: LossInputs) -> Tensor:
         """[A] or [P] class indices."""
-        truth = target.tokens if self.task == "tokens" else target.labels.long()
+        truth = target.token_ids if self.task == "tokens" else target.labels.long()
         assert bool(((truth >= 0) & (truth < len(self.labels))).all()), "data rejects rows with other classes"
         return truth
 
@@ -207,8 +208,8 @@ class ClassifyConfig(ObjectiveConfig):
             return get_item_weights(target)
         assert self.class_weights != "balanced", "`with_labels` replaces it by numbers"
         weights = self._get_class_weights(target)
-        if target.shares.shape[0]:
-            return target.shares @ weights * get_item_weights(target)
+        if target.soft_labels.shape[0]:
+            return target.soft_labels @ weights * get_item_weights(target)
         if self.task == "multi":
             assert target.labels.shape[1:] == weights.shape, "one flag for each class"
             return weights * get_item_weights(target)[:, None]

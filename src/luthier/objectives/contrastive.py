@@ -317,7 +317,7 @@ def _build_pair_table(target: LossInputs) -> Tensor:
 def _find_anchors(target: LossInputs) -> tuple[Tensor, Tensor]:
     """[N] the anchors, [M] positives and hard negatives. Raises `DataError` if a group does not have both."""
     anchor, positive = target.labels == 0, target.labels == 1  # [A]
-    numbers = torch.zeros(target.examples, 3, device=target.groups.device)  # of anchors, positives, items
+    numbers = torch.zeros(target.num_examples, 3, device=target.groups.device)  # of anchors, positives, items
     numbers.index_add_(0, target.groups, torch.stack([anchor, positive, torch.ones_like(anchor)], 1).to(numbers.dtype))
     if bool(((numbers[:, 2] > 0) & ((numbers[:, 0] != 1) | (numbers[:, 1] < 1))).any()):
         raise DataError("contrastive: an example does not have one anchor and at least one positive",

@@ -52,7 +52,7 @@ class CrossEntropyConfig(ObjectiveConfig):
         return Loss(total, weight, {
             "nll": (total.detach(), weight),
             "token_accuracy": (outputs.token_hits.sum(), float(logps.shape[0])),
-            "bits_per_byte": (-unweighted / math.log(2), float(target.bytes)),
+            "bits_per_byte": (-unweighted / math.log(2), float(target.num_bytes)),
         })
 
 

@@ -82,7 +82,7 @@ class GrpoConfig(OnlineRLConfig):
 
     def count(self, target: LossInputs) -> float:
         longest = self.max_new_tokens if self.advantage_estimator == "dr_grpo" else 1
-        return float(target.items.shape[0] * longest)
+        return float(target.labeled_segments.shape[0] * longest)
 
     def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
@@ -98,7 +98,7 @@ class GrpoConfig(OnlineRLConfig):
             losses = losses + self.beta * kl
             metrics["kl_loss"] = kl.detach().sum()
         if self.advantage_estimator == "grpo":
-            lengths = torch.bincount(target.item_of, minlength=target.items.shape[0])  # [A] tokens of each completion
+            lengths = torch.bincount(target.item_of, minlength=len(target.labeled_segments))  # [A] tokens of each one
             losses = losses / lengths[target.item_of]
         n = float(logps.shape[0])
         return Loss(losses.sum(), torch.tensor(self.count(target)),

@@ -147,7 +147,7 @@ def compute_completion_logps(logps: Tensor, target: LossInputs, mean: bool) -> T
     Args:
         logps: [P].
     """
-    items = target.items.shape[0]
+    items = target.labeled_segments.shape[0]
     # Predictions of a shared prompt belong to no item: they are added to one more row, which is dropped.
     owner = torch.where(target.item_of < 0, items, target.item_of)  # [P]
     weights = target.weights.to(logps.dtype)  # [P]

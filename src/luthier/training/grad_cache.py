@@ -58,7 +58,7 @@ def backward(forward: Forward, objective: Objective, mine: list[Batch], count: f
         return torch.zeros((), device=device), {}
     every = [*zip(leaves, [batch.target for batch in mine], strict=True),
              *((Outputs(**tensors), target) for tensors, target in others)]  # type: ignore[arg-type]
-    part = objective(Outputs.joined([o for o, _ in every]), LossInputs.joined([t for _, t in every]))
+    part = objective(Outputs.concatenate([o for o, _ in every]), LossInputs.concatenate([t for _, t in every]))
     (part.total / count).backward()  # gradients of the outputs; trained scalars get theirs here
     after = rng.capture_rng_state(device)
     for batch, state, leaf in zip(mine, states, leaves, strict=True):

@@ -110,7 +110,7 @@ def step(family: Family, objective: Objective, batches: list[Batch], optimizer: 
     optimizer.step(norm)
     read = async_read([*(x for pair in sums.values() for x in pair), loss, norm], device)
     return StepResult(count, tuple(sums), read, device, sum(b.inputs.tokens.shape[0] for b in batches),
-                      sum(b.target.examples for b in batches), len(batches),
+                      sum(b.target.num_examples for b in batches), len(batches),
                       tuple(o for b in batches for o in b.origins))
 
 
@@ -163,7 +163,7 @@ def evaluate_batches(family: Family, objective: Objective, batches: list[Batch],
             _add_metrics(sums, {**part.metrics, "loss": (part.total, part.count)})
     found: dict[str, float] = {}
     if kept:
-        outputs, target = Outputs.joined([o for o, _ in kept]), LossInputs.joined([t for _, t in kept])
+        outputs, target = Outputs.concatenate([o for o, _ in kept]), LossInputs.concatenate([t for _, t in kept])
         if objective.needs_full_batch:
             part = objective(outputs, target)
             _add_metrics(sums, {**part.metrics, "loss": (part.total, part.count)})

@@ -53,9 +53,9 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], str]:
 def trained() -> Callable[[TokenizedExample, PreTrainedTokenizerFast], list[str]]:
     """The runs of words that are predicted with a weight."""
     def runs(encoded: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        (piece,) = encoded.pieces
+        (span,) = encoded.spans
         found: list[list[int]] = [[]]
-        for i, (token, weight) in enumerate(zip(piece.ids, piece.weights, strict=True)):
+        for i, (token, weight) in enumerate(zip(span.ids, span.weights, strict=True)):
             if i and weight:
                 found[-1].append(token)
             elif found[-1]:

@@ -30,7 +30,7 @@ def test_a_turn_that_the_template_drops_is_refused(dropped: str) -> None:
     found = encode_example(chat, tokenizer, CONFIG)
     if dropped == "system":  # the rule for templates without a system role
         assert not isinstance(found, RejectedRow)
-        assert "user\nbe kind\n\nhi" in tokenizer.decode(found[0].pieces[0].ids)
+        assert "user\nbe kind\n\nhi" in tokenizer.decode(found[0].spans[0].ids)
         return
     assert isinstance(found, RejectedRow)
     assert (found.reason, found.detail) == ("a turn that the chat template does not render", "it drops the words of turn 1 (user)")
@@ -79,7 +79,7 @@ def test_each_rule_that_was_used_is_a_remark() -> None:
 def test_a_system_turn_at_the_very_end_is_not_lost() -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a"), Message("system", "be kind")), HERE)
     (found,) = encode_example(chat, tokenizer_with("gemma"), CONFIG)  # type: ignore[misc]
-    assert "<start_of_turn>user\nbe kind<end_of_turn>" in tokenizer_with("gemma").decode(found.pieces[0].ids)
+    assert "<start_of_turn>user\nbe kind<end_of_turn>" in tokenizer_with("gemma").decode(found.spans[0].ids)
 
 
 def test_a_mark_that_a_template_tore_is_noticed_beside_a_whole_one() -> None:

@@ -36,9 +36,9 @@ def tokenizer(request):
 def test_the_assistants_turns_are_trained_to_their_end(tokenizer, trained) -> None:
     (found,) = encode_example(ChatExample(CHAT, HERE), tokenizer, config())
     assert trained(found, tokenizer) == ["the answer<|im_end|>", "good 🙂<|im_end|>"]
-    assert tokenizer.decode(found.pieces[0].ids) == tokenizer.apply_chat_template(
+    assert tokenizer.decode(found.spans[0].ids) == tokenizer.apply_chat_template(
         [{"role": m.role, "content": m.content} for m in CHAT], tokenize=False).removesuffix("\n")
-    assert found.bytes == len("the answergood 🙂".encode())
+    assert found.num_bytes == len("the answergood 🙂".encode())
 
 
 def test_last_trains_the_last_answer_only(tokenizer, trained) -> None:
@@ -48,7 +48,7 @@ def test_last_trains_the_last_answer_only(tokenizer, trained) -> None:
 
 def test_all_trains_every_token(tokenizer) -> None:
     (found,) = encode_example(ChatExample(CHAT, HERE), tokenizer, config(loss_on="all"))
-    assert set(found.pieces[0].weights) == {1.0}
+    assert set(found.spans[0].weights) == {1.0}
 
 
 def test_a_turns_own_weight_goes_first(tokenizer, trained) -> None:
@@ -56,9 +56,9 @@ def test_a_turns_own_weight_goes_first(tokenizer, trained) -> None:
                         Message("assistant", "four", 2.0)), HERE, weight=0.5)
     (found,) = encode_example(chat, tokenizer, config())
     assert trained(found, tokenizer) == ["user\none<|im_end|>\n", "four<|im_end|>"]
-    assert set(found.pieces[0].weights) == {0.25, 0.0, 1.0}
+    assert set(found.spans[0].weights) == {0.25, 0.0, 1.0}
     (found,) = encode_example(ChatExample(chat.messages[2:], HERE), tokenizer, config(loss_on="all"))
-    assert sorted(set(found.pieces[0].weights)) == [1.0, 2.0]
+    assert sorted(set(found.spans[0].weights)) == [1.0, 2.0]
     quiet = ChatExample((Message("user", "one", 0.0), Message("assistant", "two")), HERE)
     (found,) = encode_example(quiet, tokenizer, config(loss_on="all"))
     assert trained(found, tokenizer) == ["<|im_start|>assistant\ntwo<|im_end|>\n"]
@@ -67,7 +67,7 @@ def test_a_turns_own_weight_goes_first(tokenizer, trained) -> None:
 def test_without_a_template_the_plain_one_is_used(tokenizer, trained) -> None:
     tokenizer.chat_template = None
     (found,) = encode_example(ChatExample(CHAT, HERE), tokenizer, config())
-    assert tokenizer.decode(found.pieces[0].ids) == (
+    assert tokenizer.decode(found.spans[0].ids) == (
         "### System:\ns\n\n### User:\none\n\n### Assistant:\nthe answer<|im_end|>\n\n"
         "### User:\ntwo\n\n### Assistant:\ngood 🙂<|im_end|>")
     assert [words.rstrip("\n") for words in trained(found, tokenizer)] == ["the answer<|im_end|>", "good 🙂<|im_end|>"]
@@ -77,7 +77,7 @@ def test_without_a_template_the_plain_one_is_used(tokenizer, trained) -> None:
 def test_a_system_prompt_stands_before_chats_that_have_none(letters) -> None:
     (without,) = encode_example(ChatExample(CHAT[1:], HERE), letters, config(system="s"))
     (within,) = encode_example(ChatExample(CHAT, HERE), letters, config(system="other"))
-    assert without.pieces == within.pieces
+    assert without.spans == within.spans
 
 
 def test_a_template_that_rewrites_history_gives_each_turn_its_own_text(letters, trained) -> None:
@@ -87,9 +87,9 @@ def test_a_template_that_rewrites_history_gives_each_turn_its_own_text(letters, 
     first, second = encode_example(chat, letters, config())
     assert trained(first, letters) == ["hm</think>a<|im_end|>"]
     assert trained(second, letters) == ["so</think>b<|im_end|>"]
-    assert "assistant\na<|im_end|>" in letters.decode(second.pieces[0].ids)
+    assert "assistant\na<|im_end|>" in letters.decode(second.spans[0].ids)
     (last,) = encode_example(chat, letters, config(loss_on="last"))
-    assert last.pieces == second.pieces
+    assert last.spans == second.spans
 
 
 def test_a_thought_that_the_generation_prompt_opens_is_closed_where_the_turn_has_none(letters, trained) -> None:
@@ -117,11 +117,11 @@ def test_calls_and_tools_are_put_into_words_where_the_template_has_none(letters,
     (found,) = encode_example(chat, letters, config())
     assert trained(found, letters) == [
         '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call><|im_end|>', "wet<|im_end|>"]
-    assert '<tool_call> and </tool_call>.\n{"type": "function"' in letters.decode(found.pieces[0].ids)
+    assert '<tool_call> and </tool_call>.\n{"type": "function"' in letters.decode(found.spans[0].ids)
     letters.chat_template = TOOLS
     (found,) = encode_example(chat, letters, config())
     assert trained(found, letters) == ["CALL weather<|im_end|>", "wet<|im_end|>"]
-    assert letters.decode(found.pieces[0].ids).startswith('<tools>[{"type": "function"')
+    assert letters.decode(found.spans[0].ids).startswith('<tools>[{"type": "function"')
 
 
 @pytest.mark.parametrize(("prompt", "completion"), [
@@ -132,7 +132,7 @@ def test_the_prompt_is_trls_and_the_answer_ends_with_its_mark(tokenizer, trained
     before = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)["input_ids"]
     text = tokenizer.apply_chat_template([*asked, {"role": "assistant", "content": completion}], tokenize=False)
     (found,) = encode_example(CompletionExample(prompt, completion, HERE), tokenizer, config())
-    ids, weights = list(found.pieces[0].ids), list(found.pieces[0].weights)
+    ids, weights = list(found.spans[0].ids), list(found.spans[0].weights)
     assert (ids[:len(before)], set(weights[:len(before)])) == (before, {0.0})
     assert tokenizer.decode(ids) == text.removesuffix("\n")
     assert trained(found, tokenizer) == [f"{completion}<|im_end|>"]
@@ -142,9 +142,9 @@ def test_the_prompt_is_what_stands_before_the_first_trained_token(tokenizer) -> 
     chat = ChatExample(CHAT, HERE)
     ids, answer = encode_prompt(chat, tokenizer, config(system="unused"))
     (found,) = encode_example(chat, tokenizer, config(loss_on="last"))
-    assert (answer, tuple(ids)) == ("good 🙂", found.pieces[0].ids[:len(ids)])
-    assert not any(found.pieces[0].weights[:len(ids)])
-    assert tokenizer.decode([t for t, w in zip(found.pieces[0].ids, found.pieces[0].weights, strict=True) if w]) == "good 🙂<|im_end|>"
+    assert (answer, tuple(ids)) == ("good 🙂", found.spans[0].ids[:len(ids)])
+    assert not any(found.spans[0].weights[:len(ids)])
+    assert tokenizer.decode([t for t, w in zip(found.spans[0].ids, found.spans[0].weights, strict=True) if w]) == "good 🙂<|im_end|>"
 
 
 SAID = st.text(st.characters(codec="utf-8", exclude_characters="\r"), min_size=1, max_size=12).filter(lambda t: "<|" not in t and t.strip())
@@ -157,4 +157,4 @@ def test_whatever_is_said_comes_back_from_the_trained_tokens(letters, trained, e
     chat = ChatExample(tuple(m for q, a in exchanges for m in (Message("user", q), Message("assistant", a))), HERE)
     (found,) = encode_example(chat, letters, config(max_length=10**6))
     assert trained(found, letters) == [f"{answer}<|im_end|>" for _, answer in exchanges]
-    assert found.bytes == sum(len(answer.encode()) for _, answer in exchanges)
+    assert found.num_bytes == sum(len(answer.encode()) for _, answer in exchanges)

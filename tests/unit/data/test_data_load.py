@@ -131,7 +131,7 @@ def test_the_config_goes_through_yaml_and_back() -> None:
 def test_the_preview_shows_what_is_trained_in_green(letters) -> None:
     shown = format_preview(TokenizedExample((TokenSpan((*b"ask",), (0.0,) * 3), TokenSpan((*"é!".encode(),), (1.0, 1.0, 0.0), 0)), Origin("f", 1)), letters)
     assert [(shown.plain[s.start:s.end], s.style) for s in shown.spans] == [
-        ("ask", "dim"), ("\n--- continues piece 0\n", "dim italic"), ("é", "green"), ("!", "dim")]
+        ("ask", "dim"), ("\n--- continues span 0\n", "dim italic"), ("é", "green"), ("!", "dim")]
 
 
 def test_the_lengths_are_drawn(write, letters, tmp_path) -> None:

@@ -46,7 +46,7 @@ CASES = {
     "whole chats behind a prompt": ({"prompt": "q", "chosen": [turn("user", "q"), turn("assistant", "a")],
                                      "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
     "whole chats": ({"chosen": [turn("user", "q"), turn("assistant", "a")], "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
-    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
+    "implicit_prompt_preference": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
     "transcripts that part early": ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
                                     PreferenceExample((ASK,), ((GOOD, Message("user", "r"), GOOD), (BAD,)), (0, 1), HERE)),
     "a rejected response": ({"messages": [turn("user", "q"), turn("assistant", "a")], "rejected_response": "b"}, PAIR),
@@ -119,7 +119,7 @@ PROMPTS = {
     "with metadata": ({"prompt": "q", "answer": "4", "tests": ["x"]}, "q", {"reference": "4", "tests": ["x"]}),
     "completion": ({"prompt": "q", "completion": "a"}, "q", {"reference": "a"}),
     "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", {"chosen": "a", "rejected": "b"}),
-    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
+    "implicit_prompt_preference": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
     "a chat": ({"messages": [turn("user", "q"), turn("assistant", "a")], "id": 3}, (ASK,), {"reference": "a", "id": 3}),
     "a bad answer is no reference": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": 0}, (ASK,), {"label": 0}),
 }
@@ -138,8 +138,8 @@ def test_whoever_reads_prompts_gets_them_from_any_row_that_holds_one(name) -> No
 def test_the_kinds_that_are_read_decide_between_formats() -> None:
     row = {"messages": [turn("user", "q"), turn("assistant", "a")], "label": True}
     assert [type(become(row, kinds=kind)[0]).__name__ for kind in ("Chat", "UnpairedPreference")] == ["ChatExample", "UnpairedPreferenceExample"]
-    with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads ComparedExample"):
-        become({"text": "t"}, kinds="Compared")
+    with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads PreferenceExample"):
+        become({"text": "t"}, kinds="Preference")
     with pytest.raises(DataError, match="format: pair: rows with prompt, chosen, rejected"):
         become({"prompt": "q", "chosen": "a", "rejected": "b"}, kinds="Text", format="pair")
 
@@ -150,10 +150,10 @@ def test_the_kinds_that_are_read_decide_between_formats() -> None:
 def paths(encoded: TokenizedExample) -> list[tuple[list[int], list[float]]]:
     """Ids and weights of each answer from its root down."""
     found = []
-    for item in encoded.items:
-        piece = encoded.pieces[item.piece]
-        above = [encoded.pieces[piece.parent]] if piece.parent >= 0 else []
-        found.append(([t for p in (*above, piece) for t in p.ids], [w for p in (*above, piece) for w in p.weights]))
+    for item in encoded.labeled_spans:
+        span = encoded.spans[item.span_index]
+        above = [encoded.spans[span.parent]] if span.parent >= 0 else []
+        found.append(([t for p in (*above, span) for t in p.ids], [w for p in (*above, span) for w in p.weights]))
     return found
 
 
@@ -172,11 +172,11 @@ def test_both_forms_hold_the_same_tokens(letters, words, prompt, answers, bare, 
             continue
         (tree,), (roots,) = shared, repeated
         assert paths(tree) == paths(roots)
-        assert tree.bytes == roots.bytes
-        assert [p.parent for p in tree.pieces] == [-1] + [0] * len(answers)
-        assert not any(tree.pieces[0].weights)
-        assert all(p.parent == -1 and len(p.ids) <= most for p in roots.pieces)
-        assert [(i.label, i.margin) for i in tree.items] == [(i.label, i.margin) for i in roots.items] == \
+        assert tree.num_bytes == roots.num_bytes
+        assert [p.parent for p in tree.spans] == [-1] + [0] * len(answers)
+        assert not any(tree.spans[0].weights)
+        assert all(p.parent == -1 and len(p.ids) <= most for p in roots.spans)
+        assert [(i.label, i.margin) for i in tree.labeled_spans] == [(i.label, i.margin) for i in roots.labeled_spans] == \
             [(float(rank), 0.5 if rank == 0 else 0.0) for rank in range(len(answers))]
 
 
@@ -198,13 +198,13 @@ def test_both_forms_give_the_same_loss_and_gradients(letters) -> None:
 
 
 def test_a_prompt_is_shared_where_that_saves_a_sixth(letters) -> None:
-    def pieces(prompt: int, answer: int) -> int:
+    def spans(prompt: int, answer: int) -> int:
         given_ = PreferenceExample("q" * prompt, ("a" * answer, "b" * answer), (0, 1), HERE)
         (found,) = encode_example(given_, letters, config(format="completion", max_length=10**4))
-        return len(found.pieces)
+        return len(found.spans)
 
-    assert pieces(128, 64) == 3
-    assert pieces(32, 128) == 2
+    assert spans(128, 64) == 3
+    assert spans(32, 128) == 2
 
 
 def test_too_long_loses_the_prompts_beginning_for_all_answers_alike(letters) -> None:
@@ -223,31 +223,31 @@ def test_a_verdict_stands_beside_another_rows_answer(write, letters) -> None:
     rows = [{"prompt": "p1", "completion": "a", "label": True}, {"prompt": "p2", "completion": "a", "label": False},
             {"prompt": "p3", "completion": "c", "label": True}]
     path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    found = read_datasets(config(train=path, format="judged", share_prompt=False), letters, seed=0).train
+    found = read_datasets(config(train=path, format="unpaired_preference", share_prompt=False), letters, seed=0).train
     said = [[letters.decode(ids).split("assistant\n")[1].split("<|")[0] for ids, _ in paths(one)] for one in found]
     asked = [{letters.decode(ids).split("user\n")[1].split("<|")[0] for ids, _ in paths(one)} for one in found]
     assert said == [["a", "c"], ["a", "c"], ["c", "a"]]
     assert asked == [{"p1"}, {"p2"}, {"p3"}]
-    assert [[i.label for i in one.items] for one in found] == [[1.0, -1.0], [0.0, -1.0], [1.0, -1.0]]
+    assert [[i.label for i in one.labeled_spans] for one in found] == [[1.0, -1.0], [0.0, -1.0], [1.0, -1.0]]
     alone = read_datasets(config(train=path, test=write("c.jsonl", json.dumps(rows[2])), share_prompt=False), letters, seed=0).test
     assert letters.decode(paths(alone[0])[1][0]).endswith("p3<|im_end|>\n<|im_start|>assistant\na<|im_end|>")
     with pytest.raises(DataError, match="at least two rows"):
         read_datasets(config(train=write("b.jsonl", json.dumps(rows[0]))), letters, seed=0)
 
 
-def test_a_prompt_keeps_its_facts_and_must_leave_room(letters) -> None:
+def test_a_prompt_keeps_its_metadata_and_must_leave_room(letters) -> None:
     example = PromptExample("ab", HERE, {"reference": "4"})
     (found,) = encode_example(example, letters, config())
-    assert letters.decode(found.pieces[0].ids) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+    assert letters.decode(found.spans[0].ids) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
     assert found.metadata == {"prompt": "ab", "reference": "4"}
-    assert found.pieces[0].predicted == ()
-    size = len(found.pieces[0].ids)
+    assert found.spans[0].predicted == ()
+    size = len(found.spans[0].ids)
     assert encode_example(example, letters, config(max_length=size + 5), 5) == [found]
     refused = encode_example(example, letters, config(max_length=size + 4), 5)
     assert refused.reason == "the prompt leaves no room to answer"
 
 
-REAL = {"hh_rlhf_harmless.jsonl": ("Compared", 40, {}), "dpo_en_demo.json": ("Compared", 40, {}),
+REAL = {"hh_rlhf_harmless.jsonl": ("Preference", 40, {}), "dpo_en_demo.json": ("Preference", 40, {}),
         "kto_en_demo.json": ("UnpairedPreference", 40, {})}
 
 

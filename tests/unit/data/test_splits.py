@@ -235,7 +235,7 @@ def test_each_source_of_a_mixture_has_its_own_columns(write: Write, letters: Pre
         (batch,) = next(StreamingBatchSource(made, letters, 3, None))
         found = letters.decode(batch.inputs.tokens.flatten().tolist())
     else:
-        found = "".join(letters.decode(piece.ids) for row in read_datasets(made, letters, seed=0).train for piece in row.pieces)
+        found = "".join(letters.decode(span.ids) for row in read_datasets(made, letters, seed=0).train for span in row.spans)
     assert "<|im_start|>user\nq<|im_end|>" in found
     assert "<|im_start|>user\nw<|im_end|>" in found
     assert "whybecause" in found, "its own format joins it bare"
@@ -255,5 +255,5 @@ def test_a_source_without_columns_has_those_of_all(write: Write, letters: PreTra
 def test_the_eval_and_the_test_of_a_folder_are_its_own_splits(tmp_path: Path, letters: PreTrainedTokenizerFast) -> None:
     folder = str(make(tmp_path, ["train.jsonl", "dev.jsonl", "test.jsonl"]))
     found = read_datasets(config(folder, eval=folder, test=folder), letters, seed=0)
-    assert [letters.decode(part[0].pieces[0].ids[:4]) for part in (found.train, found.eval, found.test)] == ["trai", "dev.", "test"]
+    assert [letters.decode(part[0].spans[0].ids[:4]) for part in (found.train, found.eval, found.test)] == ["trai", "dev.", "test"]
     assert Source.parse({"path": folder}).split is None

@@ -28,8 +28,8 @@ def config(**options: object) -> DataConfig:
 def texts(found: object, tokenizer: object) -> list[tuple[str, int]]:
     """Every answer behind its prompt, and how many tokens that are."""
     assert isinstance(found, list)
-    pieces = found[0].pieces
-    paths = [((pieces[p.parent].ids if p.parent >= 0 else ()) + p.ids) for p in pieces if p.parent >= 0 or len(pieces) == 2]
+    spans = found[0].spans
+    paths = [((spans[p.parent].ids if p.parent >= 0 else ()) + p.ids) for p in spans if p.parent >= 0 or len(spans) == 2]
     return [(tokenizer.decode(ids), len(ids)) for ids in paths]  # type: ignore[attr-defined]
 
 
@@ -74,6 +74,6 @@ def test_a_single_answer_with_a_verdict_is_cut_in_the_same_way() -> None:
     tokenizer = tokenizer_with("chatml")
     made = encode_with_truncation(UnpairedPreferenceExample(PROMPT, (Message("assistant", "yes"),), True, HERE), tokenizer, config(max_length=200))
     assert not isinstance(made, RejectedRow)
-    text = tokenizer.decode(made[0][0].pieces[0].ids)
+    text = tokenizer.decode(made[0][0].spans[0].ids)
     assert text.startswith(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nx")
     assert text.endswith(f"{LATER}<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>")

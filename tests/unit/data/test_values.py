@@ -134,7 +134,7 @@ def test_every_file_and_spelling_trains_and_tests_the_same_classes(spelled: str,
 
 
 def numbers(found: Datasets, part: str) -> list[Any]:
-    return [one.items[0].label for one in (found.train if part == "train" else found.test)]
+    return [one.labeled_spans[0].label for one in (found.train if part == "train" else found.test)]
 
 
 @pytest.mark.parametrize("rows", [[True, False, True], ["true", "False", "TRUE"], [True, 0, "1"], [1, "false", True]])
@@ -189,7 +189,7 @@ def test_several_labels_and_tags_follow_the_rule(write: Write, letters: Letters)
     tagged = write("c.jsonl", jsonl([{"words": ["a", "b", "c"], "tags": [1, "1.0", True]}, {"words": ["a"], "tags": [0]}]))
     found = read_datasets(config(train=tagged), letters, seed=0)
     assert found.labels == ("0", "1")
-    assert [[tag for tag in row.pieces[0].tags if tag >= 0] for row in found.train] == [[1, 1, 1], [0]]
+    assert [[tag for tag in row.spans[0].tags if tag >= 0] for row in found.train] == [[1, 1, 1], [0]]
 
 
 @pytest.mark.parametrize("classes", [[0, 1], [0.0, 1.0], ["0", "1"], ["0.0", "1.0"]])

@@ -86,7 +86,7 @@ def convert_image(values: Values, origin: Origin) -> Example:
     named = values.get("label")
     found = None if named is None else read_label(named)
     if isinstance(found, tuple):
-        raise InvalidRowError("a picture has several labels", "one class, or none")
+        raise InvalidRowError("an image has several labels", "one class, or none")
     return ImageExample(_read_pixels(values["pixels"], origin), origin, found, read_row_weight(values))
 
 

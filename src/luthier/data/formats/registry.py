@@ -64,14 +64,14 @@ def _name_types(*names: str) -> frozenset[str]:
 
 
 FormatName = Literal[
-    "pair", "sharegpt_pair", "rejected_response", "openai_pair", "transcripts", "ranking", "choices", "judged",
-    "judged_chat", "score", "triplet", "label", "label_pair", "tags", "picture", "messages", "sharegpt", "alpaca",
-    "completion", "prompt", "text"]
+    "pair", "sharegpt_pair", "rejected_response", "openai_pair", "implicit_prompt_preference", "ranking", "choices",
+    "unpaired_preference", "unpaired_preference_chat", "score", "triplet", "label", "label_pair", "tags", "image",
+    "messages", "sharegpt", "alpaca", "completion", "prompt", "text"]
 FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` and `prompt` is of the first
     "sharegpt_pair": Format(("conversations", *PAIR), BESIDE, _name_types("Preference"),
                             preferences.convert_sharegpt_pair),
     "pair": Format(("prompt", *PAIR), BESIDE, _name_types("Preference"), preferences.convert_pair),
-    "transcripts": Format(PAIR, BESIDE, _name_types("Preference"), preferences.convert_implicit_prompt),
+    "implicit_prompt_preference": Format(PAIR, BESIDE, _name_types("Preference"), preferences.convert_implicit_prompt),
     "rejected_response": Format(("messages", "rejected_response"), BESIDE, _name_types("Preference"),
                                 preferences.convert_rejected_response),
     "openai_pair": Format(("input", "preferred_output", "non_preferred_output"), BESIDE,
@@ -80,11 +80,10 @@ FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` 
     "choices": Format(("prompt", "choices", "answer"), ("system", "weight"), _name_types("Preference"),
                       preferences.convert_choices, {"prompt": ("question", "context", "ctx"), "choices": ("endings",),
                                                     "answer": ("answerKey", "label")}),
-    "judged": Format(("prompt", "completion", "label"), ("system", "tools", "weight"),
-                     _name_types("UnpairedPreference"),
-                     preferences.convert_unpaired),
-    "judged_chat": Format(("messages", "label"), ("system", "tools", "weight"), _name_types("UnpairedPreference"),
-                          preferences.convert_unpaired_chat),
+    "unpaired_preference": Format(("prompt", "completion", "label"), ("system", "tools", "weight"),
+                                  _name_types("UnpairedPreference"), preferences.convert_unpaired),
+    "unpaired_preference_chat": Format(("messages", "label"), ("system", "tools", "weight"),
+                                       _name_types("UnpairedPreference"), preferences.convert_unpaired_chat),
     "score": Format(("sentence1", "sentence2", "score"), ("weight",), _name_types("Contrastive"), labels.convert_score),
     "triplet": Format(("anchor", "positive"), ("negative", "negatives", "weight"), _name_types("Contrastive"),
                       labels.convert_triplet),
@@ -95,7 +94,7 @@ FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` 
                     {"text": ("sentence",), "label": ("labels",)}),
     "tags": Format(("words", "tags"), ("weight",), _name_types("TokenClassification"), labels.convert_tags,
                    {"words": ("tokens",), "tags": ("ner_tags",)}),
-    "picture": Format(("pixels",), ("label", "weight"), _name_types("Image"), labels.convert_image,
+    "image": Format(("pixels",), ("label", "weight"), _name_types("Image"), labels.convert_image,
                       {"pixels": ("image",)}),
     "messages": Format(("messages",), ("tools", "system", "weight"), _name_types("Chat"), text.convert_messages),
     "sharegpt": Format(("conversations",), ("tools", "system", "weight"), _name_types("Chat"), text.convert_sharegpt,

@@ -148,7 +148,7 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Segme
     queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
     outs = []
     for i, q in enumerate(queries):
-        path = forest.path(i)
+        path = forest.find_path(i)
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
                                                            torch.cat([values[a] for a in path], 2))
         mask = _causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
@@ -209,7 +209,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
 def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, scale: float, window: int | None,
                 causal: bool) -> Tensor:
     varlen_attn = _get_varlen_attention()
-    if (varlen_attn is not None and forest.flat and query.dtype in (torch.bfloat16, torch.float16)
+    if (varlen_attn is not None and forest.is_flat and query.dtype in (torch.bfloat16, torch.float16)
             and _has_flash(query.device)):
         bounds = _cumulative_lengths(forest.lengths, query.device)
         longest = max(forest.lengths)
@@ -278,7 +278,7 @@ def describe_segments(forest: SegmentTree) -> tuple[Tensor, Tensor, Tensor]:
     related = torch.zeros(count, count, dtype=torch.bool)
     offsets = [0] * count
     for i in range(count):
-        path = forest.path(i)
+        path = forest.find_path(i)
         related[i, list(path)] = True
         offsets[i] = sum(forest.lengths[a] for a in path[:-1])
     segment = torch.repeat_interleave(torch.arange(count), torch.tensor(forest.lengths))

@@ -68,7 +68,7 @@ class Encoder(PackedHFModel):
         return columns
 
     def _build_mask(self, forest: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
-        if forest.flat:
+        if forest.is_flat:
             return super()._build_mask(forest, runs)
         # An ancestor does not attend to its descendants, although they share a padded row.
         segment, _, related = describe_segments(forest)
@@ -119,7 +119,7 @@ def compute_token_types(tokens: Tensor, forest: SegmentTree, separator: int) -> 
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
     # [T] separators before the token in its own segment
     before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]
-    if not forest.flat:
+    if not forest.is_flat:
         before = before + ((related * own).sum(1) - own)[owner]
     return (before > 0).long()
 

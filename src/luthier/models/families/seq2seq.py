@@ -80,7 +80,7 @@ class Seq2Seq(HFModel):
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
         if needs & LOG_PROBS:
-            torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.at].all(),
+            torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.state_index].all(),
                                 "a source is read, never predicted")
         return super().forward(inputs, target, needs)
 
@@ -146,7 +146,7 @@ class Seq2Seq(HFModel):
         What several paths share is computed in each; the first of them is the one that counts.
         """
         inner = set(forest.parents)
-        paths = {i: forest.path(i) for i in range(len(spans)) if i not in inner}
+        paths = {i: forest.find_path(i) for i in range(len(spans)) if i not in inner}
         sources = {i: memories[path[0]] for i, path in paths.items()}
         owner = {i: _get_adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
         # The root's last token gives its place to the start token.

@@ -18,9 +18,9 @@ from luthier.core.examples import Origin, TextExample
 from luthier.core.types import Batch, TokenizedExample
 from luthier.data import DataConfig, DividedConfig, MaskingConfig, encode_example, read_datasets
 from luthier.data.batch_source import InMemoryBatchSource
-from luthier.data.masking import apply_fixed, apply_random
 from luthier.data.packing import build_batch, build_eval_batches
 from luthier.data.streaming import StreamingBatchSource
+from luthier.data.transforms import apply_fixed, apply_random
 from tiny import CLS, IM_END, MASK, SEP, pair_tokenizer, tiny_tokenizer, with_sentinels
 
 TEXT = "The quick brown fox jumps over the lazy dog, and the lazy dog does not mind; it has seen many a fox."
@@ -66,21 +66,21 @@ def one(how: Any, *args: Any, **named: Any) -> TokenizedExample:
 def test_words_are_hidden_in_the_shares_of_the_paper() -> None:
     """15 % of the tokens, of which 80 % are the mask, 10 % any token and 10 % as they were; nothing else changes."""
     example = one("words")
-    ids = example.pieces[0].ids
+    ids = example.spans[0].ids
     assert ids == (CLS, *TEXT.encode(), SEP)
     shown, places, others = Counter[str](), Counter[int](), Counter[int]()
     times = 3000
     for epoch in range(times):
-        piece, = apply_random(example, 0, epoch, 7).pieces
-        hidden = [i for i, tag in enumerate(piece.tags) if tag >= 0]
+        span, = apply_random(example, 0, epoch, 7).spans
+        hidden = [i for i, tag in enumerate(span.tags) if tag >= 0]
         assert len(hidden) == round(0.15 * len(TEXT)) == 15
-        assert piece.predicted == tuple(hidden)
-        assert all(piece.tags[i] == ids[i] for i in hidden)
-        assert all(piece.weights[i] == (i in hidden) for i in range(len(ids)))
-        assert all(piece.ids[i] == ids[i] for i in range(len(ids)) if i not in hidden)
+        assert span.predicted == tuple(hidden)
+        assert all(span.tags[i] == ids[i] for i in hidden)
+        assert all(span.weights[i] == (i in hidden) for i in range(len(ids)))
+        assert all(span.ids[i] == ids[i] for i in range(len(ids)) if i not in hidden)
         places.update(hidden)
-        shown.update("mask" if piece.ids[i] == MASK else "same" if piece.ids[i] == ids[i] else "other" for i in hidden)
-        others.update(piece.ids[i] for i in hidden if piece.ids[i] not in (MASK, ids[i]))
+        shown.update("mask" if span.ids[i] == MASK else "same" if span.ids[i] == ids[i] else "other" for i in hidden)
+        others.update(span.ids[i] for i in hidden if span.ids[i] not in (MASK, ids[i]))
     count = 15 * times
     assert abs(shown["mask"] / count - 0.8) < 0.01
     assert abs(shown["other"] / count - 0.1) < 0.01
@@ -93,31 +93,31 @@ def test_words_are_hidden_in_the_shares_of_the_paper() -> None:
 
 def test_a_special_token_in_the_text_is_never_hidden() -> None:
     example = one("words", "ab[MASK]cd[SEP]e", rate=0.5)
-    assert example.pieces[0].ids == (CLS, *b"ab", MASK, *b"cd", SEP, *b"e", SEP)
-    seen = {i for epoch in range(200) for i in apply_random(example, 0, epoch, 0).pieces[0].predicted}
+    assert example.spans[0].ids == (CLS, *b"ab", MASK, *b"cd", SEP, *b"e", SEP)
+    seen = {i for epoch in range(200) for i in apply_random(example, 0, epoch, 0).spans[0].predicted}
     assert seen == {1, 2, 4, 5, 7}
 
 
 def test_the_row_decides_and_the_epoch_and_nothing_else() -> None:
     example = one("words")
     assert apply_random(example, 3, 1, 5) == apply_random(one("words"), 3, 1, 5)
-    kinds = [apply_random(example, *draw).pieces[0] for draw in ((3, 1, 5), (4, 1, 5), (3, 2, 5), (3, 1, 6))]
-    assert len({piece.ids for piece in kinds}) == 4
+    kinds = [apply_random(example, *draw).spans[0] for draw in ((3, 1, 5), (4, 1, 5), (3, 2, 5), (3, 1, 6))]
+    assert len({span.ids for span in kinds}) == 4
     assert apply_fixed(example) == apply_fixed(one("words"))
     assert apply_fixed(apply_fixed(example)) == apply_fixed(example)
-    assert apply_fixed(example).pieces != apply_fixed(one("words", TEXT[1:])).pieces
+    assert apply_fixed(example).spans != apply_fixed(one("words", TEXT[1:])).spans
 
 
 def test_a_base_sees_the_hidden_and_guesses_it_at_its_own_place() -> None:
     example = apply_fixed(one("words", weight=0.5))
     made = build_batch([example, example])
-    piece, = example.pieces
-    hidden = list(piece.predicted)
-    assert made.inputs.tokens.tolist() == [*piece.ids, *piece.ids]
-    assert made.target.at.tolist() == [*hidden, *(len(piece.ids) + i for i in hidden)]
-    assert made.target.tokens.tolist() == [(CLS, *TEXT.encode(), SEP)[i] for i in hidden] * 2
+    span, = example.spans
+    hidden = list(span.predicted)
+    assert made.inputs.tokens.tolist() == [*span.ids, *span.ids]
+    assert made.target.state_index.tolist() == [*hidden, *(len(span.ids) + i for i in hidden)]
+    assert made.target.token_ids.tolist() == [(CLS, *TEXT.encode(), SEP)[i] for i in hidden] * 2
     assert made.target.weights.tolist() == [0.5] * 30
-    assert made.target.bytes == 0
+    assert made.target.num_bytes == 0
 
 
 def test_whole_words_are_hidden_whole() -> None:
@@ -128,7 +128,7 @@ def test_whole_words_are_hidden_whole() -> None:
     assert len(sizes) > 15
     seen, count = set(), 0
     for epoch in range(300):
-        hidden = apply_random(example, 0, epoch, 0).pieces[0].predicted
+        hidden = apply_random(example, 0, epoch, 0).spans[0].predicted
         mine = Counter(owners[i] for i in hidden)
         assert all(sizes[owner] == n for owner, n in mine.items())
         assert 0 < len(hidden) <= 15
@@ -136,7 +136,7 @@ def test_whole_words_are_hidden_whole() -> None:
         count += len(hidden)
     assert seen == set(sizes)
     assert count > 0.9 * 15 * 300
-    apart = apply_random(one("words", tokenizer=tokenizer), 0, 0, 0).pieces[0].predicted  # the control
+    apart = apply_random(one("words", tokenizer=tokenizer), 0, 0, 0).spans[0].predicted  # the control
     assert any(sizes[owner] != n for owner, n in Counter(owners[i] for i in apart).items())
 
 
@@ -146,18 +146,18 @@ def test_words_of_a_later_part_are_hidden_whole_too() -> None:
     assert len(parts) == 3
     owners, at = tokenizer(TEXT).word_ids()[1:-1], 0
     for part in parts:
-        length = len(part.pieces[0].ids) - 2
+        length = len(part.spans[0].ids) - 2
         own = owners[at:at + length]
         sizes, at = Counter(own), at + length
         for epoch in range(50):
-            mine = Counter(own[i - 1] for i in apply_random(part, 0, epoch, 0).pieces[0].predicted)
+            mine = Counter(own[i - 1] for i in apply_random(part, 0, epoch, 0).spans[0].predicted)
             assert mine
             assert all(sizes[owner] == n for owner, n in mine.items())
     assert at == len(owners)
 
 
 def test_one_long_word_is_hidden_all_the_same() -> None:
-    assert len(apply_random(one("words", "abcdefgh", word_tokenizer(), whole=True), 0, 0, 0).pieces[0].predicted) == 8
+    assert len(apply_random(one("words", "abcdefgh", word_tokenizer(), whole=True), 0, 0, 0).spans[0].predicted) == 8
 
 
 # ---------------------------------------------------------------- spans
@@ -165,7 +165,7 @@ def test_one_long_word_is_hidden_all_the_same() -> None:
 
 def put_back(found: TokenizedExample) -> tuple[bytes, list[bytes]]:
     """The text that source and answer make together, and the spans."""
-    source, answer = (list(piece.ids) for piece in found.pieces)
+    source, answer = (list(span.ids) for span in found.spans)
     assert source[-1] == answer[-1] == IM_END
     count = sum(token >= FIRST for token in source)
     assert [t for t in source if t >= FIRST] == list(range(FIRST, FIRST + count))
@@ -187,13 +187,13 @@ def test_source_and_answer_are_the_text() -> None:
         assert sum(map(len, spans)) == round(0.15 * len(TEXT)) == 15
         assert len(spans) == 5
         assert all(spans)
-        source, answer = found.pieces
+        source, answer = found.spans
         assert all(not (a >= FIRST and b >= FIRST) for a, b in pairwise(source.ids))
         assert set(source.weights) == {0.0}
         assert set(answer.weights) == {0.5}
         assert (source.parent, answer.parent) == (-1, 0)
         lengths += map(len, spans)
-        starts[found.pieces[0].ids.index(FIRST)] += 1
+        starts[found.spans[0].ids.index(FIRST)] += 1
         sources.add(source.ids)
     assert len(sources) > 495
     assert set(range(1, 8)) <= set(lengths)
@@ -222,12 +222,12 @@ def test_much_in_spans_of_one_leaves_one_seen_between_any_two() -> None:
 def test_a_long_text_is_cut_split_or_refused(how: Any) -> None:
     room = 30 - 2
     short, = whole(how, settings={"max_length": 30})
-    assert len(short.pieces[0].ids) == room + (2 if how == "words" else 1)
+    assert len(short.spans[0].ids) == room + (2 if how == "words" else 1)
     parts = whole(how, settings={"max_length": 30, "truncation": "split"})
     marks = (CLS, SEP, IM_END)
-    assert bytes(t for part in parts for t in part.pieces[0].ids if t not in marks).decode() == TEXT
-    assert max(part.tokens for part in parts) - min(part.tokens for part in parts) <= 1
-    assert all(max(map(len, (p.ids for p in apply_random(part, 0, 0, 0).pieces))) <= 30 for part in parts)
+    assert bytes(t for part in parts for t in part.spans[0].ids if t not in marks).decode() == TEXT
+    assert max(part.num_tokens for part in parts) - min(part.num_tokens for part in parts) <= 1
+    assert all(max(map(len, (p.ids for p in apply_random(part, 0, 0, 0).spans))) <= 30 for part in parts)
     refused = whole(how, settings={"max_length": 30, "truncation": "refuse"})
     assert refused.reason == "longer than max_length"
 
@@ -258,7 +258,7 @@ def rows(path: Path, count: int = 7) -> Path:
 
 def same(first: list[Batch], second: list[Batch]) -> bool:
     return len(first) == len(second) and all(
-        a.origins == b.origins and torch.equal(a.inputs.tokens, b.inputs.tokens) and torch.equal(a.target.tokens, b.target.tokens)
+        a.origins == b.origins and torch.equal(a.inputs.tokens, b.inputs.tokens) and torch.equal(a.target.token_ids, b.target.token_ids)
         for a, b in zip(first, second, strict=True))
 
 
@@ -296,7 +296,7 @@ def test_every_epoch_hides_anew_and_goes_on_where_it_stood(how: Any, streamed: b
         (a,), (b,) = build_eval_batches(found.eval, None), build_eval_batches(found.eval, None)
         assert torch.equal(a.inputs.tokens, b.inputs.tokens)
         other = read_datasets(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), hide=hide)
-        assert [e.pieces for e in other.eval] == [e.pieces for e in found.eval]
+        assert [e.spans for e in other.eval] == [e.spans for e in found.eval]
         part = found.report.parts["train"]
         if how == "words":
             assert 0.12 < part.trained / part.tokens < 0.17  # what is said to be trained is what is hidden

@@ -17,14 +17,14 @@ TREES = st.lists(st.tuples(st.lists(st.tuples(st.integers(0, 99), st.sampled_fro
                            st.integers(-1, 3)), min_size=1, max_size=4)
 
 
-def tree(number: int, pieces) -> TokenizedExample:
+def tree(number: int, spans) -> TokenizedExample:
     """Pieces as drawn; each continues an earlier one, or none."""
     made = tuple(TokenSpan(tuple(t for t, _ in run), tuple(w for _, w in run), min(parent, index - 1) if index else -1)
-                 for index, (run, parent) in enumerate(pieces))
+                 for index, (run, parent) in enumerate(spans))
     return TokenizedExample(made, Origin("f", number), number, tuple(LabeledSpan(i, 0.0) for i in range(len(made))))
 
 
-EXAMPLES = st.lists(TREES, min_size=1, max_size=8).map(lambda drawn: [tree(i, pieces) for i, pieces in enumerate(drawn)])
+EXAMPLES = st.lists(TREES, min_size=1, max_size=8).map(lambda drawn: [tree(i, spans) for i, spans in enumerate(drawn)])
 
 
 def predictions(batches: list[Batch]) -> Counter:
@@ -33,26 +33,26 @@ def predictions(batches: list[Batch]) -> Counter:
     for batch in batches:
         inputs, target = batch.inputs, batch.target
         starts = inputs.forest.starts
-        for at, token, weight, item in zip(target.at.tolist(), target.tokens.tolist(), target.weights.tolist(), target.item_of.tolist(), strict=True):
+        for at, token, weight, item in zip(target.state_index.tolist(), target.token_ids.tolist(), target.weights.tolist(), target.item_of.tolist(), strict=True):
             owner = target.groups.tolist()[item]
             segment = max(i for i, start in enumerate(starts) if start <= at)
-            before = [inputs.tokens[starts[s]:starts[s] + inputs.forest.lengths[s]].tolist() for s in inputs.forest.path(segment)[:-1]]
+            before = [inputs.tokens[starts[s]:starts[s] + inputs.forest.lengths[s]].tolist() for s in inputs.forest.find_path(segment)[:-1]]
             before.append(inputs.tokens[starts[segment]:at + 1].tolist())
             found[batch.origins[owner].line, tuple(chain(*before)), token, weight] += 1
     return found
 
 
 def expected(examples: list[TokenizedExample]) -> Counter:
-    """The same, from the definition of a piece."""
+    """The same, from the definition of a span."""
     found: Counter = Counter()
     for example in examples:
-        for piece in example.pieces:
-            before, parent = [], piece.parent
+        for span in example.spans:
+            before, parent = [], span.parent
             while parent >= 0:
-                before = [*example.pieces[parent].ids, *before]
-                parent = example.pieces[parent].parent
-            for i, (token, weight) in enumerate(zip(piece.ids, piece.weights, strict=True)):
-                context = (*before, *piece.ids[:i])
+                before = [*example.spans[parent].ids, *before]
+                parent = example.spans[parent].parent
+            for i, (token, weight) in enumerate(zip(span.ids, span.weights, strict=True)):
+                context = (*before, *span.ids[:i])
                 if weight and context:
                     found[example.origin.line, context, token, weight] += 1
     return found
@@ -64,12 +64,12 @@ def test_what_is_predicted_does_not_depend_on_the_rows(examples, max_tokens) -> 
     batches = pack_examples(examples, max_tokens)
     assert predictions(batches) == expected(examples)
     assert sorted(o.line for b in batches for o in b.origins) == list(range(len(examples)))
-    assert sum(b.target.bytes for b in batches) == sum(e.bytes for e in examples)
+    assert sum(b.target.num_bytes for b in batches) == sum(e.num_bytes for e in examples)
     for batch in batches:
         size = len(batch.inputs.tokens)
         assert size == sum(batch.inputs.forest.lengths) == len(batch.inputs.positions)
         assert max_tokens is None or size <= max_tokens or len(batch.origins) == 1
-        assert len(batch.origins) == batch.target.examples
+        assert len(batch.origins) == batch.target.num_examples
 
 
 @settings(deadline=None)
@@ -78,7 +78,7 @@ def test_positions_count_on_from_the_parent(examples, max_tokens) -> None:
     for batch in pack_examples(examples, max_tokens):
         forest = batch.inputs.forest
         for segment, start in enumerate(forest.starts):
-            depth = sum(forest.lengths[s] for s in forest.path(segment)[:-1])
+            depth = sum(forest.lengths[s] for s in forest.find_path(segment)[:-1])
             got = batch.inputs.positions[start:start + forest.lengths[segment]].tolist()
             assert got == list(range(depth, depth + forest.lengths[segment]))
 
@@ -95,7 +95,7 @@ def test_rows_are_filled_first_fit_decreasing_and_keep_order() -> None:
 
 def test_kinds_of_numbers() -> None:
     (row,) = pack_examples(lengths(3), None)
-    integers = (row.inputs.tokens, row.inputs.positions, row.target.at, row.target.tokens, row.target.items, row.target.groups, row.target.item_of)
+    integers = (row.inputs.tokens, row.inputs.positions, row.target.state_index, row.target.token_ids, row.target.labeled_segments, row.target.groups, row.target.item_of)
     assert {t.dtype for t in integers} == {torch.int64}
     assert row.target.weights.dtype == torch.float32
 
@@ -119,6 +119,6 @@ def test_one_row_by_hand() -> None:
     assert row.inputs.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 2, 3]
     assert row.inputs.forest.lengths == (3, 2, 2, 1, 1)
     assert row.inputs.forest.parents == (-1, -1, 1, 1, 3)
-    assert row.target.tokens.tolist() == [11, 12, 30, 31, 40, 50]
-    assert row.target.at.tolist() == [0, 1, 4, 5, 4, 7]  # each from the token before it, an answer's first from the prompt's last
+    assert row.target.token_ids.tolist() == [11, 12, 30, 31, 40, 50]
+    assert row.target.state_index.tolist() == [0, 1, 4, 5, 4, 7]  # each from the token before it, an answer's first from the prompt's last
     assert row.target.weights.tolist() == [2, 3, 4, 5, 6, 7]

@@ -94,7 +94,7 @@ def test_copies_are_added_for_training_alone_and_counted(write, letters) -> None
     assert (len(added.test), added.mix) == (10, ((40, 1.0),))
     assert added.train == loaded(augment=[{"name": "deletion", "copies": 2}, "swap"]).train
     assert added.train != loaded(1, augment=[{"name": "deletion", "copies": 2}, "swap"]).train
-    assert [one.items for one in added.train[:4]] == [added.train[0].items] * 4
+    assert [one.labeled_spans for one in added.train[:4]] == [added.train[0].labeled_spans] * 4
     replaced = loaded(augment=[{"name": "swap", "copies": 0, "replace": 0.5}])
     own = loaded().train
     assert len(replaced.train) == 10

@@ -64,12 +64,12 @@ def folder(tmp_path: Path) -> Path:
 def test_a_folder_of_pictures_has_its_classes_from_its_subfolders(folder) -> None:
     found = read_datasets(config(train=str(folder)), see, seed=0)
     part = found.report.parts["train"]
-    assert (found.labels, part.kept, part.reasons, part.labels) == (("cat", "dog"), 4, {"the picture cannot be read": 1}, {"cat": 2, "dog": 2})
+    assert (found.labels, part.kept, part.reasons, part.labels) == (("cat", "dog"), 4, {"the image cannot be read": 1}, {"cat": 2, "dog": 2})
     assert part.refused[0]["file"].endswith("dog/3.png")
     one = build_batch(found.train)
     assert (one.inputs.images.shape, one.inputs.tokens.shape, one.target.labels.tolist()) == ((4, 1, 6, 5), (4,), [0.0, 0.0, 1.0, 1.0])
     torch.testing.assert_close(one.inputs.images[0, 0], torch.from_numpy(noise(0, 6, 5)).float() / 255)
-    assert format_preview(found.train[1], None, found.labels).plain == "--- label cat\n[picture, 6 x 5 x 3]"
+    assert format_preview(found.train[1], None, found.labels).plain == "--- label cat\n[image, 6 x 5 x 3]"
 
 
 def test_a_column_may_name_a_picture_file_or_hold_its_bytes(folder) -> None:
@@ -78,7 +78,7 @@ def test_a_column_may_name_a_picture_file_or_hold_its_bytes(folder) -> None:
     named, packed, missing, ragged, deep = read_examples([Row(row, Origin(str(folder / "rows.jsonl"), i)) for i, row in enumerate(rows)])
     np.testing.assert_array_equal(np.asarray(named.pixels), packed.pixels)
     assert (named.label, packed.label) == ("a", None)
-    assert [one.reason for one in (missing, ragged, deep)] == ["the picture cannot be read", "pixels are no table of bytes",
+    assert [one.reason for one in (missing, ragged, deep)] == ["the image cannot be read", "pixels are no table of bytes",
                                                                "pixels are not [height, width] or [height, width, 3]"]
 
 
@@ -96,7 +96,7 @@ def test_an_idx_file_finds_its_labels_beside_it(mnist) -> None:
     mnist(3, 3, "t10k")
     for given in (path, str(Path(path).parent)):
         found = read_datasets(config(train=given), see, seed=0)
-        assert (found.labels, [one.items[0].label for one in found.train]) == (("0", "1", "2"), [0.0, 1.0, 2.0] * 2)
+        assert (found.labels, [one.labeled_spans[0].label for one in found.train]) == (("0", "1", "2"), [0.0, 1.0, 2.0] * 2)
         assert str(found.train[4].origin) == f"{path}:5"
     assert len(read_datasets(config(train={"path": str(Path(path).parent), "split": "test"}), see, seed=0).train) == 3
     with pytest.raises(DataError, match="has no split 'unseen'"):
@@ -115,7 +115,7 @@ def test_damaged_idx_files_are_named(mnist, write) -> None:
 def test_pictures_without_a_label_become_two_views_drawn_anew_in_every_epoch(mnist) -> None:
     found = read_datasets(config(train=mnist(), columns={"label": "none"}), see, seed=0)
     assert found.labels == ()
-    assert [[i.label for i in one.items] for one in found.train] == [[0.0, 1.0]] * 6
+    assert [[i.label for i in one.labeled_spans] for one in found.train] == [[0.0, 1.0]] * 6
 
     def epochs(seed: int, count: int = 2) -> list[torch.Tensor]:
         loader = InMemoryBatchSource(found.train, 6, None, shuffle=False, seed=seed)

@@ -66,7 +66,7 @@ def test_a_cursor_of_other_data_is_refused() -> None:
     state = InMemoryBatchSource(some(5), 2, None).state()
     changes = [InMemoryBatchSource(some(6), 2, None), InMemoryBatchSource(some(5, first=1), 2, None), InMemoryBatchSource(some(5), 2, None, seed=1),
                InMemoryBatchSource(some(5), 2, None, shuffle=False), InMemoryBatchSource(some(5), 2, None, mix=[(5, 2.0)]),
-               InMemoryBatchSource([TokenizedExample((TokenSpan(e.pieces[0].ids, (0.0, 1.0, 0.5)),), e.origin) for e in some(5)], 2, None)]
+               InMemoryBatchSource([TokenizedExample((TokenSpan(e.spans[0].ids, (0.0, 1.0, 0.5)),), e.origin) for e in some(5)], 2, None)]
     for other in changes:
         with pytest.raises(DataError, match="not what this run was trained on"):
             other.load(state)

@@ -102,8 +102,8 @@ def test_a_bad_row_is_refused_with_its_reason(name) -> None:
 def test_a_text_and_a_pair_have_the_tokenizers_own_marks(bert, letters) -> None:
     def ids(example: ClassificationExample, tokenizer: PreTrainedTokenizerFast, **options: object) -> list[int]:
         (found,) = encode_example(example, tokenizer, config(**options))
-        assert (len(found.pieces), found.pieces[0].predicted, found.items[0].piece) == (1, (), 0)
-        return list(found.pieces[0].ids)
+        assert (len(found.spans), found.spans[0].predicted, found.labeled_spans[0].span_index) == (1, (), 0)
+        return list(found.spans[0].ids)
 
     assert ids(ClassificationExample("a b", 0.0, HERE), bert) == [2, 4, 5, 3]
     assert ids(ClassificationExample("a b", 0.0, HERE, "c"), bert) == [2, 4, 5, 3, 6, 3]
@@ -115,31 +115,31 @@ def test_a_text_and_a_pair_have_the_tokenizers_own_marks(bert, letters) -> None:
 
 def test_texts_are_roots_labelled_by_their_part(bert) -> None:
     (found,) = encode_example(ContrastiveExample(("a", "b b", "c"), HERE), bert, config())
-    assert [(p.ids, p.parent) for p in found.pieces] == [((2, 4, 3), -1), ((2, 5, 5, 3), -1), ((2, 6, 3), -1)]
-    assert [(i.piece, i.label) for i in found.items] == [(0, 0.0), (1, 1.0), (2, 2.0)]
+    assert [(p.ids, p.parent) for p in found.spans] == [((2, 4, 3), -1), ((2, 5, 5, 3), -1), ((2, 6, 3), -1)]
+    assert [(i.span_index, i.label) for i in found.labeled_spans] == [(0, 0.0), (1, 1.0), (2, 2.0)]
 
 
 def test_each_words_first_token_has_its_tag(letters, words, bert, write) -> None:
     row = {"words": ["the", "ans🙂", "是"], "tags": ["O", "B", "I"]}
     for tokenizer in (letters, words, bert):
         (found,) = read_datasets(config(train=write("a.jsonl", lines(row))), tokenizer, seed=0).train
-        (piece,) = found.pieces
-        assert [tag for tag in piece.tags if tag >= 0] == [2, 0, 1]
-        assert [w for w in piece.weights if w] == [1.0] * 3
+        (span,) = found.spans
+        assert [tag for tag in span.tags if tag >= 0] == [2, 0, 1]
+        assert [w for w in span.weights if w] == [1.0] * 3
         one = build_batch([found])
-        assert one.target.tokens.tolist() == [2, 0, 1]
-        starts = [tokenizer.decode(piece.ids[at:]).strip() for at in one.target.at.tolist()]
+        assert one.target.token_ids.tolist() == [2, 0, 1]
+        starts = [tokenizer.decode(span.ids[at:]).strip() for at in one.target.state_index.tolist()]
         if tokenizer is not bert:
             assert [said[:2] for said in starts] == ["th", "an", "是"]
         else:
-            assert one.target.at.tolist() == [1, 2, 4]  # ans and the picture are two words to it
+            assert one.target.state_index.tolist() == [1, 2, 4]  # ans and the picture are two words to it
 
 
 def test_words_of_a_script_without_spaces_stay_together_unless_they_merge(letters) -> None:
     def said(tokenizer: PreTrainedTokenizerFast) -> str:
         (found,) = encode_example(TokenClassificationExample(("你", "好", "ok"), ("x", "x", "x"), HERE), tokenizer, config())
-        assert sum(tag >= 0 for tag in found.pieces[0].tags) == 3
-        return tokenizer.decode(found.pieces[0].ids)
+        assert sum(tag >= 0 for tag in found.spans[0].tags) == 3
+        return tokenizer.decode(found.spans[0].ids)
 
     assert said(letters) == "你好 ok"
     merging = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"[UNK]": 0, "你好": 1, "你": 2, "好": 3, "ok": 4}, unk_token="[UNK]")))
@@ -156,7 +156,7 @@ def test_classes_are_found_sorted_and_numbered(write, letters) -> None:
         found = read_datasets(config(train=write("a.jsonl", rows)), letters, seed=0)
         assert found.labels == wanted
         names = [str(int(label)) if not isinstance(label, str) else label for label in given]
-        assert [one.items[0].label for one in found.train] == [float(wanted.index(name)) for name in names]
+        assert [one.labeled_spans[0].label for one in found.train] == [float(wanted.index(name)) for name in names]
         assert sum(found.report.parts["train"].labels.values()) == 3
 
 
@@ -172,7 +172,7 @@ def test_a_label_never_seen_in_training_is_refused_with_its_line(write, letters)
 def test_named_classes_take_names_and_never_positions(write, letters) -> None:
     path = write("a.jsonl", lines({"text": "t", "label": "neg"}, {"text": "u", "label": 0}, {"text": "v", "label": 2}))
     found = read_datasets(config(train=path), letters, seed=0, classes=("pos", "neg"))
-    assert [one.items[0].label for one in found.train] == [1.0]
+    assert [one.labeled_spans[0].label for one in found.train] == [1.0]
     assert (found.labels, found.report.parts["train"].reasons) == (("pos", "neg"), {"a label that is none of the classes": 2})
     assert "a number is not read as the position of a class" in found.report.parts["train"].refused[0]["detail"]
 
@@ -180,7 +180,7 @@ def test_named_classes_take_names_and_never_positions(write, letters) -> None:
 def test_without_classes_a_label_is_a_number(write, letters) -> None:
     path = write("a.jsonl", lines({"text": "t", "label": "2.5"}, {"text": "u", "label": -1}, {"text": "v", "label": "good"}, {"text": "w", "label": ["1"]}))
     found = read_datasets(config(train=path), letters, seed=0, classes=None)
-    assert [one.items[0].label for one in found.train] == [2.5, -1.0]
+    assert [one.labeled_spans[0].label for one in found.train] == [2.5, -1.0]
     assert found.labels == ()
     assert set(found.report.parts["train"].reasons) == {"label is not a number", "several labels where one number is wanted"}
 
@@ -197,7 +197,7 @@ def test_several_labels_are_flags(write, letters) -> None:
 def test_scores_are_scaled_over_the_file_or_by_the_setting(write, letters, scores, scale, wanted) -> None:
     path = write("a.jsonl", lines(*({"sentence1": "t", "sentence2": f"u{i}", "score": s} for i, s in enumerate(scores))))
     found = read_datasets(config(train=path, **({"score_scale": scale} if scale else {})), letters, seed=0)
-    assert [[i.label for i in one.items] for one in found.train] == [[pytest.approx(w)] * 2 for w in wanted]
+    assert [[i.label for i in one.labeled_spans] for one in found.train] == [[pytest.approx(w)] * 2 for w in wanted]
 
 
 def test_a_score_above_the_scale_is_refused(write, letters) -> None:
@@ -226,15 +226,15 @@ def test_the_cursor_knows_labels_apart(write, letters) -> None:
     assert fingerprint("a") == fingerprint("a") != fingerprint("b")
 
 
-def test_the_preview_says_how_each_piece_is_judged(letters, write) -> None:
+def test_the_preview_says_how_each_span_is_labeled(letters, write) -> None:
     def shown(row: dict, **options: object) -> str:
         found = read_datasets(config(train=write("a.jsonl", lines(row, {**row, "id": 1})), **options), letters, seed=0)
         return format_preview(found.train[0], letters, found.labels).plain
     assert shown({"text": "abc", "label": "x"}) == "--- label x\nabc"
     assert shown({"words": ["ab", "c"], "tags": ["O", "B"]}) == "a/Ob c/B"
-    assert shown({"anchor": "a", "positive": "b"}) == "--- label 0\na\n--- piece 1, label 1\nb"
+    assert shown({"anchor": "a", "positive": "b"}) == "--- label 0\na\n--- span 1, label 1\nb"
     pair = shown({"prompt": "q", "chosen": "a", "rejected": "b", "margin": 2}, format="pair", share_prompt=True)
-    assert pair.split("\n---")[1:] == [" continues piece 0, label 0, better by 2\na<|im_end|>", " continues piece 0, label 1\nb<|im_end|>"]
+    assert pair.split("\n---")[1:] == [" continues span 0, label 0, better by 2\na<|im_end|>", " continues span 0, label 1\nb<|im_end|>"]
 
 
 def test_overlap_is_found_for_every_kind(write, letters) -> None:
@@ -256,4 +256,4 @@ def test_real_files_are_read_whole(name, letters) -> None:
     found = read_datasets(config(train=str(SHARED / name), columns=columns, max_samples=3000), letters, seed=0)
     part = found.report.parts["train"]
     assert (part.read, part.kept, part.reasons, found.labels) == (count, count, {}, labels)
-    assert torch.tensor([i.label for one in found.train for i in one.items]).max() <= 1
+    assert torch.tensor([i.label for one in found.train for i in one.labeled_spans]).max() <= 1

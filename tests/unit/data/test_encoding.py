@@ -42,24 +42,24 @@ class Slow:
 
 def test_a_text_is_trained_whole_and_ends_with_the_end_mark(letters) -> None:
     (found,) = encode_example(TextExample("ab", HERE, 0.5), letters, config())
-    assert found.pieces[0].ids == (*b"ab", IM_END)
-    assert found.pieces[0].weights == (0.5, 0.5, 0.5)
-    assert found.bytes == 1  # `a` follows nothing and is not predicted
+    assert found.spans[0].ids == (*b"ab", IM_END)
+    assert found.spans[0].weights == (0.5, 0.5, 0.5)
+    assert found.num_bytes == 1  # `a` follows nothing and is not predicted
 
 
 def test_a_tokenizers_own_marks_are_kept_and_not_doubled(letters) -> None:
     letters.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|endoftext|> $A <|im_end|>", special_tokens=[("<|endoftext|>", END_OF_TEXT), ("<|im_end|>", IM_END)])
     (found,) = encode_example(TextExample("ab", HERE), letters, config())
-    assert found.pieces[0].ids == (END_OF_TEXT, *b"ab", IM_END)
-    assert found.bytes == 2
+    assert found.spans[0].ids == (END_OF_TEXT, *b"ab", IM_END)
+    assert found.num_bytes == 2
     letters.eos_token = "<|im_start|>"  # now the closing mark is not the end mark, and still stands for no bytes
     (found,) = encode_example(TextExample("ab", HERE), letters, config())
-    assert (found.pieces[0].ids, found.bytes) == ((END_OF_TEXT, *b"ab", IM_END, IM_START), 2)
+    assert (found.spans[0].ids, found.num_bytes) == ((END_OF_TEXT, *b"ab", IM_END, IM_START), 2)
     letters.eos_token = "<|im_end|>"
     (found,) = encode_example(CompletionExample("a", "b", HERE), letters, config(format="completion"))
-    assert found.pieces[0].ids == (END_OF_TEXT, *b"ab", IM_END)
-    assert found.pieces[0].weights == (0, 0, 1, 1)
+    assert found.spans[0].ids == (END_OF_TEXT, *b"ab", IM_END)
+    assert found.spans[0].weights == (0, 0, 1, 1)
     assert encode_prompt(CompletionExample("a", "b", HERE), letters, config(format="completion")) == ([END_OF_TEXT, *b"a"], "b")
 
 
@@ -67,9 +67,9 @@ def test_a_completion_is_joined_bare_where_the_format_says_so(letters, words, tr
     for tokenizer in (letters, words):
         (found,) = encode_example(CompletionExample("the answer is", " yes", HERE, 2.0), tokenizer, config(format="completion"))
         assert trained(found, tokenizer) == [" yes<|im_end|>"]
-        assert tokenizer.decode(found.pieces[0].ids) == "the answer is yes<|im_end|>"
-        assert set(found.pieces[0].weights) == {0.0, 2.0}
-        assert found.bytes == 4
+        assert tokenizer.decode(found.spans[0].ids) == "the answer is yes<|im_end|>"
+        assert set(found.spans[0].weights) == {0.0, 2.0}
+        assert found.num_bytes == 4
         tokenizer.chat_template = None
         assert encode_example(CompletionExample("the answer is", " yes", HERE, 2.0), tokenizer, config()) == [found]
 
@@ -77,7 +77,7 @@ def test_a_completion_is_joined_bare_where_the_format_says_so(letters, words, tr
 def test_white_space_that_the_tokenizer_trims_from_its_offsets_is_trained(words, trained) -> None:
     (found,) = encode_example(CompletionExample("one", " two  ", HERE), words, config(format="completion"))
     assert trained(found, words) == [" two  <|im_end|>"]
-    assert found.bytes == 6
+    assert found.num_bytes == 6
 
 
 def test_a_token_across_the_border_is_trained(words, trained) -> None:
@@ -87,7 +87,7 @@ def test_a_token_across_the_border_is_trained(words, trained) -> None:
 
 def test_truncation_keeps_the_beginning(letters) -> None:
     (found,) = encode_example(TextExample("abcdef", HERE), letters, config(max_length=4))
-    assert (found.pieces[0].ids, found.bytes) == (tuple(b"abcd"), 3)
+    assert (found.spans[0].ids, found.num_bytes) == (tuple(b"abcd"), 3)
 
 
 def test_a_chat_whose_answer_is_cut_off_is_refused(letters) -> None:
@@ -119,10 +119,10 @@ def test_nothing_with_a_weight_is_refused(letters) -> None:
 def test_splitting_predicts_every_token_but_the_first_once(letters, text, most) -> None:
     (whole,) = encode_example(TextExample(text, HERE), letters, config(max_length=10**6))
     parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, truncation="split"))
-    predicted = [token for part in parts for token in part.pieces[0].ids[1:]]
-    assert tuple(predicted) == whole.pieces[0].ids[1:]
-    assert all(len(part.pieces[0].ids) <= most for part in parts)
-    assert sum(part.bytes for part in parts) == whole.bytes
+    predicted = [token for part in parts for token in part.spans[0].ids[1:]]
+    assert tuple(predicted) == whole.spans[0].ids[1:]
+    assert all(len(part.spans[0].ids) <= most for part in parts)
+    assert sum(part.num_bytes for part in parts) == whole.num_bytes
 
 
 def test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text(letters) -> None:
@@ -131,10 +131,10 @@ def test_every_part_of_a_document_begins_as_the_tokenizer_opens_a_text(letters) 
     text = bytes(range(65, 91)).decode()
     for most in (3, 4, 7, 26, 27, 28, 40):
         parts = encode_example(TextExample(text, HERE), letters, config(max_length=most, truncation="split"))
-        assert all(len(part.pieces[0].ids) <= most and part.pieces[0].ids[0] == END_OF_TEXT for part in parts)
-        predicted = [part.pieces[0].ids[i] for part in parts for i in part.pieces[0].predicted]
+        assert all(len(part.spans[0].ids) <= most and part.spans[0].ids[0] == END_OF_TEXT for part in parts)
+        predicted = [part.spans[0].ids[i] for part in parts for i in part.spans[0].predicted]
         assert predicted == [*text.encode(), IM_END]  # each once
-        assert sum(part.bytes for part in parts) == len(text)
+        assert sum(part.num_bytes for part in parts) == len(text)
 
 
 def test_a_slow_tokenizer_gives_the_same(letters) -> None:
@@ -143,7 +143,7 @@ def test_a_slow_tokenizer_gives_the_same(letters) -> None:
         for options in ({}, {"format": "completion"}, {"loss_on": "all"}):
             fast = encode_example(example, letters, config(**options))
             slow = encode_example(example, Slow(letters), config(**options))
-            assert [part.pieces for part in slow] == [part.pieces for part in fast]
+            assert [part.spans for part in slow] == [part.spans for part in fast]
 
 
 def test_the_prompt_of_a_text_is_its_first_half(letters) -> None:
