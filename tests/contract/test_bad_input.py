@@ -82,7 +82,7 @@ def refused(output: Output, *words: str) -> str:
 FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {  # what is wrong: file, content, words of the message
     "empty": ("a.jsonl", "", ("a.jsonl is empty", "give a file with rows")),
     "blank": ("a.jsonl", " \n\n", ("a.jsonl is empty",)),
-    "all rows broken": ("a.jsonl", "{broken\n{broken too\n", ("none of the 2 train rows", "a.jsonl:1: broken JSON", "a.jsonl:2", "mend the rows")),
+    "all rows broken": ("a.jsonl", "{broken\n{broken too\n", ("none of the 2 train rows", "a.jsonl:1: broken JSON", "a.jsonl:2", "fix the rows")),
     "not UTF-8": ("a.jsonl", jsonl([row(1)]).replace("question", "Frage nach Käse").encode("latin-1"), ("a.jsonl:1: not UTF-8",)),
     "UTF-16": ("a.jsonl", jsonl([row(1)]).encode("utf-16"), ("UTF-16", "convert it")),
     "no text": ("a.jsonl", jsonl([{"prompt": 3, "completion": ["x"]}]), ("none of the 1 train rows", "a.jsonl:1")),

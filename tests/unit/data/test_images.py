@@ -104,7 +104,7 @@ def test_an_idx_file_finds_its_labels_beside_it(mnist) -> None:
 
 
 def test_damaged_idx_files_are_named(mnist, write) -> None:
-    with pytest.raises(DataError, match=r"holds 6 pictures, train-labels-idx1-ubyte\.gz beside it 5 labels"):
+    with pytest.raises(DataError, match=r"holds 6 images, train-labels-idx1-ubyte\.gz beside it 5 labels"):
         read_datasets(config(train=mnist(labels=5)), see, seed=0)
     with pytest.raises(DataError, match="says it holds 6 x 4 x 4 bytes, and holds 95"):
         read_datasets(config(train=mnist(cut=1)), see, seed=0)
@@ -171,4 +171,4 @@ def test_real_pictures_are_read_whole() -> None:
 def test_a_picture_with_two_labels_is_refused() -> None:
     (found,) = read_examples([Row({"pixels": noise(0, 2, 2), "label": ["a", "b"]}, Origin("f", 1))])
     assert isinstance(found, RejectedRow)
-    assert found.reason == "a picture has several labels"
+    assert found.reason == "an image has several labels"
