@@ -33,8 +33,8 @@ from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 from luthier.objectives.rl_config import RewardSourceConfig
 from luthier.rl import Reward, RolloutCollector, RolloutSource, build_endpoint_reward, load_reward
-from luthier.training.trackers import JsonLines
 from luthier.training.run_folder import Run
+from luthier.training.trackers import JsonLines
 
 Warn = Callable[[str], None]
 Reference = Callable[[], AbstractContextManager[None]]

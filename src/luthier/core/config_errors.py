@@ -49,7 +49,7 @@ def _describe_error(place: str, faults: Sequence[Mapping[str, Any]], model: type
     if first["type"] == "missing":
         return f"{place}: this setting is required"
     if first["type"] == "union_tag_invalid":
-        known = [name for name in QUOTED.findall(first["ctx"]["expected_tags"]) if name != "several"]
+        known = [name for name in QUOTED.findall(first["ctx"]["expected_tags"]) if name != "composite"]
         hint = suggest_nearest(str(first["ctx"]["tag"]), known)
         every = f"; known: {', '.join(known)}" if hint.startswith("did") else ""
         return f"{place}: unknown name {first['ctx']['tag']!r}: {hint}{every}"

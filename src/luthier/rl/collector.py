@@ -185,7 +185,7 @@ class RolloutCollector:
 
     def _sample(self, policy: Family, prompts: Sequence[TokenizedExample], num_generations: int, seed: int,
                 start: int = 0) -> list[Completion]:
-        prompt_ids = [prompt.pieces[0].ids for prompt in prompts for _ in range(num_generations)]  # N tuples
+        prompt_ids = [prompt.spans[0].ids for prompt in prompts for _ in range(num_generations)]  # N tuples
         # A completion's random numbers follow from its number and the seed, so they do not depend on the sharding.
         params = SamplingParams(self.objective.max_new_tokens, self.objective.temperature,
                                 batch_size=self.objective.generation_batch_size, seed=seed,
@@ -260,4 +260,4 @@ def _format_prompt(prompt: TokenizedExample, tokenizer: Any) -> str:
     """The prompt as readable text; of a conversation, its last message."""
     given = prompt.metadata.get("prompt", "")
     return (given if isinstance(given, str) else str(given[-1]["content"])) or \
-        str(tokenizer.decode(prompt.pieces[0].ids, skip_special_tokens=True))
+        str(tokenizer.decode(prompt.spans[0].ids, skip_special_tokens=True))

@@ -79,7 +79,7 @@ def build_micro_batches(prompts: Sequence[TokenizedExample], completions: Sequen
     starts = np.concatenate([[0], np.cumsum([len(completion) for completion in completions])])  # [N + 1]
     trees: list[tuple[TokenizedExample, list[int]]] = []
     for index in selected:
-        prompt = prompts[index].pieces[0].ids
+        prompt = prompts[index].spans[0].ids
         groups: list[list[int]] = []
         available = 0
         for n in range(index * per_prompt, (index + 1) * per_prompt):
@@ -103,7 +103,7 @@ def build_micro_batches(prompts: Sequence[TokenizedExample], completions: Sequen
 def _build_tree(prompt: TokenizedExample, completions: Sequence[tuple[int, ...]], rewards: Sequence[float],
                 group: Sequence[int]) -> TokenizedExample:
     """The prompt as the root, with some of its completions as children. Only the completions have weight."""
-    root = TokenSpan(prompt.pieces[0].ids, (0.0,) * len(prompt.pieces[0].ids))
+    root = TokenSpan(prompt.spans[0].ids, (0.0,) * len(prompt.spans[0].ids))
     children = [TokenSpan(completions[n], (1.0,) * len(completions[n]), 0) for n in group]
     return TokenizedExample((root, *children), prompt.origin,
-                            items=tuple(LabeledSpan(1 + i, rewards[n]) for i, n in enumerate(group)))
+                            labeled_spans=tuple(LabeledSpan(1 + i, rewards[n]) for i, n in enumerate(group)))
