@@ -190,5 +190,5 @@ def test_tokens_of_a_row_cannot_be_told_apart() -> None:
         bank.add(name, assembly.attach(ours, METHODS["lora"](targets=("experts",)), 0))
     ours.router = bank
     row = batch(documents()[:2])
-    with pytest.raises(RunError, match="some of a row's tokens"):
+    with pytest.raises(RunError, match="some tokens of a row"):
         ours.forward(bank.through(row.inputs, ["a", "b"]), row.target, SFT.needs)

@@ -1,4 +1,4 @@
-"""Pictures as a vision base wants them: resized, scaled, normalised. Stands where a tokenizer stands for texts."""
+"""Converts images to a vision model's inputs: resizing, rescaling, normalization. The counterpart of a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from luthier.core.errors import BaseError
 
 CONFIG_FILE = "preprocessor_config.json"
-FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # numbered as Pillow does
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
+FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: luminance weights of red, green and blue
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,10 @@ class ImageProcessor:
 
     def __call__(self, pixels: Any) -> Tensor:
         """[channels, height, width] float32 of a picture of bytes, [H, W] or [H, W, 3], as a tensor or an array."""
-        picture = torch.as_tensor(pixels)
-        assert picture.dtype == torch.uint8, picture.dtype
-        assert picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3)), tuple(picture.shape)
-        planes = (picture[None] if picture.ndim == 2 else picture.permute(2, 0, 1)).float()
+        image = torch.as_tensor(pixels)
+        assert image.dtype == torch.uint8, image.dtype
+        assert image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3)), tuple(image.shape)
+        planes = (image[None] if image.ndim == 2 else image.permute(2, 0, 1)).float()
         if self.channels == 1 and planes.shape[0] == 3:
             planes = torch.einsum("chw,c->hw", planes, torch.tensor(LUMA))[None].round()
         elif planes.shape[0] == 1:

@@ -1,4 +1,4 @@
-"""The precision that a base's weights are stored in, and saving in that precision. Read `loading.py` first."""
+"""The dtype of a base's stored weights, and casting a model to a dtype. Read `loading.py` first."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_stored_dtype(config: BaseConfig) -> torch.dtype:
-    """The dtype of most of the weights in the base's files, read off their headers; float32 where they hold none that
-    can be trained."""
+    """The dtype of most weights in the base's files, read from their headers; float32 if none of them is floating
+    point."""
     counts: Counter[torch.dtype] = Counter()
     for shard in list_weight_files(prepare_folder(config)):
         with safe_open(shard, framework="pt") as file:
