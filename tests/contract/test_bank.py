@@ -147,7 +147,7 @@ def test_a_child_may_go_through_another_adapter_than_its_prompt() -> None:
         assert (states[part] - alone).abs().max() < EXACT
     assert (states[9:15] - states[15:]).abs().max() > 1e-3
     padded, other = banked(layout="padded")
-    with pytest.raises(RunError, match="another adapter than the one that it continues"):
+    with pytest.raises(RunError, match="different adapter than its parent"):
         padded.states(other.through(Inputs(tokens, place, Forest((9, 6, 6), (-1, 0, 0))), [None, "a", "b"]))
 
 
@@ -298,7 +298,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
         bank.add("full", assembly.attach(family, METHODS["full"](), 3))
     row = mixed(bank)
     family.router = None
-    with pytest.raises(RunError, match="no bank"):
+    with pytest.raises(RunError, match="no router"):
         family.forward(row.inputs, row.target, SFT.needs)
 
 

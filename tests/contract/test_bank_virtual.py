@@ -290,7 +290,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     tokens, place = torch.arange(20, 41), torch.cat([torch.arange(9), torch.arange(9, 15), torch.arange(9, 15)])
     inputs = Inputs(tokens, place, Forest((9, 6, 6), (-1, 0, 0)))
     for names in (("soft", "soft", "long"), (None, "deep", None), ("soft", None, "soft"), ("soft", "soft", "low")):
-        with pytest.raises(RunError, match="than the one that it continues"):
+        with pytest.raises(RunError, match="than its parent"):
             family.states(bank.through(inputs, names))
     family.states(bank.through(inputs, (None, "low", None)))
     with bank.routed(0, bank.numbers(("soft", None))), torch.no_grad():

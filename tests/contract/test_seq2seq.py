@@ -214,7 +214,7 @@ def test_a_model_that_is_called_otherwise_is_refused() -> None:
             out.logits = out.logits.flip(-1)
             return out
 
-    with pytest.raises(BaseError, match="not known here"):
+    with pytest.raises(BaseError, match="unsupported way"):
         Seq2Seq(Otherwise(t5("relu").config).double().eval(), tokenizer())
 
 

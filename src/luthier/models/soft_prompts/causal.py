@@ -1,18 +1,18 @@
-"""Virtual tokens: trained vectors that stand before a text, seen by all of it. Read `models/attention/packed.py`,
-`models/soft_prompts/injection.py` and `models/soft_prompts/layout.py` first.
+"""Virtual tokens of decoders and encoders: trained vectors before a text. Read `attention/packed.py`,
+`soft_prompts/injection.py` and `soft_prompts/layout.py` first.
 
-Two doors, the model's own code untouched. A *prompt* enters as N more embeddings: one hook puts them in before the
-backbone runs, another takes their states out of its result. A *prefix* enters as N more keys and values of every
-layer: they travel with the call, as its forest does, to the place where the attention function is called. Whoever
-calls the model, with a packed row, a padded batch or a cache, gets the states of its own tokens and no others.
+The model's own code is not changed. A *prompt* is N additional embeddings: one hook inserts them before the backbone
+runs, another removes their states from the result. A *prefix* is N additional keys and values of every layer, passed as
+a keyword argument through the backbone to the attention function. Every caller of the model, with a packed row, a padded
+batch or a cache, gets the states of its own tokens only.
 
-    packed, causal      an adapter's virtual tokens are one more root, computed once a row, and its documents children
-    packed, both ways   each root has its own, since they see what follows them
-    padded              they stand before each row's first token, behind its padding
-    with a cache        the first call puts them in; later calls only move on
+    packed, causal          an adapter's virtual tokens are one additional root, computed once per row
+    packed, bidirectional   each root has its own virtual tokens, because they attend to what follows
+    padded                  they precede each row's first token, after its padding
+    with a cache            the first call inserts them; later calls only shift positions
 
-Documents of one row, or rows of one batch, may go through different adapters of a bank: each then stands behind the
-virtual tokens of its own, and its positions move on by their number alone.
+Documents of one row, or rows of one batch, may use different adapters. Each document then has the virtual tokens of its
+own adapter, and its positions are shifted by their number.
 
 Shape letters: B rows, L tokens of a row as the caller knows it, N virtual tokens, G key-value heads of width d.
 """
@@ -38,7 +38,7 @@ from luthier.models.attention.packed import KeyValue, VirtualKeyValues
 from luthier.models.soft_prompts.injection import Injection, InjectionPlan, compute_injected, plan_injections
 from luthier.models.soft_prompts.layout import VirtualTokenLayout, layout_packed, layout_padded, repeat_per_token
 
-ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
+ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # arguments of a backbone, [B, L] each
 
 
 def attach_injector(structure: ModelStructure, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
@@ -50,7 +50,7 @@ def attach_injector(structure: ModelStructure, first: int = 0, router: Callable[
 
 
 def has_sliding_window(model: Any, context: int) -> bool:
-    """Whether some layer lets a token see only the last ones before it, fewer than the context holds."""
+    """Whether some layer has a sliding window shorter than the context."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     windows = [getattr(config, name, None) for name, kind in (
@@ -60,16 +60,16 @@ def has_sliding_window(model: Any, context: int) -> bool:
 
 
 def count_virtual_tokens(model: nn.Module, rows: int) -> list[int]:
-    """How many places of the model's context virtual tokens take now, in each of the rows of a batch."""
+    """The number of positions of the context that virtual tokens use now, for each row of a batch."""
     injector = _INJECTORS[model]() if model in _INJECTORS else None
     found = None if injector is None else plan_injections(injector.injections, None, rows)
     return [0] * rows if found is None else [found.count_tokens_at(i) for i in range(rows)]
 
 
 class InjectedKeyValues:
-    """Travels with one call down to its attention functions, which call it, and to the end of the backbone.
+    """The virtual keys and values of one call, passed to its attention functions and to the end of the backbone.
 
-    It holds its own tensors, so that blocks that are recomputed in the backward pass meet those of their forward pass.
+    It holds its own tensors, so that layers that are recomputed in the backward pass use those of their forward pass.
 
     Args:
         pairs: keys and values, [G, N, d] each, by the module that they are for: all the different ones.
@@ -80,10 +80,10 @@ class InjectedKeyValues:
     def __init__(self, pairs: dict[nn.Module, list[KeyValue]], assignment: tuple[int, ...] = (),
                  own: Tensor | None = None) -> None:
         self.pairs, self.assignment, self.own = pairs, assignment, own
-        self.open = ExitStack()  # what lasts until the backbone ends
+        self.open = ExitStack()  # contexts that last until the backbone ends
 
     def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> VirtualKeyValues | None:
-        """What stands before keys and values [B, G, L, d]; None for nothing."""
+        """The virtual keys and values for a module with keys and values [B, G, L, d]; None if there are none."""
         found = self.pairs.get(module)
         if found is None:
             return None
@@ -91,7 +91,7 @@ class InjectedKeyValues:
 
 
 class RecordingComplete(Exception):
-    """The catch is complete: nothing more need be computed."""
+    """Stops a forward pass when all needed keys and values are recorded."""
 
 
 class KeyValueRecorder:
@@ -109,7 +109,7 @@ class KeyValueRecorder:
 
 
 class CausalInjector:
-    """See `core.soft_prompts.SoftPromptInjector`. One for each loaded model."""
+    """See `core.soft_prompts.SoftPromptInjector`. There is one for each loaded model."""
 
     typical_embeddings: Callable[[int, int], Tensor] | None = None
 
@@ -118,7 +118,7 @@ class CausalInjector:
         self._backbone, self._embedding = structure.backbone, structure.embedding
         self._layers, self._context = len(structure.layers), structure.sizes["context"]
         self._both_ways = structure.task == "FEATURE_EXTRACTION"
-        # PEFT puts a prefix into the cache, where a layer with a window loses sight of it; here every token sees it.
+        # PEFT stores a prefix in the cache, where a sliding window excludes it; here every token attends to it.
         windowed = has_sliding_window(structure.model, self._context)
         self.peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
         arguments = inspect.signature(type(structure.backbone).forward).parameters
@@ -131,7 +131,7 @@ class CausalInjector:
     def _device(self) -> torch.device:
         return next(self._embedding.parameters()).device
 
-    # ------------------------------------------------------------ what methods call
+    # ------------------------------------------------------------ called by methods
 
     def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
         self._add_injection(Injection("prompt", make, scope, make().shape[0]))
@@ -141,8 +141,8 @@ class CausalInjector:
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
-            raise BaseError(f"{type(self._backbone).__name__} takes no more arguments than it knows, so nothing can be "
-                            "handed through it", "use a method that changes its layers, such as lora, or another base")
+            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed through it",
+                            "use a method that changes its layers, such as lora, or another base")
         if not self.injections:
             self._modules = list(self._record_keys_values([0]).recorded)
             self._backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -152,11 +152,11 @@ class CausalInjector:
         self.injections.append(injection)
 
     def _unreachable_error(self) -> BaseError:
-        return BaseError(f"{type(self._backbone).__name__} keeps the keys and values of its layers out of reach, so no "
-                         "prefix can stand before them", "use the method prompt, or another base")
+        return BaseError(f"{type(self._backbone).__name__} does not expose the keys and values of its layers, so a prefix "
+                         "is not supported", "use the method prompt, or another base")
 
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
-        assert not isinstance(start, Tensor), "there are words"
+        assert not isinstance(start, Tensor), "a base with a vocabulary is initialized from tokens"
         recorded = self._record_keys_values([start]).recorded
         if len(recorded) != self._layers:
             raise self._unreachable_error()
@@ -171,7 +171,7 @@ class CausalInjector:
 
     @torch.no_grad()
     def _record_keys_values(self, rows: Sequence[Any], place: int = 0, max_modules: int | None = None) -> KeyValueRecorder:
-        """The bare base's keys and values of rows that begin at `place`."""
+        """The base's keys and values of rows that begin at position `place`."""
         device = self._device
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
         recorder, was = KeyValueRecorder(max_modules), self._backbone.training
@@ -182,7 +182,7 @@ class CausalInjector:
             with self._suspend():
                 self._backbone(input_ids=tokens, position_ids=positions, virtual=recorder)
         except RecordingComplete:
-            pass  # a signal, no error
+            pass  # not an error, but the signal that all is recorded
         finally:
             self._backbone.train(was)
         return recorder
@@ -204,7 +204,7 @@ class CausalInjector:
         cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _get_shape(given)
         seen = cache.get_seq_length() if cache is not None else 0
         plan = plan_injections(self.injections, given.get("forest"), rows)
-        # What the cache holds and its caller does not know of; rows that had virtual tokens may have left it since.
+        # Virtual tokens in the cache that the caller's mask does not include; their rows may have left the batch since.
         held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
         if plan is None and not held:
             return None
@@ -213,8 +213,8 @@ class CausalInjector:
         places = max(held, *before)
         uneven = given.get("forest") is None and {*before, places} != {places}
         if uneven and cache is not None and mask is None:
-            raise RunError("rows with different virtual tokens are of different lengths, and no mask says so to the "
-                           "calls with their cache", "give an attention_mask of [rows, tokens] with every call")
+            raise RunError("rows with different virtual tokens have different lengths, so calls with a cache need a mask",
+                           "pass an attention_mask of [rows, tokens] with every call")
         if not seen:
             self._check_length(given, plan)
         moved = [x + y * bool(seen) for x, y in zip(behind, before, strict=True)]
@@ -228,7 +228,7 @@ class CausalInjector:
             given, layout = self._insert_prompts(given, plan)
         pairs, assignment = self._compute_pairs(plan, plan.assignment if layout is None or layout.forest is None else layout.assignment)
         carried = InjectedKeyValues(pairs, assignment, None if seen or layout is None else layout.own_index)
-        if layout is not None and layout.forest is not None:  # the other parts of these adapters meet the longer row
+        if layout is not None and layout.forest is not None:  # other parts of these adapters see the longer row
             carried.open.enter_context(route_segments(self._router(), layout.forest, packed=True))
         return (), {**given, "virtual": carried}
 
@@ -237,7 +237,7 @@ class CausalInjector:
         if not isinstance(carried, InjectedKeyValues):
             return None
         carried.open.close()
-        if carried.own is None or result is None:  # None: the backbone has raised
+        if carried.own is None or result is None:  # None: the backbone raised an error
             return None
         if isinstance(result, tuple):
             return _gather_tokens(result[0], carried.own), *result[1:]
@@ -247,8 +247,8 @@ class CausalInjector:
         return result
 
     def _compute_pairs(self, plan: InjectionPlan, assignment: Sequence[int]) -> tuple[dict[nn.Module, list[KeyValue]], tuple[int, ...]]:
-        """The keys and values of every share that has a prefix, by the module that they are for; and for each segment
-        or row its number among these, -1 for none."""
+        """The keys and values of every combination that has a prefix, by attention module; and for each segment or row
+        the index of its pair, -1 for none."""
         made = compute_injected(plan, "prefix")
         found: dict[int, list[KeyValue]] = {}
         for i, combination in enumerate(plan.combinations):
@@ -260,7 +260,7 @@ class CausalInjector:
                 else {}, tuple(order.index(combination) if combination in found else -1 for combination in assignment))
 
     def _check_length(self, given: dict[str, Any], plan: InjectionPlan) -> None:
-        """Raises `BaseError` where a text and its virtual tokens are more than the context holds."""
+        """Raise `BaseError` if a text and its virtual tokens exceed the context."""
         forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _get_shape(given)
         extra = [plan.count_tokens_at(i) for i in range(len(plan.assignment))]
         widths = [width] * rows
@@ -275,7 +275,7 @@ class CausalInjector:
                             "fewer virtual tokens (method.tokens)")
 
     def _shift_positions(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
-        """The call with the positions of every segment or row moved on; without any, they count from `seen`."""
+        """The call with shifted positions of every segment or row; without position ids, they begin at `seen`."""
         rows, width = _get_shape(given)
         positions, forest = given.get("position_ids"), given.get("forest")
         if positions is None:
@@ -287,7 +287,7 @@ class CausalInjector:
         return {**given, "position_ids": positions + further.to(self._device, non_blocking=True)}
 
     def _insert_prompts(self, given: dict[str, Any], plan: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
-        """The call with the virtual tokens in their places."""
+        """The call with the virtual tokens inserted."""
         embeds = given.get("inputs_embeds")
         if embeds is None:
             embeds = self._embedding(given["input_ids"])
@@ -308,7 +308,7 @@ class CausalInjector:
         return {**given, "attention_mask": self._extend_mask(mask, layout)}, layout
 
     def _extend_mask(self, mask: Any, layout: VirtualTokenLayout) -> Tensor | None:
-        """The mask of the longer rows, in which a virtual token counts as the text's first token does."""
+        """The mask of the longer rows, in which a virtual token has the mask of the text's first token."""
         like, live = layout.template, layout.is_token
         if mask is None:
             return None if live is None else live.long()
@@ -316,15 +316,15 @@ class CausalInjector:
             longer: Tensor = mask.gather(1, like)
             return longer if live is None else longer * live
         if not (isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool and self._both_ways):
-            raise RunError("virtual tokens cannot be put into a mask that was made for every layer in advance",
-                           "give a mask of [rows, tokens], and a cache that grows (cache_implementation='dynamic')")
+            raise RunError("virtual tokens cannot be inserted into a mask that was precomputed for every layer",
+                           "pass a mask of [rows, tokens], and use cache_implementation='dynamic'")
         mask = mask.gather(2, like[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         longer = mask.gather(3, like[:, None, None, :].expand(*mask.shape[:3], -1))
         return longer if live is None else longer & live[:, None, None]
 
 
 def _find_first_token(mask: Tensor | None, rows: Tensor) -> Tensor:
-    """[B, 1] where each row's first token stands, behind padding on its left."""
+    """[B, 1] The index of each row's first token after padding on its left."""
     if mask is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return torch.zeros(rows.shape[0], 1, dtype=torch.int64, device=rows.device)
     return mask.ne(0).int().argmax(1, keepdim=True)
@@ -336,7 +336,7 @@ def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _get_shape(given: dict[str, Any]) -> torch.Size:
-    """[B, L] of a call."""
+    """The shape [B, L] of a call."""
     ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
     shape = ids.shape if ids is not None else embeds.shape[:2]  # type: ignore[union-attr]
     assert isinstance(shape, torch.Size)
@@ -344,7 +344,7 @@ def _get_shape(given: dict[str, Any]) -> torch.Size:
 
 
 def _path_lengths(forest: Forest) -> list[int]:
-    """Tokens of each segment's path."""
+    """The number of tokens of each segment's path."""
     depths: list[int] = []
     for size, parent in zip(forest.lengths, forest.parents, strict=True):
         depths.append(size + (depths[parent] if parent >= 0 else 0))

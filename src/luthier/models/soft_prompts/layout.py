@@ -1,13 +1,12 @@
-"""Where virtual tokens stand in a row, and what moves on because of them: indices alone, no model. Read `core/types.py`
-(Forest) first; `models/soft_prompts/causal.py` uses it.
+"""The positions of virtual tokens in a row, as indices only. Read `core/types.py` first; `soft_prompts/causal.py` uses it.
 
-Rows that go through different adapters stand behind different virtual tokens. All that there are lie in one table, one
-adapter's after another's, and the row's own tokens behind them; a room says which entry stands where.
+Rows with different adapters have different virtual tokens. All virtual tokens are stored in one table, adapter by
+adapter, followed by the row's own tokens; a layout maps each position of the longer row to an entry of the table.
 
-    packed, causal      one more root for each adapter that has some, and the former roots of that adapter its children
-    packed, both ways   each root has its adapter's at its head, since they see what follows them
-    padded              every row has as many places as the longest needs, before its first token; those left over are
-                        padding
+    packed, causal          one additional root for each adapter with virtual tokens; its documents become children
+    packed, bidirectional   each root begins with its adapter's virtual tokens, because they attend to what follows
+    padded                  every row has as many virtual positions as the longest needs, before its first token; the
+                            unused ones are padding
 
 Shape letters: B rows, L tokens of a row as the caller knows it, L' with the virtual ones, S segments.
 """
@@ -26,16 +25,16 @@ from luthier.core.types import Forest
 
 @dataclass(frozen=True)
 class VirtualTokenLayout:
-    """Rows of L tokens with virtual ones among them, L' in all.
+    """Rows of L tokens extended by virtual tokens to L'.
 
     Args:
-        source: [B, L'] what stands where: an index into the table.
-        like: [B, L'] the own token whose mask and type it has: itself, or the first of its text.
-        own: [B, L] where each own token went.
-        shift: [B, L'] how much further on than that token's position it is.
-        live: [B, L'] False where there is padding instead of a virtual token; None: nowhere.
-        forest: of the longer row.
-        whose: for each segment of that forest the share that it has.
+        source_index: [B, L'] each position's index into the table.
+        template: [B, L'] the original token whose mask and type each position has: itself, or the first of its text.
+        own_index: [B, L] the new position of each original token.
+        position_shift: [B, L'] added to the position id of the template.
+        is_token: [B, L'] False for padding in place of a virtual token; None: there is none.
+        forest: the segment tree of the longer row.
+        assignment: for each segment of that tree, the index of its combination.
     """
 
     source_index: Tensor
@@ -48,12 +47,12 @@ class VirtualTokenLayout:
 
 
 def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: Sequence[int], places: int = 0) -> VirtualTokenLayout:
-    """Virtual tokens before the first token of each row, which stands at `first` [B, 1].
+    """Virtual tokens before the first token of each row, which is at `first` [B, 1].
 
     Args:
-        sizes: how many virtual tokens each share has.
-        whose: the share of each row.
-        places: at least so many places in every row.
+        sizes: the number of virtual tokens of each combination.
+        assignment: the combination of each row.
+        places: the minimum number of virtual positions in every row.
     """
     device, starts = first.device, [*accumulate(sizes, initial=0)]
     places = max(places, *(sizes[combination] for combination in assignment))

@@ -1,17 +1,16 @@
-"""Virtual tokens of an encoder and a decoder: T5 and its like. Read `models/soft_prompts/causal.py` and
-`models/attention/biased.py` first.
+"""Virtual tokens of encoder-decoder models such as T5. Read `soft_prompts/causal.py` and `attention/biased.py` first.
 
-A prompt stands before every source, in the encoder alone. Its states there are part of what the decoder looks back at
-(Lester et al. 2021, arXiv:2104.08691; PEFT does the same), so the encoder gives them out, before those of the source,
-and a caller who knows the source alone is met halfway: the decoder lengthens a mask that is too short.
+A prompt precedes every source, in the encoder only. The decoder attends to its states (Lester et al. 2021,
+arXiv:2104.08691; PEFT does the same), so the encoder returns them before those of the source. A caller's mask covers the
+source only, so the decoder's hook extends a mask that is too short.
 
-A prefix has keys and values for each of the three attentions: the encoder's, the decoder's own, and that of the decoder
-upon the encoder (Li and Liang 2021, arXiv:2101.00190, section 4). In the first two it stands in the N places before the
-first token, and T5's bias is that of those distances; the third has no positions, in T5 as such, and no bias. Learnt
-positions (BART) are added to embeddings, which a prefix has none of: there the text keeps the positions that it has.
+A prefix has keys and values for each of the three attentions: the encoder's, the decoder's self-attention and its
+cross-attention (Li and Liang 2021, arXiv:2101.00190, section 4). In the first two it has the N positions before the
+first token, and T5's bias is that of those distances; cross-attention has no positions in T5 and no bias. Learned
+positions (BART) are added to embeddings, which a prefix does not have: the text keeps its positions there.
 
-The order of a prefix's pairs is that in which the attentions run: the encoder's blocks, then of each of the decoder's
-its own attention and the one upon the encoder.
+A prefix's pairs are in the order in which the attentions run: the encoder's layers, then self-attention and
+cross-attention of each decoder layer.
 
 Shape letters: B rows, L tokens of a source, N virtual tokens, H heads of width d.
 """
@@ -38,7 +37,7 @@ from luthier.models.soft_prompts.injection import Injection, is_active
 
 
 class InjectedKeyValues:
-    """Travels with one call of a stack down to its attention functions."""
+    """The virtual keys and values of one call, passed to the stack's attention functions."""
 
     def __init__(self, before: dict[nn.Module, BiasedVirtualKeyValues]) -> None:
         self.before = before
@@ -56,7 +55,7 @@ class Seq2SeqInjector:
     """
 
     typical_embeddings: Callable[[int, int], Tensor] | None = None
-    peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"})  # its prefix acts on the decoder's own attention alone
+    peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"})  # its prefix affects the decoder's self-attention only
 
     def __init__(self, structure: ModelStructure, encoder: nn.Module, decoder: nn.Module) -> None:
         model: Any = structure.model
@@ -68,7 +67,7 @@ class Seq2SeqInjector:
         self._suspended = False
         self.injections: list[Injection] = []
 
-    # ------------------------------------------------------------ what methods call
+    # ------------------------------------------------------------ called by methods
 
     def add_prompt(self, make: Callable[[], Tensor], scope: Scope) -> None:
         self._add_injection(Injection("prompt", make, scope, make().shape[0]))
@@ -86,7 +85,7 @@ class Seq2SeqInjector:
 
     @torch.no_grad()
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
-        assert not isinstance(start, Tensor), "there are words"
+        assert not isinstance(start, Tensor), "a base with a vocabulary is initialized from tokens"
         self._install()
         tokens = torch.tensor([[*start]], device=self._device)
         recorder = KeyValueRecorder()
@@ -103,7 +102,7 @@ class Seq2SeqInjector:
 
     @torch.no_grad()
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
-        """Alike at every `place`: T5's keys know none. (BART's do; there it is the first.)"""
+        """Independent of `place`: T5's keys have no positions. (BART's do; there it is the first position.)"""
         self._install()
         recorder = KeyValueRecorder(max_modules=1)
         with self._base_only(), suppress(RecordingComplete):
@@ -116,7 +115,7 @@ class Seq2SeqInjector:
         return next(self._encoder.parameters()).device
 
     def _install(self) -> None:
-        """Name our attention in the config. Raises `BaseError` where what is named there now is not what it calls."""
+        """Select our attention function in the config. Raises `BaseError` if the model does not support it."""
         now = self._model.config._attn_implementation
         carries = all(inspect.signature(type(stack).forward).parameters[names[-1]].kind is inspect.Parameter.VAR_KEYWORD
                       for stack, names in self._names.items())
@@ -126,8 +125,8 @@ class Seq2SeqInjector:
             self._model.set_attn_implementation(biased.NAME)
 
     def _unreachable_error(self) -> BaseError:
-        return BaseError(f"{type(self._model).__name__} keeps the keys and values of its layers out of reach, so no "
-                         "prefix can stand before them", "use the method prompt, or another base")
+        return BaseError(f"{type(self._model).__name__} does not expose the keys and values of its layers, so a prefix "
+                         "is not supported", "use the method prompt, or another base")
 
     @contextmanager
     def _base_only(self) -> Iterator[None]:
@@ -145,14 +144,14 @@ class Seq2SeqInjector:
         return [] if self._suspended else [d for d in self.injections if d.kind == kind and is_active(d.scope)]
 
     def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """Before the encoder: the prompt before each source, the prefix on its way."""
+        """The encoder's pre-forward hook: inserts the prompt before each source, and adds the prefix argument."""
         given = {**dict(zip(self._names[stack], args, strict=False)), **given}
         if prompts := self._list_active("prompt"):
             given = self._insert_prompts(given, torch.cat([injection.compute() for injection in prompts]))
         return (), self._add_prefix_argument(stack, given, 0)
 
     def _before_decoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """Before the decoder: a mask of the source that knows no virtual tokens becomes one that does."""
+        """The decoder's pre-forward hook: extends a source mask that does not include the virtual tokens."""
         given = {**dict(zip(self._names[stack], args, strict=False)), **given}
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
