@@ -21,7 +21,8 @@ from luthier.core.errors import BaseError
 Architecture = Literal["causal", "encoder", "seq2seq", "vision"]
 
 # `AutoModel` loads the backbone without a head: an objective adds its own head over the states.
-AUTO_CLASSES: Mapping[Architecture, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM, "encoder": AutoModel,
+AUTO_CLASSES: Mapping[Architecture, Any] = {"causal": AutoModelForCausalLM, "seq2seq": AutoModelForSeq2SeqLM,
+                                            "encoder": AutoModel,
                                "vision": AutoModel}
 # Weights of earlier heads that the files of a backbone may contain, by the first part of the name. They are not loaded,
 # because nothing computes them. All other weights must match the model exactly.

@@ -39,7 +39,8 @@ def sync_bias_config(model: Any) -> None:
             if grown <= wanted.keys():
                 for key in chosen:
                     setattr(model.config, key, True)
-                _add_zero_biases(model, {name: shape for name, shape in wanted.items() if name not in mine and _is_bias(name)})
+                _add_zero_biases(model,
+                                 {name: shape for name, shape in wanted.items() if name not in mine and _is_bias(name)})
                 return
     first = min(grown)
     raise NotMergeable(f"{first!r} is a bias that {type(model).__name__} cannot keep: its config has no switch for it, "

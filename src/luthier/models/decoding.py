@@ -73,7 +73,8 @@ def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: Sampl
         NotFinite: the model's output is not a number.
     """
     start_batch = partial(CausalDecodeBatch, model, pad, device)
-    return generate_outputs(start_batch, prompts, _limit_new_tokens(model, prompts, sampling, route), sampling, eos, route)
+    return generate_outputs(start_batch, prompts, _limit_new_tokens(model, prompts, sampling, route), sampling, eos,
+                            route)
 
 
 def stream_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
@@ -82,7 +83,8 @@ def stream_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: S
     ends with a stop token. Closing the iterator ends the batch."""
     stops = eos | set(sampling.stop)
     limits = _limit_new_tokens(model, prompts, sampling, route)
-    for index, token in _decode(partial(CausalDecodeBatch, model, pad, device), dict(enumerate(prompts)), limits, sampling, stops,
+    for index, token in _decode(partial(CausalDecodeBatch, model, pad, device), dict(enumerate(prompts)), limits,
+                                sampling, stops,
                                 route):
         yield index, None if token in stops else token
 
@@ -93,7 +95,8 @@ def stream_tokens(model: nn.Module, prompt: Sequence[int], sampling: SamplingPar
     return stream_single(start_batch, prompt, _limit_new_tokens(model, [prompt], sampling), sampling, eos)
 
 
-def generate_outputs(start_batch: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
+def generate_outputs(start_batch: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int],
+                     sampling: SamplingParams,
             eos: Set[int], route: RouteRows = _no_routing, batch_groups: Sequence[int] = ()) -> Iterator[GenerationOutput]:
     """`generate` for any family.
 
@@ -154,7 +157,8 @@ def _remaining_contexts(model: nn.Module, rows: int) -> list[int]:
 
 
 @torch.inference_mode()
-def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limits: Sequence[int], sampling: SamplingParams,
+def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limits: Sequence[int],
+            sampling: SamplingParams,
             stops: Set[int], route: RouteRows = _no_routing) -> Iterator[tuple[int, int]]:
     """Yields (index, token) for every prompt of one batch and every step, until a stop token or the limit."""
     rows = list(prompts)  # rows[i]: the index of the prompt of row i
@@ -193,7 +197,8 @@ class CausalDecodeBatch:
         self.model = model
         self.tokens, self.mask = pad_left(prompts, pad, device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1  # [B, 1] last position
+        # [B, 1] last position
+        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1
         described: Any = model.config
         self.cache = DynamicCache(config=described)
 

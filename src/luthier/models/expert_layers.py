@@ -48,7 +48,8 @@ def find_experts(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]
             count, outputs, inputs = weight.shape
             if module.is_transposed:
                 inputs, outputs = outputs, inputs
-            found.append(ExpertLinears(f"{name}.{path}.{parameter}", weight, ROLES[parameter], block, count, inputs, outputs,
+            found.append(ExpertLinears(f"{name}.{path}.{parameter}", weight, ROLES[parameter], block, count, inputs,
+                                       outputs,
                                  bool(module.is_transposed), _make_add_change(module, parameter)))
     return found
 

@@ -13,7 +13,8 @@ from luthier.core.errors import BaseError
 
 
 def check_weights_fit(name: str, info: Mapping[str, Any]) -> None:
-    """Raise `BaseError` if weights do not fit their model exactly; Transformers would initialize missing weights randomly."""
+    """Raise `BaseError` if weights do not fit their model exactly; Transformers would initialize missing weights
+    randomly."""
     faults = [f"{what}: {', '.join(keys[:3])}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
               for what in ("missing", "unexpected", "mismatched")
               if (keys := sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])} for {tuple(key[2])}"

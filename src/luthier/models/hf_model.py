@@ -90,7 +90,8 @@ class HFModel:
         self._recompute_over = over
         for layer in self.structure.layers:
             layer.module._gradient_checkpointing_func = partial(  # type: ignore[assignment]
-                checkpoint, use_reentrant=False, context_fn=lambda: (self._recomputer.suspended(), snapshot_routing(self.router)))
+                checkpoint, use_reentrant=False, context_fn=lambda: (self._recomputer.suspended(),
+                                                                     snapshot_routing(self.router)))
 
     def add_heads(self, heads: Sequence[Head], seed: int) -> TaskHeads:
         self.heads = self.build_heads(heads, seed)
@@ -112,7 +113,8 @@ class HFModel:
     def _build_task_head(self, head: Head, generator: torch.Generator) -> TaskHead | str:
         if self.is_encoder_decoder:
             return "Transformers' encoder-decoder classes classify by the state of the source's own eos token"
-        return build_task_head(head, self.model, self.structure.backbone, self.pooling if self.has_explicit_pooling else None,
+        return build_task_head(head, self.model, self.structure.backbone,
+                               self.pooling if self.has_explicit_pooling else None,
                          "channels" in self.structure.sizes, generator)
 
     def get_padded_tokenizer(self) -> Any:
@@ -135,7 +137,8 @@ class HFModel:
         return replace(self._outputs(inputs, target, needs - {"token_scores"}), token_scores=values)
 
     def _outputs(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        return self.heads.compute_outputs(self.states(inputs), inputs.forest, target, needs, self.pooling, self._log_probs)
+        return self.heads.compute_outputs(self.states(inputs), inputs.forest, target, needs, self.pooling,
+                                          self._log_probs)
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] The row's last hidden states."""
@@ -184,7 +187,8 @@ class HFModel:
             return self.tokenizer
         tokenizer = deepcopy(self.tokenizer)
         tokenizer.chat_template = self.chat_format.template
-        if self.chat_format.stop_tokens and not self.is_encoder_decoder:  # an encoder-decoder's source ends with the original eos
+        # an encoder-decoder's source ends with the original eos
+        if self.chat_format.stop_tokens and not self.is_encoder_decoder:
             tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.chat_format.stop_tokens[0])
         return tokenizer
 
@@ -266,7 +270,8 @@ class PackedHFModel(HFModel):
 
     @torch.no_grad()
     def _detect_layout(self) -> Layout:
-        """Packed if two segments in one row have the same states as on their own; some architectures do not support it."""
+        """Packed if two segments in one row have the same states as on their own; some architectures do not support
+        it."""
         device, was = self.device, self.model.training
         self.model.eval()
         inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),

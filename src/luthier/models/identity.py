@@ -30,7 +30,8 @@ HUB_IDS: Mapping[str, str] = {  # the hub ids of the embedded bases
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
 }
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json", "preprocessor_config.json",
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json",
+                   "preprocessor_config.json",
          "processor_config.json", "1_Pooling/config.json")
 PROVENANCE_KEYS = ("_name_or_path", "transformers_version")  # keys of config.json without effect on outputs
 HUB_SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")

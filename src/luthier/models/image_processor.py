@@ -49,7 +49,8 @@ class ImageProcessor:
         try:
             settings: dict[str, Any] = json.loads(source)
         except ValueError as error:
-            raise BaseError(f"{path / CONFIG_FILE} is not valid JSON ({error})", "copy or download the file again") from error
+            raise BaseError(f"{path / CONFIG_FILE} is not valid JSON ({error})",
+                            "copy or download the file again") from error
         # Transformers leaves out of config.json what is as it would be by itself.
         channels, side = model.get("num_channels", 3), _parse_size(model.get("image_size", 224))
         resized = _parse_resize(settings.get("size") or side)
@@ -92,7 +93,8 @@ class ImageProcessor:
         smooth = self.interpolation in ("bilinear", "bicubic")
         for size in ((height, wanted[1]), wanted):  # width first, and bytes after each, as Pillow does
             if size != planes.shape[1:]:
-                planes = F.interpolate(planes[None], size, mode=self.interpolation, antialias=smooth)[0].round().clamp(0, 255)
+                planes = F.interpolate(planes[None], size, mode=self.interpolation,
+                                       antialias=smooth)[0].round().clamp(0, 255)
         top, left = ((have - want) // 2 for have, want in zip(wanted, self.size, strict=True))
         return planes[:, top:top + self.size[0], left:left + self.size[1]]
 
@@ -122,5 +124,6 @@ def _parse_resize(size: Any) -> tuple[int, ...]:
 
 def _expand_channels(values: list[float], channels: int, path: Path) -> tuple[float, ...]:
     if len(values) not in (1, channels):
-        raise BaseError(f"{path / CONFIG_FILE}: {len(values)} numbers for {channels} channels", "give one for each channel")
+        raise BaseError(f"{path / CONFIG_FILE}: {len(values)} numbers for {channels} channels",
+                        "give one for each channel")
     return tuple(float(v) for v in (values * channels if len(values) == 1 else values))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 
-# The names of the head's modules in order: BERT and derivatives, RoBERTa and derivatives, ALBERT, DistilBERT, ModernBERT,
+# The names of the head's modules in order: BERT and derivatives, RoBERTa and derivatives, ALBERT, DistilBERT,
+# ModernBERT,
 # ELECTRA.
 HEAD_MODULES = (("cls",), ("lm_head",), ("predictions",),
           ("vocab_transform", "activation", "vocab_layer_norm", "vocab_projector"), ("head", "decoder"),

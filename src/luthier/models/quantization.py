@@ -87,7 +87,8 @@ def _check_quantizable(model: Any, quantizable: int, bits: QuantizationType) -> 
                         "omit base.quantize, or choose another base")
 
 
-def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dtype,
+                     device: torch.device | str) -> nn.Module:
     """The quantized layer."""
     import bitsandbytes as bnb
     weight, bias, quantized = linear.weight.detach().to(dtype), linear.bias, None
@@ -235,7 +236,8 @@ def _dequantize_nf4(module: Any, out: Tensor) -> None:
 def _dequantize_int8(module: Any, out: Tensor) -> None:
     state, weight = module.state, module.weight  # bitsandbytes' forward moves both from the weight to the state
     rows, scales = (weight.CB, weight.SCB) if state.CB is None else (state.CB, state.SCB)
-    out.copy_(rows).mul_((scales.to(torch.float32) / 127)[:, None])  # a product of two dtypes would allocate a wider copy
+    # a product of two dtypes would allocate a wider copy
+    out.copy_(rows).mul_((scales.to(torch.float32) / 127)[:, None])
 
 
 DEQUANTIZERS: dict[str, Callable[[Any, Tensor], None]] = {"Params4bit": _dequantize_nf4, "Int8Params": _dequantize_int8}

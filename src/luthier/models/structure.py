@@ -18,7 +18,8 @@ from luthier.core.protocols import ModelStructure, TargetLinear, TransformerLaye
 from luthier.models.expert_layers import find_experts
 from luthier.models.quantization import get_dequantizer
 
-# Suffix of a module's path -> role. `qkv` contains queries, keys and values one after another, `qkv_mixed` head by head.
+# Suffix of a module's path -> role. `qkv` contains queries, keys and values one after another, `qkv_mixed` head by
+# head.
 # The longest matching suffix wins, so `attn.c_proj` takes precedence over `c_proj`.
 ROLES = {
     "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o", "out_proj": "o",
@@ -65,7 +66,8 @@ def find_structure(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -
     linears = tuple(site for layer in layers for site in find_linears(layer))
     tied = head is not None and head.weight is embedding.weight
     experts = tuple(found for layer in layers for found in find_experts(layer.name, layer.module, layer.index))
-    return ModelStructure(model, backbone, layers, linears, embedding, head, tied, sizes, task, tokenizer, experts=experts)
+    return ModelStructure(model, backbone, layers, linears, embedding, head, tied, sizes, task, tokenizer,
+                          experts=experts)
 
 
 def get_role(path: str) -> str:
@@ -93,9 +95,11 @@ def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer
     outputs = {role: module for path, module in layer.named_modules() for role in ("o", "up", "down")
             if isinstance(module, (nn.Linear, Conv1D)) and get_role(f"{name}.{path}") == role}
     has_one_mlp = sum(get_role(path) == "down" for path, _ in layer.named_modules()) == 1
-    has_no_mlp_module = has_one_mlp and mlp is layer  # OPT: the MLP's two linear layers belong to the layer itself, whose input is not the MLP's
+    # OPT: the MLP's two linear layers belong to the layer itself, whose input is not the MLP's
+    has_no_mlp_module = has_one_mlp and mlp is layer
     return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=outputs.get("o", attention),
-                 mlp_in=outputs.get("up", mlp) if has_no_mlp_module else mlp, mlp_out=outputs.get("down", mlp) if has_one_mlp else mlp)
+                 mlp_in=outputs.get("up", mlp) if has_no_mlp_module else mlp, mlp_out=outputs.get("down",
+                                                                                                  mlp) if has_one_mlp else mlp)
 
 
 def _find_attention(layer: nn.Module) -> nn.Module | None:

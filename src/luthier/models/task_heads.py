@@ -99,7 +99,8 @@ class TaskHeads:
         return {"peft_type": None, "task_type": self.task or None, "modules_to_save": sorted(kept)}
 
     def _compute_scores(self, kind: str, states: Tensor) -> Tensor:
-        """[.., C] The scores, in float32 even under autocast: rewards and values need more than bfloat16's three digits."""
+        """[.., C] The scores, in float32 even under autocast: rewards and values need more than bfloat16's three
+        digits."""
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
         with _without_autocast(states.device):

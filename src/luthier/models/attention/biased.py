@@ -64,7 +64,8 @@ def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     return out.transpose(1, 2).contiguous(), None
 
 
-def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: BiasedVirtualKeyValues, query: Tensor) -> Tensor | None:
+def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: BiasedVirtualKeyValues,
+                           query: Tensor) -> Tensor | None:
     """[1 or B, H or 1, Q, N + K] The bias plus the mask; virtual keys are visible to every query."""
     n = before.key.shape[2]
     if seen is not None:

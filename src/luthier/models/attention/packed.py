@@ -32,7 +32,8 @@ from luthier.core.types import Forest, sent
 
 NAME = "luthier"
 CHAIN_LENGTH = 96  # tokens; see `_split_long_segments`
-UNSUPPORTED_ARGUMENTS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")  # what some models hand to attention besides
+# what some models hand to attention besides
+UNSUPPORTED_ARGUMENTS = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
 MIN_FLEX_HEAD_DIM = 16  # heads that flex attention knows
 KeyValue = tuple[Tensor, Tensor]  # keys and values
 

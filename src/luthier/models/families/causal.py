@@ -51,16 +51,20 @@ class CausalLM(PackedHFModel):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
-        """See `Family`. `adapters`: for each prompt an index of the adapter manager, -1 for the base; empty: no routing."""
+        """See `Family`. `adapters`: for each prompt an index of the adapter manager, -1 for the base; empty: no
+        routing."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         return generate(self.model, prompts, sampling, eos=self.stop_tokens, pad=0, device=self.device,
-                        route=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
+                        route=lambda rows: route_indices(self.router, 0,
+                                                         [adapters[i] for i in rows] if adapters else []))
 
     def stream_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                adapters: Sequence[int] = ()) -> Iterator[tuple[int, int | None]]:
-        """Like `generate`, with all prompts in one batch, token by token: (index, token), and None at the end of one."""
+        """Like `generate`, with all prompts in one batch, token by token: (index, token), and None at the end of
+        one."""
         return stream_batch(self.model, prompts, sampling, self.stop_tokens, pad=0, device=self.device,
-                       route=lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else []))
+                       route=lambda rows: route_indices(self.router, 0,
+                                                        [adapters[i] for i in rows] if adapters else []))
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One output, token by token."""

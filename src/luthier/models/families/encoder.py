@@ -54,7 +54,8 @@ class Encoder(PackedHFModel):
         self._offset = _detect_position_offset(model)
         super().__init__(model, tokenizer, layout)
         context = self.structure.sizes["context"] - self._offset
-        self.structure = causal.attach_injector(replace(self.structure, sizes={**self.structure.sizes, "context": context}),
+        self.structure = causal.attach_injector(replace(self.structure,
+                                                        sizes={**self.structure.sizes, "context": context}),
                                          self._offset, lambda: self.router)
         self.mlm_head = None if self.structure.head is None else MaskedLMHead(model)
         if self.mlm_head is not None:
@@ -115,14 +116,16 @@ def compute_token_types(tokens: Tensor, forest: Forest, separator: int) -> Tenso
     found = (tokens == separator).long()
     owner, _, related = (sent(x, tokens.device) for x in describe_segments(forest))
     own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
-    before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]  # [T] separators before the token in its own segment
+    # [T] separators before the token in its own segment
+    before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]
     if not forest.flat:
         before = before + ((related * own).sum(1) - own)[owner]
     return (before > 0).long()
 
 
 def _find_separator(tokenizer: Any) -> int | None:
-    """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types are 0."""
+    """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types
+    are 0."""
     separator = getattr(tokenizer, "sep_token_id", None)
     if separator is None:
         return None

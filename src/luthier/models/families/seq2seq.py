@@ -111,7 +111,8 @@ class Seq2Seq(HFModel):
         embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
         roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
-        for group in self._group_rows(roots, [forest.lengths[i] for i in roots], forest.adapters, {i: i for i in roots}):
+        for group in self._group_rows(roots, [forest.lengths[i] for i in roots], forest.adapters,
+                                      {i: i for i in roots}):
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
             seen = rows >= 0
             places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
@@ -136,7 +137,8 @@ class Seq2Seq(HFModel):
             parted.setdefault(owner[name], []).append((name, size))
         return [group for part in parted.values() for group in _group_by_length(*zip(*part, strict=True))]
 
-    def _run_decoder(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor, memories: dict[int, Tensor],
+    def _run_decoder(self, tokens: Tensor, forest: Forest, spans: list[Tensor], read: Tensor,
+                     memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
         """[N, D] The decoder's states of every path from a root to a leaf; indices in `home` continue after `read`.
 
@@ -187,16 +189,19 @@ class Seq2Seq(HFModel):
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
-        """See `Family`. `adapters`: for each prompt an index of the adapter manager, -1 for the base; empty: no routing."""
+        """See `Family`. `adapters`: for each prompt an index of the adapter manager, -1 for the base; empty: no
+        routing."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)]
-        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling), sampling, self.stop_tokens,
+        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling),
+                                sampling, self.stop_tokens,
                        lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
                        adapters if self._injector.injections else ())
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One output, token by token."""
-        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt), self._limits(1, sampling), sampling, self.stop_tokens)
+        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt),
+                             self._limits(1, sampling), sampling, self.stop_tokens)
 
     def _prepare_source(self, index: int, prompt: Sequence[int]) -> list[int]:
         """A prompt as a source of the encoder: with the eos token."""
@@ -269,7 +274,8 @@ def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
         "vocabulary": embedding.weight.shape[0],
         "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
     }
-    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)), embedding,
+    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)),
+                          embedding,
                    head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
 
 

@@ -49,7 +49,8 @@ class Vision(HFModel):
         height, width = tokenizer.size
         with torch.no_grad():
             unit = self._run_images(torch.zeros(1, tokenizer.channels, height, width, device=self.device)).shape[1]
-        self.structure = replace(self.structure, sizes={**self.structure.sizes, "unit": unit, "channels": tokenizer.channels,
+        self.structure = replace(self.structure, sizes={**self.structure.sizes, "unit": unit,
+                                                        "channels": tokenizer.channels,
                                                     "height": height, "width": width})
         self._injector = VisionInjector(self.structure, embeddings)
         self.structure = replace(self.structure, injector=self._injector)

@@ -59,8 +59,10 @@ ARCHS: Mapping[str, ArchSpec] = {
     "qwen2": ArchSpec(MODEL_ARCH.QWEN2, ATTENTION),
     "qwen3": ArchSpec(MODEL_ARCH.QWEN3),
     "gemma": ArchSpec(MODEL_ARCH.GEMMA, activations=GELU, norm_plus_one=True),
-    "gemma2": ArchSpec(MODEL_ARCH.GEMMA2, activations=GELU, activation_key="hidden_activation", norm_plus_one=True, has_window_pattern=True, large_layers=46),
-    "gemma3_text": ArchSpec(MODEL_ARCH.GEMMA3, activations=GELU, activation_key="hidden_activation", norm_plus_one=True, has_window_pattern=True, large_layers=62),
+    "gemma2": ArchSpec(MODEL_ARCH.GEMMA2, activations=GELU, activation_key="hidden_activation", norm_plus_one=True,
+                       has_window_pattern=True, large_layers=46),
+    "gemma3_text": ArchSpec(MODEL_ARCH.GEMMA3, activations=GELU, activation_key="hidden_activation",
+                            norm_plus_one=True, has_window_pattern=True, large_layers=62),
     "gpt2": ArchSpec(MODEL_ARCH.GPT2, ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm",
                                   "output_norm"), activations=GELU, activation_key="activation_function", is_gpt2_like=True),
 }
@@ -85,7 +87,8 @@ class TensorNames:
         return str(found)
 
     def permute_rows(self, name: str, rows: Tensor) -> Tensor:
-        """[out, ...] The rows of q and k with the pairs of rotary embeddings next to each other; other tensors unchanged."""
+        """[out, ...] The rows of q and k with the pairs of rotary embeddings next to each other; other tensors
+        unchanged."""
         heads = self._heads.get(name.rpartition(".")[2]) if self.spec.permutes_qk else None
         if heads is None:
             return rows

@@ -19,7 +19,8 @@ from luthier.core.digests import cache, file_sha256
 from luthier.core.errors import BaseError
 from luthier.models.hf_logging import check_weights_fit, silence_transformers, summarize_error
 
-CONVERTER_VERSION = "2"  # raise it when `convert_gguf` writes something else: folders made by older ones are then left unused
+# raise it when `convert_gguf` writes something else: folders made by older ones are then left unused
+CONVERTER_VERSION = "2"
 DIGEST_FILE = ".sha256.json"  # in every folder of the cache: the digests of its weights as they were written
 
 

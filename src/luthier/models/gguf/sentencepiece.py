@@ -78,7 +78,8 @@ def adds_space_prefix(described: Mapping[str, Any]) -> bool:
     strange = [key for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout", "ignore_merges")
                if model.get(key)]
     if strange:
-        raise BaseError(f"the tokenizer is BPE with byte_fallback and {strange[0]}, which llama.cpp does not support", REMEDY)
+        raise BaseError(f"the tokenizer is BPE with byte_fallback and {strange[0]}, which llama.cpp does not support",
+                        REMEDY)
     check_added_tokens(added)
     done = tuple(_list_normalizers(described.get("normalizer") or {}))
     step = described.get("pre_tokenizer") or {}

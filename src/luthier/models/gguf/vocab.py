@@ -15,8 +15,10 @@ from luthier.core.errors import BaseError
 REMEDY = "export with --to merged and give the folder to llama.cpp's own converter"
 
 
-def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str], list[int]]:
-    """Every token's text and type, by its id. `size` is the number of embedding rows; rows without a token are unused."""
+def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str],
+                                                                                                             list[int]]:
+    """Every token's text and type, by its id. `size` is the number of embedding rows; rows without a token are
+    unused."""
     words = [f"[PAD{i}]" for i in range(size)]
     kinds = [int(gguf.TokenType.UNUSED)] * size
     last = max([*vocabulary.values(), *(token["id"] for token in added)])

@@ -72,7 +72,8 @@ def write_gguf(family: Family, path: Path, weight_type: WeightType = "float16", 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     factors = write_hyperparameters(writer, model.config, family.structure.sizes["vocabulary"], names.spec)
     write_tokenizer(writer, family.get_saved_tokenizer(), family.structure.sizes["vocabulary"],
-                find_eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
+                find_eos_tokens(model,
+                                family.tokenizer) | set(family.chat_format.stop_tokens), model.config.bos_token_id)
     tensors = dict(_list_tensors(family, names))
     if factors is not None:
         tensors["rope_freqs.weight"] = factors
@@ -152,5 +153,6 @@ def _select_type(tensor: Tensor, weight_type: WeightType) -> GGMLQuantizationTyp
 def _encode_tensor(name: str, tensor: Tensor, kind: GGMLQuantizationType) -> np.ndarray[Any, Any]:
     values = tensor.float().cpu().contiguous().numpy()
     if kind == GGMLQuantizationType.F16 and (largest := float(np.abs(values).max())) > FLOAT16_MAX:
-        raise BaseError(f"{name} holds {largest:.3g}, and float16 ends at {FLOAT16_MAX:.0f}", "export with --dtype float32")
+        raise BaseError(f"{name} holds {largest:.3g}, and float16 ends at {FLOAT16_MAX:.0f}",
+                        "export with --dtype float32")
     return gguf.quantize(values, kind)

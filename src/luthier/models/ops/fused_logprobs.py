@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 2 ** 21  # logits in memory at once: 8 MB in float32, small compared with a row's activations
-CHUNK_LOGITS_GPU = 2 ** 25  # a GPU needs large matrix products: 128 MB, 682 positions of a vocabulary of 49,152 instead of 42
+# a GPU needs large matrix products: 128 MB, 682 positions of a vocabulary of 49,152 instead of 42
+CHUNK_LOGITS_GPU = 2 ** 25
 
 
 class _FusedLogProbs(torch.autograd.Function):
@@ -77,7 +78,8 @@ class _FusedLogProbs(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _recompute_gradients(states: Tensor, weight: Tensor, tokens: Tensor, grad: Tensor, temperature: float, needs_states: bool,
+def _recompute_gradients(states: Tensor, weight: Tensor, tokens: Tensor, grad: Tensor, temperature: float,
+                         needs_states: bool,
                 mixed: torch.dtype | None) -> tuple[Tensor | None, Tensor]:
     """The gradients of states [P, D] (if `needs_states`) and weight [V, D]. The latter is summed over chunks in float32
     or wider, because the sum has one term per position.
@@ -123,8 +125,10 @@ def compute_logprobs(head: Any, states: Tensor, tokens: Tensor, softcap: float |
     if plain and not (entropies and torch.is_grad_enabled()):
         logps, hits, spread = _FusedLogProbs.apply(states, head.weight, tokens, entropies, temperature)
         return logps, hits, spread if entropies else None
-    parts = [_compute_chunk(head, states[rows], tokens[rows], softcap, scale, temperature) if not torch.is_grad_enabled() else
-             checkpoint(_compute_chunk, head, states[rows], tokens[rows], softcap, scale, temperature, use_reentrant=False)
+    parts = [_compute_chunk(head, states[rows], tokens[rows], softcap, scale,
+                            temperature) if not torch.is_grad_enabled() else
+             checkpoint(_compute_chunk, head, states[rows], tokens[rows], softcap, scale, temperature,
+                        use_reentrant=False)
              for rows in _split_positions(states.shape[0], head.weight.shape[0], states.device)]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
 

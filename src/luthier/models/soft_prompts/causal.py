@@ -41,7 +41,8 @@ from luthier.models.soft_prompts.layout import VirtualTokenLayout, layout_packed
 ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # arguments of a backbone, [B, L] each
 
 
-def attach_injector(structure: ModelStructure, first: int = 0, router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
+def attach_injector(structure: ModelStructure, first: int = 0,
+                    router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
     """The structure with `injector`, of a model that counts positions from `first`. Nothing is hung into the model before a
     method asks for it. `router()`: who sends segments through adapters of their own."""
     injector = CausalInjector(structure, first, router)
@@ -170,7 +171,8 @@ class CausalInjector:
         return key.flatten(1)
 
     @torch.no_grad()
-    def _record_keys_values(self, rows: Sequence[Any], place: int = 0, max_modules: int | None = None) -> KeyValueRecorder:
+    def _record_keys_values(self, rows: Sequence[Any], place: int = 0,
+                            max_modules: int | None = None) -> KeyValueRecorder:
         """The base's keys and values of rows that begin at position `place`."""
         device = self._device
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
@@ -219,14 +221,16 @@ class CausalInjector:
             self._check_length(given, plan)
         moved = [x + y * bool(seen) for x, y in zip(behind, before, strict=True)]
         if uneven or any(behind) or given.get("position_ids") is not None:
-            given = self._shift_positions(given, [moved[combination] for combination in plan.assignment], max(seen - places, 0))
+            given = self._shift_positions(given, [moved[combination] for combination in plan.assignment],
+                                          max(seen - places, 0))
         layout = None
         if places and seen and mask is not None:
             layout = layout_padded(_find_first_token(mask, mask), mask.shape[1], before, plan.assignment, places)
             given = {**given, "attention_mask": self._extend_mask(mask, layout)}
         elif places and not seen:
             given, layout = self._insert_prompts(given, plan)
-        pairs, assignment = self._compute_pairs(plan, plan.assignment if layout is None or layout.forest is None else layout.assignment)
+        pairs, assignment = self._compute_pairs(plan,
+                                                plan.assignment if layout is None or layout.forest is None else layout.assignment)
         carried = InjectedKeyValues(pairs, assignment, None if seen or layout is None else layout.own_index)
         if layout is not None and layout.forest is not None:  # other parts of these adapters see the longer row
             carried.open.enter_context(route_segments(self._router(), layout.forest, packed=True))
@@ -246,7 +250,8 @@ class CausalInjector:
             result.hidden_states = tuple(_gather_tokens(states, carried.own) for states in result.hidden_states)
         return result
 
-    def _compute_pairs(self, plan: InjectionPlan, assignment: Sequence[int]) -> tuple[dict[nn.Module, list[KeyValue]], tuple[int, ...]]:
+    def _compute_pairs(self, plan: InjectionPlan, assignment: Sequence[int]) -> tuple[dict[nn.Module, list[KeyValue]],
+                                                                                      tuple[int, ...]]:
         """The keys and values of every combination that has a prefix, by attention module; and for each segment or row
         the index of its pair, -1 for none."""
         made = compute_injected(plan, "prefix")
@@ -292,7 +297,8 @@ class CausalInjector:
         if embeds is None:
             embeds = self._embedding(given["input_ids"])
         forest, mask, sizes = given.get("forest"), given.get("attention_mask"), plan.count_tokens("prompt")
-        layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment) if forest is None
+        layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes,
+                                plan.assignment) if forest is None
                 else layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
         made = compute_injected(plan, "prompt")
         virtual = torch.cat([made[injection] for combination in plan.combinations for injection in combination if injection in made])

@@ -46,7 +46,8 @@ class VirtualTokenLayout:
     assignment: tuple[int, ...] = ()
 
 
-def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: Sequence[int], places: int = 0) -> VirtualTokenLayout:
+def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: Sequence[int],
+                  places: int = 0) -> VirtualTokenLayout:
     """Virtual tokens before the first token of each row, which is at `first` [B, 1].
 
     Args:
@@ -56,7 +57,8 @@ def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: S
     """
     device, starts = first.device, [*accumulate(sizes, initial=0)]
     places = max(places, *(sizes[combination] for combination in assignment))
-    n, start = (torch.tensor([column[combination] for combination in assignment], device=device)[:, None] for column in (sizes, starts))
+    n, start = (torch.tensor([column[combination] for combination in assignment], device=device)[:,
+                                                                                                 None] for column in (sizes, starts))
     at, own = (torch.arange(size, device=device) for size in (width + places, width))
     virtual = (at >= first) & (at < first + places)
     place = at - first - (places - n)  # among the row's virtual tokens; below 0 on padding
@@ -87,10 +89,12 @@ def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int]
     parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
                for parent, combination in zip(forest.parents, assignment, strict=True)]
     longer = Forest((*(sizes[combination] for combination in new), *forest.lengths), (*(-1 for _ in new), *parents),
-                    (*(forest.adapters[used[combination]] for combination in new), *forest.adapters) if forest.adapters else ())
+                    (*(forest.adapters[used[combination]] for combination in new),
+                     *forest.adapters) if forest.adapters else ())
     heads = [torch.arange(sizes[combination]) for combination in new]
     row, before = torch.arange(total), sum(sizes[combination] for combination in new)
-    source = torch.cat([*(head + starts[combination] for head, combination in zip(heads, new, strict=True)), row + starts[-1]])
+    source = torch.cat([*(head + starts[combination] for head, combination in zip(heads, new, strict=True)),
+                        row + starts[-1]])
     like = torch.cat([*(torch.full_like(head, forest.starts[used[combination]])
                         for head, combination in zip(heads, new, strict=True)), row])
     shift = torch.cat([*heads, repeat_per_token([sizes[combination] for combination in assignment], forest.lengths)])
@@ -99,17 +103,20 @@ def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int]
 
 def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
                    device: torch.device) -> VirtualTokenLayout:
-    added = [sizes[combination] if parent < 0 else 0 for parent, combination in zip(forest.parents, assignment, strict=True)]
+    added = [sizes[combination] if parent < 0 else 0 for parent, combination in zip(forest.parents, assignment,
+                                                                                    strict=True)]
     longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
     source, like, own, shift = [], [], [], []
-    for at, length, more, before, combination in zip(forest.starts, forest.lengths, added, accumulate(added), assignment,
+    for at, length, more, before, combination in zip(forest.starts, forest.lengths, added, accumulate(added),
+                                                     assignment,
                                                strict=True):
         head, span = torch.arange(more), torch.arange(at, at + length)
         source += [head + starts[combination], span + starts[-1]]
         like += [torch.full_like(head, at), span]
         own += [span + before]
         shift += [head, torch.full_like(span, sizes[combination])]
-    return _make_layout(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer, tuple(assignment))
+    return _make_layout(device, torch.cat(source), torch.cat(like), torch.cat(own), torch.cat(shift), longer,
+                        tuple(assignment))
 
 
 def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:

@@ -55,7 +55,8 @@ class Seq2SeqInjector:
     """
 
     typical_embeddings: Callable[[int, int], Tensor] | None = None
-    peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"})  # its prefix affects the decoder's self-attention only
+    # its prefix affects the decoder's self-attention only
+    peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"})
 
     def __init__(self, structure: ModelStructure, encoder: nn.Module, decoder: nn.Module) -> None:
         model: Any = structure.model
@@ -190,7 +191,8 @@ class Seq2SeqInjector:
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
         return {**given, "virtual": InjectedKeyValues(found)}
 
-    def _compute_biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module, Tensor]:
+    def _compute_biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module,
+                                                                                                            Tensor]:
         """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
         call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
         Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
