@@ -1,7 +1,7 @@
 """Routes segments and rows through different adapters. Read `core/protocols.py` (Router) first.
 
-In a packed row each token is routed, in a padded batch each row. Layers that are recomputed in the backward pass use the
-routing of their forward pass.
+In a packed row each token is routed, in a padded batch each row. Layers that are recomputed in the backward pass use
+the routing of their forward pass.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def route_segments(router: Router | None, forest: Forest, packed: bool) -> Abstr
     parents = set(forest.parents)
     rows = [{chosen[a] for a in forest.path(i)} for i in range(len(chosen)) if i not in parents]
     if any(len(row) > 1 for row in rows):
-        raise RunError("a segment has a different adapter than its parent, and this base computes every document as one "
-                       "padded row", "use one adapter for each document")
+        raise RunError("a segment has a different adapter than its parent, and this base computes every document as "
+                       "one padded row", "use one adapter for each document")
     return route_indices(router, 0, [min(row) for row in rows])
 
 

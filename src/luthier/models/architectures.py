@@ -82,7 +82,8 @@ class MissingLMHead(nn.Module):
     """Replaces an output projection that a model's files do not contain."""
 
     def forward(self, *_: Any) -> Any:
-        raise BaseError("the model was saved as a classifier without a language-modeling head, so it can predict no tokens",
+        raise BaseError("the model was saved as a classifier without a language-modeling head, so it can predict no "
+                        "tokens",
                         "use it as a classifier, or choose the base that it was trained from")
 
 

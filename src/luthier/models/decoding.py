@@ -97,7 +97,8 @@ def stream_tokens(model: nn.Module, prompt: Sequence[int], sampling: SamplingPar
 
 def generate_outputs(start_batch: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int],
                      sampling: SamplingParams,
-            eos: Set[int], route: RouteRows = _no_routing, batch_groups: Sequence[int] = ()) -> Iterator[GenerationOutput]:
+            eos: Set[int], route: RouteRows = _no_routing,
+            batch_groups: Sequence[int] = ()) -> Iterator[GenerationOutput]:
     """`generate` for any family.
 
     Args:
@@ -170,7 +171,8 @@ def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limit
         with route(rows):  # not around a `yield`: the consumer's code must run outside of it
             logits = batch.logits()
         if not_finite := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
-            raise NotFinite(f"the model's output for prompts {not_finite[:5]} is not a number, so no next token can be selected",
+            raise NotFinite(f"the model's output for prompts {not_finite[:5]} is not a number, so no next token can "
+                            "be selected",
                             "set the base's dtype to float32; if it is, the weights or the run are damaged")
         next_tokens = sample_tokens(logits, sampling, [uniforms[index].random() for index in rows])
         for index, token in zip(rows, next_tokens.tolist(), strict=True):

@@ -4,11 +4,11 @@ Read `task_heads.py` first. The class is built on the meta device, its backbone 
 given states, and the rest is the head: its parameters have the class's own names, and its computation is the class's
 own `forward`. So a run is saved as exactly that class, or as a PEFT adapter of it, with the same outputs.
 
-The class also determines the pooling: BERT uses the first token, Llama the last one that is not padding, ModernBERT what
-its config says. The pooling is detected by calling the head with known states.
+The class also determines the pooling: BERT uses the first token, Llama the last one that is not padding, ModernBERT
+what its config says. The pooling is detected by calling the head with known states.
 
-Dropout inside the head is off, in training as well. If Transformers has no class for an architecture, or the class pools
-differently than requested, the head is a plain linear layer that only this package can load
+Dropout inside the head is off, in training as well. If Transformers has no class for an architecture, or the class
+pools differently than requested, the head is a plain linear layer that only this package can load
 (`no_task_head_reason` says why).
 
 Shape letters: N rows, L tokens of a row, D hidden size, C classes.

@@ -51,20 +51,20 @@ class ImageProcessor:
         except ValueError as error:
             raise BaseError(f"{path / CONFIG_FILE} is not valid JSON ({error})",
                             "copy or download the file again") from error
-        # Transformers leaves out of config.json what is as it would be by itself.
+        # Transformers omits default values from config.json.
         channels, side = model.get("num_channels", 3), _parse_size(model.get("image_size", 224))
         resized = _parse_resize(settings.get("size") or side)
         size = _parse_resize(settings.get("crop_size") or side) if settings.get("do_center_crop") else resized
         if len(size) != 2 or size != side:
-            raise BaseError(f"{path / CONFIG_FILE}: pictures of {size}, and the model takes {side}",
+            raise BaseError(f"{path / CONFIG_FILE}: images of {size}, but the model takes {side}",
                             "give both files of one model: size (or crop_size) is config.json's image_size")
         number = settings.get("resample", 2)
         if number not in FILTERS or not settings.get("do_resize", True):
-            raise BaseError(f"{path / CONFIG_FILE}: resample {number}, do_resize {settings.get('do_resize', True)}; known is "
-                            f"resizing by {FILTERS}", "set one of them")
+            raise BaseError(f"{path / CONFIG_FILE}: resample {number}, do_resize {settings.get('do_resize', True)}; "
+                            f"supported is resizing by {FILTERS}", "set one of them")
         plain = not settings.get("do_normalize", True)
         mean, std = (_expand_channels([other] if plain else settings.get(name, [0.5]), channels, path)
-                           for name, other in (("image_mean", 0.0), ("image_std", 1.0)))
+                     for name, other in (("image_mean", 0.0), ("image_std", 1.0)))
         scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
         return cls(channels, (size[0], size[1]), resized, mean, std, scale, FILTERS[number], source)
 

@@ -35,8 +35,8 @@ CHUNK_WEIGHTS = 1 << 18  # weights
 
 def quantize(model: Any, bits: QuantizationType, dtype: torch.dtype | None = None,
              device: torch.device | str | None = None) -> None:
-    """Quantize every linear layer except the head, and move the rest to its dtype and device. Layers are converted one by
-    one, so that at most one of them is in memory unquantized.
+    """Quantize every linear layer except the head, and move the rest to its dtype and device. Layers are converted one
+    by one, so that at most one of them is in memory unquantized.
 
     Args:
         dtype: of dequantized weights and of the rest of the model; None: that of the model.
@@ -50,7 +50,8 @@ def quantize(model: Any, bits: QuantizationType, dtype: torch.dtype | None = Non
         return
     dtype, device = dtype or model.dtype, device or model.device
     if dtype == torch.float64:
-        raise BaseError(f"base.quantize {bits!r}: quantized weights dequantize to 32 or 16 bits, but base.dtype is float64",
+        raise BaseError(f"base.quantize {bits!r}: quantized weights dequantize to 32 or 16 bits, but base.dtype is "
+                        "float64",
                         "set base.dtype to float32 or bfloat16")
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quant", f"base.quantize {bits!r}")
@@ -82,8 +83,9 @@ def _check_quantizable(model: Any, quantizable: int, bits: QuantizationType) -> 
                 and not isinstance(module, nn.Embedding | nn.Conv2d)
                 for p in module.parameters(recurse=False) if p.ndim > 1 and id(p) not in embeddings)
     if unquantized >= quantizable:
-        raise BaseError(f"base.quantize {bits!r}: only {quantizable:,} weights of this {type(model).__name__} are nn.Linear "
-                        f"and can be quantized; {unquantized:,} are Conv1D or fused experts, which are not supported",
+        raise BaseError(f"base.quantize {bits!r}: only {quantizable:,} weights of this {type(model).__name__} are "
+                        f"nn.Linear and can be quantized; {unquantized:,} are Conv1D or fused experts, "
+                        "which are not supported",
                         "omit base.quantize, or choose another base")
 
 
@@ -114,8 +116,8 @@ def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dty
 
 
 def _trim_heap() -> None:
-    """Return free heap memory to the system. Quantizing a layer leaves free blocks several times its size, which the next
-    layer of another size cannot use."""
+    """Return free heap memory to the system. Quantizing a layer leaves free blocks several times its size, which the
+    next layer of another size cannot use."""
     if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -98,8 +98,8 @@ def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer
     # OPT: the MLP's two linear layers belong to the layer itself, whose input is not the MLP's
     has_no_mlp_module = has_one_mlp and mlp is layer
     return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=outputs.get("o", attention),
-                 mlp_in=outputs.get("up", mlp) if has_no_mlp_module else mlp, mlp_out=outputs.get("down",
-                                                                                                  mlp) if has_one_mlp else mlp)
+                            mlp_in=outputs.get("up", mlp) if has_no_mlp_module else mlp,
+                            mlp_out=outputs.get("down", mlp) if has_one_mlp else mlp)
 
 
 def _find_attention(layer: nn.Module) -> nn.Module | None:

@@ -39,7 +39,8 @@ class StructureConfig(Config):
     new_tokens: Mapping[str, str] = Field(default_factory=dict, description=(
         "new token: its description; the new embedding is the mean of the description's embeddings"))
     add_blocks: int | tuple[int, ...] = Field((), description=(
-        "insert a copy after each of these layers, or this many copies spread evenly; each copy starts as the identity"))
+        "insert a copy after each of these layers, or this many copies spread evenly; each copy starts as the "
+        "identity"))
     drop_blocks: tuple[int, ...] = Field((), description="the layers that are removed")
 
     @model_validator(mode="after")

@@ -44,7 +44,8 @@ VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], BiasedVirtualKeyVa
 
 def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, position_bias: Tensor | None = None,
-              virtual: VirtualKeyValueSource | None = None, is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
+              virtual: VirtualKeyValueSource | None = None, is_causal: bool | None = None,
+              **rest: Any) -> tuple[Tensor, None]:
     """The attention function that Transformers' attention modules call."""
     before = None if virtual is None else virtual(module, key, value)
     if before is None:

@@ -62,10 +62,11 @@ VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], VirtualKeyValues |
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, forest: Forest | None = None,
-              sliding_window: int | None = None, softcap: float | None = None, virtual: VirtualKeyValueSource | None = None,
+              sliding_window: int | None = None, softcap: float | None = None,
+              virtual: VirtualKeyValueSource | None = None,
               is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
-    """The attention function that Transformers' attention modules call. Raises `BaseError` for an additional term of the
-    scores, which would otherwise be ignored silently."""
+    """The attention function that Transformers' attention modules call. Raises `BaseError` for an additional term of
+    the scores, which would otherwise be ignored silently."""
     if unknown := [name for name in UNSUPPORTED_ARGUMENTS if rest.get(name) is not None]:
         raise BaseError(f"the attention of {type(module).__name__} has an additional term ({unknown[0]}), which is not "
                         "supported", "choose a base without it")
@@ -81,7 +82,7 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
             causal = False
         out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
     elif sliding_window is not None and not causal:
-        raise NotImplementedError("a bidirectional sliding window is not supported in packed rows; such a model runs padded")
+        raise NotImplementedError("a bidirectional sliding window is not supported in packed rows")
     elif query.is_cuda and softcap is None and dropout == 0 and before is None and query.shape[-1] >= MIN_FLEX_HEAD_DIM:
         out = _attend_one_kernel(query, key, value, forest, scale, sliding_window, causal)
     else:
@@ -139,7 +140,8 @@ def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: to
 
 
 def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Forest, scale: float, dropout: float,
-                 window: int | None, softcap: float | None, causal: bool, before: VirtualKeyValues | None = None) -> Tensor:
+                 window: int | None, softcap: float | None, causal: bool,
+                 before: VirtualKeyValues | None = None) -> Tensor:
     if causal and before is None:  # virtual keys are assigned by segment index
         forest = _split_long_segments(forest)
     # `split`, not slices: its backward is one concatenation; that of each slice would allocate a full row of zeros.

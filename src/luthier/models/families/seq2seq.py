@@ -105,8 +105,8 @@ class Seq2Seq(HFModel):
 
     def _run_encoder(self, inputs: Inputs, forest: Forest, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """[N, D] The encoder's states of all sources, with padding; each token's index is written to `home`. And for each
-        source the indices that the decoder attends to: those of virtual tokens and of its own tokens."""
+        """[N, D] The encoder's states of all sources, with padding; each token's index is written to `home`. And for
+        each source the indices that the decoder attends to: those of virtual tokens and of its own tokens."""
         found, before, tokens = [], 0, inputs.tokens
         embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}

@@ -1,8 +1,8 @@
 """The family of vision transformers such as ViT. An image is a segment of one placeholder token. Read `hf_model.py`
 first.
 
-The backbone computes each image's patches and a [CLS] token. The last state of [CLS], after the final norm, is the state
-of the segment's only token. Therefore heads, pooling and objectives work as for texts.
+The backbone computes each image's patches and a [CLS] token. The last state of [CLS], after the final norm, is the
+state of the segment's only token. Therefore heads, pooling and objectives work as for texts.
 
 Shape letters: S images of a batch, C channels, D hidden size.
 """

@@ -64,7 +64,8 @@ ARCHS: Mapping[str, ArchSpec] = {
     "gemma3_text": ArchSpec(MODEL_ARCH.GEMMA3, activations=GELU, activation_key="hidden_activation",
                             norm_plus_one=True, has_window_pattern=True, large_layers=62),
     "gpt2": ArchSpec(MODEL_ARCH.GPT2, ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm",
-                                  "output_norm"), activations=GELU, activation_key="activation_function", is_gpt2_like=True),
+                                       "output_norm"),
+                     activations=GELU, activation_key="activation_function", is_gpt2_like=True),
 }
 
 

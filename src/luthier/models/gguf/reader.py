@@ -34,8 +34,8 @@ def convert_cached(gguf: Path) -> Path:
 
 
 def build_once(made: Path, make: Callable[[Path], None]) -> Path:
-    """The cache folder `made`, written by `make(to)` if it does not exist; atomically. Raises `BaseError` if its weights
-    are not those that were written."""
+    """The cache folder `made`, written by `make(to)` if it does not exist; atomically. Raises `BaseError` if its
+    weights are not those that were written."""
     if made.is_dir():
         _check_unchanged(made)
         return made
@@ -80,7 +80,8 @@ def convert_gguf(gguf: Path, to: Path) -> None:
             bare.tie_weights()
     except Exception as error:  # the parser does not validate the file, so a damaged one can raise any error
         raise BaseError(f"{gguf} cannot be read as a causal language model ({summarize_error(error)})",
-                        "copy or download it again; if it is complete, transformers does not support its architecture") from error
+                        "copy or download it again; if it is complete, transformers does not support its "
+                        "architecture") from error
     empty = {name for name in missing if bare.get_parameter(name).is_meta}  # a tied head is not on meta
     check_weights_fit(str(gguf), {"missing_keys": empty, "unexpected_keys": unexpected, "mismatched_keys": ()})
     with silence_transformers():

@@ -3,8 +3,8 @@
 
 The model's own code is not changed. A *prompt* is N additional embeddings: one hook inserts them before the backbone
 runs, another removes their states from the result. A *prefix* is N additional keys and values of every layer, passed as
-a keyword argument through the backbone to the attention function. Every caller of the model, with a packed row, a padded
-batch or a cache, gets the states of its own tokens only.
+a keyword argument through the backbone to the attention function. Every caller of the model, with a packed row, a
+padded batch or a cache, gets the states of its own tokens only.
 
     packed, causal          an adapter's virtual tokens are one additional root, computed once per row
     packed, bidirectional   each root has its own virtual tokens, because they attend to what follows
@@ -43,8 +43,12 @@ ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # arguments of a backbone, [
 
 def attach_injector(structure: ModelStructure, first: int = 0,
                     router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
-    """The structure with `injector`, of a model that counts positions from `first`. Nothing is hung into the model before a
-    method asks for it. `router()`: who sends segments through adapters of their own."""
+    """The structure with an `injector`. Hooks are registered when the first method uses it.
+
+    Args:
+        first: the model's first position id.
+        router: returns the router of segments, if there is one.
+    """
     injector = CausalInjector(structure, first, router)
     _INJECTORS[structure.model] = ref(injector)
     return replace(structure, injector=injector)
@@ -142,7 +146,8 @@ class CausalInjector:
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
-            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed through it",
+            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed "
+                            "through it",
                             "use a method that changes its layers, such as lora, or another base")
         if not self.injections:
             self._modules = list(self._record_keys_values([0]).recorded)
@@ -153,8 +158,8 @@ class CausalInjector:
         self.injections.append(injection)
 
     def _unreachable_error(self) -> BaseError:
-        return BaseError(f"{type(self._backbone).__name__} does not expose the keys and values of its layers, so a prefix "
-                         "is not supported", "use the method prompt, or another base")
+        return BaseError(f"{type(self._backbone).__name__} does not expose the keys and values of its layers, so a "
+                         "prefix is not supported", "use the method prompt, or another base")
 
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
         assert not isinstance(start, Tensor), "a base with a vocabulary is initialized from tokens"
@@ -215,7 +220,8 @@ class CausalInjector:
         places = max(held, *before)
         uneven = given.get("forest") is None and {*before, places} != {places}
         if uneven and cache is not None and mask is None:
-            raise RunError("rows with different virtual tokens have different lengths, so calls with a cache need a mask",
+            raise RunError("rows with different virtual tokens have different lengths, so calls with a cache need a "
+                           "mask",
                            "pass an attention_mask of [rows, tokens] with every call")
         if not seen:
             self._check_length(given, plan)
@@ -229,8 +235,8 @@ class CausalInjector:
             given = {**given, "attention_mask": self._extend_mask(mask, layout)}
         elif places and not seen:
             given, layout = self._insert_prompts(given, plan)
-        pairs, assignment = self._compute_pairs(plan,
-                                                plan.assignment if layout is None or layout.forest is None else layout.assignment)
+        owners = plan.assignment if layout is None or layout.forest is None else layout.assignment
+        pairs, assignment = self._compute_pairs(plan, owners)
         carried = InjectedKeyValues(pairs, assignment, None if seen or layout is None else layout.own_index)
         if layout is not None and layout.forest is not None:  # other parts of these adapters see the longer row
             carried.open.enter_context(route_segments(self._router(), layout.forest, packed=True))
@@ -297,11 +303,12 @@ class CausalInjector:
         if embeds is None:
             embeds = self._embedding(given["input_ids"])
         forest, mask, sizes = given.get("forest"), given.get("attention_mask"), plan.count_tokens("prompt")
-        layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes,
-                                plan.assignment) if forest is None
-                else layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
+        layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment)
+                  if forest is None else
+                  layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
         made = compute_injected(plan, "prompt")
-        virtual = torch.cat([made[injection] for combination in plan.combinations for injection in combination if injection in made])
+        virtual = torch.cat([made[injection] for combination in plan.combinations for injection in combination
+                             if injection in made])
         table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)
         given = {**given, "input_ids": None, "inputs_embeds": _gather_tokens(table, layout.source_index)}
         for name in ROW_ARGUMENTS:

@@ -1,8 +1,8 @@
 """Injections of virtual tokens, and which of them apply to which segment or row. Read `core/protocols.py` (Scope) and
 `core/soft_prompts.py` first; `soft_prompts/causal.py` uses it.
 
-An injection is the virtual tokens of one attached method. Every segment of a packed row, and every row of a batch, has a
-combination of active injections. Without routing all have the same combination.
+An injection is the virtual tokens of one attached method. Every segment of a packed row, and every row of a batch, has
+a combination of active injections. Without routing all have the same combination.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class InjectionPlan:
 
     def count_tokens(self, kind: SoftPromptKind) -> list[int]:
         """The number of virtual tokens of a kind in each combination."""
-        return [sum(injection.num_tokens for injection in combination if injection.kind == kind) for combination in self.combinations]
+        return [sum(injection.num_tokens for injection in combination if injection.kind == kind)
+                for combination in self.combinations]
 
     def count_tokens_at(self, i: int) -> int:
         """The number of virtual tokens of the i-th segment or row."""
@@ -55,8 +56,8 @@ class InjectionPlan:
 
 
 def plan_injections(injections: Sequence[Injection], forest: Forest | None, rows: int) -> InjectionPlan | None:
-    """The combinations of all segments of the tree, or of all rows; None if no injection is active. Raises `RunError` if
-    a segment has different virtual tokens than its parent."""
+    """The combinations of all segments of the tree, or of all rows; None if no injection is active. Raises
+    `RunError` if a segment has different virtual tokens than its parent."""
     acting = [injection for injection in injections if _is_enabled(injection.scope)]
     if not acting:
         return None

@@ -1,4 +1,4 @@
-"""The positions of virtual tokens in a row, as indices only. Read `core/types.py` first; `soft_prompts/causal.py` uses it.
+"""The positions of virtual tokens in a row, as indices only. Read `core/types.py` first; `causal.py` uses it.
 
 Rows with different adapters have different virtual tokens. All virtual tokens are stored in one table, adapter by
 adapter, followed by the row's own tokens; a layout maps each position of the longer row to an entry of the table.
@@ -57,33 +57,35 @@ def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: S
     """
     device, starts = first.device, [*accumulate(sizes, initial=0)]
     places = max(places, *(sizes[combination] for combination in assignment))
-    n, start = (torch.tensor([column[combination] for combination in assignment], device=device)[:,
-                                                                                                 None] for column in (sizes, starts))
+    n, start = (torch.tensor([values[combination] for combination in assignment], device=device)[:, None]  # [B, 1]
+                for values in (sizes, starts))
     at, own = (torch.arange(size, device=device) for size in (width + places, width))
     virtual = (at >= first) & (at < first + places)
-    place = at - first - (places - n)  # among the row's virtual tokens; below 0 on padding
+    place = at - first - (places - n)  # [B, L'] index among the row's virtual tokens; below 0 for padding
     own_index = torch.where(at < first, at, at - places)
     full = all(sizes[combination] == places for combination in assignment)
     return VirtualTokenLayout(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
-                torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
-                torch.where(virtual, place.clamp(min=0), n), None if full else ~virtual | (place >= 0))
+                              torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
+                              torch.where(virtual, place.clamp(min=0), n),
+                              None if full else ~virtual | (place >= 0))
 
 
 def layout_packed(forest: Forest, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
-                device: torch.device) -> VirtualTokenLayout:
-    """One root for each share before all others, or, where texts are seen both ways, its places at every root's head.
+                  device: torch.device) -> VirtualTokenLayout:
+    """One root for each combination before all others; with bidirectional attention, virtual tokens in every root.
 
     Args:
-        sizes: how many virtual tokens each share has.
-        whose: the share of each segment; a child has its parent's.
+        sizes: the number of virtual tokens of each combination.
+        assignment: the combination of each segment; a child has that of its parent.
     """
     make = _layout_in_every_root if both_ways else _layout_as_roots
     return make(forest, sizes, [*accumulate(sizes, initial=0)], assignment, device)
 
 
 def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
-              device: torch.device) -> VirtualTokenLayout:
-    used = {combination: assignment.index(combination) for combination in dict.fromkeys(assignment) if sizes[combination]}  # and its first segment
+                     device: torch.device) -> VirtualTokenLayout:
+    used = {combination: assignment.index(combination)  # the first segment of each combination with virtual tokens
+            for combination in dict.fromkeys(assignment) if sizes[combination]}
     new, total = list(used), sum(forest.lengths)
     above = {combination: i for i, combination in enumerate(new)}
     parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
@@ -102,14 +104,13 @@ def _layout_as_roots(forest: Forest, sizes: Sequence[int], starts: Sequence[int]
 
 
 def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
-                   device: torch.device) -> VirtualTokenLayout:
-    added = [sizes[combination] if parent < 0 else 0 for parent, combination in zip(forest.parents, assignment,
-                                                                                    strict=True)]
+                          device: torch.device) -> VirtualTokenLayout:
+    added = [sizes[combination] if parent < 0 else 0
+             for parent, combination in zip(forest.parents, assignment, strict=True)]
     longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
     source, like, own, shift = [], [], [], []
     for at, length, more, before, combination in zip(forest.starts, forest.lengths, added, accumulate(added),
-                                                     assignment,
-                                               strict=True):
+                                                     assignment, strict=True):
         head, span = torch.arange(more), torch.arange(at, at + length)
         source += [head + starts[combination], span + starts[-1]]
         like += [torch.full_like(head, at), span]
@@ -120,7 +121,7 @@ def _layout_in_every_root(forest: Forest, sizes: Sequence[int], starts: Sequence
 
 
 def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """[T] the value of each token's segment."""
+    """[T] The value of each token's segment."""
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))
 
 

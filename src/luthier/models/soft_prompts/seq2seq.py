@@ -1,8 +1,8 @@
 """Virtual tokens of encoder-decoder models such as T5. Read `soft_prompts/causal.py` and `attention/biased.py` first.
 
 A prompt precedes every source, in the encoder only. The decoder attends to its states (Lester et al. 2021,
-arXiv:2104.08691; PEFT does the same), so the encoder returns them before those of the source. A caller's mask covers the
-source only, so the decoder's hook extends a mask that is too short.
+arXiv:2104.08691; PEFT does the same), so the encoder returns them before those of the source. A caller's mask covers
+the source only, so the decoder's hook extends a mask that is too short.
 
 A prefix has keys and values for each of the three attentions: the encoder's, the decoder's self-attention and its
 cross-attention (Li and Liang 2021, arXiv:2101.00190, section 4). In the first two it has the N positions before the

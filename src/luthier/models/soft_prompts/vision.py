@@ -6,9 +6,9 @@ Visual prompt tuning, shallow (Jia et al. 2022, arXiv:2203.12119, section 3.2, e
 after the embeddings, and their states are removed from the result. A prefix adds keys and values to every layer, as in
 other families. Position embeddings are added to patches before the first layer, so no positions are shifted.
 
-There is no vocabulary to initialize from. Instead, patches of one uniform color each are used: the color is random, with
-mean 0 and standard deviation 1 like normalized images, and the position in the image is random as well. Such vectors
-have the magnitude and the directions of the first layer's usual inputs.
+There is no vocabulary to initialize from. Instead, patches of one uniform color each are used: the color is random,
+with mean 0 and standard deviation 1 like normalized images, and the position in the image is random as well. Such
+vectors have the magnitude and the directions of the first layer's usual inputs.
 
 Shape letters: S images, P patches, D hidden size, N virtual tokens, G heads of width d.
 """
@@ -79,7 +79,8 @@ class VisionInjector:
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
-            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed through it",
+            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed "
+                            "through it",
                             "use a method that changes its layers, such as lora, or another base")
         if not self.injections:
             self._backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -112,8 +113,8 @@ class VisionInjector:
         return seen
 
     def _record_row(self, row: Tensor) -> KeyValueRecorder:
-        """The keys and values if the layers get `row` [L, D] as input. Raises `BaseError` if the layers do not support rows
-        of another length than an image's."""
+        """The keys and values if the layers get `row` [L, D] as input. Raises `BaseError` if the layers do not
+        support rows of another length than an image's."""
         recorder = KeyValueRecorder()
         handle = self._embeddings.register_forward_hook(lambda _module, _args, seen: row[None].to(seen))
         try:
