@@ -20,16 +20,16 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: luminance weights of red, green an
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """pixels -> (resized / 255 - mean) / deviation, by the base's own settings.
+    """pixels -> (resized * rescale_factor - mean) / std, by the base's own settings.
 
     Args:
-        channels: of the model; grey pictures are repeated, coloured ones turned grey.
-        size: [height, width] that the model takes.
-        resized: [height, width] before the middle of `size` is cut out; (edge,) is the length of the shorter side.
-        mean, deviation: one for each channel.
-        scale: factor on the bytes.
-        filter: of `torch.nn.functional.interpolate`.
-        source: the settings as they were read, to be written beside a tuned model.
+        channels: of the model; gray images are repeated, color images converted to gray.
+        size: (height, width) of the model's input.
+        resize_size: (height, width) before the center crop to `size`; (edge,) is the length of the shorter side.
+        mean, std: one value for each channel.
+        rescale_factor: factor on the bytes.
+        interpolation: mode of `torch.nn.functional.interpolate`.
+        source: the settings file as read, to be saved with a trained model.
     """
 
     channels: int
@@ -43,7 +43,7 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, path: Path) -> ImageProcessor:
-        """As the files of a Transformers folder say; without a `preprocessor_config.json`, ViT's own defaults."""
+        """From a Transformers folder; without a `preprocessor_config.json`, ViT's default settings."""
         model = json.loads((path / "config.json").read_text(encoding="utf-8"))
         source = (path / CONFIG_FILE).read_text(encoding="utf-8") if (path / CONFIG_FILE).is_file() else "{}"
         try:
@@ -69,11 +69,11 @@ class ImageProcessor:
         return cls(channels, (size[0], size[1]), resized, mean, std, scale, FILTERS[number], source)
 
     def __call__(self, pixels: Any) -> Tensor:
-        """[channels, height, width] float32 of a picture of bytes, [H, W] or [H, W, 3], as a tensor or an array."""
+        """Convert an image of bytes, [H, W] or [H, W, 3], to [channels, height, width] float32."""
         image = torch.as_tensor(pixels)
         assert image.dtype == torch.uint8, image.dtype
         assert image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3)), tuple(image.shape)
-        planes = (image[None] if image.ndim == 2 else image.permute(2, 0, 1)).float()
+        planes = (image[None] if image.ndim == 2 else image.permute(2, 0, 1)).float()  # [1 or 3, H, W]
         if self.channels == 1 and planes.shape[0] == 3:
             planes = torch.einsum("chw,c->hw", planes, torch.tensor(LUMA))[None].round()
         elif planes.shape[0] == 1:
@@ -91,7 +91,7 @@ class ImageProcessor:
         else:
             wanted = (self.resize_size[0], self.resize_size[1])
         smooth = self.interpolation in ("bilinear", "bicubic")
-        for size in ((height, wanted[1]), wanted):  # width first, and bytes after each, as Pillow does
+        for size in ((height, wanted[1]), wanted):  # width first, rounded to bytes after each, like Pillow
             if size != planes.shape[1:]:
                 planes = F.interpolate(planes[None], size, mode=self.interpolation,
                                        antialias=smooth)[0].round().clamp(0, 255)
@@ -99,14 +99,14 @@ class ImageProcessor:
         return planes[:, top:top + self.size[0], left:left + self.size[1]]
 
     def save_pretrained(self, path: Path) -> None:
-        """Write the settings beside a model, as they were read; with those that were taken for granted where the file
-        does not name the class by which Transformers would read it."""
+        """Write the settings file as read. If it does not name an image processor class of Transformers, write the default
+        settings as well."""
         settings: dict[str, Any] = json.loads(self.source)
         if "image_processor_type" not in settings:
             settings = {"do_resize": True, "size": dict(zip(("height", "width"), self.size, strict=True)),
-                    "resample": 2, "do_rescale": True, "rescale_factor": self.rescale_factor, "do_normalize": True,
-                    "image_mean": list(self.mean), "image_std": list(self.std),
-                    "image_processor_type": "ViTImageProcessor", **settings}
+                        "resample": 2, "do_rescale": True, "rescale_factor": self.rescale_factor, "do_normalize": True,
+                        "image_mean": list(self.mean), "image_std": list(self.std),
+                        "image_processor_type": "ViTImageProcessor", **settings}
         text = self.source if settings == json.loads(self.source) else json.dumps(settings, indent=2) + "\n"
         (Path(path) / CONFIG_FILE).write_text(text, encoding="utf-8")
 
@@ -116,7 +116,7 @@ def _parse_size(size: Any) -> tuple[int, int]:
 
 
 def _parse_resize(size: Any) -> tuple[int, ...]:
-    """Height and width, or the shorter edge alone, from the ways that such files write it."""
+    """(height, width), or (shorter edge,), from the formats used in such files."""
     if isinstance(size, dict):
         return (size["shortest_edge"],) if "shortest_edge" in size else (size["height"], size["width"])
     return _parse_size(size)
