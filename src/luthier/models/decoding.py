@@ -22,6 +22,7 @@ from transformers import DynamicCache
 
 from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import GenerationOutput, SamplingParams
+from luthier.models.hf_attributes import get_optional
 from luthier.models.soft_prompts import causal
 
 # Finished rows are removed when at most this share of the rows is unfinished: every removal copies the whole cache.
@@ -50,7 +51,7 @@ def _no_routing(rows: Sequence[int]) -> AbstractContextManager[None]:
 
 def find_eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """All tokens that end an output: those of the model's generation config, and the tokenizer's eos token."""
-    generation_config = getattr(model, "generation_config", None)
+    generation_config = get_optional(model, "generation_config")
     eos_id = generation_config.eos_token_id if generation_config is not None else None
     eos_ids = eos_id if isinstance(eos_id, list) else [eos_id]
     return {token for token in [*eos_ids, tokenizer.eos_token_id] if token is not None}
@@ -153,7 +154,7 @@ def _limit_new_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], sampli
 def _remaining_contexts(model: nn.Module, rows: int) -> list[int]:
     """Each row's context length without its virtual tokens; practically unlimited if the config has none."""
     described: Any = model.config
-    context = int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62)
+    context = int(get_optional(described.get_text_config(), "max_position_embeddings") or 2**62)
     return [context - count for count in causal.count_virtual_tokens(model, rows)]
 
 

@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from luthier.core.errors import RunError
 from luthier.core.expert_layers import ExpertChange, ExpertLinears
 from luthier.core.protocols import Scope
+from luthier.models.hf_attributes import get_optional
 
 NAME = "luthier"
 ROLES = {"gate_up_proj": "gate_up", "up_proj": "up", "down_proj": "down"}
@@ -43,7 +44,7 @@ def find_experts(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]
     found = []
     for path, module in layer.named_modules():
         for parameter, weight in module.named_parameters(recurse=False):
-            if parameter not in ROLES or weight.dim() != 3 or getattr(module, "is_transposed", None) is None:
+            if parameter not in ROLES or weight.dim() != 3 or get_optional(module, "is_transposed") is None:
                 continue
             count, outputs, inputs = weight.shape
             if module.is_transposed:
@@ -56,7 +57,7 @@ def find_experts(name: str, layer: nn.Module, block: int) -> list[ExpertLinears]
 
 def _make_add_change(module: nn.Module, parameter: str) -> Callable[[Scope, ExpertChange], None]:
     def enter(scope: Scope, change: ExpertChange) -> None:
-        if not isinstance(getattr(module, "luthier", None), _ExpertChanges):
+        if not isinstance(get_optional(module, "luthier"), _ExpertChanges):
             module.luthier = _ExpertChanges(module)  # type: ignore[assignment]
         module.luthier.changes.append((parameter, scope, change))  # type: ignore[union-attr, operator]
     return enter

@@ -29,6 +29,7 @@ from luthier.models.adapter_routing import route_segments, snapshot_routing
 from luthier.models.attention import packed as _forest
 from luthier.models.bias_config import sync_bias_config
 from luthier.models.decoding import find_eos_tokens
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_logging import silence_transformers, summarize_error
 from luthier.models.hf_task_heads import TaskHead, build_task_head
 from luthier.models.mixed_embeddings import mix_embeddings
@@ -195,7 +196,7 @@ class HFModel:
     @contextmanager
     def _saved_stop_tokens(self) -> Iterator[None]:
         """A context in which the generation config lists the tokens that end a turn before its own eos tokens."""
-        settings = getattr(self.model, "generation_config", None)
+        settings = get_optional(self.model, "generation_config")
         if settings is None or not self.chat_format.trained or not self.chat_format.stop_tokens:
             yield
             return
@@ -210,7 +211,7 @@ class HFModel:
 
     def save_generation_config(self, path: Path) -> None:
         """Write the eos tokens next to an adapter that was trained on conversations."""
-        if self.chat_format.trained and (settings := getattr(self.model, "generation_config", None)) is not None:
+        if self.chat_format.trained and (settings := get_optional(self.model, "generation_config")) is not None:
             with silence_transformers(), self._saved_stop_tokens():
                 settings.save_pretrained(path)
 

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from luthier.core.protocols import Head
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_logging import silence_transformers
 
 CLASSES: Mapping[str, Any] = {"item": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification,
@@ -51,8 +52,8 @@ class StackOutput(nn.Module):
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
-        self.pooler: Any = getattr(stack, "pooler", None)
-        self.pooler_activation: Any = getattr(stack, "pooler_activation", None)
+        self.pooler: Any = get_optional(stack, "pooler")
+        self.pooler_activation: Any = get_optional(stack, "pooler_activation")
         self.states: Tensor | None = None
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
@@ -126,7 +127,7 @@ class TaskHead(nn.Module):
         name, own = self.shell.base_model_prefix, self.shell.config
         stand_in = self.shell.get_submodule(name)
         config = make_labeled_config(model.config, self.head)
-        if hasattr(own, "classifier_pooling"):
+        if get_optional(own, "classifier_pooling") is not None:
             config.classifier_pooling = own.classifier_pooling
         setattr(self.shell, name, backbone)
         if stand_in.pooler is not None:
@@ -162,7 +163,7 @@ def build_task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | 
         return f"Transformers has no class for {head.task.replace('_', ' ')} with {model.config.model_type}"
     config = make_labeled_config(model.config, head)
     config.pad_token_id = 0
-    if pooling in POOLED and hasattr(config, "classifier_pooling"):
+    if pooling in POOLED and get_optional(config, "classifier_pooling") is not None:
         config.classifier_pooling = POOLED[pooling]
     with silence_transformers(), torch.device("meta"):
         shell: Any = CLASSES[kind].from_config(config)

@@ -99,8 +99,8 @@ class ImageProcessor:
         return planes[:, top:top + self.size[0], left:left + self.size[1]]
 
     def save_pretrained(self, path: Path) -> None:
-        """Write the settings file as read. If it does not name an image processor class of Transformers, write the default
-        settings as well."""
+        """Write the settings file as read, with the default settings if it does not name an image processor class of
+        Transformers."""
         settings: dict[str, Any] = json.loads(self.source)
         if "image_processor_type" not in settings:
             settings = {"do_resize": True, "size": dict(zip(("height", "width"), self.size, strict=True)),

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, MissingExtra
+from luthier.models.hf_attributes import get_optional
 
 QuantizationType = Literal["none", "nf4", "int8"]
 MADV_DONTNEED = 4  # from mman.h
@@ -78,7 +79,7 @@ def quantize(model: Any, bits: QuantizationType, dtype: torch.dtype | None = Non
 def _check_quantizable(model: Any, quantizable: int, bits: QuantizationType) -> None:
     """Raise `BaseError` if at least as many weights cannot be quantized as can: Conv1D (GPT-2) and fused experts."""
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
-                  and isinstance(getattr(m, "weight", None), Tensor)}
+                  and isinstance(get_optional(m, "weight"), Tensor)}
     unquantized = sum(p.numel() for module in model.base_model.modules() if type(module) is not nn.Linear
                 and not isinstance(module, nn.Embedding | nn.Conv2d)
                 for p in module.parameters(recurse=False) if p.ndim > 1 and id(p) not in embeddings)

@@ -15,6 +15,7 @@ from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.models.adapter_routing import route_indices
 from luthier.models.architectures import MissingLMHead
 from luthier.models.decoding import find_eos_tokens, generate, stream_batch, stream_tokens
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import Layout, PackedHFModel
 from luthier.models.ops.fused_logprobs import compute_logprobs
 from luthier.models.task_heads import Pooling
@@ -38,8 +39,8 @@ class CausalLM(PackedHFModel):
         super().__init__(model, tokenizer, layout)
         self.pooling = pooling
         config = model.config.get_text_config()
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        times, over = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        self._softcap = get_optional(config, "final_logit_softcapping")
+        times, over = (get_optional(config, name) or 1.0 for name in ("logit_scale", "logits_scaling"))
         self._scale = float(times) / float(over)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,

@@ -23,6 +23,7 @@ from luthier.core.errors import BaseError
 from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.core.types import Forest, Inputs, Outputs, Target, sent
 from luthier.models.attention.packed import describe_segments
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import Layout, PackedHFModel
 from luthier.models.mlm_head import MaskedLMHead
 from luthier.models.ops.fused_logprobs import compute_logprobs
@@ -50,7 +51,8 @@ class Encoder(PackedHFModel):
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None, pooling: Pooling = "first") -> None:
         self.pooling = pooling
-        self._separator = _find_separator(tokenizer) if getattr(model.config, "type_vocab_size", 0) > 1 else None
+        types = get_optional(model.config, "type_vocab_size") or 0
+        self._separator = _find_separator(tokenizer) if types > 1 else None
         self._offset = _detect_position_offset(model)
         super().__init__(model, tokenizer, layout)
         context = self.structure.sizes["context"] - self._offset
@@ -126,7 +128,7 @@ def compute_token_types(tokens: Tensor, forest: Forest, separator: int) -> Tenso
 def _find_separator(tokenizer: Any) -> int | None:
     """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types
     are 0."""
-    separator = getattr(tokenizer, "sep_token_id", None)
+    separator = get_optional(tokenizer, "sep_token_id")
     if separator is None:
         return None
     pair = tokenizer("a", "a b")

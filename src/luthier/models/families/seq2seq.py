@@ -34,6 +34,7 @@ from luthier.core.types import Forest, Inputs, Outputs, Target
 from luthier.models.activation_recompute import ActivationRecomputer
 from luthier.models.adapter_routing import route_indices
 from luthier.models.decoding import find_eos_tokens, generate_outputs, stream_single
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import HFModel
 from luthier.models.mixed_embeddings import mix_embeddings
 from luthier.models.ops.fused_logprobs import compute_logprobs
@@ -70,7 +71,7 @@ class Seq2Seq(HFModel):
         self.structure = replace(parts, injector=self._injector)
         self.start = _find_start_token(model)
         # T5 scales the states if its head is the tied embedding; later versions have an untied head.
-        self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+        self.scale = model.config.d_model ** -0.5 if get_optional(model.config, "scale_decoder_outputs") else 1.0
         self._recompute_over: int | None = None
         self._recomputer = ActivationRecomputer()  # never active
         self.add_heads((), 0)
@@ -270,9 +271,9 @@ def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
     sizes = {
         "hidden": config.hidden_size, "layers": len(blocks), "heads": config.num_attention_heads,
         "kv_heads": config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": get_optional(config, "head_dim") or config.hidden_size // config.num_attention_heads,
         "vocabulary": embedding.weight.shape[0],
-        "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
+        "context": get_optional(config, "max_position_embeddings") or 1_000_000, "unit": 1,
     }
     return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)),
                           embedding,
@@ -299,7 +300,7 @@ def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer
 def _find_start_token(model: Any) -> int:
     """The token that begins every target."""
     for config in (model.config, model.generation_config):
-        if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+        if (token := get_optional(config, "decoder_start_token_id")) is not None:
             return int(token)
     raise BaseError(f"the config of this {type(model).__name__} names no decoder_start_token_id",
                     "add it to the base's config.json (T5: the id of the padding token)")

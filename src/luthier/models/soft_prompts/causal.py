@@ -35,6 +35,7 @@ from luthier.core.soft_prompts import SoftPromptKind
 from luthier.core.types import Forest
 from luthier.models.adapter_routing import route_segments
 from luthier.models.attention.packed import KeyValue, VirtualKeyValues
+from luthier.models.hf_attributes import get_optional
 from luthier.models.soft_prompts.injection import Injection, InjectionPlan, compute_injected, plan_injections
 from luthier.models.soft_prompts.layout import VirtualTokenLayout, layout_packed, layout_padded, repeat_per_token
 
@@ -57,8 +58,8 @@ def attach_injector(structure: ModelStructure, first: int = 0,
 def has_sliding_window(model: Any, context: int) -> bool:
     """Whether some layer has a sliding window shorter than the context."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    windows = [getattr(config, name, None) for name, kind in (
+    kinds = get_optional(config, "layer_types")
+    windows = [get_optional(config, name) for name, kind in (
         ("sliding_window", "sliding"), ("attention_chunk_size", "chunked"), ("local_attention", "sliding"))
         if kinds is None or any(kind in str(layer) for layer in kinds)]
     return any(isinstance(window, int) and 0 < window < context for window in windows)
@@ -252,7 +253,7 @@ class CausalInjector:
         if isinstance(result, tuple):
             return _gather_tokens(result[0], carried.own), *result[1:]
         result.last_hidden_state = _gather_tokens(result.last_hidden_state, carried.own)
-        if getattr(result, "hidden_states", None) is not None:
+        if get_optional(result, "hidden_states") is not None:
             result.hidden_states = tuple(_gather_tokens(states, carried.own) for states in result.hidden_states)
         return result
 

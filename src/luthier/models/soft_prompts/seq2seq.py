@@ -31,6 +31,7 @@ from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention import biased
 from luthier.models.attention.biased import BiasedVirtualKeyValues
 from luthier.models.attention.packed import KeyValue
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_logging import silence_transformers
 from luthier.models.soft_prompts.causal import KeyValueRecorder, RecordingComplete
 from luthier.models.soft_prompts.injection import Injection, is_active
@@ -196,13 +197,13 @@ class Seq2SeqInjector:
         """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
         call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
         Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
-        within = [m for m in self._modules[stack] if stack is self._encoder or getattr(m, "is_causal", False)]
+        within = [m for m in self._modules[stack] if stack is self._encoder or get_optional(m, "is_causal")]
         left = mask.ne(0).int().argmax(1) if mask is not None and mask.ndim == 2 else None
         shifted = left is not None and bool(left.any())
         found: dict[nn.Module, Tensor] = {}
         last = None
         for module in within:
-            if getattr(module, "has_relative_attention_bias", False):
+            if get_optional(module, "has_relative_attention_bias"):
                 rows, past = (seen + width, n) if shifted else (width, seen + n)
                 last = module.compute_bias(rows, n, device=self._device, past_seen_tokens=past)  # type: ignore[operator]
                 if shifted:

@@ -27,6 +27,7 @@ from luthier.core.errors import BaseError
 from luthier.core.protocols import ModelStructure, Scope
 from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention.packed import KeyValue
+from luthier.models.hf_attributes import get_optional
 from luthier.models.soft_prompts.causal import InjectedKeyValues, KeyValueRecorder
 from luthier.models.soft_prompts.injection import Injection, is_active
 
@@ -166,7 +167,7 @@ class VisionInjector:
         if isinstance(result, tuple):
             return _remove_prompt(result[0], n), *result[1:]
         result.last_hidden_state = _remove_prompt(result.last_hidden_state, n)
-        if getattr(result, "hidden_states", None) is not None:
+        if get_optional(result, "hidden_states") is not None:
             result.hidden_states = tuple(_remove_prompt(states, n) for states in result.hidden_states)
         return result
 
