@@ -273,7 +273,7 @@ class PackedHFModel(HFModel):
     def _detect_layout(self) -> Layout:
         """Packed if two segments in one row have the same states as on their own; some architectures do not support
         it."""
-        device, was = self.device, self.model.training
+        device, was_training = self.device, self.model.training
         self.model.eval()
         inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),
                         torch.tensor([0, 1, 2, 0, 1, 2], device=device), Forest((3, 3), (-1, -1)))
@@ -288,7 +288,7 @@ class PackedHFModel(HFModel):
         except (RuntimeError, ValueError, AttributeError) as error:  # the model used the empty mask
             return self._fall_back_to_padded(summarize_error(error))
         finally:
-            self.model.train(was)
+            self.model.train(was_training)
         if not bool(padded.isfinite().all()):
             raise BaseError(f"base {self.model.name_or_path!r}: its output is not a number",
                             "set base.dtype to float32; if it is, the weights are damaged: download them again")

@@ -91,12 +91,12 @@ class Encoder(PackedHFModel):
     @torch.no_grad()
     def _check_logits(self, mlm_head: MaskedLMHead) -> None:
         """Raises `BaseError` if the model's own logits differ from those of its parts as they are called here."""
-        was = self.model.training
+        was_training = self.model.training
         self.model.eval()
         row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
         own = self.model(input_ids=row[None]).logits[0].float()
         found = mlm_head(self.states(Inputs(row, torch.arange(3, device=self.device), Forest((3,), (-1,))))).float()
-        self.model.train(was)
+        self.model.train(was_training)
         if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in an unsupported way",
                             "choose another encoder, such as BERT or RoBERTa")
@@ -140,7 +140,7 @@ def _find_separator(tokenizer: Any) -> int | None:
 def _detect_position_offset(model: Any) -> int:
     """The position id of a text's first token: 0, or after that of padding (RoBERTa), whichever reproduces the model's
     own states."""
-    was, device = model.training, model.get_input_embeddings().weight.device
+    was_training, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
     tokens = torch.tensor([[t for t in range(5, 9) if t != model.config.pad_token_id][:3]], device=device)
     stack = model.base_model
@@ -152,7 +152,7 @@ def _detect_position_offset(model: Any) -> int:
         if torch.allclose(placed, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
             found = offset
             break
-    model.train(was)
+    model.train(was_training)
     if found is None:
         raise BaseError(f"a {model.config.model_type} computes position ids in an unsupported way",
                         "choose another encoder, such as 'minilm'")

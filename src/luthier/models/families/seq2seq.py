@@ -174,14 +174,14 @@ class Seq2Seq(HFModel):
     @torch.no_grad()
     def _check_logits(self) -> None:
         """Raises `BaseError` if the model's own logits differ from those of its parts as they are called here."""
-        was = self.model.training
+        was_training = self.model.training
         self.model.eval()
         row = torch.tensor([1, 2, 3, 2, 3], device=self.device)
         own = self.model(input_ids=row[None, :3], use_cache=False,
                          decoder_input_ids=torch.tensor([[self.start, 2, 3]], device=self.device)).logits[0]
         states = self.states(Inputs(row, torch.arange(5, device=self.device), Forest((3, 2), (-1, 0))))
         found = self.model.get_output_embeddings()(states[2:] * self.scale)
-        self.model.train(was)
+        self.model.train(was_training)
         if not torch.allclose(found.float(), own.float(), rtol=1e-2, atol=1e-2 * float(own.float().abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in an unsupported way",
                             "use a base of the T5 family")
@@ -260,22 +260,23 @@ class _Seq2SeqDecodeBatch:
 def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
     """The parts of a sequence-to-sequence model: the encoder's layers first, then the decoder's."""
     names = {id(module): name for name, module in model.named_modules()}
-    blocks: list[TransformerLayer] = []
+    all_layers: list[TransformerLayer] = []
     for stack in (model.get_encoder(), model.get_decoder()):
         layers = next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
         if layers is None:
             raise BaseError(f"{type(stack).__name__} has no stack of layers of one class, so its parts cannot be found",
                             "use a base of the T5 family")
-        blocks += [_describe_layer(len(blocks) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
+        all_layers += [_describe_layer(len(all_layers) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
     config, embedding, head = model.config, model.get_input_embeddings(), model.get_output_embeddings()
     sizes = {
-        "hidden": config.hidden_size, "layers": len(blocks), "heads": config.num_attention_heads,
+        "hidden": config.hidden_size, "layers": len(all_layers), "heads": config.num_attention_heads,
         "kv_heads": config.num_attention_heads,
         "head_dim": get_optional(config, "head_dim") or config.hidden_size // config.num_attention_heads,
         "vocabulary": embedding.weight.shape[0],
         "context": get_optional(config, "max_position_embeddings") or 1_000_000, "unit": 1,
     }
-    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)),
+    return ModelStructure(model, model.base_model, tuple(all_layers),
+                          tuple(s for b in all_layers for s in find_linears(b)),
                           embedding,
                    head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
 

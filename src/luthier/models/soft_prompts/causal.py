@@ -182,7 +182,7 @@ class CausalInjector:
         """The base's keys and values of rows that begin at position `place`."""
         device = self._device
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
-        recorder, was = KeyValueRecorder(max_modules), self._backbone.training
+        recorder, was_training = KeyValueRecorder(max_modules), self._backbone.training
         start = self._first + place
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(tokens.shape)
         self._backbone.eval()
@@ -192,7 +192,7 @@ class CausalInjector:
         except RecordingComplete:
             pass  # not an error, but the signal that all is recorded
         finally:
-            self._backbone.train(was)
+            self._backbone.train(was_training)
         return recorder
 
     @contextmanager
@@ -205,13 +205,13 @@ class CausalInjector:
 
     # ------------------------------------------------------------ the two hooks
 
-    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._suspended:
             return None
-        given = {**dict(zip(self._names, args, strict=False)), **given}
-        cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _get_shape(given)
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache, mask, (rows, width) = kwargs.get("past_key_values"), kwargs.get("attention_mask"), _get_shape(kwargs)
         seen = cache.get_seq_length() if cache is not None else 0
-        plan = plan_injections(self.injections, given.get("forest"), rows)
+        plan = plan_injections(self.injections, kwargs.get("forest"), rows)
         # Virtual tokens in the cache that the caller's mask does not include; their rows may have left the batch since.
         held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
         if plan is None and not held:
@@ -219,32 +219,32 @@ class CausalInjector:
         plan = plan or InjectionPlan(((),), (0,) * rows)
         before, behind = plan.count_tokens("prompt"), plan.count_tokens("prefix")
         places = max(held, *before)
-        uneven = given.get("forest") is None and {*before, places} != {places}
+        uneven = kwargs.get("forest") is None and {*before, places} != {places}
         if uneven and cache is not None and mask is None:
             raise RunError("rows with different virtual tokens have different lengths, so calls with a cache need a "
                            "mask",
                            "pass an attention_mask of [rows, tokens] with every call")
         if not seen:
-            self._check_length(given, plan)
+            self._check_length(kwargs, plan)
         moved = [x + y * bool(seen) for x, y in zip(behind, before, strict=True)]
-        if uneven or any(behind) or given.get("position_ids") is not None:
-            given = self._shift_positions(given, [moved[combination] for combination in plan.assignment],
+        if uneven or any(behind) or kwargs.get("position_ids") is not None:
+            kwargs = self._shift_positions(kwargs, [moved[combination] for combination in plan.assignment],
                                           max(seen - places, 0))
         layout = None
         if places and seen and mask is not None:
             layout = layout_padded(_find_first_token(mask, mask), mask.shape[1], before, plan.assignment, places)
-            given = {**given, "attention_mask": self._extend_mask(mask, layout)}
+            kwargs = {**kwargs, "attention_mask": self._extend_mask(mask, layout)}
         elif places and not seen:
-            given, layout = self._insert_prompts(given, plan)
+            kwargs, layout = self._insert_prompts(kwargs, plan)
         owners = plan.assignment if layout is None or layout.forest is None else layout.assignment
         pairs, assignment = self._compute_pairs(plan, owners)
         carried = InjectedKeyValues(pairs, assignment, None if seen or layout is None else layout.own_index)
         if layout is not None and layout.forest is not None:  # other parts of these adapters see the longer row
             carried.open.enter_context(route_segments(self._router(), layout.forest, packed=True))
-        return (), {**given, "virtual": carried}
+        return (), {**kwargs, "virtual": carried}
 
-    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], result: Any) -> Any:
-        carried = given.get("virtual")
+    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        carried = kwargs.get("virtual")
         if not isinstance(carried, InjectedKeyValues):
             return None
         carried.open.close()
@@ -261,19 +261,19 @@ class CausalInjector:
                                                                                       tuple[int, ...]]:
         """The keys and values of every combination that has a prefix, by attention module; and for each segment or row
         the index of its pair, -1 for none."""
-        made = compute_injected(plan, "prefix")
+        computed = compute_injected(plan, "prefix")
         found: dict[int, list[KeyValue]] = {}
         for i, combination in enumerate(plan.combinations):
-            layers = zip(*(made[injection] for injection in combination if injection.kind == "prefix"), strict=True)
+            layers = zip(*(computed[injection] for injection in combination if injection.kind == "prefix"), strict=True)
             if joined := [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]:
                 found[i] = joined  # type: ignore[assignment]
         order = list(found)
         return ({module: [pairs[i] for pairs in found.values()] for i, module in enumerate(self._modules)} if found
                 else {}, tuple(order.index(combination) if combination in found else -1 for combination in assignment))
 
-    def _check_length(self, given: dict[str, Any], plan: InjectionPlan) -> None:
+    def _check_length(self, kwargs: dict[str, Any], plan: InjectionPlan) -> None:
         """Raise `BaseError` if a text and its virtual tokens exceed the context."""
-        forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _get_shape(given)
+        forest, mask, (rows, width) = kwargs.get("forest"), kwargs.get("attention_mask"), _get_shape(kwargs)
         extra = [plan.count_tokens_at(i) for i in range(len(plan.assignment))]
         widths = [width] * rows
         if forest is not None:
@@ -286,40 +286,40 @@ class CausalInjector:
                             f"{self._context} tokens", f"set data.max_length to {self._context - n} or less, or use "
                             "fewer virtual tokens (method.tokens)")
 
-    def _shift_positions(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
+    def _shift_positions(self, kwargs: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
         """The call with shifted positions of every segment or row; without position ids, they begin at `seen`."""
-        rows, width = _get_shape(given)
-        positions, forest = given.get("position_ids"), given.get("forest")
+        rows, width = _get_shape(kwargs)
+        positions, forest = kwargs.get("position_ids"), kwargs.get("forest")
         if positions is None:
             start = self._first + seen
             positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
         if len(set(by)) == 1:
-            return {**given, "position_ids": positions + by[0]}
+            return {**kwargs, "position_ids": positions + by[0]}
         further = torch.tensor(by)[:, None] if forest is None else repeat_per_token(by, forest.lengths)[None]
-        return {**given, "position_ids": positions + further.to(self._device, non_blocking=True)}
+        return {**kwargs, "position_ids": positions + further.to(self._device, non_blocking=True)}
 
-    def _insert_prompts(self, given: dict[str, Any], plan: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
+    def _insert_prompts(self, kwargs: dict[str, Any], plan: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
         """The call with the virtual tokens inserted."""
-        embeds = given.get("inputs_embeds")
+        embeds = kwargs.get("inputs_embeds")
         if embeds is None:
-            embeds = self._embedding(given["input_ids"])
-        forest, mask, sizes = given.get("forest"), given.get("attention_mask"), plan.count_tokens("prompt")
+            embeds = self._embedding(kwargs["input_ids"])
+        forest, mask, sizes = kwargs.get("forest"), kwargs.get("attention_mask"), plan.count_tokens("prompt")
         layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment)
                   if forest is None else
                   layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
-        made = compute_injected(plan, "prompt")
-        virtual = torch.cat([made[injection] for combination in plan.combinations for injection in combination
-                             if injection in made])
+        computed = compute_injected(plan, "prompt")
+        virtual = torch.cat([computed[injection] for combination in plan.combinations for injection in combination
+                             if injection in computed])
         table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)
-        given = {**given, "input_ids": None, "inputs_embeds": _gather_tokens(table, layout.source_index)}
+        kwargs = {**kwargs, "input_ids": None, "inputs_embeds": _gather_tokens(table, layout.source_index)}
         for name in ROW_ARGUMENTS:
-            if (column := given.get(name)) is not None:
-                given[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)
-        if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + layout.position_shift
+            if (column := kwargs.get(name)) is not None:
+                kwargs[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + layout.position_shift
         if forest is not None:
-            return {**given, "forest": layout.forest}, layout
-        return {**given, "attention_mask": self._extend_mask(mask, layout)}, layout
+            return {**kwargs, "forest": layout.forest}, layout
+        return {**kwargs, "attention_mask": self._extend_mask(mask, layout)}, layout
 
     def _extend_mask(self, mask: Any, layout: VirtualTokenLayout) -> Tensor | None:
         """The mask of the longer rows, in which a virtual token has the mask of the text's first token."""
@@ -349,9 +349,9 @@ def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
-def _get_shape(given: dict[str, Any]) -> torch.Size:
+def _get_shape(kwargs: dict[str, Any]) -> torch.Size:
     """The shape [B, L] of a call."""
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     shape = ids.shape if ids is not None else embeds.shape[:2]  # type: ignore[union-attr]
     assert isinstance(shape, torch.Size)
     return shape

@@ -132,12 +132,12 @@ class Seq2SeqInjector:
 
     @contextmanager
     def _base_only(self) -> Iterator[None]:
-        was, self._suspended = self._model.training, True
+        was_training, self._suspended = self._model.training, True
         self._model.eval()
         try:
             yield
         finally:
-            self._model.train(was)
+            self._model.train(was_training)
             self._suspended = False
 
     # ------------------------------------------------------------ the two hooks
@@ -145,26 +145,26 @@ class Seq2SeqInjector:
     def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
         return [] if self._suspended else [d for d in self.injections if d.kind == kind and is_active(d.scope)]
 
-    def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The encoder's pre-forward hook: inserts the prompt before each source, and adds the prefix argument."""
-        given = {**dict(zip(self._names[stack], args, strict=False)), **given}
+        kwargs = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
         if prompts := self._list_active("prompt"):
-            given = self._insert_prompts(given, torch.cat([injection.compute() for injection in prompts]))
-        return (), self._add_prefix_argument(stack, given, 0)
+            kwargs = self._insert_prompts(kwargs, torch.cat([injection.compute() for injection in prompts]))
+        return (), self._add_prefix_argument(stack, kwargs, 0)
 
-    def _before_decoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_decoder(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The decoder's pre-forward hook: extends a source mask that does not include the virtual tokens."""
-        given = {**dict(zip(self._names[stack], args, strict=False)), **given}
-        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        kwargs = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
-            given["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
-        cache = given.get("past_key_values")
-        return (), self._add_prefix_argument(stack, given, 0 if cache is None else int(cache.get_seq_length()))
+            kwargs["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
+        cache = kwargs.get("past_key_values")
+        return (), self._add_prefix_argument(stack, kwargs, 0 if cache is None else int(cache.get_seq_length()))
 
-    def _insert_prompts(self, given: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
-        embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+    def _insert_prompts(self, kwargs: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if embeds is None:
-            embeds = self._encoder.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
+            embeds = self._encoder.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
         width = embeds.shape[1] if mask is None else int(mask.sum(1).max())
         if width + len(virtual) > self._context:
             raise BaseError(f"a source of {width} tokens and {len(virtual)} virtual ones do not fit into the base's "
@@ -172,25 +172,26 @@ class Seq2SeqInjector:
                             f"{self._context - len(virtual)} or less, or use fewer virtual tokens (method.tokens)")
         virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
         if mask is None:
-            return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
+            return {**kwargs, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
         source, like = _index_padded(mask, virtual.shape[1])
         embeds = torch.cat([virtual, embeds], 1).gather(1, source[..., None].expand(-1, -1, embeds.shape[2]))
-        return {**given, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
+        return {**kwargs, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
 
     # ------------------------------------------------------------ a prefix
 
-    def _add_prefix_argument(self, stack: nn.Module, given: dict[str, Any], seen: int) -> dict[str, Any]:
-        made = [injection.compute() for injection in self._list_active("prefix")]
-        if not made:
-            return given
-        pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*made, strict=True)]
+    def _add_prefix_argument(self, stack: nn.Module, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
+        computed = [injection.compute() for injection in self._list_active("prefix")]
+        if not computed:
+            return kwargs
+        pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*computed,
+                                                                                                 strict=True)]
         modules, before = self._modules[stack], len(self._modules[self._encoder]) * (stack is self._decoder)
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
-        biases = self._compute_biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
+        biases = self._compute_biases(stack, width, seen, pairs[0][0].shape[1], kwargs.get("attention_mask"))
         found = {module: BiasedVirtualKeyValues(key[None], value[None], biases.get(module))
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
-        return {**given, "virtual": InjectedKeyValues(found)}
+        return {**kwargs, "virtual": InjectedKeyValues(found)}
 
     def _compute_biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module,
                                                                                                             Tensor]:

@@ -57,12 +57,12 @@ class VisionInjector:
     @torch.no_grad()
     def typical_embeddings(self, n: int, seed: int) -> Tensor:
         """[n, D] The embeddings of uniform patches; see the module docstring."""
-        dice = torch.Generator().manual_seed(seed)
-        colours = torch.randn(n, self._shape[0], generator=dice)
-        pixels = self._zero_pixels(n) + colours.to(self._zero_pixels(1))[:, :, None, None]
+        generator = torch.Generator().manual_seed(seed)
+        colors = torch.randn(n, self._shape[0], generator=generator)
+        pixels = self._zero_pixels(n) + colors.to(self._zero_pixels(1))[:, :, None, None]
         with self._base_only():
             seen = self._embed(pixels)
-        places = torch.randint(1, seen.shape[1], (n,), generator=dice).to(seen.device)
+        places = torch.randint(1, seen.shape[1], (n,), generator=generator).to(seen.device)
         found: Tensor = seen[torch.arange(n, device=seen.device), places]
         return found
 
@@ -133,13 +133,13 @@ class VisionInjector:
     @contextmanager
     def _base_only(self) -> Iterator[None]:
         """A context with the base in evaluation mode, without injections."""
-        was, before = self._backbone.training, self.injections
+        was_training, before = self._backbone.training, self.injections
         self._backbone.eval()
         self.injections = []
         try:
             yield
         finally:
-            self._backbone.train(was)
+            self._backbone.train(was_training)
             self.injections = before
 
     # ------------------------------------------------------------ the hooks
@@ -147,20 +147,21 @@ class VisionInjector:
     def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
         return [injection for injection in self.injections if injection.kind == kind and is_active(injection.scope)]
 
-    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        made = [injection.compute() for injection in self._list_active("prefix")]
-        if not made:
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        computed = [injection.compute() for injection in self._list_active("prefix")]
+        if not computed:
             return None
-        joined = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in zip(*made, strict=True)]
+        joined = [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in zip(*computed,
+                                                                                                    strict=True)]
         pairs = {module: [(key, value)] for module, (key, value) in zip(self._modules, joined, strict=True)}
-        return (), {**dict(zip(self._names, args, strict=False)), **given, "virtual": InjectedKeyValues(pairs)}
+        return (), {**dict(zip(self._names, args, strict=False)), **kwargs, "virtual": InjectedKeyValues(pairs)}
 
     def _insert_prompts(self, _module: nn.Module, _args: tuple[Any, ...], seen: Tensor) -> Tensor:
         """[S, 1 + P, D] -> [S, 1 + N + P, D]."""
         virtual = [injection.compute().to(seen).expand(len(seen), -1, -1) for injection in self._list_active("prompt")]
         return torch.cat([seen[:, :1], *virtual, seen[:, 1:]], 1) if virtual else seen
 
-    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], _given: dict[str, Any], result: Any) -> Any:
+    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], result: Any) -> Any:
         n = sum(injection.num_tokens for injection in self._list_active("prompt"))
         if not n:
             return None
