@@ -89,7 +89,7 @@ def is_local_path(name: str) -> bool:
 def get_public_name(config: BaseConfig, upstream: str | None = None) -> str:
     """The name of a base on other machines: its hub id if it has one, otherwise the name of its folder or file.
 
-    >>> public_name(BaseConfig(name="smollm2")), public_name(BaseConfig(name="/home/me/bases/tiny/"))
+    >>> get_public_name(BaseConfig(name="smollm2")), get_public_name(BaseConfig(name="/home/me/bases/tiny/"))
     ('HuggingFaceTB/SmolLM2-135M-Instruct', 'tiny')
     """
     if upstream or config.name in HUB_IDS:

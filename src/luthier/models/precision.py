@@ -29,8 +29,8 @@ def read_stored_dtype(config: BaseConfig) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def cast_weights(base: Family, dtype: torch.dtype) -> None:
+def cast_weights(family: Family, dtype: torch.dtype) -> None:
     """Convert the weights of the model and of its heads."""
-    base.structure.model.to(dtype)
-    if base.heads.task_head is not None:
-        base.heads.task_head.to(dtype)
+    family.structure.model.to(dtype)
+    if family.heads.task_head is not None:
+        family.heads.task_head.to(dtype)
