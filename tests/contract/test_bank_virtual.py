@@ -295,9 +295,9 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     family.states(bank.through(inputs, (None, "low", None)))
     with bank.routed(0, bank.numbers(("soft", None))), torch.no_grad():
         cache = DynamicCache(config=family.model.config)
-        with pytest.raises(RunError, match="no mask says so"):
+        with pytest.raises(RunError, match="a cache need a mask"):
             family.model(input_ids=tokens[None, :8].expand(2, -1), past_key_values=cache)
-    with bank.routed(1, [1, 1, -1, 2]), torch.no_grad(), pytest.raises(RunError, match="cannot be told apart"):
+    with bank.routed(1, [1, 1, -1, 2]), torch.no_grad(), pytest.raises(RunError, match="cannot have different adapters"):
         family.model(input_ids=tokens[None, :4])
 
 
