@@ -176,7 +176,7 @@ MODEL_BREAKS = (
     Break("pool-first-of-the-child", "models/task_heads.py", "starts[roots[items]]", "starts[items]", on(PARTS, "test_items_of_a_tree_are_pooled_over_their_own_text")),
     Break("pool-last-off-by-one", "models/task_heads.py", "(starts + lengths - 1)[items]", "(starts + lengths - 2)[items]", on(PARTS, "test_items_of_a_tree_are_pooled_over_their_own_text")),
     Break("pool-mean-without-ancestors", "models/task_heads.py", "related = (to_device(x, row.device) for x in describe_segments(forest))", "related = (to_device(x, row.device) for x in describe_segments(SegmentTree(forest.lengths, (-1,) * len(forest.lengths))))", on(PARTS, "test_items_of_a_tree_are_pooled_over_their_own_text")),
-    Break("head-log-probability-without-the-maximum", "models/ops/fused_logprobs.py", "(chosen - best - total.log())", "(chosen - total.log())", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
+    Break("head-log-probability-without-the-maximum", "models/ops/fused_logprobs.py", "(chosen - max_logits - total.log())", "(chosen - total.log())", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
     Break("head-gradient-of-the-wrong-sign", "models/ops/fused_logprobs.py", "softmax(-1).mul_(-grad[rows, None])", "softmax(-1).mul_(grad[rows, None])", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
     Break("head-frozen-gradient-without-the-target", "models/ops/fused_logprobs.py", "weight[target] - (", "-(", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),
     Break("head-scale-lost", "models/ops/fused_logprobs.py", "torch.float32)) * scale", "torch.float32))", on(EQUAL, "test_log_probs_are_those_of_the_whole_logits")),

@@ -192,5 +192,5 @@ def test_tokens_of_a_row_cannot_be_told_apart() -> None:
         manager.add(name, attach_method(ours, METHODS["lora"](target_modules=("experts",)), 0))
     ours.router = manager
     row = build_batch(documents()[:2])
-    with pytest.raises(RunError, match="some of a row's tokens"):
+    with pytest.raises(RunError, match="some tokens of a row"):
         ours.forward(manager.with_adapters(row.inputs, ["a", "b"]), row.target, SFT.required_outputs)

@@ -313,7 +313,7 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
         with pytest.raises(kind, match=words):
             train({**made, **settings}, output_dir=str(tmp_path / "run"), quiet=True)
 
-    refused(BaseError, r"bare'.* its files hold no head for masked words \(there is no cls\.", model=str(tmp_path / "bare"))
+    refused(BaseError, r"bare'.* its files hold no masked-language-modeling head \(cls\.", model=str(tmp_path / "bare"))
     refused(BaseError, r"t5' has no sentinels", model=str(tmp_path / "t5"))
     refused(RecipeError, "predicts none", objective="sft")
     refused(RecipeError, r"objective.mean_noise_span_length 5.0: of what .*base' reads", objective={"name": "pretrain", "mean_noise_span_length": 5})

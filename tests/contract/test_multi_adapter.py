@@ -148,7 +148,7 @@ def test_a_child_may_go_through_another_adapter_than_its_prompt() -> None:
         assert (states[part] - alone).abs().max() < EXACT
     assert (states[9:15] - states[15:]).abs().max() > 1e-3
     padded, other = banked(layout="padded")
-    with pytest.raises(RunError, match="another adapter than the one that it continues"):
+    with pytest.raises(RunError, match="different adapter than its parent"):
         padded.states(other.with_adapters(Inputs(tokens, place, SegmentTree((9, 6, 6), (-1, 0, 0))), [None, "a", "b"]))
 
 
@@ -299,8 +299,8 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
         manager.add("full", attach_method(family, METHODS["full"](), 3))
     row = mixed(manager)
     family.router = None
-    with pytest.raises(RunError, match="no manager"):
-        family.forward(row.inputs, row.target, SFT.required_outputs)
+    with pytest.raises(RunError, match="no router"):
+        family.forward(row.inputs, row.target, SFT.needs)
 
 
 def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:

@@ -291,14 +291,14 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     tokens, place = torch.arange(20, 41), torch.cat([torch.arange(9), torch.arange(9, 15), torch.arange(9, 15)])
     inputs = Inputs(tokens, place, SegmentTree((9, 6, 6), (-1, 0, 0)))
     for names in (("soft", "soft", "long"), (None, "deep", None), ("soft", None, "soft"), ("soft", "soft", "low")):
-        with pytest.raises(RunError, match="than the one that it continues"):
+        with pytest.raises(RunError, match="than its parent"):
             family.states(manager.with_adapters(inputs, names))
     family.states(manager.with_adapters(inputs, (None, "low", None)))
     with manager.route(0, manager.resolve_indices(("soft", None))), torch.no_grad():
         cache = DynamicCache(config=family.model.config)
-        with pytest.raises(RunError, match="no mask says so"):
+        with pytest.raises(RunError, match="a cache need a mask"):
             family.model(input_ids=tokens[None, :8].expand(2, -1), past_key_values=cache)
-    with manager.route(1, [1, 1, -1, 2]), torch.no_grad(), pytest.raises(RunError, match="cannot be told apart"):
+    with manager.route(1, [1, 1, -1, 2]), torch.no_grad(), pytest.raises(RunError, match="cannot have different adapters"):
         family.model(input_ids=tokens[None, :4])
 
 

@@ -236,7 +236,7 @@ def test_what_has_no_meaning_is_refused() -> None:
     with pytest.raises(RunError, match=r"weight of 0\.5"):
         logits(family)
     attached.gate.scale, attached.gate.token_index, attached.gate.dim_size = 1.0, (1, torch.tensor([0, 1])), 20
-    with pytest.raises(RunError, match="cannot be told apart"):
+    with pytest.raises(RunError, match="cannot have different adapters"):
         logits(family)
     with pytest.raises(RecipeError, match="no place for virtual tokens"):
         METHODS["prefix"]().attach(replace(family.structure, injector=None), seed=0)

@@ -273,7 +273,7 @@ def test_a_base_whose_attention_cannot_be_reached_is_refused_a_prefix() -> None:
     model.set_attn_implementation("eager")
     family = Seq2Seq(model, tokenizer())
     attach(family, "prompt", num_virtual_tokens=N)
-    with pytest.raises(BaseError, match="out of reach"):
+    with pytest.raises(BaseError, match="does not expose"):
         attach(family, "prefix", num_virtual_tokens=N)
 
 

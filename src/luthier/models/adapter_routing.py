@@ -1,8 +1,7 @@
-"""Segments and rows through adapters of their own: what a family asks of its router. Read `core/protocols.py` (Router)
-first.
+"""Routes segments and rows through different adapters. Read `core/protocols.py` (Router) first.
 
-A packed row is told apart by its tokens, a padded batch by its rows. What is recomputed in the backward pass finds the
-setting of its forward pass again.
+In a packed row each token is routed, in a padded batch each row. Layers that are recomputed in the backward pass use
+the routing of their forward pass.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from luthier.core.types import SegmentTree
 
 
 def route_segments(router: Router | None, forest: SegmentTree, packed: bool) -> AbstractContextManager[None]:
-    """While open, every segment goes through the adapter that the forest names for it; nothing changes where it names
-    none. Raises `RunError` without a router, or where a padded row would need two adapters."""
+    """A context in which every segment uses its own adapter (`forest.adapters`); without any, nothing changes. Raises
+    `RunError` without a router, or if a padded row would need two adapters."""
     chosen = forest.adapters
     if not chosen:
         return nullcontext()
@@ -27,21 +26,21 @@ def route_segments(router: Router | None, forest: SegmentTree, packed: bool) -> 
     parents = set(forest.parents)
     rows = [{chosen[a] for a in forest.find_path(i)} for i in range(len(chosen)) if i not in parents]
     if any(len(row) > 1 for row in rows):
-        raise RunError("a segment goes through another adapter than the one that it continues, and this base computes "
-                       "every document as one padded row", "send whole documents through one adapter")
+        raise RunError("a segment has a different adapter than its parent, and this base computes every document as "
+                       "one padded row", "use one adapter for each document")
     return route_indices(router, 0, [min(row) for row in rows])
 
 
 def route_indices(router: Router | None, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
-    """See `Router.routed`; `places` empty: everything stays as it is."""
+    """See `Router`; with empty `places` nothing changes."""
     if not places:
         return nullcontext()
     if router is None:
-        raise RunError("a batch names adapters for its rows, and the base has no manager to find them in",
-                       "set family.router to the manager that they were added to")
+        raise RunError("a batch has adapters, but the family has no router",
+                       "set family.router to the object that holds the adapters")
     return router.route(dim, places)
 
 
 def snapshot_routing(router: Router | None) -> AbstractContextManager[None]:
-    """The context of a block's recomputation, when every context of now may be closed."""
+    """The context for recomputing a layer later, when the contexts of its forward pass may be closed."""
     return nullcontext() if router is None else router.snapshot()

@@ -17,6 +17,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from luthier.core.errors import BaseError
+from luthier.models.hf_attributes import get_optional
 
 Architecture = Literal["causal", "encoder", "seq2seq", "vision"]
 
@@ -56,10 +57,10 @@ def detect_architecture(config: PreTrainedConfig) -> Architecture | None:
     """
     if config.is_encoder_decoder:
         return "seq2seq" if type(config) in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING else None
-    if getattr(config, "image_size", None) and getattr(config, "patch_size", None):
-        return "vision" if getattr(config, "vocab_size", None) is None else None
+    if get_optional(config, "image_size") and get_optional(config, "patch_size"):
+        return "vision" if get_optional(config, "vocab_size") is None else None
     writes = any(re.search("CausalLM|LMHead", name) for name in config.architectures or ())
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not writes and not getattr(config, "is_decoder", False):
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not writes and not get_optional(config, "is_decoder"):
         return "encoder"
     return "causal" if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) not in MODEL_MAPPING else None
 

@@ -1,9 +1,8 @@
-"""Saving a model whose linear maps have grown biases that its architecture did not have. Read
-`models/families/causal.py` first.
+"""Saving a model whose linear layers got biases that its architecture did not have. Read `families/causal.py` first.
 
-A Transformers folder is loaded by building the model from its config, so a bias that the config does not ask for would
-be left unread. Many architectures have switches for it (`attention_bias`, `mlp_bias`); they are found by trying: the
-fewest switches are turned on with which a model built from the config has every bias that this one has grown.
+Transformers builds a model from its config, so a bias without a config switch would not be loaded. Many architectures
+have such switches (`attention_bias`, `mlp_bias`). They are found by trial: the fewest switches are set with which a
+model built from the config has all biases of this model.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from luthier.core.errors import NotMergeable
 
 
 def sync_bias_config(model: Any) -> None:
-    """Turn on the config's switches for biases that the model has grown, and give zero biases to the maps that the
-    switches ask for besides. Nothing happens where none has grown.
+    """Set the config's switches for biases that were added to the model, and add zero biases to the other linear layers
+    that these switches affect. Does nothing if no bias was added.
 
     Raises:
-        NotMergeable: the architecture has no switch for one of them.
+        NotMergeable: the architecture has no switch for an added bias.
     """
     built = _build_parameter_shapes(model.config, model)
     mine = {name for name, _ in model.named_parameters()}
@@ -40,7 +39,8 @@ def sync_bias_config(model: Any) -> None:
             if grown <= wanted.keys():
                 for key in chosen:
                     setattr(model.config, key, True)
-                _add_zero_biases(model, {name: shape for name,
+                _add_zero_biases(model,
+                                 {name: shape for name,
                                          shape in wanted.items() if name not in mine and _is_bias(name)})
                 return
     first = min(grown)
@@ -54,7 +54,7 @@ def _is_bias(name: str) -> bool:
 
 
 def _build_parameter_shapes(config: Any, model: Any) -> dict[str, torch.Size]:
-    """The names and shapes of a model's parameters, as its config alone makes it; no memory is taken."""
+    """The names and shapes of the parameters of a model built from the config, on the meta device."""
     with torch.device("meta"):
         bare = type(model)(copy.deepcopy(config))
     return {name: parameter.shape for name, parameter in bare.named_parameters()}

@@ -24,6 +24,7 @@ from transformers import DynamicCache
 
 from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import GenerationOutput, SamplingParams
+from luthier.models.hf_attributes import get_optional
 from luthier.models.soft_prompts import causal
 
 # Finished rows are removed when at most this share of the rows is unfinished: every removal copies the whole cache.
@@ -53,7 +54,7 @@ def _no_routing(rows: Sequence[int]) -> AbstractContextManager[None]:
 
 def find_eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """All tokens that end an output: those of the model's generation config, and the tokenizer's eos token."""
-    generation_config = getattr(model, "generation_config", None)
+    generation_config = get_optional(model, "generation_config")
     eos_id = generation_config.eos_token_id if generation_config is not None else None
     eos_ids = eos_id if isinstance(eos_id, list) else [eos_id]
     return {token for token in [*eos_ids, tokenizer.eos_token_id] if token is not None}
@@ -156,7 +157,7 @@ def _limit_new_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], sampli
 def _remaining_contexts(model: nn.Module, rows: int) -> list[int]:
     """Each row's context length without its virtual tokens; practically unlimited if the config has none."""
     described: Any = model.config
-    context = int(getattr(described.get_text_config(), "max_position_embeddings", None) or 2**62)
+    context = int(get_optional(described.get_text_config(), "max_position_embeddings") or 2**62)
     return [context - count for count in causal.count_virtual_tokens(model, rows)]
 
 
@@ -175,7 +176,7 @@ def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limit
             logits = batch.logits()
         if not_finite := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
             raise NotFinite(f"the model's output for prompts {not_finite[:5]} is not a number, so no next token can "
-                            f"be selected",
+                            "be selected",
                             "set the base's dtype to float32; if it is, the weights or the run are damaged")
         next_tokens = sample_tokens(logits, sampling, [uniforms[index].random() for index in rows])
         for index, token in zip(rows, next_tokens.tolist(), strict=True):
@@ -202,7 +203,6 @@ class CausalDecodeBatch:
         self.model = model
         self.tokens, self.mask = pad_left(prompts, pad, device)
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        # position of each row
         # [B, 1] last position
         self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1
         described: Any = model.config

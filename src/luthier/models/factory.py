@@ -22,9 +22,9 @@ def open_family(config: ModelConfig, with_mlm_head: bool = False) -> Family:
     Args:
         with_mlm_head: load an encoder with its masked-language-modeling head.
     """
-    made = _load_family(config, with_mlm_head)
-    made.has_explicit_pooling = config.pooling != "auto"
-    return made
+    family = _load_family(config, with_mlm_head)
+    family.has_explicit_pooling = config.pooling != "auto"
+    return family
 
 
 def _load_family(config: ModelConfig, with_mlm_head: bool) -> CausalLM | Encoder | Vision | Seq2Seq:
@@ -34,9 +34,9 @@ def _load_family(config: ModelConfig, with_mlm_head: bool) -> CausalLM | Encoder
         auto = read_pooling(Path(model.name_or_path)) if config.pooling == "auto" else config.pooling
         return Encoder(model, tokenizer, pooling=auto)
     if kind in ("vision", "seq2seq"):
-        made = Vision(model, tokenizer) if kind == "vision" else Seq2Seq(model, tokenizer)
-        if config.pooling not in ("auto", made.pooling):
-            raise BaseError(f"model.pooling: {config.pooling!r}; with this base it is always {made.pooling!r}",
+        family = Vision(model, tokenizer) if kind == "vision" else Seq2Seq(model, tokenizer)
+        if config.pooling not in ("auto", family.pooling):
+            raise BaseError(f"model.pooling: {config.pooling!r}; with this base it is always {family.pooling!r}",
                             "omit model.pooling")
-        return made
+        return family
     return CausalLM(model, tokenizer, pooling="last" if config.pooling == "auto" else config.pooling)

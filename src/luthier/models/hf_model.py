@@ -29,6 +29,7 @@ from luthier.models.adapter_routing import route_segments, snapshot_routing
 from luthier.models.attention import packed as _forest
 from luthier.models.bias_config import sync_bias_config
 from luthier.models.decoding import find_eos_tokens
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_logging import silence_transformers, summarize_error
 from luthier.models.hf_task_heads import TaskHead, build_task_head
 from luthier.models.mixed_embeddings import mix_embeddings
@@ -196,7 +197,7 @@ class HFModel:
     @contextmanager
     def _saved_stop_tokens(self) -> Iterator[None]:
         """A context in which the generation config lists the tokens that end a turn before its own eos tokens."""
-        settings = getattr(self.model, "generation_config", None)
+        settings = get_optional(self.model, "generation_config")
         if settings is None or not self.chat_format.trained or not self.chat_format.stop_tokens:
             yield
             return
@@ -211,7 +212,7 @@ class HFModel:
 
     def save_generation_config(self, path: Path) -> None:
         """Write the eos tokens next to an adapter that was trained on conversations."""
-        if self.chat_format.trained and (settings := getattr(self.model, "generation_config", None)) is not None:
+        if self.chat_format.trained and (settings := get_optional(self.model, "generation_config")) is not None:
             with silence_transformers(), self._saved_stop_tokens():
                 settings.save_pretrained(path)
 
@@ -273,7 +274,7 @@ class PackedHFModel(HFModel):
     def _detect_layout(self) -> Layout:
         """Packed if two segments in one row have the same states as on their own; some architectures do not support
         it."""
-        device, was = self.device, self.model.training
+        device, was_training = self.device, self.model.training
         self.model.eval()
         inputs = Inputs(torch.tensor([1, 2, 3, 4, 2, 3], device=device),
                         torch.tensor([0, 1, 2, 0, 1, 2], device=device), SegmentTree((3, 3), (-1, -1)))
@@ -288,7 +289,7 @@ class PackedHFModel(HFModel):
         except (RuntimeError, ValueError, AttributeError) as error:  # the model used the empty mask
             return self._fall_back_to_padded(summarize_error(error))
         finally:
-            self.model.train(was)
+            self.model.train(was_training)
         if not bool(padded.isfinite().all()):
             raise BaseError(f"base {self.model.name_or_path!r}: its output is not a number",
                             "set model.dtype to float32; if it is, the weights are damaged: download them again")

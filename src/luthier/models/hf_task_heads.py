@@ -1,16 +1,16 @@
-"""TaskHeads that are Transformers' own: of the class `...ForSequenceClassification` (tokens, images) of the
+"""Heads of Transformers' own task classes: `...ForSequenceClassification` (or tokens, images) of the
 architecture.
 
-Read `task_heads.py` first. The class is built without memory, its stack is replaced by a stand-in that returns given
-states,
-and the rest is the head: its parameters have the class's own names, and its arithmetic is the class's own `forward`. So
-a run is saved as exactly that class, or as a PEFT adapter of it, and gives the same outputs there.
+Read `task_heads.py` first. The class is built on the meta device, its backbone is replaced by a module that returns
+given states, and the rest is the head: its parameters have the class's own names, and its computation is the class's
+own `forward`. So a run is saved as exactly that class, or as a PEFT adapter of it, with the same outputs.
 
-The class also decides how a text becomes one state: BERT takes the first token, Llama the last one that is no padding,
-ModernBERT what its config says. Which of them is found by calling the head with states of known places.
+The class also determines the pooling: BERT uses the first token, Llama the last one that is not padding, ModernBERT
+what its config says. The pooling is detected by calling the head with known states.
 
-Dropout inside of the head is off, in training too. Where Transformers has no class for an architecture, or the class
-pools in another way than asked, the head is a plain linear map that only this package reads (`why` says the reason).
+Dropout inside the head is off, in training as well. If Transformers has no class for an architecture, or the class
+pools differently than requested, the head is a plain linear layer that only this package can load
+(`no_task_head_reason` says why).
 
 Shape letters: N rows, L tokens of a row, D hidden size, C classes.
 """
@@ -34,26 +34,27 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from luthier.core.protocols import Head
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_logging import silence_transformers
 
 CLASSES: Mapping[str, Any] = {"item": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification,
                               "image": AutoModelForImageClassification}
 TASKS: Mapping[str, str | None] = {"item": "SEQ_CLS", "token": "TOKEN_CLS", "image": None}  # PEFT's names
-POOLED = {"first": "cls", "mean": "mean"}  # ModernBERT's names of its two ways
-STD = 0.02  # of weights that start random
+POOLED = {"first": "cls", "mean": "mean"}  # ModernBERT's names of its two poolings
+STD = 0.02  # of randomly initialized weights
 
 
 class StackOutput(nn.Module):
-    """Stands in the place of a class's stack: returns the states that it was given, and what the pooler makes of them.
+    """Replaces the backbone of a class: returns the given states, and the pooler's output for them.
 
     Args:
-        stack: the stack that it replaces; its pooler is kept, since it belongs to the head.
+        stack: the backbone that it replaces; its pooler is kept because it belongs to the head.
     """
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
-        self.pooler: Any = getattr(stack, "pooler", None)
-        self.pooler_activation: Any = getattr(stack, "pooler_activation", None)
+        self.pooler: Any = get_optional(stack, "pooler")
+        self.pooler_activation: Any = get_optional(stack, "pooler_activation")
         self.states: Tensor | None = None
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPoolingAndCrossAttentions:
@@ -66,17 +67,17 @@ class StackOutput(nn.Module):
 
 
 class TaskHead(nn.Module):
-    """states [N, D] -> logits [N, C], each state standing for a text (image) or a token.
+    """states [N, D] -> logits [N, C]; each state represents a text (image) or a token.
 
     Args:
-        shell: the class of Transformers, with `StackOutput` in the place of its stack.
+        shell: the class of Transformers, with `StackOutput` in place of its backbone.
         kind: item, token or image.
     """
 
     def __init__(self, shell: Any, kind: str, head: Head) -> None:
         super().__init__()
         self.shell, self.kind, self.head = shell, kind, head
-        self.backbone_prefix = f"{shell.base_model_prefix}."  # begins the names of the stack's weights in the class
+        self.backbone_prefix = f"{shell.base_model_prefix}."  # the prefix of the backbone's weight names in the class
         self.pooling: str = "first"
         self.train(False)
 
@@ -90,7 +91,7 @@ class TaskHead(nn.Module):
         return next(self.parameters()).dtype
 
     def train(self, mode: bool = True) -> TaskHead:
-        """Stays in evaluation mode: dropout inside of the head is off."""
+        """Keeps evaluation mode: dropout inside the head is off."""
         super().train(False)
         return self
 
@@ -109,7 +110,7 @@ class TaskHead(nn.Module):
         return self.compute_logits(states[:, None])
 
     def compute_logits(self, states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits as the class computes them of a stack's states, [N, L, D]; `mask`: [N, L], 0 for padding."""
+        """The class's logits for a backbone's states [N, L, D]; `mask` [N, L] is 0 for padding."""
         seen = torch.ones(states.shape[:2], dtype=torch.long, device=states.device) if mask is None else mask
         stack = self.shell.get_submodule(self.shell.base_model_prefix)
         stack.states = states.to(self.dtype)
@@ -123,11 +124,11 @@ class TaskHead(nn.Module):
 
     @contextmanager
     def assembled(self, model: Any, backbone: Any) -> Iterator[Any]:
-        """The class with the trained stack in it, and with the config that is saved; for the time of the context."""
+        """A context with the class that contains the trained backbone and the config to save."""
         name, own = self.shell.base_model_prefix, self.shell.config
         stand_in = self.shell.get_submodule(name)
         config = make_labeled_config(model.config, self.head)
-        if hasattr(own, "classifier_pooling"):
+        if get_optional(own, "classifier_pooling") is not None:
             config.classifier_pooling = own.classifier_pooling
         setattr(self.shell, name, backbone)
         if stand_in.pooler is not None:
@@ -143,7 +144,7 @@ class TaskHead(nn.Module):
 
 
 def make_labeled_config(config: Any, head: Head) -> Any:
-    """A copy of the config with the head's classes and kind of task, as Transformers names them."""
+    """A copy of the config with the head's labels and problem type, as Transformers names them."""
     config = copy.deepcopy(config)
     config.id2label = dict(enumerate(head.labels or [f"LABEL_{i}" for i in range(head.width)]))
     config.label2id = {name: i for i, name in config.id2label.items()}
@@ -153,17 +154,17 @@ def make_labeled_config(config: Any, head: Head) -> Any:
 
 def build_task_head(head: Head, model: Any, backbone: nn.Module, pooling: str | None, images: bool,
               generator: torch.Generator) -> TaskHead | str:
-    """The head, its parameters random but for a pooler that the base's files hold; or why there is none.
+    """The head, or the reason why there is none. Its parameters are random, except a pooler from the base's files.
 
     Args:
-        pooling: last, first or mean; None: as the class does.
+        pooling: last, first or mean; None: that of the class.
     """
     kind = "image" if images and head.kind == "item" else head.kind
     if kind not in CLASSES or type(model.config) not in CLASSES[kind]._model_mapping:
         return f"Transformers has no class for {head.task.replace('_', ' ')} with {model.config.model_type}"
     config = make_labeled_config(model.config, head)
     config.pad_token_id = 0
-    if pooling in POOLED and hasattr(config, "classifier_pooling"):
+    if pooling in POOLED and get_optional(config, "classifier_pooling") is not None:
         config.classifier_pooling = POOLED[pooling]
     with silence_transformers(), torch.device("meta"):
         shell: Any = CLASSES[kind].from_config(config)
@@ -192,7 +193,7 @@ def _init_weights(head: TaskHead, generator: torch.Generator) -> None:
 
 @torch.no_grad()
 def _detect_pooling(head: TaskHead, hidden: int) -> str | None:
-    """How the class makes one state of those of a text; None where it does so in a way that is not known here."""
+    """The pooling of the class, detected by known states; None if it is not supported."""
     states = torch.linspace(-3, 3, 6 * hidden).sin().view(2, 3, hidden) * torch.linspace(1, 2, 6).view(2, 3, 1)
     if head.kind != "item":
         alone = head(states.flatten(0, 1)) if head.kind == "token" else head(states[:, 0])
@@ -208,7 +209,7 @@ def _detect_pooling(head: TaskHead, hidden: int) -> str | None:
 
 @torch.no_grad()
 def _load_pooler(head: TaskHead, folder: Path) -> None:
-    """A pooler that stands in the stack, from the base's files where they hold one."""
+    """Load a pooler, which belongs to the backbone, from the base's files if they contain one."""
     wanted = {name: parameter for name, parameter in head.weights().items() if name.startswith(head.backbone_prefix)}
     for file in sorted(folder.glob("*.safetensors")) if wanted and folder.is_dir() else ():
         with safe_open(file, framework="pt") as stored:
@@ -220,7 +221,7 @@ def _load_pooler(head: TaskHead, folder: Path) -> None:
 
 
 def read_weights(names: Sequence[str], files: Sequence[Path]) -> dict[str, Tensor]:
-    """Of the tensors `names`, those that the files hold."""
+    """The tensors named `names` that the files contain."""
     found: dict[str, Tensor] = {}
     for file in files:
         with safe_open(file, framework="pt") as stored:

@@ -1,14 +1,14 @@
-"""Which base a config names: digests of its files, its absolute path, and its id on the hub. Read `loading.py` first.
+"""The identity of a base model: digests of its files, its absolute path, its hub id. Read `model_folder.py` first.
 
-| digest      | of                                                               | another one                        |
+| digest      | of                                                               | if different                       |
 |-------------|------------------------------------------------------------------|------------------------------------|
-| `weights`   | every byte of every safetensors file                             | is another base: refused           |
-| `config`    | config.json, and the Python code beside it where it may run      | is another base: refused           |
-| `gguf`      | every byte of a GGUF file, which holds all of the above          | is another base: refused           |
-| `tokenizer` | tokenizer, chat template, preprocessor and pooling files         | is told                            |
+| `weights`   | all bytes of all safetensors files                               | a different base: an error         |
+| `config`    | config.json, and the Python files next to it if they may run     | a different base: an error         |
+| `gguf`      | all bytes of a GGUF file, which contains all of the above        | a different base: an error         |
+| `tokenizer` | tokenizer, chat template, preprocessor and pooling files         | reported                           |
 
-`_name_or_path` and `transformers_version` in config.json do not count: they say where a folder came from and who wrote
-it. The changes of `model.surgery` do not count either: they stand in the recipe.
+`_name_or_path` and `transformers_version` in config.json are not included: they name the origin of a folder. The
+changes of `model.surgery` are not included either: they are part of the recipe.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.models.model_config import ModelConfig
 from luthier.models.model_folder import list_weight_files, prepare_folder
 from luthier.models.model_names import resolve_name
 
-DECISIVE_DIGESTS = ("weights", "config", "gguf")  # digests that make a base another one
+DECISIVE_DIGESTS = ("weights", "config", "gguf")  # a base with another of these digests is a different base
 HUB_IDS: Mapping[str, str] = {  # the hub ids of the embedded bases
     "smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "minilm": "sentence-transformers/all-MiniLM-L6-v2",
@@ -33,19 +33,19 @@ HUB_IDS: Mapping[str, str] = {  # the hub ids of the embedded bases
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.jinja", "*tokens*.json",
                    "preprocessor_config.json",
          "processor_config.json", "1_Pooling/config.json")
-PROVENANCE_KEYS = ("_name_or_path", "transformers_version")  # keys of config.json that decide nothing
+PROVENANCE_KEYS = ("_name_or_path", "transformers_version")  # keys of config.json without effect on outputs
 HUB_SNAPSHOT = re.compile(r"models--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})$")
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A base, wherever it is.
+    """The identity of a base model, independent of its location.
 
     Args:
         digests: name of the digest -> 64 hexadecimal digits; see the table above.
         path: absolute path of its folder or GGUF file on this machine.
-        upstream: its id on the hub; None where it is not known to have one.
-        revision: the commit of the hub that it is.
+        upstream: its hub id, if known.
+        revision: its commit on the hub, if known.
     """
 
     digests: Mapping[str, str]
@@ -59,7 +59,7 @@ class Identity:
 
 
 def identify_base(config: ModelConfig) -> Identity:
-    """Find a base and compute its digests; no weight is loaded. Raises `BaseError` where there is no such base."""
+    """Find a base and compute its digests, without loading weights. Raises `BaseError` if there is no such base."""
     found = resolve_name(config.name_or_path)
     if isinstance(found, Path) and found.is_file():
         return Identity({"gguf": compute_file_sha256(found)}, found.absolute(), HUB_IDS.get(config.name_or_path))
@@ -71,7 +71,7 @@ def identify_base(config: ModelConfig) -> Identity:
 
 
 def compute_digests(path: Path, code: bool = False) -> dict[str, str]:
-    """The digests of a Transformers folder. `code`: its Python files may run, so they count."""
+    """The digests of a Transformers folder. `code`: include its Python files, because they may run."""
     config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     plain = compute_json_sha256({key: value for key, value in config.items() if key not in PROVENANCE_KEYS})
     python = compute_files_sha256((file.name, file) for file in sorted(path.glob("*.py"))) if code else ""
@@ -87,9 +87,9 @@ def is_local_path(name: str) -> bool:
 
 
 def get_public_name(config: ModelConfig, upstream: str | None = None) -> str:
-    """What a base is called on other machines: its hub id where it has one, else the bare name of its folder or file.
+    """The name of a base on other machines: its hub id if it has one, otherwise the name of its folder or file.
 
-    >>> public_name(ModelConfig(name="smollm2")), public_name(ModelConfig(name="/home/me/bases/tiny/"))
+    >>> get_public_name(ModelConfig(name_or_path="smollm2")), get_public_name(ModelConfig(name_or_path="/home/me/bases/tiny/"))
     ('HuggingFaceTB/SmolLM2-135M-Instruct', 'tiny')
     """
     if upstream or config.name_or_path in HUB_IDS:

@@ -1,4 +1,4 @@
-"""Pictures as a vision base wants them: resized, scaled, normalised. Stands where a tokenizer stands for texts."""
+"""Converts images to a vision model's inputs: resizing, rescaling, normalization. The counterpart of a tokenizer."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor
 from luthier.core.errors import BaseError
 
 CONFIG_FILE = "preprocessor_config.json"
-FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # numbered as Pillow does
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: how bright red, green and blue look
+FILTERS = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # by Pillow's numbers
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601: luminance weights of red, green and blue
 
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """pixels -> (resized / 255 - mean) / deviation, by the base's own settings.
+    """pixels -> (resized * rescale_factor - mean) / std, by the base's own settings.
 
     Args:
-        channels: of the model; grey pictures are repeated, coloured ones turned grey.
-        size: [height, width] that the model takes.
-        resized: [height, width] before the middle of `size` is cut out; (edge,) is the length of the shorter side.
-        mean, deviation: one for each channel.
-        scale: factor on the bytes.
-        filter: of `torch.nn.functional.interpolate`.
-        source: the settings as they were read, to be written beside a tuned model.
+        channels: of the model; gray images are repeated, color images converted to gray.
+        size: (height, width) of the model's input.
+        resize_size: (height, width) before the center crop to `size`; (edge,) is the length of the shorter side.
+        mean, std: one value for each channel.
+        rescale_factor: factor on the bytes.
+        interpolation: mode of `torch.nn.functional.interpolate`.
+        source: the settings file as read, to be saved with a trained model.
     """
 
     channels: int
@@ -43,7 +43,7 @@ class ImageProcessor:
 
     @classmethod
     def from_pretrained(cls, path: Path) -> ImageProcessor:
-        """As the files of a Transformers folder say; without a `preprocessor_config.json`, ViT's own defaults."""
+        """From a Transformers folder; without a `preprocessor_config.json`, ViT's default settings."""
         model = json.loads((path / "config.json").read_text(encoding="utf-8"))
         source = (path / CONFIG_FILE).read_text(encoding="utf-8") if (path / CONFIG_FILE).is_file() else "{}"
         try:
@@ -51,30 +51,29 @@ class ImageProcessor:
         except ValueError as error:
             raise BaseError(f"{path / CONFIG_FILE} is not valid JSON ({error})",
                             "copy or download the file again") from error
-        # Transformers leaves out of config.json what is as it would be by itself.
+        # Transformers omits default values from config.json.
         channels, side = model.get("num_channels", 3), _parse_size(model.get("image_size", 224))
         resized = _parse_resize(settings.get("size") or side)
         size = _parse_resize(settings.get("crop_size") or side) if settings.get("do_center_crop") else resized
         if len(size) != 2 or size != side:
-            raise BaseError(f"{path / CONFIG_FILE}: pictures of {size}, and the model takes {side}",
+            raise BaseError(f"{path / CONFIG_FILE}: images of {size}, but the model takes {side}",
                             "give both files of one model: size (or crop_size) is config.json's image_size")
         number = settings.get("resample", 2)
         if number not in FILTERS or not settings.get("do_resize", True):
             raise BaseError(f"{path / CONFIG_FILE}: resample {number}, do_resize {settings.get('do_resize', True)}; "
-                            f"known is "
-                            f"resizing by {FILTERS}", "set one of them")
+                            f"supported is resizing by {FILTERS}", "set one of them")
         plain = not settings.get("do_normalize", True)
         mean, std = (_expand_channels([other] if plain else settings.get(name, [0.5]), channels, path)
-                           for name, other in (("image_mean", 0.0), ("image_std", 1.0)))
+                     for name, other in (("image_mean", 0.0), ("image_std", 1.0)))
         scale = settings.get("rescale_factor", 1 / 255) if settings.get("do_rescale", True) else 1.0
         return cls(channels, (size[0], size[1]), resized, mean, std, scale, FILTERS[number], source)
 
     def __call__(self, pixels: Any) -> Tensor:
-        """[channels, height, width] float32 of a picture of bytes, [H, W] or [H, W, 3], as a tensor or an array."""
-        picture = torch.as_tensor(pixels)
-        assert picture.dtype == torch.uint8, picture.dtype
-        assert picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (1, 3)), tuple(picture.shape)
-        planes = (picture[None] if picture.ndim == 2 else picture.permute(2, 0, 1)).float()
+        """Convert an image of bytes, [H, W] or [H, W, 3], to [channels, height, width] float32."""
+        image = torch.as_tensor(pixels)
+        assert image.dtype == torch.uint8, image.dtype
+        assert image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (1, 3)), tuple(image.shape)
+        planes = (image[None] if image.ndim == 2 else image.permute(2, 0, 1)).float()  # [1 or 3, H, W]
         if self.channels == 1 and planes.shape[0] == 3:
             planes = torch.einsum("chw,c->hw", planes, torch.tensor(LUMA))[None].round()
         elif planes.shape[0] == 1:
@@ -92,7 +91,7 @@ class ImageProcessor:
         else:
             wanted = (self.resize_size[0], self.resize_size[1])
         smooth = self.interpolation in ("bilinear", "bicubic")
-        for size in ((height, wanted[1]), wanted):  # width first, and bytes after each, as Pillow does
+        for size in ((height, wanted[1]), wanted):  # width first, rounded to bytes after each, like Pillow
             if size != planes.shape[1:]:
                 planes = F.interpolate(planes[None], size, mode=self.interpolation,
                                        antialias=smooth)[0].round().clamp(0, 255)
@@ -100,14 +99,14 @@ class ImageProcessor:
         return planes[:, top:top + self.size[0], left:left + self.size[1]]
 
     def save_pretrained(self, path: Path) -> None:
-        """Write the settings beside a model, as they were read; with those that were taken for granted where the file
-        does not name the class by which Transformers would read it."""
+        """Write the settings file as read, with the default settings if it does not name an image processor class of
+        Transformers."""
         settings: dict[str, Any] = json.loads(self.source)
         if "image_processor_type" not in settings:
             settings = {"do_resize": True, "size": dict(zip(("height", "width"), self.size, strict=True)),
-                    "resample": 2, "do_rescale": True, "rescale_factor": self.rescale_factor, "do_normalize": True,
-                    "image_mean": list(self.mean), "image_std": list(self.std),
-                    "image_processor_type": "ViTImageProcessor", **settings}
+                        "resample": 2, "do_rescale": True, "rescale_factor": self.rescale_factor, "do_normalize": True,
+                        "image_mean": list(self.mean), "image_std": list(self.std),
+                        "image_processor_type": "ViTImageProcessor", **settings}
         text = self.source if settings == json.loads(self.source) else json.dumps(settings, indent=2) + "\n"
         (Path(path) / CONFIG_FILE).write_text(text, encoding="utf-8")
 
@@ -117,7 +116,7 @@ def _parse_size(size: Any) -> tuple[int, int]:
 
 
 def _parse_resize(size: Any) -> tuple[int, ...]:
-    """Height and width, or the shorter edge alone, from the ways that such files write it."""
+    """(height, width), or (shorter edge,), from the formats used in such files."""
     if isinstance(size, dict):
         return (size["shortest_edge"],) if "shortest_edge" in size else (size["height"], size["width"])
     return _parse_size(size)

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
 from luthier.core.errors import BaseError
 from luthier.models import architectures
 from luthier.models.architectures import Architecture, detect_architecture
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_logging import check_weights_fit
 from luthier.models.image_processor import ImageProcessor
 from luthier.models.model_config import ModelConfig
@@ -78,7 +79,7 @@ def get_context_length(config: ModelConfig) -> int:
     path = prepare_folder(config)
     with translate_errors(config, path):
         model_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
-        return int(getattr(model_config, "max_position_embeddings", None) or 2**62)
+        return int(get_optional(model_config, "max_position_embeddings") or 2**62)
 
 
 def _require_architecture(config: ModelConfig, model_config: Any) -> Architecture:

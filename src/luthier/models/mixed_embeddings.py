@@ -1,4 +1,4 @@
-"""Mixed embeddings: what a row's tokens are where two texts are read as one. Read `core/types.py` first."""
+"""Mixed embeddings for mixup: two texts in one input. Read `core/types.py` first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from luthier.core.types import Inputs
 
 
 def mix_embeddings(embedding: nn.Module, inputs: Inputs) -> Tensor | None:
-    """[T, D] s E[a] + (1 - s) E[b], with E[-1] = 0, for tokens a, the others b and shares s, all [T]; None where
+    """[T, D] s E[a] + (1 - s) E[b], with E[-1] = 0, for tokens a, other tokens b and shares s, all [T]; None if
     nothing is mixed. Guo et al. 2019 (arXiv:1905.08941). A token whose share is 1 keeps its embedding bit for bit."""
     if inputs.mix is None:
         return None

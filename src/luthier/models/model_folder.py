@@ -41,7 +41,7 @@ def prepare_folder(config: ModelConfig) -> Path:
         return path
     if config.trust_remote_code:
         raise BaseError(f"base {config.name_or_path!r}: model.surgery does not support a base with its own Python code",
-                        "omit base.structure, or set trust_remote_code: false")
+                        "omit model.surgery, or set trust_remote_code: false")
     with translate_errors(config, path):
         return prepare_modified_folder(path, config.name_or_path, compute_fingerprint(path), config.surgery)
 

@@ -49,7 +49,7 @@ def _write_modified_folder(path: Path, name: str, to: Path, surgery: SurgeryConf
     config = AutoConfig.from_pretrained(path)
     if detect_architecture(config) != "causal" or config.get_text_config() is not config:
         raise BaseError(f"base {name!r} ({config.model_type}): model.surgery supports plain causal language models "
-                        "only", "omit base.structure, or choose another base")
+                        "only", "omit model.surgery, or choose another base")
     model = _load(path, name)
     tokenizer = AutoTokenizer.from_pretrained(path)
     modify_model(model, tokenizer, surgery)

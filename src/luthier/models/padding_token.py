@@ -1,7 +1,7 @@
-"""A token to pad with, for decoders whose state of the last token that is no padding stands for the whole text.
+"""A padding token for decoders that represent a text by the state of its last token that is not padding.
 
-Transformers finds that token by its id, so the padding's id must not be that of a token that ends texts: padding with
-the end mark, which many decoders have for it, would make the class read the state before the end mark.
+Transformers finds that token by its id, so the padding token must be different from all tokens that end a text. Many
+decoders pad with eos: the class would then use the state before eos.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-NUL_TOKENS = ("\u0100", "<0x00>")  # how byte-level and SentencePiece vocabularies write the byte 0, which no text holds
+NUL_TOKENS = ("\u0100", "<0x00>")  # the byte 0, which no text contains, in byte-level and SentencePiece vocabularies
 
 
 def make_padding_tokenizer(tokenizer: Any, ends: Iterable[int]) -> Any:
-    """A copy of the tokenizer that pads on the right, with a token that ends no text; without one, its own.
+    """A copy of the tokenizer that pads on the right, with a token that ends no text; if there is none, its own.
 
     Args:
         ends: tokens that may end a text.
@@ -40,7 +40,7 @@ def _list_candidates(tokenizer: Any) -> Iterator[str]:
 
 
 def make_embedding_tokenizer(tokenizer: Any) -> Any:
-    """A copy that pads on the right with whatever it has: who makes vectors of texts looks at the mask."""
+    """A copy that pads on the right with any token: text embeddings use the attention mask."""
     made = copy.deepcopy(tokenizer)
     made.padding_side = "right"
     made.pad_token = made.pad_token or made.eos_token or made.unk_token

@@ -1,4 +1,4 @@
-"""The precision that a base's weights are stored in, and saving in that precision. Read `loading.py` first."""
+"""The dtype of a base's stored weights, and casting a model to a dtype. Read `loading.py` first."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 
 def read_stored_dtype(config: ModelConfig) -> torch.dtype:
-    """The dtype of most of the weights in the base's files, read off their headers; float32 where they hold none that
-    can be trained."""
+    """The dtype of most weights in the base's files, read from their headers; float32 if none of them is floating
+    point."""
     counts: Counter[torch.dtype] = Counter()
     for shard in list_weight_files(prepare_folder(config)):
         with safe_open(shard, framework="pt") as file:
@@ -29,8 +29,8 @@ def read_stored_dtype(config: ModelConfig) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-def cast_weights(base: Family, dtype: torch.dtype) -> None:
+def cast_weights(family: Family, dtype: torch.dtype) -> None:
     """Convert the weights of the model and of its heads."""
-    base.structure.model.to(dtype)
-    if base.heads.task_head is not None:
-        base.heads.task_head.to(dtype)
+    family.structure.model.to(dtype)
+    if family.heads.task_head is not None:
+        family.heads.task_head.to(dtype)

@@ -1,13 +1,13 @@
-"""A frozen base in four or eight bits (QLoRA). Read `structure.py` first. The only file that imports bitsandbytes.
+"""Quantizes a frozen base to 4 or 8 bits (QLoRA). Read `structure.py` first. The only file that imports bitsandbytes.
 
-    nf4    each run of 64 weights of a linear map as one absolute maximum and 64 indices into the 16 quantiles of a
-           normal distribution; the maxima are quantised to eight bits in turn: about 4.13 bits a weight
-    int8   each row as one absolute maximum and eight-bit numbers
+    nf4    each block of 64 weights of a linear layer as one absolute maximum and 64 indices into the 16 quantiles of a
+           normal distribution; the maxima are quantized to 8 bits as well: about 4.13 bits per weight
+    int8   each row as one absolute maximum and 8-bit integers
 
-Dettmers et al. 2023 (arXiv:2305.14314), sections 3 (NF4) and 3.1 (double quantisation); Dettmers et al. 2022
-(arXiv:2208.07339), section 2.1 (rows). The linear maps inside the blocks are exchanged, nothing else: the embedding,
-the head and the norms stay as they are. A product expands the weights anew each time, forward and backward, so any
-method that adds to a frozen map works beside it, and none that changes the map's own weights does.
+Dettmers et al. 2023 (arXiv:2305.14314), sections 3 (NF4) and 3.1 (double quantization); Dettmers et al. 2022
+(arXiv:2208.07339), section 2.1 (rows). Only the linear layers of the backbone are replaced: the embedding, the head and
+the norms are unchanged. Every matrix product dequantizes the weights, forward and backward. So methods that add to a
+frozen layer work, and methods that change the layer's own weights do not.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, MissingExtra
+from luthier.models.hf_attributes import get_optional
 
 QuantizationType = Literal["none", "nf4", "int8"]
 MADV_DONTNEED = 4  # from mman.h
@@ -35,29 +36,29 @@ CHUNK_WEIGHTS = 1 << 18  # weights
 
 def quantize(model: Any, bits: QuantizationType, dtype: torch.dtype | None = None,
              device: torch.device | str | None = None) -> None:
-    """Exchange every linear map but the head, and bring the rest to its type and device: one after another, so that
-    beside the few bits no more than one map is there whole.
+    """Quantize every linear layer except the head, and move the rest to its dtype and device. Layers are converted one
+    by one, so that at most one of them is in memory unquantized.
 
     Args:
-        dtype: what the maps expand to, and what the rest is held in; left out: as the model is held.
-        device: where the model is to be; left out: where it is.
+        dtype: of dequantized weights and of the rest of the model; None: that of the model.
+        device: None: that of the model.
 
     Raises:
-        BaseError: the base is to be held in float64, which no expansion gives; or most of it would stay whole.
+        BaseError: the base is in float64, which is not supported; or most of its weights cannot be quantized.
         MissingExtra: bitsandbytes is not installed.
     """
     if bits == "none":
         return
     dtype, device = dtype or model.dtype, device or model.device
     if dtype == torch.float64:
-        raise BaseError(f"model.quantize {bits!r}: maps in few bits expand to 32 or 16 bits, "
-                        "and model.dtype is float64",
+        raise BaseError(f"model.quantize {bits!r}: quantized weights dequantize to 32 or 16 bits, but model.dtype is "
+                        "float64",
                         "set model.dtype to float32 or bfloat16")
     if find_spec("bitsandbytes") is None:
         raise MissingExtra("bitsandbytes", "quant", f"model.quantize {bits!r}")
     head = model.get_output_embeddings()
     files = _MappedFiles()
-    # Of the stack alone: the head of an encoder is several maps, and stands beside it.
+    # Of the backbone only: the head of an encoder consists of several linear layers outside of it.
     places = [(parent, name) for parent in model.base_model.modules() for name, child in parent.named_children()
               if type(child) is nn.Linear and child is not head]
     _check_quantizable(model, sum(parent.get_submodule(name).weight.numel() for parent, name in places), bits)
@@ -69,61 +70,61 @@ def quantize(model: Any, bits: QuantizationType, dtype: torch.dtype | None = Non
         _trim_heap()
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            whole, parameter.data = parameter.data, parameter.data.to(device, dtype)
-            if parameter.data_ptr() != whole.data_ptr():
-                files.forget(whole)
+            original, parameter.data = parameter.data, parameter.data.to(device, dtype)
+            if parameter.data_ptr() != original.data_ptr():
+                files.forget(original)
     model.config.dtype = dtype
 
 
-def _check_quantizable(model: Any, few: int, bits: QuantizationType) -> None:
-    """Raises `BaseError` where as many weights as those `few` or more would stay whole for their kind: maps of another
-    class (GPT-2's, transposed), experts that are one parameter together."""
+def _check_quantizable(model: Any, quantizable: int, bits: QuantizationType) -> None:
+    """Raise `BaseError` if at least as many weights cannot be quantized as can: Conv1D (GPT-2) and fused experts."""
     embeddings = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None
-                  and isinstance(getattr(m, "weight", None), Tensor)}
-    whole = sum(p.numel() for module in model.base_model.modules() if type(module) is not nn.Linear
+                  and isinstance(get_optional(m, "weight"), Tensor)}
+    unquantized = sum(p.numel() for module in model.base_model.modules() if type(module) is not nn.Linear
                 and not isinstance(module, nn.Embedding | nn.Conv2d)
                 for p in module.parameters(recurse=False) if p.ndim > 1 and id(p) not in embeddings)
-    if whole >= few:
-        raise BaseError(f"model.quantize {bits!r}: of the maps of this {type(model).__name__} {few:,} weights can be "
-                        f"kept in few bits, and {whole:,} stay as they are (transposed maps, or experts)",
-                        "leave model.quantize out, or choose another base")
+    if unquantized >= quantizable:
+        raise BaseError(f"model.quantize {bits!r}: only {quantizable:,} weights of this {type(model).__name__} are "
+                        f"nn.Linear and can be quantized; {unquantized:,} are Conv1D or fused experts, "
+                        "which are not supported",
+                        "omit model.quantize, or choose another base")
 
 
 def _quantize_linear(linear: nn.Linear, bits: QuantizationType, dtype: torch.dtype,
                      device: torch.device | str) -> nn.Module:
-    """The map in few bits."""
+    """The quantized layer."""
     import bitsandbytes as bnb
-    weight, bias, made = linear.weight.detach().to(dtype), linear.bias, None
+    weight, bias, quantized = linear.weight.detach().to(dtype), linear.bias, None
     shape: dict[str, Any] = {"input_features": linear.in_features, "output_features": linear.out_features,
-                             "bias": bias is not None, "device": "meta"}  # so that no weights are drawn at random
+                             "bias": bias is not None, "device": "meta"}  # avoids random initialization
     if bits == "nf4":
-        made = bnb.nn.Linear4bit(**shape, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
-        made.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4",
-                                        module=made)
-        # Or some CPUs would lay the weights out anew for evaluation and use bfloat16: not the model that was trained.
-        made.support_avx512bf16_for_cpu = False
+        quantized = bnb.nn.Linear4bit(**shape, compute_dtype=dtype, compress_statistics=True, quant_type="nf4")
+        quantized.weight = bnb.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4",
+                                        module=quantized)
+        # Otherwise some CPUs repack the weights for evaluation and use bfloat16: a different model than in training.
+        quantized.support_avx512bf16_for_cpu = False
     else:
-        made = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=0.0)
-        made.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        quantized = bnb.nn.Linear8bitLt(**shape, has_fp16_weights=False, threshold=0.0)
+        quantized.weight = bnb.nn.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
-    moved: Any = made.to(device)  # moving is what quantises, on a CPU too
+        quantized.bias = nn.Parameter(bias.detach().to(dtype), requires_grad=False)
+    moved: Any = quantized.to(device)  # `to` performs the quantization, on a CPU as well
     moved.forward = partial(_quantized_forward, moved)
-    # Methods may write into a map's output; a view that a custom function made would not let them.
+    # Methods may modify a layer's output in place, which autograd forbids for a view made by a custom function.
     moved.register_forward_hook(lambda _module, _args, output: output.clone() if output._is_view() else None)
     found: nn.Module = moved.train(linear.training)
     return found
 
 
 def _trim_heap() -> None:
-    """Give back what the making of a map left free among what it keeps: it is several times the map, each of another
-    size, so the next does not fit into it."""
+    """Return free heap memory to the system. Quantizing a layer leaves free blocks several times its size, which the
+    next layer of another size cannot use."""
     if sys.platform == "linux" and "CS_GNU_LIBC_VERSION" in os.confstr_names:
         ctypes.CDLL(None).malloc_trim(0)
 
 
 class _MappedFiles:
-    """The weight files that are mapped into memory. What was read of them counts as held until it is given back."""
+    """The memory-mapped weight files. Pages that were read count as used memory until they are released."""
 
     def __init__(self) -> None:
         maps = Path("/proc/self/maps")
@@ -132,7 +133,7 @@ class _MappedFiles:
         self.ranges = [(int(start, 16), int(end, 16)) for start, end in ends]
 
     def forget(self, weight: Tensor) -> None:
-        """Give back the pages of a weight that lies in one of them. Whoever reads it again reads the file."""
+        """Release the pages of a weight in a mapped file. Reading it again reads the file."""
         first, last = weight.data_ptr(), weight.data_ptr() + weight.nbytes
         if not any(start <= first and last <= end for start, end in self.ranges):
             return
@@ -142,28 +143,28 @@ class _MappedFiles:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), MADV_DONTNEED)
 
 
-# ---------------------------------------------------------------- a product
+# ---------------------------------------------------------------- matrix product
 
 
 def _quantized_forward(module: Any, x: Tensor) -> Tensor:
-    """On a CPU by the product below; elsewhere the library has faster ones."""
+    """On a CPU the product below; on other devices bitsandbytes is faster."""
     on_cpu = x.device.type == "cpu"
     found: Tensor = _DequantizedProduct.apply(x, module.bias, module) if on_cpu else type(module).forward(module, x)
     return found
 
 
 class _DequantizedProduct(torch.autograd.Function):
-    """x W^T + c with the weight expanded for the product alone, forward and backward.
+    """x W^T + c, with the weight dequantized only during the product, forward and backward.
 
-    Neither W nor x is kept: W is frozen, so its gradient is not wanted, and x's needs W only. (The library's own
-    product of eight bits keeps x, and rounds it to eight bits where nothing trains: another model than what trains.)
+    Neither W nor x is saved: W is frozen, so it has no gradient, and the gradient of x needs only W. (bitsandbytes' own
+    int8 product saves x, and rounds it to 8 bits in evaluation: a different model than in training.)
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: Any) -> Tensor:
         ctx.module = module
-        made = _multiply(x, module.out_features, module, transposed=True)
-        return made if bias is None else made.add_(bias)
+        result = _multiply(x, module.out_features, module, transposed=True)
+        return result if bias is None else result.add_(bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -173,19 +174,19 @@ class _DequantizedProduct(torch.autograd.Function):
 
 
 def _multiply(x: Tensor, width: int, module: Any, transposed: bool) -> Tensor:
-    """x W^T or x W: no view of anything, so that methods may write into it."""
-    made = x.new_empty((*x.shape[:-1], width))
+    """x W^T or x W as a new tensor, not a view, so that methods may modify it in place."""
+    result = x.new_empty((*x.shape[:-1], width))
     weight = _buffer((module.out_features, module.in_features), x.dtype)
     DEQUANTIZERS[type(module.weight).__name__](module, weight)
-    torch.mm(x.reshape(-1, x.shape[-1]), weight.T if transposed else weight, out=made.view(-1, width))
-    return made
+    torch.mm(x.reshape(-1, x.shape[-1]), weight.T if transposed else weight, out=result.view(-1, width))
+    return result
 
 
 class _DequantBuffers(threading.local):
-    """One place for every expanded weight in turn, as large as the largest so far: each thread has its own.
+    """One buffer for all dequantized weights, as large as the largest so far; one per thread and dtype.
 
-    A weight with memory of its own would leave a hole among what a step keeps when it is let go, and the next would not
-    fit into it: that took 0.15 GB at the peak of a step of SmolLM2-135M.
+    Allocating each dequantized weight would fragment the heap: freed blocks do not fit the next weight. That took
+    0.15 GB at the peak of a step of SmolLM2-135M.
     """
 
     def __init__(self) -> None:
@@ -202,13 +203,13 @@ def _buffer(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     return DEQUANT_BUFFER.of[dtype][:size].view(shape)
 
 
-# ---------------------------------------------------------------- the weight that the bits stand for
+# ---------------------------------------------------------------- dequantization
 
 
 def get_dequantizer(module: Any) -> Callable[[], Tensor] | None:
-    """What gives [out, in] the weight that a quantised map multiplies by; None for a map that is as it was.
+    """A function that returns the dequantized weight [out, in]; None for a layer that is not quantized.
 
-    The differences from the weight that was quantised are rounding: in four bits some eight per cent of its mean size.
+    It differs from the original weight by rounding: in 4 bits about 8 % of the weights' mean magnitude.
     """
     return partial(_dequantize, module) if type(module.weight).__name__ in DEQUANTIZERS else None
 
@@ -222,7 +223,7 @@ def _dequantize(module: Any) -> Tensor:
 
 
 def _dequantize_nf4(module: Any, out: Tensor) -> None:
-    """Some rows at a time, where a row is whole blocks: the library expands into new memory, which so stays small."""
+    """In chunks of rows, if rows consist of whole blocks: bitsandbytes allocates its result, which so stays small."""
     from bitsandbytes import functional as bnb
     packed, state = module.weight.data.view(-1, 1), module.weight.quant_state
     maxima = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -236,9 +237,10 @@ def _dequantize_nf4(module: Any, out: Tensor) -> None:
 
 
 def _dequantize_int8(module: Any, out: Tensor) -> None:
-    state, weight = module.state, module.weight  # the library's forward pass moves both from the weight to the state
+    state, weight = module.state, module.weight  # bitsandbytes' forward moves both from the weight to the state
     rows, scales = (weight.CB, weight.SCB) if state.CB is None else (state.CB, state.SCB)
-    out.copy_(rows).mul_((scales.to(torch.float32) / 127)[:, None])  # a product of two types would widen a copy
+    # a product of two dtypes would allocate a wider copy
+    out.copy_(rows).mul_((scales.to(torch.float32) / 127)[:, None])
 
 
 DEQUANTIZERS: dict[str, Callable[[Any, Tensor], None]] = {"Params4bit": _dequantize_nf4, "Int8Params": _dequantize_int8}

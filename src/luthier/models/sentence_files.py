@@ -1,4 +1,4 @@
-"""The files by which Sentence Transformers loads a folder: pooling, normalization, length. Read `task_heads.py`
+"""The files that Sentence Transformers needs to load a folder: pooling, normalization, length. Read `task_heads.py`
 first."""
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ OLD_MODES = {"pooling_mode_cls_token": "cls", "pooling_mode_mean_tokens": "mean"
 
 def write_sentence_files(path: Path, hidden: int, pooling: Pooling, *, max_length: int | None = None,
                          normalize: bool = False) -> None:
-    """Write them beside a model or an adapter.
+    """Write them next to a model or an adapter.
 
     Args:
         hidden: width of a state.
-        max_length: tokens to which a text is truncated; None: what the tokenizer says.
-        normalize: whether vectors are divided by their length.
+        max_length: maximum number of tokens of a text; None: that of the tokenizer.
+        normalize: whether embeddings are L2-normalized.
     """
     mode = next(name for name, known in MODES.items() if known == pooling)
     modules = [("", "Transformer"), (POOLING.partition("/")[0], "Pooling")]
@@ -46,11 +46,11 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 def read_pooling(path: Path) -> Pooling:
-    """How the encoder in a folder makes one state of many: as Sentence Transformers' file says, else the first."""
+    """The pooling of the encoder in a folder: that of Sentence Transformers' file, otherwise the first token."""
     if not (path / POOLING).is_file():
         return "first"
-    told = json.loads((path / POOLING).read_text(encoding="utf-8"))
-    named = told.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if told.get(old)] or "mean"
+    settings = json.loads((path / POOLING).read_text(encoding="utf-8"))
+    named = settings.get("pooling_mode") or [mode for old, mode in OLD_MODES.items() if settings.get(old)] or "mean"
     modes = [named] if isinstance(named, str) else list(named)
     if len(modes) != 1 or modes[0] not in MODES:
         raise BaseError(f"{path / POOLING}: pooling by {' and '.join(modes)}; known are {', '.join(MODES)}",

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from luthier.core.errors import BaseError
 from luthier.core.protocols import ModelStructure, TargetLinear, TransformerLayer
 from luthier.models.expert_layers import find_experts
+from luthier.models.hf_attributes import get_optional
 from luthier.models.quantization import get_dequantizer
 
 # Suffix of a module's path -> role. `qkv` contains queries, keys and values one after another, `qkv_mixed` head by
@@ -52,16 +53,16 @@ def find_structure(model: Any, tokenizer: Any = None, task: str = "CAUSAL_LM") -
     path, stack = _find_layers(backbone)
     layers = tuple(_describe_layer(i, f"{prefix}{path}.{i}", layer) for i, layer in enumerate(stack))
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    head = head if hasattr(head, "weight") else None  # the base of a classifier has none
+    head = head if get_optional(head, "weight") is not None else None  # the base of a classifier has none
     embedding = getattr(embedding, "projection", embedding)  # of images: the patch projection
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     sizes = {
         "hidden": config.hidden_size, "layers": len(layers), "heads": heads,
-        "kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
-        "vocabulary": embedding.weight.shape[0] if hasattr(config, "vocab_size") else 0,
-        "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
+        "kv_heads": get_optional(config, "num_key_value_heads") or heads,
+        "head_dim": get_optional(config, "head_dim") or config.hidden_size // heads,
+        "vocabulary": embedding.weight.shape[0] if get_optional(config, "vocab_size") is not None else 0,
+        "context": get_optional(config, "max_position_embeddings") or 1_000_000, "unit": 1,
     }
     linears = tuple(site for layer in layers for site in find_linears(layer))
     tied = head is not None and head.weight is embedding.weight
@@ -98,8 +99,8 @@ def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer
     # OPT: the MLP's two linear layers belong to the layer itself, whose input is not the MLP's
     has_no_mlp_module = has_one_mlp and mlp is layer
     return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=outputs.get("o", attention),
-                 mlp_in=outputs.get("up", mlp) if has_no_mlp_module else mlp,
-                 mlp_out=outputs.get("down", mlp) if has_one_mlp else mlp)
+                            mlp_in=outputs.get("up", mlp) if has_no_mlp_module else mlp,
+                            mlp_out=outputs.get("down", mlp) if has_one_mlp else mlp)
 
 
 def _find_attention(layer: nn.Module) -> nn.Module | None:

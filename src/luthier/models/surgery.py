@@ -47,7 +47,7 @@ class SurgeryConfig(Config):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if not (self.new_tokens or self.expand_layers or self.drop_layers):
-            raise ValueError("nothing is changed; omit structure, or set new_tokens, expand_layers or drop_layers")
+            raise ValueError("nothing is changed; omit surgery, or set new_tokens, expand_layers or drop_layers")
         copied = () if isinstance(self.expand_layers, int) else self.expand_layers
         if isinstance(self.expand_layers, int) and self.expand_layers < 0:
             raise ValueError("expand_layers is a number above 0, or a list of layers")

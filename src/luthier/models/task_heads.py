@@ -1,5 +1,5 @@
-"""From a row of states to what an objective asked for: pooling, heads, the loss's end. Read
-`models/ops/fused_logprobs.py` first.
+"""From a row of states to the outputs that an objective needs: pooling, heads, log-probabilities. Read
+`ops/fused_logprobs.py` first.
 
 Shape letters: T tokens of the row, P predictions, A items, S segments, D hidden size, C width of a head.
 """
@@ -21,23 +21,23 @@ from luthier.models.attention.packed import describe_segments
 from luthier.models.hf_task_heads import TaskHead
 
 Pooling = Literal["last", "first", "mean"]
-PREFIX = "base_model.model."  # PEFT's files put this before the path of a module that is saved whole
+PREFIX = "base_model.model."  # PEFT's prefix of a module that is saved as a whole
 LOG_PROBS = frozenset({"token_logps", "token_hits", "token_entropies"})
 
 
 class TaskHeads:
-    """The heads of one objective on one family; while there are none, what is asked of the base alone works."""
+    """The heads of one objective on one model; there may be none. See `core.protocols.Heads`."""
 
     gates: tuple[AdapterGate, ...] = ()  # heads change nothing in the base
     optimizer_hooks = ()
 
     def __init__(self, heads: Sequence[Head], hidden: int, device: torch.device, seed: int, task: str,
                  build: Callable[[Head, torch.Generator], TaskHead | str] | None = None) -> None:
-        """`build`: makes a head from Transformers' own class of its task, or says why there is none."""
+        """`build`: returns the head of Transformers' own class of the task, or the reason why there is none."""
         self.heads, self.task = tuple(heads), task
         self.modules: dict[str, nn.Linear | TaskHead] = {}
-        self.task_head: TaskHead | None = None  # the one that Transformers' class has
-        self.no_task_head_reason = ""  # why there is none, where one was wanted
+        self.task_head: TaskHead | None = None  # the one of Transformers' own class
+        self.no_task_head_reason = ""  # why there is none although one was requested
         self.scalars: dict[str, nn.Parameter] = {}
         generator = torch.Generator().manual_seed(seed)
         for head in heads:
@@ -70,11 +70,11 @@ class TaskHeads:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """TaskHeads change nothing in the base, so there is nothing to switch off."""
+        """Heads change nothing in the base, so there is nothing to disable."""
         yield
 
     def merge(self) -> None:
-        """TaskHeads stand beside the base's weights, so there is nothing to fold in."""
+        """Heads are separate modules, so there is nothing to merge."""
 
     unmerge = merge
 
@@ -89,18 +89,19 @@ class TaskHeads:
         if wrong:
             kind = ("missing" if wrong[0] not in state else "unknown" if wrong[0] not in mine else "misshapen")
             raise RunError(f"the saved heads do not fit this objective: {len(wrong)} {kind}, the first {wrong[0]!r}",
-                           "use the objective and the classes that they were trained with")
+                           "use the objective and the classes of their training")
         for name, parameter in mine.items():
             parameter.copy_(state[name])
 
     def get_peft_config(self) -> dict[str, Any] | None:
-        """What of PEFT's config the heads decide. A scalar is no module, so it is none of `modules_to_save`."""
+        """The heads' part of PEFT's config. A scalar is not a module, so it is not in `modules_to_save`."""
         kept = [name for name, module in self.modules.items() if not isinstance(module, TaskHead)]
         kept += self.task_head.modules_to_save() if self.task_head is not None else []
         return {"peft_type": None, "task_type": self.task or None, "modules_to_save": sorted(kept)}
 
     def _compute_scores(self, kind: str, states: Tensor) -> Tensor:
-        """In float32, under autocast too: a reward or a value with the three digits of bfloat16 is not one."""
+        """[.., C] The scores, in float32 even under autocast: rewards and values need more than bfloat16's three
+        digits."""
         name = next(head.name for head in self.heads if head.kind == kind)
         module = self.modules[name]
         with _without_autocast(states.device):
@@ -110,16 +111,16 @@ class TaskHeads:
     def compute_outputs(self, row: Tensor, forest: SegmentTree, target: LossInputs, needs: frozenset[str],
                         pooling: Pooling,
                 log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
-        """What is asked for of a row of states.
+        """The outputs in `needs` from a row of states.
 
         Args:
             row: [T, D].
-            log_probs: (states [P, D], tokens [P], entropies too?, temperature) -> log-probabilities, hits, entropies,
+            log_probs: (states [P, D], tokens [P], with entropies, temperature) -> log-probabilities, hits, entropies,
                 all [P].
         """
         made: dict[str, Any] = {"scalars": dict(self.scalars)}
         if needs & (LOG_PROBS | {"states", "token_scores"}):
-            made["states"] = states = row.index_select(0, target.state_index)
+            made["states"] = states = row.index_select(0, target.state_index)  # [P, D]
             if needs & LOG_PROBS:
                 logps, hits, entropies = log_probs(states, target.token_ids, "token_entropies" in needs,
                                                    target.temperature)
@@ -135,24 +136,24 @@ class TaskHeads:
 
 
 def pool_states(row: Tensor, forest: SegmentTree, items: Tensor, how: Pooling) -> Tensor:
-    """[A, D] one state for each item: its last token's, that of its root's first token, or the mean over its path."""
+    """[A, D] One state for each item: that of its last token, of its root's first token, or the mean over its path."""
     starts, lengths = (to_device(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
     if how == "last":
         return row.index_select(0, (starts + lengths - 1)[items])
     if how == "first":
         roots = to_device(torch.tensor([forest.find_path(i)[0] for i in range(len(forest.lengths))]), row.device)
         return row.index_select(0, starts[roots[items]])
-    # Sums as one product with [A, T] flags, in float32 or wider: adding by index is atomic on a GPU, in the row's dtype
-    # and in an order of its own in every run.
+    # One product with [A, T] flags, in float32 or wider. `index_add` would use atomic additions on a GPU: in the row's
+    # dtype, and in a different order in every run.
     segment, _, related = (to_device(x, row.device) for x in describe_segments(forest))
     wide = torch.promote_types(row.dtype, torch.float32)
-    counts = related[items].index_select(1, segment).to(wide)
+    counts = related[items].index_select(1, segment).to(wide)  # [A, T]
     with _without_autocast(row.device):
         return (counts @ row.to(wide)) / counts.sum(1, keepdim=True)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Without autocast."""
+    """A context without autocast."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

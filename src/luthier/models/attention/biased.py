@@ -1,11 +1,10 @@
-"""Attention whose scores have a bias of relative positions, and virtual keys before its own. Read
-`models/attention/packed.py` first.
+"""Attention with a relative position bias and virtual keys, for T5. Read `attention/packed.py` first.
 
     softmax(q [P_k; K]^T + [b_P; b]) [P_v; V]          b: T5's bias; P_k, P_v: a prefix, with its bias b_P
 
-T5 hands its bias to whatever attention function its config names (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
-Where a prefix enters a sequence-to-sequence model this one is named. A call that carries no prefix goes to
-Transformers' own fused attention as it came, so that a prefix switched off leaves the base bit for bit.
+T5 passes its bias to the attention function named in its config (Raffel et al. 2020, arXiv:1910.10683, section 2.1).
+This function is used once a prefix is added to a sequence-to-sequence model. Calls without a prefix go unchanged to
+Transformers' own fused attention, so that with the prefix disabled the outputs are exactly those of the base.
 
 Shapes: query [B, H, Q, d], key and value [B, H, K, d], result [B, Q, H, d]; N virtual keys.
 """
@@ -28,7 +27,7 @@ NAME = "luthier_relative"
 
 @dataclass(frozen=True)
 class BiasedVirtualKeyValues:
-    """What stands before the keys and values of one attention.
+    """Virtual keys and values of one attention, with their bias.
 
     Args:
         key, value: [1, H, N, d].
@@ -47,7 +46,7 @@ def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
               scaling: float | None = None, dropout: float = 0.0, position_bias: Tensor | None = None,
               virtual: VirtualKeyValueSource | None = None, is_causal: bool | None = None,
               **rest: Any) -> tuple[Tensor, None]:
-    """What Transformers' attention modules call in place of their own."""
+    """The attention function that Transformers' attention modules call."""
     before = None if virtual is None else virtual(module, key, value)
     if before is None:
         plain: tuple[Tensor, None] = sdpa_attention_forward(
@@ -68,7 +67,7 @@ def biased_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 def _combine_mask_and_bias(seen: Tensor | None, bias: Tensor | None, before: BiasedVirtualKeyValues,
                            query: Tensor) -> Tensor | None:
-    """Of the keys with those before them, which every query sees: the bias, and far below it what is not seen."""
+    """[1 or B, H or 1, Q, N + K] The bias plus the mask; virtual keys are visible to every query."""
     n = before.key.shape[2]
     if seen is not None:
         seen = F.pad(seen, (n, 0), value=True if seen.dtype == torch.bool else 0.0)

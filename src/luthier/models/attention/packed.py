@@ -1,15 +1,14 @@
-"""Attention over a packed row that is a forest of segments. Read `core/types.py` (Forest) first.
+"""Attention over a packed row that is a segment tree. Read `core/types.py` first.
 
-A segment attends to itself causally and to all of its ancestors; that is all. Where the model's attention is not causal
-(encoders), it sees the whole of itself, and of its ancestors still all. It is installed by name through
-Transformers' attention and mask registries; a model carries `forest=` along with its other keyword arguments to the
-place where this function is called. Calls without a forest (generation, padded batches) go to fused attention with
-the ordinary mask.
+A segment attends causally to itself and to all tokens of its ancestors. If the model's attention is not causal
+(encoders), a segment attends to all of itself as well. The function is registered in Transformers' attention and mask
+registries; a model passes `forest=` with its other keyword arguments to this function. Calls without a segment tree
+(generation, padded batches) use fused attention with the ordinary mask.
 
-Three ways to compute one thing, the first two fast, the last the slow twin that tests compare with:
+There are three implementations, two fast ones and a slow reference for the tests:
     per segment  fused attention for each segment (CPU, MPS: no wasted work, no mask for roots)
     one kernel   variable-length attention for plain packing, flex attention for trees (CUDA)
-    padded       one row a segment with a mask, in `hf_model.py`
+    padded       one row per segment with a mask, in `hf_model.py`
 
 Shapes: query [1, H, T, d], key and value [1, G, T, d] with H heads, G key-value heads of width d; result [1, T, H, d].
 """
@@ -41,11 +40,12 @@ KeyValue = tuple[Tensor, Tensor]  # keys and values
 
 @dataclass(frozen=True)
 class VirtualKeyValues:
-    """Keys and values that stand before those of a call, each segment's or row's own.
+    """Virtual keys and values before those of a call, for each segment or row.
 
     Args:
-        pairs: the different ones, [1, G, N, d] both; N may differ.
-        whose: for each segment of a packed row, or row of a batch, which of the pairs; -1: none. Empty: all the first.
+        pairs: the distinct ones, [1, G, N, d] each; N may differ.
+        assignment: for each segment of a packed row, or row of a batch, the index of its pair; -1: none. Empty: all
+            use the first.
     """
 
     pairs: Sequence[KeyValue]
@@ -56,7 +56,7 @@ class VirtualKeyValues:
         return None if found < 0 else self.pairs[found]
 
 
-# Keys and values before those of the text; `models/soft_prompts/causal.py` has them.
+# Returns the virtual keys and values of a call; implemented in `soft_prompts/causal.py`.
 VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], VirtualKeyValues | None]
 
 
@@ -65,11 +65,11 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
               sliding_window: int | None = None, softcap: float | None = None,
               virtual: VirtualKeyValueSource | None = None,
               is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
-    """What Transformers' attention modules call in place of their own. Raises `BaseError` for a term of the scores that
-    is not computed here, which would otherwise be left out in silence."""
+    """The attention function that Transformers' attention modules call. Raises `BaseError` for an additional term of
+    the scores, which would otherwise be ignored silently."""
     if unknown := [name for name in UNSUPPORTED_ARGUMENTS if rest.get(name) is not None]:
-        raise BaseError(f"the attention of {type(module).__name__} has a term of its own ({unknown[0]}), which is not "
-                        "computed here", "choose a base without it")
+        raise BaseError(f"the attention of {type(module).__name__} has an additional term ({unknown[0]}), which is not "
+                        "supported", "choose a base without it")
     query, key, value = _cast_to_autocast(query, key, value)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -82,7 +82,7 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
             causal = False
         out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
     elif sliding_window is not None and not causal:
-        raise NotImplementedError("a window to both sides has no packed form; such a model runs padded")
+        raise NotImplementedError("a bidirectional sliding window is not supported in packed rows")
     elif query.is_cuda and softcap is None and dropout == 0 and before is None and query.shape[-1] >= MIN_FLEX_HEAD_DIM:
         out = _attend_one_kernel(query, key, value, forest, scale, sliding_window, causal)
     else:
@@ -91,8 +91,8 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
 
 def _cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast in its own type: rotated by float32 angles, queries and keys are float32, values are not. Fused
-    attention sees to that by itself; flex and variable-length attention would refuse, or compute in float32."""
+    """Cast to autocast's dtype, if autocast is on. Rotary embeddings in float32 make queries and keys float32, but not
+    values. Fused attention casts by itself; flex and variable-length attention would fail, or compute in float32."""
     kind = tensors[0].device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if not mixed or tensors[0].dtype == torch.float64:
@@ -102,8 +102,8 @@ def _cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def _prepend(before: KeyValue, key: Tensor, value: Tensor, mask: Tensor | None,
             last: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask of a batch with what stands before every row, which all of it sees. Without a mask the
-    `last` tokens look back alone; 0: all see all."""
+    """Keys [B, G, N + L, d], values and mask of a batch with virtual keys before every row. Without a mask, the `last`
+    tokens attend causally; 0: all tokens attend to all."""
     n = before[0].shape[2]
     key, value = (torch.cat([b.expand(len(x), -1, -1, -1), x], 2) for b, x in zip(before, (key, value), strict=True))
     if mask is None:
@@ -113,7 +113,7 @@ def _prepend(before: KeyValue, key: Tensor, value: Tensor, mask: Tensor | None,
 
 def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Tensor | None,
                  last: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`_prepend` for rows that each have their own: the shorter ones are padded, and the padding is seen by none."""
+    """`_prepend` for rows with different virtual keys: shorter ones are padded, and the padding is masked."""
     if len(set(before.assignment)) < 2 and (one := before.get(0)) is not None:
         return _prepend(one, key, value, mask, last)
     sizes = tuple(k.shape[2] for k, _ in before.pairs)
@@ -131,9 +131,9 @@ def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Te
     return key, value, mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
 
 
-@lru_cache(maxsize=4)  # every layer of a step asks for the same one
+@lru_cache(maxsize=4)  # all layers of a step use the same arguments
 def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """[B] which pair each row has, the one behind the last for none; [B, N] which of its places hold something."""
+    """[B] the index of each row's pair (one past the last: none), and [B, N] the mask of its virtual keys."""
     index = torch.tensor([found if found >= 0 else len(sizes) for found in assignment])
     seen = torch.arange(max(sizes)) < torch.tensor((*sizes, 0))[index][:, None]
     return index.to(device), seen.to(device)
@@ -142,9 +142,9 @@ def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: to
 def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, scale: float, dropout: float,
                  window: int | None, softcap: float | None, causal: bool,
                  before: VirtualKeyValues | None = None) -> Tensor:
-    if causal and before is None:  # what stands before segments is theirs by their numbers
+    if causal and before is None:  # virtual keys are assigned by segment index
         forest = _split_long_segments(forest)
-    # `split`, not slices: its backward is one concatenation, where each slice's would be a full row of zeros.
+    # `split`, not slices: its backward is one concatenation; that of each slice would allocate a full row of zeros.
     queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
     outs = []
     for i, q in enumerate(queries):
@@ -156,18 +156,17 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Segme
         if own is not None:
             k, v, mask = _prepend(own, k, v, mask, q.shape[2] if causal else 0)
         outs.append(_attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
-    # The fused kernel writes [L, H, d] and shows it as [H, L, d]; joined as written, nothing is copied twice.
+    # The fused kernel writes [L, H, d] and returns it as a view [H, L, d]; concatenating along L avoids a second copy.
     return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
 
-@lru_cache(maxsize=64)  # every layer of a row asks for the same one
+@lru_cache(maxsize=64)  # all layers of a row use the same tree
 def _split_long_segments(forest: SegmentTree) -> SegmentTree:
-    """The forest with long segments as chains of shorter ones, which attend to the same tokens. The fused kernel
-    computes a causal square whole and throws half of it away; a chain computes little more than the half that
-    counts."""
+    """The segment tree with long segments split into chains of shorter ones, which attend to the same tokens. The fused
+    kernel computes the whole square of a causal segment and discards half of it; a chain avoids most of that work."""
     lengths: list[int] = []
     parents: list[int] = []
-    ends: list[int] = []  # of each segment the last link of its chain
+    ends: list[int] = []  # of each segment, the index of its chain's last link
     for length, parent in zip(forest.lengths, forest.parents, strict=True):
         links = max(1, round(length / CHAIN_LENGTH))
         for link in range(links):
@@ -179,10 +178,10 @@ def _split_long_segments(forest: SegmentTree) -> SegmentTree:
 
 @lru_cache(maxsize=256)
 def _causal_mask(q: int, k: int, window: int | None, device: torch.device) -> Tensor | None:
-    """[q, k] which keys each of the last q of k tokens sees; None where the plain causal flag says it all."""
+    """[q, k] The causal mask of the last q of k tokens, with a sliding window; None if the causal flag is enough."""
     if q == k and (window is None or k <= window):
         return None
-    with torch.inference_mode(False):  # what generation has asked for first, a backward pass may keep later
+    with torch.inference_mode(False):  # generation may create the cached mask that a backward pass saves later
         behind = torch.arange(k - q, k, device=device)[:, None] - torch.arange(k, device=device)[None, :]
         seen = behind >= 0
         return seen if window is None else seen & (behind < window)
@@ -194,13 +193,13 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     if softcap is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
                                               scale=scale, enable_gqa=grouped)
-    if grouped:  # Gemma 2's soft cap on the scores has no fused kernel
+    if grouped:  # no fused kernel supports Gemma 2's soft cap
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scores = torch.tanh(q @ k.transpose(2, 3) * (scale / softcap)) * softcap
     if causal:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
-        # Not minus infinity: padding further than the window from all that counts sees nothing, and would be NaN.
+        # Not minus infinity: a padding token outside of every window attends to nothing and would become NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     return F.dropout(weights, dropout) @ v
@@ -216,8 +215,8 @@ def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Segmen
         repeat = query.shape[1] // key.shape[1]
         k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, k, v))
-        # (window - 1, 0): that many keys to the left besides itself and none to the right; (-1, 0) is plain causal, and
-        # (-1, -1) sees everything.
+        # (window - 1, 0): that many keys to the left of the token and none to its right; (-1, 0) is causal, (-1, -1) is
+        # full attention.
         left, right = -1 if window is None else window - 1, 0 if causal else -1
         out: Tensor = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(left, right))
         return out.transpose(0, 1)[None]
@@ -233,8 +232,8 @@ def _compile_flex(flex: Any) -> Any:
 
 
 def _get_varlen_attention() -> Callable[..., Any] | None:
-    """torch's variable-length attention where it takes a scale and a window, as it does from torch 2.11 on. None for an
-    older one: flex attention, which is slower, then takes its place."""
+    """torch's variable-length attention if it supports a scale and a window (torch 2.11 or later). Otherwise None: the
+    slower flex attention is used."""
     from torch.nn.attention import varlen
     return varlen.varlen_attn if _takes_window(varlen.varlen_attn) else None
 
@@ -247,11 +246,11 @@ def _takes_window(function: Callable[..., Any]) -> bool:
 
 @lru_cache(maxsize=8)
 def _has_flash(device: torch.device) -> bool:
-    """Variable-length attention is Flash Attention, which wants an Ampere or a later one."""
+    """Variable-length attention uses Flash Attention, which needs compute capability 8.0 (Ampere) or higher."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@lru_cache(maxsize=4)  # every layer of a step asks for the same one
+@lru_cache(maxsize=4)  # all layers of a step use the same arguments
 def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     edges = torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
     return to_device(edges, device)
@@ -273,7 +272,8 @@ def _block_mask(forest: SegmentTree, window: int | None, causal: bool, device: t
 
 
 def describe_segments(forest: SegmentTree) -> tuple[Tensor, Tensor, Tensor]:
-    """A forest as tensors: [T] segment of each token, [T] its place in its document, [S, S] whether i may see j."""
+    """A segment tree as tensors: [T] each token's segment, [T] its position in its document, [S, S] whether segment i
+    attends to segment j."""
     count = len(forest.lengths)
     related = torch.zeros(count, count, dtype=torch.bool)
     offsets = [0] * count

@@ -15,6 +15,7 @@ from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.models.adapter_routing import route_indices
 from luthier.models.architectures import MissingLMHead
 from luthier.models.decoding import find_eos_tokens, generate, stream_batch, stream_tokens
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import Layout, PackedHFModel
 from luthier.models.ops.fused_logprobs import compute_logprobs
 from luthier.models.task_heads import Pooling
@@ -38,8 +39,8 @@ class CausalLM(PackedHFModel):
         super().__init__(model, tokenizer, layout)
         self.pooling = pooling
         config = model.config.get_text_config()
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        times, over = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "logits_scaling"))
+        self._softcap = get_optional(config, "final_logit_softcapping")
+        times, over = (get_optional(config, name) or 1.0 for name in ("logit_scale", "logits_scaling"))
         self._scale = float(times) / float(over)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
@@ -56,7 +57,7 @@ class CausalLM(PackedHFModel):
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         return generate(self.model, prompts, sampling, eos=self.stop_tokens, pad=0, device=self.device,
                         route=lambda rows: route_indices(self.router, 0,
-                                                          [adapters[i] for i in rows] if adapters else []))
+                                                         [adapters[i] for i in rows] if adapters else []))
 
     def stream_batch(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                adapters: Sequence[int] = ()) -> Iterator[tuple[int, int | None]]:
@@ -64,7 +65,7 @@ class CausalLM(PackedHFModel):
         one."""
         return stream_batch(self.model, prompts, sampling, self.stop_tokens, pad=0, device=self.device,
                        route=lambda rows: route_indices(self.router, 0,
-                                                         [adapters[i] for i in rows] if adapters else []))
+                                                        [adapters[i] for i in rows] if adapters else []))
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One output, token by token."""

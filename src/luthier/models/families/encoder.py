@@ -23,6 +23,7 @@ from luthier.core.errors import BaseError
 from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree, to_device
 from luthier.models.attention.packed import describe_segments
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import Layout, PackedHFModel
 from luthier.models.mlm_head import MaskedLMHead
 from luthier.models.ops.fused_logprobs import compute_logprobs
@@ -50,7 +51,8 @@ class Encoder(PackedHFModel):
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout | None = None, pooling: Pooling = "first") -> None:
         self.pooling = pooling
-        self._separator = _find_separator(tokenizer) if getattr(model.config, "type_vocab_size", 0) > 1 else None
+        types = get_optional(model.config, "type_vocab_size") or 0
+        self._separator = _find_separator(tokenizer) if types > 1 else None
         self._offset = _detect_position_offset(model)
         super().__init__(model, tokenizer, layout)
         context = self.structure.sizes["context"] - self._offset
@@ -89,13 +91,13 @@ class Encoder(PackedHFModel):
     @torch.no_grad()
     def _check_logits(self, mlm_head: MaskedLMHead) -> None:
         """Raises `BaseError` if the model's own logits differ from those of its parts as they are called here."""
-        was = self.model.training
+        was_training = self.model.training
         self.model.eval()
         row = torch.tensor([t for t in range(5, 9) if t != self.model.config.pad_token_id][:3], device=self.device)
         own = self.model(input_ids=row[None]).logits[0].float()
         found = mlm_head(self.states(Inputs(row, torch.arange(3, device=self.device),
                                             SegmentTree((3,), (-1,))))).float()
-        self.model.train(was)
+        self.model.train(was_training)
         if not torch.allclose(found, own, rtol=1e-2, atol=1e-2 * float(own.abs().max())):
             raise BaseError(f"{type(self.model).__name__} computes its logits in an unsupported way",
                             "choose another encoder, such as BERT or RoBERTa")
@@ -125,9 +127,10 @@ def compute_token_types(tokens: Tensor, forest: SegmentTree, separator: int) -> 
 
 
 def _find_separator(tokenizer: Any) -> int | None:
-    """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types are
+    """The separator token, if the tokenizer's token types equal `compute_token_types`; otherwise None: all types
+    are
     0."""
-    separator = getattr(tokenizer, "sep_token_id", None)
+    separator = get_optional(tokenizer, "sep_token_id")
     if separator is None:
         return None
     pair = tokenizer("a", "a b")
@@ -139,7 +142,7 @@ def _find_separator(tokenizer: Any) -> int | None:
 def _detect_position_offset(model: Any) -> int:
     """The position id of a text's first token: 0, or after that of padding (RoBERTa), whichever reproduces the model's
     own states."""
-    was, device = model.training, model.get_input_embeddings().weight.device
+    was_training, device = model.training, model.get_input_embeddings().weight.device
     model.eval()
     tokens = torch.tensor([[t for t in range(5, 9) if t != model.config.pad_token_id][:3]], device=device)
     stack = model.base_model
@@ -151,7 +154,7 @@ def _detect_position_offset(model: Any) -> int:
         if torch.allclose(placed, plain, rtol=1e-2, atol=1e-2 * float(plain.abs().max())):
             found = offset
             break
-    model.train(was)
+    model.train(was_training)
     if found is None:
         raise BaseError(f"a {model.config.model_type} computes position ids in an unsupported way",
                         "choose another encoder, such as 'minilm'")

@@ -1,19 +1,19 @@
-"""The sequence-to-sequence family: an encoder reads sources, a decoder writes their answers. Read `hf_model.py` first.
+"""The sequence-to-sequence family: an encoder reads sources, a decoder generates targets. Read `hf_model.py` first.
 
-It reads the same packed row. Roots are sources, their children are answers; several answers share one encoding, and a
-grandchild goes on in the decoder where its parent ends. In the row of states that comes back
+Its input is the same packed row. Roots are sources, their children are targets. Several targets share one encoding, and
+a grandchild continues its parent in the decoder. In the returned row of states
 
-    a root's last token     stands for the decoder's start token: its state predicts the first token of every answer
+    a root's last token     has the state of the decoder's start token, which predicts the first token of every target
     its other tokens        have the encoder's states
-    an answer's tokens      have the decoder's
+    a target's tokens       have the decoder's states
 
-so whoever predicts a child's first token from its parent's last one, as everywhere else, need not know of this family.
+So a child's first token is predicted from its parent's last token, as in all other families.
 
-Relative positions keep rows apart only in batches, so the row is cut into padded ones, of sources and of answers of
-like length. Paper: T5, Raffel et al. 2020 (arXiv:1910.10683) section 2.1.
+Relative positions do not support packed rows, so the row is split into padded batches, of sources and of targets of
+similar length. Paper: T5, Raffel et al. 2020 (arXiv:1910.10683) section 2.1.
 
-Shape letters: T tokens of the packed row, D hidden size, B rows and L columns of a padded batch, N places of all of
-them.
+Shape letters: T tokens of the packed row, D hidden size, B rows and L columns of a padded batch, N positions of all
+padded batches.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree
 from luthier.models.activation_recompute import ActivationRecomputer
 from luthier.models.adapter_routing import route_indices
 from luthier.models.decoding import find_eos_tokens, generate_outputs, stream_single
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import HFModel
 from luthier.models.mixed_embeddings import mix_embeddings
 from luthier.models.ops.fused_logprobs import compute_logprobs
@@ -41,20 +42,20 @@ from luthier.models.soft_prompts.seq2seq import Seq2SeqInjector
 from luthier.models.structure import find_linears
 from luthier.models.task_heads import LOG_PROBS, Pooling
 
-# a padded batch has at most so many places for each token, and so many besides
+# a padded batch has at most FACTOR * tokens + ALLOWANCE positions
 PADDING_FACTOR, PADDING_ALLOWANCE = 1.5, 64
 
 
 class Seq2Seq(HFModel):
-    """An encoder and a decoder of Transformers behind the family's contract.
+    """An encoder and a decoder of Transformers as a `Family`.
 
     Args:
         model: an `AutoModelForSeq2SeqLM` model.
         tokenizer: its tokenizer.
 
     Raises:
-        BaseError: no start token is known, or the model computes its logits in a way that is not known here, which a
-            probe of a few tokens shows.
+        BaseError: the config has no start token, or a probe of a few tokens shows that the model's logits are computed
+            in an unsupported way.
     """
 
     task: ClassVar[str] = "SEQ_2_SEQ_LM"
@@ -63,51 +64,51 @@ class Seq2Seq(HFModel):
     pooling: Pooling = "last"
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
-        # Not as `HFModel` begins: attention stays Transformers' own, which knows relative positions.
+        # `HFModel.__init__` is not called: attention remains Transformers' own, which supports relative positions.
         self.model, self.tokenizer = model, tokenizer
         self.encoder, self.decoder = model.get_encoder(), model.get_decoder()
         parts = find_structure(model, tokenizer)
         self._injector = Seq2SeqInjector(parts, self.encoder, self.decoder)
         self.structure = replace(parts, injector=self._injector)
         self.start = _find_start_token(model)
-        # T5 shrinks the states where its head is the embedding; the later ones have a head of their own.
-        self.scale = model.config.d_model ** -0.5 if getattr(model.config, "scale_decoder_outputs", False) else 1.0
+        # T5 scales the states if its head is the tied embedding; later versions have an untied head.
+        self.scale = model.config.d_model ** -0.5 if get_optional(model.config, "scale_decoder_outputs") else 1.0
         self._recompute_over: int | None = None
-        self._recomputer = ActivationRecomputer()  # never open
+        self._recomputer = ActivationRecomputer()  # never active
         self.add_heads((), 0)
         self._check_logits()
 
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
-        """Raises RuntimeError where a token of a source is to be predicted: the encoder sees all of it at once."""
+        """Raises RuntimeError if a token of a source is to be predicted: the encoder attends to all of it."""
         if needs & LOG_PROBS:
             torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.state_index].all(),
-                                "a source is read, never predicted")
+                                "tokens of a source cannot be predicted")
         return super().forward(inputs, target, needs)
 
     def _log_probs(self, states: Tensor, tokens: Tensor, entropies: bool,
                    temperature: float) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Upon the states, not the logits: a head that stands alone has the quicker way.
+        # Scale the states, not the logits: a plain linear head uses the fused implementation.
         head = self.model.get_output_embeddings()
         return compute_logprobs(head, states * (self.scale / temperature), tokens, entropies=entropies)
 
     # ---------------------------------------------------------------- the packed row
 
     def states(self, inputs: Inputs) -> Tensor:
-        """[T, D] states of the row, as the module's table says."""
+        """[T, D] The states of the row; see the table in the module docstring."""
         recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
         for block in self.structure.layers:
             block.module.gradient_checkpointing = recompute and torch.is_grad_enabled()  # type: ignore[assignment]
         forest = inputs.forest
         spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
-        home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] of each token its place among all states
+        home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] each token's index among all N states
         read, memory = self._run_encoder(inputs, forest, spans, home)
         written = self._run_decoder(inputs.tokens, forest, spans, read, memory, home)
         return torch.cat([read, written]).index_select(0, home.to(read.device))
 
     def _run_encoder(self, inputs: Inputs, forest: SegmentTree, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
-        """[N, D] the encoder's states of all sources, padding too; `home` is told where each token's is. And for each
-        source the places that the decoder looks back at: its tokens', and those of virtual tokens before it."""
+        """[N, D] The encoder's states of all sources, with padding; each token's index is written to `home`. And for
+        each source the indices that the decoder attends to: those of virtual tokens and of its own tokens."""
         found, before, tokens = [], 0, inputs.tokens
         embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
@@ -130,7 +131,7 @@ class Seq2Seq(HFModel):
 
     def _group_rows(self, names: Sequence[int], sizes: Sequence[int], adapters: Sequence[int],
                  owner: Mapping[int, int]) -> list[list[int]]:
-        """Rows for padded batches. Where there are virtual tokens a batch goes through one adapter as a whole."""
+        """The rows of each padded batch. With virtual tokens, all rows of a batch have the same adapter."""
         if not adapters or not self._injector.injections:
             return _group_by_length(names, sizes)
         parted: dict[int, list[tuple[int, int]]] = {}
@@ -141,15 +142,15 @@ class Seq2Seq(HFModel):
     def _run_decoder(self, tokens: Tensor, forest: SegmentTree, spans: list[Tensor], read: Tensor,
                      memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
-        """[N, D] the decoder's states of every path from a root to a leaf, behind `read` where `home` counts them.
+        """[N, D] The decoder's states of every path from a root to a leaf; indices in `home` continue after `read`.
 
-        What several paths share is computed in each; the first of them is the one that counts.
+        Tokens that several paths share are computed in each path; `home` refers to the first one.
         """
         inner = set(forest.parents)
         paths = {i: forest.find_path(i) for i in range(len(spans)) if i not in inner}
         sources = {i: memories[path[0]] for i, path in paths.items()}
         owner = {i: _get_adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
-        # The root's last token gives its place to the start token.
+        # The start token takes the position of the root's last token.
         answers = {i: torch.cat([spans[path[0]][-1:], *(spans[a] for a in path[1:])]) for i, path in paths.items()}
         found, before = [], read.shape[0]
         fresh = torch.ones_like(home, dtype=torch.bool)
@@ -165,7 +166,7 @@ class Seq2Seq(HFModel):
             given = tokens[rows.to(tokens.device).clamp(min=0)]
             given[:, 0] = self.start
             with route_indices(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
-                # Padding stands behind everything that counts, so a causal decoder needs no mask for it.
+                # Padding follows all tokens, so a causal decoder needs no mask for it.
                 states = self.decoder(input_ids=given, use_cache=False, encoder_attention_mask=(memory >= 0).long(),
                                       encoder_hidden_states=_gather_rows(read, memory.clamp(min=0))).last_hidden_state
             found.append(states.flatten(0, 1))
@@ -173,24 +174,25 @@ class Seq2Seq(HFModel):
 
     @torch.no_grad()
     def _check_logits(self) -> None:
-        """Whether the model's own logits are those of its parts as they are called here."""
-        was = self.model.training
+        """Raises `BaseError` if the model's own logits differ from those of its parts as they are called here."""
+        was_training = self.model.training
         self.model.eval()
         row = torch.tensor([1, 2, 3, 2, 3], device=self.device)
         own = self.model(input_ids=row[None, :3], use_cache=False,
                          decoder_input_ids=torch.tensor([[self.start, 2, 3]], device=self.device)).logits[0]
         states = self.states(Inputs(row, torch.arange(5, device=self.device), SegmentTree((3, 2), (-1, 0))))
         found = self.model.get_output_embeddings()(states[2:] * self.scale)
-        self.model.train(was)
+        self.model.train(was_training)
         if not torch.allclose(found.float(), own.float(), rtol=1e-2, atol=1e-2 * float(own.float().abs().max())):
-            raise BaseError(f"{type(self.model).__name__} computes its logits in a way that is not known here",
+            raise BaseError(f"{type(self.model).__name__} computes its logits in an unsupported way",
                             "use a base of the T5 family")
 
-    # ---------------------------------------------------------------- answers
+    # ---------------------------------------------------------------- generation
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
-        """See `Family`. `adapters`: each prompt's index into the manager, -1 for the bare base; empty: as it is."""
+        """See `Family`. `adapters`: for each prompt an index of the adapter manager, -1 for the base; empty: no
+        routing."""
         assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
         sources = [self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)]
         return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling),
@@ -199,12 +201,12 @@ class Seq2Seq(HFModel):
                        adapters if self._injector.injections else ())
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
-        """One answer token by token."""
+        """One output, token by token."""
         return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt),
                              self._limits(1, sampling), sampling, self.stop_tokens)
 
     def _prepare_source(self, index: int, prompt: Sequence[int]) -> list[int]:
-        """A prompt as the encoder knows sources: with the end mark."""
+        """A prompt as a source of the encoder: with the eos token."""
         end, context = self.tokenizer.eos_token_id, self.structure.sizes["context"]
         found = [*prompt] if not prompt or end is None or prompt[-1] == end else [*prompt, end]
         if not found:
@@ -225,10 +227,10 @@ class Seq2Seq(HFModel):
 
 
 class _Seq2SeqDecodeBatch:
-    """Sources, read once, and the answers to them so far."""
+    """Sources, encoded once, and their outputs so far."""
 
     def __init__(self, family: Seq2Seq, sources: Sequence[Sequence[int]]) -> None:
-        assert not family.training, "dropout would fall on the answers: call train(False) first"
+        assert not family.training, "dropout would change the outputs: call train(False) first"
         self.family = family
         rows = [torch.tensor(source, device=family.device) for source in sources]
         self.mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -257,59 +259,60 @@ class _Seq2SeqDecodeBatch:
 
 
 def find_structure(model: Any, tokenizer: Any = None) -> ModelStructure:
-    """The parts of a sequence-to-sequence model: the encoder's blocks first, then the decoder's."""
+    """The parts of a sequence-to-sequence model: the encoder's layers first, then the decoder's."""
     names = {id(module): name for name, module in model.named_modules()}
-    blocks: list[TransformerLayer] = []
+    all_layers: list[TransformerLayer] = []
     for stack in (model.get_encoder(), model.get_decoder()):
         layers = next((child for child in stack.children() if isinstance(child, nn.ModuleList)), None)
         if layers is None:
-            raise BaseError(f"{type(stack).__name__} has no stack of like layers, so its parts cannot be found",
+            raise BaseError(f"{type(stack).__name__} has no stack of layers of one class, so its parts cannot be found",
                             "use a base of the T5 family")
-        blocks += [_describe_layer(len(blocks) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
+        all_layers += [_describe_layer(len(all_layers) + i, names[id(layer)], layer) for i, layer in enumerate(layers)]
     config, embedding, head = model.config, model.get_input_embeddings(), model.get_output_embeddings()
     sizes = {
-        "hidden": config.hidden_size, "layers": len(blocks), "heads": config.num_attention_heads,
+        "hidden": config.hidden_size, "layers": len(all_layers), "heads": config.num_attention_heads,
         "kv_heads": config.num_attention_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": get_optional(config, "head_dim") or config.hidden_size // config.num_attention_heads,
         "vocabulary": embedding.weight.shape[0],
-        "context": getattr(config, "max_position_embeddings", None) or 1_000_000, "unit": 1,
+        "context": get_optional(config, "max_position_embeddings") or 1_000_000, "unit": 1,
     }
-    return ModelStructure(model, model.base_model, tuple(blocks), tuple(s for b in blocks for s in find_linears(b)),
+    return ModelStructure(model, model.base_model, tuple(all_layers),
+                          tuple(s for b in all_layers for s in find_linears(b)),
                           embedding,
                    head, head.weight is embedding.weight, sizes, "SEQ_2_SEQ_LM", tokenizer)
 
 
 def _describe_layer(index: int, name: str, layer: nn.Module) -> TransformerLayer:
-    """Of a decoder's two attentions, the one within the answer; the maps of both are sites."""
+    """Describes a layer; `attention` of a decoder layer is its self-attention. All linear layers are listed."""
     norms = tuple(m for m in layer.modules() if "Norm" in type(m).__name__)
     bare = TransformerLayer(index, name, layer, layer, layer, norms, layer, layer, layer)
     first: dict[str, TargetLinear] = {}
     for linear in find_linears(bare):
         first.setdefault(linear.role, linear)
     if not {"o", "down", "up"} <= first.keys():
-        raise BaseError(f"{type(layer).__name__} has no attention and MLP whose linear maps have known names",
+        raise BaseError(f"{type(layer).__name__} has no attention and MLP whose linear layers have known names",
                         "use a base of the T5 family")
     modules = {f"{name}.{path}": module for path, module in layer.named_modules() if path} | {name: layer}
     attention, mlp = (modules[first[role].name.rpartition(".")[0]] for role in ("o", "down"))
-    alone = mlp is layer  # no module of its own: the two maps stand in the layer
+    alone = mlp is layer  # the MLP's two linear layers belong to the layer itself
     return TransformerLayer(index, name, layer, attention, mlp, norms, attention_out=first["o"].module,
                  mlp_in=first["up"].module if alone else mlp, mlp_out=first["down"].module if alone else mlp)
 
 
 def _find_start_token(model: Any) -> int:
-    """The token that opens every answer."""
+    """The token that begins every target."""
     for config in (model.config, model.generation_config):
-        if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+        if (token := get_optional(config, "decoder_start_token_id")) is not None:
             return int(token)
     raise BaseError(f"the config of this {type(model).__name__} names no decoder_start_token_id",
-                    "write it into the base's config.json (T5: the id of the padding token)")
+                    "add it to the base's config.json (T5: the id of the padding token)")
 
 
 # ---------------------------------------------------------------- rows
 
 
 def _is_decoder_token(forest: SegmentTree) -> Tensor:
-    """[T] bool, whether the token's state is the decoder's."""
+    """[T] bool: whether the token has a state of the decoder."""
     root = torch.tensor([parent < 0 for parent in forest.parents])
     lengths = torch.tensor(forest.lengths)
     found = ~root.repeat_interleave(lengths)
@@ -318,16 +321,16 @@ def _is_decoder_token(forest: SegmentTree) -> Tensor:
 
 
 def _get_adapter(forest: SegmentTree, path: Sequence[int]) -> int:
-    """The one that a row of the decoder goes through. Its source may have gone through another."""
+    """The adapter of a row of the decoder. Its source may have another one."""
     found = {forest.adapters[i] for i in path[1:] or path}
     if len(found) > 1:
-        raise RunError("a segment goes through another adapter than the one that it continues, and this base computes "
-                       "every answer as one padded row", "send whole answers through one adapter")
+        raise RunError("a segment has a different adapter than its parent, and this base computes every target as one "
+                       "padded row", "use one adapter for each target")
     return found.pop()
 
 
 def _group_by_length(names: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
-    """Rows of like size together, the longest first, so that little of a padded batch is padding."""
+    """Groups rows of similar length, the longest first, so that padded batches contain little padding."""
     groups: list[list[int]] = []
     longest = used = 0
     for size, name in sorted(zip(sizes, names, strict=True), key=lambda pair: -pair[0]):
@@ -341,5 +344,5 @@ def _group_by_length(names: Sequence[int], sizes: Sequence[int]) -> list[list[in
 
 
 def _gather_rows(states: Tensor, rows: Tensor) -> Tensor:
-    """[B, L, D] of [N, D] those at [B, L]."""
+    """[N, D] at indices [B, L] -> [B, L, D]."""
     return states.index_select(0, rows.flatten()).view(*rows.shape, -1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from luthier.core.errors import BaseError
 from luthier.core.protocols import GenerationOutput, SamplingParams
 from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import HFModel
 from luthier.models.image_processor import ImageProcessor
 from luthier.models.soft_prompts.vision import VisionInjector
@@ -42,8 +43,8 @@ class Vision(HFModel):
     def __init__(self, model: Any, tokenizer: ImageProcessor) -> None:
         super().__init__(model, tokenizer)
         config = model.config
-        embeddings: Any = getattr(self.structure.backbone, "embeddings", None)
-        if not isinstance(getattr(embeddings, "cls_token", None), Tensor):
+        embeddings: Any = get_optional(self.structure.backbone, "embeddings")
+        if not isinstance(get_optional(embeddings, "cls_token"), Tensor):
             raise BaseError(f"a {config.model_type} has no [CLS] token, whose state could represent an image",
                             "choose a ViT, or another model with a [CLS] token")
         height, width = tokenizer.size

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from luthier.core.errors import BaseError
 from luthier.models.gguf.vocab import REMEDY
+from luthier.models.hf_attributes import get_optional
 
 ATTENTION = ("attn_q", "attn_k", "attn_v")
 SILU, GELU = ("silu", "swish"), ("gelu_pytorch_tanh", "gelu_new")
@@ -65,7 +66,8 @@ ARCHS: Mapping[str, ArchSpec] = {
     "gemma3_text": ArchSpec(MODEL_ARCH.GEMMA3, activations=GELU, activation_key="hidden_activation",
                             norm_plus_one=True, has_window_pattern=True, large_layers=62),
     "gpt2": ArchSpec(MODEL_ARCH.GPT2, ("attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm", "ffn_norm",
-                                  "output_norm"), activations=GELU, activation_key="activation_function",
+                                       "output_norm"),
+                     activations=GELU, activation_key="activation_function",
                                   is_gpt2_like=True),
 }
 
@@ -102,7 +104,7 @@ class TensorNames:
 
 
 def _num_key_value_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return int(get_optional(config, "num_key_value_heads") or config.num_attention_heads)
 
 
 def write_hyperparameters(writer: gguf.GGUFWriter, config: Any, vocabulary: int, spec: ArchSpec) -> Tensor | None:
@@ -111,8 +113,8 @@ def write_hyperparameters(writer: gguf.GGUFWriter, config: Any, vocabulary: int,
     act = getattr(config, spec.activation_key)
     if act not in spec.activations:
         raise BaseError(f"the model's activation is {act!r}, and llama.cpp would take {spec.activations[0]}", REMEDY)
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = None if spec.has_window_pattern else getattr(config, "sliding_window", None)
+    head = get_optional(config, "head_dim") or config.hidden_size // config.num_attention_heads
+    window = None if spec.has_window_pattern else get_optional(config, "sliding_window")
     writer.add_context_length(min(config.max_position_embeddings, window or 1 << 62))
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -143,7 +145,7 @@ def _write_gpt2(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _write_gemma(writer: gguf.GGUFWriter, config: Any, head: int, spec: ArchSpec) -> None:
     """Write the scale and soft cap of attention scores, and which layers have a sliding window."""
-    if getattr(config, "use_bidirectional_attention", None):
+    if get_optional(config, "use_bidirectional_attention"):
         raise BaseError("the model uses bidirectional attention, which llama.cpp does not support here", REMEDY)
     if not spec.has_window_pattern:
         return

@@ -29,38 +29,38 @@ def convert_cached(gguf: Path) -> Path:
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BaseError(f"{gguf} is not a GGUF file", "give a .gguf file or a Transformers folder")
-    made = get_cache_folder() / f"{gguf.stem}-{compute_file_sha256(gguf)[:32]}-{CONVERTER_VERSION}"
-    return build_once(made, lambda to: convert_gguf(gguf, to))
+    folder = get_cache_folder() / f"{gguf.stem}-{compute_file_sha256(gguf)[:32]}-{CONVERTER_VERSION}"
+    return build_once(folder, lambda to: convert_gguf(gguf, to))
 
 
-def build_once(made: Path, make: Callable[[Path], None]) -> Path:
-    """The cache folder `made`, written by `make(to)` if it does not exist; atomically. Raises `BaseError` if its
+def build_once(folder: Path, make: Callable[[Path], None]) -> Path:
+    """The cache folder `folder`, written by `make(to)` if it does not exist, atomically. Raises `BaseError` if its
     weights are not those that were written."""
-    if made.is_dir():
-        _check_unchanged(made)
-        return made
-    made.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=made.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
+    if folder.is_dir():
+        _check_unchanged(folder)
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
         ready = Path(temporary) / "model"
         make(ready)
         (ready / DIGEST_FILE).write_text(json.dumps(_digest_weights(ready)), encoding="utf-8")
         try:
-            os.replace(ready, made)
+            os.replace(ready, folder)
         except OSError:
             # Another process was first. Its folder has the same content.
-            if not made.is_dir():
+            if not folder.is_dir():
                 raise
-    return made
+    return folder
 
 
-def _digest_weights(made: Path) -> dict[str, str]:
-    return {file.name: compute_file_sha256(file) for file in sorted(made.glob("*.safetensors"))}
+def _digest_weights(folder: Path) -> dict[str, str]:
+    return {file.name: compute_file_sha256(file) for file in sorted(folder.glob("*.safetensors"))}
 
 
-def _check_unchanged(made: Path) -> None:
-    kept = made / DIGEST_FILE
-    if not kept.is_file() or json.loads(kept.read_text(encoding="utf-8")) != _digest_weights(made):
-        raise BaseError(f"the weights in the cache folder {made} are not those that were written there (sha256)",
+def _check_unchanged(folder: Path) -> None:
+    digest_file = folder / DIGEST_FILE
+    if not digest_file.is_file() or json.loads(digest_file.read_text(encoding="utf-8")) != _digest_weights(folder):
+        raise BaseError(f"the weights in the cache folder {folder} are not those that were written there (sha256)",
                         "delete that folder; it will be written again")
 
 

@@ -58,11 +58,11 @@ def write_sentencepiece(writer: gguf.GGUFWriter, described: Mapping[str, Any], s
             kinds[token["id"]] = int(gguf.TokenType.UNKNOWN)
         elif SPACE in token["content"] and not token["special"]:  # else it is shown as it stands
             kinds[token["id"]] = int(gguf.TokenType.NORMAL)
-    apart = {token["content"] for token in added if SPACE not in token["content"]}
+    added_texts = {token["content"] for token in added if SPACE not in token["content"]}
     writer.add_tokenizer_model("llama")  # llama.cpp's name for SentencePiece
     writer.add_tokenizer_pre("default")
     writer.add_token_list(words)
-    writer.add_token_scores(compute_scores(words, apart, model["merges"]))
+    writer.add_token_scores(compute_scores(words, added_texts, model["merges"]))
     writer.add_token_types(kinds)
     writer.add_add_space_prefix(before)
 
@@ -79,7 +79,8 @@ def adds_space_prefix(described: Mapping[str, Any]) -> bool:
                if model.get(key)]
     if strange:
         raise BaseError(f"the tokenizer is BPE with byte_fallback and {strange[0]}, which llama.cpp does not "
-                        f"support", REMEDY)
+                        f"support",
+                        REMEDY)
     check_added_tokens(added)
     done = tuple(_list_normalizers(described.get("normalizer") or {}))
     step = described.get("pre_tokenizer") or {}
@@ -117,11 +118,11 @@ def _list_normalizers(step: Mapping[str, Any]) -> list[str]:
     return [json.dumps(step, ensure_ascii=False)[:200]]
 
 
-def compute_scores(words: Sequence[str], apart: set[str], merges: Sequence[Sequence[str] | str]) -> list[float]:
+def compute_scores(words: Sequence[str], added_texts: set[str], merges: Sequence[Sequence[str] | str]) -> list[float]:
     """Each token's score: minus the rank, in the list of merges, of the pair that produces it.
 
     Args:
-        apart: added tokens, which are matched before anything is merged.
+        added_texts: added tokens, which are matched before anything is merged.
 
     Raises:
         BaseError: llama.cpp would merge two neighbors that the tokenizer does not merge.
@@ -132,7 +133,7 @@ def compute_scores(words: Sequence[str], apart: set[str], merges: Sequence[Seque
     ranks: Ranks = {(left, right): place for place, (left, right) in enumerate(pairs)}
     found = []
     for word in words:
-        parts = [] if word in apart else apply_merges(word, ranks)
+        parts = [] if word in added_texts else apply_merges(word, ranks)
         if len(parts) == 2 and (parts[0], parts[1]) not in ranks:
             raise BaseError(f"no merge produces the token {word!r}, but llama.cpp would merge {parts[0]!r} and "
                             f"{parts[1]!r} to it", REMEDY)

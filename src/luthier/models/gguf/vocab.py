@@ -15,7 +15,8 @@ from luthier.core.errors import BaseError
 REMEDY = "export with --to merged and give the folder to llama.cpp's own converter"
 
 
-def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]], size: int) -> tuple[list[str],
+def build_token_table(vocabulary: Mapping[str, int], added: Sequence[Mapping[str, Any]],
+                      size: int) -> tuple[list[str],
                                                                                                              list[int]]:
     """Every token's text and type, by its id. `size` is the number of embedding rows; rows without a token are
     unused."""
@@ -38,8 +39,7 @@ def check_added_tokens(added: Sequence[Mapping[str, Any]]) -> None:
     odd = [t["content"] for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]]
     if odd:
         raise BaseError(f"the token {odd[0]!r} strips the spaces around it, or matches whole words only, which "
-                        f"llama.cpp "
-                        "does not do", REMEDY)
+                        "llama.cpp does not do", REMEDY)
     pair = _find_ambiguous_tokens({t["content"].encode(): t["normalized"] for t in added})
     if pair is not None:
         raise BaseError(f"the tokens {pair[0]!r} and {pair[1]!r} can overlap in a text, where llama.cpp would match "

@@ -73,8 +73,8 @@ def write_gguf(family: Family, path: Path, weight_type: WeightType = "float16", 
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     factors = write_hyperparameters(writer, model.config, family.structure.sizes["vocabulary"], names.spec)
     write_tokenizer(writer, family.get_saved_tokenizer(), family.structure.sizes["vocabulary"],
-                find_eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens),
-                model.config.bos_token_id)
+                    find_eos_tokens(model, family.tokenizer) | set(family.chat_format.stop_tokens),
+                    model.config.bos_token_id)
     tensors = dict(_list_tensors(family, names))
     if factors is not None:
         tensors["rope_freqs.weight"] = factors

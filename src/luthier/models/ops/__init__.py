@@ -1,1 +1,1 @@
-"""Operations with a backward pass of their own. Read `fused_logprobs.py` first."""
+"""Operations with a custom backward pass. Read `fused_logprobs.py` first."""

@@ -1,1 +1,2 @@
-"""Virtual tokens: where they are placed and how attention sees them. Read `layout.py` first, then `causal.py`."""
+"""Virtual tokens (soft prompts and prefixes): their positions, and how attention uses them. Read `layout.py` first,
+then `causal.py`."""

@@ -1,18 +1,18 @@
-"""Virtual tokens: trained vectors that stand before a text, seen by all of it. Read `models/attention/packed.py`,
-`models/soft_prompts/injection.py` and `models/soft_prompts/layout.py` first.
+"""Virtual tokens of decoders and encoders: trained vectors before a text. Read `attention/packed.py`,
+`soft_prompts/injection.py` and `soft_prompts/layout.py` first.
 
-Two doors, the model's own code untouched. A *prompt* enters as N more embeddings: one hook puts them in before the
-backbone runs, another takes their states out of its result. A *prefix* enters as N more keys and values of every
-layer: they travel with the call, as its forest does, to the place where the attention function is called. Whoever
-calls the model, with a packed row, a padded batch or a cache, gets the states of its own tokens and no others.
+The model's own code is not changed. A *prompt* is N additional embeddings: one hook inserts them before the backbone
+runs, another removes their states from the result. A *prefix* is N additional keys and values of every layer, passed as
+a keyword argument through the backbone to the attention function. Every caller of the model, with a packed row, a
+padded batch or a cache, gets the states of its own tokens only.
 
-    packed, causal      an adapter's virtual tokens are one more root, computed once a row, and its documents children
-    packed, both ways   each root has its own, since they see what follows them
-    padded              they stand before each row's first token, behind its padding
-    with a cache        the first call puts them in; later calls only move on
+    packed, causal          an adapter's virtual tokens are one additional root, computed once per row
+    packed, bidirectional   each root has its own virtual tokens, because they attend to what follows
+    padded                  they precede each row's first token, after its padding
+    with a cache            the first call inserts them; later calls only shift positions
 
-Documents of one row, or rows of one batch, may go through different adapters of a manager: each then stands behind the
-virtual tokens of its own, and its positions move on by their number alone.
+Documents of one row, or rows of one batch, may use different adapters. Each document then has the virtual tokens of its
+own adapter, and its positions are shifted by their number.
 
 Shape letters: B rows, L tokens of a row as the caller knows it, N virtual tokens, G key-value heads of width d.
 """
@@ -36,42 +36,47 @@ from luthier.core.soft_prompts import SoftPromptKind
 from luthier.core.types import SegmentTree
 from luthier.models.adapter_routing import route_segments
 from luthier.models.attention.packed import KeyValue, VirtualKeyValues
+from luthier.models.hf_attributes import get_optional
 from luthier.models.soft_prompts.injection import Injection, InjectionPlan, compute_injected, plan_injections
 from luthier.models.soft_prompts.layout import VirtualTokenLayout, layout_packed, layout_padded, repeat_per_token
 
-ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # of a backbone, [B, L] each
+ROW_ARGUMENTS = ("position_ids", "token_type_ids")  # arguments of a backbone, [B, L] each
 
 
 def attach_injector(structure: ModelStructure, first: int = 0,
                     router: Callable[[], Router | None] = lambda: None) -> ModelStructure:
-    """The structure with `injector`, of a model that counts positions from `first`. Nothing is hung into the model
-    before a method asks for it. `router()`: who sends segments through adapters of their own."""
+    """The structure with an `injector`. Hooks are registered when the first method uses it.
+
+    Args:
+        first: the model's first position id.
+        router: returns the router of segments, if there is one.
+    """
     injector = CausalInjector(structure, first, router)
     _INJECTORS[structure.model] = ref(injector)
     return replace(structure, injector=injector)
 
 
 def has_sliding_window(model: Any, context: int) -> bool:
-    """Whether some layer lets a token see only the last ones before it, fewer than the context holds."""
+    """Whether some layer has a sliding window shorter than the context."""
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)
-    windows = [getattr(config, name, None) for name, kind in (
+    kinds = get_optional(config, "layer_types")
+    windows = [get_optional(config, name) for name, kind in (
         ("sliding_window", "sliding"), ("attention_chunk_size", "chunked"), ("local_attention", "sliding"))
         if kinds is None or any(kind in str(layer) for layer in kinds)]
     return any(isinstance(window, int) and 0 < window < context for window in windows)
 
 
 def count_virtual_tokens(model: nn.Module, rows: int) -> list[int]:
-    """How many places of the model's context virtual tokens take now, in each of the rows of a batch."""
+    """The number of positions of the context that virtual tokens use now, for each row of a batch."""
     injector = _INJECTORS[model]() if model in _INJECTORS else None
     found = None if injector is None else plan_injections(injector.injections, None, rows)
     return [0] * rows if found is None else [found.count_tokens_at(i) for i in range(rows)]
 
 
 class InjectedKeyValues:
-    """Travels with one call down to its attention functions, which call it, and to the end of the backbone.
+    """The virtual keys and values of one call, passed to its attention functions and to the end of the backbone.
 
-    It holds its own tensors, so that blocks that are recomputed in the backward pass meet those of their forward pass.
+    It holds its own tensors, so that layers that are recomputed in the backward pass use those of their forward pass.
 
     Args:
         pairs: keys and values, [G, N, d] each, by the module that they are for: all the different ones.
@@ -82,10 +87,10 @@ class InjectedKeyValues:
     def __init__(self, pairs: dict[nn.Module, list[KeyValue]], assignment: tuple[int, ...] = (),
                  own: Tensor | None = None) -> None:
         self.pairs, self.assignment, self.own = pairs, assignment, own
-        self.open = ExitStack()  # what lasts until the backbone ends
+        self.open = ExitStack()  # contexts that last until the backbone ends
 
     def __call__(self, module: nn.Module, key: Tensor, value: Tensor) -> VirtualKeyValues | None:
-        """What stands before keys and values [B, G, L, d]; None for nothing."""
+        """The virtual keys and values for a module with keys and values [B, G, L, d]; None if there are none."""
         found = self.pairs.get(module)
         if found is None:
             return None
@@ -93,7 +98,7 @@ class InjectedKeyValues:
 
 
 class RecordingComplete(Exception):
-    """The catch is complete: nothing more need be computed."""
+    """Stops a forward pass when all needed keys and values are recorded."""
 
 
 class KeyValueRecorder:
@@ -111,7 +116,7 @@ class KeyValueRecorder:
 
 
 class CausalInjector:
-    """See `core.soft_prompts.SoftPromptInjector`. One for each loaded model."""
+    """See `core.soft_prompts.SoftPromptInjector`. There is one for each loaded model."""
 
     typical_embeddings: Callable[[int, int], Tensor] | None = None
 
@@ -120,7 +125,7 @@ class CausalInjector:
         self._backbone, self._embedding = structure.backbone, structure.embedding
         self._layers, self._context = len(structure.layers), structure.sizes["context"]
         self._both_ways = structure.task == "FEATURE_EXTRACTION"
-        # PEFT puts a prefix into the cache, where a layer with a window loses sight of it; here every token sees it.
+        # PEFT stores a prefix in the cache, where a sliding window excludes it; here every token attends to it.
         windowed = has_sliding_window(structure.model, self._context)
         self.peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"} if windowed else {"prompt", "prefix"})
         arguments = inspect.signature(type(structure.backbone).forward).parameters
@@ -133,7 +138,7 @@ class CausalInjector:
     def _device(self) -> torch.device:
         return next(self._embedding.parameters()).device
 
-    # ------------------------------------------------------------ what methods call
+    # ------------------------------------------------------------ called by methods
 
     def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
         self._add_injection(Injection("prompt", make, gate, make().shape[0]))
@@ -143,8 +148,9 @@ class CausalInjector:
 
     def _add_injection(self, injection: Injection) -> None:
         if not self._accepts_kwargs:
-            raise BaseError(f"{type(self._backbone).__name__} takes no more arguments than it knows, so nothing can be "
-                            "handed through it", "use a method that changes its layers, such as lora, or another base")
+            raise BaseError(f"{type(self._backbone).__name__} takes no extra arguments, so nothing can be passed "
+                            "through it",
+                            "use a method that changes its layers, such as lora, or another base")
         if not self.injections:
             self._modules = list(self._record_keys_values([0]).recorded)
             self._backbone.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -154,11 +160,11 @@ class CausalInjector:
         self.injections.append(injection)
 
     def _unreachable_error(self) -> BaseError:
-        return BaseError(f"{type(self._backbone).__name__} keeps the keys and values of its layers out of reach, so no "
-                         "prefix can stand before them", "use the method prompt, or another base")
+        return BaseError(f"{type(self._backbone).__name__} does not expose the keys and values of its layers, so a "
+                         "prefix is not supported", "use the method prompt, or another base")
 
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
-        assert not isinstance(start, Tensor), "there are words"
+        assert not isinstance(start, Tensor), "a base with a vocabulary is initialized from tokens"
         recorded = self._record_keys_values([start]).recorded
         if len(recorded) != self._layers:
             raise self._unreachable_error()
@@ -174,10 +180,10 @@ class CausalInjector:
     @torch.no_grad()
     def _record_keys_values(self, rows: Sequence[Any], place: int = 0,
                             max_modules: int | None = None) -> KeyValueRecorder:
-        """The bare base's keys and values of rows that begin at `place`."""
+        """The base's keys and values of rows that begin at position `place`."""
         device = self._device
         tokens = torch.tensor(rows if isinstance(rows[0], Sequence) else [rows], device=device)
-        recorder, was = KeyValueRecorder(max_modules), self._backbone.training
+        recorder, was_training = KeyValueRecorder(max_modules), self._backbone.training
         start = self._first + place
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(tokens.shape)
         self._backbone.eval()
@@ -185,9 +191,9 @@ class CausalInjector:
             with self._suspend():
                 self._backbone(input_ids=tokens, position_ids=positions, virtual=recorder)
         except RecordingComplete:
-            pass  # a signal, no error
+            pass  # not an error, but the signal that all is recorded
         finally:
-            self._backbone.train(was)
+            self._backbone.train(was_training)
         return recorder
 
     @contextmanager
@@ -200,74 +206,75 @@ class CausalInjector:
 
     # ------------------------------------------------------------ the two hooks
 
-    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
+    def _before_forward(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._suspended:
             return None
-        given = {**dict(zip(self._names, args, strict=False)), **given}
-        cache, mask, (rows, width) = given.get("past_key_values"), given.get("attention_mask"), _get_shape(given)
+        kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        cache, mask, (rows, width) = kwargs.get("past_key_values"), kwargs.get("attention_mask"), _get_shape(kwargs)
         seen = cache.get_seq_length() if cache is not None else 0
-        plan = plan_injections(self.injections, given.get("forest"), rows)
-        # What the cache holds and its caller does not know of; rows that had virtual tokens may have left it since.
+        plan = plan_injections(self.injections, kwargs.get("forest"), rows)
+        # Virtual tokens in the cache that the caller's mask does not include; their rows may have left the batch since.
         held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
         if plan is None and not held:
             return None
         plan = plan or InjectionPlan(((),), (0,) * rows)
         before, behind = plan.count_tokens("prompt"), plan.count_tokens("prefix")
         places = max(held, *before)
-        uneven = given.get("forest") is None and {*before, places} != {places}
+        uneven = kwargs.get("forest") is None and {*before, places} != {places}
         if uneven and cache is not None and mask is None:
-            raise RunError("rows with different virtual tokens are of different lengths, and no mask says so to the "
-                           "calls with their cache", "give an attention_mask of [rows, tokens] with every call")
+            raise RunError("rows with different virtual tokens have different lengths, so calls with a cache need a "
+                           "mask",
+                           "pass an attention_mask of [rows, tokens] with every call")
         if not seen:
-            self._check_length(given, plan)
+            self._check_length(kwargs, plan)
         moved = [x + y * bool(seen) for x, y in zip(behind, before, strict=True)]
-        if uneven or any(behind) or given.get("position_ids") is not None:
-            given = self._shift_positions(given, [moved[combination] for combination in plan.assignment],
+        if uneven or any(behind) or kwargs.get("position_ids") is not None:
+            kwargs = self._shift_positions(kwargs, [moved[combination] for combination in plan.assignment],
                                           max(seen - places, 0))
         layout = None
         if places and seen and mask is not None:
             layout = layout_padded(_find_first_token(mask, mask), mask.shape[1], before, plan.assignment, places)
-            given = {**given, "attention_mask": self._extend_mask(mask, layout)}
+            kwargs = {**kwargs, "attention_mask": self._extend_mask(mask, layout)}
         elif places and not seen:
-            given, layout = self._insert_prompts(given, plan)
-        pairs, assignment = self._compute_pairs(plan, plan.assignment if layout is None or layout.forest is None
-                                                else layout.assignment)
+            kwargs, layout = self._insert_prompts(kwargs, plan)
+        owners = plan.assignment if layout is None or layout.forest is None else layout.assignment
+        pairs, assignment = self._compute_pairs(plan, owners)
         carried = InjectedKeyValues(pairs, assignment, None if seen or layout is None else layout.own_index)
-        if layout is not None and layout.forest is not None:  # the other parts of these adapters meet the longer row
+        if layout is not None and layout.forest is not None:  # other parts of these adapters see the longer row
             carried.open.enter_context(route_segments(self._router(), layout.forest, packed=True))
-        return (), {**given, "virtual": carried}
+        return (), {**kwargs, "virtual": carried}
 
-    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], given: dict[str, Any], result: Any) -> Any:
-        carried = given.get("virtual")
+    def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+        carried = kwargs.get("virtual")
         if not isinstance(carried, InjectedKeyValues):
             return None
         carried.open.close()
-        if carried.own is None or result is None:  # None: the backbone has raised
+        if carried.own is None or result is None:  # None: the backbone raised an error
             return None
         if isinstance(result, tuple):
             return _gather_tokens(result[0], carried.own), *result[1:]
         result.last_hidden_state = _gather_tokens(result.last_hidden_state, carried.own)
-        if getattr(result, "hidden_states", None) is not None:
+        if get_optional(result, "hidden_states") is not None:
             result.hidden_states = tuple(_gather_tokens(states, carried.own) for states in result.hidden_states)
         return result
 
     def _compute_pairs(self, plan: InjectionPlan, assignment: Sequence[int]) -> tuple[dict[nn.Module, list[KeyValue]],
                                                                                       tuple[int, ...]]:
-        """The keys and values of every share that has a prefix, by the module that they are for; and for each segment
-        or row its number among these, -1 for none."""
-        made = compute_injected(plan, "prefix")
+        """The keys and values of every combination that has a prefix, by attention module; and for each segment or row
+        the index of its pair, -1 for none."""
+        computed = compute_injected(plan, "prefix")
         found: dict[int, list[KeyValue]] = {}
         for i, combination in enumerate(plan.combinations):
-            layers = zip(*(made[injection] for injection in combination if injection.kind == "prefix"), strict=True)
+            layers = zip(*(computed[injection] for injection in combination if injection.kind == "prefix"), strict=True)
             if joined := [tuple(torch.cat(parts, 1) for parts in zip(*layer, strict=True)) for layer in layers]:
                 found[i] = joined  # type: ignore[assignment]
         order = list(found)
         return ({module: [pairs[i] for pairs in found.values()] for i, module in enumerate(self._modules)} if found
                 else {}, tuple(order.index(combination) if combination in found else -1 for combination in assignment))
 
-    def _check_length(self, given: dict[str, Any], plan: InjectionPlan) -> None:
-        """Raises `BaseError` where a text and its virtual tokens are more than the context holds."""
-        forest, mask, (rows, width) = given.get("forest"), given.get("attention_mask"), _get_shape(given)
+    def _check_length(self, kwargs: dict[str, Any], plan: InjectionPlan) -> None:
+        """Raise `BaseError` if a text and its virtual tokens exceed the context."""
+        forest, mask, (rows, width) = kwargs.get("forest"), kwargs.get("attention_mask"), _get_shape(kwargs)
         extra = [plan.count_tokens_at(i) for i in range(len(plan.assignment))]
         widths = [width] * rows
         if forest is not None:
@@ -280,43 +287,43 @@ class CausalInjector:
                             f"{self._context} tokens", f"set data.max_length to {self._context - n} or less, or use "
                             "fewer virtual tokens (method.num_virtual_tokens)")
 
-    def _shift_positions(self, given: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
-        """The call with the positions of every segment or row moved on; without any, they count from `seen`."""
-        rows, width = _get_shape(given)
-        positions, forest = given.get("position_ids"), given.get("forest")
+    def _shift_positions(self, kwargs: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
+        """The call with shifted positions of every segment or row; without position ids, they begin at `seen`."""
+        rows, width = _get_shape(kwargs)
+        positions, forest = kwargs.get("position_ids"), kwargs.get("forest")
         if positions is None:
             start = self._first + seen
             positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
         if len(set(by)) == 1:
-            return {**given, "position_ids": positions + by[0]}
+            return {**kwargs, "position_ids": positions + by[0]}
         further = torch.tensor(by)[:, None] if forest is None else repeat_per_token(by, forest.lengths)[None]
-        return {**given, "position_ids": positions + further.to(self._device, non_blocking=True)}
+        return {**kwargs, "position_ids": positions + further.to(self._device, non_blocking=True)}
 
-    def _insert_prompts(self, given: dict[str, Any], plan: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
-        """The call with the virtual tokens in their places."""
-        embeds = given.get("inputs_embeds")
+    def _insert_prompts(self, kwargs: dict[str, Any], plan: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
+        """The call with the virtual tokens inserted."""
+        embeds = kwargs.get("inputs_embeds")
         if embeds is None:
-            embeds = self._embedding(given["input_ids"])
-        forest, mask, sizes = given.get("forest"), given.get("attention_mask"), plan.count_tokens("prompt")
+            embeds = self._embedding(kwargs["input_ids"])
+        forest, mask, sizes = kwargs.get("forest"), kwargs.get("attention_mask"), plan.count_tokens("prompt")
         layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment)
-                  if forest is None
-                else layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
-        made = compute_injected(plan, "prompt")
-        virtual = torch.cat([made[injection] for combination in plan.combinations for injection in combination
-                             if injection in made])
+                  if forest is None else
+                  layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
+        computed = compute_injected(plan, "prompt")
+        virtual = torch.cat([computed[injection] for combination in plan.combinations for injection in combination
+                             if injection in computed])
         table = torch.cat([virtual.to(embeds).expand(len(embeds), -1, -1), embeds], dim=1)
-        given = {**given, "input_ids": None, "inputs_embeds": _gather_tokens(table, layout.source_index)}
+        kwargs = {**kwargs, "input_ids": None, "inputs_embeds": _gather_tokens(table, layout.source_index)}
         for name in ROW_ARGUMENTS:
-            if (column := given.get(name)) is not None:
-                given[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)
-        if given.get("position_ids") is not None:
-            given["position_ids"] = given["position_ids"] + layout.position_shift
+            if (column := kwargs.get(name)) is not None:
+                kwargs[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + layout.position_shift
         if forest is not None:
-            return {**given, "forest": layout.forest}, layout
-        return {**given, "attention_mask": self._extend_mask(mask, layout)}, layout
+            return {**kwargs, "forest": layout.forest}, layout
+        return {**kwargs, "attention_mask": self._extend_mask(mask, layout)}, layout
 
     def _extend_mask(self, mask: Any, layout: VirtualTokenLayout) -> Tensor | None:
-        """The mask of the longer rows, in which a virtual token counts as the text's first token does."""
+        """The mask of the longer rows, in which a virtual token has the mask of the text's first token."""
         like, live = layout.template, layout.is_token
         if mask is None:
             return None if live is None else live.long()
@@ -324,15 +331,15 @@ class CausalInjector:
             longer: Tensor = mask.gather(1, like)
             return longer if live is None else longer * live
         if not (isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool and self._both_ways):
-            raise RunError("virtual tokens cannot be put into a mask that was made for every layer in advance",
-                           "give a mask of [rows, tokens], and a cache that grows (cache_implementation='dynamic')")
+            raise RunError("virtual tokens cannot be inserted into a mask that was precomputed for every layer",
+                           "pass a mask of [rows, tokens], and use cache_implementation='dynamic'")
         mask = mask.gather(2, like[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
         longer = mask.gather(3, like[:, None, None, :].expand(*mask.shape[:3], -1))
         return longer if live is None else longer & live[:, None, None]
 
 
 def _find_first_token(mask: Tensor | None, rows: Tensor) -> Tensor:
-    """[B, 1] where each row's first token stands, behind padding on its left."""
+    """[B, 1] The index of each row's first token after padding on its left."""
     if mask is None or not isinstance(mask, Tensor) or mask.ndim != 2:
         return torch.zeros(rows.shape[0], 1, dtype=torch.int64, device=rows.device)
     return mask.ne(0).int().argmax(1, keepdim=True)
@@ -343,16 +350,16 @@ def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(*index.shape, x.shape[-1]))
 
 
-def _get_shape(given: dict[str, Any]) -> torch.Size:
-    """[B, L] of a call."""
-    ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+def _get_shape(kwargs: dict[str, Any]) -> torch.Size:
+    """The shape [B, L] of a call."""
+    ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
     shape = ids.shape if ids is not None else embeds.shape[:2]  # type: ignore[union-attr]
     assert isinstance(shape, torch.Size)
     return shape
 
 
 def _path_lengths(forest: SegmentTree) -> list[int]:
-    """Tokens of each segment's path."""
+    """The number of tokens of each segment's path."""
     depths: list[int] = []
     for size, parent in zip(forest.lengths, forest.parents, strict=True):
         depths.append(size + (depths[parent] if parent >= 0 else 0))

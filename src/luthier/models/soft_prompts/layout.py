@@ -1,13 +1,12 @@
-"""Where virtual tokens stand in a row, and what moves on because of them: indices alone, no model. Read `core/types.py`
-(Forest) first; `models/soft_prompts/causal.py` uses it.
+"""The positions of virtual tokens in a row, as indices only. Read `core/types.py` first; `causal.py` uses it.
 
-Rows that go through different adapters stand behind different virtual tokens. All that there are lie in one table, one
-adapter's after another's, and the row's own tokens behind them; a room says which entry stands where.
+Rows with different adapters have different virtual tokens. All virtual tokens are stored in one table, adapter by
+adapter, followed by the row's own tokens; a layout maps each position of the longer row to an entry of the table.
 
-    packed, causal      one more root for each adapter that has some, and the former roots of that adapter its children
-    packed, both ways   each root has its adapter's at its head, since they see what follows them
-    padded              every row has as many places as the longest needs, before its first token; those left over are
-                        padding
+    packed, causal          one additional root for each adapter with virtual tokens; its documents become children
+    packed, bidirectional   each root begins with its adapter's virtual tokens, because they attend to what follows
+    padded                  every row has as many virtual positions as the longest needs, before its first token; the
+                            unused ones are padding
 
 Shape letters: B rows, L tokens of a row as the caller knows it, L' with the virtual ones, S segments.
 """
@@ -26,16 +25,16 @@ from luthier.core.types import SegmentTree
 
 @dataclass(frozen=True)
 class VirtualTokenLayout:
-    """Rows of L tokens with virtual ones among them, L' in all.
+    """Rows of L tokens extended by virtual tokens to L'.
 
     Args:
-        source: [B, L'] what stands where: an index into the table.
-        like: [B, L'] the own token whose mask and type it has: itself, or the first of its text.
-        own: [B, L] where each own token went.
-        shift: [B, L'] how much further on than that token's position it is.
-        live: [B, L'] False where there is padding instead of a virtual token; None: nowhere.
-        forest: of the longer row.
-        whose: for each segment of that forest the share that it has.
+        source_index: [B, L'] each position's index into the table.
+        template: [B, L'] the original token whose mask and type each position has: itself, or the first of its text.
+        own_index: [B, L] the new position of each original token.
+        position_shift: [B, L'] added to the position id of the template.
+        is_token: [B, L'] False for padding in place of a virtual token; None: there is none.
+        forest: the segment tree of the longer row.
+        assignment: for each segment of that tree, the index of its combination.
     """
 
     source_index: Tensor
@@ -49,50 +48,53 @@ class VirtualTokenLayout:
 
 def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: Sequence[int],
                   places: int = 0) -> VirtualTokenLayout:
-    """Virtual tokens before the first token of each row, which stands at `first` [B, 1].
+    """Virtual tokens before the first token of each row, which is at `first` [B, 1].
 
     Args:
-        sizes: how many virtual tokens each share has.
-        whose: the share of each row.
-        places: at least so many places in every row.
+        sizes: the number of virtual tokens of each combination.
+        assignment: the combination of each row.
+        places: the minimum number of virtual positions in every row.
     """
     device, starts = first.device, [*accumulate(sizes, initial=0)]
     places = max(places, *(sizes[combination] for combination in assignment))
-    n, start = (torch.tensor([column[combination] for combination in assignment], device=device)[:, None]
-                for column in (sizes, starts))
+    n, start = (torch.tensor([values[combination] for combination in assignment], device=device)[:, None]  # [B, 1]
+                for values in (sizes, starts))
     at, own = (torch.arange(size, device=device) for size in (width + places, width))
     virtual = (at >= first) & (at < first + places)
-    place = at - first - (places - n)  # among the row's virtual tokens; below 0 on padding
+    place = at - first - (places - n)  # [B, L'] index among the row's virtual tokens; below 0 for padding
     own_index = torch.where(at < first, at, at - places)
     full = all(sizes[combination] == places for combination in assignment)
     return VirtualTokenLayout(torch.where(virtual, start + place.clamp(min=0), own_index + starts[-1]),
-                torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
-                torch.where(virtual, place.clamp(min=0), n), None if full else ~virtual | (place >= 0))
+                              torch.where(virtual, first, own_index), torch.where(own < first, own, own + places),
+                              torch.where(virtual, place.clamp(min=0), n),
+                              None if full else ~virtual | (place >= 0))
 
 
 def layout_packed(forest: SegmentTree, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
-                device: torch.device) -> VirtualTokenLayout:
-    """One root for each share before all others, or, where texts are seen both ways, its places at every root's head.
+                  device: torch.device) -> VirtualTokenLayout:
+    """One root for each combination before all others; with bidirectional attention, virtual tokens in every root.
 
     Args:
-        sizes: how many virtual tokens each share has.
-        whose: the share of each segment; a child has its parent's.
+        sizes: the number of virtual tokens of each combination.
+        assignment: the combination of each segment; a child has that of its parent.
     """
     make = _layout_in_every_root if both_ways else _layout_as_roots
     return make(forest, sizes, [*accumulate(sizes, initial=0)], assignment, device)
 
 
 def _layout_as_roots(forest: SegmentTree, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
-              device: torch.device) -> VirtualTokenLayout:
-    used = {combination: assignment.index(combination) for combination in dict.fromkeys(assignment)
-            if sizes[combination]}  # and its first segment
+                     device: torch.device) -> VirtualTokenLayout:
+    used = {combination: assignment.index(combination)  # the first segment of each combination with virtual tokens
+            for combination in dict.fromkeys(assignment)
+            if sizes[combination]}
     new, total = list(used), sum(forest.lengths)
     above = {combination: i for i, combination in enumerate(new)}
     parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
                for parent, combination in zip(forest.parents, assignment, strict=True)]
     longer = SegmentTree((*(sizes[combination] for combination in new), *forest.lengths),
                          (*(-1 for _ in new), *parents),
-                         (*(forest.adapters[used[combination]] for combination in new), *forest.adapters)
+                         (*(forest.adapters[used[combination]] for combination in new),
+                     *forest.adapters)
                          if forest.adapters else ())
     heads = [torch.arange(sizes[combination]) for combination in new]
     row, before = torch.arange(total), sum(sizes[combination] for combination in new)
@@ -105,14 +107,14 @@ def _layout_as_roots(forest: SegmentTree, sizes: Sequence[int], starts: Sequence
 
 
 def _layout_in_every_root(forest: SegmentTree, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
-                   device: torch.device) -> VirtualTokenLayout:
-    added = [sizes[combination] if parent < 0 else 0 for parent,
+                          device: torch.device) -> VirtualTokenLayout:
+    added = [sizes[combination] if parent < 0 else 0
+             for parent,
              combination in zip(forest.parents, assignment, strict=True)]
     longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
     source, like, own, shift = [], [], [], []
     for at, length, more, before, combination in zip(forest.starts, forest.lengths, added, accumulate(added),
-                                                     assignment,
-                                               strict=True):
+                                                     assignment, strict=True):
         head, span = torch.arange(more), torch.arange(at, at + length)
         source += [head + starts[combination], span + starts[-1]]
         like += [torch.full_like(head, at), span]
@@ -123,7 +125,7 @@ def _layout_in_every_root(forest: SegmentTree, sizes: Sequence[int], starts: Seq
 
 
 def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """[T] the value of each token's segment."""
+    """[T] The value of each token's segment."""
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))
 
 

@@ -1,17 +1,16 @@
-"""Virtual tokens of an encoder and a decoder: T5 and its like. Read `models/soft_prompts/causal.py` and
-`models/attention/biased.py` first.
+"""Virtual tokens of encoder-decoder models such as T5. Read `soft_prompts/causal.py` and `attention/biased.py` first.
 
-A prompt stands before every source, in the encoder alone. Its states there are part of what the decoder looks back at
-(Lester et al. 2021, arXiv:2104.08691; PEFT does the same), so the encoder gives them out, before those of the source,
-and a caller who knows the source alone is met halfway: the decoder lengthens a mask that is too short.
+A prompt precedes every source, in the encoder only. The decoder attends to its states (Lester et al. 2021,
+arXiv:2104.08691; PEFT does the same), so the encoder returns them before those of the source. A caller's mask covers
+the source only, so the decoder's hook extends a mask that is too short.
 
-A prefix has keys and values for each of the three attentions: the encoder's, the decoder's own, and that of the decoder
-upon the encoder (Li and Liang 2021, arXiv:2101.00190, section 4). In the first two it stands in the N places before the
-first token, and T5's bias is that of those distances; the third has no positions, in T5 as such, and no bias. Learnt
-positions (BART) are added to embeddings, which a prefix has none of: there the text keeps the positions that it has.
+A prefix has keys and values for each of the three attentions: the encoder's, the decoder's self-attention and its
+cross-attention (Li and Liang 2021, arXiv:2101.00190, section 4). In the first two it has the N positions before the
+first token, and T5's bias is that of those distances; cross-attention has no positions in T5 and no bias. Learned
+positions (BART) are added to embeddings, which a prefix does not have: the text keeps its positions there.
 
-The order of a prefix's pairs is that in which the attentions run: the encoder's blocks, then of each of the decoder's
-its own attention and the one upon the encoder.
+A prefix's pairs are in the order in which the attentions run: the encoder's layers, then self-attention and
+cross-attention of each decoder layer.
 
 Shape letters: B rows, L tokens of a source, N virtual tokens, H heads of width d.
 """
@@ -33,13 +32,14 @@ from luthier.core.soft_prompts import SoftPromptKind
 from luthier.models.attention import biased
 from luthier.models.attention.biased import BiasedVirtualKeyValues
 from luthier.models.attention.packed import KeyValue
+from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_logging import silence_transformers
 from luthier.models.soft_prompts.causal import KeyValueRecorder, RecordingComplete
 from luthier.models.soft_prompts.injection import Injection, is_active
 
 
 class InjectedKeyValues:
-    """Travels with one call of a stack down to its attention functions."""
+    """The virtual keys and values of one call, passed to the stack's attention functions."""
 
     def __init__(self, before: dict[nn.Module, BiasedVirtualKeyValues]) -> None:
         self.before = before
@@ -57,7 +57,7 @@ class Seq2SeqInjector:
     """
 
     typical_embeddings: Callable[[int, int], Tensor] | None = None
-    # its prefix acts on the decoder's own attention alone
+    # its prefix affects the decoder's self-attention only
     peft_kinds: frozenset[SoftPromptKind] = frozenset({"prompt"})
 
     def __init__(self, structure: ModelStructure, encoder: nn.Module, decoder: nn.Module) -> None:
@@ -70,7 +70,7 @@ class Seq2SeqInjector:
         self._suspended = False
         self.injections: list[Injection] = []
 
-    # ------------------------------------------------------------ what methods call
+    # ------------------------------------------------------------ called by methods
 
     def add_prompt(self, make: Callable[[], Tensor], gate: AdapterGate) -> None:
         self._add_injection(Injection("prompt", make, gate, make().shape[0]))
@@ -88,7 +88,7 @@ class Seq2SeqInjector:
 
     @torch.no_grad()
     def compute_keys_values(self, start: Sequence[int] | Tensor) -> list[KeyValue]:
-        assert not isinstance(start, Tensor), "there are words"
+        assert not isinstance(start, Tensor), "a base with a vocabulary is initialized from tokens"
         self._install()
         tokens = torch.tensor([[*start]], device=self._device)
         recorder = KeyValueRecorder()
@@ -105,7 +105,7 @@ class Seq2SeqInjector:
 
     @torch.no_grad()
     def compute_first_layer_keys(self, ids: Sequence[int], place: int) -> Tensor:
-        """Alike at every `place`: T5's keys know none. (BART's do; there it is the first.)"""
+        """Independent of `place`: T5's keys have no positions. (BART's do; there it is the first position.)"""
         self._install()
         recorder = KeyValueRecorder(max_modules=1)
         with self._base_only(), suppress(RecordingComplete):
@@ -118,7 +118,7 @@ class Seq2SeqInjector:
         return next(self._encoder.parameters()).device
 
     def _install(self) -> None:
-        """Name our attention in the config. Raises `BaseError` where what is named there now is not what it calls."""
+        """Select our attention function in the config. Raises `BaseError` if the model does not support it."""
         now = self._model.config._attn_implementation
         carries = all(inspect.signature(type(stack).forward).parameters[names[-1]].kind is inspect.Parameter.VAR_KEYWORD
                       for stack, names in self._names.items())
@@ -128,17 +128,17 @@ class Seq2SeqInjector:
             self._model.set_attn_implementation(biased.NAME)
 
     def _unreachable_error(self) -> BaseError:
-        return BaseError(f"{type(self._model).__name__} keeps the keys and values of its layers out of reach, so no "
-                         "prefix can stand before them", "use the method prompt, or another base")
+        return BaseError(f"{type(self._model).__name__} does not expose the keys and values of its layers, so a prefix "
+                         "is not supported", "use the method prompt, or another base")
 
     @contextmanager
     def _base_only(self) -> Iterator[None]:
-        was, self._suspended = self._model.training, True
+        was_training, self._suspended = self._model.training, True
         self._model.eval()
         try:
             yield
         finally:
-            self._model.train(was)
+            self._model.train(was_training)
             self._suspended = False
 
     # ------------------------------------------------------------ the two hooks
@@ -146,26 +146,26 @@ class Seq2SeqInjector:
     def _list_active(self, kind: SoftPromptKind) -> list[Injection]:
         return [] if self._suspended else [d for d in self.injections if d.kind == kind and is_active(d.gate)]
 
-    def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """Before the encoder: the prompt before each source, the prefix on its way."""
-        given = {**dict(zip(self._names[stack], args, strict=False)), **given}
+    def _before_encoder(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The encoder's pre-forward hook: inserts the prompt before each source, and adds the prefix argument."""
+        kwargs = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
         if prompts := self._list_active("prompt"):
-            given = self._insert_prompts(given, torch.cat([injection.compute() for injection in prompts]))
-        return (), self._add_prefix_argument(stack, given, 0)
+            kwargs = self._insert_prompts(kwargs, torch.cat([injection.compute() for injection in prompts]))
+        return (), self._add_prefix_argument(stack, kwargs, 0)
 
-    def _before_decoder(self, stack: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> Any:
-        """Before the decoder: a mask of the source that knows no virtual tokens becomes one that does."""
-        given = {**dict(zip(self._names[stack], args, strict=False)), **given}
-        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+    def _before_decoder(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The decoder's pre-forward hook: extends a source mask that does not include the virtual tokens."""
+        kwargs = {**dict(zip(self._names[stack], args, strict=False)), **kwargs}
+        states, mask = kwargs.get("encoder_hidden_states"), kwargs.get("encoder_attention_mask")
         if states is not None and isinstance(mask, Tensor) and states.shape[1] > mask.shape[1]:
-            given["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
-        cache = given.get("past_key_values")
-        return (), self._add_prefix_argument(stack, given, 0 if cache is None else int(cache.get_seq_length()))
+            kwargs["encoder_attention_mask"] = mask.gather(1, _index_padded(mask, states.shape[1] - mask.shape[1])[1])
+        cache = kwargs.get("past_key_values")
+        return (), self._add_prefix_argument(stack, kwargs, 0 if cache is None else int(cache.get_seq_length()))
 
-    def _insert_prompts(self, given: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
-        embeds, mask = given.get("inputs_embeds"), given.get("attention_mask")
+    def _insert_prompts(self, kwargs: dict[str, Any], virtual: Tensor) -> dict[str, Any]:
+        embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if embeds is None:
-            embeds = self._encoder.get_input_embeddings()(given["input_ids"])  # type: ignore[operator]
+            embeds = self._encoder.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]
         width = embeds.shape[1] if mask is None else int(mask.sum(1).max())
         if width + len(virtual) > self._context:
             raise BaseError(f"a source of {width} tokens and {len(virtual)} virtual ones do not fit into the base's "
@@ -174,38 +174,39 @@ class Seq2SeqInjector:
                             "(method.num_virtual_tokens)")
         virtual = virtual.to(embeds).expand(len(embeds), -1, -1)
         if mask is None:
-            return {**given, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
+            return {**kwargs, "input_ids": None, "inputs_embeds": torch.cat([virtual, embeds], 1)}
         source, like = _index_padded(mask, virtual.shape[1])
         embeds = torch.cat([virtual, embeds], 1).gather(1, source[..., None].expand(-1, -1, embeds.shape[2]))
-        return {**given, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
+        return {**kwargs, "input_ids": None, "inputs_embeds": embeds, "attention_mask": mask.gather(1, like)}
 
     # ------------------------------------------------------------ a prefix
 
-    def _add_prefix_argument(self, stack: nn.Module, given: dict[str, Any], seen: int) -> dict[str, Any]:
-        made = [injection.compute() for injection in self._list_active("prefix")]
-        if not made:
-            return given
-        pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*made, strict=True)]
+    def _add_prefix_argument(self, stack: nn.Module, kwargs: dict[str, Any], seen: int) -> dict[str, Any]:
+        computed = [injection.compute() for injection in self._list_active("prefix")]
+        if not computed:
+            return kwargs
+        pairs = [tuple(torch.cat(parts, 1) for parts in zip(*each, strict=True)) for each in zip(*computed,
+                                                                                                 strict=True)]
         modules, before = self._modules[stack], len(self._modules[self._encoder]) * (stack is self._decoder)
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        ids, embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         width = (embeds if ids is None else ids).shape[1]  # type: ignore[union-attr]
-        biases = self._compute_biases(stack, width, seen, pairs[0][0].shape[1], given.get("attention_mask"))
+        biases = self._compute_biases(stack, width, seen, pairs[0][0].shape[1], kwargs.get("attention_mask"))
         found = {module: BiasedVirtualKeyValues(key[None], value[None], biases.get(module))
                  for module, (key, value) in zip(modules, pairs[before:before + len(modules)], strict=True)}
-        return {**given, "virtual": InjectedKeyValues(found)}
+        return {**kwargs, "virtual": InjectedKeyValues(found)}
 
     def _compute_biases(self, stack: nn.Module, width: int, seen: int, n: int, mask: Tensor | None) -> dict[nn.Module,
                                                                                                             Tensor]:
         """[1 or B, H, width, n] of each attention within a text, for a prefix in the n places before it, of which the
         call has `width` tokens behind `seen` others. T5's first block has the table for all of them, the others none.
         Behind padding on its left (`mask` [B, seen + width]) a row's tokens stand nearer to it."""
-        within = [m for m in self._modules[stack] if stack is self._encoder or getattr(m, "is_causal", False)]
+        within = [m for m in self._modules[stack] if stack is self._encoder or get_optional(m, "is_causal")]
         left = mask.ne(0).int().argmax(1) if mask is not None and mask.ndim == 2 else None
         shifted = left is not None and bool(left.any())
         found: dict[nn.Module, Tensor] = {}
         last = None
         for module in within:
-            if getattr(module, "has_relative_attention_bias", False):
+            if get_optional(module, "has_relative_attention_bias"):
                 rows, past = (seen + width, n) if shifted else (width, seen + n)
                 last = module.compute_bias(rows, n, device=self._device, past_seen_tokens=past)  # type: ignore[operator]
                 if shifted:
