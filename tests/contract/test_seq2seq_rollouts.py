@@ -154,7 +154,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
                    "run": str(tmp_path / "reward")}, quiet=True)
     made = assembly.recipe({"start": str(sft.path), "seed": 3,
                          "objective": {"name": "ppo", "reward": {"model": str(judge.path)}, "kl_coef": 0.1,
-                                       "critic": "adapter", "answers": 2, "max_new_tokens": 4},
+                                       "critic": "adapter", "num_generations": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
                          "training": {"steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
     family = assembly.family(made.base)
