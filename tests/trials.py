@@ -42,7 +42,8 @@ from luthier.training.step import evaluate_batches
 from tiny import ENCODERS, END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer, with_sentinels
 
 Pair = tuple[str, str, str]  # base, method, objective
-OBJECTIVE_NAMES = (*OBJECTIVES, *SHORT_FORMS)
+OBJECTIVE_NAMES = tuple(name for objective in OBJECTIVES
+                        for name in ((objective, *SHORT_FORMS) if objective == "dpo" else (objective,)))
 
 STEPS, SAVED = 3, 2  # a run's, and that of the checkpoint from which it goes on
 SIMPLEST = {  # of each base, what it is tried with under every method

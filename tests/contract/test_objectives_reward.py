@@ -37,13 +37,13 @@ def check_loss_and_gradient(case: Case, wanted: Tensor) -> None:
 
 
 @pytest.mark.parametrize("ranking", ["plackett_luce", "all_pairs"])
-@pytest.mark.parametrize("centring", [0.0, 0.7])
+@pytest.mark.parametrize("centering", [0.0, 0.7])
 @pytest.mark.parametrize("margins", [True, False])
-def test_pair_loss_equals_trl(ranking: str, centring: float, margins: bool) -> None:
+def test_pair_loss_equals_trl(ranking: str, centering: float, margins: bool) -> None:
     trl = pytest.importorskip("trl")
-    case = make_case([[0, 1], [1, 0], [1, 0], [0, 1]], margins, ranking=ranking, center_rewards_coefficient=centring)
+    case = make_case([[0, 1], [1, 0], [1, 0], [0, 1]], margins, ranking=ranking, center_rewards_coefficient=centering)
     order = torch.tensor([0, 3, 5, 6, 1, 2, 4, 7])  # the better ones first
-    trl_trainer = trainer(trl.RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=centring or None))
+    trl_trainer = trainer(trl.RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=centering or None))
     given = {"attention_mask": torch.ones(8, 1)} | ({"margin": case.target.margins[order[:4]].double()} if margins else {})
     wanted = trl_trainer.compute_loss(lambda **_: SimpleNamespace(logits=case.outputs.scores[order]), given)
     check_loss_and_gradient(case, wanted)
