@@ -129,7 +129,7 @@ def test_it_is_what_peft_makes_of_the_same_adapters(how: str, theirs: str) -> No
 
 @pytest.mark.parametrize(("settings", "words"), [
     ({"combination_type": "ties"}, "one of: linear, cat, svd"), ({"rank": 3}, "only svd"),
-    ({"how": "svd", "rank": 0}, "at least 1"), ({"weights": (1.0,)}, "one weight for each"),
+    ({"combination_type": "svd", "rank": 0}, "at least 1"), ({"weights": (1.0,)}, "one weight for each"),
 ])
 def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):

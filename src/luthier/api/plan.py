@@ -156,7 +156,7 @@ def _cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -> str:
 def table(told: Mapping[str, Any]) -> str:
     """The plan as Markdown: the rows, the ways, the advice."""
     data = told["data"]
-    lines = [f"Base {told['base']}, {told['room_gb']:.1f} GB free."]
+    lines = [f"Base {told['model']}, {told['room_gb']:.1f} GB free."]
     if data:
         lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
     titles = ("way", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")
