@@ -80,7 +80,7 @@ def _tried(made: assembly.Recipe, raw: dict[str, Any], run: Path, steps: int, ro
         return {"why": f"the weights alone need {least:.1f} GB, and {room:.1f} GB are free", "fits": False}
     raw["training"] |= {"max_steps": steps, "save_steps": None, "report_to": []}
     raw["data"] |= {"test": None, "eval": None}
-    raw["evaluate"] |= {"metrics": [], "before": False}
+    raw["evaluate"] |= {"metrics": [], "before_training": False}
     code, words = train_apart(raw, run)
     if code:
         killed = code < 0 or code == 137

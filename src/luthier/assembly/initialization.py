@@ -1,6 +1,6 @@
 """Where a training starts from: the bare base, or a run that was tuned before. Read `factory.py` and `run_io.py` first.
 
-With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
+With `init_from: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
 reference of objectives that have one (DPO, PPO). Both stand on one base, in a bank. Without it, the reference is the
 bare base.
 """
