@@ -108,7 +108,8 @@ def rows(config: type[Config]) -> Iterator[str]:
 def shown(default: Any) -> str:
     """A default as YAML would have it."""
     if isinstance(default, Config):
-        return f"`{vars(default)['name']}`" if "name" in type(default).model_fields else "of its own"
+        name = vars(default).get("name", vars(default).get("name_or_path"))
+        return f"`{name}`" if name else "of its own"
     if default is None:
         return "none"
     if isinstance(default, bool):
