@@ -63,8 +63,9 @@ evaluate: {metrics: [exact], max_samples: 100}
 output_dir: runs/mine
 ```
 
-Only `data` is required. Short forms: `model: smollm2` for `model: {name_or_path: smollm2}`, likewise `method` and `objective`;
-`data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or a source.
+Only `data` is required. Short forms: `model: smollm2` for `model: {name_or_path: smollm2}`, likewise `method` and
+`objective`; `data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or
+a source.
 
 Settings are laid over a recipe as `key=value`, dots for depth, values read as YAML:
 

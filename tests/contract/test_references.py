@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier import assembly
 from luthier.api.train import train
-from luthier.assembly.compatibility import fitting
+from luthier.assembly.compatibility import check_compatibility
 from luthier.core.errors import RecipeError
 from luthier.methods import METHODS
 from luthier.training import checkpoint
@@ -172,11 +172,11 @@ def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Pa
             "name": "ppo", "critic": "adapter", "reward": "length"}})
         inside = assembly.attach(assembly.family(made.model), made.method, 0).scope is None
         if not inside:
-            fitting(made, family)
+            check_compatibility(made, family)
             continue
         with pytest.raises(RecipeError, match=r"objective.critic: adapter .* method '" + name):
-            fitting(made, family)
-        fitting(made.model_copy(update={"objective": made.objective.model_copy(update={"critic": "shared"})}), family)
+            check_compatibility(made, family)
+        check_compatibility(made.model_copy(update={"objective": made.objective.model_copy(update={"critic": "shared"})}), family)
 
 
 def test_rows_that_are_streamed_cannot_be_asked_about_once(home: Path, tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
     _, family, attached = assembly.open_run(run)
     assert attached is not None
     with torch.no_grad():
-        row = assembly.rows.load(assembly.recorded(run).data, family.tokenizer, seed=0).train[2]
+        row = assembly.rows.load(assembly.load_recipe(run).data, family.tokenizer, seed=0).train[2]
         batch = assembly.rows.eval_batches([row], None)[0]
         pooled = family.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
     assert pooled is not None

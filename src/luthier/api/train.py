@@ -148,7 +148,7 @@ def _written(run: Run) -> Iterator[Run]:
 def _referred(made: assembly.Recipe, base: Any, found: Any, reference: Reference, quiet: bool) -> Any:
     """The rows, with what the reference says of them where the recipe asks it beforehand."""
     total = len(found.train) + len(found.eval) + len(found.test)
-    with Progress(total, title="the reference reads", quiet=quiet or not assembly.beforehand(made)) as bar:
+    with Progress(total, title="the reference reads", quiet=quiet or not assembly.precomputes_reference(made)) as bar:
         return assembly.asked(made, base, found, reference, bar.update)
 
 

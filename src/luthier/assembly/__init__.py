@@ -45,15 +45,15 @@ from luthier.assembly.provenance import (
 )
 from luthier.assembly.recipe import (
     Recipe,
-    beforehand,
     changed,
     default_learning_rate,
     describe_learning_rate,
     dump,
+    load_recipe,
     method_name,
+    precomputes_reference,
     provenance,
     recipe,
-    recorded,
     version,
 )
 from luthier.assembly.reference_model import asked, master_price, price, untrained
@@ -87,15 +87,15 @@ from luthier.training.run_folder import Run
 __all__ = [
     "ALIASES", "BRIDGED", "Bank", "ModelConfig", "CausalLM", "CheckpointRecord", "DataConfig", "METHODS",
     "PromptFormat", "Reading", "Recipe", "Rollouts", "Run", "Served", "asked", "attach", "banked", "base_conflict",
-    "beforehand", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt", "check",
-    "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
+    "precomputes_reference", "begin", "beside", "cache", "called", "candidate", "cast", "changed", "chat_prompt",
+    "check", "check_base", "check_dtype", "check_resumable", "check_rewards", "check_runs", "combined", "context",
     "convert_to_plain_lora", "datasets", "default_learning_rate", "describe", "describe_learning_rate", "device",
     "dump", "family", "feed", "fill_left_out", "find_data_problems", "find_method_problems",
     "find_schedule_problems", "find_unused_settings", "fingerprint", "fitted", "folder", "gguf_adapter",
     "gguf_model", "held_out", "identify", "judged", "kept_heads", "least_gb", "list_changes", "list_differences",
     "list_resolved", "make_paths_absolute", "make_public", "master_price", "method_name", "resolve_max_tokens",
     "name_base", "note_conversations", "open_recipe", "open_run", "price", "prompt_format", "provenance",
-    "questions", "recipe", "record_results", "record_start", "recorded", "resolve", "resolve_settings", "rolling",
+    "questions", "recipe", "record_results", "record_start", "load_recipe", "resolve", "resolve_settings", "rolling",
     "rows", "same_base", "save_tuned", "save_whole", "saved_dtype", "served", "standing", "tokenizer", "untrained",
     "version", "with_heads",
 ]

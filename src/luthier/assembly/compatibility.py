@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from luthier.assembly.recipe import Recipe, beforehand, referred
+from luthier.assembly.recipe import Recipe, needs_reference, precomputes_reference
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
 from luthier.methods.composite import parts_of
@@ -42,7 +42,7 @@ def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
                           "set model.dtype to bfloat16 or float32 (evaluate, chat and export take float16)")
 
 
-def fitting(made: Recipe, base: Family) -> None:
+def check_compatibility(made: Recipe, base: Family) -> None:
     """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
     weight = base.anatomy.embedding.weight
     assert isinstance(weight, torch.Tensor)
@@ -71,7 +71,7 @@ def fitting(made: Recipe, base: Family) -> None:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
     kept = all(part.model_dump().get("keep_base", True) for part in parts_of(made.method))
-    if referred(made.objective) and made.init_from is None and not kept and not beforehand(made):
+    if needs_reference(made.objective) and made.init_from is None and not kept and not precomputes_reference(made):
         without = "objective.kl_weight: 0" if isinstance(made.objective, PpoConfig | GrpoConfig) \
             else "objective.precompute_reference: true"
         raise RecipeError(f"method.keep_base: false, but method {made.method.name!r} changes the base's own weights, "

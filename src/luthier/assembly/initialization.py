@@ -16,7 +16,7 @@ from torch import Tensor
 from luthier.assembly.factory import attach, with_heads
 from luthier.assembly.peft_adapters import adapter_weights, without_base_weights
 from luthier.assembly.provenance import base_conflict
-from luthier.assembly.recipe import Recipe, adapted, changed, recorded, referred
+from luthier.assembly.recipe import Recipe, changed, load_recipe, needs_reference, require_adapter
 from luthier.assembly.run_io import renamed
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
@@ -46,7 +46,7 @@ def begin(made: Recipe, base: Family) -> tuple[Attached, Reference]:
 def beside(made: Recipe, base: Family, policy: Attached) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.init_from is None or (scopes(policy) is None and not referred(made.objective)):
+    if made.init_from is None or (scopes(policy) is None and not needs_reference(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
     bank, reference = Bank(base.anatomy), attach(base, made.method, made.seed)
     _load(reference, _fitting(made, Run(made.init_from), base), base, whole=not Run(made.init_from).recipe)
@@ -67,7 +67,7 @@ def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
     """
     bank = Bank(base.anatomy)
     for name, run in runs.items():
-        found = recorded(adapted(run))
+        found = load_recipe(require_adapter(run))
         attached = attach(base, found.method, found.seed)
         _load(attached, adapter_weights(run, base.anatomy), base, whole=not run.recipe)
         bank.add(name, attached)
@@ -77,7 +77,7 @@ def banked(base: Family, runs: Mapping[str, Run]) -> Bank:
 
 def _fitting(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
-    found = recorded(adapted(start))
+    found = load_recipe(require_adapter(start))
     other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
     if conflict := base_conflict(start, made.model):
         other.append(f"model.name_or_path: {found.model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}")

@@ -15,7 +15,7 @@ from luthier import data as rows
 from luthier.assembly.factory import PromptFormat, chat_prompt, family, room_for_text
 from luthier.assembly.initialization import banked
 from luthier.assembly.provenance import Report, base_conflict, ignore, open_recipe
-from luthier.assembly.recipe import recorded
+from luthier.assembly.recipe import load_recipe
 from luthier.assembly.run_io import open_run, prompt_format
 from luthier.core.errors import RecipeError, nearest
 from luthier.core.examples import LabelledExample, Message, Origin
@@ -103,7 +103,7 @@ def called(place: Path | str) -> str:
 
 def _inside(run: Run) -> bool:
     """Whether the run's method works inside the base's own modules, which nothing else can then share."""
-    return any(isinstance(part, PeftConfig) for part in parts_of(recorded(run.existing()).method))
+    return any(isinstance(part, PeftConfig) for part in parts_of(load_recipe(run.existing()).method))
 
 
 def served(runs: Mapping[str, Path | str], base_model: str | None = None, report: Report = ignore) -> Served:

@@ -132,17 +132,17 @@ def _kept(made: Recipe) -> Recipe:
     """The recipe with `method.keep_base` decided where it was left out."""
     if not isinstance(made.method, FullConfig | FreezeConfig) or made.method.keep_base is not None:
         return made
-    keep = referred(made.objective) and not beforehand(made)
+    keep = needs_reference(made.objective) and not precomputes_reference(made)
     return made.model_copy(update={"method": made.method.model_copy(update={"keep_base": keep})})
 
 
-def referred(objective: AnyObjective) -> bool:
+def needs_reference(objective: AnyObjective) -> bool:
     """Whether the objective compares the model with what it was."""
     asks: frozenset[str] = objective.asks if isinstance(objective, PpoConfig | GrpoConfig) else frozenset()
     return "reference_logps" in objective.needs | asks
 
 
-def beforehand(made: Recipe) -> bool:
+def precomputes_reference(made: Recipe) -> bool:
     """Whether the reference is asked once, before anything trains."""
     return bool(made.objective.model_dump().get("precompute_reference"))
 
@@ -152,11 +152,11 @@ def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     start = raw.get("init_from")
     if start is None or {"model", "method"} <= raw.keys():
         return raw
-    found = dump(recorded(adapted(Run(str(start)))))
+    found = dump(load_recipe(require_adapter(Run(str(start)))))
     return {"model": found["model"], "method": found["method"], **raw}
 
 
-def adapted(run: Run) -> Run:
+def require_adapter(run: Run) -> Run:
     """Itself, or a `RecipeError` where nothing can start from it."""
     if run.existing().adapter is None:
         raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
@@ -164,7 +164,7 @@ def adapted(run: Run) -> Run:
     return run
 
 
-def recorded(run: Run) -> Recipe:
+def load_recipe(run: Run) -> Recipe:
     """The recipe of a run; what is known of it where PEFT or Transformers made the folder."""
     if raw := run.recipe:
         return Recipe.parse(raw)
@@ -265,7 +265,7 @@ def dump(made: Recipe) -> dict[str, Any]:
     return made.model_dump(mode="json")
 
 
-def idle(made: Recipe) -> list[str]:
+def list_unused_settings(made: Recipe) -> list[str]:
     """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
     training, found = made.training, []
     evaluates = made.data.eval is not None

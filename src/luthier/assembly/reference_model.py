@@ -21,7 +21,7 @@ import torch
 
 from luthier import data as rows
 from luthier.assembly.factory import resolve_max_tokens
-from luthier.assembly.recipe import Recipe, beforehand, referred
+from luthier.assembly.recipe import Recipe, needs_reference, precomputes_reference
 from luthier.core.errors import RunError
 from luthier.core.protocols import Attached, Family
 from luthier.core.types import Encoded
@@ -39,7 +39,7 @@ def price(made: Recipe, attached: Attached) -> str:
     parts = attached.parts if isinstance(attached, Several) else (attached,)
     copies = [part.copied for part in parts if isinstance(part, Full)]
     count, size = (sum(sizes) for sizes in zip(*copies, strict=True)) if copies else (0, 0)
-    if not count or not referred(made.objective) or beforehand(made):
+    if not count or not needs_reference(made.objective) or precomputes_reference(made):
         return ""
     without = ("; objective.precompute_reference: true would do without"
                if "precompute_reference" in type(made.objective).model_fields else "")
@@ -66,7 +66,7 @@ def asked(made: Recipe, base: Family, found: Datasets, reference: Reference,
     Args:
         tick: told how many rows are done.
     """
-    if not beforehand(made):
+    if not precomputes_reference(made):
         return found
     done = 0
     told = []

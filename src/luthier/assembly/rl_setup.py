@@ -28,7 +28,7 @@ from luthier import data as rows
 from luthier.assembly import factory, initialization
 from luthier.assembly.peft_adapters import adapter_weights
 from luthier.assembly.provenance import base_conflict, open_recipe
-from luthier.assembly.recipe import Recipe, recorded
+from luthier.assembly.recipe import Recipe, load_recipe
 from luthier.assembly.reference_model import autocast
 from luthier.assembly.run_io import open_run, renamed
 from luthier.core.errors import RecipeError, RunError
@@ -123,7 +123,7 @@ def check_rewards(made: Recipe) -> None:
 
 def _reward_recipe(run: Run) -> Recipe:
     """What a reward run was trained with."""
-    found = recorded(run.existing())
+    found = load_recipe(run.existing())
     if found.objective.name != "reward":
         raise RecipeError(f"objective.reward.run: {str(run.path)!r} was trained with the objective "
                           f"{found.objective.name!r}, and gives no rewards", "train one with objective: reward")
