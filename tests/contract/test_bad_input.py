@@ -324,7 +324,7 @@ def test_a_recipe_that_is_none(call: Call) -> None:
     Path("empty.yaml").write_text("")
     refused(call("train", "empty.yaml"), "'empty.yaml' is empty")
     Path("tabs.yaml").write_text("model: x\nmethod:\n\tname: lora\n")
-    refused(call("train", "tabs.yaml"), "line 3", "mend the YAML")
+    refused(call("train", "tabs.yaml"), "line 3", "fix the YAML")
     Path("twice.yaml").write_text("data: rows.jsonl\nmethod: lora\nmethod: full\n")
     refused(call("train", "twice.yaml"), "the key 'method' stands twice", "line 3")
     refused(call("train", "rows.jsonl"), "rows.jsonl", "--data")

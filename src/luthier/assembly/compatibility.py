@@ -1,7 +1,7 @@
-"""Which objectives, methods and bases cannot go together, said before anything trains. Read `recipe.py` first.
+"""Refuses combinations of objective, method and base model that do not work, before training. Read `recipe.py` first.
 
-What only a base's parts decide (no place for virtual tokens, no map that fits) a method says itself as it is attached;
-what only the rows decide, `datasets` says. `docs/support.md` is the table of all pairs.
+A method itself refuses a base model whose structure it cannot use, when it is attached. `datasets` refuses what the
+rows decide. `docs/support.md` is the table of all pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
 
-INSIDE = (FullConfig, FreezeConfig, LnConfig, PeftConfig)  # methods without a switch that a bank could turn
+INSIDE = (FullConfig, FreezeConfig, LnConfig, PeftConfig)  # they change the base model in place
 
 
 def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
@@ -43,7 +43,7 @@ def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
 
 
 def check_compatibility(made: Recipe, base: Family) -> None:
-    """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
+    """Raises `RecipeError` where the base lacks what the objective needs, or the method keeps no reference model."""
     weight = base.anatomy.embedding.weight
     assert isinstance(weight, torch.Tensor)
     check_dtype(made.model, weight.dtype)
@@ -66,7 +66,7 @@ def check_compatibility(made: Recipe, base: Family) -> None:
                           "works inside the base's own parts, which the two would share",
                           "set objective.critic: shared, or train an adapter (method: lora)")
     if isinstance(made.objective, PretrainConfig):
-        _hiding(made.objective, made.model.name_or_path, base)
+        _check_masking(made.objective, made.model.name_or_path, base)
     if any(change.name == "mixup" for change in made.data.augment) and not made.objective.mixes:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
@@ -80,11 +80,12 @@ def check_compatibility(made: Recipe, base: Family) -> None:
                           f"(method: lora); or do without a copy: {without}")
 
 
-def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
-    """Refuse settings of what is hidden where nothing of the kind is."""
+def _check_masking(objective: PretrainConfig, name: str, base: Family) -> None:
+    """Raises `RecipeError` for a masking setting that this kind of model does not use."""
     known = {"rate", "span"} if base.divided else set() if base.anatomy.task == "CAUSAL_LM" else {"rate", "whole_words"}
     plain = PretrainConfig().model_dump()
     for setting, value in objective.model_dump().items():
         if value != plain[setting] and setting not in known:
-            raise RecipeError(f"objective.{setting} {value!r}: of what {name!r} reads nothing is hidden in that way",
-                              f"leave objective.{setting} out")
+            kind = "causal language models" if base.anatomy.task == "CAUSAL_LM" else "models of this kind"
+            raise RecipeError(f"objective.{setting} {value!r} has no effect on {name!r}: {kind} do not use this kind "
+                              "of masking", f"omit objective.{setting}")

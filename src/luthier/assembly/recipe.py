@@ -1,4 +1,4 @@
-"""A whole run as data: the recipe, how it is read, and what can be said about it before anything is loaded.
+"""The recipe: all settings of a run, how they are read, and what can be checked before a model is loaded.
 
 Read `core/config.py` first.
 """
@@ -52,12 +52,12 @@ class Recipe(Config):
 
     model: ModelConfig = Field(ModelConfig(), description="the pretrained model")
     method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
-    objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="what is minimised")
+    objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="the training objective")
     data: DataConfig = Field(description="what is trained and evaluated on")
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random number generators")
     init_from: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is "
                                                 "the reference; model and method are that run's")
     output_dir: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
@@ -189,7 +189,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}",
-                          "mend the YAML at the place named; rows to train on are given with --data") from None
+                          "fix the YAML at the given line; rows to train on are given with --data") from None
     if not isinstance(raw, dict):
         held = "is empty" if raw is None else f"holds a {type(raw).__name__}, not settings"
         raise RecipeError(f"the recipe {str(path)!r} {held}", "write lines such as `method: lora`")
