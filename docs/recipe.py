@@ -28,7 +28,7 @@ from luthier.training.optimizer import OptimizerConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 SECTIONS: dict[str, type[Config]] = {
-    "Top level": Recipe, "`base`": ModelConfig, "`model.surgery`": SurgeryConfig,
+    "Top level": Recipe, "`model`": ModelConfig, "`model.surgery`": SurgeryConfig,
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
     "`objective.reward` of ppo and grpo": RewardSourceConfig, "`data`": DataConfig, "a source of `data`": Source,
@@ -63,8 +63,9 @@ evaluate: {metrics: [exact], max_samples: 100}
 output_dir: runs/mine
 ```
 
-Only `data` is required. Short forms: `base: smollm2` for `base: {name: smollm2}`, likewise `method` and `objective`;
-`data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or a source.
+Only `data` is required. Short forms: `model: smollm2` for `model: {name_or_path: smollm2}`, likewise `method` and
+`objective`; `data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or
+a source.
 
 Settings are laid over a recipe as `key=value`, dots for depth, values read as YAML:
 
@@ -77,7 +78,7 @@ no effect is warned of. The run folder keeps the recipe with every setting spelt
 """
 NOTES = {
     "`data`": "The columns that `columns` may name, and what the formats are: [data.md](data.md).",
-    "`base`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
+    "`model`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
     "`model.surgery`": "With examples: [adaptation](adaptation.md#another-structure).",
     "`objective.reward` of ppo and grpo": "With a function of your own: [PPO](objectives/ppo.md#rewards).",
     "`training`": "`batch_size` changes what is learned; `max_tokens_per_micro_batch`, the "
@@ -108,7 +109,8 @@ def rows(config: type[Config]) -> Iterator[str]:
 def shown(default: Any) -> str:
     """A default as YAML would have it."""
     if isinstance(default, Config):
-        return f"`{vars(default)['name']}`" if "name" in type(default).model_fields else "of its own"
+        name = vars(default).get("name", vars(default).get("name_or_path"))
+        return f"`{name}`" if name else "of its own"
     if default is None:
         return "none"
     if isinstance(default, bool):

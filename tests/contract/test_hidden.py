@@ -316,8 +316,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
     refused(BaseError, r"bare'.* its files hold no masked-language-modeling head \(cls\.", model=str(tmp_path / "bare"))
     refused(BaseError, r"t5' has no sentinels", model=str(tmp_path / "t5"))
     refused(RecipeError, "predicts none", objective="sft")
-    refused(RecipeError, r"objective.mean_noise_span_length 5.0: of what .*base' reads", objective={"name": "pretrain", "mean_noise_span_length": 5})
-    refused(RecipeError, r"objective.mlm_probability 0.3: of what .*llama' reads", model=str(tmp_path / "llama"),
+    refused(RecipeError, r"objective.mean_noise_span_length 5.0 has no effect on .*base': models of this kind do not use", objective={"name": "pretrain", "mean_noise_span_length": 5})
+    refused(RecipeError, r"objective.mlm_probability 0.3 has no effect on .*llama': causal language models do not use", model=str(tmp_path / "llama"),
             objective={"name": "pretrain", "mlm_probability": 0.3})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     refused(DataError, r"reads TextExample\n.*reads them: sft;")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier import assembly
 from luthier.api.train import train
-from luthier.assembly.compatibility import fitting
+from luthier.assembly.compatibility import check_compatibility
 from luthier.assembly.factory import attach_method, load_family
 from luthier.core.errors import RecipeError
 from luthier.methods import METHODS
@@ -173,11 +173,11 @@ def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Pa
             "name": "ppo", "critic": "adapter", "reward": "length"}})
         inside = attach_method(load_family(made.model), made.method, 0).gates is None
         if not inside:
-            fitting(made, family)
+            check_compatibility(made, family)
             continue
         with pytest.raises(RecipeError, match=r"objective.critic: adapter .* method '" + name):
-            fitting(made, family)
-        fitting(made.model_copy(update={"objective": made.objective.model_copy(update={"critic": "shared"})}), family)
+            check_compatibility(made, family)
+        check_compatibility(made.model_copy(update={"objective": made.objective.model_copy(update={"critic": "shared"})}), family)
 
 
 def test_rows_that_are_streamed_cannot_be_asked_about_once(home: Path, tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_every_step_has_the_rate_of_its_number(tmp_path: Path) -> None:
     settings = {"lr_scheduler_type": "linear", "warmup_steps": 2, "min_lr_ratio": 0.1}
     family = base("llama", dtype=torch.float32)
     lines: list[tuple[int, Mapping[str, float]]] = []
-    run_training_loop(job(tmp_path, family, attach(family, "lora"), lines, 0.01, optimizer=settings, steps=6))
+    run_training_loop(job(tmp_path, family, attach(family, "lora"), lines, 0.01, optimizer=settings, max_steps=6))
     config = OptimizerConfig(**settings)
     assert [number for number, _ in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["learning_rate"] for _, line in lines] == pytest.approx([0.01 * compute_lr_factor(config, i, 6) for i in range(6)])
@@ -197,7 +197,7 @@ def test_a_step_is_made_with_the_rate_that_it_reports(tmp_path: Path) -> None:
         attached = attach(family, "lora")
         before = {name: p.detach().clone() for name, p in attached.parameters().items()}
         feed = Feed()
-        made = job(tmp_path / str(len(moved)), family, attached, [], 0.01, feed=feed, optimizer=settings, steps=10)
+        made = job(tmp_path / str(len(moved)), family, attached, [], 0.01, feed=feed, optimizer=settings, max_steps=10)
         made.get_stop_signal = lambda: "enough"
         run_training_loop(made)
         moved.append(max(float((p - before[n]).abs().max()) for n, p in attached.parameters().items()))
@@ -212,7 +212,7 @@ def test_the_loop_evaluates_without_dropout_and_trains_with_it(tmp_path: Path) -
     wanted = evaluate_batches(family, SFT, held)
     lines: list[tuple[int, Mapping[str, float]]] = []
     modes: list[bool] = []
-    run_training_loop(job(tmp_path, family, attached, lines, STILL, feed=Feed(lambda: modes.append(family.training)), held=held, steps=4,
+    run_training_loop(job(tmp_path, family, attached, lines, STILL, feed=Feed(lambda: modes.append(family.training)), held=held, max_steps=4,
                           eval_every=1))
     assert modes == [True] * 4
     assert not family.training
@@ -229,7 +229,7 @@ def test_evaluations_come_when_they_should_and_at_the_end(tmp_path: Path) -> Non
     for every, wanted in ((2, [2, 4, 5]), (None, [2, 4, 5]), (3, [3, 5])):  # left out: once an epoch of two steps
         family = base("llama", dtype=torch.float32)
         lines: list[tuple[int, Mapping[str, float]]] = []
-        run_training_loop(job(tmp_path / str(every), family, attach(family, "lora"), lines, STILL, held=rows(), steps=5, eval_steps=every))
+        run_training_loop(job(tmp_path / str(every), family, attach(family, "lora"), lines, STILL, held=rows(), max_steps=5, eval_steps=every))
         assert [number for number, line in lines if "eval_loss" in line] == wanted
 
 
@@ -258,7 +258,7 @@ def scripted(folder: Path, losses: list[float], **training: Any) -> tuple[Any, l
     attached = attach(family, "lora")
     weights: list[dict[str, torch.Tensor]] = []
     feed = Scripted(losses, lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
-    made = job(folder, family, attached, [], 0.01, feed=feed, held=rows(), steps=len(losses), eval_steps=1, **training)
+    made = job(folder, family, attached, [], 0.01, feed=feed, held=rows(), max_steps=len(losses), eval_steps=1, **training)
     summary = run_training_loop(OnlineTrainJob(**vars(made)))
     return summary, weights, attached
 
@@ -284,7 +284,7 @@ def test_a_checkpoint_is_of_the_step_that_it_is_named_after(tmp_path: Path) -> N
     attached = attach(family, "lora")
     weights: list[dict[str, torch.Tensor]] = []
     feed = Feed(lambda: weights.append({name: t.clone() for name, t in attached.state().items()}))
-    run_training_loop(job(tmp_path, family, attached, [], 0.01, feed=feed, steps=5, save_steps=2, save_total_limit=9))
+    run_training_loop(job(tmp_path, family, attached, [], 0.01, feed=feed, max_steps=5, save_steps=2, save_total_limit=9))
     assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-2", "step-4", "step-5"]
     saved = checkpoint.load_checkpoint(tmp_path / "step-2")
     assert all(torch.equal(saved.tensors["method"][name], t) for name, t in weights[2].items())
@@ -305,7 +305,7 @@ def test_a_resumed_run_is_the_whole_one_step_by_step(tmp_path: Path) -> None:
             saved = checkpoint.load_checkpoint(tmp_path / "whole" / "step-2")
         held = pack_examples(documents(seed=5), 40)
         summary = run_training_loop(job(tmp_path / ("resumed" if resumed else "whole"), family, attached, lines, 0.05, held=held,
-                                        optimizer={"lr_scheduler_type": "cosine", "warmup_steps": 2}, steps=6, save_steps=2, save_total_limit=9, eval_steps=6), saved)
+                                        optimizer={"lr_scheduler_type": "cosine", "warmup_steps": 2}, max_steps=6, save_steps=2, save_total_limit=9, eval_steps=6), saved)
         told = {number: line["loss"] for number, line in lines if "loss" in line}
         outcomes.append((summary.steps, summary.tokens, summary.best, told, {n: t.clone() for n, t in attached.state().items()}))
     whole, again = outcomes
@@ -322,7 +322,7 @@ def test_seconds_are_those_that_passed(tmp_path: Path, monkeypatch: pytest.Monke
         clock.now += 2.0
     family = base("llama", dtype=torch.float32)
     lines: list[tuple[int, Mapping[str, float]]] = []
-    summary = run_training_loop(job(tmp_path, family, attach(family, "lora"), lines, feed=Feed(passes), steps=5))
+    summary = run_training_loop(job(tmp_path, family, attach(family, "lora"), lines, feed=Feed(passes), max_steps=5))
     assert summary.seconds == pytest.approx(10.0)
     assert [line["step_seconds"] for _, line in lines] == pytest.approx([2.0] * 5)
     for _, line in lines:
@@ -330,7 +330,7 @@ def test_seconds_are_those_that_passed(tmp_path: Path, monkeypatch: pytest.Monke
     assert summary.tokens == sum(int(line["tokens"]) for _, line in lines)
     again: list[tuple[int, Mapping[str, float]]] = []
     family = base("llama", dtype=torch.float32)
-    went_on = run_training_loop(job(tmp_path, family, attach(family, "lora"), again, feed=Feed(passes), steps=5),
+    went_on = run_training_loop(job(tmp_path, family, attach(family, "lora"), again, feed=Feed(passes), max_steps=5),
                                 checkpoint.load_checkpoint(tmp_path / "step-5"))
     assert went_on.seconds == pytest.approx(10.0)
     assert not again

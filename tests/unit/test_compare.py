@@ -23,7 +23,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     rows = [{"prompt": f"Say {word}.", "completion": word * 2} for word in ("one", "two", "six", "ten")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"Some words, {n} of them."}) for n in range(4)))
-    (tmp_path / "task.yaml").write_text("base: base\ndata: {train: rows.jsonl, test: rows.jsonl}\n"
+    (tmp_path / "task.yaml").write_text("model: base\ndata: {train: rows.jsonl, test: rows.jsonl}\n"
                                         "training: {max_steps: 2, batch_size: 4}\noptimizer: {learning_rate: 0.5}\n")
     return "task.yaml"
 

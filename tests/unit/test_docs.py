@@ -103,7 +103,7 @@ def test_commands_parse(page: Path) -> None:
         options = vars(parse(words))
         laid: dict[str, Any] = options.get("settings", {})
         if options["command"] == "rlhf":
-            assert plan_stages(ROOT / options["words"][0], laid)
+            assert plan_stages(ROOT / options["positionals"][0], laid)
             continue
         prefix = "data." if options["command"] == "data" else ""
         named = {"method": options.get("method"), "objective": options.get("objective")}

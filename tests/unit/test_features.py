@@ -100,7 +100,7 @@ def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
     _, family, attached = open_run(run)
     assert attached is not None
     with torch.no_grad():
-        row = assembly.rows.read_datasets(assembly.recorded(run).data, family.tokenizer, seed=0).train[2]
+        row = assembly.rows.read_datasets(assembly.load_recipe(run).data, family.tokenizer, seed=0).train[2]
         batch = assembly.rows.build_eval_batches([row], None)[0]
         pooled = family.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
     assert pooled is not None

@@ -59,7 +59,7 @@ def test_one_column_is_what_the_model_answers_and_the_rest_is_kept(home: Path) -
     _, twice = said(home, prompt_template=ASKS)
     assert [row["text"] for row in twice] == [text for text in answers(wanted, ASKS[1]) if text], "there and back"
     recorded = json.loads((home / "new.json").read_text())
-    assert recorded["ask"] == ASKS
+    assert recorded["prompt_template"] == ASKS
     assert recorded["rows"] == 3
 
 
@@ -96,7 +96,7 @@ def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.Mon
 
 def test_what_cannot_be_is_told_before_anything_is_loaded(home: Path) -> None:
     file, out = str(home / "rows.jsonl"), home / "new.jsonl"
-    for error, words, given in ((RecipeError, "place for the words", {"ask": "Say it"}),
+    for error, words, given in ((RecipeError, "place for the words", {"prompt_template": "Say it"}),
                                 (DataError, "'words'", {"column": "words"}),
                                 (RunError, "is not there yet", {"out": home / "rows.jsonl"})):
         settings: dict[str, Any] = {"column": "text", "out": out, "model": "nowhere/to be found"} | given

@@ -77,7 +77,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str |
 
 def _train_method(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
     """One run in a process of its own; `before`: whether the base is measured too, which need be done only once."""
-    raw["evaluate"]["before"] = before
+    raw["evaluate"]["before_training"] = before
     code, words = train_in_child_process(raw, run)
     if code:
         raise RunError(f"the run with method {method!r} ended with {code}: {words}",

@@ -88,7 +88,7 @@ def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapt
         raise RunError(f"{base!r} is no causal language model, so it answers nothing",
                        "open its runs one by one: luthier evaluate RUN")
     folders = {name: run if isinstance(run, Run) else Run(run) for name, run in runs.items()}
-    made = {name: assembly.recorded(run.require_exists()) for name, run in folders.items()}
+    made = {name: assembly.load_recipe(run.require_exists()) for name, run in folders.items()}
     for name, recipe in made.items():
         if conflict := describe_model_conflict(folders[name], config):
             raise RecipeError(f"the run {name!r} was made on {recipe.model.name_or_path!r}, not on "

@@ -84,7 +84,7 @@ def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room:
         return {"why": f"the weights alone need {least:.1f} GB, and {room:.1f} GB are free", "fits": False}
     raw["training"] |= {"max_steps": steps, "save_steps": None, "report_to": []}
     raw["data"] |= {"test": None, "eval": None}
-    raw["evaluate"] |= {"metrics": [], "before": False}
+    raw["evaluate"] |= {"metrics": [], "before_training": False}
     code, words = train_in_child_process(raw, run)
     if code:
         killed = code < 0 or code == 137
@@ -161,7 +161,7 @@ def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -
 def format_table(told: Mapping[str, Any]) -> str:
     """The plan as Markdown: the rows, the ways, the advice."""
     data = told["data"]
-    lines = [f"Base {told['base']}, {told['room_gb']:.1f} GB free."]
+    lines = [f"Base {told['model']}, {told['room_gb']:.1f} GB free."]
     if data:
         lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
     titles = ("way", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")

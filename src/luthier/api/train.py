@@ -192,7 +192,7 @@ def _open_output_folder(run: Run) -> Iterator[Run]:
 def _precompute_references(made: Recipe, base: Any, found: Any, reference: Reference, quiet: bool) -> Any:
     """The rows, with what the reference says of them where the recipe asks it beforehand."""
     total = len(found.train) + len(found.eval) + len(found.test)
-    with Progress(total, title="the reference reads", quiet=quiet or not assembly.beforehand(made)) as bar:
+    with Progress(total, title="the reference reads", quiet=quiet or not assembly.precomputes_reference(made)) as bar:
         return assembly.precompute_reference(made, base, found, reference, bar.update)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from luthier.assembly.factory import attach_method, load_family
 from luthier.assembly.initialization import attach_runs
 from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe, record_start
-from luthier.assembly.recipe import adapted, dump
+from luthier.assembly.recipe import dump, require_adapter
 from luthier.assembly.run_io import has_saved_heads, save_tuned
 from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
@@ -26,7 +26,7 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], comb
         RunError: a run cannot be read, or `out` holds one.
     """
     out.require_vacant()
-    recipes = [open_recipe(adapted(run), base_model, report) for run in runs]
+    recipes = [open_recipe(require_adapter(run), base_model, report) for run in runs]
     first = recipes[0]
     for run, made in zip(runs, recipes, strict=True):
         if base_model is None and (conflict := describe_model_conflict(run, first.model)):

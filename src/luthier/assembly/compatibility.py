@@ -1,14 +1,14 @@
-"""Which objectives, methods and bases cannot go together, said before anything trains. Read `recipe.py` first.
+"""Refuses combinations of objective, method and base model that do not work, before training. Read `recipe.py` first.
 
-What only a base's parts decide (no place for virtual tokens, no map that fits) a method says itself as it is attached;
-what only the rows decide, `datasets` says. `docs/support.md` is the table of all pairs.
+A method itself refuses a base model whose structure it cannot use, when it is attached. `datasets` refuses what the
+rows decide. `docs/support.md` is the table of all pairs.
 """
 
 from __future__ import annotations
 
 import torch
 
-from luthier.assembly.recipe import Recipe, beforehand, referred
+from luthier.assembly.recipe import Recipe, needs_reference, precomputes_reference
 from luthier.core.errors import RecipeError
 from luthier.core.protocols import Family
 from luthier.methods.composite import list_parts
@@ -43,8 +43,8 @@ def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
                           "set model.dtype to bfloat16 or float32 (evaluate, chat and export take float16)")
 
 
-def fitting(made: Recipe, base: Family) -> None:
-    """Raises `RecipeError` where the base cannot give what the objective needs, or the method keeps no reference."""
+def check_compatibility(made: Recipe, base: Family) -> None:
+    """Raises `RecipeError` where the base lacks what the objective needs, or the method keeps no reference model."""
     weight = base.structure.embedding.weight
     assert isinstance(weight, torch.Tensor)
     check_dtype(made.model, weight.dtype)
@@ -67,12 +67,12 @@ def fitting(made: Recipe, base: Family) -> None:
                           "works inside the base's own parts, which the two would share",
                           "set objective.critic: shared, or train an adapter (method: lora)")
     if isinstance(made.objective, PretrainConfig):
-        _hiding(made.objective, made.model.name_or_path, base)
+        _check_masking(made.objective, made.model.name_or_path, base)
     if any(change.name == "mixup" for change in made.data.augment) and not made.objective.supports_soft_labels:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
     kept = all(part.model_dump().get("keep_base", True) for part in list_parts(made.method))
-    if referred(made.objective) and made.init_from is None and not kept and not beforehand(made):
+    if needs_reference(made.objective) and made.init_from is None and not kept and not precomputes_reference(made):
         without = "objective.kl_coef: 0" if isinstance(made.objective, PpoConfig) \
             else "objective.beta: 0" if isinstance(made.objective, GrpoConfig) \
             else "objective.precompute_reference: true"
@@ -82,12 +82,13 @@ def fitting(made: Recipe, base: Family) -> None:
                           f"(method: lora); or do without a copy: {without}")
 
 
-def _hiding(objective: PretrainConfig, name: str, base: Family) -> None:
-    """Refuse settings of what is hidden where nothing of the kind is."""
+def _check_masking(objective: PretrainConfig, name: str, base: Family) -> None:
+    """Raises `RecipeError` for a masking setting that this kind of model does not use."""
     known = {"mlm_probability", "mean_noise_span_length"} if base.is_encoder_decoder else set() \
         if base.structure.task == "CAUSAL_LM" else {"mlm_probability", "whole_word_mask"}
     plain = PretrainConfig().model_dump()
     for setting, value in objective.model_dump().items():
         if value != plain[setting] and setting not in known:
-            raise RecipeError(f"objective.{setting} {value!r}: of what {name!r} reads nothing is hidden in that way",
-                              f"leave objective.{setting} out")
+            kind = "causal language models" if base.structure.task == "CAUSAL_LM" else "models of this kind"
+            raise RecipeError(f"objective.{setting} {value!r} has no effect on {name!r}: {kind} do not use this kind "
+                              "of masking", f"omit objective.{setting}")

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from luthier import data as rows
-from luthier.assembly.compatibility import fitting
-from luthier.assembly.recipe import AnyMethod, Recipe, beforehand
+from luthier.assembly.compatibility import check_compatibility
+from luthier.assembly.recipe import AnyMethod, Recipe, precomputes_reference
 from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import ChatExample, CompletionExample, Example, Message, Origin, TextExample
 from luthier.core.protocols import BatchSource, ChatFormat, Family, Objective, Tuner
@@ -96,10 +96,10 @@ def set_chat_format(base: Family, found: Datasets) -> None:
 
 def check_loaded_model(made: Recipe, base: Family) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
-    fitting(made, base)
+    check_compatibility(made, base)
     if made.data.streaming and not made.training.max_steps:
         raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.max_steps")
-    if made.data.streaming and beforehand(made):
+    if made.data.streaming and precomputes_reference(made):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
     context, room = base.structure.sizes["context"], compute_text_length(made.method, base)

@@ -1,6 +1,6 @@
 """Where a training starts from: the bare base, or a run that was tuned before. Read `factory.py` and `run_io.py` first.
 
-With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
+With `init_from: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
 reference of objectives that have one (DPO, PPO). Both stand on one base, in a manager. Without it, the reference is the
 bare base.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from luthier.assembly.factory import attach_heads, attach_method
 from luthier.assembly.peft_adapters import drop_base_weights, load_adapter_weights
 from luthier.assembly.provenance import describe_model_conflict
-from luthier.assembly.recipe import Recipe, adapted, changed, recorded, referred
+from luthier.assembly.recipe import Recipe, changed, load_recipe, needs_reference, require_adapter
 from luthier.assembly.run_io import rename_weights
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
@@ -46,7 +46,7 @@ def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
 def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a manager with the policy. Raises as `begin` does."""
-    if made.init_from is None or (policy.gates is None and not referred(made.objective)):
+    if made.init_from is None or (policy.gates is None and not needs_reference(made.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
     manager, reference = AdapterManager(base.structure), attach_method(base, made.method, made.seed)
     _load_method_weights(reference, _read_compatible_weights(made, Run(made.init_from), base), base,
@@ -68,7 +68,7 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
     """
     manager = AdapterManager(base.structure)
     for name, run in runs.items():
-        found = recorded(adapted(run))
+        found = load_recipe(require_adapter(run))
         attached = attach_method(base, found.method, found.seed)
         _load_method_weights(attached, load_adapter_weights(run, base.structure), base, whole=not run.recipe)
         manager.add(name, attached)
@@ -78,7 +78,7 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
 
 def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
-    found = recorded(adapted(start))
+    found = load_recipe(require_adapter(start))
     other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
     if conflict := describe_model_conflict(start, made.model):
         other.append(f"model.name_or_path: {found.model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}")

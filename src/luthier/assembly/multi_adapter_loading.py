@@ -15,7 +15,7 @@ from luthier import data as rows
 from luthier.assembly.factory import PromptFormat, compute_text_length, encode_chat_prompt, load_family
 from luthier.assembly.initialization import attach_runs
 from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe
-from luthier.assembly.recipe import recorded
+from luthier.assembly.recipe import load_recipe
 from luthier.assembly.run_io import build_prompt_format, open_run
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.core.examples import ClassificationExample, Message, Origin
@@ -105,7 +105,7 @@ def display_name(place: Path | str) -> str:
 
 def _modifies_base(run: Run) -> bool:
     """Whether the run's method works inside the base's own modules, which nothing else can then share."""
-    return any(isinstance(part, PeftConfig) for part in list_parts(recorded(run.require_exists()).method))
+    return any(isinstance(part, PeftConfig) for part in list_parts(load_recipe(run.require_exists()).method))
 
 
 def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = None,

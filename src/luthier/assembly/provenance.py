@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from luthier.assembly.recipe import Recipe, changed, dump, provenance, recorded
+from luthier.assembly.recipe import Recipe, changed, dump, load_recipe, provenance
 from luthier.assembly.settings import fill_left_out, map_paths
 from luthier.core.digests import compute_file_sha256, compute_json_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
@@ -112,7 +112,7 @@ def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore
         BaseError: the base is not there, or has other weights or another config.
         RunError: `base_model` for a run that needs no base.
     """
-    made = recorded(run)
+    made = load_recipe(run)
     for line in list_changes(run):
         report(f"warning: {line}")
     if run.adapter is None:
@@ -173,7 +173,7 @@ def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
 
 def describe_model_conflict(run: Run, base: ModelConfig) -> str:
     """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
-    found, kept = recorded(run).model, read_digests(run)
+    found, kept = load_recipe(run).model, read_digests(run)
     if kept and found.surgery == base.surgery:
         return compare_digests(kept, _find_model(run, base, identify_base).digests)
     return "" if is_same_model(found, base) else f"it was made on {found.name_or_path!r}"
@@ -199,7 +199,7 @@ def list_changes(run: Run) -> list[str]:
     if compute_json_sha256(run.recipe) != kept["recipe"]:
         found.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
     found += _describe_changed_metrics(run, kept["metrics"], "the run ended")
-    if run.recipe and _digest_runs(recorded(run)) != (run.provenance.get("runs_sha256") or {}):
+    if run.recipe and _digest_runs(load_recipe(run)) != (run.provenance.get("runs_sha256") or {}):
         found.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) is not there any more, or "
                      "has other weights")
     return found
@@ -239,7 +239,7 @@ def check_runs(made: Recipe, report: Report) -> None:
     start = Run(made.init_from).require_exists()
     if conflict := describe_model_conflict(start, made.model):
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  model.name_or_path: "
-                          f"{recorded(start).model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}",
+                          f"{load_recipe(start).model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}",
                           "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
                           "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):

@@ -1,4 +1,4 @@
-"""A whole run as data: the recipe, how it is read, and what can be said about it before anything is loaded.
+"""The recipe: all settings of a run, how they are read, and what can be checked before a model is loaded.
 
 Read `core/config.py` first.
 """
@@ -53,12 +53,12 @@ class Recipe(Config):
 
     model: ModelConfig = Field(ModelConfig(), description="the pretrained model")
     method: SerializeAsAny[AnyMethod] = Field(LoraConfig(), description="which parameters train")
-    objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="what is minimised")
+    objective: SerializeAsAny[AnyObjective] = Field(OBJECTIVES["sft"](), description="the training objective")
     data: DataConfig = Field(description="what is trained and evaluated on")
     training: TrainingConfig = TrainingConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    seed: int = Field(0, ge=0, lt=2**63, description="of everything random")
+    seed: int = Field(0, ge=0, lt=2**63, description="seed of all random number generators")
     init_from: str | None = Field(None, description="a run to start from: its adapter trains on, and what it was is "
                                                 "the reference; model and method are that run's")
     output_dir: str | None = Field(None, description="the run folder; left out: runs/<method>-<base>, numbered")
@@ -134,17 +134,17 @@ def _kept(made: Recipe) -> Recipe:
     """The recipe with `method.keep_base` decided where it was left out."""
     if not isinstance(made.method, FullConfig | FreezeConfig) or made.method.keep_base is not None:
         return made
-    keep = referred(made.objective) and not beforehand(made)
+    keep = needs_reference(made.objective) and not precomputes_reference(made)
     return made.model_copy(update={"method": made.method.model_copy(update={"keep_base": keep})})
 
 
-def referred(objective: AnyObjective) -> bool:
+def needs_reference(objective: AnyObjective) -> bool:
     """Whether the objective compares the model with what it was."""
     asks: frozenset[str] = objective.rollout_outputs if isinstance(objective, PpoConfig | GrpoConfig) else frozenset()
     return "reference_logps" in objective.required_outputs | asks
 
 
-def beforehand(made: Recipe) -> bool:
+def precomputes_reference(made: Recipe) -> bool:
     """Whether the reference is asked once, before anything trains."""
     return bool(made.objective.model_dump().get("precompute_reference"))
 
@@ -154,11 +154,11 @@ def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     start = raw.get("init_from")
     if start is None or {"model", "method"} <= raw.keys():
         return raw
-    found = dump(recorded(adapted(Run(str(start)))))
+    found = dump(load_recipe(require_adapter(Run(str(start)))))
     return {"model": found["model"], "method": found["method"], **raw}
 
 
-def adapted(run: Run) -> Run:
+def require_adapter(run: Run) -> Run:
     """Itself, or a `RecipeError` where nothing can start from it."""
     if run.require_exists().adapter is None:
         raise RecipeError(f"{str(run.path)!r} holds a whole model (or has not ended), not an adapter beside a base",
@@ -166,7 +166,7 @@ def adapted(run: Run) -> Run:
     return run
 
 
-def recorded(run: Run) -> Recipe:
+def load_recipe(run: Run) -> Recipe:
     """The recipe of a run; what is known of it where PEFT or Transformers made the folder."""
     if raw := run.recipe:
         return Recipe.parse(raw)
@@ -191,7 +191,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"the recipe {str(path)!r} cannot be read: {error}",
-                          "mend the YAML at the place named; rows to train on are given with --data") from None
+                          "fix the YAML at the given line; rows to train on are given with --data") from None
     if not isinstance(raw, dict):
         held = "is empty" if raw is None else f"holds a {type(raw).__name__}, not settings"
         raise RecipeError(f"the recipe {str(path)!r} {held}", "write lines such as `method: lora`")
@@ -268,7 +268,7 @@ def dump(made: Recipe) -> dict[str, Any]:
     return made.model_dump(mode="json")
 
 
-def idle(made: Recipe) -> list[str]:
+def list_unused_settings(made: Recipe) -> list[str]:
     """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
     training, found = made.training, []
     evaluates = made.data.eval is not None

@@ -22,7 +22,7 @@ import torch
 
 from luthier import data as rows
 from luthier.assembly.factory import resolve_micro_batch_tokens
-from luthier.assembly.recipe import Recipe, beforehand, referred
+from luthier.assembly.recipe import Recipe, needs_reference, precomputes_reference
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
 from luthier.core.types import TokenizedExample
@@ -40,7 +40,7 @@ def describe_reference_cost(made: Recipe, attached: Tuner) -> str:
     parts = attached.parts if isinstance(attached, CompositeMethod) else (attached,)
     copies = [part.base_copy_size for part in parts if isinstance(part, Full)]
     count, size = (sum(sizes) for sizes in zip(*copies, strict=True)) if copies else (0, 0)
-    if not count or not referred(made.objective) or beforehand(made):
+    if not count or not needs_reference(made.objective) or precomputes_reference(made):
         return ""
     without = ("; objective.precompute_reference: true would do without"
                if "precompute_reference" in type(made.objective).model_fields else "")
@@ -67,7 +67,7 @@ def precompute_reference(made: Recipe, base: Family, found: Datasets, reference:
     Args:
         tick: called with the number of rows done.
     """
-    if not beforehand(made):
+    if not precomputes_reference(made):
         return found
     done = 0
     parts = []

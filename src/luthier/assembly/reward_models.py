@@ -13,7 +13,7 @@ from luthier import data as rows
 from luthier.assembly import factory, initialization
 from luthier.assembly.peft_adapters import load_adapter_weights
 from luthier.assembly.provenance import describe_model_conflict
-from luthier.assembly.recipe import Recipe, recorded
+from luthier.assembly.recipe import Recipe, load_recipe
 from luthier.assembly.run_io import open_run, rename_weights
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import Message, PreferenceExample
@@ -30,7 +30,7 @@ MAX_SHOWN = 80  # characters of a prompt in an error
 
 def read_reward_recipe(run: Run) -> Recipe:
     """The recipe of a reward run. Raises `RecipeError` for a run with another objective."""
-    recipe = recorded(run.require_exists())
+    recipe = load_recipe(run.require_exists())
     if recipe.objective.name != "reward":
         raise RecipeError(f"objective.reward.model: the run {str(run.path)!r} has the objective "
                           f"{recipe.objective.name!r}, which gives no rewards", "train one with objective: reward")

@@ -1,6 +1,7 @@
 """Why a run cannot learn, or a setting has no effect, as far as it is known before the first step.
 
-Read `recipe.py` (`idle`) first. What only shows while a run trains, `training/learning_monitor.py` says. Each function
+Read `recipe.py` (`list_unused_settings`) first. What only shows while a run trains,
+`training/learning_monitor.py` says. Each function
 returns sentences; which of them are known when:
 
 | function                     | needs                                  |
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier.assembly.recipe import Recipe, idle
+from luthier.assembly.recipe import Recipe, list_unused_settings
 from luthier.core.protocols import BatchSource, Family, Tuner
 from luthier.core.types import TokenizedExample
 from luthier.data import Datasets, InMemoryBatchSource
@@ -113,7 +114,7 @@ def find_unused_settings(made: Recipe) -> list[str]:
     """Settings that were given and have no effect, each with the reason."""
     found = [UNUSED.format(setting, reason) for setting, unused, reason in RULES
              if _is_changed(made, setting) and unused(made)]
-    return list(dict.fromkeys([*idle(made), *found, *_unused_sources(made), *_unused_rewards(made)]))
+    return list(dict.fromkeys([*list_unused_settings(made), *found, *_unused_sources(made), *_unused_rewards(made)]))
 
 
 def _is_changed(made: Recipe, setting: str) -> bool:
@@ -322,7 +323,7 @@ def find_schedule_problems(made: Recipe, feed: BatchSource) -> list[str]:
     training, found = made.training, []
     total = count_total_steps(training, feed.steps_per_epoch)
     length = f"the run has {total} step{'s' if total > 1 else ''}"
-    warned = training.max_steps and made.optimizer.count_warmup_steps(total) >= total  # by `idle`
+    warned = training.max_steps and made.optimizer.count_warmup_steps(total) >= total  # by `list_unused_settings`
     if not warned and all(compute_lr_factor(made.optimizer, step, total) < 1 for step in range(total)):
         found.append(f"optimizer.learning_rate is never reached: the warm-up is as long as the run ({total} steps)")
     if training.save_steps and training.save_steps > total:

@@ -204,7 +204,7 @@ def test_a_short_gradient_and_one_without_a_limit_stay_as_they_are(limit: float 
 
 
 def test_the_default_clips_to_a_length_of_one() -> None:
-    assert OptimizerConfig().clip == 1.0
+    assert OptimizerConfig().max_grad_norm == 1.0
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
