@@ -107,7 +107,7 @@ def build_batch(encoded: Sequence[TokenizedExample]) -> Batch:
 
 
 def _build_label_shares(encoded: Sequence[TokenizedExample]) -> torch.Tensor:
-    """See `Target`: a class by itself is a mixture of one."""
+    """See `LossInputs.soft_labels`: a single class is a mixture of one class."""
     items = [item for example in encoded for item in example.labeled_spans]
     width = max((len(item.soft_label) for item in items), default=0)
     rows = [item.soft_label or [float(item.label == i) for i in range(width)] for item in items] if width else []

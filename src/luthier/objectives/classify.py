@@ -52,7 +52,7 @@ class ClassifyConfig(ObjectiveConfig):
     Raises: `DataError` if the labels of the rows do not fit `task`.
 
     Example:
-        >>> target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.tensor([0]),
+        >>> target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, labeled_segments=torch.tensor([0]),
         ...                 labels=torch.tensor([1.0]))
         >>> objective = ClassifyConfig(labels=("bad", "good"), class_weights={"good": 3.0})
         >>> loss = objective(Outputs(scores=torch.tensor([[0.0, 0.0]])), target)

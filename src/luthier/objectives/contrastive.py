@@ -151,7 +151,7 @@ class ContrastiveConfig(ObjectiveConfig):
     Raises: `DataError` if an example does not have the items that `loss` needs.
 
     Example:
-        >>> target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 2, items=torch.arange(4),
+        >>> target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 2, labeled_segments=torch.arange(4),
         ...                 labels=torch.tensor([0.0, 1, 0, 1]), groups=torch.tensor([0, 0, 1, 1]))
         >>> states = torch.tensor([[1.0, 0], [1, 0], [0, 1], [0, 1]])
         >>> loss = ContrastiveConfig(temperature=1.0)(Outputs(pooled=states), target)

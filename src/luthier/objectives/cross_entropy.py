@@ -27,9 +27,9 @@ class CrossEntropyConfig(ObjectiveConfig):
 
     Example:
         >>> import torch
-        >>> from luthier.core.types import Outputs, Target
-        >>> target = Target(at=torch.tensor([0, 1]), tokens=torch.tensor([5, 6]), weights=torch.tensor([1.0, 3.0]),
-        ...                 examples=1, bytes=2)
+        >>> from luthier.core.types import Outputs, LossInputs
+        >>> target = LossInputs(state_index=torch.tensor([0, 1]), token_ids=torch.tensor([5, 6]),
+        ...                     weights=torch.tensor([1.0, 3.0]), num_examples=1, num_bytes=2)
         >>> logps = torch.tensor([-2.0, -1.0])
         >>> loss = SftConfig()(Outputs(token_logps=logps, token_hits=torch.tensor([False, True])), target)
         >>> float(loss.total), float(loss.count)

@@ -44,7 +44,8 @@ class MultipleChoiceConfig(ObjectiveConfig):
 
     Example:
         >>> import torch
-        >>> target = Target(torch.arange(3), torch.zeros(3), torch.ones(3), 1, items=torch.tensor([1, 2]),
+        >>> target = LossInputs(torch.arange(3), torch.zeros(3), torch.ones(3), 1,
+        ...                     labeled_segments=torch.tensor([1, 2]),
         ...                 labels=torch.tensor([0.0, 1.0]), groups=torch.tensor([0, 0]),
         ...                 item_of=torch.tensor([0, 0, 1]))
         >>> loss = MultipleChoiceConfig()(Outputs(token_logps=torch.tensor([-1.0, -3.0, -3.0])), target)

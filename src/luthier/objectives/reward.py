@@ -79,7 +79,8 @@ class RewardConfig(ObjectiveConfig):
     Raises: `DataError` if an example has no two completions of which one is better.
 
     Example:
-        >>> target = Target(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1, items=torch.tensor([1, 2]),
+        >>> target = LossInputs(torch.zeros(0), torch.zeros(0), torch.zeros(0), 1,
+        ...                     labeled_segments=torch.tensor([1, 2]),
         ...                 labels=torch.tensor([1.0, 0.0]), margins=torch.zeros(2), groups=torch.tensor([0, 0]))
         >>> loss = RewardConfig()(Outputs(scores=torch.tensor([[1.0], [2.0]])), target)
         >>> round(float(loss.total), 4), float(loss.count)  # log(1 + 1/e)
