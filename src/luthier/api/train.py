@@ -165,7 +165,7 @@ def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint |
     if process_group.get_rank() > 0:
         # Everything that ranks must have alike is made by now; dropout need not be alike.
         seed_everything(made.seed + process_group.get_rank())
-    job_type = OnlineTrainJob if rollouts else TrainJob
+    job_type: type[TrainJob] = OnlineTrainJob if rollouts else TrainJob
     job = job_type(base, attached, made.objective, feed, build_eval_batches(made, base, found),
                    made.training, made.optimizer, rate, run.checkpoints,
                    reference=reference, log=_log_to_all(*trackers),
