@@ -142,7 +142,7 @@ class Trial:
         found = precompute_reference(self.made, self.base, found, self.reference)
         self.feed = build_training_source(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
-        job = OnlineTrainJob if self.made.objective.is_online else TrainJob
+        job: type[TrainJob] = OnlineTrainJob if self.made.objective.is_online else TrainJob
         self.job = job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
                        self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
                        reference=self.reference, log=lambda step, numbers: self.lines.append(dict(numbers)))

@@ -82,11 +82,11 @@ def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
                     stopped=summary.stopped, steps=summary.steps, state=states.capture_rng_state("cpu")["cpu"])
         return summary
 
-    train.__globals__["fit"] = kept
+    train.__globals__["run_training_loop"] = kept
     try:
         train(recipe, quiet=True, **named)
     finally:
-        train.__globals__["fit"] = fit
+        train.__globals__["run_training_loop"] = fit
     return seen
 
 
@@ -156,9 +156,9 @@ def dropped(place: Path) -> list[Any]:
             (place / name / "README.md").unlink()
         process_group.barrier()
         if name == "wrong":
-            loop.rng.restore = lambda state: restore(process_group.broadcast_object(state))  # type: ignore[assignment]
+            loop.rng.restore_rng_state = lambda state: restore(process_group.broadcast_object(state))  # type: ignore[assignment]
         found.append(watched(recipe, output_dir=str(place / name), resume=True))
-    loop.rng.restore = restore
+    loop.rng.restore_rng_state = restore
     return found
 
 
