@@ -305,7 +305,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
 def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:
     family, manager = banked()
     module: Any = family.anatomy.sites[0].module
-    with manager.route(1, [0, 1, -1]), pytest.raises(RunError, match="cannot be told which of 3 tokens"):
+    with manager.route(1, [0, 1, -1]), pytest.raises(RunError, match="cannot find the 3 tokens"):
         module(torch.zeros(3, 32, dtype=torch.float64))
     with manager.route(1, [0, 1, -1]), nullcontext():
         module(torch.zeros(1, 3, 32, dtype=torch.float64))
