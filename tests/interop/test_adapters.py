@@ -323,8 +323,8 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "pickle alone": (_pickle, "pickle is never loaded"),
     "a missing weight": (_change_weights(lambda s: {n: t for n, t in s.items() if n != FIRST}), "missing"),
     "a missing module": (_change_weights(lambda s: {n: t for n, t in s.items() if "layers.0.self_attn.q_proj" not in n}), "missing"),
-    "a wrong shape": (_change_weights(lambda s: s | {FIRST: s[FIRST][:, :-1].contiguous()}), "misshapen"),
-    "a weight of another model": (_change_weights(lambda s: s | {FIRST.replace(".0.", ".7."): s[FIRST].clone()}), "unknown"),
+    "a wrong shape": (_change_weights(lambda s: s | {FIRST: s[FIRST][:, :-1].contiguous()}), "mismatched"),
+    "a weight of another model": (_change_weights(lambda s: s | {FIRST.replace(".0.", ".7."): s[FIRST].clone()}), "unexpected"),
     "other embeddings of the base": (_change_weights(lambda s: s | {
         "base_model.model.model.embed_tokens.weight": torch.ones(264, 32, dtype=torch.float64)}), "save_embedding_layers"),
     "a longer vocabulary": (_change_weights(lambda s: s | {
