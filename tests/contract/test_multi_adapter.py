@@ -28,7 +28,7 @@ from luthier.training.step import step
 NAMES = ("a", "b", None, "a", None, "b", "a", "b")  # of the lab's eight documents
 EXACT = 1e-9
 UNROUTED = {  # why -> methods; the others route
-    "base's own parts": {"full", "freeze", "ln_tuning", "peft"},
+    "base's own weights or modules": {"full", "freeze", "ln_tuning", "peft"},
 }
 
 
@@ -294,7 +294,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
         pass
     with pytest.raises(RecipeError, match="another name"):
         manager.add("a", assembly.attach(family, METHODS["lora"](), 3))
-    with pytest.raises(RunError, match="base's own parts"):
+    with pytest.raises(RunError, match="base's own weights or modules"):
         manager.add("full", assembly.attach(family, METHODS["full"](), 3))
     row = mixed(manager)
     family.router = None
