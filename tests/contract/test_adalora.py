@@ -266,8 +266,8 @@ def test_how_a_batch_is_cut_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert kept(whole) == kept(cut)
     for name, tensor in whole.state().items():
         assert torch.allclose(cut.state()[name].double(), tensor.double(), rtol=1e-7, atol=1e-12), name
-    penalise = AdaLora.before
-    monkeypatch.setattr(AdaLora, "before", lambda self: [penalise(self) for _ in pack_examples(documents(), 20)])
+    add_penalty = AdaLora.pre_step
+    monkeypatch.setattr(AdaLora, "pre_step", lambda self: [add_penalty(self) for _ in pack_examples(documents(), 20)])
     often = trained(20)  # the control: the penalty once a micro-batch
     assert any(not torch.allclose(p, often.parameters()[n], rtol=1e-5) for n, p in whole.parameters().items())
 
@@ -345,7 +345,7 @@ def test_what_fell_may_rise_until_the_search_ends() -> None:
         place = int((~layer.kept).nonzero()[0])
         for part in layer.parts:
             part.mean.select(part.dim, place).fill_(1e3)
-            part.spread.select(part.dim, place).fill_(1e3)
+            part.uncertainty.select(part.dim, place).fill_(1e3)
         return layer, place
 
     take(family, attached, adam, range(4))

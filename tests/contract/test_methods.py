@@ -130,9 +130,9 @@ def test_a_state_that_does_not_fit_is_refused(name: str, settings: dict[str, Any
     state = {n: t.clone() for n, t in attached.state().items()}
     first = min(state)
     for broken, word in (({n: t for n, t in state.items() if n != first}, "missing"),
-                         ({**state, "stranger": torch.zeros(1)}, "unknown"),
-                         ({**state, first: torch.zeros(*state[first].shape, 2)}, "misshapen"),
-                         ({**state, first: torch.zeros(state[first].shape[0] + 1, *state[first].shape[1:])}, "misshapen")):
+                         ({**state, "stranger": torch.zeros(1)}, "unexpected"),
+                         ({**state, first: torch.zeros(*state[first].shape, 2)}, "mismatched"),
+                         ({**state, first: torch.zeros(state[first].shape[0] + 1, *state[first].shape[1:])}, "mismatched")):
         with pytest.raises(RunError, match=word):
             attached.load(broken)
         assert all(torch.equal(attached.state()[n], t) for n, t in state.items()), "half of a refused state was taken"

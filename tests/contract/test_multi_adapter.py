@@ -29,7 +29,7 @@ from luthier.training.step import step
 NAMES = ("a", "b", None, "a", None, "b", "a", "b")  # of the lab's eight documents
 EXACT = 1e-9
 UNROUTED = {  # why -> methods; the others route
-    "base's own parts": {"full", "freeze", "ln_tuning", "peft"},
+    "base's own weights or modules": {"full", "freeze", "ln_tuning", "peft"},
 }
 
 
@@ -295,7 +295,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
         pass
     with pytest.raises(RecipeError, match="another name"):
         manager.add("a", attach_method(family, METHODS["lora"](), 3))
-    with pytest.raises(RunError, match="base's own parts"):
+    with pytest.raises(RunError, match="base's own weights or modules"):
         manager.add("full", attach_method(family, METHODS["full"](), 3))
     row = mixed(manager)
     family.router = None
@@ -306,7 +306,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
 def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:
     family, manager = banked()
     module: Any = family.structure.linears[0].module
-    with manager.route(1, [0, 1, -1]), pytest.raises(RunError, match="cannot be told which of 3 tokens"):
+    with manager.route(1, [0, 1, -1]), pytest.raises(RunError, match="cannot find the 3 tokens"):
         module(torch.zeros(3, 32, dtype=torch.float64))
     with manager.route(1, [0, 1, -1]), nullcontext():
         module(torch.zeros(1, 3, 32, dtype=torch.float64))

@@ -58,7 +58,7 @@ def test_embeddings_move_at_a_rate_of_their_own(kind: str, method: str, settings
 
 
 def test_a_rate_of_embeddings_that_do_not_train_is_refused() -> None:
-    with pytest.raises(RecipeError, match=r"embedding_lr_multiplier 0.5: no embeddings train"):
+    with pytest.raises(RecipeError, match=r"embedding_lr_multiplier 0.5: the embeddings are not trained"):
         moved("llama", "freeze", num_trainable_layers=1, embedding_lr_multiplier=0.5)
 
 

@@ -201,7 +201,7 @@ def test_tuners_that_cannot_stand_beside_packed_bits_say_so_at_once(name: str) -
     pytest.importorskip("peft")
     family = few("qwen2", "nf4")
     wanted = logits(family)
-    with pytest.raises(RecipeError, match=f"{name} does not work beside"):
+    with pytest.raises(RecipeError, match=f"{name} does not support this quantization"):
         attach(family, "peft", type=name, config={"r": 2})
     assert torch.equal(logits(family), wanted)
     attach(few("qwen2", "int8"), "peft", type=name, config={"r": 2})

@@ -35,7 +35,7 @@ def reason(base: str, method: str, objective: str) -> str:
     if base in VISIONS and objective == "reward":
         return "the base takes pictures"
     if method == "peft" and base == "gpt2":
-        return "PEFT cannot put LOHA on this model"
+        return "PEFT cannot apply LOHA to this model"
     return ""
 
 

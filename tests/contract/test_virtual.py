@@ -318,7 +318,7 @@ def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
 
 
 def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="prompt and prefix are all virtual tokens"):
+    with pytest.raises(RecipeError, match="prompt and prefix all train virtual tokens"):
         assembly.recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
     origin = save_tiny(tmp_path / "base", "llama")
     made = assembly.recipe({"model": str(origin), "data": "-", "method": [{"name": "ptuning", "num_virtual_tokens": N}, "bitfit"],
@@ -352,7 +352,7 @@ def test_they_start_as_the_words_of_a_text() -> None:
             assert (fresh.model(input_ids=TOKENS).logits - whole).abs().max() < SAME, name
         stir(attached)
         assert (logits(fresh) - logits(bare)).abs().max() > FAR
-    with pytest.raises(RecipeError, match="leave the text out"):
+    with pytest.raises(RecipeError, match="omit the text"):
         METHODS["prompt"].parse({"prompt_tuning_init_text": "to", "prompt_tuning_init": "random"})
 
 

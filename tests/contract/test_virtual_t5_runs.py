@@ -71,7 +71,7 @@ def test_a_prefix_of_pefts_is_another_method(tmp_path: Path) -> None:
     other = peft.get_peft_model(t5("relu"), config)
     other.peft_config["default"].base_model_name_or_path = str(written(tmp_path))
     other.save_pretrained(tmp_path / "run")
-    with pytest.raises(RunError, match="decoder's own attention alone"):
+    with pytest.raises(RunError, match="only the decoder's self-attention"):
         open_run(Run(tmp_path / "run"))
 
 

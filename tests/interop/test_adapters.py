@@ -220,10 +220,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an old field": ({"enable_lora": [True, False]}, "enable_lora"),
     "a class head": ({"task_type": "SEQ_CLS", "modules_to_save": ["score"]}, "SEQ_CLS"),
     "a module that the base has not": ({"modules_to_save": ["value_head"]}, "value_head"),
-    "a module of modules": ({"modules_to_save": ["mlp"]}, "'mlp' is made of other modules"),
+    "a module of modules": ({"modules_to_save": ["mlp"]}, "'mlp' contains other modules"),
     "r is no number": ({"r": "eight"}, "r is 'eight'"),
     "r is true": ({"r": True}, "r is True"),
-    "no expression": ({"target_modules": "*_proj"}, r"target_modules '\*_proj' is no regular expression"),
+    "no expression": ({"target_modules": "*_proj"}, r"target_modules '\*_proj' is not a valid regular expression"),
     "no pattern": ({"rank_pattern": {"*q_proj": 2}}, "rank_pattern"),
     "rank_pattern is a list": ({"rank_pattern": [2]}, "rank_pattern"),
     "a rank below 1": ({"r": 0}, "rank"),
@@ -328,8 +328,8 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "pickle alone": (_pickle, "pickle is never loaded"),
     "a missing weight": (_change_weights(lambda s: {n: t for n, t in s.items() if n != FIRST}), "missing"),
     "a missing module": (_change_weights(lambda s: {n: t for n, t in s.items() if "layers.0.self_attn.q_proj" not in n}), "missing"),
-    "a wrong shape": (_change_weights(lambda s: s | {FIRST: s[FIRST][:, :-1].contiguous()}), "misshapen"),
-    "a weight of another model": (_change_weights(lambda s: s | {FIRST.replace(".0.", ".7."): s[FIRST].clone()}), "unknown"),
+    "a wrong shape": (_change_weights(lambda s: s | {FIRST: s[FIRST][:, :-1].contiguous()}), "mismatched"),
+    "a weight of another model": (_change_weights(lambda s: s | {FIRST.replace(".0.", ".7."): s[FIRST].clone()}), "unexpected"),
     "other embeddings of the base": (_change_weights(lambda s: s | {
         "base_model.model.model.embed_tokens.weight": torch.ones(264, 32, dtype=torch.float64)}), "save_embedding_layers"),
     "a longer vocabulary": (_change_weights(lambda s: s | {

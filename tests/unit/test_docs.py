@@ -138,7 +138,7 @@ def test_the_recipe_page_is_fresh_and_whole() -> None:
     assert text(page) == runpy.run_path(str(ROOT / "docs/recipe.py"))["page"](), f"settings have changed: {again}"
     for line in surface(Recipe):
         name = line.partition(":")[0].removeprefix("recipe ").rpartition(".")[2].partition("[")[0]
-        if "[several]" not in line:  # a list of methods, which is written as a list
+        if "[composite]" not in line:  # a list of methods, which is written as a list
             assert f"| `{name}` |" in text(page), line
 
 

@@ -101,7 +101,7 @@ def test_the_command_prints_a_table_or_json(tmp_path: Path, capsys: pytest.Captu
     capsys.readouterr()
     assert main(["inspect", str(run.path), "--quiet"]) == 0
     shown = capsys.readouterr().out
-    assert "every word of the vocabulary" in shown
+    assert "every token of the vocabulary" in shown
     assert "'a' 0.00" in shown
     assert main(["inspect", str(run.path), "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["readings"][0]["rows"][2]["end"]["nearest"][0]["word"] == "c"

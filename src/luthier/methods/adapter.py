@@ -161,7 +161,7 @@ class Adapter:
         return self.hooks.disabled()
 
     def merge(self) -> NoReturn:
-        raise NotMergeable("a bottleneck adapter is nonlinear and cannot be merged into the base's weights",
+        raise NotMergeable("a bottleneck adapter has an activation function and cannot be merged into linear weights",
                            "use the adapter as it is, or train with lora, bitfit or ia3, which can be merged")
 
     unmerge = merge

@@ -72,7 +72,8 @@ class Ia3Config(Config):
             inner = [site for site in structure.linears
                      if any(matches_target(site, pattern) for pattern in self.feedforward_modules)]
             if not outer:
-                raise RecipeError("method.target_modules: this model has no key and value maps, separate or fused",
+                raise RecipeError("method.target_modules: this model has no key and value maps, neither separate "
+                                  "nor fused",
                                   "name the maps to scale: target_modules: [suffix]")
         else:
             inner = select_targets(structure.linears, self.feedforward_modules)
