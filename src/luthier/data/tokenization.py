@@ -93,7 +93,7 @@ def _texts(example: Worded, tokenizer: Tokenizer, config: DataConfig, bare: bool
     if isinstance(example, TextExample):
         return [_document(example, tokenizer, config)]
     if isinstance(example, CompletionExample) and bare:
-        return [_bare(example, tokenizer, config)]
+        return [_bare(example, tokenizer, config, rest=float(config.train_on == "all"))]
     chat = as_chat(example) if isinstance(example, CompletionExample) else example
     try:
         return render_chat(chat, tokenizer, config.rules, config.train_on)
@@ -129,12 +129,12 @@ def as_chat(example: CompletionExample) -> ChatExample:
 ENDS_IN_SPACE = "a prompt ends in a space: a model expects the space to open the answer (write it there)"
 
 
-def _bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig) -> Rendered:
+def _bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig, rest: float) -> Rendered:
     control = control_tokens(tokenizer, "", config.chat.control_tokens)
     prompt, completion = control.mark(example.prompt, "user"), control.mark(example.completion, "assistant")
     text, start = prompt + completion, len(prompt)
     remarks = _remarks(text, example.prompt + example.completion)
-    return Rendered(text, (Span(start, len(text), 1.0),), boundaries=(start,),
+    return Rendered(text, (Span(start, len(text), 1.0),), rest, boundaries=(start,),
                     remarks=(*remarks, ENDS_IN_SPACE) if prompt.endswith(" ") else remarks)
 
 
