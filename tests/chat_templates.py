@@ -73,10 +73,56 @@ DEEPSEEK = (
     "{% if '</think>' in content %}{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{{ '<|Assistant|>' + content + '<|end_of_sentence|>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}")
+# Drops the system turn unless the last turn is the user's, and what is said beside a call; lists tools there alone.
+MISTRAL_V3 = (
+    "{%- if messages[0].role == 'system' %}{%- set system = messages[0].content %}{%- set messages = messages[1:] %}{%- endif %}"
+    "{%- set users = messages | selectattr('role', 'equalto', 'user') | list %}{%- set ns = namespace(index=0) %}"
+    "{%- for m in messages %}{%- if not (m.role == 'tool' or m.tool_calls) %}{%- if (m.role == 'user') != (ns.index % 2 == 0) %}"
+    "{{- raise_exception('After the optional system message, conversation roles must alternate') }}{%- endif %}"
+    "{%- set ns.index = ns.index + 1 %}{%- endif %}{%- endfor %}{{- bos_token }}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}"
+    "{%- if tools and m == users[-1] %}{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{%- endif %}"
+    "{{- '[INST] ' + (system + '\n\n' if loop.last and system is defined else '') + m.content + '[/INST]' }}"
+    "{%- elif m.tool_calls %}{{- '[TOOL_CALLS] [' }}{%- for call in m.tool_calls %}"
+    "{%- if not call.id is defined or call.id | length != 9 %}{{- raise_exception('Tool call IDs should have length 9!') }}{%- endif %}"
+    "{{- (call.function | tojson)[:-1] + ', \"id\": \"' + call.id + '\"}' + (']' + eos_token if loop.last else ', ') }}{%- endfor %}"
+    "{%- elif m.role == 'assistant' %}{{- ' ' + m.content | trim + eos_token }}"
+    "{%- elif m.role == 'tool' %}{%- if not m.tool_call_id is defined or m.tool_call_id | length != 9 %}"
+    "{{- raise_exception('Tool call IDs should have length 9!') }}{%- endif %}"
+    "{{- '[TOOL_RESULTS] {\"content\": ' + m.content + ', \"call_id\": \"' + m.tool_call_id + '\"}[/TOOL_RESULTS]' }}"
+    "{%- else %}{{- raise_exception('Only user and assistant roles are supported') }}{%- endif %}{%- endfor %}")
+# Keeps the last system turn alone, drops every thought, and opens none in its generation prompt.
+DEEPSEEK_R1 = (
+    "{% set ns = namespace(system='', tool=false) %}{% for m in messages %}{% if m['role'] == 'system' %}{% set ns.system = m['content'] %}"
+    "{% endif %}{% endfor %}{{ bos_token + ns.system }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{% set ns.tool = false %}{{ '<|User|>' + m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}{% if ns.tool %}{{ '<|tool_outputs_end|>' + m['content'] }}{% else %}"
+    "{{ '<|Assistant|>' + m['content'].split('</think>')[-1] }}{% endif %}{% set ns.tool = false %}{{ '<|end_of_sentence|>' }}"
+    "{% elif m['role'] == 'tool' %}{{ ('' if ns.tool else '<|tool_outputs_begin|>') + m['content'] }}{% set ns.tool = true %}"
+    "{% endif %}{% endfor %}{% if ns.tool %}<|tool_outputs_end|>{% elif add_generation_prompt %}<|Assistant|>{% endif %}")
+# Closes the thought in its generation prompt, and drops the thoughts of every turn.
+DEEPSEEK_V31 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}"
+    "{% set ns = namespace(asked=false) %}{% for m in messages %}{% if m['role'] == 'user' %}{% set ns.asked = true %}"
+    "{{ '<|User|>' + m['content'] }}{% elif m['role'] == 'assistant' %}{{ '<|Assistant|></think>' if ns.asked }}{% set ns.asked = false %}"
+    "{{ m['content'].split('</think>', 1)[-1] }}{% if m.tool_calls %}<|tool_calls_begin|>{% for call in m.tool_calls %}"
+    "{{ '<|tool_call_begin|>' + call.function.name + '<|tool_sep|>' + (call.function.arguments | tojson) + '<|tool_call_end|>' }}"
+    "{% endfor %}<|tool_calls_end|>{% endif %}<|end_of_sentence|>"
+    "{% elif m['role'] == 'tool' %}{{ '<|tool_output_begin|>' + m['content'] + '<|tool_output_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt and ns.asked %}<|Assistant|></think>{% endif %}")
+# Writes a system turn of its own, and a generation prompt only behind another turn than that.
+GRANITE = (
+    "{%- if messages[0]['role'] == 'system' %}{%- set system = messages[0]['content'] %}{%- set messages = messages[1:] %}{%- else %}"
+    "{%- set system = 'You are Granite.' %}{%- endif %}{{- '<|start_of_role|>system<|end_of_role|>' + system + '<|end_of_text|>\n' }}"
+    "{%- if tools %}{{- '<|start_of_role|>tools<|end_of_role|>' + (tools | tojson) + '<|end_of_text|>\n' }}{%- endif %}"
+    "{%- for m in messages %}{{- '<|start_of_role|>' + m['role'] + '<|end_of_role|>' + m['content'] + '<|end_of_text|>\n' }}"
+    "{%- if loop.last and add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}{%- endfor %}")
 NOMARK = ("{% for m in messages %}{{ '[' + m['role'] + ']' + m['content'] + '\n' }}{% endfor %}"
           "{% if add_generation_prompt %}[assistant]{% endif %}")
 TOOL_USE = CHATML.replace("{{ message['content'] }}", "{{ message['content'] }}{% if message.tool_calls %}"
                           "<tool_call>{{ message.tool_calls[0].function | tojson }}</tool_call>{% endif %}")
+TOOL_MARKS = tuple(f"<|tool_{name}|>" for name in ("calls_begin", "calls_end", "call_begin", "call_end", "sep", "outputs_begin",
+                                                  "outputs_end", "output_begin", "output_end"))
 MARKS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 KINDS: dict[str, Kind] = {
     "chatml": Kind(CHATML, MARKS, "<|im_end|>", "<|im_end|>"),
@@ -88,6 +134,13 @@ KINDS: dict[str, Kind] = {
     "qwen3": Kind(QWEN3, MARKS, "<|im_end|>", "<|im_end|>", plain=("<think>", "</think>", "<tool_call>", "</tool_call>")),
     "deepseek": Kind(DEEPSEEK, ("<|begin|>", "<|end_of_sentence|>", "<|User|>", "<|Assistant|>"), "<|end_of_sentence|>",
                      "<|end_of_sentence|>", "<|begin|>", plain=("<think>", "</think>"), bos_added=True),
+    "mistral_v3": Kind(MISTRAL_V3, ("<s>", "</s>", "[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+                                    "[TOOL_RESULTS]", "[/TOOL_RESULTS]"), "</s>", "</s>", "<s>", bos_added=True),
+    "deepseek_r1": Kind(DEEPSEEK_R1, ("<|begin|>", "<|end_of_sentence|>", "<|User|>", "<|Assistant|>", *TOOL_MARKS),
+                        "<|end_of_sentence|>", "<|end_of_sentence|>", "<|begin|>", plain=("<think>", "</think>"), bos_added=True),
+    "deepseek_v31": Kind(DEEPSEEK_V31, ("<|begin|>", "<|end_of_sentence|>", "<|User|>", "<|Assistant|>", *TOOL_MARKS),
+                         "<|end_of_sentence|>", "<|end_of_sentence|>", "<|begin|>", plain=("<think>", "</think>"), bos_added=True),
+    "granite": Kind(GRANITE, ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>"), "<|end_of_text|>", "<|end_of_text|>"),
     "nomark": Kind(NOMARK, ("<|endoftext|>",), "<|endoftext|>", "<|endoftext|>"),
     "none": Kind(None, ("<s>", "</s>"), "</s>", "</s>", "<s>", bos_added=True),
     "several": Kind({"default": CHATML, "tool_use": TOOL_USE}, MARKS, "<|im_end|>", "<|im_end|>"),

@@ -313,12 +313,16 @@ GENERATION_BREAKS = (
 )
 
 RENDERING_BREAKS = (
-    Break("render-generation-prompt-missing", "data/chat.py", "return self.until(index, generate=True) if index else", "return self.until(index) if index else", on(ROUND, *laws("chatml"))),
+    Break("render-generation-prompt-missing", "data/chat.py", "asked = self.until(index, generate=True) if index else", "asked = self.until(index) if index else", on(ROUND, *laws("chatml"))),
     Break("render-end-mark-left-out", "data/chat.py", "text[:at + len(mark)]", "text[:at]", on(ROUND, *laws("chatml"))),
     Break("render-behind-the-mark-trained", "data/chat.py", "return text[:at + len(mark)] if at >=", "return text if at >=", on(ROUND, *laws("chatml"))),
     Break("render-spelt-mark-taken-for-the-end", "data/chat.py", "text[at - 1] != START else text", "text[at - 1] == START else text", on(ROUND, *laws("chatml"))),
-    Break("render-thought-not-closed", "data/chat.py", "{THOUGHT_END}\\n\\n{text[shared:]}", "{text[shared:]}", on("unit/data/test_chat_weights.py", "test_a_thought_that_the_generation_prompt_opens_is_closed_where_the_turn_has_none")),
-    Break("render-dropped-words-not-refused", "data/chat.py", "if content and content not in text:", "if content and content in text:", on("unit/data/test_chat_rules.py", "test_a_turn_that_the_template_drops_is_refused")),
+    Break("render-thought-not-closed", "data/chat.py", "{THOUGHT_END}\\n\\n{words}", "{words}", on("unit/data/test_chat_weights.py", "test_a_thought_that_the_generation_prompt_opens_is_closed_where_the_turn_has_none")),
+    Break("render-dropped-thoughts-not-noticed", "data/chat.py", "if not thought.strip():", "if thought.strip():", on("unit/data/test_chat_rules.py", "test_thoughts_that_a_template_drops_are_trained_or_refused")),
+    Break("render-call-mark-not-cut-at", "data/templates.py", "for text in found if text is not None", "for text in found[:1] if text is not None", on(ROUND, "test_what_ends_a_trained_turn_stops_generation[call end]")),
+    Break("render-answered-system-dropped", "data/templates.py", "return self.system and any(", "return not self.system and any(", on("unit/data/test_chat_rules.py", "test_the_saved_template_keeps_a_system_turn_that_the_given_one_drops")),
+    Break("render-missing-key-not-named", "data/chat.py", "if keys and self._try(linked, generate) is not None:", "if keys and self._try(linked, generate) is None:", on("unit/data/test_chat_rules.py", "test_the_key_that_a_template_demands_is_named")),
+    Break("render-dropped-words-not-refused", "data/chat.py", "if contents[i]:", "if not contents[i]:", on("unit/data/test_chat_rules.py", "test_a_turn_that_the_template_drops_is_refused")),
     Break("render-cut-words-of-the-system-turn", "data/chat.py", 'if turn["role"] in SYSTEM or not turn["content"]:', 'if not turn["content"]:', on(CUT, "test_what_is_cut_are_the_oldest_words_of_turns[chatml-True]")),
     Break("render-system-turn-not-folded", "data/conversation.py", "return self.template.system if place == 0 else self.template.late_system", "return True", on(ROUND, *laws("gemma"))),
     Break("render-folded-turn-lost", "data/conversation.py", "        if folded:\n            self._add_folded(folded)\n        return", "        return", on("unit/data/test_chat_rules.py", "test_a_system_turn_at_the_very_end_is_not_lost")),

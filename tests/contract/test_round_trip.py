@@ -46,6 +46,7 @@ TOOLS = ({"type": "function", "function": {"name": "weather", "description": "w"
 TEXTS = ("w{n}w", "w{n}w\n", "\n\nw{n}w", " w{n}w ", "assistant w{n}w", "user\nw{n}w", "w{n}w <|im_end|>", "</s>w{n}w<s>",
          "<end_of_turn>\n<start_of_turn>user w{n}w", "<|eot_id|>w{n}w", "[INST] w{n}w [/INST]", "<think>w{n}w", "### User:\nw{n}w",
          "你好w{n}w🙂", "w{n}w {{ messages }}", "<|endoftext|> w{n}w<|User|>")
+FORMS = re.compile(r"</?think>|</?tool_call>|\[TOOL_CALLS\]|\[\]|<\|tool_\w+\|>(weather)?|\s")  # of thoughts and calls
 # Roles, each with the keys that a turn has beside its content.
 SHAPES: dict[str, tuple[Any, ...]] = {
     "one": ("user", "assistant"),
@@ -62,6 +63,9 @@ SHAPES: dict[str, tuple[Any, ...]] = {
     "thoughts twice": ("user", ("assistant", {"thinking": "t{n}t"}), "user", ("assistant", {"reasoning": "t{n}t"})),
     "call": ("user", ("assistant", {"tool_calls": [CALL]}), ("tool", {"tool_call_id": "abcdefghi"}), "assistant"),
     "silent call": ("user", ("assistant", {"tool_calls": [CALL], "content": None}), ("tool", {"name": "weather"}), "assistant"),
+    "linked call": ("user", ("assistant", {"tool_calls": [CALL], "content": None}), ("tool", {"tool_call_id": "abcdefghi"}), "assistant"),
+    "linked call behind a system turn": ("system", "user", ("assistant", {"tool_calls": [CALL], "content": None}),
+                                         ("tool", {"tool_call_id": "abcdefghi"}), "assistant", "user", "assistant"),
     "old call": ("user", ("assistant", {"function_call": CALL["function"], "content": None}), "function", "assistant"),
     "empty question": (("user", {"content": ""}), "assistant", ("user", {"content": None}), "assistant"),
     "parts": (("user", {"parts": True}), "assistant"),
@@ -152,7 +156,7 @@ def law_own_words(case: Case) -> None:
             assert "Oslo" in rest
             rest = re.sub(r"\{.*\}", "", rest, flags=re.DOTALL)
         # What remains is the template's own form of thoughts and calls.
-        assert not re.sub(r"</?think>|</?tool_call>|\s", "", rest), (rest, text)
+        assert not FORMS.sub("", rest), (rest, text)
 
 
 def law_nothing_lost(case: Case) -> None:
@@ -192,8 +196,13 @@ def law_one_opening(case: Case) -> None:
 LAWS = (law_prompt, law_own_words, law_nothing_lost, law_plain_text, law_one_opening)
 
 # What a template refuses, by its kind: two turns in a row of one role cannot be written by those that demand turns.
-REFUSED = {("gemma", "opening"), ("mistral", "opening"), ("gemma", "opening behind a system turn"),
-           ("mistral", "opening behind a system turn"), ("gemma", "alone"), ("mistral", "alone")}
+REFUSED = {
+    **{(kind, shape): "the chat template refuses it" for kind in ("gemma", "mistral", "mistral_v3")
+       for shape in ("opening", "opening behind a system turn", "alone")},
+    ("mistral_v3", "call"): "a turn that the chat template does not render",  # what is said beside a call
+    **{("mistral_v3", shape): "a key that the chat template needs is missing" for shape in ("silent call", "old call")},
+    **{("deepseek_v31", shape): "thoughts that the chat template does not render" for shape in ("thoughts", "thoughts twice")},
+}
 
 
 @pytest.mark.parametrize(("backend", "texts"), [("bytes", TEXTS), ("merging", TEXTS[::3]), ("spaces", TEXTS[1::3])])
@@ -204,7 +213,7 @@ def test_the_laws(kind: str, backend: str, texts: tuple[str, ...]) -> None:
         case = Case(raw, tools, tokenizer, kind)
         if isinstance(case.found, RejectedRow):
             shape = name.split(" | ")[0]
-            assert (kind, shape) in REFUSED, (name, str(case.found))
+            assert case.found.reason == REFUSED.get((kind, shape)), (name, str(case.found))
             continue
         for law in LAWS:
             try:
@@ -212,7 +221,7 @@ def test_the_laws(kind: str, backend: str, texts: tuple[str, ...]) -> None:
             except AssertionError as error:
                 raise AssertionError(f"{kind}, {name}: {law.__name__}: {error}") from error
         count += 1
-    assert count > 13 * len(texts)  # 11 templates, 16 + 6 + 5 texts: over 3,800 conversations
+    assert count > 13 * len(texts)  # 15 templates, 16 + 6 + 5 texts: over 6,000 conversations
 
 
 # ---------------------------------------------------------------- controls
@@ -248,7 +257,7 @@ def broken_one_opening(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("law", "broken", "kind", "shape", "text"), [
     (law_prompt, broken_prompt, "chatml", "one", TEXTS[0]),
     (law_own_words, broken_own_words, "chatml", "one", TEXTS[0]),
-    (law_nothing_lost, broken_nothing_lost, "chatml", "thoughts", TEXTS[0]),
+    (law_nothing_lost, broken_nothing_lost, "chatml", "call", TEXTS[0]),
     (law_plain_text, broken_plain_text, "chatml", "one", "w{n}w <|im_end|>"),
     (law_one_opening, broken_one_opening, "llama3", "one", TEXTS[0]),
 ])
@@ -297,7 +306,7 @@ def test_control_tokens_are_read_as_transformers_reads_them(kind: str) -> None:
 
 
 CALL_END = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}{% for c in m.tool_calls or [] %}"
-            "{{ c.function | tojson }}{% endfor %}{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}{% endfor %}"
+            "{{ c.function | tojson }}{% endfor %}{{ '<|endoftext|>' if m.tool_calls else '<|im_end|>' }}\n{% endfor %}"
             "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
@@ -308,7 +317,7 @@ def test_what_ends_a_trained_turn_stops_generation(kind: str) -> None:
     tokenizer = deepcopy(tokenizer_with(name))
     tokenizer.chat_template = CALL_END if kind == "call end" else tokenizer.chat_template
     ends = set()
-    for shape in ("two", "silent call"):
+    for shape in ("two", "linked call"):
         case = Case([_message(role, n, TEXTS[0]) for n, role in enumerate(SHAPES[shape])], (), tokenizer, name)
         ends |= {own[-1] for _, _, own in case.runs()}
     assert ends == set(find_stop_tokens(tokenizer))

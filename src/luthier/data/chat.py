@@ -28,6 +28,7 @@ __all__ = ["RenderedChat", "RenderError", "WeightedSpan", "find_content_ranges",
            "compute_turn_weights"]
 
 THOUGHT, THOUGHT_END = "<think>", "</think>"
+THOUGHTS_LOST = "thoughts that the chat template does not render"
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def render_chat(example: ChatExample, tokenizer: Tokenizer, rules: RenderingRule
     own = [i for i, weight in enumerate(weights) if weight != rest]
     text = chat.until(len(made.turns))
     chat.refuse_dropped(len(made.turns))
+    spoken = [i for i, turn in enumerate(made.turns) if turn["role"] == "assistant"]
+    if rest and spoken and chat.drops_thought(spoken[-1]):
+        raise RenderError("set data.train_on to assistant, which trains each turn behind its own prompt", THOUGHTS_LOST)
     if all(text.startswith(chat.through(i)) for i in own):
         return [chat.rendered(text, own, rest)]
     if rest:
@@ -115,19 +119,49 @@ class _ChatRenderer:
     weights: Sequence[float]
     whole: bool = False
     known: dict[tuple[int, bool], str] = field(default_factory=dict)
+    prompts: dict[int, str] = field(default_factory=dict)
 
     def until(self, count: int, generate: bool = False) -> str:
         """The first `count` turns as text; rendered once."""
         if (count, generate) not in self.known:
-            text = self.made.template.render(self.made.turns[:count], tools=self.made.tools, generate=generate)
+            text = self._render(self.made.turns[:count], generate)
             if is_mark_broken(text):
                 raise RenderError("it takes apart a control token that is spelt in a message")
             self.known[count, generate] = text
         return self.known[count, generate]
 
+    def _render(self, turns: Sequence[Mapping[str, Any]], generate: bool) -> str:
+        """The turns as text. Names the key where the template refuses them for the want of it alone."""
+        try:
+            return self.made.template.render(turns, tools=self.made.tools, generate=generate)
+        except RenderError as fault:
+            for reason, replace in ((LINK_MISSING, False), (LINK_REFUSED, True)):
+                linked, keys = with_links(turns, replace)
+                if keys and self._try(linked, generate) is not None:
+                    raise RenderError(f"{' and '.join(keys)}: {fault}", reason) from fault
+            raise
+
+    def _try(self, turns: Sequence[Mapping[str, Any]], generate: bool = False) -> str | None:
+        try:
+            return self.made.template.render(turns, tools=self.made.tools, generate=generate)
+        except RenderError:
+            return None
+
     def prompt(self, index: int) -> str:
         """What is asked for turn `index` of the assistant: all before it, with the generation prompt."""
-        return self.until(index, generate=True) if index else self.made.template.opening(self.made.tools)
+        if index not in self.prompts:
+            asked = self.until(index, generate=True) if index else self.made.template.opening(self.made.tools)
+            self.prompts[index] = self._with_header(asked, index) if index else asked
+        return self.prompts[index]
+
+    def _with_header(self, asked: str, index: int) -> str:
+        """The prompt, where the template writes no generation prompt behind just these turns: with the header that it
+        writes before the assistant's words."""
+        if not self.made.template.has_generation_prompt or asked != self.until(index):
+            return asked
+        first, second = (self._try([*self.made.turns[:index], {"role": "assistant", "content": content}]) or ""
+                         for content in ("qqq", "jjj"))
+        return first[:max(common_prefix(first, second), len(asked))] if first.startswith(asked) else asked
 
     def alone(self, index: int) -> str:
         """The text up to turn `index` and with it, which goes on from its prompt."""
@@ -135,7 +169,37 @@ class _ChatRenderer:
         if self.made.turns[index]["role"] != "assistant" or self.whole:
             return text
         prompt = self.prompt(index)
-        return text if text.startswith(prompt) else prompt + self._behind(prompt, text, index)
+        if not text.startswith(prompt):
+            return prompt + self._behind(prompt, text, index)
+        if not self.drops_thought(index):
+            return text
+        if THOUGHT_END in prompt[common_prefix(prompt, self.until(index)) if index else 0:]:
+            raise RenderError("it closes the thoughts before the assistant begins; remove reasoning_content, or name "
+                              "it in data.chat.ignore_keys", THOUGHTS_LOST)
+        return f"{prompt}{THOUGHT}\n{self._close_thought(index, text[len(prompt):])}"
+
+    def _close_thought(self, index: int, words: str) -> str:
+        """The thoughts of a turn, their end, and the words behind them."""
+        thought = self._thought(index)
+        words = words.removeprefix("\n\n") if thought else words  # these stood behind the thoughts already
+        return f"{thought}\n{THOUGHT_END}\n\n{words}"
+
+    def _thought(self, index: int) -> str:
+        turn = self.made.turns[index]
+        content, thought = turn["content"], turn.get("reasoning_content", "")
+        if THOUGHT_END in content and content.startswith(THOUGHT):
+            thought = content[len(THOUGHT):content.index(THOUGHT_END)]
+        return str(thought).strip(chr(10))
+
+    def drops_thought(self, index: int) -> bool:
+        """Whether the thoughts of turn `index` do not reach the text up to it."""
+        turn, thought = self.made.turns[index], self._thought(index)
+        if not thought.strip():
+            return False
+        content = turn["content"]
+        inside = THOUGHT_END in content and content.startswith(THOUGHT)
+        changed = {"content": f"{THOUGHT}j{content[len(THOUGHT):]}"} if inside else {"reasoning_content": f"j{thought}"}
+        return self._try([*self.made.turns[:index], {**turn, **changed}]) == self.until(index + 1)
 
     def _behind(self, prompt: str, text: str, index: int) -> str:
         """The turn behind a generation prompt that opens a thought, while the turn is rendered without one."""
@@ -145,18 +209,15 @@ class _ChatRenderer:
         opened = prompt[shared:]
         if not index or shared < len(self.until(index)) or THOUGHT not in opened:
             raise RenderError("it rewrites what stands before an assistant's turn")
-        content = self.made.turns[index]["content"]
-        thought = self.made.turns[index].get("reasoning_content", "")
-        if THOUGHT_END in content and content.startswith(THOUGHT):
-            thought = content[len(THOUGHT):content.index(THOUGHT_END)]
-        return f"{thought.strip(chr(10))}\n{THOUGHT_END}\n\n{text[shared:]}"
+        return self._close_thought(index, text[shared:])
 
     def through(self, index: int) -> str:
         """`alone`, up to the mark that ends the turn; what the template writes behind it is nobody's words."""
-        text, mark = self.alone(index), self.made.template.end_of_turn
-        if self.made.turns[index]["role"] != "assistant" or self.whole or mark is None:
+        text, marks = self.alone(index), self.made.template.turn_end_texts
+        if self.made.turns[index]["role"] != "assistant" or self.whole or not marks:
             return text
-        at = text.rfind(mark)  # the template ends with it; one that a message spells stands between marks
+        # The template ends with one of them; one that a message spells stands between marks.
+        at, mark = max((text.rfind(mark), mark) for mark in marks)
         return text[:at + len(mark)] if at >= len(self.prompt(index)) and text[at - 1] != START else text
 
     def rendered(self, text: str, own: Sequence[int], rest: float) -> RenderedChat:
@@ -198,9 +259,15 @@ class _ChatRenderer:
     def refuse_dropped(self, count: int, generate: bool = False) -> None:
         """Raises `RenderError` where the words of one of the first `count` turns do not reach the text."""
         text = self.until(count, generate) if count else ""
+        at, contents = 0, []
+        for turn in self.made.turns[:count]:
+            contents.append(turn["content"].rpartition(THOUGHT_END)[2].strip())  # earlier thoughts may be left out
+            found = text.find(contents[-1], at)
+            at = found + len(contents[-1]) if at >= 0 <= found else -1
+        if at >= 0:
+            return  # each stands behind the one before it
         for i, turn in enumerate(self.made.turns[:count]):
-            content = turn["content"].rpartition(THOUGHT_END)[2].strip()  # earlier thoughts may be left out
-            if content and content not in text:
+            if contents[i]:
                 changed = {**turn, "content": turn["content"] + "j"}
                 turns = [*self.made.turns[:i], changed, *self.made.turns[i + 1:count]]
                 if self.made.template.render(turns, tools=self.made.tools, generate=generate) == text:

@@ -4,6 +4,7 @@
 |---|---|---|
 | role `developer` | has no such role | it is `system` |
 | a system turn | renders none at that place | it opens the next user's turn, or is one |
+| a system turn | drops it once the assistant has answered | it opens the user's turn, in the saved template too |
 | `reasoning_content` | does not render it | `<think>`, the thoughts and `</think>` open the content |
 | `tool_calls` | does not render them | `<tool_call>`, the call and `</tool_call>` end the content |
 | `tools` | does not render them | the system turn lists them |
@@ -29,7 +30,7 @@ from luthier.core.config import Config
 from luthier.core.examples import Message
 from luthier.core.protocols import Tokenizer
 from luthier.data.control_tokens import ControlTokens, find_control_tokens
-from luthier.data.templates import ChatTemplate, RenderError, choose_template
+from luthier.data.templates import PROBES, ChatTemplate, RenderError, choose_template
 
 TOOLS_INTRODUCED = ("You may call these functions. To call one, answer with its name and arguments as JSON between "
                     "<tool_call> and </tool_call>.\n")
@@ -108,6 +109,9 @@ class _Builder:
         elif self.template.end_of_turn is None:
             self._remark("neither the chat template nor the tokenizer has a token that ends a turn: answers will not "
                          "stop")
+        if self.template.system_folded and messages and messages[0].role in SYSTEM:
+            self._remark("the chat template drops the system turn once the assistant has answered: it opens the user's "
+                         "turn, in the template that is saved with the run too")
         listed = self._mark(list(tools), "tool")
         if listed and not self.template.renders("user", "tools"):
             messages = self._with_tools(messages, listed)
@@ -187,6 +191,29 @@ class _Builder:
                          "the chat template has no role for it")
             return {"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"}
         return turn
+
+
+LINK = PROBES["id"]
+LINK_MISSING = "a key that the chat template needs is missing"
+LINK_REFUSED = "a key has a form that the chat template refuses"
+
+
+def with_links(turns: Sequence[Mapping[str, Any]], replace: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """The turns with an id in every call and result that has none (`replace`: in all), and which keys these are."""
+    keys: dict[str, None] = {}
+
+    def linked(mapping: Mapping[str, Any], key: str, kind: str) -> dict[str, Any]:
+        if not replace and mapping.get(key):
+            return dict(mapping)
+        keys[f"{key!r} of {kind}"] = None
+        return {**mapping, key: LINK}
+
+    found = [linked(turn, "tool_call_id", "a tool's result") if turn["role"] == "tool" else dict(turn)
+             for turn in turns]
+    for turn in found:
+        if turn.get("tool_calls"):
+            turn["tool_calls"] = [linked(call, "id", "a function call") for call in turn["tool_calls"]]
+    return found, list(keys)
 
 
 def format_call(call: Mapping[str, Any]) -> str:

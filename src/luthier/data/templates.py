@@ -40,6 +40,13 @@ EOS_ADDED = (
     "{%- endfor -%}{%- set messages = turns.all -%}")
 """Put before a template that writes no mark at the end of a turn: every assistant's turn then ends with eos."""
 
+SYSTEM_FOLDED = (
+    "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user'"
+    " and messages[0]['content'] is string and messages[1]['content'] is string -%}"
+    "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])]"
+    " + messages[2:] -%}{%- endif -%}")
+"""Put before a template that drops the system turn once the assistant has answered: it opens the user's turn."""
+
 Turn = Mapping[str, Any]
 DEFAULT = "default"
 TOOLS_TEMPLATE = "tool_use"  # the name that Transformers prefers where a conversation has tools
@@ -49,6 +56,7 @@ PROBES: Mapping[str, Any] = {
     "tool_calls": [{"id": "abcdefghi", "type": "function", "function": {"name": "vvv", "arguments": {"w": "www"}}}],
     "tools": [{"type": "function", "function": {"name": "vvv", "description": "www", "parameters": {
         "type": "object", "properties": {"w": {"type": "string", "description": "w"}}, "required": ["w"]}}}],
+    "reasoning_content": "www", "name": "vvv", "id": "abcdefghi", "tool_call_id": "abcdefghi",
 }
 
 
@@ -68,6 +76,7 @@ class ChatTemplate:
         source: Jinja, as it is rendered and saved.
         given: whether the tokenizer brought it; else it is the fallback.
         eos_added: whether `EOS_ADDED` was put before it.
+        system_folded: whether `SYSTEM_FOLDED` was put before it.
     """
 
     name: str
@@ -75,6 +84,7 @@ class ChatTemplate:
     tokenizer: Tokenizer = field(repr=False, compare=False)
     given: bool = True
     eos_added: bool = False
+    system_folded: bool = False
     known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def render(self, turns: Sequence[Turn], *, tools: Sequence[Turn] = (), generate: bool = False) -> str:
@@ -92,9 +102,12 @@ class ChatTemplate:
         Args:
             value: tried where the key is none of `PROBES`.
         """
-        if (role, key) not in self.known:
-            self.known[role, key] = self._reaches(role, key, PROBES.get(key, value))
-        return self.known[role, key]
+        found = self.known.get((role, key))
+        if found is None:
+            found = self._reaches(role, key, PROBES.get(key, value))
+            if found or key in PROBES:  # another value of a key without a probe may still reach the text
+                self.known[role, key] = found
+        return found
 
     def _reaches(self, role: str, key: str, value: Any) -> bool:
         if key == "tools":
@@ -102,9 +115,10 @@ class ChatTemplate:
         before = {"system": [], "developer": [], "user": [], "assistant": [USER],
                   "tool": [USER, {"role": "assistant", "content": "", "tool_calls": PROBES["tool_calls"]}]}.get(
                       role, [USER])
+        links = {"tool_call_id": PROBES["tool_call_id"]} if role == "tool" and key != "tool_call_id" else {}
         # A template may want text in a turn, or none beside a call: either will do.
         for content in ("qqq", ""):
-            bare = {"role": role, "content": content}
+            bare = {"role": role, "content": content, **links}
             without, having = self._try([*before, bare]), self._try([*before, {**bare, key: value}])
             if having is not None and having != without:
                 return True
@@ -122,11 +136,19 @@ class ChatTemplate:
         return "sss" in (self._try([{"role": "system", "content": "sss"}, USER]) or "")
 
     @cached_property
+    def drops_answered_system(self) -> bool:
+        """Whether it renders a system turn only as long as the assistant has not answered, as that of Mistral v3."""
+        turns = [{"role": "system", "content": "sss"}, USER, ASSISTANT]
+        answered = (self._try(turns), self._try([*turns, USER]))
+        return self.system and any(text is not None and "sss" not in text for text in answered)
+
+    @cached_property
     def late_system(self) -> bool:
-        """Whether a system turn may stand further on."""
+        """Whether a system turn may stand further on, beside the one that a conversation opens with."""
         turns = [USER, ASSISTANT, {"role": "system", "content": "sss"}, USER]
         first = [{"role": "system", "content": "rrr"}, *turns] if self.system else turns
-        return "sss" in (self._try(first) or "")
+        text = self._try(first) or ""
+        return "sss" in text and ("rrr" in text or not self.system)
 
     @cached_property
     def tool(self) -> bool:
@@ -139,6 +161,11 @@ class ChatTemplate:
         """Whether it has a role `developer` of its own. ChatML-like templates write any role as it is called: they do
         not know it, and a model that was tuned with them has never seen it."""
         return "developer" in self.source
+
+    @cached_property
+    def has_generation_prompt(self) -> bool:
+        """Whether it writes something where the assistant is to begin."""
+        return self._try([USER], generate=True) != self._try([USER])
 
     @cached_property
     def end_of_turn(self) -> str | None:
@@ -159,6 +186,13 @@ class ChatTemplate:
         count = next((i for i, (a, b) in enumerate(zip(reversed(first), reversed(second), strict=False)) if a != b), 0)
         tail = first[len(first) - count:] if count else ""
         return self.tokenizer(tail, add_special_tokens=False, verbose=False)["input_ids"]
+
+    @cached_property
+    def turn_end_texts(self) -> tuple[str, ...]:
+        """The texts of the tokens that end an assistant's turn: `end_of_turn`, and that of `call_stop_token`."""
+        call = self.call_stop_token
+        found = (self.end_of_turn, None if call is None else str(self.tokenizer.added_tokens_decoder[call].content))
+        return tuple(text for text in found if text is not None)
 
     @cached_property
     def call_stop_token(self) -> int | None:
@@ -220,8 +254,11 @@ def load_chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
 def _resolve_template(name: str, source: str | None, tokenizer: Tokenizer, eos: str | None) -> ChatTemplate:
     """`source` as it is rendered. Cached: probing costs some twenty renderings."""
     found = ChatTemplate(name, source or FALLBACK_TEMPLATE, tokenizer, given=source is not None)
+    if found.drops_answered_system:
+        found = ChatTemplate(name, SYSTEM_FOLDED + found.source, tokenizer, found.given, system_folded=True)
     if found.end_of_turn is None and eos:
-        ended = ChatTemplate(name, EOS_ADDED + found.source, tokenizer, found.given, eos_added=True)
+        ended = ChatTemplate(name, EOS_ADDED + found.source, tokenizer, found.given, eos_added=True,
+                             system_folded=found.system_folded)
         return ended if ended.end_of_turn is not None else found
     return found
 

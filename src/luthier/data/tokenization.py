@@ -95,7 +95,7 @@ def _build_texts(example: LMExample, tokenizer: Tokenizer, config: DataConfig,
     if isinstance(example, TextExample):
         return [_build_document(example, tokenizer, config)]
     if isinstance(example, CompletionExample) and bare:
-        return [_is_bare(example, tokenizer, config)]
+        return [_is_bare(example, tokenizer, config, rest=float(config.train_on == "all"))]
     chat = convert_to_chat(example) if isinstance(example, CompletionExample) else example
     try:
         return render_chat(chat, tokenizer, config.rules, config.loss_on)
@@ -131,12 +131,12 @@ def convert_to_chat(example: CompletionExample) -> ChatExample:
 ENDS_IN_SPACE = "a prompt ends in a space: a model expects the space to open the answer (write it there)"
 
 
-def _is_bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig) -> RenderedChat:
+def _is_bare(example: CompletionExample, tokenizer: Tokenizer, config: DataConfig, rest: float) -> RenderedChat:
     control = find_control_tokens(tokenizer, "", config.chat.control_tokens)
     prompt, completion = control.mark(example.prompt, "user"), control.mark(example.completion, "assistant")
     text, start = prompt + completion, len(prompt)
     remarks = _list_remarks(text, example.prompt + example.completion)
-    return RenderedChat(text, (WeightedSpan(start, len(text), 1.0),), boundaries=(start,),
+    return RenderedChat(text, (WeightedSpan(start, len(text), 1.0),), rest, boundaries=(start,),
                         remarks=(*remarks, ENDS_IN_SPACE) if prompt.endswith(" ") else remarks)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 
 from chat_templates import tokenizer_with
-from luthier.core.examples import ChatExample, Message, Origin
+from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
 from luthier.data.config import DataConfig
 from luthier.data.control_tokens import END, START, is_mark_broken
 from luthier.data.encoding import encode_example
 from luthier.data.formats.text import read_turn
 from luthier.data.row_values import InvalidRowError
 from luthier.data.rows import RejectedRow
+from luthier.data.templates import saved_chat_template
 from tiny import CHATML, tiny_tokenizer
 
 HERE = Origin("rows.jsonl", 1)
@@ -80,6 +81,70 @@ def test_a_system_turn_at_the_very_end_is_not_lost() -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "a"), Message("system", "be kind")), HERE)
     (found,) = encode_example(chat, tokenizer_with("gemma"), CONFIG)  # type: ignore[misc]
     assert "<start_of_turn>user\nbe kind<end_of_turn>" in tokenizer_with("gemma").decode(found.spans[0].ids)
+
+
+def called(call_id: str | None, result_id: str | None) -> ChatExample:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}, **({"id": call_id} if call_id else {})}
+    return ChatExample((Message("user", "q"), Message("assistant", "", None, {"tool_calls": [call]}),
+                        Message("tool", "r", None, {"tool_call_id": result_id} if result_id else {}), Message("assistant", "a")), HERE)
+
+
+@pytest.mark.parametrize(("ids", "reason", "keys"), [
+    ((None, "123456789"), "a key that the chat template needs is missing", "'id' of a function call: "),
+    (("123456789", None), "a key that the chat template needs is missing", "'tool_call_id' of a tool's result: "),
+    ((None, None), "a key that the chat template needs is missing", "'tool_call_id' of a tool's result and 'id' of a function call: "),
+    (("call_1", "call_1"), "a key has a form that the chat template refuses", "'tool_call_id' of a tool's result and 'id' of a"),
+])
+def test_the_key_that_a_template_demands_is_named(ids: tuple[str | None, str | None], reason: str, keys: str) -> None:
+    tokenizer = tokenizer_with("mistral_v3")
+    found = encode(called(*ids), tokenizer, CONFIG)
+    assert isinstance(found, Refusal)
+    assert (found.reason, found.detail[:len(keys)]) == (reason, keys)
+    assert "length 9" in found.detail  # the template's own words stay
+    # Rows do not depend on the rows before them.
+    (kept,) = encode(called("123456789", "123456789"), tokenizer, CONFIG)  # type: ignore[misc]
+    assert tokenizer.decode(kept.pieces[0].ids).count("123456789") == 2
+
+
+def test_the_saved_template_keeps_a_system_turn_that_the_given_one_drops() -> None:
+    tokenizer = tokenizer_with("mistral_v3")
+    said = [("system", "be kind"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
+    (found,) = encode(ChatExample(tuple(Message(*turn) for turn in said), HERE), tokenizer, CONFIG)  # type: ignore[misc]
+    turns = [{"role": role, "content": content} for role, content in said]
+    assert "be kind" not in tokenizer.apply_chat_template(turns, tokenize=False)
+    for count in (2, 4, 5):
+        theirs = tokenizer.apply_chat_template(turns[:count], chat_template=saved_chat_template(tokenizer), return_dict=True,
+                                               add_generation_prompt=count < 5)["input_ids"]
+        assert list(found.pieces[0].ids[:len(theirs)]) == theirs
+    assert any("drops the system turn" in remark for remark in found.remarks)
+
+
+def test_a_dropped_turn_is_refused_though_another_says_the_same() -> None:
+    """What is said beside a call is dropped; the same words stand further on."""
+    call = {"id": "123456789", "type": "function", "function": {"name": "f", "arguments": {}}}
+    for words in ("let me see", "something else"):
+        chat = ChatExample((Message("user", "q"), Message("assistant", "let me see", None, {"tool_calls": [call]}),
+                            Message("tool", "r", None, {"tool_call_id": "123456789"}), Message("assistant", words)), HERE)
+        found = encode(chat, tokenizer_with("mistral_v3"), CONFIG)
+        assert isinstance(found, Refusal)
+        assert found.detail == "it drops the words of turn 2 (assistant)"
+
+
+def test_thoughts_that_a_template_drops_are_trained_or_refused() -> None:
+    chat = ChatExample((Message("user", "q"), Message("assistant", "t", None, {"reasoning_content": "t"})), HERE)
+    tokenizer = tokenizer_with("deepseek_r1")
+    (found,) = encode(chat, tokenizer, CONFIG)  # type: ignore[misc]
+    assert tokenizer.decode(found.pieces[0].ids).endswith("<|Assistant|><think>\nt\n</think>\n\nt<|end_of_sentence|>")
+    for kind, on in (("deepseek_r1", "all"), ("deepseek_v31", "assistant")):
+        refused = encode(chat, tokenizer_with(kind), DataConfig.parse({"train": "-", "train_on": on}))
+        assert isinstance(refused, Refusal)
+        assert refused.reason == "thoughts that the chat template does not render"
+
+
+def test_all_trains_the_prompt_of_a_bare_completion_too() -> None:
+    for on, share in (("assistant", 1), ("last", 1), ("all", 3)):
+        (found,) = encode(CompletionExample("ab", "c", HERE), tokenizer_with("none"), DataConfig.parse({"train": "-", "train_on": on}))  # type: ignore[misc]
+        assert len(found.pieces[0].predicted) == share + 1  # the end mark
 
 
 def test_a_mark_that_a_template_tore_is_noticed_beside_a_whole_one() -> None:

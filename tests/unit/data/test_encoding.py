@@ -29,7 +29,7 @@ class Slow:
     def __init__(self, inner) -> None:
         self.inner = inner
         self.eos_token_id, self.eos_token, self.chat_template = inner.eos_token_id, inner.eos_token, inner.chat_template
-        self.added_tokens_decoder = inner.added_tokens_decoder
+        self.added_tokens_decoder, self.all_special_ids = inner.added_tokens_decoder, inner.all_special_ids
         self.apply_chat_template, self.decode = inner.apply_chat_template, inner.decode
 
     def __len__(self) -> int:
