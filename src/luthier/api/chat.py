@@ -30,7 +30,7 @@ class ChatSession:
     """
 
     base: assembly.CausalLM
-    attached: Tuner | None
+    tuner: Tuner | None
     form: PromptFormat
     sampling: SamplingParams
     bare: bool = False
@@ -65,18 +65,18 @@ def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | Non
         raise RecipeError(f"temperature {temperature}, max_new_tokens {max_new_tokens}: the first is at least 0, "
                           "the second at least 1", "leave them out, or give such numbers")
     with status("loading the model", quiet=quiet):
-        made, base, attached = open_run(run if isinstance(run, Run) else Run(run), False, base_model,
+        recipe, base, tuner = open_run(run if isinstance(run, Run) else Run(run), False, base_model,
                                               partial(print_line, quiet=quiet))
     if not isinstance(base, assembly.CausalLM):
-        raise RecipeError(f"{str(run)!r} stands on {made.base.name!r}, which holds no conversations",
+        raise RecipeError(f"{str(run)!r} stands on {recipe.base.name!r}, which holds no conversations",
                           "chat with a causal language model, such as 'smollm2'")
-    if compare and attached is None:
+    if compare and tuner is None:
         raise RecipeError(f"{str(run)!r} is a whole model without an adapter, so there are not two to compare",
                           "leave out --compare, or name a run that trained an adapter")
     base.train(False)
     sampling = SamplingParams(max_new_tokens=max_new_tokens, temperature=temperature)
-    form = build_prompt_format(run if isinstance(run, Run) else Run(run), made)
+    form = build_prompt_format(run if isinstance(run, Run) else Run(run), recipe)
     if system:
         form = replace(form, data=form.data.model_copy(update={"system": system}))
-    return [ChatSession(base, attached, form, sampling, bare)
+    return [ChatSession(base, tuner, form, sampling, bare)
             for bare in ((True, False) if compare else (False,))]

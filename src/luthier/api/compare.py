@@ -48,9 +48,9 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
         RecipeError: an unknown method, or no rows to measure on.
         RunError: a run failed; its own words are in `<method>.log`.
     """
-    made = assembly.recipe(recipe, settings)
-    ways = {method: build_variant(made, method) for method in methods}
-    other = _load_retention_data(made, general) if general else None
+    config = assembly.recipe(recipe, settings)
+    ways = {method: build_variant(config, method) for method in methods}
+    other = _load_retention_data(config, general) if general else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -62,13 +62,13 @@ def compare(recipe: str | Path, methods: Sequence[str], *, general: str | None =
             rows.append(_build_row(method, Run(run), other, quiet))
             bar.update(done, score=rows[-1]["after"])
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
-    told = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
+    comparison = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
     if other:
-        told |= {"general": other.measure, "general_before": other.of(made.base.name, quiet)}
-    folder.write("comparison.json", told)
-    folder.write("comparison.md", format_table(told))
+        comparison |= {"general": other.measure, "general_before": other.of(config.base.name, quiet)}
+    folder.write("comparison.json", comparison)
+    folder.write("comparison.md", format_table(comparison))
     plot_bars([row["method"] for row in rows], {
-        str(told["metric"]): [row["after"] for row in rows],
+        str(comparison["metric"]): [row["after"] for row in rows],
         "seconds of training": [row["train_seconds"] for row in rows],
         "peak memory, GB": [row["peak_memory_gb"] for row in rows],
         "file, MB": [row["file_bytes"] / 1e6 for row in rows]}, folder.path / "comparison.png")
@@ -96,10 +96,10 @@ class _RetentionData:
         return evaluate(run, data=self.rows, quiet=quiet, objective=self.objective, **AS_IT_IS)[self.measure]
 
 
-def _load_retention_data(made: Recipe, rows: str) -> _RetentionData:
+def _load_retention_data(recipe: Recipe, rows: str) -> _RetentionData:
     """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
-    if "token_logps" not in made.objective.required_outputs or made.objective.heads:
-        raise RecipeError(f"--general {rows!r}: the objective {made.objective.name!r} does not train a model of words, "
+    if "token_logps" not in recipe.objective.required_outputs or recipe.objective.heads:
+        raise RecipeError(f"--general {rows!r}: the objective {recipe.objective.name!r} does not train a model of words, "
                           "so what was forgotten of other text cannot be said", "leave --general out")
     for _, lines in assembly.rows.read(rows):
         for example in assembly.rows.examples(lines):
@@ -124,20 +124,20 @@ def _build_row(method: str, run: Run, other: _RetentionData | None, quiet: bool)
             **{name: results[name] for name in COLUMNS if name in results}}
 
 
-def format_table(told: Mapping[str, Any]) -> str:
+def format_table(comparison: Mapping[str, Any]) -> str:
     """The comparison as a Markdown table."""
-    general, rows = told.get("general_before"), told["methods"]
-    aside = f"other text, {told.get('general')}"
+    general, rows = comparison.get("general_before"), comparison["methods"]
+    aside = f"other text, {comparison.get('general')}"
     first = next((row for row in rows if row["perplexity_before"] is not None), None)
-    titles = ["method", str(told["metric"]), *(["perplexity"] if first and told["metric"] != "perplexity" else []),
+    titles = ["method", str(comparison["metric"]), *(["perplexity"] if first and comparison["metric"] != "perplexity" else []),
               *([aside] if general is not None else []), "trains", "seconds", "peak GB", "file MB", "rate"]
     cells = []
-    if told["base"] is not None:
-        cells.append({"method": "base", told["metric"]: f"{told['base']:.3g}",
+    if comparison["base"] is not None:
+        cells.append({"method": "base", comparison["metric"]: f"{comparison['base']:.3g}",
                       "perplexity": _format_number(first and first["perplexity_before"]),
                       aside: _format_number(general)})
     for row in rows:
-        cells.append({"method": row["method"], told["metric"]: f"{row['after']:.3g}",
+        cells.append({"method": row["method"], comparison["metric"]: f"{row['after']:.3g}",
                       "perplexity": _format_number(row["perplexity"]), aside: _format_number(row["general"]),
                       "trains": f"{row['trainable_fraction']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
                       "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",

@@ -45,22 +45,22 @@ def check_data(file: str, *, model: str | None = None, evaluated: str | None = N
         settings: of a recipe's `data`, such as ``{"max_length": 512}``; ``data.max_length`` is the same.
         out: folder for data_report.json and lengths.png; left out: runs/check-<name of the file>.
     """
-    given: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "base.name": model}
-    made = assembly.recipe(None, given | {f"data.{key.removeprefix('data.')}": value
+    overrides: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "base.name": model}
+    recipe = assembly.recipe(None, overrides | {f"data.{key.removeprefix('data.')}": value
                                        for key, value in (settings or {}).items()})
     with status("reading the data", quiet=quiet):
-        tokenizer = load_base_tokenizer(made.base)
-        most = made.data.max_length or min(made.data.most, read_context_length(made.base))
-        config = made.data.model_copy(update={"streaming": False, "max_length": most})
-        found = assembly.rows.load(config, tokenizer, seed=made.seed)
+        tokenizer = load_base_tokenizer(recipe.base)
+        most = recipe.data.max_length or min(recipe.data.most, read_context_length(recipe.base))
+        config = recipe.data.model_copy(update={"streaming": False, "max_length": most})
+        datasets = assembly.rows.load(config, tokenizer, seed=recipe.seed)
     folder = Path(out) if out else Path("runs") / f"check-{Path(file).stem}"
     run = assembly.Run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        report_file = run.write("data_report.json", found.report.to_json())
-        plot_lengths(found.report.parts, folder / "lengths.png")
+        report_file = run.write("data_report.json", datasets.report.to_json())
+        plot_lengths(datasets.report.parts, folder / "lengths.png")
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise RunError(f"the report cannot be written to {str(folder)!r}: {error.strerror}",
                        "name another folder with --out") from error
-    shown = tuple(assembly.rows.preview(example, tokenizer, found.labels) for example in found.train[:previews])
-    return DataCheck(found.report, shown, report_file, folder / "lengths.png")
+    shown = tuple(assembly.rows.preview(example, tokenizer, datasets.labels) for example in datasets.train[:previews])
+    return DataCheck(datasets.report, shown, report_file, folder / "lengths.png")

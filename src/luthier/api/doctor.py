@@ -78,14 +78,14 @@ def _describe_memory() -> dict[str, float]:
 
 
 def _describe_accelerator() -> dict[str, Any]:
-    found: dict[str, Any] = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
-    for index in range(torch.cuda.device_count() if found["cuda"] else 0):
+    accelerators: dict[str, Any] = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    for index in range(torch.cuda.device_count() if accelerators["cuda"] else 0):
         free, total = torch.cuda.mem_get_info(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported()
-        found[f"gpu{index}"] = {"name": torch.cuda.get_device_name(index), "total_gb": round(total / 1e9, 1),
+        accelerators[f"gpu{index}"] = {"name": torch.cuda.get_device_name(index), "total_gb": round(total / 1e9, 1),
                                 "free_gb": round(free / 1e9, 1), "bf16": bf16}
-    return found
+    return accelerators
 
 
 def _find_embedded_model(alias: str) -> str:

@@ -44,7 +44,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     """
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
-        recorded, family, attached = open_run(run, False, base_model, partial(print_line, quiet=quiet))
+        recorded, family, tuner = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = assembly.dump(recorded)
@@ -52,45 +52,45 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         raw["training"]["micro_tokens"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
-    made = assembly.recipe(raw, wanted)
+    recipe = assembly.recipe(raw, wanted)
     # Streamed, so that the rows are read once, as those of a test: a folder may have no train split.
-    once = made.model_copy(update={"data": made.data.model_copy(update={"streaming": True})}) if data else made
-    found = load_datasets(once, family)
-    encoded, examples = (found.test, found.test_examples) if found.test else (found.eval, found.eval_examples)
-    part = "test" if found.test else "eval"
+    once = recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": True})}) if data else recipe
+    datasets = load_datasets(once, family)
+    encoded, examples = (datasets.test, datasets.test_examples) if datasets.test else (datasets.eval, datasets.eval_examples)
+    part = "test" if datasets.test else "eval"
     if encoded and not quiet:
-        _print_report(found.report, part, overlap=not data)  # `data` stands for the training rows too
+        _print_report(datasets.report, part, overlap=not data)  # `data` stands for the training rows too
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
                           "name some: luthier evaluate RUN --data FILE")
-    if made.evaluate.limit:
-        encoded = encoded[:made.evaluate.limit]
-    if base and attached is None:
+    if recipe.evaluate.limit:
+        encoded = encoded[:recipe.evaluate.limit]
+    if base and tuner is None:
         raise RecipeError("the run holds a whole model, so the bare base is not in it",
                           f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
-    reference = _build_reference(run, recorded, made, family, attached)
+    reference = _build_reference(run, recorded, recipe, family, tuner)
     family.train(False)
-    with attached.disabled() if base and attached else nullcontext():
-        batches = assembly.rows.eval_batches(encoded, resolve_micro_batch_tokens(made, family))
-        results = (judged(made, family, attached, found, encoded) if made.objective.is_online
-                   else add_perplexity(measure(family, made.objective, batches, reference)))
-        if made.evaluate.metrics:
-            asked = build_eval_prompts(made, family, examples)
-            with Progress(len(asked), title="answering", quiet=quiet) as bar:
-                scored = evaluate_generations(family, asked, made.evaluate, tick=lambda done, total: bar.update(done))
+    with tuner.disabled() if base and tuner else nullcontext():
+        batches = assembly.rows.eval_batches(encoded, resolve_micro_batch_tokens(recipe, family))
+        results = (judged(recipe, family, tuner, datasets, encoded) if recipe.objective.is_online
+                   else add_perplexity(measure(family, recipe.objective, batches, reference)))
+        if recipe.evaluate.metrics:
+            prompts = build_eval_prompts(recipe, family, examples)
+            with Progress(len(prompts), title="answering", quiet=quiet) as bar:
+                scored = evaluate_generations(family, prompts, recipe.evaluate, tick=lambda done, total: bar.update(done))
             results |= scored.scores
-    measured_on = "data" if data else "test" if found.test else "validation"
-    return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(found.report, part)}
+    measured_on = "data" if data else "test" if datasets.test else "validation"
+    return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(datasets.report, part)}
 
 
-def _build_reference(run: Run, recorded: Recipe, made: Recipe, family: Any, attached: Any) -> Any:
+def _build_reference(run: Run, recorded: Recipe, recipe: Recipe, family: Any, tuner: Any) -> Any:
     """What makes the context in which the model is its reference. Raises `RecipeError` where there is none."""
-    if "reference_logps" not in made.objective.required_outputs:
-        return attached.disabled if attached else nullcontext
-    if attached:
-        return reference_context(made, family, attached)
-    if not made.objective.is_online and recorded.base.name != str(run.path):
-        raise RecipeError(f"objective {made.objective.name!r} compares the model with what it was before, and "
+    if "reference_logps" not in recipe.objective.required_outputs:
+        return tuner.disabled if tuner else nullcontext
+    if tuner:
+        return reference_context(recipe, family, tuner)
+    if not recipe.objective.is_online and recorded.base.name != str(run.path):
+        raise RecipeError(f"objective {recipe.objective.name!r} compares the model with what it was before, and "
                           f"{str(run.path)!r} holds a whole model, trained over it",
                           "read what was measured while both were there (results.json: test), or measure by an "
                           "objective without a reference: objective=orpo")

@@ -77,29 +77,29 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     run = run if isinstance(run, Run) else Run(run)
     out = Path(out) if out else run.path / FILES.get(to, to)
     _refuse_existing(out, to)
-    made, base, attached = open_run(run, to != "adapter", base_model, print_line)
-    if to == "adapter" and (attached is None or attached.peft() is None):
+    recipe, base, tuner = open_run(run, to != "adapter", base_model, print_line)
+    if to == "adapter" and (tuner is None or tuner.peft() is None):
         raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
-    if lora_rank is not None and attached is not None:
-        attached = convert_to_plain_lora(base, attached, None if lora_rank == "auto" else lora_rank)
+    if lora_rank is not None and tuner is not None:
+        tuner = convert_to_plain_lora(base, tuner, None if lora_rank == "auto" else lora_rank)
     if to == "adapter":
-        _refuse_unreadable(run, made, attached)
+        _refuse_unreadable(run, recipe, tuner)
     if to == "whole":
-        _refuse_unsupported(run, made, attached)
-    if to in ("merged", "gguf") and attached is not None:
-        merge_adapter(base, attached)
+        _refuse_unsupported(run, recipe, tuner)
+    if to in ("merged", "gguf") and tuner is not None:
+        merge_adapter(base, tuner)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _write_atomically(out) as temporary:
         if to == "gguf":
             assert dtype != "bfloat16"
-            export_gguf_model(made, base, temporary, dtype or "float16", out.stem)
+            export_gguf_model(recipe, base, temporary, dtype or "float16", out.stem)
         elif to == "gguf-adapter":
-            export_gguf_adapter(made, base, attached, temporary, out.stem)
+            export_gguf_adapter(recipe, base, tuner, temporary, out.stem)
         else:
             if to != "adapter":
-                assembly.cast_weights(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(made, base))
-            _write_folder(temporary, to, made, base, attached)
-            text = build_model_card(Run(temporary), run, made, base)
+                assembly.cast_weights(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(recipe, base))
+            _write_folder(temporary, to, recipe, base, tuner)
+            text = build_model_card(Run(temporary), run, recipe, base)
             Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))
     return out
 
@@ -140,57 +140,57 @@ def _refuse_existing(out: Path, to: str) -> None:
                        "remove it, or give another name with --out")
 
 
-def _refuse_unreadable(run: Run, made: Recipe, attached: Tuner | None) -> None:
+def _refuse_unreadable(run: Run, recipe: Recipe, tuner: Tuner | None) -> None:
     """Raises `RunError` where PEFT would compute something else with the adapter."""
-    form = (attached.peft() if attached is not None else None) or {}
-    if form.get("peft_type") in VIRTUAL and (made.objective.required_outputs & {"pooled", "scores", "token_scores"}):
-        raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({method_name(made)}) move the place of the "
-                       f"state that objective {made.objective.name!r} reads",
+    form = (tuner.peft() if tuner is not None else None) or {}
+    if form.get("peft_type") in VIRTUAL and (recipe.objective.required_outputs & {"pooled", "scores", "token_scores"}):
+        raise RunError(f"{str(run.path)!r}: PEFT's virtual tokens ({method_name(recipe)}) move the place of the "
+                       f"state that objective {recipe.objective.name!r} reads",
                        "open the run with Luthier, or train a lora")
 
 
-def _refuse_unsupported(run: Run, made: Recipe, attached: Tuner | None) -> None:
+def _refuse_unsupported(run: Run, recipe: Recipe, tuner: Tuner | None) -> None:
     """Raises `RunError` where Transformers would not put the adapter into the model by itself."""
-    form = attached.peft() if attached is not None else None
+    form = tuner.peft() if tuner is not None else None
     what = f"{str(run.path)!r} cannot be a whole model with an adapter in it: "
     if form is None:
         raise RunError(what + "it is a whole model without one", "export it with --to merged")
     if form["peft_type"] == "LUTHIER":
-        raise RunError(what + f"neither Transformers nor PEFT knows {method_name(made)}",
+        raise RunError(what + f"neither Transformers nor PEFT knows {method_name(recipe)}",
                        "--to merged, where it merges; else chat, serve and evaluate open the run itself")
     if form["peft_type"] in VIRTUAL:
-        raise RunError(what + f"Transformers puts no virtual tokens ({method_name(made)}) into a model",
+        raise RunError(what + f"Transformers puts no virtual tokens ({method_name(recipe)}) into a model",
                        "--to adapter, then let PEFT do it: PeftModel.from_pretrained(base, FOLDER)")
     if form.get("use_dora") or form["peft_type"] == "ADALORA":
         unread = "lengths of DoRA" if form.get("use_dora") else "ranks of AdaLoRA"
         raise RunError(what + f"Transformers reads no {unread} from the file",
                        "--to merged, or --to adapter, which PEFT reads whole")
-    if form["peft_type"] in assembly.BRIDGED and has_saved_heads(made.objective) is False:
+    if form["peft_type"] in assembly.BRIDGED and has_saved_heads(recipe.objective) is False:
         for key in assembly.BRIDGED[form["peft_type"]]:
             if form.get(key) not in (None, False, "none", [], {}):
                 raise RunError(what + f"it is not known that Transformers reads {key} from the file",
                                "--to merged, or --to adapter, which PEFT reads whole")
     if heads := form.get("modules_to_save"):
-        raise RunError(what + f"Transformers' model has no {heads[0]!r}, the head of objective {made.objective.name!r}",
+        raise RunError(what + f"Transformers' model has no {heads[0]!r}, the head of objective {recipe.objective.name!r}",
                        "--to merged writes one model with the head in it, where Transformers has a class for it")
 
 
-def _write_folder(out: Path, to: str, made: Recipe, base: Family, attached: Tuner | None) -> None:
+def _write_folder(out: Path, to: str, recipe: Recipe, base: Family, tuner: Tuner | None) -> None:
     out.mkdir()
-    if to == "whole" and attached is not None:
-        with attached.disabled():
-            save_full_model(Run(out), made, base)
-    if to in ("adapter", "whole") and attached is not None:
-        save_tuned(Run(out), made, base, attached, public=True)
+    if to == "whole" and tuner is not None:
+        with tuner.disabled():
+            save_full_model(Run(out), recipe, base)
+    if to in ("adapter", "whole") and tuner is not None:
+        save_tuned(Run(out), recipe, base, tuner, public=True)
     else:
-        save_full_model(Run(out), made, base)
+        save_full_model(Run(out), recipe, base)
 
 
-def merge_adapter(base: Family, attached: Tuner) -> None:
+def merge_adapter(base: Family, tuner: Tuner) -> None:
     """Fold the method into the base's weights. Raises `RunError` where the model then says something else."""
     base.train(False)
     before = _compute_probe_outputs(base)
-    attached.merge()
+    tuner.merge()
     moved = float((_compute_probe_outputs(base) - before).abs().max())
     allowed = TOLERANCE[base.structure.embedding.weight.dtype]  # type: ignore[index]
     if not moved <= allowed:

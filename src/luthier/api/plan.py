@@ -51,23 +51,23 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     """
     if steps < 2:
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
-    made = assembly.recipe(recipe, settings)
-    ways = {name: build_variant(made, name) for name in dict.fromkeys(methods)}
-    room = room_gb(select_device(made))
-    folder = Run(out or Path("runs") / f"plan-{display_name(made.base.name)}")
+    config = assembly.recipe(recipe, settings)
+    ways = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
+    room = room_gb(select_device(config))
+    folder = Run(out or Path("runs") / f"plan-{display_name(config.base.name)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     data: dict[str, Any] = {}
     with TemporaryDirectory() as temporary, Progress(len(ways), title="ways tried", quiet=quiet) as bar:
         for done, (name, raw) in enumerate(ways.items(), 1):
             run = Path(temporary) / name
-            rows.append({"method": name, **_time_method(made, raw, run, steps, room)})
+            rows.append({"method": name, **_time_method(config, raw, run, steps, room)})
             data = data or _read_trial(run)
             bar.update(done)
-    told = {"base": made.base.name, "room_gb": room, "steps": steps, "data": data, "methods": rows}
-    told |= {"advice": build_advice(told, made.objective.name)}
-    folder.write("plan.json", told)
-    folder.write("plan.md", format_table(told))
+    report = {"base": config.base.name, "room_gb": room, "steps": steps, "data": data, "methods": rows}
+    report |= {"advice": build_advice(report, config.objective.name)}
+    folder.write("plan.json", report)
+    folder.write("plan.md", format_table(report))
     if measured := [row for row in rows if "seconds" in row]:
         plot_bars([row["method"] for row in measured], {
             "minutes, whole run": [row["seconds"] / 60 for row in measured],
@@ -76,7 +76,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     return folder
 
 
-def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room: float) -> dict[str, Any]:
+def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, room: float) -> dict[str, Any]:
     """What a trial measured, or `why` there is none."""
     candidate = Recipe.parse(raw)
     least = estimate_weight_gb(candidate.base, whole=method_name(candidate) == "full")
@@ -88,23 +88,23 @@ def _time_method(made: Recipe, raw: dict[str, Any], run: Path, steps: int, room:
     code, words = train_apart(raw, run)
     if code:
         killed = code < 0 or code == 137
-        said = "ended by the system, as it does when memory runs out" if killed else words.removeprefix("error: ")
-        return {"why": said, "fits": False if killed else None}
-    found = Run(run)
-    timed = found.metrics[2:]  # line 0 tells the shares, line 1 is of the first step
+        reason = "ended by the system, as it does when memory runs out" if killed else words.removeprefix("error: ")
+        return {"why": reason, "fits": False if killed else None}
+    trial = Run(run)
+    timed = trial.metrics[2:]  # line 0 tells the shares, line 1 is of the first step
     length = statistics.median(line["tokens"] for line in timed)
     per_token = statistics.median(line["step_seconds"] / line["tokens"] for line in timed)
-    total = made.training.steps or _estimate_whole_run(made, round(timed[0]["step"] / timed[0]["epoch"]))
-    results = found.results
+    total = recipe.training.steps or _estimate_whole_run(recipe, round(timed[0]["step"] / timed[0]["epoch"]))
+    results = trial.results
     return {"fits": results["peak_memory_gb"] * SPARE <= room, "steps": total, "tokens": round(total * length),
             "seconds": total * per_token * length, "tokens_per_second": 1 / per_token,
             **{name: results[name] for name in ("peak_memory_gb", "trainable", "trainable_fraction", "file_bytes")}}
 
 
-def _estimate_whole_run(made: Recipe, steps: int) -> int:
+def _estimate_whole_run(recipe: Recipe, steps: int) -> int:
     """Steps of the whole run, of which a trial had so many an epoch. A trial holds nothing out."""
-    held = made.data.eval if isinstance(made.data.eval, float) else 0.0
-    return max(1, math.ceil(round(made.training.epochs * steps * (1 - held), 6)))
+    held = recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
+    return max(1, math.ceil(round(recipe.training.epochs * steps * (1 - held), 6)))
 
 
 def _read_trial(run: Path) -> dict[str, Any]:
@@ -119,12 +119,12 @@ def _read_trial(run: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- what follows from it
 
 
-def build_advice(told: Mapping[str, Any], objective: str) -> list[str]:
+def build_advice(report: Mapping[str, Any], objective: str) -> list[str]:
     """What to do, the choice first, each with its reason in this plan's own figures."""
-    measured = {row["method"]: row for row in told["methods"] if "seconds" in row}
+    measured = {row["method"]: row for row in report["methods"] if "seconds" in row}
     fits = {name: row for name, row in measured.items() if row["fits"]}
     if not fits:
-        return [f"Nothing tried here fits into {told['room_gb']:.1f} GB. In this order: base.quantize=nf4, "
+        return [f"Nothing tried here fits into {report['room_gb']:.1f} GB. In this order: base.quantize=nf4, "
                 "base.dtype=bfloat16, a smaller training.micro_tokens, a smaller base."]
     tokens = max(row["tokens"] for row in fits.values())
     if objective == "pretrain" and "full" in fits and tokens >= LARGE:
@@ -136,18 +136,18 @@ def build_advice(told: Mapping[str, Any], objective: str) -> list[str]:
         why = ("it comes nearest to full tuning in most comparisons, merges into the base and costs "
                f"{_compare_cost(fits, 'lora', 'full')}" if chosen == "lora"
                else "of what fits it needs the least memory")
-    said = [f"Choose {chosen}: {why}."]
+    advice = [f"Choose {chosen}: {why}."]
     for name, row in measured.items():
         if not row["fits"]:
-            said.append(f"{name} does not fit: {row['peak_memory_gb']:.1f} GB in its first steps, "
-                        f"{told['room_gb']:.1f} GB free.")
+            advice.append(f"{name} does not fit: {row['peak_memory_gb']:.1f} GB in its first steps, "
+                        f"{report['room_gb']:.1f} GB free.")
     for what, key, unit, digits in (("Quickest", "seconds", 60, "{:.1f} minutes"),
                                     ("Least memory", "peak_memory_gb", 1, "{:.2f} GB"),
                                     ("Smallest file", "file_bytes", 1e6, "{:.2f} MB")):
         least = min(fits, key=lambda name: fits[name][key])
-        said.append(f"{what}: {least}, {digits.format(fits[least][key] / unit)}.")
-    said.append("Which learns most is not known before it is tried: luthier compare measures it.")
-    return said
+        advice.append(f"{what}: {least}, {digits.format(fits[least][key] / unit)}.")
+    advice.append("Which learns most is not known before it is tried: luthier compare measures it.")
+    return advice
 
 
 def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -> str:
@@ -158,15 +158,15 @@ def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -
             f"{share['file_bytes']:.3f} of its disk")
 
 
-def format_table(told: Mapping[str, Any]) -> str:
+def format_table(report: Mapping[str, Any]) -> str:
     """The plan as Markdown: the rows, the ways, the advice."""
-    data = told["data"]
-    lines = [f"Base {told['base']}, {told['room_gb']:.1f} GB free."]
+    data = report["data"]
+    lines = [f"Base {report['base']}, {report['room_gb']:.1f} GB free."]
     if data:
         lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
     titles = ("way", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")
     lines += ["", f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
-    for row in told["methods"]:
+    for row in report["methods"]:
         if "why" in row:
             lines.append(f"| {row['method']} | no: {row['why'].replace('|', '/')} |" + " |" * (len(titles) - 2))
             continue
@@ -174,4 +174,4 @@ def format_table(told: Mapping[str, Any]) -> str:
                  f"{row['seconds'] / 60:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_memory_gb']:.2f}",
                  f"{row['file_bytes'] / 1e6:.2f}")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"* {sentence}" for sentence in told["advice"])]) + "\n"
+    return "\n".join([*lines, "", *(f"* {sentence}" for sentence in report["advice"])]) + "\n"

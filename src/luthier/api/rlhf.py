@@ -37,8 +37,8 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
     Raises:
         RecipeError: with everything that is wrong in any part, before the first one starts.
     """
-    folder, made = plan_stages(recipe, settings)
-    for stage, one in made.items():
+    folder, stages = plan_stages(recipe, settings)
+    for stage, one in stages.items():
         place = folder / STAGES[stage]
         if not quiet:
             print(f"stage {stage}: {place}", flush=True)
@@ -47,7 +47,7 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
         except Interrupted as error:
             error.remedy = "give the same command once more: it goes on here"
             raise
-    return _write_report(Run(folder), made, quiet)
+    return _write_report(Run(folder), stages, quiet)
 
 
 def plan_stages(recipe: str | Path | Mapping[str, Any],
@@ -65,7 +65,7 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
         raise RecipeError(f"unknown setting {unknown[0]!r}",
                           nearest(unknown[0], [*STAGES, *Recipe.model_fields]))
     shared = {key: value for key, value in raw.items() if key != "run"}
-    made: dict[str, Recipe] = {}
+    stages: dict[str, Recipe] = {}
     faults = []
     for stage, part in parts.items():
         over = {key: value for key, value in settings.items() if key.partition(".")[0] not in (*STAGES, "run")}
@@ -74,21 +74,21 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
                                                             "reward" in parts),
                 "run": str(folder / STAGES[stage])}
         if stage == "ppo":
-            first = assembly.dump(made["sft"]) if "sft" in made else {}
+            first = assembly.dump(stages["sft"]) if "sft" in stages else {}
             part = {"base": first.get("base", "-"), "method": first.get("method", "lora"), **part,
                     "start": str(folder / STAGES["sft"])}
         try:
-            made[stage] = assembly.recipe(shared, {**part, **over})
+            stages[stage] = assembly.recipe(shared, {**part, **over})
         except RecipeError as error:
             faults.append(f"{stage}:\n  " + error.what.replace("\n", "\n  "))
     if faults:
         raise RecipeError("\n".join(faults), "mend the settings named above; `luthier schema` prints every one")
-    return folder, made
+    return folder, stages
 
 
-def _build_stage_objective(stage: str, given: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
+def _build_stage_objective(stage: str, objective: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
     """The stage's objective, spelt out; PPO's reward is the second stage where nothing else is named."""
-    named = {"name": given} if isinstance(given, str) else {"name": stage, **given}
+    named = {"name": objective} if isinstance(objective, str) else {"name": stage, **objective}
     if stage == "ppo" and rewarded:
         named = {"reward": {"model": str(folder / STAGES["reward"])}, **named}
     return named
@@ -107,17 +107,17 @@ def _read_recipe(path: Path) -> dict[str, Any]:
 # ---------------------------------------------------------------- what came out
 
 
-def _write_report(folder: Run, made: Mapping[str, Recipe], quiet: bool) -> Run:
+def _write_report(folder: Run, stages: Mapping[str, Recipe], quiet: bool) -> Run:
     """What each stage gained, as JSON, as a page and as a picture."""
-    runs = {stage: Run(folder.path / STAGES[stage]) for stage in made}
-    told: dict[str, Any] = {stage: {key: run.results.get(key) for key in
+    runs = {stage: Run(folder.path / STAGES[stage]) for stage in stages}
+    report: dict[str, Any] = {stage: {key: run.results.get(key) for key in
                                     ("metric", "before", "after", "measured_on", "examples", "steps", "train_seconds",
                                      "peak_memory_gb")}
                             for stage, run in runs.items()}
-    told["policies"] = standing(runs["ppo"])
-    folder.write("report.json", told)
-    folder.write("report.md", _format_report(told))
-    policies = told["policies"]
+    report["policies"] = standing(runs["ppo"])
+    folder.write("report.json", report)
+    folder.write("report.md", _format_report(report))
+    policies = report["policies"]
     plot_rlhf(runs["ppo"].metrics, {ROLES[role]: one["reward"] for role, one in policies.items()},
               policies["tuned"]["prompts"], folder.path / "rlhf.png")
     if not quiet:
@@ -125,22 +125,22 @@ def _write_report(folder: Run, made: Mapping[str, Recipe], quiet: bool) -> Run:
     return folder
 
 
-def _format_report(told: Mapping[str, Any]) -> str:
+def _format_report(report: Mapping[str, Any]) -> str:
     lines = ["# What each stage gained", "", "| stage | measure | before | after | steps | seconds |",
              "|---|---|---|---|---|---|"]
-    for stage in (stage for stage in STAGES if stage in told):
-        one = told[stage]
+    for stage in (stage for stage in STAGES if stage in report):
+        one = report[stage]
         lines.append(f"| {stage} | {one['metric'] or ''} | {_format_value(one['before'])} | {_format_value(one['after'])} | "
                      f"{one['steps']} | {_format_value(one['train_seconds'])} |")
-    rows = told["ppo"].get("measured_on") or "training"
+    rows = report["ppo"].get("measured_on") or "training"
     lines += ["",
-              f"On {_format_value(told['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
+              f"On {_format_value(report['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
               "each with a fixed seed:", "",
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
     lines += [f"| {ROLES[role]} | {_format_value(one['reward'])} | {_format_value(one.get('kl'))} | "
               f"{_format_value(one['completion_length'])} |"
-              for role, one in told["policies"].items()]
+              for role, one in report["policies"].items()]
     return "\n".join([*lines, "", "![reward and KL](rlhf.png)", ""])
 
 

@@ -80,94 +80,94 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     Raises:
         LuthierError: with everything that is wrong, before any work where it can be known.
     """
-    made = _apply_base_model(assembly.recipe(recipe, settings), base_model, resume)
+    config = _apply_base_model(assembly.recipe(recipe, settings), base_model, resume)
     settle_allocator()
     process_group.start()
     quiet = quiet or process_group.rank() > 0
-    run = Run(process_group.agreed(made.run or str(_choose_run_name(made))))
+    run = Run(process_group.agreed(config.run or str(_choose_run_name(config))))
     if not resume:
         run.vacant() if process_group.rank() == 0 else None
-    elif _is_finished(run.existing(), made, quiet):
+    elif _is_finished(run.existing(), config, quiet):
         _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
         return run
-    assembly.rows.demand(made.data)
-    check_dtype(made.base)
-    demand(made.training.trackers)
+    assembly.rows.demand(config.data)
+    check_dtype(config.base)
+    demand(config.training.trackers)
     saved = _find_checkpoint(run, quiet) if resume else None
     if resume:
-        made = fill_left_out(made, Recipe.parse(run.recipe))
-        check_base(run, made.base, report=partial(_print_line, quiet))
+        config = fill_left_out(config, Recipe.parse(run.recipe))
+        check_base(run, config.base, report=partial(_print_line, quiet))
     if saved:
         check_resumable(run, saved.state.get("record") or {}, partial(_print_line, quiet))
-    check_runs(made, partial(_print_line, quiet))
+    check_runs(config, partial(_print_line, quiet))
     with _open_output_folder(run) as out:
-        _run_recipe(made, run, out, saved, resume, quiet)
+        _run_recipe(config, run, out, saved, resume, quiet)
     process_group.wait()
     return run
 
 
-def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
+def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
                 quiet: bool) -> None:
     """What `train` does once there is something to do; `out` is the folder that this rank writes to."""
-    _print_warnings(quiet, find_unused_settings(made))
-    check_rewards(made)
+    _print_warnings(quiet, find_unused_settings(recipe))
+    check_rewards(recipe)
     with status("loading the base", quiet=quiet):
-        identity = assembly.identify_base(made.base)
-        seed_everything(made.seed)
-        base = load_family(made.base, made.objective.uses_masking)
-        check_loaded_model(made, base)
-        base.enable_gradient_checkpointing(0 if made.training.gradient_checkpointing else resolve_micro_batch_tokens(made, base))
+        identity = assembly.identify_base(recipe.base)
+        seed_everything(recipe.seed)
+        base = load_family(recipe.base, recipe.objective.uses_masking)
+        check_loaded_model(recipe, base)
+        base.enable_gradient_checkpointing(0 if recipe.training.gradient_checkpointing else resolve_micro_batch_tokens(recipe, base))
     if base.padding_reason:
         _print_line(quiet, f"warning: {base.padding_reason}")
     with status("reading the data", quiet=quiet):
-        made = fit_objective(made, found := load_datasets(made, base))
-        set_chat_format(base, found)
-    _check_same_recipe(run, made) if resume else None
-    rate, before = made.optimizer.learning_rate or default_learning_rate(made), made
-    made = resolve_settings(made, base, identity, rate, run.path)
-    asked = build_eval_prompts(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
-    attached, reference = begin(made, base)
+        recipe = fit_objective(recipe, datasets := load_datasets(recipe, base))
+        set_chat_format(base, datasets)
+    _check_same_recipe(run, recipe) if resume else None
+    rate, before = recipe.optimizer.learning_rate or default_learning_rate(recipe), recipe
+    recipe = resolve_settings(recipe, base, identity, rate, run.path)
+    prompts = build_eval_prompts(recipe, base, datasets.test_examples or datasets.eval_examples) if recipe.evaluate.metrics else []
+    tuner, reference = begin(recipe, base)
     if not resume or process_group.rank() > 0:
-        kept = make_paths_absolute(made)
-        out.begin(assembly.dump(kept), record_start(kept, identity, list_resolved(before, made)))
+        kept = make_paths_absolute(recipe)
+        out.begin(assembly.dump(kept), record_start(kept, identity, list_resolved(before, recipe)))
     if not saved:
-        _write_data_report(out, found.report)
-    for line in found.report.lines():
+        _write_data_report(out, datasets.report)
+    for line in datasets.report.lines():
         _print_line(quiet, line)
-    _print_warnings(quiet, [*find_data_problems(made, found), *find_method_problems(made, base, attached)])
-    share = count_trainable(base, attached)
-    _print_line(quiet, f"{method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
+    _print_warnings(quiet, [*find_data_problems(recipe, datasets), *find_method_problems(recipe, base, tuner)])
+    share = count_trainable(base, tuner)
+    _print_line(quiet, f"{method_name(recipe)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_fraction']:.2%}) at a learning rate of {describe_learning_rate(before)}")
-    for line in (price(made, attached), master_price(attached)):
+    for line in (price(recipe, tuner), master_price(tuner)):
         _print_line(quiet or not line, line)
-    found = _precompute_references(made, base, found, reference, quiet)
-    feed = assembly.feed(made, base, found, attached, reference, out.path,
+    datasets = _precompute_references(recipe, base, datasets, reference, quiet)
+    feed = assembly.feed(recipe, base, datasets, tuner, reference, out.path,
                          lambda line: _print_line(quiet, f"warning: {line}"))
-    _print_warnings(quiet, find_schedule_problems(made, feed))
+    _print_warnings(quiet, find_schedule_problems(recipe, feed))
     rolling = feed if isinstance(feed, assembly.Rollouts) else None
     results: dict[str, Any] = share | (process_group.agreed(run.results) if resume else {})
-    part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
-    if made.evaluate.before and not {"before", f"{part}_before"} & results.keys():
+    part = "test" if datasets.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
+    if recipe.evaluate.before and not {"before", f"{part}_before"} & results.keys():
         with untrained(reference):
-            results |= _evaluate_before(out, made, base, part, found.test or found.eval, asked, reference, rolling,
+            results |= _evaluate_before(out, recipe, base, part, datasets.test or datasets.eval, prompts, reference, rolling,
                                         quiet)
     out.write("results.json", results)
-    trackers = [*_build_trackers(out, made, saved, share), LearningMonitor(
-        made.objective.variant, made.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
+    trackers = [*_build_trackers(out, recipe, saved, share), LearningMonitor(
+        recipe.objective.variant, recipe.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
     if process_group.rank() > 0:
         # Everything that ranks must have alike is made by now; dropout need not be alike.
-        seed_everything(made.seed + process_group.rank())
-    job = Job(base, attached, made.objective, feed, build_eval_batches(made, base, found),
-              made.training, made.optimizer, rate, run.checkpoints,
+        seed_everything(recipe.seed + process_group.rank())
+    job = Job(base, tuner, recipe.objective, feed, build_eval_batches(recipe, base, datasets),
+              recipe.training, recipe.optimizer, rate, run.checkpoints,
               reference=reference, rolling=rolling, log=_log_to_all(*trackers),
               warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), record=CheckpointRecord(out))
     summary = _run_training(job, trackers, saved, quiet)
     if isinstance(feed, assembly.rows.Stream):
-        _write_stream_report(out, feed.report(found.report), quiet)
+        _write_stream_report(out, feed.report(datasets.report), quiet)
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with explained(run.path):
-        _finish_run(out, made, job, summary, part, found.test or found.eval, asked, results, quiet)
+        _finish_run(out, recipe, job, summary, part, datasets.test or datasets.eval, prompts, results, quiet)
 
 
 @contextmanager
@@ -180,11 +180,11 @@ def _open_output_folder(run: Run) -> Iterator[Run]:
         yield Run(Path(folder) / "run")
 
 
-def _precompute_references(made: Recipe, base: Any, found: Any, reference: Reference, quiet: bool) -> Any:
+def _precompute_references(recipe: Recipe, base: Any, datasets: Any, reference: Reference, quiet: bool) -> Any:
     """The rows, with what the reference says of them where the recipe asks it beforehand."""
-    total = len(found.train) + len(found.eval) + len(found.test)
-    with Progress(total, title="the reference reads", quiet=quiet or not assembly.beforehand(made)) as bar:
-        return assembly.asked(made, base, found, reference, bar.update)
+    total = len(datasets.train) + len(datasets.eval) + len(datasets.test)
+    with Progress(total, title="the reference reads", quiet=quiet or not assembly.beforehand(recipe)) as bar:
+        return assembly.asked(recipe, base, datasets, reference, bar.update)
 
 
 # Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
@@ -201,9 +201,9 @@ class Interrupted(RunError):
                          f"go on with: luthier train --resume {run.path}")
 
 
-def count_trainable(base: Any, attached: Tuner) -> dict[str, float]:
+def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
     """How many parameters train, of how many, counting both the base's and the method's own."""
-    trained = attached.parameters()
+    trained = tuner.parameters()
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
@@ -212,30 +212,30 @@ def count_trainable(base: Any, attached: Tuner) -> dict[str, float]:
     return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 
 
-def _is_finished(run: Run, made: Recipe, quiet: bool) -> bool:
+def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
     """Whether the run has ended. Raises `RunError` where it is not a run of this recipe."""
     if not run.recipe:
         raise RunError(f"{str(run.path)!r} has no recipe.yaml, so nothing there can go on",
                        "name the folder of a run that `luthier train` began")
-    _check_same_recipe(run, made)
+    _check_same_recipe(run, recipe)
     for line in list_changes(run):
         _print_line(quiet, f"warning: {line}")
     return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
 
 
-def _apply_base_model(made: Recipe, base_model: str | None, resume: bool) -> Recipe:
+def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> Recipe:
     """The recipe with the base at its new place. Raises `RecipeError` where no earlier run says which base it is."""
     if base_model is None:
-        return made
-    if not resume and made.start is None:
+        return recipe
+    if not resume and recipe.start is None:
         raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was made, and this "
                           "run is new", "name its base as base.name (--model)")
-    return made.model_copy(update={"base": made.base.model_copy(update={"name": base_model, "revision": None})})
+    return recipe.model_copy(update={"base": recipe.base.model_copy(update={"name": base_model, "revision": None})})
 
 
-def _check_same_recipe(run: Run, made: Recipe) -> None:
+def _check_same_recipe(run: Run, recipe: Recipe) -> None:
     """Raises `RunError` where the run was started with another recipe."""
-    if changed := list_differences(run, made):
+    if changed := list_differences(run, recipe):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
                        f"go on with its own (luthier train --resume {run.path}), or name another folder (run=NAME)")
 
@@ -255,14 +255,14 @@ def _write_stream_report(run: Run, report: assembly.rows.DataReport, quiet: bool
             _print_line(quiet, line)
 
 
-def _build_trackers(run: Run, made: Recipe, saved: checkpoint.Checkpoint | None,
+def _build_trackers(run: Run, recipe: Recipe, saved: checkpoint.Checkpoint | None,
                     share: Mapping[str, float]) -> list[Tracker]:
     """metrics.jsonl, and what the recipe names besides."""
     at = saved.step if saved else None
     log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
         log.log(0, share)
-    return [log, *open_trackers(made.training.trackers, run.path, assembly.dump(make_public(made)), at)]
+    return [log, *open_trackers(recipe.training.trackers, run.path, assembly.dump(make_public(recipe)), at)]
 
 
 def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
@@ -284,54 +284,54 @@ def _run_training(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Check
         return fit(job, saved)
 
 
-def _evaluate_before(run: Run, made: Recipe, base: Any, part: str, test: list[Encoded], asked: Sequence[EvalPrompt],
+def _evaluate_before(run: Run, recipe: Recipe, base: Any, part: str, test: list[Encoded], prompts: Sequence[EvalPrompt],
                      reference: Reference, rolling: Rolling | None, quiet: bool) -> dict[str, Any]:
     """What the model is worth, before anything is trained."""
     results: dict[str, Any] = {}
     if test:
-        results[f"{part}_before"] = measured = _evaluate_objective(made, base, test, nullcontext, rolling)
+        results[f"{part}_before"] = measured = _evaluate_objective(recipe, base, test, nullcontext, rolling)
         results |= _pick_headline("before", measured)
-    if asked:
-        before = _evaluate_answers("the base answers", base, asked, made, quiet)
-        results |= {"before": before.scores, "metric": made.evaluate.metrics[0]}
-        run.write_lines("answers_before.jsonl", _format_answers(asked, before))
+    if prompts:
+        before = _evaluate_answers("the base answers", base, prompts, recipe, quiet)
+        results |= {"before": before.scores, "metric": recipe.evaluate.metrics[0]}
+        run.write_lines("answers_before.jsonl", _format_answers(prompts, before))
     return results
 
 
-def _finish_run(run: Run, made: Recipe, job: Job, summary: Summary, part: str, test: list[Encoded],
-                asked: Sequence[EvalPrompt], results: dict[str, Any], quiet: bool) -> None:
+def _finish_run(run: Run, recipe: Recipe, job: Job, summary: Summary, part: str, test: list[Encoded],
+                prompts: Sequence[EvalPrompt], results: dict[str, Any], quiet: bool) -> None:
     """Save what was trained, measure it, and write down what came out."""
     base: Any = job.family
-    save_tuned(run, made, base, job.attached)
+    save_tuned(run, recipe, base, job.attached)
     results |= {"train_seconds": round(summary.seconds, 2), "steps": summary.steps, "train_tokens": summary.tokens,
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results[part] = measured = _evaluate_objective(made, base, test, job.reference or nullcontext, job.rolling)
+        results[part] = measured = _evaluate_objective(recipe, base, test, job.reference or nullcontext, job.rolling)
         results |= _pick_headline("after", measured) | {"measured_on": part,
-                                                        "examples": len(test[:made.evaluate.limit])}
-        plot_metrics(measured, made.objective.classes or (), run.path)
-    if asked:
-        after = _evaluate_answers("the tuned model answers", base, asked, made, quiet)
-        results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "measured_on": part,
-                    "examples": len(asked)}
-        run.write_lines("answers.jsonl", _format_answers(asked, after))
+                                                        "examples": len(test[:recipe.evaluate.limit])}
+        plot_metrics(measured, recipe.objective.classes or (), run.path)
+    if prompts:
+        after = _evaluate_answers("the tuned model answers", base, prompts, recipe, quiet)
+        results |= {"after": after.scores, "metric": recipe.evaluate.metrics[0], "measured_on": part,
+                    "examples": len(prompts)}
+        run.write_lines("answers.jsonl", _format_answers(prompts, after))
         results["before"] = _pick_score(results.get("before"), results["metric"])
         results["after"] = _pick_score(results["after"], results["metric"])
         results["scores"] = after.scores
     run.write("results.json", results | record_results(run))
     plot_loss(run.metrics, run.path / "loss.png")
-    run.write("README.md", build_model_card(run, run, made, base))
+    run.write("README.md", build_model_card(run, run, recipe, base))
 
 
-def _evaluate_objective(made: Recipe, base: Any, test: list[Encoded], reference: Reference,
+def _evaluate_objective(recipe: Recipe, base: Any, test: list[Encoded], reference: Reference,
                         rolling: Rolling | None) -> dict[str, float]:
     """The objective's own measures of test rows."""
     base.train(False)
     if rolling:
-        return rolling.judged(test[:made.evaluate.limit])
-    batches = assembly.rows.eval_batches(test[:made.evaluate.limit], resolve_micro_batch_tokens(made, base))
-    return add_perplexity(measure(base, made.objective, batches, reference))
+        return rolling.judged(test[:recipe.evaluate.limit])
+    batches = assembly.rows.eval_batches(test[:recipe.evaluate.limit], resolve_micro_batch_tokens(recipe, base))
+    return add_perplexity(measure(base, recipe.objective, batches, reference))
 
 
 def _pick_headline(when: str, measured: Mapping[str, float]) -> dict[str, Any]:
@@ -344,15 +344,15 @@ def _pick_score(scores: Any, metric: str) -> Any:
     return scores.get(metric) if isinstance(scores, dict) else scores
 
 
-def _evaluate_answers(what: str, base: Any, asked: Sequence[EvalPrompt], made: Recipe, quiet: bool) -> GenerationScores:
+def _evaluate_answers(what: str, base: Any, prompts: Sequence[EvalPrompt], recipe: Recipe, quiet: bool) -> GenerationScores:
     base.train(False)
-    with Progress(len(asked), title=what, quiet=quiet) as bar:
-        return evaluate_generations(base, asked, made.evaluate, tick=lambda done, total: bar.update(done))
+    with Progress(len(prompts), title=what, quiet=quiet) as bar:
+        return evaluate_generations(base, prompts, recipe.evaluate, tick=lambda done, total: bar.update(done))
 
 
-def _format_answers(asked: Sequence[EvalPrompt], scored: GenerationScores) -> list[dict[str, str]]:
+def _format_answers(prompts: Sequence[EvalPrompt], scored: GenerationScores) -> list[dict[str, str]]:
     return [{"prompt": q.text, "reference": q.reference, "answer": a}
-            for q, a in zip(asked, scored.answers, strict=True)]
+            for q, a in zip(prompts, scored.answers, strict=True)]
 
 
 def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
@@ -365,9 +365,9 @@ def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
     return saved
 
 
-def _choose_run_name(made: Recipe) -> Path:
+def _choose_run_name(recipe: Recipe) -> Path:
     """runs/<method>-<base>, numbered where that is taken."""
-    stem = f"{method_name(made)}-{display_name(made.base.name)}"
+    stem = f"{method_name(recipe)}-{display_name(recipe.base.name)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
 

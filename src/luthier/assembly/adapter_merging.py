@@ -28,28 +28,28 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how:
     out.vacant()
     recipes = [open_recipe(adapted(run), base_model, report) for run in runs]
     first = recipes[0]
-    for run, made in zip(runs, recipes, strict=True):
+    for run, recipe in zip(runs, recipes, strict=True):
         if base_model is None and (conflict := describe_model_conflict(run, first.base)):
-            raise RecipeError(f"{str(run.path)!r} was made on {made.base.name!r}, and {str(runs[0].path)!r} on "
+            raise RecipeError(f"{str(run.path)!r} was made on {recipe.base.name!r}, and {str(runs[0].path)!r} on "
                               f"{first.base.name!r}: {conflict}", "combine runs of one base")
-        if has_saved_heads(made.objective):
-            raise RecipeError(f"{str(run.path)!r} has heads of its own ({made.objective.name}), and heads of several "
+        if has_saved_heads(recipe.objective):
+            raise RecipeError(f"{str(run.path)!r} has heads of its own ({recipe.objective.name}), and heads of several "
                               "runs have no sum", "use them side by side: luthier.load_adapters")
     base = load_family(first.base, first.objective.uses_masking)
     bank = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
-    loras = [attached for attached in bank.members.values() if isinstance(attached, Lora)]
+    loras = [tuner for tuner in bank.members.values() if isinstance(tuner, Lora)]
     if len(loras) < len(runs):
         raise RecipeError("only runs of the method lora can be combined: " + ", ".join(
-            f"{run.path} is of {made.method.name}" for run, made in zip(runs, recipes, strict=True)),
+            f"{run.path} is of {recipe.method.name}" for run, recipe in zip(runs, recipes, strict=True)),
             "stack others by their weights: luthier.load_adapters and using({...})")
-    found = combine(loras, weights, how, rank)
-    made = first.model_copy(update={"method": found.config, "start": None, "run": str(out.path)})
-    made = make_paths_absolute(made)
-    out.begin(dump(made), {**record_start(made, identify_base(made.base), []), "combined": {str(run.path): float(weight)
+    merged = combine(loras, weights, how, rank)
+    recipe = first.model_copy(update={"method": merged.config, "start": None, "run": str(out.path)})
+    recipe = make_paths_absolute(recipe)
+    out.begin(dump(recipe), {**record_start(recipe, identify_base(recipe.base), []), "combined": {str(run.path): float(weight)
                                                             for run, weight in zip(runs, weights, strict=True)}})
-    attached = attach_method(base, made.method, made.seed)
-    attached.load(found.state)
-    save_tuned(out, made, base, attached)
-    results = {"rank": found.config.rank, "relative_error": found.error}
+    tuner = attach_method(base, recipe.method, recipe.seed)
+    tuner.load(merged.state)
+    save_tuned(out, recipe, base, tuner)
+    results = {"rank": merged.config.rank, "relative_error": merged.error}
     out.write("results.json", {**results, "how": how})
     return results

@@ -40,9 +40,9 @@ def load_family(config: BaseConfig, words: bool = False) -> Family:
     return base
 
 
-def select_device(made: Recipe) -> torch.device:
+def select_device(recipe: Recipe) -> torch.device:
     """The device that the base would be loaded to."""
-    return resolve_device(made.base.device)
+    return resolve_device(recipe.base.device)
 
 
 def load_base_tokenizer(config: BaseConfig) -> Any:
@@ -61,7 +61,7 @@ def attach_method(base: Family, method: AnyMethod, seed: int) -> Tuner:
     return method.attach(base.structure, seed=seed)
 
 
-def attach_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
+def attach_heads(base: Family, tuner: Tuner, objective: Objective, seed: int,
                  default_rate: float = HEAD_RATE) -> Tuner:
     """The method together with what the objective adds to the base's states.
 
@@ -69,44 +69,44 @@ def attach_heads(base: Family, attached: Tuner, objective: Objective, seed: int,
     learning rate is another, by the recipe or by the objective's factor, theirs moves with it.
     """
     if not objective.heads:
-        return attached
-    return Several([attached, base.add_heads(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
+        return tuner
+    return Several([tuner, base.add_heads(objective.heads, seed)], [1.0, HEAD_RATE / default_rate])
 
 
-def fit_objective(made: Recipe, found: Datasets) -> Recipe:
+def fit_objective(recipe: Recipe, datasets: Datasets) -> Recipe:
     """The recipe with its objective made for the classes in the training rows. Raises `RecipeError` where the rows mean
     nothing to it."""
-    strange = found.kinds - made.objective.example_types
+    strange = datasets.kinds - recipe.objective.example_types
     if strange:
-        raise RecipeError(f"objective {made.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it reads "
-                          f"{', '.join(sorted(made.objective.example_types))}",
+        raise RecipeError(f"objective {recipe.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it reads "
+                          f"{', '.join(sorted(recipe.objective.example_types))}",
                           "choose an objective for these rows: " + ", ".join(
-                              name for name, known in OBJECTIVES.items() if found.kinds <= known.example_types))
-    return made.model_copy(update={"objective": made.objective.with_labels(found.labels, found.counts)})
+                              name for name, known in OBJECTIVES.items() if datasets.kinds <= known.example_types))
+    return recipe.model_copy(update={"objective": recipe.objective.with_labels(datasets.labels, datasets.counts)})
 
 
-def set_chat_format(base: Family, found: Datasets) -> None:
+def set_chat_format(base: Family, datasets: Datasets) -> None:
     """From now on, what is saved holds the rows' chat template and stop tokens, where the rows are conversations."""
     if base.can_generate:
-        base.chat_format = replace(base.chat_format, trained=found.conversations)
+        base.chat_format = replace(base.chat_format, trained=datasets.conversations)
 
 
-def check_loaded_model(made: Recipe, base: Family) -> None:
+def check_loaded_model(recipe: Recipe, base: Family) -> None:
     """What can only be known once the base is loaded. Raises `RecipeError`."""
-    fitting(made, base)
-    if made.data.streaming and not made.training.steps:
+    fitting(recipe, base)
+    if recipe.data.streaming and not recipe.training.steps:
         raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
-    if made.data.streaming and beforehand(made):
+    if recipe.data.streaming and beforehand(recipe):
         raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
                           "leave out data.streaming, or objective.precompute_reference")
-    context, room = base.structure.sizes["context"], compute_text_length(made.method, base)
-    if made.data.max_length and made.data.max_length > room:
+    context, room = base.structure.sizes["context"], compute_text_length(recipe.method, base)
+    if recipe.data.max_length and recipe.data.max_length > room:
         beside = f" and {context - room} virtual tokens are" if room < context else " is"
-        raise RecipeError(f"data.max_length {made.data.max_length}{beside} longer than the base's context, {context} "
+        raise RecipeError(f"data.max_length {recipe.data.max_length}{beside} longer than the base's context, {context} "
                           "tokens", f"set data.max_length to {room} or less" + (
                               ", or use fewer virtual tokens (method.tokens)" if room < context else ""))
-    added = made.base.structure is not None and made.base.structure.add_blocks
-    for part in parts_of(made.method) if added else ():
+    added = recipe.base.structure is not None and recipe.base.structure.add_blocks
+    for part in parts_of(recipe.method) if added else ():
         if why := _explain_zero_start(part):
             raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
                               f"{part.name} {why}", "train them by another method: freeze, full, lora")
@@ -132,32 +132,32 @@ def _explain_zero_start(method: AnyMethod) -> str:
         and method.init == "pissa" else ""
 
 
-def load_datasets(made: Recipe, base: Family, progress: Any = None) -> Datasets:
+def load_datasets(recipe: Recipe, base: Family, progress: Any = None) -> Datasets:
     """Everything the recipe trains and evaluates on, as far as this base can read it."""
-    objective, sees = made.objective, "channels" in base.structure.sizes
+    objective, sees = recipe.objective, "channels" in base.structure.sizes
     reads = frozenset(kind for kind in objective.example_types if (kind == "ImageExample") == sees)
     if not reads:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.example_types))}, "
                           f"and the base "
                           f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
-    hide = _build_masking(made, base)
-    found = rows.load(resolve_data_config(made, base), base.tokenizer, seed=made.seed, classes=objective.classes,
+    hide = _build_masking(recipe, base)
+    datasets = rows.load(resolve_data_config(recipe, base), base.tokenizer, seed=recipe.seed, classes=objective.classes,
                       hide=hide,
                       reads=reads if hide is None else reads & DOCUMENTS,
                       flat=base.structure.task != "CAUSAL_LM", room=objective.model_dump().get("max_new_tokens", 1),
                       others={name: known.example_types & DOCUMENTS if known.uses_masking
                               and base.structure.task != "CAUSAL_LM" else
                               known.example_types for name, known in OBJECTIVES.items()}, progress=progress)
-    _check_tokens(base, found)
-    return found
+    _check_tokens(base, datasets)
+    return datasets
 
 
-def _check_tokens(base: Family, found: Datasets) -> None:
+def _check_tokens(base: Family, datasets: Datasets) -> None:
     """Raises `BaseError` where a row holds a token that the base's embedding has no row for."""
     size = base.structure.sizes.get("vocabulary")
     if size is None or "channels" in base.structure.sizes:
         return
-    for example in (*found.train, *found.eval, *found.test):
+    for example in (*datasets.train, *datasets.eval, *datasets.test):
         for piece in example.pieces:
             if max(piece.ids) >= size:
                 token = next(token for token in piece.ids if token >= size)
@@ -168,59 +168,59 @@ def _check_tokens(base: Family, found: Datasets) -> None:
                     "add the token to the base (base.structure.new_tokens), or give the base its own tokenizer")
 
 
-def _build_masking(made: Recipe, base: Family) -> rows.Hide | None:
+def _build_masking(recipe: Recipe, base: Family) -> rows.Hide | None:
     """How a part of each document is hidden, of bases that read a text whole."""
-    told = made.objective
-    if not isinstance(told, PretrainConfig) or base.structure.task == "CAUSAL_LM":
+    objective = recipe.objective
+    if not isinstance(objective, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", made.base.name, told.mlm_probability,
-                        told.mean_noise_span_length,
-                        told.whole_word_mask)
+    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", recipe.base.name, objective.mlm_probability,
+                        objective.mean_noise_span_length,
+                        objective.whole_word_mask)
 
 
-def resolve_data_config(made: Recipe, base: Family) -> DataConfig:
+def resolve_data_config(recipe: Recipe, base: Family) -> DataConfig:
     """The settings of the data for this base; without a `max_length`, what the base's context has room for
     where that is less."""
-    most = min(made.data.most, compute_text_length(made.method, base))
-    found = made.data.model_copy(update={"max_length": made.data.max_length or most})
-    return rows.DividedConfig.of(found) if base.is_encoder_decoder else found
+    most = min(recipe.data.most, compute_text_length(recipe.method, base))
+    config = recipe.data.model_copy(update={"max_length": recipe.data.max_length or most})
+    return rows.DividedConfig.of(config) if base.is_encoder_decoder else config
 
 
-def resolve_micro_batch_tokens(made: Recipe, base: Family) -> int:
+def resolve_micro_batch_tokens(recipe: Recipe, base: Family) -> int:
     """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
     A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
-    tokens = made.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
+    tokens = recipe.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
     return max(1, tokens // base.structure.sizes.get("unit", 1))
 
 
-def build_batch_source(made: Recipe, base: Family, found: Datasets) -> BatchSource:
+def build_batch_source(recipe: Recipe, base: Family, datasets: Datasets) -> BatchSource:
     """The batches of the run."""
-    micro = resolve_micro_batch_tokens(made, base)
-    if made.data.streaming:
-        return Stream(resolve_data_config(made, base), base.tokenizer, made.training.batch_size, micro, seed=made.seed,
-                      use=found.use)
-    return Loader(found.train, made.training.batch_size, micro, shuffle=made.data.shuffle, seed=made.seed,
-                  mix=found.mix)
+    micro = resolve_micro_batch_tokens(recipe, base)
+    if recipe.data.streaming:
+        return Stream(resolve_data_config(recipe, base), base.tokenizer, recipe.training.batch_size, micro, seed=recipe.seed,
+                      use=datasets.use)
+    return Loader(datasets.train, recipe.training.batch_size, micro, shuffle=recipe.data.shuffle, seed=recipe.seed,
+                  mix=datasets.mix)
 
 
-def build_eval_batches(made: Recipe, base: Family, found: Datasets) -> list[Batch]:
+def build_eval_batches(recipe: Recipe, base: Family, datasets: Datasets) -> list[Batch]:
     """The rows to evaluate on while training."""
-    return rows.eval_batches(found.eval, resolve_micro_batch_tokens(made, base))
+    return rows.eval_batches(datasets.eval, resolve_micro_batch_tokens(recipe, base))
 
 
-def build_eval_prompts(made: Recipe, base: Family, examples: Sequence[Example]) -> list[EvalPrompt]:
+def build_eval_prompts(recipe: Recipe, base: Family, examples: Sequence[Example]) -> list[EvalPrompt]:
     """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer,
     `RecipeError` where a row asks nothing."""
-    found = []
+    prompts = []
     strange = next((example for example in examples if type(example).__name__ not in rows.ANSWERED), None)
     if strange is not None:
         raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which asks for no answer",
                           "leave evaluate.metrics out, or name rows with prompts in data.test")
-    for example in examples[:made.evaluate.limit]:
-        ids, reference = rows.prompt_of(example, base.tokenizer, made.data)
-        found.append(EvalPrompt(tuple(ids), _get_question_text(example), reference, example.origin))
-    check_references(found, made.evaluate.metrics)
-    return found
+    for example in examples[:recipe.evaluate.limit]:
+        ids, reference = rows.prompt_of(example, base.tokenizer, recipe.data)
+        prompts.append(EvalPrompt(tuple(ids), _get_question_text(example), reference, example.origin))
+    check_references(prompts, recipe.evaluate.metrics)
+    return prompts
 
 
 def _get_question_text(example: Example) -> str:

@@ -13,30 +13,30 @@ from luthier.models import CausalLM
 from luthier.models.gguf.writer import LoraDelta, WeightType, write_gguf, write_gguf_adapter
 
 
-def export_gguf_model(made: Recipe, base: Family, path: Path, numbers: WeightType, name: str = "") -> None:
+def export_gguf_model(recipe: Recipe, base: Family, path: Path, numbers: WeightType, name: str = "") -> None:
     """Write the model as it now is. Raises `RunError` where it is none that llama.cpp writes text with."""
-    _refuse_others(made, base)
+    _refuse_others(recipe, base)
     write_gguf(base, path, numbers, name)
 
 
-def export_gguf_adapter(made: Recipe, base: Family, attached: Tuner | None, path: Path,
+def export_gguf_adapter(recipe: Recipe, base: Family, tuner: Tuner | None, path: Path,
                         name: str = "") -> None:
     """Write the run's LoRA. Raises `RunError` where the run holds something else."""
-    _refuse_others(made, base)
-    if not isinstance(attached, Lora):
-        raise RunError(f"the run was tuned by {method_name(made)}, and llama.cpp's adapters are LoRAs",
+    _refuse_others(recipe, base)
+    if not isinstance(tuner, Lora):
+        raise RunError(f"the run was tuned by {method_name(recipe)}, and llama.cpp's adapters are LoRAs",
                        "export the whole model with --to gguf")
-    if attached.config.dora:
+    if tuner.config.dora:
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",
                        "export the whole model with --to gguf")
-    changes = {layer.site.name: LoraDelta(*layer.factors(), layer.scale) for layer in attached.layers}
+    changes = {layer.site.name: LoraDelta(*layer.factors(), layer.scale) for layer in tuner.layers}
     write_gguf_adapter(base, changes, path, name)
 
 
-def _refuse_others(made: Recipe, base: Family) -> None:
+def _refuse_others(recipe: Recipe, base: Family) -> None:
     if not isinstance(base, CausalLM):
         raise RunError(f"the base is no causal language model ({base.structure.task}), and only those can be written as "
                        "GGUF here", "export it with --to merged")
-    if has_saved_heads(made.objective):
-        raise RunError(f"the run has heads of its own ({made.objective.name}), which a GGUF file has no place for",
+    if has_saved_heads(recipe.objective):
+        raise RunError(f"the run has heads of its own ({recipe.objective.name}), which a GGUF file has no place for",
                        "export it with --to adapter")

@@ -29,29 +29,29 @@ Reference = Callable[[], AbstractContextManager[None]]
 POLICY, REFERENCE = "policy", "reference"
 
 
-def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
+def init_policy(recipe: Recipe, base: Family) -> tuple[Tuner, Reference]:
     """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
 
     Raises:
         RecipeError: the recipe starts from a run with another base or method than its own.
         RunError: that run, or what it trained, cannot be read.
     """
-    policy = attach_method(base, made.method, made.seed)
-    if made.start is not None:
-        _load_method_weights(policy, _read_compatible_weights(made, Run(made.start), base), base,
-                             whole=not Run(made.start).recipe)
-    reference = reference_context(made, base, policy)
-    return attach_heads(base, policy, made.objective, made.seed, made.method.default_rate), reference
+    policy = attach_method(base, recipe.method, recipe.seed)
+    if recipe.start is not None:
+        _load_method_weights(policy, _read_compatible_weights(recipe, Run(recipe.start), base), base,
+                             whole=not Run(recipe.start).recipe)
+    reference = reference_context(recipe, base, policy)
+    return attach_heads(base, policy, recipe.objective, recipe.seed, recipe.method.default_rate), reference
 
 
-def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
+def reference_context(recipe: Recipe, base: Family, policy: Tuner) -> Reference:
     """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
     starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
-    if made.start is None or (scopes(policy) is None and not referred(made.objective)):
+    if recipe.start is None or (scopes(policy) is None and not referred(recipe.objective)):
         return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    bank, reference = Bank(base.structure), attach_method(base, made.method, made.seed)
-    _load_method_weights(reference, _read_compatible_weights(made, Run(made.start), base), base,
-                         whole=not Run(made.start).recipe)
+    bank, reference = Bank(base.structure), attach_method(base, recipe.method, recipe.seed)
+    _load_method_weights(reference, _read_compatible_weights(recipe, Run(recipe.start), base), base,
+                         whole=not Run(recipe.start).recipe)
     bank.add(POLICY, policy)
     bank.add(REFERENCE, reference)
     bank.frozen(REFERENCE)
@@ -69,20 +69,20 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> Bank:
     """
     bank = Bank(base.structure)
     for name, run in runs.items():
-        found = recorded(adapted(run))
-        attached = attach_method(base, found.method, found.seed)
-        _load_method_weights(attached, load_adapter_weights(run, base.structure), base, whole=not run.recipe)
-        bank.add(name, attached)
+        recipe = recorded(adapted(run))
+        tuner = attach_method(base, recipe.method, recipe.seed)
+        _load_method_weights(tuner, load_adapter_weights(run, base.structure), base, whole=not run.recipe)
+        bank.add(name, tuner)
     base.router = bank
     return bank
 
 
-def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
+def _read_compatible_weights(recipe: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """What the run trained that the recipe starts from."""
-    found = recorded(adapted(start))
-    other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
-    if conflict := describe_model_conflict(start, made.base):
-        other.append(f"base.name: {found.base.name!r}, now {made.base.name!r}: {conflict}")
+    start_recipe = recorded(adapted(start))
+    other = [line for line in changed(start_recipe, fill_left_out(recipe, start_recipe)) if line.startswith("method.")]
+    if conflict := describe_model_conflict(start, recipe.base):
+        other.append(f"base.name: {start_recipe.base.name!r}, now {recipe.base.name!r}: {conflict}")
     if other:
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
                           + "\n  ".join(other),
@@ -91,11 +91,11 @@ def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str
     return load_adapter_weights(start, base.structure)
 
 
-def _load_method_weights(attached: Tuner, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
+def _load_method_weights(tuner: Tuner, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
     """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file."""
-    names = attached.state().keys()
+    names = tuner.state().keys()
     named = rename_weights(saved, names, base)
     left = {name: tensor for name, tensor in named.items() if name not in names}
     if whole:  # PEFT's folder holds no heads of ours: whatever is left would be passed over
         left = drop_base_weights(left, {}, base.structure.model)
-    attached.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})
+    tuner.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})

@@ -20,7 +20,7 @@ BYTES = {"float64": 8.0, "float32": 4.0, "auto": 2.0, "bfloat16": 2.0, "float16"
 TRAINED = 16  # bytes of a weight that trains: its float32 value, its gradient, Adam's two moments
 
 
-def build_variant(made: Recipe, spelled: str) -> dict[str, Any]:
+def build_variant(recipe: Recipe, spelled: str) -> dict[str, Any]:
     """The recipe with this way to train, spelt out. Raises `RecipeError` for one that there is not."""
     methods, _, bits = SHORT.get(spelled, spelled).partition("@")
     names = methods.split("+")
@@ -30,7 +30,7 @@ def build_variant(made: Recipe, spelled: str) -> dict[str, Any]:
     if bits and bits not in get_args(QuantizationType):
         raise RecipeError(f"{spelled!r}: a base is not kept in {bits!r}: {nearest(bits, get_args(QuantizationType))}",
                           "write METHOD@nf4 or METHOD@int8")
-    raw = dump(made)
+    raw = dump(recipe)
     raw["method"] = names if len(names) > 1 else names[0]
     raw["optimizer"]["learning_rate"] = None
     if bits:

@@ -75,11 +75,11 @@ class ServedModels:
         config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "overlong": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
-            found = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
-            if not isinstance(found, list):
-                raise RecipeError(f"input {number} cannot be read: {found}", "give texts of one word at least, and "
+            tokenized = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
+            if not isinstance(tokenized, list):
+                raise RecipeError(f"input {number} cannot be read: {tokenized}", "give texts of one word at least, and "
                                   f"{self.rooms[name]} tokens at most")
-            encoded.append(found[0])
+            encoded.append(tokenized[0])
         states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
         for row in rows.first_fit(encoded, ROW):
             batch = rows.batch([encoded[i] for i in row]).to(self.base.device)
@@ -128,15 +128,15 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
             raise RecipeError(f"{whole!r} is a whole model, which shares nothing with the others",
                               "serve it by itself, on a port of its own")
         (name, run), = folders.items()
-        made, base, _ = open_run(run, False, base_model, report)
+        recipe, base, _ = open_run(run, False, base_model, report)
         base.train(False)
-        return ServedModels(base, None, {name: None}, {name: build_prompt_format(run, made)},
+        return ServedModels(base, None, {name: None}, {name: build_prompt_format(run, recipe)},
                             {name: base.structure.sizes["context"]})
     recipes = {name: open_recipe(run.existing(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
-    for name, made in recipes.items():
+    for name, recipe in recipes.items():
         if base_model is None and (conflict := describe_model_conflict(folders[name], recipes[first].base)):
-            raise RecipeError(f"{name!r} was made on {made.base.name!r}, and {first!r} on "
+            raise RecipeError(f"{name!r} was made on {recipe.base.name!r}, and {first!r} on "
                               f"{recipes[first].base.name!r}: {conflict}", "serve runs of one base together")
     base = load_family(recipes[first].base)
     bank = attach_runs(base, folders)
@@ -147,4 +147,4 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
                         {plain: PromptFormat(),
                          **{name: build_prompt_format(run, recipes[name]) for name, run in folders.items()}},
                         {plain: base.structure.sizes["context"],
-                         **{name: compute_text_length(made.method, base) for name, made in recipes.items()}})
+                         **{name: compute_text_length(recipe.method, base) for name, recipe in recipes.items()}})

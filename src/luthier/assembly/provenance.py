@@ -43,10 +43,10 @@ def ignore(line: str) -> None:
 # ---------------------------------------------------------------- what is kept
 
 
-def record_start(made: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
+def record_start(recipe: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
     """The `provenance` of recipe.yaml. `left_out`: settings whose values were not given but found at the start."""
-    return {**provenance(made), "base": identity.to_json(), "recipe_sha256": json_sha256(dump(made)),
-            "runs_sha256": _digest_runs(made), "resolved": left_out}
+    return {**provenance(recipe), "base": identity.to_json(), "recipe_sha256": json_sha256(dump(recipe)),
+            "runs_sha256": _digest_runs(recipe), "resolved": left_out}
 
 
 @dataclass(frozen=True)
@@ -83,18 +83,18 @@ def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 
-def _digest_runs(made: Recipe) -> dict[str, dict[str, str]]:
+def _digest_runs(recipe: Recipe) -> dict[str, dict[str, str]]:
     """The weights of the runs that a recipe names: the one to start from, and those that judge."""
-    rewards = made.objective.reward if isinstance(made.objective, OnlineRLConfig) else ()
-    named = {"start": made.start, **{f"objective.reward.{i}.model": worth.model for i, worth in enumerate(rewards)}}
+    rewards = recipe.objective.reward if isinstance(recipe.objective, OnlineRLConfig) else ()
+    named = {"start": recipe.start, **{f"objective.reward.{i}.model": worth.model for i, worth in enumerate(rewards)}}
     return {key: {file.name: file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
             for key, place in named.items() if place is not None and Path(place).is_dir()}
 
 
 def describe_base(base: BaseConfig) -> dict[str, Any]:
     """What an exported adapter says of its base: its public name and its digests, and no path."""
-    found = identify_base(base)
-    return {"name": get_public_name(base, found.upstream), "revision": found.revision, "sha256": dict(found.digests)}
+    identity = identify_base(base)
+    return {"name": get_public_name(base, identity.upstream), "revision": identity.revision, "sha256": dict(identity.digests)}
 
 
 # ---------------------------------------------------------------- the base
@@ -111,15 +111,15 @@ def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore
         BaseError: the base is not there, or has other weights or another config.
         RunError: `base_model` for a run that needs no base.
     """
-    made = recorded(run)
+    recipe = recorded(run)
     for line in list_changes(run):
         report(f"warning: {line}")
     if run.adapter is None:
         if base_model is not None:
             raise RunError(f"{str(run.path)!r} holds a whole model, so it has no base that could have moved",
                            "leave the base model out (--base-model)")
-        return made
-    return made.model_copy(update={"base": check_base(run, made.base, base_model, report)})
+        return recipe
+    return recipe.model_copy(update={"base": check_base(run, recipe.base, base_model, report)})
 
 
 def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report: Report = ignore) -> BaseConfig:
@@ -133,14 +133,14 @@ def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report
         if base_model is None:
             _find_model(run, config, prepare_folder)
         return config
-    found = _find_model(run, config, identify_base)
-    if conflict := compare_digests(kept, found.digests):
+    identity = _find_model(run, config, identify_base)
+    if conflict := compare_digests(kept, identity.digests):
         raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name!r}: {conflict}",
                         "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
                         "base_model=PATH)")
-    if (old := kept.get("tokenizer")) and old != found.digests.get("tokenizer"):
+    if (old := kept.get("tokenizer")) and old != identity.digests.get("tokenizer"):
         report(f"warning: tokenizer or chat template of the base {config.name!r} have changed since "
-               f"{str(run.path)!r} was trained (sha256 {old[:SHOWN]}, now {found.digests['tokenizer'][:SHOWN]}): "
+               f"{str(run.path)!r} was trained (sha256 {old[:SHOWN]}, now {identity.digests['tokenizer'][:SHOWN]}): "
                "prompts may be rendered in another way")
     return config
 
@@ -191,16 +191,16 @@ def list_changes(run: Run) -> list[str]:
     kept = run.results.get("digests")
     if not kept:
         return []
-    found = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now {now[:SHOWN] or 'no file'})"
+    changes = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now {now[:SHOWN] or 'no file'})"
              for name, old in kept["trained"].items()
              if (now := file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
     if json_sha256(run.recipe) != kept["recipe"]:
-        found.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
-    found += _describe_changed_metrics(run, kept["metrics"], "the run ended")
+        changes.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
+    changes += _describe_changed_metrics(run, kept["metrics"], "the run ended")
     if run.recipe and _digest_runs(recorded(run)) != (run.provenance.get("runs_sha256") or {}):
-        found.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) is not there any more, or "
+        changes.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) is not there any more, or "
                      "has other weights")
-    return found
+    return changes
 
 
 def _describe_changed_metrics(run: Run, kept: Mapping[str, Any], since: str) -> list[str]:
@@ -229,28 +229,28 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
         report(f"warning: {line}")
 
 
-def check_runs(made: Recipe, report: Report) -> None:
+def check_runs(recipe: Recipe, report: Report) -> None:
     """Check the runs that a recipe names, before anything is loaded. Raises `RunError` or `RecipeError` where the run
     to start from is not there or stands on another base."""
-    if made.start is None:
+    if recipe.start is None:
         return
-    start = Run(made.start).existing()
-    if conflict := describe_model_conflict(start, made.base):
+    start = Run(recipe.start).existing()
+    if conflict := describe_model_conflict(start, recipe.base):
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  base.name: "
-                          f"{recorded(start).base.name!r}, now {made.base.name!r}: {conflict}",
+                          f"{recorded(start).base.name!r}, now {recipe.base.name!r}: {conflict}",
                           "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
                           "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
         report(f"warning: {line}")
 
 
-def _drop_paths(made: Recipe) -> Recipe:
+def _drop_paths(recipe: Recipe) -> Recipe:
     """The recipe with bare names for paths: base, runs and rows have digests of their own, wherever they are."""
-    base = made.base.model_copy(update={"name": "-"})
-    return map_paths(made, lambda path: Path(path).name).model_copy(update={"base": base})
+    base = recipe.base.model_copy(update={"name": "-"})
+    return map_paths(recipe, lambda path: Path(path).name).model_copy(update={"base": base})
 
 
-def list_differences(run: Run, made: Recipe) -> list[str]:
+def list_differences(run: Run, recipe: Recipe) -> list[str]:
     """The settings by which a recipe is another one than the run's own: what it leaves out is as in the run, paths are
     the same from any working directory, and a base is the same wherever it is."""
     saved, kept = Recipe.parse(run.recipe), read_digests(run)
@@ -258,7 +258,7 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
         saved = _make_absolute(saved)
     known: set[str] = set()
     map_paths(saved, lambda path: known.add(path) or path)  # type: ignore[func-returns-value]
-    ours = _make_absolute(fill_left_out(made, saved), known)
+    ours = _make_absolute(fill_left_out(recipe, saved), known)
     conflict = ""
     if kept and ours.base.name != saved.base.name:
         conflict = compare_digests(kept, identify_base(ours.base).digests)
@@ -269,13 +269,13 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
     return [*([conflict] if conflict else []), *changed(saved, ours)]
 
 
-def _make_absolute(made: Recipe, known: Collection[str] = ()) -> Recipe:
+def _make_absolute(recipe: Recipe, known: Collection[str] = ()) -> Recipe:
     """As `make_paths_absolute`, for a recipe whose files may not be there; `known` are absolute paths that were."""
-    base = made.base
+    base = recipe.base
     if Path(base.name).expanduser().exists() and is_local_path(base.name):
         base = base.model_copy(update={"name": str(Path(base.name).expanduser().absolute())})
 
     def absolute(path: str) -> str:
         place = str(Path(path).expanduser().absolute())
         return place if place in known or Path(place).exists() else path
-    return map_paths(made, absolute).model_copy(update={"base": base})
+    return map_paths(recipe, absolute).model_copy(update={"base": base})

@@ -64,27 +64,27 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
         bare = Recipe(base=BaseConfig(name=str(run.path)), data=DataConfig.parse({"train": "-"}))
         return bare, load_family(bare.base), None
     run.existing()
-    made = open_recipe(run, base_model, report)
-    if whole and made.base.quantize != "none":
-        made = made.model_copy(update={"base": made.base.model_copy(update={"quantize": "none"})})
+    recipe = open_recipe(run, base_model, report)
+    if whole and recipe.base.quantize != "none":
+        recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"quantize": "none"})})
     if run.adapter is None:
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
         # it is in the weights
-        base = load_family(made.base.model_copy(update={"name": str(run.path), "structure": None}),
-                           made.objective.uses_masking)
-        if has_saved_heads(made.objective):
-            base.add_heads(made.objective.heads, made.seed).load(_read_full_model_heads(run, base))
-        return made, base, None
-    base = load_family(made.base, made.objective.uses_masking)
+        base = load_family(recipe.base.model_copy(update={"name": str(run.path), "structure": None}),
+                           recipe.objective.uses_masking)
+        if has_saved_heads(recipe.objective):
+            base.add_heads(recipe.objective.heads, recipe.seed).load(_read_full_model_heads(run, base))
+        return recipe, base, None
+    base = load_family(recipe.base, recipe.objective.uses_masking)
     _restore_chat_format(run, base)
-    attached = attach_method(base, made.method, made.seed)
-    if has_saved_heads(made.objective):
-        attached = attach_heads(base, attached, made.objective, made.seed)
-    saved = rename_weights(load_adapter_weights(run, base.structure), attached.state(), base)
-    attached.load(drop_base_weights(saved, attached.state(), base.structure.model))
-    return made, base, attached
+    tuner = attach_method(base, recipe.method, recipe.seed)
+    if has_saved_heads(recipe.objective):
+        tuner = attach_heads(base, tuner, recipe.objective, recipe.seed)
+    saved = rename_weights(load_adapter_weights(run, base.structure), tuner.state(), base)
+    tuner.load(drop_base_weights(saved, tuner.state(), base.structure.model))
+    return recipe, base, tuner
 
 
 def _restore_chat_format(run: Run, base: Family) -> None:
@@ -98,11 +98,11 @@ def _restore_chat_format(run: Run, base: Family) -> None:
     base.chat_format = ChatFormat(template, stops, trained=True)
 
 
-def build_prompt_format(run: Run, made: Recipe) -> PromptFormat:
+def build_prompt_format(run: Run, recipe: Recipe) -> PromptFormat:
     """How prompts of a run, or of a base, are written. What was trained on conversations keeps its stop tokens; of what
     others made nothing is known, and it is asked as a base is."""
     known = bool(run.recipe) and run.adapter is not None
-    return PromptFormat(made.data, not known or (run.path / STOPS).is_file())
+    return PromptFormat(recipe.data, not known or (run.path / STOPS).is_file())
 
 
 def has_saved_heads(objective: Objective) -> bool:
@@ -150,71 +150,71 @@ def is_embedding_objective(objective: Objective) -> bool:
     return objective.required_outputs == frozenset({"pooled"})
 
 
-def save_full_model(run: Run, made: Recipe, base: Family) -> None:
+def save_full_model(run: Run, recipe: Recipe, base: Family) -> None:
     """Write the model as it now is. Heads that Transformers' class of the architecture has are in it; others, and
     scalars, are put beside it, and the recipe says what they are for."""
     base.save(run.path)
-    _save_embedding(run, made, base)
-    if not has_saved_heads(made.objective):
+    _save_embedding(run, recipe, base)
+    if not has_saved_heads(recipe.objective):
         return
     inside = base.heads.task_head.weights() if base.heads.task_head is not None else {}
     if heads := {name: tensor for name, tensor in base.heads.state().items()
                  if name.removeprefix(PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
     if not run.recipe:
-        run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
+        run.write("recipe.yaml", yaml.safe_dump(dump(make_public(recipe)), sort_keys=False, allow_unicode=True))
 
 
-def resolve_saved_dtype(made: Recipe, base: Family) -> torch.dtype:
+def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:
     """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
     gone that of the model as it is."""
     try:
-        return read_stored_dtype(made.base)
+        return read_stored_dtype(recipe.base)
     except BaseError:
         weight = base.structure.embedding.weight
         assert isinstance(weight, torch.Tensor)
         return weight.dtype
 
 
-def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
+def _save_embedding(run: Run, recipe: Recipe, base: Family) -> None:
     """What Sentence Transformers reads, of a run that gives vectors of texts."""
-    if is_embedding_objective(made.objective) and not base.is_encoder_decoder and "channels" not in base.structure.sizes:
+    if is_embedding_objective(recipe.objective) and not base.is_encoder_decoder and "channels" not in base.structure.sizes:
         make_embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
         write_sentence_files(run.path, base.structure.sizes["hidden"], base.pooling,
-                             max_length=resolve_data_config(made, base).max_length, normalize=True)
+                             max_length=resolve_data_config(recipe, base).max_length, normalize=True)
 
 
-def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bool = False) -> None:
+def save_tuned(run: Run, recipe: Recipe, base: Family, tuner: Tuner, public: bool = False) -> None:
     """Write the trained weights as Transformers and PEFT read them, and the tokenizer.
 
     `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
     base_model.json holds the base's digests.
     """
-    if isinstance(made.objective, OnlineRLConfig) and made.objective.heads:
-        assert isinstance(attached, Several), "the critic stands beside the method"
-        attached = attached.parts[0]
-    config = attached.peft()
+    if isinstance(recipe.objective, OnlineRLConfig) and recipe.objective.heads:
+        assert isinstance(tuner, Several), "the critic stands beside the method"
+        tuner = tuner.parts[0]
+    config = tuner.peft()
     if config is None:
-        save_full_model(run, made, base)
+        save_full_model(run, recipe, base)
         return
-    state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
+    state = {name: tensor.contiguous().cpu() for name, tensor in tuner.state().items()
              if not name.startswith(TRAINING)}
     if scalars := {PREFIX + name: state.pop(PREFIX + name) for name in base.heads.scalars}:
         save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
-    state, config = _rename_for_loading(state, config, made, base)
+    state, config = _rename_for_loading(state, config, recipe, base)
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
-    name = name_base(made.base, public)
+    name = name_base(recipe.base, public)
     run.write("adapter_config.json", {**with_whole_alphas(config), "base_model_name_or_path": name,
-                                      "revision": made.base.revision})
+                                      "revision": recipe.base.revision})
     if public:
-        run.write(BASE_FILE, describe_base(made.base))
+        run.write(BASE_FILE, describe_base(recipe.base))
     base.get_padded_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
     # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
     if config["peft_type"] not in (OWN, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
-        _save_embedding(run, made, base)
+        _save_embedding(run, recipe, base)
 
 
 def name_base(config: BaseConfig, public: bool = False) -> str:
@@ -226,10 +226,10 @@ def name_base(config: BaseConfig, public: bool = False) -> str:
     return config.name if hub else str(prepare_folder(config).absolute())
 
 
-def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tuner:
+def convert_to_plain_lora(base: Family, tuner: Tuner, rank: int | None) -> Tuner:
     """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
     to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
-    parts = list(attached.parts) if isinstance(attached, Several) else [attached]
+    parts = list(tuner.parts) if isinstance(tuner, Several) else [tuner]
     forms = [part.peft() or {} for part in parts]
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
     tuned = [part for part in parts if part not in heads]
@@ -241,11 +241,11 @@ def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tu
     return Several([found, *heads]) if heads else found
 
 
-def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
+def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], recipe: Recipe,
                         base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
     own, home = base.heads.task_head, base.backbone_prefix
-    if own is None and (not is_embedding_objective(made.objective) or base.is_encoder_decoder):
+    if own is None and (not is_embedding_objective(recipe.objective) or base.is_encoder_decoder):
         return state, config
     new = "" if own is None else own.backbone_prefix
     heads = set() if own is None else {PREFIX + name for name in own.weights()}

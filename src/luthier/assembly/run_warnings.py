@@ -46,55 +46,55 @@ UNUSED = "{} has no effect: {}"
 
 def _has_other_loss(loss: str) -> Callable[[Recipe], bool]:
     """Whether the objective is contrastive, with another loss."""
-    return lambda made: isinstance(made.objective, ContrastiveConfig) and made.objective.loss != loss
+    return lambda recipe: isinstance(recipe.objective, ContrastiveConfig) and recipe.objective.loss != loss
 
 
-def _untrained_critic(made: Recipe) -> bool:
-    return isinstance(made.objective, PpoConfig) and not made.objective.vf_coef
+def _untrained_critic(recipe: Recipe) -> bool:
+    return isinstance(recipe.objective, PpoConfig) and not recipe.objective.vf_coef
 
 
 def _reads_none_of(*kinds: str) -> Callable[[Recipe], bool]:
-    return lambda made: not made.objective.example_types & {f"{kind}Example" for kind in kinds}
+    return lambda recipe: not recipe.objective.example_types & {f"{kind}Example" for kind in kinds}
 
 
-def _evaluates(made: Recipe) -> bool:
-    return made.data.eval is not None
+def _evaluates(recipe: Recipe) -> bool:
+    return recipe.data.eval is not None
 
 
-def _one_step_a_round(made: Recipe) -> bool:
-    return isinstance(made.objective, OnlineRLConfig) and made.objective.is_single_step
+def _one_step_a_round(recipe: Recipe) -> bool:
+    return isinstance(recipe.objective, OnlineRLConfig) and recipe.objective.is_single_step
 
 
 ONCE = "each round is one optimizer step (one epoch of one mini-batch), taken by the policy that answered"
 # (setting, when it has no effect, why). A setting is named only where it differs from its default.
 RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
-    ("training.keep", lambda made: not (_evaluates(made) or made.training.save_every),
+    ("training.keep", lambda recipe: not (_evaluates(recipe) or recipe.training.save_every),
      "one checkpoint alone is written, at the end (set training.save_every)"),
-    ("optimizer.floor", lambda made: made.optimizer.schedule == "constant", "optimizer.schedule is constant"),
-    ("evaluate.max_new_tokens", lambda made: not made.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
-    ("evaluate.batch_size", lambda made: not made.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
-    ("evaluate.limit", lambda made: not _evaluates(made) and made.data.test is None,
+    ("optimizer.floor", lambda recipe: recipe.optimizer.schedule == "constant", "optimizer.schedule is constant"),
+    ("evaluate.max_new_tokens", lambda recipe: not recipe.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
+    ("evaluate.batch_size", lambda recipe: not recipe.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
+    ("evaluate.limit", lambda recipe: not _evaluates(recipe) and recipe.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
-    ("evaluate.before", lambda made: not _evaluates(made) and made.data.test is None,
+    ("evaluate.before", lambda recipe: not _evaluates(recipe) and recipe.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
-    ("base.pooling", lambda made: not made.objective.required_outputs & {"pooled", "scores"},
+    ("base.pooling", lambda recipe: not recipe.objective.required_outputs & {"pooled", "scores"},
      "the objective reads no state of a whole text"),
-    ("base.revision", lambda made: made.base.name in ALIASES or Path(made.base.name).exists(),
+    ("base.revision", lambda recipe: recipe.base.name in ALIASES or Path(recipe.base.name).exists(),
      "base.name is no id of the hub"),
-    ("data.train_on", lambda made: "ChatExample" not in made.objective.example_types, "the objective reads no chats"),
+    ("data.train_on", lambda recipe: "ChatExample" not in recipe.objective.example_types, "the objective reads no chats"),
     ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "UnpairedPreference"),
      "the objective reads no chats or prompts"),
     ("data.share_prompt", _reads_none_of("Compared", "UnpairedPreference"),
      "the objective compares no answers to one prompt"),
-    ("data.score_scale", lambda made: not (isinstance(made.objective, ContrastiveConfig)
-                                            and made.objective.loss == "cosent"),
+    ("data.score_scale", lambda recipe: not (isinstance(recipe.objective, ContrastiveConfig)
+                                            and recipe.objective.loss == "cosent"),
      "the objective reads no similarity scores (contrastive with loss: cosent)"),
     ("objective.symmetric", _has_other_loss("infonce"), "it belongs to loss: infonce"),
     ("objective.mask_duplicates", _has_other_loss("infonce"), "it belongs to loss: infonce"),
     ("objective.margin", _has_other_loss("triplet"), "it belongs to loss: triplet"),
     ("objective.labels", _has_other_loss("supcon"), "it belongs to loss: supcon"),
-    ("objective.temperature", lambda made: isinstance(made.objective, ContrastiveConfig)
-     and made.objective.loss == "triplet", "a triplet has a margin, and no temperature"),
+    ("objective.temperature", lambda recipe: isinstance(recipe.objective, ContrastiveConfig)
+     and recipe.objective.loss == "triplet", "a triplet has a margin, and no temperature"),
     ("objective.cliprange", _one_step_a_round, ONCE),
     ("objective.epsilon", _one_step_a_round, ONCE),
     ("objective.epsilon_high", _one_step_a_round, ONCE),
@@ -102,45 +102,45 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("objective.cliprange_value", _one_step_a_round, ONCE),
     ("objective.cliprange_value", _untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
     ("objective.critic", _untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
-    ("objective.kl_penalty_in", lambda made: isinstance(made.objective, PpoConfig) and not made.objective.kl_coef,
+    ("objective.kl_penalty_in", lambda recipe: isinstance(recipe.objective, PpoConfig) and not recipe.objective.kl_coef,
      "objective.kl_coef is 0"),
 )
 
 
-def find_unused_settings(made: Recipe) -> list[str]:
+def find_unused_settings(recipe: Recipe) -> list[str]:
     """Settings that were given and have no effect, each with the reason."""
-    found = [UNUSED.format(setting, reason) for setting, unused, reason in RULES
-             if _is_changed(made, setting) and unused(made)]
-    return list(dict.fromkeys([*idle(made), *found, *_unused_sources(made), *_unused_rewards(made)]))
+    unused_settings = [UNUSED.format(setting, reason) for setting, unused, reason in RULES
+             if _is_changed(recipe, setting) and unused(recipe)]
+    return list(dict.fromkeys([*idle(recipe), *unused_settings, *_unused_sources(recipe), *_unused_rewards(recipe)]))
 
 
-def _is_changed(made: Recipe, setting: str) -> bool:
+def _is_changed(recipe: Recipe, setting: str) -> bool:
     """Whether the recipe has such a setting, at another value than its default."""
     part, _, name = setting.partition(".")
-    config = made.__dict__[part]
+    config = recipe.__dict__[part]
     field = type(config).model_fields.get(name)
     return field is not None and config.__dict__[name] != field.get_default(call_default_factory=True)
 
 
-def _unused_sources(made: Recipe) -> Iterator[str]:
-    sources = made.data.train
+def _unused_sources(recipe: Recipe) -> Iterator[str]:
+    sources = recipe.data.train
     weights = {source.weight for source in sources}
-    if made.training.steps and len(weights) == 1 and weights != {1.0}:
+    if recipe.training.steps and len(weights) == 1 and weights != {1.0}:
         yield UNUSED.format("data.train: weight", "all sources have the same, and training.steps is given")
     for source in sources:
         if source.document != "auto" and source.path.endswith(TABLES):
             yield UNUSED.format("data.train: document", f"{source.path!r} is no plain text")
 
 
-def _unused_rewards(made: Recipe) -> Iterator[str]:
-    if not isinstance(made.objective, OnlineRLConfig):
+def _unused_rewards(recipe: Recipe) -> Iterator[str]:
+    if not isinstance(recipe.objective, OnlineRLConfig):
         return
-    rewards = made.objective.reward
+    rewards = recipe.objective.reward
     for reward in rewards:
         name = reward.function or reward.model or reward.url
         if not reward.weight:
             yield f"objective.reward: {name!r} has weight 0, so what it says of an answer is not learned from"
-    scaled = isinstance(made.objective, GrpoConfig) and made.objective.advantage_estimator == "grpo"
+    scaled = isinstance(recipe.objective, GrpoConfig) and recipe.objective.advantage_estimator == "grpo"
     if scaled and len(rewards) == 1 and rewards[0].weight > 0 and rewards[0].weight != 1:
         yield UNUSED.format("objective.reward: weight", "there is one reward, and advantages are divided by its "
                             "standard deviation")
@@ -149,18 +149,18 @@ def _unused_rewards(made: Recipe) -> Iterator[str]:
 # ---------------------------------------------------------------- of the rows
 
 
-def find_data_problems(made: Recipe, found: Datasets) -> list[str]:
+def find_data_problems(recipe: Recipe, datasets: Datasets) -> list[str]:
     """Why the rows as they are teach nothing, or less than they seem to. Of streamed rows nothing is known yet."""
-    if not found.train:
+    if not datasets.train:
         return []
-    objective = made.objective
+    objective = recipe.objective
     if isinstance(objective, KtoConfig):
-        return list(_of_verdicts(found.train))
+        return list(_of_verdicts(datasets.train))
     if isinstance(objective, ClassifyConfig):
-        return list(_of_classes(made, objective, found))
+        return list(_of_classes(recipe, objective, datasets))
     if isinstance(objective, ContrastiveConfig):
-        return list(_of_contrast(made, objective, found))
-    widest = max((len(one.items) for one in found.train), default=0)
+        return list(_of_contrast(recipe, objective, datasets))
+    widest = max((len(one.items) for one in datasets.train), default=0)
     if isinstance(objective, RewardConfig) and objective.ranking == "all_pairs" and widest == 2:
         return [UNUSED.format("objective.ranking", "every row compares two answers, of which both are the same loss")]
     return []
@@ -176,8 +176,8 @@ def _of_verdicts(train: Sequence[Encoded]) -> Iterator[str]:
                + ("; for good answers alone use objective: sft" if labels == {1.0} else ""))
 
 
-def _of_classes(made: Recipe, objective: ClassifyConfig, found: Datasets) -> Iterator[str]:
-    items = [item for one in found.train for item in one.items]
+def _of_classes(recipe: Recipe, objective: ClassifyConfig, datasets: Datasets) -> Iterator[str]:
+    items = [item for one in datasets.train for item in one.items]
     if objective.task == "regression":
         if len({item.label for item in items}) == 1:
             yield f"all {len(items)} train rows have the label {items[0].label:g}: only a constant can be learned"
@@ -189,22 +189,22 @@ def _of_classes(made: Recipe, objective: ClassifyConfig, found: Datasets) -> Ite
                 yield (f"{'all' if flags == {1.0} else 'none'} of the {len(items)} train rows have the class {name!r}: "
                        "it cannot be told apart")
         return
-    missing = [name for name in objective.labels if not found.counts.get(name)]
+    missing = [name for name in objective.labels if not datasets.counts.get(name)]
     if len(objective.labels) - len(missing) == 1:
         there = next(name for name in objective.labels if name not in missing)
         yield f"all train rows have the class {there!r}: there is nothing to tell apart; give rows of other classes"
     elif missing:
         yield f"no train row has the class {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else "")
-    elif objective.task == "single" and not made.data.shuffle and made.training.batch_size > 1:
-        flat, total = _count_batches(made, found, lambda batch: len({one.items[0].label for one in batch}) == 1)
+    elif objective.task == "single" and not recipe.data.shuffle and recipe.training.batch_size > 1:
+        flat, total = _count_batches(recipe, datasets, lambda batch: len({one.items[0].label for one in batch}) == 1)
         if flat >= MANY * total:
             yield (f"in {flat} of {total} batches of an epoch all rows have one class, and data.shuffle is false: "
                    "shuffle the rows")
 
 
-def _of_contrast(made: Recipe, objective: ContrastiveConfig, found: Datasets) -> Iterator[str]:
+def _of_contrast(recipe: Recipe, objective: ContrastiveConfig, datasets: Datasets) -> Iterator[str]:
     kinds = {"infonce": _has_no_negative, "supcon": _has_no_contrast, "cosent": _has_no_order, "triplet": _has_no_gap}
-    flat, total = _count_batches(made, found, lambda batch: kinds[objective.loss](batch, objective.mask_duplicates))
+    flat, total = _count_batches(recipe, datasets, lambda batch: kinds[objective.loss](batch, objective.mask_duplicates))
     reasons = {
         "infonce": "no anchor has a negative that differs from its positive (negatives are the batch's other "
                    "positives)",
@@ -214,15 +214,15 @@ def _of_contrast(made: Recipe, objective: ContrastiveConfig, found: Datasets) ->
     if flat >= MANY * total:
         what = "every batch" if flat == total else f"{flat} of {total} batches of an epoch"
         yield (f"nothing can be learned from {what}: {reasons[objective.loss]}; raise training.batch_size "
-               f"({made.training.batch_size}), or give rows that differ")
+               f"({recipe.training.batch_size}), or give rows that differ")
     if objective.loss != "infonce":
         return
-    seen = Counter(item.text_id for one in found.train for item in one.items if item.label == 1)
+    seen = Counter(item.text_id for one in datasets.train for item in one.items if item.label == 1)
     twice = sum(count for text, count in seen.items() if text is not None and count > 1)
     if twice and not objective.mask_duplicates and flat < total:
         yield (f"{twice} of {sum(seen.values())} positives occur more than once, and where two share a batch each "
                "counts as a negative of the other's anchor; objective.mask_duplicates: true leaves those negatives out")
-    if objective.mask_duplicates and not _has_duplicates(found.train):
+    if objective.mask_duplicates and not _has_duplicates(datasets.train):
         yield UNUSED.format("objective.mask_duplicates", "no text occurs in two train rows")
 
 
@@ -264,32 +264,32 @@ def _has_no_gap(batch: Sequence[Encoded], _: bool) -> bool:
                == {_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch)
 
 
-def _count_batches(made: Recipe, found: Datasets, is_flat: Callable[[Sequence[Encoded]], bool]) -> tuple[int, int]:
+def _count_batches(recipe: Recipe, datasets: Datasets, is_flat: Callable[[Sequence[Encoded]], bool]) -> tuple[int, int]:
     """Of the first epoch's batches those for which this is true, and how many there are."""
-    size = made.training.batch_size
-    order = Loader(found.train, size, None, shuffle=made.data.shuffle, seed=made.seed, mix=found.mix).order(0)
-    batches = [[found.train[i] for i in order[at:at + size]] for at in range(0, len(order), size)]
+    size = recipe.training.batch_size
+    order = Loader(datasets.train, size, None, shuffle=recipe.data.shuffle, seed=recipe.seed, mix=datasets.mix).order(0)
+    batches = [[datasets.train[i] for i in order[at:at + size]] for at in range(0, len(order), size)]
     return sum(map(is_flat, batches)), len(batches)
 
 
 # ---------------------------------------------------------------- of the method on its base
 
 
-def find_method_problems(made: Recipe, base: Family, attached: Tuner) -> list[str]:
+def find_method_problems(recipe: Recipe, base: Family, tuner: Tuner) -> list[str]:
     """Ranks above a map's size, patterns that match nothing, a weight decay of what is never decayed."""
-    parameters, found = attached.parameters(), []
-    for part in parts_of(made.method):
+    parameters, problems = tuner.parameters(), []
+    for part in parts_of(recipe.method):
         if isinstance(part, LoraConfig):
             for setting, patterns in (("rank_pattern", part.rank_pattern), ("alpha_pattern", part.alpha_pattern)):
-                found += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
+                problems += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
                           for pattern in patterns if not any(matches(site, pattern) for site in base.structure.linears)]
         if isinstance(part, LoraConfig | AdaLoraConfig):
-            found += _of_ranks(part.name, [site for site in base.structure.linears if any(
+            problems += _of_ranks(part.name, [site for site in base.structure.linears if any(
                 f".{site.name}." in f".{name}." for name in parameters)], {
                     name: tuple(parameter.shape) for name, parameter in parameters.items()})
-    if made.optimizer.weight_decay and all(parameter.ndim < 2 for parameter in parameters.values()):
-        found.append(UNUSED.format("optimizer.weight_decay", "all that trains are vectors, which are never decayed"))
-    return found
+    if recipe.optimizer.weight_decay and all(parameter.ndim < 2 for parameter in parameters.values()):
+        problems.append(UNUSED.format("optimizer.weight_decay", "all that trains are vectors, which are never decayed"))
+    return problems
 
 
 def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
@@ -308,24 +308,24 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
 # ---------------------------------------------------------------- of the number of steps
 
 
-def find_schedule_problems(made: Recipe, feed: BatchSource) -> list[str]:
+def find_schedule_problems(recipe: Recipe, feed: BatchSource) -> list[str]:
     """What does not happen within the run's steps."""
-    training, found = made.training, []
+    training, problems = recipe.training, []
     total = total_steps(training, feed.steps_per_epoch)
     length = f"the run has {total} step{'s' if total > 1 else ''}"
-    known = training.steps and made.optimizer.warmup >= training.steps  # `idle` has said it
-    if not known and all(factor(made.optimizer, step, total) < 1 for step in range(total)):
-        found.append(f"optimizer.learning_rate is never reached: optimizer.warmup {made.optimizer.warmup:g} is as long "
+    known = training.steps and recipe.optimizer.warmup >= training.steps  # `idle` has said it
+    if not known and all(factor(recipe.optimizer, step, total) < 1 for step in range(total)):
+        problems.append(f"optimizer.learning_rate is never reached: optimizer.warmup {recipe.optimizer.warmup:g} is as long "
                      f"as the run, {total} steps")
     if training.save_every and training.save_every > total:
-        found.append(UNUSED.format(f"training.save_every {training.save_every}", length))
+        problems.append(UNUSED.format(f"training.save_every {training.save_every}", length))
     every = training.eval_every or feed.steps_per_epoch or total
-    if made.data.eval is not None:
+    if recipe.data.eval is not None:
         if training.eval_every and training.eval_every > total:
-            found.append(UNUSED.format(f"training.eval_every {training.eval_every}",
+            problems.append(UNUSED.format(f"training.eval_every {training.eval_every}",
                                        f"{length}; its end is evaluated anyway"))
         evaluations = total // every + (total % every > 0)
         if training.patience and training.patience >= evaluations:
-            found.append(UNUSED.format(f"training.patience {training.patience}",
+            problems.append(UNUSED.format(f"training.patience {training.patience}",
                                        f"{length}, with {evaluations} evaluations"))
-    return found
+    return problems
