@@ -14,6 +14,7 @@ import torch
 
 from luthier import assembly
 from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
+from luthier.assembly.model_card_facts import collect_model_card_facts
 from luthier.assembly.recipe import Recipe, method_name
 from luthier.assembly.run_io import (
     convert_to_plain_lora,
@@ -99,8 +100,8 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
             if to != "adapter":
                 assembly.cast_weights(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(recipe, base))
             _write_folder(temporary, to, recipe, base, tuner)
-            text = build_model_card(Run(temporary), run, recipe, base)
-            Run(temporary).write("README.md", text.replace(f"# {temporary.name}\n", f"# {out.name}\n", 1))
+            facts = collect_model_card_facts(Run(temporary), run, recipe, base, title=out.name)
+            Run(temporary).write("README.md", build_model_card(facts))
     return out
 
 

@@ -23,6 +23,7 @@ from luthier.assembly.factory import (
     resolve_micro_batch_tokens,
     set_chat_format,
 )
+from luthier.assembly.model_card_facts import collect_model_card_facts
 from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.provenance import (
     CheckpointRecord,
@@ -321,7 +322,7 @@ def _finish_run(run: Run, recipe: Recipe, job: Job, summary: Summary, part: str,
         results["scores"] = after.scores
     run.write("results.json", results | record_results(run))
     plot_loss(run.metrics, run.path / "loss.png")
-    run.write("README.md", build_model_card(run, run, recipe, base))
+    run.write("README.md", build_model_card(collect_model_card_facts(run, run, recipe, base)))
 
 
 def _evaluate_objective(recipe: Recipe, base: Any, test: list[Encoded], reference: Reference,
