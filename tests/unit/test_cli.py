@@ -139,7 +139,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["data", "check", "train.jsonl", "max_lenght=4"], ["did you mean 'max_length'"]),
     (["export", "full", "--to", "adapter"], ["whole model"]),
     (["export", "lora", "--to", "gguff"], ["invalid choice"]),
-    (["export", "lora", "--out", "base"], ["already holds something"]),
+    (["export", "lora", "--out", "base"], ["already exists and is not empty"]),
     (["demo", "recipe.yaml"], ["settings"]),
 ])
 def test_errors_are_one_message_with_a_remedy(run: Callable[..., Output], words: list[str], expected: list[str]) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.api.plan import build_advice, plan
+from luthier.api.plan import plan
 from luthier.assembly import build_variant, estimate_weight_gb, recipe
 from luthier.core.errors import RecipeError
+from luthier.planning.advice import build_advice
 from tiny import save_tiny
 
 ROWS = 40

@@ -16,7 +16,7 @@ from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
 from luthier.core.protocols import SamplingParams, Tuner
 from luthier.reporting.progress import print_line, status
-from luthier.serving.engine import stream
+from luthier.serving.detokenizer import stream_text
 from luthier.training.run_folder import Run
 
 
@@ -42,7 +42,7 @@ class ChatSession:
         prompt = encode_chat_prompt(self.base, turns, self.form)
         answer = ""
         with self.attached.disabled() if self.bare and self.attached else nullcontext():
-            for bit in stream(self.base.stream(prompt, self.sampling), self.base.tokenizer.decode):
+            for bit in stream_text(self.base.stream(prompt, self.sampling), self.base.tokenizer.decode):
                 answer += bit
                 yield bit
         self.said = [*turns, Message("assistant", answer)]

@@ -9,7 +9,7 @@ questions with choices (what was forgotten), trainable share, seconds, peak memo
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from luthier.assembly.method_variants import build_variant
 from luthier.assembly.recipe import Recipe
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import ComparedExample
+from luthier.reporting.comparison import format_table
 from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_apart
@@ -122,30 +123,3 @@ def _build_row(method: str, run: Run, other: _RetentionData | None, quiet: bool)
             "perplexity_before": (results.get(f"{part}_before") or {}).get("perplexity"),
             "rate": max((line.get("learning_rate", 0.0) for line in run.metrics), default=0.0),
             **{name: results[name] for name in COLUMNS if name in results}}
-
-
-def format_table(comparison: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table."""
-    general, rows = comparison.get("general_before"), comparison["methods"]
-    aside = f"other text, {comparison.get('general')}"
-    first = next((row for row in rows if row["perplexity_before"] is not None), None)
-    titles = ["method", str(comparison["metric"]), *(["perplexity"] if first and comparison["metric"] != "perplexity" else []),
-              *([aside] if general is not None else []), "trains", "seconds", "peak GB", "file MB", "rate"]
-    cells = []
-    if comparison["base"] is not None:
-        cells.append({"method": "base", comparison["metric"]: f"{comparison['base']:.3g}",
-                      "perplexity": _format_number(first and first["perplexity_before"]),
-                      aside: _format_number(general)})
-    for row in rows:
-        cells.append({"method": row["method"], comparison["metric"]: f"{row['after']:.3g}",
-                      "perplexity": _format_number(row["perplexity"]), aside: _format_number(row["general"]),
-                      "trains": f"{row['trainable_fraction']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
-                      "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",
-                      "rate": f"{row['rate']:.1g}"})
-    lines = [titles, ["---"] * len(titles), *([cell.get(title, "") for title in titles] for cell in cells)]
-    measured = f"\nMeasured on {rows[0]['examples']} {rows[0]['measured_on']} rows.\n"
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + measured
-
-
-def _format_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

@@ -10,8 +10,6 @@ trained: `compare` measures that.
 from __future__ import annotations
 
 import json
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +21,8 @@ from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.recipe import Recipe, method_name
 from luthier.core.errors import RecipeError
+from luthier.planning.advice import build_advice, format_table
+from luthier.planning.estimates import summarize_trial
 from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_apart
@@ -30,9 +30,7 @@ from luthier.training.memory import room_gb
 from luthier.training.run_folder import Run
 
 STEPS = 3  # of a trial; the first warms up and is not timed
-SPARE = 1.1  # a run's longest rows may need more than those of its first steps
 WAYS = ("full", "lora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
-LARGE = 10_000_000  # tokens of a run from which on continued pretraining is advised to move every weight
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence[str] = WAYS, *, steps: int = STEPS,
@@ -90,21 +88,8 @@ def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, roo
         killed = code < 0 or code == 137
         reason = "ended by the system, as it does when memory runs out" if killed else words.removeprefix("error: ")
         return {"why": reason, "fits": False if killed else None}
-    trial = Run(run)
-    timed = trial.metrics[2:]  # line 0 tells the shares, line 1 is of the first step
-    length = statistics.median(line["tokens"] for line in timed)
-    per_token = statistics.median(line["step_seconds"] / line["tokens"] for line in timed)
-    total = recipe.training.steps or _estimate_whole_run(recipe, round(timed[0]["step"] / timed[0]["epoch"]))
-    results = trial.results
-    return {"fits": results["peak_memory_gb"] * SPARE <= room, "steps": total, "tokens": round(total * length),
-            "seconds": total * per_token * length, "tokens_per_second": 1 / per_token,
-            **{name: results[name] for name in ("peak_memory_gb", "trainable", "trainable_fraction", "file_bytes")}}
-
-
-def _estimate_whole_run(recipe: Recipe, steps: int) -> int:
-    """Steps of the whole run, of which a trial had so many an epoch. A trial holds nothing out."""
-    held = recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
-    return max(1, math.ceil(round(recipe.training.epochs * steps * (1 - held), 6)))
+    trial, held_out = Run(run), recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
+    return summarize_trial(trial.metrics, trial.results, room, recipe.training.steps, recipe.training.epochs, held_out)
 
 
 def _read_trial(run: Path) -> dict[str, Any]:
@@ -114,64 +99,3 @@ def _read_trial(run: Path) -> dict[str, Any]:
         return {}
     part = json.loads(report.read_text(encoding="utf-8"))["parts"].get("train", {})
     return {name: part[name] for name in ("kept", "truncated", "tokens", "lengths") if name in part}
-
-
-# ---------------------------------------------------------------- what follows from it
-
-
-def build_advice(report: Mapping[str, Any], objective: str) -> list[str]:
-    """What to do, the choice first, each with its reason in this plan's own figures."""
-    measured = {row["method"]: row for row in report["methods"] if "seconds" in row}
-    fits = {name: row for name, row in measured.items() if row["fits"]}
-    if not fits:
-        return [f"Nothing tried here fits into {report['room_gb']:.1f} GB. In this order: base.quantize=nf4, "
-                "base.dtype=bfloat16, a smaller training.micro_tokens, a smaller base."]
-    tokens = max(row["tokens"] for row in fits.values())
-    if objective == "pretrain" and "full" in fits and tokens >= LARGE:
-        chosen, why = "full", (f"{tokens:,} tokens of plain text have more to teach than few parameters take up "
-                               "(Biderman et al. 2024, arXiv:2405.09673), and every weight fits")
-    else:
-        chosen = next((name for name in ("lora", "qlora", "lora@nf4") if name in fits),
-                      min(fits, key=lambda name: fits[name]["peak_memory_gb"]))
-        why = ("it comes nearest to full tuning in most comparisons, merges into the base and costs "
-               f"{_compare_cost(fits, 'lora', 'full')}" if chosen == "lora"
-               else "of what fits it needs the least memory")
-    advice = [f"Choose {chosen}: {why}."]
-    for name, row in measured.items():
-        if not row["fits"]:
-            advice.append(f"{name} does not fit: {row['peak_memory_gb']:.1f} GB in its first steps, "
-                        f"{report['room_gb']:.1f} GB free.")
-    for what, key, unit, digits in (("Quickest", "seconds", 60, "{:.1f} minutes"),
-                                    ("Least memory", "peak_memory_gb", 1, "{:.2f} GB"),
-                                    ("Smallest file", "file_bytes", 1e6, "{:.2f} MB")):
-        least = min(fits, key=lambda name: fits[name][key])
-        advice.append(f"{what}: {least}, {digits.format(fits[least][key] / unit)}.")
-    advice.append("Which learns most is not known before it is tried: luthier compare measures it.")
-    return advice
-
-
-def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -> str:
-    if other not in rows:
-        return f"{rows[one]['peak_memory_gb']:.1f} GB"
-    share = {key: rows[one][key] / rows[other][key] for key in ("seconds", "peak_memory_gb", "file_bytes")}
-    return (f"{share['seconds']:.2f} of its time, {share['peak_memory_gb']:.2f} of its memory and "
-            f"{share['file_bytes']:.3f} of its disk")
-
-
-def format_table(report: Mapping[str, Any]) -> str:
-    """The plan as Markdown: the rows, the ways, the advice."""
-    data = report["data"]
-    lines = [f"Base {report['base']}, {report['room_gb']:.1f} GB free."]
-    if data:
-        lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
-    titles = ("way", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")
-    lines += ["", f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
-    for row in report["methods"]:
-        if "why" in row:
-            lines.append(f"| {row['method']} | no: {row['why'].replace('|', '/')} |" + " |" * (len(titles) - 2))
-            continue
-        cells = (row["method"], "yes" if row["fits"] else "no", f"{row['trainable_fraction']:.3%}",
-                 f"{row['seconds'] / 60:.1f}", f"{row['tokens_per_second']:.0f}", f"{row['peak_memory_gb']:.2f}",
-                 f"{row['file_bytes'] / 1e6:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *(f"* {sentence}" for sentence in report["advice"])]) + "\n"

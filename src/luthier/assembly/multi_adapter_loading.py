@@ -1,5 +1,5 @@
-"""Runs and bases to be answered for by name, on one copy of the base. Read `initialization.py` (banked) and
-`run_io.py` first."""
+"""Loads runs and base models to be served by name, on one copy of the base. Read `initialization.py` (`attach_runs`)
+and `run_io.py` first."""
 
 from __future__ import annotations
 
@@ -27,58 +27,58 @@ from luthier.methods.peft import PeftConfig
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
 
-ROW = 4096  # tokens of texts that are read together
+ROW = 4096  # tokens of texts that are embedded in one forward pass
 
 
 @dataclass(frozen=True)
 class ServedModels:
-    """What answers.
+    """The models that a server offers, on one base.
 
     Args:
-        names: by which it is asked for, to the adapter in the bank; None for the model as it stands.
-        formats: how the prompts of each are written.
-        rooms: tokens of text that each reads at once: the base's context without a run's virtual tokens.
+        names: name of each model -> name of its adapter in the bank; None for the base model alone.
+        formats: how the prompts of each model are rendered.
+        context_lengths: text tokens that fit into each model's context, without a run's virtual tokens.
     """
 
     base: Family
     bank: Bank | None
     names: Mapping[str, str | None]
     formats: Mapping[str, PromptFormat]
-    rooms: Mapping[str, int]
+    context_lengths: Mapping[str, int]
 
     @property
     def can_generate(self) -> bool:
         return isinstance(self.base, CausalLM)
 
-    def adapter(self, name: str) -> str | None:
-        """Raises `RecipeError` for a name that nothing has."""
+    def get_adapter(self, name: str) -> str | None:
+        """The adapter of a model. Raises `RecipeError` for an unknown name."""
         if name not in self.names:
             raise RecipeError(f"there is no model {name!r}: {nearest(name, self.names)}", "GET /v1/models lists them")
         return self.names[name]
 
-    def numbers(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
-        """Names of adapters as `generate` knows them; empty where there is no bank."""
+    def get_adapter_indices(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
+        """Indices of adapters, as `generate` takes them; empty where there is no bank."""
         return () if self.bank is None else self.bank.numbers(adapters)
 
-    def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
-        """A conversation up to where the answer begins, written as the run's rows were."""
+    def encode_chat(self, name: str, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins, rendered as the run's training rows were."""
         return encode_chat_prompt(self.base, messages, self.formats[name])
 
-    def continued(self, name: str, text: str) -> list[int]:
-        """A bare text to go on with."""
+    def encode_text(self, name: str, text: str) -> list[int]:
+        """Token ids of a text to continue."""
         return rows.encode_prompt_text(text, self.base.tokenizer, self.formats[name].data).ids
 
     @torch.no_grad()
-    def states(self, name: str, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, name: str, texts: Sequence[str]) -> Tensor:
         """[texts, D] pooled states, float32. Raises `RecipeError` for a text without tokens or beyond the context."""
-        adapter = self.adapter(name)
-        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "overlong": "refuse"})
+        adapter = self.get_adapter(name)
+        config = DataConfig.parse({"train": "-", "max_length": self.context_lengths[name], "overlong": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
             tokenized = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
             if not isinstance(tokenized, list):
                 raise RecipeError(f"input {number} cannot be read: {tokenized}", "give texts of one word at least, and "
-                                  f"{self.rooms[name]} tokens at most")
+                                  f"{self.context_lengths[name]} tokens at most")
             encoded.append(tokenized[0])
         states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
         for row in rows.first_fit(encoded, ROW):
