@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from luthier.api.plan import plan
-from luthier.assembly import build_variant, estimate_weight_gb, recipe
+from luthier.assembly import recipe
+from luthier.assembly.factory import load_family
+from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.core.errors import RecipeError
 from luthier.planning.advice import build_advice
 from tiny import save_tiny
@@ -78,7 +80,6 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
     made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
-    from luthier.assembly import load_family
     held = {id(p): p.numel() for p in load_family(made.base).structure.model.parameters()}
     assert estimate_weight_gb(made.base, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
     assert estimate_weight_gb(made.base, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)

@@ -100,8 +100,8 @@ class _RetentionData:
 def _load_retention_data(recipe: Recipe, rows: str) -> _RetentionData:
     """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
     if "token_logps" not in recipe.objective.required_outputs or recipe.objective.heads:
-        raise RecipeError(f"--general {rows!r}: the objective {recipe.objective.name!r} does not train a model of words, "
-                          "so what was forgotten of other text cannot be said", "leave --general out")
+        raise RecipeError(f"--general {rows!r}: objective {recipe.objective.name!r} trains no language model, so "
+                          "forgetting cannot be measured on other text", "omit --general")
     for _, lines in assembly.rows.read(rows):
         for example in assembly.rows.examples(lines):
             if isinstance(example, ComparedExample):

@@ -15,6 +15,7 @@ from luthier.assembly.factory import load_base_tokenizer, read_context_length
 from luthier.core.errors import RunError
 from luthier.reporting.plots import plot_lengths
 from luthier.reporting.progress import status
+from luthier.training.run_folder import Run
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -54,7 +55,7 @@ def check_data(file: str, *, model: str | None = None, evaluated: str | None = N
         config = recipe.data.model_copy(update={"streaming": False, "max_length": most})
         datasets = assembly.rows.load(config, tokenizer, seed=recipe.seed)
     folder = Path(out) if out else Path("runs") / f"check-{Path(file).stem}"
-    run = assembly.Run(folder)
+    run = Run(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         report_file = run.write("data_report.json", datasets.report.to_json())

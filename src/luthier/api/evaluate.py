@@ -56,8 +56,9 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     # Streamed, so that the rows are read once, as those of a test: a folder may have no train split.
     once = recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": True})}) if data else recipe
     datasets = load_datasets(once, family)
-    encoded, examples = (datasets.test, datasets.test_examples) if datasets.test else (datasets.eval, datasets.eval_examples)
     part = "test" if datasets.test else "eval"
+    encoded, examples = ((datasets.test, datasets.test_examples) if part == "test"
+                         else (datasets.eval, datasets.eval_examples))
     if encoded and not quiet:
         _print_report(datasets.report, part, overlap=not data)  # `data` stands for the training rows too
     if not encoded:
@@ -77,7 +78,8 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         if recipe.evaluate.metrics:
             prompts = build_eval_prompts(recipe, family, examples)
             with Progress(len(prompts), title="answering", quiet=quiet) as bar:
-                scored = evaluate_generations(family, prompts, recipe.evaluate, tick=lambda done, total: bar.update(done))
+                scored = evaluate_generations(family, prompts, recipe.evaluate,
+                                              tick=lambda done, total: bar.update(done))
             results |= scored.scores
     measured_on = "data" if data else "test" if datasets.test else "validation"
     return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(datasets.report, part)}

@@ -93,7 +93,8 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
 
 def _describe_adapter(run: Run, recipe: Recipe, tuner: Tuner | None) -> adapters.AdapterFacts:
     objective = recipe.objective
-    return adapters.AdapterFacts(str(run.path), method_name(recipe), objective.name, tuner.peft() if tuner is not None else None,
+    config = tuner.peft() if tuner is not None else None
+    return adapters.AdapterFacts(str(run.path), method_name(recipe), objective.name, config,
                                  objective.required_outputs, has_saved_heads(objective), assembly.BRIDGED)
 
 

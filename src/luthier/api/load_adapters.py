@@ -65,8 +65,9 @@ class MultiAdapterModel:
         ids = [encode_chat_prompt(self.family, [Message("user", prompt)], form)
                for prompt, form in zip(prompts, forms, strict=True)]
         self.family.train(False)
-        found = {made.index: made.token_ids for made in self.family.generate(ids, sampling or SamplingParams(), numbers)}
-        return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
+        outputs = self.family.generate(ids, sampling or SamplingParams(), numbers)
+        token_ids = {output.index: output.token_ids for output in outputs}
+        return [self.family.tokenizer.decode(token_ids[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 
 def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapterModel:

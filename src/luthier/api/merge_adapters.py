@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from luthier import assembly
+from luthier.assembly import adapter_merging
 from luthier.core.errors import RecipeError
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
@@ -36,5 +36,5 @@ def merge_adapters(runs: Sequence[Run | Path | str], out: Path | str, *, weights
     if not runs:
         raise RecipeError("there is no run to combine", "luthier combine RUN_A RUN_B --out DIR")
     folders = [run if isinstance(run, Run) else Run(run) for run in runs]
-    return assembly.merge_adapters(folders, Run(out), tuple(weights) or (1.0,) * len(folders), how, rank,
-                          base_model, print_line)
+    return adapter_merging.merge_adapters(folders, Run(out), tuple(weights) or (1.0,) * len(folders), how, rank,
+                                          base_model, print_line)

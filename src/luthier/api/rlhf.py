@@ -130,12 +130,13 @@ def _format_report(report: Mapping[str, Any]) -> str:
              "|---|---|---|---|---|---|"]
     for stage in (stage for stage in STAGES if stage in report):
         one = report[stage]
-        lines.append(f"| {stage} | {one['metric'] or ''} | {_format_value(one['before'])} | {_format_value(one['after'])} | "
-                     f"{one['steps']} | {_format_value(one['train_seconds'])} |")
+        scores = f"{_format_value(one['before'])} | {_format_value(one['after'])}"
+        lines.append(f"| {stage} | {one['metric'] or ''} | {scores} | {one['steps']} | "
+                     f"{_format_value(one['train_seconds'])} |")
     rows = report["ppo"].get("measured_on") or "training"
     lines += ["",
-              f"On {_format_value(report['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
-              "each with a fixed seed:", "",
+              f"On {_format_value(report['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer "
+              "to each with a fixed seed:", "",
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
     lines += [f"| {ROLES[role]} | {_format_value(one['reward'])} | {_format_value(one.get('kl'))} | "

@@ -117,7 +117,8 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
         seed_everything(recipe.seed)
         base = load_family(recipe.base, recipe.objective.uses_masking)
         check_loaded_model(recipe, base)
-        base.enable_gradient_checkpointing(0 if recipe.training.gradient_checkpointing else resolve_micro_batch_tokens(recipe, base))
+        micro_tokens = resolve_micro_batch_tokens(recipe, base)
+        base.enable_gradient_checkpointing(0 if recipe.training.gradient_checkpointing else micro_tokens)
     if base.padding_reason:
         _print_line(quiet, f"warning: {base.padding_reason}")
     with status("reading the data", quiet=quiet):
@@ -126,21 +127,16 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     _check_same_recipe(run, recipe) if resume else None
     rate, before = recipe.optimizer.learning_rate or default_learning_rate(recipe), recipe
     recipe = resolve_settings(recipe, base, identity, rate, run.path)
-    prompts = build_eval_prompts(recipe, base, datasets.test_examples or datasets.eval_examples) if recipe.evaluate.metrics else []
+    examples = datasets.test_examples or datasets.eval_examples
+    prompts = build_eval_prompts(recipe, base, examples) if recipe.evaluate.metrics else []
     tuner, reference = begin(recipe, base)
     if not resume or process_group.rank() > 0:
         kept = make_paths_absolute(recipe)
         out.begin(assembly.dump(kept), record_start(kept, identity, list_resolved(before, recipe)))
     if not saved:
         _write_data_report(out, datasets.report)
-    for line in datasets.report.lines():
-        _print_line(quiet, line)
-    _print_warnings(quiet, [*find_data_problems(recipe, datasets), *find_method_problems(recipe, base, tuner)])
     share = count_trainable(base, tuner)
-    _print_line(quiet, f"{method_name(recipe)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_fraction']:.2%}) at a learning rate of {describe_learning_rate(before)}")
-    for line in (price(recipe, tuner), master_price(tuner)):
-        _print_line(quiet or not line, line)
+    _print_summary(recipe, base, datasets, tuner, share, describe_learning_rate(before), quiet)
     datasets = _precompute_references(recipe, base, datasets, reference, quiet)
     feed = assembly.feed(recipe, base, datasets, tuner, reference, out.path,
                          lambda line: _print_line(quiet, f"warning: {line}"))
@@ -150,8 +146,8 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     part = "test" if datasets.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
     if recipe.evaluate.before and not {"before", f"{part}_before"} & results.keys():
         with untrained(reference):
-            results |= _evaluate_before(out, recipe, base, part, datasets.test or datasets.eval, prompts, reference, rolling,
-                                        quiet)
+            results |= _evaluate_before(out, recipe, base, part, datasets.test or datasets.eval, prompts, reference,
+                                        rolling, quiet)
     out.write("results.json", results)
     trackers = [*_build_trackers(out, recipe, saved, share), LearningMonitor(
         recipe.objective.variant, recipe.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
@@ -169,6 +165,18 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
         raise Interrupted(run, summary)
     with explained(run.path):
         _finish_run(out, recipe, job, summary, part, datasets.test or datasets.eval, prompts, results, quiet)
+
+
+def _print_summary(recipe: Recipe, base: Any, datasets: Any, tuner: Tuner, share: Mapping[str, float],
+                   learning_rate: str, quiet: bool) -> None:
+    """What became of the rows, what in them or in the method teaches nothing, what trains, and what it costs."""
+    for line in datasets.report.lines():
+        _print_line(quiet, line)
+    _print_warnings(quiet, [*find_data_problems(recipe, datasets), *find_method_problems(recipe, base, tuner)])
+    _print_line(quiet, f"{method_name(recipe)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
+                f"({share['trainable_fraction']:.2%}) at a learning rate of {learning_rate}")
+    for line in (price(recipe, tuner), master_price(tuner)):
+        _print_line(quiet or not line, line)
 
 
 @contextmanager
@@ -208,7 +216,8 @@ def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
     # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
-    whole += sum(s.in_features * s.out_features - s.weight.numel() for s in base.structure.linears if s.dequantize is not None)
+    whole += sum(s.in_features * s.out_features - s.weight.numel()
+                 for s in base.structure.linears if s.dequantize is not None)
     count = sum(p.numel() for p in trained.values())
     return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 
@@ -345,9 +354,10 @@ def _pick_score(scores: Any, metric: str) -> Any:
     return scores.get(metric) if isinstance(scores, dict) else scores
 
 
-def _evaluate_answers(what: str, base: Any, prompts: Sequence[EvalPrompt], recipe: Recipe, quiet: bool) -> GenerationScores:
+def _evaluate_answers(title: str, base: Any, prompts: Sequence[EvalPrompt], recipe: Recipe,
+                      quiet: bool) -> GenerationScores:
     base.train(False)
-    with Progress(len(prompts), title=what, quiet=quiet) as bar:
+    with Progress(len(prompts), title=title, quiet=quiet) as bar:
         return evaluate_generations(base, prompts, recipe.evaluate, tick=lambda done, total: bar.update(done))
 
 

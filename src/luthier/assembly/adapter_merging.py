@@ -45,8 +45,8 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how:
     merged = combine(loras, weights, how, rank)
     recipe = first.model_copy(update={"method": merged.config, "start": None, "run": str(out.path)})
     recipe = make_paths_absolute(recipe)
-    out.begin(dump(recipe), {**record_start(recipe, identify_base(recipe.base), []), "combined": {str(run.path): float(weight)
-                                                            for run, weight in zip(runs, weights, strict=True)}})
+    combined = {str(run.path): float(weight) for run, weight in zip(runs, weights, strict=True)}
+    out.begin(dump(recipe), {**record_start(recipe, identify_base(recipe.base), []), "combined": combined})
     tuner = attach_method(base, recipe.method, recipe.seed)
     tuner.load(merged.state)
     save_tuned(out, recipe, base, tuner)

@@ -78,8 +78,8 @@ def fit_objective(recipe: Recipe, datasets: Datasets) -> Recipe:
     nothing to it."""
     strange = datasets.kinds - recipe.objective.example_types
     if strange:
-        raise RecipeError(f"objective {recipe.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it reads "
-                          f"{', '.join(sorted(recipe.objective.example_types))}",
+        raise RecipeError(f"objective {recipe.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it "
+                          f"reads {', '.join(sorted(recipe.objective.example_types))}",
                           "choose an objective for these rows: " + ", ".join(
                               name for name, known in OBJECTIVES.items() if datasets.kinds <= known.example_types))
     return recipe.model_copy(update={"objective": recipe.objective.with_labels(datasets.labels, datasets.counts)})
@@ -173,9 +173,8 @@ def _build_masking(recipe: Recipe, base: Family) -> rows.Hide | None:
     objective = recipe.objective
     if not isinstance(objective, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
-    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", recipe.base.name, objective.mlm_probability,
-                        objective.mean_noise_span_length,
-                        objective.whole_word_mask)
+    return rows.Hide.of(base.tokenizer, "spans" if base.is_encoder_decoder else "words", recipe.base.name,
+                        objective.mlm_probability, objective.mean_noise_span_length, objective.whole_word_mask)
 
 
 def resolve_data_config(recipe: Recipe, base: Family) -> DataConfig:
@@ -197,8 +196,8 @@ def build_batch_source(recipe: Recipe, base: Family, datasets: Datasets) -> Batc
     """The batches of the run."""
     micro = resolve_micro_batch_tokens(recipe, base)
     if recipe.data.streaming:
-        return Stream(resolve_data_config(recipe, base), base.tokenizer, recipe.training.batch_size, micro, seed=recipe.seed,
-                      use=datasets.use)
+        return Stream(resolve_data_config(recipe, base), base.tokenizer, recipe.training.batch_size, micro,
+                      seed=recipe.seed, use=datasets.use)
     return Loader(datasets.train, recipe.training.batch_size, micro, shuffle=recipe.data.shuffle, seed=recipe.seed,
                   mix=datasets.mix)
 

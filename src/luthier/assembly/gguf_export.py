@@ -35,7 +35,7 @@ def export_gguf_adapter(recipe: Recipe, base: Family, tuner: Tuner | None, path:
 
 def _refuse_others(recipe: Recipe, base: Family) -> None:
     if not isinstance(base, CausalLM):
-        raise RunError(f"the base is no causal language model ({base.structure.task}), and only those can be written as "
+        raise RunError(f"the base is no causal language model ({base.structure.task}), and only those can be written "
                        "GGUF here", "export it with --to merged")
     if has_saved_heads(recipe.objective):
         raise RunError(f"the run has heads of its own ({recipe.objective.name}), which a GGUF file has no place for",

@@ -1,4 +1,4 @@
-"""Collects what a model card states from a run folder, its recipe and its model. Read `reporting/model_card.py` first."""
+"""Collects the facts of a model card from a run, its recipe and its model. Read `reporting/model_card.py` first."""
 
 from __future__ import annotations
 

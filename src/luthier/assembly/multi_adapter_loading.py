@@ -75,7 +75,8 @@ class ServedModels:
         config = DataConfig.parse({"train": "-", "max_length": self.context_lengths[name], "overlong": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
-            tokenized = rows.encode(LabelledExample(text, 0.0, Origin("input", number + 1)), self.base.tokenizer, config)
+            example = LabelledExample(text, 0.0, Origin("input", number + 1))
+            tokenized = rows.encode(example, self.base.tokenizer, config)
             if not isinstance(tokenized, list):
                 raise RecipeError(f"input {number} cannot be read: {tokenized}", "give texts of one word at least, and "
                                   f"{self.context_lengths[name]} tokens at most")

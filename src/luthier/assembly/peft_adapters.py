@@ -96,7 +96,8 @@ def load_adapter_weights(run: Run, structure: ModelStructure) -> dict[str, Tenso
     """
     _check_weights(run)
     form, ports = run.adapter or {}, structure.injector
-    if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and (ports is None or "prefix" not in ports.peft_kinds):
+    has_plain_prefix = ports is not None and "prefix" in ports.peft_kinds
+    if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and not has_plain_prefix:
         raise RunError("this is PEFT's prefix for a base some of whose layers see a window of the text: there PEFT's "
                        "prefix leaves the window, and a prefix here is seen by every token",
                        "use it with PEFT, or train a prefix here")

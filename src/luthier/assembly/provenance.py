@@ -94,7 +94,8 @@ def _digest_runs(recipe: Recipe) -> dict[str, dict[str, str]]:
 def describe_base(base: BaseConfig) -> dict[str, Any]:
     """What an exported adapter says of its base: its public name and its digests, and no path."""
     identity = identify_base(base)
-    return {"name": get_public_name(base, identity.upstream), "revision": identity.revision, "sha256": dict(identity.digests)}
+    return {"name": get_public_name(base, identity.upstream), "revision": identity.revision,
+            "sha256": dict(identity.digests)}
 
 
 # ---------------------------------------------------------------- the base
@@ -191,15 +192,16 @@ def list_changes(run: Run) -> list[str]:
     kept = run.results.get("digests")
     if not kept:
         return []
-    changes = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now {now[:SHOWN] or 'no file'})"
-             for name, old in kept["trained"].items()
-             if (now := file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
+    changes = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now "
+               f"{now[:SHOWN] or 'no file'})"
+               for name, old in kept["trained"].items()
+               if (now := file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
     if json_sha256(run.recipe) != kept["recipe"]:
         changes.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
     changes += _describe_changed_metrics(run, kept["metrics"], "the run ended")
     if run.recipe and _digest_runs(recorded(run)) != (run.provenance.get("runs_sha256") or {}):
-        changes.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) is not there any more, or "
-                     "has other weights")
+        changes.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) was removed, or its "
+                       "weights have changed")
     return changes
 
 

@@ -178,7 +178,8 @@ def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:
 
 def _save_embedding(run: Run, recipe: Recipe, base: Family) -> None:
     """What Sentence Transformers reads, of a run that gives vectors of texts."""
-    if is_embedding_objective(recipe.objective) and not base.is_encoder_decoder and "channels" not in base.structure.sizes:
+    is_text_encoder = not base.is_encoder_decoder and "channels" not in base.structure.sizes
+    if is_embedding_objective(recipe.objective) and is_text_encoder:
         make_embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
         write_sentence_files(run.path, base.structure.sizes["hidden"], base.pooling,
                              max_length=resolve_data_config(recipe, base).max_length, normalize=True)

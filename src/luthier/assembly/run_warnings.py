@@ -81,7 +81,8 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
      "the objective reads no state of a whole text"),
     ("base.revision", lambda recipe: recipe.base.name in ALIASES or Path(recipe.base.name).exists(),
      "base.name is no id of the hub"),
-    ("data.train_on", lambda recipe: "ChatExample" not in recipe.objective.example_types, "the objective reads no chats"),
+    ("data.train_on", lambda recipe: "ChatExample" not in recipe.objective.example_types,
+     "the objective reads no chats"),
     ("data.system", _reads_none_of("Chat", "Prompt", "Compared", "UnpairedPreference"),
      "the objective reads no chats or prompts"),
     ("data.share_prompt", _reads_none_of("Compared", "UnpairedPreference"),
@@ -204,7 +205,8 @@ def _of_classes(recipe: Recipe, objective: ClassifyConfig, datasets: Datasets) -
 
 def _of_contrast(recipe: Recipe, objective: ContrastiveConfig, datasets: Datasets) -> Iterator[str]:
     kinds = {"infonce": _has_no_negative, "supcon": _has_no_contrast, "cosent": _has_no_order, "triplet": _has_no_gap}
-    flat, total = _count_batches(recipe, datasets, lambda batch: kinds[objective.loss](batch, objective.mask_duplicates))
+    flat, total = _count_batches(recipe, datasets,
+                                 lambda batch: kinds[objective.loss](batch, objective.mask_duplicates))
     reasons = {
         "infonce": "no anchor has a negative that differs from its positive (negatives are the batch's other "
                    "positives)",
@@ -301,8 +303,9 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
     if not above:
         return []
     rank, site = above[0]
-    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to {site.out_features}: its "
-            f"rank is {min(site.in_features, site.out_features)} at most ({len(above)} such maps), so the rest adds nothing"]
+    largest = min(site.in_features, site.out_features)
+    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to "
+            f"{site.out_features}: its rank is {largest} at most ({len(above)} such maps), so the rest adds nothing"]
 
 
 # ---------------------------------------------------------------- of the number of steps
@@ -315,8 +318,8 @@ def find_schedule_problems(recipe: Recipe, feed: BatchSource) -> list[str]:
     length = f"the run has {total} step{'s' if total > 1 else ''}"
     known = training.steps and recipe.optimizer.warmup >= training.steps  # `idle` has said it
     if not known and all(factor(recipe.optimizer, step, total) < 1 for step in range(total)):
-        problems.append(f"optimizer.learning_rate is never reached: optimizer.warmup {recipe.optimizer.warmup:g} is as long "
-                     f"as the run, {total} steps")
+        problems.append(f"optimizer.learning_rate is never reached: optimizer.warmup {recipe.optimizer.warmup:g} is as "
+                        f"long as the run, {total} steps")
     if training.save_every and training.save_every > total:
         problems.append(UNUSED.format(f"training.save_every {training.save_every}", length))
     every = training.eval_every or feed.steps_per_epoch or total

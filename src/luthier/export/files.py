@@ -1,4 +1,4 @@
-"""Writes an export whole or not at all, and refuses settings that would have no effect. No simpler file to read first."""
+"""Writes an export atomically, and refuses settings that have no effect. No simpler file to read first."""
 
 from __future__ import annotations
 

@@ -11,7 +11,8 @@ def format_table(comparison: Mapping[str, Any]) -> str:
     general, rows = comparison.get("general_before"), comparison["methods"]
     aside = f"other text, {comparison.get('general')}"
     first = next((row for row in rows if row["perplexity_before"] is not None), None)
-    titles = ["method", str(comparison["metric"]), *(["perplexity"] if first and comparison["metric"] != "perplexity" else []),
+    has_perplexity = first is not None and comparison["metric"] != "perplexity"
+    titles = ["method", str(comparison["metric"]), *(["perplexity"] if has_perplexity else []),
               *([aside] if general is not None else []), "trains", "seconds", "peak GB", "file MB", "rate"]
     cells = []
     if comparison["base"] is not None:

@@ -154,8 +154,9 @@ def pick_pipeline_tag(facts: ModelCardFacts) -> str:
 def build_loading_code(facts: ModelCardFacts) -> tuple[str, list[str]]:
     """The library that loads the folder, and Python code that loads it and computes an output."""
     if _explain_native_loading(facts):
-        return "luthier", ["from luthier.assembly.run_io import open_run", "from luthier.training.run_folder import Run",
-                           "", HERE, "", "recipe, model, method = open_run(Run(FOLDER))"]
+        return "luthier", ["from luthier.assembly.run_io import open_run",
+                           "from luthier.training.run_folder import Run", "", HERE, "",
+                           "recipe, model, method = open_run(Run(FOLDER))"]
     library = "peft" if facts.is_adapter else "transformers"
     if facts.task_head is not None:
         return library, list(_write_classifier_code(facts, facts.task_head))
