@@ -105,7 +105,7 @@ def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
         pooled = family.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
     assert pooled is not None
     assert np.allclose(tuned[2], pooled[0].numpy(), atol=1e-4)
-    with pytest.raises(RecipeError, match="as it was trained"):
+    with pytest.raises(RecipeError, match="cannot be changed"):
         luthier.features(run, rows, quiet=True, **{"base.pooling": "mean"})
 
 

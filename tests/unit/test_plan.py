@@ -75,7 +75,7 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
     assert "the weights alone" in full["why"]
     assert lora["why"] == "no place | for it"
     assert "no place / for it" in (folder.path / "plan.md").read_text(), "a bar would break the table"
-    assert "Nothing tried here fits" in (folder.path / "plan.md").read_text()
+    assert "No tried method fits" in (folder.path / "plan.md").read_text()
 
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:

@@ -1,6 +1,6 @@
-"""The verb `data check`: what would become of every row of a file, before any training. Read `data/report.py` first.
+"""The verb `data check`: which rows of a file training would keep, truncate or refuse. Read `data/report.py` first.
 
-Only the base's tokenizer is loaded, so it takes seconds however large the base.
+Only the tokenizer of the base model is loaded, so the check takes seconds for any base.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DataCheck:
-    """What a data check found, and the files that it wrote.
+    """The result of a data check, and the files that it wrote.
 
     Args:
-        previews: examples as the model meets them, what is trained in green.
+        previews: examples as the model sees them; tokens with a loss are green.
     """
 
     report: assembly.rows.DataReport
@@ -38,13 +38,13 @@ class DataCheck:
 def check_data(file: str, *, model: str | None = None, evaluated: str | None = None,
                settings: Mapping[str, Any] | None = None, out: Path | str | None = None, previews: int = 2,
                quiet: bool = False) -> DataCheck:
-    """Read, encode and report the rows of `file`, and draw their lengths.
+    """Read, encode and report the rows of `file`, and plot their lengths.
 
     Args:
-        model: the base whose tokenizer and chat template are used; left out: the embedded one.
-        evaluated: rows that will be evaluated on; those whose prompt is in `file` too are reported.
-        settings: of a recipe's `data`, such as ``{"max_length": 512}``; ``data.max_length`` is the same.
-        out: folder for data_report.json and lengths.png; left out: runs/check-<name of the file>.
+        model: the base model whose tokenizer and chat template are used; default: the embedded one.
+        evaluated: evaluation rows; those whose prompt also occurs in `file` are reported.
+        settings: fields of a recipe's `data`, such as ``{"max_length": 512}`` or ``{"data.max_length": 512}``.
+        out: folder for data_report.json and lengths.png; default: runs/check-<name of the file>.
     """
     overrides: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "base.name": model}
     recipe = assembly.recipe(None, overrides | {f"data.{key.removeprefix('data.')}": value

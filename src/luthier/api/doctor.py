@@ -1,4 +1,4 @@
-"""The verb `doctor`: what this machine has, as far as training depends on it. Stands alone but for `build.py`."""
+"""The verb `doctor`: hardware, versions and optional packages of this machine. No simpler file to read first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luthier.core.errors import BaseError
 from luthier.training.memory import settle_allocator
 
 PACKAGES = ("luthier", "torch", "transformers", "safetensors", "datasets", "pydantic")
-EXTRAS = {  # extra -> what it brings; a test holds it against pyproject.toml
+EXTRAS = {  # extra -> its packages; a test compares it with pyproject.toml
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
@@ -67,7 +67,7 @@ def _read_cpu_model() -> str:
 
 
 def _describe_memory() -> dict[str, float]:
-    """Gigabytes of 10**9 bytes; `available` counts what the system would give back from its caches."""
+    """Gigabytes of 10**9 bytes; `available` includes reclaimable caches."""
     file = Path("/proc/meminfo")
     if file.exists():
         kib = {name: int(rest.split()[0]) for name, _, rest in

@@ -1,5 +1,4 @@
-"""The verb `evaluate`: how good a run is on test rows, or others. Works on any run folder. Read `api/train.py`
-first."""
+"""The verb `evaluate`: metrics of a run on test rows or other data. Read `api/train.py` first."""
 
 from __future__ import annotations
 
@@ -31,16 +30,16 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     Args:
         run: a run folder of `train`, a PEFT LoRA, or a Transformers folder.
         data: rows to use in place of the recipe's test (or validation) rows.
-        metrics: scores of generated answers; left out: the recipe's.
+        metrics: scores of generated answers; default: those of the recipe.
         limit: only the first so many rows.
-        base: measure the bare base instead.
+        base: evaluate the base model instead.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
-        settings: laid over the run's recipe, such as ``**{"data.columns": {...}}``.
+        settings: they override the run's recipe, such as ``**{"data.columns": {...}}``.
 
     Returns:
-        metric -> value; docs/metrics.md defines each. Beside them `examples`, how many rows were used; `measured_on`,
-        what they are (`test`, `validation`, or `data`); `rows`, what became of every row that was
-        read, as in data_report.json: `read`, `kept`, `truncated`, `reasons` and the `refused` ones.
+        metric -> value; docs/metrics.md defines each. Also `examples`, the number of rows; `measured_on`, which rows
+        (`test`, `validation`, or `data`); `rows`, how many were `read`, `kept`, `truncated` and `refused`, with
+        `reasons`, as in data_report.json.
     """
     run = run if isinstance(run, Run) else Run(run)
     with status("loading the run", quiet=quiet):
@@ -48,12 +47,12 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.limit": limit, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = assembly.dump(recorded)
-    if "training.micro_tokens" in run.provenance.get("resolved", ()):  # left out: every machine has its own
+    if "training.micro_tokens" in run.provenance.get("resolved", ()):  # it was not set: each machine resolves its own
         raw["training"]["micro_tokens"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
     recipe = assembly.recipe(raw, wanted)
-    # Streamed, so that the rows are read once, as those of a test: a folder may have no train split.
+    # Streamed, so that the rows are read once, as test rows: a folder may have no train split.
     once = recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": True})}) if data else recipe
     datasets = load_datasets(once, family)
     part = "test" if datasets.test else "eval"
@@ -67,7 +66,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     if recipe.evaluate.limit:
         encoded = encoded[:recipe.evaluate.limit]
     if base and tuner is None:
-        raise RecipeError("the run holds a whole model, so the bare base is not in it",
+        raise RecipeError("the run holds a full model, so it does not contain the base model",
                           f"evaluate the base by itself: luthier evaluate {recorded.base.name} --data FILE")
     reference = _build_reference(run, recorded, recipe, family, tuner)
     family.train(False)
@@ -86,27 +85,27 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
 
 
 def _build_reference(run: Run, recorded: Recipe, recipe: Recipe, family: Any, tuner: Any) -> Any:
-    """What makes the context in which the model is its reference. Raises `RecipeError` where there is none."""
+    """The context manager in which the model is the reference. Raises `RecipeError` where there is no reference."""
     if "reference_logps" not in recipe.objective.required_outputs:
         return tuner.disabled if tuner else nullcontext
     if tuner:
         return reference_context(recipe, family, tuner)
     if not recipe.objective.is_online and recorded.base.name != str(run.path):
-        raise RecipeError(f"objective {recipe.objective.name!r} compares the model with what it was before, and "
-                          f"{str(run.path)!r} holds a whole model, trained over it",
-                          "read what was measured while both were there (results.json: test), or measure by an "
+        raise RecipeError(f"objective {recipe.objective.name!r} compares the model with a reference, and "
+                          f"{str(run.path)!r} holds a full model, which has overwritten it",
+                          "read the results of the training (results.json: test), or evaluate with an "
                           "objective without a reference: objective=orpo")
     return nullcontext
 
 
 def _print_report(report: assembly.rows.DataReport, part: str, overlap: bool) -> None:
-    """What became of the rows that are measured, in the sentences of `train`."""
+    """Print how many rows were kept, truncated and refused, as `train` does."""
     for line in report.lines():
         if line.startswith(f"{part}: ") and (overlap or "also in train" not in line):
             print(line, file=sys.stderr)
 
 
 def _count_rows(report: assembly.rows.DataReport, part: str) -> dict[str, Any]:
-    """The same as data_report.json holds of them."""
+    """The counts of data_report.json for this part."""
     counted = report.to_json()["parts"][part]
     return {name: counted[name] for name in ("read", "kept", "truncated", "reasons", "refused")}

@@ -1,4 +1,4 @@
-"""The verb `export`: a run as a folder or a file that other tools load. Read `build.py` (open_run) first."""
+"""The verb `export`: a run as a folder or file that other tools load. Read `export/files.py` first."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
            out: Path | str | None = None,
            dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None,
            lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None) -> Path:
-    """Write a run as a folder or file of its own, whole or not at all, and return its path.
+    """Write a run as a folder or file atomically, and return its path.
 
     Args:
-        to: `merged`, a model like any other, the method's change folded into its weights (of a full run, a copy; of a
-            run on a base in few bits, into the base as it was before);
-            `whole`, the base with the adapter beside it in one folder, which Transformers loads in one call;
-            `adapter`, the files that PEFT loads beside the base;
+        to: `merged`, a model with the adapter merged into its weights (of a full run, a copy; of a run on a quantized
+            base, merged into the unquantized base);
+            `whole`, one folder with the base and the adapter, which Transformers loads in one call;
+            `adapter`, the files that PEFT loads together with the base;
             `gguf`, the merged model as one file for llama.cpp;
-            or `gguf-adapter`, a LoRA as the file that llama.cpp loads beside the base's.
-        out: the folder or file; left out: in the run's folder, `model.gguf`, `adapter.gguf` or under the form's name.
-        dtype: of the weights. Left out: of `merged` and `whole` the one that the base's files are stored in, whatever
-            it was trained in; of the matrices in `gguf` float16.
-        lora_rank: write `adapter` as a plain LoRA of this rank on every map, for servers that read one rank and one
-            alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks padded with zeros. `auto`:
-            the largest rank that there is.
+            `gguf-adapter`, a LoRA as a file that llama.cpp loads together with the base.
+        out: the folder or file; default: in the run's folder, `model.gguf`, `adapter.gguf` or the name of the form.
+        dtype: of the weights. Default: for `merged` and `whole` the dtype of the base's files, whatever it was trained
+            in; for the matrices in `gguf` float16.
+        lora_rank: write `adapter` as a plain LoRA with this rank on every target, for servers that support one rank and
+            one alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks are padded with zeros.
+            `auto`: the largest rank of the run.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
 
-    No local path is written: the base is named by its hub id, or by the bare name of its folder.
+    No local path is written: the base is named by its hub id, or by the name of its folder.
 
     Raises:
-        RunError: `out` holds something, the run has no such adapter, or merging changed what the model says.
-        NotMergeable: the method cannot be folded in; the error says why.
-        BaseError: llama.cpp does not know the base, or would read it otherwise.
+        RunError: `out` exists, the run has no such adapter, or merging changed the outputs.
+        NotMergeable: the method cannot be merged; the error says why.
+        BaseError: llama.cpp does not support the base.
     """
     files.check_form(to)
     files.check_dtype(dtype, to)
@@ -66,7 +66,7 @@ def export(run: Run | Path | str, to: Literal["merged", "whole", "adapter", "ggu
     files.check_vacant(out, to)
     recipe, base, tuner = open_run(run, to != "adapter", base_model, print_line)
     if to == "adapter" and (tuner is None or tuner.peft() is None):
-        raise RunError(f"{str(run.path)!r} holds a whole model, not an adapter", "export it with --to merged")
+        raise RunError(f"{str(run.path)!r} holds a full model, not an adapter", "export it with --to merged")
     if lora_rank is not None and tuner is not None:
         tuner = convert_to_plain_lora(base, tuner, None if lora_rank == "auto" else lora_rank)
     if to == "adapter":

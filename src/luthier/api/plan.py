@@ -1,10 +1,8 @@
-"""The verb `plan`: which ways to train fit this machine and this data, before the long run. Read `api/compare.py`
-first.
+"""The verb `plan`: which methods fit this machine and this data, before the long run. Read `api/compare.py` first.
 
-Nothing is guessed that a minute can measure. Each way takes a few real steps on the recipe's own rows in a process of
-its own; their seconds, peak memory and file size are what the plan extends to the whole run. What needs more memory
-for its weights alone than the machine has free is not begun. How good each would become is not known before it is
-trained: `compare` measures that.
+Each method takes a few real steps on the recipe's own rows, in its own process; `planning/estimates.py` extends their
+seconds, peak memory and file size to the whole run. A method whose weights alone need more memory than is free is not
+started. Quality is not predicted: `compare` measures it.
 """
 
 from __future__ import annotations
@@ -29,35 +27,35 @@ from luthier.training.child_process import train_apart
 from luthier.training.memory import room_gb
 from luthier.training.run_folder import Run
 
-STEPS = 3  # of a trial; the first warms up and is not timed
+STEPS = 3  # of a trial; the first one is a warm-up and is not timed
 WAYS = ("full", "lora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
 
 
 def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence[str] = WAYS, *, steps: int = STEPS,
          out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
-    """Try ways to train a recipe. Returns the folder with `plan.json`, `.md` and `.png`.
+    """Time methods on a recipe. Returns the folder with `plan.json`, `.md` and `.png`.
 
     Args:
-        recipe: a YAML file, a mapping, or nothing where `settings` say it all; its method and rate are left aside.
-        methods: ways to train; `a+b` is both together, `lora@nf4` (or `qlora`) on a base kept in four bits.
-        steps: of each trial, the first not timed.
-        settings: laid over the recipe.
+        recipe: a YAML file, a mapping, or nothing where `settings` are complete; its method and rate are ignored.
+        methods: `a+b` trains both together; `lora@nf4` (or `qlora`) trains on a base quantized to four bits.
+        steps: of each trial; the first is not timed.
+        settings: they override the recipe.
 
     Raises:
-        RecipeError: an unknown way, fewer than two steps, or a recipe that cannot be.
+        RecipeError: an unknown method, fewer than two steps, or an invalid recipe.
         RunError: the folder cannot be written.
     """
     if steps < 2:
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
     config = assembly.recipe(recipe, settings)
-    ways = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
+    variants = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
     room = room_gb(select_device(config))
     folder = Run(out or Path("runs") / f"plan-{display_name(config.base.name)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     data: dict[str, Any] = {}
-    with TemporaryDirectory() as temporary, Progress(len(ways), title="ways tried", quiet=quiet) as bar:
-        for done, (name, raw) in enumerate(ways.items(), 1):
+    with TemporaryDirectory() as temporary, Progress(len(variants), title="methods timed", quiet=quiet) as bar:
+        for done, (name, raw) in enumerate(variants.items(), 1):
             run = Path(temporary) / name
             rows.append({"method": name, **_time_method(config, raw, run, steps, room)})
             data = data or _read_trial(run)
@@ -75,25 +73,25 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
 
 
 def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, room: float) -> dict[str, Any]:
-    """What a trial measured, or `why` there is none."""
+    """The row of a method: the measurements of its trial, or `why` it has none."""
     candidate = Recipe.parse(raw)
-    least = estimate_weight_gb(candidate.base, whole=method_name(candidate) == "full")
-    if least > room:
-        return {"why": f"the weights alone need {least:.1f} GB, and {room:.1f} GB are free", "fits": False}
+    weights_gb = estimate_weight_gb(candidate.base, whole=method_name(candidate) == "full")
+    if weights_gb > room:
+        return {"why": f"the weights alone need {weights_gb:.1f} GB, and {room:.1f} GB are free", "fits": False}
     raw["training"] |= {"steps": steps, "save_every": None, "trackers": []}
     raw["data"] |= {"test": None, "eval": None}
     raw["evaluate"] |= {"metrics": [], "before": False}
-    code, words = train_apart(raw, run)
+    code, output = train_apart(raw, run)
     if code:
         killed = code < 0 or code == 137
-        reason = "ended by the system, as it does when memory runs out" if killed else words.removeprefix("error: ")
+        reason = "killed by the system, as when memory runs out" if killed else output.removeprefix("error: ")
         return {"why": reason, "fits": False if killed else None}
     trial, held_out = Run(run), recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
     return summarize_trial(trial.metrics, trial.results, room, recipe.training.steps, recipe.training.epochs, held_out)
 
 
 def _read_trial(run: Path) -> dict[str, Any]:
-    """What a trial's data report says of the rows to train on."""
+    """The counts of the training rows in a trial's data report."""
     report = run / "data_report.json"
     if not report.exists():
         return {}

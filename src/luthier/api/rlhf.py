@@ -2,8 +2,8 @@
 
     run/1-sft/  run/2-reward/  run/3-ppo/  run/report.json  run/report.md  run/rlhf.png
 
-Each is an ordinary run. PPO starts from the first and is rewarded by the second, all on one copy of the base. The same
-command goes on where it was interrupted: what has ended is left alone, what has begun is resumed.
+Each is an ordinary run. PPO starts from the first and its rewards come from the second, all on one copy of the base.
+The same command continues an interrupted run: finished stages are kept, a started stage is resumed.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ ROLES = {"base": "bare base", "start": "after SFT", "tuned": "after PPO"}
 
 
 def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **settings: Any) -> Run:
-    """Run the stages of a recipe, as far as they have not run yet. Returns the folder, with `report.json` and `.md`.
+    """Run the stages of a recipe that are not finished yet. Returns the folder, with `report.json` and `.md`.
 
     Args:
-        recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; what stands beside them (base,
-            method, data, seed, ...) holds for every part that does not say otherwise; `run` is the folder.
-        settings: laid over it; ``ppo.objective.kl_coef`` for one part, ``base.name`` for all.
+        recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; other settings (base, method, data,
+            seed, ...) are the defaults of every part; `run` is the folder.
+        settings: they override it; ``ppo.objective.kl_coef`` in one part, ``base.name`` in all.
 
     Raises:
-        RecipeError: with everything that is wrong in any part, before the first one starts.
+        RecipeError: with all errors of all parts, before the first one starts.
     """
     folder, stages = plan_stages(recipe, settings)
     for stage, one in stages.items():
-        place = folder / STAGES[stage]
+        path = folder / STAGES[stage]
         if not quiet:
-            print(f"stage {stage}: {place}", flush=True)
+            print(f"stage {stage}: {path}", flush=True)
         try:
-            train(one, resume=(place / "recipe.yaml").exists(), quiet=quiet)
+            train(one, resume=(path / "recipe.yaml").exists(), quiet=quiet)
         except Interrupted as error:
-            error.remedy = "give the same command once more: it goes on here"
+            error.remedy = "run the same command again to continue"
             raise
     return _write_report(Run(folder), stages, quiet)
 
@@ -82,12 +82,12 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
         except RecipeError as error:
             faults.append(f"{stage}:\n  " + error.what.replace("\n", "\n  "))
     if faults:
-        raise RecipeError("\n".join(faults), "mend the settings named above; `luthier schema` prints every one")
+        raise RecipeError("\n".join(faults), "fix the settings named above; `luthier schema` prints all settings")
     return folder, stages
 
 
 def _build_stage_objective(stage: str, objective: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
-    """The stage's objective, spelt out; PPO's reward is the second stage where nothing else is named."""
+    """The stage's objective as a mapping; PPO's default reward is the run of the second stage."""
     named = {"name": objective} if isinstance(objective, str) else {"name": stage, **objective}
     if stage == "ppo" and rewarded:
         named = {"reward": {"model": str(folder / STAGES["reward"])}, **named}
@@ -104,11 +104,11 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return raw
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- the report
 
 
 def _write_report(folder: Run, stages: Mapping[str, Recipe], quiet: bool) -> Run:
-    """What each stage gained, as JSON, as a page and as a picture."""
+    """Write the results of every stage as JSON, Markdown and a plot."""
     runs = {stage: Run(folder.path / STAGES[stage]) for stage in stages}
     report: dict[str, Any] = {stage: {key: run.results.get(key) for key in
                                     ("metric", "before", "after", "measured_on", "examples", "steps", "train_seconds",
@@ -126,7 +126,7 @@ def _write_report(folder: Run, stages: Mapping[str, Recipe], quiet: bool) -> Run
 
 
 def _format_report(report: Mapping[str, Any]) -> str:
-    lines = ["# What each stage gained", "", "| stage | measure | before | after | steps | seconds |",
+    lines = ["# Results of each stage", "", "| stage | measure | before | after | steps | seconds |",
              "|---|---|---|---|---|---|"]
     for stage in (stage for stage in STAGES if stage in report):
         one = report[stage]

@@ -18,29 +18,29 @@ def build_advice(report: Mapping[str, Any], objective: str) -> list[str]:
     measured = {row["method"]: row for row in report["methods"] if "seconds" in row}
     fits = {name: row for name, row in measured.items() if row["fits"]}
     if not fits:
-        return [f"Nothing tried here fits into {report['room_gb']:.1f} GB. In this order: base.quantize=nf4, "
+        return [f"No tried method fits into {report['room_gb']:.1f} GB. Try in this order: base.quantize=nf4, "
                 "base.dtype=bfloat16, a smaller training.micro_tokens, a smaller base."]
     tokens = max(row["tokens"] for row in fits.values())
     if objective == "pretrain" and "full" in fits and tokens >= LARGE:
-        chosen, why = "full", (f"{tokens:,} tokens of plain text have more to teach than few parameters take up "
-                               "(Biderman et al. 2024, arXiv:2405.09673), and every weight fits")
+        chosen, why = "full", (f"{tokens:,} tokens of plain text hold more than few parameters can learn "
+                               "(Biderman et al. 2024, arXiv:2405.09673), and full tuning fits")
     else:
         chosen = next((name for name in ("lora", "qlora", "lora@nf4") if name in fits),
                       min(fits, key=lambda name: fits[name]["peak_memory_gb"]))
-        why = ("it comes nearest to full tuning in most comparisons, merges into the base and costs "
+        why = ("it comes closest to full tuning in most comparisons, can be merged into the base and costs "
                f"{_compare_cost(fits, 'lora', 'full')}" if chosen == "lora"
-               else "of what fits it needs the least memory")
+               else "of the methods that fit it needs the least memory")
     advice = [f"Choose {chosen}: {why}."]
     for name, row in measured.items():
         if not row["fits"]:
             advice.append(f"{name} does not fit: {row['peak_memory_gb']:.1f} GB in its first steps, "
                         f"{report['room_gb']:.1f} GB free.")
-    for what, key, unit, digits in (("Quickest", "seconds", 60, "{:.1f} minutes"),
+    for what, key, unit, digits in (("Fastest", "seconds", 60, "{:.1f} minutes"),
                                     ("Least memory", "peak_memory_gb", 1, "{:.2f} GB"),
                                     ("Smallest file", "file_bytes", 1e6, "{:.2f} MB")):
         least = min(fits, key=lambda name: fits[name][key])
         advice.append(f"{what}: {least}, {digits.format(fits[least][key] / unit)}.")
-    advice.append("Which learns most is not known before it is tried: luthier compare measures it.")
+    advice.append("Quality is not predicted: luthier compare measures it.")
     return advice
 
 
@@ -53,12 +53,12 @@ def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -
 
 
 def format_table(report: Mapping[str, Any]) -> str:
-    """The plan as Markdown: the rows, the ways, the advice."""
+    """The plan as Markdown: the data, the methods, the advice."""
     data = report["data"]
     lines = [f"Base {report['base']}, {report['room_gb']:.1f} GB free."]
     if data:
         lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
-    titles = ("way", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")
+    titles = ("method", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")
     lines += ["", f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for row in report["methods"]:
         if "why" in row:
