@@ -232,7 +232,6 @@ def test_chat(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier import assembly
     asked: list[list[str]] = []
     ask = encode_chat_prompt
 
@@ -240,7 +239,7 @@ def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pyt
         asked.append([m.role for m in messages])
         return ask(base, messages, system)
 
-    monkeypatch.setattr(assembly, "encode_chat_prompt", noted)
+    monkeypatch.setattr("luthier.api.chat.encode_chat_prompt", noted)
     lines = iter(["one", "two", "x" * 300, "", "/reset", "three", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, _, err = run("chat", "lora", "--max-new-tokens", "2")

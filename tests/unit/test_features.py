@@ -71,7 +71,7 @@ def test_a_file_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     path, rows, out = save_tiny(tmp_path / "base", "bert"), written(tmp_path / "rows.jsonl"), tmp_path / "f.safetensors"
     found, labels = luthier.features(path, rows, out=out, quiet=True)
     with monkeypatch.context() as closed:
-        closed.setattr(assembly, "load_family", None)  # nothing is loaded again
+        closed.setattr("luthier.api.features.load_family", None)  # nothing is loaded again
         again = luthier.features(path, rows, out=out, quiet=True)
     assert np.array_equal(found, again[0])
     assert labels == again[1] == LABELS

@@ -1,4 +1,4 @@
-"""The verb `train`: a recipe in, a run folder out. Read `build.py` first; the loop itself is `training/loop.py`."""
+"""The verb `train`: a recipe in, a run folder out. Read `assembly/factory.py` first; the loop is `training/loop.py`."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     """Fine-tune a model. Returns the run folder.
 
     Args:
-        recipe: a YAML file, a mapping, or nothing where `settings` say it all.
-        resume: go on with the run folder from its newest whole checkpoint.
-        quiet: no progress on the terminal.
-        base_model: where the base is now, if it was moved after the run that goes on, or that this one starts from, was
-            made; it must be the same base.
-        settings: laid over the recipe: ``base="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
+        recipe: a YAML file, a mapping, or nothing where `settings` are complete.
+        resume: continue the run from its newest intact checkpoint.
+        quiet: print no progress.
+        base_model: where the base is now, if it was moved since the run that is resumed, or that this one starts from,
+            was trained; it must be the same base.
+        settings: they override the recipe: ``base="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
 
     Raises:
-        LuthierError: with everything that is wrong, before any work where it can be known.
+        LuthierError: with all errors, before any work where they can be known.
     """
     config = _apply_base_model(assembly.recipe(recipe, settings), base_model, resume)
     settle_allocator()
@@ -89,7 +89,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     if not resume:
         run.vacant() if process_group.rank() == 0 else None
     elif _is_finished(run.existing(), config, quiet):
-        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
+        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
         return run
     assembly.rows.demand(config.data)
     check_dtype(config.base)
@@ -109,7 +109,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
 
 def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
                 quiet: bool) -> None:
-    """What `train` does once there is something to do; `out` is the folder that this rank writes to."""
+    """Set up and run the training; `out` is the folder that this rank writes to."""
     _print_warnings(quiet, find_unused_settings(recipe))
     check_rewards(recipe)
     with status("loading the base", quiet=quiet):
@@ -143,7 +143,7 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     _print_warnings(quiet, find_schedule_problems(recipe, feed))
     rolling = feed if isinstance(feed, assembly.Rollouts) else None
     results: dict[str, Any] = share | (process_group.agreed(run.results) if resume else {})
-    part = "test" if datasets.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
+    part = "test" if datasets.test else "validation"  # validation rows select the checkpoint, so test rows come first
     if recipe.evaluate.before and not {"before", f"{part}_before"} & results.keys():
         with untrained(reference):
             results |= _evaluate_before(out, recipe, base, part, datasets.test or datasets.eval, prompts, reference,
@@ -152,7 +152,7 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     trackers = [*_build_trackers(out, recipe, saved, share), LearningMonitor(
         recipe.objective.variant, recipe.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
     if process_group.rank() > 0:
-        # Everything that ranks must have alike is made by now; dropout need not be alike.
+        # Everything that must be equal on all ranks exists by now; dropout should differ.
         seed_everything(recipe.seed + process_group.rank())
     job = Job(base, tuner, recipe.objective, feed, build_eval_batches(recipe, base, datasets),
               recipe.training, recipe.optimizer, rate, run.checkpoints,
@@ -169,7 +169,7 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
 
 def _print_summary(recipe: Recipe, base: Any, datasets: Any, tuner: Tuner, share: Mapping[str, float],
                    learning_rate: str, quiet: bool) -> None:
-    """What became of the rows, what in them or in the method teaches nothing, what trains, and what it costs."""
+    """Print row counts, warnings about data and method, trainable parameters and the cost of a reference."""
     for line in datasets.report.lines():
         _print_line(quiet, line)
     _print_warnings(quiet, [*find_data_problems(recipe, datasets), *find_method_problems(recipe, base, tuner)])
@@ -181,7 +181,7 @@ def _print_summary(recipe: Recipe, base: Any, datasets: Any, tuner: Tuner, share
 
 @contextmanager
 def _open_output_folder(run: Run) -> Iterator[Run]:
-    """The folder that this process writes to: the run's for the first rank, one to throw away for the others."""
+    """The folder that this process writes to: the run folder for rank 0, a temporary one for the others."""
     if process_group.rank() == 0:
         yield run
         return
@@ -190,32 +190,32 @@ def _open_output_folder(run: Run) -> Iterator[Run]:
 
 
 def _precompute_references(recipe: Recipe, base: Any, datasets: Any, reference: Reference, quiet: bool) -> Any:
-    """The rows, with what the reference says of them where the recipe asks it beforehand."""
+    """The data, with log-probabilities of the reference model where the recipe precomputes them."""
     total = len(datasets.train) + len(datasets.eval) + len(datasets.test)
-    with Progress(total, title="the reference reads", quiet=quiet or not assembly.beforehand(recipe)) as bar:
+    with Progress(total, title="reference log-probabilities", quiet=quiet or not assembly.beforehand(recipe)) as bar:
         return assembly.asked(recipe, base, datasets, reference, bar.update)
 
 
-# Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
+# Metrics of objectives; the first one that an objective has is the headline of results.json.
 HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "rewards/accuracies", "nll")
 
 
 class Interrupted(RunError):
-    """A signal ended the run early; it can be resumed."""
+    """A signal stopped the run early; it can be resumed."""
 
     def __init__(self, run: Run, summary: Summary) -> None:
         self.run = run
         self.exit_code = 128 + signal.Signals[summary.stopped].value
         super().__init__(f"{summary.stopped} at step {summary.steps}; a checkpoint is in {run.checkpoints}",
-                         f"go on with: luthier train --resume {run.path}")
+                         f"continue with: luthier train --resume {run.path}")
 
 
 def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
-    """How many parameters train, of how many, counting both the base's and the method's own."""
+    """Number and fraction of trainable parameters, among those of the base and of the method."""
     trained = tuner.parameters()
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
-    # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
+    # A quantized weight is one packed parameter; count the weights that it represents.
     whole += sum(s.in_features * s.out_features - s.weight.numel()
                  for s in base.structure.linears if s.dequantize is not None)
     count = sum(p.numel() for p in trained.values())
@@ -223,10 +223,10 @@ def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
 
 
 def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
-    """Whether the run has ended. Raises `RunError` where it is not a run of this recipe."""
+    """Whether the run is complete. Raises `RunError` where it is a run of another recipe."""
     if not run.recipe:
-        raise RunError(f"{str(run.path)!r} has no recipe.yaml, so nothing there can go on",
-                       "name the folder of a run that `luthier train` began")
+        raise RunError(f"{str(run.path)!r} has no recipe.yaml, so it cannot be resumed",
+                       "name a run folder that `luthier train` has written")
     _check_same_recipe(run, recipe)
     for line in list_changes(run):
         _print_line(quiet, f"warning: {line}")
@@ -234,12 +234,12 @@ def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
 
 
 def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> Recipe:
-    """The recipe with the base at its new place. Raises `RecipeError` where no earlier run says which base it is."""
+    """The recipe with the new location of the base. Raises `RecipeError` where no earlier run identifies the base."""
     if base_model is None:
         return recipe
     if not resume and recipe.start is None:
-        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was made, and this "
-                          "run is new", "name its base as base.name (--model)")
+        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was trained, and "
+                          "this run is new", "name its base as base.name (--model)")
     return recipe.model_copy(update={"base": recipe.base.model_copy(update={"name": base_model, "revision": None})})
 
 
@@ -247,18 +247,19 @@ def _check_same_recipe(run: Run, recipe: Recipe) -> None:
     """Raises `RunError` where the run was started with another recipe."""
     if changed := list_differences(run, recipe):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
-                       f"go on with its own (luthier train --resume {run.path}), or name another folder (run=NAME)")
+                       f"resume it with its own recipe (luthier train --resume {run.path}), or name another folder "
+                       "(run=NAME)")
 
 
 def _write_data_report(run: Run, report: assembly.rows.DataReport) -> None:
     run.write("data_report.json", report.to_json())
-    if report.parts:  # of a stream nothing is known yet
+    if report.parts:  # a stream has no statistics yet
         with explained(run.path):
             plot_lengths(report.parts, run.path / "lengths.png")
 
 
 def _write_stream_report(run: Run, report: assembly.rows.DataReport, quiet: bool) -> None:
-    """What became of rows that were read while they were trained on."""
+    """Write and print the counts of streamed rows, which are known only after training."""
     run.write("data_report.json", report.to_json())
     for line in report.lines():
         if line.startswith("train: "):
@@ -267,7 +268,7 @@ def _write_stream_report(run: Run, report: assembly.rows.DataReport, quiet: bool
 
 def _build_trackers(run: Run, recipe: Recipe, saved: checkpoint.Checkpoint | None,
                     share: Mapping[str, float]) -> list[Tracker]:
-    """metrics.jsonl, and what the recipe names besides."""
+    """metrics.jsonl, and the trackers that the recipe names."""
     at = saved.step if saved else None
     log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
@@ -296,13 +297,13 @@ def _run_training(job: Job, trackers: Sequence[Tracker], saved: checkpoint.Check
 
 def _evaluate_before(run: Run, recipe: Recipe, base: Any, part: str, test: list[Encoded], prompts: Sequence[EvalPrompt],
                      reference: Reference, rolling: Rolling | None, quiet: bool) -> dict[str, Any]:
-    """What the model is worth, before anything is trained."""
+    """Metrics of the model before training."""
     results: dict[str, Any] = {}
     if test:
         results[f"{part}_before"] = measured = _evaluate_objective(recipe, base, test, nullcontext, rolling)
         results |= _pick_headline("before", measured)
     if prompts:
-        before = _evaluate_answers("the base answers", base, prompts, recipe, quiet)
+        before = _evaluate_answers("answers of the base model", base, prompts, recipe, quiet)
         results |= {"before": before.scores, "metric": recipe.evaluate.metrics[0]}
         run.write_lines("answers_before.jsonl", _format_answers(prompts, before))
     return results
@@ -310,7 +311,7 @@ def _evaluate_before(run: Run, recipe: Recipe, base: Any, part: str, test: list[
 
 def _finish_run(run: Run, recipe: Recipe, job: Job, summary: Summary, part: str, test: list[Encoded],
                 prompts: Sequence[EvalPrompt], results: dict[str, Any], quiet: bool) -> None:
-    """Save what was trained, measure it, and write down what came out."""
+    """Save the trained weights, evaluate them, and write results, plots and the model card."""
     base: Any = job.family
     save_tuned(run, recipe, base, job.attached)
     results |= {"train_seconds": round(summary.seconds, 2), "steps": summary.steps, "train_tokens": summary.tokens,
@@ -322,7 +323,7 @@ def _finish_run(run: Run, recipe: Recipe, job: Job, summary: Summary, part: str,
                                                         "examples": len(test[:recipe.evaluate.limit])}
         plot_metrics(measured, recipe.objective.classes or (), run.path)
     if prompts:
-        after = _evaluate_answers("the tuned model answers", base, prompts, recipe, quiet)
+        after = _evaluate_answers("answers of the trained model", base, prompts, recipe, quiet)
         results |= {"after": after.scores, "metric": recipe.evaluate.metrics[0], "measured_on": part,
                     "examples": len(prompts)}
         run.write_lines("answers.jsonl", _format_answers(prompts, after))
@@ -336,7 +337,7 @@ def _finish_run(run: Run, recipe: Recipe, job: Job, summary: Summary, part: str,
 
 def _evaluate_objective(recipe: Recipe, base: Any, test: list[Encoded], reference: Reference,
                         rolling: Rolling | None) -> dict[str, float]:
-    """The objective's own measures of test rows."""
+    """The objective's metrics on test rows."""
     base.train(False)
     if rolling:
         return rolling.judged(test[:recipe.evaluate.limit])
@@ -345,7 +346,7 @@ def _evaluate_objective(recipe: Recipe, base: Any, test: list[Encoded], referenc
 
 
 def _pick_headline(when: str, measured: Mapping[str, float]) -> dict[str, Any]:
-    """The one measure that stands for the rest where no answers are scored."""
+    """The headline metric where no answers are scored."""
     name = next((name for name in HEADLINES if name in measured), "loss")
     return {when: measured[name], "metric": name} if measured else {}
 
@@ -367,17 +368,17 @@ def _format_answers(prompts: Sequence[EvalPrompt], scored: GenerationScores) -> 
 
 
 def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint, with a word about every damaged one."""
-    saved, words = checkpoint.latest(run.checkpoints)
-    for word in words:
-        _print_line(quiet, f"warning: {word}")
+    """The newest intact checkpoint; prints a warning for every damaged one."""
+    saved, problems = checkpoint.latest(run.checkpoints)
+    for problem in problems:
+        _print_line(quiet, f"warning: {problem}")
     if saved is None:
         _print_line(quiet, f"{run.path} has no checkpoint yet; starting from the beginning")
     return saved
 
 
 def _choose_run_name(recipe: Recipe) -> Path:
-    """runs/<method>-<base>, numbered where that is taken."""
+    """runs/<method>-<base>, with a number where that exists."""
     stem = f"{method_name(recipe)}-{display_name(recipe.base.name)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)

@@ -1,4 +1,4 @@
-"""Several LoRA runs as one run folder. Read `initialization.py` (banked) and `methods/lora_merging.py` first."""
+"""Merges several LoRA runs into one run folder. Read `methods/lora_merging.py` first."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from luthier.training.run_folder import Run
 
 def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how: How, rank: int | None,
                    base_model: str | None = None, report: Report = ignore) -> dict[str, float]:
-    """Write the runs' LoRAs as one to `out`; returns its rank and the error of the change, relative to the exact one.
+    """Write the weighted sum of the runs' LoRAs to `out`. Returns its rank and its error relative to the exact sum.
 
     Raises:
-        RecipeError: the runs have different bases, are no LoRAs, or have heads.
+        RecipeError: the runs have different bases, other methods than lora, or heads.
         RunError: a run cannot be read, or `out` holds one.
     """
     out.vacant()
@@ -30,11 +30,11 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], how:
     first = recipes[0]
     for run, recipe in zip(runs, recipes, strict=True):
         if base_model is None and (conflict := describe_model_conflict(run, first.base)):
-            raise RecipeError(f"{str(run.path)!r} was made on {recipe.base.name!r}, and {str(runs[0].path)!r} on "
+            raise RecipeError(f"{str(run.path)!r} was trained on {recipe.base.name!r}, and {str(runs[0].path)!r} on "
                               f"{first.base.name!r}: {conflict}", "combine runs of one base")
         if has_saved_heads(recipe.objective):
-            raise RecipeError(f"{str(run.path)!r} has heads of its own ({recipe.objective.name}), and heads of several "
-                              "runs have no sum", "use them side by side: luthier.load_adapters")
+            raise RecipeError(f"{str(run.path)!r} has its own heads ({recipe.objective.name}), and heads of several "
+                              "runs cannot be summed", "load them together: luthier.load_adapters")
     base = load_family(first.base, first.objective.uses_masking)
     bank = attach_runs(base, {str(i): run for i, run in enumerate(runs)})
     loras = [tuner for tuner in bank.members.values() if isinstance(tuner, Lora)]

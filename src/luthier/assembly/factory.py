@@ -1,4 +1,4 @@
-"""A recipe to objects, one function for each: base, method, data, feed. Read `recipe.py` first."""
+"""Builds each object of a recipe: model, method, data, batches. Read `recipe.py` first."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from luthier.objectives import OBJECTIVES
 from luthier.objectives.cross_entropy import PretrainConfig
 from luthier.training.memory import release
 
-DOCUMENTS = frozenset({"TextExample"})  # of which alone a part is hidden
-HEAD_RATE = 1e-3  # of an objective's heads, while the method trains at its default
+DOCUMENTS = frozenset({"TextExample"})  # the only examples that masking applies to
+HEAD_RATE = 1e-3  # learning rate of an objective's heads while the method trains at its default
 
 
 def load_family(config: BaseConfig, words: bool = False) -> Family:
-    """The base, loaded; `words`: an encoder with its own head for masked words (objectives that `hides`). What its
-    loading held besides is given back."""
+    """Load the base model; `words`: an encoder with its masked-language-model head (objectives with `uses_masking`).
+    Memory that only the loading needed is released."""
     base = open_family(config, words)
     if base.can_generate:
         base.chat_format = ChatFormat(rows.saved_chat_template(base.tokenizer), rows.stop_tokens(base.tokenizer))
@@ -41,32 +41,32 @@ def load_family(config: BaseConfig, words: bool = False) -> Family:
 
 
 def select_device(recipe: Recipe) -> torch.device:
-    """The device that the base would be loaded to."""
+    """The device that the base model would be loaded to."""
     return resolve_device(recipe.base.device)
 
 
 def load_base_tokenizer(config: BaseConfig) -> Any:
-    """The base's tokenizer, without its weights."""
+    """The tokenizer of the base model, without its weights."""
     return load_tokenizer(config)
 
 
 def read_context_length(config: BaseConfig) -> int:
-    """Tokens that the base can read at once, as its own config says, without its weights."""
+    """The context length of the base model in tokens, read from its config without loading weights."""
     return get_context_length(config)
 
 
 def attach_method(base: Family, method: AnyMethod, seed: int) -> Tuner:
-    """The method on the base; everything that it does not train is frozen."""
+    """Attach the method to the model; all other parameters are frozen."""
     base.structure.model.requires_grad_(False)
     return method.attach(base.structure, seed=seed)
 
 
 def attach_heads(base: Family, tuner: Tuner, objective: Objective, seed: int,
                  default_rate: float = HEAD_RATE) -> Tuner:
-    """The method together with what the objective adds to the base's states.
+    """The method together with the heads of the objective.
 
-    Heads start from nothing, so where the method would train at its `default_rate` they train at `HEAD_RATE`; where the
-    learning rate is another, by the recipe or by the objective's factor, theirs moves with it.
+    Heads are initialized at random: while the method trains at its `default_rate`, they train at `HEAD_RATE`. If the
+    recipe or the objective changes the learning rate, theirs changes by the same factor.
     """
     if not objective.heads:
         return tuner
@@ -74,8 +74,8 @@ def attach_heads(base: Family, tuner: Tuner, objective: Objective, seed: int,
 
 
 def fit_objective(recipe: Recipe, datasets: Datasets) -> Recipe:
-    """The recipe with its objective made for the classes in the training rows. Raises `RecipeError` where the rows mean
-    nothing to it."""
+    """The recipe, its objective fitted to the classes of the training rows. Raises `RecipeError` where the objective
+    does not support these rows."""
     strange = datasets.kinds - recipe.objective.example_types
     if strange:
         raise RecipeError(f"objective {recipe.objective.name!r} cannot learn from {', '.join(sorted(strange))}: it "
@@ -86,19 +86,19 @@ def fit_objective(recipe: Recipe, datasets: Datasets) -> Recipe:
 
 
 def set_chat_format(base: Family, datasets: Datasets) -> None:
-    """From now on, what is saved holds the rows' chat template and stop tokens, where the rows are conversations."""
+    """If the rows are conversations, save their chat template and stop tokens with the model from now on."""
     if base.can_generate:
         base.chat_format = replace(base.chat_format, trained=datasets.conversations)
 
 
 def check_loaded_model(recipe: Recipe, base: Family) -> None:
-    """What can only be known once the base is loaded. Raises `RecipeError`."""
+    """Checks that need the loaded model. Raises `RecipeError`."""
     fitting(recipe, base)
     if recipe.data.streaming and not recipe.training.steps:
-        raise RecipeError("data.streaming: nobody knows how many rows an epoch has", "say how long: training.steps")
+        raise RecipeError("data.streaming: the number of rows in an epoch is unknown", "set training.steps")
     if recipe.data.streaming and beforehand(recipe):
-        raise RecipeError("data.streaming: rows that are read anew in every epoch keep nothing computed before",
-                          "leave out data.streaming, or objective.precompute_reference")
+        raise RecipeError("data.streaming: reference values cannot be precomputed for streamed rows",
+                          "omit data.streaming, or objective.precompute_reference")
     context, room = base.structure.sizes["context"], compute_text_length(recipe.method, base)
     if recipe.data.max_length and recipe.data.max_length > room:
         beside = f" and {context - room} virtual tokens are" if room < context else " is"
@@ -108,38 +108,38 @@ def check_loaded_model(recipe: Recipe, base: Family) -> None:
     added = recipe.base.structure is not None and recipe.base.structure.add_blocks
     for part in parts_of(recipe.method) if added else ():
         if why := _explain_zero_start(part):
-            raise RecipeError(f"base.structure.add_blocks: the last maps of added blocks are zero, and method "
-                              f"{part.name} {why}", "train them by another method: freeze, full, lora")
+            raise RecipeError(f"base.structure.add_blocks: the output projections of added blocks are zero, and method "
+                              f"{part.name} {why}", "use another method: freeze, full, lora")
 
 
 def compute_text_length(method: AnyMethod, base: Family) -> int:
-    """How many tokens of a text the base's context holds beside the virtual ones. Raises `RecipeError` for none."""
+    """Text tokens that fit into the context next to the virtual tokens. Raises `RecipeError` where none fit."""
     context = base.structure.sizes["context"]
     virtual = sum(part.tokens for part in parts_of(method) if isinstance(part, Words))
     if virtual + 2 > context:
-        raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no room for a text in the base's context of "
+        raise RecipeError(f"method.tokens: {virtual} virtual tokens leave no space for text in the base's context of "
                           f"{context} tokens", f"set method.tokens far below {context}")
     return context - virtual
 
 
 def _explain_zero_start(method: AnyMethod) -> str:
-    """Why the method cannot train a map that is zero; empty where it can."""
+    """Why the method cannot train a weight matrix that is zero; empty where it can."""
     if isinstance(method, Ia3Config):
-        return "multiplies what they give, which stays zero"
+        return "rescales their output, which stays zero"
     if isinstance(method, LoraConfig) and method.dora:
-        return "with dora divides by their rows' lengths"
-    return "with init: pissa starts from their largest directions" if isinstance(method, LoraConfig) \
+        return "with dora divides by their row norms"
+    return "with init: pissa starts from their singular vectors" if isinstance(method, LoraConfig) \
         and method.init == "pissa" else ""
 
 
 def load_datasets(recipe: Recipe, base: Family, progress: Any = None) -> Datasets:
-    """Everything the recipe trains and evaluates on, as far as this base can read it."""
+    """The training and evaluation data of a recipe, as far as this model supports it."""
     objective, sees = recipe.objective, "channels" in base.structure.sizes
     reads = frozenset(kind for kind in objective.example_types if (kind == "ImageExample") == sees)
     if not reads:
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.example_types))}, "
                           f"and the base "
-                          f"takes {'pictures' if sees else 'text'}", "choose another objective, or another base")
+                          f"takes {'images' if sees else 'text'}", "choose another objective, or another base")
     hide = _build_masking(recipe, base)
     datasets = rows.load(resolve_data_config(recipe, base), base.tokenizer, seed=recipe.seed, classes=objective.classes,
                       hide=hide,
@@ -153,7 +153,7 @@ def load_datasets(recipe: Recipe, base: Family, progress: Any = None) -> Dataset
 
 
 def _check_tokens(base: Family, datasets: Datasets) -> None:
-    """Raises `BaseError` where a row holds a token that the base's embedding has no row for."""
+    """Raises `BaseError` for a token id beyond the rows of the base's embedding."""
     size = base.structure.sizes.get("vocabulary")
     if size is None or "channels" in base.structure.sizes:
         return
@@ -169,7 +169,7 @@ def _check_tokens(base: Family, datasets: Datasets) -> None:
 
 
 def _build_masking(recipe: Recipe, base: Family) -> rows.Hide | None:
-    """How a part of each document is hidden, of bases that read a text whole."""
+    """The masking of documents, for models with bidirectional attention; None for causal models."""
     objective = recipe.objective
     if not isinstance(objective, PretrainConfig) or base.structure.task == "CAUSAL_LM":
         return None
@@ -178,16 +178,15 @@ def _build_masking(recipe: Recipe, base: Family) -> rows.Hide | None:
 
 
 def resolve_data_config(recipe: Recipe, base: Family) -> DataConfig:
-    """The settings of the data for this base; without a `max_length`, what the base's context has room for
-    where that is less."""
+    """The data settings for this model; the default of `max_length` is limited by the context."""
     most = min(recipe.data.most, compute_text_length(recipe.method, base))
     config = recipe.data.model_copy(update={"max_length": recipe.data.max_length or most})
     return rows.DividedConfig.of(config) if base.is_encoder_decoder else config
 
 
 def resolve_micro_batch_tokens(recipe: Recipe, base: Family) -> int:
-    """Places of a row in memory at once: small rows keep a CPU's caches and memory small, a GPU wants large products.
-    A place is a token; of a vision base a picture, which is as many tokens as it has patches."""
+    """Positions of a micro-batch. Short rows fit a CPU's caches; a GPU is efficient only on large matrices.
+    A position is a token; for vision models an image, which has as many tokens as patches."""
     tokens = recipe.training.micro_tokens or (8192 if base.device.type == "cuda" else 320)
     return max(1, tokens // base.structure.sizes.get("unit", 1))
 
@@ -203,18 +202,19 @@ def build_batch_source(recipe: Recipe, base: Family, datasets: Datasets) -> Batc
 
 
 def build_eval_batches(recipe: Recipe, base: Family, datasets: Datasets) -> list[Batch]:
-    """The rows to evaluate on while training."""
+    """Batches of the validation rows."""
     return rows.eval_batches(datasets.eval, resolve_micro_batch_tokens(recipe, base))
 
 
 def build_eval_prompts(recipe: Recipe, base: Family, examples: Sequence[Example]) -> list[EvalPrompt]:
-    """Prompts and right answers of test rows. Raises `DataError` where a metric cannot read a right answer,
-    `RecipeError` where a row asks nothing."""
+    """Prompts and references of test rows. Raises `DataError` where a metric cannot parse a reference, `RecipeError`
+    for a row without a prompt."""
     prompts = []
     strange = next((example for example in examples if type(example).__name__ not in rows.ANSWERED), None)
     if strange is not None:
-        raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which asks for no answer",
-                          "leave evaluate.metrics out, or name rows with prompts in data.test")
+        raise RecipeError(f"evaluate.metrics: {strange.origin} is a {type(strange).__name__}, which has no answer "
+                          "to generate",
+                          "omit evaluate.metrics, or name rows with prompts in data.test")
     for example in examples[:recipe.evaluate.limit]:
         ids, reference = rows.prompt_of(example, base.tokenizer, recipe.data)
         prompts.append(EvalPrompt(tuple(ids), _get_question_text(example), reference, example.origin))
@@ -223,7 +223,7 @@ def build_eval_prompts(recipe: Recipe, base: Family, examples: Sequence[Example]
 
 
 def _get_question_text(example: Example) -> str:
-    """What a person would say was asked."""
+    """The question of an example as text, for reports."""
     if isinstance(example, ChatExample):
         return next((m.content for m in reversed(example.messages) if m.role != "assistant"), "")
     if isinstance(example, CompletionExample):

@@ -1,8 +1,8 @@
-"""Where a training starts from: the bare base, or a run that was tuned before. Read `factory.py` and `run_io.py` first.
+"""Initializes the policy and the reference model, from the base or from an earlier run. Read `factory.py` and
+`run_io.py` first.
 
-With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
-reference of objectives that have one (DPO, PPO). Both stand on one base, in a bank. Without it, the reference is the
-bare base.
+With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train, and once, frozen, as the reference
+of objectives that need one (DPO, PPO). Both share one base. Without it, the reference is the base model.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ POLICY, REFERENCE = "policy", "reference"
 
 
 def init_policy(recipe: Recipe, base: Family) -> tuple[Tuner, Reference]:
-    """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
+    """The trainable method with the objective's heads, and a context manager in which the model is the reference.
 
     Raises:
-        RecipeError: the recipe starts from a run with another base or method than its own.
-        RunError: that run, or what it trained, cannot be read.
+        RecipeError: the run to start from has another base or method than the recipe.
+        RunError: that run or its weights cannot be read.
     """
     policy = attach_method(base, recipe.method, recipe.seed)
     if recipe.start is not None:
@@ -45,10 +45,10 @@ def init_policy(recipe: Recipe, base: Family) -> tuple[Tuner, Reference]:
 
 
 def reference_context(recipe: Recipe, base: Family, policy: Tuner) -> Reference:
-    """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
-    starts from, put frozen and silent into a bank with the policy. Raises as `begin` does."""
+    """The context manager in which the model is the reference: the base model, or the run that the recipe starts from,
+    loaded frozen and inactive next to the policy. Raises as `init_policy` does."""
     if recipe.start is None or (scopes(policy) is None and not referred(recipe.objective)):
-        return policy.disabled  # without a use for a reference, none is made of what cannot share its base
+        return policy.disabled  # methods that cannot share a base get no second copy unless the objective needs it
     bank, reference = Bank(base.structure), attach_method(base, recipe.method, recipe.seed)
     _load_method_weights(reference, _read_compatible_weights(recipe, Run(recipe.start), base), base,
                          whole=not Run(recipe.start).recipe)
@@ -61,10 +61,10 @@ def reference_context(recipe: Recipe, base: Family, policy: Tuner) -> Reference:
 
 
 def attach_runs(base: Family, runs: Mapping[str, Run]) -> Bank:
-    """The adapters of several runs on one base, silent until one is chosen. Heads stay behind: what answers needs none.
+    """The adapters of several runs on one base, none of them active. Heads are not loaded: generation needs none.
 
     Raises:
-        RecipeError: a run holds a whole model, or was made on another base.
+        RecipeError: a run holds a full model, or was trained on another base.
         RunError: a run's method cannot share its base.
     """
     bank = Bank(base.structure)
@@ -78,13 +78,13 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> Bank:
 
 
 def _read_compatible_weights(recipe: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
-    """What the run trained that the recipe starts from."""
+    """The weights of the run that the recipe starts from. Raises `RecipeError` where base or method differ."""
     start_recipe = recorded(adapted(start))
     other = [line for line in changed(start_recipe, fill_left_out(recipe, start_recipe)) if line.startswith("method.")]
     if conflict := describe_model_conflict(start, recipe.base):
         other.append(f"base.name: {start_recipe.base.name!r}, now {recipe.base.name!r}: {conflict}")
     if other:
-        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
+        raise RecipeError(f"start: the run {str(start.path)!r} was trained with another base or method:\n  "
                           + "\n  ".join(other),
                           "leave base and method out of the recipe: they are taken from that run; a base that was "
                           "moved is named by --base-model PATH (in Python: base_model=PATH)")
@@ -92,10 +92,10 @@ def _read_compatible_weights(recipe: Recipe, start: Run, base: Family) -> dict[s
 
 
 def _load_method_weights(tuner: Tuner, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
-    """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file."""
+    """Load the method's weights without the heads of the run's objective. `whole`: the file has no heads."""
     names = tuner.state().keys()
     named = rename_weights(saved, names, base)
     left = {name: tensor for name, tensor in named.items() if name not in names}
-    if whole:  # PEFT's folder holds no heads of ours: whatever is left would be passed over
+    if whole:  # a folder of PEFT has no heads of ours: nothing in it may be ignored
         left = drop_base_weights(left, {}, base.structure.model)
     tuner.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})
