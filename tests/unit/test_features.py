@@ -86,7 +86,7 @@ def test_a_file_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     written(tmp_path / "rows.jsonl")
     with pytest.raises(RunError, match="another base"):
         luthier.features(path, rows, out=out, quiet=True)
-    with pytest.raises(RunError, match="ending"):
+    with pytest.raises(RunError, match="suffix"):
         luthier.features(path, rows, out=tmp_path / "f.npy", quiet=True)
 
 

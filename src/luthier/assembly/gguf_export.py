@@ -1,4 +1,4 @@
-"""An opened run as a GGUF file for llama.cpp: the whole model, or its LoRA alone. Read `run_io.py` first."""
+"""Writes a loaded run as a GGUF file for llama.cpp: the full model, or its LoRA. Read `run_io.py` first."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from luthier.models.gguf.writer import LoraDelta, WeightType, write_gguf, write_
 
 
 def export_gguf_model(recipe: Recipe, base: Family, path: Path, numbers: WeightType, name: str = "") -> None:
-    """Write the model as it now is. Raises `RunError` where it is none that llama.cpp writes text with."""
+    """Write the model in its current state. Raises `RunError` for a model that is not a causal language model."""
     _refuse_others(recipe, base)
     write_gguf(base, path, numbers, name)
 
 
 def export_gguf_adapter(recipe: Recipe, base: Family, tuner: Tuner | None, path: Path,
                         name: str = "") -> None:
-    """Write the run's LoRA. Raises `RunError` where the run holds something else."""
+    """Write the run's LoRA. Raises `RunError` for a run of another method."""
     _refuse_others(recipe, base)
     if not isinstance(tuner, Lora):
         raise RunError(f"the run was tuned by {method_name(recipe)}, and llama.cpp's adapters are LoRAs",

@@ -1,4 +1,4 @@
-"""What decides a run's result is kept with it by digest, and compared later. Read `recipe.py` first.
+"""Records digests of everything that decides a run's result, and compares them later. Read `recipe.py` first.
 
 | kept in                     | what                                                                                |
 |-----------------------------|-------------------------------------------------------------------------------------|
@@ -37,21 +37,21 @@ SHOWN = 16  # digits of a digest in a sentence
 
 
 def ignore(line: str) -> None:
-    """Reports nothing."""
+    """A `Report` that drops every line."""
 
 
 # ---------------------------------------------------------------- what is kept
 
 
 def record_start(recipe: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
-    """The `provenance` of recipe.yaml. `left_out`: settings whose values were not given but found at the start."""
+    """The `provenance` of recipe.yaml. `left_out`: settings that were not set but resolved at the start."""
     return {**provenance(recipe), "base": identity.to_json(), "recipe_sha256": json_sha256(dump(recipe)),
             "runs_sha256": _digest_runs(recipe), "resolved": left_out}
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """Makes what a checkpoint keeps besides the state of the training; called at every save."""
+    """Builds the record that a checkpoint keeps in addition to the training state; called at every save."""
 
     run: Run
 
@@ -62,14 +62,14 @@ class CheckpointRecord:
 
 
 def record_results(run: Run) -> dict[str, Any]:
-    """What results.json keeps besides the results."""
+    """The digests that results.json keeps in addition to the results."""
     return {"base": run.provenance.get("base"),
             "digests": {"trained": digest_trained(run), "recipe": json_sha256(run.recipe),
                         "metrics": digest_metrics(run)}}
 
 
 def digest_trained(run: Run) -> dict[str, str]:
-    """File -> sha256 of the weights that a run folder holds and of the configs that say what they are."""
+    """File -> sha256 of the weight files of a run folder and of their configs."""
     return {file.name: file_sha256(file) for pattern in TRAINED for file in sorted(run.path.glob(pattern))}
 
 
@@ -84,7 +84,7 @@ def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
 
 
 def _digest_runs(recipe: Recipe) -> dict[str, dict[str, str]]:
-    """The weights of the runs that a recipe names: the one to start from, and those that judge."""
+    """Digests of the runs that a recipe names: the one to start from, and reward models."""
     rewards = recipe.objective.reward if isinstance(recipe.objective, OnlineRLConfig) else ()
     named = {"start": recipe.start, **{f"objective.reward.{i}.model": worth.model for i, worth in enumerate(rewards)}}
     return {key: {file.name: file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
@@ -92,7 +92,7 @@ def _digest_runs(recipe: Recipe) -> dict[str, dict[str, str]]:
 
 
 def describe_base(base: BaseConfig) -> dict[str, Any]:
-    """What an exported adapter says of its base: its public name and its digests, and no path."""
+    """The record of the base in an exported adapter: public name and digests, no path."""
     identity = identify_base(base)
     return {"name": get_public_name(base, identity.upstream), "revision": identity.revision,
             "sha256": dict(identity.digests)}
@@ -102,14 +102,14 @@ def describe_base(base: BaseConfig) -> dict[str, Any]:
 
 
 def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore) -> Recipe:
-    """The recipe of a run, its base found and proven to be the one that the run was trained on.
+    """The recipe of a run, with its base model found and verified by digest.
 
     Args:
         base_model: where the base is now, if it was moved.
-        report: called with a sentence for everything that has changed and for what cannot be checked.
+        report: called with a sentence for every change and for what cannot be checked.
 
     Raises:
-        BaseError: the base is not there, or has other weights or another config.
+        BaseError: the base is missing, or has other weights or another config.
         RunError: `base_model` for a run that needs no base.
     """
     recipe = recorded(run)
@@ -147,7 +147,7 @@ def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report
 
 
 def _find_model(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> Found:
-    """`find(config)`, its error telling whose base it is and that it can be named."""
+    """`find(config)`; its error names the run and says how to give the base."""
     try:
         return find(config)
     except BaseError as error:
@@ -157,21 +157,21 @@ def _find_model(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found
 
 
 def read_digests(run: Run) -> Mapping[str, str]:
-    """The digests of the base that a run or an exported adapter was trained on; none where nobody kept them."""
+    """Digests of the base that a run or exported adapter was trained on; empty where none were recorded."""
     file = run.path / BASE_FILE
     kept = run.provenance.get("base") or (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
     return dict(kept.get("sha256") or {})
 
 
 def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """A sentence on the first digest by which a base is another one; empty where there is none."""
+    """A sentence on the first digest that differs; empty where all are equal."""
     return next((f"its {part} should have the sha256 {kept[part][:SHOWN]}, and "
                  + (f"{found[part][:SHOWN]} was found" if part in found else f"it has no {part} file")
                  for part in DECISIVE_DIGESTS if part in kept and kept[part] != found.get(part)), "")
 
 
 def describe_model_conflict(run: Run, base: BaseConfig) -> str:
-    """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
+    """Why this is not the base of a run; empty where it is. Without digests, names are compared."""
     found, kept = recorded(run).base, read_digests(run)
     if kept and found.structure == base.structure:
         return compare_digests(kept, _find_model(run, base, identify_base).digests)
@@ -179,7 +179,7 @@ def describe_model_conflict(run: Run, base: BaseConfig) -> str:
 
 
 def is_same_model(one: BaseConfig, other: BaseConfig) -> bool:
-    """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
+    """Whether both name the same weights; PEFT's files may name the folder of an alias."""
     named = (one.name, one.structure) == (other.name, other.structure)
     return one.revision == other.revision and (named or prepare_folder(one) == prepare_folder(other))
 
@@ -188,7 +188,7 @@ def is_same_model(one: BaseConfig, other: BaseConfig) -> bool:
 
 
 def list_changes(run: Run) -> list[str]:
-    """Sentences on the files of a finished run that are not what they were when it ended."""
+    """Sentences on the files of a finished run that have changed since it ended."""
     kept = run.results.get("digests")
     if not kept:
         return []
@@ -213,8 +213,8 @@ def _describe_changed_metrics(run: Run, kept: Mapping[str, Any], since: str) -> 
 
 
 def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None:
-    """Compare a run with what its newest checkpoint keeps. Raises `RunError` where the result would not be that of the
-    run that wrote the checkpoint; reports all other changes."""
+    """Compare a run with the record of its newest checkpoint. Raises `RunError` where a change would alter the result;
+    reports all other changes."""
     if not record:
         return
     if json_sha256(run.recipe) != record["recipe_sha256"]:
@@ -233,7 +233,7 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
 
 def check_runs(recipe: Recipe, report: Report) -> None:
     """Check the runs that a recipe names, before anything is loaded. Raises `RunError` or `RecipeError` where the run
-    to start from is not there or stands on another base."""
+    to start from is missing or has another base."""
     if recipe.start is None:
         return
     start = Run(recipe.start).existing()
@@ -247,14 +247,14 @@ def check_runs(recipe: Recipe, report: Report) -> None:
 
 
 def _drop_paths(recipe: Recipe) -> Recipe:
-    """The recipe with bare names for paths: base, runs and rows have digests of their own, wherever they are."""
+    """The recipe with file names in place of paths: base, runs and data are compared by digest."""
     base = recipe.base.model_copy(update={"name": "-"})
     return map_paths(recipe, lambda path: Path(path).name).model_copy(update={"base": base})
 
 
 def list_differences(run: Run, recipe: Recipe) -> list[str]:
-    """The settings by which a recipe is another one than the run's own: what it leaves out is as in the run, paths are
-    the same from any working directory, and a base is the same wherever it is."""
+    """The settings in which a recipe differs from the run's own. Settings that it omits are those of the run; paths do
+    not depend on the working directory; a base is compared by digest."""
     saved, kept = Recipe.parse(run.recipe), read_digests(run)
     if not kept:
         saved = _make_absolute(saved)

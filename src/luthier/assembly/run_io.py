@@ -1,4 +1,4 @@
-"""Run folders to objects and back. Read `factory.py` first."""
+"""Loads a run folder into a recipe, a model and a tuner, and saves them. Read `factory.py` first."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what
 
 def open_run(run: Run, whole: bool = False, base_model: str | None = None,
              report: Report = ignore) -> tuple[Recipe, Family, Tuner | None]:
-    """What a run folder holds: its recipe, its base, and the method with its trained weights.
+    """Load a run folder: its recipe, its base model, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
     (then there is no method to attach). The name of a base in place of a folder is such a whole model.
@@ -88,7 +88,7 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
 
 
 def _restore_chat_format(run: Run, base: Family) -> None:
-    """The chat template and the stop tokens that the run was trained with, for a run of conversations."""
+    """The chat template and the stop tokens that the run was trained with, if its rows were conversations."""
     if not base.can_generate or not (run.path / STOPS).is_file():
         return
     template = run.path / "chat_template.jinja"
@@ -99,19 +99,19 @@ def _restore_chat_format(run: Run, base: Family) -> None:
 
 
 def build_prompt_format(run: Run, recipe: Recipe) -> PromptFormat:
-    """How prompts of a run, or of a base, are written. What was trained on conversations keeps its stop tokens; of what
-    others made nothing is known, and it is asked as a base is."""
+    """How prompts of a run or a base model are rendered. Runs on conversations keep their stop tokens; for folders of
+    other tools nothing is known, so they are prompted like a base model."""
     known = bool(run.recipe) and run.adapter is not None
     return PromptFormat(recipe.data, not known or (run.path / STOPS).is_file())
 
 
 def has_saved_heads(objective: Objective) -> bool:
-    """Whether a run is saved with its objective's heads. A critic has done its work when the policy is trained."""
+    """Whether a run is saved with its objective's heads. A critic is needed for training only."""
     return bool(objective.heads) and not isinstance(objective, OnlineRLConfig)
 
 
 def _is_model_name(path: Path) -> bool:
-    """Whether this is a base's name: an alias, a file, or owner/name where no folder `owner` is (a run, else)."""
+    """Whether this names a base model: an alias, a file, or owner/name where no folder `owner` exists."""
     if path.is_dir():
         return False
     return str(path) in ALIASES or path.is_file() or (len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~")
@@ -119,15 +119,15 @@ def _is_model_name(path: Path) -> bool:
 
 
 def _read_full_model_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
-    """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
-    of Transformers' class, else beside it."""
+    """The heads of a full model, by their names in an adapter's file. Heads that Transformers' class has are among the
+    model's weights, others in a file of their own."""
     found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
     names = [name.removeprefix(PREFIX) for name in base.heads.state() if name not in found]
     return found | {PREFIX + name: tensor for name, tensor in read_weights(names, list_weight_files(run.path)).items()}
 
 
 def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
-    """What an adapter's file holds, by the names that this model has for it.
+    """The tensors of an adapter's file, by the names of this model.
 
     A stack has one part more in its names under a head than alone, and a file is named after the model that others load
     it on: a classifier's for a run with classes, the stack alone for embeddings.
@@ -146,13 +146,13 @@ def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base
 
 
 def is_embedding_objective(objective: Objective) -> bool:
-    """Whether the run gives vectors of whole texts."""
+    """Whether the run computes text embeddings."""
     return objective.required_outputs == frozenset({"pooled"})
 
 
 def save_full_model(run: Run, recipe: Recipe, base: Family) -> None:
-    """Write the model as it now is. Heads that Transformers' class of the architecture has are in it; others, and
-    scalars, are put beside it, and the recipe says what they are for."""
+    """Write the model in its current state. Heads that Transformers' class has are part of it; other heads and scalars
+    go to a file of their own, which the recipe explains."""
     base.save(run.path)
     _save_embedding(run, recipe, base)
     if not has_saved_heads(recipe.objective):
@@ -166,8 +166,7 @@ def save_full_model(run: Run, recipe: Recipe, base: Family) -> None:
 
 
 def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:
-    """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
-    gone that of the model as it is."""
+    """The default dtype of an exported model: that of the base's files, or of the loaded model where they are gone."""
     try:
         return read_stored_dtype(recipe.base)
     except BaseError:
@@ -177,7 +176,7 @@ def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:
 
 
 def _save_embedding(run: Run, recipe: Recipe, base: Family) -> None:
-    """What Sentence Transformers reads, of a run that gives vectors of texts."""
+    """Write the files of Sentence Transformers for a run that computes text embeddings."""
     is_text_encoder = not base.is_encoder_decoder and "channels" not in base.structure.sizes
     if is_embedding_objective(recipe.objective) and is_text_encoder:
         make_embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
@@ -219,8 +218,8 @@ def save_tuned(run: Run, recipe: Recipe, base: Family, tuner: Tuner, public: boo
 
 
 def name_base(config: BaseConfig, public: bool = False) -> str:
-    """The name by which PEFT loads the base: a hub id as it is, anything else as the Transformers folder that it
-    became. `public`: by its hub id or bare name, which other machines may know."""
+    """The name by which PEFT loads the base: a hub id unchanged, anything else as its Transformers folder. `public`:
+    the hub id or the folder's name, without a local path."""
     if public:
         return get_public_name(config) if config.structure is None else prepare_folder(config).name
     hub = config.structure is None and isinstance(resolve_name(config.name), str)
@@ -228,8 +227,8 @@ def name_base(config: BaseConfig, public: bool = False) -> str:
 
 
 def convert_to_plain_lora(base: Family, tuner: Tuner, rank: int | None) -> Tuner:
-    """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
-    to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
+    """A LoRA or AdaLoRA as a plain LoRA of one rank, together with the heads. It is attached only to be saved. Raises
+    as `fold_into_plain_lora` does, and for composite methods."""
     parts = list(tuner.parts) if isinstance(tuner, Several) else [tuner]
     forms = [part.peft() or {} for part in parts]
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
@@ -244,7 +243,7 @@ def convert_to_plain_lora(base: Family, tuner: Tuner, rank: int | None) -> Tuner
 
 def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], recipe: Recipe,
                         base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
+    """Weights and config by the names of the model that other libraries load the adapter on (see `rename_weights`)."""
     own, home = base.heads.task_head, base.backbone_prefix
     if own is None and (not is_embedding_objective(recipe.objective) or base.is_encoder_decoder):
         return state, config

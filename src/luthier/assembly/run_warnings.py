@@ -1,7 +1,7 @@
-"""Why a run cannot learn, or a setting has no effect, as far as it is known before the first step.
+"""Warnings before the first step: why a run cannot learn, or a setting has no effect.
 
-Read `recipe.py` (`idle`) first. What only shows while a run trains, `training/learning_monitor.py` says. Each function
-returns sentences; which of them are known when:
+Read `recipe.py` (`idle`) first. `training/learning_monitor.py` warns during training. Each function
+returns sentences and needs:
 
 | function                     | needs                                  |
 |------------------------------|----------------------------------------|
@@ -49,7 +49,7 @@ def _has_other_loss(loss: str) -> Callable[[Recipe], bool]:
     return lambda recipe: isinstance(recipe.objective, ContrastiveConfig) and recipe.objective.loss != loss
 
 
-def _untrained_critic(recipe: Recipe) -> bool:
+def _has_untrained_critic(recipe: Recipe) -> bool:
     return isinstance(recipe.objective, PpoConfig) and not recipe.objective.vf_coef
 
 
@@ -57,25 +57,25 @@ def _reads_none_of(*kinds: str) -> Callable[[Recipe], bool]:
     return lambda recipe: not recipe.objective.example_types & {f"{kind}Example" for kind in kinds}
 
 
-def _evaluates(recipe: Recipe) -> bool:
+def _has_eval_rows(recipe: Recipe) -> bool:
     return recipe.data.eval is not None
 
 
-def _one_step_a_round(recipe: Recipe) -> bool:
+def _has_single_step_rounds(recipe: Recipe) -> bool:
     return isinstance(recipe.objective, OnlineRLConfig) and recipe.objective.is_single_step
 
 
-ONCE = "each round is one optimizer step (one epoch of one mini-batch), taken by the policy that answered"
+SINGLE_STEP = "each round is one optimizer step (one epoch of one mini-batch) on the policy that generated it"
 # (setting, when it has no effect, why). A setting is named only where it differs from its default.
 RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
-    ("training.keep", lambda recipe: not (_evaluates(recipe) or recipe.training.save_every),
+    ("training.keep", lambda recipe: not (_has_eval_rows(recipe) or recipe.training.save_every),
      "one checkpoint alone is written, at the end (set training.save_every)"),
     ("optimizer.floor", lambda recipe: recipe.optimizer.schedule == "constant", "optimizer.schedule is constant"),
     ("evaluate.max_new_tokens", lambda recipe: not recipe.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
     ("evaluate.batch_size", lambda recipe: not recipe.evaluate.metrics, "no answers are scored (evaluate.metrics)"),
-    ("evaluate.limit", lambda recipe: not _evaluates(recipe) and recipe.data.test is None,
+    ("evaluate.limit", lambda recipe: not _has_eval_rows(recipe) and recipe.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
-    ("evaluate.before", lambda recipe: not _evaluates(recipe) and recipe.data.test is None,
+    ("evaluate.before", lambda recipe: not _has_eval_rows(recipe) and recipe.data.test is None,
      "there are no rows to evaluate on (data.test or data.eval)"),
     ("base.pooling", lambda recipe: not recipe.objective.required_outputs & {"pooled", "scores"},
      "the objective reads no state of a whole text"),
@@ -96,34 +96,35 @@ RULES: tuple[tuple[str, Callable[[Recipe], bool], str], ...] = (
     ("objective.labels", _has_other_loss("supcon"), "it belongs to loss: supcon"),
     ("objective.temperature", lambda recipe: isinstance(recipe.objective, ContrastiveConfig)
      and recipe.objective.loss == "triplet", "a triplet has a margin, and no temperature"),
-    ("objective.cliprange", _one_step_a_round, ONCE),
-    ("objective.epsilon", _one_step_a_round, ONCE),
-    ("objective.epsilon_high", _one_step_a_round, ONCE),
-    ("objective.early_stop_kl", _one_step_a_round, ONCE),
-    ("objective.cliprange_value", _one_step_a_round, ONCE),
-    ("objective.cliprange_value", _untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
-    ("objective.critic", _untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
+    ("objective.cliprange", _has_single_step_rounds, SINGLE_STEP),
+    ("objective.epsilon", _has_single_step_rounds, SINGLE_STEP),
+    ("objective.epsilon_high", _has_single_step_rounds, SINGLE_STEP),
+    ("objective.early_stop_kl", _has_single_step_rounds, SINGLE_STEP),
+    ("objective.cliprange_value", _has_single_step_rounds, SINGLE_STEP),
+    ("objective.cliprange_value", _has_untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
+    ("objective.critic", _has_untrained_critic, "objective.vf_coef is 0, so the critic is not trained"),
     ("objective.kl_penalty_in", lambda recipe: isinstance(recipe.objective, PpoConfig) and not recipe.objective.kl_coef,
      "objective.kl_coef is 0"),
 )
 
 
 def find_unused_settings(recipe: Recipe) -> list[str]:
-    """Settings that were given and have no effect, each with the reason."""
+    """Settings that have no effect, each with the reason."""
     unused_settings = [UNUSED.format(setting, reason) for setting, unused, reason in RULES
              if _is_changed(recipe, setting) and unused(recipe)]
-    return list(dict.fromkeys([*idle(recipe), *unused_settings, *_unused_sources(recipe), *_unused_rewards(recipe)]))
+    return list(dict.fromkeys([*idle(recipe), *unused_settings, *_find_unused_sources(recipe),
+                               *_find_unused_rewards(recipe)]))
 
 
 def _is_changed(recipe: Recipe, setting: str) -> bool:
-    """Whether the recipe has such a setting, at another value than its default."""
+    """Whether the recipe has this setting with another value than its default."""
     part, _, name = setting.partition(".")
     config = recipe.__dict__[part]
     field = type(config).model_fields.get(name)
     return field is not None and config.__dict__[name] != field.get_default(call_default_factory=True)
 
 
-def _unused_sources(recipe: Recipe) -> Iterator[str]:
+def _find_unused_sources(recipe: Recipe) -> Iterator[str]:
     sources = recipe.data.train
     weights = {source.weight for source in sources}
     if recipe.training.steps and len(weights) == 1 and weights != {1.0}:
@@ -133,14 +134,14 @@ def _unused_sources(recipe: Recipe) -> Iterator[str]:
             yield UNUSED.format("data.train: document", f"{source.path!r} is no plain text")
 
 
-def _unused_rewards(recipe: Recipe) -> Iterator[str]:
+def _find_unused_rewards(recipe: Recipe) -> Iterator[str]:
     if not isinstance(recipe.objective, OnlineRLConfig):
         return
     rewards = recipe.objective.reward
     for reward in rewards:
         name = reward.function or reward.model or reward.url
         if not reward.weight:
-            yield f"objective.reward: {name!r} has weight 0, so what it says of an answer is not learned from"
+            yield f"objective.reward: {name!r} has weight 0, so it has no effect on training"
     scaled = isinstance(recipe.objective, GrpoConfig) and recipe.objective.advantage_estimator == "grpo"
     if scaled and len(rewards) == 1 and rewards[0].weight > 0 and rewards[0].weight != 1:
         yield UNUSED.format("objective.reward: weight", "there is one reward, and advantages are divided by its "
@@ -151,33 +152,33 @@ def _unused_rewards(recipe: Recipe) -> Iterator[str]:
 
 
 def find_data_problems(recipe: Recipe, datasets: Datasets) -> list[str]:
-    """Why the rows as they are teach nothing, or less than they seem to. Of streamed rows nothing is known yet."""
+    """Why nothing can be learned from the rows, or less than expected. Streamed rows are not known yet."""
     if not datasets.train:
         return []
     objective = recipe.objective
     if isinstance(objective, KtoConfig):
-        return list(_of_verdicts(datasets.train))
+        return list(_check_verdicts(datasets.train))
     if isinstance(objective, ClassifyConfig):
-        return list(_of_classes(recipe, objective, datasets))
+        return list(_check_classes(recipe, objective, datasets))
     if isinstance(objective, ContrastiveConfig):
-        return list(_of_contrast(recipe, objective, datasets))
+        return list(_check_contrast(recipe, objective, datasets))
     widest = max((len(one.items) for one in datasets.train), default=0)
     if isinstance(objective, RewardConfig) and objective.ranking == "all_pairs" and widest == 2:
         return [UNUSED.format("objective.ranking", "every row compares two answers, of which both are the same loss")]
     return []
 
 
-def _of_verdicts(train: Sequence[Encoded]) -> Iterator[str]:
+def _check_verdicts(train: Sequence[Encoded]) -> Iterator[str]:
     labels = {item.label for one in train for item in one.items if item.label in (0.0, 1.0)}
     if len(labels) == 1:
         there, missing, weight = ("desirable", "undesirable", "undesirable_weight") if labels == {1.0} else (
             "undesirable", "desirable", "desirable_weight")
         yield (f"all {len(train)} train rows are {there} (label {'true' if labels == {1.0} else 'false'}), and KTO "
-               f"learns from the difference of both: add {missing} rows (objective.{weight} balances them)"
-               + ("; for good answers alone use objective: sft" if labels == {1.0} else ""))
+               f"needs both kinds: add {missing} rows (objective.{weight} balances them)"
+               + ("; with good answers only, use objective: sft" if labels == {1.0} else ""))
 
 
-def _of_classes(recipe: Recipe, objective: ClassifyConfig, datasets: Datasets) -> Iterator[str]:
+def _check_classes(recipe: Recipe, objective: ClassifyConfig, datasets: Datasets) -> Iterator[str]:
     items = [item for one in datasets.train for item in one.items]
     if objective.task == "regression":
         if len({item.label for item in items}) == 1:
@@ -188,12 +189,12 @@ def _of_classes(recipe: Recipe, objective: ClassifyConfig, datasets: Datasets) -
             flags = {item.label[index] for item in items if isinstance(item.label, tuple)}
             if len(flags) == 1:
                 yield (f"{'all' if flags == {1.0} else 'none'} of the {len(items)} train rows have the class {name!r}: "
-                       "it cannot be told apart")
+                       "it cannot be learned")
         return
     missing = [name for name in objective.labels if not datasets.counts.get(name)]
     if len(objective.labels) - len(missing) == 1:
         there = next(name for name in objective.labels if name not in missing)
-        yield f"all train rows have the class {there!r}: there is nothing to tell apart; give rows of other classes"
+        yield f"all train rows have the class {there!r}: add rows of other classes"
     elif missing:
         yield f"no train row has the class {missing[0]!r}" + (f", nor {len(missing) - 1} others" if missing[1:] else "")
     elif objective.task == "single" and not recipe.data.shuffle and recipe.training.batch_size > 1:
@@ -203,15 +204,15 @@ def _of_classes(recipe: Recipe, objective: ClassifyConfig, datasets: Datasets) -
                    "shuffle the rows")
 
 
-def _of_contrast(recipe: Recipe, objective: ContrastiveConfig, datasets: Datasets) -> Iterator[str]:
+def _check_contrast(recipe: Recipe, objective: ContrastiveConfig, datasets: Datasets) -> Iterator[str]:
     kinds = {"infonce": _has_no_negative, "supcon": _has_no_contrast, "cosent": _has_no_order, "triplet": _has_no_gap}
     flat, total = _count_batches(recipe, datasets,
                                  lambda batch: kinds[objective.loss](batch, objective.mask_duplicates))
     reasons = {
         "infonce": "no anchor has a negative that differs from its positive (negatives are the batch's other "
                    "positives)",
-        "supcon": "no row has both a mate of its class and one of another class",
-        "cosent": "all pairs have the same score, so none is to be closer than another",
+        "supcon": "no row has both another row of its class and one of another class",
+        "cosent": "all pairs have the same score, so there is no order to learn",
         "triplet": "every negative is the same text as its positive"}
     if flat >= MANY * total:
         what = "every batch" if flat == total else f"{flat} of {total} batches of an epoch"
@@ -233,17 +234,17 @@ def _has_duplicates(train: Sequence[Encoded]) -> bool:
     return any(count > 1 for count in texts.values())
 
 
-def _content(one: Encoded, place: int) -> Any:
-    """What the item's text is, for comparison; a picture is like no other."""
+def _get_text_key(one: Encoded, place: int) -> Any:
+    """A key by which texts are compared; every image has a key of its own."""
     text = one.items[place].text_id
     return (id(one), place) if text is None else text
 
 
 def _has_no_negative(batch: Sequence[Encoded], masked: bool) -> bool:
     """Pairs: whether the loss of every anchor is a constant."""
-    anchors = [_content(one, 0) for one in batch]
-    positives = [{_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch]
-    others = {_content(one, i) for one in batch for i, item in enumerate(one.items) if item.label != 0}
+    anchors = [_get_text_key(one, 0) for one in batch]
+    positives = [{_get_text_key(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch]
+    others = {_get_text_key(one, i) for one in batch for i, item in enumerate(one.items) if item.label != 0}
     if masked:  # see `objectives.contrastive.find_false_negatives`
         known: dict[Any, set[Any]] = {}
         for anchor, own in zip(anchors, positives, strict=True):
@@ -262,12 +263,12 @@ def _has_no_order(batch: Sequence[Encoded], _: bool) -> bool:
 
 
 def _has_no_gap(batch: Sequence[Encoded], _: bool) -> bool:
-    return all({_content(one, i) for i, item in enumerate(one.items) if item.label != 0}
-               == {_content(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch)
+    return all({_get_text_key(one, i) for i, item in enumerate(one.items) if item.label != 0}
+               == {_get_text_key(one, i) for i, item in enumerate(one.items) if item.label == 1} for one in batch)
 
 
 def _count_batches(recipe: Recipe, datasets: Datasets, is_flat: Callable[[Sequence[Encoded]], bool]) -> tuple[int, int]:
-    """Of the first epoch's batches those for which this is true, and how many there are."""
+    """(number of the first epoch's batches for which `is_flat` holds, number of batches)."""
     size = recipe.training.batch_size
     order = Loader(datasets.train, size, None, shuffle=recipe.data.shuffle, seed=recipe.seed, mix=datasets.mix).order(0)
     batches = [[datasets.train[i] for i in order[at:at + size]] for at in range(0, len(order), size)]
@@ -278,7 +279,7 @@ def _count_batches(recipe: Recipe, datasets: Datasets, is_flat: Callable[[Sequen
 
 
 def find_method_problems(recipe: Recipe, base: Family, tuner: Tuner) -> list[str]:
-    """Ranks above a map's size, patterns that match nothing, a weight decay of what is never decayed."""
+    """Ranks above the size of a weight matrix, patterns without a match, weight decay of vectors."""
     parameters, problems = tuner.parameters(), []
     for part in parts_of(recipe.method):
         if isinstance(part, LoraConfig):
@@ -286,16 +287,16 @@ def find_method_problems(recipe: Recipe, base: Family, tuner: Tuner) -> list[str
                 problems += [UNUSED.format(f"method.{setting}: {pattern!r}", "it matches no target")
                           for pattern in patterns if not any(matches(site, pattern) for site in base.structure.linears)]
         if isinstance(part, LoraConfig | AdaLoraConfig):
-            problems += _of_ranks(part.name, [site for site in base.structure.linears if any(
+            problems += _check_ranks(part.name, [site for site in base.structure.linears if any(
                 f".{site.name}." in f".{name}." for name in parameters)], {
                     name: tuple(parameter.shape) for name, parameter in parameters.items()})
     if recipe.optimizer.weight_decay and all(parameter.ndim < 2 for parameter in parameters.values()):
-        problems.append(UNUSED.format("optimizer.weight_decay", "all that trains are vectors, which are never decayed"))
+        problems.append(UNUSED.format("optimizer.weight_decay", "only vectors train, and weight decay skips vectors"))
     return problems
 
 
-def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """One sentence where a change has more rank than its map can have."""
+def _check_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """A sentence if a rank exceeds the largest possible rank of its weight matrix."""
     above = []
     for site in sites:
         ranks = [shape[0] for name, shape in shapes.items() if f".{site.name}.lora_A" in f".{name}" and len(shape) == 2]
@@ -312,7 +313,7 @@ def _of_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int, ..
 
 
 def find_schedule_problems(recipe: Recipe, feed: BatchSource) -> list[str]:
-    """What does not happen within the run's steps."""
+    """Settings whose step is never reached within the run."""
     training, problems = recipe.training, []
     total = total_steps(training, feed.steps_per_epoch)
     length = f"the run has {total} step{'s' if total > 1 else ''}"

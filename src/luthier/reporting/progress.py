@@ -1,4 +1,4 @@
-"""What a person sees while waiting, on stderr: a bar on a terminal, a line now and then elsewhere, or nothing."""
+"""Progress on stderr: a bar on a terminal, a line every few seconds elsewhere, or nothing. No simpler file to read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Progress:
 
     Args:
         total: the last step's number.
-        start: the step that a resumed run stands at; the time left is judged by the steps made since.
+        start: the first step of a resumed run; the time left is estimated from the steps since then.
         title: what is counted.
         quiet: show nothing.
         console, clock: for tests.
@@ -48,7 +48,7 @@ class Progress:
 
     def update(self, step: int, **numbers: float) -> None:
         """Show `step` and the numbers by their names: ``update(3, loss=2.1, **{"tokens/s": 812.0})``."""
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in numbers.items())
+        shown = "  ".join(f"{name} {_format_number(value)}" for name, value in numbers.items())
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, numbers=shown)
             return
@@ -58,13 +58,14 @@ class Progress:
         self._said = now
         elapsed = now - self._began
         left = elapsed / max(1, step - self._start) * (self._total - step)
-        line = f"{self._title} {step}/{self._total}  {shown}  {_span(elapsed)} elapsed, {_span(left)} left"
+        times = f"{_format_duration(elapsed)} elapsed, {_format_duration(left)} left"
+        line = f"{self._title} {step}/{self._total}  {shown}  {times}"
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def status(text: str, *, quiet: bool = False, console: Console | None = None) -> Iterator[None]:
-    """A spinner beside `text` while something loads; one plain line where there is no terminal."""
+    """A spinner with `text` while something loads; one plain line without a terminal."""
     console = console or Console(stderr=True)
     if quiet:
         yield
@@ -82,18 +83,18 @@ def print_line(line: str, quiet: bool = False) -> None:
         print(line, file=sys.stderr)
 
 
-def _short(value: float) -> str:
-    """Four digits that matter; thousands with commas.
+def _format_number(value: float) -> str:
+    """Four significant digits; thousands with commas.
 
-    >>> _short(2.34567), _short(81234.5), _short(0.0002), _short(float("nan"))
+    >>> _format_number(2.34567), _format_number(81234.5), _format_number(0.0002), _format_number(float("nan"))
     ('2.346', '81,234', '0.0002', 'nan')
     """
     return f"{value:,.0f}" if 1000 <= abs(value) < float("inf") else f"{value:.4g}"
 
 
-def _span(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     """
-    >>> _span(3725.6)
+    >>> _format_duration(3725.6)
     '1:02:05'
     """
     minutes, seconds = divmod(int(seconds), 60)
