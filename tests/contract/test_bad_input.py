@@ -209,7 +209,7 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
 def test_a_right_answer_that_no_metric_can_read_is_told_before_any_work(train: Call) -> None:
     Path("t.jsonl").write_text(jsonl([row(1, completion='{"a": 1}'), row(2)]))
     refused(train("data.test=t.jsonl", "evaluate.metrics=json_equal", "evaluate.before=false"),
-            "t.jsonl:2: the reference 'answer 2' holds no JSON (metric json_equal)", "mend the row")
+            "t.jsonl:2: the reference 'answer 2' holds no JSON (metric json_equal)", "fix the row")
     assert not Path("run").exists()
 
 
