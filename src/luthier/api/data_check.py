@@ -32,7 +32,7 @@ class DataCheck:
     report: assembly.rows.DataReport
     previews: tuple[Text, ...]
     report_file: Path
-    picture: Path
+    plot_file: Path
 
 
 def check_data(file: str, *, model: str | None = None, evaluated: str | None = None,

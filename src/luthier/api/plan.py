@@ -49,7 +49,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
     config = assembly.recipe(recipe, settings)
     variants = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
-    room = room_gb(select_device(config))
+    available_gb = room_gb(select_device(config))
     folder = Run(out or Path("runs") / f"plan-{display_name(config.base.name)}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -57,10 +57,10 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     with TemporaryDirectory() as temporary, Progress(len(variants), title="methods timed", quiet=quiet) as bar:
         for done, (name, raw) in enumerate(variants.items(), 1):
             run = Path(temporary) / name
-            rows.append({"method": name, **_time_method(config, raw, run, steps, room)})
+            rows.append({"method": name, **_time_method(config, raw, run, steps, available_gb)})
             data = data or _read_trial(run)
             bar.update(done)
-    report = {"base": config.base.name, "room_gb": room, "steps": steps, "data": data, "methods": rows}
+    report = {"base": config.base.name, "room_gb": available_gb, "steps": steps, "data": data, "methods": rows}
     report |= {"advice": build_advice(report, config.objective.name)}
     folder.write("plan.json", report)
     folder.write("plan.md", format_table(report))
@@ -72,12 +72,12 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     return folder
 
 
-def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, room: float) -> dict[str, Any]:
+def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, available_gb: float) -> dict[str, Any]:
     """The row of a method: the measurements of its trial, or `why` it has none."""
     candidate = Recipe.parse(raw)
     weights_gb = estimate_weight_gb(candidate.base, whole=method_name(candidate) == "full")
-    if weights_gb > room:
-        return {"why": f"the weights alone need {weights_gb:.1f} GB, and {room:.1f} GB are free", "fits": False}
+    if weights_gb > available_gb:
+        return {"why": f"the weights alone need {weights_gb:.1f} GB, and {available_gb:.1f} GB are free", "fits": False}
     raw["training"] |= {"steps": steps, "save_every": None, "trackers": []}
     raw["data"] |= {"test": None, "eval": None}
     raw["evaluate"] |= {"metrics": [], "before": False}
@@ -87,7 +87,8 @@ def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, roo
         reason = "killed by the system, as when memory runs out" if killed else output.removeprefix("error: ")
         return {"why": reason, "fits": False if killed else None}
     trial, held_out = Run(run), recipe.data.eval if isinstance(recipe.data.eval, float) else 0.0
-    return summarize_trial(trial.metrics, trial.results, room, recipe.training.steps, recipe.training.epochs, held_out)
+    return summarize_trial(trial.metrics, trial.results, available_gb, recipe.training.steps, recipe.training.epochs,
+                           held_out)
 
 
 def _read_trial(run: Path) -> dict[str, Any]:

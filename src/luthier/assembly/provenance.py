@@ -29,7 +29,7 @@ from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
 
 Report = Callable[[str], None]
-Found = TypeVar("Found")
+T = TypeVar("T")
 METRICS = "metrics.jsonl"
 BASE_FILE = "base_model.json"  # in an exported adapter, which has no recipe
 TRAINED = ("*.safetensors", "adapter_config.json", "config.json")
@@ -146,7 +146,7 @@ def check_base(run: Run, base: BaseConfig, base_model: str | None = None, report
     return config
 
 
-def _find_model(run: Run, config: BaseConfig, find: Callable[[BaseConfig], Found]) -> Found:
+def _find_model(run: Run, config: BaseConfig, find: Callable[[BaseConfig], T]) -> T:
     """`find(config)`; its error names the run and says how to give the base."""
     try:
         return find(config)
@@ -163,19 +163,19 @@ def read_digests(run: Run) -> Mapping[str, str]:
     return dict(kept.get("sha256") or {})
 
 
-def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
+def compare_digests(kept: Mapping[str, str], current: Mapping[str, str]) -> str:
     """A sentence on the first digest that differs; empty where all are equal."""
     return next((f"its {part} should have the sha256 {kept[part][:SHOWN]}, and "
-                 + (f"{found[part][:SHOWN]} was found" if part in found else f"it has no {part} file")
-                 for part in DECISIVE_DIGESTS if part in kept and kept[part] != found.get(part)), "")
+                 + (f"{current[part][:SHOWN]} was found" if part in current else f"it has no {part} file")
+                 for part in DECISIVE_DIGESTS if part in kept and kept[part] != current.get(part)), "")
 
 
 def describe_model_conflict(run: Run, base: BaseConfig) -> str:
     """Why this is not the base of a run; empty where it is. Without digests, names are compared."""
-    found, kept = recorded(run).base, read_digests(run)
-    if kept and found.structure == base.structure:
+    own, kept = recorded(run).base, read_digests(run)
+    if kept and own.structure == base.structure:
         return compare_digests(kept, _find_model(run, base, identify_base).digests)
-    return "" if is_same_model(found, base) else f"it was made on {found.name!r}"
+    return "" if is_same_model(own, base) else f"it was trained on {own.name!r}"
 
 
 def is_same_model(one: BaseConfig, other: BaseConfig) -> bool:

@@ -120,7 +120,7 @@ def _data(options: argparse.Namespace) -> int:
     found = check_data(options.words[1], model=options.model, evaluated=options.eval, settings=options.settings,
                        out=options.out, quiet=options.quiet)
     return console.checked(found.report.to_json(), found.report.lines(), found.previews,
-                          (found.report_file, found.picture), options.json)
+                          (found.report_file, found.plot_file), options.json)
 
 
 def _rlhf(options: argparse.Namespace) -> int:

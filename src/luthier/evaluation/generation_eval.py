@@ -30,8 +30,8 @@ class EvaluateConfig(Config):
 
     @field_validator("metrics", mode="before")
     @classmethod
-    def _as_tuple(cls, given: Any) -> Any:
-        return (given,) if isinstance(given, str) else given
+    def _as_tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("metrics")
     @classmethod

@@ -24,14 +24,14 @@ def estimate_total_steps(epochs: float, steps_per_epoch: int, held_out: float) -
     return max(1, math.ceil(round(epochs * steps_per_epoch * (1 - held_out), 6)))
 
 
-def summarize_trial(lines: Sequence[Mapping[str, float]], results: Mapping[str, Any], room_gb: float,
+def summarize_trial(lines: Sequence[Mapping[str, float]], results: Mapping[str, Any], available_gb: float,
                     max_steps: int | None, epochs: float, held_out: float) -> dict[str, Any]:
     """A row of the plan: time, tokens and memory of the whole run, from the trial's steps.
 
     Args:
         lines: of metrics.jsonl.
         results: of results.json.
-        room_gb: free memory.
+        available_gb: free memory.
         max_steps: of the run; None: `epochs` decide.
     """
     timed = lines[2:]  # line 0 has the parameter counts; line 1 is the first step, which warms up
@@ -39,6 +39,6 @@ def summarize_trial(lines: Sequence[Mapping[str, float]], results: Mapping[str, 
     per_token = statistics.median(line["step_seconds"] / line["tokens"] for line in timed)
     steps_per_epoch = round(timed[0]["step"] / timed[0]["epoch"])
     total = max_steps or estimate_total_steps(epochs, steps_per_epoch, held_out)
-    return {"fits": results["peak_memory_gb"] * SPARE <= room_gb, "steps": total, "tokens": round(total * length),
+    return {"fits": results["peak_memory_gb"] * SPARE <= available_gb, "steps": total, "tokens": round(total * length),
             "seconds": total * per_token * length, "tokens_per_second": 1 / per_token,
             **{name: results[name] for name in ("peak_memory_gb", "trainable", "trainable_fraction", "file_bytes")}}
