@@ -275,6 +275,7 @@ def test_a_run_with_virtual_tokens_has_a_shorter_context_and_shares_a_batch(serv
     luthier.train(base=str(server.path / "base"), data=str(server.path / "law.jsonl"), run=str(tmp_path / "soft"), quiet=True,
                   method={"name": "prompt", "tokens": 20}, **{"training.steps": 1})
     serving = OpenAIServing(load_served_models({"soft": tmp_path / "soft", "law": server.path / "law"}))
+    serving.engine.start()
     try:
         long = {"prompt": "x" * 240, "max_tokens": 3, "temperature": 0}
         assert serving.served.context_lengths == {"base": 256, "law": 256, "soft": 236}
@@ -296,6 +297,7 @@ def test_a_run_with_virtual_tokens_has_a_shorter_context_and_shares_a_batch(serv
 
 def test_each_batch_of_a_group_samples_with_other_random_numbers(server: Server) -> None:
     serving = OpenAIServing(server.serving.served, max_num_seqs=2)
+    serving.engine.start()
     try:
         asked = {"model": "base", "prompt": "Numbers?", "temperature": 1.0, "max_tokens": 12, "seed": 7, "n": 4}
 
