@@ -30,6 +30,12 @@ STEPS = 3
 def side(base: str, bits: str, work: Path) -> dict[str, Any]:
     """One side, in this process: peaks of reading the base and of three steps."""
     from luthier import assembly
+    from luthier.assembly.factory import (
+        check_loaded_model,
+        load_datasets,
+        load_family,
+        resolve_micro_batch_tokens,
+    )
     from luthier.training.loop import TrainJob, run_training_loop
     from luthier.training.memory import configure_malloc, measure_peak_gb
     from luthier.training.rng import seed_everything
@@ -39,13 +45,13 @@ def side(base: str, bits: str, work: Path) -> dict[str, Any]:
     made = assembly.recipe({"model": {"name_or_path": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
                          "training": {"max_steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
     seed_everything(0)
-    family = assembly.load_family(made.model)
+    family = load_family(made.model)
     reading = measure_peak_gb("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
     held = sum(tensor.nbytes for tensor in family.structure.model.state_dict().values())
-    assembly.check_loaded_model(made, family)
-    family.enable_gradient_checkpointing(assembly.resolve_micro_batch_tokens(made, family))
-    found = assembly.load_datasets(made, family)
+    check_loaded_model(made, family)
+    family.enable_gradient_checkpointing(resolve_micro_batch_tokens(made, family))
+    found = load_datasets(made, family)
     attached, reference = assembly.init_rl_policy(made, family)
     lines: list[dict[str, float]] = []
     run_training_loop(TrainJob(family, attached, made.objective, assembly.build_training_source(made, family, found, attached, reference), [], made.training,
@@ -63,8 +69,9 @@ def large(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from luthier import assembly
+    from luthier.assembly.factory import load_base_tokenizer
 
-    words = assembly.load_base_tokenizer(assembly.ModelConfig(name_or_path="smollm2"))
+    words = load_base_tokenizer(assembly.ModelConfig(name_or_path="smollm2"))
     config = LlamaConfig(hidden_size=1280, intermediate_size=3456, num_hidden_layers=16, num_attention_heads=20,
                          num_key_value_heads=20, vocab_size=49152, max_position_embeddings=2048,
                          tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)

@@ -56,8 +56,8 @@ def on(file: str, *tests: str) -> tuple[str, ...]:
     return tuple(f"tests/{file}::{test}" for test in tests)
 
 
-OPTIM, STEP, ROUNDS, DESK = ("unit/training/test_optimizer_values.py", "contract/test_step_and_loop.py",
-                             "contract/test_rollout_rounds.py", "unit/test_desk.py")
+OPTIM, STEP, ROUNDS, ENGINE = ("unit/training/test_optimizer_values.py", "contract/test_step_and_loop.py",
+                             "contract/test_rollout_rounds.py", "unit/serving/test_engine.py")
 PARTS, LOSSES, ROLLS = "contract/test_attention_and_pooling.py", "contract/test_rollout_losses.py", "contract/test_rollouts.py"
 PREFERENCE, OBJECTIVE, REWARD = ("contract/test_objectives_preference.py", "contract/test_objectives_cross_entropy.py",
                                  "contract/test_objectives_reward.py")
@@ -302,14 +302,14 @@ GENERATION_BREAKS = (
     Break("sample-not-renormalised", "models/decoding.py", "device=logits.device)[:, None] * reached[:, -1:]", "device=logits.device)[:, None]", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
     Break("sample-place-for-token", "models/decoding.py", "picked if order is None else order.gather(-1, picked)", "picked", on(GENERATE, "test_choices_follow_the_distribution_of_transformers")),
     Break("sample-greedy-is-the-least", "models/decoding.py", "return logits.argmax(-1)", "return logits.argmin(-1)", on(GENERATE, "test_greedy_in_a_batch_is_greedy_alone_is_transformers_own")),
-    Break("desk-last-of-several-stops", "serving/engine.py", "self.held[:min(found)]", "self.held[:max(found)]", on(DESK, "test_a_text_that_ends_an_answer")),
-    Break("desk-first-named-stop", "serving/engine.py", "self.held[:min(found)]", "self.held[:found[0]]", on(DESK, "test_a_text_that_ends_an_answer")),
-    Break("desk-stop-not-held-back", "serving/engine.py", "range(1, len(stop)) if", "range(1, 1) if", on(DESK, "test_no_part_of_a_stop_is_ever_told")),
-    Break("desk-held-words-lost", "serving/engine.py", "self.request.tell(TokenDelta(self.held, self.tokens, how))", 'self.request.tell(TokenDelta("", self.tokens, how))', on(DESK, "test_a_text_that_ends_an_answer")),
-    Break("desk-one-token-too-many", "serving/engine.py", "self.tokens >= self.request.max_new_tokens", "self.tokens > self.request.max_new_tokens", on(DESK, "test_an_answer_ends_at_its_length")),
-    Break("desk-half-letters", "serving/engine.py", " or text.endswith(UNFINISHED):", ":", on(DESK, "test_a_letter_is_told_when_all_its_bytes_are_there")),
-    Break("desk-seeds-share-a-batch", "serving/engine.py", "r.seed is not None and r.group)", "False)", on(DESK, "test_requests_that_sample_alike_share_a_batch")),
-    Break("serve-usage-counts-a-prompt-for-every-answer", "api/serve.py", "for request in requests[::asked.n])", "for request in requests)", on(DESK, "test_a_prompt_counts_once_however_many_answers_it_has")),
+    Break("engine-last-of-several-stops", "serving/engine.py", "self.held[:min(starts)]", "self.held[:max(starts)]", on(ENGINE, "test_a_stop_string_ends_the_completion")),
+    Break("engine-first-named-stop", "serving/engine.py", "self.held[:min(starts)]", "self.held[:starts[0]]", on(ENGINE, "test_a_stop_string_ends_the_completion")),
+    Break("engine-stop-not-held-back", "serving/engine.py", "range(1, len(stop)) if", "range(1, 1) if", on(ENGINE, "test_no_part_of_a_stop_string_is_emitted")),
+    Break("engine-held-words-lost", "serving/engine.py", "self.request.on_output(TokenDelta(self.held, self.tokens, reason))", 'self.request.on_output(TokenDelta("", self.tokens, reason))', on(ENGINE, "test_a_stop_string_ends_the_completion")),
+    Break("engine-one-token-too-many", "serving/engine.py", "self.tokens >= self.request.max_new_tokens", "self.tokens > self.request.max_new_tokens", on(ENGINE, "test_a_completion_ends_at_its_length")),
+    Break("engine-half-characters", "serving/detokenizer.py", " or text.endswith(INCOMPLETE):", ":", on(ENGINE, "test_a_character_is_emitted_once_all_its_bytes_are_there")),
+    Break("engine-seeds-share-a-batch", "serving/engine.py", "r.seed is not None and r.group)", "False)", on(ENGINE, "test_requests_with_the_same_sampling_share_a_batch")),
+    Break("serve-usage-counts-a-prompt-for-every-answer", "serving/openai_protocol.py", "for request in requests[::body.n])", "for request in requests)", on(ENGINE, "test_a_prompt_counts_once_for_all_its_completions")),
 )
 
 RENDERING_BREAKS = (

@@ -18,7 +18,6 @@ import pytest
 import torch
 import yaml
 
-from luthier import assembly
 from luthier.assembly import initialization, run_io
 from luthier.cli.main import main
 from luthier.training import checkpoint, loop, run_folder, trackers
@@ -210,7 +209,7 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
 def test_a_right_answer_that_no_metric_can_read_is_told_before_any_work(train: Call) -> None:
     Path("t.jsonl").write_text(jsonl([row(1, completion='{"a": 1}'), row(2)]))
     refused(train("data.test=t.jsonl", "evaluate.metrics=json_equal", "evaluate.before_training=false"),
-            "t.jsonl:2: the reference 'answer 2' holds no JSON (metric json_equal)", "mend the row")
+            "t.jsonl:2: the reference 'answer 2' holds no JSON (metric json_equal)", "fix the row")
     assert not Path("run").exists()
 
 
@@ -235,7 +234,7 @@ def test_the_remedy_for_columns_is_one(train: Call) -> None:
 
 
 def test_a_missing_file_is_found_before_the_base_is_loaded(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "load_family", never)
+    monkeypatch.setattr("luthier.api.train.load_family", never)
     refused(train("--data", "row.jsonl"), "there is no file row.jsonl", "did you mean rows.jsonl?")
     refused(train("data.test=tets.jsonl"), "there is no file tets.jsonl")
     refused(train("data.eval=deep/down/eval.jsonl"), "deep/down/eval.jsonl")
@@ -340,7 +339,7 @@ def test_a_recipe_that_is_none(call: Call) -> None:
 def test_a_run_folder_in_use_is_not_touched(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     assert train("--quiet")[0] == 0
     before = contents(Path("run"))
-    monkeypatch.setattr(assembly, "load_family", never)
+    monkeypatch.setattr("luthier.api.train.load_family", never)
     refused(train(), "'run' already holds a run", "--resume", "output_dir=NAME")
     refused(train("training.report_to=[wandb]"), "'run' already holds a run")  # before any tracker is opened
     assert contents(Path("run")) == before
@@ -353,7 +352,7 @@ def test_a_file_in_the_place_of_the_run_folder(train: Call) -> None:
 
 
 def test_a_missing_extra_is_told_before_any_work(train: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembly, "load_family", never)
+    monkeypatch.setattr("luthier.api.train.load_family", never)
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     refused(train("training.report_to=[wandb]"), "'wandb', which is not installed", "pip install 'luthier[wandb]'")
     assert not Path("run").exists()

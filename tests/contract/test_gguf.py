@@ -252,7 +252,7 @@ def test_what_cannot_be_is_refused_before_a_file_is_there(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="does not write int4"):
         export(run, "gguf", dtype="int4")  # type: ignore[arg-type]
     (tmp_path / "taken.gguf").write_text("mine")
-    with pytest.raises(RunError, match="already holds"):
+    with pytest.raises(RunError, match="already exists"):
         export(run, "gguf-adapter", tmp_path / "taken.gguf")
     assert (tmp_path / "taken.gguf").read_text() == "mine"
     assert not list(run.path.glob("*.gguf"))

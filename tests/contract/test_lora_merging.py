@@ -11,7 +11,6 @@ import torch
 from lab import base, logits, stir
 from torch import Tensor
 
-from luthier import assembly
 from luthier.api.merge_adapters import merge_adapters
 from luthier.api.train import train
 from luthier.assembly.run_io import open_run
@@ -19,6 +18,7 @@ from luthier.cli.main import main
 from luthier.core.errors import RecipeError, RunError
 from luthier.methods.lora import Lora, LoraConfig
 from luthier.methods.lora_merging import merge_loras
+from luthier.training.run_folder import Run
 from tiny import save_tiny, tiny
 
 WEIGHTS = (0.7, -0.4)
@@ -139,8 +139,8 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None
 
 def test_a_dora_is_refused_with_the_reason() -> None:
     family = base("llama")
-    with pytest.raises(RecipeError, match="cannot be added"):
-        merge_loras([LoraConfig(use_dora=True).attach(family.structure, seed=0)], (1.0,))
+    with pytest.raises(RecipeError, match="cannot be summed"):
+        combine([LoraConfig(dora=True).attach(family.structure, seed=0)], (1.0,))
 
 
 # ---------------------------------------------------------------- run folders
@@ -164,7 +164,7 @@ def test_combined_runs_are_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
     tuned = luthier.load_adapters(str(tmp_path / "base"), {"one": one, "two": two})
     with tuned.use_adapter({"one": 0.7, "two": -0.4}):
         wanted = logits(tuned.family)
-    assert (logits(open_run(assembly.Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4
+    assert (logits(open_run(Run(tmp_path / "both"))[1]) - wanted).abs().max() < 1e-4
     assert (logits(tuned.family) - wanted).abs().max() > 1e-2
     assert merge_adapters([one, two], tmp_path / "small", weights=WEIGHTS, combination_type="svd", rank=2)["relative_error"] > 0.01
     with pytest.raises(RunError, match="already holds a run"):

@@ -315,7 +315,7 @@ def test_a_run_goes_on_with_its_own_values(home: Path, tmp_path: Path, other_def
 def test_a_machine_of_another_size_evaluates_in_its_own_portions(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int | None] = []
     plain = resolve_micro_batch_tokens
-    monkeypatch.setattr(assembly, "resolve_micro_batch_tokens", lambda made, base: asked.append(made.training.max_tokens_per_micro_batch) or plain(made, base))
+    monkeypatch.setattr("luthier.api.evaluate.resolve_micro_batch_tokens", lambda made, base: asked.append(made.training.max_tokens_per_micro_batch) or plain(made, base))
     luthier.evaluate(home / "run", quiet=True)
     assert asked == [None]
     assert luthier.Run(home / "run").recipe["training"]["max_tokens_per_micro_batch"] == 320

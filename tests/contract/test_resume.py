@@ -334,13 +334,12 @@ def test_killed_at_the_end_it_is_finished_without_a_step(home: Path, tmp_path: P
 
 
 def test_the_best_weights_damaged_at_the_end_can_be_done_without(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from luthier import assembly
     folder = tmp_path / "run"
 
     def ever_worse() -> None:
         losses = iter(range(9))
         loop.evaluate_batches = lambda *_: {"loss": float(next(losses))}
-        mortal(assembly, "save_tuned", 0)
+        mortal(sys.modules["luthier.api.train"], "save_tuned", 0)
     assert begin(home, folder, ever_worse) == -signal.SIGKILL
     best = int(checkpoint.find_latest(folder / "checkpoints")[0].state["summary"]["best"]["step"])
     assert best == 3
@@ -361,8 +360,7 @@ def test_a_run_that_stopped_early_stays_stopped(home: Path, tmp_path: Path) -> N
     begin(home, tmp_path / "whole", **stopped)
     steps = Run(tmp_path / "whole").results["steps"]
     assert steps < STEPS
-    from luthier import assembly
-    assert begin(home, folder, lambda: mortal(assembly, "save_tuned", 0), **stopped) == -signal.SIGKILL
+    assert begin(home, folder, lambda: mortal(sys.modules["luthier.api.train"], "save_tuned", 0), **stopped) == -signal.SIGKILL
     assert begin(home, folder, resume=True, **stopped) == 0
     assert Run(folder).results["steps"] == steps
     assert Run(folder).results["stopped"] == "no better evaluation in 1 of them"

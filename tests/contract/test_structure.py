@@ -217,7 +217,7 @@ def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("method", "words"), [({"name": "lora", "use_dora": True}, "divides by"), ("ia3", "stays zero"),
-                                               ({"name": "lora", "init_lora_weights": "pissa"}, "largest directions")])
+                                               ({"name": "lora", "init_lora_weights": "pissa"}, "singular vectors")])
 def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> None:
     family = assembly.CausalLM(tiny("llama"), tiny_tokenizer())
     structure = {"surgery": {"expand_layers": 1}}

@@ -37,7 +37,7 @@ def test_a_row_that_would_leave_them_no_room_is_refused_before_training(kind: st
         with pytest.raises(RecipeError, match=rf"max_length {most + 1} and 9 virtual tokens .* {CONTEXT[kind]} tokens"):
             check_loaded_model(made, base)
         check_loaded_model(recipe(tmp_path, kind, given, max_length=most), base)
-    with pytest.raises(RecipeError, match="no room for a text"):
+    with pytest.raises(RecipeError, match="no space for text"):
         check_loaded_model(recipe(tmp_path, kind, {"name": method, "num_virtual_tokens": CONTEXT[kind] - 1}), base)
     with pytest.raises(RecipeError, match=f"max_length {CONTEXT[kind] + 1} is longer"):
         check_loaded_model(recipe(tmp_path, kind, "lora", max_length=CONTEXT[kind] + 1), base)

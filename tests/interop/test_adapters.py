@@ -375,7 +375,7 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
     served = load_served_models({"mine": tmp_path / "run"})
-    with served.manager.use_adapter(served.adapter("mine")) if served.manager else nullcontext():
+    with served.manager.use_adapter(served.get_adapter("mine")) if served.manager else nullcontext():
         assert (said(served.base).double() - wanted).abs().max() < 1e-4  # served in float32
     made = assembly.recipe({"init_from": str(tmp_path / "run"), "data": "-"})
     family = load_family(made.model)

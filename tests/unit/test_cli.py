@@ -139,7 +139,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["data", "check", "train.jsonl", "max_lenght=4"], ["did you mean 'max_length'"]),
     (["export", "full", "--to", "adapter"], ["whole model"]),
     (["export", "lora", "--to", "gguff"], ["invalid choice"]),
-    (["export", "lora", "--out", "base"], ["already holds something"]),
+    (["export", "lora", "--out", "base"], ["already exists and is not empty"]),
     (["demo", "recipe.yaml"], ["settings"]),
 ])
 def test_errors_are_one_message_with_a_remedy(run: Callable[..., Output], words: list[str], expected: list[str]) -> None:
@@ -232,7 +232,6 @@ def test_chat(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier import assembly
     asked: list[list[str]] = []
     ask = encode_chat_prompt
 
@@ -240,7 +239,7 @@ def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pyt
         asked.append([m.role for m in messages])
         return ask(base, messages, system)
 
-    monkeypatch.setattr(assembly, "encode_chat_prompt", noted)
+    monkeypatch.setattr("luthier.api.chat.encode_chat_prompt", noted)
     lines = iter(["one", "two", "x" * 300, "", "/reset", "three", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, _, err = run("chat", "lora", "--max-new-tokens", "2")

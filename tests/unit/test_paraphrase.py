@@ -96,9 +96,9 @@ def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.Mon
 
 def test_what_cannot_be_is_told_before_anything_is_loaded(home: Path) -> None:
     file, out = str(home / "rows.jsonl"), home / "new.jsonl"
-    for error, words, given in ((RecipeError, "place for the words", {"prompt_template": "Say it"}),
+    for error, words, given in ((RecipeError, "has no {text}", {"prompt_template": "Say it"}),
                                 (DataError, "'words'", {"column": "words"}),
-                                (RunError, "is not there yet", {"out": home / "rows.jsonl"})):
+                                (RunError, "a new .jsonl file", {"out": home / "rows.jsonl"})):
         settings: dict[str, Any] = {"column": "text", "out": out, "model": "nowhere/to be found"} | given
         with pytest.raises(error, match=words):
             paraphrase(file, **settings, quiet=True)

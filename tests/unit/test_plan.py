@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.api.plan import build_advice, plan
-from luthier.assembly import build_variant, estimate_weight_gb, recipe
+from luthier.api.plan import plan
+from luthier.assembly import recipe
+from luthier.assembly.factory import load_family
+from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.core.errors import RecipeError
+from luthier.planning.advice import build_advice
 from tiny import save_tiny
 
 ROWS = 40
@@ -72,12 +75,11 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
     assert "the weights alone" in full["why"]
     assert lora["why"] == "no place | for it"
     assert "no place / for it" in (folder.path / "plan.md").read_text(), "a bar would break the table"
-    assert "Nothing tried here fits" in (folder.path / "plan.md").read_text()
+    assert "No tried method fits" in (folder.path / "plan.md").read_text()
 
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
     made = recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
-    from luthier.assembly import load_family
     held = {id(p): p.numel() for p in load_family(made.model).structure.model.parameters()}
     assert estimate_weight_gb(made.model, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
     assert estimate_weight_gb(made.model, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)

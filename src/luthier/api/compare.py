@@ -1,15 +1,15 @@
-"""The verb `compare`: one task under many methods, and what each one cost. Read `api/train.py` and `api/evaluate.py`
-first.
+"""The verb `compare`: one task trained with several methods, and what each one costs. Read `api/train.py` and
+`api/evaluate.py` first.
 
-Every method is an ordinary run in a process of its own, so that one's memory is not another's, with its own default
-settings and rate. What is measured of each: the score on test (or validation) rows, what became of other text or of
-questions with choices (what was forgotten), trainable share, seconds, peak memory, and the size of what is kept.
+Each method is an ordinary run in its own process, so that peak memory is measured separately, with the method's default
+settings and learning rate. Reported for each: the score on test (or validation) rows, the score on retention data (what
+was forgotten), the trainable fraction, seconds, peak memory and file size.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from luthier.assembly.method_variants import build_variant
 from luthier.assembly.recipe import Recipe
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import PreferenceExample
+from luthier.reporting.comparison import format_table
 from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_in_child_process
 from luthier.training.run_folder import Run
 
-AS_IT_IS: dict[str, Any] = {  # other text is read, not answered, and nothing that the recipe says of its own rows holds
+AS_IT_IS: dict[str, Any] = {  # for retention data: no generation, and no settings of the recipe's own rows
     "evaluate.metrics": [], "evaluate.max_samples": sys.maxsize, "data.columns": {}, "data.format": "auto",
     "data.max_samples": sys.maxsize, "data.system": ""}
 COLUMNS = ("after", "general", "trainable_fraction", "train_seconds", "peak_memory_gb", "file_bytes")
@@ -35,22 +36,22 @@ def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str |
             out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
     """Train the recipe once with each method. Returns the folder with the runs, `comparison.json`, `.md` and `.png`.
 
-    Runs that have ended already are kept, so an interrupted comparison goes on where it was.
+    Finished runs are kept, so an interrupted comparison continues where it stopped.
 
     Args:
-        recipe: a YAML file; its method and learning rate are left aside.
-        methods: ways to train; `a+b` is both together, `lora@nf4` (or `qlora`) on a base kept in four bits.
-        retention_data: rows that have nothing to do with the task: what became of them says what was forgotten. Of
-            texts and chats the perplexity is measured, of questions with choices how many are answered rightly.
-        settings: laid over the recipe in every run.
+        recipe: a YAML file; its method and learning rate are ignored.
+        methods: `a+b` trains both together; `lora@nf4` (or `qlora`) trains on a base quantized to four bits.
+        general: retention data: rows unrelated to the task, which show what was forgotten. Measured are the perplexity
+            of texts and chats, the accuracy of multiple-choice questions.
+        settings: they override the recipe in every run.
 
     Raises:
         RecipeError: an unknown method, or no rows to measure on.
-        RunError: a run failed; its own words are in `<method>.log`.
+        RunError: a run failed; its output is in `<method>.log`.
     """
-    made = assembly.recipe(recipe, settings)
-    ways = {method: build_variant(made, method) for method in methods}
-    other = _load_retention_data(made, retention_data) if retention_data else None
+    config = assembly.recipe(recipe, settings)
+    variants = {method: build_variant(config, method) for method in methods}
+    retention = _load_retention_data(config, retention_data) if retention_data else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
     folder.path.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
@@ -58,17 +59,18 @@ def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str |
         for done, method in enumerate(methods, 1):
             run = folder.path / method
             if not (run / "README.md").exists():
-                _train_method(ways[method], method, run, before=not rows)
-            rows.append(_build_row(method, Run(run), other, quiet))
+                _train_method(variants[method], method, run, before=not rows)
+            rows.append(_build_row(method, Run(run), retention, quiet))
             bar.update(done, score=rows[-1]["after"])
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
-    told = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
-    if other:
-        told |= {"general": other.measure, "general_before": other.of(made.model.name_or_path, quiet)}
-    folder.write("comparison.json", told)
-    folder.write("comparison.md", format_table(told))
+    comparison = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
+    if retention:
+        comparison |= {"general": retention.metric, "general_before": retention.evaluate_run(config.model.name_or_path,
+                                                                                             quiet)}
+    folder.write("comparison.json", comparison)
+    folder.write("comparison.md", format_table(comparison))
     plot_bars([row["method"] for row in rows], {
-        str(told["metric"]): [row["after"] for row in rows],
+        str(comparison["metric"]): [row["after"] for row in rows],
         "seconds of training": [row["train_seconds"] for row in rows],
         "peak memory, GB": [row["peak_memory_gb"] for row in rows],
         "file, MB": [row["file_bytes"] / 1e6 for row in rows]}, folder.path / "comparison.png")
@@ -76,76 +78,49 @@ def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str |
 
 
 def _train_method(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
-    """One run in a process of its own; `before`: whether the base is measured too, which need be done only once."""
+    """Train one run in its own process; `before`: whether the base is evaluated too, which is needed only once."""
     raw["evaluate"]["before_training"] = before
-    code, words = train_in_child_process(raw, run)
+    code, output = train_in_child_process(raw, run)
     if code:
-        raise RunError(f"the run with method {method!r} ended with {code}: {words}",
-                       f"mend it and compare again (what has ended is kept); its words are in {method}.log")
+        raise RunError(f"the run with method {method!r} ended with {code}: {output}",
+                       f"fix the cause and compare again (finished runs are kept); the output is in {method}.log")
 
 
 @dataclass(frozen=True)
 class _RetentionData:
-    """Rows that have nothing to do with the task, and what is measured of them under which objective."""
+    """Rows unrelated to the task, with the objective and the metric that they are evaluated by."""
 
     rows: str
     objective: str
-    measure: str
+    metric: str
 
-    def of(self, run: Run | str, quiet: bool) -> float:
-        return evaluate(run, data=self.rows, quiet=quiet, objective=self.objective, **AS_IT_IS)[self.measure]
+    def evaluate_run(self, run: Run | str, quiet: bool) -> float:
+        return evaluate(run, data=self.rows, quiet=quiet, objective=self.objective, **AS_IT_IS)[self.metric]
 
 
-def _load_retention_data(made: Recipe, rows: str) -> _RetentionData:
-    """What `rows` are. Raises `RecipeError` where a run of the recipe could not say anything of them."""
-    if "token_logps" not in made.objective.required_outputs or made.objective.heads:
-        raise RecipeError(f"--retention-data {rows!r}: the objective {made.objective.name!r} does not train a model "
-                          "of words, so what was forgotten of other text cannot be said", "leave --retention-data out")
+def _load_retention_data(recipe: Recipe, rows: str) -> _RetentionData:
+    """How to evaluate `rows`. Raises `RecipeError` where runs of this recipe cannot be evaluated on them."""
+    if "token_logps" not in recipe.objective.required_outputs or recipe.objective.heads:
+        raise RecipeError(f"--general {rows!r}: objective {recipe.objective.name!r} trains no language model, so "
+                          "forgetting cannot be measured on other text", "omit --general")
     for _, lines in assembly.rows.read_source(rows):
         for example in assembly.rows.read_examples(lines):
             if isinstance(example, PreferenceExample):
                 return _RetentionData(rows, "multiple_choice", "accuracy")
             if not isinstance(example, assembly.rows.RejectedRow):
                 return _RetentionData(rows, "sft", "perplexity")
-    raise RecipeError(f"--retention-data {rows!r}: no row of it can be read", f"look at it: luthier data check {rows}")
+    raise RecipeError(f"--retention-data {rows!r}: no row can be read", f"check it: luthier data check {rows}")
 
 
-def _build_row(method: str, run: Run, other: _RetentionData | None, quiet: bool) -> dict[str, Any]:
+def _build_row(method: str, run: Run, retention: _RetentionData | None, quiet: bool) -> dict[str, Any]:
     results = run.results
     if "after" not in results:
         raise RecipeError("the recipe has no test rows and no score, so there is nothing to compare",
                           "set data.test, and evaluate.metrics for scores of answers")
     return {"method": method, "before": results.get("before"), "metric": results["metric"],
-            "general": other.of(run, quiet) if other else None,
+            "general": retention.evaluate_run(run, quiet) if retention else None,
             "measured_on": (part := results.get("measured_on", "test")), "examples": results["examples"],
             "perplexity": (results.get(part) or {}).get("perplexity"),
             "perplexity_before": (results.get(f"{part}_before") or {}).get("perplexity"),
             "rate": max((line.get("learning_rate", 0.0) for line in run.metrics), default=0.0),
             **{name: results[name] for name in COLUMNS if name in results}}
-
-
-def format_table(told: Mapping[str, Any]) -> str:
-    """The comparison as a Markdown table."""
-    general, rows = told.get("general_before"), told["methods"]
-    aside = f"other text, {told.get('general')}"
-    first = next((row for row in rows if row["perplexity_before"] is not None), None)
-    titles = ["method", str(told["metric"]), *(["perplexity"] if first and told["metric"] != "perplexity" else []),
-              *([aside] if general is not None else []), "trains", "seconds", "peak GB", "file MB", "rate"]
-    cells = []
-    if told["base"] is not None:
-        cells.append({"method": "base", told["metric"]: f"{told['base']:.3g}",
-                      "perplexity": _format_number(first and first["perplexity_before"]),
-                      aside: _format_number(general)})
-    for row in rows:
-        cells.append({"method": row["method"], told["metric"]: f"{row['after']:.3g}",
-                      "perplexity": _format_number(row["perplexity"]), aside: _format_number(row["general"]),
-                      "trains": f"{row['trainable_fraction']:.3%}", "seconds": f"{row['train_seconds']:.0f}",
-                      "peak GB": f"{row['peak_memory_gb']:.2f}", "file MB": f"{row['file_bytes'] / 1e6:.2f}",
-                      "rate": f"{row['rate']:.1g}"})
-    lines = [titles, ["---"] * len(titles), *([cell.get(title, "") for title in titles] for cell in cells)]
-    measured = f"\nMeasured on {rows[0]['examples']} {rows[0]['measured_on']} rows.\n"
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + measured
-
-
-def _format_number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""The verb `doctor`: what this machine has, as far as training depends on it. Stands alone but for `build.py`."""
+"""The verb `doctor`: hardware, versions and optional packages of this machine. No simpler file to read first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from luthier.core.errors import BaseError
 from luthier.training.memory import configure_malloc
 
 PACKAGES = ("luthier", "torch", "transformers", "safetensors", "datasets", "pydantic")
-EXTRAS = {  # extra -> what it brings; a test holds it against pyproject.toml
+EXTRAS = {  # extra -> its packages; a test compares it with pyproject.toml
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
@@ -67,7 +67,7 @@ def _read_cpu_model() -> str:
 
 
 def _describe_memory() -> dict[str, float]:
-    """Gigabytes of 10**9 bytes; `available` counts what the system would give back from its caches."""
+    """Gigabytes of 10**9 bytes; `available` includes reclaimable caches."""
     file = Path("/proc/meminfo")
     if file.exists():
         kib = {name: int(rest.split()[0]) for name, _, rest in
@@ -78,14 +78,14 @@ def _describe_memory() -> dict[str, float]:
 
 
 def _describe_accelerator() -> dict[str, Any]:
-    found: dict[str, Any] = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
-    for index in range(torch.cuda.device_count() if found["cuda"] else 0):
+    accelerators: dict[str, Any] = {"mps": torch.backends.mps.is_available(), "cuda": torch.cuda.is_available()}
+    for index in range(torch.cuda.device_count() if accelerators["cuda"] else 0):
         free, total = torch.cuda.mem_get_info(index)
         with torch.cuda.device(index):
             bf16 = torch.cuda.is_bf16_supported()
-        found[f"gpu{index}"] = {"name": torch.cuda.get_device_name(index), "total_gb": round(total / 1e9, 1),
+        accelerators[f"gpu{index}"] = {"name": torch.cuda.get_device_name(index), "total_gb": round(total / 1e9, 1),
                                 "free_gb": round(free / 1e9, 1), "bf16": bf16}
-    return found
+    return accelerators
 
 
 def _find_embedded_model(alias: str) -> str:

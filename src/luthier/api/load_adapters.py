@@ -1,5 +1,4 @@
-"""The verb `load_adapters`: several runs on one copy of their base, answering side by side. Read
-`methods/multi_adapter.py` first.
+"""The verb `load_adapters`: several runs on one copy of their base model. Read `methods/multi_adapter.py` first.
 
     tuned = luthier.load_adapters("smollm2", {"law": "runs/law", "medicine": "runs/medicine"})
     tuned.answer(["Who may sue?", "What is a fever?", "Hello"], adapters=["law", "medicine", None])
@@ -25,74 +24,76 @@ from luthier.training.run_folder import Run
 
 
 class MultiAdapterModel:
-    """A base and the runs tuned on it.
+    """A base model and the adapters of the runs trained on it.
 
     Attributes:
-        family: the base; what acts on it is what `using` says.
-        manager: the adapters by name; none acts until one is chosen.
+        family: the base model; `using` selects the active adapter.
+        manager: the adapters by name; none is active at first.
     """
 
     def __init__(self, family: assembly.CausalLM, manager: assembly.AdapterManager,
                  formats: Mapping[str, PromptFormat]) -> None:
         self.family, self.manager, self.formats = family, manager, formats
-        self._chosen: str | None = None
+        self._active: str | None = None
 
     @contextmanager
     def use_adapter(self, choice: str | Mapping[str, float] | None) -> Iterator[assembly.CausalLM]:
-        """While open, the base speaks as that run, as several of them by their weights, or (None) as itself."""
-        before = self._chosen
+        """A context in which one adapter is active, several with weights, or (None) none."""
+        before = self._active
         with self.manager.use_adapter(choice):
-            self._chosen = choice if isinstance(choice, str) else None
+            self._active = choice if isinstance(choice, str) else None
             try:
                 yield self.family
             finally:
-                self._chosen = before
+                self._active = before
 
     def answer(self, prompts: Sequence[str], adapters: Sequence[str | None] | str | None = None,
                sampling: SamplingParams | None = None) -> list[str]:
-        """Answers to users' messages, in one batch, each through its own adapter.
+        """Generate answers to user messages in one batch, each with its own adapter.
 
         Args:
-            adapters: one for each prompt, None for the bare base; or one for all. Left out: as `using` says.
-            sampling: how to generate; left out: greedily, 256 tokens at most.
+            adapters: one for each prompt, None for the base model; or one for all. Default: the adapter that `using`
+                selected.
+            sampling: default: greedy decoding of at most 256 tokens.
         """
-        one = self._chosen if adapters is None else adapters
-        through = [one] * len(prompts) if one is None or isinstance(one, str) else list(one)
-        if len(through) != len(prompts):
-            raise RecipeError(f"{len(prompts)} prompts and {len(through)} adapters", "name one adapter for each prompt")
+        choice = self._active if adapters is None else adapters
+        names = [choice] * len(prompts) if choice is None or isinstance(choice, str) else list(choice)
+        if len(names) != len(prompts):
+            raise RecipeError(f"{len(prompts)} prompts and {len(names)} adapters", "name one adapter for each prompt")
         # Refuses unknown names before any work.
-        numbers = () if adapters is None else self.manager.resolve_indices(through)
-        forms = [self.formats.get(name or "", PromptFormat()) for name in through]
-        ids = [encode_chat_prompt(self.family, [Message("user", prompt)], form)
-               for prompt, form in zip(prompts, forms, strict=True)]
+        numbers = () if adapters is None else self.manager.resolve_indices(names)
+        prompt_formats = [self.formats.get(name or "", PromptFormat()) for name in names]
+        ids = [encode_chat_prompt(self.family, [Message("user", prompt)], prompt_format)
+               for prompt, prompt_format in zip(prompts, prompt_formats, strict=True)]
         self.family.train(False)
-        found = {made.index: made.token_ids for made in self.family.generate(ids, sampling or SamplingParams(),
-                                                                             numbers)}
-        return [self.family.tokenizer.decode(found[i], skip_special_tokens=True) for i in range(len(prompts))]
+        outputs = self.family.generate(ids, sampling or SamplingParams(),
+                                                                             numbers)
+        token_ids = {output.index: output.token_ids for output in outputs}
+        return [self.family.tokenizer.decode(token_ids[i], skip_special_tokens=True) for i in range(len(prompts))]
 
 
 def load_adapters(base: str, runs: Mapping[str, Run | Path | str]) -> MultiAdapterModel:
-    """Load a base once and the adapters of several runs beside one another.
+    """Load a base model once, with the adapters of several runs.
 
     Args:
-        base: the name of the base, as in the runs' recipes.
+        base: the name of the base model, as in the runs' recipes.
         runs: a name for each run folder.
 
     Raises:
-        RunError: a run that holds a whole model, or a method that cannot share its base.
-        RecipeError: a run of another base.
+        RunError: a run holds a full model, or its method cannot share the base.
+        RecipeError: a run was trained on another base.
     """
     config = assembly.ModelConfig(name_or_path=base)
     family = load_family(config)
     if not isinstance(family, assembly.CausalLM):
-        raise RunError(f"{base!r} is no causal language model, so it answers nothing",
+        raise RunError(f"{base!r} is not a causal language model, so it cannot generate answers",
                        "open its runs one by one: luthier evaluate RUN")
     folders = {name: run if isinstance(run, Run) else Run(run) for name, run in runs.items()}
-    made = {name: assembly.load_recipe(run.require_exists()) for name, run in folders.items()}
-    for name, recipe in made.items():
+    recipes = {name: assembly.load_recipe(run.require_exists()) for name, run in folders.items()}
+    for name, recipe in recipes.items():
         if conflict := describe_model_conflict(folders[name], config):
             raise RecipeError(f"the run {name!r} was made on {recipe.model.name_or_path!r}, not on "
                               f"{base!r}: {conflict}",
                               "open it with the runs of its own base")
     return MultiAdapterModel(family, attach_runs(family, folders),
-                             {name: build_prompt_format(run, made[name]) for name, run in folders.items()})
+                             {name: build_prompt_format(run, recipes[name]) for name, run in folders.items()})

@@ -1,5 +1,4 @@
-"""The verb `merge_adapters`: several LoRA runs of one base into one. Read `api/export.py` first; maths:
-`methods/lora_merging.py`."""
+"""The verb `merge_adapters`: several LoRA runs of one base as one run. Read `methods/lora_merging.py` first."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from luthier import assembly
+from luthier.assembly import adapter_merging
 from luthier.core.errors import RecipeError
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
@@ -16,25 +15,26 @@ from luthier.training.run_folder import Run
 def merge_adapters(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Sequence[float] = (),
                    combination_type: Literal["linear", "cat", "svd"] = "linear", rank: int | None = None,
                    base_model: str | None = None) -> dict[str, float]:
-    """Write one run whose change is the weighted sum of several runs' changes.
+    """Write one run whose weight update is the weighted sum of the updates of several runs.
 
     Args:
         runs: LoRA runs of one base.
-        out: the run folder to make.
-        weights: one for each run; left out: 1 for each.
-        combination_type: `linear`, exact, at the smallest rank that holds it; `cat`, exact, the ranks add up;
-            `svd`, the closest change of `rank`.
-        rank: for `svd`; left out: the largest of the runs'.
+        out: the new run folder.
+        weights: one for each run; default: 1 for each.
+        how: `sum`, exact, at the smallest get_rank that represents it; `concatenation`, exact, the ranks add up; `svd`,
+            the best approximation of `get_rank`.
+        get_rank: for `svd`; default: the largest get_rank of the runs.
         base_model: where the base of the runs is now, if it was moved.
 
     Returns:
-        `rank`, and `relative_error`: how far the change is from the exact sum, as a share of its size.
+        `rank`, and `relative_error`: the distance from the exact sum, relative to its norm.
 
     Raises:
-        RecipeError: for runs that have no sum, or settings that mean nothing together.
+        RecipeError: runs that cannot be summed, or settings that do not fit together.
     """
     if not runs:
-        raise RecipeError("there is no run to combine", "luthier merge-adapters RUN_A RUN_B --out DIR")
+        raise RecipeError("no run to combine was named", "luthier merge-adapters RUN_A RUN_B --out DIR")
     folders = [run if isinstance(run, Run) else Run(run) for run in runs]
-    return assembly.merge_adapters(folders, Run(out), tuple(weights) or (1.0,) * len(folders), combination_type, rank,
-                          base_model, print_line)
+    return adapter_merging.merge_adapters(folders, Run(out), tuple(weights) or (1.0,) * len(folders), combination_type,
+                                          rank,
+                                          base_model, print_line)

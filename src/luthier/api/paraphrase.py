@@ -1,12 +1,10 @@
-"""The verb `paraphrase`: rows said anew by a model, as a file to train on beside the rows themselves.
+"""The verb `paraphrase`: a file of rows paraphrased by a model, to train on together with the original rows.
 
-    prompt_template  one request: the words in other words. Several: each answer is what the next one
-                     asks about, such as a translation and the way back (Sennrich et al. 2016, arXiv:1511.06709,
-                     section 3)
+    ask     one prompt template, or several: the output of each is the input of the next. Two templates can translate a
+            text and translate it back (Sennrich et al. 2016, arXiv:1511.06709, section 3).
 
-The answers depend on the base, the rows, the requests and the seed alone. A row whose words came back empty or
-unchanged teaches nothing new, one whose answer was cut off teaches half sentences: both are left out and counted. Read
-`chat.py` first.
+The output depends only on the model, the rows, the templates and the seed. Rows whose output is empty, unchanged or
+cut off are left out and counted. Read `chat.py` first.
 """
 
 from __future__ import annotations
@@ -32,70 +30,74 @@ def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | s
                prompt_template: Sequence[str] | str = PROMPT_TEMPLATE, max_samples: int | None = None,
                temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 128, batch_size: int = 16,
                quiet: bool = False, base_model: str | None = None) -> dict[str, Any]:
-    """Write the rows of a file with one column said anew. Returns what became of them: rows read, written, unchanged,
-    empty, cut off (an answer longer than `max_new_tokens`), unreadable.
+    """Write the rows of a file with one column paraphrased. Returns counts: rows read, written, unchanged, empty,
+    cut off (longer than `max_new_tokens`), unreadable.
 
     Args:
-        column: whose words change; all others are kept as they are.
-        out: a `.jsonl` file to make; what was asked, and the counts, stand in a `.json` beside it.
-        model: a base or run that writes.
+        column: the column to paraphrase; all others are copied.
+        out: a new `.jsonl` file; the templates and the counts are written to a `.json` file of the same name.
+        model: a base model or run that generates text.
         base_model: where the base of that run is now, if it was moved.
-        prompt_template: the request, with `{text}` where the words go; several are asked one after the other.
+        prompt_template: the prompt template, with `{text}` where the text goes; several are applied one after the
+        other.
 
     Raises:
-        RecipeError: a request without `{text}`, or a model that does not write.
+        RecipeError: a template without `{text}`, or a model that cannot generate.
         DataError: no row has the column.
-        RunError: `out` is there already, or is no `.jsonl` file.
+        RunError: `out` exists, or is no `.jsonl` file.
     """
-    asked, target = [prompt_template] if isinstance(prompt_template, str) else list(prompt_template), Path(out)
-    if lame := next((one for one in asked if "{text}" not in one), None if asked else "nothing"):
-        raise RecipeError(f"the request {lame!r} has no place for the words", "write {text} where they go")
+    templates, target = [prompt_template] if isinstance(prompt_template, str) else list(prompt_template), Path(out)
+    invalid = next((template for template in templates if "{text}" not in template), None if templates else "nothing")
+    if invalid:
+        raise RecipeError(f"the prompt template {invalid!r} has no {{text}}", "write {text} where the text goes")
     if target.suffix != ".jsonl" or target.exists():
-        raise RunError(f"rows are written to a .jsonl file that is not there yet, not to {str(target)!r}",
+        raise RunError(f"rows are written to a new .jsonl file, not to {str(target)!r}",
                        "name another file with --out")
     rows, unread = [], 0
-    for _, found in assembly.rows.read_source(file):
-        for row in found:
+    for _, group in assembly.rows.read_source(file):
+        for row in group:
             usable = isinstance(row, assembly.rows.Row) and isinstance(row.values.get(column), str)
             rows += [dict(row.values)] if usable and isinstance(row, assembly.rows.Row) else []
             unread += not usable
     if not rows:
-        raise DataError(f"no row of {file} has words in a column {column!r}", "name a column of texts with --column")
+        raise DataError(f"no row of {file} has text in a column {column!r}", "name a column of texts with --column")
     rows = rows[:max_samples]
     with status("loading the model", quiet=quiet):
         _, base, _ = open_run(Run(model) if not isinstance(model, Run) else model, False, base_model,
                                    partial(print_line, quiet=quiet))
     if not base.can_generate:
-        raise RecipeError(f"{str(model)!r} does not write", "use a base that writes text, such as 'smollm2'")
+        raise RecipeError(f"{str(model)!r} cannot generate text", "use a model that generates text, such as 'smollm2'")
     base.train(False)
     sampling = SamplingParams(max_new_tokens, temperature, batch_size=batch_size, seed=seed)
-    with Progress(len(rows) * len(asked), title="rows said anew", quiet=quiet) as bar:
-        words, cut = _paraphrase_texts(base, [str(row[column]) for row in rows], asked, sampling, bar)
-    made = [{**row, column: text} for row, text in zip(rows, words, strict=True) if text not in ("", row[column])]
-    told = {"rows": len(rows), "written": len(made), "empty": words.count("") - cut, "cut_off": cut,
+    with Progress(len(rows) * len(templates), title="rows paraphrased", quiet=quiet) as bar:
+        texts, cut = _paraphrase_texts(base, [str(row[column]) for row in rows], templates, sampling, bar)
+    paraphrased = [{**row, column: text} for row, text in zip(rows, texts, strict=True)
+                   if text not in ("", row[column])]
+    counts = {"rows": len(rows), "written": len(paraphrased), "empty": texts.count("") - cut, "cut_off": cut,
             "unreadable": unread, "unchanged": sum(bool(text) and text == row[column]
-                                                   for row, text in zip(rows, words, strict=True))}
+                                                   for row, text in zip(rows, texts, strict=True))}
     folder = Run(target.parent)
     folder.path.mkdir(parents=True, exist_ok=True)
-    folder.write_lines(target.name, made)
-    folder.write(target.with_suffix(".json").name, {**told, "file": file, "column": column, "model": str(model),
-                                                    "prompt_template": asked, "temperature": temperature, "seed": seed})
-    return {"file": str(target), **told}
+    folder.write_lines(target.name, paraphrased)
+    folder.write(target.with_suffix(".json").name, {**counts, "file": file, "column": column, "model": str(model),
+                                                    "prompt_template": templates, "temperature": temperature,
+                                                    "seed": seed})
+    return {"file": str(target), **counts}
 
 
-def _paraphrase_texts(base: Family, words: Sequence[str], asked: Sequence[str], sampling: SamplingParams,
+def _paraphrase_texts(base: Family, texts: Sequence[str], templates: Sequence[str], sampling: SamplingParams,
                       bar: Progress) -> tuple[list[str], int]:
-    """The words as the last request left them, empty where an answer was, or where one was cut off; and how many of
-    those there are. Nothing is asked about words that are not there: a model would make some up."""
-    found, cut = [text if text.strip() else "" for text in words], 0
-    for turn, one in enumerate(asked):
-        left = [place for place, text in enumerate(found) if text]
-        prompts = [encode_chat_prompt(base, [Message("user", one.replace("{text}", found[place]))],
+    """The texts after the last template, empty where an output was empty or cut off; and the number of outputs that
+    were cut off. Empty texts are skipped: a model would invent one."""
+    texts, cut = [text if text.strip() else "" for text in texts], 0
+    for turn, template in enumerate(templates):
+        remaining = [position for position, text in enumerate(texts) if text]
+        prompts = [encode_chat_prompt(base, [Message("user", template.replace("{text}", texts[position]))],
                                       PromptFormat())
-                   for place in left]
+                   for position in remaining]
         for done, answer in enumerate(base.generate(prompts, sampling), 1):
-            said = base.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
-            found[left[answer.index]] = said if answer.finished else ""
-            cut += bool(said) and not answer.finished
-            bar.update(turn * len(words) + done)
-    return found, cut
+            output = base.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
+            texts[remaining[answer.index]] = output if answer.finished else ""
+            cut += bool(output) and not answer.finished
+            bar.update(turn * len(texts) + done)
+    return texts, cut

@@ -2,8 +2,8 @@
 
     run/1-sft/  run/2-reward/  run/3-ppo/  run/report.json  run/report.md  run/rlhf.png
 
-Each is an ordinary run. PPO starts from the first and is rewarded by the second, all on one copy of the base. The same
-command goes on where it was interrupted: what has ended is left alone, what has begun is resumed.
+Each is an ordinary run. PPO starts from the first and its rewards come from the second, all on one copy of the base.
+The same command continues an interrupted run: finished stages are kept, a started stage is resumed.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ ROLES = {"base": "bare base", "start": "after SFT", "tuned": "after PPO"}
 
 
 def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **settings: Any) -> Run:
-    """Run the stages of a recipe, as far as they have not run yet. Returns the folder, with `report.json` and `.md`.
+    """Run the stages of a recipe that are not finished yet. Returns the folder, with `report.json` and `.md`.
 
     Args:
-        recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; what stands beside them (base,
-            method, data, seed, ...) holds for every part that does not say otherwise; `output_dir` is the folder.
-        settings: laid over it; ``ppo.objective.kl_coef`` for one part, ``model.name_or_path`` for all.
+        recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; other settings (base, method, data,
+            seed, ...) are the defaults of every part; `output_dir` is the folder.
+        settings: they override it; ``ppo.objective.kl_coef`` in one part, ``model.name_or_path`` in all.
 
     Raises:
-        RecipeError: with everything that is wrong in any part, before the first one starts.
+        RecipeError: with all errors of all parts, before the first one starts.
     """
-    folder, made = plan_stages(recipe, settings)
-    for stage, one in made.items():
-        place = folder / STAGES[stage]
+    folder, stages = plan_stages(recipe, settings)
+    for stage, one in stages.items():
+        path = folder / STAGES[stage]
         if not quiet:
-            print(f"stage {stage}: {place}", flush=True)
+            print(f"stage {stage}: {path}", flush=True)
         try:
-            train(one, resume=(place / "recipe.yaml").exists(), quiet=quiet)
+            train(one, resume=(path / "recipe.yaml").exists(), quiet=quiet)
         except Interrupted as error:
-            error.remedy = "give the same command once more: it goes on here"
+            error.remedy = "run the same command again to continue"
             raise
-    return _write_report(Run(folder), made, quiet)
+    return _write_report(Run(folder), stages, quiet)
 
 
 def plan_stages(recipe: str | Path | Mapping[str, Any],
@@ -65,7 +65,7 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
         raise RecipeError(f"unknown setting {unknown[0]!r}",
                           suggest_nearest(unknown[0], [*STAGES, *Recipe.model_fields]))
     shared = {key: value for key, value in raw.items() if key != "output_dir"}
-    made: dict[str, Recipe] = {}
+    stages: dict[str, Recipe] = {}
     faults = []
     for stage, part in parts.items():
         over = {key: value for key, value in settings.items() if key.partition(".")[0] not in (*STAGES, "output_dir")}
@@ -74,21 +74,21 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
                                                             "reward" in parts),
                 "output_dir": str(folder / STAGES[stage])}
         if stage == "ppo":
-            first = assembly.dump(made["sft"]) if "sft" in made else {}
+            first = assembly.dump(stages["sft"]) if "sft" in stages else {}
             part = {"model": first.get("model", "-"), "method": first.get("method", "lora"), **part,
                     "init_from": str(folder / STAGES["sft"])}
         try:
-            made[stage] = assembly.recipe(shared, {**part, **over})
+            stages[stage] = assembly.recipe(shared, {**part, **over})
         except RecipeError as error:
             faults.append(f"{stage}:\n  " + error.what.replace("\n", "\n  "))
     if faults:
-        raise RecipeError("\n".join(faults), "mend the settings named above; `luthier schema` prints every one")
-    return folder, made
+        raise RecipeError("\n".join(faults), "fix the settings named above; `luthier schema` prints all settings")
+    return folder, stages
 
 
-def _build_stage_objective(stage: str, given: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
-    """The stage's objective, spelt out; PPO's reward is the second stage where nothing else is named."""
-    named = {"name": given} if isinstance(given, str) else {"name": stage, **given}
+def _build_stage_objective(stage: str, objective: Any, folder: Path, rewarded: bool) -> dict[str, Any]:
+    """The stage's objective as a mapping; PPO's default reward is the run of the second stage."""
+    named = {"name": objective} if isinstance(objective, str) else {"name": stage, **objective}
     if stage == "ppo" and rewarded:
         named = {"reward": {"model": str(folder / STAGES["reward"])}, **named}
     return named
@@ -104,20 +104,20 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return raw
 
 
-# ---------------------------------------------------------------- what came out
+# ---------------------------------------------------------------- the report
 
 
-def _write_report(folder: Run, made: Mapping[str, Recipe], quiet: bool) -> Run:
-    """What each stage gained, as JSON, as a page and as a picture."""
-    runs = {stage: Run(folder.path / STAGES[stage]) for stage in made}
-    told: dict[str, Any] = {stage: {key: run.results.get(key) for key in
+def _write_report(folder: Run, stages: Mapping[str, Recipe], quiet: bool) -> Run:
+    """Write the results of every stage as JSON, Markdown and a plot."""
+    runs = {stage: Run(folder.path / STAGES[stage]) for stage in stages}
+    report: dict[str, Any] = {stage: {key: run.results.get(key) for key in
                                     ("metric", "before", "after", "measured_on", "examples", "steps", "train_seconds",
                                      "peak_memory_gb")}
                             for stage, run in runs.items()}
-    told["policies"] = evaluate_policies(runs["ppo"])
-    folder.write("report.json", told)
-    folder.write("report.md", _format_report(told))
-    policies = told["policies"]
+    report["policies"] = evaluate_policies(runs["ppo"])
+    folder.write("report.json", report)
+    folder.write("report.md", _format_report(report))
+    policies = report["policies"]
     plot_rlhf(runs["ppo"].metrics, {ROLES[role]: one["reward"] for role, one in policies.items()},
               policies["tuned"]["prompts"], folder.path / "rlhf.png")
     if not quiet:
@@ -125,23 +125,24 @@ def _write_report(folder: Run, made: Mapping[str, Recipe], quiet: bool) -> Run:
     return folder
 
 
-def _format_report(told: Mapping[str, Any]) -> str:
-    lines = ["# What each stage gained", "", "| stage | measure | before | after | steps | seconds |",
+def _format_report(report: Mapping[str, Any]) -> str:
+    lines = ["# Results of each stage", "", "| stage | measure | before | after | steps | seconds |",
              "|---|---|---|---|---|---|"]
-    for stage in (stage for stage in STAGES if stage in told):
-        one = told[stage]
-        lines.append(f"| {stage} | {one['metric'] or ''} | {_format_value(one['before'])} | "
-                     f"{_format_value(one['after'])} | "
-                     f"{one['steps']} | {_format_value(one['train_seconds'])} |")
-    rows = told["ppo"].get("measured_on") or "training"
+    for stage in (stage for stage in STAGES if stage in report):
+        one = report[stage]
+        scores = f"{_format_value(one['before'])} | {_format_value(one['after'])}"
+        lines.append(f"| {stage} | {one['metric'] or ''} | {scores} | "
+                     f"{one['steps']} | "
+                     f"{_format_value(one['train_seconds'])} |")
+    rows = report["ppo"].get("measured_on") or "training"
     lines += ["",
-              f"On {_format_value(told['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer to "
-              "each with a fixed seed:", "",
+              f"On {_format_value(report['policies']['tuned']['prompts'])} {rows} prompts of PPO, one sampled answer "
+              "to each with a fixed seed:", "",
               "| policy | mean reward | KL from the policy after SFT, nats per answer | tokens per answer |",
               "|---|---|---|---|"]
     lines += [f"| {ROLES[role]} | {_format_value(one['reward'])} | {_format_value(one.get('kl'))} | "
               f"{_format_value(one['completion_length'])} |"
-              for role, one in told["policies"].items()]
+              for role, one in report["policies"].items()]
     return "\n".join([*lines, "", "![reward and KL](rlhf.png)", ""])
 
 

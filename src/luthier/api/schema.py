@@ -1,4 +1,4 @@
-"""The verb `schema`: every setting of a recipe, for editors and for reading. Read `build.py` (Recipe) first."""
+"""The verb `schema`: all settings of a recipe, for editors and readers. Read `assembly/recipe.py` first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `train`: a recipe in, a run folder out. Read `build.py` first; the loop itself is `training/loop.py`."""
+"""The verb `train`: a recipe in, a run folder out. Read `assembly/factory.py` first; the loop is `training/loop.py`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from luthier.assembly.factory import (
     resolve_micro_batch_tokens,
     set_chat_format,
 )
+from luthier.assembly.model_card_facts import collect_model_card_facts
 from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.provenance import (
     CheckpointRecord,
@@ -34,9 +35,20 @@ from luthier.assembly.provenance import (
     record_results,
     record_start,
 )
-from luthier.assembly.recipe import Recipe, default_learning_rate, describe_learning_rate, method_name
-from luthier.assembly.reference_model import describe_master_copy_cost, describe_reference_cost, initial_model
-from luthier.assembly.rl_setup import check_rewards, init_rl_policy
+from luthier.assembly.recipe import (
+    Recipe,
+    default_learning_rate,
+    describe_learning_rate,
+    method_name,
+    precomputes_reference,
+)
+from luthier.assembly.reference_model import (
+    describe_master_copy_cost,
+    describe_reference_cost,
+    initial_model,
+    precompute_reference,
+)
+from luthier.assembly.rl_setup import build_training_source, check_rewards, init_rl_policy
 from luthier.assembly.run_io import save_tuned
 from luthier.assembly.run_warnings import (
     find_data_problems,
@@ -77,111 +89,119 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     """Fine-tune a model. Returns the run folder.
 
     Args:
-        recipe: a YAML file, a mapping, or nothing where `settings` say it all.
-        resume: go on with the run folder from its newest whole checkpoint.
-        quiet: no progress on the terminal.
-        base_model: where the base is now, if it was moved after the run that goes on, or that this one starts from, was
-            made; it must be the same base.
-        settings: laid over the recipe: ``model="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
+        recipe: a YAML file, a mapping, or nothing where `settings` are complete.
+        resume: continue the run from its newest intact checkpoint.
+        quiet: print no progress.
+        base_model: where the base is now, if it was moved since the run that is resumed, or that this one starts from,
+            was trained; it must be the same base.
+        settings: they override the recipe: ``model="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
 
     Raises:
-        LuthierError: with everything that is wrong, before any work where it can be known.
+        LuthierError: with all errors, before any work where they can be known.
     """
-    made = _apply_base_model(assembly.recipe(recipe, settings), base_model, resume)
+    config = _apply_base_model(assembly.recipe(recipe, settings), base_model, resume)
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
-    run = Run(process_group.broadcast_object(made.output_dir or str(_choose_run_name(made))))
+    run = Run(process_group.broadcast_object(config.output_dir or str(_choose_run_name(config))))
     if not resume:
         run.require_vacant() if process_group.get_rank() == 0 else None
-    elif _is_finished(run.require_exists(), made, quiet):
-        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing is left to do")
+    elif _is_finished(run.require_exists(), config, quiet):
+        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
         return run
-    assembly.rows.check_sources(made.data)
-    check_dtype(made.model)
-    check_trackers(made.training.report_to)
+    assembly.rows.check_sources(config.data)
+    check_dtype(config.model)
+    check_trackers(config.training.report_to)
     saved = _find_checkpoint(run, quiet) if resume else None
     if resume:
-        made = fill_left_out(made, Recipe.parse(run.recipe))
-        check_base(run, made.model, report=partial(_print_line, quiet))
+        config = fill_left_out(config, Recipe.parse(run.recipe))
+        check_base(run, config.model, report=partial(_print_line, quiet))
     if saved:
         check_resumable(run, saved.state.get("record") or {}, partial(_print_line, quiet))
-    check_runs(made, partial(_print_line, quiet))
+    check_runs(config, partial(_print_line, quiet))
     with _open_output_folder(run) as out:
-        _run_recipe(made, run, out, saved, resume, quiet)
+        _run_recipe(config, run, out, saved, resume, quiet)
     process_group.barrier()
     return run
 
 
-def _run_recipe(made: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
+def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
                 quiet: bool) -> None:
-    """What `train` does once there is something to do; `out` is the folder that this rank writes to."""
-    _print_warnings(quiet, find_unused_settings(made))
-    check_rewards(made)
+    """Set up and run the training; `out` is the folder that this rank writes to."""
+    _print_warnings(quiet, find_unused_settings(recipe))
+    check_rewards(recipe)
     with status("loading the base", quiet=quiet):
-        identity = assembly.identify_base(made.model)
-        seed_everything(made.seed)
-        base = load_family(made.model, made.objective.uses_masking)
-        check_loaded_model(made, base)
-        base.enable_gradient_checkpointing(0 if made.training.gradient_checkpointing
-                                           else resolve_micro_batch_tokens(made, base))
+        identity = assembly.identify_base(recipe.model)
+        seed_everything(recipe.seed)
+        base = load_family(recipe.model, recipe.objective.uses_masking)
+        check_loaded_model(recipe, base)
+        micro_tokens = resolve_micro_batch_tokens(recipe, base)
+        base.enable_gradient_checkpointing(0 if recipe.training.gradient_checkpointing
+                                           else micro_tokens)
     if base.padding_reason:
         _print_line(quiet, f"warning: {base.padding_reason}")
     with status("reading the data", quiet=quiet):
-        made = fit_objective(made, found := load_datasets(made, base))
-        set_chat_format(base, found)
-    _check_same_recipe(run, made) if resume else None
-    rate, before = made.optimizer.learning_rate or default_learning_rate(made), made
-    made = resolve_settings(made, base, identity, rate, run.path)
-    asked = build_eval_prompts(made, base, found.test_examples or found.eval_examples) if made.evaluate.metrics else []
-    attached, reference = init_rl_policy(made, base)
+        recipe = fit_objective(recipe, datasets := load_datasets(recipe, base))
+        set_chat_format(base, datasets)
+    _check_same_recipe(run, recipe) if resume else None
+    rate, before = recipe.optimizer.learning_rate or default_learning_rate(recipe), recipe
+    recipe = resolve_settings(recipe, base, identity, rate, run.path)
+    examples = datasets.test_examples or datasets.eval_examples
+    prompts = build_eval_prompts(recipe, base, examples) if recipe.evaluate.metrics else []
+    tuner, reference = init_rl_policy(recipe, base)
     if not resume or process_group.get_rank() > 0:
-        kept = make_paths_absolute(made)
-        out.create(assembly.dump(kept), record_start(kept, identity, list_resolved(before, made)))
+        kept = make_paths_absolute(recipe)
+        out.create(assembly.dump(kept), record_start(kept, identity, list_resolved(before, recipe)))
     if not saved:
-        _write_data_report(out, found.report)
-    for line in found.report.lines():
-        _print_line(quiet, line)
-    _print_warnings(quiet, [*find_data_problems(made, found), *find_method_problems(made, base, attached)])
-    share = count_trainable(base, attached)
-    _print_line(quiet, f"{method_name(made)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
-                f"({share['trainable_fraction']:.2%}) at a learning rate of {describe_learning_rate(before)}")
-    for line in (describe_reference_cost(made, attached), describe_master_copy_cost(attached)):
-        _print_line(quiet or not line, line)
-    found = _precompute_references(made, base, found, reference, quiet)
-    feed = assembly.build_training_source(made, base, found, attached, reference, out.path,
-                                          lambda line: _print_line(quiet, f"warning: {line}"))
-    _print_warnings(quiet, find_schedule_problems(made, feed))
+        _write_data_report(out, datasets.report)
+    share = count_trainable(base, tuner)
+    _print_summary(recipe, base, datasets, tuner, share, describe_learning_rate(before), quiet)
+    datasets = _precompute_references(recipe, base, datasets, reference, quiet)
+    feed = build_training_source(recipe, base, datasets, tuner, reference, out.path,
+                         lambda line: _print_line(quiet, f"warning: {line}"))
+    _print_warnings(quiet, find_schedule_problems(recipe, feed))
     rollouts = feed if isinstance(feed, assembly.RolloutSource) else None
     results: dict[str, Any] = share | (process_group.broadcast_object(run.results) if resume else {})
-    part = "test" if found.test else "validation"  # validation rows choose the checkpoint, so they are not unseen
-    if made.evaluate.before_training and not {"before", f"{part}_before"} & results.keys():
+    part = "test" if datasets.test else "validation"  # validation rows select the checkpoint, so test rows come first
+    if recipe.evaluate.before_training and not {"before", f"{part}_before"} & results.keys():
         with initial_model(reference):
-            results |= _evaluate_before(out, made, base, part, found.test or found.eval, asked, reference, rollouts,
-                                        quiet)
+            results |= _evaluate_before(out, recipe, base, part, datasets.test or datasets.eval, prompts, reference,
+                                        rollouts, quiet)
     out.write("results.json", results)
-    trackers = [*_build_trackers(out, made, saved, share), LearningMonitor(
-        made.objective.variant, made.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
+    trackers = [*_build_trackers(out, recipe, saved, share), LearningMonitor(
+        recipe.objective.variant, recipe.objective.name == "grpo", lambda sentence: _print_warnings(quiet, [sentence]))]
     if process_group.get_rank() > 0:
-        # Everything that ranks must have alike is made by now; dropout need not be alike.
-        seed_everything(made.seed + process_group.get_rank())
+        # Everything that must be equal on all ranks exists by now; dropout should differ.
+        seed_everything(recipe.seed + process_group.get_rank())
     job_type: Any = OnlineTrainJob if rollouts else TrainJob
-    job = job_type(base, attached, made.objective, feed, build_eval_batches(made, base, found),
-                   made.training, made.optimizer, rate, run.checkpoints,
+    job = job_type(base, tuner, recipe.objective, feed, build_eval_batches(recipe, base, datasets),
+                   recipe.training, recipe.optimizer, rate, run.checkpoints,
                    reference=reference, log=_log_to_all(*trackers),
                    warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), get_record=CheckpointRecord(out))
     summary = _run_training(job, trackers, saved, quiet)
     if isinstance(feed, assembly.rows.StreamingBatchSource):
-        _write_stream_report(out, feed.report(found.report), quiet)
+        _write_stream_report(out, feed.report(datasets.report), quiet)
     if summary.stopped.startswith("SIG"):
         raise Interrupted(run, summary)
     with translate_os_errors(run.path):
-        _finish_run(out, made, job, summary, part, found.test or found.eval, asked, results, quiet)
+        _finish_run(out, recipe, job, summary, part, datasets.test or datasets.eval, prompts, results, quiet)
+
+
+def _print_summary(recipe: Recipe, base: Any, datasets: Any, tuner: Tuner, share: Mapping[str, float],
+                   learning_rate: str, quiet: bool) -> None:
+    """Print row counts, warnings about data and method, trainable parameters and the cost of a reference."""
+    for line in datasets.report.lines():
+        _print_line(quiet, line)
+    _print_warnings(quiet, [*find_data_problems(recipe, datasets), *find_method_problems(recipe, base, tuner)])
+    _print_line(quiet, f"{method_name(recipe)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
+                f"({share['trainable_fraction']:.2%}) at a learning rate of {learning_rate}")
+    for line in (describe_reference_cost(recipe, tuner), describe_master_copy_cost(tuner)):
+        _print_line(quiet or not line, line)
 
 
 @contextmanager
 def _open_output_folder(run: Run) -> Iterator[Run]:
-    """The folder that this process writes to: the run's for the first rank, one to throw away for the others."""
+    """The folder that this process writes to: the run folder for rank 0, a temporary one for the others."""
     if process_group.get_rank() == 0:
         yield run
         return
@@ -189,92 +209,94 @@ def _open_output_folder(run: Run) -> Iterator[Run]:
         yield Run(Path(folder) / "run")
 
 
-def _precompute_references(made: Recipe, base: Any, found: Any, reference: Reference, quiet: bool) -> Any:
-    """The rows, with what the reference says of them where the recipe asks it beforehand."""
-    total = len(found.train) + len(found.eval) + len(found.test)
-    with Progress(total, title="the reference reads", quiet=quiet or not assembly.precomputes_reference(made)) as bar:
-        return assembly.precompute_reference(made, base, found, reference, bar.update)
+def _precompute_references(recipe: Recipe, base: Any, datasets: Any, reference: Reference, quiet: bool) -> Any:
+    """The data, with log-probabilities of the reference model where the recipe precomputes them."""
+    total = len(datasets.train) + len(datasets.eval) + len(datasets.test)
+    quiet = quiet or not precomputes_reference(recipe)
+    with Progress(total, title="reference log-probabilities", quiet=quiet) as bar:
+        return precompute_reference(recipe, base, datasets, reference, bar.update)
 
 
-# Measures of an objective on test or validation rows, the first that it has standing for the rest in results.json.
+# Metrics of objectives; the first one that an objective has is the headline of results.json.
 HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "rewards/accuracies", "nll")
 
 
 class Interrupted(RunError):
-    """A signal ended the run early; it can be resumed."""
+    """A signal stopped the run early; it can be resumed."""
 
     def __init__(self, run: Run, summary: TrainResult) -> None:
         self.run = run
         self.exit_code = 128 + signal.Signals[summary.stopped].value
         super().__init__(f"{summary.stopped} at step {summary.steps}; a checkpoint is in {run.checkpoints}",
-                         f"go on with: luthier train --resume {run.path}")
+                         f"continue with: luthier train --resume {run.path}")
 
 
-def count_trainable(base: Any, attached: Tuner) -> dict[str, float]:
-    """How many parameters train, of how many, counting both the base's and the method's own."""
-    trained = attached.parameters()
+def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
+    """Number and fraction of trainable parameters, among those of the base and of the method."""
+    trained = tuner.parameters()
     own = {id(p) for p in base.model.parameters()}
     whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
-    # A map in few bits is one parameter of packed numbers: what counts are the weights that they stand for.
-    whole += sum(s.in_features * s.out_features - s.weight.numel() for s in base.structure.linears
+    # A quantized weight is one packed parameter; count the weights that it represents.
+    whole += sum(s.in_features * s.out_features - s.weight.numel()
+                 for s in base.structure.linears
                  if s.dequantize is not None)
     count = sum(p.numel() for p in trained.values())
     return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 
 
-def _is_finished(run: Run, made: Recipe, quiet: bool) -> bool:
-    """Whether the run has ended. Raises `RunError` where it is not a run of this recipe."""
+def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
+    """Whether the run is complete. Raises `RunError` where it is a run of another recipe."""
     if not run.recipe:
-        raise RunError(f"{str(run.path)!r} has no recipe.yaml, so nothing there can go on",
-                       "name the folder of a run that `luthier train` began")
-    _check_same_recipe(run, made)
+        raise RunError(f"{str(run.path)!r} has no recipe.yaml, so it cannot be resumed",
+                       "name a run folder that `luthier train` has written")
+    _check_same_recipe(run, recipe)
     for line in list_changes(run):
         _print_line(quiet, f"warning: {line}")
     return "stopped" in run.results and (run.path / "README.md").exists()  # the file written last
 
 
-def _apply_base_model(made: Recipe, base_model: str | None, resume: bool) -> Recipe:
-    """The recipe with the base at its new place. Raises `RecipeError` where no earlier run says which base it is."""
+def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> Recipe:
+    """The recipe with the new location of the base. Raises `RecipeError` where no earlier run identifies the base."""
     if base_model is None:
-        return made
-    if not resume and made.init_from is None:
-        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was made, and this "
-                          "run is new", "name its base as model.name_or_path (--model)")
-    return made.model_copy(update={"model": made.model.model_copy(update={"name_or_path": base_model,
+        return recipe
+    if not resume and recipe.init_from is None:
+        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was trained, and "
+                          "this run is new", "name its base as model.name_or_path (--model)")
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": base_model,
                                                                           "revision": None})})
 
 
-def _check_same_recipe(run: Run, made: Recipe) -> None:
+def _check_same_recipe(run: Run, recipe: Recipe) -> None:
     """Raises `RunError` where the run was started with another recipe."""
-    if changed := list_differences(run, made):
+    if changed := list_differences(run, recipe):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
-                       f"go on with its own (luthier train --resume {run.path}), or name another folder "
-                           "(output_dir=NAME)")
+                       f"resume it with its own recipe (luthier train --resume {run.path}), or name another folder "
+                       "(run=NAME)")
 
 
 def _write_data_report(run: Run, report: assembly.rows.DataReport) -> None:
     run.write("data_report.json", report.to_json())
-    if report.parts:  # of a stream nothing is known yet
+    if report.parts:  # a stream has no statistics yet
         with translate_os_errors(run.path):
             plot_lengths(report.parts, run.path / "lengths.png")
 
 
 def _write_stream_report(run: Run, report: assembly.rows.DataReport, quiet: bool) -> None:
-    """What became of rows that were read while they were trained on."""
+    """Write and print the counts of streamed rows, which are known only after training."""
     run.write("data_report.json", report.to_json())
     for line in report.lines():
         if line.startswith("train: "):
             _print_line(quiet, line)
 
 
-def _build_trackers(run: Run, made: Recipe, saved: checkpoint.Checkpoint | None,
+def _build_trackers(run: Run, recipe: Recipe, saved: checkpoint.Checkpoint | None,
                     share: Mapping[str, float]) -> list[Tracker]:
-    """metrics.jsonl, and what the recipe names besides."""
+    """metrics.jsonl, and the trackers that the recipe names."""
     at = saved.step if saved else None
     log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
         log.log(0, share)
-    return [log, *open_trackers(made.training.report_to, run.path, assembly.dump(make_public(made)), at)]
+    return [log, *open_trackers(recipe.training.report_to, run.path, assembly.dump(make_public(recipe)), at)]
 
 
 def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
@@ -298,59 +320,60 @@ def _run_training(job: TrainJob, trackers: Sequence[Tracker], saved: checkpoint.
         return run_training_loop(job, saved)
 
 
-def _evaluate_before(run: Run, made: Recipe, base: Any, part: str, test: list[TokenizedExample],
-                     asked: Sequence[EvalPrompt],
-                     reference: Reference, rollouts: OnlineFeed | None, quiet: bool) -> dict[str, Any]:
-    """What the model is worth, before anything is trained."""
+def _evaluate_before(run: Run, recipe: Recipe, base: Any, part: str, test: list[TokenizedExample],
+                     prompts: Sequence[EvalPrompt], reference: Reference, rollouts: OnlineFeed | None,
+                     quiet: bool) -> dict[str, Any]:
+    """Metrics of the model before training."""
     results: dict[str, Any] = {}
     if test:
-        results[f"{part}_before"] = measured = _evaluate_objective(made, base, test, nullcontext, rollouts)
+        results[f"{part}_before"] = measured = _evaluate_objective(recipe, base, test, nullcontext, rollouts)
         results |= _pick_headline("before", measured)
-    if asked:
-        before = _evaluate_answers("the base answers", base, asked, made, quiet)
-        results |= {"before": before.scores, "metric": made.evaluate.metrics[0]}
-        run.write_lines("answers_before.jsonl", _format_answers(asked, before))
+    if prompts:
+        before = _evaluate_answers("answers of the base model", base, prompts, recipe, quiet)
+        results |= {"before": before.scores, "metric": recipe.evaluate.metrics[0]}
+        run.write_lines("answers_before.jsonl", _format_answers(prompts, before))
     return results
 
 
-def _finish_run(run: Run, made: Recipe, job: TrainJob, summary: TrainResult, part: str, test: list[TokenizedExample],
-                asked: Sequence[EvalPrompt], results: dict[str, Any], quiet: bool) -> None:
-    """Save what was trained, measure it, and write down what came out."""
+def _finish_run(run: Run, recipe: Recipe, job: TrainJob, summary: TrainResult, part: str, test: list[TokenizedExample],
+                prompts: Sequence[EvalPrompt], results: dict[str, Any], quiet: bool) -> None:
+    """Save the trained weights, evaluate them, and write results, plots and the model card."""
     base: Any = job.family
-    save_tuned(run, made, base, job.attached)
+    save_tuned(run, recipe, base, job.attached)
     results |= {"train_seconds": round(summary.seconds, 2), "steps": summary.steps, "train_tokens": summary.tokens,
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": measure_peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results[part] = measured = _evaluate_objective(made, base, test, job.reference or nullcontext, job.rollouts)
+        results[part] = measured = _evaluate_objective(recipe, base, test, job.reference or nullcontext, job.rollouts)
         results |= _pick_headline("after", measured) | {"measured_on": part,
-                                                        "examples": len(test[:made.evaluate.max_samples])}
-        plot_metrics(measured, made.objective.classes or (), run.path)
-    if asked:
-        after = _evaluate_answers("the tuned model answers", base, asked, made, quiet)
-        results |= {"after": after.scores, "metric": made.evaluate.metrics[0], "measured_on": part,
-                    "examples": len(asked)}
-        run.write_lines("answers.jsonl", _format_answers(asked, after))
+                                                        "examples": len(test[:recipe.evaluate.max_samples])}
+        plot_metrics(measured, recipe.objective.classes or (), run.path)
+    if prompts:
+        after = _evaluate_answers("answers of the trained model", base, prompts, recipe, quiet)
+        results |= {"after": after.scores, "metric": recipe.evaluate.metrics[0], "measured_on": part,
+                    "examples": len(prompts)}
+        run.write_lines("answers.jsonl", _format_answers(prompts, after))
         results["before"] = _pick_score(results.get("before"), results["metric"])
         results["after"] = _pick_score(results["after"], results["metric"])
         results["scores"] = after.scores
     run.write("results.json", results | record_results(run))
     plot_loss(run.metrics, run.path / "loss.png")
-    run.write("README.md", build_model_card(run, run, made, base))
+    run.write("README.md", build_model_card(collect_model_card_facts(run, run, recipe, base)))
 
 
-def _evaluate_objective(made: Recipe, base: Any, test: list[TokenizedExample], reference: Reference,
+def _evaluate_objective(recipe: Recipe, base: Any, test: list[TokenizedExample], reference: Reference,
                         rollouts: OnlineFeed | None) -> dict[str, float]:
-    """The objective's own measures of test rows."""
+    """The objective's metrics on test rows."""
     base.train(False)
     if rollouts:
-        return rollouts.evaluate(test[:made.evaluate.max_samples])
-    batches = assembly.rows.build_eval_batches(test[:made.evaluate.max_samples], resolve_micro_batch_tokens(made, base))
-    return add_perplexity(evaluate_batches(base, made.objective, batches, reference))
+        return rollouts.evaluate(test[:recipe.evaluate.max_samples])
+    batches = assembly.rows.build_eval_batches(test[:recipe.evaluate.max_samples],
+                                               resolve_micro_batch_tokens(recipe, base))
+    return add_perplexity(evaluate_batches(base, recipe.objective, batches, reference))
 
 
 def _pick_headline(when: str, measured: Mapping[str, float]) -> dict[str, Any]:
-    """The one measure that stands for the rest where no answers are scored."""
+    """The headline metric where no answers are scored."""
     name = next((name for name in HEADLINES if name in measured), "loss")
     return {when: measured[name], "metric": name} if measured else {}
 
@@ -359,30 +382,31 @@ def _pick_score(scores: Any, metric: str) -> Any:
     return scores.get(metric) if isinstance(scores, dict) else scores
 
 
-def _evaluate_answers(what: str, base: Any, asked: Sequence[EvalPrompt], made: Recipe, quiet: bool) -> GenerationScores:
+def _evaluate_answers(title: str, base: Any, prompts: Sequence[EvalPrompt], recipe: Recipe,
+                      quiet: bool) -> GenerationScores:
     base.train(False)
-    with Progress(len(asked), title=what, quiet=quiet) as bar:
-        return evaluate_generations(base, asked, made.evaluate, tick=lambda done, total: bar.update(done))
+    with Progress(len(prompts), title=title, quiet=quiet) as bar:
+        return evaluate_generations(base, prompts, recipe.evaluate, tick=lambda done, total: bar.update(done))
 
 
-def _format_answers(asked: Sequence[EvalPrompt], scored: GenerationScores) -> list[dict[str, str]]:
+def _format_answers(prompts: Sequence[EvalPrompt], scored: GenerationScores) -> list[dict[str, str]]:
     return [{"prompt": q.text, "reference": q.reference, "answer": a}
-            for q, a in zip(asked, scored.answers, strict=True)]
+            for q, a in zip(prompts, scored.answers, strict=True)]
 
 
 def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
-    """The newest whole checkpoint, with a word about every damaged one."""
-    saved, words = checkpoint.find_latest(run.checkpoints)
-    for word in words:
-        _print_line(quiet, f"warning: {word}")
+    """The newest intact checkpoint; prints a warning for every damaged one."""
+    saved, problems = checkpoint.find_latest(run.checkpoints)
+    for problem in problems:
+        _print_line(quiet, f"warning: {problem}")
     if saved is None:
         _print_line(quiet, f"{run.path} has no checkpoint yet; starting from the beginning")
     return saved
 
 
-def _choose_run_name(made: Recipe) -> Path:
-    """runs/<method>-<base>, numbered where that is taken."""
-    stem = f"{method_name(made)}-{display_name(made.model.name_or_path)}"
+def _choose_run_name(recipe: Recipe) -> Path:
+    """runs/<method>-<base>, with a number where that exists."""
+    stem = f"{method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
 

@@ -1,8 +1,8 @@
-"""Where a training starts from: the bare base, or a run that was tuned before. Read `factory.py` and `run_io.py` first.
+"""Initializes the policy and the reference model, from the base or from an earlier run. Read `factory.py` and
+`run_io.py` first.
 
-With `init_from: RUN` in the recipe, that run's adapter is loaded twice: once to train on, and once, frozen, as the
-reference of objectives that have one (DPO, PPO). Both stand on one base, in a manager. Without it, the reference is the
-bare base.
+With `start: RUN` in the recipe, that run's adapter is loaded twice: once to train, and once, frozen, as the reference
+of objectives that need one (DPO, PPO). Both share one base. Without it, the reference is the base model.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ Reference = Callable[[], AbstractContextManager[None]]
 POLICY, REFERENCE = "policy", "reference"
 
 
-def init_policy(made: Recipe, base: Family) -> tuple[Tuner, Reference]:
-    """What trains, with the heads of the objective; and what makes the context in which the model is the reference.
+def init_policy(recipe: Recipe, base: Family) -> tuple[Tuner, Reference]:
+    """The trainable method with the objective's heads, and a context manager in which the model is the reference.
 
     Raises:
-        RecipeError: the recipe starts from a run with another base or method than its own.
-        RunError: that run, or what it trained, cannot be read.
+        RecipeError: the run to start from has another base or method than the recipe.
+        RunError: that run or its weights cannot be read.
     """
-    policy = attach_method(base, made.method, made.seed)
-    if made.init_from is not None:
-        _load_method_weights(policy, _read_compatible_weights(made, Run(made.init_from), base), base,
-                             whole=not Run(made.init_from).recipe)
-    reference = reference_context(made, base, policy)
-    return attach_heads(base, policy, made.objective, made.seed, made.method.default_learning_rate), reference
+    policy = attach_method(base, recipe.method, recipe.seed)
+    if recipe.init_from is not None:
+        _load_method_weights(policy, _read_compatible_weights(recipe, Run(recipe.init_from), base), base,
+                             whole=not Run(recipe.init_from).recipe)
+    reference = reference_context(recipe, base, policy)
+    return attach_heads(base, policy, recipe.objective, recipe.seed, recipe.method.default_learning_rate), reference
 
 
-def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
-    """What makes the context in which the model is the policy's reference: the bare base, or the run that the recipe
-    starts from, put frozen and silent into a manager with the policy. Raises as `begin` does."""
-    if made.init_from is None or (policy.gates is None and not needs_reference(made.objective)):
-        return policy.disabled  # without a use for a reference, none is made of what cannot share its base
-    manager, reference = AdapterManager(base.structure), attach_method(base, made.method, made.seed)
-    _load_method_weights(reference, _read_compatible_weights(made, Run(made.init_from), base), base,
-                         whole=not Run(made.init_from).recipe)
+def reference_context(recipe: Recipe, base: Family, policy: Tuner) -> Reference:
+    """The context manager in which the model is the reference: the base model, or the run that the recipe starts from,
+    loaded frozen and inactive next to the policy. Raises as `init_policy` does."""
+    if recipe.init_from is None or (policy.gates is None and not needs_reference(recipe.objective)):
+        return policy.disabled  # methods that cannot share a base get no second copy unless the objective needs it
+    manager, reference = AdapterManager(base.structure), attach_method(base, recipe.method, recipe.seed)
+    _load_method_weights(reference, _read_compatible_weights(recipe, Run(recipe.init_from), base), base,
+                         whole=not Run(recipe.init_from).recipe)
     manager.add(POLICY, policy)
     manager.add(REFERENCE, reference)
     manager.freeze(REFERENCE)
@@ -60,41 +60,42 @@ def reference_context(made: Recipe, base: Family, policy: Tuner) -> Reference:
 
 
 def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
-    """The adapters of several runs on one base, silent until one is chosen. Heads stay behind: what answers needs none.
+    """The adapters of several runs on one base, none of them active. Heads are not loaded: generation needs none.
 
     Raises:
-        RecipeError: a run holds a whole model, or was made on another base.
+        RecipeError: a run holds a full model, or was trained on another base.
         RunError: a run's method cannot share its base.
     """
     manager = AdapterManager(base.structure)
     for name, run in runs.items():
-        found = load_recipe(require_adapter(run))
-        attached = attach_method(base, found.method, found.seed)
-        _load_method_weights(attached, load_adapter_weights(run, base.structure), base, whole=not run.recipe)
-        manager.add(name, attached)
+        recipe = load_recipe(require_adapter(run))
+        tuner = attach_method(base, recipe.method, recipe.seed)
+        _load_method_weights(tuner, load_adapter_weights(run, base.structure), base, whole=not run.recipe)
+        manager.add(name, tuner)
     base.router = manager
     return manager
 
 
-def _read_compatible_weights(made: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
-    """What the run trained that the recipe starts from."""
-    found = load_recipe(require_adapter(start))
-    other = [line for line in changed(found, fill_left_out(made, found)) if line.startswith("method.")]
-    if conflict := describe_model_conflict(start, made.model):
-        other.append(f"model.name_or_path: {found.model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}")
+def _read_compatible_weights(recipe: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
+    """The weights of the run that the recipe starts from. Raises `RecipeError` where base or method differ."""
+    start_recipe = load_recipe(require_adapter(start))
+    other = [line for line in changed(start_recipe, fill_left_out(recipe, start_recipe)) if line.startswith("method.")]
+    if conflict := describe_model_conflict(start, recipe.model):
+        other.append(f"model.name_or_path: {start_recipe.model.name_or_path!r}, now {recipe.model.name_or_path!r}: "
+                     f"{conflict}")
     if other:
-        raise RecipeError(f"start: the run {str(start.path)!r} was made with another base or method:\n  "
+        raise RecipeError(f"start: the run {str(start.path)!r} was trained with another base or method:\n  "
                           + "\n  ".join(other),
                           "leave base and method out of the recipe: they are taken from that run; a base that was "
                           "moved is named by --base-model PATH (in Python: base_model=PATH)")
     return load_adapter_weights(start, base.structure)
 
 
-def _load_method_weights(attached: Tuner, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
-    """Take the method's own; heads that the run's objective added stay behind. `whole`: there are none in the file."""
-    names = attached.state().keys()
+def _load_method_weights(tuner: Tuner, saved: dict[str, Tensor], base: Family, whole: bool = False) -> None:
+    """Load the method's weights without the heads of the run's objective. `whole`: the file has no heads."""
+    names = tuner.state().keys()
     named = rename_weights(saved, names, base)
     left = {name: tensor for name, tensor in named.items() if name not in names}
-    if whole:  # PEFT's folder holds no heads of ours: whatever is left would be passed over
+    if whole:  # a folder of PEFT has no heads of ours: nothing in it may be ignored
         left = drop_base_weights(left, {}, base.structure.model)
-    attached.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})
+    tuner.load({**{name: tensor for name, tensor in named.items() if name in names}, **(left if whole else {})})

@@ -1,5 +1,5 @@
-"""Runs and bases to be answered for by name, on one copy of the base. Read `initialization.py` (banked) and
-`run_io.py` first."""
+"""Loads runs and base models to be served by name, on one copy of the base. Read `initialization.py` (`attach_runs`)
+and `run_io.py` first."""
 
 from __future__ import annotations
 
@@ -27,61 +27,61 @@ from luthier.methods.peft import PeftConfig
 from luthier.models import CausalLM
 from luthier.training.run_folder import Run
 
-ROW = 4096  # tokens of texts that are read together
+ROW = 4096  # tokens of texts that are embedded in one forward pass
 
 
 @dataclass(frozen=True)
 class ServedModels:
-    """What answers.
+    """The models that a server offers, on one base.
 
     Args:
-        names: by which it is asked for, to the adapter in the manager; None for the model as it stands.
-        formats: how the prompts of each are written.
-        rooms: tokens of text that each reads at once: the base's context without a run's virtual tokens.
+        names: name of each model -> name of its adapter in the manager; None for the base model alone.
+        formats: how the prompts of each model are rendered.
+        context_lengths: text tokens that fit into each model's context, without a run's virtual tokens.
     """
 
     base: Family
     manager: AdapterManager | None
     names: Mapping[str, str | None]
     formats: Mapping[str, PromptFormat]
-    rooms: Mapping[str, int]
+    context_lengths: Mapping[str, int]
 
     @property
     def can_generate(self) -> bool:
         return isinstance(self.base, CausalLM)
 
-    def adapter(self, name: str) -> str | None:
-        """Raises `RecipeError` for a name that nothing has."""
+    def get_adapter(self, name: str) -> str | None:
+        """The adapter of a model. Raises `RecipeError` for an unknown name."""
         if name not in self.names:
             raise RecipeError(f"there is no model {name!r}: {suggest_nearest(name, self.names)}",
                               "GET /v1/models lists them")
         return self.names[name]
 
-    def numbers(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
-        """Names of adapters as `generate` knows them; empty where there is no manager."""
+    def get_adapter_indices(self, adapters: Iterable[str | None]) -> tuple[int, ...]:
+        """Indices of adapters, as `generate` takes them; empty where there is no manager."""
         return () if self.manager is None else self.manager.resolve_indices(adapters)
 
-    def prompt(self, name: str, messages: Sequence[Message]) -> list[int]:
-        """A conversation up to where the answer begins, written as the run's rows were."""
+    def encode_chat(self, name: str, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation up to where the answer begins, rendered as the run's training rows were."""
         return encode_chat_prompt(self.base, messages, self.formats[name])
 
-    def continued(self, name: str, text: str) -> list[int]:
-        """A bare text to go on with."""
+    def encode_text(self, name: str, text: str) -> list[int]:
+        """Token ids of a text to continue."""
         return rows.encode_prompt_text(text, self.base.tokenizer, self.formats[name].data).ids
 
     @torch.no_grad()
-    def states(self, name: str, texts: Sequence[str]) -> Tensor:
+    def embed_texts(self, name: str, texts: Sequence[str]) -> Tensor:
         """[texts, D] pooled states, float32. Raises `RecipeError` for a text without tokens or beyond the context."""
-        adapter = self.adapter(name)
-        config = DataConfig.parse({"train": "-", "max_length": self.rooms[name], "truncation": "refuse"})
+        adapter = self.get_adapter(name)
+        config = DataConfig.parse({"train": "-", "max_length": self.context_lengths[name], "truncation": "refuse"})
         encoded = []
         for number, text in enumerate(texts):
-            found = rows.encode_example(ClassificationExample(text, 0.0, Origin("input", number + 1)),
-                                        self.base.tokenizer, config)
-            if not isinstance(found, list):
-                raise RecipeError(f"input {number} cannot be read: {found}", "give texts of one word at least, and "
-                                  f"{self.rooms[name]} tokens at most")
-            encoded.append(found[0])
+            example = ClassificationExample(text, 0.0, Origin("input", number + 1))
+            tokenized = rows.encode_example(example, self.base.tokenizer, config)
+            if not isinstance(tokenized, list):
+                raise RecipeError(f"input {number} cannot be read: {tokenized}", "give texts of one word at least, and "
+                                  f"{self.context_lengths[name]} tokens at most")
+            encoded.append(tokenized[0])
         states = torch.zeros(len(encoded), self.base.structure.sizes["hidden"])
         for row in rows.assign_rows(encoded, ROW):
             batch = rows.build_batch([encoded[i] for i in row]).to(self.base.device)
@@ -130,15 +130,15 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
             raise RecipeError(f"{whole!r} is a whole model, which shares nothing with the others",
                               "serve it by itself, on a port of its own")
         (name, run), = folders.items()
-        made, base, _ = open_run(run, False, base_model, report)
+        recipe, base, _ = open_run(run, False, base_model, report)
         base.train(False)
-        return ServedModels(base, None, {name: None}, {name: build_prompt_format(run, made)},
+        return ServedModels(base, None, {name: None}, {name: build_prompt_format(run, recipe)},
                             {name: base.structure.sizes["context"]})
     recipes = {name: open_recipe(run.require_exists(), base_model, report) for name, run in folders.items()}
     first = next(iter(recipes))
-    for name, made in recipes.items():
+    for name, recipe in recipes.items():
         if base_model is None and (conflict := describe_model_conflict(folders[name], recipes[first].model)):
-            raise RecipeError(f"{name!r} was made on {made.model.name_or_path!r}, and {first!r} on "
+            raise RecipeError(f"{name!r} was made on {recipe.model.name_or_path!r}, and {first!r} on "
                               f"{recipes[first].model.name_or_path!r}: {conflict}", "serve runs of one base together")
     base = load_family(recipes[first].model)
     manager = attach_runs(base, folders)
@@ -149,4 +149,4 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
                         {plain: PromptFormat(),
                          **{name: build_prompt_format(run, recipes[name]) for name, run in folders.items()}},
                         {plain: base.structure.sizes["context"],
-                         **{name: compute_text_length(made.method, base) for name, made in recipes.items()}})
+                         **{name: compute_text_length(recipe.method, base) for name, recipe in recipes.items()}})

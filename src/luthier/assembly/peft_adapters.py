@@ -1,8 +1,8 @@
-"""Adapter folders that PEFT made: which method here reads one, and what its file of weights holds.
+"""Reads adapter folders of PEFT: which method loads one, and the tensors of its weight file.
 
-A folder is read so that outputs equal PEFT's, or refused by one error that names the field and the way out. What the
-methods here have no form for (a LoRA of the embedding or the head, `modules_to_save`, `bias`, trained tokens) goes over
-the bridge to PEFT itself (`methods/peft.py`). Read `methods/peft_settings.py` first.
+A folder is loaded so that outputs equal PEFT's, or refused with an error that names the field and a remedy. What the
+methods here do not support (a LoRA of the embedding or the head, `modules_to_save`, `bias`, trained tokens) is loaded
+by PEFT itself (`methods/peft.py`). Read `methods/peft_settings.py` first.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.methods.peft_settings import MERGE, check_types, is_set
 from luthier.training.run_folder import Run
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
-HEADS = "heads.safetensors"  # beside the weights: heads that Transformers\' class has no place for, and scalars
+HEADS = "heads.safetensors"  # heads that Transformers' classes do not have, and scalars
 # PEFT's tasks whose models have a head of their own that the adapter's file holds.
 HEADED = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 # Endings of a module's own tensors in PEFT's files of LoRA, AdaLoRA and (IA)^3.
@@ -60,7 +60,7 @@ def read_method(form: Mapping[str, Any], run: Run | None = None) -> Any:
 
 
 def _needs_bridge(form: Mapping[str, Any], run: Run | None) -> bool:
-    """Whether the adapter changes what no method here reads: by its settings, or by the modules in its file."""
+    """Whether only PEFT can load the adapter, because of its settings or the modules in its file."""
     if any(is_set(form.get(key)) and form[key] != "none" for key in PEFT_ONLY_FIELDS[str(form["peft_type"])]):
         return True
     targets = form.get("target_modules")
@@ -87,16 +87,16 @@ def _refuse_heads(form: Mapping[str, Any]) -> None:
 
 
 def load_adapter_weights(run: Run, structure: ModelStructure) -> dict[str, Tensor]:
-    """What a run trained, by its names in the file; scalars of its objective stand in `HEADS`. Raises `RunError` for a
-    missing or damaged file, and for a prefix of PEFT that would act otherwise on this base.
+    """The trained weights of a run, by their names in the file; scalars of its objective are in `HEADS`. Raises
+    `RunError` for a missing or damaged file, and for a prefix of PEFT that would act otherwise on this base.
 
     Args:
         structure: of the base.
     """
     _check_weights(run)
     form, ports = run.adapter or {}, structure.injector
-    if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and (ports is None
-                                                                        or "prefix" not in ports.peft_kinds):
+    has_plain_prefix = ports is not None and "prefix" in ports.peft_kinds
+    if form.get("peft_type") == "PREFIX_TUNING" and not run.recipe and not has_plain_prefix:
         raise RunError("this is PEFT's prefix for a base some of whose layers see a window of the text: there PEFT's "
                        "prefix leaves the window, and a prefix here is seen by every token",
                        "use it with PEFT, or train a prefix here")
@@ -105,7 +105,7 @@ def load_adapter_weights(run: Run, structure: ModelStructure) -> dict[str, Tenso
 
 
 def list_stored_names(run: Run) -> list[str]:
-    """Names in the file of weights, without reading a weight. Raises as `adapter_weights` does."""
+    """Names in the weight file, without reading a tensor. Raises as `load_adapter_weights` does."""
     _check_weights(run)
     with safe_open(run.path / WEIGHTS, framework="pt") as file:
         return list(file.keys())
@@ -128,7 +128,7 @@ def _check_weights(run: Run) -> None:
 
 
 def drop_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The saved weights without those of the base itself, which PEFT's `save_embedding_layers` puts among them.
+    """The saved weights without those of the base itself, which PEFT adds with `save_embedding_layers`.
 
     Args:
         saved: by the names in the file.
@@ -156,5 +156,5 @@ def drop_base_weights(saved: Mapping[str, Tensor], own: Mapping[str, Any], model
 
 
 def _strip_peft_prefix(name: str) -> str:
-    """The name of a base's weight without the parts that PEFT puts in."""
+    """The name of a base weight without the parts that PEFT inserts."""
     return name.replace(".token_adapter.", ".").replace(".base_layer.", ".").replace(".original_module.", ".")

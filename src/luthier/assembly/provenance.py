@@ -1,4 +1,4 @@
-"""What decides a run's result is kept with it by digest, and compared later. Read `recipe.py` first.
+"""Records digests of everything that decides a run's result, and compares them later. Read `recipe.py` first.
 
 | kept in                     | what                                                                                |
 |-----------------------------|-------------------------------------------------------------------------------------|
@@ -29,7 +29,7 @@ from luthier.objectives.rl_config import OnlineRLConfig
 from luthier.training.run_folder import Run
 
 Report = Callable[[str], None]
-Found = TypeVar("Found")
+T = TypeVar("T")
 METRICS = "metrics.jsonl"
 BASE_FILE = "base_model.json"  # in an exported adapter, which has no recipe
 TRAINED = ("*.safetensors", "adapter_config.json", "config.json")
@@ -37,21 +37,21 @@ SHOWN = 16  # digits of a digest in a sentence
 
 
 def ignore(line: str) -> None:
-    """Reports nothing."""
+    """A `Report` that drops every line."""
 
 
 # ---------------------------------------------------------------- what is kept
 
 
-def record_start(made: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
-    """The `provenance` of recipe.yaml. `left_out`: settings whose values were not given but found at the start."""
-    return {**provenance(made), "base": identity.to_json(), "recipe_sha256": compute_json_sha256(dump(made)),
-            "runs_sha256": _digest_runs(made), "resolved": left_out}
+def record_start(recipe: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
+    """The `provenance` of recipe.yaml. `left_out`: settings that were not set but resolved at the start."""
+    return {**provenance(recipe), "base": identity.to_json(), "recipe_sha256": compute_json_sha256(dump(recipe)),
+            "runs_sha256": _digest_runs(recipe), "resolved": left_out}
 
 
 @dataclass(frozen=True)
 class CheckpointRecord:
-    """Makes what a checkpoint keeps besides the state of the training; called at every save."""
+    """Builds the record that a checkpoint keeps in addition to the training state; called at every save."""
 
     run: Run
 
@@ -62,14 +62,14 @@ class CheckpointRecord:
 
 
 def record_results(run: Run) -> dict[str, Any]:
-    """What results.json keeps besides the results."""
+    """The digests that results.json keeps in addition to the results."""
     return {"base": run.provenance.get("base"),
             "digests": {"trained": digest_trained(run), "recipe": compute_json_sha256(run.recipe),
                         "metrics": digest_metrics(run)}}
 
 
 def digest_trained(run: Run) -> dict[str, str]:
-    """File -> sha256 of the weights that a run folder holds and of the configs that say what they are."""
+    """File -> sha256 of the weight files of a run folder and of their configs."""
     return {file.name: compute_file_sha256(file) for pattern in TRAINED for file in sorted(run.path.glob(pattern))}
 
 
@@ -83,44 +83,45 @@ def digest_metrics(run: Run, size: int | None = None) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 
-def _digest_runs(made: Recipe) -> dict[str, dict[str, str]]:
-    """The weights of the runs that a recipe names: the one to start from, and those that judge."""
-    rewards = made.objective.reward if isinstance(made.objective, OnlineRLConfig) else ()
-    named = {"init_from": made.init_from, **{f"objective.reward.{i}.model": worth.model for i,
+def _digest_runs(recipe: Recipe) -> dict[str, dict[str, str]]:
+    """Digests of the runs that a recipe names: the one to start from, and reward models."""
+    rewards = recipe.objective.reward if isinstance(recipe.objective, OnlineRLConfig) else ()
+    named = {"init_from": recipe.init_from, **{f"objective.reward.{i}.model": worth.model for i,
                                              worth in enumerate(rewards)}}
     return {key: {file.name: compute_file_sha256(file) for file in sorted(Path(place).glob("*.safetensors"))}
             for key, place in named.items() if place is not None and Path(place).is_dir()}
 
 
 def describe_base(base: ModelConfig) -> dict[str, Any]:
-    """What an exported adapter says of its base: its public name and its digests, and no path."""
-    found = identify_base(base)
-    return {"name": get_public_name(base, found.upstream), "revision": found.revision, "sha256": dict(found.digests)}
+    """The record of the base in an exported adapter: public name and digests, no path."""
+    identity = identify_base(base)
+    return {"name": get_public_name(base, identity.upstream), "revision": identity.revision,
+            "sha256": dict(identity.digests)}
 
 
 # ---------------------------------------------------------------- the base
 
 
 def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore) -> Recipe:
-    """The recipe of a run, its base found and proven to be the one that the run was trained on.
+    """The recipe of a run, with its base model found and verified by digest.
 
     Args:
         base_model: where the base is now, if it was moved.
-        report: called with a sentence for everything that has changed and for what cannot be checked.
+        report: called with a sentence for every change and for what cannot be checked.
 
     Raises:
-        BaseError: the base is not there, or has other weights or another config.
+        BaseError: the base is missing, or has other weights or another config.
         RunError: `base_model` for a run that needs no base.
     """
-    made = load_recipe(run)
+    recipe = load_recipe(run)
     for line in list_changes(run):
         report(f"warning: {line}")
     if run.adapter is None:
         if base_model is not None:
             raise RunError(f"{str(run.path)!r} holds a whole model, so it has no base that could have moved",
                            "leave the base model out (--base-model)")
-        return made
-    return made.model_copy(update={"model": check_base(run, made.model, base_model, report)})
+        return recipe
+    return recipe.model_copy(update={"model": check_base(run, recipe.model, base_model, report)})
 
 
 def check_base(run: Run, base: ModelConfig, base_model: str | None = None, report: Report = ignore) -> ModelConfig:
@@ -135,20 +136,20 @@ def check_base(run: Run, base: ModelConfig, base_model: str | None = None, repor
         if base_model is None:
             _find_model(run, config, prepare_folder)
         return config
-    found = _find_model(run, config, identify_base)
-    if conflict := compare_digests(kept, found.digests):
+    identity = _find_model(run, config, identify_base)
+    if conflict := compare_digests(kept, identity.digests):
         raise BaseError(f"{str(run.path)!r} was trained on another base than {config.name_or_path!r}: {conflict}",
                         "name the base that it was trained on, wherever it is now: --base-model PATH (in Python: "
                         "base_model=PATH)")
-    if (old := kept.get("tokenizer")) and old != found.digests.get("tokenizer"):
+    if (old := kept.get("tokenizer")) and old != identity.digests.get("tokenizer"):
         report(f"warning: tokenizer or chat template of the base {config.name_or_path!r} have changed since "
-               f"{str(run.path)!r} was trained (sha256 {old[:SHOWN]}, now {found.digests['tokenizer'][:SHOWN]}): "
+               f"{str(run.path)!r} was trained (sha256 {old[:SHOWN]}, now {identity.digests['tokenizer'][:SHOWN]}): "
                "prompts may be rendered in another way")
     return config
 
 
-def _find_model(run: Run, config: ModelConfig, find: Callable[[ModelConfig], Found]) -> Found:
-    """`find(config)`, its error telling whose base it is and that it can be named."""
+def _find_model(run: Run, config: ModelConfig, find: Callable[[ModelConfig], T]) -> T:
+    """`find(config)`; its error names the run and says how to give the base."""
     try:
         return find(config)
     except BaseError as error:
@@ -158,29 +159,29 @@ def _find_model(run: Run, config: ModelConfig, find: Callable[[ModelConfig], Fou
 
 
 def read_digests(run: Run) -> Mapping[str, str]:
-    """The digests of the base that a run or an exported adapter was trained on; none where nobody kept them."""
+    """Digests of the base that a run or exported adapter was trained on; empty where none were recorded."""
     file = run.path / BASE_FILE
     kept = run.provenance.get("base") or (json.loads(file.read_text(encoding="utf-8")) if file.exists() else {})
     return dict(kept.get("sha256") or {})
 
 
-def compare_digests(kept: Mapping[str, str], found: Mapping[str, str]) -> str:
-    """A sentence on the first digest by which a base is another one; empty where there is none."""
+def compare_digests(kept: Mapping[str, str], current: Mapping[str, str]) -> str:
+    """A sentence on the first digest that differs; empty where all are equal."""
     return next((f"its {part} should have the sha256 {kept[part][:SHOWN]}, and "
-                 + (f"{found[part][:SHOWN]} was found" if part in found else f"it has no {part} file")
-                 for part in DECISIVE_DIGESTS if part in kept and kept[part] != found.get(part)), "")
+                 + (f"{current[part][:SHOWN]} was found" if part in current else f"it has no {part} file")
+                 for part in DECISIVE_DIGESTS if part in kept and kept[part] != current.get(part)), "")
 
 
 def describe_model_conflict(run: Run, base: ModelConfig) -> str:
-    """Why a run does not stand on this base; empty where it does. A run without digests stands on what it names."""
-    found, kept = load_recipe(run).model, read_digests(run)
-    if kept and found.surgery == base.surgery:
+    """Why this is not the base of a run; empty where it is. Without digests, names are compared."""
+    own, kept = load_recipe(run).model, read_digests(run)
+    if kept and own.surgery == base.surgery:
         return compare_digests(kept, _find_model(run, base, identify_base).digests)
-    return "" if is_same_model(found, base) else f"it was made on {found.name_or_path!r}"
+    return "" if is_same_model(own, base) else f"it was trained on {own.name_or_path!r}"
 
 
 def is_same_model(one: ModelConfig, other: ModelConfig) -> bool:
-    """Whether both name the same weights; PEFT's files name the folder where others name an alias."""
+    """Whether both name the same weights; PEFT's files may name the folder of an alias."""
     named = (one.name_or_path, one.surgery) == (other.name_or_path, other.surgery)
     return one.revision == other.revision and (named or prepare_folder(one) == prepare_folder(other))
 
@@ -189,20 +190,21 @@ def is_same_model(one: ModelConfig, other: ModelConfig) -> bool:
 
 
 def list_changes(run: Run) -> list[str]:
-    """Sentences on the files of a finished run that are not what they were when it ended."""
+    """Sentences on the files of a finished run that have changed since it ended."""
     kept = run.results.get("digests")
     if not kept:
         return []
-    found = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now {now[:SHOWN] or 'no file'})"
-             for name, old in kept["trained"].items()
-             if (now := compute_file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
+    changes = [f"{run.path / name} has changed since the run ended (sha256 {old[:SHOWN]}, now "
+               f"{now[:SHOWN] or 'no file'})"
+               for name, old in kept["trained"].items()
+               if (now := compute_file_sha256(run.path / name) if (run.path / name).exists() else "") != old]
     if compute_json_sha256(run.recipe) != kept["recipe"]:
-        found.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
-    found += _describe_changed_metrics(run, kept["metrics"], "the run ended")
+        changes.append(f"{run.path / 'recipe.yaml'} has changed since the run ended")
+    changes += _describe_changed_metrics(run, kept["metrics"], "the run ended")
     if run.recipe and _digest_runs(load_recipe(run)) != (run.provenance.get("runs_sha256") or {}):
-        found.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) is not there any more, or "
-                     "has other weights")
-    return found
+        changes.append(f"a run that {run.path / 'recipe.yaml'} names (start, objective.reward) was removed, or its "
+                       "weights have changed")
+    return changes
 
 
 def _describe_changed_metrics(run: Run, kept: Mapping[str, Any], since: str) -> list[str]:
@@ -213,8 +215,8 @@ def _describe_changed_metrics(run: Run, kept: Mapping[str, Any], since: str) -> 
 
 
 def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None:
-    """Compare a run with what its newest checkpoint keeps. Raises `RunError` where the result would not be that of the
-    run that wrote the checkpoint; reports all other changes."""
+    """Compare a run with the record of its newest checkpoint. Raises `RunError` where a change would alter the result;
+    reports all other changes."""
     if not record:
         return
     if compute_json_sha256(run.recipe) != record["recipe_sha256"]:
@@ -231,36 +233,36 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
         report(f"warning: {line}")
 
 
-def check_runs(made: Recipe, report: Report) -> None:
+def check_runs(recipe: Recipe, report: Report) -> None:
     """Check the runs that a recipe names, before anything is loaded. Raises `RunError` or `RecipeError` where the run
-    to start from is not there or stands on another base."""
-    if made.init_from is None:
+    to start from is missing or has another base."""
+    if recipe.init_from is None:
         return
-    start = Run(made.init_from).require_exists()
-    if conflict := describe_model_conflict(start, made.model):
+    start = Run(recipe.init_from).require_exists()
+    if conflict := describe_model_conflict(start, recipe.model):
         raise RecipeError(f"start: the run {str(start.path)!r} was made with another base:\n  model.name_or_path: "
-                          f"{load_recipe(start).model.name_or_path!r}, now {made.model.name_or_path!r}: {conflict}",
+                          f"{load_recipe(start).model.name_or_path!r}, now {recipe.model.name_or_path!r}: {conflict}",
                           "leave base out of the recipe: it is taken from that run; a base that was moved is named by "
                           "--base-model PATH (in Python: base_model=PATH)")
     for line in list_changes(start):
         report(f"warning: {line}")
 
 
-def _drop_paths(made: Recipe) -> Recipe:
-    """The recipe with bare names for paths: base, runs and rows have digests of their own, wherever they are."""
-    base = made.model.model_copy(update={"name_or_path": "-"})
-    return map_paths(made, lambda path: Path(path).name).model_copy(update={"model": base})
+def _drop_paths(recipe: Recipe) -> Recipe:
+    """The recipe with file names in place of paths: base, runs and data are compared by digest."""
+    base = recipe.model.model_copy(update={"name_or_path": "-"})
+    return map_paths(recipe, lambda path: Path(path).name).model_copy(update={"model": base})
 
 
-def list_differences(run: Run, made: Recipe) -> list[str]:
-    """The settings by which a recipe is another one than the run's own: what it leaves out is as in the run, paths are
-    the same from any working directory, and a base is the same wherever it is."""
+def list_differences(run: Run, recipe: Recipe) -> list[str]:
+    """The settings in which a recipe differs from the run's own. Settings that it omits are those of the run; paths do
+    not depend on the working directory; a base is compared by digest."""
     saved, kept = Recipe.parse(run.recipe), read_digests(run)
     if not kept:
         saved = _make_absolute(saved)
     known: set[str] = set()
     map_paths(saved, lambda path: known.add(path) or path)  # type: ignore[func-returns-value]
-    ours = _make_absolute(fill_left_out(made, saved), known)
+    ours = _make_absolute(fill_left_out(recipe, saved), known)
     conflict = ""
     if kept and ours.model.name_or_path != saved.model.name_or_path:
         conflict = compare_digests(kept, identify_base(ours.model).digests)
@@ -271,13 +273,13 @@ def list_differences(run: Run, made: Recipe) -> list[str]:
     return [*([conflict] if conflict else []), *changed(saved, ours)]
 
 
-def _make_absolute(made: Recipe, known: Collection[str] = ()) -> Recipe:
+def _make_absolute(recipe: Recipe, known: Collection[str] = ()) -> Recipe:
     """As `make_paths_absolute`, for a recipe whose files may not be there; `known` are absolute paths that were."""
-    base = made.model
+    base = recipe.model
     if Path(base.name_or_path).expanduser().exists() and is_local_path(base.name_or_path):
         base = base.model_copy(update={"name_or_path": str(Path(base.name_or_path).expanduser().absolute())})
 
     def absolute(path: str) -> str:
         place = str(Path(path).expanduser().absolute())
         return place if place in known or Path(place).exists() else path
-    return map_paths(made, absolute).model_copy(update={"model": base})
+    return map_paths(recipe, absolute).model_copy(update={"model": base})

@@ -1,4 +1,4 @@
-"""Run folders to objects and back. Read `factory.py` first."""
+"""Loads a run folder into a recipe, a model and a tuner, and saves them. Read `factory.py` first."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ VIRTUAL = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")  # PEFT's names of what
 
 def open_run(run: Run, whole: bool = False, base_model: str | None = None,
              report: Report = ignore) -> tuple[Recipe, Family, Tuner | None]:
-    """What a run folder holds: its recipe, its base, and the method with its trained weights.
+    """Load a run folder: its recipe, its base model, and the method with its trained weights.
 
     The folder may have been made by PEFT (then the recipe is read off its adapter_config.json), or be a whole model
     (then there is no method to attach). The name of a base in place of a folder is such a whole model.
@@ -63,32 +63,32 @@ def open_run(run: Run, whole: bool = False, base_model: str | None = None,
         bare = Recipe(model=ModelConfig(name_or_path=str(run.path)), data=DataConfig.parse({"train": "-"}))
         return bare, load_family(bare.model), None
     run.require_exists()
-    made = open_recipe(run, base_model, report)
-    if whole and made.model.quantize != "none":
-        made = made.model_copy(update={"model": made.model.model_copy(update={"quantize": "none"})})
+    recipe = open_recipe(run, base_model, report)
+    if whole and recipe.model.quantize != "none":
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantize": "none"})})
     if run.adapter is None:
         if not (run.path / "config.json").exists():
             raise RunError(f"the run {str(run.path)!r} has not ended, so there is nothing trained in it yet",
                            f"go on with it: luthier train --resume {run.path}")
         # it is in the weights
-        base = load_family(made.model.model_copy(update={"name_or_path": str(run.path),
+        base = load_family(recipe.model.model_copy(update={"name_or_path": str(run.path),
                                                     "surgery": None}),
-                           made.objective.uses_masking)
-        if has_saved_heads(made.objective):
-            base.add_heads(made.objective.heads, made.seed).load(_read_full_model_heads(run, base))
-        return made, base, None
-    base = load_family(made.model, made.objective.uses_masking)
+                           recipe.objective.uses_masking)
+        if has_saved_heads(recipe.objective):
+            base.add_heads(recipe.objective.heads, recipe.seed).load(_read_full_model_heads(run, base))
+        return recipe, base, None
+    base = load_family(recipe.model, recipe.objective.uses_masking)
     _restore_chat_format(run, base)
-    attached = attach_method(base, made.method, made.seed)
-    if has_saved_heads(made.objective):
-        attached = attach_heads(base, attached, made.objective, made.seed)
-    saved = rename_weights(load_adapter_weights(run, base.structure), attached.state(), base)
-    attached.load(drop_base_weights(saved, attached.state(), base.structure.model))
-    return made, base, attached
+    tuner = attach_method(base, recipe.method, recipe.seed)
+    if has_saved_heads(recipe.objective):
+        tuner = attach_heads(base, tuner, recipe.objective, recipe.seed)
+    saved = rename_weights(load_adapter_weights(run, base.structure), tuner.state(), base)
+    tuner.load(drop_base_weights(saved, tuner.state(), base.structure.model))
+    return recipe, base, tuner
 
 
 def _restore_chat_format(run: Run, base: Family) -> None:
-    """The chat template and the stop tokens that the run was trained with, for a run of conversations."""
+    """The chat template and the stop tokens that the run was trained with, if its rows were conversations."""
     if not base.can_generate or not (run.path / STOPS).is_file():
         return
     template = run.path / "chat_template.jinja"
@@ -98,20 +98,20 @@ def _restore_chat_format(run: Run, base: Family) -> None:
     base.chat_format = ChatFormat(template, stops, trained=True)
 
 
-def build_prompt_format(run: Run, made: Recipe) -> PromptFormat:
-    """How prompts of a run, or of a base, are written. What was trained on conversations keeps its stop tokens; of what
-    others made nothing is known, and it is asked as a base is."""
+def build_prompt_format(run: Run, recipe: Recipe) -> PromptFormat:
+    """How prompts of a run or a base model are rendered. Runs on conversations keep their stop tokens; for folders of
+    other tools nothing is known, so they are prompted like a base model."""
     known = bool(run.recipe) and run.adapter is not None
-    return PromptFormat(made.data, not known or (run.path / STOPS).is_file())
+    return PromptFormat(recipe.data, not known or (run.path / STOPS).is_file())
 
 
 def has_saved_heads(objective: Objective) -> bool:
-    """Whether a run is saved with its objective's heads. A critic has done its work when the policy is trained."""
+    """Whether a run is saved with its objective's heads. A critic is needed for training only."""
     return bool(objective.heads) and not isinstance(objective, OnlineRLConfig)
 
 
 def _is_model_name(path: Path) -> bool:
-    """Whether this is a base's name: an alias, a file, or owner/name where no folder `owner` is (a run, else)."""
+    """Whether this names a base model: an alias, a file, or owner/name where no folder `owner` exists."""
     if path.is_dir():
         return False
     return str(path) in ALIASES or path.is_file() or (len(path.parts) == 2 and path.parts[0] not in ("/", "..", "~")
@@ -119,15 +119,16 @@ def _is_model_name(path: Path) -> bool:
 
 
 def _read_full_model_heads(run: Run, base: Family) -> dict[str, torch.Tensor]:
-    """The heads of a whole model, by their names in an adapter's file: among the model's weights where they are those
-    of Transformers' class, else beside it."""
+    """The heads of a full model, by their names in an adapter's file. Heads that Transformers' class has are among the
+    model's weights, others in a file of their own."""
     found = load_file(run.path / HEADS) if (run.path / HEADS).exists() else {}
     names = [name.removeprefix(PEFT_PREFIX) for name in base.heads.state() if name not in found]
-    return found | {PEFT_PREFIX + name: tensor for name, tensor in read_weights(names, list_weight_files(run.path)).items()}
+    return found | {PEFT_PREFIX + name: tensor for name, tensor in read_weights(names,
+                                                                                list_weight_files(run.path)).items()}
 
 
 def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base: Family) -> dict[str, torch.Tensor]:
-    """What an adapter's file holds, by the names that this model has for it.
+    """The tensors of an adapter's file, by the names of this model.
 
     A stack has one part more in its names under a head than alone, and a file is named after the model that others load
     it on: a classifier's for a run with classes, the stack alone for embeddings.
@@ -146,91 +147,90 @@ def rename_weights(saved: Mapping[str, torch.Tensor], names: Iterable[str], base
 
 
 def is_embedding_objective(objective: Objective) -> bool:
-    """Whether the run gives vectors of whole texts."""
+    """Whether the run computes text embeddings."""
     return objective.required_outputs == frozenset({"pooled"})
 
 
-def save_full_model(run: Run, made: Recipe, base: Family) -> None:
-    """Write the model as it now is. Heads that Transformers' class of the architecture has are in it; others, and
-    scalars, are put beside it, and the recipe says what they are for."""
+def save_full_model(run: Run, recipe: Recipe, base: Family) -> None:
+    """Write the model in its current state. Heads that Transformers' class has are part of it; other heads and scalars
+    go to a file of their own, which the recipe explains."""
     base.save(run.path)
-    _save_embedding(run, made, base)
-    if not has_saved_heads(made.objective):
+    _save_embedding(run, recipe, base)
+    if not has_saved_heads(recipe.objective):
         return
     inside = base.heads.task_head.weights() if base.heads.task_head is not None else {}
     if heads := {name: tensor for name, tensor in base.heads.state().items()
                  if name.removeprefix(PEFT_PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
     if not run.recipe:
-        run.write("recipe.yaml", yaml.safe_dump(dump(make_public(made)), sort_keys=False, allow_unicode=True))
+        run.write("recipe.yaml", yaml.safe_dump(dump(make_public(recipe)), sort_keys=False, allow_unicode=True))
 
 
-def resolve_saved_dtype(made: Recipe, base: Family) -> torch.dtype:
-    """What an exported model's weights are stored in unless asked otherwise: the base's own dtype, or where the base is
-    gone that of the model as it is."""
+def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:
+    """The default dtype of an exported model: that of the base's files, or of the loaded model where they are gone."""
     try:
-        return read_stored_dtype(made.model)
+        return read_stored_dtype(recipe.model)
     except BaseError:
         weight = base.structure.embedding.weight
         assert isinstance(weight, torch.Tensor)
         return weight.dtype
 
 
-def _save_embedding(run: Run, made: Recipe, base: Family) -> None:
-    """What Sentence Transformers reads, of a run that gives vectors of texts."""
-    reads_text = "channels" not in base.structure.sizes
-    if is_embedding_objective(made.objective) and not base.is_encoder_decoder and reads_text:
+def _save_embedding(run: Run, recipe: Recipe, base: Family) -> None:
+    """Write the files of Sentence Transformers for a run that computes text embeddings."""
+    is_text_encoder = not base.is_encoder_decoder and "channels" not in base.structure.sizes
+    if is_embedding_objective(recipe.objective) and is_text_encoder:
         make_embedding_tokenizer(base.tokenizer).save_pretrained(run.path)
         write_sentence_files(run.path, base.structure.sizes["hidden"], base.pooling,
-                             max_length=resolve_data_config(made, base).max_length, normalize=True)
+                             max_length=resolve_data_config(recipe, base).max_length, normalize=True)
 
 
-def save_tuned(run: Run, made: Recipe, base: Family, attached: Tuner, public: bool = False) -> None:
+def save_tuned(run: Run, recipe: Recipe, base: Family, tuner: Tuner, public: bool = False) -> None:
     """Write the trained weights as Transformers and PEFT read them, and the tokenizer.
 
     `public`: adapter_config.json names the base by its hub id or bare name, else by a path that PEFT loads here; and
     base_model.json holds the base's digests.
     """
-    if isinstance(made.objective, OnlineRLConfig) and made.objective.heads:
-        assert isinstance(attached, CompositeMethod), "the critic stands beside the method"
-        attached = attached.parts[0]
-    config = attached.get_peft_config()
+    if isinstance(recipe.objective, OnlineRLConfig) and recipe.objective.heads:
+        assert isinstance(tuner, CompositeMethod), "the critic stands beside the method"
+        tuner = tuner.parts[0]
+    config = tuner.get_peft_config()
     if config is None:
-        save_full_model(run, made, base)
+        save_full_model(run, recipe, base)
         return
-    state = {name: tensor.contiguous().cpu() for name, tensor in attached.state().items()
+    state = {name: tensor.contiguous().cpu() for name, tensor in tuner.state().items()
              if not name.startswith(TRAINING)}
     if scalars := {PEFT_PREFIX + name: state.pop(PEFT_PREFIX + name) for name in base.heads.scalars}:
         save_file(scalars, run.path / HEADS, metadata={"format": "pt"})
-    state, config = _rename_for_loading(state, config, made, base)
+    state, config = _rename_for_loading(state, config, recipe, base)
     file = run.path / "adapter_model.safetensors"
     save_file(state, file, metadata={"format": "pt"})
     file.chmod(run.path.stat().st_mode & 0o666)  # the library makes its files readable to their owner alone
-    name = name_base(made.model, public)
+    name = name_base(recipe.model, public)
     run.write("adapter_config.json", {**make_alphas_integers(config), "base_model_name_or_path": name,
-                                      "revision": made.model.revision})
+                                      "revision": recipe.model.revision})
     if public:
-        run.write(BASE_FILE, describe_base(made.model))
+        run.write(BASE_FILE, describe_base(recipe.model))
     base.get_padded_tokenizer().save_pretrained(run.path)
     base.save_generation_config(run.path)
     # Sentence Transformers loads adapters by Transformers, which reads neither DoRA's nor AdaLoRA's own weights.
     if config["peft_type"] not in (NATIVE_TYPE, *VIRTUAL, "ADALORA") and not config.get("use_dora"):
-        _save_embedding(run, made, base)
+        _save_embedding(run, recipe, base)
 
 
 def name_base(config: ModelConfig, public: bool = False) -> str:
-    """The name by which PEFT loads the base: a hub id as it is, anything else as the Transformers folder that it
-    became. `public`: by its hub id or bare name, which other machines may know."""
+    """The name by which PEFT loads the base: a hub id unchanged, anything else as its Transformers folder. `public`:
+    the hub id or the folder's name, without a local path."""
     if public:
         return get_public_name(config) if config.surgery is None else prepare_folder(config).name
     hub = config.surgery is None and isinstance(resolve_name(config.name_or_path), str)
     return config.name_or_path if hub else str(prepare_folder(config).absolute())
 
 
-def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tuner:
-    """A LoRA or an AdaLoRA as a plain LoRA of one rank, with the heads that stand beside it. It is put on the base only
-    to be saved. Raises as `fold_into_plain_lora` does, and for a list of methods."""
-    parts = list(attached.parts) if isinstance(attached, CompositeMethod) else [attached]
+def convert_to_plain_lora(base: Family, tuner: Tuner, rank: int | None) -> Tuner:
+    """A LoRA or AdaLoRA as a plain LoRA of one rank, together with the heads. It is attached only to be saved. Raises
+    as `fold_into_plain_lora` does, and for composite methods."""
+    parts = list(tuner.parts) if isinstance(tuner, CompositeMethod) else [tuner]
     forms = [part.get_peft_config() or {} for part in parts]
     heads = [part for part, form in zip(parts, forms, strict=True) if form.get("peft_type", "") is None]
     tuned = [part for part in parts if part not in heads]
@@ -242,11 +242,11 @@ def convert_to_plain_lora(base: Family, attached: Tuner, rank: int | None) -> Tu
     return CompositeMethod([found, *heads]) if heads else found
 
 
-def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], made: Recipe,
+def _rename_for_loading(state: dict[str, torch.Tensor], config: dict[str, Any], recipe: Recipe,
                         base: Family) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Weights and config by the names of the model that others load the adapter on (see `renamed`)."""
+    """Weights and config by the names of the model that other libraries load the adapter on (see `rename_weights`)."""
     own, home = base.heads.task_head, base.backbone_prefix
-    if own is None and (not is_embedding_objective(made.objective) or base.is_encoder_decoder):
+    if own is None and (not is_embedding_objective(recipe.objective) or base.is_encoder_decoder):
         return state, config
     new = "" if own is None else own.backbone_prefix
     heads = set() if own is None else {PEFT_PREFIX + name for name in own.weights()}

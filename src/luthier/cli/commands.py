@@ -132,7 +132,7 @@ def _run_data(options: argparse.Namespace) -> int:
     found = check_data(options.positionals[1], model=options.model, evaluated=options.eval, settings=options.settings,
                   out=options.out, quiet=options.quiet)
     return console.print_data_check(found.report.to_json(), found.report.lines(), found.previews,
-                                    (found.report_file, found.picture), options.json)
+                                    (found.report_file, found.plot_file), options.json)
 
 
 def _run_rlhf(options: argparse.Namespace) -> int:

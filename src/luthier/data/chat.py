@@ -21,7 +21,16 @@ from typing import Any
 from luthier.core.examples import ChatExample, Message
 from luthier.core.protocols import Tokenizer
 from luthier.data.control_tokens import START, is_mark_broken, remove_marks
-from luthier.data.conversation import SYSTEM, Conversation, RenderingRules, build_conversation, format_call
+from luthier.data.conversation import (
+    LINK_MISSING,
+    LINK_REFUSED,
+    SYSTEM,
+    Conversation,
+    RenderingRules,
+    build_conversation,
+    format_call,
+    with_links,
+)
 from luthier.data.templates import RenderError, measure_common_prefix
 
 __all__ = ["RenderedChat", "RenderError", "WeightedSpan", "find_content_ranges", "render_chat", "render_prompt",
@@ -161,7 +170,7 @@ class _ChatRenderer:
             return asked
         first, second = (self._try([*self.made.turns[:index], {"role": "assistant", "content": content}]) or ""
                          for content in ("qqq", "jjj"))
-        return first[:max(common_prefix(first, second), len(asked))] if first.startswith(asked) else asked
+        return first[:max(measure_common_prefix(first, second), len(asked))] if first.startswith(asked) else asked
 
     def alone(self, index: int) -> str:
         """The text up to turn `index` and with it, which goes on from its prompt."""
@@ -173,7 +182,7 @@ class _ChatRenderer:
             return prompt + self._behind(prompt, text, index)
         if not self.drops_thought(index):
             return text
-        if THOUGHT_END in prompt[common_prefix(prompt, self.until(index)) if index else 0:]:
+        if THOUGHT_END in prompt[measure_common_prefix(prompt, self.until(index)) if index else 0:]:
             raise RenderError("it closes the thoughts before the assistant begins; remove reasoning_content, or name "
                               "it in data.chat.ignore_keys", THOUGHTS_LOST)
         return f"{prompt}{THOUGHT}\n{self._close_thought(index, text[len(prompt):])}"

@@ -126,7 +126,8 @@ def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
     before, after = ids[:start], ids[stop:]
     if hide.how == "spans" and hide.end is not None and after[-1:] != [hide.end]:
         after = [*after, hide.end]
-    room = config.token_limit - len(before) - len(after) - (hide.how == "spans")  # a target has one sentinel more than spans
+    # a target has one sentinel more than spans
+    room = config.token_limit - len(before) - len(after) - (hide.how == "spans")
     length = stop - start
     if length > room and config.truncation == "refuse":
         return RejectedRow(example.origin, "longer than max_length", f"{length} tokens, at most {room}")

@@ -95,7 +95,7 @@ def _build_texts(example: LMExample, tokenizer: Tokenizer, config: DataConfig,
     if isinstance(example, TextExample):
         return [_build_document(example, tokenizer, config)]
     if isinstance(example, CompletionExample) and bare:
-        return [_is_bare(example, tokenizer, config, rest=float(config.train_on == "all"))]
+        return [_is_bare(example, tokenizer, config, rest=float(config.loss_on == "all"))]
     chat = convert_to_chat(example) if isinstance(example, CompletionExample) else example
     try:
         return render_chat(chat, tokenizer, config.rules, config.loss_on)

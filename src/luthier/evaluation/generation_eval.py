@@ -1,4 +1,4 @@
-"""Quality of generated answers: what `train` measures before and after, and `evaluate` on demand.
+"""Scores generated answers: `train` does it before and after training, `evaluate` on demand.
 
 Read `evaluation/answer_metrics.py` first.
 """
@@ -20,7 +20,7 @@ from luthier.evaluation.answer_metrics import METRICS
 
 
 class EvaluateConfig(Config):
-    """How generated answers are measured on the test rows (or the validation rows where there are none)."""
+    """How generated answers are scored on the test rows, or on the validation rows without test rows."""
 
     metrics: tuple[str, ...] = Field((), description=f"scores of generated answers: {', '.join(METRICS)}")
     max_new_tokens: int = Field(256, ge=1, description="longest answer")
@@ -30,12 +30,12 @@ class EvaluateConfig(Config):
 
     @field_validator("metrics", mode="before")
     @classmethod
-    def _several(cls, given: Any) -> Any:
-        return (given,) if isinstance(given, str) else given
+    def _as_tuple(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
 
     @field_validator("metrics")
     @classmethod
-    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in METRICS:
                 raise ValueError(f"unknown metric {name!r}: {suggest_nearest(name, METRICS)}")
@@ -43,14 +43,14 @@ class EvaluateConfig(Config):
 
 
 def add_perplexity(measured: Mapping[str, float]) -> dict[str, float]:
-    """The measures, and e to the power of the mean negative log-likelihood where they have one."""
+    """The metrics, with the perplexity exp(nll) where they have `nll`."""
     known = {"perplexity": math.exp(min(measured["nll"], 700.0))} if "nll" in measured else {}
     return {**measured, **known}
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A prompt as the model sees it, and as a person does, and the answer that is right."""
+    """A prompt as token ids and as text, with the reference answer."""
 
     ids: tuple[int, ...]
     text: str
@@ -60,36 +60,36 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class GenerationScores:
-    """What was answered to every question, and the mean of each score over all of them."""
+    """The generated answers, and the mean of each metric."""
 
     answers: tuple[str, ...]
     scores: dict[str, float]
     kind: Literal["base", "tuned"] = "tuned"
 
 
-def check_references(questions: Sequence[EvalPrompt], metrics: Sequence[str]) -> None:
-    """A `DataError`, before anything is answered, where a score cannot read the right answer of a row."""
-    for question in questions:
+def check_references(prompts: Sequence[EvalPrompt], metrics: Sequence[str]) -> None:
+    """Raises `DataError` before generation where a metric cannot parse a reference."""
+    for prompt in prompts:
         for name in metrics:
             try:
-                METRICS[name]("", question.reference)
+                METRICS[name]("", prompt.reference)
             except DataError as error:
-                where = question.origin or repr(question.text)
+                where = prompt.origin or repr(prompt.text)
                 raise DataError(f"{where}: {error.what} (metric {name})", error.remedy) from None
 
 
-def evaluate_generations(family: Family, questions: Sequence[EvalPrompt], config: EvaluateConfig,
+def evaluate_generations(family: Family, prompts: Sequence[EvalPrompt], config: EvaluateConfig,
                          tick: Callable[[int, int], None] = lambda done, total: None) -> GenerationScores:
-    """Answer every question greedily and score the answers.
+    """Generate an answer to every prompt by greedy decoding and score it.
 
     Args:
-        tick: told (answers done, answers in all).
+        tick: called with (answers done, answers in total).
     """
     sampling = SamplingParams(max_new_tokens=config.max_new_tokens, batch_size=config.batch_size)
-    answers = [""] * len(questions)
-    for done, answer in enumerate(family.generate([q.ids for q in questions], sampling), 1):
+    answers = [""] * len(prompts)
+    for done, answer in enumerate(family.generate([q.ids for q in prompts], sampling), 1):
         answers[answer.index] = family.tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip()
-        tick(done, len(questions))
-    scores = {name: sum(METRICS[name](a, q.reference) for a, q in zip(answers, questions, strict=True)) / len(questions)
+        tick(done, len(prompts))
+    scores = {name: sum(METRICS[name](a, q.reference) for a, q in zip(answers, prompts, strict=True)) / len(prompts)
               for name in config.metrics}
     return GenerationScores(tuple(answers), scores)

@@ -136,7 +136,8 @@ class AdaLoraConfig(Config):
             raise RecipeError("method.target_modules names experts, which adalora does not support",
                               "use the method lora, or omit the experts")
         generator = torch.Generator().manual_seed(seed)
-        layers = [AdaLoraLayer(site, self, generator) for site in select_targets(structure.linears, self.target_modules)]
+        layers = [AdaLoraLayer(site, self, generator) for site in select_targets(structure.linears,
+                                                                                 self.target_modules)]
         return AdaLora(self, layers, structure.task)
 
 

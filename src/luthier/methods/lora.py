@@ -109,7 +109,8 @@ class LoraConfig(Config):
         generator = torch.Generator().manual_seed(seed)
         layers = [LoraLayer(site, self, generator) for site in sites]
         # Models of other tasks get heads, and the maps of a head may have the same names.
-        module_names = [name for name, _ in structure.model.named_modules()] if structure.task in GENERATIVE_TASKS else None
+        module_names = [name for name,
+                        _ in structure.model.named_modules()] if structure.task in GENERATIVE_TASKS else None
         return Lora(self, [*layers, *self._build_expert_layers(experts, generator)], structure.task, module_names)
 
     def compute_scale(self, rank: int, alpha: float) -> float:

@@ -1,181 +1,188 @@
-"""The model card: README.md of a run, and of every folder that is exported from it. Read `assembly/run_io.py` first.
+"""The model card: README.md of a run, and of every folder that is exported from it.
 
-Its code loads what stands in its own folder, head included, by the library that reads it: Sentence Transformers for
-vectors of texts, Transformers or PEFT for the rest, and this package for what neither of them has. Nothing in it names
-a path of the machine that it was made on.
+A card is text made of plain facts (`ModelCardFacts`); `assembly/model_card_facts.py` collects them. Its code loads the
+folder that it lies in, head included, with the library that reads it: Sentence Transformers for text embeddings,
+Transformers or PEFT for the rest, and Luthier for what neither of them supports. No local path is written.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from luthier import assembly
-from luthier.assembly.recipe import Recipe, method_name
-from luthier.core.errors import LuthierError
-from luthier.core.protocols import Family
-from luthier.training.run_folder import Run
-
-# The embedded bases by their upstream names, and their licenses.
-UPSTREAM = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
-            "minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0")}
 CLASSES = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM"}
 PEFT_CLASSES = {"CAUSAL_LM": "AutoPeftModelForCausalLM", "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM"}
 TAGS = {"item": "text-classification", "token": "token-classification", "image": "image-classification",
         "CAUSAL_LM": "text-generation", "SEQ_2_SEQ_LM": "text-generation"}  # the hub's pipeline tags
 HEADS = {"item": "SequenceClassification", "token": "TokenClassification", "image": "ImageClassification"}
-# The measures that stand first in the table; the others follow by name.
+# The first metrics of the table; the others follow in alphabetical order.
 FIRST = ("accuracy", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "rewards/accuracies", "mrr", "recall_at_1",
          "reward", "win_rate", "perplexity", "loss")
 LEFT_OUT = re.compile(r"confusion_|calibration_|bin_")
 HERE = 'FOLDER = "."  # this folder, or its name on the hub'
 
 
-def build_model_card(out: Run, source: Run, made: Recipe, base: Family) -> str:
-    """The text of README.md.
+@dataclass(frozen=True)
+class TaskHeadFacts:
+    """A classification head that the saved model keeps in Transformers' own class.
 
     Args:
-        out: the folder that the card is for.
-        source: the run with the results; the same folder, but for an export.
-        made: the run's recipe, for the classes of its rows.
-        base: as it is saved, with the heads of the objective.
+        kind: a key of `HEADS`.
+        labels: class names; empty where the task has none.
+        width: number of outputs.
+        pooling: which state of a text the head reads.
     """
-    upstream, license_of = find_base_model(made)
-    library, code = build_loading_code(out, made, base)
+
+    kind: str
+    labels: tuple[str, ...]
+    width: int
+    pooling: str
+
+
+@dataclass(frozen=True)
+class ModelCardFacts:
+    """Everything that a model card states, as plain values.
+
+    Args:
+        title: name of the folder that the card is for.
+        base_model: the base model's id on the hub; empty where it is unknown.
+        base_name: how the text names the base model.
+        license: of the base model; empty where it is unknown.
+        gguf_file: name of the GGUF file that the base weights were read from; empty for other formats.
+        method, objective: their names.
+        train_sources: paths or hub ids of the training data.
+        adapter: PEFT's adapter_config.json of the folder; None for a full model.
+        has_recipe, has_loss_plot: whether the folder has recipe.yaml, loss.png.
+        results: the contents of results.json.
+        task: PEFT's task type of the base.
+        head_kind: kind of the objective's task head; empty where it has none.
+        task_head: the head as Transformers stores it; None where it has no class for it.
+        no_task_head_reason: why `task_head` is None for an objective with a head.
+        uses_chat_template: whether prompts are rendered with the chat template.
+        system_prompt: of the training data; empty where it has none.
+    """
+
+    title: str
+    base_model: str
+    base_name: str
+    license: str
+    gguf_file: str
+    method: str
+    objective: str
+    train_sources: tuple[str, ...]
+    adapter: Mapping[str, Any] | None
+    has_recipe: bool
+    has_loss_plot: bool
+    results: Mapping[str, Any]
+    task: str
+    head_kind: str
+    task_head: TaskHeadFacts | None
+    no_task_head_reason: str
+    reads_images: bool
+    can_generate: bool
+    is_encoder_decoder: bool
+    is_embedding: bool
+    uses_masking: bool
+    uses_chat_template: bool
+    system_prompt: str
+
+    @property
+    def is_adapter(self) -> bool:
+        return bool(self.adapter)
+
+
+def build_model_card(facts: ModelCardFacts) -> str:
+    """The text of README.md."""
+    library, code = build_loading_code(facts)
     front: dict[str, Any] = {"library_name": library}
-    if upstream:
-        front |= {"base_model": upstream, "base_model_relation": "adapter" if out.adapter else "finetune"}
-    front["pipeline_tag"] = pick_pipeline_tag(made, base)
-    if data := [source.path for source in made.data.train if _is_on_hub(source.path)]:
-        front["datasets"] = sorted(set(data))
-    if license_of:
-        front["license"] = license_of
-    front["tags"] = ["luthier", method_name(made), made.objective.name]
-    names = ", ".join(f"`{path if _is_on_hub(path) else Path(path).name}`" for path in
-                      dict.fromkeys(source.path for source in made.data.train))
-    kind = "An adapter" if out.adapter else "A model"
-    picture = ["![loss](loss.png)", ""] if (out.path / "loss.png").exists() else []
-    recipe = "`recipe.yaml` holds every setting, version and data digest." * (out.path / "recipe.yaml").exists()
+    if facts.base_model:
+        front |= {"base_model": facts.base_model,
+                  "base_model_relation": "adapter" if facts.is_adapter else "finetune"}
+    front["pipeline_tag"] = pick_pipeline_tag(facts)
+    if datasets := [path for path in facts.train_sources if _is_on_hub(path)]:
+        front["datasets"] = sorted(set(datasets))
+    if facts.license:
+        front["license"] = facts.license
+    front["tags"] = ["luthier", facts.method, facts.objective]
+    names = ", ".join(f"`{path if _is_on_hub(path) else Path(path).name}`"
+                      for path in dict.fromkeys(facts.train_sources))
+    kind = "An adapter" if facts.is_adapter else "A model"
+    plot = ["![loss](loss.png)", ""] if facts.has_loss_plot else []
+    recipe = "`recipe.yaml` holds every setting, version and data digest." * facts.has_recipe
     return "\n".join([
         "---", yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(), "---", "",
-        f"# {out.path.name}", "",
-        f"{kind} made with Luthier from `{upstream or Path(made.model.name_or_path).name}` by the method "
-        f"`{method_name(made)}` with the objective `{made.objective.name}` on {names}. {recipe}".rstrip(), "",
-        *_describe_origin(made), "## Use", "", *_explain_native_loading(out, made, base), "```python", *code, "```", "",
-        *_format_results(source.results), *picture])
+        f"# {facts.title}", "",
+        f"{kind} made with Luthier from `{facts.base_name}` by the method `{facts.method}` with the objective "
+        f"`{facts.objective}` on {names}. {recipe}".rstrip(), "",
+        *_describe_gguf_origin(facts), "## DatasetSpec", "", *_explain_native_loading(facts), "```python", *code,
+        "```", "",
+        *_format_results(facts.results), *plot])
 
 
-def _describe_origin(made: Recipe) -> list[str]:
-    """What is said of a base that was read from a file in few bits: its weights are not those on the hub."""
-    try:
-        found = assembly.resolve_name(made.model.name_or_path)
-    except LuthierError:  # the base is gone: nothing more is known of it
+def _describe_gguf_origin(facts: ModelCardFacts) -> list[str]:
+    """A note on a base that was read from a quantized file: its weights differ from those on the hub."""
+    if not facts.gguf_file:
         return []
-    if not isinstance(found, Path) or found.suffix != ".gguf":
-        return []
-    return [f"The weights of the base were read from `{found.name}`. Those on the hub differ from them by the rounding "
-            "of that file, so an adapter gives slightly different outputs on them.", ""]
-
-
-# ---------------------------------------------------------------- the front matter
-
-
-def find_base_model(made: Recipe) -> tuple[str, str]:
-    """The base's name on the hub and its license, each empty where it is not known. A folder tells in its own card."""
-    name = made.model.name_or_path
-    if name in UPSTREAM:
-        return UPSTREAM[name]
-    try:
-        found = assembly.resolve_name(name)
-        told = _read_front_matter(Path(found) / "README.md") if isinstance(found, Path) and found.is_dir() else {}
-        if isinstance(found, str):
-            told = _read_front_matter(assembly.prepare_folder(made.model) / "README.md")
-            return found, str(told.get("license") or "")
-    except LuthierError:  # the base is gone: nothing more is known of it
-        return ("", "")
-    known = told.get("base_model")
-    known = known[0] if isinstance(known, list) and known else known
-    return (known if isinstance(known, str) and "/" in known and not Path(known).is_absolute() else "",
-            str(told.get("license") or ""))
-
-
-def _read_front_matter(file: Path) -> Mapping[str, Any]:
-    """The YAML at the beginning of a card; empty where there is none."""
-    if not file.is_file():
-        return {}
-    text = file.read_text(encoding="utf-8", errors="replace")
-    if not text.startswith("---\n"):
-        return {}
-    try:
-        read = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:  # a card written by hand
-        return {}
-    return read if isinstance(read, dict) else {}
+    return [f"The weights of the base were read from `{facts.gguf_file}`. Those on the hub differ from them by the "
+            "rounding of that file, so an adapter gives slightly different outputs on them.", ""]
 
 
 def _is_on_hub(path: str) -> bool:
-    """Whether this is the name of a data set on the hub, and of nothing here."""
+    """Whether this is a dataset id on the hub and not a local path."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path)) and not Path(path).exists() and not re.search(
         r"\.(jsonl?|csv|tsv|parquet|txt|ndjson|gz|bz2|xz|zst|zip)$", path)
 
 
-def pick_pipeline_tag(made: Recipe, base: Family) -> str:
+def pick_pipeline_tag(facts: ModelCardFacts) -> str:
     """The hub's pipeline tag."""
-    head = next((head for head in made.objective.heads if head.task), None)
-    images = "channels" in base.structure.sizes
-    if head is not None:
-        return TAGS["image" if images and head.kind == "item" else head.kind]
-    if images:
+    if facts.head_kind:
+        return TAGS["image" if facts.reads_images and facts.head_kind == "item" else facts.head_kind]
+    if facts.reads_images:
         return "image-feature-extraction"
-    if is_embedding(made):
+    if facts.is_embedding:
         return "sentence-similarity"
-    return TAGS.get(base.structure.task, "fill-mask" if made.objective.uses_masking else "feature-extraction")
-
-
-def is_embedding(made: Recipe) -> bool:
-    """Whether the run gives vectors."""
-    return made.objective.required_outputs == frozenset({"pooled"})
+    return TAGS.get(facts.task, "fill-mask" if facts.uses_masking else "feature-extraction")
 
 
 # ---------------------------------------------------------------- how it is loaded
 
 
-def build_loading_code(out: Run, made: Recipe, base: Family) -> tuple[str, list[str]]:
-    """The library that loads the folder, and Python code that does and gives an output."""
-    if _explain_native_loading(out, made, base):
-        return "luthier", ["from luthier import assembly", "", HERE, "",
-                           "recipe, model, method = assembly.open_run(assembly.Run(FOLDER))"]
-    library = "peft" if out.adapter else "transformers"
-    images = "channels" in base.structure.sizes
-    if base.heads.task_head is not None:
-        return library, list(_write_classifier_code(out, base.heads.task_head))
-    if is_embedding(made) and not images and not base.is_encoder_decoder:
+def build_loading_code(facts: ModelCardFacts) -> tuple[str, list[str]]:
+    """The library that loads the folder, and Python code that loads it and computes an output."""
+    if _explain_native_loading(facts):
+        return "luthier", ["from luthier.assembly.run_io import open_run",
+                           "from luthier.training.run_folder import Run", "", HERE, "",
+                           "recipe, model, method = open_run(Run(FOLDER))"]
+    library = "peft" if facts.is_adapter else "transformers"
+    if facts.task_head is not None:
+        return library, list(_write_classifier_code(facts, facts.task_head))
+    if facts.is_embedding and not facts.reads_images and not facts.is_encoder_decoder:
         return "sentence-transformers", [
             "from sentence_transformers import SentenceTransformer", "", HERE, "",
             "model = SentenceTransformer(FOLDER)",
             'vectors = model.encode(["A first text.", "A second text."])', "print(model.similarity(vectors, vectors))"]
-    if base.can_generate:
-        return library, list(_write_generation_code(out, made, base))
-    auto = "AutoModelForMaskedLM" if made.objective.uses_masking else "AutoModel"
-    return library, list(_write_encoder_code(out, auto, images))
+    if facts.can_generate:
+        return library, list(_write_generation_code(facts))
+    return library, list(_write_encoder_code(facts))
 
 
-def _explain_native_loading(out: Run, made: Recipe, base: Family) -> list[str]:
+def _explain_native_loading(facts: ModelCardFacts) -> list[str]:
     """Why neither Transformers nor PEFT loads the folder; empty where they do."""
-    form, headed = out.adapter, bool([head for head in made.objective.heads if head.task])
-    if form is not None and form.get("peft_type") == "LUTHIER":
-        why = f"PEFT has no format for `{method_name(made)}`"
-    elif headed and base.heads.task_head is None:
-        why = base.heads.no_task_head_reason or "Transformers has no class with this head"
-    elif form is not None and form.get("peft_type") in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") and (
-            headed or is_embedding(made)):
-        why = "PEFT's virtual tokens move the place of the state that stands for a text"
-    elif form is not None and is_embedding(made) and "channels" not in base.structure.sizes and (
-            form.get("use_dora") or form.get("peft_type") == "ADALORA"):
+    form, has_head = facts.adapter, bool(facts.head_kind)
+    kind = None if form is None else form.get("peft_type")
+    if kind == "LUTHIER":
+        why = f"PEFT has no format for `{facts.method}`"
+    elif has_head and facts.task_head is None:
+        why = facts.no_task_head_reason or "Transformers has no class with this head"
+    elif kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING") and (has_head or facts.is_embedding):
+        why = "PEFT's virtual tokens move the position of the state that is pooled"
+    elif form is not None and facts.is_embedding and not facts.reads_images and (
+            form.get("use_dora") or kind == "ADALORA"):
         why = ("Sentence Transformers loads adapters by Transformers, which reads no DoRA and no AdaLoRA; "
                "`luthier export --to merged` writes a model that it loads")
     else:
@@ -183,37 +190,37 @@ def _explain_native_loading(out: Run, made: Recipe, base: Family) -> list[str]:
     return [f"This folder is opened by Luthier: {why}.", ""]
 
 
-def _write_classifier_code(out: Run, own: Any) -> Iterator[str]:
-    """Of a run with a head of Transformers' class: the scores of two inputs."""
-    auto, labels = f"AutoModelFor{HEADS[own.kind]}", own.head.labels
-    reader = "AutoImageProcessor" if own.kind == "image" else "AutoTokenizer"
-    peft = f"AutoPeftModelFor{HEADS[own.kind]}"
+def _write_classifier_code(facts: ModelCardFacts, head: TaskHeadFacts) -> Iterator[str]:
+    """For a model with a classification head of Transformers: the logits of one input."""
+    auto, labels = f"AutoModelFor{HEADS[head.kind]}", head.labels
+    reader = "AutoImageProcessor" if head.kind == "image" else "AutoTokenizer"
+    peft = f"AutoPeftModelFor{HEADS[head.kind]}"
     yield "import torch"
-    if out.adapter is None:
-        yield f"from transformers import {auto}" + ("" if own.kind == "image" else f", {reader}")
-    elif own.kind == "image":
+    if facts.adapter is None:
+        yield f"from transformers import {auto}" + ("" if head.kind == "image" else f", {reader}")
+    elif head.kind == "image":
         yield from ("from peft import PeftConfig, PeftModel", f"from transformers import {auto}")
     else:
         yield from (f"from peft import {peft}", f"from transformers import {reader}")
     yield from ("", HERE)
-    if out.adapter is not None:
-        names = list(labels) or [f"LABEL_{i}" for i in range(own.head.width)]
+    if facts.adapter is not None:
+        names = list(labels) or [f"LABEL_{i}" for i in range(head.width)]
         yield from (f"labels = {names!r}", "id2label = dict(enumerate(labels))",
                     "label2id = {name: i for i, name in id2label.items()}")
     yield ""
-    if own.kind != "image":
+    if head.kind != "image":
         yield f"tokenizer = {reader}.from_pretrained(FOLDER)"
-    if out.adapter is None:
+    if facts.adapter is None:
         yield f"model = {auto}.from_pretrained(FOLDER)"
-    elif own.kind == "image":
+    elif head.kind == "image":
         yield from ("base = PeftConfig.from_pretrained(FOLDER).base_model_name_or_path",
                     f"model = {auto}.from_pretrained(base, id2label=id2label, label2id=label2id)",
                     "model = PeftModel.from_pretrained(model, FOLDER)")
     else:
         yield f"model = {peft}.from_pretrained(FOLDER, id2label=id2label, label2id=label2id)"
-        if own.pooling == "last":
+        if head.pooling == "last":
             yield "model.config.pad_token_id = tokenizer.pad_token_id"
-    if own.kind == "image":
+    if head.kind == "image":
         yield from ("side = model.config.image_size", "inputs = {\"pixel_values\": torch.zeros(1, "
                     "model.config.num_channels, side, side)}  # as the processor of the base makes them")
     else:
@@ -222,23 +229,21 @@ def _write_classifier_code(out: Run, own: Any) -> Iterator[str]:
                 "print(logits)" if not labels else "print(model.config.id2label, logits)")
 
 
-def _write_generation_code(out: Run, made: Recipe, base: Family) -> Iterator[str]:
-    task = base.structure.task
-    name = PEFT_CLASSES[task] if out.adapter else CLASSES[task]
-    if out.adapter:
+def _write_generation_code(facts: ModelCardFacts) -> Iterator[str]:
+    name = PEFT_CLASSES[facts.task] if facts.is_adapter else CLASSES[facts.task]
+    if facts.is_adapter:
         yield f"from peft import {name}"
-    yield "from transformers import " + ("AutoTokenizer" if out.adapter else f"{name}, AutoTokenizer")
+    yield "from transformers import " + ("AutoTokenizer" if facts.is_adapter else f"{name}, AutoTokenizer")
     yield from ("", HERE, "", "tokenizer = AutoTokenizer.from_pretrained(FOLDER)",
                 f"model = {name}.from_pretrained(FOLDER)")
-    chat = base.tokenizer.chat_template and made.data.format != "completion" and made.objective.name != "pretrain"
-    if chat:
-        system = [{"role": "system", "content": made.data.system}] if made.data.system else []
+    if facts.uses_chat_template:
+        system = [{"role": "system", "content": facts.system_prompt}] if facts.system_prompt else []
         yield f"messages = {[*system, {'role': 'user', 'content': 'Hello!'}]!r}"
         yield ('inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", '
                "return_dict=True)")
     else:
         yield 'inputs = tokenizer("Once upon a time", return_tensors="pt")'
-    if base.is_encoder_decoder:
+    if facts.is_encoder_decoder:
         start = "0"
     else:
         yield 'start = inputs["input_ids"].shape[1]'
@@ -248,17 +253,18 @@ def _write_generation_code(out: Run, made: Recipe, base: Family) -> Iterator[str
     yield f"print(tokenizer.decode(output[0, {start}:], skip_special_tokens=True))"
 
 
-def _write_encoder_code(out: Run, auto: str, images: bool) -> Iterator[str]:
-    if out.adapter:
+def _write_encoder_code(facts: ModelCardFacts) -> Iterator[str]:
+    auto = "AutoModelForMaskedLM" if facts.uses_masking else "AutoModel"
+    if facts.is_adapter:
         yield "from peft import PeftConfig, PeftModel"
-    yield f"from transformers import {auto}" + ("" if images else ", AutoTokenizer")
+    yield f"from transformers import {auto}" + ("" if facts.reads_images else ", AutoTokenizer")
     yield from ("", HERE, "")
-    if out.adapter:
+    if facts.is_adapter:
         yield from ("base = PeftConfig.from_pretrained(FOLDER).base_model_name_or_path",
                     f"model = PeftModel.from_pretrained({auto}.from_pretrained(base), FOLDER)")
     else:
         yield f"model = {auto}.from_pretrained(FOLDER)"
-    if not images:
+    if not facts.reads_images:
         yield "tokenizer = AutoTokenizer.from_pretrained(FOLDER)"
 
 
@@ -266,7 +272,7 @@ def _write_encoder_code(out: Run, auto: str, images: bool) -> Iterator[str]:
 
 
 def _format_results(results: Mapping[str, Any]) -> Iterator[str]:
-    """Tables of what was measured, on how many rows, and of what the training cost."""
+    """Tables of the metrics before and after training, and of the cost of training."""
     before, after = (_select_metrics(results, when) for when in ("before", "after"))
     rows = results.get("examples")
     if after:
@@ -301,7 +307,7 @@ def _select_metrics(results: Mapping[str, Any], when: str) -> dict[str, float]:
 
 
 def _round_value(value: Any) -> str:
-    """Four digits; whole numbers with their thousands set apart."""
+    """Four significant digits; integers with thousands separators."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

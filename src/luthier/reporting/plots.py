@@ -1,7 +1,7 @@
-"""Plots of a run: loss, lengths, confusion, calibration, comparisons. Nothing simpler to read first.
+"""Plots of a run: loss, lengths, confusion, calibration, comparisons. There is no simpler file to read first.
 
-Metrics are plain numbers by name (`confusion_0_1`, `calibration_count_7`); `confusion_of` and `calibration_of` collect
-those that belong to one plot.
+Metrics are plain numbers by name (`confusion_0_1`, `calibration_count_7`); `collect_confusion` and
+`collect_calibration` select those of one plot.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-Bin = tuple[float, float, float]  # mean confidence, share that was right, how many
+Bin = tuple[float, float, float]  # mean confidence, fraction correct, count
 
 
 def plot_metrics(numbers: Mapping[str, float], labels: Sequence[str], folder: Path) -> None:
-    """Write `confusion.png` and `calibration.png` into a folder, as far as the numbers of a measure hold them."""
+    """Write `confusion.png` and `calibration.png` into a folder, where the metrics hold their values."""
     if any(name.startswith("confusion_") for name in numbers):
         plot_confusion(collect_confusion(numbers, len(labels)), labels, folder / "confusion.png")
     if bins := collect_calibration(numbers):
@@ -23,7 +23,7 @@ def plot_metrics(numbers: Mapping[str, float], labels: Sequence[str], folder: Pa
 
 
 def collect_confusion(numbers: Mapping[str, float], classes: int) -> list[list[float]]:
-    """[classes][classes] how often the class of the row was taken for that of the column."""
+    """[classes][classes] how often the class of the row was predicted as the class of the column."""
     return [[numbers.get(f"confusion_{i}_{j}", 0.0) for j in range(classes)] for i in range(classes)]
 
 
@@ -35,9 +35,9 @@ def collect_calibration(numbers: Mapping[str, float]) -> list[Bin]:
 
 
 def plot_confusion(matrix: Sequence[Sequence[float]], labels: Sequence[str], path: Path) -> None:
-    """A confusion matrix as a PNG: the shade is the share of a true class, the numbers are counts."""
+    """A confusion matrix as a PNG: the shade is the fraction of the true class, the numbers are counts."""
     side = max(4.0, 0.6 * len(labels) + 2)
-    figure, axes = _figure((side, side))
+    figure, axes = _create_figure((side, side))
     shares = [[count / max(sum(row), 1) for count in row] for row in matrix]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(labels) <= 20:  # of more, the numbers would not be read
@@ -52,8 +52,8 @@ def plot_confusion(matrix: Sequence[Sequence[float]], labels: Sequence[str], pat
 
 
 def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
-    """How often the side held more likely was right, by how likely it was held, as a PNG; the diagonal is honest."""
-    figure, axes = _figure((4.5, 4.5))
+    """Accuracy of predictions by their confidence, as a PNG; the diagonal is perfect calibration."""
+    figure, axes = _create_figure((4.5, 4.5))
     most = max(count for *_, count in bins)
     axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", linewidth=1, label="honest")
     axes.scatter([p for p, _, _ in bins], [o for _, o, _ in bins], s=[20 + 180 * n / most for *_, n in bins],
@@ -66,7 +66,8 @@ def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
 
 def plot_bars(names: Sequence[str], columns: Mapping[str, Sequence[float]], path: Path) -> None:
     """One column of horizontal bars for each title, a bar for each name, as a PNG."""
-    figure, axes = _figure((3.75 * len(columns), 0.6 + 0.32 * max(len(names), 4)), columns=len(columns), share_y=True)
+    size = (3.75 * len(columns), 0.6 + 0.32 * max(len(names), 4))
+    figure, axes = _create_figure(size, columns=len(columns), share_y=True)
     for axis, (title, values) in zip(axes, columns.items(), strict=True):
         drawn = axis.barh(names, values, color="#b5541c")
         axis.bar_label(drawn, fmt="%.3g", padding=2)
@@ -78,7 +79,7 @@ def plot_bars(names: Sequence[str], columns: Mapping[str, Sequence[float]], path
 
 def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     """The training loss and the evaluation loss over the steps, as a PNG."""
-    figure, axes = _figure((7, 4))
+    figure, axes = _create_figure((7, 4))
     for name, style in (("loss", {"linewidth": 1.2}), ("eval_loss", {"marker": "o", "linewidth": 1.8})):
         points = [(m["step"], m[name]) for m in metrics if name in m]
         if points:
@@ -91,7 +92,7 @@ def plot_loss(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
 
 def plot_lengths(parts: Mapping[str, Any], path: str | Path) -> None:
     """The token lengths of every part of a data report as a PNG of histograms."""
-    figure, axes = _figure((7, 2.6 * len(parts)), rows=len(parts))
+    figure, axes = _create_figure((7, 2.6 * len(parts)), rows=len(parts))
     for axis, (name, part) in zip(axes, parts.items(), strict=True):
         axis.stairs(part.histogram["counts"], part.histogram["edges"], fill=True)
         axis.set(title=f"{name}: {part.encoded} examples, {part.tokens} tokens",
@@ -102,7 +103,7 @@ def plot_lengths(parts: Mapping[str, Any], path: str | Path) -> None:
 
 def plot_rlhf(metrics: Sequence[Mapping[str, float]], rewards: Mapping[str, float], prompts: int, path: Path) -> None:
     """Reward and KL of every PPO step, and the mean reward of each policy on held-out prompts, as a PNG."""
-    figure, (left, right) = _figure((10, 4), columns=2)
+    figure, (left, right) = _create_figure((10, 4), columns=2)
     for axes, name in ((left, "reward"), (left.twinx(), "kl")):
         points = [(m["step"], m[name]) for m in metrics if name in m]
         color = "tab:blue" if name == "reward" else "tab:orange"
@@ -116,11 +117,11 @@ def plot_rlhf(metrics: Sequence[Mapping[str, float]], rewards: Mapping[str, floa
 
 
 def plot_weight_changes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Relative size and effective rank of every weight's change, as two maps: a column for each block, a row for each
-    role."""
+    """Relative norm and effective rank of every weight's update, as two heat maps: a column for each layer, a row for
+    each role."""
     roles = list(dict.fromkeys(row["role"] for row in rows))
     blocks = sorted({row["block"] for row in rows})
-    figure, plots = _figure((max(6.0, 0.28 * len(blocks) + 2), 0.8 * len(roles) + 2.4), rows=2)
+    figure, plots = _create_figure((max(6.0, 0.28 * len(blocks) + 2), 0.8 * len(roles) + 2.4), rows=2)
     titles = {"size": "norm of the change, relative to the weight's", "rank": "effective rank of the change"}
     for axes, (name, title) in zip(plots, titles.items(), strict=True):
         grid = [[float("nan")] * len(blocks) for _ in roles]
@@ -132,8 +133,9 @@ def plot_weight_changes(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _figure(size: tuple[float, float], *, rows: int = 0, columns: int = 0, share_y: bool = False) -> tuple[Any, Any]:
-    """A figure for which no window is opened, with one plot, or with a list of `rows` or of `columns` plots.
+def _create_figure(size: tuple[float, float], *, rows: int = 0, columns: int = 0,
+                   share_y: bool = False) -> tuple[Any, Any]:
+    """A figure without a window, with one plot, or with a list of `rows` or of `columns` plots.
 
     Args:
         size: width and height in inches.

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, else one line every few seconds. Reads nothing else first."""
+"""Progress on stderr: a bar on a terminal, a line every few seconds elsewhere, or nothing. No simpler file to read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Progress:
 
     Args:
         total: the number of the last step.
-        start: the step of a resumed run; the time left is estimated from the steps since.
+        start: the first step of a resumed run; the time left is estimated from the steps since then.
         title: what is counted.
         quiet: print nothing.
         console, clock: for tests.
@@ -65,7 +65,7 @@ class Progress:
 
 @contextmanager
 def status(text: str, *, quiet: bool = False, console: Console | None = None) -> Iterator[None]:
-    """A spinner with a text while something loads; one plain line without a terminal."""
+    """A spinner with `text` while something loads; one plain line without a terminal."""
     console = console or Console(stderr=True)
     if quiet:
         yield

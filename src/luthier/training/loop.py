@@ -150,7 +150,8 @@ def run_training_loop(job: TrainJob, resume: checkpoint.Checkpoint | None = None
     """Train until the last step, an early stop or a signal; each leaves a checkpoint. Raises `NotFinite` where the loss
     or the gradient is not finite."""
     total = count_total_steps(job.training, job.feed.steps_per_epoch)
-    optimizer = Optimizer(job.attached.parameters(), job.attached.lr_multiplier, job.learning_rate, job.optimizer, total,
+    optimizer = Optimizer(job.attached.parameters(), job.attached.lr_multiplier, job.learning_rate, job.optimizer,
+                          total,
                           job.attached.optimizer_hooks)
     summary = TrainResult(0, 0.0, 0)
     bad_evaluations = _restore_checkpoint(job, optimizer, summary, resume) if resume else 0
