@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 
 import luthier
 from luthier import assembly
-from luthier.api.chat import stream
 from luthier.assembly.factory import encode_chat_prompt
 from luthier.cli import console
 from luthier.cli.commands import COMMANDS
 from luthier.cli.main import main, parse
+from luthier.serving.detokenizer import stream_text
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -250,8 +250,8 @@ def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pyt
 
 def test_letters_come_whole() -> None:
     tokens = "añ→".encode()
-    assert list(stream(iter(tokens), lambda ids, **_: bytes(ids).decode(errors="replace"))) == ["a", "ñ", "→"]
-    assert "".join(stream(iter(tokens[:-1]), lambda ids, **_: bytes(ids).decode(errors="replace"))) == "añ\ufffd"
+    assert list(stream_text(iter(tokens), lambda ids, **_: bytes(ids).decode(errors="replace"))) == ["a", "ñ", "→"]
+    assert "".join(stream_text(iter(tokens[:-1]), lambda ids, **_: bytes(ids).decode(errors="replace"))) == "añ\ufffd"
 
 
 def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from luthier.data.encoding import encode_example
 from luthier.data.formats.text import read_turn
 from luthier.data.row_values import InvalidRowError
 from luthier.data.rows import RejectedRow
-from luthier.data.templates import saved_chat_template
+from luthier.data.templates import get_saved_chat_template
 from tiny import CHATML, tiny_tokenizer
 
 HERE = Origin("rows.jsonl", 1)
@@ -97,25 +97,25 @@ def called(call_id: str | None, result_id: str | None) -> ChatExample:
 ])
 def test_the_key_that_a_template_demands_is_named(ids: tuple[str | None, str | None], reason: str, keys: str) -> None:
     tokenizer = tokenizer_with("mistral_v3")
-    found = encode(called(*ids), tokenizer, CONFIG)
-    assert isinstance(found, Refusal)
+    found = encode_example(called(*ids), tokenizer, CONFIG)
+    assert isinstance(found, RejectedRow)
     assert (found.reason, found.detail[:len(keys)]) == (reason, keys)
     assert "length 9" in found.detail  # the template's own words stay
     # Rows do not depend on the rows before them.
-    (kept,) = encode(called("123456789", "123456789"), tokenizer, CONFIG)  # type: ignore[misc]
-    assert tokenizer.decode(kept.pieces[0].ids).count("123456789") == 2
+    (kept,) = encode_example(called("123456789", "123456789"), tokenizer, CONFIG)  # type: ignore[misc]
+    assert tokenizer.decode(kept.spans[0].ids).count("123456789") == 2
 
 
 def test_the_saved_template_keeps_a_system_turn_that_the_given_one_drops() -> None:
     tokenizer = tokenizer_with("mistral_v3")
     said = [("system", "be kind"), ("user", "q"), ("assistant", "a"), ("user", "r"), ("assistant", "b")]
-    (found,) = encode(ChatExample(tuple(Message(*turn) for turn in said), HERE), tokenizer, CONFIG)  # type: ignore[misc]
+    (found,) = encode_example(ChatExample(tuple(Message(*turn) for turn in said), HERE), tokenizer, CONFIG)  # type: ignore[misc]
     turns = [{"role": role, "content": content} for role, content in said]
     assert "be kind" not in tokenizer.apply_chat_template(turns, tokenize=False)
     for count in (2, 4, 5):
-        theirs = tokenizer.apply_chat_template(turns[:count], chat_template=saved_chat_template(tokenizer), return_dict=True,
+        theirs = tokenizer.apply_chat_template(turns[:count], chat_template=get_saved_chat_template(tokenizer), return_dict=True,
                                                add_generation_prompt=count < 5)["input_ids"]
-        assert list(found.pieces[0].ids[:len(theirs)]) == theirs
+        assert list(found.spans[0].ids[:len(theirs)]) == theirs
     assert any("drops the system turn" in remark for remark in found.remarks)
 
 
@@ -125,26 +125,26 @@ def test_a_dropped_turn_is_refused_though_another_says_the_same() -> None:
     for words in ("let me see", "something else"):
         chat = ChatExample((Message("user", "q"), Message("assistant", "let me see", None, {"tool_calls": [call]}),
                             Message("tool", "r", None, {"tool_call_id": "123456789"}), Message("assistant", words)), HERE)
-        found = encode(chat, tokenizer_with("mistral_v3"), CONFIG)
-        assert isinstance(found, Refusal)
+        found = encode_example(chat, tokenizer_with("mistral_v3"), CONFIG)
+        assert isinstance(found, RejectedRow)
         assert found.detail == "it drops the words of turn 2 (assistant)"
 
 
 def test_thoughts_that_a_template_drops_are_trained_or_refused() -> None:
     chat = ChatExample((Message("user", "q"), Message("assistant", "t", None, {"reasoning_content": "t"})), HERE)
     tokenizer = tokenizer_with("deepseek_r1")
-    (found,) = encode(chat, tokenizer, CONFIG)  # type: ignore[misc]
-    assert tokenizer.decode(found.pieces[0].ids).endswith("<|Assistant|><think>\nt\n</think>\n\nt<|end_of_sentence|>")
+    (found,) = encode_example(chat, tokenizer, CONFIG)  # type: ignore[misc]
+    assert tokenizer.decode(found.spans[0].ids).endswith("<|Assistant|><think>\nt\n</think>\n\nt<|end_of_sentence|>")
     for kind, on in (("deepseek_r1", "all"), ("deepseek_v31", "assistant")):
-        refused = encode(chat, tokenizer_with(kind), DataConfig.parse({"train": "-", "train_on": on}))
-        assert isinstance(refused, Refusal)
+        refused = encode_example(chat, tokenizer_with(kind), DataConfig.parse({"train": "-", "loss_on": on}))
+        assert isinstance(refused, RejectedRow)
         assert refused.reason == "thoughts that the chat template does not render"
 
 
 def test_all_trains_the_prompt_of_a_bare_completion_too() -> None:
     for on, share in (("assistant", 1), ("last", 1), ("all", 3)):
-        (found,) = encode(CompletionExample("ab", "c", HERE), tokenizer_with("none"), DataConfig.parse({"train": "-", "train_on": on}))  # type: ignore[misc]
-        assert len(found.pieces[0].predicted) == share + 1  # the end mark
+        (found,) = encode_example(CompletionExample("ab", "c", HERE), tokenizer_with("none"), DataConfig.parse({"train": "-", "loss_on": on}))  # type: ignore[misc]
+        assert len(found.spans[0].predicted) == share + 1  # the end mark
 
 
 def test_a_mark_that_a_template_tore_is_noticed_beside_a_whole_one() -> None:
