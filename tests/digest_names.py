@@ -71,7 +71,9 @@ METRICS = {
     "clip_share": "clip_fraction", "kl_old": "approx_kl", "finished_share": "eos_rate",
     "answer_tokens": "completion_length", "reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected",
     "reward_margin": "rewards/margins", "pair_accuracy": "rewards/accuracies", "trainable_share": "trainable_fraction",
-    "value_error": "value_loss",
+    "value_error": "value_loss", "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected",
+    "reward_good": "rewards/chosen", "reward_bad": "rewards/rejected", "logps_good": "logps/chosen",
+    "logps_bad": "logps/rejected", "kl_weight": "kl_coef",
 }
 PREFIX = re.compile(r"^(eval_|test_|validation_)?(.*)$")
 

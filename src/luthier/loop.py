@@ -191,7 +191,8 @@ class Session:
         with TemporaryDirectory() as folder:
             file = Path(folder) / "rows.jsonl"
             file.write_text("".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            data = self.recipe.data.model_copy(update={"train": assembly.rows.DataConfig.parse({"train": str(file)}).train})
+            sources = assembly.rows.DataConfig.parse({"train": str(file)}).train
+            data = self.recipe.data.model_copy(update={"train": sources})
             datasets = load_datasets(self.recipe.model_copy(update={"data": data}), self.family)
         rejected = datasets.report.parts["train"].refused
         if rejected:

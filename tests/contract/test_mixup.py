@@ -262,7 +262,7 @@ def test_pictures_are_mixed_as_their_pixels_are(tmp_path: Path) -> None:
     def see(pixels: Any) -> Tensor:
         return torch.as_tensor(pixels)[None].double() / 255 - 0.5
 
-    config = DataConfig.parse({"train": str(home / "train-images-idx3-ubyte"), "augment": [MIXUP, {"name": "noise", "chance": 1.0}]})
+    config = DataConfig.parse({"train": str(home / "train-images-idx3-ubyte"), "augment": [MIXUP, {"name": "noise", "probability": 1.0}]})
     found = read_datasets(config, see, seed=0, reads=frozenset({"ImageExample"})).train
     bare = read_datasets(config.model_copy(update={"augment": ()}), see, seed=0, reads=frozenset({"ImageExample"})).train
     one = next(e for e in found if e.images[0].other is not None)

@@ -100,10 +100,10 @@ def _describe_adapter(run: Run, recipe: Recipe, tuner: Tuner | None) -> adapters
 
 def _write_folder(out: Path, to: str, recipe: Recipe, base: Family, tuner: Tuner | None) -> None:
     out.mkdir()
-    if to == "whole" and tuner is not None:
+    if to == "bundle" and tuner is not None:
         with tuner.disabled():
             save_full_model(Run(out), recipe, base)
-    if to in ("adapter", "whole") and tuner is not None:
+    if to in ("adapter", "bundle") and tuner is not None:
         save_tuned(Run(out), recipe, base, tuner, public=True)
     else:
         save_full_model(Run(out), recipe, base)

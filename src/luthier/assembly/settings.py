@@ -65,8 +65,8 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
         rate: the learning rate of the run.
         run: its folder.
     """
-    micro = made.training.max_tokens_per_micro_batch or resolve_micro_batch_tokens(made,
-                                                                                   base) * base.structure.sizes.get("unit", 1)
+    unit = base.structure.sizes.get("unit", 1)
+    micro = made.training.max_tokens_per_micro_batch or resolve_micro_batch_tokens(made, base) * unit
     length = made.data.max_length if "channels" in base.structure.sizes else resolve_data_config(made, base).max_length
     pools = "pooled" in made.objective.required_outputs  # a head pools as its class does, unless the recipe says how
     methods = [_resolve_method(part, base) for part in list_parts(made.method)]

@@ -54,11 +54,11 @@ class ImageAugmentation(Config):
     name: Literal["crop", "flip", "noise"] = Field(description=(
         "crop: a region of at least `amount` of the area, resized to the original size; flip: left and right swapped; "
         "noise: Gaussian, standard deviation `amount` of the brightness range"))
-    chance: float = Field(0.5, gt=0, le=1, description="probability of changing an image")
+    probability: float = Field(0.5, gt=0, le=1, description="probability of changing an image")
     amount: float = Field(0.3, gt=0, lt=1, description="see `name`")
 
     def picture(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
-        if rng.random() >= self.chance:
+        if rng.random() >= self.probability:
             return pixels
         if self.name == "flip":
             return pixels[:, ::-1]
@@ -77,7 +77,7 @@ class MixupAugmentation(Config):
 
 
 Augment = Annotated[TextAugmentation | ImageAugmentation | MixupAugmentation, Field(discriminator="name")]
-VIEWS = (ImageAugmentation(name="crop", chance=1.0), ImageAugmentation(name="flip"),
+VIEWS = (ImageAugmentation(name="crop", probability=1.0), ImageAugmentation(name="flip"),
          ImageAugmentation(name="noise", amount=0.05))  # of images without a label, if the recipe names no augmentation
 
 

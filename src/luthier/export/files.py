@@ -10,9 +10,9 @@ from pathlib import Path
 
 from luthier.core.errors import RunError
 
-FORMS = ("merged", "whole", "adapter", "gguf", "gguf-adapter")
+FORMS = ("merged", "bundle", "adapter", "gguf", "gguf-adapter")
 FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are a single file
-DTYPES = {"merged": ("float32", "bfloat16", "float16"), "whole": ("float32", "bfloat16", "float16"),
+DTYPES = {"merged": ("float32", "bfloat16", "float16"), "bundle": ("float32", "bfloat16", "float16"),
           "gguf": ("float32", "float16", "q8_0")}
 
 

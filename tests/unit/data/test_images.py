@@ -134,7 +134,7 @@ def test_pictures_without_a_label_become_two_views_drawn_anew_in_every_epoch(mni
 
 def test_changes_of_labelled_pictures_are_for_training_alone(mnist) -> None:
     path = mnist()
-    found = read_datasets(config(train=path, test=path, augment=[{"name": "flip", "chance": 1}]), see, seed=0)
+    found = read_datasets(config(train=path, test=path, augment=[{"name": "flip", "probability": 1}]), see, seed=0)
     plain = read_datasets(config(train=path), see, seed=0)
     assert torch.equal(build_batch(found.train).inputs.images, build_batch(plain.train).inputs.images.flip(3))
     assert torch.equal(build_batch(found.test).inputs.images, build_batch(plain.train).inputs.images)
@@ -143,14 +143,14 @@ def test_changes_of_labelled_pictures_are_for_training_alone(mnist) -> None:
 def test_crops_keep_the_size_and_noise_its_strength() -> None:
     chance = np.random.default_rng(0)
     ramp = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
-    crop = ImageAugmentation(name="crop", chance=1.0, amount=0.25).picture(ramp, chance)
+    crop = ImageAugmentation(name="crop", probability=1.0, amount=0.25).picture(ramp, chance)
     assert (crop.shape, crop.dtype) == ((64, 64), np.uint8)
     assert (crop[:1] == crop).all()
     assert 31 <= crop.max() - crop.min() < 63  # between a quarter of the area and all of it
     flat = np.full((200, 200, 3), 128, np.uint8)
-    noisy = ImageAugmentation(name="noise", chance=1.0, amount=0.05).picture(flat, chance)
+    noisy = ImageAugmentation(name="noise", probability=1.0, amount=0.05).picture(flat, chance)
     assert abs(noisy.std() - 0.05 * 255) < 0.2
-    seldom = ImageAugmentation(name="flip", chance=0.25)
+    seldom = ImageAugmentation(name="flip", probability=0.25)
     assert 200 < sum((seldom.picture(ramp, chance) != ramp).any() for _ in range(1000)) < 300
 
 
