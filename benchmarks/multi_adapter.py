@@ -32,7 +32,7 @@ def main() -> None:
     family = load_family(assembly.ModelConfig(name_or_path="smollm2"))
     manager = assembly.AdapterManager(family.structure)
     for i, (name, method) in enumerate(MEMBERS.items()):
-        manager.add(name, attach_method(family, assembly.recipe({"data": "-", "method": method}).method, i))
+        manager.add(name, attach_method(family, assembly.build_recipe({"data": "-", "method": method}).method, i))
     family.router = manager
     names = [name for name in MEMBERS for _ in range(EACH)]
     tokens = torch.randint(1000, 40_000, (LENGTH * len(names),), generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def main() -> None:
             family.states(row(len(names)))
 
     mixed = manager.with_adapters(row(len(names)), names)
-    places = [place for place in mixed.forest.adapters for _ in range(LENGTH)]
+    places = [place for place in mixed.segment_tree.adapters for _ in range(LENGTH)]
     with torch.no_grad():
         seconds = {"mixed": _processor(lambda: family.states(mixed)), "apart": _processor(apart),
                    "one_lora": _processor(lambda: one("low")), "bare": _processor(lambda: one(None))}

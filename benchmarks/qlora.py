@@ -42,7 +42,7 @@ def side(base: str, bits: str, work: Path) -> dict[str, Any]:
 
     configure_malloc()
     imported = measure_peak_gb("cpu")
-    made = assembly.recipe({"model": {"name_or_path": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
+    made = assembly.build_recipe({"model": {"name_or_path": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
                          "training": {"max_steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
     seed_everything(0)
     family = load_family(made.model)

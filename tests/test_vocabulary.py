@@ -22,9 +22,9 @@ SOURCE = ROOT / "src" / "luthier"
 BANNED = frozenset(re.findall(r"\w+", """
     asked told said says heard hear judged spelt spoken
     rolls rolled desk errand door doors room rooms house houses dice mend mended picture pictures twin twins kin
-    bit piece pieces forest anatomy lean slim shut worded settle settled unsettled beside apart beforehand
+    bit piece pieces segment_tree anatomy lean slim shut worded settle settled unsettled beside apart beforehand
     drawn fitted folded laid chopped torn worth likeness hide hidden_part standing untrained_model
-    asks tells wants stands lies begun gone given taken made found
+    asks tells wants stands lies begun gone made
 """))
 STANDARD = {
     "hidden": "hidden size and hidden states are Transformers' terms; `hide` is not",

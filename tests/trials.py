@@ -24,7 +24,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from luthier import assembly
 from luthier.assembly.factory import check_loaded_model, fit_objective, load_datasets, load_family
-from luthier.assembly.recipe import Recipe, default_learning_rate
+from luthier.assembly.recipe import Recipe, compute_default_learning_rate
 from luthier.assembly.reference_model import precompute_reference
 from luthier.assembly.rl_setup import build_training_source, init_rl_policy
 from luthier.assembly.run_io import open_run, save_tuned
@@ -115,7 +115,7 @@ def recipe(home: Path, base: str, method: str, objective: str) -> Recipe:
         minimised |= {"reward": f"{__file__}:vowels", "num_generations": 3, "max_new_tokens": 4}
     if base in VISIONS and objective == "contrastive":
         minimised |= {"loss": "supcon"}
-    return assembly.recipe({
+    return assembly.build_recipe({
         "model": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
         "data": str(home / rows_of(base, objective)), "training": {"max_steps": STEPS, "batch_size": 4, "save_steps": SAVED},
         "optimizer": {"learning_rate": RATES.get(method), "lr_scheduler_type": "constant", "warmup_ratio": 0}, "seed": 1})
@@ -144,7 +144,7 @@ class Trial:
         self.lines: list[dict[str, float]] = []
         job: type[TrainJob] = OnlineTrainJob if self.made.objective.is_online else TrainJob
         self.job = job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
-                       self.made.optimizer, made.optimizer.learning_rate or default_learning_rate(made), folder,
+                       self.made.optimizer, made.optimizer.learning_rate or compute_default_learning_rate(made), folder,
                        reference=self.reference, log=lambda step, numbers: self.lines.append(dict(numbers)))
         self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.build_eval_batches([apply_fixed(one) for one in found.train], 1000)
 
@@ -212,7 +212,7 @@ def reopens(home: Path, one: Trial) -> None:
     """The run folder gives the same loss as the model that it was written from."""
     run = Run(home / "run")
     shutil.rmtree(run.path, ignore_errors=True)
-    run.create(assembly.dump(one.made), {})
+    run.create(assembly.dump_recipe(one.made), {})
     save_tuned(run, one.made, one.base, one.attached)
     made, opened, _ = open_run(run)
     opened.train(False)

@@ -20,7 +20,7 @@ from luthier.models.families.causal import CausalLM
 
 
 def note(watch: Watch, begun: list[float]) -> None:
-    """Tell the watch of every answer behind its prompt, as it stands in the forest: a path from a root to a leaf."""
+    """Tell the watch of every answer behind its prompt, as it stands in the segment_tree: a path from a root to a leaf."""
     forward = CausalLM.forward
     size = watch.job.setting.batch_size * 2
     reward = watch.job.setting.objective == "reward"
@@ -32,12 +32,12 @@ def note(watch: Watch, begun: list[float]) -> None:
         if len(watch.documents) % size == 0:
             begun.append(time.perf_counter())
             print(f"{PROGRESS}step {len(begun)} of {watch.job.steps}", flush=True)
-        ids, forest, starts = inputs.tokens.tolist(), inputs.forest, inputs.forest.starts
-        segment_of = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(forest.lengths)).tolist()
+        ids, segment_tree, starts = inputs.tokens.tolist(), inputs.segment_tree, inputs.segment_tree.starts
+        segment_of = torch.repeat_interleave(torch.arange(len(starts)), torch.tensor(segment_tree.lengths)).tolist()
         for item in target.labeled_segments.tolist():
-            path = forest.find_path(item)
-            words = [token for s in path for token in ids[starts[s]:starts[s] + forest.lengths[s]]]
-            before = len(words) - forest.lengths[item]
+            path = segment_tree.find_path(item)
+            words = [token for s in path for token in ids[starts[s]:starts[s] + segment_tree.lengths[s]]]
+            before = len(words) - segment_tree.lengths[item]
             own = [p for p, of in zip(target.state_index.tolist(), target.item_of.tolist(), strict=True)
                    if target.labeled_segments[of] == item]
             # A prediction made inside the item is of the token after it; one made at its parent's end is of its first.

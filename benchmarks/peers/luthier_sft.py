@@ -65,9 +65,9 @@ def note(watch: Watch, begun: list[float]) -> None:
         if len(watch.documents) % size == 0:
             begun.append(time.perf_counter())
             print(f"{PROGRESS}step {len(begun)} of {watch.job.steps}", flush=True)
-        forest, at = inputs.forest, target.state_index.tolist()
-        assert forest.is_flat, "instruction tuning packs whole documents"
-        for start, length in zip(forest.starts, forest.lengths, strict=True):
+        segment_tree, at = inputs.segment_tree, target.state_index.tolist()
+        assert segment_tree.is_flat, "instruction tuning packs whole documents"
+        for start, length in zip(segment_tree.starts, segment_tree.lengths, strict=True):
             ids = inputs.tokens[start:start + length].tolist()
             # `at` names the state that predicts: the token after it is the one predicted.
             watch.saw(ids, (place - start + 1 for place in at if start <= place < start + length))

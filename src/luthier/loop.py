@@ -37,7 +37,7 @@ from luthier.assembly.factory import (
 )
 from luthier.assembly.initialization import init_policy
 from luthier.assembly.provenance import record_start
-from luthier.assembly.recipe import Recipe, default_learning_rate, dump
+from luthier.assembly.recipe import Recipe, compute_default_learning_rate, dump_recipe
 from luthier.assembly.run_io import save_tuned
 from luthier.assembly.settings import resolve_settings
 from luthier.core.errors import DataError, RecipeError
@@ -62,7 +62,7 @@ def start(**settings: Any) -> Session:
     Raises:
         RecipeError: a wrong setting, or an objective that samples its own data (ppo, grpo).
     """
-    recipe = assembly.recipe({"data": "-"}, {key: value for key, value in settings.items() if value is not None})
+    recipe = assembly.build_recipe({"data": "-"}, {key: value for key, value in settings.items() if value is not None})
     if recipe.objective.is_online:
         raise RecipeError(f"objective {recipe.objective.name!r} samples its own training data, which a loop over rows "
                           "does not", "use luthier.train for it")
@@ -179,10 +179,10 @@ class Session:
         """
         run = Run(folder)
         identity = assembly.identify_base(self.recipe.model)
-        rate = self.recipe.optimizer.learning_rate or default_learning_rate(self.recipe)
+        rate = self.recipe.optimizer.learning_rate or compute_default_learning_rate(self.recipe)
         recipe = resolve_settings(self.recipe, self.family, identity, rate, run.path)
         tuner = self.tuner
-        run.create(dump(recipe), record_start(recipe, identity, []))
+        run.create(dump_recipe(recipe), record_start(recipe, identity, []))
         save_tuned(run, recipe, self.family, tuner)
         return run
 
@@ -206,7 +206,7 @@ class Session:
         set_chat_format(self.family, datasets)
         self._has_conversations = datasets.conversations
         self._tuner, self._reference = init_policy(self.recipe, self.family)
-        rate = self.recipe.optimizer.learning_rate or default_learning_rate(self.recipe)
+        rate = self.recipe.optimizer.learning_rate or compute_default_learning_rate(self.recipe)
         config = self.recipe.optimizer.model_copy(update={"lr_scheduler_type": "constant", "warmup_ratio": 0.0})
         self._optimizer = Optimizer(self._tuner.parameters(), self._tuner.lr_multiplier, rate, config, 1,
                                     self._tuner.optimizer_hooks)

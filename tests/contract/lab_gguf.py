@@ -56,9 +56,9 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def saved(place: Path, base: CausalLM, method: dict[str, Any], objective: str = "sft") -> Run:
     """A run as `train` leaves it, on a base in a folder of its own, with its method on it, stirred."""
     base.save(place / "base")
-    made = assembly.recipe({"model": str(place / "base"), "data": "-", "method": method, "objective": objective})
+    made = assembly.build_recipe({"model": str(place / "base"), "data": "-", "method": method, "objective": objective})
     attached = attach(base, method["name"], **{key: value for key, value in method.items() if key != "name"})
     run = Run(place / "run")
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     save_tuned(run, made, base, attached)
     return run

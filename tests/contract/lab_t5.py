@@ -84,7 +84,7 @@ def pairs(flat: bool = False, seed: int = 0) -> list[TokenizedExample]:
             for e in found] if flat else found
 
 
-def forest() -> TokenizedExample:
+def segment_tree() -> TokenizedExample:
     """A source with three answers, one of which goes on in two ways."""
     dice = Dice(5)
     parents = (-1, 0, 0, 2, 2, 0)

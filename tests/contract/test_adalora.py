@@ -188,7 +188,7 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     family, attached = searched()
     bare, origin = logits(family), save_tiny(tmp_path / "base", "llama")
     take(family, attached, optimizer(attached), range(STEPS))
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": attached.config.model_dump()})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
     save_tuned(Run(tmp_path / "run"), made, family, attached)
     form, saved = (json.loads((tmp_path / "run/adapter_config.json").read_text()),
@@ -216,7 +216,7 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
         wanted = other(input_ids=TOKENS).logits
     form = json.loads((tmp_path / "adapter_config.json").read_text())
     assert form["rank_pattern"]
-    config = assembly.recipe({"model": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
+    config = assembly.build_recipe({"model": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
     assert (config.target_r, config.init_r, config.alpha) == (2, 4, 12.0)
     assert config.compute_schedule(STEPS) == attached.config.compute_schedule(STEPS)
     family = base("llama")
@@ -421,10 +421,10 @@ def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:
     with torch.no_grad():  # a map that lost all of its ranks
         attached.layers[3].kept.fill_(False)
         attached.layers[3].e.zero_()
-    made = assembly.recipe({"model": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "output_dir": str(tmp_path / "run"),
+    made = assembly.build_recipe({"model": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "output_dir": str(tmp_path / "run"),
                          "method": attached.config.model_dump()})
     run = Run(tmp_path / "run")
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     save_tuned(run, made, family, attached)
     (reading,) = inspect_run(run, quiet=True)["readings"]
     for layer, row in zip(attached.layers, reading["rows"], strict=True):

@@ -16,7 +16,7 @@ from luthier import assembly
 from luthier.api.train import train
 from luthier.assembly.factory import attach_heads, attach_method, load_family
 from luthier.assembly.initialization import reference_context
-from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.recipe import Recipe, get_method_name
 from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.errors import RecipeError
@@ -42,7 +42,7 @@ NAMED = {"ids": lambda parts: "+".join(p if isinstance(p, str) else "+".join(map
 
 
 def settings(parts: Any) -> Any:
-    return assembly.recipe({"data": "-", "method": parts}).method
+    return assembly.build_recipe({"data": "-", "method": parts}).method
 
 
 def put(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
@@ -56,19 +56,19 @@ def put(family: CausalLM, parts: Any, stirred: bool = True) -> Any:
 
 
 def test_a_list_is_read_written_and_laid_over() -> None:
-    made = assembly.recipe({"data": "-", "method": ["bitfit", LORA]})
-    assert method_name(made) == "bitfit+lora"
-    written = assembly.dump(made)["method"]
+    made = assembly.build_recipe({"data": "-", "method": ["bitfit", LORA]})
+    assert get_method_name(made) == "bitfit+lora"
+    written = assembly.dump_recipe(made)["method"]
     assert [part["name"] for part in written] == ["bitfit", "lora"]
     assert written[1]["rank"] == 4
-    assert assembly.recipe(yaml.safe_load(yaml.safe_dump(assembly.dump(made)))) == made
-    over = assembly.recipe(assembly.dump(made), {"method.lora.rank": 2})
-    assert assembly.dump(over)["method"][1]["rank"] == 2
-    assert assembly.changed(made, over) == ["method.lora.rank: 4, now 2"]
-    assert assembly.recipe(made, {"method": "lora"}).method == METHODS["lora"]()
-    assert assembly.recipe(assembly.dump(made), {"method": ["ia3", "bitfit"]}).method == settings(["ia3", "bitfit"])
+    assert assembly.build_recipe(yaml.safe_load(yaml.safe_dump(assembly.dump_recipe(made)))) == made
+    over = assembly.build_recipe(assembly.dump_recipe(made), {"method.lora.rank": 2})
+    assert assembly.dump_recipe(over)["method"][1]["rank"] == 2
+    assert assembly.diff_recipes(made, over) == ["method.lora.rank: 4, now 2"]
+    assert assembly.build_recipe(made, {"method": "lora"}).method == METHODS["lora"]()
+    assert assembly.build_recipe(assembly.dump_recipe(made), {"method": ["ia3", "bitfit"]}).method == settings(["ia3", "bitfit"])
     assert settings(["bitfit"]) == METHODS["bitfit"]() == settings("bitfit")
-    assert method_name(assembly.recipe({"data": "-", "method": "lora"})) == "lora"
+    assert get_method_name(assembly.build_recipe({"data": "-", "method": "lora"})) == "lora"
 
 
 @pytest.mark.parametrize(("parts", "words"), [
@@ -85,7 +85,7 @@ def test_a_list_that_cannot_be_is_refused(parts: Any, words: str) -> None:
 
 def test_a_setting_of_a_list_says_whose_it_is() -> None:
     with pytest.raises(RecipeError, match=r"method\.rank: this recipe has a list of methods, bitfit, lora") as caught:
-        assembly.recipe({"data": "-", "method": ["bitfit", "lora"]}, {"method.rank": 2})
+        assembly.build_recipe({"data": "-", "method": ["bitfit", "lora"]}, {"method.rank": 2})
     assert "method.bitfit.rank" in caught.value.remedy
 
 
@@ -222,7 +222,7 @@ def test_a_run_of_a_list_is_opened_again_with_and_without_its_recipe(folder: Pat
 def test_a_run_starts_from_a_tuned_one_which_stays_its_reference(folder: Path, method: Any) -> None:
     first = trained(folder, "first", method=method)
     wanted = logits(open_run(first)[1])
-    made = assembly.recipe({"data": str(folder / "rows.jsonl"), "init_from": str(first.path)})
+    made = assembly.build_recipe({"data": str(folder / "rows.jsonl"), "init_from": str(first.path)})
     assert made.method == Recipe.parse(first.recipe).method
     assert made.model.name_or_path == str(folder / "base")
     family = load_family(made.model)

@@ -63,8 +63,8 @@ def test_a_step_that_waits_is_found(wait: Any) -> None:
 def test_pooling_never_waits(examples: Sequence[TokenizedExample], how: Pooling) -> None:
     (batch,) = pack_examples(judged(examples), None)
     row = torch.randn(batch.inputs.tokens.shape[0], 4)
-    wanted = pool_states(row, batch.inputs.forest, batch.target.labeled_segments, how)
-    found = pool_states(row.to("meta"), batch.inputs.forest, batch.target.labeled_segments.to("meta"), how)
+    wanted = pool_states(row, batch.inputs.segment_tree, batch.target.labeled_segments, how)
+    found = pool_states(row.to("meta"), batch.inputs.segment_tree, batch.target.labeled_segments.to("meta"), how)
     assert (found.device.type, found.shape) == ("meta", wanted.shape)
 
 

@@ -57,8 +57,8 @@ def test_packed_is_padded(kind: str, method: str) -> None:
     assert apart(found, scored(padded, attach(padded, method), rows)) < SAME
 
     # The control: every document sees the one before it.
-    inputs = replace(rows[0].inputs, forest=SegmentTree(rows[0].inputs.forest.lengths,
-                                                        tuple(range(-1, len(rows[0].inputs.forest.lengths) - 1))))
+    inputs = replace(rows[0].inputs, segment_tree=SegmentTree(rows[0].inputs.segment_tree.lengths,
+                                                        tuple(range(-1, len(rows[0].inputs.segment_tree.lengths) - 1))))
     assert apart(scored(packed, attach(packed, method, stirred=False), [replace(rows[0], inputs=inputs)]),
                  scored(packed, attach(packed, method, stirred=False), rows)) > FAR
 
@@ -83,7 +83,7 @@ def test_an_architecture_with_attention_of_its_own_runs_padded(kind: str, settin
     assert family.layout == "padded"
     row = build_batch(documents()).inputs
     with torch.no_grad():
-        alone = [family.model(input_ids=part[None]).last_hidden_state[0] for part in row.tokens.split(row.forest.lengths)]
+        alone = [family.model(input_ids=part[None]).last_hidden_state[0] for part in row.tokens.split(row.segment_tree.lengths)]
         assert (family.states(row) - torch.cat(alone)).abs().max() < 1e-5
 
 

@@ -15,7 +15,7 @@ from transformers import AttentionInterface
 from luthier.core.examples import Origin
 from luthier.core.types import SegmentTree, TokenizedExample, TokenSpan
 from luthier.data.packing import build_batch, pack_examples
-from luthier.models.attention import packed as forest
+from luthier.models.attention import packed as segment_tree
 from luthier.models.ops import fused_logprobs
 from tiny import KINDS
 
@@ -43,12 +43,12 @@ def test_every_kind_proves_itself_packed(kind: str) -> None:
 
 @pytest.mark.parametrize("how", ["sees everything before it", "cannot"])
 def test_a_model_that_leaks_or_cannot_falls_to_padded(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaks(module, query, key, value, attention_mask, forest=None, **options):
-        mask = attention_mask if forest is None or how == "cannot" else None
+    def leaks(module, query, key, value, attention_mask, segment_tree=None, **options):
+        mask = attention_mask if segment_tree is None or how == "cannot" else None
         return real(module, query, key, value, mask, **options)
 
-    real = forest.packed_attention
-    monkeypatch.setitem(AttentionInterface._global_mapping, forest.NAME, leaks)
+    real = segment_tree.packed_attention
+    monkeypatch.setitem(AttentionInterface._global_mapping, segment_tree.NAME, leaks)
     assert base("llama").layout == "padded"
 
 
@@ -87,13 +87,13 @@ def test_a_tree_is_each_of_its_paths_alone(kind: str, method: str) -> None:
 def test_a_chopped_segment_is_the_whole(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chains of links of 4 tokens against rows that are not chopped at all; beside them links that have lost theirs."""
     def found(link: int, cut: bool = False) -> dict[str, torch.Tensor]:
-        monkeypatch.setattr(forest, "CHAIN_LENGTH", link)
-        forest._split_long_segments.cache_clear()
+        monkeypatch.setattr(segment_tree, "CHAIN_LENGTH", link)
+        segment_tree._split_long_segments.cache_clear()
         row = build_batch([*documents(), *trees()])
-        chain = forest._split_long_segments(row.inputs.forest)
+        chain = segment_tree._split_long_segments(row.inputs.segment_tree)
         links.append(len(chain.lengths))
         if cut:
-            monkeypatch.setattr(forest, "_split_long_segments", lambda f: SegmentTree(chain.lengths, (-1,) * len(chain.lengths)))
+            monkeypatch.setattr(segment_tree, "_split_long_segments", lambda f: SegmentTree(chain.lengths, (-1,) * len(chain.lengths)))
         family = base(kind, "packed")
         return measured(family, attach(family, method), [row])
 
@@ -103,7 +103,7 @@ def test_a_chopped_segment_is_the_whole(kind: str, method: str, monkeypatch: pyt
     assert links[1] > 2 * links[0]
     assert apart(found(4, cut=True), whole) > FAR
     monkeypatch.undo()
-    forest._split_long_segments.cache_clear()
+    segment_tree._split_long_segments.cache_clear()
 
 
 def log_probs(family, rows) -> torch.Tensor:
@@ -115,7 +115,7 @@ def log_probs(family, rows) -> torch.Tensor:
 
 
 def test_the_trees_are_trees() -> None:
-    depths = [max(len(build_batch([tree]).inputs.forest.find_path(i)) for i in range(len(tree.spans))) for tree in trees()]
+    depths = [max(len(build_batch([tree]).inputs.segment_tree.find_path(i)) for i in range(len(tree.spans))) for tree in trees()]
     assert len(TREES) == len(depths)
     assert max(depths) == 3
     assert any(len(paths(tree)) > 2 for tree in trees())

@@ -160,7 +160,7 @@ def test_folders_go_both_ways(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     ours, origin = base("mixtral"), save_tiny(tmp_path / "base", "mixtral")
     attached = attach(ours)
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": attached.config.model_dump()})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
     save_tuned(Run(tmp_path / "run"), made, ours, attached)
     loaded = peft.PeftModel.from_pretrained(tiny("mixtral"), tmp_path / "run", autocast_adapter_dtype=False).eval()

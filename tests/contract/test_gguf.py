@@ -269,7 +269,7 @@ def test_the_command_line_names_the_file(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_heads_have_no_place_in_the_file(tmp_path: Path) -> None:
-    made = assembly.recipe({"model": "smollm2", "data": "-", "objective": "reward"})
+    made = assembly.build_recipe({"model": "smollm2", "data": "-", "objective": "reward"})
     with pytest.raises(RunError, match="heads of its own"):
         export_gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
     with pytest.raises(RunError, match="heads of its own"):
@@ -313,11 +313,11 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
 def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
     base = load_family(ModelConfig(name_or_path="smollm2", device="cpu"))
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
-    made = assembly.recipe({"model": "smollm2", "data": "-", "method": {"name": "lora", "use_rslora": True}})
+    made = assembly.build_recipe({"model": "smollm2", "data": "-", "method": {"name": "lora", "use_rslora": True}})
     attached = attach(base, "lora", stirred=False, use_rslora=True)
     stir(attached, 0.01)
     run = Run(tmp_path / "run")
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     save_tuned(run, made, base, attached)
     prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
                for text in ("Why is the sky blue?", "Write one line about rain.")]

@@ -144,14 +144,14 @@ def test_the_gradient_of_the_head_is_summed_over_chunks_in_float32(monkeypatch: 
 def test_the_mean_of_a_text_is_summed_in_float32(dtype: torch.dtype, autocast: bool) -> None:
     lengths, parents = (40, 300, 7, 120, 60), (-1, 0, -1, 1, 0)
     row = torch.randn(sum(lengths), 16, generator=torch.Generator().manual_seed(0)).add(3).to(dtype)
-    forest, parts = SegmentTree(lengths, parents), row.double().split(lengths)
+    segment_tree, parts = SegmentTree(lengths, parents), row.double().split(lengths)
     items = torch.tensor([3, 0, 2, 4, 3])
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        found = pool_states(row, forest, items, "mean")
+        found = pool_states(row, segment_tree, items, "mean")
         flat = pool_states(row, SegmentTree(lengths, (-1,) * 5), items, "mean")
     assert found.dtype == torch.promote_types(dtype, torch.float32)
     for i, item in enumerate(items.tolist()):
-        path = torch.cat([parts[a] for a in forest.find_path(item)])
+        path = torch.cat([parts[a] for a in segment_tree.find_path(item)])
         torch.testing.assert_close(found[i].double(), path.mean(0), rtol=2e-6, atol=2e-6)
         torch.testing.assert_close(flat[i].double(), parts[item].mean(0), rtol=2e-6, atol=2e-6)
     if dtype == torch.bfloat16:  # the control: summed in the row's dtype
@@ -234,7 +234,7 @@ def test_padding_in_place_of_packing_is_said(home: Path, monkeypatch: pytest.Mon
     assert "padded row" not in capsys.readouterr().err
     real = attention.packed_attention
     monkeypatch.setitem(attention.AttentionInterface._global_mapping, attention.NAME,
-                        lambda module, q, k, v, mask, forest=None, **options: real(module, q, k, v, None, **options))
+                        lambda module, q, k, v, mask, segment_tree=None, **options: real(module, q, k, v, None, **options))
     train(**given, output_dir=str(home / "padded"))
     assert capsys.readouterr().err.count("cannot compute several documents in one row") == 1
 
@@ -263,4 +263,4 @@ def test_trees_too_are_pooled_as_they_are_alone() -> None:
     with torch.no_grad():
         states = family.states(batch.inputs)
     assert states.dtype == torch.bfloat16
-    assert pool_states(states, batch.inputs.forest, torch.arange(4), "mean").dtype == torch.float32
+    assert pool_states(states, batch.inputs.segment_tree, torch.arange(4), "mean").dtype == torch.float32

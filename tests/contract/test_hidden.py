@@ -53,7 +53,7 @@ def examples(how: Any, texts: Sequence[str] = TEXTS) -> list[TokenizedExample]:
     found: list[TokenizedExample] = []
     for row, text in enumerate(texts):
         made = encode_example(TextExample(text, Origin("lab", row)), told, DividedConfig.of(config) if how == "spans" else config,
-                              hide=MaskingConfig.of(told, how, "lab", span=9.0))
+                              masking=MaskingConfig.of(told, how, "lab", span=9.0))
         assert isinstance(made, list)
         found += [apply_random(one, 0, 0, row) for one in made]
     return found
@@ -288,12 +288,12 @@ def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_pa
     tuned.train(False)
     with torch.no_grad():
         wanted = tuned.forward(row.inputs, row.target, frozenset({"states"})).states
-    made = assembly.recipe({"init_from": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
+    made = assembly.build_recipe({"init_from": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
                          "data": str(tmp_path / "labels.jsonl"), "training": {"max_steps": 1, "batch_size": 2}})
     assert torch.allclose(states(made), wanted, atol=1e-6)
     assert not torch.allclose(states(made.model_copy(update={"init_from": None})), wanted, atol=1e-3)
     on = train(made, output_dir=str(tmp_path / "on"), quiet=True)
-    back = assembly.recipe({"init_from": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
+    back = assembly.build_recipe({"init_from": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
     assert torch.allclose(states(back), wanted, atol=1e-1)
     assert not torch.equal(states(back), wanted)
 

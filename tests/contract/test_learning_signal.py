@@ -144,7 +144,7 @@ def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
     ({"method": "ln_tuning", "optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay"),
     ({"method": "lora", "optimizer": {"weight_decay": 0.1}}, ""), ({"method": ["bitfit", {"name": "lora", "rank": 64}]}, "rank 64")])
 def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[str, Any], words: str) -> None:
-    made = assembly.recipe({"model": str(base), "data": "-", **raw})
+    made = assembly.build_recipe({"model": str(base), "data": "-", **raw})
     family = load_family(made.model)
     lines = find_method_problems(made, family, attach_method(family, made.method, 0))
     assert bool(lines) == bool(words), lines
@@ -171,7 +171,7 @@ def test_equal_scores_count_half() -> None:
 
 def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp_path: Path) -> None:
     rows = [{"anchor": a, "positive": p} for a, p in (("a", "one"), ("b", "one"), ("one", "two"))]
-    made = assembly.recipe({"model": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
+    made = assembly.build_recipe({"model": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
     encoded = load_datasets(made, load_family(made.model)).train
     whole = pack_examples(encoded, None)[0].target.text_ids.tolist()
     assert whole[1] == whole[3] == whole[4]

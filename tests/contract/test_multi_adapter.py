@@ -275,7 +275,7 @@ def test_a_frozen_adapter_stays_as_it_is_beside_the_one_that_trains() -> None:
 def test_a_list_of_methods_is_one_member() -> None:
     family = base("llama")
     manager = AdapterManager(family.structure)
-    parts = assembly.recipe({"data": "-", "method": ["lora", "bitfit"]}).method
+    parts = assembly.build_recipe({"data": "-", "method": ["lora", "bitfit"]}).method
     attached = attach_method(family, parts, 3)
     assert isinstance(attached, CompositeMethod)
     stir(attached)

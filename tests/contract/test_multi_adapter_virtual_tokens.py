@@ -44,7 +44,7 @@ def filled(family: Any, members: Sequence[str] = tuple(MEMBERS)) -> AdapterManag
     """Adapters of every kind on one base, all stirred and unlike one another."""
     manager = AdapterManager(family.structure)
     for i, name in enumerate(members):
-        attached = attach_method(family, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
+        attached = attach_method(family, assembly.build_recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
         stir(attached, seed=7 + i)
         manager.add(name, attached)
     family.router = manager
@@ -109,14 +109,14 @@ def test_an_adapters_virtual_tokens_are_one_root_and_computed_once() -> None:
     family, manager = begun(layout="packed")
     seen: list[SegmentTree] = []
     family.structure.layers[0].attention.register_forward_pre_hook(
-        lambda _m, _a, given: seen.append(given["forest"]), with_kwargs=True)
+        lambda _m, _a, given: seen.append(given["segment_tree"]), with_kwargs=True)
     row = mixed(manager, [*documents((5, 4, 6)), *trees()[:1], *documents((3, 7))],
                 ("soft", None, "both", "soft", "deep", "soft"))
     with torch.no_grad():
-        assert family.states(row.inputs).shape[0] == sum(row.inputs.forest.lengths)
+        assert family.states(row.inputs).shape[0] == sum(row.inputs.segment_tree.lengths)
     (found,) = seen
     soft, both, deep = manager.resolve_indices(["soft", "both", "deep"])
-    assert found.lengths == (3, 2, *row.inputs.forest.lengths)
+    assert found.lengths == (3, 2, *row.inputs.segment_tree.lengths)
     assert found.parents == (-1, -1, 0, -1, 1, 0, 5, 5, 5, -1, 0)
     assert found.adapters == (soft, both, soft, -1, both, soft, soft, soft, soft, deep, soft)
 
@@ -272,7 +272,7 @@ def test_a_stack_of_weights_holds_virtual_tokens_once_and_changes_by_their_weigh
     with manager.use_adapter({"low": 0.3, "soft": 1.0, "deep": 1.0, "long": 0.0}):
         found = logits(family)
     again = base("llama")
-    attached: dict[str, Any] = {name: attach_method(again, assembly.recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
+    attached: dict[str, Any] = {name: attach_method(again, assembly.build_recipe({"data": "-", "method": MEMBERS[name]}).method, 3 + i)
                                 for i, name in enumerate(MEMBERS) if name in ("low", "soft", "deep")}
     for i, name in enumerate(MEMBERS):
         if name in attached:

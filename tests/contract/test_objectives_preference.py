@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cases import Case, answers, cases, make_objective
-from luthier.assembly import recipe
+from luthier.assembly import build_recipe
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.types import Outputs
 from luthier.objectives import SHORT_FORMS
@@ -122,12 +122,12 @@ def test_short_form_equals_dpo_with_that_loss_type(name: str) -> None:
     whole = {"name": "dpo", "loss_type": name}
     for given, wanted in ((name, whole), ({"name": name, "beta": 0.3}, {**whole, "beta": 0.3}),
                           ({"name": name, "loss_type": name}, whole)):
-        assert recipe({"data": "-", "objective": given}).objective == DpoConfig(**wanted)
-    assert recipe({"data": "-", "objective": "sft"}, {"objective.name": name, "objective.beta": 0.3}).objective \
+        assert build_recipe({"data": "-", "objective": given}).objective == DpoConfig(**wanted)
+    assert build_recipe({"data": "-", "objective": "sft"}, {"objective.name": name, "objective.beta": 0.3}).objective \
         == DpoConfig(**whole, beta=0.3)
     other = next(loss_type for loss_type in SHORT_FORMS if loss_type != name)
     with pytest.raises(RecipeError, match=f"loss_type: {name}, and loss_type is {other}"):
-        recipe({"data": "-", "objective": {"name": name, "loss_type": other}})
+        build_recipe({"data": "-", "objective": {"name": name, "loss_type": other}})
 
 
 def test_label_smoothing_is_refused_by_losses_without_it() -> None:
@@ -136,7 +136,7 @@ def test_label_smoothing_is_refused_by_losses_without_it() -> None:
     assert DpoConfig(loss_type="cdpo", label_smoothing=0.0).label_smoothing == 0.0
     for loss_type in ("sigmoid", "ipo", "hinge"):
         with pytest.raises(RecipeError, match="label_smoothing has no effect with loss_type " + loss_type):
-            recipe({"data": "-", "objective": {"name": "dpo", "loss_type": loss_type, "label_smoothing": 0.1}})
+            build_recipe({"data": "-", "objective": {"name": "dpo", "loss_type": loss_type, "label_smoothing": 0.1}})
 
 
 def check_loss_and_gradient(case: Case, wanted: Tensor) -> None:

@@ -81,7 +81,7 @@ def outcome(model: Any, parameters: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def save(family: CausalLM, attached: Any, place: Path, method: LoraConfig, origin: Path) -> Path:
     """Our run folder's adapter, as `train` writes it."""
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": method.model_dump()})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": method.model_dump()})
     place.mkdir()
     save_tuned(Run(place), made, family, attached)
     return place

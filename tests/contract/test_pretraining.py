@@ -73,7 +73,7 @@ def test_general_text_is_replayed_by_its_weight(tmp_path: Path) -> None:
                            {"path": str(tmp_path / "general.jsonl"), "weight": 0.5}],
                  "max_length": 48, "truncation": "split"},
         "training": {"num_train_epochs": 2, "batch_size": 4, "save_steps": 2, "save_total_limit": 9}, "optimizer": {"learning_rate": 1e-3}}
-    made = assembly.recipe(raw)
+    made = assembly.build_recipe(raw)
     family = load_family(made.model)
     found = load_datasets(made, family)
     feed = assembly.build_training_source(made, family, found, *init_rl_policy(made, family))

@@ -127,7 +127,7 @@ def test_control_the_search_finds_paths(home: Path) -> None:
 
 
 def test_an_embedded_base_is_named_by_its_id(home: Path) -> None:
-    made = assembly.recipe({"model": "smollm2", "data": str(home / "rows.jsonl")})
+    made = assembly.build_recipe({"model": "smollm2", "data": str(home / "rows.jsonl")})
     assert name_base(made.model, public=True) == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert make_public(made).model.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -145,14 +145,14 @@ def test_every_path_of_a_recipe_is_known(home: Path, tmp_path: Path) -> None:
     for name in ("a.jsonl", "e.jsonl", "t.jsonl", "s.txt", "judge.py"):
         (tmp_path / name).write_text("")
     (tmp_path / "r").mkdir()
-    made = assembly.recipe({
+    made = assembly.build_recipe({
         "model": str(home / "base"), "output_dir": str(tmp_path / "r"), "objective": {"name": "grpo", "reward": [
             {"model": str(tmp_path / "r")}, {"function": f"{tmp_path}/judge.py:f"}, "number"]},
         "data": {"train": str(tmp_path / "a.jsonl"), "eval": str(tmp_path / "e.jsonl"), "test": str(tmp_path / "t.jsonl"),
                  "augment": [{"name": "synonyms", "file": str(tmp_path / "s.txt")}, {"name": "deletion"}]}})
-    assert str(tmp_path) in json.dumps(assembly.dump(made))
-    assert str(tmp_path.parent.parent) not in json.dumps(assembly.dump(make_public(made)))
-    assert assembly.dump(map_paths(made, lambda path: path)) == assembly.dump(made)
+    assert str(tmp_path) in json.dumps(assembly.dump_recipe(made))
+    assert str(tmp_path.parent.parent) not in json.dumps(assembly.dump_recipe(make_public(made)))
+    assert assembly.dump_recipe(map_paths(made, lambda path: path)) == assembly.dump_recipe(made)
 
 
 # ---------------------------------------------------------------- changes are told
@@ -270,7 +270,7 @@ SPELT: dict[str, Any] = {**{name: name for name in METHODS if name != "peft"}, "
 
 @pytest.mark.parametrize("method", SPELT)
 def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -> None:
-    made = assembly.recipe({"model": str(home / "base"), "method": SPELT[method], "data": str(home / "rows.jsonl")})
+    made = assembly.build_recipe({"model": str(home / "base"), "method": SPELT[method], "data": str(home / "rows.jsonl")})
     base = load_family(made.model)
     saved = resolve_settings(made, base, assembly.identify_base(made.model), 0.1, home / "none")
     for section, names in RESOLVED.items():
@@ -278,8 +278,8 @@ def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -
         for part in parts:
             unset = {name for name in names if dict(part).get(name, "no such setting") in UNSET}
             assert unset <= ({"revision", "pooling"} | ({"encoder_hidden_size"} if method == "prefix" else set())), (section, unset)  # no hub, no state of a whole text; no MLP
-    assert assembly.recipe(yaml.safe_load(yaml.safe_dump(assembly.dump(saved)))) == saved
-    assert assembly.changed(saved, fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
+    assert assembly.build_recipe(yaml.safe_load(yaml.safe_dump(assembly.dump_recipe(saved)))) == saved
+    assert assembly.diff_recipes(saved, fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
 
 
 @pytest.fixture

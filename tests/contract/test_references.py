@@ -49,7 +49,7 @@ def recipe(home: Path, objective: str, method: Any, *, once: bool = False, dtype
     """Two shuffled epochs of steps of three rows, each row of tokens shorter than what is asked at once beforehand."""
     said: dict[str, Any] = {"name": objective} | ({"precompute_reference": True} if once else {})
     rows = str(home / ("verdicts.jsonl" if objective == "kto" else "pairs.jsonl"))
-    return assembly.recipe({
+    return assembly.build_recipe({
         "model": {"name_or_path": str(home / "base"), "dtype": dtype}, "method": method, "objective": said,
         "data": {"train": rows}, "optimizer": {"learning_rate": 0.0003 if method == "full" else 0.003, "lr_scheduler_type": "constant", "warmup_ratio": 0},
         "training": {"num_train_epochs": 2, "batch_size": 3, "max_tokens_per_micro_batch": 150, "save_steps": 4}, "seed": 1}, changes)
@@ -127,12 +127,12 @@ def test_what_a_model_says_of_rows_is_not_what_the_rows_are(home: Path, tmp_path
     ({"name": "ppo", "kl_coef": 0}, False), ({"name": "grpo", "beta": 0.1}, True)])
 @pytest.mark.parametrize("method", ["full", "freeze"])
 def test_a_copy_is_kept_where_the_objective_compares(method: str, objective: dict[str, Any], kept: bool) -> None:
-    made = assembly.recipe({"data": "-", "method": method, "objective": objective})
+    made = assembly.build_recipe({"data": "-", "method": method, "objective": objective})
     assert made.method.keep_base is kept
-    assert assembly.recipe(made).method.keep_base is kept
+    assert assembly.build_recipe(made).method.keep_base is kept
     for given in (True, False):
         raw = {"data": "-", "method": {"name": method, "keep_base": given}, "objective": objective}
-        assert assembly.recipe(raw).method.keep_base is given
+        assert assembly.build_recipe(raw).method.keep_base is given
 
 
 def test_a_copy_that_is_forbidden_is_refused_with_what_would_do(home: Path, tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_held_out_rows_are_asked_about_as_they_are_measured(home: Path, tmp_path
 def test_a_critic_of_its_own_wants_a_method_that_stands_beside_the_base(home: Path, tmp_path: Path) -> None:
     family = load_family(assembly.ModelConfig(name_or_path=str(home / "base")))
     for name in METHODS:
-        made = assembly.recipe({"model": str(home / "base"), "data": "-", "method": name, "objective": {
+        made = assembly.build_recipe({"model": str(home / "base"), "data": "-", "method": name, "objective": {
             "name": "ppo", "critic": "adapter", "reward": "length"}})
         inside = attach_method(load_family(made.model), made.method, 0).gates is None
         if not inside:

@@ -94,10 +94,10 @@ def test_every_column_stands_at_its_token(temperature: float, kind: str) -> None
     seen: list[tuple[int, ...]] = []
     for batches in (next(feed), next(feed)):
         for batch in batches:
-            forest, target = batch.inputs.forest, batch.target
+            segment_tree, target = batch.inputs.segment_tree, batch.target
             for item, segment in enumerate(target.labeled_segments.tolist()):
-                parent = forest.parents[segment]
-                prompt, answer = (tuple(batch.inputs.tokens[forest.starts[s]:][:forest.lengths[s]].tolist())
+                parent = segment_tree.parents[segment]
+                prompt, answer = (tuple(batch.inputs.tokens[segment_tree.starts[s]:][:segment_tree.lengths[s]].tolist())
                                   for s in (parent, segment))
                 mine = target.item_of == item
                 assert target.token_ids[mine].tolist() == list(answer)
@@ -179,9 +179,9 @@ def test_a_round_of_ppo_says_its_entropy() -> None:
     batches = next(feed)
     spread = []
     for batch in batches:
-        forest, tokens = batch.inputs.forest, batch.inputs.tokens
+        segment_tree, tokens = batch.inputs.segment_tree, batch.inputs.tokens
         for segment in batch.target.labeled_segments.tolist():
-            prompt, answer = (tokens[forest.starts[s]:][:forest.lengths[s]] for s in (forest.parents[segment], segment))
+            prompt, answer = (tokens[segment_tree.starts[s]:][:segment_tree.lengths[s]] for s in (segment_tree.parents[segment], segment))
             with torch.no_grad():
                 logits = family.model(input_ids=torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1:-1]
             spread.append(torch.distributions.Categorical(logits=logits / 0.7).entropy())
@@ -352,7 +352,7 @@ def test_the_reward_is_a_run_on_the_same_base(home: Path, tmp_path: Path) -> Non
                    "data": str(home / "sft.jsonl"), "training": {"max_steps": 6, "batch_size": 6},
                    "optimizer": {"learning_rate": 0.01}, "output_dir": str(tmp_path / "sft")}, quiet=True)
     raw = recipe(home, "ppo", reward={"model": str(reward.path)}, kl_coef=0.1)
-    made = assembly.recipe({key: raw[key] for key in raw if key not in ("model", "method")} | {"init_from": str(start.path)})
+    made = assembly.build_recipe({key: raw[key] for key in raw if key not in ("model", "method")} | {"init_from": str(start.path)})
     family = load_family(made.model)
     assert isinstance(family, CausalLM)
     found = load_datasets(made, family)
@@ -395,7 +395,7 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
     reward = train({"model": str(tmp_path / "other"), "method": "lora", "objective": "reward",
                     "data": str(home / "pairs.jsonl"), "training": {"max_steps": 1, "batch_size": 4},
                     "output_dir": str(tmp_path / "reward")}, quiet=True)
-    made = assembly.recipe(recipe(home, "grpo", reward={"model": str(reward.path)}))
+    made = assembly.build_recipe(recipe(home, "grpo", reward={"model": str(reward.path)}))
     family = load_family(made.model)
     found = load_datasets(made, family)
     warned: list[str] = []
@@ -405,7 +405,7 @@ def test_a_reward_on_another_base_is_a_second_model_and_is_said_to_be(home: Path
 
 
 def test_a_critic_of_its_own_learns_beside_the_policy(home: Path) -> None:
-    made = assembly.recipe(recipe(home, "ppo", critic="adapter", kl_coef=0.1, vf_coef=1.0))
+    made = assembly.build_recipe(recipe(home, "ppo", critic="adapter", kl_coef=0.1, vf_coef=1.0))
     found: list[dict[str, Tensor]] = []
     for over in (10_000, 0):  # kept, and recomputed in the backward pass, when the manager stands elsewhere
         family = load_family(made.model)

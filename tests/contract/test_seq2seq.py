@@ -16,10 +16,10 @@ from lab_t5 import (
     PROMPTS,
     SAME,
     base,
-    forest,
     padded,
     pairs,
     said,
+    segment_tree,
     slowly,
     t5,
     tokenizer,
@@ -95,25 +95,25 @@ def alone(tree: TokenizedExample) -> list[TokenizedExample]:
 def test_several_answers_of_one_source_are_each_of_them_alone(kind: str, method: str) -> None:
     family = base(kind)
     attached = attach(family, method)
-    whole = measured(family, attached, [build_batch([forest()])])
-    assert len(alone(forest())) == 4
-    assert apart(whole, measured(family, attached, [build_batch([e]) for e in alone(forest())])) < SAME
-    flat = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, min(p.parent, 0)) for p in forest().spans), Origin("lab", 0), 1)
+    whole = measured(family, attached, [build_batch([segment_tree()])])
+    assert len(alone(segment_tree())) == 4
+    assert apart(whole, measured(family, attached, [build_batch([e]) for e in alone(segment_tree())])) < SAME
+    flat = TokenizedExample(tuple(TokenSpan(p.ids, p.weights, min(p.parent, 0)) for p in segment_tree().spans), Origin("lab", 0), 1)
     assert apart(whole, measured(family, attached, [build_batch([flat])])) > FAR
 
 
 def test_a_source_is_read_once_however_many_answers_it_has() -> None:
     family, widths = base(), []
     family.encoder.register_forward_pre_hook(lambda _m, _a, given: widths.append(given["input_ids"].numel()), with_kwargs=True)
-    row = build_batch([forest()])
+    row = build_batch([segment_tree()])
     family.forward(row.inputs, row.target, SFT.required_outputs)
-    assert widths == [len(forest().spans[0].ids)]
+    assert widths == [len(segment_tree().spans[0].ids)]
 
 
 @KIND
 @METHOD
 def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    family, examples = base(kind), [*pairs(), forest()]
+    family, examples = base(kind), [*pairs(), segment_tree()]
     attached = attach(family, method)
     whole = measured(family, attached, pack_examples(examples, None))
     for max_tokens in (1, 40, 90):
@@ -145,7 +145,7 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
         calls.append(0)
         for block in family.structure.layers:
             block.attention.register_forward_hook(lambda *_: calls.__setitem__(-1, calls[-1] + 1))
-        return measured(family, attach(family, method), [build_batch([forest()])])
+        return measured(family, attach(family, method), [build_batch([segment_tree()])])
 
     without = run(False)
     assert apart(run(True), without) < SAME

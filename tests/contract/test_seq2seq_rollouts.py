@@ -82,10 +82,10 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
     assert len(batches) > 2
     ended, seen = 0, []
     for batch in batches:
-        forest, target = batch.inputs.forest, batch.target
+        segment_tree, target = batch.inputs.segment_tree, batch.target
         for item, segment in enumerate(target.labeled_segments.tolist()):
-            prompt, answer = (tuple(batch.inputs.tokens[forest.starts[s]:][:forest.lengths[s]].tolist())
-                              for s in (forest.parents[segment], segment))
+            prompt, answer = (tuple(batch.inputs.tokens[segment_tree.starts[s]:][:segment_tree.lengths[s]].tolist())
+                              for s in (segment_tree.parents[segment], segment))
             mine = target.item_of == item
             assert target.token_ids[mine].tolist() == list(answer)
             wanted = alone(family, prompt, answer, temperature)
@@ -156,7 +156,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     sft = train({**common, "data": str(tmp_path / "sft.jsonl"), "output_dir": str(tmp_path / "sft")}, quiet=True)
     judge = train({**common, "objective": "reward", "data": str(tmp_path / "pairs.jsonl"),
                    "output_dir": str(tmp_path / "reward")}, quiet=True)
-    made = assembly.recipe({"init_from": str(sft.path), "seed": 3,
+    made = assembly.build_recipe({"init_from": str(sft.path), "seed": 3,
                          "objective": {"name": "ppo", "reward": {"model": str(judge.path)}, "kl_coef": 0.1,
                                        "critic": "adapter", "num_generations": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
@@ -200,7 +200,7 @@ def test_a_prompt_may_fill_the_source(tmp_path: Path) -> None:
     t5("gated", torch.float32).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "p" * n}) + "\n" for n in (3, 7, 8)))
-    made = assembly.recipe({"model": str(tmp_path / "base"), "objective": {
+    made = assembly.build_recipe({"model": str(tmp_path / "base"), "objective": {
         "name": "grpo", "reward": f"{Path(__file__).parents[1] / 'trials.py'}:{vowels.__name__}", "max_new_tokens": 6},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "max_length": 8}})
     found = load_datasets(made, load_family(made.model))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lab import SFT, apart, attach, measured, stir
-from lab_t5 import FAR, PROMPTS, SAME, base, forest, logits, padded, pairs, said, t5, tokenizer, widen
+from lab_t5 import FAR, PROMPTS, SAME, base, logits, padded, pairs, said, segment_tree, t5, tokenizer, widen
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
@@ -230,7 +230,7 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
         with manager.use_adapter(who):
             assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].token_ids]
 
-    tree = build_batch([forest()])
+    tree = build_batch([segment_tree()])
     with pytest.raises(RunError, match="another adapter"):
         family.forward(manager.with_adapters(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.required_outputs)
 

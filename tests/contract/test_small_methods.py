@@ -57,7 +57,7 @@ def outcome(model: Any, parameters: dict[str, Any]) -> dict[str, Tensor]:
 def saved(family: CausalLM, attached: Any, place: Path, origin: Path, method: Any) -> Run:
     """A run folder's adapter, as `train` writes it, without a recipe."""
     place.mkdir()
-    save_tuned(Run(place), assembly.recipe({"model": str(origin), "data": "-", "method": method}), family, attached)
+    save_tuned(Run(place), assembly.build_recipe({"model": str(origin), "data": "-", "method": method}), family, attached)
     return Run(place)
 
 
@@ -377,7 +377,7 @@ def test_a_run_opens_again_with_and_without_its_recipe(name: str, settings: dict
     attached = attach(family, name, **settings)
     run = saved(family, attached, tmp_path / "run", origin, {"name": name, **settings})
     if recipe:
-        run.create(assembly.dump(assembly.recipe({"model": str(origin), "data": "-", "method": {"name": name, **settings}})), {})
+        run.create(assembly.dump_recipe(assembly.build_recipe({"model": str(origin), "data": "-", "method": {"name": name, **settings}})), {})
     made, again, method = open_run(run)
     assert made.method.name == name
     assert torch.equal(logits(again), logits(family))
@@ -571,9 +571,9 @@ def row(family: Any) -> Inputs:
     if isinstance(family, Vision):
         pictures = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         return Inputs(torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), SegmentTree((1,) * 4, (-1,) * 4), pictures)
-    forest = SegmentTree((7, 5, 4, 6), (-1, 0, -1, 2) if isinstance(family, Seq2Seq) else (-1,) * 4)
-    places = [torch.arange(n) + (forest.lengths[p] if p >= 0 else 0) for n, p in zip(forest.lengths, forest.parents, strict=True)]
-    return Inputs(torch.arange(22) * 5 % 250, torch.cat(places), forest)
+    segment_tree = SegmentTree((7, 5, 4, 6), (-1, 0, -1, 2) if isinstance(family, Seq2Seq) else (-1,) * 4)
+    places = [torch.arange(n) + (segment_tree.lengths[p] if p >= 0 else 0) for n, p in zip(segment_tree.lengths, segment_tree.parents, strict=True)]
+    return Inputs(torch.arange(22) * 5 % 250, torch.cat(places), segment_tree)
 
 
 @pytest.mark.parametrize("make", [bert, t5, vit])

@@ -194,7 +194,7 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
 ])
 def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        assembly.recipe({"data": "-", "model": {"surgery": structure}})
+        assembly.build_recipe({"data": "-", "model": {"surgery": structure}})
 
 
 @pytest.mark.parametrize(("structure", "words"), [
@@ -222,15 +222,15 @@ def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> No
     family = assembly.CausalLM(tiny("llama"), tiny_tokenizer())
     structure = {"surgery": {"expand_layers": 1}}
     with pytest.raises(RecipeError, match=words):
-        check_loaded_model(assembly.recipe({"data": "-", "model": structure, "method": ["bitfit", method]}), family)
-    check_loaded_model(assembly.recipe({"data": "-", "method": method}), family)
-    check_loaded_model(assembly.recipe({"data": "-", "model": structure, "method": "lora"}), family)
+        check_loaded_model(assembly.build_recipe({"data": "-", "model": structure, "method": ["bitfit", method]}), family)
+    check_loaded_model(assembly.build_recipe({"data": "-", "method": method}), family)
+    check_loaded_model(assembly.build_recipe({"data": "-", "model": structure, "method": "lora"}), family)
 
 
 def test_words_that_do_not_train_are_told() -> None:
     words = {"surgery": {"new_tokens": {"<crane>": "a bird"}}}
-    assert any("new_tokens" in line for line in find_unused_settings(assembly.recipe({"data": "-", "model": words})))
-    assert not find_unused_settings(assembly.recipe({"data": "-", "model": words, "method": "full"}))
+    assert any("new_tokens" in line for line in find_unused_settings(assembly.build_recipe({"data": "-", "model": words})))
+    assert not find_unused_settings(assembly.build_recipe({"data": "-", "model": words, "method": "full"}))
 
 
 def test_added_blocks_share_the_config() -> None:

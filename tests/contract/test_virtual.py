@@ -319,12 +319,12 @@ def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
 
 def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="prompt and prefix all train virtual tokens"):
-        assembly.recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
+        assembly.build_recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
     origin = save_tiny(tmp_path / "base", "llama")
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": [{"name": "ptuning", "num_virtual_tokens": N}, "bitfit"],
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": [{"name": "ptuning", "num_virtual_tokens": N}, "bitfit"],
                          "output_dir": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     family = load_family(made.model)
     attached = attach_method(family, made.method, 0)
     stir(attached)
@@ -375,7 +375,7 @@ def test_the_rate_is_in_units_of_what_stands_there() -> None:
 def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: str, settings: dict[str, Any],
                                                                         tmp_path: Path) -> None:
     origin = save_tiny(tmp_path / "base", "llama")
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": {"name": method, "num_virtual_tokens": N, **settings}})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": {"name": method, "num_virtual_tokens": N, **settings}})
 
     def begun() -> tuple[CausalLM, Any, Optimizer]:
         family = base("llama")
@@ -385,7 +385,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     def go_on(family: CausalLM, adam: Optimizer, steps: range) -> None:
         for i in steps:
             adam.set_learning_rate(i)
-            step(family, assembly.recipe({"data": "-"}).objective, [build_batch(documents())], adam)
+            step(family, assembly.build_recipe({"data": "-"}).objective, [build_batch(documents())], adam)
 
     family, attached, adam = begun()
     go_on(family, adam, range(2))
@@ -467,7 +467,7 @@ def test_our_folder_loads_in_peft(kind: str, method: str, tmp_path: Path) -> Non
     wide = {"sliding_window": 256} if kind in WINDOWED else {}  # as long as the context: there is no window
     origin, family = save_tiny(tmp_path / "base", kind, **wide), base(kind, **wide)
     attached = attach(family, method, **SETTINGS[method])
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": {"name": method, **SETTINGS[method]}})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
     save_tuned(Run(tmp_path / "run"), made, family, attached)
     other = peft.PeftModel.from_pretrained(tiny(kind, **wide), tmp_path / "run").double().eval()

@@ -22,7 +22,7 @@ SIMPLEST = {"llama": "pretrain", "bert": "classify"}
 def recipe(home: Path, kind: str, method: Any, **data: Any) -> Recipe:
     save_tiny(home / kind, kind)
     (home / "rows.jsonl").write_text("".join(json.dumps({"text": letter * 900, "label": letter}) + "\n" for letter in "ab"))
-    return assembly.recipe({"model": str(home / kind), "method": method, "objective": SIMPLEST[kind],
+    return assembly.build_recipe({"model": str(home / kind), "method": method, "objective": SIMPLEST[kind],
                          "data": {"train": str(home / "rows.jsonl"), **data}})
 
 

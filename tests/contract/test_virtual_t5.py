@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lab import SFT, apart, attach, measured
-from lab_t5 import FAR, KIND, PROMPTS, SAME, base, forest, padded, pairs, said, slowly, t5, tokenizer, widen
+from lab_t5 import FAR, KIND, PROMPTS, SAME, base, padded, pairs, said, segment_tree, slowly, t5, tokenizer, widen
 from torch import Tensor
 
 from luthier.core.errors import BaseError
@@ -154,7 +154,7 @@ def test_how_a_batch_is_cut_changes_nothing(method: str, monkeypatch: pytest.Mon
 @METHOD
 def test_several_answers_of_one_source_are_each_of_them_alone(method: str) -> None:
     family, attached = tuned("relu", method)
-    tree = forest()
+    tree = segment_tree()
     row = build_batch([tree])
     with torch.no_grad():
         states = family.states(row.inputs)

@@ -35,7 +35,7 @@ def test_our_folder_loads_in_peft(method: str, tmp_path: Path, monkeypatch: pyte
     widen(monkeypatch)
     family = base("relu")
     attached = attach(family, method, **SETTINGS[method])
-    made = assembly.recipe({"model": str(written(tmp_path)), "data": "-", "method": {"name": method, **SETTINGS[method]}})
+    made = assembly.build_recipe({"model": str(written(tmp_path)), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
     save_tuned(Run(tmp_path / "run"), made, family, attached)
     plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float64)
@@ -78,13 +78,13 @@ def test_a_prefix_of_pefts_is_another_method(tmp_path: Path) -> None:
 @METHOD
 def test_a_run_opens_again(method: str, tmp_path: Path) -> None:
     origin = written(tmp_path)
-    made = assembly.recipe({"model": {"name_or_path": str(origin), "dtype": "float32"}, "data": "-", "output_dir": str(tmp_path / "run"),
+    made = assembly.build_recipe({"model": {"name_or_path": str(origin), "dtype": "float32"}, "data": "-", "output_dir": str(tmp_path / "run"),
                          "method": {"name": method, **SETTINGS[method]}})
     family = load_family(made.model)
     attached = attach_method(family, made.method, 0)
     stir(attached)
     run = Run(tmp_path / "run")
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     save_tuned(run, made, family, attached)
     kind = json.loads((run.path / "adapter_config.json").read_text())["peft_type"]
     assert kind == {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING"}.get(method, "LUTHIER")

@@ -201,13 +201,13 @@ def test_a_model_whose_layers_know_places_is_refused(tmp_path: Path) -> None:
 @METHOD
 def test_a_run_opens_again_and_is_inspected(method: str, tmp_path: Path) -> None:
     origin = save_tiny(tmp_path / "base", "vit", dtype=torch.float32)
-    made = assembly.recipe({"model": str(origin), "data": "-", "output_dir": str(tmp_path / "run"),
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "output_dir": str(tmp_path / "run"),
                          "method": {"name": method, **SETTINGS[method]}})
     family = load_family(made.model)
     attached = attach_method(family, made.method, made.seed)
     stir(attached, size=1.0)
     run = Run(tmp_path / "run")
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     save_tuned(run, made, family, attached)
     assert json.loads((run.path / "adapter_config.json").read_text())["peft_type"] == "LUTHIER"
     (reading,) = inspect_run(run, quiet=True)["readings"]

@@ -71,7 +71,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def made(home: Path, objective: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> Recipe:
     path = home / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return assembly.recipe({"model": {"name_or_path": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
+    return assembly.build_recipe({"model": {"name_or_path": str(home / "base"), "dtype": "float64"}, "method": {"name": "lora", "rank": 2},
                          "objective": objective, "data": str(path), **more})
 
 

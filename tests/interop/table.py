@@ -84,11 +84,11 @@ class Made:
     def outputs(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """[texts, C] scores, [texts, D] vectors, or [T, C] scores of all tokens, one text behind the other."""
         tokens = torch.tensor([token for text in ids for token in text])
-        forest = SegmentTree(tuple(map(len, ids)), (-1,) * len(ids))
+        segment_tree = SegmentTree(tuple(map(len, ids)), (-1,) * len(ids))
         places = torch.cat([torch.arange(len(text)) for text in ids])
         rows = torch.arange(len(ids))
         target = LossInputs(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)), len(ids), labeled_segments=rows, groups=rows)
-        return self._of(Inputs(tokens, places, forest), target)
+        return self._of(Inputs(tokens, places, segment_tree), target)
 
     @torch.no_grad()
     def of_images(self, pixels: Tensor) -> Tensor:
@@ -107,13 +107,13 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
              **base_settings: Any) -> Made:
     """Attach, move every trainable weight at random, save as `luthier train` does."""
     base_path = save_base(path / "base", kind, dtype)
-    recipe = assembly.recipe(None, {"model": {"name_or_path": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
+    recipe = assembly.build_recipe(None, {"model": {"name_or_path": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
                                  "objective": OBJECTIVES[task]})
     base = load_family(recipe.model)
     attached, _ = init_rl_policy(recipe, base)
     stir(attached)
     run = Run(path / "run")
-    run.create(assembly.dump(recipe), assembly.provenance(recipe))
+    run.create(assembly.dump_recipe(recipe), assembly.collect_provenance(recipe))
     save_tuned(run, recipe, base, attached)
     return Made(run, recipe, base, task)
 

@@ -377,7 +377,7 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     served = load_served_models({"mine": tmp_path / "run"})
     with served.manager.use_adapter(served.get_adapter("mine")) if served.manager else nullcontext():
         assert (said(served.base).double() - wanted).abs().max() < 1e-4  # served in float32
-    made = assembly.recipe({"init_from": str(tmp_path / "run"), "data": "-"})
+    made = assembly.build_recipe({"init_from": str(tmp_path / "run"), "data": "-"})
     family = load_family(made.model)
     attached, reference = init_rl_policy(made, family)
     if name != "plain":
@@ -423,9 +423,9 @@ PLAIN = ("lora", "lora of some", "patterns", "rslora, tied", "pissa", "conv1d", 
 def made_run(kind: str, method: Any, folder: Path, **options: Any) -> tuple[Any, Any]:
     """A run folder of ours with moved weights, and what it holds."""
     origin = save_tiny(folder.parent / "base", kind, **options)
-    made = assembly.recipe({"model": {"name_or_path": str(origin), "dtype": "float64"}, "data": "-", "method": method, "output_dir": str(folder)})
+    made = assembly.build_recipe({"model": {"name_or_path": str(origin), "dtype": "float64"}, "data": "-", "method": method, "output_dir": str(folder)})
     run = Run(folder)
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     family = load_family(made.model)
     attached = attach_method(family, made.method, 3)
     dice = torch.Generator().manual_seed(4)

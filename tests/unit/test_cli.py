@@ -356,7 +356,7 @@ def test_a_public_name_is_the_function() -> None:
 def test_null_and_an_empty_mapping_unset_what_a_recipe_set() -> None:
     recipe = {"data": {"train": "x", "max_samples": 3, "columns": {"prompt": "q"}}, "optimizer": {"max_grad_norm": 2.0}}
     given = parse(["train", "data.max_samples=null", "data.columns={}", "optimizer.max_grad_norm=null", "data.eval=0.5"]).settings
-    made = assembly.recipe(recipe, given)
+    made = assembly.build_recipe(recipe, given)
     assert (made.data.max_samples, made.data.columns, made.optimizer.max_grad_norm, made.data.eval) == (None, {}, None, 0.5)
-    assert assembly.recipe(recipe, {"data.max_samples": None}).data.max_samples == 3, "from Python None is what was left out"
-    assert assembly.recipe(recipe, parse(["train", "data=x", "data.max_samples=null"]).settings).data.max_samples is None
+    assert assembly.build_recipe(recipe, {"data.max_samples": None}).data.max_samples == 3, "from Python None is what was left out"
+    assert assembly.build_recipe(recipe, parse(["train", "data=x", "data.max_samples=null"]).settings).data.max_samples is None

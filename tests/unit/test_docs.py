@@ -107,7 +107,7 @@ def test_commands_parse(page: Path) -> None:
             continue
         prefix = "data." if options["command"] == "data" else ""
         named = {"method": options.get("method"), "objective": options.get("objective")}
-        assert assembly.recipe({"data": "rows.jsonl"}, named | {prefix + key: value for key, value in laid.items()})
+        assert assembly.build_recipe({"data": "rows.jsonl"}, named | {prefix + key: value for key, value in laid.items()})
 
 
 def test_a_command_is_found_wherever_it_stands() -> None:
@@ -119,7 +119,7 @@ def test_a_command_is_found_wherever_it_stands() -> None:
 @PAGE
 def test_recipes_and_python_are_valid(page: Path) -> None:
     for body in blocks(page, "yaml"):
-        assert assembly.recipe(yaml.safe_load(body))
+        assert assembly.build_recipe(yaml.safe_load(body))
     for body in blocks(page, "python"):
         compile(body, page.name, "exec")
 

@@ -24,9 +24,9 @@ TEXT = "abc"
 def tuned(tmp_path: Path, method: dict[str, Any], kind: str = "llama", move: float = 0.0) -> tuple[Run, Any]:
     """A run folder as `train` leaves it, of a method that has moved by so much."""
     origin = save_tiny(tmp_path / "base", kind, dtype=torch.float32)
-    made = assembly.recipe({"model": str(origin), "data": "-", "method": method, "output_dir": str(tmp_path / "run")})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": method, "output_dir": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
-    run.create(assembly.dump(made), {})
+    run.create(assembly.dump_recipe(made), {})
     family = load_family(made.model)
     attached = attach_method(family, made.method, made.seed)
     with torch.no_grad():

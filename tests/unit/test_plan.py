@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from luthier.api.plan import plan
-from luthier.assembly import recipe
+from luthier.assembly import build_recipe
 from luthier.assembly.factory import load_family
 from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.core.errors import RecipeError
@@ -64,7 +64,7 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
         begun.append(run.name)
         return 2, "error: no place | for it"
 
-    made = recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
+    made = build_recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
     room = 2 * estimate_weight_gb(made.model, whole=False)
     monkeypatch.setattr(MODULE, "available_memory_gb", lambda device: room)
     monkeypatch.setattr(MODULE, "train_in_child_process", refuse)
@@ -79,7 +79,7 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
 
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
-    made = recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
+    made = build_recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
     held = {id(p): p.numel() for p in load_family(made.model).structure.model.parameters()}
     assert estimate_weight_gb(made.model, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
     assert estimate_weight_gb(made.model, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
@@ -106,7 +106,7 @@ def test_the_choice_follows_from_what_was_measured(rows: list[dict[str, Any]], o
 
 
 def test_ways_are_spelt(home: Path) -> None:
-    made = recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl", "optimizer.learning_rate": 0.5})
+    made = build_recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl", "optimizer.learning_rate": 0.5})
     assert build_variant(made, "qlora") == build_variant(made, "lora@nf4")
     assert build_variant(made, "qlora")["model"]["quantize"] == "nf4"
     assert build_variant(made, "bitfit+lora")["method"] == ["bitfit", "lora"]

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from luthier import assembly
-from luthier.assembly.recipe import Recipe, default_learning_rate, describe_learning_rate
+from luthier.assembly.recipe import Recipe, compute_default_learning_rate, describe_learning_rate
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES, SHORT_FORMS, expand_short_form
 from luthier.objectives.base import ObjectiveConfig
@@ -28,7 +28,7 @@ def is_online(objective: str) -> bool:
 
 def made(objective: str, method: str = "lora", **optimizer: float) -> Recipe:
     named = {"name": objective, "reward": "number"} if is_online(objective) else {"name": objective}
-    return assembly.recipe({"data": "-", "objective": named, "method": method, "optimizer": optimizer})
+    return assembly.build_recipe({"data": "-", "objective": named, "method": method, "optimizer": optimizer})
 
 
 def page() -> dict[str, tuple[float, float, float]]:
@@ -46,15 +46,15 @@ def page() -> dict[str, tuple[float, float, float]]:
 def test_the_page_has_every_objective_and_says_what_is_used(objective: str) -> None:
     factor, full, lora = page()[objective]
     assert config_of(objective).learning_rate_factor == factor
-    assert default_learning_rate(made(objective, "full")) == pytest.approx(full)
-    assert default_learning_rate(made(objective, "lora")) == pytest.approx(lora)
+    assert compute_default_learning_rate(made(objective, "full")) == pytest.approx(full)
+    assert compute_default_learning_rate(made(objective, "lora")) == pytest.approx(lora)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_preferences_and_rewards_are_far_below_instruction_tuning(method: str) -> None:
-    tuned = default_learning_rate(made("sft", method))
+    tuned = compute_default_learning_rate(made("sft", method))
     for objective in (*OBJECTIVES, *SHORT_FORMS):
-        rate = default_learning_rate(made(objective, method))
+        rate = compute_default_learning_rate(made(objective, method))
         low = objective in PREFERENCES or is_online(objective)
         assert rate <= tuned / 10 if low else tuned / 10 < rate <= tuned, objective
 

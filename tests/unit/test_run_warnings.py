@@ -23,7 +23,7 @@ EVALUATED = {"eval": "rows.jsonl"}
 
 
 def made(data: Any = None, **raw: Any) -> Recipe:
-    return assembly.recipe({"data": {"train": "rows.jsonl", **(data or {})}, **raw})
+    return assembly.build_recipe({"data": {"train": "rows.jsonl", **(data or {})}, **raw})
 
 
 # Each: the setting that has no effect, the recipe, and what to change so that it has one.

@@ -49,7 +49,7 @@ def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str |
         RecipeError: an unknown method, or no rows to measure on.
         RunError: a run failed; its output is in `<method>.log`.
     """
-    config = assembly.recipe(recipe, settings)
+    config = assembly.build_recipe(recipe, settings)
     variants = {method: build_variant(config, method) for method in methods}
     retention = _load_retention_data(config, retention_data) if retention_data else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")

@@ -47,7 +47,7 @@ def check_data(file: str, *, model: str | None = None, evaluated: str | None = N
         out: folder for data_report.json and lengths.png; default: runs/check-<name of the file>.
     """
     overrides: dict[str, Any] = {"data.train": file, "data.eval": evaluated, "model.name_or_path": model}
-    recipe = assembly.recipe(None, overrides | {f"data.{key.removeprefix('data.')}": value
+    recipe = assembly.build_recipe(None, overrides | {f"data.{key.removeprefix('data.')}": value
                                        for key, value in (settings or {}).items()})
     with status("reading the data", quiet=quiet):
         tokenizer = load_base_tokenizer(recipe.model)

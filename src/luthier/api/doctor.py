@@ -36,7 +36,7 @@ ALLOCATOR = ("GLIBC_TUNABLES", "MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_
 def doctor() -> dict[str, Any]:
     """Versions, processor, memory, accelerators, disk, bases, extras, caches: section -> name -> value."""
     return {
-        "versions": {"python": platform.python_version(), **{name: assembly.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: assembly.get_version(name) for name in PACKAGES}},
         "cpu": _describe_cpu(),
         "memory": _describe_memory(),
         "accelerator": _describe_accelerator(),

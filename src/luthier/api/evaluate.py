@@ -46,13 +46,13 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         recorded, family, tuner = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.max_samples": max_samples, "evaluate.max_new_tokens": max_new_tokens, **settings}
-    raw = assembly.dump(recorded)
+    raw = assembly.dump_recipe(recorded)
     # it was not set: each machine resolves its own
     if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):
         raw["training"]["micro_tokens"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
-    recipe = assembly.recipe(raw, wanted)
+    recipe = assembly.build_recipe(raw, wanted)
     # Streamed, so that the rows are read once, as test rows: a folder may have no train split.
     once = recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": True})}) if data else recipe
     datasets = load_datasets(once, family)

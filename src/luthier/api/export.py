@@ -10,7 +10,7 @@ import torch
 from luthier import assembly
 from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
 from luthier.assembly.model_card_facts import collect_model_card_facts
-from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.recipe import Recipe, get_method_name
 from luthier.assembly.run_io import (
     convert_to_plain_lora,
     has_saved_heads,
@@ -94,7 +94,7 @@ def export(run: Run | Path | str, to: Literal["merged", "bundle", "adapter", "gg
 def _describe_adapter(run: Run, recipe: Recipe, tuner: Tuner | None) -> adapters.AdapterFacts:
     objective = recipe.objective
     config = tuner.get_peft_config() if tuner is not None else None
-    return adapters.AdapterFacts(str(run.path), method_name(recipe), objective.name, config,
+    return adapters.AdapterFacts(str(run.path), get_method_name(recipe), objective.name, config,
                                  objective.required_outputs, has_saved_heads(objective), assembly.PEFT_ONLY_FIELDS)
 
 

@@ -17,7 +17,7 @@ from luthier import assembly
 from luthier.assembly.factory import select_device
 from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.assembly.multi_adapter_loading import display_name
-from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.recipe import Recipe, get_method_name
 from luthier.core.errors import RecipeError
 from luthier.planning.advice import build_advice, format_table
 from luthier.planning.estimates import summarize_trial
@@ -47,7 +47,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     """
     if steps < 2:
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
-    config = assembly.recipe(recipe, settings)
+    config = assembly.build_recipe(recipe, settings)
     variants = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
     available_gb = available_memory_gb(select_device(config))
     folder = Run(out or Path("runs") / f"plan-{display_name(config.model.name_or_path)}")
@@ -76,7 +76,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
 def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, available_gb: float) -> dict[str, Any]:
     """The row of a method: the measurements of its trial, or `why` it has none."""
     candidate = Recipe.parse(raw)
-    weights_gb = estimate_weight_gb(candidate.model, whole=method_name(candidate) == "full")
+    weights_gb = estimate_weight_gb(candidate.model, whole=get_method_name(candidate) == "full")
     if weights_gb > available_gb:
         return {"why": f"the weights alone need {weights_gb:.1f} GB, and {available_gb:.1f} GB are free", "fits": False}
     raw["training"] |= {"max_steps": steps, "save_steps": None, "report_to": []}

@@ -74,11 +74,11 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
                                                             "reward" in parts),
                 "output_dir": str(folder / STAGES[stage])}
         if stage == "ppo":
-            first = assembly.dump(stages["sft"]) if "sft" in stages else {}
+            first = assembly.dump_recipe(stages["sft"]) if "sft" in stages else {}
             part = {"model": first.get("model", "-"), "method": first.get("method", "lora"), **part,
                     "init_from": str(folder / STAGES["sft"])}
         try:
-            stages[stage] = assembly.recipe(shared, {**part, **over})
+            stages[stage] = assembly.build_recipe(shared, {**part, **over})
         except RecipeError as error:
             faults.append(f"{stage}:\n  " + error.what.replace("\n", "\n  "))
     if faults:

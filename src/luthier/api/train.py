@@ -37,9 +37,9 @@ from luthier.assembly.provenance import (
 )
 from luthier.assembly.recipe import (
     Recipe,
-    default_learning_rate,
+    compute_default_learning_rate,
     describe_learning_rate,
-    method_name,
+    get_method_name,
     precomputes_reference,
 )
 from luthier.assembly.reference_model import (
@@ -99,7 +99,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     Raises:
         LuthierError: with all errors, before any work where they can be known.
     """
-    config = _apply_base_model(assembly.recipe(recipe, settings), base_model, resume)
+    config = _apply_base_model(assembly.build_recipe(recipe, settings), base_model, resume)
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
@@ -144,14 +144,14 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
         recipe = fit_objective(recipe, datasets := load_datasets(recipe, base))
         set_chat_format(base, datasets)
     _check_same_recipe(run, recipe) if resume else None
-    rate, before = recipe.optimizer.learning_rate or default_learning_rate(recipe), recipe
+    rate, before = recipe.optimizer.learning_rate or compute_default_learning_rate(recipe), recipe
     recipe = resolve_settings(recipe, base, identity, rate, run.path)
     examples = datasets.test_examples or datasets.eval_examples
     prompts = build_eval_prompts(recipe, base, examples) if recipe.evaluate.metrics else []
     tuner, reference = init_rl_policy(recipe, base)
     if not resume or process_group.get_rank() > 0:
         kept = make_paths_absolute(recipe)
-        out.create(assembly.dump(kept), record_start(kept, identity, list_resolved(before, recipe)))
+        out.create(assembly.dump_recipe(kept), record_start(kept, identity, list_resolved(before, recipe)))
     if not saved:
         _write_data_report(out, datasets.report)
     share = count_trainable(base, tuner)
@@ -193,7 +193,7 @@ def _print_summary(recipe: Recipe, base: Any, datasets: Any, tuner: Tuner, share
     for line in datasets.report.lines():
         _print_line(quiet, line)
     _print_warnings(quiet, [*find_data_problems(recipe, datasets), *find_method_problems(recipe, base, tuner)])
-    _print_line(quiet, f"{method_name(recipe)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
+    _print_line(quiet, f"{get_method_name(recipe)} trains {share['trainable']:,} of {share['parameters']:,} parameters "
                 f"({share['trainable_fraction']:.2%}) at a learning rate of {learning_rate}")
     for line in (describe_reference_cost(recipe, tuner), describe_master_copy_cost(tuner)):
         _print_line(quiet or not line, line)
@@ -296,7 +296,7 @@ def _build_trackers(run: Run, recipe: Recipe, saved: checkpoint.Checkpoint | Non
     log = JsonLines(run.path / "metrics.jsonl", resume_at=at)
     if not saved:
         log.log(0, share)
-    return [log, *open_trackers(recipe.training.report_to, run.path, assembly.dump(make_public(recipe)), at)]
+    return [log, *open_trackers(recipe.training.report_to, run.path, assembly.dump_recipe(make_public(recipe)), at)]
 
 
 def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
@@ -406,7 +406,7 @@ def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
 
 def _choose_run_name(recipe: Recipe) -> Path:
     """runs/<method>-<base>, with a number where that exists."""
-    stem = f"{method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
+    stem = f"{get_method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
 

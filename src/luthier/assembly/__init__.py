@@ -12,13 +12,13 @@ rl), and the functions that every script needs to read and write a recipe.
 from luthier import data as rows
 from luthier.assembly.recipe import (
     Recipe,
-    changed,
-    dump,
+    build_recipe,
+    collect_provenance,
+    diff_recipes,
+    dump_recipe,
+    get_version,
     load_recipe,
     precomputes_reference,
-    provenance,
-    recipe,
-    version,
 )
 from luthier.assembly.reference_model import precompute_reference
 from luthier.assembly.rl_setup import build_training_source, init_rl_policy
@@ -40,7 +40,9 @@ from luthier.rl import RolloutSource
 
 __all__ = [
     "ALIASES", "AdapterManager", "CausalLM", "Diagnostic", "ModelConfig", "PEFT_ONLY_FIELDS", "Recipe",
-    "RolloutSource", "build_training_source", "cast_weights", "changed", "compute_fingerprint", "diagnose", "dump",
+    "RolloutSource", "build_training_source", "cast_weights", "diff_recipes", "compute_fingerprint", "diagnose",
+    "dump_recipe",
     "get_cache_folder", "identify_base", "init_rl_policy", "load_recipe", "precompute_reference",
-    "precomputes_reference", "prepare_folder", "provenance", "recipe", "resolve_name", "rows", "version",
+    "precomputes_reference", "prepare_folder", "collect_provenance", "build_recipe", "resolve_name", "rows",
+    "get_version",
 ]

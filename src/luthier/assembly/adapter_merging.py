@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from luthier.assembly.factory import attach_method, load_family
 from luthier.assembly.initialization import attach_runs
 from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe, record_start
-from luthier.assembly.recipe import dump, require_adapter
+from luthier.assembly.recipe import dump_recipe, require_adapter
 from luthier.assembly.run_io import has_saved_heads, save_tuned
 from luthier.assembly.settings import make_paths_absolute
 from luthier.core.errors import RecipeError
@@ -48,7 +48,7 @@ def merge_adapters(runs: Sequence[Run], out: Run, weights: Sequence[float], comb
     recipe = first.model_copy(update={"method": merged.config, "init_from": None, "output_dir": str(out.path)})
     recipe = make_paths_absolute(recipe)
     combined = {str(run.path): float(weight) for run, weight in zip(runs, weights, strict=True)}
-    out.create(dump(recipe), {**record_start(recipe, identify_base(recipe.model), []), "combined": combined})
+    out.create(dump_recipe(recipe), {**record_start(recipe, identify_base(recipe.model), []), "combined": combined})
     tuner = attach_method(base, recipe.method, recipe.seed)
     tuner.load(merged.state)
     save_tuned(out, recipe, base, tuner)

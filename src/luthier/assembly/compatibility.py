@@ -43,40 +43,40 @@ def check_dtype(config: ModelConfig, loaded: torch.dtype | None = None) -> None:
                           "set model.dtype to bfloat16 or float32 (evaluate, chat and export take float16)")
 
 
-def check_compatibility(made: Recipe, base: Family) -> None:
+def check_compatibility(recipe: Recipe, base: Family) -> None:
     """Raises `RecipeError` where the base lacks what the objective needs, or the method keeps no reference model."""
     weight = base.structure.embedding.weight
     assert isinstance(weight, torch.Tensor)
-    check_dtype(made.model, weight.dtype)
-    name, needs = made.objective.name, made.objective.required_outputs
-    if isinstance(made.objective, PpoConfig | GrpoConfig):
-        needs = needs | made.objective.rollout_outputs
+    check_dtype(recipe.model, weight.dtype)
+    name, needs = recipe.objective.name, recipe.objective.required_outputs
+    if isinstance(recipe.objective, PpoConfig | GrpoConfig):
+        needs = needs | recipe.objective.rollout_outputs
         if not base.can_generate:
             raise RecipeError(f"objective {name!r} learns from the base's own answers, and "
-                              f"{made.model.name_or_path!r} writes "
+                              f"{recipe.model.name_or_path!r} writes "
                               "none", "choose a base that writes text, such as 'smollm2'")
-    guesses = made.objective.uses_masking and base.structure.head is not None
+    guesses = recipe.objective.uses_masking and base.structure.head is not None
     if needs & LOG_PROBS and base.structure.task == "FEATURE_EXTRACTION" and not guesses:
         raise RecipeError(f"objective {name!r} needs the probabilities of next tokens, and "
-                          f"{made.model.name_or_path!r} predicts "
+                          f"{recipe.model.name_or_path!r} predicts "
                           "none", "choose an objective that judges texts or pictures as a whole, such as classify; or "
                           "a base that writes text, such as 'smollm2'")
-    inside = next((part.name for part in list_parts(made.method) if isinstance(part, INSIDE)), None)
-    if isinstance(made.objective, PpoConfig) and made.objective.critic == "adapter" and inside:
+    inside = next((part.name for part in list_parts(recipe.method) if isinstance(part, INSIDE)), None)
+    if isinstance(recipe.objective, PpoConfig) and recipe.objective.critic == "adapter" and inside:
         raise RecipeError(f"objective.critic: adapter is a second adapter beside the policy's, and method {inside!r} "
                           "works inside the base's own parts, which the two would share",
                           "set objective.critic: shared, or train an adapter (method: lora)")
-    if isinstance(made.objective, PretrainConfig):
-        _check_masking(made.objective, made.model.name_or_path, base)
-    if any(change.name == "mixup" for change in made.data.augment) and not made.objective.supports_soft_labels:
+    if isinstance(recipe.objective, PretrainConfig):
+        _check_masking(recipe.objective, recipe.model.name_or_path, base)
+    if any(change.name == "mixup" for change in recipe.data.augment) and not recipe.objective.supports_soft_labels:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
-    kept = all(part.model_dump().get("keep_base", True) for part in list_parts(made.method))
-    if needs_reference(made.objective) and made.init_from is None and not kept and not precomputes_reference(made):
-        without = "objective.kl_coef: 0" if isinstance(made.objective, PpoConfig) \
-            else "objective.beta: 0" if isinstance(made.objective, GrpoConfig) \
+    kept = all(part.model_dump().get("keep_base", True) for part in list_parts(recipe.method))
+    if needs_reference(recipe.objective) and recipe.init_from is None and not kept and not precomputes_reference(recipe):
+        without = "objective.kl_coef: 0" if isinstance(recipe.objective, PpoConfig) \
+            else "objective.beta: 0" if isinstance(recipe.objective, GrpoConfig) \
             else "objective.precompute_reference: true"
-        raise RecipeError(f"method.keep_base: false, but method {made.method.name!r} changes the base's own weights, "
+        raise RecipeError(f"method.keep_base: false, but method {recipe.method.name!r} changes the base's own weights, "
                           f"and objective {name!r} compares it with the base as it was",
                           "leave keep_base out, which costs one copy of what trains; or train an adapter "
                           f"(method: lora); or do without a copy: {without}")

@@ -144,13 +144,13 @@ def load_datasets(recipe: Recipe, base: Family, progress: Any = None) -> Dataset
         raise RecipeError(f"objective {objective.name!r} reads {', '.join(sorted(objective.example_types))}, "
                           f"and the base "
                           f"takes {'images' if sees else 'text'}", "choose another objective, or another base")
-    hide = _build_masking(recipe, base)
+    masking = _build_masking(recipe, base)
     datasets = rows.read_datasets(resolve_data_config(recipe, base), base.tokenizer, seed=recipe.seed,
                                classes=objective.classes,
-                               hide=hide,
-                               reads=reads if hide is None else reads & DOCUMENTS,
+                               masking=masking,
+                               reads=reads if masking is None else reads & DOCUMENTS,
                                flat=base.structure.task != "CAUSAL_LM",
-                               room=objective.model_dump().get("max_new_tokens", 1),
+                               reserved_tokens=objective.model_dump().get("max_new_tokens", 1),
                                others={name: known.example_types & DOCUMENTS if known.uses_masking
                                        and base.structure.task != "CAUSAL_LM" else
                                        known.example_types for name, known in OBJECTIVES.items()}, progress=progress)

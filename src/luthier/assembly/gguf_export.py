@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.recipe import Recipe, get_method_name
 from luthier.assembly.run_io import has_saved_heads
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
@@ -24,7 +24,7 @@ def export_gguf_adapter(recipe: Recipe, base: Family, tuner: Tuner | None, path:
     """Write the run's LoRA. Raises `RunError` for a run of another method."""
     _refuse_others(recipe, base)
     if not isinstance(tuner, Lora):
-        raise RunError(f"the run was tuned by {method_name(recipe)}, and llama.cpp's adapters are LoRAs",
+        raise RunError(f"the run was tuned by {get_method_name(recipe)}, and llama.cpp's adapters are LoRAs",
                        "export the whole model with --to gguf")
     if tuner.config.use_dora:
         raise RunError("a DoRA stretches the whole of each map, and llama.cpp's adapters only add to it",

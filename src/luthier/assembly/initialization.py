@@ -16,7 +16,7 @@ from torch import Tensor
 from luthier.assembly.factory import attach_heads, attach_method
 from luthier.assembly.peft_adapters import drop_base_weights, load_adapter_weights
 from luthier.assembly.provenance import describe_model_conflict
-from luthier.assembly.recipe import Recipe, changed, load_recipe, needs_reference, require_adapter
+from luthier.assembly.recipe import Recipe, diff_recipes, load_recipe, needs_reference, require_adapter
 from luthier.assembly.run_io import rename_weights
 from luthier.assembly.settings import fill_left_out
 from luthier.core.errors import RecipeError
@@ -79,7 +79,8 @@ def attach_runs(base: Family, runs: Mapping[str, Run]) -> AdapterManager:
 def _read_compatible_weights(recipe: Recipe, start: Run, base: Family) -> dict[str, Tensor]:
     """The weights of the run that the recipe starts from. Raises `RecipeError` where base or method differ."""
     start_recipe = load_recipe(require_adapter(start))
-    other = [line for line in changed(start_recipe, fill_left_out(recipe, start_recipe)) if line.startswith("method.")]
+    other = [line for line in diff_recipes(start_recipe, fill_left_out(recipe, start_recipe))
+             if line.startswith("method.")]
     if conflict := describe_model_conflict(start, recipe.model):
         other.append(f"model.name_or_path: {start_recipe.model.name_or_path!r}, now {recipe.model.name_or_path!r}: "
                      f"{conflict}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from luthier.assembly.recipe import Recipe, dump
+from luthier.assembly.recipe import Recipe, dump_recipe
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.methods import METHODS
 from luthier.models import ModelConfig, count_parameters
@@ -32,7 +32,7 @@ def build_variant(recipe: Recipe, spelled: str) -> dict[str, Any]:
         raise RecipeError(f"{spelled!r}: a base is not kept in {bits!r}: "
                           f"{suggest_nearest(bits, get_args(QuantizationType))}",
                           "write METHOD@nf4 or METHOD@int8")
-    raw = dump(recipe)
+    raw = dump_recipe(recipe)
     raw["method"] = names if len(names) > 1 else names[0]
     raw["optimizer"]["learning_rate"] = None
     if bits:

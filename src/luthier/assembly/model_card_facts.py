@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from luthier.assembly.recipe import Recipe, method_name
+from luthier.assembly.recipe import Recipe, get_method_name
 from luthier.core.errors import LuthierError
 from luthier.core.protocols import Family
 from luthier.models import prepare_folder, resolve_name
@@ -37,7 +37,8 @@ def collect_model_card_facts(out: Run, source: Run, recipe: Recipe, base: Family
     return ModelCardFacts(
         title=title or out.path.name, base_model=base_model,
         base_name=base_model or Path(recipe.model.name_or_path).name,
-        license=license_name, gguf_file=_find_gguf_file(recipe), method=method_name(recipe), objective=objective.name,
+        license=license_name, gguf_file=_find_gguf_file(recipe), method=get_method_name(recipe),
+        objective=objective.name,
         train_sources=tuple(rows.path for rows in recipe.data.train), adapter=out.adapter,
         has_recipe=(out.path / "recipe.yaml").exists(), has_loss_plot=(out.path / "loss.png").exists(),
         results=source.results, task=base.structure.task, head_kind=head.kind if head else "",

@@ -19,7 +19,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeVar
 
-from luthier.assembly.recipe import Recipe, changed, dump, load_recipe, provenance
+from luthier.assembly.recipe import Recipe, collect_provenance, diff_recipes, dump_recipe, load_recipe
 from luthier.assembly.settings import fill_left_out, map_paths
 from luthier.core.digests import compute_file_sha256, compute_json_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
@@ -45,7 +45,8 @@ def ignore(line: str) -> None:
 
 def record_start(recipe: Recipe, identity: Identity, left_out: list[str]) -> dict[str, Any]:
     """The `provenance` of recipe.yaml. `left_out`: settings that were not set but resolved at the start."""
-    return {**provenance(recipe), "base": identity.to_json(), "recipe_sha256": compute_json_sha256(dump(recipe)),
+    return {**collect_provenance(recipe), "base": identity.to_json(),
+            "recipe_sha256": compute_json_sha256(dump_recipe(recipe)),
             "runs_sha256": _digest_runs(recipe), "resolved": left_out}
 
 
@@ -220,7 +221,7 @@ def check_resumable(run: Run, record: Mapping[str, Any], report: Report) -> None
     if not record:
         return
     if compute_json_sha256(run.recipe) != record["recipe_sha256"]:
-        if lines := changed(*(_drop_paths(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
+        if lines := diff_recipes(*(_drop_paths(Recipe.parse(raw)) for raw in (record["recipe"], run.recipe))):
             raise RunError(f"{run.path / 'recipe.yaml'} was changed after the checkpoint was written:\n  "
                            + "\n  ".join(lines), "put these settings back, or start another run (output_dir=NAME)")
         report(f"warning: {run.path / 'recipe.yaml'} has changed since the checkpoint; no setting that decides the "
@@ -270,7 +271,7 @@ def list_differences(run: Run, recipe: Recipe) -> list[str]:
             conflict = f"model.name_or_path: {saved.model.name_or_path!r}, now {ours.model.name_or_path!r}: {conflict}"
         ours = ours.model_copy(update={"model": ours.model.model_copy(update={
             "name": saved.model.name_or_path, "revision": saved.model.revision})})
-    return [*([conflict] if conflict else []), *changed(saved, ours)]
+    return [*([conflict] if conflict else []), *diff_recipes(saved, ours)]
 
 
 def _make_absolute(recipe: Recipe, known: Collection[str] = ()) -> Recipe:

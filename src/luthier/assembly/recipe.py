@@ -106,36 +106,37 @@ def _list_fields(raw: Mapping[str, Any]) -> dict[str, frozenset[str]]:
     return {section: frozenset(config.model_fields) for section, config in found.items()}
 
 
-def recipe(source: str | Path | Mapping[str, Any] | Recipe | None, settings: Mapping[str, Any] | None = None) -> Recipe:
+def build_recipe(source: str | Path | Mapping[str, Any] | Recipe | None,
+                 settings: Mapping[str, Any] | None = None) -> Recipe:
     """A recipe from a file, a mapping or nothing, with `settings` (nested, or dotted keys) laid over it.
 
     Raises one `RecipeError` that names every fault.
     """
     if isinstance(source, Recipe):
-        source = dump(source)
-    raw = accept_peft_names(_read(Path(source)) if isinstance(source, (str, Path)) else source or {})
+        source = dump_recipe(source)
+    raw = accept_peft_names(_read_yaml(Path(source)) if isinstance(source, (str, Path)) else source or {})
     for key, value in (settings or {}).items():
         if value is not None:
             accept_peft_names({"method": value} if key == "method" else {})  # refuses a setting that is given twice
-            raw = accept_peft_names(_laid(raw, key.split("."), None if value is NULL else value), override=True)
-    return _kept(_demand_answers(Recipe.parse(_started(raw))))
+            raw = accept_peft_names(_override(raw, key.split("."), None if value is NULL else value), override=True)
+    return _keep_reference(_check_answers(Recipe.parse(_apply_init_from(raw))))
 
 
-def _demand_answers(made: Recipe) -> Recipe:
+def _check_answers(recipe: Recipe) -> Recipe:
     """The recipe itself. Raises `RecipeError` where answers are to be scored to rows that ask nothing."""
-    if made.evaluate.metrics and not made.objective.example_types & TYPES_WITH_ANSWER:
-        raise RecipeError(f"evaluate.metrics {', '.join(made.evaluate.metrics)}: these score generated answers, and "
-                          f"the rows of objective {made.objective.name!r} ask for none",
+    if recipe.evaluate.metrics and not recipe.objective.example_types & TYPES_WITH_ANSWER:
+        raise RecipeError(f"evaluate.metrics {', '.join(recipe.evaluate.metrics)}: these score generated answers, and "
+                          f"the rows of objective {recipe.objective.name!r} ask for none",
                           "leave evaluate.metrics out: what the objective itself measures is measured anyway")
-    return made
+    return recipe
 
 
-def _kept(made: Recipe) -> Recipe:
+def _keep_reference(recipe: Recipe) -> Recipe:
     """The recipe with `method.keep_base` decided where it was left out."""
-    if not isinstance(made.method, FullConfig | FreezeConfig) or made.method.keep_base is not None:
-        return made
-    keep = needs_reference(made.objective) and not precomputes_reference(made)
-    return made.model_copy(update={"method": made.method.model_copy(update={"keep_base": keep})})
+    if not isinstance(recipe.method, FullConfig | FreezeConfig) or recipe.method.keep_base is not None:
+        return recipe
+    keep = needs_reference(recipe.objective) and not precomputes_reference(recipe)
+    return recipe.model_copy(update={"method": recipe.method.model_copy(update={"keep_base": keep})})
 
 
 def needs_reference(objective: AnyObjective) -> bool:
@@ -144,17 +145,17 @@ def needs_reference(objective: AnyObjective) -> bool:
     return "reference_logps" in objective.required_outputs | asks
 
 
-def precomputes_reference(made: Recipe) -> bool:
+def precomputes_reference(recipe: Recipe) -> bool:
     """Whether the reference is asked once, before anything trains."""
-    return bool(made.objective.model_dump().get("precompute_reference"))
+    return bool(recipe.objective.model_dump().get("precompute_reference"))
 
 
-def _started(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+def _apply_init_from(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """A recipe that starts from a run takes from it the base and the method that it does not name itself."""
     start = raw.get("init_from")
     if start is None or {"model", "method"} <= raw.keys():
         return raw
-    found = dump(load_recipe(require_adapter(Run(str(start)))))
+    found = dump_recipe(load_recipe(require_adapter(Run(str(start)))))
     return {"model": found["model"], "method": found["method"], **raw}
 
 
@@ -180,12 +181,12 @@ def load_recipe(run: Run) -> Recipe:
     return Recipe.parse({"model": base.model_dump(), "method": read_method(adapter, run), "data": "-"})
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise RecipeError(f"the recipe {str(path)!r} is a folder",
                           "name a YAML file; to go on with a run: luthier train --resume RUN")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _Loader)
+        raw = yaml.load(path.read_text(encoding="utf-8-sig"), _YamlLoader)
     except FileNotFoundError:
         near = sorted(str(p) for folder in (path.parent, Path("recipes")) for p in folder.glob("*.y*ml"))
         raise RecipeError(f"there is no recipe {str(path)!r}", f"recipes here: {', '.join(near) or 'none'}") from None
@@ -198,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key != "provenance"}
 
 
-class _Loader(yaml.SafeLoader):
+class _YamlLoader(yaml.SafeLoader):
     """Plain YAML, in which no key stands twice: the second would silence the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -211,128 +212,130 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _laid(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
+def _override(raw: Mapping[str, Any], path: Sequence[str], value: Any) -> dict[str, Any]:
     """`raw` with `value` at the dotted place; a short form on the way (``method: lora``) is spelt out,
     mappings are laid over one another, and an empty one empties."""
     first, *rest = path
     old: Any = raw.get(first) or {}
     if first == "method" and isinstance(old, list):
-        return {**raw, first: _laid_in_list(old, rest, value) if rest else value}
+        return {**raw, first: _override_in_list(old, rest, value) if rest else value}
     if isinstance(old, str) or (first == "data" and isinstance(old, list)):
         old = {SHORT.get(first, "name"): old} if rest or isinstance(value, dict) else old
     if first == "method" and len(rest) > 1 and rest[0] == old.get("name", LoraConfig().name):
         rest = rest[1:]  # method.lora.rank, as it must be said of a list
     if rest:
-        return {**raw, first: _laid(old, rest, value)}
+        return {**raw, first: _override(old, rest, value)}
     if value and isinstance(value, dict) and isinstance(old, dict):
         for key, inner in value.items():
-            old = _laid(old, [key], inner)
+            old = _override(old, [key], inner)
         return {**raw, first: old}
     if first == "data" and isinstance(old, dict) and isinstance(value, (str, list)):
         return {**raw, first: {**old, "train": value}}
     return {**raw, first: value}
 
 
-def _laid_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[Any]:
+def _override_in_list(methods: list[Any], path: Sequence[str], value: Any) -> list[Any]:
     """A list of methods with `value` at ``<method>.<setting>``."""
     spelt = [{"name": part} if isinstance(part, str) else dict(part) for part in methods]
     names = [str(part.get("name", LoraConfig().name)) for part in spelt]
     if path[0] not in names or len(path) < 2:
         raise RecipeError(f"method.{'.'.join(path)}: this recipe has a list of methods, {', '.join(names)}",
                           f"say whose setting it is, such as method.{names[0]}.{path[-1]}")
-    return [_laid(part, path[1:], value) if name == path[0] else part for name, part in zip(names, spelt, strict=True)]
+    return [_override(part, path[1:], value) if name == path[0] else part for name,
+            part in zip(names, spelt, strict=True)]
 
 
-def default_learning_rate(made: Recipe) -> float:
+def compute_default_learning_rate(recipe: Recipe) -> float:
     """Where the recipe gives none: the method's default (as for instruction tuning) times the objective's factor."""
-    return float(made.method.default_learning_rate * made.objective.learning_rate_factor)
+    return float(recipe.method.default_learning_rate * recipe.objective.learning_rate_factor)
 
 
-def describe_learning_rate(made: Recipe) -> str:
+def describe_learning_rate(recipe: Recipe) -> str:
     """The peak learning rate, and where it comes from."""
-    if made.optimizer.learning_rate is not None:
-        return f"{made.optimizer.learning_rate:g} (optimizer.learning_rate)"
-    factor = made.objective.learning_rate_factor
-    times = f" times {factor:g} for {made.objective.name}" if factor != 1 else ""
-    return (f"{default_learning_rate(made):g} (the default: {made.method.default_learning_rate:g} of "
-            f"{method_name(made)}{times})")
+    if recipe.optimizer.learning_rate is not None:
+        return f"{recipe.optimizer.learning_rate:g} (optimizer.learning_rate)"
+    factor = recipe.objective.learning_rate_factor
+    times = f" times {factor:g} for {recipe.objective.name}" if factor != 1 else ""
+    return (f"{compute_default_learning_rate(recipe):g} (the default: {recipe.method.default_learning_rate:g} of "
+            f"{get_method_name(recipe)}{times})")
 
 
-def method_name(made: Recipe) -> str:
+def get_method_name(recipe: Recipe) -> str:
     """What the run's method is called: ``lora``, or ``bitfit+lora`` for a list."""
-    return "+".join(part.name for part in list_parts(made.method))
+    return "+".join(part.name for part in list_parts(recipe.method))
 
 
-def dump(made: Recipe) -> dict[str, Any]:
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
     """A recipe as YAML can hold it, every setting spelt out."""
-    return made.model_dump(mode="json")
+    return recipe.model_dump(mode="json")
 
 
-def list_unused_settings(made: Recipe) -> list[str]:
+def list_unused_settings(recipe: Recipe) -> list[str]:
     """Settings that were given and have no effect, or one that is not wanted, each with the reason."""
-    training, found = made.training, []
-    evaluates = made.data.eval is not None
+    training, found = recipe.training, []
+    evaluates = recipe.data.eval is not None
     if training.early_stopping_patience and not evaluates:
         found.append("training.early_stopping_patience has no effect: there is nothing to evaluate on (data.eval)")
     if training.eval_steps and not evaluates:
         found.append("training.eval_steps has no effect: there is nothing to evaluate on (data.eval)")
-    if training.max_steps and made.optimizer.count_warmup_steps(training.max_steps) >= training.max_steps:
+    if training.max_steps and recipe.optimizer.count_warmup_steps(training.max_steps) >= training.max_steps:
         found.append("optimizer.learning_rate is never reached: the warm-up is as long as the run "
                      f"({training.max_steps} steps)")
     if training.max_steps and "num_train_epochs" in training.model_fields_set and training.num_train_epochs != 1.0:
         found.append("training.num_train_epochs has no effect: training.max_steps is given")
-    if made.evaluate.metrics and not evaluates and made.data.test is None:
+    if recipe.evaluate.metrics and not evaluates and recipe.data.test is None:
         found.append("evaluate.metrics has no effect: there are no rows to answer (data.test or data.eval)")
-    structure = made.model.surgery
-    names = {m.name for m in list_parts(made.method)}
+    structure = recipe.model.surgery
+    names = {m.name for m in list_parts(recipe.method)}
     if structure and structure.new_tokens and not {"full", "freeze",
                                                    "peft"} & names:
-        found.append(f"model.surgery.new_tokens: {method_name(made)} trains no embeddings, so the new words keep the "
+        found.append(f"model.surgery.new_tokens: {get_method_name(recipe)} trains no embeddings, so the new words "
+                     f"keep the "
                      "mean that they start from")
-    if made.objective.is_online and any(method.model_dump().get("dropout") for method in list_parts(made.method)):
-        found.append(f"method.dropout: objective {made.objective.name!r} answers without dropout and trains with it: "
+    if recipe.objective.is_online and any(method.model_dump().get("dropout") for method in list_parts(recipe.method)):
+        found.append(f"method.dropout: objective {recipe.objective.name!r} answers without dropout and trains with it: "
                      "the first step of a round is already off its policy")
-    if made.data.loss_on != "assistant" and made.objective.name == "pretrain":
+    if recipe.data.loss_on != "assistant" and recipe.objective.name == "pretrain":
         found.append("data.loss_on has no effect on documents (objective pretrain)")
     return found
 
 
-def changed(old: Recipe, new: Recipe) -> list[str]:
+def diff_recipes(old: Recipe, new: Recipe) -> list[str]:
     """The settings that differ, each as ``optimizer.learning_rate: 0.001, now 0.01``, but for those in `FREE`."""
-    before, now = flatten(old), flatten(new)
+    before, now = flatten_recipe(old), flatten_recipe(new)
     weights = "objective.class_weights"  # balanced ones are numbers once the rows are read, and compared then
     free = (*FREE, weights) if now.get(weights) == "balanced" else FREE
     return [f"{key}: {before.get(key)!r}, now {now.get(key)!r}" for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key) and not key.startswith(free)]
 
 
-def flatten(made: Recipe) -> dict[str, Any]:
+def flatten_recipe(recipe: Recipe) -> dict[str, Any]:
     """A recipe as dotted keys and values."""
-    return _flat(dump(made))
+    return _flatten(dump_recipe(recipe))
 
 
-def _flat(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+def _flatten(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     """Dotted keys to values."""
     found: dict[str, Any] = {}
     for key, value in nested.items():
         if path + key == "method" and isinstance(value, list):
             value = {part["name"]: part for part in value}
-        found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+        found |= _flatten(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
     return found
 
 
-def provenance(made: Recipe) -> dict[str, Any]:
+def collect_provenance(recipe: Recipe) -> dict[str, Any]:
     """What the recipe alone does not say: versions and the digests of the data files."""
-    named = [*made.data.train, made.data.eval, made.data.test]
+    named = [*recipe.data.train, recipe.data.eval, recipe.data.test]
     paths = [Path(s.path) for s in named if s is not None and not isinstance(s, float)]
     packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: get_version(name) for name in packages}},
         "data_sha256": {str(path): compute_path_sha256(path) for path in paths if path.exists()},
     }
 
 
-def version(package: str) -> str:
+def get_version(package: str) -> str:
     """Of an installed package."""
     try:
         return metadata.version(package)

@@ -35,17 +35,17 @@ from luthier.training.step import Reference, compute_reference_logps
 GROUP = 512  # examples that are packed together
 
 
-def describe_reference_cost(made: Recipe, attached: Tuner) -> str:
+def describe_reference_cost(recipe: Recipe, attached: Tuner) -> str:
     """A sentence on the copy of the base's weights that the reference costs; empty where there is none."""
     parts = attached.parts if isinstance(attached, CompositeMethod) else (attached,)
     copies = [part.base_copy_size for part in parts if isinstance(part, Full)]
     count, size = (sum(sizes) for sizes in zip(*copies, strict=True)) if copies else (0, 0)
-    if not count or not needs_reference(made.objective) or precomputes_reference(made):
+    if not count or not needs_reference(recipe.objective) or precomputes_reference(recipe):
         return ""
     without = ("; objective.precompute_reference: true would do without"
-               if "precompute_reference" in type(made.objective).model_fields else "")
-    return (f"{made.method.name} keeps a copy of the {count:,} weights that it trains ({size / 1e9:.3g} GB), with "
-            f"which {made.objective.name} compares the model{without}")
+               if "precompute_reference" in type(recipe.objective).model_fields else "")
+    return (f"{recipe.method.name} keeps a copy of the {count:,} weights that it trains ({size / 1e9:.3g} GB), with "
+            f"which {recipe.objective.name} compares the model{without}")
 
 
 def describe_master_copy_cost(attached: Tuner) -> str:
@@ -59,7 +59,7 @@ def describe_master_copy_cost(attached: Tuner) -> str:
             "float32 with training.precision: bf16 takes 2 bytes a weight less")
 
 
-def precompute_reference(made: Recipe, base: Family, found: Datasets, reference: Reference,
+def precompute_reference(recipe: Recipe, base: Family, found: Datasets, reference: Reference,
                          tick: Callable[[int], None] = lambda done: None) -> Datasets:
     """The rows with the reference's log-probabilities, where the recipe precomputes them; else unchanged. Call it
     before the training.
@@ -67,15 +67,15 @@ def precompute_reference(made: Recipe, base: Family, found: Datasets, reference:
     Args:
         tick: called with the number of rows done.
     """
-    if not precomputes_reference(made):
+    if not precomputes_reference(recipe):
         return found
     done = 0
     parts = []
     for part in (found.train, found.eval, found.test):
         # In the precision of the policy's own pass: held-out rows are evaluated without autocast.
-        precision = build_autocast(made, base) if part is found.train else nullcontext()
+        precision = build_autocast(recipe, base) if part is found.train else nullcontext()
         with precision:
-            parts.append(_add_reference_logps(made, base, part, reference, partial(_report_progress, tick, done)))
+            parts.append(_add_reference_logps(recipe, base, part, reference, partial(_report_progress, tick, done)))
         done += len(part)
     return replace(found, train=parts[0], eval=parts[1], test=parts[2])
 
@@ -96,12 +96,12 @@ def _report_progress(tick: Callable[[int], None], before: int, done: int) -> Non
     tick(before + done)
 
 
-def _add_reference_logps(made: Recipe, base: Family, encoded: Sequence[TokenizedExample], reference: Reference,
+def _add_reference_logps(recipe: Recipe, base: Family, encoded: Sequence[TokenizedExample], reference: Reference,
                          tick: Callable[[int], None]) -> list[TokenizedExample]:
     """Each example with `reference_logps`: one number for each of its predictions, in their order."""
     examples, done = list(encoded), 0
     for start in range(0, len(examples), GROUP):
-        for row in rows.assign_rows(examples[start:start + GROUP], resolve_micro_batch_tokens(made, base)):
+        for row in rows.assign_rows(examples[start:start + GROUP], resolve_micro_batch_tokens(recipe, base)):
             indices = [start + i for i in row]
             batch = rows.build_batch([examples[i] for i in indices]).to(base.device)
             logps = compute_reference_logps(base, batch, partial(initial_model, reference)).cpu()  # [P]
@@ -113,8 +113,8 @@ def _add_reference_logps(made: Recipe, base: Family, encoded: Sequence[Tokenized
     return examples
 
 
-def build_autocast(made: Recipe, base: Family) -> AbstractContextManager[Any]:
+def build_autocast(recipe: Recipe, base: Family) -> AbstractContextManager[Any]:
     """The autocast context of the recipe's precision."""
-    if made.training.precision == "bf16":
+    if recipe.training.precision == "bf16":
         return torch.autocast(base.device.type, torch.bfloat16)
     return nullcontext()

@@ -14,7 +14,7 @@ from luthier import data as rows
 from luthier.assembly.factory import PromptFormat, attach_heads, attach_method, load_family, resolve_data_config
 from luthier.assembly.peft_adapters import HEADS, drop_base_weights, load_adapter_weights
 from luthier.assembly.provenance import BASE_FILE, Report, describe_base, ignore, open_recipe
-from luthier.assembly.recipe import Recipe, dump
+from luthier.assembly.recipe import Recipe, dump_recipe
 from luthier.assembly.settings import make_public
 from luthier.core.errors import BaseError, RunError
 from luthier.core.protocols import TRAINING, ChatFormat, Family, Objective, Tuner
@@ -163,7 +163,7 @@ def save_full_model(run: Run, recipe: Recipe, base: Family) -> None:
                  if name.removeprefix(PEFT_PREFIX) not in inside}:
         save_file(heads, run.path / HEADS, metadata={"format": "pt"})
     if not run.recipe:
-        run.write("recipe.yaml", yaml.safe_dump(dump(make_public(recipe)), sort_keys=False, allow_unicode=True))
+        run.write("recipe.yaml", yaml.safe_dump(dump_recipe(make_public(recipe)), sort_keys=False, allow_unicode=True))
 
 
 def resolve_saved_dtype(recipe: Recipe, base: Family) -> torch.dtype:

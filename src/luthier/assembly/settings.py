@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.assembly.factory import resolve_data_config, resolve_micro_batch_tokens
-from luthier.assembly.recipe import AnyMethod, Recipe, flatten
+from luthier.assembly.recipe import AnyMethod, Recipe, flatten_recipe
 from luthier.core.config import Config
 from luthier.core.protocols import Family
 from luthier.data.config import Source
@@ -57,7 +57,7 @@ LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
 # ---------------------------------------------------------------- what is left out
 
 
-def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float, run: Path) -> Recipe:
+def resolve_settings(recipe: Recipe, base: Family, identity: Identity, rate: float, run: Path) -> Recipe:
     """The recipe with every setting in `RESOLVED` at its value for this base and machine.
 
     Args:
@@ -66,21 +66,22 @@ def resolve_settings(made: Recipe, base: Family, identity: Identity, rate: float
         run: its folder.
     """
     unit = base.structure.sizes.get("unit", 1)
-    micro = made.training.max_tokens_per_micro_batch or resolve_micro_batch_tokens(made, base) * unit
-    length = made.data.max_length if "channels" in base.structure.sizes else resolve_data_config(made, base).max_length
-    pools = "pooled" in made.objective.required_outputs  # a head pools as its class does, unless the recipe says how
-    methods = [_resolve_method(part, base) for part in list_parts(made.method)]
-    objective = made.objective
+    micro = recipe.training.max_tokens_per_micro_batch or resolve_micro_batch_tokens(recipe, base) * unit
+    length = recipe.data.max_length if "channels" in base.structure.sizes else resolve_data_config(recipe,
+                                                                                                   base).max_length
+    pools = "pooled" in recipe.objective.required_outputs  # a head pools as its class does, unless the recipe says how
+    methods = [_resolve_method(part, base) for part in list_parts(recipe.method)]
+    objective = recipe.objective
     if isinstance(objective, GrpoConfig) and objective.epsilon_high is None:
         objective = objective.model_copy(update={"epsilon_high": objective.epsilon})
-    return made.model_copy(update={
-        "model": made.model.model_copy(update={"pooling": base.pooling if pools else made.model.pooling,
-                                             "revision": identity.revision or made.model.revision}),
-        "method": _join_methods(made.method, methods),
+    return recipe.model_copy(update={
+        "model": recipe.model.model_copy(update={"pooling": base.pooling if pools else recipe.model.pooling,
+                                             "revision": identity.revision or recipe.model.revision}),
+        "method": _join_methods(recipe.method, methods),
         "objective": objective,
-        "data": made.data.model_copy(update={"max_length": length}),
-        "training": made.training.model_copy(update={"max_tokens_per_micro_batch": micro}),
-        "optimizer": made.optimizer.model_copy(update={"learning_rate": rate}),
+        "data": recipe.data.model_copy(update={"max_length": length}),
+        "training": recipe.training.model_copy(update={"max_tokens_per_micro_batch": micro}),
+        "optimizer": recipe.optimizer.model_copy(update={"learning_rate": rate}),
         "output_dir": str(run)})
 
 
@@ -104,15 +105,15 @@ def _join_methods(method: AnyMethod, parts: Sequence[AnyMethod]) -> AnyMethod:
     return method.model_copy(update={"parts": tuple(parts)}) if isinstance(method, CompositeConfig) else parts[0]
 
 
-def fill_left_out(made: Recipe, saved: Recipe) -> Recipe:
+def fill_left_out(recipe: Recipe, saved: Recipe) -> Recipe:
     """The recipe with the values that a run's saved recipe holds for settings in `RESOLVED` that it leaves out."""
-    update: dict[str, Any] = {section: _fill(dict(made)[section], dict(saved)[section], RESOLVED[section])
+    update: dict[str, Any] = {section: _fill(dict(recipe)[section], dict(saved)[section], RESOLVED[section])
                               for section in ("model", "objective", "data", "training", "optimizer")}
-    ours, theirs = list_parts(made.method), list_parts(saved.method)
+    ours, theirs = list_parts(recipe.method), list_parts(saved.method)
     if [part.name for part in ours] == [part.name for part in theirs]:
-        update["method"] = _join_methods(made.method, [_fill(one, other, RESOLVED["method"])
+        update["method"] = _join_methods(recipe.method, [_fill(one, other, RESOLVED["method"])
                                                        for one, other in zip(ours, theirs, strict=True)])
-    return made.model_copy(update=update)
+    return recipe.model_copy(update=update)
 
 
 def _fill(config: Config, saved: Config, names: Sequence[str]) -> Config:
@@ -123,14 +124,14 @@ def _fill(config: Config, saved: Config, names: Sequence[str]) -> Config:
 
 def list_resolved(before: Recipe, after: Recipe) -> list[str]:
     """The settings that were left out and now have a value."""
-    ours, theirs = flatten(before), flatten(after)
+    ours, theirs = flatten_recipe(before), flatten_recipe(after)
     return [key for key, value in theirs.items() if value not in UNSET and ours.get(key, None) in UNSET]
 
 
 # ---------------------------------------------------------------- paths
 
 
-def map_paths(made: Recipe, path: Callable[[str], str]) -> Recipe:
+def map_paths(recipe: Recipe, path: Callable[[str], str]) -> Recipe:
     """The recipe with `path` applied to every setting that can be a path, but for the base."""
     def source(found: Any) -> Any:
         return found.model_copy(update={"path": path(found.path)}) if isinstance(found, Source) else found
@@ -138,18 +139,18 @@ def map_paths(made: Recipe, path: Callable[[str], str]) -> Recipe:
     def optional(found: str | None) -> str | None:
         return found if found is None else path(found)
 
-    data = made.data
+    data = recipe.data
     changes = tuple(change.model_copy(update={"file": path(str(dict(change)["file"]))})
                     if dict(change).get("file") else change for change in data.augment)
-    objective = made.objective
+    objective = recipe.objective
     if isinstance(objective, OnlineRLConfig):
         objective = objective.model_copy(update={"reward": tuple(
             worth.model_copy(update={"model": optional(worth.model), "function": _map_function(worth.function, path)})
             for worth in objective.reward)})
-    return made.model_copy(update={
+    return recipe.model_copy(update={
         "data": data.model_copy(update={"train": tuple(source(one) for one in data.train), "eval": source(data.eval),
                                         "test": source(data.test), "augment": changes}),
-        "objective": objective, "init_from": optional(made.init_from), "output_dir": optional(made.output_dir)})
+        "objective": objective, "init_from": optional(recipe.init_from), "output_dir": optional(recipe.output_dir)})
 
 
 def _map_function(function: str | None, path: Callable[[str], str]) -> str | None:
@@ -158,25 +159,25 @@ def _map_function(function: str | None, path: Callable[[str], str]) -> str | Non
     return path(file) + colon + name if file.endswith(".py") else function
 
 
-def make_paths_absolute(made: Recipe) -> Recipe:
+def make_paths_absolute(recipe: Recipe) -> Recipe:
     """The recipe with an absolute path for every file and folder that exists here."""
-    base = made.model
+    base = recipe.model
     if is_local_path(base.name_or_path):
         base = base.model_copy(update={"name_or_path": str(Path(base.name_or_path).expanduser().absolute())})
-    absolute = map_paths(made, lambda path: str(Path(path).expanduser().absolute()) if _exists(path) else path)
-    run = None if made.output_dir is None else str(Path(made.output_dir).expanduser().absolute())
+    absolute = map_paths(recipe, lambda path: str(Path(path).expanduser().absolute()) if _exists(path) else path)
+    run = None if recipe.output_dir is None else str(Path(recipe.output_dir).expanduser().absolute())
     return absolute.model_copy(update={"model": base, "output_dir": run})
 
 
-def make_public(made: Recipe, upstream: str | None = None) -> Recipe:
+def make_public(recipe: Recipe, upstream: str | None = None) -> Recipe:
     """The recipe as it may leave this machine: hub ids and bare names in place of local paths.
 
     Args:
         upstream: the base's hub id, where it is known to have one.
     """
-    public = map_paths(made, lambda path: Path(path).name if _exists(path) or Path(path).is_absolute() else path)
-    base = made.model.model_copy(update={"name_or_path": get_public_name(made.model, upstream)})
-    folder = Path(made.output_dir).name if made.output_dir else None
+    public = map_paths(recipe, lambda path: Path(path).name if _exists(path) or Path(path).is_absolute() else path)
+    base = recipe.model.model_copy(update={"name_or_path": get_public_name(recipe.model, upstream)})
+    folder = Path(recipe.output_dir).name if recipe.output_dir else None
     return public.model_copy(update={"model": base, "output_dir": folder})
 
 

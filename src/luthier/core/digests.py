@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SMALL = 1 << 20  # bytes; smaller files are always read
-SETTLED = 3.0  # seconds; coarser than the clock of any file system in use
+MIN_AGE = 3.0  # seconds; coarser than the clock of any file system in use
 
 
 def get_cache_folder() -> Path:
@@ -41,7 +41,7 @@ def compute_file_sha256(path: Path) -> str:
     found = _compute(path)
     after = path.stat()
     unchanged = version[1:] == [after.st_size, after.st_ino, after.st_mtime_ns, after.st_ctime_ns]
-    if unchanged and began - after.st_ctime > SETTLED:
+    if unchanged and began - after.st_ctime > MIN_AGE:
         _write(kept, {"version": version, "sha256": found})
     return found
 

@@ -197,14 +197,14 @@ class Inputs(DeviceMovable):
     Args:
         tokens: [T] token ids.
         positions: [T] position of each token in its document; a child continues the positions of its parent.
-        forest: the row's segments. Encoder-decoder models read roots as sources and children as their targets.
+        segment_tree: the row's segments. Encoder-decoder models read roots as sources and children as their targets.
         images: [S, channels, height, width] if every segment is an image (with one placeholder token); else None.
         mix: embeddings that are mixed into those of `tokens`; None: no mixing.
     """
 
     tokens: Tensor  # [T]
     positions: Tensor  # [T]
-    forest: SegmentTree
+    segment_tree: SegmentTree
     images: Tensor | None = None  # [S, channels, height, width]
     mix: EmbeddingMix | None = None
 

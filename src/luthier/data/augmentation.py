@@ -57,7 +57,7 @@ class ImageAugmentation(Config):
     probability: float = Field(0.5, gt=0, le=1, description="probability of changing an image")
     amount: float = Field(0.3, gt=0, lt=1, description="see `name`")
 
-    def picture(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
+    def apply(self, pixels: Pixels, rng: np.random.Generator) -> Pixels:
         if rng.random() >= self.probability:
             return pixels
         if self.name == "flip":

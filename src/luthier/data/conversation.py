@@ -109,7 +109,7 @@ class _Builder:
         elif self.template.end_of_turn is None:
             self._remark("neither the chat template nor the tokenizer has a token that ends a turn: answers will not "
                          "stop")
-        if self.template.system_folded and messages and messages[0].role in SYSTEM:
+        if self.template.folds_system and messages and messages[0].role in SYSTEM:
             self._remark("the chat template drops the system turn once the assistant has answered: it opens the user's "
                          "turn, in the template that is saved with the run too")
         listed = self._mark(list(tools), "tool")
@@ -124,13 +124,13 @@ class _Builder:
                 folded.append(turn["content"])
                 continue
             if folded and turn["role"] != "user":
-                self._add_folded(folded)
+                self._add_system_text(folded)
             elif folded:
                 turn["content"] = "\n\n".join([*folded, turn["content"]])
             folded = []
             self._add(turn, message.weight)
         if folded:
-            self._add_folded(folded)
+            self._add_system_text(folded)
         return Conversation(self.template, tuple(self.turns), tuple(self.weights), tuple(listed), tuple(self.remarks))
 
     def _renders_system(self, place: int) -> bool:
@@ -140,7 +140,7 @@ class _Builder:
         self.turns.append(turn)
         self.weights.append(weight)
 
-    def _add_folded(self, texts: list[str]) -> None:
+    def _add_system_text(self, texts: list[str]) -> None:
         """System turns with no user's turn behind them: the end of the one before, or a turn of their own."""
         if self.turns and self.turns[-1]["role"] == "user":
             self.turns[-1]["content"] = "\n\n".join([self.turns[-1]["content"], *texts])

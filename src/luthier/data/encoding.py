@@ -42,30 +42,30 @@ from luthier.data.rows import RejectedRow
 from luthier.data.tokenization import encode_prompt_with_remarks, encode_text_example
 
 # the example, and whether some of it was cut off; or why there is none
-Made = tuple[list[TokenizedExample], bool] | RejectedRow
-UNSETTLED = math.nan  # a label whose number is not known yet
+EncodedRows = tuple[list[TokenizedExample], bool] | RejectedRow
+UNENCODED = math.nan  # a label whose number is not known yet
 
 
-def encode_example(example: Example, tokenizer: Tokenizer, config: DataConfig, room: int = 1,
-                   hide: MaskingConfig | None = None) -> list[TokenizedExample] | RejectedRow:
+def encode_example(example: Example, tokenizer: Tokenizer, config: DataConfig, reserved_tokens: int = 1,
+                   masking: MaskingConfig | None = None) -> list[TokenizedExample] | RejectedRow:
     """The example as tokens: one `Encoded`, or several where a text was split; or why there is none."""
-    made = encode_with_truncation(example, tokenizer, config, room, hide)
+    made = encode_with_truncation(example, tokenizer, config, reserved_tokens, masking)
     return made if isinstance(made, RejectedRow) else made[0]
 
 
-def encode_with_truncation(example: Example, tokenizer: Tokenizer, config: DataConfig, room: int = 1,
-                           hide: MaskingConfig | None = None) -> Made:
+def encode_with_truncation(example: Example, tokenizer: Tokenizer, config: DataConfig, reserved_tokens: int = 1,
+                           masking: MaskingConfig | None = None) -> EncodedRows:
     """`encode`, and whether some of the example was cut off.
 
     Args:
         tokenizer: of the base; for pictures, what makes a tensor of pixels.
-        room: tokens that a prompt must leave for its answer.
-        hide: how a part of a document is hidden, where a base is to guess it.
+        reserved_tokens: tokens that a prompt must leave for its answer.
+        masking: how a part of a document is hidden, where a base is to guess it.
     """
-    if hide is not None:
-        return hidden(example, tokenizer, config, hide)
+    if masking is not None:
+        return hidden(example, tokenizer, config, masking)
     if isinstance(example, PromptExample):
-        return _encode_prompt(example, tokenizer, config, room)
+        return _encode_prompt(example, tokenizer, config, reserved_tokens)
     if not example.weight:
         return RejectedRow(example.origin, "nothing to train on", "the row's weight is 0")
     return ENCODERS[type(example)](example, tokenizer, config)
@@ -74,16 +74,16 @@ def encode_with_truncation(example: Example, tokenizer: Tokenizer, config: DataC
 # ---------------------------------------------------------------- texts that are judged as a whole
 
 
-def _encode_classification(example: ClassificationExample, tokenizer: Tokenizer, config: DataConfig) -> Made:
+def _encode_classification(example: ClassificationExample, tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
     """One root, with the tokenizer's own marks around it."""
     found = _encode_root(example.text, example.second, example, tokenizer, config)
     if isinstance(found, RejectedRow):
         return found
-    labeled = LabeledSpan(0, UNSETTLED, weight=example.weight)
+    labeled = LabeledSpan(0, UNENCODED, weight=example.weight)
     return [TokenizedExample((found[0],), example.origin, labeled_spans=(labeled,))], found[1]
 
 
-def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, config: DataConfig) -> Made:
+def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
     """A root for each text, labelled 0 (anchor), 1 (positive), 2 and on (negatives), or all with the score."""
     roots = []
     for text in example.texts:
@@ -91,7 +91,7 @@ def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, confi
         if isinstance(found, RejectedRow):
             return found
         roots.append(found)
-    items = tuple(LabeledSpan(i, float(i) if example.score is None else UNSETTLED, weight=example.weight,
+    items = tuple(LabeledSpan(i, float(i) if example.score is None else UNENCODED, weight=example.weight,
                               text_id=_hash_span(span)) for i, (span, _) in enumerate(roots))
     return [TokenizedExample(tuple(span for span, _ in roots), example.origin, labeled_spans=items)], any(cut for _,
                                                                                                     cut in roots)
@@ -121,7 +121,7 @@ def _encode_root(text: str, second: str | None, example: Example, tokenizer: Tok
     return TokenSpan(tuple(ids), (0.0,) * len(ids)), cut
 
 
-def _encode_tagged_words(example: TokenClassificationExample, tokenizer: Tokenizer, config: DataConfig) -> Made:
+def _encode_tagged_words(example: TokenClassificationExample, tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
     """One root; the first token of each word holds the word's number, until `label_encoding.py` knows its tag's."""
     for wide in (False, True):
         text, starts = _join_words(example.words, wide)
@@ -173,7 +173,8 @@ def _join_words(words: tuple[str, ...], wide: bool) -> tuple[str, list[int]]:
 # ---------------------------------------------------------------- prompts and pictures
 
 
-def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig, room: int) -> Made:
+def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataConfig,
+                   reserved_tokens: int) -> EncodedRows:
     """The prompt up to where the answer begins; nothing of it is predicted."""
     try:
         prompt, _ = encode_prompt_with_remarks(example, tokenizer, config)
@@ -184,10 +185,11 @@ def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataCon
         return RejectedRow(example.origin, "the tokenizer makes no tokens of it")
     if config.is_encoder_decoder and tokenizer.eos_token_id not in (None, ids[-1]):
         ids = [*ids, tokenizer.eos_token_id]  # as every source ends
-    room = 0 if config.is_encoder_decoder else room  # the decoder has a length of its own
-    if len(ids) + room > config.token_limit:
-        return RejectedRow(example.origin, "the prompt leaves no room to answer" if room else "longer than max_length",
-                           f"{len(ids)} tokens and {room} for the answer, at most {config.token_limit}")
+    reserved_tokens = 0 if config.is_encoder_decoder else reserved_tokens  # the decoder has a length of its own
+    if len(ids) + reserved_tokens > config.token_limit:
+        return RejectedRow(example.origin, "the prompt leaves no reserved_tokens to answer" if reserved_tokens
+                           else "longer than max_length",
+                           f"{len(ids)} tokens and {reserved_tokens} for the answer, at most {config.token_limit}")
     said = example.prompt if isinstance(example.prompt, str) else [{**m.extra, "role": m.role, "content": m.content}
                                                                    for m in example.prompt]
     metadata = {"prompt": said, **({"tools": list(example.tools)} if example.tools else {}), **example.metadata}
@@ -195,18 +197,18 @@ def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataCon
                              remarks=prompt.remarks)], False
 
 
-def _encode_image(example: ImageExample, tokenizer: Any, config: DataConfig) -> Made:
+def _encode_image(example: ImageExample, tokenizer: Any, config: DataConfig) -> EncodedRows:
     """A placeholder and the picture; a picture without a label twice, as two views of it."""
     changes = tuple(change for change in config.augment if isinstance(change, ImageAugmentation))
     views = 1 if example.label is not None else 2
     picture = ImageInput(example.pixels, tokenizer, changes if views == 1 else changes or VIEWS)
     images = tuple(ImageInput(picture.pixels, picture.see, picture.changes, (0, view)) for view in range(views))
-    items = tuple(LabeledSpan(i, UNSETTLED if views == 1 else float(i), weight=example.weight) for i in range(views))
+    items = tuple(LabeledSpan(i, UNENCODED if views == 1 else float(i), weight=example.weight) for i in range(views))
     spans = (TokenSpan((0,), (0.0,)),) * views
     return [TokenizedExample(spans, example.origin, labeled_spans=items, images=images)], False
 
 
-ENCODERS: dict[type, Callable[[Any, Tokenizer, DataConfig], Made]] = {
+ENCODERS: dict[type, Callable[[Any, Tokenizer, DataConfig], EncodedRows]] = {
     TextExample: encode_text_example, CompletionExample: encode_text_example, ChatExample: encode_text_example,
     ClassificationExample: _encode_classification, TokenClassificationExample: _encode_tagged_words,
     ContrastiveExample: _encode_contrastive,

@@ -118,7 +118,7 @@ def _read_idx_array(file: Path, dimensions: int) -> Pixels:
 class ImageChange(Protocol):
     """A change to an image: `augmentation.ImageAugmentation`."""
 
-    def picture(self, pixels: Pixels, rng: np.random.Generator) -> Pixels: ...
+    def apply(self, pixels: Pixels, rng: np.random.Generator) -> Pixels: ...
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class ImageInput:
         pixels = np.asarray(self.pixels)
         rng = np.random.default_rng(self.draw)
         for change in self.changes:
-            pixels = change.picture(pixels, rng)
+            pixels = change.apply(pixels, rng)
         return torch.as_tensor(self.see(np.array(pixels)))  # a copy: changes are views, and an IDX file is read-only
 
     @cached_property

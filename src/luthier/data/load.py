@@ -54,23 +54,23 @@ class DatasetSpec:
         reads: names of the types of example that the objective reads; None for any.
         classes: see `settle.known`.
         flat: whether the base cannot compute a prompt once for several answers.
-        room: tokens that a prompt must leave for its answer.
+        reserved_tokens: tokens that a prompt must leave for its answer.
         others: for each objective, what it reads, for the remedy where this one cannot read the rows.
-        hide: how a part of each document is hidden; None: nothing is.
+        masking: how a part of each document is hidden; None: nothing is.
     """
 
     reads: frozenset[str] | None = None
     classes: tuple[str, ...] | None = ()
     flat: bool = False
-    room: int = 1
+    reserved_tokens: int = 1
     others: Mapping[str, Collection[str]] = field(default_factory=dict)
-    hide: MaskingConfig | None = None
+    masking: MaskingConfig | None = None
 
     @property
     def reader(self) -> RowReader:
         return RowReader(self.reads, self.others)
 
-    def fitted(self, config: DataConfig) -> DataConfig:
+    def adapt_config(self, config: DataConfig) -> DataConfig:
         """The settings as this use allows."""
         if self.flat and not config.is_encoder_decoder:
             return config.model_copy(update={"share_prompt": False})
@@ -111,19 +111,19 @@ class Datasets:
 
 
 def read_datasets(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozenset[str] | None = None,
-                  classes: tuple[str, ...] | None = (), flat: bool = False, room: int = 1,
-                  others: Mapping[str, Collection[str]] | None = None, hide: MaskingConfig | None = None,
+                  classes: tuple[str, ...] | None = (), flat: bool = False, reserved_tokens: int = 1,
+                  others: Mapping[str, Collection[str]] | None = None, masking: MaskingConfig | None = None,
                   progress: Progress | None = None) -> Datasets:
     """Read, encode and report all that `config` names. With `streaming`, `train` stays empty: `Stream` reads it.
 
     Args:
         tokenizer: of the base; for pictures, what makes a tensor of pixels.
         seed: decides which rows are held out where `eval` is a fraction, and how rows are augmented.
-        reads, classes, flat, room, others, hide: see `Use`.
+        reads, classes, flat, reserved_tokens, others, masking: see `Use`.
         progress: told (part, rows read so far) now and then.
     """
-    use = DatasetSpec(reads, classes, flat, room, others or {}, hide)
-    config = use.fitted(config)
+    use = DatasetSpec(reads, classes, flat, reserved_tokens, others or {}, masking)
+    config = use.adapt_config(config)
     reading = _DatasetReader(config, tokenizer, seed, use, progress)
     train, evaluated, tested = _PartReader("train"), _PartReader("eval"), _PartReader("test")
     if config.streaming and isinstance(config.eval, float):
@@ -145,7 +145,7 @@ def read_datasets(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads:
     what = fit_label_encoder(train.examples or evaluated.examples + tested.examples, use.classes, config)
     everything = [example for part in parts.values() for example in part.examples]
     for part in parts.values():
-        reading.settle(part, what, everything)
+        reading.encode_labels(part, what, everything)
         part.demand()
         part.tally.unmatched = [str(theirs) for theirs in config.columns.values()
                                 if part.seen and str(theirs) not in part.seen]
@@ -261,7 +261,7 @@ class _DatasetReader:
             (held_part if index in out else part).kept.append(kept)
 
     def encode(self, example: Example, config: DataConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
-        return encode_with_truncation(example, self.tokenizer, config, self.use.room, self.use.hide)
+        return encode_with_truncation(example, self.tokenizer, config, self.use.reserved_tokens, self.use.masking)
 
     def augment(self, part: _PartReader) -> None:
         """Change and copy the rows. What cannot be encoded once changed stays as it was read, or is not added."""
@@ -290,7 +290,7 @@ class _DatasetReader:
                     for place, drawn in enumerate((own, *copies))]
                 part.kept += made
 
-    def settle(self, part: _PartReader, what: LabelEncoder, everything: Sequence[Example]) -> None:
+    def encode_labels(self, part: _PartReader, what: LabelEncoder, everything: Sequence[Example]) -> None:
         """Put in what only all the training rows say, and count what became of every row."""
         beside = add_mismatched_completions(part.examples, everything, self.tokenizer, self.config)
         read, part.kept = part.kept, []

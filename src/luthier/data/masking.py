@@ -98,25 +98,26 @@ class MaskableDocument:
         owners: index of each token's word; empty: every token is a word.
     """
 
-    hide: MaskingConfig
+    masking: MaskingConfig
     owners: tuple[int, ...] = ()
 
     def apply(self, example: TokenizedExample, seed: Sequence[int]) -> TokenizedExample:
         """The example as the model sees it, with the masked tokens as its predictions."""
         span, = example.spans
-        mask = _mask_tokens if self.hide.how == "words" else _mask_spans
+        mask = _mask_tokens if self.masking.how == "words" else _mask_spans
         return replace(example, spans=mask(span, self, np.random.default_rng(seed)), masking=None)
 
     @property
     def digest(self) -> bytes:
         """Hash of everything that determines the masked tokens, except the example itself."""
-        hide = self.hide
-        told = (hide.how, hide.rate, hide.span, hide.whole, hide.stand, sorted(hide.special), hide.words, self.owners)
+        masking = self.masking
+        told = (masking.how, masking.rate, masking.span, masking.whole, masking.stand, sorted(masking.special),
+                masking.words, self.owners)
         return hashlib.blake2b(repr(told).encode(), digest_size=16).digest()
 
 
 def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
-                    hide: MaskingConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
+                    masking: MaskingConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
     """A text as one example, or as several of similar length if it is split; and whether it was truncated."""
     assert isinstance(example, TextExample), "masking applies to documents"
     told = tokenizer(example.text, return_special_tokens_mask=True, verbose=False)
@@ -124,21 +125,21 @@ def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
     start = marks.index(False) if False in marks else len(ids)
     stop = len(marks) - marks[::-1].index(False) if start < len(ids) else start
     before, after = ids[:start], ids[stop:]
-    if hide.how == "spans" and hide.end is not None and after[-1:] != [hide.end]:
-        after = [*after, hide.end]
+    if masking.how == "spans" and masking.end is not None and after[-1:] != [masking.end]:
+        after = [*after, masking.end]
     # a target has one sentinel more than spans
-    room = config.token_limit - len(before) - len(after) - (hide.how == "spans")
+    limit = config.token_limit - len(before) - len(after) - (masking.how == "spans")
     length = stop - start
-    if length > room and config.truncation == "refuse":
-        return RejectedRow(example.origin, "longer than max_length", f"{length} tokens, at most {room}")
+    if length > limit and config.truncation == "refuse":
+        return RejectedRow(example.origin, "longer than max_length", f"{length} tokens, at most {limit}")
     if config.truncation == "truncate":
-        length = min(length, room)
-    parts = max(1, math.ceil(length / max(1, room)))
+        length = min(length, limit)
+    parts = max(1, math.ceil(length / max(1, limit)))
     bounds = [start + length * i // parts for i in range(parts + 1)]
-    owners = told.word_ids() if hide.whole else []
+    owners = told.word_ids() if masking.whole else []
     found = []
     for first, last in pairwise(bounds):
-        made = _build_document(example, before, ids[first:last], after, owners[first:last], hide)
+        made = _build_document(example, before, ids[first:last], after, owners[first:last], masking)
         if isinstance(made, RejectedRow):
             return made
         found.append(made)
@@ -147,24 +148,24 @@ def encode_document(example: Example, tokenizer: Tokenizer, config: DataConfig,
 
 def _build_document(example: TextExample, before: list[int], body: list[int], after: list[int],
                     owners: list[int | None],
-                    hide: MaskingConfig) -> TokenizedExample | RejectedRow:
+                    masking: MaskingConfig) -> TokenizedExample | RejectedRow:
     """A part of the text between its marks; `owners`: the word of each of its tokens, or empty."""
-    strange = next((token for token in body if token in hide.special), None)
-    if hide.how == "spans" and strange is not None:
+    strange = next((token for token in body if token in masking.special), None)
+    if masking.how == "spans" and strange is not None:
         return RejectedRow(example.origin, "the text holds a token that stands for hidden spans, or the end mark",
                            f"token {strange}")
-    weights = [example.weight if token not in hide.special else 0.0 for token in body]
+    weights = [example.weight if token not in masking.special else 0.0 for token in body]
     count = sum(map(bool, weights))
-    if count < (1 if hide.how == "words" else 2):
+    if count < (1 if masking.how == "words" else 2):
         return RejectedRow(example.origin, "nothing to train on", f"{count} tokens, of which one is hidden"
-                           + (" and one seen" if hide.how == "spans" else ""))
-    if hide.how == "spans" and (needed := _count_spans(count, hide)[1] + 1) > len(hide.stand):
+                           + (" and one seen" if masking.how == "spans" else ""))
+    if masking.how == "spans" and (needed := _count_spans(count, masking)[1] + 1) > len(masking.stand):
         return RejectedRow(example.origin, "more spans than the tokenizer has sentinels",
-                           f"{needed}, and there are {len(hide.stand)}; lower data.max_length or raise "
+                           f"{needed}, and there are {len(masking.stand)}; lower data.max_length or raise "
                            "objective.mean_noise_span_length")
     words = [-1] * len(before) + [-1 if owner is None else owner for owner in owners] + [-1] * len(after)
     span = TokenSpan((*before, *body, *after), (*(0.0,) * len(before), *weights, *(0.0,) * len(after)))
-    return TokenizedExample((span,), example.origin, masking=MaskableDocument(hide, tuple(words) if owners else ()))
+    return TokenizedExample((span,), example.origin, masking=MaskableDocument(masking, tuple(words) if owners else ()))
 
 
 # ---------------------------------------------------------------- words
@@ -173,10 +174,10 @@ def _build_document(example: TextExample, before: list[int], body: list[int], af
 def _mask_tokens(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Generator) -> tuple[TokenSpan, ...]:
     """One root; masked tokens have their original token as tag. Masks exactly `rate` of all tokens, at least one. Of
     whole words, it takes as many in random order as do not exceed that count (the first one, if every word does)."""
-    hide = hidden.hide
+    masking = hidden.masking
     places = [i for i, weight in enumerate(span.weights) if weight]
     words = [list(group) for _, group in groupby(places, (lambda i: hidden.owners[i]) if hidden.owners else None)]
-    wanted = max(1, round(hide.rate * len(places)))
+    wanted = max(1, round(masking.rate * len(places)))
     order = [words[i] for i in rng.permutation(len(words))]
     chosen: list[int] = []
     for word in order:
@@ -186,35 +187,35 @@ def _mask_tokens(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Gener
     for place in sorted(chosen or order[0]):
         tags[place], die = ids[place], rng.random()
         if die < MASKED:
-            ids[place] = hide.stand[0]
+            ids[place] = masking.stand[0]
         elif die < MASKED + RANDOM:
-            ids[place] = _draw_token(hide, rng)
+            ids[place] = _draw_token(masking, rng)
     weights = tuple(weight if tag >= 0 else 0.0 for weight, tag in zip(span.weights, tags, strict=True))
     return (TokenSpan(tuple(ids), weights, tags=tuple(tags)),)
 
 
-def _draw_token(hide: MaskingConfig, rng: np.random.Generator) -> int:
+def _draw_token(masking: MaskingConfig, rng: np.random.Generator) -> int:
     """A random token that is not special."""
     while True:
-        if (token := int(rng.integers(hide.words))) not in hide.special:
+        if (token := int(rng.integers(masking.words))) not in masking.special:
             return token
 
 
 # ---------------------------------------------------------------- spans
 
 
-def _count_spans(length: int, hide: MaskingConfig) -> tuple[int, int]:
+def _count_spans(length: int, masking: MaskingConfig) -> tuple[int, int]:
     """Numbers of masked tokens and of spans for a text of `length` tokens, rounded as in T5. At least one token is
     masked, at least one is visible, and at least one is visible between two spans."""
-    tokens = min(max(1, round(hide.rate * length)), length - 1)
-    return tokens, min(max(1, round(tokens / hide.span)), length - tokens + 1)
+    tokens = min(max(1, round(masking.rate * length)), length - 1)
+    return tokens, min(max(1, round(tokens / masking.span)), length - tokens + 1)
 
 
 def _mask_spans(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Generator) -> tuple[TokenSpan, ...]:
     """The source, and its target. All divisions of the masked tokens into spans, and all placements, are equally
     likely."""
-    hide, body = hidden.hide, [i for i, weight in enumerate(span.weights) if weight]
-    tokens, count = _count_spans(len(body), hide)
+    masking, body = hidden.masking, [i for i, weight in enumerate(span.weights) if weight]
+    tokens, count = _count_spans(len(body), masking)
     cuts = np.sort(rng.choice(tokens - 1, count - 1, replace=False)) + 1 if count > 1 else np.empty(0, np.int64)
     lengths = np.diff([0, *cuts, tokens])
     free = len(body) - tokens - (count - 1)  # visible tokens, beyond the one between any two spans
@@ -222,11 +223,11 @@ def _mask_spans(span: TokenSpan, hidden: MaskableDocument, rng: np.random.Genera
     gaps = np.diff([-1, *bars]) - 1 + (np.arange(count) > 0)
     ids = list(span.ids)
     source, answer, at = ids[:body[0]], ids[:body[0]], body[0]
-    for sentinel, gap, length in zip(hide.stand, gaps.tolist(), lengths.tolist(), strict=False):
+    for sentinel, gap, length in zip(masking.stand, gaps.tolist(), lengths.tolist(), strict=False):
         source += [*ids[at:at + gap], sentinel]
         answer += [sentinel, *ids[at + gap:at + gap + length]]
         at += gap + length
     source += ids[at:]
-    answer += [hide.stand[count], *ids[body[-1] + 1:]]
+    answer += [masking.stand[count], *ids[body[-1] + 1:]]
     weight = span.weights[body[0]]
     return TokenSpan(tuple(source), (0.0,) * len(source)), TokenSpan(tuple(answer), (weight,) * len(answer), 0)

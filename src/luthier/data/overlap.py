@@ -51,7 +51,7 @@ def normalize_prompt(example: Example) -> str:
     picture, a digest of its pixels."""
     if isinstance(example, ImageExample):
         return hashlib.blake2b(np.ascontiguousarray(example.pixels).tobytes(), digest_size=16).hexdigest()
-    words = ASKS[type(example)](example)
+    words = PROMPT_READERS[type(example)](example)
     if not isinstance(words, str):
         words = " ".join(m.content for m in words if m.role != "system")
     return " ".join(re.sub(r"[^\w\s]", " ", words.casefold()).split())
@@ -62,7 +62,7 @@ def _split_before_last(example: ChatExample) -> tuple[Message, ...]:
     return example.messages[:last]
 
 
-ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
+PROMPT_READERS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
     ChatExample: _split_before_last,
     CompletionExample: lambda example: example.prompt,
     PreferenceExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing

@@ -38,7 +38,7 @@ from luthier.data.tokenization import TokenizedText, count_predicted_bytes, toke
 
 Words = tuple[Message, ...] | str
 Tools = tuple[Mapping[str, Any], ...]
-WORTH = 1 / 6
+MIN_SHARED = 1 / 6
 MISMATCHED = -1.0  # the label of another row's answer
 
 
@@ -181,4 +181,4 @@ def _is_sharing_useful(cut: _Truncation, config: DataConfig) -> bool:
     if config.share_prompt != "auto" or not cut.shared or len(cut.stops) == 1:
         return config.share_prompt is True and cut.shared > 0
     shared, whole = cut.shared - len(cut.removed), sum(cut.stops) - len(cut.removed) * len(cut.stops)
-    return shared * (len(cut.stops) - 1) >= WORTH * whole
+    return shared * (len(cut.stops) - 1) >= MIN_SHARED * whole

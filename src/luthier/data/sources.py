@@ -14,8 +14,8 @@ A row that cannot be read is a `Refusal` with its reason, and reading goes on. A
 | `.parquet`                   | its rows                                                                   |
 | `.txt`                       | one document a line; blank lines are no documents                          |
 | `.md`                        | the whole file is one document                                             |
-| a folder of pictures         | pictures; the subfolder is the class                                       |
-| `*images-idx3-ubyte`         | pictures as MNIST keeps them, with their labels from the file beside it    |
+| a folder of images         | images; the subfolder is the class                                       |
+| `*images-idx3-ubyte`         | images as MNIST keeps them, with their labels from the file beside it    |
 
 `.gz`, `.bz2`, `.xz` and `.zst` behind any of the text suffixes are unpacked while reading.
 """
@@ -40,7 +40,7 @@ from luthier.data.splits import ALL, DEFAULTS, KEYWORDS, TEST, TRAIN, choose_fil
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
          b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"%PDF": "PDF",
          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x89PNG": "PNG", b"SQLite format 3": "SQLite"}
-BESIDE_DATA = ("readme", "license", "licence", "dataset_info", "notice")
+NOT_DATA = ("readme", "license", "licence", "dataset_info", "notice")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -60,9 +60,9 @@ def read_source(path: str, *, split: str | None = None, subset: str | None = Non
     if place.is_dir() and ((place / "state.json").exists() or (place / "dataset_dict.json").exists()):
         _check_no_subset(path, subset)
         yield path, _read_saved_dataset(place, split, part)
-    elif place.is_dir() and not _list_data_files(place) and (pictures := list_images(place)):
+    elif place.is_dir() and not _list_data_files(place) and (images := list_images(place)):
         _check_no_subset(path, subset)
-        yield path, read_image_rows(_group_images(place, pictures, split, part))
+        yield path, read_image_rows(_group_images(place, images, split, part))
     elif place.is_dir() and not _list_data_files(place) and _list_idx_files(place, ""):
         _check_no_subset(path, subset)
         for file in _list_idx_files(place, split or DEFAULTS[part]):
@@ -88,18 +88,18 @@ def _check_no_subset(path: str, subset: str | None, split: str | None = None) ->
         raise DataError(f"{path} is one file, which has no split {split!r}", "leave out split: all its rows are read")
 
 
-def _group_images(folder: Path, pictures: Sequence[Path], split: str | None, part: str) -> list[tuple[Path, Path]]:
-    """Of each picture of a split the folder whose subfolders are its classes, and the picture. The folders right below
+def _group_images(folder: Path, images: Sequence[Path], split: str | None, part: str) -> list[tuple[Path, Path]]:
+    """Of each image of a split the folder whose subfolders are its classes, and the image. The folders right below
     `folder` are splits where all of them are called so."""
-    above = {file: file.relative_to(folder).parts[0] for file in pictures if file.parent != folder}
+    above = {file: file.relative_to(folder).parts[0] for file in images if file.parent != folder}
     splits = {name: KEYWORDS[name.lower()] for name in above.values() if name.lower() in KEYWORDS}
     held = any(found != TRAIN for found in splits.values())
-    strange = next((file for file in pictures if above.get(file) not in splits), None)
+    strange = next((file for file in images if above.get(file) not in splits), None)
     if split == ALL or not splits or (strange and not held):
         if split not in (None, TRAIN, ALL):
             raise DataError(f"{folder} has no split {split!r}", "leave out split: its folders are classes")
         return [(folder / above[file] if above.get(file) in splits and not strange else folder, file)
-                for file in pictures]
+                for file in images]
     if strange:
         raise DataError(f"{folder} has the splits {', '.join(sorted(splits))}, and {strange.relative_to(folder)}, "
                         "whose folder is none", "name the folder of one split, or set split to all where they are "
@@ -143,18 +143,18 @@ def _get_suffix(file: Path) -> str:
 def _list_files(folder: Path) -> list[Path]:
     files = _list_data_files(folder)
     if not files:
-        raise DataError(f"the folder {folder} holds no data file", f"known suffixes: {' '.join(READERS)}; or pictures")
+        raise DataError(f"the folder {folder} holds no data file", f"known suffixes: {' '.join(READERS)}; or images")
     return files
 
 
 def _list_data_files(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.rglob("*")) if file.is_file() and _get_suffix(file)
             and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-            and not file.name.lower().startswith(BESIDE_DATA)]
+            and not file.name.lower().startswith(NOT_DATA)]
 
 
 def _list_idx_files(folder: Path, split: str) -> list[Path]:
-    """IDX files of pictures of a split, or of any: MNIST's own name for the test split is t10k."""
+    """IDX files of images of a split, or of any: MNIST's own name for the test split is t10k."""
     there = [file for file in sorted(folder.iterdir()) if IDX.search(file.name)]
     named = [file for file in there if file.name.startswith((split, "t10k") if split == TEST else split)]
     if there and not named:

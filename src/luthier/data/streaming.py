@@ -46,7 +46,7 @@ class StreamingBatchSource:
                  seed: int = 0, block: int = 4096, use: DatasetSpec = ANY_DATASET) -> None:
         if any(isinstance(change, TextAugmentation | MixupAugmentation) for change in config.augment):
             raise DataError("data.augment: rows that are streamed are neither changed nor copied", "do not stream")
-        self.config, self.tokenizer, self.seed, self.block, self.use = use.fitted(config), tokenizer, seed, block, use
+        self.config, self.tokenizer, self.seed, self.block, self.use = use.adapt_config(config), tokenizer, seed, block, use
         self.known = fit_label_encoder((), use.classes or None, config)
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.tally = RowCounter()
@@ -109,7 +109,7 @@ class StreamingBatchSource:
         reason = explain_no_streaming(example, self.use.classes, self.config)
         if reason:
             raise DataError(f"{example.origin}: such rows cannot be streamed: {reason}", "do not stream")
-        made = encode_with_truncation(example, self.tokenizer, config, self.use.room, self.use.hide)
+        made = encode_with_truncation(example, self.tokenizer, config, self.use.reserved_tokens, self.use.masking)
         if isinstance(made, RejectedRow):
             return made
         found = [encode_labels(example, one, self.known) for one in made[0]]

@@ -40,7 +40,7 @@ EOS_ADDED = (
     "{%- endfor -%}{%- set messages = turns.all -%}")
 """Put before a template that writes no mark at the end of a turn: every assistant's turn then ends with eos."""
 
-SYSTEM_FOLDED = (
+FOLD_SYSTEM = (
     "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user'"
     " and messages[0]['content'] is string and messages[1]['content'] is string -%}"
     "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])]"
@@ -76,7 +76,7 @@ class ChatTemplate:
         source: Jinja, as it is rendered and saved.
         given: whether the tokenizer brought it; else it is the fallback.
         eos_added: whether `EOS_ADDED` was put before it.
-        system_folded: whether `SYSTEM_FOLDED` was put before it.
+        folds_system: whether `SYSTEM_FOLDED` was put before it.
     """
 
     name: str
@@ -84,7 +84,7 @@ class ChatTemplate:
     tokenizer: Tokenizer = field(repr=False, compare=False)
     given: bool = True
     eos_added: bool = False
-    system_folded: bool = False
+    folds_system: bool = False
     known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def render(self, turns: Sequence[Turn], *, tools: Sequence[Turn] = (), generate: bool = False) -> str:
@@ -255,10 +255,10 @@ def _resolve_template(name: str, source: str | None, tokenizer: Tokenizer, eos: 
     """`source` as it is rendered. Cached: probing costs some twenty renderings."""
     found = ChatTemplate(name, source or FALLBACK_TEMPLATE, tokenizer, given=source is not None)
     if found.drops_answered_system:
-        found = ChatTemplate(name, SYSTEM_FOLDED + found.source, tokenizer, found.given, system_folded=True)
+        found = ChatTemplate(name, FOLD_SYSTEM + found.source, tokenizer, found.given, folds_system=True)
     if found.end_of_turn is None and eos:
         ended = ChatTemplate(name, EOS_ADDED + found.source, tokenizer, found.given, eos_added=True,
-                             system_folded=found.system_folded)
+                             folds_system=found.folds_system)
         return ended if ended.end_of_turn is not None else found
     return found
 

@@ -33,9 +33,9 @@ def _compute_probe_outputs(base: Family) -> torch.Tensor:
     """[T] log-probabilities of fixed tokens; [T, H] states for a model without a language-model head."""
     sizes = base.structure.sizes
     if "channels" in sizes:
-        place, forest = torch.arange(2), SegmentTree((1, 1), (-1, -1))  # [2]: one segment per image
+        place, segment_tree = torch.arange(2), SegmentTree((1, 1), (-1, -1))  # [2]: one segment per image
         shape = (2, sizes["channels"], sizes["height"], sizes["width"])
-        inputs = Inputs(place, place * 0, forest, torch.linspace(-1, 1, math.prod(shape)).view(shape))
+        inputs = Inputs(place, place * 0, segment_tree, torch.linspace(-1, 1, math.prod(shape)).view(shape))
         target = LossInputs(place, place, torch.ones(2), 2)
     else:
         half = PROBE // 2  # a source segment and its target segment

@@ -125,7 +125,7 @@ class AdapterManager:
 
     def with_adapters(self, inputs: Inputs, names: Sequence[str | None]) -> Inputs:
         """`inputs` with each segment routed through the adapter of its name, or through none."""
-        return replace(inputs, forest=replace(inputs.forest, adapters=self.resolve_indices(names)))
+        return replace(inputs, segment_tree=replace(inputs.segment_tree, adapters=self.resolve_indices(names)))
 
     @contextmanager
     def route(self, dim: int, places: Sequence[int]) -> Iterator[None]:

@@ -14,17 +14,18 @@ from luthier.core.protocols import Router
 from luthier.core.types import SegmentTree
 
 
-def route_segments(router: Router | None, forest: SegmentTree, packed: bool) -> AbstractContextManager[None]:
-    """A context in which every segment uses its own adapter (`forest.adapters`); without any, nothing changes. Raises
-    `RunError` without a router, or if a padded row would need two adapters."""
-    chosen = forest.adapters
+def route_segments(router: Router | None, segment_tree: SegmentTree, packed: bool) -> AbstractContextManager[None]:
+    """A context in which every segment uses its own adapter (`segment_tree.adapters`); without any, nothing changes.
+    Raises `RunError` without a router, or if a padded row would need two adapters."""
+    chosen = segment_tree.adapters
     if not chosen:
         return nullcontext()
-    assert len(chosen) == len(forest.lengths), (len(chosen), len(forest.lengths))
+    assert len(chosen) == len(segment_tree.lengths), (len(chosen), len(segment_tree.lengths))
     if packed:
-        return route_indices(router, 1, [a for a, n in zip(chosen, forest.lengths, strict=True) for _ in range(n)])
-    parents = set(forest.parents)
-    rows = [{chosen[a] for a in forest.find_path(i)} for i in range(len(chosen)) if i not in parents]
+        return route_indices(router, 1, [a for a, n in zip(chosen, segment_tree.lengths, strict=True)
+                                         for _ in range(n)])
+    parents = set(segment_tree.parents)
+    rows = [{chosen[a] for a in segment_tree.find_path(i)} for i in range(len(chosen)) if i not in parents]
     if any(len(row) > 1 for row in rows):
         raise RunError("a segment has a different adapter than its parent, and this base computes every document as "
                        "one padded row", "use one adapter for each document")

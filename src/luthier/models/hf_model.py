@@ -139,12 +139,12 @@ class HFModel:
         return replace(self._outputs(inputs, target, needs - {"token_scores"}), token_scores=values)
 
     def _outputs(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
-        return self.heads.compute_outputs(self.states(inputs), inputs.forest, target, needs, self.pooling,
+        return self.heads.compute_outputs(self.states(inputs), inputs.segment_tree, target, needs, self.pooling,
                                           self._log_probs)
 
     def states(self, inputs: Inputs) -> Tensor:
         """[T, D] The row's last hidden states."""
-        with route_segments(self.router, inputs.forest, self.layout == "packed"):
+        with route_segments(self.router, inputs.segment_tree, self.layout == "packed"):
             return self._states(inputs)
 
     def _states(self, inputs: Inputs) -> Tensor:
@@ -252,21 +252,22 @@ class PackedHFModel(HFModel):
         # instead of the segment tree raises an error.
         placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
         columns = {name: column[None] for name, column in self._build_arguments(inputs).items()}
-        result = self.structure.backbone(**columns, attention_mask=placeholder, forest=inputs.forest, **self.options)
+        result = self.structure.backbone(**columns, attention_mask=placeholder, segment_tree=inputs.segment_tree,
+                                         **self.options)
         return result.last_hidden_state[0]  # [T, D]
 
     def _run_padded(self, inputs: Inputs) -> Tensor:
         """Every leaf with all its ancestors as one padded row; shared prompts are computed several times."""
-        runs, locate = list_leaf_paths(inputs.forest)
+        runs, locate = list_leaf_paths(inputs.segment_tree)
         device = inputs.tokens.device
-        mask = to_device(self._build_mask(inputs.forest, runs), device)
+        mask = to_device(self._build_mask(inputs.segment_tree, runs), device)
         runs = [to_device(run, device) for run in runs]
         columns = {name: pad_sequence([column[run] for run in runs], batch_first=True)
                    for name, column in self._build_arguments(inputs).items()}
         result = self.structure.backbone(**columns, attention_mask=mask, **self.options)
         return result.last_hidden_state.flatten(0, 1)[to_device(locate(mask.shape[-1]), device)]  # [T, D]
 
-    def _build_mask(self, forest: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
+    def _build_mask(self, segment_tree: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
         """The mask of the padded rows: [rows, L], or [rows, 1, L, L] for each query and key."""
         return pad_sequence([torch.ones_like(run) for run in runs], batch_first=True)
 
@@ -283,7 +284,8 @@ class PackedHFModel(HFModel):
         except LuthierError:
             raise
         except TypeError as error:
-            if "forest" not in str(error):  # not the unsupported argument, but a defect in this package or a kernel
+            # not the unsupported argument, but a defect in this package or a kernel
+            if "segment_tree" not in str(error):
                 raise
             return self._fall_back_to_padded("it passes no arguments to its attention")
         except (RuntimeError, ValueError, AttributeError) as error:  # the model used the empty mask
@@ -302,16 +304,16 @@ class PackedHFModel(HFModel):
         return "padded"
 
 
-def list_leaf_paths(forest: SegmentTree) -> tuple[list[Tensor], Callable[[int], Tensor]]:
+def list_leaf_paths(segment_tree: SegmentTree) -> tuple[list[Tensor], Callable[[int], Tensor]]:
     """For each leaf the row indices of its path [L_i], and a function that maps each token [T] to its position in the
     padded rows of a given width (the first one, if several paths contain it)."""
-    parents = set(forest.parents)
-    starts = forest.starts
-    spans = [torch.arange(start, start + n) for start, n in zip(starts, forest.lengths, strict=True)]
-    runs = [torch.cat([spans[a] for a in forest.find_path(i)]) for i in range(len(spans)) if i not in parents]
+    parents = set(segment_tree.parents)
+    starts = segment_tree.starts
+    spans = [torch.arange(start, start + n) for start, n in zip(starts, segment_tree.lengths, strict=True)]
+    runs = [torch.cat([spans[a] for a in segment_tree.find_path(i)]) for i in range(len(spans)) if i not in parents]
 
     def locate(width: int) -> Tensor:
-        positions = torch.full((sum(forest.lengths),), -1)  # [T]
+        positions = torch.full((sum(segment_tree.lengths),), -1)  # [T]
         for row, run in reversed(list(enumerate(runs))):
             positions[run] = torch.arange(len(run)) + row * width
         return positions

@@ -108,7 +108,7 @@ class TaskHeads:
             scores: Tensor = module(states.to(next(module.parameters()).dtype))
         return scores
 
-    def compute_outputs(self, row: Tensor, forest: SegmentTree, target: LossInputs, needs: frozenset[str],
+    def compute_outputs(self, row: Tensor, segment_tree: SegmentTree, target: LossInputs, needs: frozenset[str],
                         pooling: Pooling,
                 log_probs: Callable[[Tensor, Tensor, bool, float], tuple[Tensor, Tensor, Tensor | None]]) -> Outputs:
         """The outputs in `needs` from a row of states.
@@ -128,24 +128,25 @@ class TaskHeads:
             if "token_scores" in needs:
                 made["token_scores"] = self._compute_scores("token", states)
         if "pooled" in needs:
-            made["pooled"] = pool_states(row, forest, target.labeled_segments, pooling)
+            made["pooled"] = pool_states(row, segment_tree, target.labeled_segments, pooling)
         if "scores" in needs:
             own = pooling if self.task_head is None else cast(Pooling, self.task_head.pooling)
-            made["scores"] = self._compute_scores("item", pool_states(row, forest, target.labeled_segments, own))
+            made["scores"] = self._compute_scores("item", pool_states(row, segment_tree, target.labeled_segments, own))
         return Outputs(**{name: value for name, value in made.items() if name in needs or name == "scalars"})
 
 
-def pool_states(row: Tensor, forest: SegmentTree, items: Tensor, how: Pooling) -> Tensor:
+def pool_states(row: Tensor, segment_tree: SegmentTree, items: Tensor, how: Pooling) -> Tensor:
     """[A, D] One state for each item: that of its last token, of its root's first token, or the mean over its path."""
-    starts, lengths = (to_device(torch.tensor(x), row.device) for x in (forest.starts, forest.lengths))
+    starts, lengths = (to_device(torch.tensor(x), row.device) for x in (segment_tree.starts, segment_tree.lengths))
     if how == "last":
         return row.index_select(0, (starts + lengths - 1)[items])
     if how == "first":
-        roots = to_device(torch.tensor([forest.find_path(i)[0] for i in range(len(forest.lengths))]), row.device)
+        roots = to_device(torch.tensor([segment_tree.find_path(i)[0] for i in range(len(segment_tree.lengths))]),
+                          row.device)
         return row.index_select(0, starts[roots[items]])
     # One product with [A, T] flags, in float32 or wider. `index_add` would use atomic additions on a GPU: in the row's
     # dtype, and in a different order in every run.
-    segment, _, related = (to_device(x, row.device) for x in describe_segments(forest))
+    segment, _, related = (to_device(x, row.device) for x in describe_segments(segment_tree))
     wide = torch.promote_types(row.dtype, torch.float32)
     counts = related[items].index_select(1, segment).to(wide)  # [A, T]
     with _without_autocast(row.device):

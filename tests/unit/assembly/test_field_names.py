@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from luthier.assembly import recipe
+from luthier.assembly import build_recipe
 from luthier.assembly.field_names import ACCEPTED, RENAMED
 from luthier.assembly.recipe import Recipe
 from luthier.core.errors import RecipeError
@@ -40,7 +40,7 @@ def test_a_foreign_name_is_answered_with_ours(name: str) -> None:
         pytest.fail(f"{name} is a field here") if section in SECTIONS[:5] else None
         return
     with pytest.raises(RecipeError) as caught:
-        recipe(place(name))
+        build_recipe(place(name))
     assert f"unknown setting {name!r}: use {RENAMED[name]}" in str(caught.value)
 
 
@@ -57,12 +57,12 @@ def test_the_answer_is_a_field(name: str, ours: str) -> None:
 @pytest.mark.parametrize("section", ["training", "optimizer", "model", "evaluate"])
 def test_a_bare_foreign_name_is_answered_in_every_section(section: str) -> None:
     with pytest.raises(RecipeError, match=r"unknown setting '\w+\.lr': use optimizer\.learning_rate"):
-        recipe({"data": "rows.jsonl", section: {"lr": 1e-3}})
+        build_recipe({"data": "rows.jsonl", section: {"lr": 1e-3}})
 
 
 def test_all_faults_come_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        recipe({"data": "rows.jsonl", "base": {"name": "x"}, "training": {"epochs": 2, "batch_size": 0}})
+        build_recipe({"data": "rows.jsonl", "base": {"name": "x"}, "training": {"epochs": 2, "batch_size": 0}})
     for words in ("'base.name': use model.name_or_path", "'training.epochs': use training.num_train_epochs", "training.batch_size"):
         assert words in str(caught.value)
 
@@ -70,21 +70,21 @@ def test_all_faults_come_at_once() -> None:
 @pytest.mark.parametrize(("theirs", "ours"), ACCEPTED.items())
 def test_pefts_names_of_a_lora_are_accepted(theirs: str, ours: str) -> None:
     value = 0.5 if ours == "dropout" else 4
-    wanted = recipe({"data": "rows.jsonl", "method": {"name": "lora", ours: value}})
-    assert recipe({"data": "rows.jsonl", "method": {theirs: value}}) == wanted
-    assert recipe({"data": "rows.jsonl", "method": {ours: 1 if ours != "dropout" else 0.1}}, {f"method.{theirs}": value}) == wanted
-    assert recipe({"data": "rows.jsonl", "method": ["bitfit", {"name": "lora", theirs: value}]}).method == \
-        recipe({"data": "rows.jsonl", "method": ["bitfit", {"name": "lora", ours: value}]}).method
+    wanted = build_recipe({"data": "rows.jsonl", "method": {"name": "lora", ours: value}})
+    assert build_recipe({"data": "rows.jsonl", "method": {theirs: value}}) == wanted
+    assert build_recipe({"data": "rows.jsonl", "method": {ours: 1 if ours != "dropout" else 0.1}}, {f"method.{theirs}": value}) == wanted
+    assert build_recipe({"data": "rows.jsonl", "method": ["bitfit", {"name": "lora", theirs: value}]}).method == \
+        build_recipe({"data": "rows.jsonl", "method": ["bitfit", {"name": "lora", ours: value}]}).method
     with pytest.raises(RecipeError, match="the same setting"):
-        recipe({"data": "rows.jsonl", "method": {theirs: value, ours: value}})
+        build_recipe({"data": "rows.jsonl", "method": {theirs: value, ours: value}})
 
 
 def test_the_warm_up_is_a_ratio_or_a_number_of_steps() -> None:
     assert OptimizerConfig().count_warmup_steps(100) == 3
     assert OptimizerConfig(warmup_ratio=0.1).count_warmup_steps(50) == 5
-    saved = recipe({"data": "rows.jsonl", "optimizer": {"warmup_steps": 7}})
+    saved = build_recipe({"data": "rows.jsonl", "optimizer": {"warmup_steps": 7}})
     assert saved.optimizer.count_warmup_steps(50) == 7
-    assert recipe(saved) == saved  # a saved recipe holds both fields
+    assert build_recipe(saved) == saved  # a saved recipe holds both fields
     for given in ({"warmup_ratio": 0.1, "warmup_steps": 7}, {"warmup_ratio": None}):
         with pytest.raises(RecipeError, match="warmup_ratio and warmup_steps are both"):
-            recipe({"data": "rows.jsonl", "optimizer": given})
+            build_recipe({"data": "rows.jsonl", "optimizer": given})

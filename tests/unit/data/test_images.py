@@ -143,15 +143,15 @@ def test_changes_of_labelled_pictures_are_for_training_alone(mnist) -> None:
 def test_crops_keep_the_size_and_noise_its_strength() -> None:
     chance = np.random.default_rng(0)
     ramp = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
-    crop = ImageAugmentation(name="crop", probability=1.0, amount=0.25).picture(ramp, chance)
+    crop = ImageAugmentation(name="crop", probability=1.0, amount=0.25).apply(ramp, chance)
     assert (crop.shape, crop.dtype) == ((64, 64), np.uint8)
     assert (crop[:1] == crop).all()
     assert 31 <= crop.max() - crop.min() < 63  # between a quarter of the area and all of it
     flat = np.full((200, 200, 3), 128, np.uint8)
-    noisy = ImageAugmentation(name="noise", probability=1.0, amount=0.05).picture(flat, chance)
+    noisy = ImageAugmentation(name="noise", probability=1.0, amount=0.05).apply(flat, chance)
     assert abs(noisy.std() - 0.05 * 255) < 0.2
     seldom = ImageAugmentation(name="flip", probability=0.25)
-    assert 200 < sum((seldom.picture(ramp, chance) != ramp).any() for _ in range(1000)) < 300
+    assert 200 < sum((seldom.apply(ramp, chance) != ramp).any() for _ in range(1000)) < 300
 
 
 def test_the_cursor_knows_pictures_apart() -> None:

@@ -51,7 +51,7 @@ def whole(how: Any, text: str = TEXT, tokenizer: Any = None, settings: dict[str,
     tokenizer = tokenizer or (SPANS if how == "spans" else WORDS)
     config = DataConfig.parse({"train": "-", **(settings or {})})
     return encode_example(TextExample(text, Origin("f", 1), weight), tokenizer, DividedConfig.of(config) if how == "spans" else config,
-                          hide=MaskingConfig.of(tokenizer, how, "base", **hide))
+                          masking=MaskingConfig.of(tokenizer, how, "base", **hide))
 
 
 def one(how: Any, *args: Any, **named: Any) -> TokenizedExample:
@@ -265,7 +265,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 def guessed(batches: list[Batch]) -> set[tuple[int, ...]]:
     """Each document of the batches, as it is shown."""
     return {tuple(b.inputs.tokens[start:start + n].tolist()) for b in batches
-            for start, n in zip(b.inputs.forest.starts, b.inputs.forest.lengths, strict=True)}
+            for start, n in zip(b.inputs.segment_tree.starts, b.inputs.segment_tree.lengths, strict=True)}
 
 
 @pytest.mark.parametrize("how", ["words", "spans"])
@@ -276,7 +276,7 @@ def test_every_epoch_hides_anew_and_goes_on_where_it_stood(how: Any, streamed: b
                                **({} if streamed else {"eval": 0.3})})
     config = DividedConfig.of(config) if how == "spans" else config
     hide = MaskingConfig.of(tokenizer, how, "base")
-    found = read_datasets(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), hide=hide)
+    found = read_datasets(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), masking=hide)
 
     def feed(micro: int = 1000) -> Any:
         return (StreamingBatchSource(config, tokenizer, 3, micro, seed=1, use=found.use) if streamed
@@ -295,7 +295,7 @@ def test_every_epoch_hides_anew_and_goes_on_where_it_stood(how: Any, streamed: b
     if not streamed:
         (a,), (b,) = build_eval_batches(found.eval, None), build_eval_batches(found.eval, None)
         assert torch.equal(a.inputs.tokens, b.inputs.tokens)
-        other = read_datasets(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), hide=hide)
+        other = read_datasets(config, tokenizer, seed=0, reads=frozenset({"TextExample"}), masking=hide)
         assert [e.spans for e in other.eval] == [e.spans for e in found.eval]
         part = found.report.parts["train"]
         if how == "words":

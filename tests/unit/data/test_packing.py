@@ -32,11 +32,11 @@ def predictions(batches: list[Batch]) -> Counter:
     found: Counter = Counter()
     for batch in batches:
         inputs, target = batch.inputs, batch.target
-        starts = inputs.forest.starts
+        starts = inputs.segment_tree.starts
         for at, token, weight, item in zip(target.state_index.tolist(), target.token_ids.tolist(), target.weights.tolist(), target.item_of.tolist(), strict=True):
             owner = target.groups.tolist()[item]
             segment = max(i for i, start in enumerate(starts) if start <= at)
-            before = [inputs.tokens[starts[s]:starts[s] + inputs.forest.lengths[s]].tolist() for s in inputs.forest.find_path(segment)[:-1]]
+            before = [inputs.tokens[starts[s]:starts[s] + inputs.segment_tree.lengths[s]].tolist() for s in inputs.segment_tree.find_path(segment)[:-1]]
             before.append(inputs.tokens[starts[segment]:at + 1].tolist())
             found[batch.origins[owner].line, tuple(chain(*before)), token, weight] += 1
     return found
@@ -67,7 +67,7 @@ def test_what_is_predicted_does_not_depend_on_the_rows(examples, max_tokens) -> 
     assert sum(b.target.num_bytes for b in batches) == sum(e.num_bytes for e in examples)
     for batch in batches:
         size = len(batch.inputs.tokens)
-        assert size == sum(batch.inputs.forest.lengths) == len(batch.inputs.positions)
+        assert size == sum(batch.inputs.segment_tree.lengths) == len(batch.inputs.positions)
         assert max_tokens is None or size <= max_tokens or len(batch.origins) == 1
         assert len(batch.origins) == batch.target.num_examples
 
@@ -76,11 +76,11 @@ def test_what_is_predicted_does_not_depend_on_the_rows(examples, max_tokens) -> 
 @given(EXAMPLES, st.integers(1, 60))
 def test_positions_count_on_from_the_parent(examples, max_tokens) -> None:
     for batch in pack_examples(examples, max_tokens):
-        forest = batch.inputs.forest
-        for segment, start in enumerate(forest.starts):
-            depth = sum(forest.lengths[s] for s in forest.find_path(segment)[:-1])
-            got = batch.inputs.positions[start:start + forest.lengths[segment]].tolist()
-            assert got == list(range(depth, depth + forest.lengths[segment]))
+        segment_tree = batch.inputs.segment_tree
+        for segment, start in enumerate(segment_tree.starts):
+            depth = sum(segment_tree.lengths[s] for s in segment_tree.find_path(segment)[:-1])
+            got = batch.inputs.positions[start:start + segment_tree.lengths[segment]].tolist()
+            assert got == list(range(depth, depth + segment_tree.lengths[segment]))
 
 
 def lengths(*sizes: int) -> list[TokenizedExample]:
@@ -117,8 +117,8 @@ def test_one_row_by_hand() -> None:
     row, = pack_examples(examples, None)
     assert row.inputs.tokens.tolist() == [10, 11, 12, 20, 21, 30, 31, 40, 50]
     assert row.inputs.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 2, 3]
-    assert row.inputs.forest.lengths == (3, 2, 2, 1, 1)
-    assert row.inputs.forest.parents == (-1, -1, 1, 1, 3)
+    assert row.inputs.segment_tree.lengths == (3, 2, 2, 1, 1)
+    assert row.inputs.segment_tree.parents == (-1, -1, 1, 1, 3)
     assert row.target.token_ids.tolist() == [11, 12, 30, 31, 40, 50]
     assert row.target.state_index.tolist() == [0, 1, 4, 5, 4, 7]  # each from the token before it, an answer's first from the prompt's last
     assert row.target.weights.tolist() == [2, 3, 4, 5, 6, 7]

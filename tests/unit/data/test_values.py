@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from luthier.assembly import recipe
+from luthier.assembly import build_recipe
 from luthier.core.errors import DataError, RecipeError
 from luthier.core.examples import ClassificationExample, Origin, TokenClassificationExample, UnpairedPreferenceExample
 from luthier.core.labels import collect_label_names, get_label_key, get_label_name, parse_number, sort_labels
@@ -334,8 +334,8 @@ def test_half_stars_many_classes_and_names_are_classes(labels: list[Any], write:
 @pytest.mark.parametrize("objective", ["classify", "contrastive"])
 def test_scores_of_answers_need_rows_that_ask(objective: str) -> None:
     with pytest.raises(RecipeError, match=rf"evaluate.metrics exact: these score generated answers, and the rows of objective '{objective}' ask for none"):
-        recipe(None, {"data.train": "a.jsonl", "objective": objective, "evaluate.metrics": ["exact"]})
-    recipe(None, {"data.train": "a.jsonl", "objective": "sft", "evaluate.metrics": ["exact"]})
+        build_recipe(None, {"data.train": "a.jsonl", "objective": objective, "evaluate.metrics": ["exact"]})
+    build_recipe(None, {"data.train": "a.jsonl", "objective": "sft", "evaluate.metrics": ["exact"]})
 
 
 @pytest.mark.parametrize("silent", ["\u200b", "\ufeff", "\u200d"])

@@ -30,7 +30,7 @@ from luthier.data.row_values import (
 
 Words = tuple[Message, ...] | str
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-SPOKEN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+TURN_MARK = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 def convert_pair(values: Values, origin: Origin) -> Example:
@@ -154,7 +154,7 @@ def _split_last_turn(values: Values) -> tuple[tuple[Message, ...], tuple[Message
 def _read_transcript(raw: Any, column: str) -> tuple[Message, ...]:
     if not isinstance(raw, str):
         return tuple(read_turns(raw, column))
-    opening, *rest = SPOKEN.split(raw)
+    opening, *rest = TURN_MARK.split(raw)
     if opening.strip() or not rest:
         raise InvalidRowError(f"{column} is no transcript",
                               'without a `prompt`, it holds turns of "Human:" and "Assistant:" with blank lines '

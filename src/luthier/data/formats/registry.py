@@ -24,7 +24,7 @@ Columns = Mapping[str, str | int]
 PATIENCE = 100  # rows that fit no format before the whole file is given up
 INSIDE = 4  # columns: a file with fewer and a list of objects among them is a wrapping around its rows
 PAIR = ("chosen", "rejected")
-BESIDE = ("system", "tools", "margin", "weight")  # of answers that are compared
+OPTIONAL_COLUMNS = ("system", "tools", "margin", "weight")  # of answers that are compared
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,16 @@ FormatName = Literal[
     "unpaired_preference", "unpaired_preference_chat", "score", "triplet", "label", "label_pair", "tags", "image",
     "messages", "sharegpt", "alpaca", "completion", "prompt", "text"]
 FORMATS: dict[str, Format] = {  # in order of precedence: a row with `messages` and `prompt` is of the first
-    "sharegpt_pair": Format(("conversations", *PAIR), BESIDE, _name_types("Preference"),
+    "sharegpt_pair": Format(("conversations", *PAIR), OPTIONAL_COLUMNS, _name_types("Preference"),
                             preferences.convert_sharegpt_pair),
-    "pair": Format(("prompt", *PAIR), BESIDE, _name_types("Preference"), preferences.convert_pair),
-    "implicit_prompt_preference": Format(PAIR, BESIDE, _name_types("Preference"), preferences.convert_implicit_prompt),
-    "rejected_response": Format(("messages", "rejected_response"), BESIDE, _name_types("Preference"),
+    "pair": Format(("prompt", *PAIR), OPTIONAL_COLUMNS, _name_types("Preference"), preferences.convert_pair),
+    "implicit_prompt_preference": Format(PAIR, OPTIONAL_COLUMNS, _name_types("Preference"),
+                                         preferences.convert_implicit_prompt),
+    "rejected_response": Format(("messages", "rejected_response"), OPTIONAL_COLUMNS, _name_types("Preference"),
                                 preferences.convert_rejected_response),
-    "openai_pair": Format(("input", "preferred_output", "non_preferred_output"), BESIDE,
+    "openai_pair": Format(("input", "preferred_output", "non_preferred_output"), OPTIONAL_COLUMNS,
                           _name_types("Preference"), preferences.convert_openai_pair),
-    "ranking": Format(("prompt", "answers"), BESIDE, _name_types("Preference"), preferences.convert_ranking),
+    "ranking": Format(("prompt", "answers"), OPTIONAL_COLUMNS, _name_types("Preference"), preferences.convert_ranking),
     "choices": Format(("prompt", "choices", "answer"), ("system", "weight"), _name_types("Preference"),
                       preferences.convert_choices, {"prompt": ("question", "context", "ctx"), "choices": ("endings",),
                                                     "answer": ("answerKey", "label")}),

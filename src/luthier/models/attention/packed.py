@@ -2,8 +2,8 @@
 
 A segment attends causally to itself and to all tokens of its ancestors. If the model's attention is not causal
 (encoders), a segment attends to all of itself as well. The function is registered in Transformers' attention and mask
-registries; a model passes `forest=` with its other keyword arguments to this function. Calls without a segment tree
-(generation, padded batches) use fused attention with the ordinary mask.
+registries; a model passes `segment_tree=` with its other keyword arguments to this function. Calls without a segment
+tree (generation, padded batches) use fused attention with the ordinary mask.
 
 There are three implementations, two fast ones and a slow reference for the tests:
     per segment  fused attention for each segment (CPU, MPS: no wasted work, no mask for roots)
@@ -61,7 +61,7 @@ VirtualKeyValueSource = Callable[[nn.Module, Tensor, Tensor], VirtualKeyValues |
 
 
 def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-              scaling: float | None = None, dropout: float = 0.0, forest: SegmentTree | None = None,
+              scaling: float | None = None, dropout: float = 0.0, segment_tree: SegmentTree | None = None,
               sliding_window: int | None = None, softcap: float | None = None,
               virtual: VirtualKeyValueSource | None = None,
               is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
@@ -74,7 +74,7 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     before = None if virtual is None else virtual(module, key, value)
-    if forest is None:
+    if segment_tree is None:
         causal = causal and attention_mask is None and query.shape[2] > 1
         if before is not None:
             key, value, attention_mask = _prepend_rows(before, key, value, attention_mask,
@@ -84,9 +84,10 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     elif sliding_window is not None and not causal:
         raise NotImplementedError("a bidirectional sliding window is not supported in packed rows")
     elif query.is_cuda and softcap is None and dropout == 0 and before is None and query.shape[-1] >= MIN_FLEX_HEAD_DIM:
-        out = _attend_one_kernel(query, key, value, forest, scale, sliding_window, causal)
+        out = _attend_one_kernel(query, key, value, segment_tree, scale, sliding_window, causal)
     else:
-        out = _attend_per_segment(query, key, value, forest, scale, dropout, sliding_window, softcap, causal, before)
+        out = _attend_per_segment(query, key, value, segment_tree, scale, dropout, sliding_window, softcap, causal,
+                                  before)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -139,16 +140,17 @@ def _index_pairs(assignment: tuple[int, ...], sizes: tuple[int, ...], device: to
     return index.to(device), seen.to(device)
 
 
-def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, scale: float, dropout: float,
+def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, segment_tree: SegmentTree, scale: float,
+                        dropout: float,
                  window: int | None, softcap: float | None, causal: bool,
                  before: VirtualKeyValues | None = None) -> Tensor:
     if causal and before is None:  # virtual keys are assigned by segment index
-        forest = _split_long_segments(forest)
+        segment_tree = _split_long_segments(segment_tree)
     # `split`, not slices: its backward is one concatenation; that of each slice would allocate a full row of zeros.
-    queries, keys, values = (x.split(forest.lengths, dim=2) for x in (query, key, value))
+    queries, keys, values = (x.split(segment_tree.lengths, dim=2) for x in (query, key, value))
     outs = []
     for i, q in enumerate(queries):
-        path = forest.find_path(i)
+        path = segment_tree.find_path(i)
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
                                                            torch.cat([values[a] for a in path], 2))
         mask = _causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
@@ -161,13 +163,13 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, forest: Segme
 
 
 @lru_cache(maxsize=64)  # all layers of a row use the same tree
-def _split_long_segments(forest: SegmentTree) -> SegmentTree:
+def _split_long_segments(segment_tree: SegmentTree) -> SegmentTree:
     """The segment tree with long segments split into chains of shorter ones, which attend to the same tokens. The fused
     kernel computes the whole square of a causal segment and discards half of it; a chain avoids most of that work."""
     lengths: list[int] = []
     parents: list[int] = []
     ends: list[int] = []  # of each segment, the index of its chain's last link
-    for length, parent in zip(forest.lengths, forest.parents, strict=True):
+    for length, parent in zip(segment_tree.lengths, segment_tree.parents, strict=True):
         links = max(1, round(length / CHAIN_LENGTH))
         for link in range(links):
             parents.append(len(lengths) - 1 if link else ends[parent] if parent >= 0 else -1)
@@ -205,13 +207,14 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return F.dropout(weights, dropout) @ v
 
 
-def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: SegmentTree, scale: float, window: int | None,
+def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, segment_tree: SegmentTree, scale: float,
+                       window: int | None,
                 causal: bool) -> Tensor:
     varlen_attn = _get_varlen_attention()
-    if (varlen_attn is not None and forest.is_flat and query.dtype in (torch.bfloat16, torch.float16)
+    if (varlen_attn is not None and segment_tree.is_flat and query.dtype in (torch.bfloat16, torch.float16)
             and _has_flash(query.device)):
-        bounds = _cumulative_lengths(forest.lengths, query.device)
-        longest = max(forest.lengths)
+        bounds = _cumulative_lengths(segment_tree.lengths, query.device)
+        longest = max(segment_tree.lengths)
         repeat = query.shape[1] // key.shape[1]
         k, v = (x if repeat == 1 else x.repeat_interleave(repeat, dim=1) for x in (key, value))
         q, k, v = (x[0].transpose(0, 1) for x in (query, k, v))
@@ -222,7 +225,7 @@ def _attend_one_kernel(query: Tensor, key: Tensor, value: Tensor, forest: Segmen
         return out.transpose(0, 1)[None]
     from torch.nn.attention.flex_attention import flex_attention
     compiled = _compile_flex(flex_attention)
-    mask = _block_mask(forest, window, causal, query.device)
+    mask = _block_mask(segment_tree, window, causal, query.device)
     return compiled(query, key, value, block_mask=mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
 
 
@@ -257,9 +260,9 @@ def _cumulative_lengths(lengths: tuple[int, ...], device: torch.device) -> Tenso
 
 
 @lru_cache(maxsize=4)
-def _block_mask(forest: SegmentTree, window: int | None, causal: bool, device: torch.device) -> Any:
+def _block_mask(segment_tree: SegmentTree, window: int | None, causal: bool, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
-    segment, place, related = (to_device(x, device) for x in describe_segments(forest))
+    segment, place, related = (to_device(x, device) for x in describe_segments(segment_tree))
 
     def sees(_b: Tensor, _h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         kept = related[segment[q], segment[k]]
@@ -271,18 +274,19 @@ def _block_mask(forest: SegmentTree, window: int | None, causal: bool, device: t
     return create_block_mask(sees, None, None, total, total, device=device)
 
 
-def describe_segments(forest: SegmentTree) -> tuple[Tensor, Tensor, Tensor]:
+def describe_segments(segment_tree: SegmentTree) -> tuple[Tensor, Tensor, Tensor]:
     """A segment tree as tensors: [T] each token's segment, [T] its position in its document, [S, S] whether segment i
     attends to segment j."""
-    count = len(forest.lengths)
+    count = len(segment_tree.lengths)
     related = torch.zeros(count, count, dtype=torch.bool)
     offsets = [0] * count
     for i in range(count):
-        path = forest.find_path(i)
+        path = segment_tree.find_path(i)
         related[i, list(path)] = True
-        offsets[i] = sum(forest.lengths[a] for a in path[:-1])
-    segment = torch.repeat_interleave(torch.arange(count), torch.tensor(forest.lengths))
-    place = torch.cat([torch.arange(offset, offset + n) for offset, n in zip(offsets, forest.lengths, strict=True)])
+        offsets[i] = sum(segment_tree.lengths[a] for a in path[:-1])
+    segment = torch.repeat_interleave(torch.arange(count), torch.tensor(segment_tree.lengths))
+    place = torch.cat([torch.arange(offset, offset + n) for offset,
+                       n in zip(offsets, segment_tree.lengths, strict=True)])
     return segment, place, related
 
 

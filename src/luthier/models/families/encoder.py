@@ -66,14 +66,14 @@ class Encoder(PackedHFModel):
     def _build_columns(self, inputs: Inputs) -> dict[str, Tensor]:
         columns = {"input_ids": inputs.tokens, "position_ids": inputs.positions + self._offset}
         if self._separator is not None:
-            columns["token_type_ids"] = compute_token_types(inputs.tokens, inputs.forest, self._separator)
+            columns["token_type_ids"] = compute_token_types(inputs.tokens, inputs.segment_tree, self._separator)
         return columns
 
-    def _build_mask(self, forest: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
-        if forest.is_flat:
-            return super()._build_mask(forest, runs)
+    def _build_mask(self, segment_tree: SegmentTree, runs: Sequence[Tensor]) -> Tensor:
+        if segment_tree.is_flat:
+            return super()._build_mask(segment_tree, runs)
         # An ancestor does not attend to its descendants, although they share a padded row.
-        segment, _, related = describe_segments(forest)
+        segment, _, related = describe_segments(segment_tree)
         rows = pad_sequence([segment[run] for run in runs], batch_first=True, padding_value=-1)
         sees = related[rows[:, :, None], rows[:, None, :]] & (rows >= 0)[:, None, :]
         return (sees | torch.eye(rows.shape[1], dtype=torch.bool))[:, None]
@@ -113,15 +113,15 @@ class Encoder(PackedHFModel):
             write_sentence_files(path, self.structure.sizes["hidden"], self.pooling)
 
 
-def compute_token_types(tokens: Tensor, forest: SegmentTree, separator: int) -> Tensor:
+def compute_token_types(tokens: Tensor, segment_tree: SegmentTree, separator: int) -> Tensor:
     """[T] 1 for tokens after the first separator of their document, 0 for the others: `[CLS] a [SEP]` has type 0, a
     second text and its own `[SEP]` type 1. A `[SEP]` inside a text counts like any other."""
     found = (tokens == separator).long()
-    owner, _, related = (to_device(x, tokens.device) for x in describe_segments(forest))
-    own = found.new_zeros(len(forest.lengths)).index_add(0, owner, found)
+    owner, _, related = (to_device(x, tokens.device) for x in describe_segments(segment_tree))
+    own = found.new_zeros(len(segment_tree.lengths)).index_add(0, owner, found)
     # [T] separators before the token in its own segment
     before = found.cumsum(0) - found - (own.cumsum(0) - own)[owner]
-    if not forest.is_flat:
+    if not segment_tree.is_flat:
         before = before + ((related * own).sum(1) - own)[owner]
     return (before > 0).long()
 

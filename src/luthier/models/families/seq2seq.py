@@ -81,7 +81,7 @@ class Seq2Seq(HFModel):
     def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
         """Raises RuntimeError if a token of a source is to be predicted: the encoder attends to all of it."""
         if needs & LOG_PROBS:
-            torch._assert_async(_is_decoder_token(inputs.forest).to(self.device)[target.state_index].all(),
+            torch._assert_async(_is_decoder_token(inputs.segment_tree).to(self.device)[target.state_index].all(),
                                 "tokens of a source cannot be predicted")
         return super().forward(inputs, target, needs)
 
@@ -98,28 +98,30 @@ class Seq2Seq(HFModel):
         recompute = self._recompute_over is not None and inputs.tokens.shape[0] > self._recompute_over
         for block in self.structure.layers:
             block.module.gradient_checkpointing = recompute and torch.is_grad_enabled()  # type: ignore[assignment]
-        forest = inputs.forest
-        spans = [torch.arange(start, start + n) for start, n in zip(forest.starts, forest.lengths, strict=True)]
+        segment_tree = inputs.segment_tree
+        spans = [torch.arange(start, start + n) for start, n in zip(segment_tree.starts, segment_tree.lengths,
+                                                                    strict=True)]
         home = torch.zeros(inputs.tokens.shape[0], dtype=torch.int64)  # [T] each token's index among all N states
-        read, memory = self._run_encoder(inputs, forest, spans, home)
-        written = self._run_decoder(inputs.tokens, forest, spans, read, memory, home)
+        read, memory = self._run_encoder(inputs, segment_tree, spans, home)
+        written = self._run_decoder(inputs.tokens, segment_tree, spans, read, memory, home)
         return torch.cat([read, written]).index_select(0, home.to(read.device))
 
-    def _run_encoder(self, inputs: Inputs, forest: SegmentTree, spans: list[Tensor],
+    def _run_encoder(self, inputs: Inputs, segment_tree: SegmentTree, spans: list[Tensor],
               home: Tensor) -> tuple[Tensor, dict[int, Tensor]]:
         """[N, D] The encoder's states of all sources, with padding; each token's index is written to `home`. And for
         each source the indices that the decoder attends to: those of virtual tokens and of its own tokens."""
         found, before, tokens = [], 0, inputs.tokens
         embeds = mix_embeddings(self.model.get_input_embeddings(), inputs)
         memory: dict[int, Tensor] = {}
-        roots = [i for i, parent in enumerate(forest.parents) if parent < 0]
-        for group in self._group_rows(roots, [forest.lengths[i] for i in roots], forest.adapters,
+        roots = [i for i, parent in enumerate(segment_tree.parents) if parent < 0]
+        for group in self._group_rows(roots, [segment_tree.lengths[i] for i in roots], segment_tree.adapters,
                                       {i: i for i in roots}):
             rows = pad_sequence([spans[i] for i in group], batch_first=True, padding_value=-1)
             seen = rows >= 0
             places, mask = rows.to(tokens.device).clamp(min=0), seen.to(tokens.device).long()
             given = {"input_ids": tokens[places]} if embeds is None else {"inputs_embeds": embeds[places]}
-            with route_indices(self.router, 0, [forest.adapters[i] for i in group] if forest.adapters else ()):
+            with route_indices(self.router, 0, [segment_tree.adapters[i] for i in group] if segment_tree.adapters
+                               else ()):
                 states = self.encoder(**given, attention_mask=mask).last_hidden_state
             virtual = states.shape[1] - rows.shape[1]
             places = before + torch.arange(states.shape[0] * states.shape[1]).view(states.shape[:2])
@@ -139,23 +141,23 @@ class Seq2Seq(HFModel):
             parted.setdefault(owner[name], []).append((name, size))
         return [group for part in parted.values() for group in _group_by_length(*zip(*part, strict=True))]
 
-    def _run_decoder(self, tokens: Tensor, forest: SegmentTree, spans: list[Tensor], read: Tensor,
+    def _run_decoder(self, tokens: Tensor, segment_tree: SegmentTree, spans: list[Tensor], read: Tensor,
                      memories: dict[int, Tensor],
                  home: Tensor) -> Tensor:
         """[N, D] The decoder's states of every path from a root to a leaf; indices in `home` continue after `read`.
 
         Tokens that several paths share are computed in each path; `home` refers to the first one.
         """
-        inner = set(forest.parents)
-        paths = {i: forest.find_path(i) for i in range(len(spans)) if i not in inner}
+        inner = set(segment_tree.parents)
+        paths = {i: segment_tree.find_path(i) for i in range(len(spans)) if i not in inner}
         sources = {i: memories[path[0]] for i, path in paths.items()}
-        owner = {i: _get_adapter(forest, path) for i, path in paths.items()} if forest.adapters else {}
+        owner = {i: _get_adapter(segment_tree, path) for i, path in paths.items()} if segment_tree.adapters else {}
         # The start token takes the position of the root's last token.
         answers = {i: torch.cat([spans[path[0]][-1:], *(spans[a] for a in path[1:])]) for i, path in paths.items()}
         found, before = [], read.shape[0]
         fresh = torch.ones_like(home, dtype=torch.bool)
         sizes = [len(answers[i]) + len(sources[i]) for i in paths]
-        for group in self._group_rows([*paths], sizes, forest.adapters, owner):
+        for group in self._group_rows([*paths], sizes, segment_tree.adapters, owner):
             rows = pad_sequence([answers[i] for i in group], batch_first=True, padding_value=-1)
             for line, i in enumerate(group):
                 new = fresh[answers[i]]
@@ -165,7 +167,7 @@ class Seq2Seq(HFModel):
             memory = pad_sequence([sources[i] for i in group], batch_first=True, padding_value=-1).to(tokens.device)
             given = tokens[rows.to(tokens.device).clamp(min=0)]
             given[:, 0] = self.start
-            with route_indices(self.router, 0, [owner[i] for i in group] if forest.adapters else ()):
+            with route_indices(self.router, 0, [owner[i] for i in group] if segment_tree.adapters else ()):
                 # Padding follows all tokens, so a causal decoder needs no mask for it.
                 states = self.decoder(input_ids=given, use_cache=False, encoder_attention_mask=(memory >= 0).long(),
                                       encoder_hidden_states=_gather_rows(read, memory.clamp(min=0))).last_hidden_state
@@ -311,18 +313,18 @@ def _find_start_token(model: Any) -> int:
 # ---------------------------------------------------------------- rows
 
 
-def _is_decoder_token(forest: SegmentTree) -> Tensor:
+def _is_decoder_token(segment_tree: SegmentTree) -> Tensor:
     """[T] bool: whether the token has a state of the decoder."""
-    root = torch.tensor([parent < 0 for parent in forest.parents])
-    lengths = torch.tensor(forest.lengths)
+    root = torch.tensor([parent < 0 for parent in segment_tree.parents])
+    lengths = torch.tensor(segment_tree.lengths)
     found = ~root.repeat_interleave(lengths)
     found[lengths.cumsum(0) - 1] = True
     return found
 
 
-def _get_adapter(forest: SegmentTree, path: Sequence[int]) -> int:
+def _get_adapter(segment_tree: SegmentTree, path: Sequence[int]) -> int:
     """The adapter of a row of the decoder. Its source may have another one."""
-    found = {forest.adapters[i] for i in path[1:] or path}
+    found = {segment_tree.adapters[i] for i in path[1:] or path}
     if len(found) > 1:
         raise RunError("a segment has a different adapter than its parent, and this base computes every target as one "
                        "padded row", "use one adapter for each target")

@@ -57,7 +57,7 @@ class Vision(HFModel):
         self.structure = replace(self.structure, injector=self._injector)
 
     def states(self, inputs: Inputs) -> Tensor:
-        adapters = inputs.forest.adapters
+        adapters = inputs.segment_tree.adapters
         if len(set(adapters)) < 2 or not self._injector.injections:
             return super().states(inputs)
         # Virtual tokens are inserted into every image of a batch, so each adapter's images are a batch of their own.
@@ -68,12 +68,12 @@ class Vision(HFModel):
             rows = (owner == adapter).nonzero()[:, 0].to(self.device)
             part = SegmentTree((1,) * len(rows), (-1,) * len(rows), (adapter,) * len(rows))
             found.append(super().states(replace(inputs, tokens=inputs.tokens[rows], positions=inputs.positions[rows],
-                                                forest=part, images=inputs.images[rows])))
+                                                segment_tree=part, images=inputs.images[rows])))
         return torch.cat(found)[order.argsort().to(self.device)]
 
     def _run(self, inputs: Inputs) -> Tensor:
         assert inputs.images is not None, "a vision base needs images"
-        assert inputs.images.shape[0] == inputs.tokens.shape[0] == len(inputs.forest.lengths), "one token each"
+        assert inputs.images.shape[0] == inputs.tokens.shape[0] == len(inputs.segment_tree.lengths), "one token each"
         return self._run_images(inputs.images)[:, 0]
 
     def _run_images(self, images: Tensor) -> Tensor:

@@ -212,7 +212,7 @@ class CausalInjector:
         kwargs = {**dict(zip(self._names, args, strict=False)), **kwargs}
         cache, mask, (rows, width) = kwargs.get("past_key_values"), kwargs.get("attention_mask"), _get_shape(kwargs)
         seen = cache.get_seq_length() if cache is not None else 0
-        plan = plan_injections(self.injections, kwargs.get("forest"), rows)
+        plan = plan_injections(self.injections, kwargs.get("segment_tree"), rows)
         # Virtual tokens in the cache that the caller's mask does not include; their rows may have left the batch since.
         held = max(seen + width - mask.shape[1], 0) if seen and isinstance(mask, Tensor) and mask.ndim == 2 else 0
         if plan is None and not held:
@@ -220,7 +220,7 @@ class CausalInjector:
         plan = plan or InjectionPlan(((),), (0,) * rows)
         before, behind = plan.count_tokens("prompt"), plan.count_tokens("prefix")
         places = max(held, *before)
-        uneven = kwargs.get("forest") is None and {*before, places} != {places}
+        uneven = kwargs.get("segment_tree") is None and {*before, places} != {places}
         if uneven and cache is not None and mask is None:
             raise RunError("rows with different virtual tokens have different lengths, so calls with a cache need a "
                            "mask",
@@ -237,11 +237,11 @@ class CausalInjector:
             kwargs = {**kwargs, "attention_mask": self._extend_mask(mask, layout)}
         elif places and not seen:
             kwargs, layout = self._insert_prompts(kwargs, plan)
-        owners = plan.assignment if layout is None or layout.forest is None else layout.assignment
+        owners = plan.assignment if layout is None or layout.segment_tree is None else layout.assignment
         pairs, assignment = self._compute_pairs(plan, owners)
         carried = InjectedKeyValues(pairs, assignment, None if seen or layout is None else layout.own_index)
-        if layout is not None and layout.forest is not None:  # other parts of these adapters see the longer row
-            carried.open.enter_context(route_segments(self._router(), layout.forest, packed=True))
+        if layout is not None and layout.segment_tree is not None:  # other parts of these adapters see the longer row
+            carried.open.enter_context(route_segments(self._router(), layout.segment_tree, packed=True))
         return (), {**kwargs, "virtual": carried}
 
     def _after_forward(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -274,11 +274,11 @@ class CausalInjector:
 
     def _check_length(self, kwargs: dict[str, Any], plan: InjectionPlan) -> None:
         """Raise `BaseError` if a text and its virtual tokens exceed the context."""
-        forest, mask, (rows, width) = kwargs.get("forest"), kwargs.get("attention_mask"), _get_shape(kwargs)
+        segment_tree, mask, (rows, width) = kwargs.get("segment_tree"), kwargs.get("attention_mask"), _get_shape(kwargs)
         extra = [plan.count_tokens_at(i) for i in range(len(plan.assignment))]
         widths = [width] * rows
-        if forest is not None:
-            widths = _path_lengths(forest)
+        if segment_tree is not None:
+            widths = _path_lengths(segment_tree)
         elif width + max(extra) > self._context and isinstance(mask, Tensor) and mask.ndim == 2:
             widths = mask.sum(1).tolist()  # of rows without their padding
         width, n = max(zip(widths, extra, strict=True), key=sum)
@@ -290,13 +290,14 @@ class CausalInjector:
     def _shift_positions(self, kwargs: dict[str, Any], by: Sequence[int], seen: int) -> dict[str, Any]:
         """The call with shifted positions of every segment or row; without position ids, they begin at `seen`."""
         rows, width = _get_shape(kwargs)
-        positions, forest = kwargs.get("position_ids"), kwargs.get("forest")
+        positions, segment_tree = kwargs.get("position_ids"), kwargs.get("segment_tree")
         if positions is None:
             start = self._first + seen
             positions = torch.arange(start, start + width, device=self._device).expand(rows, -1)
         if len(set(by)) == 1:
             return {**kwargs, "position_ids": positions + by[0]}
-        further = torch.tensor(by)[:, None] if forest is None else repeat_per_token(by, forest.lengths)[None]
+        further = torch.tensor(by)[:, None] if segment_tree is None else repeat_per_token(by,
+                                                                                          segment_tree.lengths)[None]
         return {**kwargs, "position_ids": positions + further.to(self._device, non_blocking=True)}
 
     def _insert_prompts(self, kwargs: dict[str, Any], plan: InjectionPlan) -> tuple[dict[str, Any], VirtualTokenLayout]:
@@ -304,10 +305,10 @@ class CausalInjector:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = self._embedding(kwargs["input_ids"])
-        forest, mask, sizes = kwargs.get("forest"), kwargs.get("attention_mask"), plan.count_tokens("prompt")
+        segment_tree, mask, sizes = kwargs.get("segment_tree"), kwargs.get("attention_mask"), plan.count_tokens("prompt")
         layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment)
-                  if forest is None else
-                  layout_packed(forest, sizes, plan.assignment, self._both_ways, embeds.device))
+                  if segment_tree is None else
+                  layout_packed(segment_tree, sizes, plan.assignment, self._both_ways, embeds.device))
         computed = compute_injected(plan, "prompt")
         virtual = torch.cat([computed[injection] for combination in plan.combinations for injection in combination
                              if injection in computed])
@@ -318,8 +319,8 @@ class CausalInjector:
                 kwargs[name] = column.expand(embeds.shape[:2]).gather(1, layout.template)
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + layout.position_shift
-        if forest is not None:
-            return {**kwargs, "forest": layout.forest}, layout
+        if segment_tree is not None:
+            return {**kwargs, "segment_tree": layout.segment_tree}, layout
         return {**kwargs, "attention_mask": self._extend_mask(mask, layout)}, layout
 
     def _extend_mask(self, mask: Any, layout: VirtualTokenLayout) -> Tensor | None:
@@ -358,10 +359,10 @@ def _get_shape(kwargs: dict[str, Any]) -> torch.Size:
     return shape
 
 
-def _path_lengths(forest: SegmentTree) -> list[int]:
+def _path_lengths(segment_tree: SegmentTree) -> list[int]:
     """The number of tokens of each segment's path."""
     depths: list[int] = []
-    for size, parent in zip(forest.lengths, forest.parents, strict=True):
+    for size, parent in zip(segment_tree.lengths, segment_tree.parents, strict=True):
         depths.append(size + (depths[parent] if parent >= 0 else 0))
     return depths
 

@@ -55,18 +55,21 @@ class InjectionPlan:
         return sum(injection.num_tokens for injection in self.combinations[self.assignment[i]])
 
 
-def plan_injections(injections: Sequence[Injection], forest: SegmentTree | None, rows: int) -> InjectionPlan | None:
+def plan_injections(injections: Sequence[Injection], segment_tree: SegmentTree | None,
+                    rows: int) -> InjectionPlan | None:
     """The combinations of all segments of the tree, or of all rows; None if no injection is active. Raises
     `RunError` if a segment has different virtual tokens than its parent."""
     acting = [injection for injection in injections if _is_enabled(injection.gate)]
     if not acting:
         return None
-    places = range(rows) if forest is None else forest.starts
+    places = range(rows) if segment_tree is None else segment_tree.starts
     found: list[tuple[Injection, ...]] = [()] * len(places)
     for injection in acting:
-        for i in _list_targets(injection.gate, places, (0, rows) if forest is None else (1, sum(forest.lengths))):
+        for i in _list_targets(injection.gate, places, (0, rows) if segment_tree is None
+                               else (1, sum(segment_tree.lengths))):
             found[i] = (*found[i], injection)
-    if forest is not None and any(p >= 0 and found[p] != own for p, own in zip(forest.parents, found, strict=True)):
+    if segment_tree is not None and any(p >= 0 and found[p] != own for p,
+                                        own in zip(segment_tree.parents, found, strict=True)):
         raise RunError("a segment has different virtual tokens than its parent, but virtual tokens apply to whole "
                        "documents", "use one adapter for each document")
     number = {combination: i for i, combination in enumerate(dict.fromkeys(found))}

@@ -33,7 +33,7 @@ class VirtualTokenLayout:
         own_index: [B, L] the new position of each original token.
         position_shift: [B, L'] added to the position id of the template.
         is_token: [B, L'] False for padding in place of a virtual token; None: there is none.
-        forest: the segment tree of the longer row.
+        segment_tree: the segment tree of the longer row.
         assignment: for each segment of that tree, the index of its combination.
     """
 
@@ -42,7 +42,7 @@ class VirtualTokenLayout:
     own_index: Tensor
     position_shift: Tensor
     is_token: Tensor | None = None
-    forest: SegmentTree | None = None
+    segment_tree: SegmentTree | None = None
     assignment: tuple[int, ...] = ()
 
 
@@ -70,7 +70,7 @@ def layout_padded(first: Tensor, width: int, sizes: Sequence[int], assignment: S
                               None if full else ~virtual | (place >= 0))
 
 
-def layout_packed(forest: SegmentTree, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
+def layout_packed(segment_tree: SegmentTree, sizes: Sequence[int], assignment: Sequence[int], both_ways: bool,
                   device: torch.device) -> VirtualTokenLayout:
     """One root for each combination before all others; with bidirectional attention, virtual tokens in every root.
 
@@ -79,41 +79,44 @@ def layout_packed(forest: SegmentTree, sizes: Sequence[int], assignment: Sequenc
         assignment: the combination of each segment; a child has that of its parent.
     """
     make = _layout_in_every_root if both_ways else _layout_as_roots
-    return make(forest, sizes, [*accumulate(sizes, initial=0)], assignment, device)
+    return make(segment_tree, sizes, [*accumulate(sizes, initial=0)], assignment, device)
 
 
-def _layout_as_roots(forest: SegmentTree, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
+def _layout_as_roots(segment_tree: SegmentTree, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
                      device: torch.device) -> VirtualTokenLayout:
     used = {combination: assignment.index(combination)  # the first segment of each combination with virtual tokens
             for combination in dict.fromkeys(assignment)
             if sizes[combination]}
-    new, total = list(used), sum(forest.lengths)
+    new, total = list(used), sum(segment_tree.lengths)
     above = {combination: i for i, combination in enumerate(new)}
     parents = [parent + len(new) if parent >= 0 else above.get(combination, -1)
-               for parent, combination in zip(forest.parents, assignment, strict=True)]
-    longer = SegmentTree((*(sizes[combination] for combination in new), *forest.lengths),
+               for parent, combination in zip(segment_tree.parents, assignment, strict=True)]
+    longer = SegmentTree((*(sizes[combination] for combination in new), *segment_tree.lengths),
                          (*(-1 for _ in new), *parents),
-                         (*(forest.adapters[used[combination]] for combination in new),
-                     *forest.adapters)
-                         if forest.adapters else ())
+                         (*(segment_tree.adapters[used[combination]] for combination in new),
+                     *segment_tree.adapters)
+                         if segment_tree.adapters else ())
     heads = [torch.arange(sizes[combination]) for combination in new]
     row, before = torch.arange(total), sum(sizes[combination] for combination in new)
     source = torch.cat([*(head + starts[combination] for head, combination in zip(heads, new, strict=True)),
                         row + starts[-1]])
-    like = torch.cat([*(torch.full_like(head, forest.starts[used[combination]])
+    like = torch.cat([*(torch.full_like(head, segment_tree.starts[used[combination]])
                         for head, combination in zip(heads, new, strict=True)), row])
-    shift = torch.cat([*heads, repeat_per_token([sizes[combination] for combination in assignment], forest.lengths)])
+    shift = torch.cat([*heads, repeat_per_token([sizes[combination] for combination in assignment],
+                                                segment_tree.lengths)])
     return _make_layout(device, source, like, row + before, shift, longer, (*new, *assignment))
 
 
-def _layout_in_every_root(forest: SegmentTree, sizes: Sequence[int], starts: Sequence[int], assignment: Sequence[int],
+def _layout_in_every_root(segment_tree: SegmentTree, sizes: Sequence[int], starts: Sequence[int],
+                          assignment: Sequence[int],
                           device: torch.device) -> VirtualTokenLayout:
     added = [sizes[combination] if parent < 0 else 0
              for parent,
-             combination in zip(forest.parents, assignment, strict=True)]
-    longer = replace(forest, lengths=tuple(x + y for x, y in zip(forest.lengths, added, strict=True)))
+             combination in zip(segment_tree.parents, assignment, strict=True)]
+    longer = replace(segment_tree, lengths=tuple(x + y for x, y in zip(segment_tree.lengths, added, strict=True)))
     source, like, own, shift = [], [], [], []
-    for at, length, more, before, combination in zip(forest.starts, forest.lengths, added, accumulate(added),
+    for at, length, more, before, combination in zip(segment_tree.starts, segment_tree.lengths, added,
+                                                     accumulate(added),
                                                      assignment, strict=True):
         head, span = torch.arange(more), torch.arange(at, at + length)
         source += [head + starts[combination], span + starts[-1]]
@@ -129,7 +132,8 @@ def repeat_per_token(values: Sequence[int], lengths: Sequence[int]) -> Tensor:
     return torch.repeat_interleave(torch.tensor(values), torch.tensor(lengths))
 
 
-def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor, forest: SegmentTree,
+def _make_layout(device: torch.device, source: Tensor, like: Tensor, own: Tensor, shift: Tensor,
+                 segment_tree: SegmentTree,
           assignment: tuple[int, ...]) -> VirtualTokenLayout:
     source, like, own, shift = (x[None].to(device, non_blocking=True) for x in (source, like, own, shift))
-    return VirtualTokenLayout(source, like, own, shift, forest=forest, assignment=assignment)
+    return VirtualTokenLayout(source, like, own, shift, segment_tree=segment_tree, assignment=assignment)
