@@ -59,7 +59,7 @@ objective: sft
 data: {train: mine.jsonl, eval: 0.05, max_length: 512}
 training: {num_train_epochs: 2, batch_size: 8}
 optimizer: {learning_rate: 2.0e-4, lr_scheduler_type: cosine}
-evaluate: {metrics: [exact], max_samples: 100}
+evaluate: {metrics: [exact_match], max_samples: 100}
 output_dir: runs/mine
 ```
 
@@ -70,7 +70,7 @@ a source.
 Settings are laid over a recipe as `key=value`, dots for depth, values read as YAML:
 
 ```bash
-luthier train recipes/demo.yaml method.rank=16 training.max_steps=20 'evaluate.metrics=[exact,contains]'
+luthier train recipes/demo.yaml method.rank=16 training.max_steps=20 'evaluate.metrics=[exact_match,contains]'
 ```
 
 An unknown key is refused with its nearest neighbour, and all of a recipe's errors come at once. A setting that can have

@@ -64,6 +64,7 @@ VALUES: dict[tuple[str, str], dict[str, str]] = {
     ("method", "init"): {"words": "text"},  # of virtual tokens; LoRA has no start of that name
     ("data", "format"): {"judged": "unpaired_preference", "judged_chat": "unpaired_preference_chat",
                          "transcripts": "implicit_prompt_preference", "picture": "image"},
+    ("evaluate", "metrics"): {"exact": "exact_match", "number": "numeric_match"},
 }
 
 # Old metric -> new metric, with or without the prefix of held-out rows.
@@ -74,6 +75,7 @@ METRICS = {
     "value_error": "value_loss", "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected",
     "reward_good": "rewards/chosen", "reward_bad": "rewards/rejected", "logps_good": "logps/chosen",
     "logps_bad": "logps/rejected", "kl_weight": "kl_coef",
+    "exact": "exact_match", "number": "numeric_match",
 }
 PREFIX = re.compile(r"^(eval_|test_|validation_)?(.*)$")
 
@@ -125,7 +127,8 @@ def _fields(section: str, part: Recipe, known: Mapping[str, str]) -> Recipe:
             continue
         inner = {old.partition(".")[2]: new for old, new in known.items() if old.startswith(f"{name}.")}
         if isinstance(value, list):
-            value = [_fields("", one, inner) if isinstance(one, dict) else one for one in value]
+            words = VALUES.get((section, name), {})
+            value = [_fields("", one, inner) if isinstance(one, dict) else words.get(one, one) for one in value]
         elif isinstance(value, dict):
             value = _fields("", value, inner)
         elif isinstance(value, str):

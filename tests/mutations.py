@@ -313,7 +313,7 @@ GENERATION_BREAKS = (
 )
 
 RENDERING_BREAKS = (
-    Break("render-generation-prompt-missing", "data/chat.py", "asked = self.until(index, generate=True) if index else", "asked = self.until(index) if index else", on(ROUND, *laws("chatml"))),
+    Break("render-generation-prompt-missing", "data/chat.py", "prompt = self.until(index, generate=True) if index else", "prompt = self.until(index) if index else", on(ROUND, *laws("chatml"))),
     Break("render-end-mark-left-out", "data/chat.py", "text[:at + len(mark)]", "text[:at]", on(ROUND, *laws("chatml"))),
     Break("render-behind-the-mark-trained", "data/chat.py", "return text[:at + len(mark)] if at >=", "return text if at >=", on(ROUND, *laws("chatml"))),
     Break("render-spelt-mark-taken-for-the-end", "data/chat.py", "text[at - 1] != START else text", "text[at - 1] == START else text", on(ROUND, *laws("chatml"))),

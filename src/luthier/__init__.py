@@ -2,7 +2,7 @@
 
     import luthier
     run = luthier.train(model="smollm2", data="mine.jsonl", method="lora")
-    print(luthier.evaluate(run, data="unseen.jsonl", metrics="exact"))
+    print(luthier.evaluate(run, data="unseen.jsonl", metrics="exact_match"))
 
 Names are loaded when first used, so that `import luthier` and `luthier --help` are quick.
 """

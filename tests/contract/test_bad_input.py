@@ -276,7 +276,7 @@ def test_a_base_of_pickles_or_of_numbers_that_are_none(train: Call, base: Path) 
 def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
     message = refused(train("trianing.steps=1", "method.rank=many", "data.max_lenght=3", "optimizer.learning_rate=-1",
                             "training.batch_size=0", "evaluate.metrics=[exat]", "seed=[1]"),
-                      "did you mean 'training'?", "did you mean 'max_length'?", "did you mean 'exact'?", "`luthier schema`")
+                      "did you mean 'training'?", "did you mean 'max_length'?", "did you mean 'exact_match'?", "`luthier schema`")
     for key, given in (("method.rank", "'many'"), ("optimizer.learning_rate", "-1"), ("training.batch_size", "0"), ("seed", "[1]")):
         (line,) = [line for line in message.splitlines() if key in line]
         assert f"(got {given})" in line
@@ -370,7 +370,7 @@ def test_no_tracker_is_opened_for_a_run_that_cannot_begin(train: Call, monkeypat
 def test_evaluate_without_test_rows(train: Call, call: Call) -> None:
     assert train("--quiet")[0] == 0
     refused(call("evaluate", "run"), "'run' was trained without test or validation rows", "luthier evaluate RUN --data FILE")
-    refused(call("evaluate", "run", "--data", "rows.jsonl", "--metric", "exat"), "unknown metric 'exat'", "did you mean 'exact'?")
+    refused(call("evaluate", "run", "--data", "rows.jsonl", "--metric", "exat"), "unknown metric 'exat'", "did you mean 'exact_match'?")
     refused(call("evaluate", "run", "--data", "row.jsonl"), "did you mean rows.jsonl?")
     Path("run/adapter_model.safetensors").unlink()
     refused(call("evaluate", "run", "--data", "rows.jsonl"), "no adapter_model.safetensors", "--resume")

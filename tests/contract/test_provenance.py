@@ -147,7 +147,7 @@ def test_every_path_of_a_recipe_is_known(home: Path, tmp_path: Path) -> None:
     (tmp_path / "r").mkdir()
     made = assembly.build_recipe({
         "model": str(home / "base"), "output_dir": str(tmp_path / "r"), "objective": {"name": "grpo", "reward": [
-            {"model": str(tmp_path / "r")}, {"function": f"{tmp_path}/judge.py:f"}, "number"]},
+            {"model": str(tmp_path / "r")}, {"function": f"{tmp_path}/judge.py:f"}, "numeric_match"]},
         "data": {"train": str(tmp_path / "a.jsonl"), "eval": str(tmp_path / "e.jsonl"), "test": str(tmp_path / "t.jsonl"),
                  "augment": [{"name": "synonyms", "file": str(tmp_path / "s.txt")}, {"name": "deletion"}]}})
     assert str(tmp_path) in json.dumps(assembly.dump_recipe(made))

@@ -61,7 +61,7 @@ def recipe(folder: Path) -> dict[str, Any]:
                  "max_length": 96, "shuffle": True},
         "training": {"num_train_epochs": 3, "batch_size": 4, "max_tokens_per_micro_batch": 100, "save_steps": SAVE_EVERY, "eval_steps": 3,
                      "load_best_model_at_end": True},
-        "optimizer": {"learning_rate": 0.05}, "evaluate": {"metrics": ["exact"], "max_new_tokens": 2}, "seed": 5}
+        "optimizer": {"learning_rate": 0.05}, "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 2}, "seed": 5}
 
 
 def within(work: Callable[[], object]) -> int:

@@ -41,7 +41,7 @@ from luthier.training.run_folder import Run
 from luthier.training.step import forward_objective, step
 from tiny import save_tiny
 
-PROMPTS = [TokenizedExample((TokenSpan(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), metadata={"number": i})
+PROMPTS = [TokenizedExample((TokenSpan(tuple(range(65, 65 + n)), (0.0,) * n),), Origin("prompts", i), metadata={"numeric_match": i})
            for i, n in enumerate((3, 7, 5, 4))]
 
 
@@ -222,7 +222,7 @@ def test_rewards_reach_their_answers_and_unfinished_ones_pay() -> None:
     noted: list[Any] = []
     feed = rolls(objective, family, attached, reward=reward, log_samples=lambda at, said: noted.append((at, list(said))))
     batch, = next(feed)
-    assert [answer.metadata["number"] for answer in told] == [n for o in batch.origins for n in (o.line, o.line)]
+    assert [answer.metadata["numeric_match"] for answer in told] == [n for o in batch.origins for n in (o.line, o.line)]
     wanted = [i - 0.25 * (not answer.finished) for i, answer in enumerate(told)]
     assert batch.target.labels.tolist() == pytest.approx(wanted)
     assert noted == [(1, [{"prompt": a.prompt, "answer": a.text, "reward": r}
@@ -452,7 +452,7 @@ def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("change", "word"), [
     ({"objective": {"name": "ppo"}}, "objective.reward"),
-    ({"objective": {"name": "ppo", "reward": "numbr"}}, "did you mean 'number'"),
+    ({"objective": {"name": "ppo", "reward": "numeric_matc"}}, "did you mean 'numeric_match'"),
     ({"objective": {"name": "ppo", "reward": "nowhere:f"}}, "cannot be imported"),
     ({"objective": {"name": "ppo", "reward": "math:nothing"}}, "defines no function"),
     ({"objective": {"name": "ppo", "reward": {"url": "ftp://x"}}}, "http"),
@@ -469,7 +469,7 @@ def test_a_recipe_that_cannot_be_is_refused(home: Path, tmp_path: Path, change: 
 
 def test_a_reward_that_lacks_its_fact_names_the_prompt(home: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"prompts.jsonl.*'reference'"):
-        train(recipe(home, "grpo", reward="number"), output_dir=str(tmp_path / "run"), quiet=True)
+        train(recipe(home, "grpo", reward="numeric_match"), output_dir=str(tmp_path / "run"), quiet=True)
 
 
 def test_a_full_policy_trains_with_a_copy_of_its_base(home: Path, tmp_path: Path) -> None:

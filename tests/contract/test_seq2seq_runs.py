@@ -127,7 +127,7 @@ def test_a_run_learns_a_task_and_opens_again(method: str, tmp_path: Path) -> Non
                         data={"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl")},
                         optimizer={"learning_rate": 3e-2 if method == "lora" else 1e-2},
                         training={"max_steps": 24, "batch_size": 4, "max_tokens_per_micro_batch": 30},
-                        evaluate={"metrics": "exact", "max_new_tokens": 4})
+                        evaluate={"metrics": "exact_match", "max_new_tokens": 4})
     assert run.results["before"] == 0.0
     assert run.results["after"] == 1.0
     assert run.results["test"]["nll"] < 0.4 < run.results["test_before"]["nll"]

@@ -44,7 +44,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "model": str(folder / "base"), "method": {"name": "lora", "rank": 2},
         "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "max_length": 128},
         "training": {"max_steps": 3, "batch_size": 4}, "optimizer": {"learning_rate": 0.01},
-        "evaluate": {"metrics": ["exact"], "max_new_tokens": 4}}))
+        "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 4}}))
     assert main(["train", str(folder / "recipe.yaml"), "--output-dir", str(folder / "lora"), "--quiet"]) == 0
     assert main(["train", str(folder / "recipe.yaml"), "--method", "full", "--output-dir", str(folder / "full"), "--quiet"]) == 0
     return folder
@@ -70,7 +70,7 @@ def test_train_leaves_a_run_and_says_what_is_next(run: Callable[..., Output], tm
     folder = tmp_path / "run"
     code, out, _ = run("train", "recipe.yaml", "--output-dir", str(folder), "training.max_steps=2", "method.rank=3", "--quiet")
     assert code == 0
-    for expected in (str(folder), "exact", "perplexity", "2 steps", f"luthier chat {folder} --compare", "luthier export"):
+    for expected in (str(folder), "exact_match", "perplexity", "2 steps", f"luthier chat {folder} --compare", "luthier export"):
         assert expected in out
     recorded = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert (recorded["method"]["rank"], recorded["training"]["max_steps"]) == (3, 2)
@@ -118,7 +118,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["train", "recipe.yaml", "trainin.steps=4"], ["did you mean 'training'"]),
     (["train", "recipe.yaml", "method=lroa"], ["lroa", "'lora'"]),
     (["train", "recipe.yaml", "data.max_lenght=4", "training.max_steps=0"], ["did you mean 'max_length'", "training.max_steps"]),
-    (["train", "recipe.yaml", "evaluate.metrics=exat"], ["did you mean 'exact'"]),
+    (["train", "recipe.yaml", "evaluate.metrics=exat"], ["did you mean 'exact_match'"]),
     (["train", "recipe.yaml", "training.report_to=[wanbd]"], ["did you mean 'wandb'"]),
     (["train", "recipe.yaml", "seed=[1"], ["is not YAML"]),
     (["train", "nothing.yaml"], ["there is no recipe 'nothing.yaml'"]),
@@ -208,10 +208,10 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_evaluate(run: Callable[..., Output]) -> None:
     tuned = json.loads(run("evaluate", "lora", "--json", "--quiet")[1])
     assert tuned["examples"] == 4
-    assert {"perplexity", "nll", "exact", "token_accuracy"} <= tuned.keys()
+    assert {"perplexity", "nll", "exact_match", "token_accuracy"} <= tuned.keys()
     base = json.loads(run("evaluate", "lora", "--base-model-only", "--max-samples", "2", "--metric", "contains", "--json")[1])
     assert base["examples"] == 2
-    assert base.keys() >= {"contains"} > {"exact"} & base.keys()
+    assert base.keys() >= {"contains"} > {"exact_match"} & base.keys()
     other = json.loads(run("evaluate", "lora", "--data", "train.jsonl", "--max-new-tokens", "1", "--json", "data.max_samples=5")[1])
     assert other["examples"] == 5
     bare = json.loads(run("evaluate", "base", "--data", "test.jsonl", "data.max_length=128", "--json")[1])

@@ -27,7 +27,7 @@ def is_online(objective: str) -> bool:
 
 
 def made(objective: str, method: str = "lora", **optimizer: float) -> Recipe:
-    named = {"name": objective, "reward": "number"} if is_online(objective) else {"name": objective}
+    named = {"name": objective, "reward": "numeric_match"} if is_online(objective) else {"name": objective}
     return assembly.build_recipe({"data": "-", "objective": named, "method": method, "optimizer": optimizer})
 
 

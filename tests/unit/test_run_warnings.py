@@ -18,7 +18,7 @@ from luthier.data.batch_source import InMemoryBatchSource
 from luthier.training.learning_monitor import STEPS, LearningMonitor
 from tiny import tiny_tokenizer
 
-GRPO, PPO = ({"name": name, "reward": "number"} for name in ("grpo", "ppo"))
+GRPO, PPO = ({"name": name, "reward": "numeric_match"} for name in ("grpo", "ppo"))
 EVALUATED = {"eval": "rows.jsonl"}
 
 
@@ -34,11 +34,11 @@ UNUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("training.num_train_epochs", {"training": {"num_train_epochs": 3, "max_steps": 5}}, {"training": {"num_train_epochs": 3}}),
     ("optimizer.learning_rate", {"training": {"max_steps": 5}, "optimizer": {"warmup_steps": 5}}, {"training": {"max_steps": 5}}),
     ("optimizer.min_lr_ratio", {"optimizer": {"lr_scheduler_type": "constant", "min_lr_ratio": 0.1}}, {"optimizer": {"min_lr_ratio": 0.1}}),
-    ("evaluate.metrics", {"evaluate": {"metrics": "exact"}}, {"evaluate": {"metrics": "exact"}, "data": EVALUATED}),
+    ("evaluate.metrics", {"evaluate": {"metrics": "exact_match"}}, {"evaluate": {"metrics": "exact_match"}, "data": EVALUATED}),
     ("evaluate.max_new_tokens", {"evaluate": {"max_new_tokens": 9}, "data": EVALUATED},
-     {"evaluate": {"max_new_tokens": 9, "metrics": "exact"}, "data": EVALUATED}),
+     {"evaluate": {"max_new_tokens": 9, "metrics": "exact_match"}, "data": EVALUATED}),
     ("evaluate.batch_size", {"evaluate": {"batch_size": 9}, "data": EVALUATED},
-     {"evaluate": {"batch_size": 9, "metrics": "exact"}, "data": EVALUATED}),
+     {"evaluate": {"batch_size": 9, "metrics": "exact_match"}, "data": EVALUATED}),
     ("evaluate.max_samples", {"evaluate": {"max_samples": 9}}, {"evaluate": {"max_samples": 9}, "data": EVALUATED}),
     ("evaluate.before_training", {"evaluate": {"before_training": False}}, {"evaluate": {"before_training": False}, "data": EVALUATED}),
     ("model.pooling", {"model": {"pooling": "mean"}}, {"model": {"pooling": "mean"}, "objective": "contrastive"}),
@@ -72,11 +72,11 @@ UNUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("objective.critic", {"objective": {**PPO, "critic": "adapter", "vf_coef": 0}},
      {"objective": {**PPO, "critic": "adapter"}}),
     ("objective.kl_penalty_in", {"objective": {**PPO, "kl_penalty_in": "loss", "kl_coef": 0}}, {"objective": {**PPO, "kl_penalty_in": "loss"}}),
-    ("objective.reward: weight", {"objective": {"name": "grpo", "reward": {"function": "number", "weight": 2}}},
-     {"objective": {"name": "ppo", "reward": {"function": "number", "weight": 2}}}),
-    ("objective.reward: 'number' has weight 0",
-     {"objective": {"name": "ppo", "reward": [{"function": "number", "weight": 0}, {"function": "length"}]}},
-     {"objective": {"name": "ppo", "reward": [{"function": "number", "weight": 1}, {"function": "length"}]}}),
+    ("objective.reward: weight", {"objective": {"name": "grpo", "reward": {"function": "numeric_match", "weight": 2}}},
+     {"objective": {"name": "ppo", "reward": {"function": "numeric_match", "weight": 2}}}),
+    ("objective.reward: 'numeric_match' has weight 0",
+     {"objective": {"name": "ppo", "reward": [{"function": "numeric_match", "weight": 0}, {"function": "length"}]}},
+     {"objective": {"name": "ppo", "reward": [{"function": "numeric_match", "weight": 1}, {"function": "length"}]}}),
     ("method.dropout", {"method": {"name": "lora", "dropout": 0.1}, "objective": GRPO},
      {"method": {"name": "lora", "dropout": 0.1}}),
 ]

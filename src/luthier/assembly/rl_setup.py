@@ -103,7 +103,7 @@ def check_rewards(recipe: Recipe) -> None:
         return
     if not objective.reward:
         raise RecipeError(f"objective.reward is missing: {objective.name} needs the reward of a completion",
-                          "objective.reward=number, or {model: FOLDER}, {function: module:name}, {url: http://...}")
+                          "objective.reward=numeric_match, or {model: FOLDER}, {function: module:name}, {url: http://...}")
     for source in objective.reward:
         if source.function is not None:
             load_reward(source.function, source.timeout)

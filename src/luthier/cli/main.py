@@ -117,7 +117,7 @@ def _refuse_option(command: str, argument: str) -> NoReturn:
 
 
 def _parse_setting(argument: str) -> tuple[str, Any]:
-    """A key and its value, read as YAML: ``method.rank=16``, ``evaluate.metrics=[exact,number]``."""
+    """A key and its value, read as YAML: ``method.rank=16``, ``evaluate.metrics=[exact_match,numeric_match]``."""
     import yaml
 
     from luthier.core.config import NULL

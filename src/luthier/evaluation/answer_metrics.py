@@ -137,11 +137,11 @@ def rouge_l(answer: str, reference: str) -> float:
 
 
 METRICS: dict[str, Scorer] = {
-    "exact": exact_match,
+    "exact_match": exact_match,
     "contains": contains,
     "json_equal": json_equal,
     "json_fields": json_fields,
-    "number": numeric_match,
+    "numeric_match": numeric_match,
     "rouge_l": rouge_l,
 }
 

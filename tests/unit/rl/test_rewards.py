@@ -25,8 +25,8 @@ def answer(text: str, **metadata: Any) -> Completion:
 
 
 @pytest.mark.parametrize(("name", "text", "metadata", "wanted"), [
-    ("number", "so it is 18.0", {"reference": "#### 18"}, 1.0),
-    ("number", "so it is 17", {"reference": "#### 18"}, 0.0),
+    ("numeric_match", "so it is 18.0", {"reference": "#### 18"}, 1.0),
+    ("numeric_match", "so it is 17", {"reference": "#### 18"}, 0.0),
     ("json_equal", '{"a": 1}', {"reference": '{"a": 1.0}'}, 1.0),
     ("contains", "in Paris", {"reference": "Paris"}, 1.0),
     ("length", "one two three", {"length": 3}, 1.0),
@@ -45,7 +45,7 @@ def test_several_rewards_are_added_by_their_weights() -> None:
 
 
 @pytest.mark.parametrize(("name", "metadata", "word"), [
-    ("number", {}, "has no 'reference'"), ("number", {"reference": "none"}, "has no number"),
+    ("numeric_match", {}, "has no 'reference'"), ("numeric_match", {"reference": "none"}, "has no number"),
     ("length", {"length": "long"}, "needs a number of words"), ("code_tests", {"tests": []}, "is empty")])
 def test_a_row_that_cannot_be_scored_is_named(name: str, metadata: dict[str, Any], word: str) -> None:
     with pytest.raises(RunError, match=word) as caught:
