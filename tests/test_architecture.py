@@ -27,11 +27,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rl": {"core", "data", "evaluation"},  # a reward may be a metric of answers
     "planning": {"core"},
     "reporting": {"core"},
-    "export": {"core"},
+    "exporters": {"core"},
     "assembly": {"core", "data", "models", "methods", "objectives", "distributed", "training", "evaluation", "rl",
-                 "planning", "reporting", "export"},
+                 "planning", "reporting", "exporters"},
     "serving": {"core", "assembly"},
-    "api": {"core", "assembly", "distributed", "training", "evaluation", "planning", "reporting", "export", "serving"},
+    "api": {"core", "assembly", "distributed", "training", "evaluation", "planning", "reporting", "exporters", "serving"},
     "cli": {"core", "api", "root"},
     "root": {"core", "assembly", "training", "api", "cli"},  # luthier/__init__.py has the public names, __main__.py the command line
 }
@@ -193,7 +193,7 @@ PLANTED = [
     ("edges", "assembly/a.py", "from luthier.serving import engine", "assembly -> serving"),
     ("edges", "reporting/a.py", "from luthier.training.run_folder import Run", "reporting -> training"),
     ("edges", "reporting/a.py", "from luthier.assembly.recipe import Recipe", "reporting -> assembly"),
-    ("edges", "export/a.py", "from luthier.assembly.run_io import open_run", "export -> assembly"),
+    ("edges", "exporters/a.py", "from luthier.assembly.run_io import open_run", "exporters -> assembly"),
     ("edges", "serving/a.py", "from luthier.training import loop", "serving -> training"),
     ("edges", "serving/a.py", "from luthier.api import train", "serving -> api"),
     ("edges", "api/train.py", "from luthier.data import load", "api -> data"),

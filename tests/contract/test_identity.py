@@ -23,7 +23,7 @@ from luthier.cli.main import main
 from luthier.core.errors import BaseError, RecipeError
 from tiny import save_tiny
 
-PROVENANCE = import_module("luthier.assembly.collect_provenance")
+PROVENANCE = import_module("luthier.assembly.provenance")
 
 
 @dataclass
@@ -191,7 +191,7 @@ def test_a_base_that_is_named_must_be_the_same(verb: str, home: Home, tmp_path: 
 def test_control_without_the_comparison_every_verb_takes_other_weights(
         verb: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So each row of the table above depends on the comparison of digests, and on nothing else."""
-    for name in ("luthier.assembly.collect_provenance",):
+    for name in ("luthier.assembly.provenance",):
         monkeypatch.setattr(import_module(name), "compare_digests", lambda kept, found: "")
     with changed(home, flip_a_bit):
         assert call(home, verb, tmp_path) == 0

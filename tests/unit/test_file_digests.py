@@ -19,7 +19,7 @@ SIZE = SMALL + 4096
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that is large enough to be kept, and a cache of its own."""
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "SETTLED", -60.0)  # as if the file were older
+    monkeypatch.setattr(digests, "MIN_AGE", -60.0)  # as if the file were older
     made = tmp_path / "weights"
     made.write_bytes(os.urandom(SIZE))
     return made
@@ -59,7 +59,7 @@ def test_a_kept_digest_is_not_computed_again(file: Path, monkeypatch: pytest.Mon
 
 
 def test_a_file_that_has_just_changed_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digests, "SETTLED", 3.0)
+    monkeypatch.setattr(digests, "MIN_AGE", 3.0)
     compute_file_sha256(file)
     monkeypatch.setattr(digests, "_compute", never)
     with pytest.raises(AssertionError, match="again"):

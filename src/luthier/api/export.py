@@ -1,4 +1,4 @@
-"""The verb `export`: a run as a folder or file that other tools load. Read `export/files.py` first."""
+"""The verb `export`: a run as a folder or file that other tools load. Read `exporters/files.py` first."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from luthier.assembly.run_io import (
 )
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
-from luthier.export import adapters, files
-from luthier.export.merging import merge_into_base
+from luthier.exporters import adapters, files
+from luthier.exporters.merging import merge_into_base
 from luthier.reporting.model_card import build_model_card
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
