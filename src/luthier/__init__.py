@@ -10,14 +10,15 @@ Names are loaded when first used, so that `import luthier` and `luthier --help` 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "evaluate", "export", "features", "load_adapters",
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare_methods", "evaluate", "export", "extract_features",
+           "load_adapters",
            "paraphrase", "plan", "serve", "train"]
 
 if TYPE_CHECKING:
-    from luthier.api.compare import compare
+    from luthier.api.compare import compare_methods
     from luthier.api.evaluate import evaluate
     from luthier.api.export import export
-    from luthier.api.features import features
+    from luthier.api.features import extract_features
     from luthier.api.load_adapters import load_adapters
     from luthier.api.paraphrase import paraphrase
     from luthier.api.plan import plan
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 # Public name -> the module that defines it.
 _MODULES = {"Recipe": "luthier.assembly", "LuthierError": "luthier.core.errors", "Run": "luthier.training.run_folder",
             "train": "luthier.api.train", "evaluate": "luthier.api.evaluate", "export": "luthier.api.export",
-            "features": "luthier.api.features", "load_adapters": "luthier.api.load_adapters",
-            "compare": "luthier.api.compare", "paraphrase": "luthier.api.paraphrase", "plan": "luthier.api.plan",
+            "extract_features": "luthier.api.features", "load_adapters": "luthier.api.load_adapters",
+            "compare_methods": "luthier.api.compare", "paraphrase": "luthier.api.paraphrase",
+            "plan": "luthier.api.plan",
             "serve": "luthier.api.serve"}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from luthier.api.compare import compare
+from luthier.api.compare import compare_methods
 from luthier.api.evaluate import evaluate
 from luthier.core.errors import LuthierError, RecipeError
 from luthier.training.run_folder import Run
@@ -29,7 +29,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_methods_beside_one_another(recipe: str) -> None:
-    folder = compare(recipe, ["lora", "bitfit+lora"], retention_data="text.jsonl", quiet=True)
+    folder = compare_methods(recipe, ["lora", "bitfit+lora"], retention_data="text.jsonl", quiet=True)
     told = json.loads((folder.path / "comparison.json").read_text())
     assert [row["method"] for row in told["methods"]] == ["lora", "bitfit+lora"]
     for row in told["methods"]:
@@ -47,7 +47,7 @@ def test_methods_beside_one_another(recipe: str) -> None:
     assert (folder.path / "comparison.png").stat().st_size > 1000
 
     kept = (folder.path / "lora" / "README.md").stat().st_mtime_ns
-    again = json.loads((compare(recipe, ["lora"], quiet=True).path / "comparison.json").read_text())
+    again = json.loads((compare_methods(recipe, ["lora"], quiet=True).path / "comparison.json").read_text())
     assert (folder.path / "lora" / "README.md").stat().st_mtime_ns == kept, "what has ended is not trained again"
     assert again["methods"][0]["after"] == lora["after"]
 
@@ -57,9 +57,9 @@ def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None
     asked = [{"context": f"What is {word}?", "choices": [word, word * 2, "no"], "answer": n % 3}
              for n, word in enumerate(("one", "two", "six", "ten"))]
     Path("asked.jsonl").write_text("\n".join(map(json.dumps, asked)))
-    folder = compare(recipe, ["lora"], retention_data="asked.jsonl", quiet=True,
-                     **{"data.columns": {"prompt": "prompt", "completion": "completion", "answer": "odd"},
-                        "data.max_samples": 3, "evaluate.max_samples": 2})
+    folder = compare_methods(recipe, ["lora"], retention_data="asked.jsonl", quiet=True,
+                             **{"data.columns": {"prompt": "prompt", "completion": "completion", "answer": "odd"},
+                                "data.max_samples": 3, "evaluate.max_samples": 2})
     told = json.loads((folder.path / "comparison.json").read_text())
     assert told["general"] == "accuracy"
     wanted = evaluate("base", data="asked.jsonl", objective="multiple_choice", quiet=True)
@@ -72,14 +72,14 @@ def test_of_questions_with_choices_it_is_how_many_are_right(recipe: str) -> None
 
 def test_other_text_for_an_objective_that_models_no_words_is_told_before_any_work(recipe: str) -> None:
     with pytest.raises(RecipeError, match="trains no language model"):
-        compare(recipe, ["lora"], retention_data="text.jsonl", quiet=True, objective="classify")
+        compare_methods(recipe, ["lora"], retention_data="text.jsonl", quiet=True, objective="classify")
     Path("odd.jsonl").write_text('{"odd": 1}\n')
     with pytest.raises(LuthierError, match="odd"):
-        compare(recipe, ["lora"], retention_data="odd.jsonl", quiet=True)
+        compare_methods(recipe, ["lora"], retention_data="odd.jsonl", quiet=True)
     assert not list(Path("runs").glob("compare-*/lora"))
 
 
 def test_an_unknown_method_is_told_before_any_work(recipe: str) -> None:
     with pytest.raises(RecipeError, match="'lorra'"):
-        compare(recipe, ["lora", "lorra"], quiet=True)
+        compare_methods(recipe, ["lora", "lorra"], quiet=True)
     assert not list(Path("runs").glob("compare-*/lora")), "nothing was trained"

@@ -32,8 +32,8 @@ AS_IT_IS: dict[str, Any] = {  # for retention data: no generation, and no settin
 COLUMNS = ("after", "general", "trainable_fraction", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
-def compare(recipe: str | Path, methods: Sequence[str], *, retention_data: str | None = None,
-            out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
+def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_data: str | None = None,
+                    out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
     """Train the recipe once with each method. Returns the folder with the runs, `comparison.json`, `.md` and `.png`.
 
     Finished runs are kept, so an interrupted comparison continues where it stopped.

@@ -47,9 +47,8 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.max_samples": max_samples, "evaluate.max_new_tokens": max_new_tokens, **settings}
     raw = assembly.dump_recipe(recorded)
-    # it was not set: each machine resolves its own
-    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):
-        raw["training"]["micro_tokens"] = None
+    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # each machine resolves its own
+        raw["training"]["max_tokens_per_micro_batch"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
     recipe = assembly.build_recipe(raw, wanted)

@@ -40,8 +40,8 @@ Labels = list[Any]  # for each row: a class name, several of them, a number, or 
 KINDS = frozenset({"ClassificationExample", "ImageExample"})  # examples with one state and one label
 
 
-def features(model: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
-             base_model: str | None = None, **settings: Any) -> tuple[np.ndarray, Labels]:
+def extract_features(model: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
+                     base_model: str | None = None, **settings: Any) -> tuple[np.ndarray, Labels]:
     """The pooled state of every row, [N, D] float32, in the order of the rows, and the rows' labels.
 
     Args:

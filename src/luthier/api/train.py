@@ -49,6 +49,13 @@ from luthier.assembly.reference_model import (
     precompute_reference,
 )
 from luthier.assembly.rl_setup import build_training_source, check_rewards, init_rl_policy
+from luthier.assembly.run_evaluation import (
+    evaluate_answers,
+    evaluate_objective,
+    format_answers,
+    pick_headline,
+    pick_score,
+)
 from luthier.assembly.run_io import save_tuned
 from luthier.assembly.run_warnings import (
     find_data_problems,
@@ -61,7 +68,7 @@ from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Tuner
 from luthier.core.types import TokenizedExample
 from luthier.distributed import process_group
-from luthier.evaluation.generation_eval import EvalPrompt, GenerationScores, add_perplexity, evaluate_generations
+from luthier.evaluation.generation_eval import EvalPrompt
 from luthier.reporting.model_card import build_model_card
 from luthier.reporting.plots import plot_lengths, plot_loss, plot_metrics
 from luthier.reporting.progress import Progress, status
@@ -80,7 +87,7 @@ from luthier.training.memory import configure_malloc, measure_peak_gb
 from luthier.training.os_errors import translate_os_errors
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
-from luthier.training.step import Reference, evaluate_batches
+from luthier.training.step import Reference
 from luthier.training.trackers import JsonLines, Tracker, check_trackers, open_trackers
 
 
@@ -217,10 +224,6 @@ def _precompute_references(recipe: Recipe, base: Any, datasets: Any, reference: 
         return precompute_reference(recipe, base, datasets, reference, bar.update)
 
 
-# Metrics of objectives; the first one that an objective has is the headline of results.json.
-HEADLINES = ("reward", "perplexity", "spearman", "accuracy", "mrr", "rewards/accuracies", "nll")
-
-
 class Interrupted(RunError):
     """A signal stopped the run early; it can be resumed."""
 
@@ -326,12 +329,12 @@ def _evaluate_before(run: Run, recipe: Recipe, base: Any, part: str, test: list[
     """Metrics of the model before training."""
     results: dict[str, Any] = {}
     if test:
-        results[f"{part}_before"] = measured = _evaluate_objective(recipe, base, test, nullcontext, rollouts)
-        results |= _pick_headline("before", measured)
+        results[f"{part}_before"] = measured = evaluate_objective(recipe, base, test, nullcontext, rollouts)
+        results |= pick_headline("before", measured)
     if prompts:
-        before = _evaluate_answers("answers of the base model", base, prompts, recipe, quiet)
+        before = evaluate_answers("answers of the base model", base, prompts, recipe, quiet)
         results |= {"before": before.scores, "metric": recipe.evaluate.metrics[0]}
-        run.write_lines("answers_before.jsonl", _format_answers(prompts, before))
+        run.write_lines("answers_before.jsonl", format_answers(prompts, before))
     return results
 
 
@@ -344,54 +347,21 @@ def _finish_run(run: Run, recipe: Recipe, job: TrainJob, summary: TrainResult, p
                 "stopped": summary.stopped, "best": summary.best, "peak_memory_gb": measure_peak_gb(base.device),
                 "file_bytes": sum(file.stat().st_size for file in run.path.glob("*.safetensors"))}
     if test:
-        results[part] = measured = _evaluate_objective(recipe, base, test, job.reference or nullcontext, job.rollouts)
-        results |= _pick_headline("after", measured) | {"measured_on": part,
+        results[part] = measured = evaluate_objective(recipe, base, test, job.reference or nullcontext, job.rollouts)
+        results |= pick_headline("after", measured) | {"measured_on": part,
                                                         "examples": len(test[:recipe.evaluate.max_samples])}
         plot_metrics(measured, recipe.objective.classes or (), run.path)
     if prompts:
-        after = _evaluate_answers("answers of the trained model", base, prompts, recipe, quiet)
+        after = evaluate_answers("answers of the trained model", base, prompts, recipe, quiet)
         results |= {"after": after.scores, "metric": recipe.evaluate.metrics[0], "measured_on": part,
                     "examples": len(prompts)}
-        run.write_lines("answers.jsonl", _format_answers(prompts, after))
-        results["before"] = _pick_score(results.get("before"), results["metric"])
-        results["after"] = _pick_score(results["after"], results["metric"])
+        run.write_lines("answers.jsonl", format_answers(prompts, after))
+        results["before"] = pick_score(results.get("before"), results["metric"])
+        results["after"] = pick_score(results["after"], results["metric"])
         results["scores"] = after.scores
     run.write("results.json", results | record_results(run))
     plot_loss(run.metrics, run.path / "loss.png")
     run.write("README.md", build_model_card(collect_model_card_facts(run, run, recipe, base)))
-
-
-def _evaluate_objective(recipe: Recipe, base: Any, test: list[TokenizedExample], reference: Reference,
-                        rollouts: OnlineFeed | None) -> dict[str, float]:
-    """The objective's metrics on test rows."""
-    base.train(False)
-    if rollouts:
-        return rollouts.evaluate(test[:recipe.evaluate.max_samples])
-    batches = assembly.rows.build_eval_batches(test[:recipe.evaluate.max_samples],
-                                               resolve_micro_batch_tokens(recipe, base))
-    return add_perplexity(evaluate_batches(base, recipe.objective, batches, reference))
-
-
-def _pick_headline(when: str, measured: Mapping[str, float]) -> dict[str, Any]:
-    """The headline metric where no answers are scored."""
-    name = next((name for name in HEADLINES if name in measured), "loss")
-    return {when: measured[name], "metric": name} if measured else {}
-
-
-def _pick_score(scores: Any, metric: str) -> Any:
-    return scores.get(metric) if isinstance(scores, dict) else scores
-
-
-def _evaluate_answers(title: str, base: Any, prompts: Sequence[EvalPrompt], recipe: Recipe,
-                      quiet: bool) -> GenerationScores:
-    base.train(False)
-    with Progress(len(prompts), title=title, quiet=quiet) as bar:
-        return evaluate_generations(base, prompts, recipe.evaluate, tick=lambda done, total: bar.update(done))
-
-
-def _format_answers(prompts: Sequence[EvalPrompt], scored: GenerationScores) -> list[dict[str, str]]:
-    return [{"prompt": q.text, "reference": q.reference, "answer": a}
-            for q, a in zip(prompts, scored.answers, strict=True)]
 
 
 def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:

@@ -72,7 +72,8 @@ def check_compatibility(recipe: Recipe, base: Family) -> None:
         raise RecipeError(f"data.augment: mixup mixes labels too, and objective {name!r} reads no mixture of them",
                           "use objective: classify (but for tags), or leave mixup out")
     kept = all(part.model_dump().get("keep_base", True) for part in list_parts(recipe.method))
-    if needs_reference(recipe.objective) and recipe.init_from is None and not kept and not precomputes_reference(recipe):
+    compares = needs_reference(recipe.objective) and not precomputes_reference(recipe)
+    if compares and recipe.init_from is None and not kept:
         without = "objective.kl_coef: 0" if isinstance(recipe.objective, PpoConfig) \
             else "objective.beta: 0" if isinstance(recipe.objective, GrpoConfig) \
             else "objective.precompute_reference: true"

@@ -166,7 +166,7 @@ def _read_dtype(written: Path) -> dict[str, str]:
 
 
 def _run_features(options: argparse.Namespace) -> int:
-    from luthier.api.features import features, fit_linear_probe
+    from luthier.api.features import extract_features, fit_linear_probe
     model = _get_only_positional(options, "model or run")
     out = Path(options.out) if options.out else None
     if options.probe != (options.test is not None):
@@ -175,13 +175,13 @@ def _run_features(options: argparse.Namespace) -> int:
     if not (out or options.probe):
         raise RecipeError("neither --out nor --probe is given, so the features would be lost",
                           "give a file with --out, or give --probe and --test")
-    states, labels = features(model, options.data, out=out, quiet=options.quiet, base_model=options.base_model,
-                              **options.settings)
+    states, labels = extract_features(model, options.data, out=out, quiet=options.quiet, base_model=options.base_model,
+                                      **options.settings)
     shown: dict[str, Any] = {"file": str(out)} if out else {}
     shown |= {"rows": len(states), "size": states.shape[1]}
     if options.probe:
         test = out and out.with_name(f"{out.stem}-test{out.suffix}")
-        shown |= fit_linear_probe(states, labels, *features(model, options.test, out=test, quiet=options.quiet,
+        shown |= fit_linear_probe(states, labels, *extract_features(model, options.test, out=test, quiet=options.quiet,
                                                  base_model=options.base_model, **options.settings))
     return console.print_table(shown, options.json)
 
@@ -201,9 +201,10 @@ def _run_merge_adapters(options: argparse.Namespace) -> int:
 
 
 def _run_compare(options: argparse.Namespace) -> int:
-    from luthier.api.compare import compare
-    run = compare(_get_only_positional(options, "recipe"), options.methods.split(","),
-                  retention_data=options.retention_data, out=options.out, quiet=options.quiet, **options.settings)
+    from luthier.api.compare import compare_methods
+    run = compare_methods(_get_only_positional(options, "recipe"), options.methods.split(","),
+                          retention_data=options.retention_data, out=options.out, quiet=options.quiet,
+                          **options.settings)
     return console.print_report(run.path, "comparison", options.json)
 
 

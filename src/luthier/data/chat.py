@@ -160,8 +160,8 @@ class _ChatRenderer:
     def prompt(self, index: int) -> str:
         """What is prompt for turn `index` of the assistant: all before it, with the generation prompt."""
         if index not in self.prompts:
-            prompt = self.until(index,
-                                generate=True) if index else self.conversation.template.opening(self.conversation.tools)
+            opening = self.conversation.template.opening
+            prompt = self.until(index, generate=True) if index else opening(self.conversation.tools)
             self.prompts[index] = self._with_header(prompt, index) if index else prompt
         return self.prompts[index]
 

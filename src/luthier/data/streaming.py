@@ -46,7 +46,8 @@ class StreamingBatchSource:
                  seed: int = 0, block: int = 4096, use: DatasetSpec = ANY_DATASET) -> None:
         if any(isinstance(change, TextAugmentation | MixupAugmentation) for change in config.augment):
             raise DataError("data.augment: rows that are streamed are neither changed nor copied", "do not stream")
-        self.config, self.tokenizer, self.seed, self.block, self.use = use.adapt_config(config), tokenizer, seed, block, use
+        self.config, self.use = use.adapt_config(config), use
+        self.tokenizer, self.seed, self.block = tokenizer, seed, block
         self.known = fit_label_encoder((), use.classes or None, config)
         self.batch_size, self.max_tokens = batch_size, max_tokens
         self.tally = RowCounter()

@@ -305,7 +305,8 @@ class CausalInjector:
         embeds = kwargs.get("inputs_embeds")
         if embeds is None:
             embeds = self._embedding(kwargs["input_ids"])
-        segment_tree, mask, sizes = kwargs.get("segment_tree"), kwargs.get("attention_mask"), plan.count_tokens("prompt")
+        segment_tree, mask = kwargs.get("segment_tree"), kwargs.get("attention_mask")
+        sizes = plan.count_tokens("prompt")
         layout = (layout_padded(_find_first_token(mask, embeds), embeds.shape[1], sizes, plan.assignment)
                   if segment_tree is None else
                   layout_packed(segment_tree, sizes, plan.assignment, self._both_ways, embeds.device))
