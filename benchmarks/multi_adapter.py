@@ -3,7 +3,7 @@
     python -m benchmarks.multi_adapter      writes benchmarks/results/<date>-multi_adapter.json
 
 On the embedded base with five adapters of four kinds. Processor seconds are the process's own, the least of some runs:
-neighbours of the machine do not count in them.
+neighbors of the machine do not count in them.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.ppo_memory      writes benchmarks/results/<date>-ppo-memory.json
 
 Policy, reference, reward and critic are LoRA adapters on one copy of the weights. The answers of PPO's rounds are kept, and
-SFT then trains on them: the same prompts and answers in the same steps, the same method, optimiser and `max_tokens_per_micro_batch`. Every
+SFT then trains on them: the same prompts and answers in the same steps, the same method, optimizer and `max_tokens_per_micro_batch`. Every
 training is a process of its own, and its peak is what its run folder says, loading and generation included.
 """
 

@@ -110,13 +110,13 @@ def rows_of(base: str, objective: str) -> str:
 
 
 def recipe(home: Path, base: str, method: str, objective: str) -> Recipe:
-    minimised: dict[str, Any] = {"name": objective}
+    minimized: dict[str, Any] = {"name": objective}
     if objective in OBJECTIVES and OBJECTIVES[objective].is_online:
-        minimised |= {"reward": f"{__file__}:vowels", "num_generations": 3, "max_new_tokens": 4}
+        minimized |= {"reward": f"{__file__}:vowels", "num_generations": 3, "max_new_tokens": 4}
     if base in VISIONS and objective == "contrastive":
-        minimised |= {"loss": "supcon"}
+        minimized |= {"loss": "supcon"}
     return assembly.build_recipe({
-        "model": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
+        "model": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimized,
         "data": str(home / rows_of(base, objective)), "training": {"max_steps": STEPS, "batch_size": 4, "save_steps": SAVED},
         "optimizer": {"learning_rate": RATES.get(method), "lr_scheduler_type": "constant", "warmup_ratio": 0}, "seed": 1})
 

@@ -10,9 +10,8 @@ Names are loaded when first used, so that `import luthier` and `luthier --help` 
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare_methods", "evaluate", "export", "extract_features",
-           "load_adapters",
-           "paraphrase", "plan", "serve", "train"]
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare_methods", "evaluate", "export",
+           "extract_features", "load_adapters", "paraphrase", "plan", "serve", "train"]
 
 if TYPE_CHECKING:
     from luthier.api.compare import compare_methods

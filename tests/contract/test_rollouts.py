@@ -248,7 +248,7 @@ def learn(objective: Any, seed: int, steps: int, rate: float = 0.05, **settings:
     return [one for one in said if one]
 
 
-OPTIMISED = {
+OPTIMIZED = {
     "ppo": PpoConfig(num_generations=16, max_new_tokens=3, kl_coef=0.0, num_ppo_epochs=2),
     **{kind: GrpoConfig(num_generations=16, max_new_tokens=3, advantage_estimator=kind) for kind in ("grpo", "rloo", "dr_grpo")},
 }
@@ -257,7 +257,7 @@ OPTIMISED = {
 @pytest.mark.parametrize(("name", "seed"), [("ppo", 0), ("ppo", 1), ("ppo", 2), ("grpo", 0), ("grpo", 1), ("grpo", 2),
                                             ("rloo", 0), ("dr_grpo", 1)])
 def test_a_countable_reward_reaches_its_optimum(name: str, seed: int) -> None:
-    said = learn(OPTIMISED[name], seed, 60 if name == "ppo" else 20)
+    said = learn(OPTIMIZED[name], seed, 60 if name == "ppo" else 20)
     assert said[0]["reward"] < 0.2
     assert sum(one["reward"] for one in said[-5:]) / 5 > 0.95, [round(one["reward"], 2) for one in said]
 

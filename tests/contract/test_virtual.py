@@ -407,7 +407,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     assert folded.parameters().keys() == saved.keys() == folded.state().keys()
     held = folded.parameters()[EMBEDDINGS]
     folded.load(saved)
-    assert folded.parameters()[EMBEDDINGS] is held, "an optimiser may hold it already"
+    assert folded.parameters()[EMBEDDINGS] is held, "an optimizer may hold it already"
     assert folded.lr_multiplier(EMBEDDINGS) != 1
     with pytest.raises(RunError, match="missing"):
         folded.load({n: t for n, t in state.items() if n != TRAINING + "start"})

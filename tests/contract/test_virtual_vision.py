@@ -158,7 +158,7 @@ def test_pictures_go_through_adapters_of_their_own(family: Vision) -> None:
 # ---------------------------------------------------------------- where they start
 
 def test_they_start_as_plain_patches(family: Vision) -> None:
-    """Each is what the first layer gets of a picture of one colour, at one of its places."""
+    """Each is what the first layer gets of a picture of one color, at one of its places."""
     attached = attach(family, "prompt", stirred=False, num_virtual_tokens=40)
     other = attach(Vision(tiny("vit"), family.tokenizer), "prompt", stirred=False, seed=4, num_virtual_tokens=40)
     assert not torch.equal(attached.compute_virtual_tokens(), other.compute_virtual_tokens())
@@ -166,17 +166,17 @@ def test_they_start_as_plain_patches(family: Vision) -> None:
     weight = embeddings.patch_embeddings.projection.weight.sum((2, 3))  # [D, channels]
     places = embeddings.position_embeddings[0, 1:] + embeddings.patch_embeddings.projection.bias
     with torch.no_grad():
-        colours, used = [], set()
+        colors, used = [], set()
         for token in attached.compute_virtual_tokens():
-            left = token - places  # [P, D], of which one is a colour
-            colour = torch.linalg.lstsq(weight.expand(len(places), -1, -1), left[..., None]).solution[..., 0]
-            errors = (left - colour @ weight.T).norm(dim=1)
+            left = token - places  # [P, D], of which one is a color
+            color = torch.linalg.lstsq(weight.expand(len(places), -1, -1), left[..., None]).solution[..., 0]
+            errors = (left - color @ weight.T).norm(dim=1)
             used.add(int(errors.argmin()))
             assert errors.min() < SAME < FAR < errors.sort().values[1]
-            colours.append(colour[errors.argmin()])
+            colors.append(color[errors.argmin()])
     assert used == set(range(len(places)))
-    assert float(torch.stack(colours).std()) == pytest.approx(1, abs=0.25)
-    assert float(torch.stack(colours).mean()) == pytest.approx(0, abs=0.25)
+    assert float(torch.stack(colors).std()) == pytest.approx(1, abs=0.25)
+    assert float(torch.stack(colors).mean()) == pytest.approx(0, abs=0.25)
 
 
 @METHOD

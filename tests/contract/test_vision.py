@@ -223,8 +223,8 @@ def test_pixels_are_prepared_as_transformers_does(told: dict[str, Any], shape: t
     size = {"height": 8, "width": 8}
     found = settings(tmp_path, {"size": size, **told})(pixels.numpy())
     theirs = ViTImageProcessorPil(size=size, **told)
-    coloured = pixels if pixels.ndim == 3 else pixels[:, :, None].expand(-1, -1, 3)
-    wanted = theirs(coloured.numpy(), return_tensors="pt", input_data_format="channels_last").pixel_values[0]
+    colored = pixels if pixels.ndim == 3 else pixels[:, :, None].expand(-1, -1, 3)
+    wanted = theirs(colored.numpy(), return_tensors="pt", input_data_format="channels_last").pixel_values[0]
     step = 1 / 255 / min(told.get("image_std", [0.5]) if told.get("do_normalize", True) else [1.0])
     assert found.shape == (3, 8, 8)
     assert found.dtype == torch.float32
@@ -233,10 +233,10 @@ def test_pixels_are_prepared_as_transformers_does(told: dict[str, Any], shape: t
 
 
 def test_a_grey_model_takes_grey_pictures(tmp_path: Path) -> None:
-    grey = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    gray = torch.arange(64, dtype=torch.uint8).view(8, 8)
     prepare = settings(tmp_path, num_channels=1)
-    assert torch.allclose(prepare(grey), (grey[None] / 255 - 0.5) / 0.5)
-    assert torch.equal(prepare(grey[:, :, None].expand(-1, -1, 3)), prepare(grey))
+    assert torch.allclose(prepare(gray), (gray[None] / 255 - 0.5) / 0.5)
+    assert torch.equal(prepare(gray[:, :, None].expand(-1, -1, 3)), prepare(gray))
     red = torch.zeros(8, 8, 3, dtype=torch.uint8)
     red[..., 0] = 200
     assert torch.allclose(prepare(red), torch.full((1, 8, 8), (60 / 255 - 0.5) / 0.5))

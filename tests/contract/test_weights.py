@@ -38,10 +38,10 @@ WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
 WEIGHTS = (2, 1, 3, 2, 1)
 COMPARED = [{"prompt": f"{w}?", "chosen": w, "rejected": f"no {w[:2]}"} for w in WORDS]
 RANKED = [{"prompt": f"{w}?", "answers": [w, w[:3], "no"][:2 + i % 2]} for i, w in enumerate(WORDS)]
-LABELLED = [{"text": w, "label": "abacb"[i]} for i, w in enumerate(WORDS)]
+LABELED = [{"text": w, "label": "abacb"[i]} for i, w in enumerate(WORDS)]
 TWICE: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # where 2 is as good as the row twice
-    "classify": ({"name": "classify"}, LABELLED),
-    "balanced": ({"name": "classify", "class_weights": "balanced"}, LABELLED),
+    "classify": ({"name": "classify"}, LABELED),
+    "balanced": ({"name": "classify", "class_weights": "balanced"}, LABELED),
     "several": ({"name": "classify", "task": "multi", "class_weights": {"b": 3.0}},
                 [{"text": w, "label": [["a"], ["a", "b"], [], ["c"], ["b"]][i]} for i, w in enumerate(WORDS)]),
     "regression": ({"name": "classify", "task": "regression"}, [{"text": w, "label": 1.5 * i - 2} for i, w in enumerate(WORDS)]),
@@ -132,7 +132,7 @@ def test_a_weight_of_nothing_is_no_row_and_is_counted(home: Path, double: None, 
 
 
 def test_a_weight_that_is_none_is_refused(home: Path) -> None:
-    made(home, {"name": "classify"}, [{**LABELLED[0], "weight": -1}, *LABELLED[1:]])
+    made(home, {"name": "classify"}, [{**LABELED[0], "weight": -1}, *LABELED[1:]])
     report = read_datasets(DataConfig.parse({"train": str(home / "rows.jsonl")}), tiny_tokenizer(), seed=0).report.parts["train"]
     assert report.reasons == {"weight is not a finite number from 0 up": 1}
 
@@ -193,14 +193,14 @@ def test_balanced_weights_are_scikit_learns() -> None:
 
 
 def test_they_count_rows_by_weight_and_by_how_often_their_source_is_seen(home: Path) -> None:
-    made(home, {"name": "classify"}, weighted(LABELLED))
+    made(home, {"name": "classify"}, weighted(LABELED))
     path = str(home / "rows.jsonl")
     found = read_datasets(DataConfig.parse({"train": [path, {"path": path, "weight": 0.5}]}), tiny_tokenizer(), seed=0)
     assert found.counts == {"a": 7.5, "b": 3.0, "c": 3.0}
 
 
 def test_a_run_keeps_the_numbers_and_goes_on_from_balanced(home: Path) -> None:
-    recipe = made(home, {"name": "classify", "class_weights": "balanced"}, weighted(LABELLED), output_dir=str(home / "run"),
+    recipe = made(home, {"name": "classify", "class_weights": "balanced"}, weighted(LABELED), output_dir=str(home / "run"),
                   training={"max_steps": 2, "batch_size": 2, "save_steps": 1})
     run = train(recipe, quiet=True)
     kept = yaml.safe_load((run.path / "recipe.yaml").read_text())["objective"]["class_weights"]

@@ -41,7 +41,7 @@ ENCODER_KINDS = ("bert", "roberta", "distilbert", *MORE)
 DECODER_KINDS = ("llama", "qwen2", "gpt2", "mistral", "gemma2")
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "single": {"name": "classify", "labels": ["no", "perhaps", "yes"]},
-    "multi": {"name": "classify", "task": "multi", "labels": ["red", "green", "blue", "grey"]},
+    "multi": {"name": "classify", "task": "multi", "labels": ["red", "green", "blue", "gray"]},
     "regression": {"name": "classify", "task": "regression"},
     "tags": {"name": "classify", "task": "tokens", "labels": ["O", "B-PER", "I-PER"]},
     "reward": {"name": "reward"},

@@ -16,7 +16,7 @@ from luthier.api.export import export
 from luthier.core.errors import LuthierError
 from tiny import save_tiny
 
-LABELLED = [{"text": f"{word} thing", "label": label} for word, label in
+LABELED = [{"text": f"{word} thing", "label": label} for word, label in
             (("good", "up"), ("bad", "down"), ("fine", "up"), ("poor", "down"), ("odd", "down"))]
 TALKS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]} for i in range(5)]
 PAIRS = [{"anchor": f"number {i}", "positive": f"the number {i}"} for i in range(5)]
@@ -28,8 +28,8 @@ IMAGES = [{"pixels": [[[i * 40 + j] * 3 for j in range(8)] for _ in range(8)], "
 CASES: dict[str, tuple[str, Any, list[dict[str, Any]], str]] = {  # base, objective, rows, pipeline tag
     "chat": ("llama", "sft", TALKS, "text-generation"),
     "document": ("gpt2", "pretrain", DOCUMENTS, "text-generation"),
-    "classes": ("bert", "classify", LABELLED, "text-classification"),
-    "classes-decoder": ("llama", "classify", LABELLED, "text-classification"),
+    "classes": ("bert", "classify", LABELED, "text-classification"),
+    "classes-decoder": ("llama", "classify", LABELED, "text-classification"),
     "tags": ("bert", {"name": "classify", "task": "tokens"}, TAGGED, "token-classification"),
     "reward": ("llama", "reward", RANKED, "text-classification"),
     "vectors": ("bert", "contrastive", PAIRS, "sentence-similarity"),
@@ -100,7 +100,7 @@ def test_what_peft_would_compute_otherwise_is_said_and_refused(method: str, tmp_
 def test_a_head_that_no_class_holds_is_said(tmp_path: Path) -> None:
     """BERT's class takes the first token; a run that takes the mean is opened by this package alone."""
     base = save_tiny(tmp_path / "base", "bert", dtype=torch.float32)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LABELLED)))
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LABELED)))
     run = luthier.train(model={"name_or_path": str(base), "pooling": "mean"}, data={"train": str(tmp_path / "rows.jsonl"), "test":
                         str(tmp_path / "rows.jsonl")}, objective="classify", method="full", output_dir=str(tmp_path / "run"),
                         training={"max_steps": 1}, quiet=True)

@@ -1,4 +1,4 @@
-"""What cannot learn, or has no effect, is said before the first step; the healthy neighbour of each case is not."""
+"""What cannot learn, or has no effect, is said before the first step; the healthy neighbor of each case is not."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def pairs(*rows: tuple[str, ...]) -> list[dict[str, Any]]:
     return [dict(zip(("anchor", "positive", "negative"), row, strict=False)) for row in rows]
 
 
-def labelled(*labels: Any) -> list[dict[str, Any]]:
+def labeled(*labels: Any) -> list[dict[str, Any]]:
     return [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
 
 
@@ -131,22 +131,22 @@ ROWS: list[tuple[Any, list[dict[str, Any]], int, str]] = [
     (MASKED, pairs(("a", "1"), ("a", "2"), ("b", "3")), 3, ""),
     (MASKED, pairs(("a", "1"), ("a", "2")), 2, "every batch: no anchor has a negative"),
     ("contrastive", pairs(("a", "1", "x"), ("b", "2", "y")), 1, ""),
-    (LABELS, labelled("a", "a", "b", "b"), 1, "every batch: no row has both"), (LABELS, labelled(*"aabb"), 4, ""),
-    (LABELS, labelled(*"abcd"), 4, "every batch: no row has both"),
-    (LABELS, labelled(*"aaaa"), 4, "every batch: no row has both"),
+    (LABELS, labeled("a", "a", "b", "b"), 1, "every batch: no row has both"), (LABELS, labeled(*"aabb"), 4, ""),
+    (LABELS, labeled(*"abcd"), 4, "every batch: no row has both"),
+    (LABELS, labeled(*"aaaa"), 4, "every batch: no row has both"),
     (SCORES, scored(1, 1, 1), 3, "every batch: all pairs have the same score"), (SCORES, scored(0, 1, 1), 3, ""),
     (SCORES, scored(0, 1, 1), 1, "every batch: all pairs have the same score"),
     (TRIPLET, pairs(("a", "1", "1"), ("b", "2", "2")), 2, "every negative is the same text"),
     (TRIPLET, pairs(("a", "1", "x"), ("b", "2", "y")), 1, ""),
     ("kto", verdicts(True, True, True), 3, "all 3 train rows are desirable"),
     ("kto", verdicts(False, False), 2, "all 2 train rows are undesirable"), ("kto", verdicts(True, False), 2, ""),
-    ({"name": "classify", "labels": ["a", "b"]}, labelled("a", "a"), 2, "all train rows have the class 'a'"),
-    ({"name": "classify", "labels": ["a", "b", "c"]}, labelled("a", "b"), 2, "no train row has the class 'c'"),
-    ("classify", labelled("a", "b"), 1, ""),
-    ({"name": "classify", "task": "multi"}, labelled(["a"], ["a", "b"]), 2, "all of the 2 train rows have the class 'a'"),
-    ({"name": "classify", "task": "multi"}, labelled(["a"], ["b"]), 2, ""),
-    ({"name": "classify", "task": "regression"}, labelled(0.5, 0.5), 2, "only a constant"),
-    ({"name": "classify", "task": "regression"}, labelled(0.5, 0.25), 2, ""),
+    ({"name": "classify", "labels": ["a", "b"]}, labeled("a", "a"), 2, "all train rows have the class 'a'"),
+    ({"name": "classify", "labels": ["a", "b", "c"]}, labeled("a", "b"), 2, "no train row has the class 'c'"),
+    ("classify", labeled("a", "b"), 1, ""),
+    ({"name": "classify", "task": "multi"}, labeled(["a"], ["a", "b"]), 2, "all of the 2 train rows have the class 'a'"),
+    ({"name": "classify", "task": "multi"}, labeled(["a"], ["b"]), 2, ""),
+    ({"name": "classify", "task": "regression"}, labeled(0.5, 0.5), 2, "only a constant"),
+    ({"name": "classify", "task": "regression"}, labeled(0.5, 0.25), 2, ""),
     ({"name": "reward", "ranking": "all_pairs"}, [{"prompt": "q", "chosen": "a", "rejected": "b"}], 1, "objective.ranking"),
     ({"name": "reward", "ranking": "all_pairs"}, [{"prompt": "q", "answers": ["a", "b", "c"]}], 1, ""),
 ]
@@ -162,7 +162,7 @@ def test_rows_that_teach_nothing_are_named_before_training(objective: Any, rows:
 
 
 def test_sorted_classes_without_shuffling_are_named(tmp_path: Path) -> None:
-    rows, data = labelled(*"aaaabbbb"), {"shuffle": False}
+    rows, data = labeled(*"aaaabbbb"), {"shuffle": False}
     assert "all rows have one class" in find_data_problems(*read(
         "classify", rows, tmp_path, data, training={"batch_size": 4}))[0]
     for size, shuffled in ((4, {"shuffle": True}), (1, data), (8, data)):

@@ -52,7 +52,7 @@ class InMemoryBatchSource:
     """An endless run of steps over examples in memory; a `core.protocols.BatchSource`.
 
     Args:
-        batch_size: examples of one optimiser step; the last step of an epoch has what is left.
+        batch_size: examples of one optimizer step; the last step of an epoch has what is left.
         max_tokens: the most tokens of one micro-batch, None for no limit.
         mix: for consecutive runs of `encoded`, how many examples and how often each is seen in an epoch. 2 is twice;
             0.5 is half of them, another half each epoch. Empty: everything once.

@@ -84,7 +84,7 @@ def _encode_classification(example: ClassificationExample, tokenizer: Tokenizer,
 
 
 def _encode_contrastive(example: ContrastiveExample, tokenizer: Tokenizer, config: DataConfig) -> EncodedRows:
-    """A root for each text, labelled 0 (anchor), 1 (positive), 2 and on (negatives), or all with the score."""
+    """A root for each text, labeled 0 (anchor), 1 (positive), 2 and on (negatives), or all with the score."""
     roots = []
     for text in example.texts:
         found = _encode_root(text, None, example, tokenizer, config)

@@ -36,7 +36,7 @@ LIMIT = 64_000_000  # pixels of one picture: more is a decompression bomb or a s
 
 
 def open_image(file: Path | io.BytesIO) -> Pixels:
-    """A picture file as [height, width, 3], or [height, width] where it is grey. Raises `UnfitError`."""
+    """A picture file as [height, width, 3], or [height, width] where it is gray. Raises `UnfitError`."""
     if importlib.util.find_spec("PIL") is None:
         raise MissingExtra("pillow", "vision", "reading images")
     from PIL import Image
@@ -45,8 +45,8 @@ def open_image(file: Path | io.BytesIO) -> Pixels:
         with Image.open(file) as picture:
             if picture.width * picture.height > LIMIT:
                 raise InvalidRowError("the image is too large", f"{picture.width} x {picture.height} pixels")
-            grey = picture.mode in ("1", "L")
-            return np.asarray(picture.convert("L" if grey else "RGB"))
+            gray = picture.mode in ("1", "L")
+            return np.asarray(picture.convert("L" if gray else "RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as fault:
         if isinstance(fault, InvalidRowError):
             raise

@@ -87,8 +87,8 @@ def _check_spellings(examples: Sequence[Example]) -> None:
 def _get_labels(example: Example) -> tuple[Label, ...]:
     if isinstance(example, TokenClassificationExample):
         return example.tags
-    labelled = isinstance(example, ClassificationExample | ImageExample) and example.label is not None
-    return (example.label,) if labelled else ()  # type: ignore[union-attr,return-value]
+    labeled = isinstance(example, ClassificationExample | ImageExample) and example.label is not None
+    return (example.label,) if labeled else ()  # type: ignore[union-attr,return-value]
 
 
 def encode_labels(example: Example, encoded: TokenizedExample, what: LabelEncoder) -> TokenizedExample | RejectedRow:

@@ -44,7 +44,7 @@ MISMATCHED = -1.0  # the label of another row's answer
 
 def encode_comparison(example: PreferenceExample, tokenizer: Tokenizer,
                       config: DataConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
-    """One item for each answer, labelled with its rank; the best has the margin."""
+    """One item for each answer, labeled with its rank; the best has the margin."""
     labels = [(float(rank), (example.margin or 0.0) if rank == 0 else 0.0) for rank in example.ranks]
     row = _PromptAndAnswers(example.prompt, example.answers, example.tools, example.origin)
     return _build_tree(row, labels, example.weight, tokenizer, config)
@@ -52,7 +52,7 @@ def encode_comparison(example: PreferenceExample, tokenizer: Tokenizer,
 
 def encode_unpaired(example: UnpairedPreferenceExample, tokenizer: Tokenizer, config: DataConfig,
                     other: Words | None = None) -> tuple[list[TokenizedExample], bool] | RejectedRow:
-    """One item, labelled 1 or 0; and `other`, an answer to another prompt put behind this one, labelled -1."""
+    """One item, labeled 1 or 0; and `other`, an answer to another prompt put behind this one, labeled -1."""
     answers = (example.answer,) if other is None else (example.answer, other)
     labels = [(float(example.good), 0.0), (MISMATCHED, 0.0)][:len(answers)]
     row = _PromptAndAnswers(example.prompt, answers, example.tools, example.origin)

@@ -40,7 +40,7 @@ from luthier.data.splits import ALL, DEFAULTS, KEYWORDS, TEST, TRAIN, choose_fil
 MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstandard",
          b"PK\x03\x04": "zip", b"PAR1": "Parquet", b"%PDF": "PDF",
          b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"\x89PNG": "PNG", b"SQLite format 3": "SQLite"}
-NOT_DATA = ("readme", "license", "licence", "dataset_info", "notice")
+NOT_DATA = ("readme", "license", "license", "dataset_info", "notice")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 

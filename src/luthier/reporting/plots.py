@@ -55,7 +55,7 @@ def plot_calibration(bins: Sequence[Bin], path: Path) -> None:
     """Accuracy of predictions by their confidence, as a PNG; the diagonal is perfect calibration."""
     figure, axes = _create_figure((4.5, 4.5))
     most = max(count for *_, count in bins)
-    axes.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", linewidth=1, label="honest")
+    axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", linewidth=1, label="honest")
     axes.scatter([p for p, _, _ in bins], [o for _, o, _ in bins], s=[20 + 180 * n / most for *_, n in bins],
                  label="observed (size: how many)")
     axes.set(xlabel="predicted", ylabel="observed", title="Calibration", xlim=(0.48, 1.02), ylim=(-0.02, 1.02))

@@ -37,8 +37,8 @@ class TrainingConfig(Config):
     """How long to train, in what portions, and what to keep."""
 
     num_train_epochs: float = Field(1.0, gt=0, description="passes over the data")
-    max_steps: int | None = Field(None, ge=1, description="optimiser steps, in place of epochs")
-    batch_size: int = Field(8, ge=1, description="examples per optimiser step; changes what is learned")
+    max_steps: int | None = Field(None, ge=1, description="optimizer steps, in place of epochs")
+    batch_size: int = Field(8, ge=1, description="examples per optimizer step; changes what is learned")
     max_tokens_per_micro_batch: int | None = Field(None, ge=1, description="most tokens in memory at once; never "
                                                    "changes the result. Left out: 320 on a CPU, 8192 on a GPU")
     precision: Literal["float32", "bf16"] = Field("float32", description="bf16: mixed precision by autocast, while "

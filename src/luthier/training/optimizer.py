@@ -1,4 +1,4 @@
-"""The optimiser and its learning rate over time. Independent of everything else in the runtime; read it in any order.
+"""The optimizer and its learning rate over time. Independent of everything else in the runtime; read it in any order.
 
 The schedule's factor at step k of n, after a linear warm-up of w steps, with u = (k - w) / (n - w):
 
@@ -145,7 +145,7 @@ class Optimizer:
         return rate
 
     def run_pre_step_hook(self) -> None:
-        """The gradient of the whole step is there: the method adds what it minimises by itself."""
+        """The gradient of the whole step is there: the method adds what it minimizes by itself."""
         for hook in self._optimizer_hooks:
             hook.pre_step()
 
@@ -193,7 +193,7 @@ class Optimizer:
             name, moment = key.rsplit(".", 1)
             moments.setdefault(name, {})[moment] = value
         if unknown := moments.keys() - self.parameters.keys():
-            raise RunError(f"the checkpoint's optimiser holds a parameter that does not train here: {min(unknown)!r}",
+            raise RunError(f"the checkpoint's optimizer holds a parameter that does not train here: {min(unknown)!r}",
                            "resume with the recipe that the run was started with")
         if missing := [name for name in self._copied if MASTER not in moments.get(name, {})]:
             raise RunError(f"the checkpoint has no float32 copy of {missing[0]!r}, which is kept in "

@@ -30,10 +30,10 @@ SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 def see(pixels: np.ndarray) -> torch.Tensor:
-    """A base that takes grey pictures as they are."""
+    """A base that takes gray pictures as they are."""
     assert (pixels.dtype, pixels.flags.writeable) == (np.uint8, True)
-    grey = pixels if pixels.ndim == 2 else pixels.mean(2)
-    return torch.from_numpy(np.ascontiguousarray(grey, dtype=np.float32))[None] / 255
+    gray = pixels if pixels.ndim == 2 else pixels.mean(2)
+    return torch.from_numpy(np.ascontiguousarray(gray, dtype=np.float32))[None] / 255
 
 
 def config(**options: object) -> DataConfig:

@@ -1,4 +1,4 @@
-"""The optimiser goes on from its saved moments, however its parameters lie in memory."""
+"""The optimizer goes on from its saved moments, however its parameters lie in memory."""
 
 from __future__ import annotations
 
