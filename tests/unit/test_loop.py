@@ -23,7 +23,7 @@ CASES: dict[str, tuple[list[dict[str, Any]], Any, Any]] = {
     "classify": (LABELS, "classify", "bitfit"), "adalora": (TEXTS, "sft", "adalora"), "prompt": (TEXTS, "sft", "prompt"),
 }
 RATE = 1e-2
-SMOOTH = {"adam_epsilon": 1e-3}  # a smaller one makes a full step out of the rounding of a gradient that is zero
+SMOOTH = {"adam_epsilon": 1e-3}  # a smaller one makes a full step out of the rounding of a gradient that is zero; 1e-7: one division in float32
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_the_division_into_calls_does_not_matter(name: str, model: str) -> None:
                 session.forward_backward(part)
             session.optimizer_step(RATE)
         trained.append(weights(session.tuner))
-    assert max(difference(trained[0], other) for other in trained[1:]) < 1e-10
+    assert max(difference(trained[0], other) for other in trained[1:]) < 1e-7
     session = open_session(model, objective, method)
     session.forward_backward(rows)
     before = weights(session.tuner)
@@ -77,12 +77,12 @@ def test_it_trains_what_train_trains(model: str, tmp_path: Path) -> None:
         losses.append(session.forward_backward(TEXTS)["loss"])
         session.optimizer_step(RATE)
     saved = session.save(tmp_path / "loop")
-    assert losses == pytest.approx([line["loss"] for line in run.metrics if "loss" in line], rel=1e-10)
+    assert losses == pytest.approx([line["loss"] for line in run.metrics if "loss" in line], rel=1e-7)
     from safetensors.torch import load_file
     one, other = (load_file(folder.path / "adapter_model.safetensors") for folder in (run, saved))
-    assert difference(one, other) < 1e-10
+    assert difference(one, other) < 1e-7
     found = [luthier.evaluate(folder, data=str(tmp_path / "rows.jsonl"), quiet=True)["nll"] for folder in (run, saved)]
-    assert found[0] == pytest.approx(found[1], rel=1e-10)
+    assert found[0] == pytest.approx(found[1], rel=1e-7)
 
 
 def test_bad_calls_are_refused_by_name(model: str) -> None:
