@@ -182,7 +182,7 @@ def test_they_start_as_plain_patches(family: Vision) -> None:
 @METHOD
 def test_a_text_to_start_from_is_refused(method: str, family: Vision) -> None:
     settings_ = {**SETTINGS[method], "prompt_tuning_init": "text", "prompt_tuning_init_text": "a picture"}
-    with pytest.raises(RecipeError, match="no words"):
+    with pytest.raises(RecipeError, match="this base has no vocabulary"):
         attach(family, method, **settings_)
     attach(family, method, **{**SETTINGS[method], "prompt_tuning_init": "random"})
 
@@ -211,7 +211,7 @@ def test_a_run_opens_again_and_is_inspected(method: str, tmp_path: Path) -> None
     save_tuned(run, made, family, attached)
     assert json.loads((run.path / "adapter_config.json").read_text())["peft_type"] == "LUTHIER"
     (reading,) = inspect_run(run, quiet=True)["readings"]
-    assert "no words" in reading["about"]
+    assert "this base has no vocabulary" in reading["about"]
     assert len(reading["rows"]) == N
     for row in reading["rows"]:
         assert row["start"]["nearest"] == row["end"]["nearest"] == []

@@ -89,8 +89,10 @@ def is_local_path(name: str) -> bool:
 def get_public_name(config: ModelConfig, upstream: str | None = None) -> str:
     """The name of a base on other machines: its hub id if it has one, otherwise the name of its folder or file.
 
-    >>> get_public_name(ModelConfig(name_or_path="smollm2")),
-    get_public_name(ModelConfig(name_or_path="/home/me/bases/tiny/")) ('HuggingFaceTB/SmolLM2-135M-Instruct', 'tiny')
+    >>> get_public_name(ModelConfig(name_or_path="smollm2"))
+    'HuggingFaceTB/SmolLM2-135M-Instruct'
+    >>> get_public_name(ModelConfig(name_or_path="/home/me/bases/tiny/"))
+    'tiny'
     """
     if upstream or config.name_or_path in HUB_IDS:
         return upstream or HUB_IDS[config.name_or_path]
