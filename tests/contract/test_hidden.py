@@ -172,7 +172,7 @@ def test_a_head_that_computes_otherwise_is_refused(monkeypatch: pytest.MonkeyPat
     model = tiny("bert", words=True)
     own = model.forward
     monkeypatch.setattr(model, "forward", lambda **named: [out := own(**named), setattr(out, "logits", out.logits.tanh())][0])
-    with pytest.raises(BaseError, match="computes its logits in a way that is not known"):
+    with pytest.raises(BaseError, match="BertForMaskedLM computes its logits in an unsupported way"):
         Encoder(model, WORDS)
 
 

@@ -116,9 +116,9 @@ def _build_feature_recipe(base: Path, data: str, settings: Mapping[str, Any], ba
     if base_model is not None and not is_run:
         raise RecipeError(f"{str(base)!r} is a base model, not a run", "omit --base-model")
     raw: dict[str, Any] = (assembly.dump_recipe(open_recipe(Run(base), base_model, report)) if is_run
-                           else {"base": {"name": str(base)}})
-    if is_run and any(key.partition(".")[0] == "base" for key in settings):
-        raise RecipeError(f"{str(base)!r} is a run, and its base cannot be changed", "omit the settings of base")
+                           else {"model": {"name_or_path": str(base)}})
+    if is_run and any(key.partition(".")[0] == "model" for key in settings):
+        raise RecipeError(f"{str(base)!r} is a run, and its base cannot be changed", "omit the settings of model")
     raw["data"] = {**raw.get("data", {}), "train": data, "test": data, "eval": None, "augment": [], "streaming": True}
     return assembly.build_recipe({**raw, "objective": "classify"}, settings), Run(base) if is_run else None
 
