@@ -139,7 +139,7 @@ def test_what_cannot_be_is_refused(settings: dict[str, Any], words: str) -> None
 
 def test_a_dora_is_refused_with_the_reason() -> None:
     family = base("llama")
-    with pytest.raises(RecipeError, match="cannot be summed"):
+    with pytest.raises(RecipeError, match="DoRA adapters cannot be added"):
         merge_loras([LoraConfig(use_dora=True).attach(family.structure, seed=0)], (1.0,))
 
 

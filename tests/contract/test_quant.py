@@ -208,7 +208,7 @@ def test_tuners_that_cannot_stand_beside_packed_bits_say_so_at_once(name: str) -
 
 
 def test_what_trains_the_base_itself_is_refused() -> None:
-    with pytest.raises((BaseError, RecipeError), match="few bits"):
+    with pytest.raises((BaseError, RecipeError), match="is quantized and cannot be trained"):
         attach(few("llama", "nf4"), "full")
 
 

@@ -206,7 +206,7 @@ def test_it_refuses_what_it_cannot(family: Vision, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="needs images"):
         family.states(replace(row.inputs, images=None))
     save_tiny(tmp_path / "base", "vit")
-    with pytest.raises(BaseError, match=r"base\.pooling"):
+    with pytest.raises(BaseError, match=r"model\.pooling"):
         open_family(ModelConfig(name_or_path=str(tmp_path / "base"), pooling="mean", device="cpu"))
 
 

@@ -105,7 +105,7 @@ def test_the_command_prints_what_came_out(home: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(("change", "words"), [
     ({"ppo": None}, ["parts sft, reward and ppo"]),
     ({"trainng": {}}, ["did you mean 'training'"]),
-    ({"sft": {"data": "x", "training": {"max_stepz": 3}}, "ppo": {"data": "x", "objective": {"klweight": 3}}},
+    ({"sft": {"data": "x", "training": {"max_stepz": 3}}, "ppo": {"data": "x", "objective": {"klcoef": 3}}},
      ["sft:", "'training.max_stepz'", "did you mean 'max_steps'", "ppo:", "did you mean 'kl_coef'"]),
 ])
 def test_all_faults_come_at_once(home: Path, change: dict[str, Any], words: list[str]) -> None:

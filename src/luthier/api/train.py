@@ -274,7 +274,7 @@ def _check_same_recipe(run: Run, recipe: Recipe) -> None:
     if changed := list_differences(run, recipe):
         raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
                        f"resume it with its own recipe (luthier train --resume {run.path}), or name another folder "
-                       "(run=NAME)")
+                       "(output_dir=NAME)")
 
 
 def _write_data_report(run: Run, report: assembly.rows.DataReport) -> None:

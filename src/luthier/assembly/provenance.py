@@ -270,7 +270,7 @@ def list_differences(run: Run, recipe: Recipe) -> list[str]:
         if conflict:
             conflict = f"model.name_or_path: {saved.model.name_or_path!r}, now {ours.model.name_or_path!r}: {conflict}"
         ours = ours.model_copy(update={"model": ours.model.model_copy(update={
-            "name": saved.model.name_or_path, "revision": saved.model.revision})})
+            "name_or_path": saved.model.name_or_path, "revision": saved.model.revision})})
     return [*([conflict] if conflict else []), *diff_recipes(saved, ours)]
 
 

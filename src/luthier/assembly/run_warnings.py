@@ -315,7 +315,8 @@ def _check_ranks(method: str, sites: Sequence[Any], shapes: dict[str, tuple[int,
         return []
     rank, site = above[0]
     largest = min(site.in_features, site.out_features)
-    return [f"method.rank: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to "
+    field = "target_r" if method == "adalora" else "rank"
+    return [f"method.{field}: {method} has rank {rank} on {site.name!r}, a map from {site.in_features} to "
             f"{site.out_features}: its rank is {largest} at most ({len(above)} such maps), so the rest adds nothing"]
 
 

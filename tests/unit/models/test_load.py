@@ -101,7 +101,7 @@ def test_an_alias_never_imports_its_package() -> None:
 
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     code = ("from luthier.models.loading import *\n"
-            "try: load_model(ModelConfig(name='owner/nothing'))\n"
+            "try: load_model(ModelConfig(name_or_path='owner/nothing'))\n"
             "except BaseError as error: print(error)")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={
         "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": ":".join(sys.path)})
