@@ -40,7 +40,7 @@ def test_a_whole_model_has_nothing_left_to_be_compared_with(recipe: dict[str, An
     full = {**recipe, "method": "full"}
     run = train(full, output_dir=str(tmp_path / "full"), quiet=True)
     assert run.results["validation"]["rewards/margins"] != 0
-    with pytest.raises(RecipeError, match="whole model") as refused:
+    with pytest.raises(RecipeError, match="holds a full model, which has overwritten it") as refused:
         evaluate(run, quiet=True)
     assert "objective=orpo" in str(refused.value)
     assert evaluate(run, quiet=True, objective="orpo")["rewards/margins"] != 0  # the remedy

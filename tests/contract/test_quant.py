@@ -1,4 +1,4 @@
-"""A base in few bits: methods beside it train by its true gradients, and its weights are never written to.
+"""A base in is quantized and cannot be trained: methods beside it train by its true gradients, and its weights are never written to.
 
 Read `models/quantization.py` first. The oracle is the same model with each weight replaced by what its bits stand for.
 """
@@ -170,7 +170,7 @@ def test_merging_into_few_bits_is_refused_and_leaves_everything_as_it_was(bits: 
     before = digest(family)
     attached = attach(family, "lora")
     stir(attached)
-    with pytest.raises(NotMergeable, match="few bits"):
+    with pytest.raises(NotMergeable, match="is quantized and cannot be trained"):
         attached.merge()
     assert digest(family) == before
 
@@ -191,7 +191,7 @@ def test_tuners_of_peft_are_not_merged_into_few_bits(name: str, bits: str) -> No
     family = few("qwen2", bits)
     attached = attach(family, "peft", type=name, config={"r": 2} if name in ("LORA", "VERA") else {})
     wanted = logits(family)
-    with pytest.raises(NotMergeable, match="few bits"):
+    with pytest.raises(NotMergeable, match="is quantized and cannot be trained"):
         attached.merge()
     assert torch.equal(logits(family), wanted)
 

@@ -464,7 +464,7 @@ def test_a_critic_of_its_own_trains_and_resumes(home: Path, tmp_path: Path) -> N
 ])
 def test_a_recipe_that_cannot_be_is_refused(home: Path, tmp_path: Path, change: dict[str, Any], word: str) -> None:
     with pytest.raises(RecipeError, match=word):
-        train({**recipe(home, "ppo"), "run": str(tmp_path / "run"), **change}, quiet=True)
+        train({**recipe(home, "ppo"), "output_dir": str(tmp_path / "run"), **change}, quiet=True)
 
 
 def test_a_reward_that_lacks_its_fact_names_the_prompt(home: Path, tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_what_has_no_meaning_is_refused() -> None:
     attached.gate.scale, attached.gate.token_index, attached.gate.dim_size = 1.0, (1, torch.tensor([0, 1])), 20
     with pytest.raises(RunError, match="cannot have different adapters"):
         logits(family)
-    with pytest.raises(RecipeError, match="no place for virtual tokens"):
+    with pytest.raises(RecipeError, match="does not support virtual tokens"):
         METHODS["prefix"]().attach(replace(family.structure, injector=None), seed=0)
 
 

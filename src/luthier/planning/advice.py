@@ -55,7 +55,7 @@ def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -
 def format_table(report: Mapping[str, Any]) -> str:
     """The plan as Markdown: the data, the methods, the advice."""
     data = report["data"]
-    lines = [f"Base {report['base']}, {report['room_gb']:.1f} GB free."]
+    lines = [f"Base {report['model']}, {report['room_gb']:.1f} GB free."]
     if data:
         lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
     titles = ("method", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")
