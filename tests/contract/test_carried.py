@@ -66,7 +66,7 @@ def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, 
 def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
     whole = export(tuned(home, tmp_path / "run", "lora"), "bundle", tmp_path / "whole")
     assert luthier.evaluate(whole, data=str(home / "rows.jsonl"), base_model=str(home / "base"), quiet=True)["perplexity"] > 1
-    with pytest.raises(BaseError, match="carries an adapter"):
+    with pytest.raises(BaseError, match="contains an adapter"):
         load_family(assembly.ModelConfig(name_or_path=str(whole)))
 
 
