@@ -230,10 +230,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no targets, no weights of one": ({"target_modules": []}, "target_modules"),
     "no such tuner": ({"peft_type": "FOO"}, "no tuner 'FOO'"),
     "no base": ({"base_model_name_or_path": None}, "names no base"),
-    "other layers than in the file": ({"layers_to_transform": 1}, "do not match"),
-    "fewer modules than in the file": ({"target_modules": ["q_proj"]}, "do not match"),
-    "more modules than in the file": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "do not match"),
-    "another rank than in the file": ({"r": 5}, "do not match"),
+    "other layers than in the file": ({"layers_to_transform": 1}, "do not match this method"),
+    "fewer modules than in the file": ({"target_modules": ["q_proj"]}, "do not match this method"),
+    "more modules than in the file": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "do not match this method"),
+    "another rank than in the file": ({"r": 5}, "do not match this method"),
 }
 HARMLESS: dict[str, dict[str, Any]] = {
     "an old field without effect": {"enable_lora": None, "merge_weights": False},

@@ -77,8 +77,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         if recipe.evaluate.metrics:
             prompts = build_eval_prompts(recipe, family, examples)
             with Progress(len(prompts), title="answering", quiet=quiet) as bar:
-                scored = evaluate_generations(family, prompts, recipe.evaluate,
-                                              tick=lambda done, total: bar.update(done))
+                scored = evaluate_generations(family, prompts, recipe.evaluate, lambda done, total: bar.update(done))
             results |= scored.scores
     measured_on = "data" if data else "test" if datasets.test else "validation"
     return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(datasets.report, part)}
