@@ -50,6 +50,7 @@ FILES: dict[str, str | list[dict[str, Any]]] = {
     "more.jsonl": [{"text": f"other {i}", "label": ["good", "bad"][i % 2]} for i in range(8)],
     "rewards.py": blocks(ROOT / "docs/own.md", "python")[0],
     "notes.txt": "a note\n" * 8, "field.txt": "a word of the field\n" * 8,
+    "reviews.jsonl": [{"text": f"text {i}", "label": ["good", "bad"][i % 2]} for i in range(8)],
     "reviews.csv": table(",", "text", label=["good", "bad"]), "unseen.csv": table(",", "text", label=["good", "bad"]),
     "reviews.tsv": table("\t", "text", label=["good", "bad"]), "sts.tsv": table("\t", "sentence1", "sentence2", score=[0, 2, 5]),
 }

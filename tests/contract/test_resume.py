@@ -142,8 +142,8 @@ PLACES: tuple[tuple[Any, str, int], ...] = (  # what is called, and how often in
     (loop, "step", STEPS),  # between two steps
     (torch.optim.AdamW, "step", STEPS),  # in a step, its gradients made
     (loop, "_evaluate", 4),
-    (loop, "_save", 7),
-    (checkpoint, "_sync", 42),  # while a checkpoint is written
+    (loop, "_save_checkpoint", 7),
+    (checkpoint, "_sync_path", 42),  # while a checkpoint is written
     (os, "rename", 14),  # beside it
     (os, "replace", 4),
     (os, "unlink", 20),  # while an old one is removed

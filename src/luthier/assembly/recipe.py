@@ -43,7 +43,8 @@ AnyObjective: TypeAlias = Annotated[reduce(or_, OBJECTIVES.values()), Field(disc
 # The beginnings of settings that a run may change when it goes on: they decide nothing about what is learned.
 FREE = ("output_dir", "evaluate.", "model.device", "data.test", "method.keep_base", "training.load_best_model_at_end",
         "training.max_tokens_per_micro_batch", "training.gradient_checkpointing", "training.save_steps",
-        "training.save_total_limit", "training.report_to", "objective.labels")  # the data has its own digest
+        "training.save_total_limit", "training.load_best_model_at_end", "training.report_to",
+        "objective.labels")  # the data has its own digest
 SHORT = {  # the setting that a bare value stands for; elsewhere: name
     "model": "name_or_path", "data": "train", "train": "path", "eval": "path", "test": "path"}
 
