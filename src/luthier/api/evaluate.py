@@ -49,7 +49,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     raw = assembly.dump_recipe(recorded)
     # it was not set: each machine resolves its own
     if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):
-        raw["training"]["micro_tokens"] = None
+        raw["training"]["max_tokens_per_micro_batch"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
     recipe = assembly.build_recipe(raw, wanted)

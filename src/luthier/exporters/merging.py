@@ -25,7 +25,7 @@ def merge_into_base(base: Family, tuner: Tuner) -> None:
     allowed = TOLERANCE[base.structure.embedding.weight.dtype]  # type: ignore[index]
     if not change <= allowed:
         raise RunError(f"merging changed an output by {change:.2g}; rounding explains at most {allowed}",
-                       "train and export with base.dtype: float32, or use the adapter as it is")
+                       "train and export with model.dtype: float32, or use the adapter as it is")
 
 
 @torch.no_grad()

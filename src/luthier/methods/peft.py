@@ -163,7 +163,7 @@ class Peft:
             except RuntimeError as error:
                 self._install(self._base_modules)
                 raise RecipeError(f"PEFT's {self.config.peft_type.value} does not support this quantization: "
-                                  f"{error}", "set base.quantize: int8 or none, or use a method of Luthier "
+                                  f"{error}", "set model.quantize: int8 or none, or use a method of Luthier "
                                   "(lora, adapter)") from error
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -18,8 +18,9 @@ def build_advice(report: Mapping[str, Any], objective: str) -> list[str]:
     measured = {row["method"]: row for row in report["methods"] if "seconds" in row}
     fits = {name: row for name, row in measured.items() if row["fits"]}
     if not fits:
-        return [f"No tried method fits into {report['room_gb']:.1f} GB. Try in this order: base.quantize=nf4, "
-                "base.dtype=bfloat16, a smaller training.micro_tokens, a smaller base."]
+        return [f"No tried method fits into {report['room_gb']:.1f} GB. Try in this order: model.quantize=nf4, "
+                "model.dtype=bfloat16, "
+                "a smaller training.max_tokens_per_micro_batch, a smaller base."]
     tokens = max(row["tokens"] for row in fits.values())
     if objective == "pretrain" and "full" in fits and tokens >= LARGE:
         chosen, why = "full", (f"{tokens:,} tokens of plain text hold more than few parameters can learn "
@@ -55,7 +56,7 @@ def _compare_cost(rows: Mapping[str, Mapping[str, Any]], one: str, other: str) -
 def format_table(report: Mapping[str, Any]) -> str:
     """The plan as Markdown: the data, the methods, the advice."""
     data = report["data"]
-    lines = [f"Base {report['base']}, {report['room_gb']:.1f} GB free."]
+    lines = [f"Base {report['model']}, {report['room_gb']:.1f} GB free."]
     if data:
         lines.append(f"{data['kept']} rows, {data['tokens']:,} tokens, {data['truncated']} truncated.")
     titles = ("method", "fits", "trains", "minutes", "tokens/s", "peak GB", "file MB")

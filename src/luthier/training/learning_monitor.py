@@ -18,7 +18,7 @@ REASONS: Mapping[str, str] = {
     "kto": "the sigmoid may be saturated: lower objective.beta or the learning rate",
 }
 GENERAL = "rows whose weights are all 0, a method whose parameters do not reach the output, or values below the " \
-          "range of base.dtype"
+          "range of model.dtype"
 
 
 class LearningMonitor:
