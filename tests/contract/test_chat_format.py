@@ -104,10 +104,10 @@ def test_a_run_of_bare_prompts_is_asked_bare(tmp_path: Path, template: Any, sett
     with pytest.raises(RecipeError, match="tuned on bare prompts"):
         list(talk.say("more"))
     served = load_served_models({"run": run})
-    assert served.prompt("run", [Message("user", "hi")]) == served.continued("run", "hi")
-    assert served.base.tokenizer.decode(served.continued("run", "hi")) == "hi"
+    assert served.encode_chat("run", [Message("user", "hi")]) == served.encode_text("run", "hi")
+    assert served.base.tokenizer.decode(served.encode_text("run", "hi")) == "hi"
     with pytest.raises(RecipeError, match="turns of system, user"):
-        served.prompt("run", [Message("system", "s"), Message("user", "hi")])
+        served.encode_chat("run", [Message("system", "s"), Message("user", "hi")])
 
 
 def test_a_bank_of_runs_asks_each_in_its_own_form(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_a_bank_of_runs_asks_each_in_its_own_form(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         train(tmp_path / name, base, rows)
     served = load_served_models({name: tmp_path / name / "run" for name in ("chats", "pairs")})
-    text = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "hi")])) for name in ("chats", "pairs", "base")}
+    text = {name: served.base.tokenizer.decode(served.encode_chat(name, [Message("user", "hi")])) for name in ("chats", "pairs", "base")}
     assert text == {"chats": "### User:\nhi\n\n### Assistant:\n", "pairs": "hi", "base": "### User:\nhi\n\n### Assistant:\n"}
     assert "### " in FALLBACK_TEMPLATE
 

@@ -231,7 +231,7 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
             assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].token_ids]
 
     tree = build_batch([segment_tree()])
-    with pytest.raises(RunError, match="another adapter"):
+    with pytest.raises(RunError, match="a different adapter"):
         family.forward(manager.with_adapters(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.required_outputs)
 
 
