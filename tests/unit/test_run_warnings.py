@@ -62,6 +62,8 @@ UNUSED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
      {"objective": {"name": "contrastive", "labels": ["a"], "loss": "supcon"}}),
     ("objective.temperature", {"objective": {"name": "contrastive", "temperature": 0.1, "loss": "triplet"}},
      {"objective": {"name": "contrastive", "temperature": 0.1}}),
+    ("objective.cliprange", {"objective": {**PPO, "cliprange": 0.1}},
+     {"objective": {**PPO, "cliprange": 0.1, "num_ppo_epochs": 2}}),
     ("objective.epsilon", {"objective": {**GRPO, "epsilon": 0.1}}, {"objective": {**GRPO, "epsilon": 0.1, "num_iterations": 2}}),
     ("objective.epsilon_high", {"objective": {**GRPO, "epsilon_high": 0.3}},
      {"objective": {**GRPO, "epsilon_high": 0.3, "num_mini_batches": 2}}),

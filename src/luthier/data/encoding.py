@@ -187,7 +187,7 @@ def _encode_prompt(example: PromptExample, tokenizer: Tokenizer, config: DataCon
         ids = [*ids, tokenizer.eos_token_id]  # as every source ends
     reserved_tokens = 0 if config.is_encoder_decoder else reserved_tokens  # the decoder has a length of its own
     if len(ids) + reserved_tokens > config.token_limit:
-        return RejectedRow(example.origin, "the prompt leaves no reserved_tokens to answer" if reserved_tokens
+        return RejectedRow(example.origin, "the prompt leaves no room to answer" if reserved_tokens
                            else "longer than max_length",
                            f"{len(ids)} tokens and {reserved_tokens} for the answer, at most {config.token_limit}")
     said = example.prompt if isinstance(example.prompt, str) else [{**m.extra, "role": m.role, "content": m.content}

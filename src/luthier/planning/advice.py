@@ -19,7 +19,8 @@ def build_advice(report: Mapping[str, Any], objective: str) -> list[str]:
     fits = {name: row for name, row in measured.items() if row["fits"]}
     if not fits:
         return [f"No tried method fits into {report['room_gb']:.1f} GB. Try in this order: model.quantize=nf4, "
-                "model.dtype=bfloat16, a smaller training.max_tokens_per_micro_batch, a smaller base."]
+                "model.dtype=bfloat16, "
+                "a smaller training.max_tokens_per_micro_batch, a smaller base."]
     tokens = max(row["tokens"] for row in fits.values())
     if objective == "pretrain" and "full" in fits and tokens >= LARGE:
         chosen, why = "full", (f"{tokens:,} tokens of plain text hold more than few parameters can learn "

@@ -213,7 +213,7 @@ def test_a_gradient_that_is_not_finite_updates_nothing_and_is_gone(bad: float) -
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     told: list[bool] = []
     update = SimpleNamespace(pre_step=lambda: None, post_step=lambda step, total, fine: told.append(bool(fine)))
-    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(weight_decay=0.5), 10, update)
+    ours = Optimizer(parameters, lambda name: 1.0, 0.1, OptimizerConfig(weight_decay=0.5), 10, (update,))
     push(parameters, 1)
     assert parameters["vector"].grad is not None
     parameters["vector"].grad[2] = bad
