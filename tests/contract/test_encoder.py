@@ -206,7 +206,7 @@ def test_pooling_is_read_from_the_folder(told: dict[str, Any] | None, pooling: s
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(told))
     if pooling is None:
-        with pytest.raises(BaseError, match=r"set base\.pooling"):
+        with pytest.raises(BaseError, match=r"set model\.pooling"):
             read_pooling(tmp_path)
         return
     assert read_pooling(tmp_path) == pooling
