@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from luthier.assembly.factory import (
     build_eval_batches,
     build_eval_prompts,
     check_loaded_model,
+    count_trainable,
     fit_objective,
     load_datasets,
     load_family,
@@ -24,7 +25,7 @@ from luthier.assembly.factory import (
     set_chat_format,
 )
 from luthier.assembly.model_card_facts import collect_model_card_facts
-from luthier.assembly.multi_adapter_loading import display_name
+from luthier.assembly.multi_adapter_loading import choose_run_name
 from luthier.assembly.provenance import (
     CheckpointRecord,
     check_base,
@@ -81,7 +82,7 @@ from luthier.training.os_errors import translate_os_errors
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
 from luthier.training.step import Reference, evaluate_batches
-from luthier.training.trackers import JsonLines, Tracker, check_trackers, open_trackers
+from luthier.training.trackers import JsonLines, Tracker, check_trackers, log_to_all, open_trackers
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resume: bool = False,
@@ -103,7 +104,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
-    run = Run(process_group.broadcast_object(config.output_dir or str(_choose_run_name(config))))
+    run = Run(process_group.broadcast_object(config.output_dir or str(choose_run_name(config))))
     if not resume:
         run.require_vacant() if process_group.get_rank() == 0 else None
     elif _is_finished(run.require_exists(), config, quiet):
@@ -176,7 +177,7 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     job_type: Any = OnlineTrainJob if rollouts else TrainJob
     job = job_type(base, tuner, recipe.objective, feed, build_eval_batches(recipe, base, datasets),
                    recipe.training, recipe.optimizer, rate, run.checkpoints,
-                   reference=reference, log=_log_to_all(*trackers),
+                   reference=reference, log=log_to_all(*trackers),
                    warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), get_record=CheckpointRecord(out))
     summary = _run_training(job, trackers, saved, quiet)
     if isinstance(feed, assembly.rows.StreamingBatchSource):
@@ -231,19 +232,6 @@ class Interrupted(RunError):
                          f"continue with: luthier train --resume {run.path}")
 
 
-def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
-    """Number and fraction of trainable parameters, among those of the base and of the method."""
-    trained = tuner.parameters()
-    own = {id(p) for p in base.model.parameters()}
-    whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
-    # A quantized weight is one packed parameter; count the weights that it represents.
-    whole += sum(s.in_features * s.out_features - s.weight.numel()
-                 for s in base.structure.linears
-                 if s.dequantize is not None)
-    count = sum(p.numel() for p in trained.values())
-    return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
-
-
 def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
     """Whether the run is complete. Raises `RunError` where it is a run of another recipe."""
     if not run.recipe:
@@ -264,14 +252,6 @@ def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> R
                           "this run is new", "name its base as model.name_or_path (--model)")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": base_model,
                                                                           "revision": None})})
-
-
-def _check_same_recipe(run: Run, recipe: Recipe) -> None:
-    """Raises `RunError` where the run was started with another recipe."""
-    if changed := list_differences(run, recipe):
-        raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
-                       f"resume it with its own recipe (luthier train --resume {run.path}), or name another folder "
-                       "(run=NAME)")
 
 
 def _write_data_report(run: Run, report: assembly.rows.DataReport) -> None:
@@ -297,13 +277,6 @@ def _build_trackers(run: Run, recipe: Recipe, saved: checkpoint.Checkpoint | Non
     if not saved:
         log.log(0, share)
     return [log, *open_trackers(recipe.training.report_to, run.path, assembly.dump_recipe(make_public(recipe)), at)]
-
-
-def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
-    def log(step: int, metrics: Mapping[str, float]) -> None:
-        for tracker in trackers:
-            tracker.log(step, metrics)
-    return log
 
 
 def _run_training(job: TrainJob, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | None,
@@ -404,11 +377,12 @@ def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
     return saved
 
 
-def _choose_run_name(recipe: Recipe) -> Path:
-    """runs/<method>-<base>, with a number where that exists."""
-    stem = f"{get_method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
-    taken = {p.name for p in Path("runs").glob(f"{stem}*")}
-    return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
+def _check_same_recipe(run: Run, recipe: Recipe) -> None:
+    """Raises `RunError` where the run was started with another recipe."""
+    if changed := list_differences(run, recipe):
+        raise RunError(f"{str(run.path)!r} was started with another recipe:\n  " + "\n  ".join(changed),
+                       f"resume it with its own recipe (luthier train --resume {run.path}), or name another folder "
+                       "(run=NAME)")
 
 
 def _print_line(quiet: bool, line: str) -> None:
