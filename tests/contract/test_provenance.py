@@ -119,7 +119,7 @@ def test_no_export_holds_a_local_path(name: str, home: Path, tmp_path: Path) -> 
     if (written / "adapter_config.json").is_file():
         named = json.loads((written / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert "/" not in named
-        assert named.startswith(Path(settings.get("base") or home / "base").name)
+        assert named.startswith(Path(settings.get("model") or home / "base").name)
 
 
 def test_control_the_search_finds_paths(home: Path) -> None:
@@ -129,7 +129,7 @@ def test_control_the_search_finds_paths(home: Path) -> None:
 def test_an_embedded_base_is_named_by_its_id(home: Path) -> None:
     made = assembly.build_recipe({"model": "smollm2", "data": str(home / "rows.jsonl")})
     assert name_base(made.model, public=True) == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert make_public(made).model.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert make_public(made).model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_a_snapshot_of_the_hub_is_named_by_its_id(home: Path, tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ RESUMED: dict[str, tuple[Callable[[Path], None], str, str]] = {  # change, refus
     "nothing": (lambda run: None, "", ""),
     "learning rate": (lambda run: edit(run, optimizer__learning_rate=0.5), "optimizer.learning_rate: 0.0", ""),
     "schedule": (lambda run: edit(run, optimizer__warmup_ratio=0.5), "optimizer.warmup_ratio: ", ""),
-    "what decides nothing": (lambda run: edit(run, training__keep=7), "", "recipe.yaml has changed since the checkpoint"),
+    "what decides nothing": (lambda run: edit(run, training__save_total_limit=7), "", "recipe.yaml has changed since the checkpoint"),
     "metrics": (lambda run: (run / "metrics.jsonl").write_text(""), "", "metrics.jsonl has changed since the checkpoint"),
     "the run to start from": (other_start, "has other weights than when this run began", ""),
 }

@@ -250,7 +250,7 @@ def broken_plain_text(patch: pytest.MonkeyPatch) -> None:
 
 def broken_one_opening(patch: pytest.MonkeyPatch) -> None:
     """The tokenizer's own opening is put before what a template has opened."""
-    true = encoding.tokens
+    true = encoding.tokenize_rendered
     patch.setattr(encoding, "tokenize_rendered", lambda text, tokenizer, special: true(text, tokenizer, special=True))
 
 

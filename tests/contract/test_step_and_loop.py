@@ -52,7 +52,7 @@ def test_a_step_has_the_gradient_of_the_whole_batch_divided_once() -> None:
         parameter.grad = None
     adam = optimizer(attached)
     found: dict[str, torch.Tensor] = {}
-    adam.complete = lambda: found.update({n: p.grad.clone() for n, p in attached.parameters().items()})  # type: ignore[method-assign, union-attr]
+    adam.run_pre_step_hook = lambda: found.update({n: p.grad.clone() for n, p in attached.parameters().items()})  # type: ignore[method-assign, union-attr]
     stepped = step(family, SFT, rows(), adam)
     numbers = stepped.read_metrics()
     loss = wanted.pop("loss")
@@ -213,7 +213,7 @@ def test_the_loop_evaluates_without_dropout_and_trains_with_it(tmp_path: Path) -
     lines: list[tuple[int, Mapping[str, float]]] = []
     modes: list[bool] = []
     run_training_loop(job(tmp_path, family, attached, lines, STILL, feed=Feed(lambda: modes.append(family.training)), held=held, max_steps=4,
-                          eval_every=1))
+                          eval_steps=1))
     assert modes == [True] * 4
     assert not family.training
     found = [line for _, line in lines if "eval_loss" in line]

@@ -271,3 +271,16 @@ def encode_chat_prompt(base: Family, messages: Sequence[Message], form: PromptFo
     except rows.RenderError as fault:
         raise RecipeError(f"the base's chat template refuses this conversation: {fault}",
                           "let user and assistant take turns, the user last") from fault
+
+
+def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
+    """Number and fraction of trainable parameters, among those of the base and of the method."""
+    trained = tuner.parameters()
+    own = {id(p) for p in base.model.parameters()}
+    whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
+    # A quantized weight is one packed parameter; count the weights that it represents.
+    whole += sum(s.in_features * s.out_features - s.weight.numel()
+                 for s in base.structure.linears
+                 if s.dequantize is not None)
+    count = sum(p.numel() for p in trained.values())
+    return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}

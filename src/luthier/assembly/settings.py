@@ -49,7 +49,8 @@ LEFT_OUT = {  # setting -> what leaving it out means, whatever the version
     "data.format": "by the columns, whose rows have a digest", "data.system": "none",
     "data.share_prompt": "the result is the same", "data.score_scale": "read off the rows, which have a digest",
     "data.file": "none", "data.max_samples": "all rows", "training.max_steps": "as many as the epochs have",
-    "training.eval_steps": "once an epoch", "training.save_steps": "never", "training.early_stopping_patience": "never",
+    "optimizer.warmup_steps": "by warmup_ratio", "training.eval_steps": "once an epoch",
+    "training.save_steps": "never", "training.early_stopping_patience": "never",
     "evaluate.max_samples": "all rows", "init_from": "the bare base",
 }
 

@@ -165,3 +165,11 @@ def _check_package(package: str) -> None:
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise MissingExtra(package, package, f"the tracker {package!r}")
+
+
+def log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
+    """One function that logs to all of them."""
+    def log(step: int, metrics: Mapping[str, float]) -> None:
+        for tracker in trackers:
+            tracker.log(step, metrics)
+    return log
