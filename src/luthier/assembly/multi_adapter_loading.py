@@ -15,8 +15,7 @@ from luthier import data as rows
 from luthier.assembly.factory import PromptFormat, compute_text_length, encode_chat_prompt, load_family
 from luthier.assembly.initialization import attach_runs
 from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe
-from luthier.assembly.recipe import load_recipe
-from luthier.assembly.recipe import Recipe, get_method_name
+from luthier.assembly.recipe import Recipe, get_method_name, load_recipe
 from luthier.assembly.run_io import build_prompt_format, open_run
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.core.examples import ClassificationExample, Message, Origin
