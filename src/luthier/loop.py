@@ -196,9 +196,8 @@ class Session:
             datasets = load_datasets(self.recipe.model_copy(update={"data": data}), self.family)
         rejected = datasets.report.parts["train"].refused
         if rejected:
-            first = rejected[0]
-            raise DataError(f"{len(rejected)} of {len(rows)} rows cannot be used; row {first['line']}: {first['reason']}",
-                            "fix or remove them")
+            first = f"row {rejected[0]['line']}: {rejected[0]['reason']}"
+            raise DataError(f"{len(rejected)} of {len(rows)} rows cannot be used; {first}", "fix or remove them")
         if self._tuner is None:
             self._attach(datasets)
         return assembly.rows.pack_examples(datasets.train, resolve_micro_batch_tokens(self.recipe, self.family))

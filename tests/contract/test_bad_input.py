@@ -297,8 +297,8 @@ def test_all_faults_of_a_recipe_come_at_once(train: Call) -> None:
     (("seed=99999999999999999999",), ("seed: ", "less than")),
     (("data.max_samples=0",), ("data.max_samples", "(got 0)")),
     (("data.max_length=1",), ("data.max_length", "(got 1)")),
-    (("optimizer={lr: 1}",), ("'optimizer.lr'", "did you mean 'learning_rate'?")),
-    (("learning_rate=1", "steps=2", "rank=3"), ("'learning_rate': did you mean optimizer.learning_rate?", "did you mean training.max_steps?", "did you mean method.rank?")),
+    (("optimizer={lr: 1}",), ("'optimizer.lr'", "use optimizer.learning_rate")),
+    (("learning_rate=1", "steps=2", "rank=3"), ("'learning_rate': did you mean optimizer.learning_rate?", "'steps': use training.max_steps", "did you mean method.rank?")),
     (("method=lroa",), ("method: unknown name 'lroa': did you mean 'lora'?", "known: full, ")),
     (("method.lora.rnak=2",), ("'method.rnak'", "did you mean 'rank'?")),
     (("method=[bitfit, {name: lora, rank: x}]",), ("error: method.parts.1.lora.rank: ", "(got 'x')\n  ->")),  # and no more
@@ -329,7 +329,7 @@ def test_a_recipe_that_is_none(call: Call) -> None:
     refused(call("train", "rows.jsonl"), "rows.jsonl", "--data")
     refused(call("train", "."), "'.' is a folder", "--resume RUN")
     refused(call("train", "none.yaml"), "there is no recipe 'none.yaml'", "recipes here: ", "recipe.yaml")
-    refused(call("train", "--resume", "none"), "there is no run in 'none'")
+    refused(call("train", "--resume", "none"), "'none' is not a run folder (it has no recipe.yaml)")
     assert not Path("runs").exists()
 
 
@@ -440,7 +440,7 @@ def test_a_full_disk_is_one_message_and_the_run_goes_on_later(train: Call, monke
     assert train("--output-dir", "whole", "--quiet")[0] == 0
     with monkeypatch.context() as patch:
         if place == "checkpoint":
-            refuse_at(patch, checkpoint, "_write", lambda folder, step, *_: step == 3)
+            refuse_at(patch, checkpoint, "_write_checkpoint", lambda folder, step, *_: step == 3)
         elif place == "metrics":
             own = trackers.Path.open
             patch.setattr(trackers.Path, "open", lambda path, *given, **named: Narrow(own(path, *given, **named)) if path.name == "metrics.jsonl" else own(path, *given, **named))

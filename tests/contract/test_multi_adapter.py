@@ -300,7 +300,7 @@ def test_what_cannot_be_is_refused_with_a_reason() -> None:
     row = mixed(manager)
     family.router = None
     with pytest.raises(RunError, match="no router"):
-        family.forward(row.inputs, row.target, SFT.needs)
+        family.forward(row.inputs, row.target, SFT.required_outputs)
 
 
 def test_a_part_that_sees_tokens_in_another_order_is_refused() -> None:

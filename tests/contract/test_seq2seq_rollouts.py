@@ -17,6 +17,7 @@ from luthier import assembly
 from luthier.api.train import train
 from luthier.assembly.factory import attach_heads, load_datasets, load_family
 from luthier.assembly.rl_setup import init_rl_policy
+from luthier.assembly.policy_evaluation import evaluate_policies
 from luthier.assembly.run_io import open_run
 from luthier.core.examples import Origin
 from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, TokenizedExample, TokenSpan
@@ -190,7 +191,7 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
     assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
     run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     assert run.results["metric"] == "reward"
-    standing = assembly.evaluate_policies(run)
+    standing = evaluate_policies(run)
     assert standing["start"]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(standing["tuned"]["kl"]) > 1e-5
 

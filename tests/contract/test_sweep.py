@@ -33,7 +33,7 @@ def reason(base: str, method: str, objective: str) -> str:
     if base in (*ENCODERS, *VISIONS) and objective not in WHOLE and (base in VISIONS or objective != "pretrain"):
         return "predicts none"
     if base in VISIONS and objective == "reward":
-        return "the base takes pictures"
+        return "the base takes images"
     if method == "peft" and base == "gpt2":
         return "PEFT cannot apply LOHA to this model"
     return ""

@@ -54,5 +54,5 @@ def test_rows_are_cut_to_what_they_leave(kind: str, method: str, tokens: int, tm
 
 
 def test_every_method_of_virtual_tokens_is_counted() -> None:
-    assert {name for name, made in METHODS.items() if "tokens" in made.model_fields} == {
+    assert {name for name, made in METHODS.items() if "num_virtual_tokens" in made.model_fields} == {
         "prompt", "ptuning", "prefix", "ptuning_v2"}
