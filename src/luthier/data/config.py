@@ -57,9 +57,9 @@ class DataConfig(Config):
     max_length: int | None = Field(None, ge=2, description=(
         "the most tokens that one example may have; left out: 1024, or the base's context where that is shorter"))
     truncation: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
-        "what happens to longer ones: truncate cuts the end off, or of a prompt with answers to compare the oldest "
-        "words of its turns (never the opening token, a header or the system prompt); split cuts a text into several "
-        "examples without loss, and refuses all else"))
+        "what happens to longer examples. truncate: cut the end off, or of a prompt with compared answers the oldest "
+        "words of its turns (never the opening token, a header or the system prompt). split: cut a document into "
+        "several examples without loss; refuse all else"))
     system: str | None = Field(None, description="system prompt for the chats that have none")
     chat: ChatConfig = Field(ChatConfig(), description="how messages and prompts become text")
     loss_on: Literal["assistant", "all", "last"] = Field("assistant", description=(

@@ -18,8 +18,8 @@ class ModelConfig(Config):
         revision: branch, tag or commit of a hub id.
         trust_remote_code: whether Python code that comes with the base may run.
         device: `auto` takes a GPU if there is one.
-        pooling: which state represents a whole text: that of its last token, its first token, or the mean; `auto` is
-            what the base was trained with (a decoder: last; an encoder: as its folder says, else first).
+        pooling: which state represents a whole text: that of its last token, its first token, or the mean. `auto`: as
+            the base was trained (a decoder: last; an encoder: as its folder says, else first).
         quantize: quantize the linear layers to 4 bits (nf4) or 8 bits (int8), for QLoRA and every other method that
             leaves the base frozen.
         surgery: changes to the model before training: new tokens, added layers, dropped layers.
