@@ -73,7 +73,7 @@ Settings are laid over a recipe as `key=value`, dots for depth, values read as Y
 luthier train recipes/demo.yaml method.rank=16 training.max_steps=20 'evaluate.metrics=[exact_match,contains]'
 ```
 
-An unknown key is refused with its nearest neighbour, and all of a recipe's errors come at once. A setting that can have
+An unknown key is refused with its nearest neighbor, and all of a recipe's errors come at once. A setting that can have
 no effect is warned of. The run folder keeps the recipe with every setting spelt out.
 """
 NOTES = {
