@@ -26,7 +26,7 @@ def blocks(page: str) -> Iterator[str]:
     page = re.sub(r"^```.*?^```$", "", page, flags=re.MULTILINE | re.DOTALL)
     page = re.sub(r"<!--.*?-->", "", page, flags=re.DOTALL)
     page = re.sub(r"\]\([^)]*\)", "]", page)
-    page = re.sub(r"`[^`]*`", "code", page)
+    page = re.sub(r"`[^`]*`", "Code", page)
     for block in re.split(r"\n\s*\n|\n(?=\s*(?:[*+-]|\d+\.)\s)|\n(?=#|\|)|(?<=\|)\n", page):
         if block.lstrip().startswith("|"):
             yield from (cell for cell in block.split("|") if cell.strip())

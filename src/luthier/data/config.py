@@ -57,8 +57,8 @@ class DataConfig(Config):
     max_length: int | None = Field(None, ge=2, description=(
         "the most tokens that one example may have; left out: 1024, or the base's context where that is shorter"))
     truncation: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
-        "what happens to longer examples. truncate: cut the end off, or of a prompt with compared answers the oldest "
-        "words of its turns (never the opening token, a header or the system prompt). split: cut a document into "
+        "what happens to longer examples. Truncate: cut the end off, or of a prompt with compared answers the oldest "
+        "words of its turns (never the opening token, a header or the system prompt). Split: cut a document into "
         "several examples without loss; refuse all else"))
     system: str | None = Field(None, description="system prompt for the chats that have none")
     chat: ChatConfig = Field(ChatConfig(), description="how messages and prompts become text")
