@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.ready
 
-.PHONY: demo test lint types check mutations long bench clean
+.PHONY: demo test lint types check mutations digests long bench clean
 
 demo: $(STAMP)  ## tune the embedded model and show that it got better
 	$(BIN)/luthier demo
@@ -22,7 +22,15 @@ check: lint types test  ## what must pass before a change lands
 mutations: $(STAMP)  ## break lines on purpose, one at a time: a test must notice each; some minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutations
 
-long: check mutations  ## what must pass before a release
+# Compares this tree with the one at OLD, which speaks the recipe's names of before (old) or after the rename (new).
+OLD ?= src
+OLD_NAMES ?= new
+digests: $(STAMP)  ## tiny runs give the same weights, metrics and answers, bit by bit, as OLD (as it comes: as once more)
+	$(BIN)/python tests/digests.py --source $(OLD) --names $(OLD_NAMES) --out digests/old.json
+	$(BIN)/python tests/digests.py --out digests/new.json
+	$(BIN)/python tests/digests.py --compare digests/old.json digests/new.json
+
+long: check mutations digests  ## what must pass before a release
 
 bench: $(STAMP)  ## against TRL on the same rows, in about five minutes
 	$(BIN)/python benchmarks/sft.py --quick
@@ -38,4 +46,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist digests src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

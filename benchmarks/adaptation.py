@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.machine import machine, versions
-from luthier.cli import main
+from luthier.cli.main import main
 
 PARTS = ("augmentation", "features", "structure")
 
@@ -34,10 +34,10 @@ def luthier(*args: str) -> tuple[str, float, str]:
 
 def trained(folder: Path, *args: str) -> dict[str, Any]:
     """A run's measures of unseen rows before and after, and the command."""
-    _, seconds, said = luthier("train", "--run", str(folder), *args)
+    _, seconds, said = luthier("train", "--output-dir", str(folder), *args)
     found = json.loads((folder / "results.json").read_text())
     return {"before": found["test_before"], "after": found["test"], "rows": found["examples"], "steps": found["steps"],
-            "seconds": seconds, "command": said.replace(f"--run {folder} ", "")}
+            "seconds": seconds, "command": said.replace(f"--output-dir {folder} ", "")}
 
 
 def augmentation(home: Path, data: Path) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def augmentation(home: Path, data: Path) -> dict[str, Any]:
     few = home / "few.tsv"  # head -n 300 ../shared/data/sst2_train.tsv
     few.write_text("".join((data / "sst2_train.tsv").read_text().splitlines(keepends=True)[:300]))
     common = ("--model", "minilm", "--data", str(few), "--objective", "classify", "--method", "lora",
-              f"data.test={data / 'sst2_dev.tsv'}", "data.columns={text: 0, label: 1}", "training.steps=150",
+              f"data.test={data / 'sst2_dev.tsv'}", "data.columns={text: 0, label: 1}", "training.max_steps=150",
               "training.batch_size=16")
     changed = {"as they are": (), "deletion": ("data.augment=[{name: deletion, rate: 0.1, copies: 1}]",),
                "swap": ("data.augment=[{name: swap, copies: 1}]",), "mixup": ("data.augment=[{name: mixup, alpha: 0.2}]",)}
@@ -64,7 +64,7 @@ def features(home: Path, data: Path) -> dict[str, Any]:
     """A line through the base's states: logistic regression on 300 sentences of SST-2, judged on 300 unseen ones."""
     out, seconds, said = luthier("features", "minilm", "--data", str(data / "sst2_train.tsv"), "--out", str(home / "f.safetensors"),
                                  "--probe", "--test", str(data / "sst2_dev.tsv"), "--json", "data.columns={text: 0, label: 1}",
-                                 "data.limit=300")
+                                 "data.max_samples=300")
     return {"found": json.loads(out), "seconds": seconds, "command": said}
 
 
@@ -72,11 +72,11 @@ def structure(home: Path, data: Path) -> dict[str, Any]:
     """Perplexity of the embedded base on the questions of GSM8K as bare texts: as it is; a block added and trained alone;
     a block dropped, then healed."""
     common = ("--model", "smollm2", "--data", str(data / "gsm8k_train.jsonl"), "--objective", "pretrain",
-              "data.columns={text: question}", f"data.test={data / 'gsm8k_test.jsonl'}", "data.limit=192", "training.steps=24",
+              "data.columns={text: question}", f"data.test={data / 'gsm8k_test.jsonl'}", "data.max_samples=192", "training.max_steps=24",
               "training.batch_size=8")
     changed = {"as it is, lora": ("method=lora",),
-               "a block added, trained alone": ("base.structure={add_blocks: [22]}", "method={name: freeze, layers: [23, 23]}"),
-               "a block dropped, the rest trained by lora": ("base.structure={drop_blocks: [22]}", "method=lora")}
+               "a block added, trained alone": ("model.surgery={expand_layers: [22]}", "method={name: freeze, layers: [23, 23]}"),
+               "a block dropped, the rest trained by lora": ("model.surgery={drop_layers: [22]}", "method=lora")}
     found = {}
     for number, (name, settings) in enumerate(changed.items()):
         run = trained(home / f"structure-{number}", *common, *settings)

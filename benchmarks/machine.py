@@ -94,9 +94,9 @@ def _product(torch: Any, x: Any, w: Any, gpu: bool, times: int = 5) -> float:
 
 
 def main() -> None:
-    from luthier.families.load import BaseConfig, folder  # here: peers read `versions` without having Luthier
+    from luthier.models import ModelConfig, prepare_folder  # here: peers read `versions` without having Luthier
 
-    found = folder(BaseConfig(name=sys.argv[1]))
+    found = prepare_folder(ModelConfig(name_or_path=sys.argv[1]))
     config = json.loads((found / "config.json").read_text(encoding="utf-8"))
     print(json.dumps({"folder": str(found), "config": config, "machine": machine(), "versions": versions(),
                       "rate": rate(Shape.read(config))}))

@@ -24,7 +24,7 @@ TYPO, LOWER = 0.15, 0.15  # shares of messages with a misspelt word, and all in 
 
 
 def misspell(text: str, rng: random.Random) -> str:
-    """`text` with two neighbouring letters inside one of its longer words swapped."""
+    """`text` with two neighboring letters inside one of its longer words swapped."""
     word = rng.choice(list(re.finditer(r"[A-Za-z]{4,}", text)))
     at = rng.randrange(word.start() + 1, word.end() - 2)
     return text[:at] + text[at + 1] + text[at] + text[at + 2:]

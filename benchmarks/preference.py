@@ -5,7 +5,7 @@
     python benchmarks/preference.py --quick          two steps after one to warm up, one repeat, natural order only
     python benchmarks/preference.py --quick --json   the same, as one JSON object and nothing else on stdout
 
-Same machine, base, pairs and their order, LoRA, optimiser and rate; every run in a fresh process, the sides in turn. The
+Same machine, base, pairs and their order, LoRA, optimizer and rate; every run in a fresh process, the sides in turn. The
 tokens that reach each model are compared answer by answer; unequal work is refused. Read `sft.py` first.
 """
 

@@ -29,28 +29,34 @@ STEPS = 3
 
 def side(base: str, bits: str, work: Path) -> dict[str, Any]:
     """One side, in this process: peaks of reading the base and of three steps."""
-    from luthier import build
-    from luthier.runtime.loop import Job, fit
-    from luthier.runtime.memory import peak_gb, settle_allocator
-    from luthier.runtime.random import seed_everything
+    from luthier import assembly
+    from luthier.assembly.factory import (
+        check_loaded_model,
+        load_datasets,
+        load_family,
+        resolve_micro_batch_tokens,
+    )
+    from luthier.training.loop import TrainJob, run_training_loop
+    from luthier.training.memory import configure_malloc, measure_peak_gb
+    from luthier.training.rng import seed_everything
 
-    settle_allocator()
-    imported = peak_gb("cpu")
-    made = build.recipe({"base": {"name": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
-                         "training": {"steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
+    configure_malloc()
+    imported = measure_peak_gb("cpu")
+    made = assembly.build_recipe({"model": {"name_or_path": base, "quantize": bits}, "data": str(ROWS), "method": {"name": "lora", "rank": 8},
+                         "training": {"max_steps": STEPS, "batch_size": 2}, "optimizer": {"learning_rate": 1e-3}})
     seed_everything(0)
-    family = build.family(made.base)
-    reading = peak_gb("cpu")
+    family = load_family(made.model)
+    reading = measure_peak_gb("cpu")
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak starts anew
-    held = sum(tensor.nbytes for tensor in family.anatomy.model.state_dict().values())
-    build.check(made, family)
-    family.checkpointing(build.micro_tokens(made, family))
-    found = build.datasets(made, family)
-    attached, reference = build.begin(made, family)
+    held = sum(tensor.nbytes for tensor in family.structure.model.state_dict().values())
+    check_loaded_model(made, family)
+    family.enable_gradient_checkpointing(resolve_micro_batch_tokens(made, family))
+    found = load_datasets(made, family)
+    attached, reference = assembly.init_rl_policy(made, family)
     lines: list[dict[str, float]] = []
-    fit(Job(family, attached, made.objective, build.feed(made, family, found, attached, reference), [], made.training,
-            made.optimizer, 1e-3, work, log=lambda step, numbers: lines.append(dict(numbers))))
-    training = peak_gb("cpu")
+    run_training_loop(TrainJob(family, attached, made.objective, assembly.build_training_source(made, family, found, attached, reference), [], made.training,
+                               made.optimizer, 1e-3, work, log=lambda step, numbers: lines.append(dict(numbers))))
+    training = measure_peak_gb("cpu")
     return {"imported_gb": imported, "reading_gb": reading, "training_gb": training, "peak_gb": max(reading, training),
             "weights_gb": held / 1e9, "losses": [line["loss"] for line in lines],
             "tokens": [int(line["tokens"]) for line in lines], "user_seconds": [line["user_seconds"] for line in lines],
@@ -62,9 +68,10 @@ def large(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from luthier import build
+    from luthier import assembly
+    from luthier.assembly.factory import load_base_tokenizer
 
-    words = build.tokenizer(build.BaseConfig(name="smollm2"))
+    words = load_base_tokenizer(assembly.ModelConfig(name_or_path="smollm2"))
     config = LlamaConfig(hidden_size=1280, intermediate_size=3456, num_hidden_layers=16, num_attention_heads=20,
                          num_key_value_heads=20, vocab_size=49152, max_position_embeddings=2048,
                          tie_word_embeddings=True, bos_token_id=1, eos_token_id=2)

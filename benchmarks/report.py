@@ -158,17 +158,17 @@ def chart(found: Mapping[str, Any], path: Path) -> None:
 
     sides = ["luthier", *found["ratios"]]
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.6), layout="constrained")
-    colours = ["#b5541c", *("#7d8795", "#aeb6c0", "#5b6f8a", "#93a7c1")[:len(sides) - 1]]
+    colors = ["#b5541c", *("#7d8795", "#aeb6c0", "#5b6f8a", "#93a7c1")[:len(sides) - 1]]
     bars = (("real tokens/s (more is better)", "tokens_per_second", 1.0), ("peak memory, GB (less is better)", "peak_memory_bytes", 1e9),
             ("user CPU seconds (less is better)", "user_seconds", 1.0))
     for axis, (title, key, unit) in zip(axes, bars, strict=False):
-        drawn = axis.bar(sides, [found[side][key] / unit for side in sides], color=colours)
+        drawn = axis.bar(sides, [found[side][key] / unit for side in sides], color=colors)
         axis.bar_label(drawn, fmt="%.3g", padding=2)
         axis.set_title(title, fontsize=10)
         axis.margins(y=0.15)
         axis.tick_params(axis="x", labelsize=8)
-    for side, colour in zip(sides, colours, strict=True):
-        axes[-1].plot(range(1, len(found[side]["losses"]) + 1), found[side]["losses"], label=side, color=colour)
+    for side, color in zip(sides, colors, strict=True):
+        axes[-1].plot(range(1, len(found[side]["losses"]) + 1), found[side]["losses"], label=side, color=color)
     axes[-1].set_title("loss of each step", fontsize=10)
     axes[-1].legend(fontsize=8)
     figure.savefig(path, dpi=120)

@@ -4,7 +4,7 @@
     python benchmarks/sft.py --quick          three steps after one to warm up, one repeat: about five minutes
     python benchmarks/sft.py --quick --json   the same, as one JSON object and nothing else on stdout
 
-Same machine, same base, same rows in the same order, same LoRA, optimiser and schedule; every run in a fresh process,
+Same machine, same base, same rows in the same order, same LoRA, optimizer and schedule; every run in a fresh process,
 the sides in turn. The tokens and trained positions that reach each model are compared document by document, and so are
 the first losses; a comparison of unequal work is refused. Tokens are real ones: padding is nowhere counted.
 Read `workload.py` first, then `peers/watch.py`.

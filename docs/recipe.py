@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python docs/recipe.py
 
-A test holds the page against what this makes. Read `src/luthier/build.py` (Recipe) first.
+A test holds the page against what this makes. Read `src/luthier/assembly/recipe.py` (Recipe) first.
 """
 
 from __future__ import annotations
@@ -14,35 +14,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from luthier.build import Recipe
+from luthier.assembly import Recipe
 from luthier.core.config import Config
-from luthier.data import ChatConfig, DataConfig, MixupAugment, PictureAugment, Source, WordsAugment
-from luthier.families import BaseConfig
-from luthier.families.structure import StructureConfig
-from luthier.measure import EvaluateConfig
+from luthier.data import ChatConfig, DataConfig, ImageAugmentation, MixupAugmentation, Source, TextAugmentation
+from luthier.evaluation.generation_eval import EvaluateConfig
 from luthier.methods import METHODS
+from luthier.models import ModelConfig
+from luthier.models.surgery import SurgeryConfig
 from luthier.objectives import OBJECTIVES
-from luthier.objectives.rolls import WorthConfig
-from luthier.runtime.loop import TrainingConfig
-from luthier.runtime.optim import OptimizerConfig
+from luthier.objectives.rl_config import RewardSourceConfig
+from luthier.training.loop import TrainingConfig
+from luthier.training.optimizer import OptimizerConfig
 
 PAGE = Path(__file__).with_suffix(".md")
 SECTIONS: dict[str, type[Config]] = {
-    "Top level": Recipe, "`base`": BaseConfig, "`base.structure`": StructureConfig,
+    "Top level": Recipe, "`model`": ModelConfig, "`model.surgery`": SurgeryConfig,
     **{f"`method`: {name}": config for name, config in METHODS.items()},
     **{f"`objective`: {name}": config for name, config in OBJECTIVES.items()},
-    "`objective.reward` of ppo and grpo": WorthConfig, "`data`": DataConfig, "a source of `data`": Source,
+    "`objective.reward` of ppo and grpo": RewardSourceConfig, "`data`": DataConfig, "a source of `data`": Source,
     "`data.chat`": ChatConfig,
-    "`data.augment`: words": WordsAugment, "`data.augment`: pictures": PictureAugment,
-    "`data.augment`: mixup": MixupAugment,
+    "`data.augment`: words": TextAugmentation, "`data.augment`: pictures": ImageAugmentation,
+    "`data.augment`: mixup": MixupAugmentation,
     "`training`": TrainingConfig, "`optimizer`": OptimizerConfig, "`evaluate`": EvaluateConfig,
 }
 MEANT = {  # what no description in the code says
     "training": "how long to train, in what portions, and what to keep",
     "optimizer": "AdamW and its schedule",
     "evaluate": "how generated answers are measured",
-    "beta1": "AdamW: decay of the gradient's running mean",
-    "beta2": "AdamW: decay of the squared gradient's running mean",
+    "adam_beta1": "AdamW: decay of the gradient's running mean",
+    "adam_beta2": "AdamW: decay of the squared gradient's running mean",
     "epsilon": "AdamW: added to the root in the denominator",
 }
 HEAD = """# The recipe
@@ -53,34 +53,36 @@ A recipe is a whole run as data: a YAML file, a mapping in Python, or settings o
 below with its type, its default and its meaning. `luthier schema` prints the same as a JSON schema, for editors.
 
 ```yaml
-base: smollm2
+model: smollm2
 method: {name: lora, rank: 16}
 objective: sft
 data: {train: mine.jsonl, eval: 0.05, max_length: 512}
-training: {epochs: 2, batch_size: 8}
-optimizer: {learning_rate: 2.0e-4, schedule: cosine}
-evaluate: {metrics: [exact], limit: 100}
-run: runs/mine
+training: {num_train_epochs: 2, batch_size: 8}
+optimizer: {learning_rate: 2.0e-4, lr_scheduler_type: cosine}
+evaluate: {metrics: [exact_match], max_samples: 100}
+output_dir: runs/mine
 ```
 
-Only `data` is required. Short forms: `base: smollm2` for `base: {name: smollm2}`, likewise `method` and `objective`;
-`data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or a source.
+Only `data` is required. Short forms: `model: smollm2` for `model: {name_or_path: smollm2}`, likewise `method` and
+`objective`; `data: mine.jsonl` for `data: {train: mine.jsonl}`, where `train` may be a list, and each entry a path or
+a source.
 
 Settings are laid over a recipe as `key=value`, dots for depth, values read as YAML:
 
 ```bash
-luthier train recipes/demo.yaml method.rank=16 training.steps=20 'evaluate.metrics=[exact,contains]'
+luthier train recipes/demo.yaml method.rank=16 training.max_steps=20 'evaluate.metrics=[exact_match,contains]'
 ```
 
-An unknown key is refused with its nearest neighbour, and all of a recipe's errors come at once. A setting that can have
+An unknown key is refused with its nearest neighbor, and all of a recipe's errors come at once. A setting that can have
 no effect is warned of. The run folder keeps the recipe with every setting spelt out.
 """
 NOTES = {
     "`data`": "The columns that `columns` may name, and what the formats are: [data.md](data.md).",
-    "`base`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
-    "`base.structure`": "With examples: [adaptation](adaptation.md#another-structure).",
+    "`model`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
+    "`model.surgery`": "With examples: [adaptation](adaptation.md#another-structure).",
     "`objective.reward` of ppo and grpo": "With a function of your own: [PPO](objectives/ppo.md#rewards).",
-    "`training`": "`batch_size` changes what is learned; `micro_tokens`, the memory a step takes, never does.",
+    "`training`": "`batch_size` changes what is learned; `max_tokens_per_micro_batch`, the "
+                  "memory a step takes, never does.",
     "`evaluate`": "What each metric means: [metrics.md](metrics.md).",
 }
 
@@ -107,7 +109,8 @@ def rows(config: type[Config]) -> Iterator[str]:
 def shown(default: Any) -> str:
     """A default as YAML would have it."""
     if isinstance(default, Config):
-        return f"`{vars(default)['name']}`" if "name" in type(default).model_fields else "of its own"
+        name = vars(default).get("name", vars(default).get("name_or_path"))
+        return f"`{name}`" if name else "of its own"
     if default is None:
         return "none"
     if isinstance(default, bool):

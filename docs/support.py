@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from luthier.methods import METHODS
-from luthier.objectives import OBJECTIVES
-from trials import BASES, ELSEWHERE, FAMILIES, SIMPLEST, Pair, prepare, trial, tried
+from luthier.objectives import expand_short_form
+from trials import BASES, ELSEWHERE, FAMILIES, OBJECTIVE_NAMES, SIMPLEST, Pair, prepare, trial, tried
 
 PAGE = Path(__file__).with_suffix(".md")
 LONGEST = 150  # of a reason on the page
@@ -53,9 +53,9 @@ def page(verdicts: Mapping[Pair, str]) -> str:
         table("Methods on bases", "method", [f"{base} ({SIMPLEST[base]})" for base in BASES],
               {m: [(b, m, SIMPLEST[b]) for b in BASES] for m in METHODS}),
         table("Objectives on families, by LoRA", "objective", [f"{kind} ({base})" for base, kind in FAMILIES.items()],
-              {o: [(b, "lora", o) for b in FAMILIES] for o in OBJECTIVES}),
+              {o: [(b, "lora", o) for b in FAMILIES] for o in OBJECTIVE_NAMES}),
         table("Objectives by methods, on a causal language model (llama)", "objective", list(METHODS),
-              {o: [("llama", m, o) for m in METHODS] for o in OBJECTIVES}),
+              {o: [("llama", m, o) for m in METHODS] for o in OBJECTIVE_NAMES}),
         table("More objectives by methods", "method", [f"{base} ({objective})" for base, objective in ELSEWHERE],
               {m: [(b, m, o) for b, o in ELSEWHERE] for m in METHODS})]
     return "\n".join([*parts, "## Reasons\n", *(f"{number}. {why}" for why, number in reasons.items())]) + "\n"
@@ -63,7 +63,8 @@ def page(verdicts: Mapping[Pair, str]) -> str:
 
 def short(why: str, base: str, method: str, objective: str) -> str:
     """The sentence of a refusal without the names of its pair, so that one reason is one."""
-    for name, word in ((f"objective {objective!r}", "the objective"), (f"method {method!r}", "the method"),
+    full_name = expand_short_form({"name": objective})["name"]
+    for name, word in ((f"objective {full_name!r}", "the objective"), (f"method {method!r}", "the method"),
                        (f"{base!r}", "the base"), ("<", "&lt;")):
         why = why.replace(name, word)
     why = " ".join(why.split())

@@ -1,7 +1,6 @@
-"""The laws between the rooms (docs of the design, section 3): who may import whom, and the budgets.
+"""The rules between the packages: who may import whom, and the budgets.
 
-Imports are read from the source, lazy ones too. A module that stands directly under `luthier` and is not named in
-`ROOMS` is a verb.
+Imports are read from the source, lazy ones too.
 """
 
 from __future__ import annotations
@@ -15,37 +14,38 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src" / "luthier"
 
-# Room -> the rooms that it may import, besides itself.
-ROOMS: dict[str, set[str]] = {
+# Package -> the packages that it may import, besides itself.
+MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
-    "scoring": {"core"},
-    "pictures": set(),
-    "measure": {"core", "scoring"},
     "data": {"core"},
-    "families": {"core"},
+    "models": {"core"},
     "methods": {"core"},
     "objectives": {"core"},
-    "runtime": {"core"},
-    "rollout": {"core", "data", "measure", "scoring"},
-    "build": {"core", "data", "families", "methods", "objectives", "runtime", "rollout", "measure", "scoring"},
-    "desk": {"build", "core"},
-    "card": {"build", "core", "runtime"},
-    "verb": {"build", "runtime", "core", "measure", "scoring", "pictures", "desk", "card"},
-    "cli": {"verb", "core", "root"},
-    "root": {"build", "runtime", "core", "verb"},  # luthier/__init__.py: the public names
+    "distributed": {"core"},
+    "training": {"core", "distributed"},
+    "evaluation": {"core", "data"},
+    "rl": {"core", "data", "evaluation"},  # a reward may be a metric of answers
+    "planning": {"core"},
+    "reporting": {"core"},
+    "exporters": {"core"},
+    "assembly": {"core", "data", "models", "methods", "objectives", "distributed", "training", "evaluation", "rl",
+                 "planning", "reporting", "exporters"},
+    "serving": {"core", "assembly"},
+    "api": {"core", "assembly", "distributed", "training", "evaluation", "planning", "reporting", "exporters", "serving"},
+    "cli": {"core", "api", "root"},
+    "root": {"core", "assembly", "training", "api", "cli"},  # luthier/__init__.py has the public names, __main__.py the command line
 }
-HOMES = {"__init__": "root", "__main__": "cli", "screen": "cli", "commands": "cli"}  # files whose room is not their name
-COMPARES = {"compare": {"train", "evaluate"}, "rlhf": {"train"}}  # the verbs that call verbs
+CALLS_VERBS = {"compare": {"train", "evaluate"}, "rlhf": {"train"}}  # files of api/ that call others of it
 
-# Package -> the only rooms that may import it; a room of torch's own has its own line.
-PACKAGES: dict[str, set[str]] = {
-    "datasets": {"data"}, "transformers": {"families"}, "gguf": {"families"}, "huggingface_hub": {"families"},
-    "tokenizers": {"families"}, "peft": set(), "trl": set(),
+# Third-party package -> the only packages that may import it; one of torch's own modules has a row of its own.
+IMPORTED_BY: dict[str, set[str]] = {
+    "datasets": {"data"}, "transformers": {"models"}, "gguf": {"models"}, "huggingface_hub": {"models"},
+    "tokenizers": {"models"}, "matplotlib": {"reporting"}, "torch.distributed": {"distributed"}, "peft": set(),
+    "trl": set(),
 }
-LONE = {"methods/peft.py": {"peft"}}  # files that alone may import a package, beside those rooms
-CLOSED = {"core": {"torch", "pydantic"}}  # rooms that may import no other package
-FORBIDDEN = {"objectives": {"torch.distributed", "torch.optim"}, "data": {"torch.nn", "torch.optim", "torch.distributed"},
-             "methods": {"torch.distributed", "torch.optim"}}
+ALSO_IMPORTED_BY = {"methods/peft.py": {"peft"}}  # single files that may import a package as well
+ONLY = {"core": {"torch", "pydantic"}}  # packages that may import nothing else of third parties
+FORBIDDEN = {"objectives": {"torch.optim"}, "data": {"torch.nn", "torch.optim"}, "methods": {"torch.optim"}}
 ARCHITECTURES = ("llama", "gpt2", "qwen", "mistral", "mixtral", "gemma", "phi3", "bloom", "bert", "t5", "opt_")
 
 FILE_LINES, FUNCTION_LINES, CONFIG_FIELDS = 400, 60, 16
@@ -59,9 +59,9 @@ def modules(root: Path) -> Iterator[tuple[Path, ast.Module]]:
         yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 
-def room_of(name: str) -> str:
-    """The room of the first part of a path below `luthier`."""
-    return HOMES.get(name, name if name in ROOMS else "verb")
+def package_of(name: str) -> str:
+    """The package of the first part of a path below `luthier`; a file that lies there itself is of the root."""
+    return name if name in MAY_IMPORT else "root"
 
 
 def imported(tree: ast.Module, root: Path, path: Path) -> Iterator[tuple[int, str]]:
@@ -87,33 +87,37 @@ def imported(tree: ast.Module, root: Path, path: Path) -> Iterator[tuple[int, st
 
 def edges(root: Path) -> Iterator[str]:
     for path, tree in modules(root):
-        own = path.relative_to(root).with_suffix("").parts[0]
-        room = room_of(own)
+        parts = path.relative_to(root).with_suffix("").parts
+        package, file = package_of(parts[0]), path.relative_to(root).as_posix()
         for line, name in imported(tree, root, path):
-            place = f"{path.relative_to(root)}:{line}"
+            place = f"{file}:{line}"
             first, *rest = name.split(".")
             if first == "luthier":
-                other = room_of(rest[0] if rest else "__init__")
-                if room == other == "verb":
-                    if rest[0] != own and rest[0] not in COMPARES.get(own, ()):
-                        yield f"{place} {own} -> {rest[0]}: a verb calls no verb (`compare` alone calls train and evaluate)"
-                elif other != room and other not in ROOMS[room]:
-                    yield f"{place} {room} -> {other}: {room} may import {', '.join(sorted(ROOMS[room])) or 'nothing of luthier'}"
-            elif room not in PACKAGES.get(first, {room}) and first not in LONE.get(path.relative_to(root).as_posix(), ()):
-                yield f"{place} {room} -> {first}: {first} is for {', '.join(PACKAGES[first]) or 'tests alone'}"
-            elif room in CLOSED and first not in CLOSED[room] | sys.stdlib_module_names:
-                yield f"{place} {room} -> {first}: {room} imports {', '.join(sorted(CLOSED[room]))} and the standard library only"
-            elif found := next((p for p in FORBIDDEN.get(room, ()) if name == p or name.startswith(p + ".")), None):
-                yield f"{place} {room} -> {found}: {room} may not know it"
+                other = package_of(rest[0] if rest else "__init__")
+                if package == other == "api":
+                    called = rest[1] if len(rest) > 1 else "__init__"
+                    if called != parts[1] and called not in CALLS_VERBS.get(parts[1], ()):
+                        yield f"{place} {parts[1]} -> {called}: a verb calls no verb (`compare` and `rlhf` alone call others)"
+                elif other != package and other not in MAY_IMPORT[package]:
+                    allowed = ", ".join(sorted(MAY_IMPORT[package])) or "nothing of luthier"
+                    yield f"{place} {package} -> {other}: {package} may import {allowed}"
+                continue
+            rule = next((key for key in IMPORTED_BY if name == key or name.startswith(key + ".")), None)
+            if rule and package not in IMPORTED_BY[rule] and rule not in ALSO_IMPORTED_BY.get(file, ()):
+                yield f"{place} {package} -> {rule}: {rule} is for {', '.join(IMPORTED_BY[rule]) or 'tests alone'}"
+            elif package in ONLY and first not in ONLY[package] | sys.stdlib_module_names:
+                yield f"{place} {package} -> {first}: {package} imports {', '.join(sorted(ONLY[package]))} and the standard library only"
+            elif found := next((p for p in FORBIDDEN.get(package, ()) if name == p or name.startswith(p + ".")), None):
+                yield f"{place} {package} -> {found}: {package} must not know it"
 
 
-def asked_attributes(root: Path) -> Iterator[str]:
+def dynamic_attributes(root: Path) -> Iterator[str]:
     for path, tree in modules(root):
-        if room_of(path.relative_to(root).with_suffix("").parts[0]) == "families":
+        if package_of(path.relative_to(root).with_suffix("").parts[0]) == "models":
             continue
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr"):
-                yield f"{path.relative_to(root)}:{node.lineno} {node.func.id}: only families/ may ask what an object has"
+                yield f"{path.relative_to(root)}:{node.lineno} {node.func.id}: only models/ may ask what an object has"
 
 
 def architectures(root: Path) -> Iterator[str]:
@@ -121,13 +125,13 @@ def architectures(root: Path) -> Iterator[str]:
     for path, tree in modules(root):
         if path.relative_to(root).parts[0] not in ("methods", "objectives"):
             continue
-        told = {id(node.body[0].value) for node in ast.walk(tree)
+        docstrings = {id(node.body[0].value) for node in ast.walk(tree)
                 if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and isinstance(node.body[0], ast.Expr)}
         for node in ast.walk(tree):
-            word = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else \
-                node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in told else ""
-            if found := next((a for a in ARCHITECTURES if a in word.lower()), None):
-                yield f"{path.relative_to(root)}:{node.lineno} {word!r}: no architecture ({found}) is named here; use the Anatomy"
+            name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else \
+                node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings else ""
+            if found := next((a for a in ARCHITECTURES if a in name.lower()), None):
+                yield f"{path.relative_to(root)}:{node.lineno} {name!r}: no architecture ({found}) is named here; use the model structure"
 
 
 def budgets(root: Path) -> Iterator[str]:
@@ -146,49 +150,60 @@ def budgets(root: Path) -> Iterator[str]:
                     yield f"{path.relative_to(root)}:{node.lineno} {node.name}: {count} settings, and a config has about a dozen"
 
 
-RULES = {rule.__name__: rule for rule in (edges, asked_attributes, architectures, budgets)}
+RULES = {rule.__name__: rule for rule in (edges, dynamic_attributes, architectures, budgets)}
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_the_house_keeps(rule: str) -> None:
+def test_no_rule_is_broken(rule: str) -> None:
     broken = list(RULES[rule](SOURCE))
     assert not broken, "\n" + "\n".join(broken)
 
 
-def test_there_is_a_house() -> None:
-    seen = {room_of(path.relative_to(SOURCE).with_suffix("").parts[0]) for path, _ in modules(SOURCE)}
-    assert seen >= {"core", "data", "families", "methods", "objectives", "runtime", "build", "verb", "root"}
+def test_every_package_is_read() -> None:
+    seen = {package_of(path.relative_to(SOURCE).with_suffix("").parts[0]) for path, _ in modules(SOURCE)}
+    assert seen >= {"core", "data", "models", "methods", "objectives", "training", "assembly", "api", "cli", "root"}
     assert sum(len(list(imported(tree, SOURCE, path))) for path, tree in modules(SOURCE)) > 200
 
 
-# ---------------------------------------------------------------- and a broken house is found
+# ---------------------------------------------------------------- and a broken rule is found
 
 PLANTED = [
     ("edges", "core/a.py", "from luthier.data import x", "core -> data"),
     ("edges", "core/a.py", "import numpy", "core -> numpy"),
-    ("edges", "data/a.py", "def f():\n    from luthier.families import load", "data -> families"),
+    ("edges", "core/a.py", "import torch.distributed", "core -> torch.distributed"),
+    ("edges", "data/a.py", "def f():\n    from luthier.models import loading", "data -> models"),
     ("edges", "data/a.py", "from torch import nn", "data -> torch.nn"),
     ("edges", "data/a.py", "import transformers", "data -> transformers"),
-    ("edges", "families/a.py", "import datasets", "families -> datasets"),
-    ("edges", "methods/a.py", "from ..objectives import tokens", "methods -> objectives"),
+    ("edges", "data/a.py", "import matplotlib.pyplot as plt", "data -> matplotlib"),
+    ("edges", "models/a.py", "import datasets", "models -> datasets"),
+    ("edges", "models/families/a.py", "import datasets", "models -> datasets"),
+    ("edges", "methods/a.py", "from ..objectives import cross_entropy", "methods -> objectives"),
     ("edges", "methods/a.py", "import peft", "methods -> peft"),
     ("edges", "objectives/a.py", "import torch.distributed as dist", "objectives -> torch.distributed"),
     ("edges", "objectives/a.py", "from torch import distributed", "objectives -> torch.distributed"),
-    ("edges", "runtime/a.py", "import luthier.methods.lora", "runtime -> methods"),
-    ("edges", "runtime/a.py", "if TYPE_CHECKING:\n    from luthier.build import Recipe", "runtime -> build"),
-    ("edges", "runtime/a.py", "from luthier import train", "runtime -> verb"),
-    ("edges", "runtime/a.py", "from luthier import Recipe", "runtime -> root"),
-    ("edges", "rollout/a.py", "from luthier.runtime import step", "rollout -> runtime"),
-    ("edges", "measure.py", "from luthier.data import load", "measure -> data"),
-    ("edges", "scoring.py", "from luthier import measure", "scoring -> measure"),
-    ("edges", "build.py", "from luthier.train import train", "build -> verb"),
-    ("edges", "train.py", "from luthier.data import length_picture", "verb -> data"),
-    ("edges", "train.py", "from luthier.evaluate import evaluate", "train -> evaluate"),
-    ("edges", "train.py", "from luthier import cli", "verb -> cli"),
-    ("edges", "cli.py", "from luthier import build", "cli -> build"),
-    ("edges", "screen.py", "import_module('luthier.runtime.run')", "cli -> runtime"),
-    ("asked_attributes", "methods/a.py", "x = getattr(y, 'z', None)", "getattr"),
-    ("asked_attributes", "train.py", "if hasattr(y, 'z'): pass", "hasattr"),
+    ("edges", "training/a.py", "import torch.distributed as dist", "training -> torch.distributed"),
+    ("edges", "training/a.py", "import luthier.methods.lora", "training -> methods"),
+    ("edges", "training/a.py", "if TYPE_CHECKING:\n    from luthier.assembly import Recipe", "training -> assembly"),
+    ("edges", "training/a.py", "from luthier.api import train", "training -> api"),
+    ("edges", "training/a.py", "from luthier import Recipe", "training -> root"),
+    ("edges", "rl/a.py", "from luthier.training import step", "rl -> training"),
+    ("edges", "evaluation/a.py", "from luthier.rl import rewards", "evaluation -> rl"),
+    ("edges", "planning/a.py", "from luthier.training import memory", "planning -> training"),
+    ("edges", "assembly/a.py", "from luthier.api.train import train", "assembly -> api"),
+    ("edges", "assembly/a.py", "from luthier.serving import engine", "assembly -> serving"),
+    ("edges", "reporting/a.py", "from luthier.training.run_folder import Run", "reporting -> training"),
+    ("edges", "reporting/a.py", "from luthier.assembly.recipe import Recipe", "reporting -> assembly"),
+    ("edges", "exporters/a.py", "from luthier.assembly.run_io import open_run", "exporters -> assembly"),
+    ("edges", "serving/a.py", "from luthier.training import loop", "serving -> training"),
+    ("edges", "serving/a.py", "from luthier.api import train", "serving -> api"),
+    ("edges", "api/train.py", "from luthier.data import load", "api -> data"),
+    ("edges", "api/train.py", "from luthier.api.evaluate import evaluate", "train -> evaluate"),
+    ("edges", "api/train.py", "from luthier.api import evaluate", "train -> evaluate"),
+    ("edges", "api/train.py", "from luthier.cli import main", "api -> cli"),
+    ("edges", "cli/a.py", "from luthier import assembly", "cli -> assembly"),
+    ("edges", "cli/console.py", "import_module('luthier.training.loop')", "cli -> training"),
+    ("dynamic_attributes", "methods/a.py", "x = getattr(y, 'z', None)", "getattr"),
+    ("dynamic_attributes", "api/train.py", "if hasattr(y, 'z'): pass", "hasattr"),
     ("architectures", "methods/a.py", "if name == 'llama': pass", "llama"),
     ("architectures", "objectives/a.py", "x = model.gpt2_block", "gpt2"),
     ("budgets", "core/a.py", "\n" * 401, "401 lines"),
@@ -197,20 +212,24 @@ PLANTED = [
 ]
 ALLOWED = [
     ("methods/peft.py", "def f():\n    from peft import get_peft_model"),
-    ("compare.py", "from luthier.train import train"), ("cli.py", "from luthier import __version__, screen"),
-    ("core/a.py", "from torch import nn\nimport json\nfrom luthier.core.b import c"), ("families/a.py", "getattr(a, 'b')"),
-    ("methods/a.py", '"""As in llama."""\nx: "int" = 1  # gpt2'), ("measure.py", "from luthier.scoring import SCORERS"),
-    ("rollout/a.py", "from luthier.data.pack import batch"), ("build.py", "from luthier import data as rows"),
-    ("core/a.py", "def f():\n" + "    x = 1\n" * 59), ("verb.py", "from luthier import build"),
+    ("api/compare.py", "from luthier.api.train import train"), ("cli/a.py", "from luthier import __version__"),
+    ("cli/a.py", "from luthier.api.train import train"), ("distributed/a.py", "import torch.distributed"),
+    ("core/a.py", "from torch import nn\nimport json\nfrom luthier.core.b import c"), ("models/a.py", "getattr(a, 'b')"),
+    ("methods/a.py", '"""As in llama."""\nx: "int" = 1  # gpt2'), ("reporting/a.py", "from matplotlib.figure import Figure"),
+    ("evaluation/a.py", "from luthier.evaluation.b import METRICS"), ("rl/a.py", "from luthier.data.packing import batch"),
+    ("assembly/a.py", "from luthier import data"), ("core/a.py", "def f():\n" + "    x = 1\n" * 59),
+    ("api/a.py", "from luthier import assembly"),
 ]
 
 
 def plant(root: Path, path: str, source: str) -> Path:
-    """A house with every room, where the file at `path` holds `source`."""
-    for room in ("core", "data", "families", "methods", "objectives", "runtime", "rollout"):
-        (root / room).mkdir(parents=True)
-    for name in ("__init__", "measure", "scoring", "build", "train", "evaluate", "cli", "screen", *HOMES):
-        (root / f"{name}.py").write_text("")
+    """A project with every package, where the file at `path` holds `source`."""
+    for package in MAY_IMPORT:
+        if package != "root":
+            (root / package).mkdir(parents=True)
+    for file in ("__init__.py", "__main__.py", "api/train.py", "api/evaluate.py", "cli/main.py", "cli/console.py"):
+        (root / file).write_text("")
+    (root / path).parent.mkdir(exist_ok=True)
     (root / path).write_text(source)
     return root
 

@@ -10,8 +10,8 @@ import pytest
 
 from mutations import BREAKS, ROOT, SOURCE, Break, broken
 
-AREAS = {"objectives": 30, "runtime/optim.py": 15, "runtime/step.py": 8, "runtime/loop.py": 12, "data/pack.py": 6,
-         "families/generate.py": 15, "rollout": 12, "families/forest.py": 6,
+AREAS = {"objectives": 30, "training/optimizer.py": 15, "training/step.py": 8, "training/loop.py": 12, "data/packing.py": 6,
+         "models/decoding.py": 15, "rl": 12, "models/attention/packed.py": 6,
          "data/chat.py": 6, "data/conversation.py": 6}
 
 
@@ -53,7 +53,7 @@ def test_names_are_different_and_every_area_has_its_breaks() -> None:
 
 @pytest.mark.parametrize(("change", "why"), [
     ({"text": "no such text"}, "occurs 0 times"), ({"text": "return"}, "and must once"), ({"replacement": "return ("}, "compile"),
-    ({"replacement": "return  (step+1) / (warm + 1)"}, "changes nothing"), ({"file": "runtime/none.py"}, "none.py"),
+    ({"replacement": "return  (step+1) / (warm + 1)"}, "changes nothing"), ({"file": "training/none.py"}, "none.py"),
     ({"tests": ()}, "no test"), ({"tests": ("tests/test_mutations.py::test_none",)}, "there is no test"),
     ({"tests": ("tests/none.py::test_none",)}, "there is no test")], ids=str)
 def test_a_break_that_cannot_be_tried_is_found(change: dict[str, object], why: str) -> None:

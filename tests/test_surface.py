@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 import luthier
-from luthier.build import Recipe
-from luthier.commands import COMMANDS
+from luthier.assembly import Recipe
+from luthier.cli.commands import COMMANDS
 from luthier.core.config import Config
 
 FILE = Path(__file__).with_name("surface.txt")
@@ -104,7 +104,7 @@ def test_the_surface_is_as_it_was_frozen() -> None:
 def test_every_part_of_the_surface_is_seen() -> None:
     lines = surface()
     assert lines == sorted(set(lines))
-    for part in ("name luthier.train(", "recipe base.name: str", "recipe method[lora].rank: int = 8", "recipe data.train",
+    for part in ("name luthier.train(", "recipe model.name_or_path: str", "recipe method[lora].rank: int = 8", "recipe data.train",
                  "recipe training.batch_size: int = 8", "recipe seed: int = 0", "command train --resume"):
         assert any(line.startswith(part) for line in lines), part
 

@@ -22,21 +22,28 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import T5Config, T5ForConditionalGeneration
 
-from luthier import build
+from luthier import assembly
+from luthier.assembly.factory import check_loaded_model, fit_objective, load_datasets, load_family
+from luthier.assembly.recipe import Recipe, compute_default_learning_rate
+from luthier.assembly.reference_model import precompute_reference
+from luthier.assembly.rl_setup import build_training_source, init_rl_policy
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import LuthierError
 from luthier.core.types import Batch
-from luthier.families.heads import LOG_PROBS
+from luthier.data.transforms import apply_fixed
 from luthier.methods import METHODS
-from luthier.objectives import OBJECTIVES
-from luthier.rollout import Rollouts
-from luthier.runtime import checkpoint
-from luthier.runtime.loop import Job, fit
-from luthier.runtime.random import seed_everything
-from luthier.runtime.run import Run
-from luthier.runtime.step import measure
+from luthier.models.task_heads import LOG_PROBS
+from luthier.objectives import OBJECTIVES, SHORT_FORMS
+from luthier.training import checkpoint
+from luthier.training.loop import OnlineTrainJob, TrainJob, run_training_loop
+from luthier.training.rng import seed_everything
+from luthier.training.run_folder import Run
+from luthier.training.step import evaluate_batches
 from tiny import ENCODERS, END_OF_TEXT, IM_END, VISIONS, VOCABULARY, save_tiny, tiny_tokenizer, with_sentinels
 
 Pair = tuple[str, str, str]  # base, method, objective
+OBJECTIVE_NAMES = tuple(name for objective in OBJECTIVES
+                        for name in ((objective, *SHORT_FORMS) if objective == "dpo" else (objective,)))
 
 STEPS, SAVED = 3, 2  # a run's, and that of the checkpoint from which it goes on
 SIMPLEST = {  # of each base, what it is tried with under every method
@@ -46,11 +53,11 @@ BASES = tuple(SIMPLEST)
 FAMILIES = {"llama": "causal", "bert": "encoder", "t5": "sequence to sequence", "vit": "vision"}
 ELSEWHERE = (("bert", "contrastive"), ("bert", "reward"), ("bert", "pretrain"), ("t5", "pretrain"), ("vit", "contrastive"))  # tried with every method, besides
 SETTINGS: dict[str, dict[str, Any]] = {  # of methods: small enough for a tiny base
-    **{name: {"tokens": 3} for name in ("prompt", "ptuning", "prefix", "ptuning_v2")},
-    "lora": {"rank": 2}, "adalora": {"rank": 5, "start_rank": 6, "settle": 0.3},  # no map loses all of its ranks
-    "adapter": {"reduction": 8}, "peft": {"type": "LOHA", "config": {"r": 2}}}
+    **{name: {"num_virtual_tokens": 3} for name in ("prompt", "ptuning", "prefix", "ptuning_v2")},
+    "lora": {"rank": 2}, "adalora": {"target_r": 5, "init_r": 6, "final_fraction": 0.3},  # no map loses all of its ranks
+    "adapter": {"reduction_factor": 8}, "peft": {"type": "LOHA", "config": {"r": 2}}}
 RATES = {"full": 1e-3, "freeze": 1e-3,
-         **dict.fromkeys(("ln", "bitfit", "lora", "adalora", "adapter", "peft", "ia3"), 3e-3)}
+         **dict.fromkeys(("ln_tuning", "bitfit", "lora", "adalora", "adapter", "peft", "ia3"), 3e-3)}
 SMALLER: dict[str, dict[str, Any]] = {  # else one layer; Gemma's two are of two kinds
     "gpt2": {"n_layer": 1}, "distilbert": {"n_layers": 1}, "gemma2": {}, "gemma3": {}}
 WORDS = ("alpha", "beta", "gamma", "delta")
@@ -102,21 +109,21 @@ def rows_of(base: str, objective: str) -> str:
     return known.get(objective, "reward") + ".jsonl"
 
 
-def recipe(home: Path, base: str, method: str, objective: str) -> build.Recipe:
-    minimised: dict[str, Any] = {"name": objective}
-    if OBJECTIVES[objective].rolls:
-        minimised |= {"reward": f"{__file__}:vowels", "answers": 3, "max_new_tokens": 4}
+def recipe(home: Path, base: str, method: str, objective: str) -> Recipe:
+    minimized: dict[str, Any] = {"name": objective}
+    if objective in OBJECTIVES and OBJECTIVES[objective].is_online:
+        minimized |= {"reward": f"{__file__}:vowels", "num_generations": 3, "max_new_tokens": 4}
     if base in VISIONS and objective == "contrastive":
-        minimised |= {"kind": "labels"}
-    return build.recipe({
-        "base": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimised,
-        "data": str(home / rows_of(base, objective)), "training": {"steps": STEPS, "batch_size": 4, "save_every": SAVED},
-        "optimizer": {"learning_rate": RATES.get(method), "schedule": "constant", "warmup": 0}, "seed": 1})
+        minimized |= {"loss": "supcon"}
+    return assembly.build_recipe({
+        "model": str(home / base), "method": {"name": method, **SETTINGS.get(method, {})}, "objective": minimized,
+        "data": str(home / rows_of(base, objective)), "training": {"max_steps": STEPS, "batch_size": 4, "save_steps": SAVED},
+        "optimizer": {"learning_rate": RATES.get(method), "lr_scheduler_type": "constant", "warmup_ratio": 0}, "seed": 1})
 
 
-def vowels(prompts: Sequence[Any], answers: Sequence[str], facts: Sequence[Any]) -> list[float]:
+def vowels(prompts: Sequence[Any], completions: Sequence[str], metadata: Sequence[Any]) -> list[float]:
     """A reward: the share of an answer's characters that are in the first half of the alphabet of bytes."""
-    return [sum(ord(letter) < 80 for letter in answer) / (1 + len(answer)) for answer in answers]
+    return [sum(ord(letter) < 80 for letter in text) / (1 + len(text)) for text in completions]
 
 
 # ---------------------------------------------------------------- one trial
@@ -125,26 +132,26 @@ def vowels(prompts: Sequence[Any], answers: Sequence[str], facts: Sequence[Any])
 class Trial:
     """A recipe, assembled. Raises the `LuthierError` by which it is refused."""
 
-    def __init__(self, made: build.Recipe, folder: Path) -> None:
+    def __init__(self, made: Recipe, folder: Path) -> None:
         seed_everything(made.seed)
-        self.base = build.family(made.base, made.objective.hides)
-        build.check(made, self.base)
-        found = build.datasets(made, self.base)
-        self.made = build.fitted(made, found)
-        self.attached, self.reference = build.begin(self.made, self.base)
-        found = build.asked(self.made, self.base, found, self.reference)
-        self.feed = build.feed(self.made, self.base, found, self.attached, self.reference)
+        self.base = load_family(made.model, made.objective.uses_masking)
+        check_loaded_model(made, self.base)
+        found = load_datasets(made, self.base)
+        self.made = fit_objective(made, found)
+        self.attached, self.reference = init_rl_policy(self.made, self.base)
+        found = precompute_reference(self.made, self.base, found, self.reference)
+        self.feed = build_training_source(self.made, self.base, found, self.attached, self.reference)
         self.lines: list[dict[str, float]] = []
-        self.job = Job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
-                       self.made.optimizer, made.optimizer.learning_rate or build.default_learning_rate(made), folder,
-                       reference=self.reference, rolling=self.feed if isinstance(self.feed, Rollouts) else None,
-                       log=lambda step, numbers: self.lines.append(dict(numbers)))
-        self.batches: list[Batch] = [] if self.made.objective.rolls else build.rows.eval_batches(found.train, 1000)
+        job: type[TrainJob] = OnlineTrainJob if self.made.objective.is_online else TrainJob
+        self.job = job(self.base, self.attached, self.made.objective, self.feed, [], self.made.training,
+                       self.made.optimizer, made.optimizer.learning_rate or compute_default_learning_rate(made), folder,
+                       reference=self.reference, log=lambda step, numbers: self.lines.append(dict(numbers)))
+        self.batches: list[Batch] = [] if self.made.objective.is_online else assembly.rows.build_eval_batches([apply_fixed(one) for one in found.train], 1000)
 
     def loss(self) -> float:
         """On all rows, without dropout."""
         self.base.train(False)
-        return measure(self.base, self.made.objective, self.batches, self.reference)["loss"]
+        return evaluate_batches(self.base, self.made.objective, self.batches, self.reference)["loss"]
 
 
 def trial(home: Path, base: str, method: str, objective: str) -> str:
@@ -157,7 +164,7 @@ def trial(home: Path, base: str, method: str, objective: str) -> str:
         return refused.what.replace(f"{home}/", "")
     before = copies(one)
     start = one.loss() if one.batches else 0.0
-    fit(one.job)
+    run_training_loop(one.job)
     own = {id(p) for p in one.attached.parameters().values()}
     for name, (parameter, old) in before.items():
         if id(parameter) not in own:
@@ -166,7 +173,7 @@ def trial(home: Path, base: str, method: str, objective: str) -> str:
     if one.batches:
         assert one.loss() < start, (start, one.loss())
     again = Trial(made, folder)
-    fit(again.job, checkpoint.load(folder / f"step-{SAVED}"))
+    run_training_loop(again.job, checkpoint.load_checkpoint(folder / f"step-{SAVED}"))
     assert [line["loss"] for line in again.lines] == [line["loss"] for line in one.lines[SAVED:]]
     same(one.attached.state(), again.attached.state())
     if objective == SIMPLEST[base]:
@@ -178,19 +185,19 @@ def learned(one: Trial, before: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Everything that trains has moved, but for what the loss does not depend on: an output projection where no token is
     predicted, a bias of scores that are only compared with one another, and queries, keys and distances in a decoder that
     has written nothing: its one place sees itself alone."""
-    head = one.base.anatomy.head
-    spared = {id(p) for p in head.parameters()} if head and not one.made.objective.needs & LOG_PROBS else set()
+    head = one.base.structure.head
+    spared = {id(p) for p in head.parameters()} if head and not one.made.objective.required_outputs & LOG_PROBS else set()
     silent = one.made.objective.name in ("classify", "contrastive")
     for name, parameter in one.attached.parameters().items():
         compared = one.made.objective.name == "reward" and parameter.ndim == 1
-        single = one.base.divided and silent and re.search(r"decoder.*SelfAttention\.([qk]\b|relative)", name)
+        single = one.base.is_encoder_decoder and silent and re.search(r"decoder.*SelfAttention\.([qk]\b|relative)", name)
         assert (not torch.equal(*before[f"trained {name}"]) or compared or single or id(parameter) in spared), \
             f"{name} did not learn"
 
 
 def copies(one: Trial) -> dict[str, tuple[Tensor, Tensor]]:
     """Every parameter, of the base and of what trains, and its copy."""
-    named = dict(one.base.anatomy.model.named_parameters())
+    named = dict(one.base.structure.model.named_parameters())
     named |= {f"trained {name}": p for name, p in one.attached.parameters().items()}
     return {name: (p, p.detach().clone()) for name, p in named.items()}
 
@@ -205,17 +212,17 @@ def reopens(home: Path, one: Trial) -> None:
     """The run folder gives the same loss as the model that it was written from."""
     run = Run(home / "run")
     shutil.rmtree(run.path, ignore_errors=True)
-    run.begin(build.dump(one.made), {})
-    build.save_tuned(run, one.made, one.base, one.attached)
-    made, opened, _ = build.open_run(run)
+    run.create(assembly.dump_recipe(one.made), {})
+    save_tuned(run, one.made, one.base, one.attached)
+    made, opened, _ = open_run(run)
     opened.train(False)
-    assert abs(measure(opened, made.objective, one.batches)["loss"] - one.loss()) < 1e-6
+    assert abs(evaluate_batches(opened, made.objective, one.batches)["loss"] - one.loss()) < 1e-6
 
 
 def tried() -> list[Pair]:
     """Every (base, method, objective) of the page, each once."""
     found = [(base, method, SIMPLEST[base]) for base in BASES for method in METHODS]
-    found += [(base, "lora", objective) for base in FAMILIES for objective in OBJECTIVES]
-    found += [("llama", method, objective) for method in METHODS for objective in OBJECTIVES]
+    found += [(base, "lora", objective) for base in FAMILIES for objective in OBJECTIVE_NAMES]
+    found += [("llama", method, objective) for method in METHODS for objective in OBJECTIVE_NAMES]
     found += [(base, method, objective) for method in METHODS for base, objective in ELSEWHERE]
     return list(dict.fromkeys(found))

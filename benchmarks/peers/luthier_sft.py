@@ -19,24 +19,24 @@ import torch
 import luthier
 from benchmarks.peers.watch import Account, Watch
 from benchmarks.workload import PROGRESS, Job
-from luthier.core.types import Inputs, Target
-from luthier.families.causal import CausalLM
+from luthier.core.types import Inputs, LossInputs
+from luthier.models.families.causal import CausalLM
 
 
 def recipe(job: Job) -> dict[str, Any]:
     """The setting in Luthier's words; whatever is not named is Luthier's default."""
     s = job.setting
     return {
-        "base": {"name": job.folder, "dtype": s.dtype},
-        "method": {"name": "lora", "rank": s.rank, "alpha": s.alpha, "dropout": 0.0, "targets": "all-linear"},
+        "model": {"name_or_path": job.folder, "dtype": s.dtype},
+        "method": {"name": "lora", "rank": s.rank, "alpha": s.alpha, "dropout": 0.0, "target_modules": "all-linear"},
         "objective": "sft",
         "data": {"train": job.rows, "max_length": s.max_length, "shuffle": False},
-        "training": {"steps": job.steps, "batch_size": s.batch_size,
+        "training": {"max_steps": job.steps, "batch_size": s.batch_size,
                      "precision": "bf16" if s.dtype == "bfloat16" else "float32"},
-        "optimizer": {"learning_rate": s.learning_rate, "schedule": "constant", "warmup": 0.0, "beta1": s.betas[0],
-                      "beta2": s.betas[1], "epsilon": s.epsilon, "weight_decay": s.weight_decay, "clip": s.max_grad_norm},
+        "optimizer": {"learning_rate": s.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "adam_beta1": s.betas[0],
+                      "adam_beta2": s.betas[1], "adam_epsilon": s.epsilon, "weight_decay": s.weight_decay, "max_grad_norm": s.max_grad_norm},
         "seed": s.seed,
-        "run": str(Path(job.work) / "run"),
+        "output_dir": str(Path(job.work) / "run"),
     }
 
 
@@ -60,14 +60,14 @@ def note(watch: Watch, begun: list[float]) -> None:
     forward = CausalLM.forward
     size = watch.job.setting.batch_size
 
-    def noting(self: CausalLM, inputs: Inputs, target: Target, needs: frozenset[str]) -> Any:
+    def noting(self: CausalLM, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Any:
         watch.first()
         if len(watch.documents) % size == 0:
             begun.append(time.perf_counter())
             print(f"{PROGRESS}step {len(begun)} of {watch.job.steps}", flush=True)
-        forest, at = inputs.forest, target.at.tolist()
-        assert forest.flat, "instruction tuning packs whole documents"
-        for start, length in zip(forest.starts, forest.lengths, strict=True):
+        segment_tree, at = inputs.segment_tree, target.state_index.tolist()
+        assert segment_tree.is_flat, "instruction tuning packs whole documents"
+        for start, length in zip(segment_tree.starts, segment_tree.lengths, strict=True):
             ids = inputs.tokens[start:start + length].tolist()
             # `at` names the state that predicts: the token after it is the one predicted.
             watch.saw(ids, (place - start + 1 for place in at if start <= place < start + length))

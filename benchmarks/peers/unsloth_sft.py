@@ -13,7 +13,7 @@ bitsandbytes, none of which its CPU backend touches)::
     unsloth-venv/bin/pip install --no-deps unsloth==2026.10.9 unsloth_zoo==2026.10.9
 
 The two must match: over unsloth_zoo 2026.10.7, which has no CPU backend, `import unsloth` ends with "Unsloth cannot
-find any torch accelerator? You need a GPU". Licences: unsloth_zoo's CPU backend is AGPL-3.0; it is called here, and no
+find any torch accelerator? You need a GPU". Licenses: unsloth_zoo's CPU backend is AGPL-3.0; it is called here, and no
 line of it is here. It turns packing and padding-free batches off. Side `unsloth` recomputes activations, which is
 Unsloth's default; `unsloth-nockpt` does not.
 """

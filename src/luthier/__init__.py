@@ -1,54 +1,43 @@
 """Luthier fine-tunes pretrained models with every method worth knowing, on one mechanism.
 
     import luthier
-    run = luthier.train(base="smollm2", data="mine.jsonl", method="lora")
-    print(luthier.evaluate(run, data="unseen.jsonl", metrics="exact"))
+    run = luthier.train(model="smollm2", data="mine.jsonl", method="lora")
+    print(luthier.evaluate(run, data="unseen.jsonl", metrics="exact_match"))
 
 Names are loaded when first used, so that `import luthier` and `luthier --help` are quick.
 """
 
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare", "evaluate", "export", "features", "open_bank",
-           "paraphrase", "plan", "serve", "train"]
+__all__ = ["LuthierError", "Recipe", "Run", "__version__", "compare_methods", "evaluate", "export",
+           "extract_features", "load_adapters", "paraphrase", "plan", "serve", "train"]
 
 if TYPE_CHECKING:
-    from luthier.bank import open_bank
-    from luthier.build import Recipe
-    from luthier.compare import compare
+    from luthier.api.compare import compare_methods
+    from luthier.api.evaluate import evaluate
+    from luthier.api.export import export
+    from luthier.api.features import extract_features
+    from luthier.api.load_adapters import load_adapters
+    from luthier.api.paraphrase import paraphrase
+    from luthier.api.plan import plan
+    from luthier.api.serve import serve
+    from luthier.api.train import train
+    from luthier.assembly import Recipe
     from luthier.core.errors import LuthierError
-    from luthier.evaluate import evaluate
-    from luthier.export import export
-    from luthier.features import features
-    from luthier.paraphrase import paraphrase
-    from luthier.plan import plan
-    from luthier.runtime.run import Run
-    from luthier.serve import serve
-    from luthier.train import train
+    from luthier.training.run_folder import Run
 
-_HOMES = {"Recipe": "luthier.build", "LuthierError": "luthier.core.errors", "Run": "luthier.runtime.run",
-          "train": "luthier.train", "evaluate": "luthier.evaluate", "export": "luthier.export",
-          "features": "luthier.features", "open_bank": "luthier.bank", "compare": "luthier.compare",
-          "paraphrase": "luthier.paraphrase", "plan": "luthier.plan", "serve": "luthier.serve"}
+# Public name -> the module that defines it.
+_MODULES = {"Recipe": "luthier.assembly", "LuthierError": "luthier.core.errors", "Run": "luthier.training.run_folder",
+            "train": "luthier.api.train", "evaluate": "luthier.api.evaluate", "export": "luthier.api.export",
+            "extract_features": "luthier.api.features", "load_adapters": "luthier.api.load_adapters",
+            "compare_methods": "luthier.api.compare", "paraphrase": "luthier.api.paraphrase",
+            "plan": "luthier.api.plan",
+            "serve": "luthier.api.serve"}
 
 
 def __getattr__(name: str) -> Any:
     from importlib import import_module
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'luthier' has no attribute {name!r}")
-    return vars(import_module(_HOMES[name]))[name]
-
-
-class _Package(ModuleType):
-    """A verb's function wins over the module of the same name that holds it, whichever is imported first."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__:
-            value = vars(value)[name]
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+    return vars(import_module(_MODULES[name]))[name]

@@ -2,6 +2,6 @@
 
 import sys
 
-from luthier.cli import main
+from luthier.cli.main import main
 
 sys.exit(main())

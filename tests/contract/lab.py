@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier import build
+from luthier.assembly.factory import attach_method
 from luthier.core.examples import Origin
-from luthier.core.protocols import Attached, Head
-from luthier.core.types import Batch, Encoded, Item, Piece
-from luthier.families import CausalLM
+from luthier.core.protocols import Head, Tuner
+from luthier.core.types import Batch, LabeledSpan, TokenizedExample, TokenSpan
 from luthier.methods import METHODS
+from luthier.models import CausalLM
 from luthier.objectives import OBJECTIVES
 from tiny import BYTES, tiny, tiny_tokenizer
 
@@ -31,35 +31,35 @@ class Dice:
         self.generator = torch.Generator().manual_seed(seed)
         self._weights = iter((torch.randperm(10_000, generator=self.generator) + 1).div(4096.0).tolist())
 
-    def piece(self, length: int, parent: int = -1, masked: int = 0) -> Piece:
+    def span(self, length: int, parent: int = -1, masked: int = 0) -> TokenSpan:
         ids = torch.randint(BYTES, (length,), generator=self.generator).tolist()
-        return Piece(tuple(ids), (0.0,) * masked + tuple(next(self._weights) for _ in range(length - masked)), parent)
+        return TokenSpan(tuple(ids), (0.0,) * masked + tuple(next(self._weights) for _ in range(length - masked)), parent)
 
 
-def documents(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[Encoded]:
+def documents(lengths: Sequence[int] = LENGTHS, seed: int = 0) -> list[TokenizedExample]:
     """One document for each length; a third of its tokens, the prompt, has no weight."""
     dice = Dice(seed)
-    return [Encoded((dice.piece(n, masked=n // 3),), Origin("lab", i), n) for i, n in enumerate(lengths)]
+    return [TokenizedExample((dice.span(n, masked=n // 3),), Origin("lab", i), n) for i, n in enumerate(lengths)]
 
 
-def trees(seed: int = 1) -> list[Encoded]:
-    """One example for each shape in `TREES`; its pieces differ in length and all of them have weights."""
+def trees(seed: int = 1) -> list[TokenizedExample]:
+    """One example for each shape in `TREES`; its spans differ in length and all of them have weights."""
     dice = Dice(seed)
-    return [Encoded(tuple(dice.piece(3 + 4 * ((i + j) % 4), parent) for j, parent in enumerate(shape)),
-                    Origin("lab", i), 1) for i, shape in enumerate(TREES)]
+    return [TokenizedExample(tuple(dice.span(3 + 4 * ((i + j) % 4), parent) for j, parent in enumerate(shape)),
+                             Origin("lab", i), 1) for i, shape in enumerate(TREES)]
 
 
-def paths(tree: Encoded) -> list[Encoded]:
+def paths(tree: TokenizedExample) -> list[TokenizedExample]:
     """Each leaf of a tree with all its ancestors as a document. What several share has its weights in the first alone."""
-    parents, seen, found = {piece.parent for piece in tree.pieces}, set(), []
-    for leaf in (i for i in range(len(tree.pieces)) if i not in parents):
+    parents, seen, found = {span.parent for span in tree.spans}, set(), []
+    for leaf in (i for i in range(len(tree.spans)) if i not in parents):
         path = [leaf]
-        while (parent := tree.pieces[path[0]].parent) >= 0:
+        while (parent := tree.spans[path[0]].parent) >= 0:
             path.insert(0, parent)
-        ids = tuple(token for i in path for token in tree.pieces[i].ids)
-        weights = tuple(0.0 if i in seen else w for i in path for w in tree.pieces[i].weights)
+        ids = tuple(token for i in path for token in tree.spans[i].ids)
+        weights = tuple(0.0 if i in seen else w for i in path for w in tree.spans[i].weights)
         seen.update(path)
-        found.append(Encoded((Piece(ids, weights),), tree.origin, 1))
+        found.append(TokenizedExample((TokenSpan(ids, weights),), tree.origin, 1))
     return found
 
 
@@ -68,16 +68,16 @@ def base(kind: str, layout: Any = None, **overrides: Any) -> CausalLM:
     return CausalLM(tiny(kind, **overrides), TOKENIZER, layout=layout)
 
 
-def attach(family: CausalLM, name: str, seed: int = 3, stirred: bool = True, **settings: Any) -> Attached:
+def attach(family: CausalLM, name: str, seed: int = 3, stirred: bool = True, **settings: Any) -> Tuner:
     """A method on the family, by its name in `METHODS`; `stirred` away from its start, where half of LoRA's gradients are 0."""
-    attached = build.attach(family, METHODS[name](**settings), seed)
+    attached = attach_method(family, METHODS[name](**settings), seed)
     if stirred:
         stir(attached)
     return attached
 
 
 @torch.no_grad()
-def stir(attached: Attached, size: float = 0.1, seed: int = 4) -> None:
+def stir(attached: Tuner, size: float = 0.1, seed: int = 4) -> None:
     """Move every trainable parameter a little."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in attached.parameters().values():
@@ -85,7 +85,7 @@ def stir(attached: Attached, size: float = 0.1, seed: int = 4) -> None:
         parameter += size * noise.to(parameter.dtype)
 
 
-def measured(family: CausalLM, attached: Attached, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def measured(family: CausalLM, attached: Tuner, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Loss and every gradient of the batches together, divided once; the loss under the name `loss`."""
     batches = list(batches)
     count = sum(SFT.count(batch.target) for batch in batches)
@@ -93,7 +93,7 @@ def measured(family: CausalLM, attached: Attached, batches: Iterable[Batch]) -> 
     for parameter in attached.parameters().values():
         parameter.grad = None
     for batch in batches:
-        total = SFT(family.forward(batch.inputs, batch.target, SFT.needs), batch.target).total
+        total = SFT(family.forward(batch.inputs, batch.target, SFT.required_outputs), batch.target).total
         (total / count).backward()
         loss += total.detach() / count
     gradients = {name: p.grad for name, p in attached.parameters().items()}
@@ -129,14 +129,14 @@ def digest(family: CausalLM) -> dict[str, bytes]:
 SCORE = Head("score", "item", 2)
 
 
-def scored(family: Any, attached: Attached, batches: Iterable[Batch]) -> dict[str, Tensor]:
+def scored(family: Any, attached: Tuner, batches: Iterable[Batch]) -> dict[str, Tensor]:
     """Loss and every gradient, the head's too, of the batches together: the squared distance of an item's scores from
     its labels (`judged`), summed over all items and divided once by their number."""
     batches = list(batches)
-    heads = family.add((SCORE,), 7)
+    heads = family.add_heads((SCORE,), 7)
     family.heads.modules["score"].double()
     trained = {**attached.parameters(), **heads.parameters()}
-    items = sum(len(batch.target.items) for batch in batches)
+    items = sum(len(batch.target.labeled_segments) for batch in batches)
     loss = torch.zeros((), dtype=torch.float64)
     for parameter in trained.values():
         parameter.grad = None
@@ -150,7 +150,7 @@ def scored(family: Any, attached: Attached, batches: Iterable[Batch]) -> dict[st
     return {"loss": loss, **gradients}
 
 
-def judged(examples: Iterable[Encoded]) -> list[Encoded]:
-    """The examples, the last piece of each an item with two odd numbers as its label."""
-    return [replace(e, items=(Item(len(e.pieces) - 1, (0.1 + 0.37 * i % 1, 0.9 - 0.23 * i % 1)),))
+def judged(examples: Iterable[TokenizedExample]) -> list[TokenizedExample]:
+    """The examples, the last span of each labeled with two odd numbers as its label."""
+    return [replace(e, labeled_spans=(LabeledSpan(len(e.spans) - 1, (0.1 + 0.37 * i % 1, 0.9 - 0.23 * i % 1)),))
             for i, e in enumerate(examples)]

@@ -13,9 +13,10 @@ import torch
 from lab import attach
 from torch import Tensor
 
-from luthier import build
-from luthier.families import CausalLM
-from luthier.runtime.run import Run
+from luthier import assembly
+from luthier.assembly.run_io import save_tuned
+from luthier.models import CausalLM
+from luthier.training.run_folder import Run
 
 llama = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed (extra: llama)")
 
@@ -55,9 +56,9 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 def saved(place: Path, base: CausalLM, method: dict[str, Any], objective: str = "sft") -> Run:
     """A run as `train` leaves it, on a base in a folder of its own, with its method on it, stirred."""
     base.save(place / "base")
-    made = build.recipe({"base": str(place / "base"), "data": "-", "method": method, "objective": objective})
+    made = assembly.build_recipe({"model": str(place / "base"), "data": "-", "method": method, "objective": objective})
     attached = attach(base, method["name"], **{key: value for key, value in method.items() if key != "name"})
     run = Run(place / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, base, attached)
+    run.create(assembly.dump_recipe(made), {})
+    save_tuned(run, made, base, attached)
     return run

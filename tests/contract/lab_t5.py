@@ -18,9 +18,9 @@ from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5 import modeling_t5
 
 from luthier.core.examples import Origin
-from luthier.core.protocols import Sampling
-from luthier.core.types import Encoded, Piece
-from luthier.families.seq2seq import Seq2Seq
+from luthier.core.protocols import SamplingParams
+from luthier.core.types import TokenizedExample, TokenSpan
+from luthier.models.families.seq2seq import Seq2Seq
 from tiny import END_OF_TEXT, IM_END, VOCABULARY, tiny_tokenizer
 
 SAME, FAR = 1e-9, 1e-3
@@ -75,25 +75,25 @@ def base(kind: str = "relu", **settings: Any) -> Seq2Seq:
     return Seq2Seq(t5(kind, **settings), tokenizer())
 
 
-def pairs(flat: bool = False, seed: int = 0) -> list[Encoded]:
+def pairs(flat: bool = False, seed: int = 0) -> list[TokenizedExample]:
     """A source and its answer, of many lengths; `flat`: all weights are 1."""
     dice = Dice(seed)
-    found = [Encoded((dice.piece(n, masked=n), dice.piece(m, 0)), Origin("lab", i), m)
+    found = [TokenizedExample((dice.span(n, masked=n), dice.span(m, 0)), Origin("lab", i), m)
              for i, (n, m) in enumerate(zip(SOURCES, ANSWERS, strict=True))]
-    return [Encoded((e.pieces[0], Piece(e.pieces[1].ids, (1.0,) * len(e.pieces[1].ids), 0)), e.origin, e.bytes)
+    return [TokenizedExample((e.spans[0], TokenSpan(e.spans[1].ids, (1.0,) * len(e.spans[1].ids), 0)), e.origin, e.num_bytes)
             for e in found] if flat else found
 
 
-def forest() -> Encoded:
+def segment_tree() -> TokenizedExample:
     """A source with three answers, one of which goes on in two ways."""
     dice = Dice(5)
     parents = (-1, 0, 0, 2, 2, 0)
-    return Encoded(tuple(dice.piece(3 + 2 * i, p, masked=3 * (p < 0)) for i, p in enumerate(parents)), Origin("lab", 0), 1)
+    return TokenizedExample(tuple(dice.span(3 + 2 * i, p, masked=3 * (p < 0)) for i, p in enumerate(parents)), Origin("lab", 0), 1)
 
 
-def padded(examples: Sequence[Encoded]) -> dict[str, Tensor]:
+def padded(examples: Sequence[TokenizedExample]) -> dict[str, Tensor]:
     """As Transformers takes them."""
-    sources, answers = ([torch.tensor(e.pieces[i].ids) for e in examples] for i in (0, 1))
+    sources, answers = ([torch.tensor(e.spans[i].ids) for e in examples] for i in (0, 1))
     width = max(map(len, sources))
     rows = torch.full((len(sources), width), END_OF_TEXT)
     mask = torch.zeros(len(sources), width, dtype=torch.int64)
@@ -123,6 +123,6 @@ def slowly(family: Seq2Seq, prompt: Sequence[int], steps: int, start: int = END_
 
 
 def said(family: Seq2Seq, prompts: Sequence[Sequence[int]] = PROMPTS, **sampling: Any) -> list[tuple[int, ...]]:
-    found = sorted(family.generate(prompts, Sampling(**{"max_new_tokens": 12, **sampling})), key=lambda g: g.index)
+    found = sorted(family.generate(prompts, SamplingParams(**{"max_new_tokens": 12, **sampling})), key=lambda g: g.index)
     assert [g.index for g in found] == list(range(len(prompts)))
-    return [g.tokens for g in found]
+    return [g.token_ids for g in found]

@@ -14,28 +14,30 @@ from lab import SFT, TOKENIZER, apart, attach, base, documents, logits
 from safetensors.torch import load_file
 from torch import Tensor
 
-from luthier import build
+from luthier import assembly
+from luthier.api.inspect_run import inspect_run
+from luthier.api.train import train
+from luthier.assembly.factory import attach_method
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import NotFinite, RecipeError, RunError
 from luthier.core.protocols import TRAINING
-from luthier.data.pack import pack
-from luthier.families import CausalLM
-from luthier.inspect import inspect
+from luthier.data.packing import pack_examples
 from luthier.methods.adalora import AdaLora, AdaLoraConfig
-from luthier.methods.bank import Bank
-from luthier.methods.named import Named
-from luthier.methods.several import SeveralConfig
-from luthier.runtime import checkpoint
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.run import Run
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.methods.composite import CompositeConfig
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prefixed import PrefixedMethod
+from luthier.models import CausalLM
+from luthier.training import checkpoint
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.run_folder import Run
+from luthier.training.step import step
 from tiny import save_tiny, tiny
 
 peft = pytest.importorskip("peft")
 
 SAME, FAR = 1e-9, 1e-3
 STEPS, RATE = 14, 5e-3
-SEARCH = {"rank": 2, "start_rank": 4, "alpha": 12.0, "wait": 0.2, "settle": 0.3, "every": 0.15}  # steps 3, 10 and 2
+SEARCH = {"target_r": 2, "init_r": 4, "alpha": 12.0, "warmup_fraction": 0.2, "final_fraction": 0.3, "prune_interval": 0.15}  # steps 3, 10 and 2
 TOKENS = torch.tensor([[7, 201, 33, 33, 90, 255, 12, 64, 3, 150, 41, 8]])
 MAPS = {"llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
         "gpt2": ["c_attn", "c_proj", "c_fc"]}
@@ -43,8 +45,8 @@ KIND = pytest.mark.parametrize("kind", MAPS)
 
 
 def optimizer(attached: Any, config: OptimizerConfig | None = None, total: int = STEPS) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, RATE, config or OptimizerConfig(schedule="constant", warmup=0),
-                     total, attached.at_update)
+    return Optimizer(attached.parameters(), attached.lr_multiplier, RATE, config or OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0),
+                     total, attached.optimizer_hooks)
 
 
 def searched(kind: str = "llama", **settings: Any) -> tuple[CausalLM, AdaLora]:
@@ -56,8 +58,8 @@ def searched(kind: str = "llama", **settings: Any) -> tuple[CausalLM, AdaLora]:
 
 def take(family: CausalLM, attached: Any, adam: Optimizer, steps: range, micro: int | None = None) -> None:
     for i in steps:
-        adam.set_rate(i)
-        step(family, SFT, pack(documents(seed=i), micro), adam)
+        adam.set_learning_rate(i)
+        step(family, SFT, pack_examples(documents(seed=i), micro), adam)
 
 
 def kept(attached: AdaLora) -> list[list[bool]]:
@@ -69,7 +71,7 @@ def kept(attached: AdaLora) -> list[list[bool]]:
 
 def theirs(kind: str, attached: AdaLora) -> Any:
     """PEFT's, of the settings `SEARCH` and the same weights."""
-    first, last, every = AdaLoraConfig(**SEARCH).schedule(STEPS)
+    first, last, every = AdaLoraConfig(**SEARCH).compute_schedule(STEPS)
     config = peft.AdaLoraConfig(
         task_type="CAUSAL_LM", target_modules=MAPS[kind], target_r=2, init_r=4, lora_alpha=12, tinit=first,
         tfinal=STEPS - last, deltaT=every, total_step=STEPS, fan_in_fan_out=kind == "gpt2")
@@ -98,13 +100,13 @@ def steps_of_both(kind: str, **settings: Any) -> Iterator[tuple[int, AdaLora, An
     other = theirs(kind, attached)
     adam = optimizer(attached)
     plain = torch.optim.AdamW(adapter(other).values(), lr=RATE, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    last = attached.config.schedule(STEPS)[1]
+    last = attached.config.compute_schedule(STEPS)[1]
     for k in range(1, STEPS + 1):
         tokens = (TOKENS * k + k) % 250
-        adam.set_rate(k - 1)
+        adam.set_learning_rate(k - 1)
         family.model(input_ids=tokens, labels=tokens).loss.backward()
-        adam.complete()
-        adam.step(adam.clip())
+        adam.run_pre_step_hook()
+        adam.step(adam.clip_grad_norm())
         other(input_ids=tokens, labels=tokens).loss.backward()  # PEFT adds the penalty to it
         torch.nn.utils.clip_grad_norm_(adapter(other).values(), 1.0)
         plain.step()
@@ -136,7 +138,7 @@ def test_every_step_of_the_search_is_pefts(kind: str) -> None:
     assert len(set(map(sum, kept(attached)))) > 1, "some maps kept more than others"
 
 
-@pytest.mark.parametrize("settings", [{"beta1": 0.2}, {"orthogonal": 0.0}, {"every": 0.07}])
+@pytest.mark.parametrize("settings", [{"beta1": 0.2}, {"orth_reg_weight": 0.0}, {"prune_interval": 0.07}])
 @pytest.mark.usefixtures("double")
 def test_another_search_is_not_pefts(settings: dict[str, Any]) -> None:
     """The control of the equality above: PEFT's settings stay as they are, all but one of what ours read."""
@@ -165,12 +167,12 @@ def test_the_same_weights_give_the_same_function_and_gradients(kind: str) -> Non
     assert apart(found, outcome(other, adapter(other))) > FAR
 
 
-@pytest.mark.parametrize(("total", "settings"), [(1, {}), (2, {}), (7, {}), (40, {}), (100, {"every": 0.03}),
-                                                 (23, {"wait": 0.0, "settle": 0.0}), (1000, {"settle": 0.7})])
+@pytest.mark.parametrize(("total", "settings"), [(1, {}), (2, {}), (7, {}), (40, {}), (100, {"prune_interval": 0.03}),
+                                                 (23, {"warmup_fraction": 0.0, "final_fraction": 0.0}), (1000, {"final_fraction": 0.7})])
 def test_the_budget_is_pefts_at_every_step(total: int, settings: dict[str, Any]) -> None:
     config = AdaLoraConfig(**settings)
-    first, last, every = config.schedule(total)
-    assert config.budget(last, total, 3) == 8 * 3, "it always ends"
+    first, last, every = config.compute_schedule(total)
+    assert config.compute_budget(last, total, 3) == 8 * 3, "it always ends"
     if first >= last:
         return
     model = tiny("llama")
@@ -178,7 +180,7 @@ def test_the_budget_is_pefts_at_every_step(total: int, settings: dict[str, Any])
         target_modules=["q_proj"], tinit=first, tfinal=total - last, deltaT=every, total_step=total))
     for k in range(1, last):
         budget, due = other.base_model.rankallocator.budget_schedule(k)
-        assert config.budget(k, total, 2) == (budget if due else None), k
+        assert config.compute_budget(k, total, 2) == (budget if due else None), k
 
 
 @pytest.mark.usefixtures("double")
@@ -186,9 +188,9 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     family, attached = searched()
     bare, origin = logits(family), save_tiny(tmp_path / "base", "llama")
     take(family, attached, optimizer(attached), range(STEPS))
-    made = build.recipe({"base": str(origin), "data": "-", "method": attached.config.model_dump()})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": attached.config.model_dump()})
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     form, saved = (json.loads((tmp_path / "run/adapter_config.json").read_text()),
                    load_file(tmp_path / "run/adapter_model.safetensors"))
     for layer in attached.layers:
@@ -200,9 +202,9 @@ def test_our_folder_loads_in_peft(tmp_path: Path) -> None:
     family.train(False)
     assert (logits(CausalLM(model, TOKENIZER)) - logits(family)).abs().max() < SAME
     assert (logits(family) - bare).abs().max() > FAR
-    again, fresh = build.attach(base("llama"), AdaLoraConfig.from_peft(form), 8), base("llama")
+    again, fresh = attach_method(base("llama"), AdaLoraConfig.from_peft(form), 8), base("llama")
     assert {n: t.shape for n, t in again.state().items()}.keys() == attached.state().keys()
-    build.attach(fresh, attached.config, 9).load(saved)
+    attach_method(fresh, attached.config, 9).load(saved)
     assert (logits(fresh) - logits(family)).abs().max() < SAME
 
 
@@ -214,12 +216,12 @@ def test_a_folder_of_pefts_loads_here_and_merges(tmp_path: Path) -> None:
         wanted = other(input_ids=TOKENS).logits
     form = json.loads((tmp_path / "adapter_config.json").read_text())
     assert form["rank_pattern"]
-    config = build.recipe({"base": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
-    assert (config.rank, config.start_rank, config.alpha) == (2, 4, 12.0)
-    assert config.schedule(STEPS) == attached.config.schedule(STEPS)
+    config = assembly.build_recipe({"model": "-", "data": "-", "method": AdaLoraConfig.from_peft(form).model_dump()}).method
+    assert (config.target_r, config.init_r, config.alpha) == (2, 4, 12.0)
+    assert config.compute_schedule(STEPS) == attached.config.compute_schedule(STEPS)
     family = base("llama")
     bare = logits(family)
-    loaded = build.attach(family, config, 0)
+    loaded = attach_method(family, config, 0)
     loaded.load(load_file(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
         assert (family.model(input_ids=TOKENS).logits - wanted).abs().max() < SAME
@@ -235,7 +237,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
     other = theirs("llama", attached)
     other.peft_config["default"].base_model_name_or_path = str(origin)
     other.save_pretrained(tmp_path / "run")
-    made, _, opened = build.open_run(Run(tmp_path / "run"))
+    made, _, opened = open_run(Run(tmp_path / "run"))
     assert made.method.name == "adalora"
     assert isinstance(opened, AdaLora)
 
@@ -244,7 +246,7 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
                                    {"trainable_token_indices": [0]}, {"a_field_of_the_future": True}])
 def test_what_is_not_read_of_pefts_settings_is_refused(field: dict[str, Any]) -> None:
     plain = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], total_step=9).to_dict()
-    assert AdaLoraConfig.from_peft(plain).rank == 8
+    assert AdaLoraConfig.from_peft(plain).target_r == 8
     with pytest.raises(RunError, match=next(iter(field))):
         AdaLoraConfig.from_peft({**plain, **field})
 
@@ -260,18 +262,18 @@ def test_how_a_batch_is_cut_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
         return attached
 
     whole, cut = trained(None), trained(20)
-    assert len(pack(documents(), 20)) > 2
+    assert len(pack_examples(documents(), 20)) > 2
     assert kept(whole) == kept(cut)
     for name, tensor in whole.state().items():
         assert torch.allclose(cut.state()[name].double(), tensor.double(), rtol=1e-7, atol=1e-12), name
-    penalise = AdaLora.before
-    monkeypatch.setattr(AdaLora, "before", lambda self: [penalise(self) for _ in pack(documents(), 20)])
+    add_penalty = AdaLora.pre_step
+    monkeypatch.setattr(AdaLora, "pre_step", lambda self: [add_penalty(self) for _ in pack_examples(documents(), 20)])
     often = trained(20)  # the control: the penalty once a micro-batch
     assert any(not torch.allclose(p, often.parameters()[n], rtol=1e-5) for n, p in whole.parameters().items())
 
 
 def test_the_penaltys_gradient_is_that_of_its_formula() -> None:
-    attached = attach(base("llama"), "adalora", **SEARCH, orthogonal=0.3)
+    attached = attach(base("llama"), "adalora", **SEARCH, orth_reg_weight=0.3)
     parameters = attached.parameters()
     penalty = torch.zeros((), dtype=torch.float64)
     for layer in attached.layers:
@@ -281,7 +283,7 @@ def test_the_penaltys_gradient_is_that_of_its_formula() -> None:
     wanted = {n: p.grad.clone() for n, p in parameters.items() if p.grad is not None}
     for parameter in parameters.values():
         parameter.grad = None
-    attached.before()
+    attached.pre_step()
     assert apart({n: parameters[n].grad for n in wanted}, wanted) < 1e-12
     assert len(wanted) == 2 * len(attached.layers)
 
@@ -291,12 +293,12 @@ def test_resumed_across_a_pruning_it_ends_with_the_same_bits(at: int, tmp_path: 
     family, attached = searched()
     adam = optimizer(attached)
     take(family, attached, adam, range(at))
-    checkpoint.save(tmp_path, at, {"method": attached.state(), "optimizer": adam.state()}, {}, keep=1)
+    checkpoint.save_checkpoint(tmp_path, at, {"method": attached.state(), "optimizer": adam.state()}, {}, keep=1)
     take(family, attached, adam, range(at, STEPS))
 
     def resumed(forget: str = "nothing") -> AdaLora:
         fresh, again = searched(seed=99) if forget == "nothing" else searched()
-        saved = checkpoint.load(tmp_path / f"step-{at}")
+        saved = checkpoint.load_checkpoint(tmp_path / f"step-{at}")
         again.load({n: torch.zeros_like(t) if n.endswith(forget) else t for n, t in saved.tensors["method"].items()})
         adam = optimizer(again)
         adam.load(saved.tensors["optimizer"])
@@ -317,20 +319,20 @@ def test_what_is_not_finite_changes_nothing() -> None:
     before, ranks = {n: t.clone() for n, t in attached.state().items()}, kept(attached)
 
     class Infinite:
-        needs, count, coupled = SFT.needs, SFT.count, False
+        required_outputs, count, needs_full_batch = SFT.required_outputs, SFT.count, False
 
         def __call__(self, outputs: Any, target: Any) -> Any:
             loss = SFT(outputs, target)
             return type(loss)(loss.total * math.inf, loss.count, loss.metrics)
 
-    adam.set_rate(5)  # the sixth step, of which a pruning is due
-    assert attached.config.budget(6, STEPS, 14) is not None
+    adam.set_learning_rate(5)  # the sixth step, of which a pruning is due
+    assert attached.config.compute_budget(6, STEPS, 14) is not None
     with pytest.raises(NotFinite):
-        step(family, Infinite(), pack(documents(), None), adam).numbers()
+        step(family, Infinite(), pack_examples(documents(), None), adam).read_metrics()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     assert kept(attached) == ranks
     take(family, attached, adam, range(5, 6))
-    assert sum(map(sum, kept(attached))) == attached.config.budget(6, STEPS, 14)
+    assert sum(map(sum, kept(attached))) == attached.config.compute_budget(6, STEPS, 14)
 
 
 def test_what_fell_may_rise_until_the_search_ends() -> None:
@@ -343,7 +345,7 @@ def test_what_fell_may_rise_until_the_search_ends() -> None:
         place = int((~layer.kept).nonzero()[0])
         for part in layer.parts:
             part.mean.select(part.dim, place).fill_(1e3)
-            part.spread.select(part.dim, place).fill_(1e3)
+            part.uncertainty.select(part.dim, place).fill_(1e3)
         return layer, place
 
     take(family, attached, adam, range(4))
@@ -368,14 +370,14 @@ def test_an_adapter_saved_between_prunings_keeps_what_grew_again() -> None:
     again.load({n: t for n, t in attached.state().items() if not n.startswith(TRAINING)})
     family.train(False)
     assert (logits(fresh) - logits(family)).abs().max() < 1e-6
-    assert all(layer.left().all() for layer in again.layers)
+    assert all(layer.get_active_mask().all() for layer in again.layers)
 
 
 def test_a_run_searches(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"{w}?", "completion": w[::-1]}) + "\n"
                                                  for w in ("alpha", "beta", "gamma", "delta")))
-    run = train(base=str(save_tiny(tmp_path / "base", "llama", dtype=torch.float32)), data=str(tmp_path / "rows.jsonl"),
-                method={"name": "adalora", **SEARCH}, training={"steps": STEPS, "batch_size": 2}, run=str(tmp_path / "run"),
+    run = train(model=str(save_tiny(tmp_path / "base", "llama", dtype=torch.float32)), data=str(tmp_path / "rows.jsonl"),
+                method={"name": "adalora", **SEARCH}, training={"max_steps": STEPS, "batch_size": 2}, output_dir=str(tmp_path / "run"),
                 optimizer={"learning_rate": RATE}, quiet=True)
     left = [t.shape[0] for n, t in load_file(run.path / "adapter_model.safetensors").items() if n.endswith("lora_E")]
     assert (len(left), sum(left)) == (14, 2 * 14)
@@ -384,25 +386,25 @@ def test_a_run_searches(tmp_path: Path) -> None:
 
 def test_wrappers_pass_the_update_on() -> None:
     family = base("llama")
-    several = SeveralConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.anatomy, seed=0)
+    several = CompositeConfig.parse({"parts": ["bitfit", {"name": "adalora", **SEARCH}]}).attach(family.structure, seed=0)
     inner = next(part for part in several.parts if isinstance(part, AdaLora))
     assert several.parts[0] is inner, "it comes before what adds to the changed map"
     take(family, several, optimizer(several), range(STEPS))
     assert sum(map(sum, kept(inner))) == 2 * len(inner.layers)
-    assert Named("critic", inner).at_update is inner
-    bank = Bank(family.anatomy)
-    bank.add("policy", inner)
-    assert bank.at_update is not None
-    bank.frozen("policy")
-    assert bank.at_update is None
-    assert attach(base("llama"), "lora").at_update is None
+    assert PrefixedMethod("critic", inner).optimizer_hooks == (inner,)
+    manager = AdapterManager(family.structure)
+    manager.add("policy", inner)
+    assert len(manager.optimizer_hooks) == 1
+    manager.freeze("policy")
+    assert manager.optimizer_hooks == ()
+    assert attach(base("llama"), "lora").optimizer_hooks == ()
 
 
 # ---------------------------------------------------------------- settings, and what it says of itself
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"rank": 8, "start_rank": 4}, "start_rank 4 is below rank 8"), ({"wait": 0.6, "settle": 0.5}, "no step for the search")])
+    ({"target_r": 8, "init_r": 4}, "init_r 4 is below target_r 8"), ({"warmup_fraction": 0.6, "final_fraction": 0.5}, "no step for the search")])
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         AdaLoraConfig.parse(settings)
@@ -410,7 +412,7 @@ def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], words:
 
 def test_experts_are_refused() -> None:
     with pytest.raises(RecipeError, match="experts"):
-        attach(base("mixtral"), "adalora", targets=("q", "experts"))
+        attach(base("mixtral"), "adalora", target_modules=("q", "experts"))
 
 
 def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:
@@ -419,12 +421,12 @@ def test_inspect_shows_the_ranks_that_are_left(tmp_path: Path) -> None:
     with torch.no_grad():  # a map that lost all of its ranks
         attached.layers[3].kept.fill_(False)
         attached.layers[3].e.zero_()
-    made = build.recipe({"base": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "run": str(tmp_path / "run"),
+    made = assembly.build_recipe({"model": str(save_tiny(tmp_path / "base", "llama")), "data": "-", "output_dir": str(tmp_path / "run"),
                          "method": attached.config.model_dump()})
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, family, attached)
-    (reading,) = inspect(run, quiet=True)["readings"]
+    run.create(assembly.dump_recipe(made), {})
+    save_tuned(run, made, family, attached)
+    (reading,) = inspect_run(run, quiet=True)["readings"]
     for layer, row in zip(attached.layers, reading["rows"], strict=True):
         assert row["of"] == int(layer.kept.sum())
         change = layer.scale * (layer.b @ torch.diag(layer.e[:, 0]) @ layer.a).detach()

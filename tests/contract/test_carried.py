@@ -11,14 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier import build
+from luthier import assembly
+from luthier.api.export import export
+from luthier.assembly.factory import load_family
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import BaseError, RunError
-from luthier.export import export
 from tiny import save_tiny
 
 CARRIED: dict[str, Any] = {
-    "lora": "lora", "rslora": {"name": "lora", "rslora": True, "rank_pattern": {"down": 4}}, "pissa": {"name": "lora", "init": "pissa"},
-    "experts": {"name": "lora", "targets": ["q", "experts"]}, "ia3": "ia3", "loha": {"name": "peft", "config": {"r": 4}}}
+    "lora": "lora", "rslora": {"name": "lora", "use_rslora": True, "rank_pattern": {"down": 4}}, "pissa": {"name": "lora", "init_lora_weights": "pissa"},
+    "experts": {"name": "lora", "target_modules": ["q", "experts"]}, "ia3": "ia3", "loha": {"name": "peft", "config": {"r": 4}}}
 TOKENS = torch.arange(1, 13)[None]
 
 
@@ -34,9 +36,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tuned(home: Path, out: Path, method: Any, **settings: Any) -> luthier.Run:
-    return luthier.train(data=str(home / "rows.jsonl"), method=method, run=str(out), quiet=True, **{
-        "base.name": str(home / "base"), "training.steps": 4, "training.batch_size": 4,
-        "optimizer.learning_rate": 3e-2, "evaluate.before": False, **settings})
+    return luthier.train(data=str(home / "rows.jsonl"), method=method, output_dir=str(out), quiet=True, **{
+        "model.name_or_path": str(home / "base"), "training.max_steps": 4, "training.batch_size": 4,
+        "optimizer.learning_rate": 3e-2, "evaluate.before_training": False, **settings})
 
 
 @torch.no_grad()
@@ -46,9 +48,9 @@ def logits(model: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CARRIED)
 def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, tmp_path: Path) -> None:
-    run = tuned(home, tmp_path / "run", CARRIED[name], **{"base.name": str(home / ("mixture" if name == "experts" else "base"))})
-    whole = export(run, "whole", tmp_path / "whole")
-    _, family, attached = build.open_run(run)
+    run = tuned(home, tmp_path / "run", CARRIED[name], **{"model.name_or_path": str(home / ("mixture" if name == "experts" else "base"))})
+    whole = export(run, "bundle", tmp_path / "whole")
+    _, family, attached = open_run(run)
     family.train(False)
     told = logits(family.model)
     found = AutoModelForCausalLM.from_pretrained(whole)
@@ -62,18 +64,18 @@ def test_transformers_loads_base_and_adapter_in_one_call(name: str, home: Path, 
 
 
 def test_such_a_folder_is_a_run_but_no_base(home: Path, tmp_path: Path) -> None:
-    whole = export(tuned(home, tmp_path / "run", "lora"), "whole", tmp_path / "whole")
+    whole = export(tuned(home, tmp_path / "run", "lora"), "bundle", tmp_path / "whole")
     assert luthier.evaluate(whole, data=str(home / "rows.jsonl"), base_model=str(home / "base"), quiet=True)["perplexity"] > 1
-    with pytest.raises(BaseError, match="carries an adapter"):
-        build.family(build.BaseConfig(name=str(whole)))
+    with pytest.raises(BaseError, match="contains an adapter"):
+        load_family(assembly.ModelConfig(name_or_path=str(whole)))
 
 
 @pytest.mark.parametrize(("method", "settings", "words"), [
     ("bitfit", {}, "neither Transformers nor PEFT knows bitfit"), (["lora", "ia3"], {}, "nor PEFT knows lora\\+ia3"),
-    ({"name": "lora", "dora": True}, {}, "reads no lengths of DoRA"), ("adalora", {}, "no ranks of AdaLoRA"), ("prompt", {}, "no virtual tokens \\(prompt\\)"), ("full", {}, "it is a whole model without one"),
+    ({"name": "lora", "use_dora": True}, {}, "reads no magnitudes of DoRA"), ("adalora", {}, "no ranks of AdaLoRA"), ("prompt", {}, "no virtual tokens \\(prompt\\)"), ("full", {}, "it is a whole model without one"),
     ("lora", {"objective": "classify"}, "no 'score', the head of objective 'classify'")])
 def test_what_cannot_be_carried_is_refused(method: Any, settings: dict[str, Any], words: str, home: Path, tmp_path: Path) -> None:
     run = tuned(home, tmp_path / "run", method, **settings)
     with pytest.raises(RunError, match=words):
-        export(run, "whole", tmp_path / "whole")
+        export(run, "bundle", tmp_path / "whole")
     assert not (tmp_path / "whole").exists()

@@ -19,8 +19,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import luthier
 from chat_templates import NOMARK, tokenizer_with
-from luthier import build
-from luthier.chat import open_talk
+from luthier.api.chat import open_chat
+from luthier.assembly.factory import encode_chat_prompt
+from luthier.assembly.multi_adapter_loading import load_served_models
 from luthier.core.errors import BaseError, RecipeError
 from luthier.core.examples import Message
 from luthier.data.templates import FALLBACK_TEMPLATE
@@ -28,7 +29,7 @@ from tiny import CHATML, tiny
 
 CHATS = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}] * 8
 PAIRS = [{"prompt": "hi", "completion": " yo"}] * 8
-TRAINING = {"steps": 60, "batch_size": 8}
+TRAINING = {"max_steps": 60, "batch_size": 8}
 
 
 def make_base(folder: Path, template: Any = CHATML, eos: str = "<|im_end|>") -> Path:
@@ -44,7 +45,7 @@ def make_base(folder: Path, template: Any = CHATML, eos: str = "<|im_end|>") -> 
 
 def train(tmp_path: Path, base: Path, rows: list[Any], method: str = "lora", **settings: Any) -> Path:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    luthier.train(base=str(base), data=str(tmp_path / "rows.jsonl"), method=method, run=str(tmp_path / "run"), quiet=True,
+    luthier.train(model=str(base), data=str(tmp_path / "rows.jsonl"), method=method, output_dir=str(tmp_path / "run"), quiet=True,
                   **{"optimizer.learning_rate": 0.02, **{f"training.{k}": v for k, v in TRAINING.items()}, **settings})
     return tmp_path / "run"
 
@@ -69,9 +70,9 @@ def test_the_end_of_a_turn_is_trained_saved_and_stopped_at(tmp_path: Path, templ
         asked = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=True)
         whole = tokenizer.apply_chat_template([*CHATS[0]["messages"]], return_dict=True)["input_ids"]
         assert tokenizer.decode(whole[len(asked["input_ids"]):]).startswith(f"yo{end}")
-        (talk,) = open_talk(folder, max_new_tokens=20, quiet=True)
+        (talk,) = open_chat(folder, max_new_tokens=20, quiet=True)
         assert "".join(talk.say("hi")) == "yo"  # it stopped by itself: 20 tokens would say more
-        assert build.chat_prompt(talk.base, [Message("user", "hi")], talk.form) == asked["input_ids"]
+        assert encode_chat_prompt(talk.base, [Message("user", "hi")], talk.form) == asked["input_ids"]
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     assert int(reader.fields["tokenizer.ggml.eos_token_id"].parts[-1][0]) == tokenizer.eos_token_id
     assert reader.fields["tokenizer.chat_template"].contents() == AutoTokenizer.from_pretrained(merged).chat_template
@@ -82,7 +83,7 @@ def test_the_end_of_a_turn_is_trained_saved_and_stopped_at(tmp_path: Path, templ
 def test_a_run_of_documents_keeps_the_bases_own_form(tmp_path: Path) -> None:
     """The control: where no conversation was trained, nothing of their form is written."""
     run = train(tmp_path, make_base(tmp_path / "base", CHATML, "<|endoftext|>"), [{"text": "one two"}] * 8, objective="pretrain",
-                **{"training.steps": 1})
+                **{"training.max_steps": 1})
     assert not (run / "generation_config.json").exists()
     assert AutoTokenizer.from_pretrained(run).eos_token == "<|endoftext|>"
 
@@ -90,7 +91,7 @@ def test_a_run_of_documents_keeps_the_bases_own_form(tmp_path: Path) -> None:
 def test_what_was_said_of_the_template_is_in_the_data_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, template, words in (("a", NOMARK, "no token at the end of a turn"), ("b", None, "has no chat template")):
         (tmp_path / name).mkdir()
-        run = train(tmp_path / name, make_base(tmp_path / name / "base", template, "<|endoftext|>"), CHATS, **{"training.steps": 1})
+        run = train(tmp_path / name, make_base(tmp_path / name / "base", template, "<|endoftext|>"), CHATS, **{"training.max_steps": 1})
         remarks = json.loads((run / "data_report.json").read_text())["parts"]["train"]["remarks"]
         assert [count for remark, count in remarks.items() if words in remark] == [8]
 
@@ -98,15 +99,15 @@ def test_what_was_said_of_the_template_is_in_the_data_report(tmp_path: Path, cap
 @pytest.mark.parametrize(("template", "settings"), [(None, {}), (CHATML, {"data.format": "completion"})])
 def test_a_run_of_bare_prompts_is_asked_bare(tmp_path: Path, template: Any, settings: dict[str, Any]) -> None:
     run = train(tmp_path, make_base(tmp_path / "base", template), PAIRS, **settings)
-    (talk,) = open_talk(run, max_new_tokens=20, quiet=True)
+    (talk,) = open_chat(run, max_new_tokens=20, quiet=True)
     assert "".join(talk.say("hi")) == " yo"
     with pytest.raises(RecipeError, match="tuned on bare prompts"):
         list(talk.say("more"))
-    served = build.served({"run": run})
-    assert served.prompt("run", [Message("user", "hi")]) == served.continued("run", "hi")
-    assert served.base.tokenizer.decode(served.continued("run", "hi")) == "hi"
+    served = load_served_models({"run": run})
+    assert served.encode_chat("run", [Message("user", "hi")]) == served.encode_text("run", "hi")
+    assert served.base.tokenizer.decode(served.encode_text("run", "hi")) == "hi"
     with pytest.raises(RecipeError, match="turns of system, user"):
-        served.prompt("run", [Message("system", "s"), Message("user", "hi")])
+        served.encode_chat("run", [Message("system", "s"), Message("user", "hi")])
 
 
 def test_a_bank_of_runs_asks_each_in_its_own_form(tmp_path: Path) -> None:
@@ -114,8 +115,8 @@ def test_a_bank_of_runs_asks_each_in_its_own_form(tmp_path: Path) -> None:
     for name, rows in (("chats", CHATS), ("pairs", PAIRS)):
         (tmp_path / name).mkdir()
         train(tmp_path / name, base, rows)
-    served = build.served({name: tmp_path / name / "run" for name in ("chats", "pairs")})
-    text = {name: served.base.tokenizer.decode(served.prompt(name, [Message("user", "hi")])) for name in ("chats", "pairs", "base")}
+    served = load_served_models({name: tmp_path / name / "run" for name in ("chats", "pairs")})
+    text = {name: served.base.tokenizer.decode(served.encode_chat(name, [Message("user", "hi")])) for name in ("chats", "pairs", "base")}
     assert text == {"chats": "### User:\nhi\n\n### Assistant:\n", "pairs": "hi", "base": "### User:\nhi\n\n### Assistant:\n"}
     assert "### " in FALLBACK_TEMPLATE
 
@@ -126,11 +127,11 @@ def test_a_token_that_the_embedding_has_no_row_for_is_refused_before_training_an
     tokenizer.add_tokens([AddedToken(f"<new{i}>", special=True, normalized=False) for i in range(20)])
     tokenizer.save_pretrained(base)
     rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "a<new9>b"}]}]
-    said = {"data.chat.control_tokens": "token", "training.steps": 1}
+    said = {"data.chat.control_tokens": "token", "training.max_steps": 1}
     with pytest.raises(BaseError, match=r"rows.jsonl:1: the token '<new9>' has the id 334, .* 325 rows\n.*new_tokens"):
         train(tmp_path, base, rows, **said)
     assert not (tmp_path / "run").exists()
-    assert train(tmp_path, base, rows, method="full", **said, **{"base.structure": {"new_tokens": {"<new9>": "nine"}}}).exists()
+    assert train(tmp_path, base, rows, method="full", **said, **{"model.surgery": {"new_tokens": {"<new9>": "nine"}}}).exists()
 
 
 def test_padding_of_a_table_is_no_data(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_padding_of_a_table_is_no_data(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from luthier.data.sources import read
+    from luthier.data.sources import read_source
 
     def chat(arguments: dict[str, Any], properties: dict[str, Any]) -> dict[str, Any]:
         return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [
@@ -151,7 +152,7 @@ def test_padding_of_a_table_is_no_data(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = {}
     for name in ("rows.parquet", "rows.jsonl"):
-        ((_, lines),) = read(str(tmp_path / name))
+        ((_, lines),) = read_source(str(tmp_path / name))
         found[name] = [json.dumps(row.values, sort_keys=True).replace('"content": null, ', "") for row in lines]
     assert found["rows.parquet"] == found["rows.jsonl"]
     assert "null" in json.dumps(pq.read_table(tmp_path / "rows.parquet").to_pylist())  # the control: they are in the file

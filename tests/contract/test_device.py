@@ -14,34 +14,34 @@ import torch
 from lab import SFT, attach, base, documents, judged, trees
 from torch import Tensor, nn
 
-from luthier.core.types import Encoded, Forest, Loss, Outputs, Target, sent
-from luthier.data.pack import pack
-from luthier.families import forest
-from luthier.families.heads import Pooling, pool
-from luthier.objectives.tokens import SftConfig
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import Stepped, later, step
+from luthier.core.types import Loss, LossInputs, Outputs, SegmentTree, TokenizedExample, to_device
+from luthier.data.packing import pack_examples
+from luthier.models.attention import packed
+from luthier.models.task_heads import Pooling, pool_states
+from luthier.objectives.cross_entropy import SftConfig
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import StepResult, async_read, step
 
 
-def stepped(objective: SftConfig, examples: Sequence[Encoded], recomputed: bool = False) -> Stepped:
+def stepped(objective: SftConfig, examples: Sequence[TokenizedExample], recomputed: bool = False) -> StepResult:
     """A step of LoRA on a device that holds no numbers."""
     family = base("llama", layout="packed")
     attached = attach(family, "lora")
     family.train(True)
     if recomputed:
-        family.checkpointing(0)
+        family.enable_gradient_checkpointing(0)
     family.model.to("meta")
     for layer in attached.layers:
         layer.a, layer.b = (nn.Parameter(half.detach().to("meta")) for half in (layer.a, layer.b))
-    optimizer = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 10)
+    optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(), 10)
     optimizer.device = torch.device("cuda")  # the branch that a GPU takes; its kernel is not here
     optimizer.adam.step = lambda: None
-    return step(family, objective, pack(examples, 60), optimizer)
+    return step(family, objective, pack_examples(examples, 60), optimizer)
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("examples", [documents(), trees()], ids=["flat", "trees"])
-def test_a_step_never_waits_for_a_number(examples: Sequence[Encoded], recomputed: bool) -> None:
+def test_a_step_never_waits_for_a_number(examples: Sequence[TokenizedExample], recomputed: bool) -> None:
     found = stepped(SFT, examples, recomputed)
     assert (found.device.type, found.names) == ("meta", ("nll", "token_accuracy", "bits_per_byte"))
 
@@ -49,7 +49,7 @@ def test_a_step_never_waits_for_a_number(examples: Sequence[Encoded], recomputed
 @pytest.mark.parametrize("wait", [lambda x: x.item(), lambda x: bool(x > 0), lambda x: x.nonzero()])
 def test_a_step_that_waits_is_found(wait: Any) -> None:
     class Waits(SftConfig):
-        def __call__(self, outputs: Outputs, target: Target) -> Loss:
+        def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
             loss = super().__call__(outputs, target)
             wait(loss.total)
             return loss
@@ -60,11 +60,11 @@ def test_a_step_that_waits_is_found(wait: Any) -> None:
 
 @pytest.mark.parametrize("how", ["last", "first", "mean"])
 @pytest.mark.parametrize("examples", [documents(), trees()], ids=["flat", "trees"])
-def test_pooling_never_waits(examples: Sequence[Encoded], how: Pooling) -> None:
-    (batch,) = pack(judged(examples), None)
+def test_pooling_never_waits(examples: Sequence[TokenizedExample], how: Pooling) -> None:
+    (batch,) = pack_examples(judged(examples), None)
     row = torch.randn(batch.inputs.tokens.shape[0], 4)
-    wanted = pool(row, batch.inputs.forest, batch.target.items, how)
-    found = pool(row.to("meta"), batch.inputs.forest, batch.target.items.to("meta"), how)
+    wanted = pool_states(row, batch.inputs.segment_tree, batch.target.labeled_segments, how)
+    found = pool_states(row.to("meta"), batch.inputs.segment_tree, batch.target.labeled_segments.to("meta"), how)
     assert (found.device.type, found.shape) == ("meta", wanted.shape)
 
 
@@ -73,7 +73,7 @@ def test_saved_moments_go_to_their_parameter() -> None:
     here = nn.Parameter(torch.randn(3))
     saving = Optimizer({"w": here}, lambda name: 1.0, 0.1, OptimizerConfig(), 10)
     here.sum().backward()
-    saving.step(saving.clip())
+    saving.step(saving.clip_grad_norm())
     there = nn.Parameter(torch.empty(3, device="meta"))
     resumed = Optimizer({"w": there}, lambda name: 1.0, 0.1, OptimizerConfig(), 10)
     resumed.load(saving.state())
@@ -86,7 +86,7 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
     met: list[tuple[torch.dtype, ...]] = []
     given: list[tuple[torch.dtype, ...]] = []
     family = base("llama", layout="packed", dtype=torch.float32)
-    narrowed, own = forest._narrowed, forest._per_segment
+    narrowed, own = packed._cast_to_autocast, packed._attend_per_segment
 
     def noted(*tensors: Tensor) -> tuple[Tensor, ...]:
         given.append(tuple(t.dtype for t in tensors))
@@ -96,23 +96,23 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
         met.append((query.dtype, key.dtype, value.dtype))
         return own(query, key, value, *rest)
 
-    monkeypatch.setattr(forest, "_narrowed", noted)
-    monkeypatch.setattr(forest, "_per_segment", attended)
-    (batch,) = pack(documents(), None)
+    monkeypatch.setattr(packed, "_cast_to_autocast", noted)
+    monkeypatch.setattr(packed, "_attend_per_segment", attended)
+    (batch,) = pack_examples(documents(), None)
     with torch.autocast("cpu", torch.bfloat16):
-        family.forward(batch.inputs, batch.target, SFT.needs)
+        family.forward(batch.inputs, batch.target, SFT.required_outputs)
     assert set(met) == {(torch.bfloat16,) * 3}
     assert set(given) == {(torch.float32, torch.float32, torch.bfloat16)}  # the trap is there
     met.clear()
-    family.forward(batch.inputs, batch.target, SFT.needs)
+    family.forward(batch.inputs, batch.target, SFT.required_outputs)
     assert set(met) == {(torch.float32,) * 3}
 
 
 def test_a_mask_that_generation_made_can_be_kept_for_a_backward_pass() -> None:
-    forest._band.cache_clear()
+    packed._causal_mask.cache_clear()
     with torch.inference_mode():
-        assert not forest._band(3, 5, None, torch.device("cpu")).is_inference()
-    forest._band.cache_clear()
+        assert not packed._causal_mask(3, 5, None, torch.device("cpu")).is_inference()
+    packed._causal_mask.cache_clear()
 
 
 # ---------------------------------------------------------------- to the device and back
@@ -123,11 +123,11 @@ def test_to_a_gpu_through_pinned_memory_and_back_only_when_done(monkeypatch: pyt
     there = torch.zeros(2)
     monkeypatch.setattr(Tensor, "pin_memory", lambda self: said.append(("pinned",)) or self)
     monkeypatch.setattr(Tensor, "to", lambda self, *given, **named: said.append((*given, named)) or there)
-    assert sent(torch.zeros(2), "cuda") is there
+    assert to_device(torch.zeros(2), "cuda") is there
     assert said == [("pinned",), ("cuda", {"non_blocking": True})]
     said.clear()
     for device in ("cpu", "mps"):
-        sent(torch.zeros(2), device)
+        to_device(torch.zeros(2), device)
     assert said == [("cpu", {}), ("mps", {})]
 
 
@@ -147,7 +147,7 @@ def test_numbers_are_those_of_when_they_set_out(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **named: empty(*size, **named))
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     loss, count = torch.tensor(2.5, requires_grad=True), torch.tensor(3)
-    read = later([loss, 7.0, count, 0.5], torch.device("cuda"))
+    read = async_read([loss, 7.0, count, 0.5], torch.device("cuda"))
     with torch.no_grad():
         loss.zero_()
     assert said == ["record"]
@@ -170,9 +170,9 @@ def test_flash_attention_is_asked_of_those_that_have_it(monkeypatch: pytest.Monk
         return query
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen)
-    monkeypatch.setattr(forest, "_has_flash", lambda device: True)
+    monkeypatch.setattr(packed, "_has_flash", lambda device: True)
     query = torch.randn(1, 4, 9, 16, dtype=torch.bfloat16)
     key = query[:, :2]
-    out = forest._one_kernel(query, key, key, Forest((5, 4), (-1, -1)), 0.25, 3, True)
+    out = packed._attend_one_kernel(query, key, key, SegmentTree((5, 4), (-1, -1)), 0.25, 3, True)
     assert torch.equal(out, query)
     assert said == [{"bounds": [0, 5, 9], "longest": 5, "scale": 0.25, "window_size": (2, 0)}]

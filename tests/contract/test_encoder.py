@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from luthier.core.errors import BaseError
-from luthier.core.protocols import Sampling
-from luthier.core.types import Batch, Forest, Inputs, Target
-from luthier.data.pack import batch, pack
-from luthier.families import BaseConfig, CausalLM, Encoder, open_family, resolve
-from luthier.families.encoder import pooling_of, types
-from luthier.families.kinds import kind_of
+from luthier.core.protocols import SamplingParams
+from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree
+from luthier.data.packing import build_batch, pack_examples
+from luthier.models import CausalLM, Encoder, ModelConfig, open_family, resolve_name
+from luthier.models.architectures import detect_architecture
+from luthier.models.families.encoder import compute_token_types, read_pooling
 from tiny import ENCODERS, SEP, pair_tokenizer, save_tiny, tiny
 
 SAME, FAR = 1e-9, 1e-3
@@ -37,11 +37,11 @@ def encoder(kind: str, layout: Any = None, pooling: Any = "mean", **overrides: A
 def states(family: Encoder, ids: list[int]) -> torch.Tensor:
     """[T, D] of one document as a row of its own."""
     with torch.no_grad():
-        return family.states(Inputs(torch.tensor(ids), torch.arange(len(ids)), Forest((len(ids),), (-1,))))
+        return family.states(Inputs(torch.tensor(ids), torch.arange(len(ids)), SegmentTree((len(ids),), (-1,))))
 
 
-def folder(path: Path) -> BaseConfig:
-    return BaseConfig(name=str(path), dtype="auto", device="cpu")
+def folder(path: Path) -> ModelConfig:
+    return ModelConfig(name_or_path=str(path), dtype="auto", device="cpu")
 
 
 # ---------------------------------------------------------------- rows
@@ -50,15 +50,15 @@ def folder(path: Path) -> BaseConfig:
 @KIND
 @METHOD
 def test_packed_is_padded(kind: str, method: str) -> None:
-    rows = [batch(judged([*documents(), *trees()]))]
+    rows = [build_batch(judged([*documents(), *trees()]))]
     packed = encoder(kind, "packed", "last")
     found = scored(packed, attach(packed, method), rows)
     padded = encoder(kind, "padded", "last")
     assert apart(found, scored(padded, attach(padded, method), rows)) < SAME
 
     # The control: every document sees the one before it.
-    inputs = replace(rows[0].inputs, forest=Forest(rows[0].inputs.forest.lengths,
-                                                   tuple(range(-1, len(rows[0].inputs.forest.lengths) - 1))))
+    inputs = replace(rows[0].inputs, segment_tree=SegmentTree(rows[0].inputs.segment_tree.lengths,
+                                                        tuple(range(-1, len(rows[0].inputs.segment_tree.lengths) - 1))))
     assert apart(scored(packed, attach(packed, method, stirred=False), [replace(rows[0], inputs=inputs)]),
                  scored(packed, attach(packed, method, stirred=False), rows)) > FAR
 
@@ -81,9 +81,9 @@ def test_an_architecture_with_attention_of_its_own_runs_padded(kind: str, settin
         torch.manual_seed(0)
         family = Encoder(AutoModelForMaskedLM.from_config(config, dtype=torch.float64).base_model.eval(), TOKENIZER)
     assert family.layout == "padded"
-    row = batch(documents()).inputs
+    row = build_batch(documents()).inputs
     with torch.no_grad():
-        alone = [family.model(input_ids=part[None]).last_hidden_state[0] for part in row.tokens.split(row.forest.lengths)]
+        alone = [family.model(input_ids=part[None]).last_hidden_state[0] for part in row.tokens.split(row.segment_tree.lengths)]
         assert (family.states(row) - torch.cat(alone)).abs().max() < 1e-5
 
 
@@ -92,7 +92,7 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
     """The loss and every gradient of the untouched model, eager attention, by the mean of its states."""
     examples = judged(documents())
     family = encoder(kind)
-    found = scored(family, attach(family, "full", stirred=False), [batch(examples)])
+    found = scored(family, attach(family, "full", stirred=False), [build_batch(examples)])
     plain, head = tiny(kind), family.heads.modules["score"]
     plain.set_attn_implementation("eager")
     head.zero_grad()
@@ -100,11 +100,11 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
         plain.zero_grad()
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples:
-            ids = torch.tensor([example.pieces[0].ids])
+            ids = torch.tensor([example.spans[0].ids])
             mask = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.float64)
             mask = (1 - mask.tril()) * -1e9 if causal else torch.zeros_like(mask)
             mean = plain(input_ids=ids, attention_mask=mask).last_hidden_state[0].mean(0)
-            label = torch.tensor(example.items[0].label, dtype=torch.float32).double()
+            label = torch.tensor(example.labeled_spans[0].label, dtype=torch.float32).double()
             loss = loss + (head(mean) - label).square().sum() / len(examples)
         loss.backward()
         wanted = {"loss": loss.detach(), **{n: p.grad for n, p in plain.named_parameters()}}
@@ -117,41 +117,41 @@ def test_packed_is_transformers_own_model_one_document_at_a_time(kind: str) -> N
 def test_how_a_batch_is_cut_changes_nothing(pooling: str, method: str) -> None:
     family, examples = encoder("bert", pooling=pooling), judged([*documents(), *trees()])
     attached = attach(family, method)
-    whole = scored(family, attached, pack(examples, None))
-    for micro_tokens in (1, 40):
-        rows = pack(examples, micro_tokens)
+    whole = scored(family, attached, pack_examples(examples, None))
+    for max_tokens in (1, 40):
+        rows = pack_examples(examples, max_tokens)
         assert len(rows) > 1
         assert apart(scored(family, attached, rows), whole) < SAME
-    assert apart(scored(family, attached, pack(examples[:-1], None)), whole) > FAR
+    assert apart(scored(family, attached, pack_examples(examples[:-1], None)), whole) > FAR
 
 
 @KIND
 def test_an_ancestor_never_sees_its_descendants(kind: str) -> None:
     family, tree = encoder(kind), trees()[0]
-    row, alone = batch([tree]).inputs, batch(paths(tree)[:1]).inputs
-    root = len(tree.pieces[0].ids)
+    row, alone = build_batch([tree]).inputs, build_batch(paths(tree)[:1]).inputs
+    root = len(tree.spans[0].ids)
     with torch.no_grad():
         whole = family.states(row)
-    assert (whole[:root] - states(family, list(tree.pieces[0].ids))).abs().max() < SAME
+    assert (whole[:root] - states(family, list(tree.spans[0].ids))).abs().max() < SAME
     assert (whole[:root] - states(family, alone.tokens.tolist())[:root]).abs().max() > FAR
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> None:
     calls: list[int] = []
-    rows = [batch(judged(documents()))]
+    rows = [build_batch(judged(documents()))]
 
     def run(checkpointing: bool) -> dict[str, torch.Tensor]:
         family = encoder("bert")
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
 
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        family.anatomy.blocks[0].attention.register_forward_hook(count)
+        family.structure.layers[0].attention.register_forward_hook(count)
         return scored(family, attach(family, method), rows)
 
     without = run(False)
@@ -166,10 +166,10 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str) -> Non
 def test_pooled_is_that_of_transformers_own_states(pooling: str) -> None:
     family, examples = encoder("bert", pooling=pooling), judged(documents())
     plain = tiny("bert")
-    row = batch(examples)
+    row = build_batch(examples)
     with torch.no_grad():
         found = family.forward(row.inputs, row.target, frozenset({"pooled"})).pooled
-        alone = [plain(input_ids=torch.tensor([e.pieces[0].ids])).last_hidden_state[0] for e in examples]
+        alone = [plain(input_ids=torch.tensor([e.spans[0].ids])).last_hidden_state[0] for e in examples]
     by = {"first": [s[0] for s in alone], "last": [s[-1] for s in alone], "mean": [s.mean(0) for s in alone]}
     assert (found - torch.stack(by.pop(pooling))).abs().max() < SAME
     for others in by.values():
@@ -190,9 +190,9 @@ def test_pairs_have_the_types_of_the_tokenizer() -> None:
 
 def test_types_count_from_the_root_of_each_document() -> None:
     tokens = torch.tensor([1, SEP, 2, SEP, 3, 3, SEP, 1, SEP, 4])
-    assert types(tokens, Forest((4, 6), (-1, -1)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
-    assert types(tokens, Forest((2, 2, 3, 3), (-1, 0, -1, 2)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
-    assert types(tokens, Forest((1, 3, 6), (-1, 0, 0)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, SegmentTree((4, 6), (-1, -1)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, SegmentTree((2, 2, 3, 3), (-1, 0, -1, 2)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
+    assert compute_token_types(tokens, SegmentTree((1, 3, 6), (-1, 0, 0)), SEP).tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("told", "pooling"), [
@@ -206,10 +206,10 @@ def test_pooling_is_read_from_the_folder(told: dict[str, Any] | None, pooling: s
         (tmp_path / "1_Pooling").mkdir()
         (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(told))
     if pooling is None:
-        with pytest.raises(BaseError, match=r"set base\.pooling"):
-            pooling_of(tmp_path)
+        with pytest.raises(BaseError, match=r"set model\.pooling"):
+            read_pooling(tmp_path)
         return
-    assert pooling_of(tmp_path) == pooling
+    assert read_pooling(tmp_path) == pooling
     assert open_family(folder(tmp_path)).pooling == pooling
     assert open_family(folder(tmp_path).model_copy(update={"pooling": "last"})).pooling == "last"
 
@@ -220,9 +220,9 @@ def test_pooling_is_read_from_the_folder(told: dict[str, Any] | None, pooling: s
 @KIND
 def test_the_parts_are_found(kind: str) -> None:
     family, called = encoder(kind), []
-    for number, block in enumerate(family.anatomy.blocks):
-        assert [s.role for s in family.anatomy.sites if s.block == number] == ["q", "k", "v", "o", "up", "down"]
-        sites = {s.role: s.module for s in family.anatomy.sites if s.block == number}
+    for number, block in enumerate(family.structure.layers):
+        assert [s.role for s in family.structure.linears if s.layer_index == number] == ["q", "k", "v", "o", "up", "down"]
+        sites = {s.role: s.module for s in family.structure.linears if s.layer_index == number}
         assert (block.attention_out, block.mlp_out) == (sites["o"], sites["down"])
         assert len(block.norms) == 2
         assert sites["q"] in list(block.attention.children())
@@ -232,13 +232,13 @@ def test_the_parts_are_found(kind: str) -> None:
     states(family, [5, 6, 7])
     assert len(called) == 4
     assert torch.equal(called[0], called[1])  # what enters the MLP is its first argument
-    assert family.anatomy.task == "FEATURE_EXTRACTION"
-    assert family.anatomy.head is None
+    assert family.structure.task == "FEATURE_EXTRACTION"
+    assert family.structure.head is None
     for name, parameter in family.model.named_parameters():
         assert "pooler" not in name, parameter.shape
 
 
-@pytest.mark.parametrize(("name", "settings"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"dora": True})])
+@pytest.mark.parametrize(("name", "settings"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"use_dora": True})])
 def test_the_laws_of_a_method(name: str, settings: dict[str, Any]) -> None:
     ids = list(range(20, 40))
     family = encoder("bert")
@@ -246,7 +246,7 @@ def test_the_laws_of_a_method(name: str, settings: dict[str, Any]) -> None:
     attached = attach(family, name, stirred=False, **settings)
     assert (states(family, ids) - bare).abs().max() < 1e-12
     stir(attached)
-    scored(family, attached, [batch(judged(documents()))])
+    scored(family, attached, [build_batch(judged(documents()))])
     assert all(float(p.grad.abs().sum()) > 0 for p in attached.parameters().values())
     tuned, state = states(family, ids), {n: t.clone() for n, t in attached.state().items()}
     assert (tuned - bare).abs().max() > FAR
@@ -269,7 +269,7 @@ def test_lora_is_pefts() -> None:
     ids = torch.arange(20, 40)
     family = encoder("bert")
     attached = attach(family, "lora", rank=4, alpha=8)
-    form = attached.peft()
+    form = attached.get_peft_config()
     assert form is not None
     assert form["task_type"] == "FEATURE_EXTRACTION"
     theirs = get_peft_model(tiny("bert"), PeftLora(r=4, lora_alpha=8, target_modules=form["target_modules"],
@@ -327,22 +327,22 @@ def test_the_config_decides_which_family_it_is(tmp_path: Path) -> None:
     for changed, kind in (({}, "encoder"), ({"is_decoder": True}, "causal"), ({"architectures": ["BertModel"]}, "encoder"),
                           ({"architectures": ["BertLMHeadModel"]}, "causal"),
                           ({"architectures": ["BertForMaskedLM"]}, "encoder")):
-        assert kind_of(AutoConfig.for_model("bert", **{**config, **changed})) == kind
-    assert kind_of(AutoConfig.for_model("llama")) == "causal"
-    assert kind_of(AutoConfig.for_model("t5")) == "seq2seq"
-    assert kind_of(AutoConfig.for_model("vit")) == "vision"
-    assert kind_of(AutoConfig.for_model("wav2vec2")) is None
+        assert detect_architecture(AutoConfig.for_model("bert", **{**config, **changed})) == kind
+    assert detect_architecture(AutoConfig.for_model("llama")) == "causal"
+    assert detect_architecture(AutoConfig.for_model("t5")) == "seq2seq"
+    assert detect_architecture(AutoConfig.for_model("vit")) == "vision"
+    assert detect_architecture(AutoConfig.for_model("wav2vec2")) is None
     assert isinstance(open_family(folder(save_tiny(tmp_path, "llama"))), CausalLM)
 
 
 def test_an_encoder_refuses_what_it_cannot() -> None:
     family = encoder("bert")
-    row: Batch = batch(documents())
-    target: Target = row.target
-    with pytest.raises(BaseError, match="sees the very token"):
+    row: Batch = build_batch(documents())
+    target: LossInputs = row.target
+    with pytest.raises(BaseError, match="masked-language-modeling head predicts no tokens"):
         family.forward(row.inputs, target, frozenset({"token_logps"}))
-    with pytest.raises(BaseError, match="cannot write"):
-        family.generate([[1, 2]], Sampling())
+    with pytest.raises(BaseError, match="cannot generate"):
+        family.generate([[1, 2]], SamplingParams())
 
 
 def test_what_is_written_is_a_sentence_transformer(tmp_path: Path) -> None:
@@ -361,10 +361,10 @@ def test_what_is_written_is_a_sentence_transformer(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "pooling"), [("minilm", "mean"), ("../shared/models/bge-small-zh", "first")])
 def test_real_encoders_load(name: str, pooling: str) -> None:
     try:
-        resolve(name)
+        resolve_name(name)
     except BaseError as absent:
         pytest.skip(str(absent))
-    family = open_family(BaseConfig(name=name, device="cpu"))
+    family = open_family(ModelConfig(name_or_path=name, device="cpu"))
     assert isinstance(family, Encoder)
     assert (family.layout, family.pooling) == ("packed", pooling)
     texts = ("一只猫坐在垫子上", "垫子上有一只小猫", "股票市场今天下跌") if "zh" in name else (

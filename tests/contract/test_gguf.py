@@ -19,15 +19,18 @@ from lab_gguf import CORPUS, TEXTS, distance, llama, opened, saved, theirs
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.export import export
+from luthier.assembly.factory import load_family
+from luthier.assembly.gguf_export import export_gguf_adapter, export_gguf_model
+from luthier.assembly.run_io import save_tuned
+from luthier.cli.main import main
 from luthier.core.errors import BaseError, LuthierError, RunError
-from luthier.core.protocols import Sampling
-from luthier.export import export
-from luthier.families import BaseConfig, CausalLM
-from luthier.families import gguf_out as out
-from luthier.families.gguf_words import CONTRACTIONS, DIGITS, GPT2, SPLITS, split_name
-from luthier.runtime.run import Run
+from luthier.core.protocols import SamplingParams
+from luthier.models import CausalLM, ModelConfig
+from luthier.models.gguf import writer as out
+from luthier.models.gguf.bpe import CONTRACTIONS, DIGITS, GPT2, PRETOKENIZERS, get_pretokenizer_name
+from luthier.training.run_folder import Run
 from tiny import CHATML, KINDS, tiny, tiny_tokenizer
 
 VOCABULARY = 480  # the tokenizers below have fewer words, so some rows of the embedding are unused
@@ -131,7 +134,7 @@ def test_the_same_answers_word_for_word(tmp_path: Path) -> None:
     base, file = family("llama", initializer_range=0.3), tmp_path / "a.gguf"
     out.write_gguf(base, file, "float32")
     prompts = [TOKENIZER(text).input_ids for text in ("I'll say", "x = [1,", "日本")]
-    mine = {answer.index: list(answer.tokens) for answer in base.generate(prompts, Sampling(max_new_tokens=24))}
+    mine = {answer.index: list(answer.token_ids) for answer in base.generate(prompts, SamplingParams(max_new_tokens=24))}
     with opened(file) as found:
         for i, prompt in enumerate(prompts):
             found.reset()
@@ -157,7 +160,7 @@ def test_what_the_file_says_of_itself(tmp_path: Path) -> None:
 
 
 @llama
-@pytest.mark.parametrize(("splits", "whole"), SPLITS)
+@pytest.mark.parametrize(("splits", "whole"), PRETOKENIZERS)
 def test_text_becomes_the_same_tokens(splits: tuple[str, ...], whole: bool, tmp_path: Path) -> None:
     words = tokenizer(splits, whole)
     out.write_gguf(family("llama", words), tmp_path / "a.gguf", "float32")
@@ -188,15 +191,15 @@ def described(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("changes", "said"), [
     ({"merges": []}, "no merges"), ({"byte_fallback": True}, "byte_fallback"), ({"type": "Unigram"}, "Unigram"),
-    ({"normalizer": {"type": "Lowercase"}}, "changes text first"), ({"ignore_merges": True}, "splits text"),
-    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"), ({"pre_tokenizer": None}, "not at all"),
+    ({"normalizer": {"type": "Lowercase"}}, "normalizes text"), ({"ignore_merges": True}, "no name for the tokenizer"),
+    ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"), ({"pre_tokenizer": None}, "no split"),
     ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "add_prefix_space"),
     ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": CONTRACTIONS}, "behavior": "Isolated"}}, "ll"),
 ])
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(changes: dict[str, Any], said: str) -> None:
-    assert split_name(described()) == "gpt-2"
+    assert get_pretokenizer_name(described()) == "gpt-2"
     with pytest.raises(BaseError, match=said):
-        split_name(described(**changes))
+        get_pretokenizer_name(described(**changes))
 
 
 # ---------------------------------------------------------------- runs
@@ -208,7 +211,7 @@ def tuned(place: Path, name: str, method: dict[str, Any], objective: str = "sft"
 
 
 LORAS: dict[str, dict[str, Any]] = {
-    "plain": {}, "rslora": {"rslora": True, "rank": 4}, "pissa": {"init": "pissa", "rank": 2}, "some maps": {"targets": ["k", "down"]},
+    "plain": {}, "rslora": {"use_rslora": True, "rank": 4}, "pissa": {"init_lora_weights": "pissa", "rank": 2}, "some maps": {"target_modules": ["k", "down"]},
     "odd ranks and alphas": {"rank_pattern": {"q": 3, "up": 1}, "alpha_pattern": {"k": 5.0, "o": 40.0}},
 }
 
@@ -230,7 +233,7 @@ def test_a_lora_on_the_base_is_the_run(name: str, lora: str, tmp_path: Path) -> 
 
 
 @llama
-@pytest.mark.parametrize("method", [{"name": "bitfit"}, {"name": "full"}, {"name": "lora", "dora": True}])
+@pytest.mark.parametrize("method", [{"name": "bitfit"}, {"name": "full"}, {"name": "lora", "use_dora": True}])
 def test_other_methods_are_merged_into_the_file(method: dict[str, Any], tmp_path: Path) -> None:
     run, base = tuned(tmp_path, "llama", method)
     merged = export(run, "gguf", tmp_path / "new/tuned.gguf", "float32")
@@ -249,7 +252,7 @@ def test_what_cannot_be_is_refused_before_a_file_is_there(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="does not write int4"):
         export(run, "gguf", dtype="int4")  # type: ignore[arg-type]
     (tmp_path / "taken.gguf").write_text("mine")
-    with pytest.raises(RunError, match="already holds"):
+    with pytest.raises(RunError, match="already exists"):
         export(run, "gguf-adapter", tmp_path / "taken.gguf")
     assert (tmp_path / "taken.gguf").read_text() == "mine"
     assert not list(run.path.glob("*.gguf"))
@@ -266,11 +269,11 @@ def test_the_command_line_names_the_file(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_heads_have_no_place_in_the_file(tmp_path: Path) -> None:
-    made = build.recipe({"base": "smollm2", "data": "-", "objective": "reward"})
+    made = assembly.build_recipe({"model": "smollm2", "data": "-", "objective": "reward"})
     with pytest.raises(RunError, match="heads of its own"):
-        build.gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
+        export_gguf_model(made, family("llama"), tmp_path / "a.gguf", "float32")
     with pytest.raises(RunError, match="heads of its own"):
-        build.gguf_adapter(made, family("llama"), None, tmp_path / "a.gguf")
+        export_gguf_adapter(made, family("llama"), None, tmp_path / "a.gguf")
 
 
 @pytest.mark.parametrize(("name", "overrides", "said"), [
@@ -308,17 +311,17 @@ def test_numbers_beyond_float16_are_refused(tmp_path: Path) -> None:
 @llama
 @pytest.mark.slow
 def test_a_lora_of_smollm2_answers_in_llama_cpp_as_here(tmp_path: Path) -> None:
-    base = build.family(BaseConfig(name="smollm2", device="cpu"))
+    base = load_family(ModelConfig(name_or_path="smollm2", device="cpu"))
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
-    made = build.recipe({"base": "smollm2", "data": "-", "method": {"name": "lora", "rslora": True}})
-    attached = attach(base, "lora", stirred=False, rslora=True)
+    made = assembly.build_recipe({"model": "smollm2", "data": "-", "method": {"name": "lora", "use_rslora": True}})
+    attached = attach(base, "lora", stirred=False, use_rslora=True)
     stir(attached, 0.01)
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, base, attached)
+    run.create(assembly.dump_recipe(made), {})
+    save_tuned(run, made, base, attached)
     prompts = [base.tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True).input_ids
                for text in ("Why is the sky blue?", "Write one line about rain.")]
-    answers = {a.index: list(a.tokens) for a in base.generate(prompts, Sampling(max_new_tokens=16))}
+    answers = {a.index: list(a.token_ids) for a in base.generate(prompts, SamplingParams(max_new_tokens=16))}
     wanted = logits(base, prompts[0])
     with attached.disabled():
         assert distance(logits(base, prompts[0]), wanted) > 1  # the run says something else than its base

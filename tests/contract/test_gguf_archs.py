@@ -19,11 +19,11 @@ from lab_gguf import TEXTS, distance, llama, opened, saved, theirs
 from test_gguf_pieces import tokenizer
 from torch import Tensor
 
+from luthier.api.export import export
 from luthier.core.errors import BaseError
-from luthier.export import export
-from luthier.families import CausalLM
-from luthier.families import gguf_archs as archs
-from luthier.families import gguf_out as out
+from luthier.models import CausalLM
+from luthier.models.gguf import archs as archs
+from luthier.models.gguf import writer as out
 from tiny import KINDS, tiny
 
 TOKENIZER = tokenizer("Gemma's")
@@ -111,7 +111,7 @@ def test_the_activation_too_as_closely_as_its_table(name: str, tmp_path: Path) -
 def test_the_comparison_would_see_a_mistake(name: str, forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = family(name)
     if forgotten == "raised":
-        monkeypatch.setattr(archs.Names, "raised", lambda self, name, weight: weight)
+        monkeypatch.setattr(archs.TensorNames, "raised", lambda self, name, weight: weight)
     else:
         key = {"scores": "attn_logit_softcapping", "logits": "final_logit_softcapping", "windows": "sliding_window",
                "angles": "rope_freq_base_swa", "epsilon": "layer_norm_eps"}[forgotten]
@@ -132,13 +132,13 @@ def test_smaller_numbers_are_close(name: str, numbers: Any, close: float, tmp_pa
 
 @llama
 @pytest.mark.parametrize("name", ["gemma", "gemma2", "gemma3", "gpt2"])
-@pytest.mark.parametrize("settings", [{}, {"rslora": True, "rank": 4, "alpha_pattern": {"up": 3.0}}])
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True, "rank": 4, "alpha_pattern": {"up": 3.0}}])
 def test_a_lora_on_the_base_is_the_run(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     base = family(name)
     out.write_gguf(base, tmp_path / "base.gguf", "float32")
     bare = logits(base, ids())
     attached = attach(base, "lora", **settings)
-    changes = {layer.site.name: out.Change(*layer.factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
+    changes = {layer.site.name: out.LoraDelta(*layer.get_factors(), layer.scale) for layer in attached.layers}  # type: ignore[attr-defined]
     out.write_gguf_adapter(base, changes, tmp_path / "adapter.gguf")
     right = wanted(base, ids())
     assert distance(bare, right) > 1e-2
@@ -164,15 +164,15 @@ def test_a_run_on_gemma_goes_the_whole_way(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "overrides", "said"), [
     ("gemma", {"hidden_act": "silu"}, "'silu'"), ("gemma2", {"hidden_activation": "relu"}, "'relu'"),
-    ("gemma", {"use_bidirectional_attention": True}, "see the ones behind"),
+    ("gemma", {"use_bidirectional_attention": True}, "bidirectional attention"),
     ("gemma", {"tie_word_embeddings": False}, "no place for 'lm_head'"),
     ("gemma2", {"attention_bias": True}, "does not add"),
-    ("gemma2", {"query_pre_attn_scalar": 10}, "root of 10"), ("gemma3", {"query_pre_attn_scalar": 10}, "root of 10"),
-    ("gemma2", {"attn_logit_softcapping": None}, "not at all"), ("gemma2", {"final_logit_softcapping": None}, "not at all"),
-    ("gpt2", {"activation_function": "gelu"}, "'gelu'"), ("gpt2", {"scale_attn_weights": False}, "width alone"),
-    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "width alone"),
-    ("gemma3", {"attn_logit_softcapping": 5.0}, "caps its scores at 5.0"),
-    ("gemma3", {"rope_parameters": {**LINEAR, "sliding_attention": LINEAR["full_attention"]}}, "layers with a window"),
+    ("gemma2", {"query_pre_attn_scalar": 10}, r"sqrt\(10\)"), ("gemma3", {"query_pre_attn_scalar": 10}, r"sqrt\(10\)"),
+    ("gemma2", {"attn_logit_softcapping": None}, "no soft cap"), ("gemma2", {"final_logit_softcapping": None}, "no soft cap"),
+    ("gpt2", {"activation_function": "gelu"}, "'gelu'"), ("gpt2", {"scale_attn_weights": False}, "head_dim.* alone"),
+    ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "head_dim.* alone"),
+    ("gemma3", {"attn_logit_softcapping": 5.0}, "soft cap of 5.0"),
+    ("gemma3", {"rope_parameters": {**LINEAR, "sliding_attention": LINEAR["full_attention"]}}, "layers with a sliding window"),
     ("gemma3", {"rope_parameters": {**LINEAR, "full_attention": {**LINEAR["full_attention"], "rope_type": "yarn"}}}, "yarn"),
 ])
 def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused(name: str, overrides: dict[str, Any], said: str, tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from transformers import GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from luthier.core.errors import BaseError
-from luthier.families import CausalLM
-from luthier.families import gguf_out as out
-from luthier.families import gguf_pieces as pieces
-from luthier.families.gguf_words import write_words
+from luthier.models import CausalLM
+from luthier.models.gguf import sentencepiece as pieces
+from luthier.models.gguf import writer as out
+from luthier.models.gguf.bpe import write_tokenizer
 from tiny import CHATML, tiny
 
 VOCABULARY = 800  # the tokenizers have fewer words, so some rows of the embedding are unused
@@ -118,10 +118,10 @@ def test_the_model_behind_it_says_the_same(tmp_path: Path) -> None:
 def test_the_comparison_would_see_a_mistake(kind: str, forgotten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = tokenizer(kind)
     if forgotten == "space":
-        right = pieces.space_before
-        monkeypatch.setattr(pieces, "space_before", lambda described: not right(described))
+        right = pieces.adds_space_prefix
+        monkeypatch.setattr(pieces, "adds_space_prefix", lambda described: not right(described))
     else:
-        monkeypatch.setattr(pieces, "scores", lambda words, apart, merges: [-float(i % 7) for i in range(len(words))])
+        monkeypatch.setattr(pieces, "compute_scores", lambda words, apart, merges: [-float(i % 7) for i in range(len(words))])
     out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     assert wrong(tmp_path / "a.gguf", words)
 
@@ -154,11 +154,11 @@ def lone(word: str, left: str, right: str) -> PreTrainedTokenizerFast:
 @llama
 def test_a_word_that_llama_cpp_alone_would_make_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = lone("ze", "z", "e")
-    with pytest.raises(BaseError, match="no merge makes the word 'ze', and llama"):
+    with pytest.raises(BaseError, match="no merge produces the token 'ze', but llama"):
         out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     assert not list(tmp_path.iterdir())
-    right = pieces.joined
-    monkeypatch.setattr(pieces, "joined", lambda word, ranks: [] if word == "ze" else right(word, ranks))
+    right = pieces.apply_merges
+    monkeypatch.setattr(pieces, "apply_merges", lambda word, ranks: [] if word == "ze" else right(word, ranks))
     out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     with opened(tmp_path / "a.gguf") as found:  # the refusal was right
         assert found.tokenize(b"ze", add_bos=True, special=True) != words("ze").input_ids
@@ -167,7 +167,7 @@ def test_a_word_that_llama_cpp_alone_would_make_is_refused(tmp_path: Path, monke
 def test_a_special_word_with_a_space_is_found_out_too(tmp_path: Path) -> None:
     words = lone("▁z", "▁", "z")
     words.backend_tokenizer.add_special_tokens([AddedToken("▁z", normalized=False)])
-    with pytest.raises(BaseError, match="no merge makes the word '▁z'"):  # a text has ' z', which is no such word yet
+    with pytest.raises(BaseError, match="no merge produces the token '▁z'"):  # a text has ' z', which is no such word yet
         out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
 
 
@@ -207,7 +207,7 @@ def same(words: PreTrainedTokenizerFast, file: Path, seed: int) -> bool:
     """Whether llama.cpp makes the same tokens of some texts by chance, from a file that has the tokenizer alone."""
     dice = random.Random(seed)
     writer = gguf.GGUFWriter(file, "llama")
-    write_words(writer, words, 400, {2}, None)
+    write_tokenizer(writer, words, 400, {2}, None)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -227,8 +227,8 @@ def test_what_is_written_is_right_and_what_is_refused_would_be_wrong(tmp_path: P
             refused.append(seed)
     assert all(written)
     assert len(written) > 30
-    right = pieces.joined
-    monkeypatch.setattr(pieces, "joined", lambda word, ranks: parts if len(parts := right(word, ranks)) != 2
+    right = pieces.apply_merges
+    monkeypatch.setattr(pieces, "apply_merges", lambda word, ranks: parts if len(parts := right(word, ranks)) != 2
                         or (parts[0], parts[1]) in ranks else [])
     forced = [same(chance(seed), tmp_path / "a.gguf", seed) for seed in refused]
     assert forced.count(False) > 0.8 * len(forced) > 5  # the texts do not meet every one
@@ -237,7 +237,7 @@ def test_what_is_written_is_right_and_what_is_refused_would_be_wrong(tmp_path: P
 def test_the_place_of_the_pair_that_makes_a_word_counts() -> None:
     merges = [("a", "b"), ("c", "d"), ("b", "c"), ("a", "bc"), ("abc", "d"), ("ab", "c"), ("ab", "cd")]
     words = ["a", "ab", "bc", "abc", "cd", "abcd", "<s>"]
-    assert pieces.scores(words, {"<s>"}, merges) == [-7, 0, -2, -5, -1, -6, -7]
+    assert pieces.compute_scores(words, {"<s>"}, merges) == [-7, 0, -2, -5, -1, -6, -7]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -257,20 +257,20 @@ ODD: dict[str, Any] = {"id": 700, "content": "<odd>", "single_word": False, "lst
 
 @pytest.mark.parametrize(("kind", "changes", "said"), [
     ("Llama's", {"ignore_merges": True}, "ignore_merges"), ("Llama's", {"dropout": 0.1}, "dropout"),
-    ("Llama's", {"normalizer": None}, "spaces stay spaces"), ("Llama's", {"normalizer": {"type": "NFKC"}}, "NFKC"),
+    ("Llama's", {"normalizer": None}, "spaces are not replaced"), ("Llama's", {"normalizer": {"type": "NFKC"}}, "NFKC"),
     ("Llama's", {"normalizer": {"type": "Prepend", "prepend": "▁"}}, "before a text"),
     ("Llama's", {"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
     ("Metaspace", {"normalizer": {"type": "Lowercase"}}, "Lowercase"),
-    ("Llama's", {"added_tokens": [{**ODD, "normalized": True}]}, "looks for '<odd>'"),
-    ("Gemma's", {"added_tokens": [{**ODD, "normalized": True, "content": "▁▁"}]}, "looks for '▁▁'"),
-    ("Gemma's", {"added_tokens": [{**ODD, "rstrip": True}]}, "takes the spaces"),
-    ("Gemma's", {"added_tokens": [{**ODD, "content": "ab"}, {**ODD, "content": "bc"}]}, "'ab' and 'bc' can share"),
+    ("Llama's", {"added_tokens": [{**ODD, "normalized": True}]}, "matches '<odd>' after"),
+    ("Gemma's", {"added_tokens": [{**ODD, "normalized": True, "content": "▁▁"}]}, "matches '▁▁' after"),
+    ("Gemma's", {"added_tokens": [{**ODD, "rstrip": True}]}, "strips the spaces"),
+    ("Gemma's", {"added_tokens": [{**ODD, "content": "ab"}, {**ODD, "content": "bc"}]}, "'ab' and 'bc' can overlap"),
     ("Gemma's", {"added_tokens": [{**ODD, "content": "b"}, {**ODD, "content": "abc", "normalized": True}]}, "'b' and 'abc'"),
 ])
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(kind: str, changes: dict[str, Any], said: str) -> None:
-    assert pieces.space_before(described(kind)) == (kind == "Llama's")
+    assert pieces.adds_space_prefix(described(kind)) == (kind == "Llama's")
     with pytest.raises(BaseError, match=said):
-        pieces.space_before(described(kind, **changes))
+        pieces.adds_space_prefix(described(kind, **changes))
 
 
 @llama
@@ -281,9 +281,9 @@ def test_and_the_refusal_of_words_cut_out_is_right(kind: str, found: dict[str, b
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     words = tokenizer(kind)
     words.backend_tokenizer.add_tokens([AddedToken(word, normalized=late) for word, late in found.items()])
-    with pytest.raises(BaseError, match=r"can share|looks for"):
+    with pytest.raises(BaseError, match=r"can overlap|matches .* after"):
         out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
-    monkeypatch.setattr(pieces, "space_before", lambda described: kind == "Llama's")
+    monkeypatch.setattr(pieces, "adds_space_prefix", lambda described: kind == "Llama's")
     out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     with opened(tmp_path / "a.gguf") as opposite:
         assert opposite.tokenize(text.encode(), add_bos=True, special=True) != words(text).input_ids
@@ -292,7 +292,7 @@ def test_and_the_refusal_of_words_cut_out_is_right(kind: str, found: dict[str, b
 def test_words_that_can_share_a_text_without_harm_are_none_to_refuse() -> None:
     runs = [{**ODD, "content": "\n" * k} for k in range(1, 5)]
     apart = [{**ODD, "content": word, "normalized": late} for word, late in (("abc", False), ("cd", False), ("xy", True))]
-    assert pieces.space_before(described("Gemma's", added_tokens=[*runs, *apart])) is False
+    assert pieces.adds_space_prefix(described("Gemma's", added_tokens=[*runs, *apart])) is False
 
 
 @llama
@@ -304,12 +304,12 @@ def test_a_space_put_before_a_text_unless_one_is_there_is_refused(scheme: str, t
     with pytest.raises(BaseError, match="unless one is there"):
         out.write_gguf(family(words), tmp_path / "a.gguf", "float32")
     for before in (True, False):  # neither would do
-        monkeypatch.setattr(pieces, "space_before", lambda described, before=before: before)
+        monkeypatch.setattr(pieces, "adds_space_prefix", lambda described, before=before: before)
         out.write_gguf(family(words), tmp_path / f"{before}.gguf", "float32")
         assert wrong(tmp_path / f"{before}.gguf", words)
 
 
-@pytest.mark.parametrize(("missing", "said"), [("<0x7F>", "no token <0x7F>"), (None, "merges bytes")])
+@pytest.mark.parametrize(("missing", "said"), [("<0x7F>", "no token <0x7F>"), (None, "merges byte tokens")])
 def test_bytes_must_be_whole_and_alone(missing: str | None, said: str, tmp_path: Path) -> None:
     found = described()
     if missing:

@@ -1,6 +1,6 @@
 """Documents with a part hidden: an encoder's own head and T5 guess it as Transformers' own loss has it, in runs that resume.
 
-What is hidden stands in `tests/unit/data/test_hide.py`; read `lab.py` and `lab_t5.py` first.
+What is hidden stands in `tests/unit/data/test_masking.py`; read `lab.py` and `lab_t5.py` first.
 """
 
 from __future__ import annotations
@@ -19,18 +19,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
-from luthier import build
+from luthier import assembly
+from luthier.api.evaluate import evaluate
+from luthier.api.train import train
+from luthier.assembly.factory import load_family
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.rl_setup import init_rl_policy
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import BaseError, DataError, LuthierError, RecipeError
 from luthier.core.examples import Origin, TextExample
-from luthier.core.types import Encoded
-from luthier.data import DataConfig, DividedConfig, Hide, encode
-from luthier.data.hide import drawn
-from luthier.data.pack import batch, pack
-from luthier.evaluate import evaluate
-from luthier.families import Encoder, head
+from luthier.core.types import TokenizedExample
+from luthier.data import DataConfig, DividedConfig, MaskingConfig, encode_example
+from luthier.data.packing import build_batch, pack_examples
+from luthier.data.transforms import apply_random
+from luthier.models import Encoder
+from luthier.models.ops import fused_logprobs
 from luthier.objectives import OBJECTIVES
-from luthier.runtime.run import Run
-from luthier.train import train
+from luthier.training.run_folder import Run
 from tiny import ENCODERS, PAD, VOCABULARY, pair_tokenizer, save_tiny, tiny, with_sentinels
 
 KIND = pytest.mark.parametrize("kind", ENCODERS)
@@ -41,16 +46,16 @@ SPANS = with_sentinels(tokenizer())
 TEXTS = tuple(f"{'the fox and the dog ' * n}went {'on and ' * (5 - n)}home" for n in range(1, 5))
 
 
-def examples(how: Any, texts: Sequence[str] = TEXTS) -> list[Encoded]:
+def examples(how: Any, texts: Sequence[str] = TEXTS) -> list[TokenizedExample]:
     """Documents as they go into a batch, each with something hidden."""
     told = SPANS if how == "spans" else WORDS
     config = DataConfig.parse({"train": "-"})
-    found: list[Encoded] = []
+    found: list[TokenizedExample] = []
     for row, text in enumerate(texts):
-        made = encode(TextExample(text, Origin("lab", row)), told, DividedConfig.of(config) if how == "spans" else config,
-                      hide=Hide.of(told, how, "lab", span=9.0))
+        made = encode_example(TextExample(text, Origin("lab", row)), told, DividedConfig.of(config) if how == "spans" else config,
+                              masking=MaskingConfig.of(told, how, "lab", span=9.0))
         assert isinstance(made, list)
-        found += [drawn(one, 0, 0, row) for one in made]
+        found += [apply_random(one, 0, 0, row) for one in made]
     return found
 
 
@@ -58,16 +63,16 @@ def encoder(kind: str, layout: Any = None, **overrides: Any) -> Encoder:
     return Encoder(tiny(kind, words=True, **overrides), WORDS, layout)
 
 
-def theirs(model: Any, found: Sequence[Encoded], shift: int = 0) -> Any:
+def theirs(model: Any, found: Sequence[TokenizedExample], shift: int = 0) -> Any:
     """Transformers' own loss of the same rows: the mean over what was hidden."""
-    width = max(one.tokens for one in found)
+    width = max(one.num_tokens for one in found)
     ids, mask = torch.full((len(found), width), PAD), torch.zeros(len(found), width, dtype=torch.int64)
     labels = torch.full((len(found), width), -100)
     for i, one in enumerate(found):
-        piece, = one.pieces
-        ids[i, :one.tokens], mask[i, :one.tokens] = torch.tensor(piece.ids), 1
-        for place in piece.predicted:
-            labels[i, place + shift] = piece.tags[place]
+        span, = one.spans
+        ids[i, :one.num_tokens], mask[i, :one.num_tokens] = torch.tensor(span.ids), 1
+        for place in span.predicted:
+            labels[i, place + shift] = span.tags[place]
     return model(input_ids=ids, attention_mask=mask, labels=labels).loss
 
 
@@ -88,7 +93,7 @@ def test_masked_words_cost_what_they_cost_in_transformers(kind: str) -> None:
     """Values and every gradient: embedding, stack, the head's transform and bias."""
     found, family = examples("words"), encoder(kind)
     attached = attach(family, "full")  # type: ignore[arg-type]
-    mine = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
+    mine = measured(family, attached, [build_batch(found)])  # type: ignore[arg-type]
     other = tiny(kind, words=True)
     other.load_state_dict(family.model.state_dict())  # `attach` stirs
     names = {name: name for name in attached.parameters()}
@@ -99,8 +104,8 @@ def test_masked_words_cost_what_they_cost_in_transformers(kind: str) -> None:
     assert all(float(mine[name].abs().max()) > FAR for name in outside)
     # The controls: the state before the hidden word guesses it, as in a decoder; nothing was hidden.
     assert apart(mine, grown(other, theirs(other, found, shift=-1), names)) > FAR
-    bare = [Encoded((p.__class__(tuple(t if t >= 0 else i for i, t in zip(p.ids, p.tags, strict=True)), p.weights, tags=p.tags),),
-                    e.origin) for e in found for p in e.pieces]
+    bare = [TokenizedExample((p.__class__(tuple(t if t >= 0 else i for i, t in zip(p.ids, p.tags, strict=True)), p.weights, tags=p.tags),),
+                             e.origin) for e in found for p in e.spans]
     assert apart(mine, grown(other, theirs(other, bare), names)) > FAR
 
 
@@ -111,15 +116,15 @@ def test_rows_and_chunks_do_not_matter(kind: str, monkeypatch: pytest.MonkeyPatc
     for method in ("full", "lora"):
         family = encoder(kind, "packed")
         attached = attach(family, method)  # type: ignore[arg-type]
-        wanted = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
-        assert apart(measured(family, attached, pack(found, 90)), wanted) < SAME  # type: ignore[arg-type]
+        wanted = measured(family, attached, [build_batch(found)])  # type: ignore[arg-type]
+        assert apart(measured(family, attached, pack_examples(found, 90)), wanted) < SAME  # type: ignore[arg-type]
         with monkeypatch.context() as patched:
-            patched.setattr(head, "CHUNK", 1)
-            assert len(head._chunks(40, VOCABULARY, torch.device("cpu"))) == 3
-            assert apart(measured(family, attached, [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
+            patched.setattr(fused_logprobs, "CHUNK_LOGITS", 1)
+            assert len(fused_logprobs._split_positions(40, VOCABULARY, torch.device("cpu"))) == 3
+            assert apart(measured(family, attached, [build_batch(found)]), wanted) < SAME  # type: ignore[arg-type]
         slow = encoder(kind, "padded")
-        assert apart(measured(slow, attach(slow, method), [batch(found)]), wanted) < SAME  # type: ignore[arg-type]
-        assert apart(measured(family, attached, [batch(found[1:])]), wanted) > FAR  # type: ignore[arg-type]
+        assert apart(measured(slow, attach(slow, method), [build_batch(found)]), wanted) < SAME  # type: ignore[arg-type]
+        assert apart(measured(family, attached, [build_batch(found[1:])]), wanted) > FAR  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated"])
@@ -129,8 +134,8 @@ def test_spans_cost_what_they_cost_in_transformers(kind: str, method: str, monke
     found = examples("spans")
     family = base(kind)
     attached = attach(family, method)  # type: ignore[arg-type]
-    mine = measured(family, attached, [batch(found)])  # type: ignore[arg-type]
-    assert apart(measured(family, attached, pack(found, 60)), mine) < SAME  # type: ignore[arg-type]
+    mine = measured(family, attached, [build_batch(found)])  # type: ignore[arg-type]
+    assert apart(measured(family, attached, pack_examples(found, 60)), mine) < SAME  # type: ignore[arg-type]
     attached.merge() if method == "lora" else None
     other = t5(kind)
     other.load_state_dict(family.model.state_dict())
@@ -156,9 +161,9 @@ def test_heads_of_other_architectures_are_found(kind: str) -> None:
     model = AutoModelForMaskedLM.from_config(config, dtype=torch.float64).eval()
     found = examples("words", [text[:40] for text in TEXTS])
     family = Encoder(model, WORDS)
-    row = batch(found)
+    row = build_batch(found)
     with torch.no_grad():
-        loss = PRETRAIN(family.forward(row.inputs, row.target, PRETRAIN.needs), row.target)
+        loss = PRETRAIN(family.forward(row.inputs, row.target, PRETRAIN.required_outputs), row.target)
         assert abs(loss.total / loss.count - theirs(model, found)) < 1e-5
         assert abs(loss.total / loss.count - theirs(model, found, shift=-1)) > FAR
 
@@ -167,7 +172,7 @@ def test_a_head_that_computes_otherwise_is_refused(monkeypatch: pytest.MonkeyPat
     model = tiny("bert", words=True)
     own = model.forward
     monkeypatch.setattr(model, "forward", lambda **named: [out := own(**named), setattr(out, "logits", out.logits.tanh())][0])
-    with pytest.raises(BaseError, match="computes its logits in a way that is not known"):
+    with pytest.raises(BaseError, match="BertForMaskedLM computes its logits in an unsupported way"):
         Encoder(model, WORDS)
 
 
@@ -187,9 +192,9 @@ def home(path: Path, kind: str) -> Path:
 
 def recipe(path: Path, **settings: Any) -> dict[str, Any]:
     rows = str(path / "rows.jsonl")
-    return {"base": str(path / "base"), "objective": "pretrain", "data": {"train": rows, "test": rows, "eval": rows},
-            "training": {"steps": 6, "batch_size": 2, "save_every": 2, "keep": 9, "eval_every": 3, "keep_best": False},
-            "optimizer": {"learning_rate": 3e-3, "schedule": "constant"}, "seed": 4, **settings}
+    return {"model": str(path / "base"), "objective": "pretrain", "data": {"train": rows, "test": rows, "eval": rows},
+            "training": {"max_steps": 6, "batch_size": 2, "save_steps": 2, "save_total_limit": 9, "eval_steps": 3, "load_best_model_at_end": False},
+            "optimizer": {"learning_rate": 3e-3, "lr_scheduler_type": "constant"}, "seed": 4, **settings}
 
 
 def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
@@ -203,22 +208,22 @@ def outcome(run: Run) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
 def test_a_run_learns_resumes_and_opens_again(kind: str, method: str, tmp_path: Path) -> None:
     """With dropout: twice the same to the bit, gone on from step 2 the same to the bit, opened again the same measures."""
     made = recipe(home(tmp_path, kind), method=method)
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     tensors, lines = outcome(run)
     assert run.results["test"]["nll"] < run.results["test_before"]["nll"]
     assert run.results["metric"] == "perplexity"
     assert "bits_per_byte" not in run.results["test"]
-    again = train(made, run=str(tmp_path / "again"), quiet=True)
+    again = train(made, output_dir=str(tmp_path / "again"), quiet=True)
     assert all(torch.equal(tensors[name], other) for name, other in outcome(again)[0].items())
     killed = tmp_path / "killed"
     shutil.copytree(run.path, killed)
     (killed / "README.md").unlink()
     for folder in ("step-4", "step-6"):
         shutil.rmtree(killed / "checkpoints" / folder)
-    gone_on = outcome(train(made, run=str(killed), resume=True, quiet=True))
+    gone_on = outcome(train(made, output_dir=str(killed), resume=True, quiet=True))
     assert all(torch.equal(tensors[name], other) for name, other in gone_on[0].items())
     assert gone_on[1] == lines
-    other = outcome(train({**made, "seed": 5}, run=str(tmp_path / "other"), quiet=True))  # the control
+    other = outcome(train({**made, "seed": 5}, output_dir=str(tmp_path / "other"), quiet=True))  # the control
     assert any(not torch.equal(tensors[name], found) for name, found in other[0].items())
     assert evaluate(run, quiet=True)["nll"] == pytest.approx(run.results["test"]["nll"], rel=1e-5)
 
@@ -226,69 +231,69 @@ def test_a_run_learns_resumes_and_opens_again(kind: str, method: str, tmp_path: 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_the_head_is_saved_tied_and_other_objectives_go_on_from_the_run(kind: str, tmp_path: Path) -> None:
     made = recipe(home(tmp_path, kind), method="full")
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     assert "AutoModelForMaskedLM" in (run.path / "README.md").read_text()
     before, after = load_file(tmp_path / "base" / "model.safetensors"), load_file(run.path / "model.safetensors")
     assert before.keys() == after.keys()
     moved = [name for name in after if not torch.equal(before[name], after[name])]
     assert {name.split(".")[0] for name in moved} == {name.split(".")[0] for name in after}
-    _, family, _ = build.open_run(run)
-    assert family.anatomy.tied
-    assert family.anatomy.head is not None
+    _, family, _ = open_run(run)
+    assert family.structure.tied
+    assert family.structure.head is not None
     plain = AutoModelForMaskedLM.from_pretrained(run.path).eval()
     ids = torch.tensor([[256, *b"hello", 257]])
     family.train(False)
     with torch.no_grad():
-        assert torch.allclose(plain(input_ids=ids).logits, family.anatomy.model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(plain(input_ids=ids).logits, family.structure.model(input_ids=ids).logits, atol=1e-5)
         assert not torch.allclose(plain(input_ids=ids).logits, AutoModelForMaskedLM.from_pretrained(
             tmp_path / "base").eval()(input_ids=ids).logits, atol=1e-2)
         assert AutoModel.from_pretrained(run.path)(input_ids=ids).last_hidden_state.shape == (1, 7, 32)
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
-    tuned = train(base=str(run.path), method="lora", objective="classify", data=str(tmp_path / "labels.jsonl"), quiet=True,
-                  run=str(tmp_path / "classify"), training={"steps": 1, "batch_size": 2})
+    tuned = train(model=str(run.path), method="lora", objective="classify", data=str(tmp_path / "labels.jsonl"), quiet=True,
+                  output_dir=str(tmp_path / "classify"), training={"max_steps": 1, "batch_size": 2})
     assert tuned.results["steps"] == 1
-    _, bare, _ = build.open_run(tuned)
-    assert bare.anatomy.head is None  # whoever does not guess words has no head in memory
+    _, bare, _ = open_run(tuned)
+    assert bare.structure.head is None  # whoever does not guess words has no head in memory
 
 
 def test_an_adapter_is_pefts_on_the_model_with_its_head(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
-    run = train(recipe(home(tmp_path, "bert"), method="lora"), run=str(tmp_path / "run"), quiet=True)
-    _, family, _ = build.open_run(run)
+    run = train(recipe(home(tmp_path, "bert"), method="lora"), output_dir=str(tmp_path / "run"), quiet=True)
+    _, family, _ = open_run(run)
     family.train(False)
     plain = AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
     bare = plain(input_ids=torch.tensor([[256, *b"hello", 257]])).logits
     other = peft.PeftModel.from_pretrained(plain, run.path).eval()
     with torch.no_grad():
         ids = torch.tensor([[256, *b"hello", 257]])
-        assert torch.allclose(other(input_ids=ids).logits, family.anatomy.model(input_ids=ids).logits, atol=1e-5)
+        assert torch.allclose(other(input_ids=ids).logits, family.structure.model(input_ids=ids).logits, atol=1e-5)
         assert not torch.allclose(other(input_ids=ids).logits, bare, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "distilbert"])
 def test_another_objective_starts_from_what_an_adapter_learned(kind: str, tmp_path: Path) -> None:
     """The stack has other names without its head; its adapter goes along, there and back."""
-    run = train(recipe(home(tmp_path, kind), method="lora"), run=str(tmp_path / "run"), quiet=True)
+    run = train(recipe(home(tmp_path, kind), method="lora"), output_dir=str(tmp_path / "run"), quiet=True)
     (tmp_path / "labels.jsonl").write_text("".join(json.dumps({"text": t, "label": t[0]}) + "\n" for t in ("ab", "cd")))
-    row = batch(examples("words"))
+    row = build_batch(examples("words"))
 
-    def states(started: build.Recipe) -> Tensor:
-        family = build.family(started.base, started.objective.hides)
-        build.begin(started, family)
+    def states(started: Recipe) -> Tensor:
+        family = load_family(started.model, started.objective.uses_masking)
+        init_rl_policy(started, family)
         family.train(False)
         with torch.no_grad():
             return family.forward(row.inputs, row.target, frozenset({"states"})).states  # type: ignore[return-value]
 
-    _, tuned, _ = build.open_run(run)
+    _, tuned, _ = open_run(run)
     tuned.train(False)
     with torch.no_grad():
         wanted = tuned.forward(row.inputs, row.target, frozenset({"states"})).states
-    made = build.recipe({"start": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
-                         "data": str(tmp_path / "labels.jsonl"), "training": {"steps": 1, "batch_size": 2}})
+    made = assembly.build_recipe({"init_from": str(run.path), "objective": {"name": "classify", "labels": ["a", "c"]},
+                         "data": str(tmp_path / "labels.jsonl"), "training": {"max_steps": 1, "batch_size": 2}})
     assert torch.allclose(states(made), wanted, atol=1e-6)
-    assert not torch.allclose(states(made.model_copy(update={"start": None})), wanted, atol=1e-3)
-    on = train(made, run=str(tmp_path / "on"), quiet=True)
-    back = build.recipe({"start": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
+    assert not torch.allclose(states(made.model_copy(update={"init_from": None})), wanted, atol=1e-3)
+    on = train(made, output_dir=str(tmp_path / "on"), quiet=True)
+    back = assembly.build_recipe({"init_from": str(on.path), "objective": "pretrain", "data": str(tmp_path / "rows.jsonl")})
     assert torch.allclose(states(back), wanted, atol=1e-1)
     assert not torch.equal(states(back), wanted)
 
@@ -306,13 +311,13 @@ def test_what_cannot_be_is_refused_by_name(tmp_path: Path) -> None:
 
     def refused(kind: type[LuthierError], words: str, **settings: Any) -> None:
         with pytest.raises(kind, match=words):
-            train({**made, **settings}, run=str(tmp_path / "run"), quiet=True)
+            train({**made, **settings}, output_dir=str(tmp_path / "run"), quiet=True)
 
-    refused(BaseError, r"bare'.* its files hold no head for masked words \(there is no cls\.", base=str(tmp_path / "bare"))
-    refused(BaseError, r"t5' has no sentinels", base=str(tmp_path / "t5"))
+    refused(BaseError, r"bare'.* its files hold no masked-language-modeling head \(cls\.", model=str(tmp_path / "bare"))
+    refused(BaseError, r"t5' has no sentinels", model=str(tmp_path / "t5"))
     refused(RecipeError, "predicts none", objective="sft")
-    refused(RecipeError, r"objective.span 5.0: of what .*base' reads", objective={"name": "pretrain", "span": 5})
-    refused(RecipeError, r"objective.rate 0.3: of what .*llama' reads", base=str(tmp_path / "llama"),
-            objective={"name": "pretrain", "rate": 0.3})
+    refused(RecipeError, r"objective.mean_noise_span_length 5.0 has no effect on .*base': models of this kind do not use", objective={"name": "pretrain", "mean_noise_span_length": 5})
+    refused(RecipeError, r"objective.mlm_probability 0.3 has no effect on .*llama': causal language models do not use", model=str(tmp_path / "llama"),
+            objective={"name": "pretrain", "mlm_probability": 0.3})
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n")
     refused(DataError, r"reads TextExample\n.*reads them: sft;")

@@ -16,13 +16,14 @@ import torch
 import yaml
 
 import luthier
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.train import train
+from luthier.assembly.run_io import open_run
+from luthier.cli.main import main
 from luthier.core.errors import BaseError, RecipeError
-from luthier.train import train
 from tiny import save_tiny
 
-PROVENANCE = import_module("luthier.build.provenance")
+PROVENANCE = import_module("luthier.assembly.provenance")
 
 
 @dataclass
@@ -51,14 +52,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
     (made.path / "rows.jsonl").write_text("".join(json.dumps(
         {"prompt": f"{i}?", "completion": f"yes {i % 3}"}) + "\n" for i in range(8)))
     (made.path / "labels.jsonl").write_text("".join(json.dumps({"text": f"{i}", "label": "ab"[i % 2]}) + "\n" for i in range(4)))
-    train(**recipe(made), run=str(made.run), quiet=True)
+    train(**recipe(made), output_dir=str(made.run), quiet=True)
     return made
 
 
 def recipe(home: Home) -> dict[str, object]:
-    return {"base": str(home.base), "method": {"name": "lora", "rank": 2},
+    return {"model": str(home.base), "method": {"name": "lora", "rank": 2},
             "data": {"train": home.rows, "test": home.rows},
-            "training": {"steps": 4, "batch_size": 4, "save_every": 2}, "evaluate": {"before": False}}
+            "training": {"max_steps": 4, "batch_size": 4, "save_steps": 2}, "evaluate": {"before_training": False}}
 
 
 # ---------------------------------------------------------------- the table: verbs x what happened to the base
@@ -79,14 +80,14 @@ VERBS: dict[str, Callable[[Home, Path], list[str]]] = {
     "serve": lambda home, out: ["serve", str(home.run), "--port", "0"],
     "merge": lambda home, out: ["merge", str(home.run), "--out", str(out / "merged")],
     "adapter": lambda home, out: ["export", str(home.run), "--to", "adapter", "--out", str(out / "adapter")],
-    "whole": lambda home, out: ["export", str(home.run), "--to", "whole", "--out", str(out / "whole")],
+    "whole": lambda home, out: ["export", str(home.run), "--to", "bundle", "--out", str(out / "whole")],
     "inspect": lambda home, out: ["inspect", str(home.run)],
     "features": lambda home, out: ["features", str(home.run), "--data", str(home.path / "labels.jsonl"), "--out", str(out / "f.safetensors")],
-    "combine": lambda home, out: ["combine", str(home.run), str(home.run), "--out", str(out / "both")],
-    "paraphrase": lambda home, out: ["paraphrase", home.rows, "--column", "prompt", "--model", str(home.run), "--limit", "1",
+    "merge-adapters": lambda home, out: ["merge-adapters", str(home.run), str(home.run), "--out", str(out / "both")],
+    "paraphrase": lambda home, out: ["paraphrase", home.rows, "--column", "prompt", "--model", str(home.run), "--max-samples", "1",
                                      "--max-new-tokens", "2", "--out", str(out / "said.jsonl")],
     "resume": lambda home, out: ["train", "--resume", str(resumable(home, out))],
-    "start": lambda home, out: ["train", f"start={home.run}", "--data", home.rows, "training.steps=1", "--run", str(out / "next")],
+    "init_from": lambda home, out: ["train", f"init_from={home.run}", "--data", home.rows, "training.max_steps=1", "--output-dir", str(out / "next")],
 }
 
 
@@ -190,7 +191,7 @@ def test_a_base_that_is_named_must_be_the_same(verb: str, home: Home, tmp_path: 
 def test_control_without_the_comparison_every_verb_takes_other_weights(
         verb: str, home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So each row of the table above depends on the comparison of digests, and on nothing else."""
-    for name in ("luthier.build.provenance",):
+    for name in ("luthier.assembly.provenance",):
         monkeypatch.setattr(import_module(name), "compare_digests", lambda kept, found: "")
     with changed(home, flip_a_bit):
         assert call(home, verb, tmp_path) == 0
@@ -239,16 +240,16 @@ def test_an_exported_adapter_keeps_the_digest(home: Home, tmp_path: Path) -> Non
 
 
 def test_a_bank_takes_runs_of_the_base_that_it_is_given(home: Home) -> None:
-    luthier.open_bank(str(home.base), {"a": home.run})
+    luthier.load_adapters(str(home.base), {"a": home.run})
     with changed(home, flip_a_bit), pytest.raises(RecipeError, match="its weights should have the sha256"):
-        luthier.open_bank(str(home.base), {"a": home.run})
+        luthier.load_adapters(str(home.base), {"a": home.run})
 
 
 def test_a_base_model_without_a_run_is_refused(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train", "--data", home.rows, "--base-model", str(home.base)], ["chat", str(home.base) + "/x.gguf", "--base-model", "y"]):
         assert main(words) == 2
     with pytest.raises(luthier.LuthierError, match="is a base itself"):
-        build.open_run(luthier.Run("smollm2"), base_model="x")
+        open_run(luthier.Run("smollm2"), base_model="x")
 
 
 def test_another_tokenizer_is_told(home: Home, capsys: pytest.CaptureFixture[str]) -> None:
@@ -261,7 +262,7 @@ def test_another_tokenizer_is_told(home: Home, capsys: pytest.CaptureFixture[str
 
 
 def test_the_base_is_kept_in_recipe_checkpoint_and_results(home: Home) -> None:
-    identity = build.identify(build.BaseConfig(name=str(home.base))).to_json()
+    identity = assembly.identify_base(assembly.ModelConfig(name_or_path=str(home.base))).to_json()
     assert set(identity["sha256"]) == {"weights", "config", "tokenizer"}
     assert identity["path"] == str(home.base)
     run = luthier.Run(home.run)
@@ -271,7 +272,7 @@ def test_the_base_is_kept_in_recipe_checkpoint_and_results(home: Home) -> None:
 
 @pytest.mark.parametrize(("alias", "upstream"), [("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("minilm", "sentence-transformers/all-MiniLM-L6-v2")])
 def test_embedded_bases_have_a_digest_and_an_upstream(alias: str, upstream: str) -> None:
-    found = build.identify(build.BaseConfig(name=alias))
+    found = assembly.identify_base(assembly.ModelConfig(name_or_path=alias))
     assert found.upstream == upstream
     assert found.path.is_absolute()
     assert all(len(digest) == 64 for digest in found.digests.values())
@@ -279,10 +280,10 @@ def test_embedded_bases_have_a_digest_and_an_upstream(alias: str, upstream: str)
 
 def test_a_relative_base_is_found_from_another_folder(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home.path)
-    run = train(base="base", data="rows.jsonl", run=str(tmp_path / "run"), quiet=True, **{"training.steps": 1, "data.test": "rows.jsonl"})
+    run = train(model="base", data="rows.jsonl", output_dir=str(tmp_path / "run"), quiet=True, **{"training.max_steps": 1, "data.test": "rows.jsonl"})
     here = luthier.evaluate(run, quiet=True)
     (tmp_path / "elsewhere/base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert luthier.evaluate(run, quiet=True) == here
     again = yaml.safe_load((run.path / "recipe.yaml").read_text())
-    assert (again["base"]["name"], again["data"]["train"][0]["path"], again["run"]) == (str(home.base), home.rows, str(tmp_path / "run"))
+    assert (again["model"]["name_or_path"], again["data"]["train"][0]["path"], again["output_dir"]) == (str(home.base), home.rows, str(tmp_path / "run"))

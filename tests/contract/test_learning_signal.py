@@ -10,16 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from luthier import build
-from luthier.build.run_warnings import find_method_problems
-from luthier.cli import main
-from luthier.core.types import Outputs, Target
-from luthier.data import pack
+from luthier import assembly
+from luthier.assembly.factory import attach_method, load_datasets, load_family
+from luthier.assembly.run_warnings import find_method_problems
+from luthier.cli.main import main
+from luthier.core.types import LossInputs, Outputs
+from luthier.data import pack_examples
 from luthier.objectives import OBJECTIVES
 from luthier.objectives.base import count_correct_pairs
 from luthier.objectives.preference import PreferenceConfig
-from luthier.rollout.rewards import as_numbers
-from luthier.runtime.run import Run
+from luthier.rl.rewards import to_floats
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 Output = tuple[int, str, str]
@@ -43,7 +44,7 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
     def called(rows: list[Any], objective: str, *settings: str) -> Output:
         code = main(["train", "--model", str(base), "--data", jsonl(tmp_path / "rows.jsonl", rows), "--objective", objective,
-                     "--run", "run", "method.rank=2", *settings])
+                     "--output-dir", "run", "method.rank=2", *settings])
         out, err = capsys.readouterr()
         assert "Traceback" not in err
         return code, out, err
@@ -51,12 +52,12 @@ def call(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 PROMPTS = [{"prompt": f"say {i}", "reference": str(i)} for i in range(4)]
-ROLLS = ("training.steps=3", "training.batch_size=2", "objective.answers=2", "objective.max_new_tokens=3")
+ROLLS = ("training.max_steps=3", "training.batch_size=2", "objective.num_generations=2", "objective.max_new_tokens=3")
 REWARDS = """import random
 dice = random.Random(0)
-def constant(prompts, answers, facts): return [1.0] * len(answers)
-def by_prompt(prompts, answers, facts): return [float(len(prompt) + ord(prompt[-1])) for prompt in prompts]
-def spread(prompts, answers, facts): return [dice.random() for _ in answers]
+def constant(prompts, completions, metadata): return [1.0] * len(completions)
+def by_prompt(prompts, completions, metadata): return [float(len(prompt) + ord(prompt[-1])) for prompt in prompts]
+def spread(prompts, completions, metadata): return [dice.random() for _ in completions]
 """
 
 
@@ -80,7 +81,7 @@ def test_rewards_without_spread_are_told_within_three_rounds(call: Call, tmp_pat
 
 def test_no_gradient_is_told_with_its_likely_reason(call: Call, tmp_path: Path) -> None:
     rows = [{"anchor": f"question {i}", "positive": "the same answer"} for i in range(8)]
-    code, _, err = call(rows, "contrastive", "training.batch_size=1", "training.steps=4")
+    code, _, err = call(rows, "contrastive", "training.batch_size=1", "training.max_steps=4")
     assert code == 0
     assert "nothing can be learned from every batch" in err  # before the first step
     assert "grad_norm is exactly 0 in 3 consecutive steps" in err
@@ -88,18 +89,18 @@ def test_no_gradient_is_told_with_its_likely_reason(call: Call, tmp_path: Path) 
 
 def test_the_healthy_neighbours_are_silent(call: Call) -> None:
     rows = [{"anchor": f"question {i}", "positive": f"answer {i}"} for i in range(8)]
-    code, _, err = call(rows, "contrastive", "training.batch_size=4", "training.steps=4")
+    code, _, err = call(rows, "contrastive", "training.batch_size=4", "training.max_steps=4")
     assert code == 0
     assert "warning" not in err
 
 
 def test_only_one_verdict_is_told(call: Call) -> None:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": True} for i in range(4)]
-    assert "all 4 train rows are desirable" in call(rows, "kto", "training.steps=1")[2]
+    assert "all 4 train rows are desirable" in call(rows, "kto", "training.max_steps=1")[2]
 
 
 def test_a_broken_reward_is_one_error_and_no_run(call: Call, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("LIMIT = undefined_name\ndef one(prompts, answers, facts): return [1.0] * len(answers)\n")
+    (tmp_path / "mine.py").write_text("LIMIT = undefined_name\ndef one(prompts, completions, metadata): return [1.0] * len(completions)\n")
     code, _, err = call(PROMPTS, "grpo", *ROLLS, "objective.reward=mine.py:one")
     assert code != 0
     assert "NameError: name 'undefined_name' is not defined" in err
@@ -111,24 +112,24 @@ BROKEN: list[tuple[str, Any, str]] = [
     ("None", None, "NoneType None, not a list"), ("a number", 1.0, "float 1.0, not a list"), ("a string", "12", "str '12'"),
     ("bytes", b"12", "bytes"), ("a mapping", {0: 1.0, 1: 2.0}, "dict"), ("a set", {1.0, 2.0}, "set"),
     ("too few", [1.0], "1 numbers for 2"), ("too many", [1.0] * 3, "3 numbers for 2"), ("none at all", [], "0 numbers for 2"),
-    ("a None inside", [1.0, None], "NoneType None for answer 1"), ("a string inside", ["0.5", 1.0], "str '0.5' for answer 0"),
-    ("NaN", [float("nan"), 1.0], "float nan for answer 0"), ("infinity", [1.0, float("inf")], "float inf for answer 1"),
-    ("huge", [10 ** 400, 1], "for answer 0"), ("nested", [[1.0, 2.0], 1.0], "list"), ("complex", [1j, 1.0], "complex"),
-    ("rows of a tensor", torch.ones(2, 2), "list"), ("a NaN of a tensor", torch.tensor([1.0, float("nan")]), "for answer 1"),
+    ("a None inside", [1.0, None], "NoneType None for completion 1"), ("a string inside", ["0.5", 1.0], "str '0.5' for completion 0"),
+    ("NaN", [float("nan"), 1.0], "float nan for completion 0"), ("infinity", [1.0, float("inf")], "float inf for completion 1"),
+    ("huge", [10 ** 400, 1], "for completion 0"), ("nested", [[1.0, 2.0], 1.0], "list"), ("complex", [1j, 1.0], "complex"),
+    ("rows of a tensor", torch.ones(2, 2), "list"), ("a NaN of a tensor", torch.tensor([1.0, float("nan")]), "for completion 1"),
 ]
 
 
 @pytest.mark.parametrize(("name", "found", "words"), BROKEN, ids=[name for name, *_ in BROKEN])
 def test_what_is_no_list_of_numbers_is_said(name: str, found: Any, words: str) -> None:
     with pytest.raises(ValueError, match="returned") as caught:
-        as_numbers(found, 2)
+        to_floats(found, 2)
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("found", [[1, 2.0], (1, 2), torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]).numpy(),
                                    [torch.tensor(1.0), torch.tensor([2.0])], [True, 2], iter([1, 2])])
 def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
-    assert as_numbers(found, 2) == [1.0, 2.0]
+    assert to_floats(found, 2) == [1.0, 2.0]
 
 
 # ---------------------------------------------------------------- the method on its base
@@ -136,16 +137,16 @@ def test_lists_of_numbers_of_any_make_are_taken(found: Any) -> None:
 
 @pytest.mark.parametrize(("raw", "words"), [
     ({"method": {"name": "lora", "rank": 64}}, "method.rank: lora has rank 64"), ({"method": {"name": "lora", "rank": 16}}, ""),
-    ({"method": {"name": "adalora", "rank": 64}}, "method.rank: adalora has rank 96"),
+    ({"method": {"name": "adalora", "target_r": 64}}, "method.target_r: adalora has rank 96"),
     ({"method": {"name": "lora", "rank_pattern": {"nothing": 4}}}, "method.rank_pattern: 'nothing'"),
     ({"method": {"name": "lora", "alpha_pattern": {"nothing": 4}}}, "method.alpha_pattern: 'nothing'"),
     ({"method": {"name": "lora", "rank_pattern": {"q": 4}, "alpha_pattern": {"v": 4}}}, ""),
-    ({"method": "ln", "optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay"),
+    ({"method": "ln_tuning", "optimizer": {"weight_decay": 0.1}}, "optimizer.weight_decay"),
     ({"method": "lora", "optimizer": {"weight_decay": 0.1}}, ""), ({"method": ["bitfit", {"name": "lora", "rank": 64}]}, "rank 64")])
 def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[str, Any], words: str) -> None:
-    made = build.recipe({"base": str(base), "data": "-", **raw})
-    family = build.family(made.base)
-    lines = find_method_problems(made, family, build.attach(family, made.method, 0))
+    made = assembly.build_recipe({"model": str(base), "data": "-", **raw})
+    family = load_family(made.model)
+    lines = find_method_problems(made, family, attach_method(family, made.method, 0))
     assert bool(lines) == bool(words), lines
     assert not words or words in lines[0]
 
@@ -156,27 +157,27 @@ def test_ranks_and_patterns_that_reach_nothing_are_named(base: Path, raw: dict[s
 def test_equal_scores_count_half() -> None:
     assert count_correct_pairs(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 1.0, 2.0])).tolist() == [1, 0, 0.5]
     logps = torch.tensor([-2.0, -1.0])
-    pair = Target(torch.arange(2), torch.zeros(2), torch.ones(2), 1, items=torch.tensor([1, 2]),
-                  labels=torch.tensor([0.0, 1.0]), groups=torch.tensor([0, 0]), item_of=torch.tensor([0, 1]),
-                  margins=torch.zeros(2))
+    pair = LossInputs(torch.arange(2), torch.zeros(2), torch.ones(2), 1, labeled_segments=torch.tensor([1, 2]),
+                      labels=torch.tensor([0.0, 1.0]), groups=torch.tensor([0, 0]), item_of=torch.tensor([0, 1]),
+                      margins=torch.zeros(2))
     for name, known in OBJECTIVES.items():
         if issubclass(known, PreferenceConfig):
             outputs = Outputs(token_logps=logps, reference_logps=logps)
-            total, count = known()(outputs, pair).metrics["pair_accuracy"]
-            assert float(total / count) == (0.5 if "reference_logps" in known.needs else 0.0), name
-    total, count = OBJECTIVES["reward"]()(Outputs(scores=torch.zeros(2, 1)), pair).metrics["pair_accuracy"]
+            total, count = known()(outputs, pair).metrics["rewards/accuracies"]
+            assert float(total / count) == (0.5 if "reference_logps" in known.required_outputs else 0.0), name
+    total, count = OBJECTIVES["reward"]()(Outputs(scores=torch.zeros(2, 1)), pair).metrics["rewards/accuracies"]
     assert float(total / count) == 0.5
 
 
 def test_equal_texts_have_equal_numbers_however_the_batch_is_cut(base: Path, tmp_path: Path) -> None:
     rows = [{"anchor": a, "positive": p} for a, p in (("a", "one"), ("b", "one"), ("one", "two"))]
-    made = build.recipe({"base": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
-    encoded = build.datasets(made, build.family(made.base)).train
-    whole = pack(encoded, None)[0].target.text_ids.tolist()
+    made = assembly.build_recipe({"model": str(base), "data": jsonl(tmp_path / "rows.jsonl", rows), "objective": "contrastive"})
+    encoded = load_datasets(made, load_family(made.model)).train
+    whole = pack_examples(encoded, None)[0].target.text_ids.tolist()
     assert whole[1] == whole[3] == whole[4]
     assert len(set(whole)) == 4
-    parts = [pack([one], None)[0].target for one in encoded]
-    assert Target.joined(parts).text_ids.tolist() == whole
+    parts = [pack_examples([one], None)[0].target for one in encoded]
+    assert LossInputs.concatenate(parts).text_ids.tolist() == whole
 
 
 CHAT = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(6)]
@@ -186,7 +187,7 @@ def test_rows_that_choose_the_checkpoint_are_called_validation(call: Call, tmp_p
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     rows = jsonl(tmp_path / "others.jsonl", CHAT)
     for data, part, other in (("data.eval=0.5", "validation", "test"), (f"data.test={rows}", "test", "validation")):
-        code, out, err = call(CHAT, "sft", "training.steps=1", data, f"run=run-{part}", "method.rank=3")
+        code, out, err = call(CHAT, "sft", "training.max_steps=1", data, f"output_dir=run-{part}", "method.rank=3")
         assert code == 0, err
         results = json.loads((tmp_path / f"run-{part}/results.json").read_text())
         assert results["measured_on"] == part
@@ -199,7 +200,7 @@ def test_rows_that_choose_the_checkpoint_are_called_validation(call: Call, tmp_p
 
 def test_evaluate_tells_refused_rows_as_train_does(call: Call, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*CHAT[:3], "not json", {"prompt": "q"}, {"prompt": "q", "completion": 5}]
-    code, _, err = call(rows, "sft", "training.steps=1", "data.eval=0.3")
+    code, _, err = call(rows, "sft", "training.max_steps=1", "data.eval=0.3")
     assert code == 0, err
     told = sorted(line.partition(": ")[2] for line in err.splitlines() if " refused: " in line)
     assert len(told) >= 2
@@ -219,5 +220,5 @@ def test_evaluate_tells_refused_rows_as_train_does(call: Call, tmp_path: Path, c
 def test_columns_that_match_nothing_are_told(call: Call) -> None:
     rows = [{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(3)]
     for columns, there in (("data.columns={system: sys}", True), ("data.columns={prompt: prompt}", False)):
-        _, _, err = call(rows, "sft", "training.steps=1", columns, f"run=run-{there}")
+        _, _, err = call(rows, "sft", "training.max_steps=1", columns, f"output_dir=run-{there}")
         assert ("data.columns names 'sys', which no row has" in err) == there, err

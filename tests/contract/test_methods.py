@@ -8,30 +8,30 @@ import pytest
 import torch
 from lab import SFT, apart, attach, base, digest, documents, logits, measured, stir
 
-from luthier import build
+from luthier.assembly.factory import attach_method
 from luthier.core.errors import NotMergeable, RecipeError, RunError
-from luthier.core.protocols import Sampling
-from luthier.data.pack import batch
-from luthier.families import CausalLM
+from luthier.core.protocols import SamplingParams
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
+from luthier.models import CausalLM
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import KINDS
 
 # Settings that a row of METHODS is tried with, besides its defaults.
 ALWAYS: dict[str, dict[str, Any]] = {name: {"keep_base": True} for name in ("full", "freeze")}
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "lora": [{"dora": True}, {"init": "pissa", "rank": 4}, {"init": "gaussian", "rslora": True},
-             {"init": "pissa", "rank": 2, "dora": True, "rslora": True}],
-    "adalora": [{"rank": 5, "start_rank": 6, "settle": 0.3}, {"targets": ("o",), "orthogonal": 0.0}],
+    "lora": [{"use_dora": True}, {"init_lora_weights": "pissa", "rank": 4}, {"init_lora_weights": "gaussian", "use_rslora": True},
+             {"init_lora_weights": "pissa", "rank": 2, "use_dora": True, "use_rslora": True}],
+    "adalora": [{"target_r": 5, "init_r": 6, "final_fraction": 0.3}, {"target_modules": ("o",), "orth_reg_weight": 0.0}],
     "freeze": [{"layers": (0, 0), "head": True}, {"patterns": ("mlp",), "embeddings": True}],
-    "adapter": [{"placement": "houlsby", "reduction": 4.0, "activation": "relu"}, {"placement": "parallel"}],
-    "bitfit": [{"which": "paper"}],
-    "prompt": [{"init": "random", "tokens": 3}], "ptuning": [{"encoder": "lstm", "hidden": 5}, {"init": "random"}],
-    "prefix": [{"projection": True, "hidden": 6}, {"text": "a start", "tokens": 3}], "ptuning_v2": [{"init": "words"}],
+    "adapter": [{"placement": "houlsby", "reduction_factor": 4.0, "activation": "relu"}, {"placement": "parallel"}],
+    "bitfit": [{"bias_scope": "paper"}],
+    "prompt": [{"prompt_tuning_init": "random", "num_virtual_tokens": 3}], "ptuning": [{"encoder_reparameterization_type": "lstm", "encoder_hidden_size": 5}, {"prompt_tuning_init": "random"}],
+    "prefix": [{"prefix_projection": True, "encoder_hidden_size": 6}, {"prompt_tuning_init_text": "a start", "num_virtual_tokens": 3}], "ptuning_v2": [{"prompt_tuning_init": "text"}],
 }
 VIRTUAL = {"prompt", "ptuning", "prefix", "ptuning_v2"}
-UNMERGEABLE = {"full", "freeze", "ln", "adapter", *VIRTUAL}  # each says why
+UNMERGEABLE = {"full", "freeze", "ln_tuning", "adapter", *VIRTUAL}  # each says why
 # What cannot start as the base: tokens that every text sees change what it says, whatever they are.
 STARTS_ELSEWHERE = VIRTUAL
 BRIDGES = {"peft"}  # not ours; what they keep of the contract is in tests of their own
@@ -44,13 +44,13 @@ CLOSE = 1e-10
 
 
 def optimizer(attached: Any, rate: float = 1e-2) -> Optimizer:
-    return Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(), 3, attached.at_update)
+    return Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), 3, attached.optimizer_hooks)
 
 
 def take_steps(family: CausalLM, attached: Any, steps: int = 3) -> None:
-    adam, rows = optimizer(attached), [batch(documents())]
+    adam, rows = optimizer(attached), [build_batch(documents())]
     for i in range(steps):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         step(family, SFT, rows, adam)
 
 
@@ -63,7 +63,7 @@ def test_it_trains_what_it_promises_and_nothing_else(name: str, settings: dict[s
     trained = attached.parameters()
     start, state = ({n: t.detach().clone() for n, t in found.items()} for found in (trained, attached.state()))
     stir(attached)
-    measured(family, attached, [batch(documents())])
+    measured(family, attached, [build_batch(documents())])
     for parameter in family.model.parameters():
         assert (parameter.grad is not None) == any(parameter is p for p in trained.values())
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
@@ -130,9 +130,9 @@ def test_a_state_that_does_not_fit_is_refused(name: str, settings: dict[str, Any
     state = {n: t.clone() for n, t in attached.state().items()}
     first = min(state)
     for broken, word in (({n: t for n, t in state.items() if n != first}, "missing"),
-                         ({**state, "stranger": torch.zeros(1)}, "unknown"),
-                         ({**state, first: torch.zeros(*state[first].shape, 2)}, "misshapen"),
-                         ({**state, first: torch.zeros(state[first].shape[0] + 1, *state[first].shape[1:])}, "misshapen")):
+                         ({**state, "stranger": torch.zeros(1)}, "unexpected"),
+                         ({**state, first: torch.zeros(*state[first].shape, 2)}, "mismatched"),
+                         ({**state, first: torch.zeros(state[first].shape[0] + 1, *state[first].shape[1:])}, "mismatched")):
         with pytest.raises(RunError, match=word):
             attached.load(broken)
         assert all(torch.equal(attached.state()[n], t) for n, t in state.items()), "half of a refused state was taken"
@@ -184,10 +184,10 @@ def test_under_a_bfloat16_base_the_change_is_kept_in_float32(name: str, settings
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3", "mistral"])
 def test_answers_are_the_same_attached_merged_and_without_a_cache(name: str, settings: dict[str, Any], kind: str) -> None:
     family = base(kind)
-    prompts, sampling = [tuple(range(n, 3 * n)) for n in (4, 9, 15)], Sampling(max_new_tokens=12, batch_size=2)
+    prompts, sampling = [tuple(range(n, 3 * n)) for n in (4, 9, 15)], SamplingParams(max_new_tokens=12, batch_size=2)
 
     def answers() -> list[tuple[int, ...]]:
-        return [g.tokens for g in sorted(family.generate(prompts, sampling), key=lambda g: g.index)]
+        return [g.token_ids for g in sorted(family.generate(prompts, sampling), key=lambda g: g.index)]
 
     bare = answers()
     attached = attach(family, name, **settings)
@@ -218,7 +218,7 @@ def widths(attached: Any) -> dict[str, int]:
 @KIND
 def test_a_target_that_matches_nothing_is_an_error(kind: str) -> None:
     with pytest.raises(RecipeError, match="'qq_proj' matches no linear map"):
-        attach(base(kind), "lora", targets=("o", "qq_proj"))
+        attach(base(kind), "lora", target_modules=("o", "qq_proj"))
 
 
 @pytest.mark.parametrize(("kind", "targets", "names"), [
@@ -230,7 +230,7 @@ def test_a_target_that_matches_nothing_is_an_error(kind: str) -> None:
     ("mixtral", "all-linear", {"q_proj", "k_proj", "v_proj", "o_proj"}),
 ])
 def test_targets_are_roles_endings_or_expressions(kind: str, targets: Any, names: set[str]) -> None:
-    found = widths(attach(base(kind), "lora", targets=targets))
+    found = widths(attach(base(kind), "lora", target_modules=targets))
     assert {name.rsplit(".", 1)[-1] for name in found} == names
     if "layers" in targets[0]:
         assert all(".1." in name for name in found)
@@ -252,9 +252,9 @@ def test_rank_and_alpha_patterns_reach_their_sites() -> None:
 
 def test_the_rates_of_lora_plus_reach_the_optimiser() -> None:
     family = base("llama")
-    attached = attach(family, "lora", stirred=False, plus=16.0)
+    attached = attach(family, "lora", stirred=False, loraplus_lr_ratio=16.0)
     adam = optimizer(attached, rate=1e-3)
-    adam.set_rate(0)
+    adam.set_learning_rate(0)
     rate = {id(p): group["lr"] for group in adam.adam.param_groups for p in group["params"]}
     for name, parameter in attached.parameters().items():
         assert rate[id(parameter)] == pytest.approx(1e-3 * (16 if "lora_B" in name else 1))
@@ -264,13 +264,13 @@ def test_the_rates_of_lora_plus_reach_the_optimiser() -> None:
 
 def test_a_pissa_state_brings_its_own_start() -> None:
     """Singular vectors have no sign of their own: elsewhere they come out otherwise."""
-    settings = {"init": "pissa", "rank": 4}
+    settings = {"init_lora_weights": "pissa", "rank": 4}
     family = base("llama")
     wanted, state = logits(family), attach(family, "lora", **settings).state()
     fresh = base("llama")
     other = attach(fresh, "lora", stirred=False, **settings)
     for layer in other.layers:
-        layer.start = (-1.5 * layer.start[0], layer.start[1])
+        layer.initial_factors = (-1.5 * layer.initial_factors[0], layer.initial_factors[1])
     other.load(state)
     assert torch.equal(logits(fresh), logits(family))
     assert not torch.equal(logits(fresh), wanted)
@@ -279,7 +279,7 @@ def test_a_pissa_state_brings_its_own_start() -> None:
 def test_dropout_acts_in_training_only() -> None:
     family = base("llama")
     attached = attach(family, "lora", dropout=0.5)
-    rows = [batch(documents())]
+    rows = [build_batch(documents())]
     assert apart(measured(family, attached, rows), measured(family, attached, rows)) == 0
     family.train(True)
     assert apart(measured(family, attached, rows), measured(family, attached, rows)) > 1e-3
@@ -296,5 +296,5 @@ def test_full_without_a_kept_base_says_that_it_is_gone() -> None:
 def test_attaching_freezes_the_rest_whatever_was_on() -> None:
     family = base("llama")
     family.model.requires_grad_(True)
-    build.attach(family, METHODS["lora"](), 0)
+    attach_method(family, METHODS["lora"](), 0)
     assert not any(p.requires_grad for p in family.model.parameters())

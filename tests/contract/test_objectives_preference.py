@@ -17,23 +17,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cases import Case, answers, cases
-from luthier.core.errors import DataError
+from cases import Case, answers, cases, make_objective
+from luthier.assembly import build_recipe
+from luthier.core.errors import DataError, RecipeError
 from luthier.core.types import Outputs
-from luthier.objectives import OBJECTIVES
-from luthier.objectives.preference import answer_logps, log1mexp
+from luthier.objectives import SHORT_FORMS
+from luthier.objectives.preference import DPO_LOSSES, DpoConfig, compute_completion_logps, log1mexp
 
 trl = pytest.importorskip("trl")
 RANKS = [[0, 1], [2, 0, 1], [1, 0], [3, 1, 0, 2]]
 
 
-def made(name: str, labels: Any = RANKS, **settings: Any) -> Case:
+def make_case(name: str, labels: Any = RANKS, **settings: Any) -> Case:
     return answers(name, torch.Generator().manual_seed(5), labels, **settings)
 
 
 def pairs(case: Case) -> tuple[list[int], list[int]]:
     """Every (better, worse) pair of items of one group, found by looking at all of them."""
-    target, items = case.target, range(len(case.target.items))
+    target, items = case.target, range(len(case.target.labeled_segments))
     found = [(i, j) for i, j in permutations(items, 2)
              if target.groups[i] == target.groups[j] and target.labels[i] < target.labels[j]]
     return [i for i, _ in found], [j for _, j in found]
@@ -57,8 +58,8 @@ def trainer(kind: Any, **settings: Any) -> Any:
     return bare
 
 
-def answering(log_probs: Tensor) -> Any:
-    """What TRL's models return where they are asked for log-probabilities."""
+def model_output(log_probs: Tensor) -> Any:
+    """What TRL's models return when log-probabilities are requested."""
     return SimpleNamespace(log_probs=log_probs, entropy=torch.zeros_like(log_probs), mean_logits=torch.zeros_like(log_probs),
                            is_top1=torch.ones_like(log_probs, dtype=torch.bool))
 
@@ -68,33 +69,33 @@ def trl_dpo(case: Case, loss_type: str) -> tuple[Tensor, dict[str, float]]:
     from trl import DPOTrainer
     best, worst = pairs(case)
     settings = case.objective
-    made = trainer(DPOTrainer, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
+    trl_trainer = trainer(DPOTrainer, ld_alpha=None, precompute_ref_logps=True, f_divergence_type="reverse_kl",
                    loss_types=[loss_type], loss_weights=[1.0], use_weighting=False, beta=settings.beta,
-                   label_smoothing=dict(settings).get("flipped", 0.0))
+                   label_smoothing=dict(settings).get("label_smoothing") or 0.0)
     policy, mask = rows(case, case.outputs.token_logps, best + worst)
     reference = rows(case, case.outputs.reference_logps, best + worst)[0].sum(1)
     inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask,
               "ref_chosen_logps": reference[:len(best)], "ref_rejected_logps": reference[len(best):]}
-    loss = made._compute_loss(lambda **_: answering(policy), inputs, False)
-    return loss, {name: values[-1] for name, values in made._metrics["train"].items()}
+    loss = trl_trainer._compute_loss(lambda **_: model_output(policy), inputs, False)
+    return loss, {name: values[-1] for name, values in trl_trainer._metrics["train"].items()}
 
 
 def trl_cpo(case: Case, loss_type: str, reference: bool, mean: bool) -> Tensor:
     from trl.experimental.cpo import CPOTrainer
-    made = trainer(CPOTrainer, alpha=0.0, loss_type=loss_type, beta=case.objective.beta,
-                   simpo_gamma=dict(case.objective).get("gamma"), label_smoothing=dict(case.objective).get("flipped", 0.0))
+    trl_trainer = trainer(CPOTrainer, alpha=0.0, loss_type=loss_type, beta=case.objective.beta,
+                   simpo_gamma=dict(case.objective).get("gamma"), label_smoothing=dict(case.objective).get("label_smoothing") or 0.0)
     logps = case.outputs.token_logps - (case.outputs.reference_logps if reference else 0)
     sides = [rows(case, logps, items) for items in pairs(case)]
-    return made.cpo_loss(*(values.sum(1) / (mask.sum(1) if mean else 1) for values, mask in sides))[0].mean()
+    return trl_trainer.cpo_loss(*(values.sum(1) / (mask.sum(1) if mean else 1) for values, mask in sides))[0].mean()
 
 
 def trl_orpo(case: Case) -> Tensor:
     """TRL's odds ratio; and as the paper has it, the mean over each better answer's tokens."""
     from trl.experimental.orpo import ORPOTrainer
-    made = trainer(ORPOTrainer, beta=case.objective.beta)
+    trl_trainer = trainer(ORPOTrainer, beta=case.objective.beta)
     best, worst = (values.sum(1) / mask.sum(1) for values, mask in
                    (rows(case, case.outputs.token_logps, items) for items in pairs(case)))
-    return (-best - made.odds_ratio_loss(best, worst)[0]).mean()
+    return (-best - trl_trainer.odds_ratio_loss(best, worst)[0]).mean()
 
 
 ORACLES = {
@@ -108,7 +109,37 @@ ORACLES = {
 }
 
 
-def same(case: Case, wanted: Tensor) -> None:
+def test_every_dpo_loss_has_an_oracle() -> None:
+    assert {*DPO_LOSSES} == {"sigmoid", *SHORT_FORMS}
+    assert {"dpo", *SHORT_FORMS} < ORACLES.keys()
+    for loss_type in DPO_LOSSES:
+        assert DpoConfig(loss_type=loss_type).loss_type == loss_type
+
+
+@pytest.mark.parametrize("name", SHORT_FORMS)
+def test_short_form_equals_dpo_with_that_loss_type(name: str) -> None:
+    """In a recipe as a word, with settings, and laid over another recipe; a loss_type that contradicts it is an error."""
+    whole = {"name": "dpo", "loss_type": name}
+    for given, wanted in ((name, whole), ({"name": name, "beta": 0.3}, {**whole, "beta": 0.3}),
+                          ({"name": name, "loss_type": name}, whole)):
+        assert build_recipe({"data": "-", "objective": given}).objective == DpoConfig(**wanted)
+    assert build_recipe({"data": "-", "objective": "sft"}, {"objective.name": name, "objective.beta": 0.3}).objective \
+        == DpoConfig(**whole, beta=0.3)
+    other = next(loss_type for loss_type in SHORT_FORMS if loss_type != name)
+    with pytest.raises(RecipeError, match=f"loss_type: {name}, and loss_type is {other}"):
+        build_recipe({"data": "-", "objective": {"name": name, "loss_type": other}})
+
+
+def test_label_smoothing_is_refused_by_losses_without_it() -> None:
+    assert {loss_type: DpoConfig(loss_type=loss_type).label_smoothing for loss_type in DPO_LOSSES} == {
+        "sigmoid": None, "ipo": None, "hinge": None, "robust": 0.1, "cdpo": 0.1}
+    assert DpoConfig(loss_type="cdpo", label_smoothing=0.0).label_smoothing == 0.0
+    for loss_type in ("sigmoid", "ipo", "hinge"):
+        with pytest.raises(RecipeError, match="label_smoothing has no effect with loss_type " + loss_type):
+            build_recipe({"data": "-", "objective": {"name": "dpo", "loss_type": loss_type, "label_smoothing": 0.1}})
+
+
+def check_loss_and_gradient(case: Case, wanted: Tensor) -> None:
     """Ours, divided as the step divides it, is `wanted`, and so is its gradient on every token."""
     loss = case.loss()
     found = loss.total / case.objective.count(case.target)
@@ -120,49 +151,49 @@ def same(case: Case, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 1.5])
 @pytest.mark.parametrize("name", ORACLES)
-def test_it_is_trls(name: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_and_gradient_equal_trl(name: str, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", Tensor.double)  # TRL rounds ORPO's to float32
-    case = made(name, beta=beta)
-    same(case, ORACLES[name](case))
+    case = make_case(name, beta=beta)
+    check_loss_and_gradient(case, ORACLES[name](case))
 
 
 @pytest.mark.parametrize("name", ORACLES)
-def test_no_two_of_them_are_the_same(name: str) -> None:
+def test_losses_differ_from_one_another(name: str) -> None:
     """The control: another name's formula on the same numbers is far away."""
-    case = made(name, beta=0.5)
+    case = make_case(name, beta=0.5)
     value = float(case.loss().total / case.loss().count)
     for other in ORACLES.keys() - {name}:
-        assert abs(value - float(ORACLES[other](made(other, beta=0.5)))) > 1e-3, other
+        assert abs(value - float(ORACLES[other](make_case(other, beta=0.5)))) > 1e-3, other
 
 
 @pytest.mark.parametrize("name", ["dpo", "robust"])
-def test_its_metrics_are_trls(name: str) -> None:
-    case = made(name, beta=0.3)
+def test_metrics_equal_trl(name: str) -> None:
+    case = make_case(name, beta=0.3)
     theirs = trl_dpo(case, {"dpo": "sigmoid"}.get(name, name))[1]
     ours = {metric: float(total) / float(n) for metric, (total, n) in case.loss().metrics.items()}
-    names = {"reward_chosen": "rewards/chosen", "reward_rejected": "rewards/rejected", "reward_margin": "rewards/margins",
-             "pair_accuracy": "rewards/accuracies", "logps_chosen": "logps/chosen", "logps_rejected": "logps/rejected"}
+    names = {"rewards/chosen": "rewards/chosen", "rewards/rejected": "rewards/rejected", "rewards/margins": "rewards/margins",
+             "rewards/accuracies": "rewards/accuracies", "logps/chosen": "logps/chosen", "logps/rejected": "logps/rejected"}
     assert ours == pytest.approx({name: theirs[other] for name, other in names.items()}, rel=1e-6)
 
 
-def test_weights_scale_log_probabilities_and_prompts_are_nobodys() -> None:
-    case = made("dpo")
+def test_weights_scale_log_probabilities_and_prompts_do_not_count() -> None:
+    case = make_case("dpo")
     target = replace(case.target, weights=torch.where(case.target.item_of < 0, 7.0, 2.0))
-    twice = answer_logps(case.outputs.token_logps, target, mean=False)
-    once = answer_logps(case.outputs.token_logps, case.target, mean=False)
+    twice = compute_completion_logps(case.outputs.token_logps, target, mean=False)
+    once = compute_completion_logps(case.outputs.token_logps, case.target, mean=False)
     torch.testing.assert_close(twice, 2 * once)
-    torch.testing.assert_close(answer_logps(case.outputs.token_logps, target, mean=True),
-                               answer_logps(case.outputs.token_logps, case.target, mean=True))
+    torch.testing.assert_close(compute_completion_logps(case.outputs.token_logps, target, mean=True),
+                               compute_completion_logps(case.outputs.token_logps, case.target, mean=True))
     assert float(once.sum()) == pytest.approx(float(case.outputs.token_logps[case.target.item_of >= 0].sum()))
     gradient = torch.autograd.grad(case.loss().total, case.outputs.token_logps)[0]
     assert not gradient[case.target.item_of < 0].any()
 
 
-def test_a_robust_mean_over_flips_is_dpo() -> None:
+def test_mean_of_robust_over_flipped_labels_equals_sigmoid() -> None:
     """What the name promises: over pairs of which a share is flipped, the mean loss is that of the true ones."""
-    right, wrong = made("robust", [[0, 1]], flipped=0.2), made("robust", [[1, 0]], flipped=0.2)
+    right, wrong = make_case("robust", [[0, 1]], label_smoothing=0.2), make_case("robust", [[1, 0]], label_smoothing=0.2)
     flipped = 0.8 * right.loss().total + 0.2 * wrong.loss().total
-    assert float(flipped) == pytest.approx(float(made("dpo", [[0, 1]]).loss().total), rel=1e-12)
+    assert float(flipped) == pytest.approx(float(make_case("dpo", [[0, 1]]).loss().total), rel=1e-12)
 
 
 def test_log1mexp_is_exact_at_both_ends() -> None:
@@ -174,9 +205,9 @@ def test_log1mexp_is_exact_at_both_ends() -> None:
 
 
 @pytest.mark.parametrize("name", [*ORACLES, "reward"])
-def test_an_answer_alone_is_refused(name: str) -> None:
-    case = made("dpo", [[0, 1], [0]])
-    objective, outputs = OBJECTIVES[name](), replace(case.outputs, scores=torch.zeros(3, 1))
+def test_a_single_completion_is_refused(name: str) -> None:
+    case = make_case("dpo", [[0, 1], [0]])
+    objective, outputs = make_objective(name), replace(case.outputs, scores=torch.zeros(3, 1))
     for call in (lambda: objective.count(case.target), lambda: objective(outputs, case.target)):
         with pytest.raises(DataError, match="at least two"):
             call()
@@ -191,8 +222,8 @@ def test_an_answer_alone_is_refused(name: str) -> None:
 def trl_kto(case: Case) -> Tensor:
     from trl import KTOTrainer
     settings, labels = case.objective, case.target.labels
-    made = trainer(KTOTrainer, calculate_KL=True, loss_type="kto", precompute_ref_logps=True, beta=settings.beta,
-                   desirable_weight=settings.good_weight, undesirable_weight=settings.bad_weight)
+    trl_trainer = trainer(KTOTrainer, calculate_KL=True, loss_type="kto", precompute_ref_logps=True, beta=settings.beta,
+                   desirable_weight=settings.desirable_weight, undesirable_weight=settings.undesirable_weight)
     judged, other = ((labels >= 0).nonzero()[:, 0].tolist(), (labels < 0).nonzero()[:, 0].tolist())
     given: dict[str, Any] = {"label": labels[judged] == 1}
     runs = []
@@ -204,18 +235,18 @@ def trl_kto(case: Case) -> Tensor:
                   f"ref_{prefix}logps": rows(case, case.outputs.reference_logps, items)[0].sum(1)}
 
     def model(input_ids: Tensor, **_: Any) -> Any:
-        return answering(runs[int(input_ids[0, 0]) - 1][1])
+        return model_output(runs[int(input_ids[0, 0]) - 1][1])
 
-    return made._compute_loss(model, given, False)
+    return trl_trainer._compute_loss(model, given, False)
 
 
 @pytest.mark.parametrize(("labels", "lifted"), [([[1, -1], [0, -1], [0, -1], [1, -1], [0, -1]], 0.0), ([[1, -1], [0, -1]], 2.0),
                                                 ([[0, -1], [0, -1]], 2.0)])
-def test_kto_is_trls(labels: Any, lifted: float) -> None:
-    case = made("kto", labels, good_weight=1.5, bad_weight=0.7, beta=0.4)
+def test_kto_equals_trl(labels: Any, lifted: float) -> None:
+    case = make_case("kto", labels, desirable_weight=1.5, undesirable_weight=0.7, beta=0.4)
     below = case.outputs.reference_logps - 1.0 * (lifted == 0.0)  # z0 above 0, or clamped to it
     case = replace(case, outputs=replace(case.outputs, reference_logps=below + lifted))
-    same(case, trl_kto(case))
+    check_loss_and_gradient(case, trl_kto(case))
     z0 = float(case.loss().metrics["kl_estimate"][0])
     assert (z0 > 0) == (lifted == 0.0)
     gradient = torch.autograd.grad(case.loss().total, case.outputs.token_logps)[0]
@@ -224,12 +255,12 @@ def test_kto_is_trls(labels: Any, lifted: float) -> None:
     assert gradient[judged].all()
 
 
-def test_kto_without_a_mismatched_answer_is_refused() -> None:
-    with pytest.raises(DataError, match="another prompt"):
-        made("kto", [[1], [0]]).loss()
+def test_kto_without_a_mismatched_completion_is_refused() -> None:
+    with pytest.raises(DataError, match=r"another row.s prompt"):
+        make_case("kto", [[1], [0]]).loss()
 
 
-def test_kto_s_reference_asks_for_no_gradient() -> None:
+def test_kto_reference_has_no_gradient() -> None:
     """A batch that is computed in parts has leaves for all outputs; the reference's have no graph behind them."""
     case = cases()["kto"]
     leaves = {name: t.detach().requires_grad_() for name, t in case.outputs.tensors().items()}

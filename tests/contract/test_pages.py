@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.cli import main, parse
+from luthier.cli.main import main, parse
 from tiny import save_tiny
 from unit.test_docs import PAGES, ROOT, blocks, commands, text
 
@@ -50,11 +50,12 @@ FILES: dict[str, str | list[dict[str, Any]]] = {
     "more.jsonl": [{"text": f"other {i}", "label": ["good", "bad"][i % 2]} for i in range(8)],
     "rewards.py": blocks(ROOT / "docs/own.md", "python")[0],
     "notes.txt": "a note\n" * 8, "field.txt": "a word of the field\n" * 8,
+    "reviews.jsonl": [{"text": f"text {i}", "label": ["good", "bad"][i % 2]} for i in range(8)],
     "reviews.csv": table(",", "text", label=["good", "bad"]), "unseen.csv": table(",", "text", label=["good", "bad"]),
     "reviews.tsv": table("\t", "text", label=["good", "bad"]), "sts.tsv": table("\t", "sentence1", "sentence2", score=[0, 2, 5]),
 }
-SHORT = {"train": ["training.steps=1", "training.batch_size=4"], "evaluate": ["--max-new-tokens", "2"], "paraphrase": ["--max-new-tokens", "2"]}
-BRIEF = {"grpo": ["objective.max_new_tokens=4"], "ppo": ["objective.max_new_tokens=4"], "demo.yaml": ["evaluate.limit=2", "evaluate.max_new_tokens=2", "data.max_length=256"]}
+SHORT = {"train": ["training.max_steps=1", "training.batch_size=4"], "evaluate": ["--max-new-tokens", "2"], "paraphrase": ["--max-new-tokens", "2"]}
+BRIEF = {"grpo": ["objective.max_new_tokens=4"], "ppo": ["objective.max_new_tokens=4"], "demo.yaml": ["evaluate.max_samples=2", "evaluate.max_new_tokens=2", "data.max_length=256"]}
 
 
 @pytest.fixture(scope="module")
@@ -76,15 +77,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.chdir(home)
-    monkeypatch.setattr(sys.modules["luthier.families.load"], "_packaged", lambda alias, where: home / alias)
-    monkeypatch.setattr("luthier.screen.ask", lambda: None)  # whoever chats says nothing
+    monkeypatch.setattr(sys.modules["luthier.models.model_names"], "_find_packaged", lambda alias, where: home / alias)
+    monkeypatch.setattr("luthier.cli.console.read_line", lambda: None)  # whoever chats says nothing
 
     def call(*words: str) -> int:
         return main(words)
 
     for name in ("lora-smollm2", "law", "medicine"):
         if not (home / "runs" / name).exists():
-            assert call("train", "--data", "mine.jsonl", "data.test=unseen.jsonl", "training.steps=1", "--run", f"runs/{name}", "--quiet") == 0
+            assert call("train", "--data", "mine.jsonl", "data.test=unseen.jsonl", "training.max_steps=1", "--output-dir", f"runs/{name}", "--quiet") == 0
     return call
 
 
@@ -94,10 +95,10 @@ def test_a_command_of_the_pages_runs(run: Callable[..., int], tmp_path: Path, li
     words += SHORT.get(words[0], []) if "--resume" not in words else []
     words += [word for part, more in BRIEF.items() for word in more if any(part in given for given in words)]
     if words[0] == "train" and "--resume" not in words:
-        words += ["--run", str(tmp_path / "run")]
+        words += ["--output-dir", str(tmp_path / "run")]
     if words[0] == "paraphrase":
         words[words.index("--out") + 1] = str(tmp_path / "new.jsonl")
-    if words[0] in ("export", "combine") or (words[0] == "data" and "--out" not in words):
+    if words[0] in ("export", "merge-adapters") or (words[0] == "data" and "--out" not in words):
         words = [*(words[:words.index("--out")] if "--out" in words else words), "--out", str(tmp_path / "out")]
     assert run(*words, *(["--quiet"] if "quiet" in parse(words) else [])) == 0
 

@@ -14,11 +14,13 @@ import torch
 from lab import TOKENIZER, apart, attach, base, digest, logits
 from safetensors.torch import load_file
 
-from luthier import build
+from luthier import assembly
+from luthier.assembly.factory import attach_method
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import RunError
-from luthier.families import CausalLM
 from luthier.methods import LoraConfig
-from luthier.runtime.run import Run
+from luthier.models import CausalLM
+from luthier.training.run_folder import Run
 from tiny import save_tiny, tiny
 
 peft = pytest.importorskip("peft")
@@ -32,15 +34,15 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "plain": ("llama", {"rank": 4, "alpha": 12.0}, {"r": 4, "lora_alpha": 12.0, "target_modules": LINEAR}),
     "biases": ("qwen2", {"rank": 4, "alpha": 12.0}, {"r": 4, "lora_alpha": 12.0, "target_modules": LINEAR}),
-    "rslora": ("llama", {"rank": 4, "rslora": True},
+    "rslora": ("llama", {"rank": 4, "use_rslora": True},
                {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": LINEAR}),
-    "dora": ("llama", {"rank": 4, "dora": True}, {"r": 4, "lora_alpha": 16, "use_dora": True, "target_modules": LINEAR}),
-    "dora with biases": ("qwen2", {"rank": 4, "dora": True},
+    "dora": ("llama", {"rank": 4, "use_dora": True}, {"r": 4, "lora_alpha": 16, "use_dora": True, "target_modules": LINEAR}),
+    "dora with biases": ("qwen2", {"rank": 4, "use_dora": True},
                          {"r": 4, "lora_alpha": 16, "use_dora": True, "target_modules": LINEAR}),
-    "gaussian": ("llama", {"rank": 4, "init": "gaussian"},
+    "gaussian": ("llama", {"rank": 4, "init_lora_weights": "gaussian"},
                  {"r": 4, "lora_alpha": 16, "init_lora_weights": "gaussian", "target_modules": LINEAR}),
-    "q and v": ("gemma3", {"targets": ("q", "v")}, {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}),
-    "expression": ("llama", {"targets": (r"model\.layers\.1\.mlp\..*",)},
+    "q and v": ("gemma3", {"target_modules": ("q", "v")}, {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]}),
+    "expression": ("llama", {"target_modules": (r"model\.layers\.1\.mlp\..*",)},
                    {"r": 8, "lora_alpha": 16, "target_modules": r"model\.layers\.1\.mlp\..*_proj"}),
     "patterns": ("llama", {"rank": 4, "rank_pattern": {"q": 2, "layers.1.mlp.down_proj": 6},
                            "alpha_pattern": {"v": 32.0, "q_proj": 5.0}},
@@ -49,7 +51,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
                   "alpha_pattern": {"v_proj": 32.0, "q_proj": 5.0}}),
     "conv1d": ("gpt2", {}, {"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj", "c_fc"],
                             "fan_in_fan_out": True}),
-    "conv1d dora rslora": ("gpt2", {"dora": True, "rslora": True},
+    "conv1d dora rslora": ("gpt2", {"use_dora": True, "use_rslora": True},
                            {"r": 8, "lora_alpha": 16, "target_modules": ["c_attn", "c_proj", "c_fc"],
                             "fan_in_fan_out": True, "use_dora": True, "use_rslora": True}),
     "mixture": ("mixtral", {}, {"r": 8, "lora_alpha": 16, "target_modules": LINEAR[:4]}),
@@ -79,9 +81,9 @@ def outcome(model: Any, parameters: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def save(family: CausalLM, attached: Any, place: Path, method: LoraConfig, origin: Path) -> Path:
     """Our run folder's adapter, as `train` writes it."""
-    made = build.recipe({"base": str(origin), "data": "-", "method": method.model_dump()})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": method.model_dump()})
     place.mkdir()
-    build.save_tuned(Run(place), made, family, attached)
+    save_tuned(Run(place), made, family, attached)
     return place
 
 
@@ -130,7 +132,7 @@ def test_a_folder_of_pefts_loads_here(case: str, tmp_path: Path) -> None:
     other.save_pretrained(tmp_path)
     method = LoraConfig.from_peft(json.loads((tmp_path / "adapter_config.json").read_text()))
     family = base(kind)
-    attached = build.attach(family, method, 0)
+    attached = attach_method(family, method, 0)
     attached.load(load_file(tmp_path / "adapter_model.safetensors"))
     with torch.no_grad():
         assert (family.model(input_ids=TOKENS).logits - wanted).abs().max() < SAME
@@ -143,11 +145,11 @@ def test_a_folder_of_pefts_opens_as_a_run(tmp_path: Path) -> None:
     other = theirs("llama", CASES["plain"][2])
     other.peft_config["default"].base_model_name_or_path = str(origin)
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = build.open_run(Run(tmp_path / "run"))
+    made, family, attached = open_run(Run(tmp_path / "run"))
     assert made.method.rank == 4
     assert attached is not None
     assert attached.state().keys() == adapter(other).keys()
-    assert family.anatomy.sizes["layers"] == 2
+    assert family.structure.sizes["layers"] == 2
 
 
 # ---------------------------------------------------------------- PiSSA: PEFT changes the base, we do not
@@ -160,7 +162,7 @@ def test_pissa_starts_and_moves_as_in_peft(kind: str, rslora: bool) -> None:
         "target_modules": ["c_attn", "c_proj", "c_fc"] if kind == "gpt2" else LINEAR})
     family = base(kind)
     before, bare = digest(family), family_logits(kind)
-    attached = attach(family, "lora", stirred=False, rank=4, alpha=8.0, init="pissa", rslora=rslora)
+    attached = attach(family, "lora", stirred=False, rank=4, alpha=8.0, init_lora_weights="pissa", use_rslora=rslora)
     mine, wanted = attached.parameters(), adapter(other)
     residual = {n.removeprefix("base_model.model.").replace(".base_layer", ""): p
                 for n, p in other.named_parameters() if "base_layer.weight" in n}
@@ -169,9 +171,9 @@ def test_pissa_starts_and_moves_as_in_peft(kind: str, rslora: bool) -> None:
         assert (layer.b @ layer.a - b @ a).abs().max() < 1e-4 * float((b @ a).abs().max())
         # A singular vector has no sign of its own: take theirs, in our start too.
         assert (layer.a.abs() - a.abs()).abs().max() < 1e-3 * float(a.abs().max())
-        layer.a.data, layer.b.data, layer.start = a.clone(), b.clone(), (a.clone(), b.clone())
+        layer.a.data, layer.b.data, layer.initial_factors = a.clone(), b.clone(), (a.clone(), b.clone())
         # PEFT takes the start out of the base in float32; do it again exactly.
-        left = layer.matrix() - layer.scale * b @ a
+        left = layer.base_weight() - layer.scale * b @ a
         kept = residual[f"{layer.site.name}.weight"]
         left = left.T if layer.site.transposed else left
         assert (kept - left).abs().max() < 1e-5
@@ -207,14 +209,14 @@ def family_logits(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("dora", [False, True])
 def test_pissa_is_exported_for_the_untouched_base(kind: str, rslora: bool, dora: bool, tmp_path: Path) -> None:
     family, origin = base(kind), save_tiny(tmp_path / "base", kind)
-    attached = attach(family, "lora", rank=4, init="pissa", rslora=rslora, dora=dora,
+    attached = attach(family, "lora", rank=4, init_lora_weights="pissa", use_rslora=rslora, use_dora=dora,
                       rank_pattern={"mlp.down_proj": 2, "mlp.c_proj": 2}, alpha_pattern={"q_proj": 6.0})
     folder = save(family, attached, tmp_path / "run", attached.config, origin)
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 8
     model = peft.PeftModel.from_pretrained(tiny(kind), folder, autocast_adapter_dtype=False).eval()
     assert (logits(CausalLM(model, TOKENIZER)) - logits(family)).abs().max() < SAME
     fresh = base(kind)
-    build.attach(fresh, attached.config, 77).load(load_file(folder / "adapter_model.safetensors"))
+    attach_method(fresh, attached.config, 77).load(load_file(folder / "adapter_model.safetensors"))
     assert torch.equal(logits(fresh), logits(family))
 
 

@@ -17,17 +17,20 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import luthier
-from luthier import build
-from luthier.build.settings import LEFT_OUT, RESOLVED, UNSET, make_public, map_paths
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.train import train
+from luthier.assembly.factory import load_family, resolve_micro_batch_tokens
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.run_io import name_base
+from luthier.assembly.settings import LEFT_OUT, RESOLVED, UNSET, fill_left_out, make_public, map_paths, resolve_settings
+from luthier.cli.main import main
 from luthier.core import digests
 from luthier.core.config import Config
 from luthier.core.errors import RunError
 from luthier.methods import METHODS
-from luthier.train import train
 from tiny import CHATML, save_tiny
 
-SETTINGS: dict[str, Any] = {"training.steps": 4, "training.batch_size": 4, "training.save_every": 2, "evaluate.before": False}
+SETTINGS: dict[str, Any] = {"training.max_steps": 4, "training.batch_size": 4, "training.save_steps": 2, "evaluate.before_training": False}
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"prompt": f"{i}?", "completion": f"yes {i % 3}"}) + "\n" for i in range(8)))
     (folder / "labels.jsonl").write_text("".join(json.dumps({"text": f"{i}", "label": "ab"[i % 2]}) + "\n" for i in range(8)))
     tuned(folder, folder / "run")
-    tuned(folder, folder / "next", start=str(folder / "run"), base=None, method=None)
+    tuned(folder, folder / "next", init_from=str(folder / "run"), model=None, method=None)
     return folder
 
 
@@ -59,9 +62,9 @@ def merging_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tuned(home: Path, out: Path, **settings: Any) -> luthier.Run:
-    named = {"base": str(home / "base"), "method": {"name": "lora", "rank": 2}, "data": {
+    named = {"model": str(home / "base"), "method": {"name": "lora", "rank": 2}, "data": {
         "train": str(home / "rows.jsonl"), "test": str(home / "rows.jsonl")}, "quiet": True} | SETTINGS | settings
-    return train(run=str(out), **{key: value for key, value in named.items() if value is not None})
+    return train(output_dir=str(out), **{key: value for key, value in named.items() if value is not None})
 
 
 def unfinished(run: Path, out: Path) -> Path:
@@ -92,16 +95,16 @@ def local_paths(folder: Path, secret: Path) -> list[str]:
     return [f"{file.name}: {word}" for file in files for word in words if word.encode() in file.read_bytes()]
 
 
-STRUCTURE = {"base.structure": {"drop_blocks": [0]}}
+STRUCTURE = {"model.surgery": {"drop_layers": [0]}}
 HEADED = {"objective": "classify", "data": None}
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "lora merged": ("merged", {}), "lora whole": ("whole", {}), "lora adapter": ("adapter", {}), "lora gguf": ("gguf", {"base": "merging"}),
-    "lora gguf-adapter": ("gguf-adapter", {"base": "merging"}), "full merged": ("merged", {"method": "full"}), "full gguf": ("gguf", {"method": "full", "base": "merging"}),
+    "lora merged": ("merged", {}), "lora bundle": ("bundle", {}), "lora adapter": ("adapter", {}), "lora gguf": ("gguf", {"model": "merging"}),
+    "lora gguf-adapter": ("gguf-adapter", {"model": "merging"}), "full merged": ("merged", {"method": "full"}), "full gguf": ("gguf", {"method": "full", "model": "merging"}),
     "prompt adapter": ("adapter", {"method": "prompt"}), "prefix adapter": ("adapter", {"method": "prefix"}), "own adapter": ("adapter", {"method": "adapter"}),
     "list adapter": ("adapter", {"method": ["lora", "bitfit"]}), "head adapter": ("adapter", HEADED), "head merged": ("merged", HEADED),
     "head full": ("merged", HEADED | {"method": "full"}), "changed base adapter": ("adapter", STRUCTURE), "changed base merged": ("merged", STRUCTURE),
-    "encoder merged": ("merged", HEADED | {"base": "reader"}), "encoder adapter": ("adapter", HEADED | {"base": "reader"}),
-    "started adapter": ("adapter", {"start": "run", "base": None, "method": None})}
+    "encoder merged": ("merged", HEADED | {"model": "reader"}), "encoder adapter": ("adapter", HEADED | {"model": "reader"}),
+    "started adapter": ("adapter", {"init_from": "run", "model": None, "method": None})}
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -109,14 +112,14 @@ def test_no_export_holds_a_local_path(name: str, home: Path, tmp_path: Path) -> 
     form, settings = EXPORTS[name]
     if settings.get("data", "") is None:
         settings = settings | {"data": {"train": str(home / "labels.jsonl"), "test": str(home / "labels.jsonl")}}
-    settings = {key: str(home / value) if key in ("base", "start") and value else value for key, value in settings.items()}
+    settings = {key: str(home / value) if key in ("model", "init_from") and value else value for key, value in settings.items()}
     run = tuned(home, home / name, **settings)
     written = luthier.export(run, form, tmp_path / ("model.gguf" if form.startswith("gguf") else "out"))  # type: ignore[arg-type]
     assert local_paths(written, home.parent) == []
     if (written / "adapter_config.json").is_file():
         named = json.loads((written / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert "/" not in named
-        assert named.startswith(Path(settings.get("base") or home / "base").name)
+        assert named.startswith(Path(settings.get("model") or home / "base").name)
 
 
 def test_control_the_search_finds_paths(home: Path) -> None:
@@ -124,17 +127,17 @@ def test_control_the_search_finds_paths(home: Path) -> None:
 
 
 def test_an_embedded_base_is_named_by_its_id(home: Path) -> None:
-    made = build.recipe({"base": "smollm2", "data": str(home / "rows.jsonl")})
-    assert build.name_base(made.base, public=True) == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert make_public(made).base.name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    made = assembly.build_recipe({"model": "smollm2", "data": str(home / "rows.jsonl")})
+    assert name_base(made.model, public=True) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert make_public(made).model.name_or_path == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def test_a_snapshot_of_the_hub_is_named_by_its_id(home: Path, tmp_path: Path) -> None:
     place = tmp_path / "hub/models--some-owner--a-model/snapshots" / ("0a" * 20)
     shutil.copytree(home / "base", place)
-    found = build.identify(build.BaseConfig(name=str(place)))
+    found = assembly.identify_base(assembly.ModelConfig(name_or_path=str(place)))
     assert (found.upstream, found.revision) == ("some-owner/a-model", "0a" * 20)
-    assert build.name_base(build.BaseConfig(name=str(place)), public=True) == "some-owner/a-model"
+    assert name_base(assembly.ModelConfig(name_or_path=str(place)), public=True) == "some-owner/a-model"
 
 
 def test_every_path_of_a_recipe_is_known(home: Path, tmp_path: Path) -> None:
@@ -142,14 +145,14 @@ def test_every_path_of_a_recipe_is_known(home: Path, tmp_path: Path) -> None:
     for name in ("a.jsonl", "e.jsonl", "t.jsonl", "s.txt", "judge.py"):
         (tmp_path / name).write_text("")
     (tmp_path / "r").mkdir()
-    made = build.recipe({
-        "base": str(home / "base"), "run": str(tmp_path / "r"), "objective": {"name": "grpo", "reward": [
-            {"run": str(tmp_path / "r")}, {"function": f"{tmp_path}/judge.py:f"}, "number"]},
+    made = assembly.build_recipe({
+        "model": str(home / "base"), "output_dir": str(tmp_path / "r"), "objective": {"name": "grpo", "reward": [
+            {"model": str(tmp_path / "r")}, {"function": f"{tmp_path}/judge.py:f"}, "numeric_match"]},
         "data": {"train": str(tmp_path / "a.jsonl"), "eval": str(tmp_path / "e.jsonl"), "test": str(tmp_path / "t.jsonl"),
                  "augment": [{"name": "synonyms", "file": str(tmp_path / "s.txt")}, {"name": "deletion"}]}})
-    assert str(tmp_path) in json.dumps(build.dump(made))
-    assert str(tmp_path.parent.parent) not in json.dumps(build.dump(make_public(made)))
-    assert build.dump(map_paths(made, lambda path: path)) == build.dump(made)
+    assert str(tmp_path) in json.dumps(assembly.dump_recipe(made))
+    assert str(tmp_path.parent.parent) not in json.dumps(assembly.dump_recipe(make_public(made)))
+    assert assembly.dump_recipe(map_paths(made, lambda path: path)) == assembly.dump_recipe(made)
 
 
 # ---------------------------------------------------------------- changes are told
@@ -192,7 +195,7 @@ def test_a_change_of_a_finished_run_is_told(name: str, words: tuple[str, ...], h
 def test_the_digests_are_of_everything_that_was_trained(home: Path) -> None:
     kept = luthier.Run(home / "run").results["digests"]
     assert set(kept["trained"]) == {"adapter_model.safetensors", "adapter_config.json"}
-    assert kept["trained"]["adapter_model.safetensors"] == digests.file_sha256(home / "run/adapter_model.safetensors")
+    assert kept["trained"]["adapter_model.safetensors"] == digests.compute_file_sha256(home / "run/adapter_model.safetensors")
     assert kept["metrics"]["bytes"] == (home / "run/metrics.jsonl").stat().st_size
 
 
@@ -206,8 +209,8 @@ def other_start(run: Path) -> None:
 RESUMED: dict[str, tuple[Callable[[Path], None], str, str]] = {  # change, refusal, warning
     "nothing": (lambda run: None, "", ""),
     "learning rate": (lambda run: edit(run, optimizer__learning_rate=0.5), "optimizer.learning_rate: 0.0", ""),
-    "schedule": (lambda run: edit(run, optimizer__warmup=0.5), "optimizer.warmup: ", ""),
-    "what decides nothing": (lambda run: edit(run, training__keep=7), "", "recipe.yaml has changed since the checkpoint"),
+    "schedule": (lambda run: edit(run, optimizer__warmup_ratio=0.5), "optimizer.warmup_ratio: ", ""),
+    "what decides nothing": (lambda run: edit(run, training__save_total_limit=7), "", "recipe.yaml has changed since the checkpoint"),
     "metrics": (lambda run: (run / "metrics.jsonl").write_text(""), "", "metrics.jsonl has changed since the checkpoint"),
     "the run to start from": (other_start, "has other weights than when this run began", ""),
 }
@@ -216,7 +219,7 @@ RESUMED: dict[str, tuple[Callable[[Path], None], str, str]] = {  # change, refus
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_refuses_what_decides_its_result(name: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = shutil.copytree(home / "run", tmp_path / "first")
-    whole = tuned(home, tmp_path / "whole", start=str(first), base=None, method=None)
+    whole = tuned(home, tmp_path / "whole", init_from=str(first), model=None, method=None)
     run = unfinished(whole.path, tmp_path / "run")
     change, refusal, warning = RESUMED[name]
     change(run)
@@ -257,39 +260,39 @@ def configs(annotation: Any) -> Iterator[type[Config]]:
 
 def test_every_setting_that_can_be_left_out_is_resolved_or_means_something() -> None:
     resolved = {f"{section}.{name}".lstrip(".") for section, names in RESOLVED.items() for name in names}
-    assert set(left_out(build.Recipe)) == resolved | LEFT_OUT.keys()
+    assert set(left_out(Recipe)) == resolved | LEFT_OUT.keys()
     assert not resolved & LEFT_OUT.keys()
 
 
 SPELT: dict[str, Any] = {**{name: name for name in METHODS if name != "peft"}, "peft": {"name": "peft", "config": {"peft_type": "LOHA", "r": 4}},
-                         "mlp": {"name": "prefix", "projection": True}, "list": ["lora", "adapter"]}
+                         "mlp": {"name": "prefix", "prefix_projection": True}, "list": ["lora", "adapter"]}
 
 
 @pytest.mark.parametrize("method", SPELT)
 def test_the_saved_recipe_leaves_nothing_to_a_default(method: str, home: Path) -> None:
-    made = build.recipe({"base": str(home / "base"), "method": SPELT[method], "data": str(home / "rows.jsonl")})
-    base = build.family(made.base)
-    saved = build.resolve_settings(made, base, build.identify(made.base), 0.1, home / "none")
+    made = assembly.build_recipe({"model": str(home / "base"), "method": SPELT[method], "data": str(home / "rows.jsonl")})
+    base = load_family(made.model)
+    saved = resolve_settings(made, base, assembly.identify_base(made.model), 0.1, home / "none")
     for section, names in RESOLVED.items():
         parts = saved.method.parts if section == "method" and method == "list" else [dict(saved)[section]] if section else [saved]
         for part in parts:
             unset = {name for name in names if dict(part).get(name, "no such setting") in UNSET}
-            assert unset <= ({"revision", "pooling"} | ({"hidden"} if method == "prefix" else set())), (section, unset)  # no hub, no state of a whole text; no MLP
-    assert build.recipe(yaml.safe_load(yaml.safe_dump(build.dump(saved)))) == saved
-    assert build.changed(saved, build.fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
+            assert unset <= ({"revision", "pooling"} | ({"encoder_hidden_size"} if method == "prefix" else set())), (section, unset)  # no hub, no state of a whole text; no MLP
+    assert assembly.build_recipe(yaml.safe_load(yaml.safe_dump(assembly.dump_recipe(saved)))) == saved
+    assert assembly.diff_recipes(saved, fill_left_out(made, saved).model_copy(update={"data": saved.data})) == []
 
 
 @pytest.fixture
 def other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another version, in which every default that decides a result is another one."""
-    monkeypatch.setattr(METHODS["lora"], "default_rate", 0.3)
+    monkeypatch.setattr(METHODS["lora"], "default_learning_rate", 0.3)
     monkeypatch.setattr(import_module("luthier.data.config"), "LENGTH", 27)
-    monkeypatch.setattr(import_module("luthier.build.objects"), "micro_tokens", lambda made, base: made.training.micro_tokens or 11)
+    monkeypatch.setattr(import_module("luthier.assembly.factory"), "resolve_micro_batch_tokens", lambda made, base: made.training.max_tokens_per_micro_batch or 11)
 
 
 def test_training_from_the_saved_recipe_gives_the_same_run(home: Path, tmp_path: Path, other_defaults: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    again = train(home / "run/recipe.yaml", run=str(tmp_path / "again"), quiet=True)
+    again = train(home / "run/recipe.yaml", output_dir=str(tmp_path / "again"), quiet=True)
     assert (again.path / "adapter_model.safetensors").read_bytes() == (home / "run/adapter_model.safetensors").read_bytes()
     control = tuned(home, tmp_path / "control")
     assert (control.path / "adapter_model.safetensors").read_bytes() != (home / "run/adapter_model.safetensors").read_bytes()
@@ -311,10 +314,10 @@ def test_a_run_goes_on_with_its_own_values(home: Path, tmp_path: Path, other_def
 
 def test_a_machine_of_another_size_evaluates_in_its_own_portions(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int | None] = []
-    plain = build.micro_tokens
-    monkeypatch.setattr(build, "micro_tokens", lambda made, base: asked.append(made.training.micro_tokens) or plain(made, base))
+    plain = resolve_micro_batch_tokens
+    monkeypatch.setattr("luthier.api.evaluate.resolve_micro_batch_tokens", lambda made, base: asked.append(made.training.max_tokens_per_micro_batch) or plain(made, base))
     luthier.evaluate(home / "run", quiet=True)
     assert asked == [None]
-    assert luthier.Run(home / "run").recipe["training"]["micro_tokens"] == 320
-    luthier.evaluate(home / "run", quiet=True, **{"training.micro_tokens": 50})
+    assert luthier.Run(home / "run").recipe["training"]["max_tokens_per_micro_batch"] == 320
+    luthier.evaluate(home / "run", quiet=True, **{"training.max_tokens_per_micro_batch": 50})
     assert asked[1:] == [50]

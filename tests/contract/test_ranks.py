@@ -1,4 +1,4 @@
-"""Two processes give the weights that one gives. Read `runtime/ranks.py` first."""
+"""Two processes give the weights that one gives. Read `distributed/process_group.py` first."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from torch import multiprocessing
 
 import luthier
 from luthier.core.errors import NotFinite
-from luthier.data.pack import pack
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
+from luthier.data.packing import pack_examples
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import save_tiny
 
 CASES = [("full", 20), ("lora", None), ("adalora", 20)]  # several micro-batches a step; one, so that a rank has none
 
 
-def trained(method: str, micro_tokens: int | None, alone: bool = False) -> dict[str, Any]:
+def trained(method: str, max_tokens: int | None, alone: bool = False) -> dict[str, Any]:
     """Weights and metrics after three steps; `alone` breaks the law: every rank keeps to its own gradients."""
     torch.set_num_threads(1)
     family = base("llama")
     attached = attach(family, method)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3, attached.at_update)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 3, attached.optimizer_hooks)
     for i in range(3):
-        adam.set_rate(i)
-        rows = pack(documents(seed=i), micro_tokens)
+        adam.set_learning_rate(i)
+        rows = pack_examples(documents(seed=i), max_tokens)
         stepped = step(family, SFT, rows[:1] if alone else rows, adam)
-    return {"numbers": stepped.numbers(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},
+    return {"numbers": stepped.read_metrics(), "weights": {n: t.double().clone() for n, t in attached.state().items() if t.numel()},
             "micro_batches": stepped.micro_batches}
 
 
@@ -46,19 +46,19 @@ def broken() -> str:
     """What every rank says when one of them alone has a loss that is not finite."""
     family = base("llama")
     attached = attach(family, "lora")
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 3)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 3)
     before = {n: t.clone() for n, t in attached.state().items()}
 
     class Infinite:
-        needs, count, coupled = SFT.needs, SFT.count, False
+        required_outputs, count, needs_full_batch = SFT.required_outputs, SFT.count, False
 
         def __call__(self, outputs: Any, target: Any) -> Any:
             loss = SFT(outputs, target)
             return type(loss)(loss.total * (math.inf if dist.get_rank() == 1 else 1), loss.count, loss.metrics)
 
-    stepped = step(family, Infinite(), pack(documents(), 20), adam)
+    stepped = step(family, Infinite(), pack_examples(documents(), 20), adam)
     with pytest.raises(NotFinite, match="lab:0"):
-        stepped.numbers()
+        stepped.read_metrics()
     assert all(torch.equal(t, before[n]) for n, t in attached.state().items())
     return "refused"
 
@@ -96,13 +96,13 @@ def test_torchrun_leaves_the_run_of_one_process(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base", "llama")
     rows = [{"prompt": f"Say {word}.", "completion": word * 3} for word in ("one", "two", "three", "four", "five", "six")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    settings = ["--model", "base", "--data", "rows.jsonl", "base.dtype=float64", "data.eval=rows.jsonl", "data.max_length=256",
-                "training.steps=4", "training.batch_size=4", "training.micro_tokens=40", "training.eval_every=2",
-                "training.save_every=1"]
+    settings = ["--model", "base", "--data", "rows.jsonl", "model.dtype=float64", "data.eval=rows.jsonl", "data.max_length=256",
+                "training.max_steps=4", "training.batch_size=4", "training.max_tokens_per_micro_batch=40", "training.eval_steps=2",
+                "training.save_steps=1"]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(luthier.__file__).parents[1])}
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for name, launcher in (("alone", []), ("both", several)):
-        done = subprocess.run([sys.executable, *launcher, "-m", "luthier", "train", *settings, f"run={name}"], cwd=tmp_path,
+        done = subprocess.run([sys.executable, *launcher, "-m", "luthier", "train", *settings, f"output_dir={name}"], cwd=tmp_path,
                               env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     alone, both = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("alone", "both"))

@@ -17,22 +17,23 @@ import torch.distributed as dist
 from lab import SFT, attach, base, documents
 from torch import multiprocessing, nn
 
+from luthier.api.train import train
 from luthier.core.errors import LuthierError, RunError
-from luthier.data.pack import pack
-from luthier.runtime import loop, ranks
-from luthier.runtime import random as states
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.data.packing import pack_examples
+from luthier.distributed import process_group
+from luthier.training import loop
+from luthier.training import rng as states
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import save_tiny
 
 LIMIT = 120  # seconds: ranks that wait for each other wait for ever
 REWARD = """
 import os, random
-def noisy(prompts, answers, facts):
+def noisy(prompts, completions, metadata):
     with open(os.path.join(os.path.dirname(__file__), "calls.txt"), "a") as file:
-        file.writelines(f"{os.getpid()} {p!r} {a!r}\\n" for p, a in zip(prompts, answers))
-    return [random.SystemRandom().random() for _ in answers]
+        file.writelines(f"{os.getpid()} {p!r} {a!r}\\n" for p, a in zip(prompts, completions))
+    return [random.SystemRandom().random() for _ in completions]
 """
 
 
@@ -72,20 +73,20 @@ def home(tmp_path: Path) -> Path:
 def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
     """A run, and what this rank's model, best evaluation and random state were at its end."""
     seen: dict[str, Any] = {}
-    fit = loop.fit
+    fit = loop.run_training_loop
 
     def kept(job: Any, saved: Any = None) -> Any:
-        seen["begun"] = states.capture("cpu")["cpu"]
+        seen["begun"] = states.capture_rng_state("cpu")["cpu"]
         summary = fit(job, saved)
         seen.update(weights={n: t.clone() for n, t in job.attached.state().items()}, best=dict(summary.best),
-                    stopped=summary.stopped, steps=summary.steps, state=states.capture("cpu")["cpu"])
+                    stopped=summary.stopped, steps=summary.steps, state=states.capture_rng_state("cpu")["cpu"])
         return summary
 
-    train.__globals__["fit"] = kept
+    train.__globals__["run_training_loop"] = kept
     try:
         train(recipe, quiet=True, **named)
     finally:
-        train.__globals__["fit"] = fit
+        train.__globals__["run_training_loop"] = fit
     return seen
 
 
@@ -93,12 +94,12 @@ def watched(recipe: dict[str, Any], **named: Any) -> dict[str, Any]:
 
 
 def grpo(place: Path) -> dict[str, Any]:
-    return watched({"base": str(place / "base"), "method": {"name": "lora", "rank": 2},
+    return watched({"model": str(place / "base"), "method": {"name": "lora", "rank": 2},
                     "data": {"train": str(place / "train.jsonl"), "eval": str(place / "eval.jsonl"), "max_length": 64},
-                    "objective": {"name": "grpo", "answers": 2, "max_new_tokens": 3, "kl_weight": 0.1,
+                    "objective": {"name": "grpo", "num_generations": 2, "max_new_tokens": 3, "beta": 0.1,
                                   "reward": {"function": f"{place}/noisy.py:noisy"}},
-                    "training": {"steps": 6, "batch_size": 4, "eval_every": 1, "patience": 4}, "optimizer": {"learning_rate": 0.01},
-                    "evaluate": {"before": False}}, run=str(place / "run"))
+                    "training": {"max_steps": 6, "batch_size": 4, "eval_steps": 1, "early_stopping_patience": 4}, "optimizer": {"learning_rate": 0.01},
+                    "evaluate": {"before_training": False}}, output_dir=str(place / "run"))
 
 
 def test_a_reward_that_is_not_deterministic_is_asked_once_and_leaves_the_ranks_alike(home: Path) -> None:
@@ -119,16 +120,16 @@ def test_a_reward_that_is_not_deterministic_is_asked_once_and_leaves_the_ranks_a
 def judged_by_rank(place: Path) -> dict[str, list[Any]]:
     """Whether each evaluation is the best and the run is over, where every rank measures something else."""
     found: dict[str, list[Any]] = {}
-    for name, agree in (("agreed", ranks.agreed), ("alone", lambda value: value)):
-        losses = iter([[3.0, 2.0, 2.5], [3.0, 3.5, 1.0]][ranks.rank()])
-        job: Any = SimpleNamespace(family=SimpleNamespace(train=lambda mode: None), log=lambda *_: None, show=lambda *_: None,
-                                   rolling=SimpleNamespace(judged=lambda losses=losses: {"loss": next(losses)}))
-        summary = loop.Summary(0, 0.0, 0)
-        before, loop.ranks = loop.ranks, SimpleNamespace(rank=ranks.rank, agreed=agree)  # type: ignore[assignment]
+    for name, agree in (("agreed", process_group.broadcast_object), ("alone", lambda value: value)):
+        losses = iter([[3.0, 2.0, 2.5], [3.0, 3.5, 1.0]][process_group.get_rank()])
+        job: Any = SimpleNamespace(family=SimpleNamespace(train=lambda mode: None), log=lambda *_: None, show_progress=lambda *_: None,
+                                   rollouts=SimpleNamespace(evaluate=lambda losses=losses: {"loss": next(losses)}))
+        summary = loop.TrainResult(0, 0.0, 0)
+        before, loop.process_group = loop.process_group, SimpleNamespace(get_rank=process_group.get_rank, broadcast_object=agree)  # type: ignore[assignment]
         try:
             found[name] = [loop._evaluate(job, summary) for _ in range(3)] + [summary.best["eval_loss"]]
         finally:
-            loop.ranks = before
+            loop.process_group = before
     return found
 
 
@@ -143,21 +144,21 @@ def test_the_first_rank_says_which_evaluation_is_the_best(tmp_path: Path) -> Non
 
 def dropped(place: Path) -> list[Any]:
     """A run of four steps with dropout; the same resumed from its second step, and so with the first rank's state."""
-    recipe = {"base": str(place / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.5},
+    recipe = {"model": str(place / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.5},
               "data": {"train": str(place / "train.jsonl"), "max_length": 64}, "optimizer": {"learning_rate": 0.01},
-              "training": {"steps": 4, "batch_size": 4, "micro_tokens": 20, "save_every": 2, "keep": 9}}
-    found = [watched(recipe, run=str(place / "whole"))]
-    restore = states.restore
+              "training": {"max_steps": 4, "batch_size": 4, "max_tokens_per_micro_batch": 20, "save_steps": 2, "save_total_limit": 9}}
+    found = [watched(recipe, output_dir=str(place / "whole"))]
+    restore = states.restore_rng_state
     for name in ("resumed", "wrong"):
-        if ranks.rank() == 0:
+        if process_group.get_rank() == 0:
             shutil.copytree(place / "whole", place / name)
             shutil.rmtree(place / name / "checkpoints/step-4")
             (place / name / "README.md").unlink()
-        ranks.wait()
+        process_group.barrier()
         if name == "wrong":
-            loop.random.restore = lambda state: restore(ranks.agreed(state))  # type: ignore[assignment]
-        found.append(watched(recipe, run=str(place / name), resume=True))
-    loop.random.restore = restore
+            loop.rng.restore_rng_state = lambda state: restore(process_group.broadcast_object(state))  # type: ignore[assignment]
+        found.append(watched(recipe, output_dir=str(place / name), resume=True))
+    loop.rng.restore_rng_state = restore
     return found
 
 
@@ -171,7 +172,7 @@ def test_dropout_on_two_ranks_resumes_to_the_bit(home: Path) -> None:
 
 
 def test_another_number_of_processes_is_told_of() -> None:
-    state = states.capture("cpu")
+    state = states.capture_rng_state("cpu")
     assert loop._restore_random(state) == []  # of an earlier version, by one process
     assert loop._restore_random([state]) == []
     assert "saved by 2 processes, and 1 continue" in loop._restore_random([state, state])[0]
@@ -184,15 +185,15 @@ def sixteen(place: Path) -> dict[str, Any]:
     return trained("full", 30, torch.bfloat16)
 
 
-def trained(method: str, micro_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
+def trained(method: str, max_tokens: int, dtype: torch.dtype) -> dict[str, Any]:
     """The float32 copies of a base in sixteen bits after three steps, and the rounded model."""
     torch.set_num_threads(1)
     family = base("llama", dtype=dtype)
     attached = attach(family, method, stirred=False)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(), 3)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(), 3)
     for i in range(3):
-        adam.set_rate(i)
-        step(family, SFT, pack(documents(seed=i), micro_tokens), adam)
+        adam.set_learning_rate(i)
+        step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam)
     return {"copies": {n: p.detach().clone() for n, p in adam.parameters.items()},
             "model": {n: p.detach().clone() for n, p in attached.parameters().items()}}
 
@@ -212,7 +213,7 @@ def test_two_processes_are_one_on_a_base_in_sixteen_bits(tmp_path: Path) -> None
 
 def collected(place: Path) -> dict[str, Any]:
     """Gradients summed in buckets and one by one, and what the other collectives give."""
-    generator = torch.Generator().manual_seed(ranks.rank())
+    generator = torch.Generator().manual_seed(process_group.get_rank())
     shapes = [(3,), (40, 5), (1,)] * 60 + [(700, 9), (2, 2)]
     made: dict[str, Any] = {}
     gradients = [torch.randn(shape, generator=generator) for shape in shapes]
@@ -227,18 +228,18 @@ def collected(place: Path) -> dict[str, Any]:
     for name, bucket in (("buckets", 5000), ("single", 1)):
         parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
         for i, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-            if i != 7 or ranks.rank() == 0:  # a rank without a micro-batch has no gradient
+            if i != 7 or process_group.get_rank() == 0:  # a rank without a micro-batch has no gradient
                 parameter.grad = gradient.clone()
         calls[0], began = 0, time.perf_counter()
         for _ in range(20):
-            ranks.sum_gradients(parameters, bucket)
+            process_group.all_reduce_gradients(parameters, bucket)
         made[name] = ([p.grad for p in parameters], calls[0] / 20, (time.perf_counter() - began) / 20)
     dist.all_reduce = reduce
-    made["named"] = ranks.sum_named({"a": (1.0, 2.0)} if ranks.rank() == 0 else {"b": (4.0,), "a": (0.5, 0.25)})
-    made["shards"] = ranks.map_shards(lambda items, start: (start, list(items)), range(5)), \
-        ranks.map_shards(lambda items, start: (start, list(items)), range(1))
+    made["named"] = process_group.all_reduce_named({"a": (1.0, 2.0)} if process_group.get_rank() == 0 else {"b": (4.0,), "a": (0.5, 0.25)})
+    made["shards"] = process_group.map_shards(lambda items, start: (start, list(items)), range(5)), \
+        process_group.map_shards(lambda items, start: (start, list(items)), range(1))
     try:
-        ranks.map_shards(_refusing, range(4))
+        process_group.map_shards(_refusing, range(4))
     except LuthierError as error:
         made["error"] = (error.what, error.remedy)
     return made

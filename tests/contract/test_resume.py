@@ -21,13 +21,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from luthier.cli import main
+from luthier.api.train import Interrupted, train
+from luthier.cli.main import main
 from luthier.core.errors import RunError
-from luthier.runtime import checkpoint, loop
-from luthier.runtime import random as states
-from luthier.runtime.progress import Progress
-from luthier.runtime.run import Run
-from luthier.train import Interrupted, train
+from luthier.reporting.progress import Progress
+from luthier.training import checkpoint, loop
+from luthier.training import rng as states
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 STEPS, SAVE_EVERY = 12, 2
@@ -48,7 +48,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a forked process has none of its parent's threads, and their number changes the last bits
-    train(recipe(folder), run=str(folder / "whole"), quiet=True)  # here, so that all that is imported late is there too
+    train(recipe(folder), output_dir=str(folder / "whole"), quiet=True)  # here, so that all that is imported late is there too
     yield folder
     torch.set_num_threads(threads)
 
@@ -56,12 +56,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def recipe(folder: Path) -> dict[str, Any]:
     """Three epochs of four steps, each of several micro-batches; dropout, so that the random state matters."""
     return {
-        "base": str(folder / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.3},
+        "model": str(folder / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.3},
         "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"),
                  "max_length": 96, "shuffle": True},
-        "training": {"epochs": 3, "batch_size": 4, "micro_tokens": 100, "save_every": SAVE_EVERY, "eval_every": 3,
-                     "keep_best": True},
-        "optimizer": {"learning_rate": 0.05}, "evaluate": {"metrics": ["exact"], "max_new_tokens": 2}, "seed": 5}
+        "training": {"num_train_epochs": 3, "batch_size": 4, "max_tokens_per_micro_batch": 100, "save_steps": SAVE_EVERY, "eval_steps": 3,
+                     "load_best_model_at_end": True},
+        "optimizer": {"learning_rate": 0.05}, "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 2}, "seed": 5}
 
 
 def within(work: Callable[[], object]) -> int:
@@ -101,7 +101,7 @@ def mortal(owner: Any, name: str, survive: int) -> None:
 def begin(home: Path, folder: Path, before: Callable[[], None] = lambda: None, **named: Any) -> int:
     def work() -> None:
         before()
-        train(recipe(home), run=str(folder), quiet=True, **named)
+        train(recipe(home), output_dir=str(folder), quiet=True, **named)
     return within(work)
 
 
@@ -142,8 +142,8 @@ PLACES: tuple[tuple[Any, str, int], ...] = (  # what is called, and how often in
     (loop, "step", STEPS),  # between two steps
     (torch.optim.AdamW, "step", STEPS),  # in a step, its gradients made
     (loop, "_evaluate", 4),
-    (loop, "_save", 7),
-    (checkpoint, "_sync", 42),  # while a checkpoint is written
+    (loop, "_save_checkpoint", 7),
+    (checkpoint, "_sync_path", 42),  # while a checkpoint is written
     (os, "rename", 14),  # beside it
     (os, "replace", 4),
     (os, "unlink", 20),  # while an old one is removed
@@ -197,7 +197,7 @@ def test_killed_at_random_moments_it_ends_the_same(home: Path, tmp_path: Path) -
 
 
 def test_a_stream_goes_on_too(home: Path, tmp_path: Path) -> None:
-    settings = {"data.streaming": True, "training.steps": 7}
+    settings = {"data.streaming": True, "training.max_steps": 7}
     assert begin(home, tmp_path / "whole", **settings) == 0
     assert begin(home, tmp_path / "run", lambda: mortal(loop, "step", 5), **settings) == -signal.SIGKILL
     assert begin(home, tmp_path / "run", resume=True, **settings) == 0
@@ -214,12 +214,12 @@ def test_a_resume_that_forgets_something_differs(home: Path, tmp_path: Path, for
 
     def forgetful() -> None:
         if forget == "random":
-            states.restore = lambda state: []
+            states.restore_rng_state = lambda state: []
         elif forget == "optimizer":
             loop.Optimizer.load = lambda self, state: None
         else:
-            from luthier.data import Loader
-            Loader.load = lambda self, state: None
+            from luthier.data import InMemoryBatchSource
+            InMemoryBatchSource.load = lambda self, state: None
     assert begin(home, folder, forgetful, resume=True) == 0
     assert lines(folder)[:7] == lines(home / "whole")[:7]
     assert lines(folder) != lines(home / "whole")
@@ -231,14 +231,14 @@ def test_a_resume_that_forgets_something_differs(home: Path, tmp_path: Path, for
 def test_a_damaged_checkpoint_is_told_and_the_one_before_used(home: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "run"
     assert begin(home, folder, lambda: mortal(loop, "step", 9)) == -signal.SIGKILL
-    newest = checkpoint.latest(folder / "checkpoints")[0].step
+    newest = checkpoint.find_latest(folder / "checkpoints")[0].step
     before = max(n for path in folder.glob("checkpoints/step-*") if (n := int(path.name[5:])) < newest)
     file = folder / f"checkpoints/step-{newest}/optimizer.safetensors"
     spoilt = bytearray(file.read_bytes())
     spoilt[-1] ^= 1
     file.write_bytes(spoilt)
     capfd.readouterr()
-    assert within(lambda: train(recipe(home), run=str(folder), resume=True)) == 0
+    assert within(lambda: train(recipe(home), output_dir=str(folder), resume=True)) == 0
     said = capfd.readouterr().err
     assert f"step-{newest} is damaged: optimizer.safetensors has changed" in said
     assert f"step-{before} is used instead" in said
@@ -252,7 +252,7 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(home: Path, tmp_path: Path, 
     with monkeypatch.context() as patch:
         patch.setattr(Progress, "update", lambda self, step, **_: os.kill(os.getpid(), number) if step == 4 else None)
         with pytest.raises(Interrupted, match=f"{number.name} at step 5") as caught:
-            train(recipe(home), run=str(folder), quiet=True)
+            train(recipe(home), output_dir=str(folder), quiet=True)
     assert caught.value.exit_code == 128 + number
     assert str(folder) in caught.value.remedy
     assert (folder / "checkpoints/step-5").is_dir()
@@ -262,8 +262,8 @@ def test_a_signal_leaves_a_checkpoint_to_go_on_from(home: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize(("settings", "words"), [
-    ({"training.epochs": 4}, ["training.epochs: 3.0, now 4.0"]),
-    ({"training.steps": 20}, ["training.steps: None, now 20"]),
+    ({"training.num_train_epochs": 4}, ["training.num_train_epochs: 3.0, now 4.0"]),
+    ({"training.max_steps": 20}, ["training.max_steps: None, now 20"]),
     ({"optimizer.learning_rate": 0.01, "method.rank": 3}, ["optimizer.learning_rate: 0.05, now 0.01", "method.rank: 2, now 3"]),
     ({"data.train": "other.jsonl"}, ["data.train", "other.jsonl"]),
     ({"method": "full"}, ["method.name: 'lora', now 'full'"]),
@@ -275,7 +275,7 @@ def test_another_recipe_is_refused(home: Path, tmp_path: Path, settings: dict[st
         assert begin(home, folder, lambda: mortal(loop, "step", 5)) == -signal.SIGKILL
     before = (folder / "metrics.jsonl").read_bytes()
     with pytest.raises(RunError, match="started with another recipe") as caught:
-        train(recipe(home), run=str(folder), resume=True, quiet=True, **settings)
+        train(recipe(home), output_dir=str(folder), resume=True, quiet=True, **settings)
     for part in words:
         assert part in caught.value.what
     assert f"--resume {folder}" in caught.value.remedy
@@ -285,7 +285,7 @@ def test_another_recipe_is_refused(home: Path, tmp_path: Path, settings: dict[st
 def test_other_rows_in_the_same_file_are_refused(home: Path, tmp_path: Path) -> None:
     rows = tmp_path / "train.jsonl"
     rows.write_bytes((home / "train.jsonl").read_bytes())
-    words = {"data.train": str(rows), "run": str(tmp_path / "run"), "quiet": True}
+    words = {"data.train": str(rows), "output_dir": str(tmp_path / "run"), "quiet": True}
 
     def work() -> None:
         mortal(loop, "step", 5)
@@ -299,7 +299,7 @@ def test_other_rows_in_the_same_file_are_refused(home: Path, tmp_path: Path) -> 
 def test_what_decides_nothing_may_change(home: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     assert begin(home, folder, lambda: mortal(loop, "step", 5)) == -signal.SIGKILL
-    assert begin(home, folder, resume=True, **{"training.save_every": 5, "training.keep": 4, "evaluate.limit": 2}) == 0
+    assert begin(home, folder, resume=True, **{"training.save_steps": 5, "training.save_total_limit": 4, "evaluate.max_samples": 2}) == 0
     assert equal(home / "whole", folder)
     assert (folder / "checkpoints/step-10").is_dir()
 
@@ -313,7 +313,7 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     def never(*_: Any) -> None:
         raise AssertionError("a finished run needs no base")
 
-    monkeypatch.setattr("luthier.build.family", never)
+    monkeypatch.setattr("luthier.api.train.load_family", never)
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert main(["train", "--resume", str(whole)]) == 0
     out, err = capsys.readouterr()
@@ -323,12 +323,10 @@ def test_a_finished_run_is_left_as_it_is(home: Path, capsys: pytest.CaptureFixtu
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["save_tuned", "loss_picture", "card"])
+@pytest.mark.parametrize("name", ["save_tuned", "plot_loss", "build_model_card"])
 def test_killed_at_the_end_it_is_finished_without_a_step(home: Path, tmp_path: Path, name: str) -> None:
     folder = tmp_path / "run"
-    from luthier import build
-    home_of = sys.modules["luthier.train"] if name != "save_tuned" else build
-    assert begin(home, folder, lambda: mortal(home_of, name, 0)) == -signal.SIGKILL
+    assert begin(home, folder, lambda: mortal(sys.modules["luthier.api.train"], name, 0)) == -signal.SIGKILL
     go_on(home, folder)
     assert equal(home / "whole", folder)
     assert lines(home / "whole") == lines(folder)
@@ -336,35 +334,33 @@ def test_killed_at_the_end_it_is_finished_without_a_step(home: Path, tmp_path: P
 
 
 def test_the_best_weights_damaged_at_the_end_can_be_done_without(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from luthier import build
     folder = tmp_path / "run"
 
     def ever_worse() -> None:
         losses = iter(range(9))
-        loop.measure = lambda *_: {"loss": float(next(losses))}
-        mortal(build, "save_tuned", 0)
+        loop.evaluate_batches = lambda *_: {"loss": float(next(losses))}
+        mortal(sys.modules["luthier.api.train"], "save_tuned", 0)
     assert begin(home, folder, ever_worse) == -signal.SIGKILL
-    best = int(checkpoint.latest(folder / "checkpoints")[0].state["summary"]["best"]["step"])
+    best = int(checkpoint.find_latest(folder / "checkpoints")[0].state["summary"]["best"]["step"])
     assert best == 3
     (folder / f"checkpoints/step-{best}/method.safetensors").unlink()
     words = ["train", "--resume", str(folder), "--quiet"]
     assert main(words) == 2
     error = capsys.readouterr().err
     assert f"step-{best} is damaged: method.safetensors is missing" in error
-    assert " ".join([*words[:-1], "training.keep_best=false"]) in error
-    assert main([*words, "training.keep_best=false"]) == 0
-    last = checkpoint.latest(folder / "checkpoints")[0].tensors["method"]
+    assert " ".join([*words[:-1], "training.load_best_model_at_end=false"]) in error
+    assert main([*words, "training.load_best_model_at_end=false"]) == 0
+    last = checkpoint.find_latest(folder / "checkpoints")[0].tensors["method"]
     assert all(torch.equal(tensor, last[name]) for name, tensor in load_file(folder / "adapter_model.safetensors").items())
 
 
 def test_a_run_that_stopped_early_stays_stopped(home: Path, tmp_path: Path) -> None:
     """Killed after its patience ended but before it was finished, it does not train on."""
-    folder, stopped = tmp_path / "run", {"training.patience": 1, "training.eval_every": 1, "optimizer.learning_rate": 0.9}
+    folder, stopped = tmp_path / "run", {"training.early_stopping_patience": 1, "training.eval_steps": 1, "optimizer.learning_rate": 0.9}
     begin(home, tmp_path / "whole", **stopped)
     steps = Run(tmp_path / "whole").results["steps"]
     assert steps < STEPS
-    from luthier import build
-    assert begin(home, folder, lambda: mortal(build, "save_tuned", 0), **stopped) == -signal.SIGKILL
+    assert begin(home, folder, lambda: mortal(sys.modules["luthier.api.train"], "save_tuned", 0), **stopped) == -signal.SIGKILL
     assert begin(home, folder, resume=True, **stopped) == 0
     assert Run(folder).results["steps"] == steps
     assert Run(folder).results["stopped"] == "no better evaluation in 1 of them"
@@ -376,11 +372,11 @@ def test_random_states_that_fit_nothing_here_are_told(home: Path, tmp_path: Path
 
     def far() -> None:
         mortal(loop, "step", 5)
-        capture = states.capture
-        states.capture = lambda device: {**capture(device), "cuda": ["AA=="] * 99}
+        capture = states.capture_rng_state
+        states.capture_rng_state = lambda device: {**capture(device), "cuda": ["AA=="] * 99}
     assert begin(home, folder, far) == -signal.SIGKILL
     capfd.readouterr()
     if torch.cuda.is_available():
         pytest.skip("this machine has a place for them")
-    assert within(lambda: train(recipe(home), run=str(folder), resume=True)) == 0
+    assert within(lambda: train(recipe(home), output_dir=str(folder), resume=True)) == 0
     assert "warning: random states of 99 CUDA devices were saved and 0 are here" in capfd.readouterr().err

@@ -23,19 +23,19 @@ from typing import Any
 import pytest
 
 from chat_templates import KINDS, tokenizer_with
-from luthier.build.objects import PromptFormat, chat_prompt
+from luthier.assembly.factory import PromptFormat, encode_chat_prompt
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin
-from luthier.core.types import Encoded
+from luthier.core.types import TokenizedExample
 from luthier.data import chat, conversation
 from luthier.data.config import DataConfig
 from luthier.data.control_tokens import ControlTokens
-from luthier.data.encode import prompt_of
-from luthier.data.items import encode as encode_example
-from luthier.data.rows import Refusal
-from luthier.data.templates import ChatTemplate, chat_templates, stop_tokens
-from luthier.data.worded import turn
+from luthier.data.encoding import encode_example as encode_example
+from luthier.data.formats.text import read_turn
+from luthier.data.rows import RejectedRow
+from luthier.data.templates import ChatTemplate, find_stop_tokens, load_chat_templates
+from luthier.data.tokenization import encode_prompt
 
-encoding = import_module("luthier.data.encode")  # `luthier.data.encode` is a function
+encoding = import_module("luthier.data.tokenization")  # `luthier.data.tokenization` is a function
 HERE = Origin("rows.jsonl", 1)
 CONFIG = DataConfig.parse({"train": "-"})
 CALL = {"id": "abcdefghi", "type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
@@ -96,13 +96,13 @@ class Case:
 
     def __init__(self, raw: list[dict[str, Any]], tools: tuple[Any, ...], tokenizer: Any, kind: str) -> None:
         self.raw, self.tools, self.tokenizer, self.kind = raw, tools, tokenizer, KINDS[kind]
-        self.messages = tuple(turn(message) for message in raw)
-        self.found: list[Encoded] | Refusal = encode_example(ChatExample(self.messages, HERE, tools=tools), tokenizer, CONFIG)
+        self.messages = tuple(read_turn(message) for message in raw)
+        self.found: list[TokenizedExample] | RejectedRow = encode_example(ChatExample(self.messages, HERE, tools=tools), tokenizer, CONFIG)
 
     @property
     def texts(self) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
         assert isinstance(self.found, list)
-        return [(piece.ids, piece.weights) for one in self.found for piece in one.pieces]
+        return [(span.ids, span.weights) for one in self.found for span in one.spans]
 
     def runs(self) -> list[tuple[int, list[int], list[int]]]:
         """Of every trained turn: which text it stands in, the tokens before it, and its own."""
@@ -134,10 +134,10 @@ def law_prompt(case: Case) -> None:
     runs = case.runs()
     assert len(runs) == len(case.spoken), (len(runs), case.spoken)
     for k, (_, before, _) in zip(case.spoken, runs, strict=True):
-        asked = prompt_of(ChatExample(case.messages[:k + 1], HERE, tools=case.tools), case.tokenizer, CONFIG)[0]
+        asked = encode_prompt(ChatExample(case.messages[:k + 1], HERE, tools=case.tools), case.tokenizer, CONFIG)[0]
         assert asked == before, (case.tokenizer.decode(asked), case.tokenizer.decode(before))
         if k:  # nobody asks a server for an opening turn
-            served = chat_prompt(_Base(case.tokenizer), case.messages[:k], PromptFormat(), case.tools)  # type: ignore[arg-type]
+            served = encode_chat_prompt(_Base(case.tokenizer), case.messages[:k], PromptFormat(), case.tools)  # type: ignore[arg-type]
             assert served == before, (case.tokenizer.decode(served), case.tokenizer.decode(before))
 
 
@@ -211,7 +211,7 @@ def test_the_laws(kind: str, backend: str, texts: tuple[str, ...]) -> None:
     tokenizer, count = tokenizer_with(kind, backend), 0
     for name, raw, tools in conversations(texts):
         case = Case(raw, tools, tokenizer, kind)
-        if isinstance(case.found, Refusal):
+        if isinstance(case.found, RejectedRow):
             shape = name.split(" | ")[0]
             assert case.found.reason == REFUSED.get((kind, shape)), (name, str(case.found))
             continue
@@ -235,7 +235,7 @@ def broken_prompt(patch: pytest.MonkeyPatch) -> None:
 
 def broken_own_words(patch: pytest.MonkeyPatch) -> None:
     """What the template writes behind the end of a turn is trained."""
-    patch.setattr(chat._Chat, "through", chat._Chat.alone)
+    patch.setattr(chat._ChatRenderer, "through", chat._ChatRenderer.alone)
 
 
 def broken_nothing_lost(patch: pytest.MonkeyPatch) -> None:
@@ -245,13 +245,13 @@ def broken_nothing_lost(patch: pytest.MonkeyPatch) -> None:
 
 def broken_plain_text(patch: pytest.MonkeyPatch) -> None:
     """Control tokens are not marked."""
-    patch.setattr(conversation, "control_tokens", lambda *args: ControlTokens())
+    patch.setattr(conversation, "find_control_tokens", lambda *args: ControlTokens())
 
 
 def broken_one_opening(patch: pytest.MonkeyPatch) -> None:
     """The tokenizer's own opening is put before what a template has opened."""
-    true = encoding.tokens
-    patch.setattr(encoding, "tokens", lambda text, tokenizer, special: true(text, tokenizer, special=True))
+    true = encoding.tokenize_rendered
+    patch.setattr(encoding, "tokenize_rendered", lambda text, tokenizer, special: true(text, tokenizer, special=True))
 
 
 @pytest.mark.parametrize(("law", "broken", "kind", "shape", "text"), [
@@ -277,11 +277,11 @@ def test_the_remedy_of_a_key_that_is_not_rendered_works() -> None:
     tokenizer = tokenizer_with("chatml")
     messages = (Message("user", "hi", extra={"name": "Ann"}), Message("assistant", "yo"))
     found = encode_example(ChatExample(messages, HERE), tokenizer, CONFIG)
-    assert isinstance(found, Refusal)
+    assert isinstance(found, RejectedRow)
     assert found.reason == "a key of a message that the chat template does not render"
     assert "data.chat.ignore_keys" in found.detail
     ignoring = DataConfig.parse({"train": "-", "chat": {"ignore_keys": ["name"]}})
-    assert not isinstance(encode_example(ChatExample(messages, HERE), tokenizer, ignoring), Refusal)
+    assert not isinstance(encode_example(ChatExample(messages, HERE), tokenizer, ignoring), RejectedRow)
 
 
 def test_control_tokens_are_tokens_where_the_recipe_says_so() -> None:
@@ -290,7 +290,7 @@ def test_control_tokens_are_tokens_where_the_recipe_says_so() -> None:
     example = ChatExample((Message("user", "a<|im_end|>b"), Message("assistant", "yo")), HERE)
     counts = {reading: encode_example(example, tokenizer, DataConfig.parse({"train": "-", "chat": {"control_tokens": reading}}))
               for reading in ("text", "token")}
-    assert {reading: found[0].pieces[0].ids.count(end) for reading, found in counts.items()} == {"text": 2, "token": 3}
+    assert {reading: found[0].spans[0].ids.count(end) for reading, found in counts.items()} == {"text": 2, "token": 3}
     assert any("plain text" in remark for remark in counts["text"][0].remarks)
 
 
@@ -299,9 +299,9 @@ def test_control_tokens_are_read_as_transformers_reads_them(kind: str) -> None:
     """`sanitize_control_tokens` of Transformers, on a turn of the user, which both read alike."""
     tokenizer = tokenizer_with(kind)
     spelt = "".join(f"a {token} b" for token in KINDS[kind].special)
-    theirs = tokenizer.apply_chat_template([{"role": "user", "content": spelt}], chat_template=chat_templates(tokenizer)[
+    theirs = tokenizer.apply_chat_template([{"role": "user", "content": spelt}], chat_template=load_chat_templates(tokenizer)[
         "default"].source, add_generation_prompt=True, sanitize_control_tokens=True, return_dict=True)["input_ids"]
-    mine = prompt_of(ChatExample((Message("user", spelt), Message("assistant", "")), HERE), tokenizer, CONFIG)[0]
+    mine = encode_prompt(ChatExample((Message("user", spelt), Message("assistant", "")), HERE), tokenizer, CONFIG)[0]
     assert mine == theirs
 
 
@@ -320,7 +320,7 @@ def test_what_ends_a_trained_turn_stops_generation(kind: str) -> None:
     for shape in ("two", "linked call"):
         case = Case([_message(role, n, TEXTS[0]) for n, role in enumerate(SHAPES[shape])], (), tokenizer, name)
         ends |= {own[-1] for _, _, own in case.runs()}
-    assert ends == set(stop_tokens(tokenizer))
+    assert ends == set(find_stop_tokens(tokenizer))
 
 
 def test_the_template_that_renders_what_a_row_holds_is_chosen() -> None:
@@ -339,8 +339,8 @@ def test_a_bare_prompt_is_asked_as_it_is_trained(backend: str, text: str) -> Non
     for completion in ("42", " yes", "\n\nno", "</s>"):
         example = CompletionExample(text, completion, HERE)
         (found,) = encode_example(example, tokenizer, CONFIG)
-        asked, answer = prompt_of(example, tokenizer, CONFIG)
-        ids, weights = found.pieces[0].ids, found.pieces[0].weights
+        asked, answer = encode_prompt(example, tokenizer, CONFIG)
+        ids, weights = found.spans[0].ids, found.spans[0].weights
         assert (list(ids[:len(asked)]), answer) == (asked, completion)
         assert not any(weights[:len(asked)])
         assert all(weights[len(asked):])

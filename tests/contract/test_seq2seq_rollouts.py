@@ -13,38 +13,43 @@ from lab import attach
 from lab_t5 import FAR, KIND, SAME, t5, tokenizer, widen
 from torch import Tensor
 
-from luthier import build
+from luthier import assembly
+from luthier.api.train import train
+from luthier.assembly.factory import attach_heads, load_datasets, load_family
+from luthier.assembly.policy_evaluation import evaluate_policies
+from luthier.assembly.rl_setup import init_rl_policy
+from luthier.assembly.run_io import open_run
 from luthier.core.examples import Origin
-from luthier.core.types import Batch, Encoded, Forest, Inputs, Piece, Target
-from luthier.data.loader import Loader
-from luthier.families.seq2seq import Seq2Seq
+from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, TokenizedExample, TokenSpan
+from luthier.data.batch_source import InMemoryBatchSource
+from luthier.models.families.seq2seq import Seq2Seq
 from luthier.objectives.grpo import GrpoConfig
 from luthier.objectives.ppo import PpoConfig
-from luthier.rollout import Answer, Rollouts
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import forward, step
-from luthier.train import train
+from luthier.rl import Completion, RolloutCollector, RolloutSource
+from luthier.training.loop import _follow_rollout
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import forward_objective, step
 from tiny import END_OF_TEXT, IM_END
 from trials import vowels
 
-PROMPTS = [Encoded((Piece((*range(65, 65 + n), IM_END), (0.0,) * (n + 1)),), Origin("prompts", i))
+PROMPTS = [TokenizedExample((TokenSpan((*range(65, 65 + n), IM_END), (0.0,) * (n + 1)),), Origin("prompts", i))
            for i, n in enumerate((3, 7, 5, 4))]
 
 
-def letters(answers: Sequence[Answer]) -> list[float]:
+def letters(answers: Sequence[Completion]) -> list[float]:
     """The share of an answer's tokens that are P, Q, ... W: countable, and best at 1."""
-    return [sum(80 <= token < 88 for token in answer.tokens) / len(answer.tokens) for answer in answers]
+    return [sum(80 <= token < 88 for token in answer.token_ids) / len(answer.token_ids) for answer in answers]
 
 
 def set_up(objective: Any, kind: str = "gated", seed: int = 3, stirred: bool = True, **model: Any) -> tuple[Seq2Seq, Any]:
     family = Seq2Seq(t5(kind, **model), tokenizer())
     attached = attach(family, "lora", seed, stirred, rank=4, dropout=0.0)  # type: ignore[arg-type]
-    return family, build.with_heads(family, attached, objective, seed)
+    return family, attach_heads(family, attached, objective, seed)
 
 
-def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> Rollouts:
-    return Rollouts(family, PROMPTS, objective, [(letters, 1.0)], Loader(PROMPTS, rounds, None, seed=seed), micro, seed,
-                    attached.disabled)
+def rolls(objective: Any, family: Seq2Seq, attached: Any, seed: int = 0, micro: int = 1000, rounds: int = 4) -> RolloutSource:
+    return RolloutSource(RolloutCollector(PROMPTS, objective, [(letters, 1.0)], InMemoryBatchSource(PROMPTS, rounds, None, seed=seed),
+                                          micro, seed, attached.disabled), family)
 
 
 def alone(family: Seq2Seq, prompt: Sequence[int], answer: Sequence[int], temperature: float) -> Tensor:
@@ -60,7 +65,7 @@ def gradients(family: Seq2Seq, objective: Any, attached: Any, batches: Sequence[
     for parameter in attached.parameters().values():
         parameter.grad = None
     for batch in batches:
-        (objective(forward(family, objective, batch, attached.disabled), batch.target).total / count).backward()
+        (objective(forward_objective(family, objective, batch, attached.disabled), batch.target).total / count).backward()
     return {name: p.grad.clone() for name, p in attached.parameters().items() if p.grad is not None}
 
 
@@ -69,7 +74,7 @@ def gradients(family: Seq2Seq, objective: Any, attached: Any, batches: Sequence[
 def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a round remembers of its answers is what Transformers computes of them, end marks too."""
     widen(monkeypatch)
-    objective = PpoConfig(answers=3, max_new_tokens=6, temperature=temperature, kl_weight=0.2)
+    objective = PpoConfig(num_generations=3, max_new_tokens=6, temperature=temperature, kl_coef=0.2)
     family, attached = set_up(objective, kind)
     if kind == "gated":
         with torch.no_grad():  # so that some answers end by themselves
@@ -78,17 +83,17 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
     assert len(batches) > 2
     ended, seen = 0, []
     for batch in batches:
-        forest, target = batch.inputs.forest, batch.target
-        for item, segment in enumerate(target.items.tolist()):
-            prompt, answer = (tuple(batch.inputs.tokens[forest.starts[s]:][:forest.lengths[s]].tolist())
-                              for s in (forest.parents[segment], segment))
+        segment_tree, target = batch.inputs.segment_tree, batch.target
+        for item, segment in enumerate(target.labeled_segments.tolist()):
+            prompt, answer = (tuple(batch.inputs.tokens[segment_tree.starts[s]:][:segment_tree.lengths[s]].tolist())
+                              for s in (segment_tree.parents[segment], segment))
             mine = target.item_of == item
-            assert target.tokens[mine].tolist() == list(answer)
+            assert target.token_ids[mine].tolist() == list(answer)
             wanted = alone(family, prompt, answer, temperature)
-            assert (target.known["old_logps"][mine] - wanted).abs().max() < SAME
+            assert (target.precomputed["old_logps"][mine] - wanted).abs().max() < SAME
             with attached.disabled():
                 reference = alone(family, prompt, answer, temperature)
-            assert (target.known["reference_logps"][mine] - reference).abs().max() < SAME
+            assert (target.precomputed["reference_logps"][mine] - reference).abs().max() < SAME
             assert (wanted - reference).abs().max() > FAR
             assert (wanted - alone(family, prompt, answer, 1.3)).abs().max() > FAR
             assert IM_END not in answer[:-1]
@@ -99,12 +104,12 @@ def test_every_column_stands_at_its_token(kind: str, temperature: float, monkeyp
     assert len(seen) == 12
     if kind == "gated":
         assert 0 < ended < 12
-    again = forward(family, objective, batches[0], attached.disabled).token_logps
-    assert torch.equal(again, batches[0].target.known["old_logps"])  # the same row, the same bits
+    again = forward_objective(family, objective, batches[0], attached.disabled).token_logps
+    assert torch.equal(again, batches[0].target.precomputed["old_logps"])  # the same row, the same bits
 
 
-@pytest.mark.parametrize("objective", [PpoConfig(answers=3, max_new_tokens=6, kl_in="loss"),
-                                       GrpoConfig(answers=3, max_new_tokens=6, kl_weight=0.1)], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [PpoConfig(num_generations=3, max_new_tokens=6, kl_penalty_in="loss"),
+                                       GrpoConfig(num_generations=3, max_new_tokens=6, beta=0.1)], ids=lambda o: o.name)
 def test_micro_tokens_change_nothing_but_the_rows(objective: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     widen(monkeypatch)
     found = []
@@ -119,20 +124,20 @@ def test_micro_tokens_change_nothing_but_the_rows(objective: Any, monkeypatch: p
         torch.testing.assert_close(found[1][1][name], wanted, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("objective", [PpoConfig(answers=16, max_new_tokens=3, kl_weight=0.0, epochs=2),
-                                       GrpoConfig(answers=16, max_new_tokens=3)], ids=lambda o: o.name)
+@pytest.mark.parametrize("objective", [PpoConfig(num_generations=16, max_new_tokens=3, kl_coef=0.0, num_ppo_epochs=2),
+                                       GrpoConfig(num_generations=16, max_new_tokens=3)], ids=lambda o: o.name)
 def test_a_countable_reward_rises(objective: Any) -> None:
     family, attached = set_up(objective, stirred=False, dtype=torch.float32, num_decoder_layers=1)
     with torch.no_grad():
         family.model.lm_head.weight[88:] *= 0.05  # a few likely words, among them the eight that pay
     feed = rolls(objective, family, attached)
-    optimizer = Optimizer(attached.parameters(), attached.rate, 0.05, OptimizerConfig(schedule="constant", warmup=0.0), 40)
+    optimizer = Optimizer(attached.parameters(), attached.lr_multiplier, 0.05, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0.0), 40)
     family.train(True)
     said = []
     for number in range(40 if objective.name == "ppo" else 20):
-        optimizer.set_rate(number)
+        optimizer.set_learning_rate(number)
         found = step(family, objective, next(feed), optimizer, reference=attached.disabled)
-        said.append(dict(feed.heard(found.numbers)))
+        said.append(dict(_follow_rollout(feed, found)))
     rewards = [one["reward"] for one in said if one]
     assert rewards[0] < 0.2
     assert sum(rewards[-3:]) / 3 > 0.8, [round(one, 2) for one in rewards]
@@ -147,46 +152,46 @@ def test_a_run_is_rewarded_by_a_run_and_resumes(tmp_path: Path) -> None:
             "prompts": [{"prompt": f"q{i}:"} for i in range(4)]}
     for name, found in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
-    common: dict[str, Any] = {"base": str(tmp_path / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.0},
-                              "training": {"steps": 6, "batch_size": 3}, "optimizer": {"learning_rate": 0.01}}
-    sft = train({**common, "data": str(tmp_path / "sft.jsonl"), "run": str(tmp_path / "sft")}, quiet=True)
+    common: dict[str, Any] = {"model": str(tmp_path / "base"), "method": {"name": "lora", "rank": 2, "dropout": 0.0},
+                              "training": {"max_steps": 6, "batch_size": 3}, "optimizer": {"learning_rate": 0.01}}
+    sft = train({**common, "data": str(tmp_path / "sft.jsonl"), "output_dir": str(tmp_path / "sft")}, quiet=True)
     judge = train({**common, "objective": "reward", "data": str(tmp_path / "pairs.jsonl"),
-                   "run": str(tmp_path / "reward")}, quiet=True)
-    made = build.recipe({"start": str(sft.path), "seed": 3,
-                         "objective": {"name": "ppo", "reward": {"run": str(judge.path)}, "kl_weight": 0.1,
-                                       "critic": "adapter", "answers": 2, "max_new_tokens": 4},
+                   "output_dir": str(tmp_path / "reward")}, quiet=True)
+    made = assembly.build_recipe({"init_from": str(sft.path), "seed": 3,
+                         "objective": {"name": "ppo", "reward": {"model": str(judge.path)}, "kl_coef": 0.1,
+                                       "critic": "adapter", "num_generations": 2, "max_new_tokens": 4},
                          "data": {"train": str(tmp_path / "prompts.jsonl"), "test": str(tmp_path / "prompts.jsonl")},
-                         "training": {"steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
-    family = build.family(made.base)
-    found = build.datasets(made, family)
-    attached, reference = build.begin(made, family)
+                         "training": {"max_steps": 4, "batch_size": 2}, "optimizer": {"learning_rate": 0.01}})
+    family = load_family(made.model)
+    found = load_datasets(made, family)
+    attached, reference = init_rl_policy(made, family)
     warned: list[str] = []
-    feed = build.feed(made, family, found, attached, reference, None, warned.append)
-    assert isinstance(feed, Rollouts)
+    feed = assembly.build_training_source(made, family, found, attached, reference, None, warned.append)
+    assert isinstance(feed, RolloutSource)
     assert not warned  # one copy of the weights
-    answers = [Answer("p1:", text, Origin("x", 1), {"prompt": "p1:"}) for text in ("aa", "zz", "b")]
-    mine = feed.rewards[0][0](answers)
-    _, alone_, _ = build.open_run(judge)  # the same run, opened by itself
+    answers = [Completion("p1:", text, Origin("x", 1), {"prompt": "p1:"}) for text in ("aa", "zz", "b")]
+    mine = feed.collector.rewards[0][0](answers)
+    _, alone_, _ = open_run(judge)  # the same run, opened by itself
     alone_.train(False)
     for answer, given in zip(answers, mine, strict=True):
         source, said = (torch.tensor(alone_.tokenizer(text)["input_ids"]) for text in ("p1:", answer.text))
-        target = Target(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, items=torch.tensor([1]))
+        target = LossInputs(torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0), 1, labeled_segments=torch.tensor([1]))
         inputs = Inputs(torch.cat([source, said]), torch.arange(len(source) + len(said)),
-                        Forest((len(source), len(said)), (-1, 0)))
+                        SegmentTree((len(source), len(said)), (-1, 0)))
         with torch.no_grad():
             scores = alone_.forward(inputs, target, frozenset({"scores"})).scores
         assert scores is not None
         assert given == pytest.approx(float(scores), rel=1e-4, abs=1e-5)
     assert abs(mine[0] - mine[1]) > 1e-3
     batch = next(feed)[0]
-    assert feed.heard(dict)["kl"] == pytest.approx(0, abs=1e-4)  # the policy is still what it started from
+    assert feed.take_metrics()["kl"] == pytest.approx(0, abs=1e-4)  # the policy is still what it started from
     with attached.disabled(), torch.no_grad():
         bare = family.forward(batch.inputs, batch.target, frozenset({"token_logps"})).token_logps
     assert bare is not None
-    assert (batch.target.known["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
-    run = train(made, run=str(tmp_path / "run"), quiet=True)
+    assert (batch.target.precomputed["reference_logps"] - bare).abs().max() > 1e-3  # which is not the bare base
+    run = train(made, output_dir=str(tmp_path / "run"), quiet=True)
     assert run.results["metric"] == "reward"
-    standing = build.standing(run)
+    standing = evaluate_policies(run)
     assert standing["start"]["kl"] == pytest.approx(0, abs=1e-4)
     assert abs(standing["tuned"]["kl"]) > 1e-5
 
@@ -196,9 +201,9 @@ def test_a_prompt_may_fill_the_source(tmp_path: Path) -> None:
     t5("gated", torch.float32).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": "p" * n}) + "\n" for n in (3, 7, 8)))
-    made = build.recipe({"base": str(tmp_path / "base"), "objective": {
+    made = assembly.build_recipe({"model": str(tmp_path / "base"), "objective": {
         "name": "grpo", "reward": f"{Path(__file__).parents[1] / 'trials.py'}:{vowels.__name__}", "max_new_tokens": 6},
         "data": {"train": str(tmp_path / "prompts.jsonl"), "max_length": 8}})
-    found = build.datasets(made, build.family(made.base))
-    assert [one.tokens for one in found.train] == [4, 8]
+    found = load_datasets(made, load_family(made.model))
+    assert [one.num_tokens for one in found.train] == [4, 8]
     assert found.report.parts["train"].reasons == {"longer than max_length": 1}

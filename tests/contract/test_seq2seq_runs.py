@@ -10,32 +10,32 @@ from typing import Any
 import pytest
 import torch
 from lab import SFT, apart, attach, measured, stir
-from lab_t5 import FAR, PROMPTS, SAME, base, forest, logits, padded, pairs, said, t5, tokenizer, widen
+from lab_t5 import FAR, PROMPTS, SAME, base, logits, padded, pairs, said, segment_tree, t5, tokenizer, widen
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import T5ForConditionalGeneration
 
 import luthier
-from luthier import build
+from luthier.assembly.run_io import open_run
 from luthier.core.errors import RunError
 from luthier.core.examples import (
     ChatExample,
-    ComparedExample,
     CompletionExample,
     Message,
     Origin,
+    PreferenceExample,
     PromptExample,
     TextExample,
 )
-from luthier.core.protocols import Sampling
-from luthier.core.types import Encoded
-from luthier.data import DataConfig, DividedConfig, encode
-from luthier.data.pack import batch
-from luthier.families.seq2seq import Seq2Seq
+from luthier.core.protocols import SamplingParams
+from luthier.core.types import TokenizedExample
+from luthier.data import DataConfig, DividedConfig, encode_example
+from luthier.data.packing import build_batch
 from luthier.methods import METHODS
-from luthier.methods.bank import Bank
-from luthier.methods.prompt import Words
-from luthier.runtime.run import Run
+from luthier.methods.multi_adapter import AdapterManager
+from luthier.methods.prompt import VirtualTokenConfig
+from luthier.models.families.seq2seq import Seq2Seq
+from luthier.training.run_folder import Run
 from tiny import END_OF_TEXT, IM_END, IM_START
 
 
@@ -49,7 +49,7 @@ def double(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def encoded(example: Any, **settings: Any) -> Any:
     config = DividedConfig.of(DataConfig.parse({"train": "-", **settings}))
-    return encode(example, tokenizer(), config)
+    return encode_example(example, tokenizer(), config)
 
 
 def spelt(ids: Sequence[int]) -> str:
@@ -59,47 +59,47 @@ def spelt(ids: Sequence[int]) -> str:
 ROW = CompletionExample("say it", " twice", Origin("lab", 1), 0.5)
 
 
-def test_source_and_answer_are_two_pieces_with_an_end_mark_each() -> None:
+def test_source_and_answer_are_two_spans_with_an_end_mark_each() -> None:
     (found,) = encoded(ROW)
-    source, answer = found.pieces
+    source, answer = found.spans
     assert (spelt(source.ids), source.weights, source.parent) == ("say it$", (0.0,) * 7, -1)
     assert (spelt(answer.ids), answer.weights, answer.parent) == (" twice$", (0.5,) * 7, 0)
-    assert found.bytes == len(" twice")
-    row = batch([found])
-    assert row.target.tokens.tolist() == list(answer.ids)  # the first one too, and the end mark
-    assert row.target.at.tolist() == [6, *range(7, 13)]
+    assert found.num_bytes == len(" twice")
+    row = build_batch([found])
+    assert row.target.token_ids.tolist() == list(answer.ids)  # the first one too, and the end mark
+    assert row.target.state_index.tolist() == [6, *range(7, 13)]
 
 
 def test_each_of_the_two_has_max_length_to_itself() -> None:
     (found,) = encoded(ROW, max_length=4)
-    assert [spelt(piece.ids) for piece in found.pieces] == ["say$", " twi"]
-    assert found.bytes == 4
-    refused = encoded(ROW, max_length=6, overlong="refuse")
+    assert [spelt(span.ids) for span in found.spans] == ["say$", " twi"]
+    assert found.num_bytes == 4
+    refused = encoded(ROW, max_length=6, truncation="refuse")
     assert refused.reason == "longer than max_length"
     assert "source" in refused.detail
-    assert len(encoded(ROW, max_length=7, overlong="refuse")) == 1
+    assert len(encoded(ROW, max_length=7, truncation="refuse")) == 1
 
 
 def test_a_chat_is_asked_up_to_the_first_answer() -> None:
     chat = ChatExample((Message("user", "Hi"), Message("assistant", "Ho")), Origin("lab", 1))
     (found,) = encoded(chat)
-    assert [spelt(piece.ids) for piece in found.pieces] == ["### User:\nHi\n\n### Assistant:\n$", "Ho$"]
-    assert found.pieces[1].weights == (1.0,) * 3
+    assert [spelt(span.ids) for span in found.spans] == ["### User:\nHi\n\n### Assistant:\n$", "Ho$"]
+    assert found.spans[1].weights == (1.0,) * 3
 
 
 def test_what_asks_nothing_is_refused() -> None:
     for example in (TextExample("only text", Origin("lab", 1)), CompletionExample(" ", "an answer", Origin("lab", 1))):
         assert encoded(example).reason == "nothing is asked"
     chat = ChatExample((Message("user", "Hi"), Message("assistant", "Ho")), Origin("lab", 1))
-    assert encoded(chat, train_on="all").reason == "nothing is asked"
+    assert encoded(chat, loss_on="all").reason == "nothing is asked"
 
 
 def test_answers_that_are_compared_share_their_source() -> None:
-    (found,) = encoded(ComparedExample("which", ("this", "that"), (0, 1), Origin("lab", 1)))
-    assert [(spelt(p.ids), p.parent) for p in found.pieces] == [("which$", -1), ("this$", 0), ("that$", 0)]
-    assert [item.piece for item in found.items] == [1, 2]
+    (found,) = encoded(PreferenceExample("which", ("this", "that"), (0, 1), Origin("lab", 1)))
+    assert [(spelt(p.ids), p.parent) for p in found.spans] == [("which$", -1), ("this$", 0), ("that$", 0)]
+    assert [item.span_index for item in found.labeled_spans] == [1, 2]
     (alone,) = encoded(PromptExample("which", Origin("lab", 1)))
-    assert spelt(alone.pieces[0].ids) == "which$"
+    assert spelt(alone.spans[0].ids) == "which$"
 
 
 def test_an_opening_mark_belongs_to_its_half() -> None:
@@ -107,8 +107,8 @@ def test_an_opening_mark_belongs_to_its_half() -> None:
     opened = tokenizer()
     opened.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", IM_START), ("<|im_end|>", IM_END)])
-    found = encode(ROW, opened, DividedConfig.of(DataConfig.parse({"train": "-"})))
-    source, answer = found[0].pieces
+    found = encode_example(ROW, opened, DividedConfig.of(DataConfig.parse({"train": "-"})))
+    source, answer = found[0].spans
     assert source.ids[0] == answer.ids[0] == IM_START
     assert source.ids[-1] == answer.ids[-1] == IM_END
     assert answer.weights == (0.5,) * 8
@@ -122,16 +122,16 @@ def test_a_run_learns_a_task_and_opens_again(method: str, tmp_path: Path) -> Non
     tokenizer().save_pretrained(tmp_path / "base")
     rows = [{"prompt": f"{word}:", "completion": word[0] * 2} for word in ("apple", "berry", "cherry", "date")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = luthier.train(base={"name": str(tmp_path / "base"), "dtype": "float64"}, method=method, quiet=True,
-                        run=str(tmp_path / "run"),
+    run = luthier.train(model={"name_or_path": str(tmp_path / "base"), "dtype": "float64"}, method=method, quiet=True,
+                        output_dir=str(tmp_path / "run"),
                         data={"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl")},
                         optimizer={"learning_rate": 3e-2 if method == "lora" else 1e-2},
-                        training={"steps": 24, "batch_size": 4, "micro_tokens": 30},
-                        evaluate={"metrics": "exact", "max_new_tokens": 4})
+                        training={"max_steps": 24, "batch_size": 4, "max_tokens_per_micro_batch": 30},
+                        evaluate={"metrics": "exact_match", "max_new_tokens": 4})
     assert run.results["before"] == 0.0
     assert run.results["after"] == 1.0
     assert run.results["test"]["nll"] < 0.4 < run.results["test_before"]["nll"]
-    _, family, _ = build.open_run(Run(tmp_path / "run"))
+    _, family, _ = open_run(Run(tmp_path / "run"))
     assert isinstance(family, Seq2Seq)
     family.train(False)
     asked = tuple(b"cherry:")
@@ -156,10 +156,10 @@ def test_every_method_trains_what_it_promises(method: str) -> None:
     family = base("gated")
     bare = logits(family.model)
     attached = attach(family, method, stirred=False, **SETTINGS.get(method, {}))
-    virtual = issubclass(METHODS[method], Words)  # what stands beside the words is seen at once
+    virtual = issubclass(METHODS[method], VirtualTokenConfig)  # what stands beside the words is seen at once
     assert ((logits(family.model) - bare).abs().max() < SAME) is not virtual
     stir(attached)
-    found = measured(family, attached, [batch(pairs())])
+    found = measured(family, attached, [build_batch(pairs())])
     assert all(float(t.abs().sum()) > 0 for t in found.values())
     with attached.disabled():
         assert torch.equal(logits(family.model), bare)
@@ -185,7 +185,7 @@ def test_merged_is_attached() -> None:
 def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     family = base()
-    attached = attach(family, "lora", rank=4, alpha=12.0, targets=targets)
+    attached = attach(family, "lora", rank=4, alpha=12.0, target_modules=targets)
     config = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", r=4, lora_alpha=12, target_modules=theirs)
     other = peft.get_peft_model(t5("relu"), config, autocast_adapter_dtype=False).eval()
     wanted = {n.replace(".default", ""): p for n, p in other.named_parameters() if "lora_" in n}
@@ -197,42 +197,42 @@ def test_lora_is_pefts(targets: Any, theirs: list[str], tmp_path: Path) -> None:
     assert (logits(other) - logits(family.model)).abs().max() < SAME
     given = padded(pairs(flat=True))
     other(**given).loss.backward()
-    found = measured(family, attached, [batch(pairs(flat=True))])
+    found = measured(family, attached, [build_batch(pairs(flat=True))])
     assert apart({n: t for n, t in found.items() if n != "loss"}, {n: p.grad for n, p in wanted.items()}) < SAME
     stir(attached)
     assert (logits(other) - logits(family.model)).abs().max() > FAR
-    assert attached.peft()["task_type"] == "SEQ_2_SEQ_LM"
+    assert attached.get_peft_config()["task_type"] == "SEQ_2_SEQ_LM"
 
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.anatomy)
+    manager = AdapterManager(family.structure)
     for i, name in enumerate("ab"):
-        bank.add(name, attach(family, "lora", seed=i))
-        stir(bank.members[name], seed=10 + i)
-    family.router = bank
+        manager.add(name, attach(family, "lora", seed=i))
+        stir(manager.adapters[name], seed=10 + i)
+    family.router = manager
     names = ["a", "b", None, "a", "b", None]
 
-    def total(who: str | None, examples: list[Encoded]) -> Tensor:
-        with bank.using(who):
-            row = batch(examples)
-            return SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+    def total(who: str | None, examples: list[TokenizedExample]) -> Tensor:
+        with manager.use_adapter(who):
+            row = build_batch(examples)
+            return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     apart_ = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", None))
-    row = batch(examples)
-    inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
-    assert (SFT(family.forward(inputs, row.target, SFT.needs), row.target).total - apart_).abs() < SAME
+    row = build_batch(examples)
+    inputs = manager.with_adapters(row.inputs, [name for name in names for _ in range(2)])
+    assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - apart_).abs() < SAME
     assert (total("a", examples) - apart_).abs() > FAR
 
-    found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
+    found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6, batch_size=5), [0, 1, -1, 0, 1]), key=lambda g: g.index)
     for i, who in enumerate(["a", "b", None, "a", "b"]):
-        with bank.using(who):
-            assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].tokens]
+        with manager.use_adapter(who):
+            assert said(family, [PROMPTS[i]], max_new_tokens=6) == [found[i].token_ids]
 
-    tree = batch([forest()])
-    with pytest.raises(RunError, match="another adapter"):
-        family.forward(bank.through(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.needs)
+    tree = build_batch([segment_tree()])
+    with pytest.raises(RunError, match="a different adapter than its parent"):
+        family.forward(manager.with_adapters(tree.inputs, ["a", "a", "b", "a", "a", "a"]), tree.target, SFT.required_outputs)
 
 
 def test_a_saved_base_is_the_same_base(tmp_path: Path) -> None:

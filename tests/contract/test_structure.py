@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from luthier import build
+from luthier import assembly
+from luthier.api.export import export
+from luthier.api.train import train
+from luthier.assembly.factory import check_loaded_model
+from luthier.assembly.run_io import open_run
+from luthier.assembly.run_warnings import find_unused_settings
 from luthier.core.errors import BaseError, RecipeError
-from luthier.export import export
-from luthier.families import BaseConfig, folder
-from luthier.families.structure import StructureConfig, change
-from luthier.train import train
+from luthier.models import ModelConfig, prepare_folder
+from luthier.models.surgery import SurgeryConfig, modify_model
 from tiny import save_tiny, tiny, tiny_tokenizer
 
 DECODERS = ("llama", "qwen2", "gpt2", "mistral", "gemma2", "gemma3")
@@ -48,13 +51,13 @@ def changed(kind: str, **settings: Any) -> tuple[Any, Any, Any]:
     """The base, the changed base, and its tokenizer."""
     base, tokenizer = tiny(kind, **deep(kind)), tiny_tokenizer()
     found = deepcopy(base)
-    change(found, tokenizer, StructureConfig(**settings))
+    modify_model(found, tokenizer, SurgeryConfig(**settings))
     return base, found, tokenizer
 
 
 def reopened(path: Path, **structure: Any) -> tuple[Any, Any]:
     """The changed base of a folder, as Transformers alone loads it, and its tokenizer."""
-    found = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    found = prepare_folder(ModelConfig(name_or_path=str(path), surgery=SurgeryConfig(**structure)))
     return AutoModelForCausalLM.from_pretrained(found, dtype="auto").eval(), AutoTokenizer.from_pretrained(found)
 
 
@@ -63,11 +66,11 @@ def reopened(path: Path, **structure: Any) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_added_blocks_start_as_the_identity_and_learn(kind: str) -> None:
-    base, found, _ = changed(kind, add_blocks=(0, 2))
+    base, found, _ = changed(kind, expand_layers=(0, 2))
     assert found.config.num_hidden_layers == 5
     assert torch.equal(said(found), said(base))
     found(input_ids=IDS, labels=IDS).loss.backward()
-    block: Any = build.CausalLM(found, tiny_tokenizer()).anatomy.blocks[1]
+    block: Any = assembly.CausalLM(found, tiny_tokenizer()).structure.layers[1]
     gradients = {role: [p.grad for n, p in block.module.named_parameters() if n.rpartition(".")[0].endswith(role)]
                  for role in ("o_proj", "down_proj", "c_proj")}
     last = [g for found in gradients.values() for g in found]
@@ -81,7 +84,7 @@ def test_added_blocks_start_as_the_identity_and_learn(kind: str) -> None:
 @pytest.mark.parametrize("kind", [*DECODERS, "mixtral"])
 def test_dropped_blocks_are_stepped_over(kind: str) -> None:
     """The oracle: the base, its dropped block made to hand on what comes in."""
-    base, found, _ = changed(kind, drop_blocks=(1,))
+    base, found, _ = changed(kind, drop_layers=(1,))
     handed = base.model.layers if kind != "gpt2" else base.transformer.h
     whole = said(base)
     handed[1].register_forward_hook(lambda module, args, kwargs, out: args[0] if args else kwargs["hidden_states"],
@@ -94,16 +97,16 @@ def test_dropped_blocks_are_stepped_over(kind: str) -> None:
 def test_blocks_keep_what_the_config_says_of_each() -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
     base: Any = tiny("gemma2", num_hidden_layers=4, layer_types=types)
-    change(base, tiny_tokenizer(), StructureConfig(drop_blocks=(0,), add_blocks=(1, 2)))
+    modify_model(base, tiny_tokenizer(), SurgeryConfig(drop_layers=(0,), expand_layers=(1, 2)))
     assert base.config.layer_types == [types[i] for i in (1, 1, 2, 2, 3)]
     assert [block.self_attn.layer_idx for block in base.model.layers] == [0, 1, 2, 3, 4]
 
 
 def test_order_of_blocks() -> None:
-    spread = StructureConfig(add_blocks=2).order(6)
+    spread = SurgeryConfig(expand_layers=2).list_layers(6)
     assert [block for block, copy in spread if copy] == [2, 5]
-    assert StructureConfig(add_blocks=(1,), drop_blocks=(0,)).order(3) == [(1, False), (1, True), (2, False)]
-    assert StructureConfig(add_blocks=3, drop_blocks=(0,)).order(4) == [(i, copy) for i in (1, 2, 3)
+    assert SurgeryConfig(expand_layers=(1,), drop_layers=(0,)).list_layers(3) == [(1, False), (1, True), (2, False)]
+    assert SurgeryConfig(expand_layers=3, drop_layers=(0,)).list_layers(4) == [(i, copy) for i in (1, 2, 3)
                                                                          for copy in (False, True)]
 
 
@@ -116,7 +119,7 @@ def test_new_words_start_from_their_description(kind: str, size: int) -> None:
     tokenizer = tiny_tokenizer()
     base: Any = tiny(kind, vocab_size=size)
     old = deepcopy(base)
-    change(base, tokenizer, StructureConfig(new_tokens={"<crane>": "a bird", "<lift>": "up"}))
+    modify_model(base, tokenizer, SurgeryConfig(new_tokens={"<crane>": "a bird", "<lift>": "up"}))
     assert tokenizer("x<crane><lift>")["input_ids"] == [ord("x"), 259, 260]
     assert tokenizer.decode([259]) == "<crane>"
     for get in ("get_input_embeddings", "get_output_embeddings"):
@@ -135,7 +138,7 @@ def test_new_words_start_from_their_description(kind: str, size: int) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "gemma3"])
 def test_transformers_loads_the_changed_base(kind: str, tmp_path: Path) -> None:
-    structure: dict[str, Any] = {"new_tokens": {"<crane>": "a bird"}, "add_blocks": (2,), "drop_blocks": (0,)}
+    structure: dict[str, Any] = {"new_tokens": {"<crane>": "a bird"}, "expand_layers": (2,), "drop_layers": (0,)}
     path = save_tiny(tmp_path / "base", kind, **deep(kind))
     _, wanted, _ = changed(kind, **structure)
     model, tokenizer = reopened(path, **structure)
@@ -146,34 +149,34 @@ def test_transformers_loads_the_changed_base(kind: str, tmp_path: Path) -> None:
     plain = [model.generate(IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=0, use_cache=cached).tolist()
              for cached in (True, False)]
     assert plain[0] == plain[1]
-    made = folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+    made = prepare_folder(ModelConfig(name_or_path=str(path), surgery=SurgeryConfig(**structure)))
     before = (made / "model.safetensors").stat().st_mtime_ns
-    assert folder(BaseConfig(name=str(path), structure=StructureConfig(**structure))) == made
+    assert prepare_folder(ModelConfig(name_or_path=str(path), surgery=SurgeryConfig(**structure))) == made
     assert (made / "model.safetensors").stat().st_mtime_ns == before
-    assert folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1))) != made
+    assert prepare_folder(ModelConfig(name_or_path=str(path), surgery=SurgeryConfig(expand_layers=1))) != made
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(LINES)
     path = save_tiny(tmp_path / "base", "llama")
-    settings: dict[str, Any] = {"base.name": str(path), "base.dtype": "float64", "data": str(tmp_path / "rows.jsonl"),
-                "objective": "pretrain", "run": str(tmp_path / "run"), "training.steps": 3, "training.batch_size": 2,
+    settings: dict[str, Any] = {"model.name_or_path": str(path), "model.dtype": "float64", "data": str(tmp_path / "rows.jsonl"),
+                "objective": "pretrain", "output_dir": str(tmp_path / "run"), "training.max_steps": 3, "training.batch_size": 2,
                 "method": method, "optimizer.learning_rate": 0.01,
-                "base.structure": {"new_tokens": {"<crane>": "a bird"}, "add_blocks": 1, "drop_blocks": [0]}}
+                "model.surgery": {"new_tokens": {"<crane>": "a bird"}, "expand_layers": 1, "drop_layers": [0]}}
     run = train(None, quiet=True, **settings)
     (tmp_path / "cache").rename(tmp_path / "lost")  # a run needs its recipe and the base, and nothing of the cache
-    made, base, attached = build.open_run(run)
-    assert base.anatomy.sizes["layers"] == 2
-    assert made.base.structure is not None
-    tuned = said(base.anatomy.model)
-    bare = said(reopened(path, **made.base.structure.model_dump())[0])
+    made, base, attached = open_run(run)
+    assert base.structure.sizes["layers"] == 2
+    assert made.model.surgery is not None
+    tuned = said(base.structure.model)
+    bare = said(reopened(path, **made.model.surgery.model_dump())[0])
     assert not torch.allclose(tuned, bare, atol=1e-4)
     if method == "lora":
         from peft import PeftModel
         assert attached is not None
         with attached.disabled():
-            assert torch.equal(said(base.anatomy.model), bare)
+            assert torch.equal(said(base.structure.model), bare)
         named = json.loads((run.path / "adapter_config.json").read_text())["base_model_name_or_path"]
         peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(named, dtype="auto"), run.path).eval()
         assert torch.allclose(said(peft), tuned, atol=1e-12)
@@ -186,53 +189,53 @@ def test_runs_on_a_changed_base_reopen(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("structure", "words"), [
-    ({}, "nothing is changed"), ({"add_blocks": -1}, "above 0"), ({"drop_blocks": (1, 1)}, "once"),
-    ({"add_blocks": (1,), "drop_blocks": (1,)}, "both copied and left out"),
+    ({}, "nothing is changed"), ({"expand_layers": -1}, "above 0"), ({"drop_layers": (1, 1)}, "once"),
+    ({"expand_layers": (1,), "drop_layers": (1,)}, "both copied and dropped"),
 ])
 def test_faults_that_need_no_base(structure: dict[str, Any], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
-        build.recipe({"data": "-", "base": {"structure": structure}})
+        assembly.build_recipe({"data": "-", "model": {"surgery": structure}})
 
 
 @pytest.mark.parametrize(("structure", "words"), [
-    ({"drop_blocks": (3,)}, "0 to 2"), ({"drop_blocks": (0, 1, 2)}, "no block would be left"),
-    ({"add_blocks": 4}, "3 at most"), ({"new_tokens": {"a": "b"}}, "already"), ({"new_tokens": {" ": "b"}}, "empty"),
+    ({"drop_layers": (3,)}, "0 to 2"), ({"drop_layers": (0, 1, 2)}, "no layer would be left"),
+    ({"expand_layers": 4}, "at most one copy after each of 3"), ({"new_tokens": {"a": "b"}}, "already"), ({"new_tokens": {" ": "b"}}, "empty"),
     ({"new_tokens": {"<x>": ""}}, "no tokens"),
 ])
 def test_faults_that_the_base_shows(structure: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", "llama", num_hidden_layers=3)
     with pytest.raises(RecipeError, match=words):
-        folder(BaseConfig(name=str(path), structure=StructureConfig(**structure)))
+        prepare_folder(ModelConfig(name_or_path=str(path), surgery=SurgeryConfig(**structure)))
     assert not list((tmp_path / "cache").glob("[!.]*"))
 
 
-@pytest.mark.parametrize(("kind", "words"), [("mixtral", "no linear map that ends"), ("bert", "no plain causal")])
+@pytest.mark.parametrize(("kind", "words"), [("mixtral", "no linear output projection"), ("bert", "plain causal language models only")])
 def test_bases_that_are_not_changed(kind: str, words: str, tmp_path: Path) -> None:
     path = save_tiny(tmp_path / "base", kind)
     with pytest.raises(BaseError, match=words):
-        folder(BaseConfig(name=str(path), structure=StructureConfig(add_blocks=1)))
+        prepare_folder(ModelConfig(name_or_path=str(path), surgery=SurgeryConfig(expand_layers=1)))
 
 
-@pytest.mark.parametrize(("method", "words"), [({"name": "lora", "dora": True}, "divides by"), ("ia3", "stays zero"),
-                                               ({"name": "lora", "init": "pissa"}, "largest directions")])
+@pytest.mark.parametrize(("method", "words"), [({"name": "lora", "use_dora": True}, "divides by"), ("ia3", "stays zero"),
+                                               ({"name": "lora", "init_lora_weights": "pissa"}, "singular vectors")])
 def test_methods_that_cannot_train_a_silent_block(method: Any, words: str) -> None:
-    family = build.CausalLM(tiny("llama"), tiny_tokenizer())
-    structure = {"structure": {"add_blocks": 1}}
+    family = assembly.CausalLM(tiny("llama"), tiny_tokenizer())
+    structure = {"surgery": {"expand_layers": 1}}
     with pytest.raises(RecipeError, match=words):
-        build.check(build.recipe({"data": "-", "base": structure, "method": ["bitfit", method]}), family)
-    build.check(build.recipe({"data": "-", "method": method}), family)
-    build.check(build.recipe({"data": "-", "base": structure, "method": "lora"}), family)
+        check_loaded_model(assembly.build_recipe({"data": "-", "model": structure, "method": ["bitfit", method]}), family)
+    check_loaded_model(assembly.build_recipe({"data": "-", "method": method}), family)
+    check_loaded_model(assembly.build_recipe({"data": "-", "model": structure, "method": "lora"}), family)
 
 
 def test_words_that_do_not_train_are_told() -> None:
-    words = {"structure": {"new_tokens": {"<crane>": "a bird"}}}
-    assert any("new_tokens" in line for line in build.find_unused_settings(build.recipe({"data": "-", "base": words})))
-    assert not build.find_unused_settings(build.recipe({"data": "-", "base": words, "method": "full"}))
+    words = {"surgery": {"new_tokens": {"<crane>": "a bird"}}}
+    assert any("new_tokens" in line for line in find_unused_settings(assembly.build_recipe({"data": "-", "model": words})))
+    assert not find_unused_settings(assembly.build_recipe({"data": "-", "model": words, "method": "full"}))
 
 
 def test_added_blocks_share_the_config() -> None:
     """What is set of the whole model, such as how it attends, reaches them."""
-    _, found, _ = changed("llama", add_blocks=1)
+    _, found, _ = changed("llama", expand_layers=1)
     assert {id(m.config) for m in found.modules() if isinstance(getattr(m, "config", None), type(found.config))} == {
         id(found.config)}
 
@@ -243,4 +246,4 @@ def test_a_block_that_is_not_silent_is_refused() -> None:
     for block in model.model.layers:
         block.register_forward_hook(lambda module, args, out: out + 1.0)
     with pytest.raises(BaseError, match="do not become the identity"):
-        change(model, tiny_tokenizer(), StructureConfig(add_blocks=1))
+        modify_model(model, tiny_tokenizer(), SurgeryConfig(expand_layers=1))

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from luthier.methods import METHODS
-from luthier.objectives import OBJECTIVES
-from luthier.runtime import checkpoint
-from luthier.runtime.loop import fit
+from luthier.objectives import OBJECTIVES, SHORT_FORMS
+from luthier.training import checkpoint
+from luthier.training.loop import run_training_loop
 from tiny import ENCODERS, VISIONS
 from trials import BASES, ELSEWHERE, FAMILIES, SAVED, SIMPLEST, Pair, Trial, prepare, recipe, same, trial, tried
 
@@ -33,9 +33,9 @@ def reason(base: str, method: str, objective: str) -> str:
     if base in (*ENCODERS, *VISIONS) and objective not in WHOLE and (base in VISIONS or objective != "pretrain"):
         return "predicts none"
     if base in VISIONS and objective == "reward":
-        return "the base takes pictures"
+        return "the base takes images"
     if method == "peft" and base == "gpt2":
-        return "PEFT cannot put LOHA on this model"
+        return "PEFT cannot apply LOHA to this model"
     return ""
 
 
@@ -64,9 +64,9 @@ def test_a_checkpoint_that_lacks_something_is_not_gone_on_from_exactly(home: Pat
     """The control: a trial would show that the optimiser's moments were left behind."""
     made = recipe(home, "llama", "lora", "sft")
     one, again = Trial(made, tmp_path), Trial(made, tmp_path)
-    fit(one.job)
-    saved = checkpoint.load(tmp_path / f"step-{SAVED}")
-    fit(again.job, replace(saved, tensors={**saved.tensors, "optimizer": {}}))
+    run_training_loop(one.job)
+    saved = checkpoint.load_checkpoint(tmp_path / f"step-{SAVED}")
+    run_training_loop(again.job, replace(saved, tensors={**saved.tensors, "optimizer": {}}))
     with pytest.raises(AssertionError):
         same(one.attached.state(), again.attached.state())
 
@@ -74,8 +74,8 @@ def test_a_checkpoint_that_lacks_something_is_not_gone_on_from_exactly(home: Pat
 def test_no_axis_is_left_out() -> None:
     pairs = set(tried())
     assert all((base, method, SIMPLEST[base]) in pairs for base in BASES for method in METHODS)
-    assert all((base, "lora", objective) in pairs for base in FAMILIES for objective in OBJECTIVES)
-    assert all(("llama", method, objective) in pairs for method in METHODS for objective in OBJECTIVES)
+    assert all((base, "lora", objective) in pairs for base in FAMILIES for objective in (*OBJECTIVES, *SHORT_FORMS))
+    assert all(("llama", method, objective) in pairs for method in METHODS for objective in (*OBJECTIVES, *SHORT_FORMS))
     assert {base for base, _ in ELSEWHERE} < set(BASES)
 
 

@@ -11,24 +11,24 @@ import torch
 from lab import SFT, attach, base, documents
 from torch import Tensor, nn
 
-from luthier.build.candidates import least_gb
+from luthier.api.evaluate import evaluate
+from luthier.api.export import export
+from luthier.api.train import train
+from luthier.assembly.method_variants import estimate_weight_gb
 from luthier.core.errors import RecipeError, RunError
-from luthier.data.pack import pack
-from luthier.evaluate import evaluate
-from luthier.export import export
-from luthier.families import BaseConfig
-from luthier.runtime import checkpoint
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.step import step
-from luthier.train import train
+from luthier.data.packing import pack_examples
+from luthier.models import ModelConfig
+from luthier.training import checkpoint
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.step import step
 from tiny import save_tiny
 
 INSIDE: list[tuple[str, dict[str, Any], float]] = [  # methods that train the base's own weights, with a learning rate
-    ("full", {}, 2e-5), ("full", {"keep_base": True}, 2e-5), ("freeze", {"last": 1}, 5e-4), ("freeze", {"head": True}, 5e-4),
-    ("freeze", {"embeddings": True}, 5e-4), ("ln", {}, 1e-3)]
+    ("full", {}, 2e-5), ("full", {"keep_base": True}, 2e-5), ("freeze", {"num_trainable_layers": 1}, 5e-4), ("freeze", {"head": True}, 5e-4),
+    ("freeze", {"embeddings": True}, 5e-4), ("ln_tuning", {}, 1e-3)]
 OTHERS: list[tuple[str, dict[str, Any]]] = [
-    ("lora", {}), ("lora", {"dora": True}), ("bitfit", {}), ("ia3", {}), ("adalora", {}), ("adapter", {}),
-    ("prompt", {"tokens": 3}), ("ptuning", {"tokens": 3}), ("ptuning_v2", {"tokens": 3}), ("prefix", {"tokens": 3})]
+    ("lora", {}), ("lora", {"use_dora": True}), ("bitfit", {}), ("ia3", {}), ("adalora", {}), ("adapter", {}),
+    ("prompt", {"num_virtual_tokens": 3}), ("ptuning", {"num_virtual_tokens": 3}), ("ptuning_v2", {"num_virtual_tokens": 3}), ("prefix", {"num_virtual_tokens": 3})]
 STEPS = 30
 
 
@@ -37,11 +37,11 @@ def trained(name: str, settings: dict[str, Any], rate: float, dtype: torch.dtype
     """The optimizer, and what trains in the model before and after."""
     family = base(kind, dtype=dtype)
     attached = attach(family, name, stirred=False, **settings)
-    adam = Optimizer(attached.parameters(), attached.rate, rate, OptimizerConfig(), steps, attached.at_update)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, rate, OptimizerConfig(), steps, attached.optimizer_hooks)
     before = {n: p.detach().clone() for n, p in attached.parameters().items()}
     for i in range(steps):
-        adam.set_rate(i)
-        step(family, SFT, pack(documents(seed=i), 30), adam)
+        adam.set_learning_rate(i)
+        step(family, SFT, pack_examples(documents(seed=i), 30), adam)
     return adam, before, {n: p.detach().clone() for n, p in attached.parameters().items()}
 
 
@@ -64,19 +64,19 @@ def test_as_many_weights_move_as_in_float32(name: str, settings: dict[str, Any],
     assert all(t.dtype == torch.float32 for n, t in adam.state().items() if not n.endswith(".step"))
     largest = max(float((copies[n] - t.float()).abs().max()) for n, t in start.items())
     assert largest <= rate * STEPS * 1.05  # Adam moves a weight by about the rate; in float16 it was 500 times that
-    if name == "ln":  # its rate is large enough for the rounded weights too
+    if name == "ln_tuning":  # its rate is large enough for the rounded weights too
         assert moved(start, rounded) > 0.5
 
 
 def test_small_updates_add_up() -> None:
     """A thousand updates of a tenth of the spacing of bfloat16 numbers around 1; the control is AdamW on the weight itself."""
     weight, control = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
-    adam = Optimizer({"w": weight}, lambda _: 1.0, 5e-4, OptimizerConfig(schedule="constant", warmup=0, clip=None), 1000)
+    adam = Optimizer({"w": weight}, lambda _: 1.0, 5e-4, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0, max_grad_norm=None), 1000)
     plain = torch.optim.AdamW([control], lr=5e-4, weight_decay=0)
     for i in range(1000):
-        adam.set_rate(i)
+        adam.set_learning_rate(i)
         weight.sum().backward()
-        adam.step(adam.clip())
+        adam.step(adam.clip_grad_norm())
         control.grad = torch.ones_like(control)
         plain.step()
     assert weight.tolist() == pytest.approx([0.5] * 4, abs=0.004)
@@ -87,7 +87,7 @@ def test_small_updates_add_up() -> None:
     assert weight.grad is not None  # let go of
 
 
-def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def reference(steps: int, max_tokens: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Mixed precision with master copies, written out: copies and the rounded model after full fine-tuning."""
     family = base("llama", dtype=torch.bfloat16)
     named = {n: p.requires_grad_(True) for n, p in family.model.named_parameters()}
@@ -97,12 +97,12 @@ def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[st
     for i in range(steps):
         for group in adam.param_groups:
             group["lr"] = 1e-3
-        batches = pack(documents(seed=i), micro_tokens)
+        batches = pack_examples(documents(seed=i), max_tokens)
         count = sum(float(b.target.weights.double().sum()) for b in batches)
         for master in masters.values():
             master.grad = torch.zeros_like(master)
         for batch in batches:
-            total = SFT(family.forward(batch.inputs, batch.target, SFT.needs), batch.target).total
+            total = SFT(family.forward(batch.inputs, batch.target, SFT.required_outputs), batch.target).total
             for master, slope in zip(masters.values(), torch.autograd.grad(total / count, list(named.values())), strict=True):
                 master.grad += slope.float()
         norm = torch.stack([m.grad.norm() for m in masters.values()]).norm()
@@ -115,15 +115,15 @@ def reference(steps: int, micro_tokens: int) -> tuple[dict[str, Tensor], dict[st
     return masters, named
 
 
-@pytest.mark.parametrize("micro_tokens", [20, 400])
-def test_it_is_mixed_precision_written_out(micro_tokens: int) -> None:
-    masters, named = reference(4, micro_tokens)
+@pytest.mark.parametrize("max_tokens", [20, 400])
+def test_it_is_mixed_precision_written_out(max_tokens: int) -> None:
+    masters, named = reference(4, max_tokens)
     family = base("llama", dtype=torch.bfloat16)
     attached = attach(family, "full", stirred=False)
-    adam = Optimizer(attached.parameters(), attached.rate, 1e-3, OptimizerConfig(schedule="constant", warmup=0), 4)
+    adam = Optimizer(attached.parameters(), attached.lr_multiplier, 1e-3, OptimizerConfig(lr_scheduler_type="constant", warmup_ratio=0), 4)
     for i in range(4):
-        adam.set_rate(i)
-        assert step(family, SFT, pack(documents(seed=i), micro_tokens), adam).micro_batches == (1 if micro_tokens == 400 else 5)
+        adam.set_learning_rate(i)
+        assert step(family, SFT, pack_examples(documents(seed=i), max_tokens), adam).micro_batches == (1 if max_tokens == 400 else 5)
     for name, master in masters.items():
         torch.testing.assert_close(adam.parameters[name].detach(), master.detach(), rtol=1e-6, atol=2e-6)
     same = [float((p == named[n]).float().mean()) for n, p in attached.parameters().items()]
@@ -134,16 +134,16 @@ def test_it_resumes_to_the_bit(tmp_path: Path) -> None:
     def fresh() -> tuple[Any, Any, Optimizer]:
         family = base("llama", dtype=torch.bfloat16)
         attached = attach(family, "full", stirred=False)
-        return family, attached, Optimizer(attached.parameters(), attached.rate, 2e-5, OptimizerConfig(), 8)
+        return family, attached, Optimizer(attached.parameters(), attached.lr_multiplier, 2e-5, OptimizerConfig(), 8)
 
     def run(family: Any, adam: Optimizer, steps: range) -> None:
         for i in steps:
-            adam.set_rate(i)
-            step(family, SFT, pack(documents(seed=i), 40), adam)
+            adam.set_learning_rate(i)
+            step(family, SFT, pack_examples(documents(seed=i), 40), adam)
 
     family, attached, adam = fresh()
     run(family, adam, range(4))
-    saved = checkpoint.load(checkpoint.save(tmp_path, 4, {"method": attached.state(), "optimizer": adam.state()}, {}, 1)).tensors
+    saved = checkpoint.load_checkpoint(checkpoint.save_checkpoint(tmp_path, 4, {"method": attached.state(), "optimizer": adam.state()}, {}, 1)).tensors
     run(family, adam, range(4, 8))
     second, other, again = fresh()
     other.load(saved["method"])
@@ -177,11 +177,11 @@ def rows(tmp_path: Path) -> Path:
 def test_a_run_on_a_bfloat16_base_says_the_memory_and_is_saved_in_the_dtype_of_its_base(
         rows: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.bfloat16)
-    run = train(base={"name": str(rows / "base"), "dtype": "auto"}, data={"train": str(rows / "rows.jsonl"), "test": str(rows / "rows.jsonl")},
-                method="full", training={"steps": 3}, optimizer={"learning_rate": 1e-3}, run=str(rows / "run"))
+    run = train(model={"name_or_path": str(rows / "base"), "dtype": "auto"}, data={"train": str(rows / "rows.jsonl"), "test": str(rows / "rows.jsonl")},
+                method="full", training={"max_steps": 3}, optimizer={"learning_rate": 1e-3}, output_dir=str(rows / "run"))
     assert "float32 copies of them" in capsys.readouterr().err
     assert json.loads((run.path / "config.json").read_text())["dtype"] == "bfloat16"
-    found = evaluate(run, quiet=True, **{"base.dtype": "auto"})
+    found = evaluate(run, quiet=True, **{"model.dtype": "auto"})
     assert found["nll"] == pytest.approx(run.results["test"]["nll"], rel=1e-6)  # what is saved is what was measured
 
 
@@ -189,14 +189,14 @@ def test_a_run_on_a_bfloat16_base_says_the_memory_and_is_saved_in_the_dtype_of_i
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_float16_base_is_refused_for_training_and_nothing_else(rows: Path, how: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.float16 if how == "auto" else torch.float32)
-    given: dict[str, Any] = {"data": str(rows / "rows.jsonl"), "method": method, "training": {"steps": 1}}
+    given: dict[str, Any] = {"data": str(rows / "rows.jsonl"), "method": method, "training": {"max_steps": 1}}
     with monkeypatch.context() as patch:
-        patch.setattr("luthier.build.family", lambda *_: pytest.fail("loaded before it was refused"))
+        patch.setattr("luthier.api.train.load_family", lambda *_: pytest.fail("loaded before it was refused"))
         with pytest.raises(RecipeError, match="float16") as error:
-            train(base={"name": str(rows / "base"), "dtype": how}, run=str(rows / "refused"), quiet=True, **given)
+            train(model={"name_or_path": str(rows / "base"), "dtype": how}, output_dir=str(rows / "refused"), quiet=True, **given)
     assert "bfloat16 or float32" in error.value.remedy
-    run = train(base={"name": str(rows / "base"), "dtype": "float32"}, run=str(rows / "run"), quiet=True, **given)  # the remedy works
-    assert evaluate(run, data=str(rows / "rows.jsonl"), quiet=True, **{"base.dtype": "float16"})["nll"] > 0
+    run = train(model={"name_or_path": str(rows / "base"), "dtype": "float32"}, output_dir=str(rows / "run"), quiet=True, **given)  # the remedy works
+    assert evaluate(run, data=str(rows / "rows.jsonl"), quiet=True, **{"model.dtype": "float16"})["nll"] > 0
     if method == "lora":
         assert (export(run, "merged", rows / "merged") / "config.json").exists()
 
@@ -206,12 +206,12 @@ def test_a_float16_base_whose_config_does_not_say_so_is_refused_once_it_is_loade
     config = json.loads((rows / "base/config.json").read_text())
     (rows / "base/config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}))
     with pytest.raises(RecipeError, match="float16"):
-        train(base={"name": str(rows / "base"), "dtype": "auto"}, data=str(rows / "rows.jsonl"), run=str(rows / "run"), quiet=True)
+        train(model={"name_or_path": str(rows / "base"), "dtype": "auto"}, data=str(rows / "rows.jsonl"), output_dir=str(rows / "run"), quiet=True)
 
 
 def test_the_plan_counts_the_copies(rows: Path) -> None:
     save_tiny(rows / "base", "llama", dtype=torch.bfloat16)
-    frozen, whole = ({d: least_gb(BaseConfig(name=str(rows / "base"), dtype=d), whole=w) for d in ("float32", "bfloat16")}
+    frozen, whole = ({d: estimate_weight_gb(ModelConfig(name_or_path=str(rows / "base"), dtype=d), whole=w) for d in ("float32", "bfloat16")}
                      for w in (False, True))
     assert whole["bfloat16"] / frozen["bfloat16"] == pytest.approx(9)  # 18 bytes a weight instead of 2
     assert whole["float32"] / frozen["float32"] == pytest.approx(4)

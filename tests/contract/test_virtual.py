@@ -16,19 +16,21 @@ from lab import TOKENIZER, apart, attach, base, documents, logits, measured, pat
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, DynamicCache
 
-from luthier import build
+from luthier import assembly
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import BaseError, RecipeError, RunError
 from luthier.core.examples import Origin
-from luthier.core.protocols import TRAINING, Sampling
-from luthier.core.types import Encoded, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import CausalLM
-from luthier.families.encoder import Encoder
+from luthier.core.protocols import TRAINING, SamplingParams
+from luthier.core.types import TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
 from luthier.methods import METHODS, READERS
 from luthier.methods.prompt import EMBEDDINGS
-from luthier.runtime.optim import Optimizer, OptimizerConfig
-from luthier.runtime.run import Run
-from luthier.runtime.step import step
+from luthier.models import CausalLM
+from luthier.models.families.encoder import Encoder
+from luthier.training.optimizer import Optimizer, OptimizerConfig
+from luthier.training.run_folder import Run
+from luthier.training.step import step
 from tiny import KINDS, save_tiny, tiny
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -38,8 +40,8 @@ N = 5
 TOKENS = torch.tensor([[7, 201, 33, 33, 90, 255, 12, 64, 3, 150, 41, 8]])
 WINDOWED = {"mistral", "gemma2", "gemma3"}
 KIND = pytest.mark.parametrize("kind", KINDS)
-SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"tokens": N}, "ptuning": {"tokens": N, "hidden": 7},
-                                       "prefix": {"tokens": N}, "ptuning_v2": {"tokens": N}}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"num_virtual_tokens": N}, "ptuning": {"num_virtual_tokens": N, "encoder_hidden_size": 7},
+                                       "prefix": {"num_virtual_tokens": N}, "ptuning_v2": {"num_virtual_tokens": N}}
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 DEEP = {"prefix", "ptuning_v2"}
 
@@ -56,12 +58,12 @@ def alone(family: CausalLM, attached: Any, ids: torch.Tensor, deep: bool) -> tor
     """[1, L, V] logits of one document behind the virtual tokens, by Transformers' own arguments."""
     with attached.disabled():
         if not deep:
-            embeds = torch.cat([attached.virtual()[None], family.anatomy.embedding(ids)], dim=1)
-            return family.model(inputs_embeds=embeds).logits[:, attached.virtual().shape[0]:]
+            embeds = torch.cat([attached.compute_virtual_tokens()[None], family.structure.embedding(ids)], dim=1)
+            return family.model(inputs_embeds=embeds).logits[:, attached.compute_virtual_tokens().shape[0]:]
         cache = DynamicCache()
-        for i, (key, value) in enumerate(attached.virtual()):
+        for i, (key, value) in enumerate(attached.compute_virtual_tokens()):
             cache.update(key[None], value[None], i)
-        n = attached.virtual().shape[3]
+        n = attached.compute_virtual_tokens().shape[3]
         positions = torch.arange(n, n + ids.shape[1])[None]
         return family.model(input_ids=ids, past_key_values=cache, position_ids=positions).logits
 
@@ -74,12 +76,12 @@ def test_computed_once_a_row_is_put_before_every_document(kind: str, method: str
     family = base(kind, "packed", **wide)
     attached = attach(family, method, **SETTINGS[method])
     examples = documents()
-    found = measured(family, attached, [batch(examples)])
-    weight = sum(sum(e.pieces[0].weights[1:]) for e in examples)
+    found = measured(family, attached, [build_batch(examples)])
+    weight = sum(sum(e.spans[0].weights[1:]) for e in examples)
     for n in (len(examples), len(examples) - 1):  # the control leaves one document out
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples[:n]:
-            ids, weights = torch.tensor([example.pieces[0].ids]), torch.tensor(example.pieces[0].weights).double()
+            ids, weights = torch.tensor([example.spans[0].ids]), torch.tensor(example.spans[0].weights).double()
             said = alone(family, attached, ids, method in DEEP)[0, :-1]
             loss = loss + (F.cross_entropy(said, ids[0, 1:], reduction="none") * weights[1:]).sum() / weight
         named = attached.parameters()
@@ -92,13 +94,13 @@ def test_computed_once_a_row_is_put_before_every_document(kind: str, method: str
 @METHOD
 def test_packed_is_padded_and_a_tree_is_its_paths(kind: str, method: str) -> None:
     family, attached = tuned(kind, method, "packed")
-    rows = [batch([*documents(), *trees()])]
+    rows = [build_batch([*documents(), *trees()])]
     found = measured(family, attached, rows)
     assert apart(measured(*tuned(kind, method, "padded"), rows), found) < SAME
     tree = trees()[1]
-    whole = measured(family, attached, [batch([tree])])
-    assert apart(whole, measured(family, attached, [batch([path]) for path in paths(tree)])) < SAME
-    assert apart(whole, measured(family, attached, [batch(trees()[:1])])) > FAR
+    whole = measured(family, attached, [build_batch([tree])])
+    assert apart(whole, measured(family, attached, [build_batch([path]) for path in paths(tree)])) < SAME
+    assert apart(whole, measured(family, attached, [build_batch(trees()[:1])])) > FAR
 
 
 @METHOD
@@ -106,17 +108,17 @@ def test_packed_is_padded_and_a_tree_is_its_paths(kind: str, method: str) -> Non
 def test_how_a_batch_is_cut_changes_nothing(kind: str, method: str) -> None:
     family, attached = tuned(kind, method)
     examples = [*documents(), *trees()]
-    whole = measured(family, attached, pack(examples, None))
-    assert apart(measured(family, attached, pack(examples, 40)), whole) < SAME
+    whole = measured(family, attached, pack_examples(examples, None))
+    assert apart(measured(family, attached, pack_examples(examples, 40)), whole) < SAME
 
 
 @METHOD
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3"])
 def test_recomputed_blocks_meet_the_tokens_of_their_forward_pass(kind: str, method: str) -> None:
-    rows = [batch(documents())]
+    rows = [build_batch(documents())]
     family, attached = tuned(kind, method)
     wanted = measured(family, attached, rows)
-    family.checkpointing()
+    family.enable_gradient_checkpointing()
     family.train(True)
     total = torch.zeros((), dtype=torch.float64)
     for row in rows:  # the virtual tokens move between the forward and the backward pass of an earlier call
@@ -179,7 +181,7 @@ def test_calls_with_a_cache_go_on_where_the_last_ended(kind: str, method: str) -
 def test_transformers_own_generation_gives_our_answers(kind: str, method: str) -> None:
     family, _ = tuned(kind, method)
     prompts = [list(range(40, 49)), [9, 8, 7]]
-    ours = [g.tokens for g in sorted(family.generate(prompts, Sampling(max_new_tokens=8)), key=lambda g: g.index)]
+    ours = [g.token_ids for g in sorted(family.generate(prompts, SamplingParams(max_new_tokens=8)), key=lambda g: g.index)]
     ids = torch.tensor([prompts[0], [0] * 6 + prompts[1]])
     mask = torch.tensor([[1] * 9, [0] * 6 + [1] * 3])
     theirs = family.model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0,
@@ -203,25 +205,25 @@ def test_a_text_that_leaves_no_room_is_refused_and_one_that_just_does_is_not(kin
                      position_ids=(padding.cumsum(1) - 1).clamp(min=0))
         long = documents((last + 1,))
         with pytest.raises(BaseError, match="virtual"):
-            family.forward(batch(long).inputs, batch(long).target, frozenset({"token_logps"}))
-    (answer,) = family.generate([[5] * (last - 3)], Sampling(max_new_tokens=50))
-    assert len(answer.tokens) <= 3
+            family.forward(build_batch(long).inputs, build_batch(long).target, frozenset({"token_logps"}))
+    (answer,) = family.generate([[5] * (last - 3)], SamplingParams(max_new_tokens=50))
+    assert len(answer.token_ids) <= 3
     with attached.disabled(), torch.no_grad():
         family.model(input_ids=torch.zeros(1, 256, dtype=torch.int64))
 
 
 def test_two_kinds_of_virtual_tokens_stand_behind_one_another() -> None:
     family = base("llama")
-    prompt, prefix = attach(family, "prompt", tokens=3), attach(family, "prefix", tokens=4)
+    prompt, prefix = attach(family, "prompt", num_virtual_tokens=3), attach(family, "prefix", num_virtual_tokens=4)
     with torch.no_grad():
         found = family.model(input_ids=TOKENS).logits
         with prompt.disabled():
-            longer = torch.cat([prompt.virtual()[None], family.anatomy.embedding(TOKENS)], dim=1)
+            longer = torch.cat([prompt.compute_virtual_tokens()[None], family.structure.embedding(TOKENS)], dim=1)
             assert (family.model(inputs_embeds=longer).logits[:, 3:] - found).abs().max() < SAME
-    rows = [batch(documents())]
+    rows = [build_batch(documents())]
     both = {n: p for part in (prompt, prefix) for n, p in part.parameters().items()}
     padded = base("llama", "padded")
-    again = [attach(padded, name, tokens=n) for name, n in (("prompt", 3), ("prefix", 4))]
+    again = [attach(padded, name, num_virtual_tokens=n) for name, n in (("prompt", 3), ("prefix", 4))]
     assert {**measured(family, prefix, rows)}.keys() == {"loss", *prefix.parameters()}
     assert apart(measured(family, prefix, rows), measured(padded, again[1], rows)) < SAME
     assert apart(measured(family, prompt, rows), measured(padded, again[0], rows)) < SAME
@@ -230,14 +232,14 @@ def test_two_kinds_of_virtual_tokens_stand_behind_one_another() -> None:
 
 def test_what_has_no_meaning_is_refused() -> None:
     family, attached = tuned("llama", "prompt")
-    attached.scope.weight = 0.5
+    attached.gate.scale = 0.5
     with pytest.raises(RunError, match=r"weight of 0\.5"):
         logits(family)
-    attached.scope.weight, attached.scope.part, attached.scope.among = 1.0, (1, torch.tensor([0, 1])), 20
-    with pytest.raises(RunError, match="cannot be told apart"):
+    attached.gate.scale, attached.gate.token_index, attached.gate.dim_size = 1.0, (1, torch.tensor([0, 1])), 20
+    with pytest.raises(RunError, match="cannot have different adapters"):
         logits(family)
-    with pytest.raises(RecipeError, match="no place for virtual tokens"):
-        METHODS["prefix"]().attach(replace(family.anatomy, ports=None), seed=0)
+    with pytest.raises(RecipeError, match="does not support virtual tokens"):
+        METHODS["prefix"]().attach(replace(family.structure, injector=None), seed=0)
 
 
 # ---------------------------------------------------------------- encoders: what is put in sees what follows it
@@ -256,9 +258,9 @@ def reader(kind: str, layout: Any = None) -> Encoder:
     return Encoder(model, TOKENIZER, layout)
 
 
-def states(family: Encoder, attached: Any, examples: list[Encoded]) -> dict[str, torch.Tensor]:
+def states(family: Encoder, attached: Any, examples: list[TokenizedExample]) -> dict[str, torch.Tensor]:
     """States of a packed row, and the gradients of an odd function of them."""
-    found = family.states(batch(examples).inputs)
+    found = family.states(build_batch(examples).inputs)
     slope = torch.sin(torch.arange(found.numel(), dtype=torch.float64)).view_as(found)
     named = attached.parameters()
     return {"states": found.detach(),
@@ -268,15 +270,15 @@ def states(family: Encoder, attached: Any, examples: list[Encoded]) -> dict[str,
 def behind(family: Encoder, attached: Any, ids: torch.Tensor, deep: bool) -> torch.Tensor:
     """[L, D] states of one text behind the virtual tokens, by the bare model. A prefix is played by N more tokens whose
     keys and values are exchanged for it in every layer: what else becomes of them, nobody sees."""
-    embeds = family.anatomy.embedding(torch.cat([torch.full((N,), 9), ids]))[None]
+    embeds = family.structure.embedding(torch.cat([torch.full((N,), 9), ids]))[None]
     with attached.disabled():
         if not deep:
-            embeds = torch.cat([attached.virtual()[None], embeds[:, N:]], dim=1)
+            embeds = torch.cat([attached.compute_virtual_tokens()[None], embeds[:, N:]], dim=1)
             return family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
         handles = []
-        for site in family.anatomy.sites:
+        for site in family.structure.linears:
             if site.role in ("k", "v"):
-                rows = attached.virtual()[site.block, int(site.role == "v")].transpose(0, 1).flatten(1)
+                rows = attached.compute_virtual_tokens()[site.layer_index, int(site.role == "v")].transpose(0, 1).flatten(1)
                 handles.append(site.module.register_forward_hook(
                     lambda _m, _a, out, rows=rows: torch.cat([rows[None], out[:, N:]], dim=1)))
         found = family.model(inputs_embeds=embeds).last_hidden_state[0, N:]
@@ -290,14 +292,14 @@ def behind(family: Encoder, attached: Any, ids: torch.Tensor, deep: bool) -> tor
 def test_an_encoders_packed_row_is_padded_and_each_text_by_itself(kind: str, method: str) -> None:
     family = reader(kind, "packed")
     attached = attach(family, method, **SETTINGS[method])
-    examples = [Encoded((Piece(tuple(range(20 + n, 20 + 2 * n)), (1.0,) * n),), Origin("lab", n)) for n in (7, 2, 12)]
+    examples = [TokenizedExample((TokenSpan(tuple(range(20 + n, 20 + 2 * n)), (1.0,) * n),), Origin("lab", n)) for n in (7, 2, 12)]
     found = states(family, attached, examples)
-    single = torch.cat([behind(family, attached, torch.tensor(e.pieces[0].ids), method in DEEP) for e in examples])
+    single = torch.cat([behind(family, attached, torch.tensor(e.spans[0].ids), method in DEEP) for e in examples])
     assert (found["states"] - single).abs().max() < SAME
-    plain = torch.cat([family.model(input_ids=torch.tensor([e.pieces[0].ids])).last_hidden_state[0] for e in examples])
+    plain = torch.cat([family.model(input_ids=torch.tensor([e.spans[0].ids])).last_hidden_state[0] for e in examples])
     assert (plain - single).abs().max() < SAME  # without positions
     with torch.no_grad(), attached.disabled():
-        assert (family.states(batch(examples).inputs) - single).abs().max() > FAR
+        assert (family.states(build_batch(examples).inputs) - single).abs().max() > FAR
     for rows in (examples, [*examples, *trees()]):
         other = reader(kind, "padded")
         wanted = states(other, attach(other, method, **SETTINGS[method]), rows)
@@ -307,8 +309,8 @@ def test_an_encoders_packed_row_is_padded_and_each_text_by_itself(kind: str, met
 @READS
 def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
     family = reader(kind)
-    attach(family, "prefix", tokens=N)
-    last = family.anatomy.sizes["context"] - N
+    attach(family, "prefix", num_virtual_tokens=N)
+    last = family.structure.sizes["context"] - N
     with torch.no_grad():
         family.model(input_ids=torch.full((1, last), 7))
         with pytest.raises(BaseError, match="virtual"):
@@ -316,18 +318,18 @@ def test_an_encoder_says_when_a_text_leaves_no_room(kind: str) -> None:
 
 
 def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="prompt and prefix are all virtual tokens"):
-        build.recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
+    with pytest.raises(RecipeError, match="prompt and prefix all train virtual tokens"):
+        assembly.build_recipe({"data": "-", "method": ["prompt", "lora", "prefix"]})
     origin = save_tiny(tmp_path / "base", "llama")
-    made = build.recipe({"base": str(origin), "data": "-", "method": [{"name": "ptuning", "tokens": N}, "bitfit"],
-                         "run": str(tmp_path / "run")})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": [{"name": "ptuning", "num_virtual_tokens": N}, "bitfit"],
+                         "output_dir": str(tmp_path / "run")})
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    family = build.family(made.base)
-    attached = build.attach(family, made.method, 0)
+    run.create(assembly.dump_recipe(made), {})
+    family = load_family(made.model)
+    attached = attach_method(family, made.method, 0)
     stir(attached)
-    build.save_tuned(run, made, family, attached)
-    _, other, again = build.open_run(run)
+    save_tuned(run, made, family, attached)
+    _, other, again = open_run(run)
     assert (logits(other) - logits(family)).abs().max() < 1e-5  # the base was loaded in float32
     with again.disabled():
         assert (logits(other) - logits(family)).abs().max() > FAR
@@ -339,27 +341,27 @@ def test_lists_hold_one_kind_of_virtual_tokens(tmp_path: Path) -> None:
 def test_they_start_as_the_words_of_a_text() -> None:
     family = base("llama")
     ids = list(b"to to")
-    prompt = attach(family, "prompt", stirred=False, tokens=7, text="to to")
-    assert torch.equal(prompt.virtual(), family.anatomy.embedding(torch.tensor((ids * 2)[:7])))
+    prompt = attach(family, "prompt", stirred=False, num_virtual_tokens=7, prompt_tuning_init_text="to to")
+    assert torch.equal(prompt.compute_virtual_tokens(), family.structure.embedding(torch.tensor((ids * 2)[:7])))
     for name in ("ptuning", "prefix"):
         fresh = base("llama")
-        attached = attach(fresh, name, stirred=False, tokens=5, text="to to")
+        attached = attach(fresh, name, stirred=False, num_virtual_tokens=5, prompt_tuning_init_text="to to")
         bare = base("llama")
         with torch.no_grad():
             whole = bare.model(input_ids=torch.tensor([[*ids, *TOKENS[0]]])).logits[:, 5:]
             assert (fresh.model(input_ids=TOKENS).logits - whole).abs().max() < SAME, name
         stir(attached)
         assert (logits(fresh) - logits(bare)).abs().max() > FAR
-    with pytest.raises(RecipeError, match="leave the text out"):
-        METHODS["prompt"].parse({"text": "to", "init": "random"})
+    with pytest.raises(RecipeError, match="omit the text"):
+        METHODS["prompt"].parse({"prompt_tuning_init_text": "to", "prompt_tuning_init": "random"})
 
 
 def test_the_rate_is_in_units_of_what_stands_there() -> None:
     family = base("llama", num_hidden_layers=3)
     prompt = attach(family, "prompt", stirred=False)
-    assert prompt.rate(EMBEDDINGS) == pytest.approx(float(prompt.virtual().square().mean().sqrt()))
+    assert prompt.lr_multiplier(EMBEDDINGS) == pytest.approx(float(prompt.compute_virtual_tokens().square().mean().sqrt()))
     prefix = attach(base("llama", num_hidden_layers=3), "prefix", stirred=False)
-    rates = {name: prefix.rate(name) for name in prefix.parameters()}
+    rates = {name: prefix.lr_multiplier(name) for name in prefix.parameters()}
     assert len(set(rates.values())) == 6
     for name, parameter in prefix.parameters().items():
         assert rates[name] == pytest.approx(float(parameter.square().mean().sqrt()))
@@ -368,22 +370,22 @@ def test_the_rate_is_in_units_of_what_stands_there() -> None:
 # ---------------------------------------------------------------- the encoder is folded away, and training goes on
 
 
-@pytest.mark.parametrize(("method", "settings"), [("ptuning", {"encoder": "lstm", "hidden": 4}), ("ptuning", {}),
-                                                  ("prefix", {"projection": True, "hidden": 6})])
+@pytest.mark.parametrize(("method", "settings"), [("ptuning", {"encoder_reparameterization_type": "lstm", "encoder_hidden_size": 4}), ("ptuning", {}),
+                                                  ("prefix", {"prefix_projection": True, "encoder_hidden_size": 6})])
 def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: str, settings: dict[str, Any],
                                                                         tmp_path: Path) -> None:
     origin = save_tiny(tmp_path / "base", "llama")
-    made = build.recipe({"base": str(origin), "data": "-", "method": {"name": method, "tokens": N, **settings}})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": {"name": method, "num_virtual_tokens": N, **settings}})
 
     def begun() -> tuple[CausalLM, Any, Optimizer]:
         family = base("llama")
-        attached = build.attach(family, made.method, 0)
-        return family, attached, Optimizer(attached.parameters(), attached.rate, 1e-2, OptimizerConfig(), 4)
+        attached = attach_method(family, made.method, 0)
+        return family, attached, Optimizer(attached.parameters(), attached.lr_multiplier, 1e-2, OptimizerConfig(), 4)
 
     def go_on(family: CausalLM, adam: Optimizer, steps: range) -> None:
         for i in steps:
-            adam.set_rate(i)
-            step(family, build.recipe({"data": "-"}).objective, [batch(documents())], adam)
+            adam.set_learning_rate(i)
+            step(family, assembly.build_recipe({"data": "-"}).objective, [build_batch(documents())], adam)
 
     family, attached, adam = begun()
     go_on(family, adam, range(2))
@@ -396,7 +398,7 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     assert torch.equal(logits(other), logits(family))
 
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert saved.keys() == {EMBEDDINGS}
     fresh, folded, _ = begun()
@@ -405,8 +407,8 @@ def test_the_saved_file_holds_the_result_and_the_checkpoint_the_encoder(method: 
     assert folded.parameters().keys() == saved.keys() == folded.state().keys()
     held = folded.parameters()[EMBEDDINGS]
     folded.load(saved)
-    assert folded.parameters()[EMBEDDINGS] is held, "an optimiser may hold it already"
-    assert folded.rate(EMBEDDINGS) != 1
+    assert folded.parameters()[EMBEDDINGS] is held, "an optimizer may hold it already"
+    assert folded.lr_multiplier(EMBEDDINGS) != 1
     with pytest.raises(RunError, match="missing"):
         folded.load({n: t for n, t in state.items() if n != TRAINING + "start"})
 
@@ -465,9 +467,9 @@ def test_our_folder_loads_in_peft(kind: str, method: str, tmp_path: Path) -> Non
     wide = {"sliding_window": 256} if kind in WINDOWED else {}  # as long as the context: there is no window
     origin, family = save_tiny(tmp_path / "base", kind, **wide), base(kind, **wide)
     attached = attach(family, method, **SETTINGS[method])
-    made = build.recipe({"base": str(origin), "data": "-", "method": {"name": method, **SETTINGS[method]}})
+    made = assembly.build_recipe({"model": str(origin), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     other = peft.PeftModel.from_pretrained(tiny(kind, **wide), tmp_path / "run").double().eval()
     attached.load({EMBEDDINGS: attached.state()[EMBEDDINGS].to(torch.float32).to(torch.float64)})  # as PEFT holds them
     with torch.no_grad():
@@ -486,9 +488,9 @@ def test_a_folder_of_pefts_opens_as_a_run(kind: str, method: str, tmp_path: Path
     with torch.no_grad():
         wanted = other(input_ids=TOKENS).logits[:, 0 if method == "prefix" else N:]
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = build.open_run(Run(tmp_path / "run"))
+    made, family, attached = open_run(Run(tmp_path / "run"))
     assert isinstance(made.method, READERS[json.loads((tmp_path / "run/adapter_config.json").read_text())["peft_type"]])
-    assert made.method.tokens == N
+    assert made.method.num_virtual_tokens == N
     with torch.no_grad():
         assert (family.model(input_ids=TOKENS).logits - wanted).abs().max() < 1e-4
         with attached.disabled():

@@ -12,25 +12,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lab import SFT, apart, attach, measured
-from lab_t5 import FAR, KIND, PROMPTS, SAME, base, forest, padded, pairs, said, slowly, t5, tokenizer, widen
+from lab_t5 import FAR, KIND, PROMPTS, SAME, base, padded, pairs, said, segment_tree, slowly, t5, tokenizer, widen
 from torch import Tensor
 
 from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
-from luthier.core.protocols import TRAINING, Sampling
-from luthier.core.types import Encoded, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import seq2seq
-from luthier.families.relative import Before
-from luthier.families.seq2seq import Seq2Seq
-from luthier.families.virtual_seq2seq import Carried
-from luthier.methods.bank import Bank
+from luthier.core.protocols import TRAINING, SamplingParams
+from luthier.core.types import TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
+from luthier.methods.multi_adapter import AdapterManager
 from luthier.methods.prompt import EMBEDDINGS
+from luthier.models.attention.biased import BiasedVirtualKeyValues
+from luthier.models.families import seq2seq
+from luthier.models.families.seq2seq import Seq2Seq
+from luthier.models.soft_prompts.seq2seq import InjectedKeyValues
 from tiny import END_OF_TEXT, IM_END
 
 N = 5
-SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"tokens": N}, "ptuning": {"tokens": N, "hidden": 7},
-                                       "prefix": {"tokens": N}, "ptuning_v2": {"tokens": N}}
+SETTINGS: dict[str, dict[str, Any]] = {"prompt": {"num_virtual_tokens": N}, "ptuning": {"num_virtual_tokens": N, "encoder_hidden_size": 7},
+                                       "prefix": {"num_virtual_tokens": N}, "ptuning_v2": {"num_virtual_tokens": N}}
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 DEEP = {"prefix", "ptuning_v2"}
 
@@ -86,16 +86,16 @@ def alone(plain: Any, virtual: Tensor, source: Tensor, answer: Tensor, deep: boo
 def test_it_stands_before_every_source_in_loss_and_every_gradient(kind: str, method: str) -> None:
     family, attached = tuned(kind, method)
     examples = pairs()
-    found = measured(family, attached, [batch(examples)])
+    found = measured(family, attached, [build_batch(examples)])
     plain = t5(kind)
     plain.set_attn_implementation("eager")
-    weight = sum(sum(e.pieces[1].weights) for e in examples)
+    weight = sum(sum(e.spans[1].weights) for e in examples)
     for n in (len(examples), len(examples) - 1):  # the control leaves one pair out
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples[:n]:
-            source, answer = (torch.tensor(piece.ids) for piece in example.pieces)
-            logits = alone(plain, attached.virtual(), source, answer, method in DEEP)
-            costs = F.cross_entropy(logits, answer, reduction="none") * torch.tensor(example.pieces[1].weights).double()
+            source, answer = (torch.tensor(span.ids) for span in example.spans)
+            logits = alone(plain, attached.compute_virtual_tokens(), source, answer, method in DEEP)
+            costs = F.cross_entropy(logits, answer, reduction="none") * torch.tensor(example.spans[1].weights).double()
             loss = loss + costs.sum() / weight
         named = attached.parameters()
         wanted = {"loss": loss.detach(), **dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))}
@@ -109,7 +109,7 @@ def test_only_what_it_promises_gets_a_gradient_and_off_is_the_base(method: str) 
     with torch.no_grad():
         bare = family.model(**given).logits
     attached = attach(family, method, **SETTINGS[method])
-    found = measured(family, attached, [batch(pairs())])
+    found = measured(family, attached, [build_batch(pairs())])
     assert all(float(t.abs().sum()) > 0 for t in found.values())
     assert all(p.grad is None for p in family.model.parameters())
     with torch.no_grad():
@@ -144,39 +144,39 @@ def test_padded_on_either_side_each_row_is_as_alone(kind: str, method: str) -> N
 @METHOD
 def test_how_a_batch_is_cut_changes_nothing(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, attached = tuned("gated", method)
-    whole = measured(family, attached, pack(pairs(), None))
-    assert apart(measured(family, attached, pack(pairs(), 40)), whole) < SAME
-    monkeypatch.setattr(seq2seq, "SPARE", 1.0)
-    monkeypatch.setattr(seq2seq, "FLOOR", 0)
-    assert apart(measured(family, attached, pack(pairs(), None)), whole) < SAME
+    whole = measured(family, attached, pack_examples(pairs(), None))
+    assert apart(measured(family, attached, pack_examples(pairs(), 40)), whole) < SAME
+    monkeypatch.setattr(seq2seq, "PADDING_FACTOR", 1.0)
+    monkeypatch.setattr(seq2seq, "PADDING_ALLOWANCE", 0)
+    assert apart(measured(family, attached, pack_examples(pairs(), None)), whole) < SAME
 
 
 @METHOD
 def test_several_answers_of_one_source_are_each_of_them_alone(method: str) -> None:
     family, attached = tuned("relu", method)
-    tree = forest()
-    row = batch([tree])
+    tree = segment_tree()
+    row = build_batch([tree])
     with torch.no_grad():
         states = family.states(row.inputs)
         for leaf in (1, 3, 4, 5):
-            ids = [tree.pieces[i].ids for i in ((0, 2, leaf) if leaf in (3, 4) else (0, leaf))]
-            one = batch([Encoded((Piece(ids[0], (0.0,) * len(ids[0])), Piece(sum(ids[1:], ()), (1.0,) * sum(
+            ids = [tree.spans[i].ids for i in ((0, 2, leaf) if leaf in (3, 4) else (0, leaf))]
+            one = build_batch([TokenizedExample((TokenSpan(ids[0], (0.0,) * len(ids[0])), TokenSpan(sum(ids[1:], ()), (1.0,) * sum(
                 map(len, ids[1:])), 0)), Origin("lab", 0))])
             wanted = family.states(one.inputs)[-len(ids[-1]):]
-            start = sum(len(piece.ids) for piece in tree.pieces[:leaf])
+            start = sum(len(span.ids) for span in tree.spans[:leaf])
             assert (states[start:start + len(ids[-1])] - wanted).abs().max() < SAME
-    assert attached.virtual().shape
+    assert attached.compute_virtual_tokens().shape
 
 
 @METHOD
 def test_recomputed_blocks_change_nothing_but_the_work(method: str) -> None:
     family, attached = tuned("gated", method)
-    wanted = measured(family, attached, [batch(pairs())])
+    wanted = measured(family, attached, [build_batch(pairs())])
     calls: list[int] = []
-    family.anatomy.blocks[0].attention.register_forward_hook(lambda *_: calls.append(1))
-    family.checkpointing()
+    family.structure.layers[0].attention.register_forward_hook(lambda *_: calls.append(1))
+    family.enable_gradient_checkpointing()
     family.train(True)
-    assert apart(measured(family, attached, [batch(pairs())]), wanted) < SAME
+    assert apart(measured(family, attached, [build_batch(pairs())]), wanted) < SAME
     assert len(calls) % 2 == 0, "each is computed twice"
 
 
@@ -205,12 +205,12 @@ def test_answers_with_a_cache_are_those_without_and_transformers_own(method: str
 
 def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
     family = base("relu")
-    prompt, prefix = attach(family, "prompt", tokens=3), attach(family, "prefix", tokens=4)
+    prompt, prefix = attach(family, "prompt", num_virtual_tokens=3), attach(family, "prefix", num_virtual_tokens=4)
     given = padded(pairs()[:1])
     with torch.no_grad():
         found = family.model(**given).logits
         with prompt.disabled():
-            embeds = torch.cat([prompt.virtual()[None], family.model.shared(given["input_ids"])], 1)
+            embeds = torch.cat([prompt.compute_virtual_tokens()[None], family.model.shared(given["input_ids"])], 1)
             wanted = family.model(inputs_embeds=embeds, labels=given["labels"]).logits
         assert (found - wanted).abs().max() < SAME
         with prefix.disabled():
@@ -219,28 +219,28 @@ def test_a_prompt_and_a_prefix_stand_beside_one_another() -> None:
 
 def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
     family = base()
-    bank = Bank(family.anatomy)
+    manager = AdapterManager(family.structure)
     for name, method in (("a", "prompt"), ("b", "prefix"), ("c", "lora")):
-        bank.add(name, attach(family, method, **SETTINGS.get(method, {})))
-    family.router = bank
+        manager.add(name, attach(family, method, **SETTINGS.get(method, {})))
+    family.router = manager
     names = ["a", "b", None, "c", "b", "a"]
 
-    def total(who: str | None, examples: list[Encoded]) -> Tensor:
-        with bank.using(who):
-            row = batch(examples)
-            return SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total
+    def total(who: str | None, examples: list[TokenizedExample]) -> Tensor:
+        with manager.use_adapter(who):
+            row = build_batch(examples)
+            return SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total
 
     examples = pairs()
     single = sum(total(who, [e for e, n in zip(examples, names, strict=True) if n == who]) for who in ("a", "b", "c", None))
-    row = batch(examples)
-    inputs = bank.through(row.inputs, [name for name in names for _ in range(2)])
-    assert (SFT(family.forward(inputs, row.target, SFT.needs), row.target).total - single).abs() < SAME
+    row = build_batch(examples)
+    inputs = manager.with_adapters(row.inputs, [name for name in names for _ in range(2)])
+    assert (SFT(family.forward(inputs, row.target, SFT.required_outputs), row.target).total - single).abs() < SAME
     assert (total("a", examples) - single).abs() > FAR
     owners = ["b", "a", None, "c", "a"]
-    found = sorted(family.generate(PROMPTS, Sampling(max_new_tokens=6), bank.numbers(owners)), key=lambda g: g.index)
+    found = sorted(family.generate(PROMPTS, SamplingParams(max_new_tokens=6), manager.resolve_indices(owners)), key=lambda g: g.index)
     for prompt, answer, who in zip(PROMPTS, found, owners, strict=True):
-        with bank.using(who):
-            assert said(family, [prompt], max_new_tokens=6) == [answer.tokens]
+        with manager.use_adapter(who):
+            assert said(family, [prompt], max_new_tokens=6) == [answer.token_ids]
 
 
 # ---------------------------------------------------------------- where they start, and what is refused
@@ -248,20 +248,20 @@ def test_rows_and_prompts_go_through_adapters_of_their_own() -> None:
 
 def test_they_start_as_the_words_of_a_text() -> None:
     family = base()
-    prompt = attach(family, "prompt", stirred=False, tokens=7, text="to to")
+    prompt = attach(family, "prompt", stirred=False, num_virtual_tokens=7, prompt_tuning_init_text="to to")
     ids = (list(b"to to") * 2)[:7]
-    assert torch.equal(prompt.virtual(), family.anatomy.embedding(torch.tensor(ids)))
+    assert torch.equal(prompt.compute_virtual_tokens(), family.structure.embedding(torch.tensor(ids)))
     fresh, bare = base(), base()
-    prefix = attach(fresh, "prefix", stirred=False, tokens=5, text="to to")
+    prefix = attach(fresh, "prefix", stirred=False, num_virtual_tokens=5, prompt_tuning_init_text="to to")
     words = torch.tensor([list(b"to to")])
     with torch.no_grad():  # a causal decoder cannot tell them from words that it begins with
         read = bare.encoder(input_ids=words).last_hidden_state
         own = torch.tensor([[3, 4, 5]])
         longer = bare.decoder(input_ids=torch.cat([words, own], 1), encoder_hidden_states=read).last_hidden_state[:, 5:]
         decoder = [m for m in attentions(fresh.model) if m.is_decoder]
-        pairs_ = [p for p, m in zip(prefix.virtual(), attentions(fresh.model), strict=True) if m.is_decoder]
-        biases = fresh.anatomy.ports._biases(fresh.decoder, 3, 0, 5, None)
-        own_only = Carried({m: Before(p[0][None], p[1][None], biases.get(m))
+        pairs_ = [p for p, m in zip(prefix.compute_virtual_tokens(), attentions(fresh.model), strict=True) if m.is_decoder]
+        biases = fresh.structure.injector._compute_biases(fresh.decoder, 3, 0, 5, None)
+        own_only = InjectedKeyValues({m: BiasedVirtualKeyValues(p[0][None], p[1][None], biases.get(m))
                             for m, p in zip(decoder, pairs_, strict=True) if m.is_causal})
         with prefix.disabled():
             found = fresh.decoder(input_ids=own, encoder_hidden_states=read, virtual=own_only).last_hidden_state
@@ -272,9 +272,9 @@ def test_a_base_whose_attention_cannot_be_reached_is_refused_a_prefix() -> None:
     model = t5("relu")
     model.set_attn_implementation("eager")
     family = Seq2Seq(model, tokenizer())
-    attach(family, "prompt", tokens=N)
-    with pytest.raises(BaseError, match="out of reach"):
-        attach(family, "prefix", tokens=N)
+    attach(family, "prompt", num_virtual_tokens=N)
+    with pytest.raises(BaseError, match="does not expose"):
+        attach(family, "prefix", num_virtual_tokens=N)
 
 
 # ---------------------------------------------------------------- PEFT's
@@ -331,7 +331,7 @@ def test_pefts_prefix_is_a_part_of_ours_with_shared_pairs() -> None:
     family, attached = tuned("relu", "prefix")
     every = attentions(family.model)
     own = [i for i, module in enumerate(every) if module.is_decoder and module.is_causal]
-    chosen = attached.virtual()[own].detach()  # [3, 2, H, N, d]
+    chosen = attached.compute_virtual_tokens()[own].detach()  # [3, 2, H, N, d]
     layers = torch.empty_like(chosen)
     for i in range(3):
         layers[2 * i % 3] = chosen[i]
@@ -340,13 +340,13 @@ def test_pefts_prefix_is_a_part_of_ours_with_shared_pairs() -> None:
         given = padded(pairs())
         wanted = other(**given).logits
         start = family.model._shift_right(given["labels"])
-        biases = family.anatomy.ports._biases(family.decoder, start.shape[1], 0, N, None)
+        biases = family.structure.injector._compute_biases(family.decoder, start.shape[1], 0, N, None)
         with attached.disabled():
             read = family.encoder(input_ids=given["input_ids"], attention_mask=given["attention_mask"]).last_hidden_state
             for zero in (False, True):  # zero: the control, a prefix without T5's bias
-                carried = Carried({every[i]: Before(k[None], v[None], None if zero else biases[every[i]])
+                carried = InjectedKeyValues({every[i]: BiasedVirtualKeyValues(k[None], v[None], None if zero else biases[every[i]])
                                    for i, (k, v) in zip(own, chosen, strict=True)})
                 states = family.decoder(input_ids=start, encoder_hidden_states=read, virtual=carried,
                                         encoder_attention_mask=given["attention_mask"]).last_hidden_state
-                apart_ = float((family.anatomy.head(states * family.scale) - wanted).abs().max())
+                apart_ = float((family.structure.head(states * family.scale) - wanted).abs().max())
                 assert (apart_ > FAR) if zero else (apart_ < SAME)

@@ -13,12 +13,14 @@ from lab_t5 import FAR, SAME, base, padded, pairs, t5, tokenizer, widen
 from test_virtual_t5 import CONFIGS, METHOD, ORACLE, SETTINGS, SUBMODULES, N
 from transformers import T5ForConditionalGeneration
 
-from luthier import build
+from luthier import assembly
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.run_io import open_run, save_tuned
 from luthier.core.errors import RunError
-from luthier.data.pack import batch
-from luthier.families.seq2seq import Seq2Seq
+from luthier.data.packing import build_batch
 from luthier.methods.prompt import EMBEDDINGS
-from luthier.runtime.run import Run
+from luthier.models.families.seq2seq import Seq2Seq
+from luthier.training.run_folder import Run
 
 
 def written(tmp_path: Path, dtype: torch.dtype = torch.float64) -> Path:
@@ -33,9 +35,9 @@ def test_our_folder_loads_in_peft(method: str, tmp_path: Path, monkeypatch: pyte
     widen(monkeypatch)
     family = base("relu")
     attached = attach(family, method, **SETTINGS[method])
-    made = build.recipe({"base": str(written(tmp_path)), "data": "-", "method": {"name": method, **SETTINGS[method]}})
+    made = assembly.build_recipe({"model": str(written(tmp_path)), "data": "-", "method": {"name": method, **SETTINGS[method]}})
     (tmp_path / "run").mkdir()
-    build.save_tuned(Run(tmp_path / "run"), made, family, attached)
+    save_tuned(Run(tmp_path / "run"), made, family, attached)
     plain = T5ForConditionalGeneration.from_pretrained(tmp_path / "base", dtype=torch.float64)
     other = peft.PeftModel.from_pretrained(plain, tmp_path / "run").double().eval()
     attached.load({EMBEDDINGS: attached.state()[EMBEDDINGS].float().double()})  # as PEFT holds them
@@ -56,8 +58,8 @@ def test_a_folder_of_pefts_opens_as_a_run(method: str, submodules: int, tmp_path
     with torch.no_grad():
         wanted = other(**padded(pairs())).logits
     other.save_pretrained(tmp_path / "run")
-    made, family, attached = build.open_run(Run(tmp_path / "run"))
-    assert made.method.tokens == N
+    made, family, attached = open_run(Run(tmp_path / "run"))
+    assert made.method.num_virtual_tokens == N
     with torch.no_grad():
         assert (family.model(**padded(pairs())).logits - wanted).abs().max() < 1e-4
         with attached.disabled():
@@ -69,25 +71,25 @@ def test_a_prefix_of_pefts_is_another_method(tmp_path: Path) -> None:
     other = peft.get_peft_model(t5("relu"), config)
     other.peft_config["default"].base_model_name_or_path = str(written(tmp_path))
     other.save_pretrained(tmp_path / "run")
-    with pytest.raises(RunError, match="decoder's own attention alone"):
-        build.open_run(Run(tmp_path / "run"))
+    with pytest.raises(RunError, match="only the decoder's self-attention"):
+        open_run(Run(tmp_path / "run"))
 
 
 @METHOD
 def test_a_run_opens_again(method: str, tmp_path: Path) -> None:
     origin = written(tmp_path)
-    made = build.recipe({"base": {"name": str(origin), "dtype": "float32"}, "data": "-", "run": str(tmp_path / "run"),
+    made = assembly.build_recipe({"model": {"name_or_path": str(origin), "dtype": "float32"}, "data": "-", "output_dir": str(tmp_path / "run"),
                          "method": {"name": method, **SETTINGS[method]}})
-    family = build.family(made.base)
-    attached = build.attach(family, made.method, 0)
+    family = load_family(made.model)
+    attached = attach_method(family, made.method, 0)
     stir(attached)
     run = Run(tmp_path / "run")
-    run.begin(build.dump(made), {})
-    build.save_tuned(run, made, family, attached)
+    run.create(assembly.dump_recipe(made), {})
+    save_tuned(run, made, family, attached)
     kind = json.loads((run.path / "adapter_config.json").read_text())["peft_type"]
     assert kind == {"prompt": "PROMPT_TUNING", "ptuning": "P_TUNING"}.get(method, "LUTHIER")
     (run.path / "recipe.yaml").unlink()  # the adapter alone says what it is
-    _, other, again = build.open_run(run)
+    _, other, again = open_run(run)
     given = padded(pairs())
     with torch.no_grad():
         assert torch.equal(other.model(**given).logits, family.model(**given).logits)
@@ -103,8 +105,8 @@ def test_sixteen_bits_give_about_the_same_loss(method: str, dtype: torch.dtype, 
         family = Seq2Seq(t5("gated", kept), tokenizer())
         attached = attach(family, method, **SETTINGS[method])
         with torch.autocast("cpu", torch.bfloat16, enabled=cast):
-            row = batch(pairs())
-            loss = SFT(family.forward(row.inputs, row.target, SFT.needs), row.target).total / SFT.count(row.target)
+            row = build_batch(pairs())
+            loss = SFT(family.forward(row.inputs, row.target, SFT.required_outputs), row.target).total / SFT.count(row.target)
         loss.backward()
         assert all(p.grad.isfinite().all() and p.grad.any() for p in attached.parameters().values())
         losses.append(float(loss))

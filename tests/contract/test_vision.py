@@ -17,24 +17,24 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from luthier.core.errors import BaseError
 from luthier.core.examples import Origin
-from luthier.core.protocols import Sampling
-from luthier.core.types import Encoded, Piece
-from luthier.data.pack import batch, pack
-from luthier.families import BaseConfig, Vision, load_tokenizer, open_family
-from luthier.families.pictures import Pictures
+from luthier.core.protocols import SamplingParams
+from luthier.core.types import TokenizedExample, TokenSpan
+from luthier.data.packing import build_batch, pack_examples
+from luthier.models import ModelConfig, Vision, load_tokenizer, open_family
+from luthier.models.image_processor import ImageProcessor
 from tiny import VISIONS, save_tiny, tiny
 
 SAME, FAR = 1e-9, 1e-3
 METHOD = pytest.mark.parametrize("method", ["full", "lora"])
 
 
-def settings(path: Path, told: dict[str, Any] | None = None, **changes: Any) -> Pictures:
+def settings(path: Path, told: dict[str, Any] | None = None, **changes: Any) -> ImageProcessor:
     """What turns pixels into inputs, as a folder with these settings says."""
     path.mkdir(exist_ok=True)
     (path / "config.json").write_text(json.dumps({"image_size": 8, "num_channels": 3, **changes}))
     if told is not None:
         (path / "preprocessor_config.json").write_text(json.dumps(told))
-    return Pictures.of(path)
+    return ImageProcessor.from_pretrained(path)
 
 
 @pytest.fixture
@@ -42,20 +42,20 @@ def family(tmp_path: Path) -> Vision:
     return Vision(tiny("vit"), settings(tmp_path / "pictures"))
 
 
-def photographs(family: Vision, count: int = 5) -> list[Encoded]:
+def photographs(family: Vision, count: int = 5) -> list[TokenizedExample]:
     """Random pictures of several sizes, each one placeholder token."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for i in range(count):
         pixels = torch.randint(256, (8 + i, 9, 3), generator=generator, dtype=torch.uint8)
-        found.append(Encoded((Piece((0,), (0.0,)),), Origin("lab", i), images=(family.tokenizer(pixels),)))
+        found.append(TokenizedExample((TokenSpan((0,), (0.0,)),), Origin("lab", i), images=(family.tokenizer(pixels),)))
     return judged(found)
 
 
 def states(family: Vision) -> torch.Tensor:
     """[S, D] of some pictures."""
     with torch.no_grad():
-        return family.states(batch(photographs(family)).inputs)
+        return family.states(build_batch(photographs(family)).inputs)
 
 
 @pytest.mark.usefixtures("double")
@@ -63,7 +63,7 @@ def states(family: Vision) -> torch.Tensor:
 def test_it_is_transformers_own_model_one_picture_at_a_time(method: str, family: Vision) -> None:
     """The loss and every gradient of the untouched model, eager attention, by its first state."""
     examples = photographs(family)
-    found = scored(family, attach(family, method, stirred=False), [batch(examples)])
+    found = scored(family, attach(family, method, stirred=False), [build_batch(examples)])
     plain, head = tiny("vit"), family.heads.modules["score"]
     plain.set_attn_implementation("eager")
     for token in (0, 1):  # 1: the control, another token's state
@@ -71,7 +71,7 @@ def test_it_is_transformers_own_model_one_picture_at_a_time(method: str, family:
         loss = torch.zeros((), dtype=torch.float64)
         for example in examples:
             state = plain(pixel_values=example.images[0][None].double()).last_hidden_state[0, token]
-            label = torch.tensor(example.items[0].label, dtype=torch.float32).double()
+            label = torch.tensor(example.labeled_spans[0].label, dtype=torch.float32).double()
             loss = loss + (head(state) - label).square().sum() / len(examples)
         loss.backward()
         wanted = {"loss": loss.detach(), **({n: p.grad for n, p in plain.named_parameters()} if method == "full" else {})}
@@ -83,12 +83,12 @@ def test_it_is_transformers_own_model_one_picture_at_a_time(method: str, family:
 def test_how_a_batch_is_cut_changes_nothing(method: str, family: Vision) -> None:
     examples = photographs(family)
     attached = attach(family, method)
-    whole = scored(family, attached, pack(examples, None))
-    for micro_tokens in (1, 2):
-        rows = pack(examples, micro_tokens)
+    whole = scored(family, attached, pack_examples(examples, None))
+    for max_tokens in (1, 2):
+        rows = pack_examples(examples, max_tokens)
         assert len(rows) > 1
         assert apart(scored(family, attached, rows), whole) < SAME
-    assert apart(scored(family, attached, pack(examples[1:], None)), whole) > FAR
+    assert apart(scored(family, attached, pack_examples(examples[1:], None)), whole) > FAR
 
 
 @METHOD
@@ -99,14 +99,14 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str, tmp_pa
         family = Vision(tiny("vit"), settings(tmp_path))
         family.train(True)
         if checkpointing:
-            family.checkpointing()
+            family.enable_gradient_checkpointing()
         calls.append(0)
 
         def count(*_: object) -> None:
             calls[-1] += 1
 
-        family.anatomy.blocks[0].attention.register_forward_hook(count)
-        return scored(family, attach(family, method), [batch(photographs(family))])
+        family.structure.layers[0].attention.register_forward_hook(count)
+        return scored(family, attach(family, method), [build_batch(photographs(family))])
 
     without = run(False)
     assert apart(run(True), without) < SAME
@@ -114,25 +114,25 @@ def test_gradient_checkpointing_changes_nothing_but_the_work(method: str, tmp_pa
 
 
 def test_the_parts_are_found(family: Vision) -> None:
-    for number, block in enumerate(family.anatomy.blocks):
-        sites = {s.role: s.module for s in family.anatomy.sites if s.block == number}
+    for number, block in enumerate(family.structure.layers):
+        sites = {s.role: s.module for s in family.structure.linears if s.layer_index == number}
         assert list(sites) == ["q", "k", "v", "o", "up", "down"]
         assert (block.attention_out, block.mlp_out) == (sites["o"], sites["down"])
         assert block.mlp_in is block.mlp
         assert sites["q"] in list(block.attention.children())
         assert len(block.norms) == 2
-    assert family.anatomy.task == "FEATURE_EXTRACTION"
-    assert family.anatomy.embedding.weight.shape == (32, 3, 4, 4)
-    assert {"unit": 5, "channels": 3, "height": 8, "width": 8}.items() <= family.anatomy.sizes.items()
+    assert family.structure.task == "FEATURE_EXTRACTION"
+    assert family.structure.embedding.weight.shape == (32, 3, 4, 4)
+    assert {"unit": 5, "channels": 3, "height": 8, "width": 8}.items() <= family.structure.sizes.items()
 
 
-@pytest.mark.parametrize(("name", "options"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"dora": True})])
+@pytest.mark.parametrize(("name", "options"), [("full", {"keep_base": True}), ("lora", {}), ("lora", {"use_dora": True})])
 def test_the_laws_of_a_method(name: str, options: dict[str, Any], family: Vision, tmp_path: Path) -> None:
     bare, weights = states(family), digest(family)
     attached = attach(family, name, stirred=False, **options)
     assert (states(family) - bare).abs().max() < 1e-12
     stir(attached)
-    scored(family, attached, [batch(photographs(family))])
+    scored(family, attached, [build_batch(photographs(family))])
     assert all(float(p.grad.abs().sum()) > 0 for p in attached.parameters().values())
     tuned, state = states(family), {n: t.clone() for n, t in attached.state().items()}
     assert (tuned - bare).abs().max() > FAR
@@ -153,10 +153,10 @@ def test_the_laws_of_a_method(name: str, options: dict[str, Any], family: Vision
 
 def test_lora_is_pefts(family: Vision) -> None:
     attached = attach(family, "lora", rank=4, alpha=8)
-    form = attached.peft()
+    form = attached.get_peft_config()
     assert form is not None
     theirs = get_peft_model(tiny("vit"), PeftLora(r=4, lora_alpha=8, target_modules=form["target_modules"])).double().eval()
-    pixels = batch(photographs(family)).inputs.images
+    pixels = build_batch(photographs(family)).inputs.images
     with torch.no_grad():
         bare = theirs(pixel_values=pixels).last_hidden_state[:, 0]
         loaded = set_peft_model_state_dict(theirs, attached.state())
@@ -181,14 +181,14 @@ def test_a_folder_opens_as_a_vision_base_and_is_written_as_one(headed: bool, tmp
                                                     dtype=torch.float64).save_pretrained(base)
     (base / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 8, "width": 8}, "image_mean": [0.1] * 3}))
     capfd.readouterr()
-    family = open_family(BaseConfig(name=str(base), dtype="auto", device="cpu"))
+    family = open_family(ModelConfig(name_or_path=str(base), dtype="auto", device="cpu"))
     assert capfd.readouterr() == ("", ""), "loading is silent"
     assert isinstance(family, Vision)
     assert family.tokenizer.mean == (0.1,) * 3
-    assert load_tokenizer(BaseConfig(name=str(base))) == family.tokenizer
+    assert load_tokenizer(ModelConfig(name_or_path=str(base))) == family.tokenizer
     (tmp_path / "again").mkdir()
     family.save(tmp_path / "again")
-    again = open_family(BaseConfig(name=str(tmp_path / "again"), dtype="auto", device="cpu"))
+    again = open_family(ModelConfig(name_or_path=str(tmp_path / "again"), dtype="auto", device="cpu"))
     assert isinstance(again, Vision)
     assert again.tokenizer == family.tokenizer
     assert all(torch.equal(mine, other) for mine, other in
@@ -198,16 +198,16 @@ def test_a_folder_opens_as_a_vision_base_and_is_written_as_one(headed: bool, tmp
 
 
 def test_it_refuses_what_it_cannot(family: Vision, tmp_path: Path) -> None:
-    row = batch(photographs(family))
+    row = build_batch(photographs(family))
     with pytest.raises(BaseError, match="predicts no tokens"):
         family.forward(row.inputs, row.target, frozenset({"token_logps"}))
-    with pytest.raises(BaseError, match="cannot write"):
-        family.generate([[1, 2]], Sampling())
-    with pytest.raises(AssertionError, match="takes pictures"):
+    with pytest.raises(BaseError, match="cannot generate"):
+        family.generate([[1, 2]], SamplingParams())
+    with pytest.raises(AssertionError, match="needs images"):
         family.states(replace(row.inputs, images=None))
     save_tiny(tmp_path / "base", "vit")
-    with pytest.raises(BaseError, match=r"base\.pooling"):
-        open_family(BaseConfig(name=str(tmp_path / "base"), pooling="mean", device="cpu"))
+    with pytest.raises(BaseError, match=r"model\.pooling"):
+        open_family(ModelConfig(name_or_path=str(tmp_path / "base"), pooling="mean", device="cpu"))
 
 
 # ---------------------------------------------------------------- pixels
@@ -223,8 +223,8 @@ def test_pixels_are_prepared_as_transformers_does(told: dict[str, Any], shape: t
     size = {"height": 8, "width": 8}
     found = settings(tmp_path, {"size": size, **told})(pixels.numpy())
     theirs = ViTImageProcessorPil(size=size, **told)
-    coloured = pixels if pixels.ndim == 3 else pixels[:, :, None].expand(-1, -1, 3)
-    wanted = theirs(coloured.numpy(), return_tensors="pt", input_data_format="channels_last").pixel_values[0]
+    colored = pixels if pixels.ndim == 3 else pixels[:, :, None].expand(-1, -1, 3)
+    wanted = theirs(colored.numpy(), return_tensors="pt", input_data_format="channels_last").pixel_values[0]
     step = 1 / 255 / min(told.get("image_std", [0.5]) if told.get("do_normalize", True) else [1.0])
     assert found.shape == (3, 8, 8)
     assert found.dtype == torch.float32
@@ -233,10 +233,10 @@ def test_pixels_are_prepared_as_transformers_does(told: dict[str, Any], shape: t
 
 
 def test_a_grey_model_takes_grey_pictures(tmp_path: Path) -> None:
-    grey = torch.arange(64, dtype=torch.uint8).view(8, 8)
+    gray = torch.arange(64, dtype=torch.uint8).view(8, 8)
     prepare = settings(tmp_path, num_channels=1)
-    assert torch.allclose(prepare(grey), (grey[None] / 255 - 0.5) / 0.5)
-    assert torch.equal(prepare(grey[:, :, None].expand(-1, -1, 3)), prepare(grey))
+    assert torch.allclose(prepare(gray), (gray[None] / 255 - 0.5) / 0.5)
+    assert torch.equal(prepare(gray[:, :, None].expand(-1, -1, 3)), prepare(gray))
     red = torch.zeros(8, 8, 3, dtype=torch.uint8)
     red[..., 0] = 200
     assert torch.allclose(prepare(red), torch.full((1, 8, 8), (60 / 255 - 0.5) / 0.5))

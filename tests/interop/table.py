@@ -16,9 +16,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from contract.lab import stir
-from luthier import build
-from luthier.core.types import Forest, Inputs, Target
-from luthier.runtime.run import Run
+from luthier import assembly
+from luthier.assembly.factory import load_family
+from luthier.assembly.recipe import Recipe
+from luthier.assembly.rl_setup import init_rl_policy
+from luthier.assembly.run_io import save_tuned
+from luthier.core.types import Inputs, LossInputs, SegmentTree
+from luthier.training.run_folder import Run
 from tiny import CLS, ENCODERS, MASK, PAD, SEP, VISIONS, VOCABULARY, pair_tokenizer, save_tiny
 
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,12 +41,12 @@ ENCODER_KINDS = ("bert", "roberta", "distilbert", *MORE)
 DECODER_KINDS = ("llama", "qwen2", "gpt2", "mistral", "gemma2")
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "single": {"name": "classify", "labels": ["no", "perhaps", "yes"]},
-    "multi": {"name": "classify", "task": "multi", "labels": ["red", "green", "blue", "grey"]},
+    "multi": {"name": "classify", "task": "multi", "labels": ["red", "green", "blue", "gray"]},
     "regression": {"name": "classify", "task": "regression"},
     "tags": {"name": "classify", "task": "tokens", "labels": ["O", "B-PER", "I-PER"]},
     "reward": {"name": "reward"},
     "embedding": {"name": "contrastive"},
-    "embedding-learned": {"name": "contrastive", "learned": True},
+    "embedding-learned": {"name": "contrastive", "learn_temperature": True},
 }
 TEXTS = ("a", "good food, and quickly", "not my taste at all; I would not go there again")
 
@@ -67,7 +71,7 @@ class Made:
     """A run that was saved, still open."""
 
     run: Run
-    recipe: build.Recipe
+    recipe: Recipe
     base: Any
     task: str
 
@@ -80,21 +84,21 @@ class Made:
     def outputs(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """[texts, C] scores, [texts, D] vectors, or [T, C] scores of all tokens, one text behind the other."""
         tokens = torch.tensor([token for text in ids for token in text])
-        forest = Forest(tuple(map(len, ids)), (-1,) * len(ids))
+        segment_tree = SegmentTree(tuple(map(len, ids)), (-1,) * len(ids))
         places = torch.cat([torch.arange(len(text)) for text in ids])
         rows = torch.arange(len(ids))
-        target = Target(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)), len(ids), items=rows, groups=rows)
-        return self._of(Inputs(tokens, places, forest), target)
+        target = LossInputs(torch.arange(len(tokens)), tokens, torch.ones(len(tokens)), len(ids), labeled_segments=rows, groups=rows)
+        return self._of(Inputs(tokens, places, segment_tree), target)
 
     @torch.no_grad()
     def of_images(self, pixels: Tensor) -> Tensor:
         rows = torch.arange(len(pixels))
-        target = Target(rows, rows, torch.ones(len(pixels)), len(pixels), items=rows, groups=rows)
-        return self._of(Inputs(rows * 0, rows * 0, Forest((1,) * len(pixels), (-1,) * len(pixels)), pixels), target)
+        target = LossInputs(rows, rows, torch.ones(len(pixels)), len(pixels), labeled_segments=rows, groups=rows)
+        return self._of(Inputs(rows * 0, rows * 0, SegmentTree((1,) * len(pixels), (-1,) * len(pixels)), pixels), target)
 
-    def _of(self, inputs: Inputs, target: Target) -> Tensor:
+    def _of(self, inputs: Inputs, target: LossInputs) -> Tensor:
         self.base.train(False)
-        needs = self.recipe.objective.needs
+        needs = self.recipe.objective.required_outputs
         found = self.base.forward(inputs, target, needs).tensors()[next(iter(needs))]
         return torch.nn.functional.normalize(found, dim=-1) if needs == {"pooled"} else found
 
@@ -103,14 +107,14 @@ def make_run(path: Path, kind: str, task: str, method: Any = "lora", dtype: torc
              **base_settings: Any) -> Made:
     """Attach, move every trainable weight at random, save as `luthier train` does."""
     base_path = save_base(path / "base", kind, dtype)
-    recipe = build.recipe(None, {"base": {"name": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
+    recipe = assembly.build_recipe(None, {"model": {"name_or_path": str(base_path), **base_settings}, "method": method, "data": "rows.jsonl",
                                  "objective": OBJECTIVES[task]})
-    base = build.family(recipe.base)
-    attached, _ = build.begin(recipe, base)
+    base = load_family(recipe.model)
+    attached, _ = init_rl_policy(recipe, base)
     stir(attached)
     run = Run(path / "run")
-    run.begin(build.dump(recipe), build.provenance(recipe))
-    build.save_tuned(run, recipe, base, attached)
+    run.create(assembly.dump_recipe(recipe), assembly.collect_provenance(recipe))
+    save_tuned(run, recipe, base, attached)
     return Made(run, recipe, base, task)
 
 

@@ -18,14 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from luthier import build
-from luthier.build import runs
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.export import export
+from luthier.assembly import run_io
+from luthier.assembly.factory import attach_method, load_family
+from luthier.assembly.multi_adapter_loading import load_served_models
+from luthier.assembly.provenance import open_recipe
+from luthier.assembly.rl_setup import init_rl_policy
+from luthier.assembly.run_io import open_run, save_tuned
+from luthier.cli.main import main
 from luthier.core.errors import LuthierError, NotMergeable, RunError
-from luthier.core.types import Forest, Inputs, Target
-from luthier.export import export
-from luthier.families import CausalLM
-from luthier.runtime.run import Run
+from luthier.core.types import Inputs, LossInputs, SegmentTree
+from luthier.models import CausalLM
+from luthier.training.run_folder import Run
 from tiny import save_tiny, tiny
 
 peft = pytest.importorskip("peft")
@@ -131,9 +136,9 @@ def said_by_peft(kind: str, folder: Path) -> Tensor:
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """PEFT's folders name no precision: bases are loaded in float64."""
     def opened(run: Run, *options: Any) -> Any:
-        made = build.open_recipe(run, *options)
-        return made.model_copy(update={"base": made.base.model_copy(update={"dtype": "float64"})})
-    monkeypatch.setattr(runs, "open_recipe", opened)
+        made = open_recipe(run, *options)
+        return made.model_copy(update={"model": made.model.model_copy(update={"dtype": "float64"})})
+    monkeypatch.setattr(run_io, "open_recipe", opened)
 
 
 @torch.no_grad()
@@ -145,8 +150,8 @@ def said(family: Any) -> Tensor:
 def logps(family: Any) -> Tensor:
     """Log-probabilities of the tokens by the family's own way, which asks the head by itself."""
     n = TOKENS.shape[1]
-    inputs = Inputs(TOKENS[0], torch.arange(n), Forest((n,), (-1,)))
-    target = Target(torch.arange(n - 1), TOKENS[0, 1:], torch.ones(n - 1), 1)
+    inputs = Inputs(TOKENS[0], torch.arange(n), SegmentTree((n,), (-1,)))
+    target = LossInputs(torch.arange(n - 1), TOKENS[0, 1:], torch.ones(n - 1), 1)
     return family.forward(inputs, target, frozenset({"token_logps"})).token_logps
 
 
@@ -158,7 +163,7 @@ def picked(logits: Tensor) -> Tensor:
 def test_an_adapter_of_pefts_says_the_same_here(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
-    _, family, attached = build.open_run(Run(tmp_path / "run"))
+    _, family, attached = open_run(Run(tmp_path / "run"))
     assert attached is not None
     bare = tiny(kind)(input_ids=TOKENS).logits[0].detach()
     assert (said(family) - wanted).abs().max() < SAME
@@ -178,7 +183,7 @@ def test_an_adapter_of_pefts_says_the_same_here(name: str, tmp_path: Path) -> No
 def test_it_merges_into_a_model_that_says_the_same(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
-    _, family, attached = build.open_run(Run(tmp_path / "run"))
+    _, family, attached = open_run(Run(tmp_path / "run"))
     before = {n: t.clone() for n, t in attached.state().items()}
     attached.merge()
     assert (said(family) - wanted).abs().max() < 1e-7
@@ -195,7 +200,7 @@ def test_it_merges_into_a_model_that_says_the_same(name: str, tmp_path: Path) ->
 
 def test_what_peft_itself_cannot_merge_stays_as_it_is(tmp_path: Path) -> None:
     wanted = theirs(*READ["lora_bias"], tmp_path / "run")
-    _, family, attached = build.open_run(Run(tmp_path / "run"))
+    _, family, attached = open_run(Run(tmp_path / "run"))
     with pytest.raises(NotMergeable, match="lora_bias"):
         attached.merge()
     assert (said(family) - wanted).abs().max() < SAME
@@ -215,20 +220,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "an old field": ({"enable_lora": [True, False]}, "enable_lora"),
     "a class head": ({"task_type": "SEQ_CLS", "modules_to_save": ["score"]}, "SEQ_CLS"),
     "a module that the base has not": ({"modules_to_save": ["value_head"]}, "value_head"),
-    "a module of modules": ({"modules_to_save": ["mlp"]}, "'mlp' is made of other modules"),
+    "a module of modules": ({"modules_to_save": ["mlp"]}, "'mlp' contains other modules"),
     "r is no number": ({"r": "eight"}, "r is 'eight'"),
     "r is true": ({"r": True}, "r is True"),
-    "no expression": ({"target_modules": "*_proj"}, r"target_modules '\*_proj' is no regular expression"),
+    "no expression": ({"target_modules": "*_proj"}, r"target_modules '\*_proj' is not a valid regular expression"),
     "no pattern": ({"rank_pattern": {"*q_proj": 2}}, "rank_pattern"),
     "rank_pattern is a list": ({"rank_pattern": [2]}, "rank_pattern"),
     "a rank below 1": ({"r": 0}, "rank"),
     "no targets, no weights of one": ({"target_modules": []}, "target_modules"),
     "no such tuner": ({"peft_type": "FOO"}, "no tuner 'FOO'"),
     "no base": ({"base_model_name_or_path": None}, "names no base"),
-    "other layers than in the file": ({"layers_to_transform": 1}, "do not fit"),
-    "fewer modules than in the file": ({"target_modules": ["q_proj"]}, "do not fit"),
-    "more modules than in the file": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "do not fit"),
-    "another rank than in the file": ({"r": 5}, "do not fit"),
+    "other layers than in the file": ({"layers_to_transform": 1}, "do not match this method"),
+    "fewer modules than in the file": ({"target_modules": ["q_proj"]}, "do not match this method"),
+    "more modules than in the file": ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, "do not match this method"),
+    "another rank than in the file": ({"r": 5}, "do not match this method"),
 }
 HARMLESS: dict[str, dict[str, Any]] = {
     "an old field without effect": {"enable_lora": None, "merge_weights": False},
@@ -254,17 +259,17 @@ def plain(tmp_path: Path) -> tuple[Path, Tensor]:
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_setting_that_is_not_read_is_refused_by_its_name(name: str, plain: tuple[Path, Tensor]) -> None:
     changes, words = REFUSED[name]
-    build.open_run(Run(plain[0]))  # the control: without the change it is read
+    open_run(Run(plain[0]))  # the control: without the change it is read
     edit(plain[0], changes)
     with pytest.raises(LuthierError, match=words) as caught:
-        build.open_run(Run(plain[0]))
+        open_run(Run(plain[0]))
     assert caught.value.remedy
 
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_a_setting_without_effect_is_no_reason_to_refuse(name: str, plain: tuple[Path, Tensor]) -> None:
     edit(plain[0], HARMLESS[name])
-    _, family, _ = build.open_run(Run(plain[0]))
+    _, family, _ = open_run(Run(plain[0]))
     assert (said(family) - plain[1]).abs().max() < SAME
 
 
@@ -273,7 +278,7 @@ def test_what_an_old_config_leaves_out_is_pefts_default(plain: tuple[Path, Tenso
                                    "alpha_pattern", "fan_in_fan_out", "modules_to_save", "task_type", "peft_version"))
     wanted = said_by_peft("llama", plain[0])
     assert (wanted - plain[1]).abs().max() > FAR  # alpha is 8 now
-    _, family, _ = build.open_run(Run(plain[0]))
+    _, family, _ = open_run(Run(plain[0]))
     assert (said(family) - wanted).abs().max() < SAME
 
 
@@ -323,17 +328,17 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "pickle alone": (_pickle, "pickle is never loaded"),
     "a missing weight": (_change_weights(lambda s: {n: t for n, t in s.items() if n != FIRST}), "missing"),
     "a missing module": (_change_weights(lambda s: {n: t for n, t in s.items() if "layers.0.self_attn.q_proj" not in n}), "missing"),
-    "a wrong shape": (_change_weights(lambda s: s | {FIRST: s[FIRST][:, :-1].contiguous()}), "misshapen"),
-    "a weight of another model": (_change_weights(lambda s: s | {FIRST.replace(".0.", ".7."): s[FIRST].clone()}), "unknown"),
+    "a wrong shape": (_change_weights(lambda s: s | {FIRST: s[FIRST][:, :-1].contiguous()}), "mismatched"),
+    "a weight of another model": (_change_weights(lambda s: s | {FIRST.replace(".0.", ".7."): s[FIRST].clone()}), "unexpected"),
     "other embeddings of the base": (_change_weights(lambda s: s | {
         "base_model.model.model.embed_tokens.weight": torch.ones(264, 32, dtype=torch.float64)}), "save_embedding_layers"),
     "a longer vocabulary": (_change_weights(lambda s: s | {
         "base_model.model.lm_head.weight": torch.ones(300, 32, dtype=torch.float64)}), "save_embedding_layers"),
-    "config is no JSON": (_config("{not json"), "is no JSON"),
-    "config is empty": (_config(""), "is no JSON"),
+    "config is no JSON": (_config("{not json"), "is not valid JSON"),
+    "config is empty": (_config(""), "is not valid JSON"),
     "config is a list": (_config("[1]"), "holds a list"),
-    "config without a type": (_config('{"r": 8}'), "names no peft_type"),
-    "a type that is no word": (_config('{"peft_type": 3}'), "names no peft_type"),
+    "config without a type": (_config('{"r": 8}'), "has no peft_type"),
+    "a type that is no word": (_config('{"peft_type": 3}'), "has no peft_type"),
     "a prompt without its length": (_config('{"peft_type": "PROMPT_TUNING", "base_model_name_or_path": "x"}'), "num_virtual_tokens"),
     "AdapterHub": (_hub, "AdapterHub"),
 }
@@ -342,13 +347,13 @@ DAMAGED: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("name", DAMAGED)
 def test_a_damaged_folder_is_one_clear_error(name: str, plain: tuple[Path, Tensor], capsys: Any) -> None:
     damage, words = DAMAGED[name]
-    build.open_run(Run(plain[0]))
+    open_run(Run(plain[0]))
     damage(plain[0])
     with pytest.raises(LuthierError, match=words) as caught:
-        build.open_run(Run(plain[0]))
+        open_run(Run(plain[0]))
     assert caught.value.remedy
     with pytest.raises(LuthierError, match=words):  # several adapters on one base read the same
-        build.served({"mine": plain[0], "again": plain[0]})
+        load_served_models({"mine": plain[0], "again": plain[0]})
     assert main(["export", str(plain[0]), "--out", str(plain[0].parent / "out")]) == 2
     assert "Traceback" not in (told := capsys.readouterr().err)
     assert told.strip()
@@ -358,7 +363,7 @@ def test_weights_of_the_base_that_are_the_bases_own_are_no_reason_to_refuse(plai
     base = tiny("llama").state_dict()
     _change_weights(lambda s: s | {f"base_model.model.{n}": base[n].clone()
                                    for n in ("model.embed_tokens.weight", "lm_head.weight")})(plain[0])
-    _, family, _ = build.open_run(Run(plain[0]))
+    _, family, _ = open_run(Run(plain[0]))
     assert (said(family) - plain[1]).abs().max() < SAME
 
 
@@ -369,15 +374,15 @@ def test_weights_of_the_base_that_are_the_bases_own_are_no_reason_to_refuse(plai
 def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
     kind, config = READ[name]
     wanted = theirs(kind, config, tmp_path / "run")
-    served = build.served({"mine": tmp_path / "run"})
-    with served.bank.using(served.adapter("mine")) if served.bank else nullcontext():
+    served = load_served_models({"mine": tmp_path / "run"})
+    with served.manager.use_adapter(served.get_adapter("mine")) if served.manager else nullcontext():
         assert (said(served.base).double() - wanted).abs().max() < 1e-4  # served in float32
-    made = build.recipe({"start": str(tmp_path / "run"), "data": "-"})
-    family = build.family(made.base)
-    attached, reference = build.begin(made, family)
+    made = assembly.build_recipe({"init_from": str(tmp_path / "run"), "data": "-"})
+    family = load_family(made.model)
+    attached, reference = init_rl_policy(made, family)
     if name != "plain":
         with pytest.raises(RunError, match="Transformers reads"):
-            export(tmp_path / "run", "whole", tmp_path / "whole")
+            export(tmp_path / "run", "bundle", tmp_path / "whole")
     assert (said(family).double() - wanted).abs().max() < 1e-4
     assert attached.parameters()
     assert reference
@@ -387,22 +392,22 @@ def test_it_is_served_and_trained_on(name: str, tmp_path: Path) -> None:
 
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("llama", {"name": "lora", "rank": 4, "alpha": 12.0}),
-    "lora of some": ("llama", {"name": "lora", "targets": ["q", r"model\.layers\.1\.mlp\..*"]}),
+    "lora of some": ("llama", {"name": "lora", "target_modules": ["q", r"model\.layers\.1\.mlp\..*"]}),
     "patterns": ("llama", {"name": "lora", "rank": 4, "rank_pattern": {"q": 2, "down": 6}, "alpha_pattern": {"v": 5.0, "o": 0.3}}),
-    "rslora, tied": ("qwen2", {"name": "lora", "rslora": True, "rank_pattern": {"q": 2}}),
-    "pissa": ("llama", {"name": "lora", "init": "pissa", "rank": 3}),
+    "rslora, tied": ("qwen2", {"name": "lora", "use_rslora": True, "rank_pattern": {"q": 2}}),
+    "pissa": ("llama", {"name": "lora", "init_lora_weights": "pissa", "rank": 3}),
     "conv1d": ("gpt2", {"name": "lora", "rank_pattern": {"qkv": 2}}),
-    "adalora": ("llama", {"name": "adalora", "rank": 3, "start_rank": 5, "alpha": 7.0}),
-    "dora": ("llama", {"name": "lora", "dora": True}),
-    "dora, pissa": ("qwen2", {"name": "lora", "dora": True, "init": "pissa"}),
-    "experts": ("mixtral", {"name": "lora", "targets": ["q", "experts.down_proj"]}),
+    "adalora": ("llama", {"name": "adalora", "target_r": 3, "init_r": 5, "alpha": 7.0}),
+    "dora": ("llama", {"name": "lora", "use_dora": True}),
+    "dora, pissa": ("qwen2", {"name": "lora", "use_dora": True, "init_lora_weights": "pissa"}),
+    "experts": ("mixtral", {"name": "lora", "target_modules": ["q", "experts.down_proj"]}),
     "ia3": ("llama", {"name": "ia3"}),
-    "prompt": ("llama", {"name": "prompt", "tokens": 5}),
-    "ptuning": ("llama", {"name": "ptuning", "tokens": 5}),
-    "prefix": ("llama", {"name": "prefix", "tokens": 5}),
-    "prefix, projected": ("qwen2", {"name": "prefix", "tokens": 5, "projection": True}),
-    "ptuning_v2": ("gpt2", {"name": "ptuning_v2", "tokens": 5}),
-    "prefix, window as long as the context": ("mistral", {"name": "prefix", "tokens": 5}),
+    "prompt": ("llama", {"name": "prompt", "num_virtual_tokens": 5}),
+    "ptuning": ("llama", {"name": "ptuning", "num_virtual_tokens": 5}),
+    "prefix": ("llama", {"name": "prefix", "num_virtual_tokens": 5}),
+    "prefix, projected": ("qwen2", {"name": "prefix", "num_virtual_tokens": 5, "prefix_projection": True}),
+    "ptuning_v2": ("gpt2", {"name": "ptuning_v2", "num_virtual_tokens": 5}),
+    "prefix, window as long as the context": ("mistral", {"name": "prefix", "num_virtual_tokens": 5}),
     "loha": ("llama", {"name": "peft", "type": "LOHA", "config": {"r": 4, "alpha": 8.0}}),
     "oft": ("llama", {"name": "peft", "type": "OFT", "config": {"r": 4, "oft_block_size": 0}}),
     "peft's lora with all": ("qwen2", {"name": "peft", "type": "LORA", "config": {
@@ -410,7 +415,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "trainable_token_indices": {"embed_tokens": [7]}}}),
 }
 OPTIONS = {"prefix, window as long as the context": {"sliding_window": 256}}
-OWN = {"bitfit": "llama", "adapter": "llama", "ln": "llama"}
+OWN = {"bitfit": "llama", "adapter": "llama", "ln_tuning": "llama"}
 VIRTUAL = ("prompt", "ptuning")
 PLAIN = ("lora", "lora of some", "patterns", "rslora, tied", "pissa", "conv1d", "adalora")
 
@@ -418,16 +423,16 @@ PLAIN = ("lora", "lora of some", "patterns", "rslora, tied", "pissa", "conv1d", 
 def made_run(kind: str, method: Any, folder: Path, **options: Any) -> tuple[Any, Any]:
     """A run folder of ours with moved weights, and what it holds."""
     origin = save_tiny(folder.parent / "base", kind, **options)
-    made = build.recipe({"base": {"name": str(origin), "dtype": "float64"}, "data": "-", "method": method, "run": str(folder)})
+    made = assembly.build_recipe({"model": {"name_or_path": str(origin), "dtype": "float64"}, "data": "-", "method": method, "output_dir": str(folder)})
     run = Run(folder)
-    run.begin(build.dump(made), {})
-    family = build.family(made.base)
-    attached = build.attach(family, made.method, 3)
+    run.create(assembly.dump_recipe(made), {})
+    family = load_family(made.model)
+    attached = attach_method(family, made.method, 3)
     dice = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for parameter in attached.parameters().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=dice, dtype=torch.float64).to(parameter.dtype)
-    build.save_tuned(run, made, family, attached)
+    save_tuned(run, made, family, attached)
     return family, attached
 
 
@@ -447,7 +452,7 @@ def test_what_a_method_writes_says_the_same_in_peft_and_here(name: str, tmp_path
     exported = export(folder, "adapter", tmp_path / "adapter")
     assert (in_peft(kind, exported, **options) - wanted).abs().max() < near
     assert not (exported / "recipe.yaml").exists()
-    _, again, _ = build.open_run(Run(exported), False, str(tmp_path / "base"))  # by PEFT's settings alone
+    _, again, _ = open_run(Run(exported), False, str(tmp_path / "base"))  # by PEFT's settings alone
     assert (said(again) - wanted).abs().max() < SAME
     with attached.disabled():
         assert (said(family) - wanted).abs().max() > FAR
@@ -459,7 +464,7 @@ def test_a_method_that_peft_has_not_is_written_in_a_form_that_peft_refuses(name:
     if (tmp_path / "run/adapter_config.json").exists():
         with pytest.raises((KeyError, ValueError, TypeError)):
             in_peft(OWN[name], tmp_path / "run")
-    _, again, _ = build.open_run(Run(tmp_path / "run"))
+    _, again, _ = open_run(Run(tmp_path / "run"))
     assert (said(again) - said(family)).abs().max() < SAME
 
 
@@ -548,11 +553,11 @@ WINDOWS: dict[str, tuple[str, dict[str, Any], bool]] = {
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_prefix_is_exchanged_only_where_peft_computes_the_same(name: str, tmp_path: Path) -> None:
     kind, options, windowed = WINDOWS[name]
-    family, _ = made_run(kind, {"name": "prefix", "tokens": 5}, tmp_path / "run", **options)
+    family, _ = made_run(kind, {"name": "prefix", "num_virtual_tokens": 5}, tmp_path / "run", **options)
     form = json.loads((tmp_path / "run/adapter_config.json").read_text())
     assert form["peft_type"] == ("LUTHIER" if windowed else "PREFIX_TUNING")
     exported = Run(export(tmp_path / "run", "adapter", tmp_path / "adapter"))
-    _, again, _ = build.open_run(exported, False, str(tmp_path / "base"))
+    _, again, _ = open_run(exported, False, str(tmp_path / "base"))
     assert (said(again) - said(family)).abs().max() < SAME
     if not windowed:
         assert (in_peft(kind, tmp_path / "run", **options) - said(family)).abs().max() < 1e-5
@@ -566,6 +571,6 @@ def test_a_prefix_of_pefts_is_refused_beside_a_window(name: str, tmp_path: Path)
     model.peft_config["default"].base_model_name_or_path = str(origin)
     model.save_pretrained(tmp_path / "run")
     with pytest.raises(RunError, match="window"):
-        build.open_run(Run(tmp_path / "run"))
+        open_run(Run(tmp_path / "run"))
     with pytest.raises(RunError, match="window"):
-        build.served({"mine": tmp_path / "run"})
+        load_served_models({"mine": tmp_path / "run"})

@@ -12,11 +12,11 @@ import torch
 import yaml
 
 import luthier
+from luthier.api.export import export
 from luthier.core.errors import LuthierError
-from luthier.export import export
 from tiny import save_tiny
 
-LABELLED = [{"text": f"{word} thing", "label": label} for word, label in
+LABELED = [{"text": f"{word} thing", "label": label} for word, label in
             (("good", "up"), ("bad", "down"), ("fine", "up"), ("poor", "down"), ("odd", "down"))]
 TALKS = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]} for i in range(5)]
 PAIRS = [{"anchor": f"number {i}", "positive": f"the number {i}"} for i in range(5)]
@@ -28,8 +28,8 @@ IMAGES = [{"pixels": [[[i * 40 + j] * 3 for j in range(8)] for _ in range(8)], "
 CASES: dict[str, tuple[str, Any, list[dict[str, Any]], str]] = {  # base, objective, rows, pipeline tag
     "chat": ("llama", "sft", TALKS, "text-generation"),
     "document": ("gpt2", "pretrain", DOCUMENTS, "text-generation"),
-    "classes": ("bert", "classify", LABELLED, "text-classification"),
-    "classes-decoder": ("llama", "classify", LABELLED, "text-classification"),
+    "classes": ("bert", "classify", LABELED, "text-classification"),
+    "classes-decoder": ("llama", "classify", LABELED, "text-classification"),
     "tags": ("bert", {"name": "classify", "task": "tokens"}, TAGGED, "token-classification"),
     "reward": ("llama", "reward", RANKED, "text-classification"),
     "vectors": ("bert", "contrastive", PAIRS, "sentence-similarity"),
@@ -43,9 +43,9 @@ def train(path: Path, case: str, method: Any = "lora") -> luthier.Run:
     base = save_tiny(path / "private" / "base", kind, dtype=torch.float32)
     (base / "README.md").write_text("---\nlicense: apache-2.0\nbase_model: owner/upstream\n---\n")
     (path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return luthier.train(base=str(base), data={"train": str(path / "rows.jsonl"), "test": str(path / "rows.jsonl")},
-                         method=method, objective=objective, training={"steps": 1, "batch_size": 5},
-                         run=str(path / "run"), quiet=True)
+    return luthier.train(model=str(base), data={"train": str(path / "rows.jsonl"), "test": str(path / "rows.jsonl")},
+                         method=method, objective=objective, training={"max_steps": 1, "batch_size": 5},
+                         output_dir=str(path / "run"), quiet=True)
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str, str]:
@@ -87,7 +87,7 @@ def test_the_code_of_the_card_loads_what_stands_beside_it(case: str, form: str, 
 @pytest.mark.parametrize("method", ["prompt", "prefix"])
 def test_what_peft_would_compute_otherwise_is_said_and_refused(method: str, tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    run = train(tmp_path, "classes", {"name": method, "tokens": 2})
+    run = train(tmp_path, "classes", {"name": method, "num_virtual_tokens": 2})
     front, code, text = parts(run.path)
     assert front["library_name"] == "luthier"
     assert "opened by Luthier" in text
@@ -100,10 +100,10 @@ def test_what_peft_would_compute_otherwise_is_said_and_refused(method: str, tmp_
 def test_a_head_that_no_class_holds_is_said(tmp_path: Path) -> None:
     """BERT's class takes the first token; a run that takes the mean is opened by this package alone."""
     base = save_tiny(tmp_path / "base", "bert", dtype=torch.float32)
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LABELLED)))
-    run = luthier.train(base={"name": str(base), "pooling": "mean"}, data={"train": str(tmp_path / "rows.jsonl"), "test":
-                        str(tmp_path / "rows.jsonl")}, objective="classify", method="full", run=str(tmp_path / "run"),
-                        training={"steps": 1}, quiet=True)
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, LABELED)))
+    run = luthier.train(model={"name_or_path": str(base), "pooling": "mean"}, data={"train": str(tmp_path / "rows.jsonl"), "test":
+                        str(tmp_path / "rows.jsonl")}, objective="classify", method="full", output_dir=str(tmp_path / "run"),
+                        training={"max_steps": 1}, quiet=True)
     text = (run.path / "README.md").read_text()
     assert "does not pool by mean" in text
     assert "library_name: luthier" in text
@@ -116,8 +116,8 @@ def test_a_merged_model_keeps_the_dtype_of_its_base(stored: torch.dtype, method:
     from transformers import AutoModelForCausalLM
     base = save_tiny(tmp_path / "base", "llama", dtype=stored)
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, TALKS)))
-    run = luthier.train(base=str(base), data=str(tmp_path / "rows.jsonl"), method=method, run=str(tmp_path / "run"),
-                        training={"steps": 3}, optimizer={"learning_rate": 0.01}, quiet=True)
+    run = luthier.train(model=str(base), data=str(tmp_path / "rows.jsonl"), method=method, output_dir=str(tmp_path / "run"),
+                        training={"max_steps": 3}, optimizer={"learning_rate": 0.01}, quiet=True)
     wide = export(run, "merged", tmp_path / "wide", dtype="float32")
     kept = export(run, "merged", tmp_path / "kept")
     ids = torch.arange(40, 60)[None]

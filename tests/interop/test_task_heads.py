@@ -25,8 +25,8 @@ from transformers import (
 
 import luthier
 from interop.table import DECODER_KINDS, ENCODER_KINDS, OBJECTIVES, TEXTS, Made, make_run
-from luthier import build
-from luthier.export import export
+from luthier.api.export import export
+from luthier.assembly.run_io import open_run
 from tiny import save_tiny
 
 SAME, FAR = 1e-5, 1e-3
@@ -43,7 +43,7 @@ def loaded(made: Made, form: str) -> tuple[Any, Any]:
         folder = export(made.run, "merged")
         return auto.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     head, = made.recipe.objective.heads
-    bare = auto.from_pretrained(made.recipe.base.name, num_labels=head.width)
+    bare = auto.from_pretrained(made.recipe.model.name_or_path, num_labels=head.width)
     tokenizer = AutoTokenizer.from_pretrained(made.run.path)
     bare.config.pad_token_id = tokenizer.pad_token_id
     return PeftModel.from_pretrained(bare, made.run.path).eval(), tokenizer
@@ -63,7 +63,7 @@ def rows(kinds: tuple[str, ...]) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(("kind", "task", "form"), rows((*ENCODER_KINDS, *DECODER_KINDS)))
 def test_scores_are_those_of_transformers_own_class(kind: str, task: str, form: str, tmp_path: Path) -> None:
     made = make_run(tmp_path, kind, task)
-    assert made.base.heads.own is not None, made.base.heads.why
+    assert made.base.heads.task_head is not None, made.base.heads.no_task_head_reason
     ids = made.ids(end=task == "reward" and kind in DECODER_KINDS)
     wanted = made.outputs(ids)
     model, tokenizer = loaded(made, form)
@@ -99,8 +99,8 @@ def test_vectors_are_those_of_sentence_transformers(kind: str, task: str, form: 
 
 
 def build_length(made: Made) -> int:
-    from luthier.build.objects import settled
-    return int(settled(made.recipe, made.base).max_length or 0)
+    from luthier.assembly.factory import resolve_data_config
+    return int(resolve_data_config(made.recipe, made.base).max_length or 0)
 
 
 @pytest.mark.parametrize(("kind", "task"), [("bert", "single"), ("llama", "single"), ("gpt2", "multi"), ("llama", "regression"),
@@ -139,8 +139,8 @@ def test_a_pipeline_sees_images(tmp_path: Path) -> None:
 
 
 METHODS: dict[str, Any] = {
-    "ia3": "ia3", "adalora": "adalora", "dora": {"name": "lora", "dora": True}, "pissa": {"name": "lora", "init": "pissa"},
-    "patterns": {"name": "lora", "targets": ["q", "v"], "rank_pattern": {"q": 4}, "alpha_pattern": {"v": 3.0}},
+    "ia3": "ia3", "adalora": "adalora", "dora": {"name": "lora", "use_dora": True}, "pissa": {"name": "lora", "init_lora_weights": "pissa"},
+    "patterns": {"name": "lora", "target_modules": ["q", "v"], "rank_pattern": {"q": 4}, "alpha_pattern": {"v": 3.0}},
     "loha": {"name": "peft", "type": "LOHA", "config": {"r": 2}},
 }
 
@@ -162,7 +162,7 @@ def test_every_format_of_peft_carries_heads_and_vectors(method: str, task: str, 
     else:
         found = theirs(*loaded(made, "adapter"), made.ids(), False)
     assert (found - wanted).abs().max() < SAME * wanted.abs().max().clamp(min=1)
-    again = build.open_run(made.run)[1]
+    again = open_run(made.run)[1]
     assert (Made(made.run, made.recipe, again, task).outputs(made.ids()) - wanted).abs().max() < SAME
 
 
@@ -172,7 +172,7 @@ def test_every_format_of_peft_carries_heads_and_vectors(method: str, task: str, 
 def test_every_method_merges_with_its_head_or_is_opened_here(method: str, task: str, kind: str, tmp_path: Path) -> None:
     made = make_run(tmp_path, kind, task, ["bitfit", "lora"] if method == "lists" else method)
     wanted = made.outputs(made.ids())
-    again = build.open_run(made.run)[1]
+    again = open_run(made.run)[1]
     assert (Made(made.run, made.recipe, again, task).outputs(made.ids()) - wanted).abs().max() < SAME
     if method != "adapter":
         found = theirs(*loaded(made, "merged"), made.ids(), task == "tags")
@@ -204,7 +204,7 @@ def test_images_too(task: str, form: str, tmp_path: Path) -> None:
     else:
         head, = made.recipe.objective.heads
         model = PeftModel.from_pretrained(AutoModelForImageClassification.from_pretrained(
-            made.recipe.base.name, num_labels=head.width), made.run.path)
+            made.recipe.model.name_or_path, num_labels=head.width), made.run.path)
     with torch.no_grad():
         assert (model.eval()(pixel_values=pixels).logits - wanted).abs().max() < SAME
 
@@ -219,8 +219,8 @@ def test_a_run_on_an_encoder_that_pools_by_mean_opens_again(objective: str, meth
     rows = ([{"text": f"{word} thing", "label": label} for word, label in (("good", "up"), ("bad", "down"), ("odd", "down"))]
             if objective == "classify" else [{"prompt": f"{i}?", "chosen": f"yes {i}", "rejected": "no"} for i in range(3)])
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = luthier.train(base=str(base), data=str(tmp_path / "rows.jsonl"), method=method, objective=objective,
-                        training={"steps": 2, "batch_size": 3}, run=str(tmp_path / "run"), quiet=True,
+    run = luthier.train(model=str(base), data=str(tmp_path / "rows.jsonl"), method=method, objective=objective,
+                        training={"max_steps": 2, "batch_size": 3}, output_dir=str(tmp_path / "run"), quiet=True,
                         **{"data.test": str(tmp_path / "rows.jsonl")})
     found = luthier.evaluate(run, quiet=True)
     assert found["loss"] == pytest.approx(run.results["test"]["loss"], rel=1e-5)

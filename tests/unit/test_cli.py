@@ -19,10 +19,12 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier import build, screen
-from luthier.chat import bits
-from luthier.cli import main, parse
-from luthier.commands import COMMANDS
+from luthier import assembly
+from luthier.assembly.factory import encode_chat_prompt
+from luthier.cli import console
+from luthier.cli.commands import COMMANDS
+from luthier.cli.main import main, parse
+from luthier.serving.detokenizer import stream_text
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +41,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
             json.dumps({"messages": [{"role": "user", "content": f"{name} {i}?"}, {"role": "assistant", "content": f"yes {i % 3}"}]})
             + "\n" for i in range(count)))
     (folder / "recipe.yaml").write_text(yaml.safe_dump({
-        "base": str(folder / "base"), "method": {"name": "lora", "rank": 2},
+        "model": str(folder / "base"), "method": {"name": "lora", "rank": 2},
         "data": {"train": str(folder / "train.jsonl"), "test": str(folder / "test.jsonl"), "max_length": 128},
-        "training": {"steps": 3, "batch_size": 4}, "optimizer": {"learning_rate": 0.01},
-        "evaluate": {"metrics": ["exact"], "max_new_tokens": 4}}))
-    assert main(["train", str(folder / "recipe.yaml"), "--run", str(folder / "lora"), "--quiet"]) == 0
-    assert main(["train", str(folder / "recipe.yaml"), "--method", "full", "--run", str(folder / "full"), "--quiet"]) == 0
+        "training": {"max_steps": 3, "batch_size": 4}, "optimizer": {"learning_rate": 0.01},
+        "evaluate": {"metrics": ["exact_match"], "max_new_tokens": 4}}))
+    assert main(["train", str(folder / "recipe.yaml"), "--output-dir", str(folder / "lora"), "--quiet"]) == 0
+    assert main(["train", str(folder / "recipe.yaml"), "--method", "full", "--output-dir", str(folder / "full"), "--quiet"]) == 0
     return folder
 
 
@@ -66,28 +68,28 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtu
 
 def test_train_leaves_a_run_and_says_what_is_next(run: Callable[..., Output], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code, out, _ = run("train", "recipe.yaml", "--run", str(folder), "training.steps=2", "method.rank=3", "--quiet")
+    code, out, _ = run("train", "recipe.yaml", "--output-dir", str(folder), "training.max_steps=2", "method.rank=3", "--quiet")
     assert code == 0
-    for expected in (str(folder), "exact", "perplexity", "2 steps", f"luthier chat {folder} --compare", "luthier export"):
+    for expected in (str(folder), "exact_match", "perplexity", "2 steps", f"luthier chat {folder} --compare", "luthier export"):
         assert expected in out
     recorded = yaml.safe_load((folder / "recipe.yaml").read_text())
-    assert (recorded["method"]["rank"], recorded["training"]["steps"]) == (3, 2)
+    assert (recorded["method"]["rank"], recorded["training"]["max_steps"]) == (3, 2)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [m["step"] for m in metrics if "loss" in m] == [1, 2]
 
 
 def test_train_from_options_alone_prints_json_alone(run: Callable[..., Output], tmp_path: Path) -> None:
     code, out, _ = run("train", "--model", "base", "--data", "train.jsonl", "--method", "full", "--objective", "sft", "--json",
-                       "--run", str(tmp_path / "a"), "training.steps=1", "data.max_length=64", "--quiet")
+                       "--output-dir", str(tmp_path / "a"), "training.max_steps=1", "data.max_length=64", "--quiet")
     assert code == 0
     assert json.loads(out)["run"] == str(tmp_path / "a")
     assert yaml.safe_load((tmp_path / "a/recipe.yaml").read_text())["method"]["name"] == "full"
 
 
-@pytest.mark.parametrize("words", [("--resume", "RUN"), ("RUN", "--resume"), ("--resume", "--run", "RUN")])
+@pytest.mark.parametrize("words", [("--resume", "RUN"), ("RUN", "--resume"), ("--resume", "--output-dir", "RUN")])
 def test_a_run_goes_on_by_its_folder(run: Callable[..., Output], tmp_path: Path, words: tuple[str, ...]) -> None:
     folder = str(tmp_path / "run")
-    assert run("train", "recipe.yaml", f"run={folder}", "training.save_every=1", "--quiet")[0] == 0
+    assert run("train", "recipe.yaml", f"output_dir={folder}", "training.save_steps=1", "--quiet")[0] == 0
     weights = (Path(folder) / "adapter_model.safetensors").read_bytes()
     for lost in ("adapter_config.json", "adapter_model.safetensors", "results.json"):
         (Path(folder) / lost).unlink()
@@ -101,7 +103,7 @@ def test_a_run_goes_on_by_its_folder(run: Callable[..., Output], tmp_path: Path,
 
 def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> None:
     before = (home / "lora/metrics.jsonl").read_bytes()
-    code, _, err = run("train", "recipe.yaml", "--run", "lora")
+    code, _, err = run("train", "recipe.yaml", "--output-dir", "lora")
     assert (code, (home / "lora/metrics.jsonl").read_bytes()) == (2, before)
     assert "already holds a run" in err
     assert "Traceback" not in err
@@ -115,29 +117,29 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["train", "recipe.yaml", "method.rnak=4"], ["unknown setting 'method.rnak'", "did you mean 'rank'"]),
     (["train", "recipe.yaml", "trainin.steps=4"], ["did you mean 'training'"]),
     (["train", "recipe.yaml", "method=lroa"], ["lroa", "'lora'"]),
-    (["train", "recipe.yaml", "data.max_lenght=4", "training.steps=0"], ["did you mean 'max_length'", "training.steps"]),
-    (["train", "recipe.yaml", "evaluate.metrics=exat"], ["did you mean 'exact'"]),
-    (["train", "recipe.yaml", "training.trackers=[wanbd]"], ["did you mean 'wandb'"]),
+    (["train", "recipe.yaml", "data.max_lenght=4", "training.max_steps=0"], ["did you mean 'max_length'", "training.max_steps"]),
+    (["train", "recipe.yaml", "evaluate.metrics=exat"], ["did you mean 'exact_match'"]),
+    (["train", "recipe.yaml", "training.report_to=[wanbd]"], ["did you mean 'wandb'"]),
     (["train", "recipe.yaml", "seed=[1"], ["is not YAML"]),
     (["train", "nothing.yaml"], ["there is no recipe 'nothing.yaml'"]),
     (["train", "recipe.yaml", "--reume"], ["no option '--reume'", "did you mean '--resume'"]),
     (["train", "recipe.yaml", "other.yaml"], ["takes one recipe"]),
-    (["train", "--resume"], ["which run?"]),
+    (["train", "--resume"], ["needs a run folder"]),
     (["train", "--model", "base"], ["data", "required"]),
     (["train", "--model", "base", "--data", "nothing.jsonl", "data.max_length=64"], ["nothing.jsonl"]),
     (["train", "--model", "smolm2", "--data", "train.jsonl"], ["did you mean 'smollm2'"]),
-    (["evaluate", "lor"], ["there is no run folder 'lor'", "lora"]),
+    (["evaluate", "lor"], ["run folder 'lor' not found", "lora"]),
     (["evaluate"], ["takes one run"]),
-    (["evaluate", "full", "--base"], ["whole model"]),
-    (["chat", "full", "--compare"], ["whole model"]),
+    (["evaluate", "full", "--base-model-only"], ["full model"]),
+    (["chat", "full", "--compare"], ["full model"]),
     (["chat", "lora", "--message", "x", "--temperature", "-1"], ["temperature"]),
     (["chat", "lora", "--message", "x", "--temperature", "nan"], ["temperature nan"]),
     (["data", "chekc", "train.jsonl"], ["did you mean 'check'"]),
     (["data", "check", "nothing.jsonl", "--model", "base"], ["nothing.jsonl"]),
     (["data", "check", "train.jsonl", "max_lenght=4"], ["did you mean 'max_length'"]),
-    (["export", "full", "--to", "adapter"], ["whole model"]),
+    (["export", "full", "--to", "adapter"], ["full model"]),
     (["export", "lora", "--to", "gguff"], ["invalid choice"]),
-    (["export", "lora", "--out", "base"], ["already holds something"]),
+    (["export", "lora", "--out", "base"], ["already exists and is not empty"]),
     (["demo", "recipe.yaml"], ["settings"]),
 ])
 def test_errors_are_one_message_with_a_remedy(run: Callable[..., Output], words: list[str], expected: list[str]) -> None:
@@ -154,14 +156,14 @@ def test_errors_are_json_too(run: Callable[..., Output]) -> None:
     code, out, err = run("evaluate", "nowhere", "--json")
     error = json.loads(out)["error"]
     assert (code, error["kind"], error["exit_code"]) == (2, "RunError", 2)
-    assert "there is no run folder" in error["what"] in err
+    assert "not found" in error["what"] in err
 
 
 def test_a_full_disk_is_one_message(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(screen, "sections", full)
+    monkeypatch.setattr(console, "print_sections", full)
     code, out, err = run("doctor")
     assert (code, out) == (2, "")
     assert err.startswith("error: the disk is full: somewhere")
@@ -171,7 +173,7 @@ def test_other_errors_of_the_system_are_not_hidden(run: Callable[..., Output], m
     def broken(*_: Any) -> None:
         raise OSError(errno.EIO, "input/output error")
 
-    monkeypatch.setattr(screen, "sections", broken)
+    monkeypatch.setattr(console, "print_sections", broken)
     with pytest.raises(OSError, match="input/output"):
         run("doctor")
 
@@ -179,10 +181,10 @@ def test_other_errors_of_the_system_are_not_hidden(run: Callable[..., Output], m
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    number: signal.Signals, code: int) -> None:
-    from luthier.runtime.progress import Progress
+    from luthier.reporting.progress import Progress
     monkeypatch.setattr(Progress, "update", lambda self, step, **_: os.kill(os.getpid(), number) if step == 2 else None)
     folder = str(tmp_path / "run")
-    words = ("train", "recipe.yaml", "--run", folder, "evaluate.metrics=[]", "data.test=null", "--quiet")
+    words = ("train", "recipe.yaml", "--output-dir", folder, "evaluate.metrics=[]", "data.test=null", "--quiet")
     got, out, err = run(*words)
     assert (got, out) == (code, "")
     assert f"luthier train --resume {folder}" in err
@@ -194,7 +196,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], t
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    script = "import sys; from luthier.cli import main; sys.exit(main(['schema']))"
+    script = "import sys; from luthier.cli.main import main; sys.exit(main(['schema']))"
     done = subprocess.run(["bash", "-c", f'"{sys.executable}" -c "{script}" | true; echo ${{PIPESTATUS[0]}}'], text=True,
                           capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
     assert (done.stdout.strip(), done.stderr) == ("141", "")
@@ -206,14 +208,14 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_evaluate(run: Callable[..., Output]) -> None:
     tuned = json.loads(run("evaluate", "lora", "--json", "--quiet")[1])
     assert tuned["examples"] == 4
-    assert {"perplexity", "nll", "exact", "token_accuracy"} <= tuned.keys()
-    base = json.loads(run("evaluate", "lora", "--base", "--limit", "2", "--metric", "contains", "--json")[1])
+    assert {"perplexity", "nll", "exact_match", "token_accuracy"} <= tuned.keys()
+    base = json.loads(run("evaluate", "lora", "--base-model-only", "--max-samples", "2", "--metric", "contains", "--json")[1])
     assert base["examples"] == 2
-    assert base.keys() >= {"contains"} > {"exact"} & base.keys()
-    other = json.loads(run("evaluate", "lora", "--data", "train.jsonl", "--max-new-tokens", "1", "--json", "data.limit=5")[1])
+    assert base.keys() >= {"contains"} > {"exact_match"} & base.keys()
+    other = json.loads(run("evaluate", "lora", "--data", "train.jsonl", "--max-new-tokens", "1", "--json", "data.max_samples=5")[1])
     assert other["examples"] == 5
     bare = json.loads(run("evaluate", "base", "--data", "test.jsonl", "data.max_length=128", "--json")[1])
-    whole = json.loads(run("evaluate", "lora", "--base", "--json")[1])
+    whole = json.loads(run("evaluate", "lora", "--base-model-only", "--json")[1])
     assert bare["perplexity"] == whole["perplexity"] != tuned["perplexity"]
     assert "perplexity" in run("evaluate", "full")[1]
 
@@ -230,15 +232,14 @@ def test_chat(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:
-    from luthier import build
     asked: list[list[str]] = []
-    ask = build.chat_prompt
+    ask = encode_chat_prompt
 
     def noted(base: Any, messages: Any, system: Any) -> list[int]:
         asked.append([m.role for m in messages])
         return ask(base, messages, system)
 
-    monkeypatch.setattr(build, "chat_prompt", noted)
+    monkeypatch.setattr("luthier.api.chat.encode_chat_prompt", noted)
     lines = iter(["one", "two", "x" * 300, "", "/reset", "three", "/exit", "never"])
     monkeypatch.setattr("builtins.input", lambda _: next(lines))
     code, _, err = run("chat", "lora", "--max-new-tokens", "2")
@@ -249,8 +250,8 @@ def test_chat_remembers_until_reset(run: Callable[..., Output], monkeypatch: pyt
 
 def test_letters_come_whole() -> None:
     tokens = "añ→".encode()
-    assert list(bits(iter(tokens), lambda ids, **_: bytes(ids).decode(errors="replace"))) == ["a", "ñ", "→"]
-    assert "".join(bits(iter(tokens[:-1]), lambda ids, **_: bytes(ids).decode(errors="replace"))) == "añ\ufffd"
+    assert list(stream_text(iter(tokens), lambda ids, **_: bytes(ids).decode(errors="replace"))) == ["a", "ñ", "→"]
+    assert "".join(stream_text(iter(tokens[:-1]), lambda ids, **_: bytes(ids).decode(errors="replace"))) == "añ\ufffd"
 
 
 def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:
@@ -260,9 +261,9 @@ def test_data_check(run: Callable[..., Output], tmp_path: Path) -> None:
     assert "train: 12 of 12 rows kept" in out
     assert "⟦yes 0<|im_end|>⟧" in out
     assert (tmp_path / "lengths.png").read_bytes().startswith(b"\x89PNG")
-    report = json.loads(run(*words, "--json", "max_length=33", "data.overlong=refuse")[1])  # as a recipe has it, or short
+    report = json.loads(run(*words, "--json", "max_length=33", "data.truncation=refuse")[1])  # as a recipe has it, or short
     assert report["parts"]["train"]["reasons"] == {"longer than max_length": 2}
-    out = run(*words, "max_length=33", "overlong=refuse")[1]
+    out = run(*words, "max_length=33", "truncation=refuse")[1]
     assert "  train.jsonl:11: longer than max_length (" in out
     assert report == {**json.loads((tmp_path / "data_report.json").read_text()), "files": report["files"]}
 
@@ -311,7 +312,7 @@ def test_doctor(run: Callable[..., Output]) -> None:
 
 
 def test_doctor_knows_every_extra_for_users() -> None:
-    from luthier.doctor import EXTRAS
+    from luthier.api.doctor import EXTRAS
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {extra: tuple(package.partition(">")[0] for package in packages) for extra, packages in extras.items()}
     assert {extra: packages for extra, packages in named.items() if extra not in ("test", "dev")} == EXTRAS
@@ -320,14 +321,14 @@ def test_doctor_knows_every_extra_for_users() -> None:
 def test_schema_names_every_setting(run: Callable[..., Output]) -> None:
     code, out, _ = run("schema")
     assert code == 0
-    assert {"base", "method", "data", "training"} <= json.loads(out)["properties"].keys()
+    assert {"model", "method", "data", "training"} <= json.loads(out)["properties"].keys()
 
 
 def test_the_demo_reads_its_one_recipe_from_anywhere(run: Callable[..., Output], tmp_path: Path) -> None:
     assert (ROOT / "recipes/demo.yaml").resolve() == ROOT / "src/luthier/demo/recipe.yaml"
     recipe = yaml.safe_load((ROOT / "recipes/demo.yaml").read_text())
     assert all((ROOT / recipe["data"][part]).exists() for part in ("train", "test"))
-    code, out, err = run("demo", "--run", str(tmp_path / "demo"), "base=base", "training.steps=1", "evaluate.limit=2",
+    code, out, err = run("demo", "--output-dir", str(tmp_path / "demo"), "model=base", "training.max_steps=1", "evaluate.max_samples=2",
                          "data.max_length=256", "evaluate.max_new_tokens=2", "--json", "--quiet")
     assert code == 0, err
     assert json.loads(out)["metric"] == "json_equal"
@@ -343,8 +344,8 @@ def test_help_is_quick_and_names_every_command(capsys: pytest.CaptureFixture[str
     assert subprocess.run([sys.executable, "-c", loaded], env={**os.environ, "PYTHONPATH": str(ROOT / "src")}).returncode == 0
 
 
-def test_a_verb_wins_over_its_module() -> None:
-    script = ("from luthier.train import Interrupted; import luthier; from luthier import train; "
+def test_a_public_name_is_the_function() -> None:
+    script = ("from luthier.api.train import Interrupted; import luthier; from luthier import train; "
               "assert all(f.__name__ == n for n, f in (('train', train), ('train', luthier.train), "
               "('evaluate', luthier.evaluate), ('export', luthier.export))), luthier.train")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
@@ -353,9 +354,9 @@ def test_a_verb_wins_over_its_module() -> None:
 
 
 def test_null_and_an_empty_mapping_unset_what_a_recipe_set() -> None:
-    recipe = {"data": {"train": "x", "limit": 3, "columns": {"prompt": "q"}}, "optimizer": {"clip": 2.0}}
-    given = parse(["train", "data.limit=null", "data.columns={}", "optimizer.clip=null", "data.eval=0.5"]).settings
-    made = build.recipe(recipe, given)
-    assert (made.data.limit, made.data.columns, made.optimizer.clip, made.data.eval) == (None, {}, None, 0.5)
-    assert build.recipe(recipe, {"data.limit": None}).data.limit == 3, "from Python None is what was left out"
-    assert build.recipe(recipe, parse(["train", "data=x", "data.limit=null"]).settings).data.limit is None
+    recipe = {"data": {"train": "x", "max_samples": 3, "columns": {"prompt": "q"}}, "optimizer": {"max_grad_norm": 2.0}}
+    given = parse(["train", "data.max_samples=null", "data.columns={}", "optimizer.max_grad_norm=null", "data.eval=0.5"]).settings
+    made = assembly.build_recipe(recipe, given)
+    assert (made.data.max_samples, made.data.columns, made.optimizer.max_grad_norm, made.data.eval) == (None, {}, None, 0.5)
+    assert assembly.build_recipe(recipe, {"data.max_samples": None}).data.max_samples == 3, "from Python None is what was left out"
+    assert assembly.build_recipe(recipe, parse(["train", "data=x", "data.max_samples=null"]).settings).data.max_samples is None

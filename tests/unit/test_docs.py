@@ -13,15 +13,16 @@ import pytest
 import yaml
 
 from cases import cases
-from luthier import build
-from luthier.cli import parse
+from luthier import assembly
+from luthier.api.rlhf import plan_stages
+from luthier.api.train import count_trainable
+from luthier.assembly.recipe import Recipe
+from luthier.cli.main import parse
+from luthier.evaluation.answer_metrics import METRICS
 from luthier.methods import METHODS
 from luthier.objectives import OBJECTIVES
-from luthier.rlhf import plan
-from luthier.runtime import loop
-from luthier.runtime.step import Stepped
-from luthier.scoring import SCORERS
-from luthier.train import trainable_share
+from luthier.training import loop
+from luthier.training.step import StepResult
 from test_surface import settings as surface
 
 ROOT = Path(__file__).parents[2]
@@ -74,8 +75,8 @@ def line_names() -> set[str]:
     """What metrics.jsonl holds; a class or a bin in a name is left out."""
     reported = {re.sub(r"(_\d+)+$", "", name) if name.startswith(("confusion", "calibration")) else name
                 for case in cases().values()
-                for name in [*case.loss().metrics, *case.objective.quality(case.outputs, case.target)]}
-    written = "".join(inspect.getsource(function) for function in (loop._report, Stepped.numbers))
+                for name in [*case.loss().metrics, *case.objective.compute_eval_metrics(case.outputs, case.target)]}
+    written = "".join(inspect.getsource(function) for function in (loop._log_step, StepResult.read_metrics))
     return reported | set(re.findall(r'"(\w+)"(?=:|\])', written))
 
 
@@ -102,11 +103,11 @@ def test_commands_parse(page: Path) -> None:
         options = vars(parse(words))
         laid: dict[str, Any] = options.get("settings", {})
         if options["command"] == "rlhf":
-            assert plan(ROOT / options["words"][0], laid)
+            assert plan_stages(ROOT / options["positionals"][0], laid)
             continue
         prefix = "data." if options["command"] == "data" else ""
         named = {"method": options.get("method"), "objective": options.get("objective")}
-        assert build.recipe({"data": "rows.jsonl"}, named | {prefix + key: value for key, value in laid.items()})
+        assert assembly.build_recipe({"data": "rows.jsonl"}, named | {prefix + key: value for key, value in laid.items()})
 
 
 def test_a_command_is_found_wherever_it_stands() -> None:
@@ -118,7 +119,7 @@ def test_a_command_is_found_wherever_it_stands() -> None:
 @PAGE
 def test_recipes_and_python_are_valid(page: Path) -> None:
     for body in blocks(page, "yaml"):
-        assert build.recipe(yaml.safe_load(body))
+        assert assembly.build_recipe(yaml.safe_load(body))
     for body in blocks(page, "python"):
         compile(body, page.name, "exec")
 
@@ -135,14 +136,14 @@ def test_the_recipe_page_is_fresh_and_whole() -> None:
     page = ROOT / "docs/recipe.md"
     again = "PYTHONPATH=src python docs/recipe.py"
     assert text(page) == runpy.run_path(str(ROOT / "docs/recipe.py"))["page"](), f"settings have changed: {again}"
-    for line in surface(build.Recipe):
+    for line in surface(Recipe):
         name = line.partition(":")[0].removeprefix("recipe ").rpartition(".")[2].partition("[")[0]
-        if "[several]" not in line:  # a list of methods, which is written as a list
+        if "[composite]" not in line:  # a list of methods, which is written as a list
             assert f"| `{name}` |" in text(page), line
 
 
 def test_every_method_and_objective_has_its_page() -> None:
-    besides = {"methods": {"bank", "lists"}, "objectives": set()}  # pages on how several of them go together
+    besides = {"methods": {"multi_adapter", "composite"}, "objectives": set()}  # pages on how several of them go together
     for kind, known in (("methods", METHODS), ("objectives", OBJECTIVES)):
         assert sorted({*known, *besides[kind]}) == sorted(page.stem for page in (ROOT / "docs" / kind).glob("*.md"))
         for name in known:
@@ -156,9 +157,9 @@ def test_every_page_is_listed() -> None:
 
 
 def test_every_metric_has_its_entry() -> None:
-    glossary = re.findall(r"^### (\w+)$", text(ROOT / "docs/metrics.md"), re.MULTILINE)
-    share = re.findall(r'"(\w+_share)"', inspect.getsource(trainable_share))
-    wanted = line_names() | set(SCORERS) | set(share) | {"perplexity"}
+    glossary = re.findall(r"^### ([\w/]+)$", text(ROOT / "docs/metrics.md"), re.MULTILINE)
+    share = re.findall(r'"(\w+_fraction)"', inspect.getsource(count_trainable))
+    wanted = line_names() | set(METRICS) | set(share) | {"perplexity"}
     assert {"nll", "grad_norm", "tokens_per_second"} <= wanted
     assert not wanted - set(glossary)
 

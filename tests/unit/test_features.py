@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import luthier
-from luthier import build
-from luthier.cli import main
+from luthier import assembly
+from luthier.api.features import fit_linear_probe
+from luthier.api.train import train
+from luthier.assembly.run_io import open_run
+from luthier.cli.main import main
 from luthier.core.errors import RecipeError, RunError
-from luthier.features import probe
-from luthier.train import train
 from tiny import save_tiny
 
 WORDS = ("good", "bad", "a good thing", "what a bad, bad day it was", "fine and good", "bad luck", "good", "not bad at all")
@@ -33,8 +34,8 @@ def written(path: Path, words: tuple[str, ...] = WORDS, **more: Any) -> str:
 def test_states_are_those_of_transformers(kind: str, pooling: str, tmp_path: Path) -> None:
     """Rows in their order, whatever batches they were computed in."""
     path = save_tiny(tmp_path / "base", kind)
-    settings: dict[str, Any] = {"base.dtype": "float64", "base.pooling": pooling, "training.micro_tokens": 20}
-    found, labels = luthier.features(path, written(tmp_path / "rows.jsonl"), quiet=True, **settings)
+    settings: dict[str, Any] = {"model.dtype": "float64", "model.pooling": pooling, "training.max_tokens_per_micro_batch": 20}
+    found, labels = luthier.extract_features(path, written(tmp_path / "rows.jsonl"), quiet=True, **settings)
     model = (AutoModelForCausalLM if kind == "llama" else AutoModel).from_pretrained(path, dtype=torch.float64).eval()
     tokenizer = AutoTokenizer.from_pretrained(path)
     wanted = []
@@ -58,7 +59,7 @@ def test_pictures_have_states(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(
         json.dumps({"pixels": picture.tolist(), "label": label}) + "\n"
         for picture, label in zip(pixels, (1, 0, 1), strict=True)))
-    found, labels = luthier.features(path, str(tmp_path / "rows.jsonl"), quiet=True)
+    found, labels = luthier.extract_features(path, str(tmp_path / "rows.jsonl"), quiet=True)
     scaled = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
         wanted = AutoModel.from_pretrained(path, dtype=torch.float32).eval()(scaled).last_hidden_state[:, 0]
@@ -68,44 +69,44 @@ def test_pictures_have_states(tmp_path: Path) -> None:
 
 def test_a_file_is_computed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, rows, out = save_tiny(tmp_path / "base", "bert"), written(tmp_path / "rows.jsonl"), tmp_path / "f.safetensors"
-    found, labels = luthier.features(path, rows, out=out, quiet=True)
+    found, labels = luthier.extract_features(path, rows, out=out, quiet=True)
     with monkeypatch.context() as closed:
-        closed.setattr(build, "family", None)  # nothing is loaded again
-        again = luthier.features(path, rows, out=out, quiet=True)
+        closed.setattr("luthier.api.features.load_family", None)  # nothing is loaded again
+        again = luthier.extract_features(path, rows, out=out, quiet=True)
     assert np.array_equal(found, again[0])
     assert labels == again[1] == LABELS
     assert json.loads(out.with_suffix(".json").read_text())["labels"] == LABELS
-    for other in ({"base.pooling": "mean"}, {"data.max_length": 3}):
+    for other in ({"model.pooling": "mean"}, {"data.max_length": 3}):
         with pytest.raises(RunError, match="another base, other rows or other settings"):
-            luthier.features(path, rows, out=out, quiet=True, **other)
+            luthier.extract_features(path, rows, out=out, quiet=True, **other)
     written(tmp_path / "rows.jsonl", WORDS[1:])
     with pytest.raises(RunError, match="other rows"):
-        luthier.features(path, rows, out=out, quiet=True)
+        luthier.extract_features(path, rows, out=out, quiet=True)
     save_tiny(tmp_path / "base", "bert", seed=1)
     written(tmp_path / "rows.jsonl")
     with pytest.raises(RunError, match="another base"):
-        luthier.features(path, rows, out=out, quiet=True)
-    with pytest.raises(RunError, match="ending"):
-        luthier.features(path, rows, out=tmp_path / "f.npy", quiet=True)
+        luthier.extract_features(path, rows, out=out, quiet=True)
+    with pytest.raises(RunError, match="suffix"):
+        luthier.extract_features(path, rows, out=tmp_path / "f.npy", quiet=True)
 
 
 def test_a_run_gives_the_states_that_it_trained(tmp_path: Path) -> None:
     path, rows = save_tiny(tmp_path / "base", "bert"), written(tmp_path / "rows.jsonl")
-    run = train({"base": str(path), "data": rows, "objective": "classify", "method": "lora", "run": str(tmp_path / "run"),
-                 "training": {"steps": 3}, "optimizer": {"learning_rate": 0.05}}, quiet=True)
-    tuned, labels = luthier.features(run, rows, quiet=True)
+    run = train({"model": str(path), "data": rows, "objective": "classify", "method": "lora", "output_dir": str(tmp_path / "run"),
+                 "training": {"max_steps": 3}, "optimizer": {"learning_rate": 0.05}}, quiet=True)
+    tuned, labels = luthier.extract_features(run, rows, quiet=True)
     assert labels == LABELS
-    assert not np.allclose(tuned, luthier.features(path, rows, quiet=True)[0], atol=1e-3)
-    _, family, attached = build.open_run(run)
+    assert not np.allclose(tuned, luthier.extract_features(path, rows, quiet=True)[0], atol=1e-3)
+    _, family, attached = open_run(run)
     assert attached is not None
     with torch.no_grad():
-        row = build.rows.load(build.recorded(run).data, family.tokenizer, seed=0).train[2]
-        batch = build.rows.eval_batches([row], None)[0]
+        row = assembly.rows.read_datasets(assembly.load_recipe(run).data, family.tokenizer, seed=0).train[2]
+        batch = assembly.rows.build_eval_batches([row], None)[0]
         pooled = family.forward(batch.inputs, batch.target, frozenset({"pooled"})).pooled
     assert pooled is not None
     assert np.allclose(tuned[2], pooled[0].numpy(), atol=1e-4)
-    with pytest.raises(RecipeError, match="as it was trained"):
-        luthier.features(run, rows, quiet=True, **{"base.pooling": "mean"})
+    with pytest.raises(RecipeError, match="cannot be changed"):
+        luthier.extract_features(run, rows, quiet=True, **{"model.pooling": "mean"})
 
 
 def test_a_probe_separates_what_is_separable() -> None:
@@ -113,15 +114,15 @@ def test_a_probe_separates_what_is_separable() -> None:
     truth = ["a" if i % 3 else "b" for i in range(120)]
     states = chance.normal(size=(120, 5))
     states[:, 2] += [4.0 if name == "a" else -4.0 for name in truth]
-    found = probe(states[:80], truth[:80], states[80:], truth[80:])
+    found = fit_linear_probe(states[:80], truth[:80], states[80:], truth[80:])
     assert found["accuracy"] == 1.0
     assert found["majority"] == pytest.approx(truth[80:].count("a") / 40)
     shuffled = chance.permutation(states[80:])
-    assert probe(states[:80], truth[:80], shuffled, truth[80:])["accuracy"] < 0.9
+    assert fit_linear_probe(states[:80], truth[:80], shuffled, truth[80:])["accuracy"] < 0.9
     with pytest.raises(RecipeError, match="two classes"):
-        probe(states[:2], ["a", "a"], states, truth)
+        fit_linear_probe(states[:2], ["a", "a"], states, truth)
     with pytest.raises(RecipeError, match="one class for each row"):
-        probe(states[:2], [("a", "b"), ("a",)], states, truth)
+        fit_linear_probe(states[:2], [("a", "b"), ("a",)], states, truth)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

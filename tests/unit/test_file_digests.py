@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from luthier.core import digests
-from luthier.core.digests import SMALL, file_sha256, files_sha256
+from luthier.core.digests import SMALL, compute_file_sha256, compute_files_sha256
 
 SIZE = SMALL + 4096
 
@@ -19,7 +19,7 @@ SIZE = SMALL + 4096
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that is large enough to be kept, and a cache of its own."""
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "SETTLED", -60.0)  # as if the file were older
+    monkeypatch.setattr(digests, "MIN_AGE", -60.0)  # as if the file were older
     made = tmp_path / "weights"
     made.write_bytes(os.urandom(SIZE))
     return made
@@ -43,42 +43,42 @@ def never(path: Path) -> str:
 
 @pytest.mark.parametrize("place", [0, 9, SIZE // 2, SIZE - 1])
 def test_a_flipped_bit_is_noticed_though_the_digest_was_kept(file: Path, place: int) -> None:
-    before = file_sha256(file)
+    before = compute_file_sha256(file)
     assert before == hashlib.sha256(file.read_bytes()).hexdigest()
     flip(file, place)
-    assert file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest() != before
+    assert compute_file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest() != before
 
 
 def test_a_kept_digest_is_not_computed_again(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = file_sha256(file)
+    before = compute_file_sha256(file)
     monkeypatch.setattr(digests, "_compute", never)
-    assert file_sha256(file) == before
+    assert compute_file_sha256(file) == before
     flip(file, 7)
     with pytest.raises(AssertionError, match="again"):
-        file_sha256(file)
+        compute_file_sha256(file)
 
 
 def test_a_file_that_has_just_changed_is_not_kept(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(digests, "SETTLED", 3.0)
-    file_sha256(file)
+    monkeypatch.setattr(digests, "MIN_AGE", 3.0)
+    compute_file_sha256(file)
     monkeypatch.setattr(digests, "_compute", never)
     with pytest.raises(AssertionError, match="again"):
-        file_sha256(file)
+        compute_file_sha256(file)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"version": [], "sha256": "0" * 64})])
 def test_a_damaged_cache_is_left_aside(file: Path, tmp_path: Path, content: str) -> None:
-    before = file_sha256(file)
+    before = compute_file_sha256(file)
     kept, = (tmp_path / "cache/digests").glob("*.json")
     kept.write_text(content)
-    assert file_sha256(file) == before
+    assert compute_file_sha256(file) == before
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "closed").write_text("a file, no folder")
     monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path / "closed"))
-    assert file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert compute_file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def test_names_count_too(file: Path) -> None:
-    assert files_sha256([("a", file)]) != files_sha256([("b", file)])
+    assert compute_files_sha256([("a", file)]) != compute_files_sha256([("b", file)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import luthier
-from luthier.export import export
+from luthier.api.export import export
 from tiny import save_tiny
 
 
@@ -19,9 +19,9 @@ def test_an_exported_classifier_says_what_the_run_says(tmp_path: Path, method: s
     rows = [{"text": f"{word} thing", "label": label} for word, label in
             (("good", "up"), ("bad", "down"), ("fine", "up"), ("poor", "down"), ("odd", "down"))]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = luthier.train(base=str(base), data={"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl")},
-                        method=method, objective="classify", training={"steps": 3, "batch_size": 5},
-                        run=str(tmp_path / "run"), quiet=True)
+    run = luthier.train(model=str(base), data={"train": str(tmp_path / "rows.jsonl"), "test": str(tmp_path / "rows.jsonl")},
+                        method=method, objective="classify", training={"max_steps": 3, "batch_size": 5},
+                        output_dir=str(tmp_path / "run"), quiet=True)
     assert (run.path / "confusion.png").exists()
     told = luthier.evaluate(run, quiet=True)
     whole = luthier.evaluate(export(run, "merged"), data=str(tmp_path / "rows.jsonl"), quiet=True)  # it names no path

@@ -13,7 +13,7 @@ import torch
 from test_docs import ROOT, blocks
 
 import luthier
-from luthier.core.types import Outputs, Target
+from luthier.core.types import LossInputs, Outputs
 from luthier.objectives import OBJECTIVES
 from tiny import save_tiny
 
@@ -35,7 +35,7 @@ def test_the_objective_of_the_page_is_its_formula(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(OBJECTIVES, "focal", None)  # taken out again
     exec(compile(OBJECTIVE, "own.md", "exec", dont_inherit=True), told)  # without this file's postponed annotations
     chances, weights = torch.tensor([0.9, 0.2], dtype=torch.float64), torch.tensor([1.0, 3.0], dtype=torch.float64)
-    target = Target(at=torch.tensor([0, 1]), tokens=torch.tensor([5, 6]), weights=weights, examples=1, bytes=2)
+    target = LossInputs(state_index=torch.tensor([0, 1]), token_ids=torch.tensor([5, 6]), weights=weights, num_examples=1, num_bytes=2)
     loss = told["FocalConfig"](gamma=2.0)(Outputs(token_logps=chances.log()), target)
     wanted = sum(w * (1 - p) ** 2 * -p.log() for w, p in zip(weights, chances, strict=True))
     torch.testing.assert_close(loss.total, wanted)
@@ -47,9 +47,9 @@ def test_a_classifiers_answers_are_those_that_evaluate_counts(tmp_path: Path, mo
     save_tiny(tmp_path / "minilm", "bert", dtype=torch.float32)
     truth = [["down", "up"][i % 2] for i in range(9)]
     (tmp_path / "unseen.csv").write_text("text,label\n" + "".join(f"{chr(97 + i % 2) * 9} {i},{label}\n" for i, label in enumerate(truth)))
-    run = luthier.train(data="unseen.csv", objective="classify", run="runs/lora-minilm", quiet=True, **{
-        "base.name": str(tmp_path / "minilm"), "training.steps": 20, "training.batch_size": 9,
-        "optimizer.learning_rate": 1e-2, "evaluate.before": False})
+    run = luthier.train(data="unseen.csv", objective="classify", output_dir="runs/lora-minilm", quiet=True, **{
+        "model.name_or_path": str(tmp_path / "minilm"), "training.max_steps": 20, "training.batch_size": 9,
+        "optimizer.learning_rate": 1e-2, "evaluate.before_training": False})
     capsys.readouterr()
     exec(compile(blocks(ROOT / "docs/objectives/classify.md", "python")[0], "classify.md", "exec"), {})
     said = json.loads(capsys.readouterr().out.replace("'", '"'))

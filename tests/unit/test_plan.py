@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from luthier.build import candidate, least_gb, recipe
+from luthier.api.plan import plan
+from luthier.assembly import build_recipe
+from luthier.assembly.factory import load_family
+from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.core.errors import RecipeError
-from luthier.plan import advice, plan
+from luthier.planning.advice import build_advice
 from tiny import save_tiny
 
 ROWS = 40
-MODULE = import_module("luthier.plan")  # the name `luthier.plan` is the verb
+MODULE = import_module("luthier.api.plan")
 
 
 @pytest.fixture
@@ -30,8 +33,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_trial_is_extended_to_the_whole_run(home: Path) -> None:
-    folder = plan(None, ["lora", "bitfit+lora"], quiet=True, **{"base.name": "base", "data": "rows.jsonl",
-                                                                "training.epochs": 3.0})
+    folder = plan(None, ["lora", "bitfit+lora"], quiet=True, **{"model.name_or_path": "base", "data": "rows.jsonl",
+                                                                "training.num_train_epochs": 3.0})
     told = json.loads((folder.path / "plan.json").read_text())
     lora, both = told["methods"]
     assert told["data"]["kept"] == ROWS
@@ -49,7 +52,7 @@ def test_a_trial_is_extended_to_the_whole_run(home: Path) -> None:
 
 
 def test_rows_that_are_held_out_are_not_steps(home: Path) -> None:
-    settings = {"base.name": "base", "data": "rows.jsonl", "training.epochs": 3.0, "data.eval": 0.4}
+    settings = {"model.name_or_path": "base", "data": "rows.jsonl", "training.num_train_epochs": 3.0, "data.eval": 0.4}
     told = json.loads((plan(None, ["lora"], quiet=True, **settings).path / "plan.json").read_text())
     assert told["methods"][0]["steps"] == 3 * 0.6 * ROWS / 8
 
@@ -61,10 +64,10 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
         begun.append(run.name)
         return 2, "error: no place | for it"
 
-    made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
-    room = 2 * least_gb(made.base, whole=False)
-    monkeypatch.setattr(MODULE, "room_gb", lambda device: room)
-    monkeypatch.setattr(MODULE, "train_apart", refuse)
+    made = build_recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
+    room = 2 * estimate_weight_gb(made.model, whole=False)
+    monkeypatch.setattr(MODULE, "available_memory_gb", lambda device: room)
+    monkeypatch.setattr(MODULE, "train_in_child_process", refuse)
     folder = plan(made, ["full", "lora"], quiet=True)
     full, lora = json.loads((folder.path / "plan.json").read_text())["methods"]
     assert begun == ["lora"]
@@ -72,20 +75,19 @@ def test_what_cannot_fit_is_not_begun_and_what_is_refused_says_why(home: Path, m
     assert "the weights alone" in full["why"]
     assert lora["why"] == "no place | for it"
     assert "no place / for it" in (folder.path / "plan.md").read_text(), "a bar would break the table"
-    assert "Nothing tried here fits" in (folder.path / "plan.md").read_text()
+    assert "No tried method fits" in (folder.path / "plan.md").read_text()
 
 
 def test_weights_are_counted_without_loading_them(home: Path) -> None:
-    made = recipe(None, {"base.name": "base", "data": "rows.jsonl"})
-    from luthier.build import family
-    held = {id(p): p.numel() for p in family(made.base).anatomy.model.parameters()}
-    assert least_gb(made.base, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
-    assert least_gb(made.base, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
+    made = build_recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl"})
+    held = {id(p): p.numel() for p in load_family(made.model).structure.model.parameters()}
+    assert estimate_weight_gb(made.model, whole=False) == pytest.approx(4 * sum(held.values()) / 1e9)
+    assert estimate_weight_gb(made.model, whole=True) == pytest.approx(16 * sum(held.values()) / 1e9)
 
 
 def row(method: str, memory: float, seconds: float, *, fits: bool = True, tokens: int = 1000) -> dict[str, Any]:
     return {"method": method, "fits": fits, "seconds": seconds, "peak_memory_gb": memory, "file_bytes": 1e6,
-            "tokens": tokens, "tokens_per_second": 1.0, "steps": 1, "trainable_share": 0.1}
+            "tokens": tokens, "tokens_per_second": 1.0, "steps": 1, "trainable_fraction": 0.1}
 
 
 @pytest.mark.parametrize(("rows", "objective", "chosen"), [
@@ -97,21 +99,21 @@ def row(method: str, memory: float, seconds: float, *, fits: bool = True, tokens
     ([row("prompt", 2, 9), row("bitfit", 1, 10)], "sft", "bitfit"),
 ])
 def test_the_choice_follows_from_what_was_measured(rows: list[dict[str, Any]], objective: str, chosen: str) -> None:
-    said = advice({"methods": rows, "room_gb": 5.0}, objective)
+    said = build_advice({"methods": rows, "room_gb": 5.0}, objective)
     assert said[0].startswith(f"Choose {chosen}:")
     for one in rows:
         assert one["fits"] or any(line.startswith(f"{one['method']} does not fit") for line in said)
 
 
 def test_ways_are_spelt(home: Path) -> None:
-    made = recipe(None, {"base.name": "base", "data": "rows.jsonl", "optimizer.learning_rate": 0.5})
-    assert candidate(made, "qlora") == candidate(made, "lora@nf4")
-    assert candidate(made, "qlora")["base"]["quantize"] == "nf4"
-    assert candidate(made, "bitfit+lora")["method"] == ["bitfit", "lora"]
-    assert candidate(made, "lora")["optimizer"]["learning_rate"] is None, "each way has its own rate"
+    made = build_recipe(None, {"model.name_or_path": "base", "data": "rows.jsonl", "optimizer.learning_rate": 0.5})
+    assert build_variant(made, "qlora") == build_variant(made, "lora@nf4")
+    assert build_variant(made, "qlora")["model"]["quantize"] == "nf4"
+    assert build_variant(made, "bitfit+lora")["method"] == ["bitfit", "lora"]
+    assert build_variant(made, "lora")["optimizer"]["learning_rate"] is None, "each way has its own rate"
     with pytest.raises(RecipeError, match="'lorra'"):
-        candidate(made, "lorra")
+        build_variant(made, "lorra")
     with pytest.raises(RecipeError, match="'nf5'"):
-        candidate(made, "lora@nf5")
+        build_variant(made, "lora@nf5")
     with pytest.raises(RecipeError, match="times nothing"):
         plan(made, ["lora"], steps=1, quiet=True)

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from luthier.cli import main
+from luthier.api.evaluate import evaluate
+from luthier.api.rlhf import plan_stages, rlhf
+from luthier.cli.main import main
 from luthier.core.errors import RecipeError
-from luthier.evaluate import evaluate
-from luthier.rlhf import plan, rlhf
-from luthier.runtime.run import Run
+from luthier.training.run_folder import Run
 from tiny import save_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -31,26 +31,26 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
                        ("held", [{"prompt": "new?"}, {"prompt": "newer?"}])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(folder)))
-    rlhf(recipe(folder), run=str(folder / "whole"), quiet=True)
+    rlhf(recipe(folder), output_dir=str(folder / "whole"), quiet=True)
     return folder
 
 
 def recipe(home: Path) -> dict[str, Any]:
-    brief = {"steps": 3, "batch_size": 4, "save_every": 1}
+    brief = {"max_steps": 3, "batch_size": 4, "save_steps": 1}
     return {
-        "base": str(home / "base"), "method": {"name": "lora", "rank": 2}, "optimizer": {"learning_rate": 0.01},
-        "evaluate": {"before": False}, "training": brief,
+        "model": str(home / "base"), "method": {"name": "lora", "rank": 2}, "optimizer": {"learning_rate": 0.01},
+        "evaluate": {"before_training": False}, "training": brief,
         "sft": {"data": str(home / "sft.jsonl")},
         "reward": {"data": {"train": str(home / "pairs.jsonl"), "test": str(home / "pairs.jsonl")}},
         "ppo": {"data": {"train": str(home / "prompts.jsonl"), "test": str(home / "held.jsonl")},
-                "objective": {"answers": 2, "max_new_tokens": 4, "minibatches": 2}, "training": {"batch_size": 2}},
+                "objective": {"num_generations": 2, "max_new_tokens": 4, "num_mini_batches": 2}, "training": {"batch_size": 2}},
     }
 
 
 def test_three_runs_and_a_report(home: Path) -> None:
     folder = home / "whole"
     report = json.loads((folder / "report.json").read_text())
-    assert report["reward"]["metric"] == "pair_accuracy"
+    assert report["reward"]["metric"] == "rewards/accuracies"
     assert [report[stage]["steps"] for stage in ("sft", "reward", "ppo")] == [3, 3, 3]
     assert report["policies"].keys() == {"base", "start", "tuned"}
     assert report["policies"]["start"]["kl"] == pytest.approx(0, abs=1e-4)
@@ -60,10 +60,10 @@ def test_three_runs_and_a_report(home: Path) -> None:
     assert "| after PPO |" in (folder / "report.md").read_text()
     assert (folder / "rlhf.png").stat().st_size > 5000
     ppo = Run(folder / "3-ppo")
-    assert ppo.recipe["start"] == str(folder / "1-sft")
-    assert ppo.recipe["objective"]["reward"][0]["run"] == str(folder / "2-reward")
+    assert ppo.recipe["init_from"] == str(folder / "1-sft")
+    assert ppo.recipe["objective"]["reward"][0]["model"] == str(folder / "2-reward")
     assert ppo.recipe["training"]["batch_size"] == 2
-    assert ppo.recipe["training"]["steps"] == 3
+    assert ppo.recipe["training"]["max_steps"] == 3
 
 
 def test_evaluate_says_what_the_policy_earns(home: Path) -> None:
@@ -87,7 +87,7 @@ def test_it_goes_on_where_it_was_interrupted(home: Path, tmp_path: Path, stage: 
         if int(place.name[5:]) > at:
             shutil.rmtree(place)
     earlier = {f: f.stat().st_mtime_ns for n in ("1-sft", "2-reward") if n < stage for f in (folder / n).glob("*")}
-    rlhf(made, run=str(folder), quiet=True)
+    rlhf(made, output_dir=str(folder), quiet=True)
     for name in ("1-sft", "2-reward", "3-ppo"):
         file = Path(name) / "adapter_model.safetensors"
         assert (folder / file).read_bytes() == (home / "whole" / file).read_bytes(), name
@@ -98,15 +98,15 @@ def test_it_goes_on_where_it_was_interrupted(home: Path, tmp_path: Path, stage: 
 
 
 def test_the_command_prints_what_came_out(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rlhf", str(home / "recipe.yaml"), "--run", str(home / "whole"), "--json"]) == 0
+    assert main(["rlhf", str(home / "recipe.yaml"), "--output-dir", str(home / "whole"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["policies"]["tuned"]["reward"]
 
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"ppo": None}, ["parts sft, reward and ppo"]),
     ({"trainng": {}}, ["did you mean 'training'"]),
-    ({"sft": {"data": "x", "training": {"stepz": 3}}, "ppo": {"data": "x", "objective": {"klweight": 3}}},
-     ["sft:", "'training.stepz'", "did you mean 'steps'", "ppo:", "did you mean 'kl_weight'"]),
+    ({"sft": {"data": "x", "training": {"max_stepz": 3}}, "ppo": {"data": "x", "objective": {"klcoef": 3}}},
+     ["sft:", "'training.max_stepz'", "did you mean 'max_steps'", "ppo:", "did you mean 'kl_coef'"]),
 ])
 def test_all_faults_come_at_once(home: Path, change: dict[str, Any], words: list[str]) -> None:
     raw = {key: value for key, value in (recipe(home) | change).items() if value is not None}
@@ -117,14 +117,14 @@ def test_all_faults_come_at_once(home: Path, change: dict[str, Any], words: list
 
 
 def test_settings_are_laid_over_one_part_or_all(home: Path) -> None:
-    folder, made = plan(recipe(home), {"ppo.objective.kl_weight": 0.7, "seed": 3, "run": "there"})
+    folder, made = plan_stages(recipe(home), {"ppo.objective.kl_coef": 0.7, "seed": 3, "output_dir": "there"})
     assert folder == Path("there")
     assert [one.seed for one in made.values()] == [3, 3, 3]
-    assert made["ppo"].model_dump()["objective"]["kl_weight"] == 0.7
+    assert made["ppo"].model_dump()["objective"]["kl_coef"] == 0.7
 
 
 def test_the_shipped_recipe_is_whole() -> None:
-    folder, made = plan(ROOT / "recipes" / "rlhf.yaml", {})
+    folder, made = plan_stages(ROOT / "recipes" / "rlhf.yaml", {})
     assert list(made) == ["sft", "reward", "ppo"]
     for one in made.values():
         for source in filter(None, (*one.data.train, one.data.test)):

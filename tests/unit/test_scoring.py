@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from luthier import scoring
 from luthier.core.errors import DataError
-from luthier.scoring import SCORERS
+from luthier.evaluation import answer_metrics
+from luthier.evaluation.answer_metrics import METRICS
 
 ROOT = Path(__file__).parents[2]
 GSM8K = ROOT.parent / "shared/data/gsm8k_test.jsonl"
@@ -19,10 +19,10 @@ OBJECT = '{"part":"bridge","hours":1.5,"tags":["a",{"b":null}],"ok":true}'
 
 
 @pytest.mark.parametrize(("name", "answer", "reference", "score"), [
-    ("exact", " a  b\n", "a b", 1),
-    ("exact", "ab", "a b", 0),
-    ("exact", "A b", "a b", 0),
-    ("exact", "", " \n", 1),
+    ("exact_match", " a  b\n", "a b", 1),
+    ("exact_match", "ab", "a b", 0),
+    ("exact_match", "A b", "a b", 0),
+    ("exact_match", "", " \n", 1),
     ("contains", "the answer\nis  42.", "answer is 42", 1),
     ("contains", "4 2", "42", 0),
     ("contains", "", "42", 0),
@@ -51,23 +51,23 @@ OBJECT = '{"part":"bridge","hours":1.5,"tags":["a",{"b":null}],"ok":true}'
     ("json_fields", '{"a": 1, "b": 3}', '{"a": 1, "b": 2, "c": null, "d": 0}', 0.25),
     ("json_fields", "[1]", '{"a": 1}', 0),
     ("json_fields", "?", '{"a": 1}', 0),
-    ("number", "so 3 + 4 = 7.", "#### 7", 1),
-    ("number", "#### 7\nNext question: 9 apples", "7", 1),
-    ("number", "First 9. #### none", "9", 1),
-    ("number", "$1,234,567.50", "1234567.5", 1),
-    ("number", "one of 1,2,3", "3", 1),
-    ("number", "10-3", "3", 1),
-    ("number", "it is -3", "-3", 1),
-    ("number", "a loss of -$5", "-5", 1),
-    ("number", "$-5", "-5", 1),
-    ("number", "it is −3", "-3", 1),
-    ("number", "- 5 apples", "5", 1),
-    ("number", "50%", "50", 1),
-    ("number", "18.00", "18", 1),
-    ("number", "0.5", ".5", 1),
-    ("number", "18.5", "18", 0),
-    ("number", "答案是12个", "12", 1),
-    ("number", "none", "0", 0),
+    ("numeric_match", "so 3 + 4 = 7.", "#### 7", 1),
+    ("numeric_match", "#### 7\nNext question: 9 apples", "7", 1),
+    ("numeric_match", "First 9. #### none", "9", 1),
+    ("numeric_match", "$1,234,567.50", "1234567.5", 1),
+    ("numeric_match", "one of 1,2,3", "3", 1),
+    ("numeric_match", "10-3", "3", 1),
+    ("numeric_match", "it is -3", "-3", 1),
+    ("numeric_match", "a loss of -$5", "-5", 1),
+    ("numeric_match", "$-5", "-5", 1),
+    ("numeric_match", "it is −3", "-3", 1),
+    ("numeric_match", "- 5 apples", "5", 1),
+    ("numeric_match", "50%", "50", 1),
+    ("numeric_match", "18.00", "18", 1),
+    ("numeric_match", "0.5", ".5", 1),
+    ("numeric_match", "18.5", "18", 0),
+    ("numeric_match", "答案是12个", "12", 1),
+    ("numeric_match", "none", "0", 0),
     ("rouge_l", "", "", 1),
     ("rouge_l", "...", "word", 0),
     ("rouge_l", "The Cat, sat!", "the cat sat", 1),
@@ -79,15 +79,15 @@ OBJECT = '{"part":"bridge","hours":1.5,"tags":["a",{"b":null}],"ok":true}'
     ("rouge_l", "a b c d", "d c b a", 0.25),
 ])
 def test_score(name: str, answer: str, reference: str, score: float) -> None:
-    assert SCORERS[name](answer, reference) == pytest.approx(score, abs=1e-12)
+    assert METRICS[name](answer, reference) == pytest.approx(score, abs=1e-12)
 
 
 @pytest.mark.parametrize(("name", "reference"), [
-    ("contains", " "), ("json_equal", "{"), ("json_fields", "[1]"), ("json_fields", "{}"), ("number", "many"),
+    ("contains", " "), ("json_equal", "{"), ("json_fields", "[1]"), ("json_fields", "{}"), ("numeric_match", "many"),
 ])
 def test_unreadable_reference_is_the_users_to_mend(name: str, reference: str) -> None:
     with pytest.raises(DataError, match="reference"):
-        SCORERS[name]("anything", reference)
+        METRICS[name]("anything", reference)
 
 
 def table(left: list[str], right: list[str]) -> int:
@@ -101,23 +101,23 @@ def table(left: list[str], right: list[str]) -> int:
     return above[-1]
 
 
-def test_bits_agree_with_the_table() -> None:
+def test_the_bit_parallel_lcs_agrees_with_the_table() -> None:
     rng = random.Random(0)
     for _ in range(300):
         left, right = (rng.choices("abcd", k=rng.randrange(1, 90)) for _ in range(2))
-        assert scoring._common(left, right) == table(left, right)
+        assert answer_metrics._compute_lcs_length(left, right) == table(left, right)
 
 
 def test_docstrings_run() -> None:
-    found = doctest.testmod(scoring)
-    assert found.attempted >= len(SCORERS)
+    found = doctest.testmod(answer_metrics)
+    assert found.attempted >= len(METRICS)
     assert not found.failed
 
 
-@pytest.mark.parametrize("name", SCORERS)
+@pytest.mark.parametrize("name", METRICS)
 def test_every_scorer_is_in_the_glossary_and_says_its_definition(name: str) -> None:
     assert f"### {name}\n" in (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
-    doc = SCORERS[name].__doc__ or ""
+    doc = METRICS[name].__doc__ or ""
     assert all(word in doc for word in ("Definition:", "Range:", "Source:"))
 
 
@@ -126,5 +126,5 @@ def test_gsm8k_references_score_themselves() -> None:
     rows = [json.loads(line) for line in GSM8K.read_text(encoding="utf-8").splitlines()[:200]]
     for row in rows:
         final = row["answer"].rsplit("#### ", 1)[1]
-        assert SCORERS["number"](f"Therefore the answer is ${final}.", row["answer"]) == 1
-        assert SCORERS["number"](f"Therefore the answer is {final}1.", row["answer"]) == 0
+        assert METRICS["numeric_match"](f"Therefore the answer is ${final}.", row["answer"]) == 1
+        assert METRICS["numeric_match"](f"Therefore the answer is {final}1.", row["answer"]) == 0

@@ -1,120 +1,28 @@
-"""What every config class shares: frozen, unknown keys refused, all errors at once. Read `errors.py` first."""
+"""The base class of every config: frozen, unknown keys rejected, all errors at once. Read `config_errors.py` first."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Self, get_args
+from collections.abc import Mapping
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from luthier.core.errors import RecipeError, nearest
+from luthier.core.config_errors import translate_errors
+from luthier.core.errors import RecipeError
 
-NULL = object()  # a setting's null that somebody wrote; None is a setting that was left out
-QUOTED = re.compile(r"'([^']+)'")
-LABEL = re.compile(r"(str|int|float|bool|none)$|(literal|tuple|list|dict|lax-or-strict|function-\w+)\[")  # of a branch
-PLAIN = {kind: f"Input should be {what}" for kind, what in {  # without Python's words for what YAML holds
-    "tuple_type": "a list", "dict_type": "a mapping, {key: value}", "model_type": "a mapping, {key: value}",
-    "mapping_type": "a mapping, {key: value}", "model_attributes_type": "a mapping, {key: value}"}.items()}
+NULL = object()  # a setting that is explicitly null; None means that the setting is not given
 
 
 class Config(BaseModel):
-    """A small frozen bundle of settings that stands beside what it configures."""
+    """A small frozen set of settings, defined in the module that it configures."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any], where: str = "") -> Self:
-        """`raw` as this config. Raises one `RecipeError` that names every fault, each with its place."""
+        """Validates `raw`. Raises one `RecipeError` that lists every fault with its setting."""
         try:
             return cls.model_validate(dict(raw))
         except ValidationError as error:
-            raise RecipeError("\n".join(faults(error, cls, where)),
-                              "mend the settings named above; `luthier schema` prints every one there is") from None
-
-
-def faults(error: ValidationError, model: type[BaseModel], where: str = "") -> list[str]:
-    """One line for each place that is at fault: what was given, what the rule is. Places are named as they are written
-    in a recipe, so Pydantic's names of a union's branches are left out, and the branches' rules are told as one."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
-    unions: set[str] = set()
-    for fault in error.errors(include_url=False):
-        keys, branch = _place(model, fault["loc"])
-        place = ".".join([where, *map(str, keys)]).strip(".")
-        found.setdefault(place, []).append(dict(fault))
-        if branch:
-            unions.add(place)
-    # Of a union, the branch that looks deepest is what was meant; that it is no number besides is no news. Nor is that
-    # a list is too short where one of its entries could not be read.
-    unions |= {place for place, faults in found.items() if faults[0]["type"] == "too_short"}
-    meant = [place for place in found if not (place in unions and any(p.startswith(f"{place}.") for p in found))]
-    return [_told(place, found[place], model) for place in meant]
-
-
-def _told(place: str, faults: Sequence[Mapping[str, Any]], model: type[BaseModel]) -> str:
-    first = faults[0]
-    if first["type"] == "extra_forbidden":
-        key = str(first["loc"][-1])
-        inside = _within(model, key) if len(first["loc"]) == 1 else []
-        hint = f"did you mean {inside[0]}.{key}?" if inside else nearest(key, _fields(model, first["loc"][:-1]))
-        return f"unknown setting {place!r}: {hint}"
-    if first["type"] == "missing":
-        return f"{place}: this setting is required"
-    if first["type"] == "union_tag_invalid":
-        known = [name for name in QUOTED.findall(first["ctx"]["expected_tags"]) if name != "several"]
-        hint = nearest(str(first["ctx"]["tag"]), known)
-        every = f"; known: {', '.join(known)}" if hint.startswith("did") else ""
-        return f"{place}: unknown name {first['ctx']['tag']!r}: {hint}{every}"
-    rules = [PLAIN.get(fault["type"]) or fault["msg"].removeprefix("Value error, ") for fault in faults]
-    words = [word for fault in faults if fault["type"] == "literal_error" for word in QUOTED.findall(fault["msg"])]
-    hint = nearest(str(first["input"]), words) if words else ""
-    return (f"{place}: {'; or: '.join(dict.fromkeys(rules))} (got {first['input']!r})"
-            + (f"; {hint}" if hint.startswith("did you mean") else ""))
-
-
-def _place(model: type[BaseModel], loc: Sequence[str | int]) -> tuple[list[str | int], bool]:
-    """`loc` as a recipe has it, and whether it ends at a union's branch."""
-    shown: list[str | int] = []
-    choices: list[type[BaseModel]] = [model]
-    branch = False
-    for at, key in enumerate(loc):
-        named = [c for c in choices if _branch(c, key, choices)]
-        fields = [c.model_fields[key] for c in choices if key in c.model_fields] if isinstance(key, str) else []
-        branch = bool(named) or (not fields and isinstance(key, str) and bool(LABEL.match(key)) and at > 0)
-        if named:
-            choices = named
-        elif fields:
-            choices = [t for t in _types(fields[0].annotation) if issubclass(t, BaseModel)]
-        if not branch or (named and isinstance(shown[-1], int)):
-            shown.append(key)
-    return shown, branch
-
-
-def _branch(choice: type[BaseModel], key: str | int, choices: Sequence[type[BaseModel]]) -> bool:
-    """Whether Pydantic calls this class of a union so: by its `name` where that tells them apart, else by its own."""
-    named = choice.model_fields.get("name")
-    return (len(choices) > 1 and named is not None and named.default == key) or choice.__name__ == key
-
-
-def _fields(model: type[BaseModel], path: Sequence[str | int]) -> list[str]:
-    """The settings known at `path` below `model`, for the nearest-neighbour hint."""
-    choices = [model]
-    for key in path:
-        named = [c for c in choices if _branch(c, key, choices)]
-        field = choices[0].model_fields.get(str(key))
-        inner = [t for t in _types(field.annotation) if issubclass(t, BaseModel)] if field else []
-        choices = named or inner or choices
-    return list(choices[0].model_fields)
-
-
-def _within(model: type[BaseModel], key: str) -> list[str]:
-    """The parts of a recipe that have a setting of this name."""
-    return [name for name, field in model.model_fields.items() for part in _types(field.annotation)
-            if issubclass(part, BaseModel) and key in part.model_fields]
-
-
-def _types(annotation: Any) -> list[type]:
-    """The classes inside an annotation such as ``A | tuple[B, ...] | None``."""
-    if isinstance(annotation, type):
-        return [annotation]
-    return [found for part in get_args(annotation) for found in _types(part)]
+            raise RecipeError("\n".join(translate_errors(error, cls, where)),
+                              "fix the settings named above; `luthier schema` prints every setting") from None

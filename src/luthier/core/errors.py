@@ -1,7 +1,7 @@
-"""The errors a user can cause, each with the value, the rule and the remedy. Read this first: it imports nothing.
+"""Errors that a user can fix, each with the value, the rule and the remedy. Read this first: it imports nothing.
 
-A `LuthierError` is the user's to mend: the command line prints it without a traceback and exits with its `exit_code`.
-Programmer's mistakes are `assert`s and never come here.
+The command line prints a `LuthierError` without a traceback and exits with its `exit_code`. Programming errors are
+`assert`s.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 
 class LuthierError(ValueError):
-    """Something that the user gave cannot be used.
+    """Invalid input of the user.
 
     Args:
-        what: the value met and the rule that it breaks, in one sentence.
-        remedy: what to do about it, in one sentence.
+        what: the value and the rule that it breaks, in one sentence.
+        remedy: how to fix it, in one sentence.
     """
 
     exit_code = 2  # of the command line
@@ -26,27 +26,27 @@ class LuthierError(ValueError):
 
 
 class RecipeError(LuthierError):
-    """A recipe, or a setting on the command line, that cannot be."""
+    """An invalid recipe or command-line setting."""
 
 
 class DataError(LuthierError):
-    """A data file or row that cannot be read or trained on."""
+    """A data file or row that cannot be read or used for training."""
 
 
 class BaseError(LuthierError):
-    """A base model that cannot be found, loaded or understood."""
+    """A base model that cannot be found or loaded, or that is not supported."""
 
 
 class RunError(LuthierError):
-    """A run folder that is missing something, damaged, or in the way."""
+    """A run folder that is incomplete, damaged, or already exists."""
 
 
 class NotMergeable(LuthierError):
-    """This method's change cannot be folded into the base's weights."""
+    """The method's change cannot be merged into the base weights."""
 
 
 class MissingExtra(LuthierError):
-    """An optional package is needed and not installed."""
+    """A required optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs the package {package!r}, which is not installed",
@@ -54,11 +54,11 @@ class MissingExtra(LuthierError):
 
 
 class NotFinite(LuthierError):
-    """A loss or gradient became infinite or not a number; nothing was updated with it."""
+    """A loss or gradient is infinite or NaN; no weight was updated with it."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt word: ``did you mean 'rank'?``, or the list of what is known. Initials count too: lr."""
+def suggest_nearest(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelled name: ``did you mean 'rank'?``, or the list of known names. Initials match too: lr."""
     names = sorted(known)
     close = [name for name in names if len(word) > 1 and word == "".join(part[:1] for part in name.split("_"))]
     close += difflib.get_close_matches(word, names, n=1, cutoff=0.5)

@@ -1,6 +1,6 @@
-"""One training example, typed by its kind: what rows of a file become. Imports the stdlib only.
+"""Training examples, one class for each kind: rows of a file become examples. Imports the standard library only.
 
-`types.py` goes on from here: examples become tokens, tokens become batches.
+Read `types.py` next: examples become tokens, tokens become batches.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a row came from, for every word said about it: ``train.jsonl:17``."""
+    """File and line of a row, for messages and reports: ``train.jsonl:17``."""
 
     file: str
     line: int
@@ -28,7 +28,7 @@ class Message:
     role: str
     content: str
     weight: float | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # tool_calls, name, ...: handed to the chat template
+    extra: Mapping[str, Any] = field(default_factory=dict)  # tool_calls, name, ...: passed to the chat template
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class CompletionExample:
 
 @dataclass(frozen=True)
 class ChatExample:
-    """A conversation, put into words by the base's own chat template."""
+    """A conversation, rendered by the chat template of the base model."""
 
     messages: tuple[Message, ...]
     origin: Origin
@@ -61,11 +61,11 @@ class ChatExample:
 
 
 @dataclass(frozen=True)
-class LabelledExample:
-    """A text (or a pair of texts, joined as the base joins them) and what is known about it.
+class ClassificationExample:
+    """A text, or a pair of texts joined by the tokenizer, and its label.
 
     Args:
-        label: a class by its name or number, several of them, or a number to regress to, as the objective reads it.
+        label: a class name, several class names, or a number for regression; the objective defines which.
     """
 
     text: str
@@ -76,7 +76,7 @@ class LabelledExample:
 
 
 @dataclass(frozen=True)
-class TaggedExample:
+class TokenClassificationExample:
     """Words, each with a tag: token classification."""
 
     words: tuple[str, ...]
@@ -86,14 +86,14 @@ class TaggedExample:
 
 
 @dataclass(frozen=True)
-class ComparedExample:
-    """Answers to one prompt that someone compared: a pair (ranks 0 and 1) or a ranking of K.
+class PreferenceExample:
+    """Completions of one prompt in order of preference: a pair (ranks 0 and 1) or a ranking of K.
 
     Args:
-        prompt: the conversation up to where the answers begin; empty where the answers are whole transcripts.
-        answers: each answer's turns, or one string that follows the prompt without a chat template.
-        ranks: 0 is best; as many as answers.
-        margin: by how much the first is better than the second, where the data say so.
+        prompt: the conversation before the completions; empty if the completions are whole transcripts.
+        answers: the turns of each completion, or a string that follows the prompt without a chat template.
+        ranks: 0 is best; one for each completion.
+        margin: how much better the first is than the second, if the data provide it.
     """
 
     prompt: tuple[Message, ...] | str
@@ -106,8 +106,8 @@ class ComparedExample:
 
 
 @dataclass(frozen=True)
-class JudgedExample:
-    """One answer to one prompt, found good or bad (KTO)."""
+class UnpairedPreferenceExample:
+    """One completion of one prompt, labeled desirable (`good`) or undesirable (KTO)."""
 
     prompt: tuple[Message, ...] | str
     answer: tuple[Message, ...] | str
@@ -118,11 +118,11 @@ class JudgedExample:
 
 
 @dataclass(frozen=True)
-class TextsExample:
-    """Texts that belong together: anchor, positive, then hard negatives; or two texts and how alike they are.
+class ContrastiveExample:
+    """An anchor, a positive, then hard negatives; or two texts and their similarity.
 
     Args:
-        score: likeness of the two texts in [0, 1] where it was measured; None for anchor, positive, negatives.
+        score: similarity of the two texts in [0, 1]; None for anchor, positive, negatives.
     """
 
     texts: tuple[str, ...]
@@ -133,21 +133,21 @@ class TextsExample:
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt without an answer: rollouts answer it.
+    """A prompt without a completion, for rollouts.
 
     Args:
-        facts: what a reward function may be told: `reference`, `tests` and the row's other columns.
+        metadata: columns that reward functions receive: `reference`, `tests` and all other columns of the row.
     """
 
     prompt: tuple[Message, ...] | str
     origin: Origin
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
 class ImageExample:
-    """A picture, [H, W] or [H, W, 3] of bytes, and its class where it has one."""
+    """An image, [H, W] or [H, W, 3] of bytes, and its class if it has one."""
 
     pixels: Any
     origin: Origin
@@ -155,6 +155,6 @@ class ImageExample:
     weight: float = 1.0
 
 
-Worded = TextExample | CompletionExample | ChatExample  # examples whose own words are predicted
-Example = (Worded | LabelledExample | TaggedExample | ComparedExample | JudgedExample | TextsExample | PromptExample
-           | ImageExample)
+LMExample = TextExample | CompletionExample | ChatExample  # their own text is predicted
+Example = (LMExample | ClassificationExample | TokenClassificationExample | PreferenceExample
+           | UnpairedPreferenceExample | ContrastiveExample | PromptExample | ImageExample)

@@ -40,11 +40,11 @@ def parse_number(value: Any) -> int | float | None:
     elif isinstance(value, bool):
         found = int(value)
     elif isinstance(value, Decimal):
-        found = int(value) if value.is_finite() and _holds(value) and value == value.to_integral_value() \
+        found = int(value) if value.is_finite() and _can_hold(value) and value == value.to_integral_value() \
             else float(value)
     else:
         found = value if isinstance(value, (int, float)) else None
-    whole = isinstance(found, float) and found.is_integer() and _holds(found)
+    whole = isinstance(found, float) and found.is_integer() and _can_hold(found)
     return int(found) if whole and found is not None else found
 
 
@@ -59,42 +59,42 @@ def _parse_text(text: str) -> int | float | None:
     return int(text[:100]) if INTEGER.fullmatch(text) else float(text)
 
 
-def _holds(number: float | Decimal) -> bool:
+def _can_hold(number: float | Decimal) -> bool:
     return LOWEST <= number <= HIGHEST
 
 
 def is_oversized(number: float) -> bool:
     """Whether it is an integer that 64 bits do not hold."""
-    return isinstance(number, int) and not _holds(number)
+    return isinstance(number, int) and not _can_hold(number)
 
 
-def label_key(value: Any) -> str:
+def get_label_key(value: Any) -> str:
     """What two labels of the same value have in common.
 
     Example:
-        >>> {label_key(value) for value in (1, 1.0, "1", " 1.0", True, "True")}
+        >>> {get_label_key(value) for value in (1, 1.0, "1", " 1.0", True, "True")}
         {'1'}
     """
     number = parse_number(value)
     return str(value).strip() if number is None else repr(number)
 
 
-def label_name(value: Any) -> str:
+def get_label_name(value: Any) -> str:
     """The name that a label has by itself: as `label_key`, but true and false keep their words.
 
     Example:
-        >>> [label_name(value) for value in (1.0, "1.0", True, "True", "good")]
+        >>> [get_label_name(value) for value in (1.0, "1.0", True, "True", "good")]
         ['1', '1', 'true', 'true', 'good']
     """
     word = str(value).strip().lower() if isinstance(value, (str, bool)) else ""
-    return word if word in TRUTH else label_key(value)
+    return word if word in TRUTH else get_label_key(value)
 
 
-def label_names(values: Iterable[Any]) -> dict[str, str]:
+def collect_label_names(values: Iterable[Any]) -> dict[str, str]:
     """Key -> name of every different value: the name that all its spellings share, or else its key."""
     found: dict[str, str] = {}
     for value in values:
-        key, name = label_key(value), label_name(value)
+        key, name = get_label_key(value), get_label_name(value)
         found[key] = name if found.get(key, name) == name else key
     return found
 

@@ -1,167 +1,60 @@
-"""What the rooms promise one another. Read `types.py` first; every name below is implemented somewhere, in one room.
+"""The protocols between packages. Read `types.py` first. Each protocol is implemented in one package.
 
-| protocol   | room        | one sentence                                                       |
-|------------|-------------|--------------------------------------------------------------------|
-| Tokenizer  | families    | text to ids and back, and the base's chat template                 |
-| Site       | families    | one linear map of the model and what it is for (`q`, `up`, ...)    |
-| Anatomy    | families    | where the model's parts are                                        |
-| Ports      | families    | where virtual tokens enter (`ports.py`)                            |
-| Head       | families    | a small map over the states that an objective asked for            |
-| Family     | families    | how to call the model                                              |
-| Method     | methods     | which parameters train, and how they enter the forward pass        |
-| Scope      | methods     | whether, where and how strongly a method acts (`scope.py`)         |
-| Router     | methods     | who sends each token through its own adapter                       |
-| Attached   | methods     | a method on a model: its parameters, its off switch, its merge     |
-| Objective  | objectives  | what is minimised                                                  |
-| Feed       | data        | the batches of a run, with a cursor                                |
+| name               | package     | purpose                                                            |
+|--------------------|-------------|--------------------------------------------------------------------|
+| Tokenizer          | models      | text to token ids and back, and the base's chat template           |
+| TargetLinear       | models      | one linear layer of the model and its role (`q`, `up`, ...)        |
+| ModelStructure     | models      | the model's parts: layers, linear layers, embedding, head          |
+| SoftPromptInjector | models      | where virtual tokens enter the model (`soft_prompts.py`)           |
+| Head               | models      | a small module over the states that an objective asks for          |
+| Heads              | models      | the heads of one objective on one model                            |
+| Family             | models      | how to call the model                                              |
+| Method             | methods     | which parameters train, and how they enter the forward pass        |
+| AdapterGate        | methods     | whether, where and how strongly a method acts (`adapter_gate.py`)  |
+| Router             | methods     | selects an adapter for each token                                  |
+| Tuner              | methods     | a method attached to a model: parameters, disabling, merging       |
+| Objective          | objectives  | the loss                                                           |
+| BatchSource        | data        | the batches of a run, with a cursor for exact resuming             |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from luthier.core.answers import ChatFormat as ChatFormat
-from luthier.core.answers import Generated as Generated
-from luthier.core.answers import Sampling as Sampling
-from luthier.core.experts import Experts
-from luthier.core.ports import Ports
-from luthier.core.scope import Scope as Scope
-from luthier.core.types import Batch, Inputs, Loss, Outputs, Target
-from luthier.core.update import Update
+from luthier.core.adapter_gate import AdapterGate
+from luthier.core.generation import ChatFormat as ChatFormat
+from luthier.core.generation import GenerationOutput as GenerationOutput
+from luthier.core.generation import SamplingParams as SamplingParams
+from luthier.core.model_structure import ModelStructure as ModelStructure
+from luthier.core.model_structure import TargetLinear as TargetLinear
+from luthier.core.model_structure import TransformerLayer as TransformerLayer
+from luthier.core.optimizer_hook import OptimizerHook
+from luthier.core.tokenizer import Tokenizer as Tokenizer
+from luthier.core.types import Batch, Inputs, Loss, LossInputs, Outputs
 
-
-class Tokenizer(Protocol):
-    """As much of a Transformers tokenizer as the data room uses."""
-
-    eos_token: str | None
-    eos_token_id: int | None
-    bos_token_id: int | None
-    unk_token_id: int | None
-    mask_token_id: int | None
-    all_special_ids: list[int]
-    chat_template: Any  # Jinja source, or several by name; None where there is none
-    added_tokens_decoder: Any  # id -> a token that is looked for in a text as it stands
-    is_fast: bool  # whether it can say which characters a token stands for
-
-    def __len__(self) -> int: ...
-    def __hash__(self) -> int: ...
-    def __call__(self, text: str, **options: Any) -> Any: ...
-    def convert_tokens_to_ids(self, tokens: str) -> Any: ...
-    def decode(self, ids: Sequence[int], **options: Any) -> str: ...
-    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
-
-
-# ---------------------------------------------------------------- where a model's parts are
-
-
-@dataclass(frozen=True)
-class Site:
-    """One linear map inside a block.
-
-    Args:
-        name: its path in the model, as in `state_dict` and in PEFT's files.
-        module: an `nn.Linear`, or GPT-2's `Conv1D`.
-        role: q, k, v, qkv, o, gate, up, down, or other.
-        block: index of the block that it stands in.
-        transposed: whether `weight` is [in, out] (Conv1D) instead of [out, in].
-        expand: for a map kept in few bits, the [out, in] weight that it stands for; nothing can be written to it.
-    """
-
-    name: str
-    module: nn.Module
-    role: str
-    block: int
-    inputs: int
-    outputs: int
-    transposed: bool = False
-    expand: Callable[[], Tensor] | None = None
-
-    def matrix(self) -> Tensor:
-        """The frozen weight, [out, in], however the module keeps it."""
-        if self.expand is not None:
-            return self.expand()
-        weight = self.weight.detach()
-        return weight.T if self.transposed else weight
-
-    @property
-    def weight(self) -> nn.Parameter:
-        weight = self.module.weight
-        assert isinstance(weight, nn.Parameter)
-        return weight
-
-
-@dataclass(frozen=True)
-class Block:
-    """One layer of the stack.
-
-    Args:
-        attention: the attention module, the one that attention functions are called with.
-        attention_out: the module whose output is the attention's part of the residual sum.
-        mlp_in, mlp_out: the modules whose input and whose output are the MLP's (often one and the same).
-        norms: every norm in the block.
-    """
-
-    index: int
-    name: str
-    module: nn.Module
-    attention: nn.Module
-    mlp: nn.Module
-    norms: tuple[nn.Module, ...]
-    attention_out: nn.Module
-    mlp_in: nn.Module
-    mlp_out: nn.Module
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """Where the parts of one loaded model are. Methods find their places here, never by an architecture's name.
-
-    Args:
-        model: the whole model, head included.
-        backbone: the model without its head: tokens to states.
-        head: the output projection [D -> V], or None.
-        tied: whether the head's weight is the embedding's.
-        sizes: hidden, layers, heads, kv_heads, head_dim, vocabulary, context.
-        task: PEFT's name of what the model is for: CAUSAL_LM, SEQ_2_SEQ_LM, FEATURE_EXTRACTION.
-        tokenizer: of the base, for methods that start from words.
-        ports: where virtual tokens enter; None where the family has no place for them.
-        experts: the maps of mixtures that are one parameter for all experts.
-    """
-
-    model: nn.Module
-    backbone: nn.Module
-    blocks: tuple[Block, ...]
-    sites: tuple[Site, ...]
-    embedding: nn.Module
-    head: nn.Module | None
-    tied: bool
-    sizes: Mapping[str, int] = field(default_factory=dict)
-    task: str = "CAUSAL_LM"
-    tokenizer: Any = None
-    ports: Ports | None = None
-    experts: tuple[Experts, ...] = ()
+# ---------------------------------------------------------------- models
 
 
 @dataclass(frozen=True)
 class Head:
-    """A small map over the states that the family adds for an objective. It trains under every method and is saved
-    with it. The output layer starts small, so that the loss starts as that of a coin.
+    """A small module over the states that the family adds for an objective. It trains under every method and is saved
+    with it. Its output layer starts with small weights, so that the initial predictions are close to uniform.
 
     Args:
         name: of the module in the saved files.
-        kind: `item` (over `pooled`, gives `scores`), `token` (over `states`, gives `token_scores`), or `scalar` (a
-            number that trains, in `scalars`).
-        width: C.
-        start: the value that a scalar starts at.
-        task: what Transformers calls the task (its `problem_type`, or token_classification), whose own class the head
-            then takes its shape from; empty: a linear map.
+        kind: `item` (over `pooled`, returns `scores`), `token` (over `states`, returns `token_scores`), or `scalar` (a
+            trainable number, in `scalars`).
+        width: C, the number of outputs.
+        start: the initial value of a scalar.
+        task: Transformers' name of the task (its `problem_type`, or token_classification); the head is then built
+            like that of Transformers' class for the task. Empty: a linear layer.
         labels: the names of the C classes.
     """
 
@@ -175,29 +68,35 @@ class Head:
 
 
 class Family(Protocol):
-    """A loaded base and the knowledge of how to call it. `heads` are those of the last `add` (an `Attached`).
+    """A loaded base model and how to call it.
 
-    `padded_why` says why its rows are padded where others of its kind pack them; empty where there is nothing to say.
-
-    A family that writes asks a `critic`, where there is one, for the context in which its values are read.
+    Attributes:
+        heads: those of the last `add_heads`.
+        padding_reason: why rows are padded although the family normally packs them; empty if there is nothing to
+    say.
+        router: selects the adapters of routed batches.
+        critic: makes the context in which values (`token_scores`) are computed; None: in the same pass.
+        chat_format: set by assembly, since only `data` can determine it.
     """
 
-    anatomy: Anatomy
+    structure: ModelStructure
     tokenizer: Any
-    padded_why: str
-    heads: Any
+    padding_reason: str
     router: Router | None
     critic: Callable[[], AbstractContextManager[None]] | None
-    chat_format: ChatFormat  # set by assembly: only `data` can find it
+    chat_format: ChatFormat
 
     @property
-    def writes(self) -> bool:
-        """Whether `generate` answers prompts; else it refuses."""
+    def heads(self) -> Heads: ...
+
+    @property
+    def can_generate(self) -> bool:
+        """Whether `generate` is supported; otherwise it raises `BaseError`."""
         ...
 
     @property
-    def divided(self) -> bool:
-        """Whether it reads a source and writes its answer, each a piece of tokens with an end mark of its own."""
+    def is_encoder_decoder(self) -> bool:
+        """Whether an encoder reads a source and a decoder generates the target, each with its own eos token."""
         ...
 
     @property
@@ -208,49 +107,57 @@ class Family(Protocol):
 
     @property
     def pooling(self) -> Literal["last", "first", "mean"]:
-        """Which state stands for a whole text: last, first or mean."""
+        """Which state represents a whole text: last, first or mean."""
         ...
 
     @property
-    def home(self) -> str:
-        """What the names of the stack's weights begin with in the whole model; empty where it is the stack alone."""
+    def backbone_prefix(self) -> str:
+        """The prefix of the backbone's weight names in the whole model; empty if the model is only the backbone."""
         ...
 
-    def padded_tokenizer(self) -> Any:
-        """The tokenizer as it is saved: it pads as the heads' class wants it."""
+    def get_padded_tokenizer(self) -> Any:
+        """The tokenizer to save, with the padding token that the class of the heads needs."""
         ...
 
-    def forward(self, inputs: Inputs, target: Target, needs: frozenset[str]) -> Outputs:
-        """What the objective asked for (names of `Outputs`' fields), at the target's positions."""
+    def forward(self, inputs: Inputs, target: LossInputs, needs: frozenset[str]) -> Outputs:
+        """The outputs that the objective needs (names of `Outputs`' fields), at the target's positions."""
         ...
 
-    def add(self, heads: Sequence[Head], seed: int) -> Attached:
-        """Put heads on the states; what comes back trains and is saved like a method."""
+    def add_heads(self, heads: Sequence[Head], seed: int) -> Heads:
+        """Add heads over the states, in place of those before. They train and are saved like a method."""
+        ...
+
+    def build_heads(self, heads: Sequence[Head], seed: int) -> Heads:
+        """Create heads without adding them; see `using_heads`."""
+        ...
+
+    def using_heads(self, heads: Heads) -> AbstractContextManager[None]:
+        """A context in which `heads` take the place of the family's own."""
         ...
 
     def train(self, mode: bool) -> None:
-        """Dropout and the like on or off."""
+        """Turn training mode (dropout) on or off."""
         ...
 
-    def checkpointing(self, over: int = 0) -> None:
-        """In rows of more than `over` tokens, recompute blocks in the backward pass that a row of `over` has no room
-        for; 0: every block."""
+    def enable_gradient_checkpointing(self, over: int = 0) -> None:
+        """Recompute activations in the backward pass. A row of more than `over` tokens recomputes as many layers as are
+        needed to use no more memory than a row of `over` tokens; 0: every layer."""
         ...
 
     def save(self, path: Path) -> None:
-        """Write the whole model as a Transformers folder, tokenizer included."""
+        """Write the whole model as a Transformers folder, including the tokenizer."""
         ...
 
-    def saved_tokenizer(self) -> Any:
-        """The tokenizer as it is written beside what was trained (see `ChatFormat`)."""
+    def get_saved_tokenizer(self) -> Any:
+        """The tokenizer to save with the trained weights (see `ChatFormat`)."""
         ...
 
     def save_generation_config(self, path: Path) -> None:
-        """Write which tokens end an answer beside an adapter, where it was tuned on conversations."""
+        """Write the eos tokens next to an adapter that was trained on conversations."""
         ...
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[Generated]:
-        """Answers to prompts of token ids, in batches with a cache; yielded as they finish, each with its index."""
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams) -> Iterator[GenerationOutput]:
+        """Generate from prompts of token ids, in batches with a cache; outputs are yielded as they finish."""
         ...
 
 
@@ -258,48 +165,48 @@ class Family(Protocol):
 
 
 class Router(Protocol):
-    """Who sends each token through its own adapter, or none; a bank. A family that has one asks it."""
+    """Selects an adapter, or none, for each token."""
 
-    def routed(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
+    def route(self, dim: int, places: Sequence[int]) -> AbstractContextManager[None]:
         """While open, the i-th place along dimension `dim` of every hidden state (0: rows of a batch, 1: tokens of a
-        row) goes through the adapter `places[i]`, an index into the bank; through none at -1."""
+        row) goes through the adapter `places[i]`, an index into the manager; through none at -1."""
         ...
 
-    def moment(self) -> AbstractContextManager[None]:
+    def snapshot(self) -> AbstractContextManager[None]:
         """The setting of now, to be entered once more later: by what is recomputed in the backward pass."""
         ...
 
 
-TRAINING = "training."  # begins the names in a method's state that going on needs and the saved adapter does not
+TRAINING = "training."  # prefix of entries in a method's state that resuming needs and the saved adapter does not
 
 
-class Attached(Protocol):
-    """A method on a model. Same call in, same shapes out: no objective can notice it."""
+class Tuner(Protocol):
+    """A method attached to a model. The model's inputs and output shapes stay the same for every objective."""
 
     @property
-    def scope(self) -> Scope | None:
-        """Its switch, which a bank turns; None where the method has changed the base's own weights."""
+    def gates(self) -> tuple[AdapterGate, ...] | None:
+        """Its gates, controlled by an adapter manager; None if the method changes the base's own weights."""
         ...
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What trains, by its name in the adapter file."""
+        """The trainable parameters, by their names in the adapter file."""
         ...
 
-    def rate(self, name: str) -> float:
-        """Factor on the learning rate for the named parameter (LoRA+ uses it); 1 for most."""
+    def lr_multiplier(self, name: str) -> float:
+        """Factor on the learning rate of the named parameter (used by LoRA+); 1 for most."""
         ...
 
     @property
-    def at_update(self) -> Update | None:
-        """What it does at each update of the weights; None where that is nothing, as for nearly all."""
+    def optimizer_hooks(self) -> tuple[OptimizerHook, ...]:
+        """Its hook around optimizer steps; None for nearly all methods."""
         ...
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While open, the model is the bare base, bit for bit. Nests."""
+        """A context in which the model is exactly the base model. May be nested."""
         ...
 
     def merge(self) -> None:
-        """Fold the change into the base's weights and step aside. Raises `NotMergeable`, saying why."""
+        """Add the change to the base's weights and disable the method. Raises `NotMergeable` with the reason."""
         ...
 
     def unmerge(self) -> None:
@@ -307,47 +214,79 @@ class Attached(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """Only what trained, named as in PEFT's file where PEFT has the format. What only going on needs is named
-        `TRAINING` and more, and stays in the checkpoints."""
+        """The trained tensors, named as in PEFT's file if PEFT has the format. Names of entries that only resuming
+        needs begin with `TRAINING`; these are saved in checkpoints only."""
         ...
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take `state` back. Refuses missing, unknown and misshapen entries."""
+        """Load `state`. Raises `RunError` for missing, unknown and misshapen entries."""
         ...
 
-    def peft(self) -> dict[str, Any] | None:
-        """The content of PEFT's `adapter_config.json`, or None where PEFT has no such method."""
+    def get_peft_config(self) -> dict[str, Any] | None:
+        """The content of PEFT's `adapter_config.json`, or None if PEFT has no such method."""
+        ...
+
+
+class ClassHead(Protocol):
+    """A head with the architecture and parameter names of one of Transformers' own task classes."""
+
+    @property
+    def backbone_prefix(self) -> str:
+        """The prefix of the backbone's weight names in the class."""
+        ...
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The head's parameters, by their names in the class."""
+        ...
+
+    def to(self, dtype: torch.dtype) -> Any: ...
+
+
+class Heads(Tuner, Protocol):
+    """The heads of one objective. They train and are saved with the method, and change nothing in the base.
+
+    Attributes:
+        scalars: trainable numbers, by name.
+        no_task_head_reason: why a requested `task_head` is not available; empty if it is, or if none was requested.
+    """
+
+    scalars: dict[str, nn.Parameter]
+    no_task_head_reason: str
+
+    @property
+    def task_head(self) -> ClassHead | None:
+        """The head that is one of Transformers' own classes; None if there is no such head."""
         ...
 
 
 class Method(Protocol):
-    """Settings of a method; `attach` puts it on a model."""
+    """The settings of a method; `attach` adds it to a model."""
 
     name: str
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Attached: ...
+    def attach(self, structure: ModelStructure, *, seed: int) -> Tuner: ...
 
 
 class Objective(Protocol):
     """Pure: no rank, no device move, no model.
 
     Args:
-        reads: the kinds of example that mean something to it, by the names of their types.
-        needs: the fields of `Outputs` that it reads.
+        example_types: the kinds of example that mean something to it, by the names of their types.
+        required_outputs: the fields of `Outputs` that it reads.
         heads: what the family must add to its states.
-        coupled: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be computed in
-            parts, but its loss is always of the whole.
-        judged: whether `quality` says something about held-out rows.
-        mixes: whether a label may be a mixture of others.
+        needs_full_batch: whether examples of a batch meet in the loss (in-batch negatives). Such a batch may be
+            computed in parts, but its loss is always of the whole.
+        has_eval_metrics: whether `compute_eval_metrics` says something about held-out rows.
+        supports_soft_labels: whether a label may be a mixture of others.
         learning_rate_factor: times the method's default learning rate: the rate where a recipe gives none.
     """
 
     name: str
-    reads: frozenset[str]
-    needs: frozenset[str]
-    coupled: bool
-    judged: bool
-    mixes: bool
+    example_types: frozenset[str]
+    required_outputs: frozenset[str]
+    needs_full_batch: bool
+    has_eval_metrics: bool
+    supports_soft_labels: bool
     learning_rate_factor: float
 
     @property
@@ -358,30 +297,30 @@ class Objective(Protocol):
         """The names of its classes by their numbers; empty where the training rows decide; None: labels are numbers."""
         ...
 
-    def fitted(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Objective:
+    def with_labels(self, labels: tuple[str, ...], counts: Mapping[str, float] | None = None) -> Objective:
         """The objective for these classes of the training rows, `counts` labels of each; itself where it has none."""
         ...
 
-    def count(self, target: Target) -> float:
+    def count(self, target: LossInputs) -> float:
         """What the sum over this micro-batch will be divided by, known before the forward pass."""
         ...
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss: ...
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss: ...
 
-    def quality(self, outputs: Outputs, target: Target) -> dict[str, float]:
+    def compute_eval_metrics(self, outputs: Outputs, target: LossInputs) -> dict[str, float]:
         """Measures that no sum over batches gives (F1, rank correlations), over all held-out rows at once."""
         ...
 
 
-class Feed(Protocol):
-    """An endless run of optimiser steps' worth of micro-batches, with an exact cursor."""
+class BatchSource(Protocol):
+    """An endless iterator over optimizer steps, each a list of micro-batches, with an exact cursor."""
 
     steps_per_epoch: int
 
     def __next__(self) -> list[Batch]: ...
 
     def state(self) -> dict[str, Any]:
-        """The cursor: whoever loads it goes on with the very next batch."""
+        """The cursor; loading it continues with the next batch."""
         ...
 
     def load(self, state: Mapping[str, Any]) -> None: ...

@@ -1,57 +1,58 @@
-"""The words of the house as types: pieces, segments, batches, outputs, losses. Read `examples.py` first.
+"""Core types: token spans, tokenized examples, batches, model outputs, losses. Read `examples.py` first.
 
 Data flows one way through them::
 
-    row -> Example -> Encoded (pieces of tokens and weights) -> Batch -> Outputs -> Loss
+    row -> Example -> TokenizedExample (spans of tokens and weights) -> Batch -> Outputs -> Loss
 
 Shape letters used everywhere:
-    T  tokens in a packed row          S  segments in it
+    T  tokens in a packed row          S  segments in the row
     P  positions where something is predicted (trained or scored)
-    A  items: pieces that are judged as a whole (a text with a class, an answer among others)
-    D  hidden size      V  vocabulary      R  rank      C  width of a head
+    A  labeled spans: spans with one label for the whole span (a text with a class, a ranked completion)
+    D  hidden size      V  vocabulary      R  rank      C  outputs of a head
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
-from typing import Any, Self
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from luthier.core.device import DeviceMovable as DeviceMovable
+from luthier.core.device import to_device as to_device
+from luthier.core.embedding_mix import EmbeddingMix, SpanMix
 from luthier.core.examples import Origin
 
-# ---------------------------------------------------------------- encoded examples
+# ---------------------------------------------------------------- tokenized examples
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A run of tokens of one example. It continues its parent piece (an index into the example), or none.
+class TokenSpan:
+    """Consecutive tokens of one example. A span continues its parent span, if it has one.
 
     Args:
         ids: token ids.
-        weights: as long as `ids`; entry i weighs the prediction of token i from all that stands before it, in its
-            ancestors too. The very first token of a root follows nothing, so its weight is never used.
-        parent: the piece that it continues, -1 for none.
-        tags: empty, or as long as `ids`: what is predicted is the number of each token's own tag, not the token, and
-            the weights are those of the tags; -1 for tokens without one.
-        others: empty, or as long as `ids`: tokens whose embeddings are mixed in; -1 for none, an embedding of zeros.
-        share: of `ids` in the mixture; the rest is the others'.
+        weights: same length as `ids`; entry i is the loss weight of predicting token i from all tokens before it,
+            including those of the ancestors. The first token of a root is never predicted, so its weight is unused.
+        parent: index of the parent span in the example; -1 for a root.
+        tags: empty, or same length as `ids`: the tag index of each token, predicted at the token itself instead of the
+            next token. The weights are then those of the tags; -1 for tokens without a tag.
+        mix: tokens whose embeddings are mixed with those of `ids` (mixup); None: no mixing.
     """
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
     parent: int = -1
     tags: tuple[int, ...] = ()
-    others: tuple[int, ...] = ()
-    share: float = 1.0
+    mix: SpanMix | None = None
 
     def __post_init__(self) -> None:
         assert len(self.ids) == len(self.weights) > 0, (len(self.ids), len(self.weights))
         assert len(self.tags) in (0, len(self.ids)), (len(self.tags), len(self.ids))
-        assert len(self.others) in (0, len(self.ids)), (len(self.others), len(self.ids))
+        assert self.mix is None or len(self.mix.ids) == len(self.ids), "one other token for each token"
 
     @property
     def predicted(self) -> tuple[int, ...]:
@@ -62,95 +63,102 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Item:
-    """A piece that is judged as a whole.
+class LabeledSpan:
+    """A label for a whole span.
 
     Args:
-        piece: its index in the example.
-        label: a class's number, one flag for each class (multi-label), a rank (0 best), 1 or 0 for good or bad, a
-            likeness: the objective knows which.
-        margin: by how much it is better than the rest of its group, where the data say so.
-        weight: how much its loss counts; 2 is as good as the row twice. All items of an example have the same.
-        shares: of a mixture of classes, the share of each; `label` is then the class of the greatest.
-        text_id: a hash of the piece's tokens where texts are compared, else None.
+        span_index: index of the span in the example.
+        label: a class index, one flag for each class (multi-label), a rank (0 is best), 1 or 0 for desirable or
+            undesirable, or a similarity; the objective defines which.
+        margin: how much better this span is than the others of its group, if the data provide it.
+        weight: loss weight; 2 has the effect of two copies of the row. All labeled spans of an example share it.
+        soft_label: the share of each class after mixup; `label` is then the class with the largest share.
+        text_id: hash of the span's tokens where texts are compared, else None.
     """
 
-    piece: int
+    span_index: int
     label: float | tuple[float, ...]
     margin: float = 0.0
     weight: float = 1.0
-    shares: tuple[float, ...] = ()
+    soft_label: tuple[float, ...] = ()
     text_id: int | None = field(default=None, compare=False, repr=False)
 
 
+class PendingMasking(Protocol):
+    """Masks tokens of a document before it goes into a batch."""
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of all settings that determine the masked tokens."""
+        ...
+
+    def apply(self, example: TokenizedExample, seed: Sequence[int]) -> TokenizedExample:
+        """The example with some tokens masked, chosen by `seed`, and with the predictions of these tokens."""
+        ...
+
+
+class PendingImage(Protocol):
+    """An image that is decoded, augmented and processed when it goes into a batch."""
+
+    @property
+    def digest(self) -> bytes:
+        """Hash of the pixels and of the augmentations."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the pixels."""  # [height, width] or [height, width, 3]
+        ...
+
+    def tensor(self) -> Tensor:
+        """Float tensor for the model."""  # [channels, height, width]
+        ...
+
+
 @dataclass(frozen=True)
-class Encoded:
-    """One example as tokens: one piece for a text or a chat; a tree of pieces for answers that share a prompt; several
-    roots for texts that are compared.
+class TokenizedExample:
+    """One example as tokens: one span for a text or a chat, a tree of spans for completions that share a prompt,
+    several roots for texts that are compared.
 
     Args:
-        bytes: UTF-8 length of the predicted words, for bits per byte.
-        items: the pieces that are judged as a whole.
-        images: one picture for each piece, [channels, height, width], where the pieces are pictures; the pieces then
-            hold one placeholder token each.
-        facts: what a reward function is told about a prompt.
-        known: name -> one number for each prediction, in their order, computed before (see `Target.known`).
-        hidden: what hides some of its tokens, drawn anew in every epoch; None: it is as it goes into a batch.
-        remarks: rules that were applied to make text of its row, which the data report counts.
+        num_bytes: UTF-8 length of the predicted text, for bits per byte.
+        labeled_spans: the spans that have a label.
+        images: one image for each span, either [channels, height, width] or a `PendingImage`. Each span then holds one
+            placeholder token.
+        metadata: columns of the row that reward functions receive.
+        precomputed: name -> one number for each prediction, in order (see `LossInputs.precomputed`).
+        masking: masks some of the tokens anew in every epoch; None: the example goes into a batch unchanged.
+        remarks: rules that were applied when the row was rendered; the data report counts them.
     """
 
-    pieces: tuple[Piece, ...]
+    spans: tuple[TokenSpan, ...]
     origin: Origin
-    bytes: int = 0
-    items: tuple[Item, ...] = ()
-    images: tuple[Any, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    known: Mapping[str, Tensor] = field(default_factory=dict)
-    hidden: Any = None
+    num_bytes: int = 0
+    labeled_spans: tuple[LabeledSpan, ...] = ()
+    images: tuple[Tensor | PendingImage, ...] = ()
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    precomputed: Mapping[str, Tensor] = field(default_factory=dict)
+    masking: PendingMasking | None = None
     remarks: tuple[str, ...] = ()
 
     @property
-    def tokens(self) -> int:
-        return sum(len(piece.ids) for piece in self.pieces)
+    def num_tokens(self) -> int:
+        return sum(len(span.ids) for span in self.spans)
 
 
 # ---------------------------------------------------------------- batches
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on a device. To a GPU it goes through pinned memory, so that the copy is queued behind the work that is
-    there and nobody waits. From a GPU, and to others, the copy is done when this returns: a queued one would be read
-    too early."""
-    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-class Movable:
-    """A frozen dataclass whose tensors move to a device together (see `sent`); everything else stays as it is."""
-
-    def to(self, device: torch.device | str) -> Self:
-        def there(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return sent(value, device)
-            if isinstance(value, Movable):
-                return value.to(device)
-            return {key: there(inner) for key, inner in value.items()} if isinstance(value, dict) else value
-
-        moved = {f.name: there(self.__dict__[f.name]) for f in fields(self)}  # type: ignore[arg-type]
-        return replace(self, **moved)  # type: ignore[type-var]
-
-
 @dataclass(frozen=True)
-class Forest:
+class SegmentTree:
     """Segments of a packed row, in order and without gaps.
 
-    A segment attends to itself causally and to all its ancestors.
+    A segment attends to itself causally and to all tokens of its ancestors.
 
     Args:
         lengths: tokens of each segment; they sum to T.
-        parents: index of the segment that each continues, -1 for a root. A parent stands before its children.
-        adapters: index into a bank for each segment, -1 for the bare base; empty where nothing is routed.
+        parents: index of the segment that each one continues, -1 for a root. A parent precedes its children.
+        adapters: index of each segment's adapter, -1 for the base model; empty if no adapter is routed.
     """
 
     lengths: tuple[int, ...]
@@ -159,7 +167,7 @@ class Forest:
 
     def __post_init__(self) -> None:
         assert len(self.lengths) == len(self.parents)
-        assert all(p < i for i, p in enumerate(self.parents)), "a parent stands before its children"
+        assert all(p < i for i, p in enumerate(self.parents)), "a parent precedes its children"
 
     @property
     def starts(self) -> tuple[int, ...]:
@@ -170,96 +178,95 @@ class Forest:
         return tuple(starts)
 
     @property
-    def flat(self) -> bool:
-        """Whether every segment is a root: plain packing."""
+    def is_flat(self) -> bool:
+        """Whether every segment is a root, as in plain packing."""
         return all(p < 0 for p in self.parents)
 
-    def path(self, segment: int) -> tuple[int, ...]:
-        """The segment's ancestors from the root down, and itself last."""
-        found = [segment]
-        while (parent := self.parents[found[-1]]) >= 0:
-            found.append(parent)
-        return tuple(reversed(found))
+    def find_path(self, segment: int) -> tuple[int, ...]:
+        """Indices of the segments from the root to `segment`."""
+        path = [segment]
+        while (parent := self.parents[path[-1]]) >= 0:
+            path.append(parent)
+        return tuple(reversed(path))
 
 
 @dataclass(frozen=True)
-class Inputs(Movable):
-    """What the model sees: one row without padding.
+class Inputs(DeviceMovable):
+    """Inputs of the model: one row without padding.
 
     Args:
         tokens: [T] token ids.
-        positions: [T] each token's place in its own document; a child goes on where its parent ends.
-        forest: the row's segments. A sequence-to-sequence family reads roots as sources and children as their answers.
-        images: [S, channels, height, width] where every segment is a picture (and one placeholder token); else None.
-        others, shares: [T] where embeddings are mixed; else None. A token's embedding is then `shares` of its own and
-            1 - `shares` of that of the token in `others`, which is zeros where there is none (-1).
+        positions: [T] position of each token in its document; a child continues the positions of its parent.
+        segment_tree: the row's segments. Encoder-decoder models read roots as sources and children as their targets.
+        images: [S, channels, height, width] if every segment is an image (with one placeholder token); else None.
+        mix: embeddings that are mixed into those of `tokens`; None: no mixing.
     """
 
-    tokens: Tensor
-    positions: Tensor
-    forest: Forest
-    images: Tensor | None = None
-    others: Tensor | None = None
-    shares: Tensor | None = None
+    tokens: Tensor  # [T]
+    positions: Tensor  # [T]
+    segment_tree: SegmentTree
+    images: Tensor | None = None  # [S, channels, height, width]
+    mix: EmbeddingMix | None = None
 
 
-def _none() -> Tensor:
+def _build_empty() -> Tensor:
     return torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True)
-class Target(Movable):
-    """What the objective sees: predictions, a flat list of P, and items, a flat list of A.
+class LossInputs(DeviceMovable):
+    """Inputs of the objective: a flat list of P predictions, and a flat list of A labeled spans ("items").
 
     Args:
-        at: [P] index into the row of the state that predicts.
-        tokens: [P] the token that should come next (for tagged words: the number of the tag of the token at `at`).
+        state_index: [P] index into the row of the hidden state that predicts.
+        token_ids: [P] the token to predict; for token classification the tag of the token at `state_index`.
         weights: [P] float32 weight of each prediction; never 0.
-        examples: how many examples the batch holds.
-        bytes: UTF-8 bytes of what is predicted.
-        items: [A] the segment that each item is.
-        labels: [A] or [A, C] float32, what is known about each item (see `Item`).
-        margins: [A] float32, by how much an item is better than the rest of its group; 0 where nobody said.
-        groups: [A] which example of the batch each item belongs to; items of one group are compared with one another.
-        item_of: [P] the item that each prediction belongs to, -1 for none.
-        known: name -> [P], numbers about each prediction that were computed before (`old_logps`, `advantages`, ...).
-        item_weights: [A] float32, how much each item's loss counts; empty: 1 each.
-        shares: [A, C] float32, of each item the share of every class, where some are mixtures; empty where none is.
-        text_ids: [A] a hash of each item's tokens: equal texts have equal numbers; empty where texts are not compared.
-        temperature: every log-probability is that of sampling at this temperature.
+        num_examples: number of examples in the batch.
+        num_bytes: UTF-8 bytes of the predicted text.
+        labeled_segments: [A] segment of each item.
+        labels: [A] or [A, C] float32 label of each item (see `LabeledSpan`).
+        margins: [A] float32, how much better an item is than the others of its group; 0 if unknown.
+        groups: [A] example of each item; items of one group are compared with one another.
+        item_of: [P] item of each prediction, -1 for none.
+        precomputed: name -> [P] values that were computed before the step (`old_logps`, `advantages`, ...).
+        item_weights: [A] float32 loss weight of each item; empty: 1 each.
+        soft_labels: [A, C] float32 share of every class for each item; empty if no item is a mixture.
+        text_ids: [A] hash of each item's tokens: equal texts have equal hashes; empty if texts are not compared.
+        temperature: sampling temperature at which every log-probability is computed.
     """
 
-    at: Tensor
-    tokens: Tensor
+    state_index: Tensor
+    token_ids: Tensor
     weights: Tensor
-    examples: int
-    bytes: int = 0
-    items: Tensor = field(default_factory=_none)
+    num_examples: int
+    num_bytes: int = 0
+    labeled_segments: Tensor = field(default_factory=_build_empty)
     labels: Tensor = field(default_factory=lambda: torch.zeros(0))
     margins: Tensor = field(default_factory=lambda: torch.zeros(0))
-    groups: Tensor = field(default_factory=_none)
-    item_of: Tensor = field(default_factory=_none)
-    known: Mapping[str, Tensor] = field(default_factory=dict)
+    groups: Tensor = field(default_factory=_build_empty)
+    item_of: Tensor = field(default_factory=_build_empty)
+    precomputed: Mapping[str, Tensor] = field(default_factory=dict)
     item_weights: Tensor = field(default_factory=lambda: torch.zeros(0))
-    shares: Tensor = field(default_factory=lambda: torch.zeros(0))
-    text_ids: Tensor = field(default_factory=_none)
+    soft_labels: Tensor = field(default_factory=lambda: torch.zeros(0))
+    text_ids: Tensor = field(default_factory=_build_empty)
     temperature: float = 1.0
 
     @staticmethod
-    def joined(targets: Sequence[Target]) -> Target:
-        """Several batches' targets as one list; `at` and `items` keep pointing into their own rows."""
-        examples = _offsets(t.examples for t in targets)
-        items = _offsets(t.items.shape[0] for t in targets)
-        return Target(
-            torch.cat([t.at for t in targets]), torch.cat([t.tokens for t in targets]),
-            torch.cat([t.weights for t in targets]), sum(t.examples for t in targets), sum(t.bytes for t in targets),
-            torch.cat([t.items for t in targets]), torch.cat([t.labels for t in targets]),
+    def concatenate(targets: Sequence[LossInputs]) -> LossInputs:
+        """The lists of several batches as one. `state_index` and `labeled_segments` still point into their own rows."""
+        examples = _offsets(t.num_examples for t in targets)
+        items = _offsets(t.labeled_segments.shape[0] for t in targets)
+        return LossInputs(
+            torch.cat([t.state_index for t in targets]), torch.cat([t.token_ids for t in targets]),
+            torch.cat([t.weights for t in targets]), sum(t.num_examples for t in targets),
+            sum(t.num_bytes for t in targets),
+            torch.cat([t.labeled_segments for t in targets]), torch.cat([t.labels for t in targets]),
             torch.cat([t.margins for t in targets]),
             torch.cat([t.groups + start for t, start in zip(targets, examples, strict=True)]),
             torch.cat([torch.where(t.item_of < 0, -1, t.item_of + start)
                        for t, start in zip(targets, items, strict=True)]),
-            {name: torch.cat([t.known[name] for t in targets]) for name in targets[0].known},
-            torch.cat([t.item_weights for t in targets]), torch.cat([t.shares for t in targets]),
+            {name: torch.cat([t.precomputed[name] for t in targets]) for name in targets[0].precomputed},
+            torch.cat([t.item_weights for t in targets]), torch.cat([t.soft_labels for t in targets]),
             torch.cat([t.text_ids for t in targets]), targets[0].temperature)
 
 
@@ -268,31 +275,31 @@ def _offsets(sizes: Iterable[int]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Batch(Movable):
+class Batch(DeviceMovable):
     """A frozen, self-describing micro-batch that knows no model."""
 
     inputs: Inputs
-    target: Target
+    target: LossInputs
     origins: tuple[Origin, ...] = ()
 
 
-# ---------------------------------------------------------------- what comes back
+# ---------------------------------------------------------------- outputs and losses
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the family computed at the target's places, as far as the objective asked for it; None for the rest.
+    """What the model computed for the `LossInputs`: the outputs that the objective requires; None for all others.
 
     Args:
         token_logps: [P] log-probability of each target token (natural logarithm), float32 or wider.
-        token_hits: [P] bool, whether the target token was the most probable one.
+        token_hits: [P] bool, whether the target token is the most probable one.
         token_entropies: [P] entropy of the prediction, in nats.
         states: [P, D] last hidden states, after the final norm.
         token_scores: [P, C] the objective's token head on `states`: values, tags.
-        pooled: [A, D] one state for each item, pooled as the base does it: the last token's, the first's, or the mean.
+        pooled: [A, D] one state for each item, by the model's pooling: last token, first token, or mean.
         scores: [A, C] the objective's item head on `pooled`: classes, rewards.
         reference_logps: [P] `token_logps` of the reference model, without a gradient.
-        scalars: name -> [], the objective's trained numbers (a temperature).
+        scalars: name -> [], trained scalars of the objective, such as a temperature.
     """
 
     token_logps: Tensor | None = None
@@ -306,12 +313,12 @@ class Outputs:
     scalars: Mapping[str, Tensor] = field(default_factory=dict)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The fields that were computed, but for the scalars."""
+        """The computed fields, without the scalars."""
         return {f.name: v for f in fields(self) if isinstance(v := self.__dict__[f.name], Tensor)}
 
     @staticmethod
-    def joined(parts: Sequence[Outputs]) -> Outputs:
-        """Several batches' outputs as one, in the order of `Target.joined`."""
+    def concatenate(parts: Sequence[Outputs]) -> Outputs:
+        """The outputs of several batches as one, in the order of `LossInputs.concatenate`."""
         found = [part.tensors() for part in parts]
         return Outputs(**{name: torch.cat([tensors[name] for tensors in found]) for name in found[0]},
                        scalars=parts[0].scalars)
@@ -319,12 +326,13 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """Sums, never means: whoever divides (only the step does) divides `total` by a count taken over the whole batch.
+    """Sums, never means: only the step divides `total`, by the count over the whole batch.
 
     Args:
         total: scalar with a gradient.
-        count: what `total` is to be divided by, once summed over all micro-batches and ranks.
-        metrics: name -> (sum, count), both without a gradient. Tensors stay on their device: reading one is a wait.
+        count: divisor of `total`, after both are summed over all micro-batches and ranks.
+        metrics: name -> (sum, count), both without a gradient. Tensors stay on their device, because reading one
+            waits for the device.
     """
 
     total: Tensor

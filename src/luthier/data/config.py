@@ -1,4 +1,4 @@
-"""The `data:` part of a recipe. Read `formats.py` first for what the files may hold."""
+"""The `data:` part of a recipe. Read `data/formats/registry.py` first for what the files may hold."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, field_validator
 
 from luthier.core.config import Config
-from luthier.core.errors import nearest
-from luthier.data.augment import Augment
-from luthier.data.conversation import ChatConfig, Rules
-from luthier.data.formats import COLUMNS, FormatName
+from luthier.core.errors import suggest_nearest
+from luthier.data.augmentation import Augment
+from luthier.data.conversation import ChatConfig, RenderingRules
+from luthier.data.formats.registry import COLUMNS, FormatName
 
 LENGTH = 1024  # tokens, where nobody says
 
@@ -37,13 +37,13 @@ class Source(Config):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: Mapping[str, str | int] | None) -> Mapping[str, str | int] | None:
-        return None if columns is None else _standard(columns)
+        return None if columns is None else _normalize_columns(columns)
 
 
 class DataConfig(Config):
     """What is trained and evaluated on, and how rows become tokens."""
 
-    divided: ClassVar[bool] = False
+    is_encoder_decoder: ClassVar[bool] = False
 
     train: tuple[Source, ...] = Field(description="what to train on: a path, a hub name, or a list of them")
     eval: float | Source | None = Field(None, description=(
@@ -56,13 +56,13 @@ class DataConfig(Config):
         "standard column: the file's own column, where they differ; numbers from 0 mean a table without a header"))
     max_length: int | None = Field(None, ge=2, description=(
         "the most tokens that one example may have; left out: 1024, or the base's context where that is shorter"))
-    overlong: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
-        "what happens to longer ones: truncate cuts the end off, or of a prompt with answers to compare the oldest "
-        "words of its turns (never the opening token, a header or the system prompt); split cuts a text into several "
-        "examples without loss, and refuses all else"))
+    truncation: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
+        "what happens to longer examples. Truncate: cut the end off, or of a prompt with compared answers the oldest "
+        "words of its turns (never the opening token, a header or the system prompt). Split: cut a document into "
+        "several examples without loss; refuse all else"))
     system: str | None = Field(None, description="system prompt for the chats that have none")
     chat: ChatConfig = Field(ChatConfig(), description="how messages and prompts become text")
-    train_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
+    loss_on: Literal["assistant", "all", "last"] = Field("assistant", description=(
         "which turns of a chat are trained: the assistant's, all, or the assistant's last; a turn's own weight wins"))
     share_prompt: Literal["auto"] | bool = Field("auto", description=(
         "whether a prompt is computed once for all its answers; the result is the same; auto: where that saves much"))
@@ -72,14 +72,15 @@ class DataConfig(Config):
         "changes to what is read: deletion, swap and synonyms of words; crop, flip and noise of pictures; mixup of "
         "either, with their labels"))
     shuffle: bool = Field(True, description="whether every epoch has its own order")
-    limit: int | None = Field(None, ge=1, description="read at most this many rows of every source, for a quick try")
+    max_samples: int | None = Field(None, ge=1, description=(
+        "read at most this many rows of every source, for a quick try"))
     streaming: bool = Field(False, description=(
         "read the train rows anew in every epoch instead of keeping them; shuffled in blocks, not as a whole"))
 
     @field_validator("train", mode="before")
     @classmethod
     def _several(cls, raw: Any) -> Any:
-        return [_source(item) for item in (raw if isinstance(raw, (list, tuple)) else [raw])]
+        return [_parse_source(item) for item in (raw if isinstance(raw, (list, tuple)) else [raw])]
 
     @field_validator("train")
     @classmethod
@@ -91,7 +92,7 @@ class DataConfig(Config):
     @field_validator("eval", "test", mode="before")
     @classmethod
     def _one(cls, raw: Any) -> Any:
-        return _source(raw)
+        return _parse_source(raw)
 
     @field_validator("eval")
     @classmethod
@@ -103,7 +104,7 @@ class DataConfig(Config):
     @field_validator("columns")
     @classmethod
     def _known(cls, columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
-        return _standard(columns)
+        return _normalize_columns(columns)
 
     @field_validator("augment", mode="before")
     @classmethod
@@ -125,12 +126,12 @@ class DataConfig(Config):
         return self.model_copy(update=own) if own else self
 
     @property
-    def rules(self) -> Rules:
+    def rules(self) -> RenderingRules:
         """How messages are rendered."""
-        return Rules(self.chat, self.system)
+        return RenderingRules(self.chat, self.system)
 
     @property
-    def most(self) -> int:
+    def token_limit(self) -> int:
         """Tokens that one example may have."""
         return self.max_length or LENGTH
 
@@ -143,7 +144,7 @@ class DataConfig(Config):
 class DividedConfig(DataConfig):
     """The same settings, for a base that reads a source and writes its answer, each of at most `max_length` tokens."""
 
-    divided: ClassVar[bool] = True
+    is_encoder_decoder: ClassVar[bool] = True
 
     @classmethod
     def of(cls, config: DataConfig) -> DividedConfig:
@@ -151,14 +152,14 @@ class DividedConfig(DataConfig):
         return cls.model_construct(config.model_fields_set, **{**dict(config), "share_prompt": True})
 
 
-def _standard(columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
+def _normalize_columns(columns: Mapping[str, str | int]) -> Mapping[str, str | int]:
     for column in columns:
         if column not in COLUMNS:
-            raise ValueError(f"unknown standard column {column!r}: {nearest(column, COLUMNS)}")
+            raise ValueError(f"unknown standard column {column!r}: {suggest_nearest(column, COLUMNS)}")
     if len({isinstance(theirs, int) for theirs in columns.values()}) > 1:
         raise ValueError("give names for all columns, or numbers for all of a table without a header")
     return columns
 
 
-def _source(raw: Any) -> Any:
+def _parse_source(raw: Any) -> Any:
     return {"path": raw} if isinstance(raw, str) else raw

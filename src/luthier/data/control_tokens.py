@@ -43,19 +43,19 @@ class ControlTokens:
     def mark(self, value: Any, role: str) -> Any:
         """`value`, a text or anything with texts inside, with each spelling between `START` and `END`."""
         pattern = self.own if role == "assistant" else self.others
-        return value if pattern is None else _mark(value, pattern)
+        return value if pattern is None else _mark_value(value, pattern)
 
 
-def _mark(value: Any, pattern: re.Pattern[str]) -> Any:
+def _mark_value(value: Any, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, str):
         return pattern.sub(f"{START}\\g<0>{END}", value)
     if isinstance(value, Mapping):
-        return {key: _mark(inner, pattern) for key, inner in value.items()}
-    return [_mark(inner, pattern) for inner in value] if isinstance(value, (list, tuple)) else value
+        return {key: _mark_value(inner, pattern) for key, inner in value.items()}
+    return [_mark_value(inner, pattern) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 @lru_cache(maxsize=64)
-def control_tokens(tokenizer: Tokenizer, template: str = "", reading: str = "text") -> ControlTokens:
+def find_control_tokens(tokenizer: Tokenizer, template: str = "", reading: str = "text") -> ControlTokens:
     """The control tokens of a tokenizer, whose chats are rendered by `template`; none where `reading` is `token`."""
     if reading == "token":
         return ControlTokens()
@@ -64,10 +64,10 @@ def control_tokens(tokenizer: Tokenizer, template: str = "", reading: str = "tex
     special = {content for content, is_special in named.items() if is_special}
     written = {content for content in named if content in template}
     own = {content for content in special if not MARKUP.search(content)}
-    return ControlTokens(_pattern(own), _pattern(special | written))
+    return ControlTokens(_compile_pattern(own), _compile_pattern(special | written))
 
 
-def _pattern(tokens: set[str]) -> re.Pattern[str] | None:
+def _compile_pattern(tokens: set[str]) -> re.Pattern[str] | None:
     """Finds any of them, the longest first."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))) if tokens else None
 
@@ -75,12 +75,12 @@ def _pattern(tokens: set[str]) -> re.Pattern[str] | None:
 MARKED = re.compile(f"{START}([^{START}{END}]+){END}")
 
 
-def unmark(text: str) -> str:
+def remove_marks(text: str) -> str:
     """The text without its marks."""
     return MARKED.sub(r"\1", text) if START in text else text
 
 
-def is_torn(text: str) -> bool:
+def is_mark_broken(text: str) -> bool:
     """Whether a template took a marked spelling apart."""
     rest = MARKED.sub("", text) if START in text else text
     return START in rest or END in rest

@@ -29,7 +29,7 @@ from pydantic import Field
 from luthier.core.config import Config
 from luthier.core.examples import Message
 from luthier.core.protocols import Tokenizer
-from luthier.data.control_tokens import ControlTokens, control_tokens
+from luthier.data.control_tokens import ControlTokens, find_control_tokens
 from luthier.data.templates import PROBES, ChatTemplate, RenderError, choose_template
 
 TOOLS_INTRODUCED = ("You may call these functions. To call one, answer with its name and arguments as JSON between "
@@ -48,7 +48,7 @@ class ChatConfig(Config):
 
 
 @dataclass(frozen=True)
-class Rules:
+class RenderingRules:
     """What decides how messages are rendered; `system` is put before conversations that have no system turn."""
 
     chat: ChatConfig = field(default_factory=ChatConfig)
@@ -73,17 +73,18 @@ class Conversation:
 
 
 def build_conversation(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], tokenizer: Tokenizer,
-                       rules: Rules) -> Conversation:
+                       rules: RenderingRules) -> Conversation:
     """The conversation for the template that renders it. Raises `RenderError` for a key that no rule covers."""
     if rules.system and (not messages or messages[0].role not in SYSTEM):
         messages = [Message("system", rules.system), *messages]
     kept = [Message(m.role, m.content, m.weight, {k: v for k, v in m.extra.items() if k not in rules.chat.ignore_keys})
             for m in messages]
-    template = choose_template(tokenizer, _needs(kept, tools), bool(tools))
-    return _Builder(template, control_tokens(tokenizer, template.source, rules.chat.control_tokens)).build(kept, tools)
+    template = choose_template(tokenizer, _list_needs(kept, tools), bool(tools))
+    return _Builder(template, find_control_tokens(tokenizer, template.source, rules.chat.control_tokens)).build(kept,
+                                                                                                                tools)
 
 
-def _needs(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
+def _list_needs(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, Any]]:
     """What a template should render, for the choice among several."""
     keys = {(m.role, key): value for m in messages for key, value in m.extra.items() if key not in LINKS}
     return [(role, key, value) for (role, key), value in keys.items()] + ([("user", "tools", None)] if tools else [])
@@ -108,7 +109,7 @@ class _Builder:
         elif self.template.end_of_turn is None:
             self._remark("neither the chat template nor the tokenizer has a token that ends a turn: answers will not "
                          "stop")
-        if self.template.system_folded and messages and messages[0].role in SYSTEM:
+        if self.template.folds_system and messages and messages[0].role in SYSTEM:
             self._remark("the chat template drops the system turn once the assistant has answered: it opens the user's "
                          "turn, in the template that is saved with the run too")
         listed = self._mark(list(tools), "tool")
@@ -123,13 +124,13 @@ class _Builder:
                 folded.append(turn["content"])
                 continue
             if folded and turn["role"] != "user":
-                self._add_folded(folded)
+                self._add_system_text(folded)
             elif folded:
                 turn["content"] = "\n\n".join([*folded, turn["content"]])
             folded = []
             self._add(turn, message.weight)
         if folded:
-            self._add_folded(folded)
+            self._add_system_text(folded)
         return Conversation(self.template, tuple(self.turns), tuple(self.weights), tuple(listed), tuple(self.remarks))
 
     def _renders_system(self, place: int) -> bool:
@@ -139,7 +140,7 @@ class _Builder:
         self.turns.append(turn)
         self.weights.append(weight)
 
-    def _add_folded(self, texts: list[str]) -> None:
+    def _add_system_text(self, texts: list[str]) -> None:
         """System turns with no user's turn behind them: the end of the one before, or a turn of their own."""
         if self.turns and self.turns[-1]["role"] == "user":
             self.turns[-1]["content"] = "\n\n".join([self.turns[-1]["content"], *texts])
@@ -179,7 +180,7 @@ class _Builder:
                 self._remark("function calls were put into the content as <tool_call> ... </tool_call>, since the chat "
                              "template does not render them")
                 said = [turn["content"]] if turn["content"] else []
-                turn["content"] = "\n".join(said + [call_text(call) for call in self._mark(value, role)])
+                turn["content"] = "\n".join(said + [format_call(call) for call in self._mark(value, role)])
             elif key in LINKS or (key == "name" and role == "tool"):
                 self._remark(f"the chat template does not render {key!r}, which links a result to its call")
             else:
@@ -215,7 +216,7 @@ def with_links(turns: Sequence[Mapping[str, Any]], replace: bool) -> tuple[list[
     return found, list(keys)
 
 
-def call_text(call: Mapping[str, Any]) -> str:
+def format_call(call: Mapping[str, Any]) -> str:
     """A function call as text, for templates that render none."""
     inner = call.get("function", call)
     return f"<tool_call>\n{json.dumps(inner, ensure_ascii=False)}\n</tool_call>"

@@ -1,4 +1,7 @@
-"""From the `data:` part of a recipe to encoded examples and a report. Read `items.py` and `settle.py` first."""
+"""Loads the `data:` section of a recipe: tokenized examples and a report.
+
+Read `encoding.py` and `label_encoding.py` first.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +15,69 @@ from itertools import chain, islice
 import numpy as np
 
 from luthier.core.errors import DataError
-from luthier.core.examples import Example, ImageExample, LabelledExample, TaggedExample
+from luthier.core.examples import ClassificationExample, Example, ImageExample, TokenClassificationExample
 from luthier.core.protocols import Tokenizer
-from luthier.core.types import Encoded
+from luthier.core.types import TokenizedExample
 from luthier.data import sources
-from luthier.data.augment import MixupAugment, WordsAugment, augmented
-from luthier.data.choices import Numbering
+from luthier.data.answer_choices import Numbering
+from luthier.data.augmentation import MixupAugmentation, TextAugmentation, augment_examples
+from luthier.data.batch_source import Mix
 from luthier.data.config import DataConfig, Source
-from luthier.data.encode import is_conversation, templated
-from luthier.data.formats import Reader, examples, numbering_of
-from luthier.data.hide import Hide, fixed, unchanged
-from luthier.data.items import encoded
-from luthier.data.loader import Mix
-from luthier.data.mixup import draws, mixed
-from luthier.data.report import DataReport, Overlap, Part, Tally, overlap
-from luthier.data.rows import Refusal, Row, Rows
-from luthier.data.settle import Known, beside_others, class_counts, class_sums, known, settled
+from luthier.data.encoding import encode_with_truncation
+from luthier.data.formats.registry import RowReader, find_source_numbering, read_examples
+from luthier.data.label_encoding import (
+    LabelEncoder,
+    add_mismatched_completions,
+    count_classes,
+    encode_labels,
+    fit_label_encoder,
+    sum_class_weights,
+)
+from luthier.data.masking import MaskingConfig
+from luthier.data.mixup import draw_pairs, mix_examples
+from luthier.data.overlap import Overlap, count_overlap
+from luthier.data.report import DataReport, PartReport, RowCounter
+from luthier.data.rows import RejectedRow, Row, Rows
+from luthier.data.tokenization import is_conversation, uses_chat_template
+from luthier.data.transforms import apply_fixed, disable_augmentation
 
 Progress = Callable[[str, int], None]
 TICK = 200  # rows between two words of progress
-CLASSED = {LabelledExample, TaggedExample, ImageExample}  # kinds of example that have classes
+CLASSED = {ClassificationExample, TokenClassificationExample, ImageExample}  # kinds of example that have classes
 
 
 @dataclass(frozen=True)
-class Use:
+class DatasetSpec:
     """What rows are read for.
 
     Args:
         reads: names of the types of example that the objective reads; None for any.
         classes: see `settle.known`.
         flat: whether the base cannot compute a prompt once for several answers.
-        room: tokens that a prompt must leave for its answer.
+        reserved_tokens: tokens that a prompt must leave for its answer.
         others: for each objective, what it reads, for the remedy where this one cannot read the rows.
-        hide: how a part of each document is hidden; None: nothing is.
+        masking: how a part of each document is hidden; None: nothing is.
     """
 
     reads: frozenset[str] | None = None
     classes: tuple[str, ...] | None = ()
     flat: bool = False
-    room: int = 1
+    reserved_tokens: int = 1
     others: Mapping[str, Collection[str]] = field(default_factory=dict)
-    hide: Hide | None = None
+    masking: MaskingConfig | None = None
 
     @property
-    def reader(self) -> Reader:
-        return Reader(self.reads, self.others)
+    def reader(self) -> RowReader:
+        return RowReader(self.reads, self.others)
 
-    def fitted(self, config: DataConfig) -> DataConfig:
+    def adapt_config(self, config: DataConfig) -> DataConfig:
         """The settings as this use allows."""
-        return config.model_copy(update={"share_prompt": False}) if self.flat and not config.divided else config
+        if self.flat and not config.is_encoder_decoder:
+            return config.model_copy(update={"share_prompt": False})
+        return config
 
 
-ANY_USE = Use()
+ANY_DATASET = DatasetSpec()
 
 
 @dataclass(frozen=True)
@@ -82,9 +96,9 @@ class Datasets:
         conversations: whether any row is put into a chat template; of streamed rows: whether one could be.
     """
 
-    train: list[Encoded]
-    eval: list[Encoded]
-    test: list[Encoded]
+    train: list[TokenizedExample]
+    eval: list[TokenizedExample]
+    test: list[TokenizedExample]
     eval_examples: list[Example]
     test_examples: list[Example]
     report: DataReport
@@ -92,26 +106,26 @@ class Datasets:
     labels: tuple[str, ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
     kinds: frozenset[str] = frozenset()
-    use: Use = ANY_USE
+    use: DatasetSpec = ANY_DATASET
     conversations: bool = False
 
 
-def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozenset[str] | None = None,
-         classes: tuple[str, ...] | None = (), flat: bool = False, room: int = 1,
-         others: Mapping[str, Collection[str]] | None = None, hide: Hide | None = None,
-         progress: Progress | None = None) -> Datasets:
+def read_datasets(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozenset[str] | None = None,
+                  classes: tuple[str, ...] | None = (), flat: bool = False, reserved_tokens: int = 1,
+                  others: Mapping[str, Collection[str]] | None = None, masking: MaskingConfig | None = None,
+                  progress: Progress | None = None) -> Datasets:
     """Read, encode and report all that `config` names. With `streaming`, `train` stays empty: `Stream` reads it.
 
     Args:
         tokenizer: of the base; for pictures, what makes a tensor of pixels.
         seed: decides which rows are held out where `eval` is a fraction, and how rows are augmented.
-        reads, classes, flat, room, others, hide: see `Use`.
+        reads, classes, flat, reserved_tokens, others, masking: see `Use`.
         progress: told (part, rows read so far) now and then.
     """
-    use = Use(reads, classes, flat, room, others or {}, hide)
-    config = use.fitted(config)
-    reading = _Reading(config, tokenizer, seed, use, progress)
-    train, evaluated, tested = _Part("train"), _Part("eval"), _Part("test")
+    use = DatasetSpec(reads, classes, flat, reserved_tokens, others or {}, masking)
+    config = use.adapt_config(config)
+    reading = _DatasetReader(config, tokenizer, seed, use, progress)
+    train, evaluated, tested = _PartReader("train"), _PartReader("eval"), _PartReader("test")
     if config.streaming and isinstance(config.eval, float):
         raise DataError(f"eval: {config.eval} holds out a part of rows that are streamed, never known all at once",
                         "give a file to evaluate on, or do not stream")
@@ -120,49 +134,50 @@ def load(config: DataConfig, tokenizer: Tokenizer, *, seed: int, reads: frozense
         reading.take(source, number, train, evaluated, held, seed + number)
     if not config.streaming:
         if not train.kept and not train.tally.read:
-            raise no_rows(config.train)
+            raise build_no_rows_error(config.train)
         reading.augment(train)
     for part, given in ((evaluated, config.eval), (tested, config.test)):
         if isinstance(given, Source):
             reading.take(given, 0, part, part, 0.0, seed)
             if not part.kept and not part.tally.read:
-                raise no_rows([given])
+                raise build_no_rows_error([given])
     parts = {part.name: part for part in (train, evaluated, tested) if part.tally.read or part.kept}
-    what = known(train.examples or evaluated.examples + tested.examples, use.classes, config)
+    what = fit_label_encoder(train.examples or evaluated.examples + tested.examples, use.classes, config)
     everything = [example for part in parts.values() for example in part.examples]
     for part in parts.values():
-        reading.settle(part, what, everything)
+        reading.encode_labels(part, what, everything)
         part.demand()
         part.tally.unmatched = [str(theirs) for theirs in config.columns.values()
                                 if part.seen and str(theirs) not in part.seen]
     reading.mix(train, what)
-    report = DataReport({name: part.report() for name, part in parts.items()}, _overlaps(train, evaluated, tested))
+    report = DataReport({name: part.report() for name, part in parts.items()},
+                        _count_overlaps(train, evaluated, tested))
     kinds = {type(example) for part in parts.values() for example in part.examples}
     classes = what.classes or () if kinds & CLASSED else ()
     mix = [(sum(len(kept.encoded) for kept in train.kept if kept.source == number), source.weight)
            for number, source in enumerate(config.train)]
     conversations = any(is_conversation(example, tokenizer, config) for example in everything) or (
-        config.streaming and "ChatExample" in (reads or ()) and templated(tokenizer, config))
+        config.streaming and "ChatExample" in (reads or ()) and uses_chat_template(tokenizer, config))
     return Datasets(train.encoded, evaluated.encoded, tested.encoded, evaluated.examples, tested.examples, report,
                     () if config.streaming else tuple(mix), classes, train.counts(classes, config.train),
                     frozenset(kind.__name__ for kind in kinds), replace(use, classes=what.classes), conversations)
 
 
-def no_rows(sources: Sequence[Source]) -> DataError:
+def build_no_rows_error(sources: Sequence[Source]) -> DataError:
     """What is wrong with files that hold no row at all."""
     return DataError(f"{', '.join(source.path for source in sources)}: there is no row in it",
                      "give a file with rows in it (below the header line, where it is a table)")
 
 
-def demand(config: DataConfig) -> None:
+def check_sources(config: DataConfig) -> None:
     """A `DataError` where a file that `config` names is not there; nothing is read."""
     for source in (*config.train, config.eval, config.test):
         if isinstance(source, Source):
-            sources.demand(source.path)
+            sources.check_source(source.path)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _KeptRow:
     """A row that became an example, and its tokens.
 
     Args:
@@ -173,121 +188,124 @@ class _Kept:
     """
 
     example: Example
-    encoded: list[Encoded]
+    encoded: list[TokenizedExample]
     cut: bool
     source: int
     change: str = ""
     added: bool = False
 
 
-class _Part:
+class _PartReader:
     """Train, eval or test while it is read."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.tally = name, Tally()
-        self.kept: list[_Kept] = []
+        self.name, self.tally = name, RowCounter()
+        self.kept: list[_KeptRow] = []
         self.seen: set[str] = set()  # names of the files' own columns
 
     @property
-    def encoded(self) -> list[Encoded]:
+    def encoded(self) -> list[TokenizedExample]:
         return [one for kept in self.kept for one in kept.encoded]
 
     @property
     def examples(self) -> list[Example]:
         return [kept.example for kept in self.kept]
 
-    def report(self) -> Part:
+    def report(self) -> PartReport:
         """What became of its rows."""
-        return replace(self.tally.part([fixed(one) for one in self.encoded]),
-                       labels=class_counts(kept.example for kept in self.kept if not kept.added),
+        return replace(self.tally.part([apply_fixed(one) for one in self.encoded]),
+                       labels=count_classes(kept.example for kept in self.kept if not kept.added),
                        augmented=dict(Counter(kept.change for kept in self.kept if kept.change)))
 
     def counts(self, classes: Sequence[str], sources: Sequence[Source]) -> dict[str, float]:
         """See `Datasets`; empty where there are no classes."""
-        return class_sums(((one, sources[kept.source].weight) for kept in self.kept for one in kept.encoded),
-                          classes) if classes else {}
+        return sum_class_weights(((one, sources[kept.source].weight) for kept in self.kept for one in kept.encoded),
+                                 classes) if classes else {}
 
     def demand(self) -> None:
         if self.tally.refused and not self.kept:
             first = "\n".join(f"  {refusal}" for refusal in self.tally.refused[:3])
             raise DataError(f"none of the {self.tally.read} {self.name} rows can be used; the first:\n{first}",
-                            "mend the rows, or say with `format:` and `columns:` how they are written")
+                            "fix the rows, or name their format and columns with `format:` and `columns:`")
 
 
 @dataclass(frozen=True)
-class _Reading:
+class _DatasetReader:
     """One `load`: what all of its steps need."""
 
     config: DataConfig
     tokenizer: Tokenizer
     seed: int
-    use: Use
+    use: DatasetSpec
     progress: Progress | None
 
-    def take(self, source: Source, number: int, part: _Part, held_part: _Part, held: float, seed: int) -> None:
+    def take(self, source: Source, number: int, part: _PartReader, held_part: _PartReader, held: float,
+             seed: int) -> None:
         """Read one source into `part`; the share `held` of its usable rows goes into `held_part` instead."""
-        usable: list[_Kept] = []
+        usable: list[_KeptRow] = []
         config = self.config.for_source(source)
-        for count, example in enumerate(rows(source, self.config, self.use.reader, part.name, part.seen), 1):
+        for count, example in enumerate(iterate_examples(source, self.config, self.use.reader, part.name, part.seen),
+                                        1):
             if self.progress and count % TICK == 0:
                 self.progress(part.name, count)
-            if isinstance(example, Refusal):
+            if isinstance(example, RejectedRow):
                 part.tally.refuse(example)
                 continue
             found = self.encode(example, config)
-            if isinstance(found, Refusal):
+            if isinstance(found, RejectedRow):
                 part.tally.refuse(found)
             else:
-                usable.append(_Kept(example, *found, number))
-        out = _held_out(len(usable), held, seed)
+                usable.append(_KeptRow(example, *found, number))
+        out = _choose_held_out(len(usable), held, seed)
         for index, kept in enumerate(usable):
             (held_part if index in out else part).kept.append(kept)
 
-    def encode(self, example: Example, config: DataConfig) -> tuple[list[Encoded], bool] | Refusal:
-        return encoded(example, self.tokenizer, config, self.use.room, self.use.hide)
+    def encode(self, example: Example, config: DataConfig) -> tuple[list[TokenizedExample], bool] | RejectedRow:
+        return encode_with_truncation(example, self.tokenizer, config, self.use.reserved_tokens, self.use.masking)
 
-    def augment(self, part: _Part) -> None:
+    def augment(self, part: _PartReader) -> None:
         """Change and copy the rows. What cannot be encoded once changed stays as it was read, or is not added."""
-        changes = [change for change in self.config.augment if isinstance(change, WordsAugment)]
+        changes = [change for change in self.config.augment if isinstance(change, TextAugmentation)]
         read, part.kept = part.kept, []
         for number, kept in enumerate(read):
-            for index, (change, example) in enumerate(augmented(kept.example, number, changes, self.seed)):
+            for index, (change, example) in enumerate(augment_examples(kept.example, number, changes, self.seed)):
                 config = self.config.for_source(self.config.train[kept.source])
                 found = self.encode(example, config) if change else None
-                if found is None or (isinstance(found, Refusal) and not index):
+                if found is None or (isinstance(found, RejectedRow) and not index):
                     part.kept.append(kept)
-                elif not isinstance(found, Refusal):
-                    part.kept.append(_Kept(example, *found, kept.source, change, added=index > 0))
+                elif not isinstance(found, RejectedRow):
+                    part.kept.append(_KeptRow(example, *found, kept.source, change, added=index > 0))
 
-    def mix(self, part: _Part, what: Known) -> None:
+    def mix(self, part: _PartReader, what: LabelEncoder) -> None:
         """Mix rows with one another; their labels are numbers by now."""
         for number, change in enumerate(self.config.augment):
-            if not isinstance(change, MixupAugment):
+            if not isinstance(change, MixupAugmentation):
                 continue
             read, part.kept = part.kept, []
-            for kept, (own, *copies) in zip(read, draws([kept.example for kept in read], change, self.seed, number),
+            for kept, (own, *copies) in zip(read, draw_pairs([kept.example for kept in read], change, self.seed,
+                                                             number),
                                             strict=True):
-                made = [replace(kept, change=change.name, added=place > 0 or kept.added, encoded=[mixed(
+                made = [replace(kept, change=change.name, added=place > 0 or kept.added, encoded=[mix_examples(
                     kept.encoded[0], read[drawn.row].encoded[0], drawn.share, what)]) if drawn else kept
                     for place, drawn in enumerate((own, *copies))]
                 part.kept += made
 
-    def settle(self, part: _Part, what: Known, everything: Sequence[Example]) -> None:
+    def encode_labels(self, part: _PartReader, what: LabelEncoder, everything: Sequence[Example]) -> None:
         """Put in what only all the training rows say, and count what became of every row."""
-        beside = beside_others(part.examples, everything, self.tokenizer, self.config)
+        beside = add_mismatched_completions(part.examples, everything, self.tokenizer, self.config)
         read, part.kept = part.kept, []
         for place, kept in enumerate(read):
-            own = kept.encoded if part.name == "train" else [unchanged(one) for one in kept.encoded]
-            made = [settled(kept.example, beside.get(place, one), what) for one in own]
-            refused = next((one for one in made if isinstance(one, Refusal)), None)
+            own = kept.encoded if part.name == "train" else [disable_augmentation(one) for one in kept.encoded]
+            made = [encode_labels(kept.example, beside.get(place, one), what) for one in own]
+            refused = next((one for one in made if isinstance(one, RejectedRow)), None)
             if refused is None:
-                part.kept.append(replace(kept, encoded=[one for one in made if isinstance(one, Encoded)]))
+                part.kept.append(replace(kept, encoded=[one for one in made if isinstance(one, TokenizedExample)]))
             if not kept.added:
                 part.tally.refuse(refused) if refused else part.tally.keep(
                     kept.cut, kept.example.origin, kept.encoded)
 
 
-def _held_out(count: int, share: float, seed: int) -> set[int]:
+def _choose_held_out(count: int, share: float, seed: int) -> set[int]:
     """Which rows to hold out: the same for the same seed; at least one, and never all."""
     if not share or count < 2:
         return set()
@@ -295,40 +313,41 @@ def _held_out(count: int, share: float, seed: int) -> set[int]:
     return set(chosen.tolist())
 
 
-def rows(source: Source, config: DataConfig, reader: Reader, part: str = "train",
-         seen: set[str] | None = None) -> Iterator[Example | Refusal]:
-    """Every row of `source` as an example or a refusal, in order, at most `limit` of them. The names of the file's own
-    columns are added to `seen`."""
+def iterate_examples(source: Source, config: DataConfig, reader: RowReader, part: str = "train",
+                     seen: set[str] | None = None) -> Iterator[Example | RejectedRow]:
+    """Every row of `source` as an example or a refusal, in order, at most `max_samples` of them. The names of the
+    file's own columns are added to `seen`."""
     config = config.for_source(source)
 
     def files() -> Iterator[tuple[str, Rows]]:
-        return sources.read(source.path, split=source.split, subset=source.subset, part=part, document=source.document,
-                            header=config.header, streaming=config.streaming)
+        return sources.read_source(source.path, split=source.split, subset=source.subset, part=part,
+                                   document=source.document,
+                                   header=config.header, streaming=config.streaming)
 
     @cache
     def numbering() -> Numbering:  # the rows are read once more, and only where an answer is a number
         if source.first_choice != "auto":
             return Numbering(source.first_choice, given=True)
-        return numbering_of(chain.from_iterable(lines for _, lines in files()), config.columns)
+        return find_source_numbering(chain.from_iterable(lines for _, lines in files()), config.columns)
 
     reader = replace(reader, numbering=numbering)
-    left = config.limit or sys.maxsize
+    left = config.max_samples or sys.maxsize
     for _, lines in files():
-        lines = lines if seen is None else _watch_columns(lines, seen)
-        for example in examples(islice(lines, left), config.format, config.columns, reader):
+        lines = lines if seen is None else _collect_columns(lines, seen)
+        for example in read_examples(islice(lines, left), config.format, config.columns, reader):
             left -= 1
             yield example
         if not left:
             return
 
 
-def _watch_columns(lines: Iterable[Row | Refusal], seen: set[str]) -> Iterator[Row | Refusal]:
+def _collect_columns(lines: Iterable[Row | RejectedRow], seen: set[str]) -> Iterator[Row | RejectedRow]:
     for row in lines:
-        if not isinstance(row, Refusal):
+        if not isinstance(row, RejectedRow):
             seen.update(row.values)
         yield row
 
 
-def _overlaps(train: _Part, *others: _Part) -> dict[str, Overlap]:
-    return {other.name: overlap(train.examples, other.examples)
+def _count_overlaps(train: _PartReader, *others: _PartReader) -> dict[str, Overlap]:
+    return {other.name: count_overlap(train.examples, other.examples)
             for other in others if train.examples and other.examples}

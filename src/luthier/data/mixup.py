@@ -1,14 +1,14 @@
-"""Mixup: two rows as one, what is read and the label alike. Read `augment.py` and `settle.py` first.
+"""Mixup: one example from two rows, inputs and labels mixed. Read `augmentation.py` and `label_encoding.py` first.
 
     read     share * a + (1 - share) * b        share ~ Beta(alpha, alpha), drawn once from the seed, row and change
     label    share * label_a + (1 - share) * label_b
 
-Of pictures the pixels are mixed: Zhang et al. 2018 (arXiv:1710.09412), section 2. Of texts the embeddings of their
-tokens, place by place: wordMixup of Guo et al. 2019 (arXiv:1905.08941); the shorter text goes on as embeddings of
-zeros, and the types of its tokens are those of the longer. Each mixture is one example that is made here, so how a
-batch is cut changes nothing.
+For images, mixup mixes the pixels: Zhang et al. 2018 (arXiv:1710.09412), section 2. For texts, it mixes the embeddings
+of the tokens at equal positions: wordMixup of Guo et al. 2019 (arXiv:1905.08941). The shorter text is padded with
+embeddings of zeros, and the token types are those of the longer one. Each mixture is one example, so results do not
+depend on the division into micro-batches.
 
-A label is a class, whose mixture is a share of each class; one flag for each class; or a number.
+A label is a class (its mixture is a share of each class), one flag for each class, or a number.
 """
 
 from __future__ import annotations
@@ -18,63 +18,69 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from luthier.core.embedding_mix import SpanMix
 from luthier.core.errors import DataError
-from luthier.core.examples import Example, ImageExample, LabelledExample
-from luthier.core.types import Encoded, Item, Piece
-from luthier.data.augment import MixupAugment
-from luthier.data.settle import Known
+from luthier.core.examples import ClassificationExample, Example, ImageExample
+from luthier.core.types import LabeledSpan, TokenizedExample, TokenSpan
+from luthier.data.augmentation import MixupAugmentation
+from luthier.data.images import ImageInput
+from luthier.data.label_encoding import LabelEncoder
 
 
 @dataclass(frozen=True)
-class Draw:
+class MixupDraw:
     """Another row, and the share that the first keeps."""
 
     row: int
     share: float
 
 
-def draws(examples: Sequence[Example], change: MixupAugment, seed: int, number: int) -> Iterator[list[Draw | None]]:
+def draw_pairs(examples: Sequence[Example], change: MixupAugmentation, seed: int,
+               number: int) -> Iterator[list[MixupDraw | None]]:
     """For each row what it is itself mixed with, or None; then what its copies are mixed with.
 
     Raises `DataError` where there is nothing to mix. `number`: the change's place among those of the recipe.
     """
     for row, example in enumerate(examples):
-        if not isinstance(example, LabelledExample | ImageExample) or example.label is None:
+        if not isinstance(example, ClassificationExample | ImageExample) or example.label is None:
             raise DataError(f"{example.origin}: data.augment knows no mixup for {type(example).__name__}",
                             "it mixes texts and pictures that have a label")
         if len(examples) < 2:
             raise DataError("data.augment: mixup mixes two rows, and there is one",
                             "give more rows, or leave mixup out")
-        chance = np.random.default_rng([seed, row, number, 1])
-        own = chance.random() < change.replace
-        yield [_draw(row, len(examples), change.alpha, chance) if place or own else None
+        rng = np.random.default_rng([seed, row, number, 1])
+        own = rng.random() < change.replace
+        yield [_draw_pair(row, len(examples), change.alpha, rng) if place or own else None
                for place in range(1 + change.copies)]
 
 
-def _draw(row: int, rows: int, alpha: float, chance: np.random.Generator) -> Draw:
-    """Any other row; the share in 32 bits, as batches hold it."""
-    return Draw(int((row + 1 + chance.integers(rows - 1)) % rows), float(np.float32(chance.beta(alpha, alpha))))
+def _draw_pair(row: int, rows: int, alpha: float, rng: np.random.Generator) -> MixupDraw:
+    """Any other row; the share in float32, as in a batch."""
+    return MixupDraw(int((row + 1 + rng.integers(rows - 1)) % rows), float(np.float32(rng.beta(alpha, alpha))))
 
 
-def mixed(a: Encoded, b: Encoded, share: float, what: Known) -> Encoded:
-    """`share` of `a` and the rest of `b`: one example, whose label is theirs mixed."""
-    (one,), (other,) = a.items, b.items
-    pieces, images = a.pieces, a.images
+def mix_examples(a: TokenizedExample, b: TokenizedExample, share: float, what: LabelEncoder) -> TokenizedExample:
+    """One example of `share` times `a` and 1 - `share` times `b`, with the labels mixed alike."""
+    (one,), (other,) = a.labeled_spans, b.labeled_spans
+    spans, images = a.spans, a.images
     if images:
-        images = (replace(a.images[0], other=b.images[0], share=share),)
+        image, other_image = a.images[0], b.images[0]
+        assert isinstance(image, ImageInput)
+        assert isinstance(other_image, ImageInput)
+        images = (replace(image, other=other_image, share=share),)
     else:
-        pieces = (_pieces(a.pieces[0], b.pieces[0], share),)
-    return replace(a, pieces=pieces, images=images, items=(_items(one, other, share, what),))
+        spans = (_mix_spans(a.spans[0], b.spans[0], share),)
+    return replace(a, spans=spans, images=images, labeled_spans=(_mix_labels(one, other, share, what),))
 
 
-def _pieces(a: Piece, b: Piece, share: float) -> Piece:
-    """The longer one's tokens, with the other's mixed in."""
+def _mix_spans(a: TokenSpan, b: TokenSpan, share: float) -> TokenSpan:
+    """The tokens of the longer span, mixed with those of the other."""
     if len(a.ids) < len(b.ids):
         a, b, share = b, a, 1 - share
-    return replace(a, others=b.ids + (-1,) * (len(a.ids) - len(b.ids)), share=share)
+    return replace(a, mix=SpanMix(b.ids + (-1,) * (len(a.ids) - len(b.ids)), share))
 
 
-def _items(a: Item, b: Item, share: float, what: Known) -> Item:
+def _mix_labels(a: LabeledSpan, b: LabeledSpan, share: float, what: LabelEncoder) -> LabeledSpan:
     weight = share * a.weight + (1 - share) * b.weight
     if isinstance(a.label, tuple) and isinstance(b.label, tuple):
         return replace(a, weight=weight, label=tuple(share * x + (1 - share) * y
@@ -86,4 +92,4 @@ def _items(a: Item, b: Item, share: float, what: Known) -> Item:
     shares = [0.0] * len(what.classes)
     shares[int(a.label)] += share
     shares[int(b.label)] += 1 - share
-    return replace(a, weight=weight, label=a.label if share >= 0.5 else b.label, shares=tuple(shares))
+    return replace(a, weight=weight, label=a.label if share >= 0.5 else b.label, soft_label=tuple(shares))

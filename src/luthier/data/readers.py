@@ -13,37 +13,37 @@ from typing import IO, Any
 
 from luthier.core.errors import DataError
 from luthier.core.examples import Origin
-from luthier.data.rows import Refusal, Row, Rows
+from luthier.data.rows import RejectedRow, Row, Rows
 
 NOT_UTF8 = "not UTF-8"
 BROKEN_JSON = "broken JSON"
 
 
-def _json_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
+def _read_json_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
     for number, line in enumerate(stream, 1):
         if not line.strip():
             continue
         origin = Origin(name, number)
-        text = _decoded(line)
+        text = _decode_text(line)
         if text is None:
-            yield Refusal(origin, NOT_UTF8)
+            yield RejectedRow(origin, NOT_UTF8)
             continue
         try:
-            value = json.loads(text, object_pairs_hook=_once)
+            value = json.loads(text, object_pairs_hook=_reject_duplicate_keys)
         except (ValueError, RecursionError) as fault:
             if number == 1 and text.strip() == "[":
-                yield from _json(io.BytesIO(line + stream.read()), name, header)
+                yield from _read_json(io.BytesIO(line + stream.read()), name, header)
                 return
-            yield Refusal(origin, BROKEN_JSON, str(fault))
+            yield RejectedRow(origin, BROKEN_JSON, str(fault))
             continue
         if number == 1 and isinstance(value, list) and all(isinstance(item, dict) for item in value):
             for item in value:
-                yield as_row(item, origin)
+                yield build_row(item, origin)
         else:
-            yield as_row(value, origin)
+            yield build_row(value, origin)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object, in which no key stands twice: the second would silence the first."""
     made = dict(pairs)
     if len(made) < len(pairs):
@@ -52,11 +52,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _json(stream: IO[bytes], name: str, header: bool) -> Rows:
+def _read_json(stream: IO[bytes], name: str, header: bool) -> Rows:
     """Elements of an array, or objects in a run. Behind a broken one, the next that is indented alike is read."""
     raw = stream.read()
     text = raw.decode("utf-8-sig", errors="surrogateescape")
-    decoder, skip = json.JSONDecoder(object_pairs_hook=_once), re.compile(r"[\s,]*")
+    decoder, skip = json.JSONDecoder(object_pairs_hook=_reject_duplicate_keys), re.compile(r"[\s,]*")
     at = skip.match(text).end()  # type: ignore[union-attr]
     array = text.startswith("[", at)
     if not array and not text.startswith("{", at):
@@ -69,33 +69,34 @@ def _json(stream: IO[bytes], name: str, header: bool) -> Rows:
         origin = Origin(name, line)
         try:
             value, end = decoder.raw_decode(text, at)
-            yield as_row(value, origin)
+            yield build_row(value, origin)
         except (ValueError, RecursionError) as fault:
-            resumed = _next_alike(text, at)
+            resumed = _find_next_object(text, at)
             rest = "" if resumed else "; the rest of the file could not be read"
-            yield Refusal(origin, BROKEN_JSON, f"{fault}{rest}")
+            yield RejectedRow(origin, BROKEN_JSON, f"{fault}{rest}")
             end = resumed or len(text)
         at = skip.match(text, end).end()  # type: ignore[union-attr]
 
 
-def _next_alike(text: str, at: int) -> int | None:
+def _find_next_object(text: str, at: int) -> int | None:
     """Where the next line begins that opens an object with the same indent as the line of `at`."""
     indent = text[text.rfind("\n", 0, at) + 1:at]
     found = re.compile(rf"^{indent}(?=\{{)", re.MULTILINE).search(text, at + 1) if not indent.strip() else None
     return found.end() if found else None
 
 
-def _csv(stream: IO[bytes], name: str, header: bool) -> Rows:
+def _read_csv(stream: IO[bytes], name: str, header: bool) -> Rows:
     # strict: a quote that is never closed would otherwise swallow the rest of the file into one cell.
-    yield from _table(stream, name, header, {"delimiter": ",", "strict": True})
+    yield from _read_table(stream, name, header, {"delimiter": ",", "strict": True})
 
 
-def _tsv(stream: IO[bytes], name: str, header: bool) -> Rows:
-    for row in _table(stream, name, header, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}):
-        yield row if isinstance(row, Refusal) else Row({k: _unquoted(v) for k, v in row.values.items()}, row.origin)
+def _read_tsv(stream: IO[bytes], name: str, header: bool) -> Rows:
+    for row in _read_table(stream, name, header, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}):
+        yield row if isinstance(row, RejectedRow) else Row({k: _remove_quotes(v) for k, v in row.values.items()},
+                                                           row.origin)
 
 
-def _table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str, Any]) -> Rows:
+def _read_table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str, Any]) -> Rows:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(lines, **dialect)
@@ -120,59 +121,60 @@ def _table(stream: IO[bytes], name: str, header: bool, dialect: Mapping[str, Any
             return
         except csv.Error as fault:
             upto = f", lines {line} to {reader.line_num}" if reader.line_num > line else ""
-            yield Refusal(Origin(name, line), "broken table row", f"{fault}{upto}")
+            yield RejectedRow(Origin(name, line), "broken table row", f"{fault}{upto}")
             continue
         if not cells:
             continue
         names = names or [str(number) for number in range(len(cells))]
         if len(cells) != len(names):
-            yield Refusal(Origin(name, line), "broken table row", f"{len(cells)} cells under {len(names)} columns")
+            yield RejectedRow(Origin(name, line), "broken table row", f"{len(cells)} cells under {len(names)} columns")
         else:
-            yield as_row(dict(zip(names, cells, strict=True)), Origin(name, line))
+            yield build_row(dict(zip(names, cells, strict=True)), Origin(name, line))
 
 
-def _unquoted(cell: str) -> str:
+def _remove_quotes(cell: str) -> str:
     inner = cell[1:-1].replace('""', "")
     return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' and '"' not in inner else cell
 
 
-def _text_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
+def _read_text_lines(stream: IO[bytes], name: str, header: bool) -> Rows:
     for number, line in enumerate(stream, 1):
-        text = _decoded(line)
+        text = _decode_text(line)
         if text is None:
-            yield Refusal(Origin(name, number), NOT_UTF8)
+            yield RejectedRow(Origin(name, number), NOT_UTF8)
         elif text.strip():
             yield Row({"text": text.rstrip("\r\n")}, Origin(name, number))
 
 
-def _text_file(stream: IO[bytes], name: str, header: bool) -> Rows:
-    text = _decoded(stream.read())
-    yield Refusal(Origin(name, 1), NOT_UTF8) if text is None else Row({"text": text}, Origin(name, 1))
+def _read_text_file(stream: IO[bytes], name: str, header: bool) -> Rows:
+    text = _decode_text(stream.read())
+    yield RejectedRow(Origin(name, 1), NOT_UTF8) if text is None else Row({"text": text}, Origin(name, 1))
 
 
 READERS: dict[str, Callable[[IO[bytes], str, bool], Rows]] = {
-    ".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".tsv": _tsv, ".txt": _text_lines, ".md": _text_file,
+    ".json": _read_json, ".jsonl": _read_json_lines, ".csv": _read_csv, ".tsv": _read_tsv, ".txt": _read_text_lines,
+    ".md": _read_text_file,
     ".parquet": lambda stream, name, header: iter(())}  # Parquet is read by name, not as a stream
 
 
-def as_row(value: Any, origin: Origin) -> Row | Refusal:
+def build_row(value: Any, origin: Origin) -> Row | RejectedRow:
     if not isinstance(value, dict):
-        return Refusal(origin, "not an object", f"a row is a mapping of columns, this is {type(value).__name__}")
-    if _undecodable(value):
-        return Refusal(origin, NOT_UTF8)
+        return RejectedRow(origin, "not an object", f"a row is a mapping of columns, this is {type(value).__name__}")
+    if _has_surrogate(value):
+        return RejectedRow(origin, NOT_UTF8)
     return Row(value, origin)
 
 
-def _undecodable(value: Any) -> bool:
+def _has_surrogate(value: Any) -> bool:
     """Whether a string in it holds half of a surrogate pair: a byte that was not UTF-8, or a broken JSON escape."""
     if isinstance(value, str):
         return not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value)
     if isinstance(value, dict):
-        return any(_undecodable(inner) for inner in chain(value.keys(), value.values()))
-    return isinstance(value, list) and any(map(_undecodable, value))
+        return any(_has_surrogate(inner) for inner in chain(value.keys(), value.values()))
+    return isinstance(value, list) and any(map(_has_surrogate, value))
 
 
-def _decoded(raw: bytes) -> str | None:
+def _decode_text(raw: bytes) -> str | None:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -1,41 +1,28 @@
-"""What became of every row: kept, truncated or refused, and what the kept ones are like. Read `encode.py` first."""
+"""The data report: counts of rows that were kept, truncated or rejected, and statistics of the kept ones.
+
+Read `tokenization.py` first.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from luthier.core.examples import (
-    ChatExample,
-    ComparedExample,
-    CompletionExample,
-    Example,
-    ImageExample,
-    JudgedExample,
-    LabelledExample,
-    Message,
     Origin,
-    PromptExample,
-    TaggedExample,
-    TextExample,
-    TextsExample,
 )
-from luthier.core.protocols import Tokenizer
-from luthier.core.types import Encoded, Item, Piece
-from luthier.data.pictures import Picture
-from luthier.data.rows import Refusal
+from luthier.core.types import TokenizedExample
+from luthier.data.images import ImageInput
+from luthier.data.overlap import Overlap
+from luthier.data.rows import RejectedRow
 
 if TYPE_CHECKING:
-    from rich.text import Text
+    pass
 
 LISTED = 1000  # refusals named one by one; all of them are counted
 PAIRS = 20  # duplicates and overlaps named one by one
@@ -45,7 +32,7 @@ QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p
 
 
 @dataclass(frozen=True)
-class Part:
+class PartReport:
     """What became of the rows of one part: train, eval or test.
 
     Args:
@@ -87,18 +74,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Overlap:
-    """Examples of one part whose prompt, but for case, space and punctuation, is also in the train part."""
-
-    count: int = 0
-    pairs: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True)
 class DataReport:
     """The parts by name, and for eval and test how much of them is in train."""
 
-    parts: Mapping[str, Part]
+    parts: Mapping[str, PartReport]
     overlaps: Mapping[str, Overlap] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -131,24 +110,24 @@ class DataReport:
         return said
 
 
-class Tally:
+class RowCounter:
     """Counts rows of one part while they are read."""
 
     def __init__(self) -> None:
         self.read = self.kept = self.truncated = 0
         self.reasons: Counter[str] = Counter()
-        self.refused: list[Refusal] = []
+        self.refused: list[RejectedRow] = []
         self.cut: list[str] = []
         self.remarks: Counter[str] = Counter()
         self.unmatched: list[str] = []
 
-    def refuse(self, refusal: Refusal) -> None:
+    def refuse(self, refusal: RejectedRow) -> None:
         self.read += 1
         self.reasons[refusal.reason] += 1
         if len(self.refused) < LISTED:
             self.refused.append(refusal)
 
-    def keep(self, truncated: bool, origin: Origin, encoded: Sequence[Encoded] = ()) -> None:
+    def keep(self, truncated: bool, origin: Origin, encoded: Sequence[TokenizedExample] = ()) -> None:
         """Count a row that became `encoded`."""
         self.remarks.update({remark for one in encoded for remark in one.remarks})
         self.read += 1
@@ -162,148 +141,40 @@ class Tally:
         return {**vars(self), "refused": [[r.origin.file, r.origin.line, r.reason, r.detail] for r in self.refused]}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        refused = [Refusal(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
+        refused = [RejectedRow(Origin(file, line), reason, detail) for file, line, reason, detail in state["refused"]]
         vars(self).update(state, reasons=Counter(state["reasons"]), refused=refused, cut=list(state["cut"]),
                           remarks=Counter(state.get("remarks", {})), unmatched=list(state.get("unmatched", ())))
 
-    def part(self, encoded: Sequence[Encoded]) -> Part:
+    def part(self, encoded: Sequence[TokenizedExample]) -> PartReport:
         """The counts so far, and what `encoded` is like."""
-        count, pairs = _duplicates(encoded)
-        lengths = np.array([example.tokens for example in encoded] or [0])
+        count, pairs = _count_duplicates(encoded)
+        lengths = np.array([example.num_tokens for example in encoded] or [0])
         longest = int(lengths.max()) or 1
         counts, edges = np.histogram(lengths, bins=min(BINS, longest), range=(0, longest))
-        return Part(
+        return PartReport(
             self.read, self.kept, self.truncated, len(encoded), dict(self.reasons.most_common()),
             tuple({"file": r.origin.file, "line": str(r.origin.line), "reason": r.reason, "detail": r.detail}
                   for r in self.refused),
-            count, pairs, int(lengths.sum()), sum(_trained(example) for example in encoded),
+            count, pairs, int(lengths.sum()), sum(_count_trained(example) for example in encoded),
             {name: float(np.quantile(lengths, at)) for name, at in QUANTILES.items()},
             {"edges": [round(float(edge)) for edge in edges], "counts": counts.tolist()},
             truncated_rows=tuple(self.cut), remarks=dict(self.remarks.most_common()),
             unmatched_columns=tuple(self.unmatched))
 
 
-def _trained(example: Encoded) -> int:
-    return sum(len(piece.predicted) for piece in example.pieces)
+def _count_trained(example: TokenizedExample) -> int:
+    return sum(len(span.predicted) for span in example.spans)
 
 
-def _duplicates(encoded: Sequence[Encoded]) -> tuple[int, tuple[tuple[str, str], ...]]:
-    seen: dict[Any, Encoded] = {}
+def _count_duplicates(encoded: Sequence[TokenizedExample]) -> tuple[int, tuple[tuple[str, str], ...]]:
+    seen: dict[Any, TokenizedExample] = {}
     count = 0
     pairs: list[tuple[str, str]] = []
     for example in encoded:
-        pictures = tuple(image.digest if isinstance(image, Picture) else image for image in example.images)
-        before = seen.setdefault((example.pieces, example.items, pictures), example)
+        pictures = tuple(image.digest if isinstance(image, ImageInput) else image for image in example.images)
+        before = seen.setdefault((example.spans, example.labeled_spans, pictures), example)
         if before is not example:
             count += 1
             if len(pairs) < PAIRS:
                 pairs.append((str(before.origin), str(example.origin)))
     return count, tuple(pairs)
-
-
-def overlap(train: Iterable[Example], other: Iterable[Example]) -> Overlap:
-    """How many prompts of `other` are in `train` too."""
-    asked: dict[str, Example] = {}
-    for example in train:
-        asked.setdefault(question(example), example)
-    asked.pop("", None)
-    met = [(asked[words], example) for example in other if (words := question(example)) in asked]
-    return Overlap(len(met), tuple((str(a.origin), str(b.origin)) for a, b in met[:PAIRS]))
-
-
-def question(example: Example) -> str:
-    """What is asked, without case, punctuation and extra space: all but the system prompt before the last answer. Of a
-    picture, a digest of its pixels."""
-    if isinstance(example, ImageExample):
-        return hashlib.blake2b(np.ascontiguousarray(example.pixels).tobytes(), digest_size=16).hexdigest()
-    words = ASKS[type(example)](example)
-    if not isinstance(words, str):
-        words = " ".join(m.content for m in words if m.role != "system")
-    return " ".join(re.sub(r"[^\w\s]", " ", words.casefold()).split())
-
-
-def _before_last(example: ChatExample) -> tuple[Message, ...]:
-    last = max((i for i, m in enumerate(example.messages) if m.role == "assistant"), default=len(example.messages))
-    return example.messages[:last]
-
-
-ASKS: dict[type, Callable[[Any], str | tuple[Message, ...]]] = {
-    ChatExample: _before_last,
-    CompletionExample: lambda example: example.prompt,
-    ComparedExample: lambda example: example.prompt or (example.answers[0][0],),  # transcripts that share nothing
-    JudgedExample: lambda example: example.prompt,
-    PromptExample: lambda example: example.prompt,
-    TextExample: lambda example: example.text,
-    LabelledExample: lambda example: f"{example.text} {example.second or ''}",
-    TaggedExample: lambda example: " ".join(example.words),
-    TextsExample: lambda example: " ".join(example.texts[:2]),
-}
-
-
-# ---------------------------------------------------------------- pictures
-
-
-def preview(encoded: Encoded, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> Text:
-    """The example's words as the model meets them: what is trained in green, the rest dim; before each piece what it
-    continues and how it is judged, behind each tagged word its tag.
-
-    Args:
-        labels: the names of the classes.
-    """
-    from rich.text import Text
-
-    shown = Text()
-    judged = {item.piece: item for item in encoded.items}
-    for index, piece in enumerate(encoded.pieces):
-        item = judged.get(index)
-        said = [*([f"continues piece {piece.parent}"] if piece.parent >= 0 else []),
-                *([f"piece {index}"] if index and piece.parent < 0 else []), *([_told(item, labels)] if item else [])]
-        if said:
-            shown.append(("\n" if index else "") + f"--- {', '.join(said)}\n", style="dim italic")
-        if encoded.images:
-            shown.append(f"[picture, {' x '.join(map(str, np.shape(encoded.images[index].pixels)))}]", style="dim")
-            continue
-        for trained, start, stop in _runs(piece):
-            shown.append(tokenizer.decode(piece.ids[start:stop]), style="green" if trained else "dim")
-            if trained and piece.tags:
-                shown.append(f"/{_named(piece.tags[start], labels)}", style="italic")
-    return shown
-
-
-def _told(item: Item, labels: Sequence[str]) -> str:
-    """How a piece is judged."""
-    if item.shares:
-        return f"label {', '.join(f'{share:.2f} {_named(i, labels)}' for i, share in enumerate(item.shares) if share)}"
-    if isinstance(item.label, tuple):
-        flagged = [_named(i, labels) for i, flag in enumerate(item.label) if flag]
-        return f"labels {', '.join(flagged) or 'none'}"
-    return (f"label {_named(item.label, labels)}" + (f", better by {item.margin:g}" if item.margin else "")
-            + (f", weight {item.weight:g}" if item.weight != 1 else ""))
-
-
-def _named(number: float, labels: Sequence[str]) -> str:
-    return labels[int(number)] if labels else f"{number:g}"
-
-
-def _runs(piece: Piece) -> list[tuple[bool, int, int]]:
-    """Runs of tokens that are all predicted, or none; where each starts and stops. A tag is a run of its own."""
-    predicted = set(piece.predicted)
-    starts = [i for i in range(len(piece.ids))
-              if not i or (i in predicted) != (i - 1 in predicted) or (piece.tags and i in predicted)]
-    return [(start in predicted, start, stop) for start, stop in pairwise([*starts, len(piece.ids)])]
-
-
-def length_picture(report: DataReport, path: str | Path) -> None:
-    """The token lengths of every part as a PNG of histograms."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 2.6 * len(report.parts)), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, (name, part) in enumerate(report.parts.items()):
-        axes = figure.add_subplot(len(report.parts), 1, index + 1)
-        axes.stairs(part.histogram["counts"], part.histogram["edges"], fill=True)
-        axes.set(title=f"{name}: {part.encoded} examples, {part.tokens} tokens",
-                 xlabel="tokens in an example", ylabel="examples")
-        axes.axvline(part.lengths["median"], color="black", linewidth=1)
-    figure.savefig(path, dpi=120)

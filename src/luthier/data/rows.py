@@ -1,4 +1,4 @@
-"""A row with its origin, a row that cannot be used, and how a file is opened. Read `core/examples.py` first."""
+"""Rows with their origin, rejected rows, and decompression of files. Read `core/examples.py` first."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from luthier.core.examples import Origin
 
 @dataclass(frozen=True)
 class Row:
-    """What one row of a file says, by column."""
+    """One row of a file: values by column."""
 
     values: Mapping[str, Any]
     origin: Origin
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A row that is not trained on. `reason` is one of few, to count by; `detail` is about this row alone."""
+class RejectedRow:
+    """A row that is not used. `reason` is one of a few texts that are counted; `detail` concerns this row only."""
 
     origin: Origin
     reason: str
@@ -38,10 +38,10 @@ class Refusal:
         return f"{self.origin}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
 
 
-Rows = Iterator[Row | Refusal]
+Rows = Iterator[Row | RejectedRow]
 
 
-def _zstd(file: Path) -> IO[bytes]:
+def _open_zstd(file: Path) -> IO[bytes]:
     if importlib.util.find_spec("zstandard") is None:
         raise DataError(f"{file} is packed with zstandard, which needs the package 'zstandard'",
                         "pip install zstandard, or unpack the file first")
@@ -50,16 +50,16 @@ def _zstd(file: Path) -> IO[bytes]:
     return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file.open("rb"), closefd=True))
 
 
-OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _zstd}
+OPENERS: dict[str, Callable[[Path], Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": _open_zstd}
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[io.BufferedReader]:
-    """The unpacked bytes of `file`. Whatever unpacking complains about becomes one `DataError`."""
+def open_file(file: Path) -> Iterator[io.BufferedReader]:
+    """The decompressed bytes of `file`. Every decompression error becomes one `DataError`."""
     opener = OPENERS.get(file.suffix.lower())
     try:
         with (opener(file) if opener else file.open("rb")) as raw:
             yield io.BufferedReader(raw)
     except (gzip.BadGzipFile, lzma.LZMAError, EOFError, zlib.error, OSError) as fault:
         raise DataError(f"{file} cannot be read: {fault}",
-                        "it is damaged, or not what its suffix says: get it anew, or mend the suffix") from fault
+                        "it is damaged, or not what its suffix says: download it again, or fix the suffix") from fault

@@ -43,8 +43,8 @@ def choose_files(folder: Path, files: Sequence[Path], split: str | None, subset:
         split: as the source names it; None: the one that `part` of a recipe (train, eval, test) reads.
         subset: as the source names it; None: the only one, or the default one.
     """
-    described = _described(folder, files, subset)
-    layout, unnamed = (described, []) if described is not None else _layout(folder, files)
+    described = _read_card_configs(folder, files, subset)
+    layout, unnamed = (described, []) if described is not None else _read_layout(folder, files)
     if not layout:
         if subset is not None:
             raise DataError(f"{folder} has no subset {subset!r}: it has no subsets", "leave out subset")
@@ -52,7 +52,7 @@ def choose_files(folder: Path, files: Sequence[Path], split: str | None, subset:
             raise DataError(f"{folder} has no split {split!r}: no name of a file or folder in it says what it is for",
                             "leave out split, or name the file")
         return list(files)
-    chosen = next(iter(layout)) if described is not None else _subset(folder, list(layout), subset)
+    chosen = next(iter(layout)) if described is not None else _choose_subset(folder, list(layout), subset)
     found = layout[chosen]
     mine = [file for file in unnamed if len(layout) == 1 or _is_below(folder, file, chosen)]
     if split == ALL:
@@ -77,7 +77,7 @@ def resolve_split(split: str | None, part: str, there: Collection[str], where: s
                     f"it has: {', '.join(map(str, there))}; name one with split, as in {{path: FOLDER, split: NAME}}")
 
 
-def _subset(folder: Path, there: Sequence[str], subset: str | None) -> str:
+def _choose_subset(folder: Path, there: Sequence[str], subset: str | None) -> str:
     if subset in there:
         return str(subset)
     if subset is None and len(there) == 1:
@@ -89,7 +89,7 @@ def _subset(folder: Path, there: Sequence[str], subset: str | None) -> str:
 # ---------------------------------------------------------------- by README.md
 
 
-def _described(folder: Path, files: Sequence[Path], subset: str | None) -> Layout | None:
+def _read_card_configs(folder: Path, files: Sequence[Path], subset: str | None) -> Layout | None:
     """What `configs` in the head of README.md says about the subset; None where it says nothing."""
     readme = next((file for file in sorted(folder.iterdir()) if file.name.lower() == "readme.md"), None)
     head = HEAD.match(readme.read_text(encoding="utf-8", errors="replace")) if readme else None
@@ -98,26 +98,26 @@ def _described(folder: Path, files: Sequence[Path], subset: str | None) -> Layou
     try:
         told = yaml.safe_load(head[1])
     except yaml.YAMLError as fault:
-        raise DataError(f"{readme}: its YAML head cannot be read: {fault}", "mend it, or name the files one by "
+        raise DataError(f"{readme}: its YAML head cannot be read: {fault}", "fix it, or name the files one by "
                         "one") from fault
     configs = told.get("configs") if isinstance(told, Mapping) else None
     if not configs:
         return None
     if not isinstance(configs, list) or not all(isinstance(one, Mapping) for one in configs):
-        raise DataError(f"{readme}: configs is not a list of mappings", "mend it, or name the files one by one")
+        raise DataError(f"{readme}: configs is not a list of mappings", "fix it, or name the files one by one")
     named = {str(one.get("config_name", ROOT)): one for one in configs}
     default = next((name for name, one in named.items() if one.get("default") is True or name == ROOT), None)
-    chosen = _subset(folder, list(named), subset or default)
-    return {chosen: _config(folder, files, named[chosen], f"{readme}: config {chosen!r}")}
+    chosen = _choose_subset(folder, list(named), subset or default)
+    return {chosen: _read_config(folder, files, named[chosen], f"{readme}: config {chosen!r}")}
 
 
-def _config(folder: Path, files: Sequence[Path], config: Mapping[str, Any], where: str) -> dict[str, list[Path]]:
+def _read_config(folder: Path, files: Sequence[Path], config: Mapping[str, Any], where: str) -> dict[str, list[Path]]:
     """Split -> files of one config."""
     inside = folder / str(config.get("data_dir") or "")
     given = config.get("data_files")
     if given is None:
         mine = [file for file in files if file.is_relative_to(inside)]
-        layout, unnamed = _layout(inside, mine)
+        layout, unnamed = _read_layout(inside, mine)
         if not layout and mine:
             return {TRAIN: mine}
         if len(layout) != 1 or unnamed:
@@ -125,21 +125,21 @@ def _config(folder: Path, files: Sequence[Path], config: Mapping[str, Any], wher
         return next(iter(layout.values()))
     found: dict[str, list[Path]] = {}
     owner: dict[Path, str] = {}
-    for split, patterns in _patterns(given, where):
+    for split, patterns in _read_patterns(given, where):
         for pattern in patterns:
-            matched = _matched(inside, pattern, files)
+            matched = _match_files(inside, pattern, files)
             if not matched:
                 raise DataError(f"{where}: {pattern!r} of the split {split!r} matches no data file in {inside}",
                                 "get the files, or name those that are there one by one")
             for file in matched:
                 if owner.setdefault(file, split) != split:
                     raise DataError(f"{where}: {file} is of the splits {owner[file]!r} and {split!r}",
-                                    "mend it, or name the files one by one")
+                                    "fix it, or name the files one by one")
             found[split] = sorted({*found.get(split, ()), *matched})
     return found
 
 
-def _patterns(given: Any, where: str) -> Iterator[tuple[str, list[str]]]:
+def _read_patterns(given: Any, where: str) -> Iterator[tuple[str, list[str]]]:
     """Split, and the patterns of its files, in each of the forms that the hub knows."""
     if isinstance(given, Mapping):
         given = [{"split": split, "path": path} for split, path in given.items()]
@@ -147,11 +147,11 @@ def _patterns(given: Any, where: str) -> Iterator[tuple[str, list[str]]]:
         split, path = (one.get("split", TRAIN), one.get("path")) if isinstance(one, Mapping) else (TRAIN, one)
         listed: list[Any] = path if isinstance(path, list) else [path]
         if not listed or not all(isinstance(pattern, str) for pattern in listed):
-            raise DataError(f"{where}: data_files names no path", "mend it, or name the files one by one")
+            raise DataError(f"{where}: data_files names no path", "fix it, or name the files one by one")
         yield str(split), listed
 
 
-def _matched(folder: Path, pattern: str, files: Sequence[Path]) -> list[Path]:
+def _match_files(folder: Path, pattern: str, files: Sequence[Path]) -> list[Path]:
     if "://" in pattern or PurePosixPath(pattern).is_absolute():
         return []
     if pattern.endswith("**"):  # which is folders alone before Python 3.13
@@ -162,41 +162,41 @@ def _matched(folder: Path, pattern: str, files: Sequence[Path]) -> list[Path]:
 # ---------------------------------------------------------------- by names
 
 
-def _layout(folder: Path, files: Sequence[Path]) -> tuple[Layout, list[Path]]:
+def _read_layout(folder: Path, files: Sequence[Path]) -> tuple[Layout, list[Path]]:
     """What names say, and the files whose names say nothing."""
     layout: Layout = {}
     unnamed = []
     for file in files:
         *above, name = file.relative_to(folder).parts
-        place = next((i for i, part in enumerate(above) if _split_of(part)), len(above))
-        split = _split_in([*above, name.split(".")[0]])
+        place = next((i for i, part in enumerate(above) if _parse_split(part)), len(above))
+        split = _find_split([*above, name.split(".")[0]])
         if split is None:
             unnamed.append(file)
         else:
-            layout.setdefault(_joined(above[:place]), {}).setdefault(split, []).append(file)
+            layout.setdefault(_join_parts(above[:place]), {}).setdefault(split, []).append(file)
     shards = [(file, shard[1]) for file in unnamed if (shard := SHARD.match(file.name))]
     for file, split in shards if layout else ():  # a split with a name of its own beside those that are known
-        layout.setdefault(_joined(file.relative_to(folder).parts[:-1]), {}).setdefault(split, []).append(file)
+        layout.setdefault(_join_parts(file.relative_to(folder).parts[:-1]), {}).setdefault(split, []).append(file)
         unnamed.remove(file)
     return layout, unnamed
 
 
-def _joined(parts: Sequence[str]) -> str:
+def _join_parts(parts: Sequence[str]) -> str:
     return "/".join(parts[1:] if parts and parts[0].lower() == "data" else parts) or ROOT
 
 
 def _is_below(folder: Path, file: Path, subset: str) -> bool:
-    own = _joined(file.relative_to(folder).parts[:-1])
+    own = _join_parts(file.relative_to(folder).parts[:-1])
     return own == subset or own.startswith(f"{subset}/")
 
 
-def _split_in(parts: Sequence[str]) -> str | None:
+def _find_split(parts: Sequence[str]) -> str | None:
     """The split that the parts of a path name: the first that is held out, else train; None where none does."""
-    named = [split for split in map(_split_of, parts) if split]
+    named = [split for split in map(_parse_split, parts) if split]
     return next((split for split in named if split != TRAIN), TRAIN if named else None)
 
 
-def _split_of(part: str) -> str | None:
+def _parse_split(part: str) -> str | None:
     """The split that one part of a path names. Of the shards of another split, such as `test_sft-00000-of-00001`, and
     of a name with two splits in it, that name itself."""
     shard = SHARD.match(part)

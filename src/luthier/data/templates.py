@@ -40,7 +40,7 @@ EOS_ADDED = (
     "{%- endfor -%}{%- set messages = turns.all -%}")
 """Put before a template that writes no mark at the end of a turn: every assistant's turn then ends with eos."""
 
-SYSTEM_FOLDED = (
+FOLD_SYSTEM = (
     "{%- if messages | length > 1 and messages[0]['role'] == 'system' and messages[1]['role'] == 'user'"
     " and messages[0]['content'] is string and messages[1]['content'] is string -%}"
     "{%- set messages = [dict(messages[1], content=messages[0]['content'] + '\n\n' + messages[1]['content'])]"
@@ -76,7 +76,7 @@ class ChatTemplate:
         source: Jinja, as it is rendered and saved.
         given: whether the tokenizer brought it; else it is the fallback.
         eos_added: whether `EOS_ADDED` was put before it.
-        system_folded: whether `SYSTEM_FOLDED` was put before it.
+        folds_system: whether `SYSTEM_FOLDED` was put before it.
     """
 
     name: str
@@ -84,7 +84,7 @@ class ChatTemplate:
     tokenizer: Tokenizer = field(repr=False, compare=False)
     given: bool = True
     eos_added: bool = False
-    system_folded: bool = False
+    folds_system: bool = False
     known: dict[tuple[str, str], bool] = field(default_factory=dict, repr=False, compare=False)
 
     def render(self, turns: Sequence[Turn], *, tools: Sequence[Turn] = (), generate: bool = False) -> str:
@@ -171,7 +171,7 @@ class ChatTemplate:
     def end_of_turn(self) -> str | None:
         """The text of the token that ends an assistant's turn; None where the template writes none."""
         ids = self._tail_ids(*({"content": content} for content in ("qqq", "jjj")))
-        marks = {**_added(self.tokenizer)}
+        marks = {**_index_added_tokens(self.tokenizer)}
         if self.tokenizer.eos_token_id is not None and self.tokenizer.eos_token is not None:
             marks[self.tokenizer.eos_token_id] = self.tokenizer.eos_token
         return next((marks[token] for token in ids if token in marks and marks[token].strip()), None)
@@ -212,17 +212,18 @@ class ChatTemplate:
             return None
         if self.end_of_turn == self.tokenizer.eos_token:
             return self.tokenizer.eos_token_id
-        return next((i for i, content in _added(self.tokenizer).items() if content == self.end_of_turn), None)
+        return next((i for i, content in _index_added_tokens(self.tokenizer).items() if content == self.end_of_turn),
+                    None)
 
     def opening(self, tools: Sequence[Turn] = ()) -> str:
         """What stands before the words of an assistant that speaks first: all that two renderings, which differ in
         nothing but these words, have in common at their beginnings. Raises `RenderError` where it may not."""
         first, second = (self.render([{"role": "assistant", "content": content}], tools=tools)
                          for content in ("qqq", "jjj"))
-        return first[:common_prefix(first, second)]
+        return first[:measure_common_prefix(first, second)]
 
 
-def common_prefix(first: str, second: str) -> int:
+def measure_common_prefix(first: str, second: str) -> int:
     """How many characters two texts share at their beginning."""
     if second.startswith(first):
         return len(first)
@@ -230,34 +231,34 @@ def common_prefix(first: str, second: str) -> int:
     return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
 
 
-def _added(tokenizer: Tokenizer) -> Mapping[int, str]:
+def _index_added_tokens(tokenizer: Tokenizer) -> Mapping[int, str]:
     """Tokens that are looked for in a text as they stand, by their ids."""
-    return _added_tokens(tokenizer, len(tokenizer))
+    return _read_added_tokens(tokenizer, len(tokenizer))
 
 
 @lru_cache(maxsize=8)
-def _added_tokens(tokenizer: Tokenizer, size: int) -> Mapping[int, str]:
+def _read_added_tokens(tokenizer: Tokenizer, size: int) -> Mapping[int, str]:
     return {index: str(token.content) for index, token in tokenizer.added_tokens_decoder.items()}
 
 
-def chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
+def load_chat_templates(tokenizer: Tokenizer) -> dict[str, ChatTemplate]:
     """The tokenizer's templates by name, each with a mark at the end of a turn; `default` stands first where there is
     one, and a single template has this name."""
     given = tokenizer.chat_template
     sources: dict[str, str | None] = dict(given) if isinstance(given, Mapping) else {DEFAULT: given or None}
     names = sorted(sources, key=lambda name: (name != DEFAULT, name != TOOLS_TEMPLATE, name))
-    return {name: _resolved(name, sources[name], tokenizer, tokenizer.eos_token) for name in names}
+    return {name: _resolve_template(name, sources[name], tokenizer, tokenizer.eos_token) for name in names}
 
 
 @lru_cache(maxsize=64)
-def _resolved(name: str, source: str | None, tokenizer: Tokenizer, eos: str | None) -> ChatTemplate:
+def _resolve_template(name: str, source: str | None, tokenizer: Tokenizer, eos: str | None) -> ChatTemplate:
     """`source` as it is rendered. Cached: probing costs some twenty renderings."""
     found = ChatTemplate(name, source or FALLBACK_TEMPLATE, tokenizer, given=source is not None)
     if found.drops_answered_system:
-        found = ChatTemplate(name, SYSTEM_FOLDED + found.source, tokenizer, found.given, system_folded=True)
+        found = ChatTemplate(name, FOLD_SYSTEM + found.source, tokenizer, found.given, folds_system=True)
     if found.end_of_turn is None and eos:
         ended = ChatTemplate(name, EOS_ADDED + found.source, tokenizer, found.given, eos_added=True,
-                             system_folded=found.system_folded)
+                             folds_system=found.folds_system)
         return ended if ended.end_of_turn is not None else found
     return found
 
@@ -265,23 +266,23 @@ def _resolved(name: str, source: str | None, tokenizer: Tokenizer, eos: str | No
 def choose_template(tokenizer: Tokenizer, needs: Sequence[tuple[str, str, Any]], tools: bool) -> ChatTemplate:
     """The template that renders all of `needs`, (role, key, value) each; where none does, the one that Transformers
     takes: `tool_use` for a conversation with tools, else `default`, else the first."""
-    found = chat_templates(tokenizer)
+    found = load_chat_templates(tokenizer)
     usual = found.get(TOOLS_TEMPLATE) if tools else None
     usual = usual or next(iter(found.values()))
     order = [usual, *(template for template in found.values() if template is not usual)]
     return next((template for template in order if all(template.renders(*need) for need in needs)), usual)
 
 
-def saved_chat_template(tokenizer: Tokenizer) -> Any:
+def get_saved_chat_template(tokenizer: Tokenizer) -> Any:
     """What a tokenizer's `chat_template` must be for other tools to render what was trained: a text, or several by
     name."""
-    found = {name: template.source for name, template in chat_templates(tokenizer).items()}
+    found = {name: template.source for name, template in load_chat_templates(tokenizer).items()}
     return found if isinstance(tokenizer.chat_template, Mapping) else found[DEFAULT]
 
 
-def stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
+def find_stop_tokens(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Tokens that end an answer because a chat template ends a turn with them; the default template's first. Empty for
     a tokenizer that brought no template."""
-    templates = [template for template in chat_templates(tokenizer).values() if template.given]
+    templates = [template for template in load_chat_templates(tokenizer).values() if template.given]
     found = [*(template.stop_token for template in templates), *(template.call_stop_token for template in templates)]
     return tuple(dict.fromkeys(token for token in found if token is not None))

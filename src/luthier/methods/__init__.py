@@ -9,9 +9,10 @@ from luthier.core.config import Config
 from luthier.methods.adalora import AdaLoraConfig
 from luthier.methods.adapter import AdapterConfig
 from luthier.methods.bitfit import BitfitConfig
-from luthier.methods.freeze import FreezeConfig, LnConfig
+from luthier.methods.freeze import FreezeConfig
 from luthier.methods.full import FullConfig
 from luthier.methods.ia3 import Ia3Config
+from luthier.methods.ln_tuning import LnTuningConfig
 from luthier.methods.lora import LoraConfig
 from luthier.methods.peft import PeftConfig
 from luthier.methods.prefix import PrefixConfig
@@ -27,7 +28,7 @@ METHODS: dict[str, type[Config]] = {
     "adapter": AdapterConfig,
     "bitfit": BitfitConfig,
     "ia3": Ia3Config,
-    "ln": LnConfig,
+    "ln_tuning": LnTuningConfig,
     "prompt": PromptConfig,
     "ptuning": PTuningConfig,
     "prefix": PrefixConfig,

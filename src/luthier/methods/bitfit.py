@@ -1,17 +1,16 @@
-"""BitFit: biases alone. Read `full.py`, `hooks.py` and `merging.py` first.
+"""BitFit: only biases are trained. Read `full.py`, `hooks.py` and `merging.py` first.
 
-    y = W x + c + b          c: the bias that the module has, if any          b: [out], trained, starts at 0
+    y = W x + c + b          c: the module's own bias, if any          b: [out], trained, starts at 0
 
-b is added beside the module, so that the base's bytes never change and no weight has a gradient. Where an architecture
-has biases, training b and training c are the same thing, since their gradients are. Where it has none, as in most
-decoders of today, b is a bias that is created; norms without a bias (root-mean-square norms) get none, because nothing
-in such a norm could hold it once it is merged.
+b is added to the module's output, so the base's weights never change and have no gradients. Where a module has a bias,
+training b is equivalent to training c, since their gradients are equal. Where it has none, as in most current decoders,
+b is a new bias. RMS norms get none, because they have no bias into which it could be merged.
 
-Ben Zaken et al. 2022 (arXiv:2106.10199): section 3 and table 2; `which: paper` is their smaller set, the biases of the
-query and of the MLP's first map.
+Ben Zaken et al. 2022 (arXiv:2106.10199): section 3 and table 2; `bias_scope: paper` is their smaller set, the biases of
+the query and of the MLP's first map.
 
-Learning rate 1e-3: a bias enters every token directly, with no product before it, and there are few of them; the paper
-searched 1e-4 to 1e-3 for encoders, and what starts at zero wants the upper end.
+Learning rate 1e-3: a bias changes every token directly, and there are few of them. The paper searched 1e-4 to 1e-3 for
+encoders; biases that start at zero need the upper end.
 """
 
 from __future__ import annotations
@@ -26,31 +25,31 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Anatomy, Site
-from luthier.methods.form import own_form
-from luthier.methods.freeze import norms
+from luthier.core.protocols import ModelStructure, TargetLinear
+from luthier.methods.adapter_format import PEFT_PREFIX, build_native_config
 from luthier.methods.hooks import Hooks, load_into
-from luthier.methods.lora import PREFIX, chosen
-from luthier.methods.merging import Merging, own
+from luthier.methods.ln_tuning import find_norms
+from luthier.methods.merging import MergeableMethod, get_own_parameter
+from luthier.methods.targets import select_targets
 
 
 class BitfitConfig(Config):
     """Settings of BitFit."""
 
-    default_rate: ClassVar[float] = 1e-3
+    default_learning_rate: ClassVar[float] = 1e-3
 
     name: Literal["bitfit"] = "bitfit"
-    which: Literal["all", "paper", "norms"] | tuple[str, ...] = Field(
-        "all", description="all: linear maps of the blocks, and norms that have a bias; paper: the query's and that of "
-                           "the MLP's first map; norms; or roles (q, k, v, o, gate, up, down), endings or expressions")
+    bias_scope: Literal["all", "paper", "norms"] | tuple[str, ...] = Field(
+        "all", description="all: linear maps of the layers, and norms that have a bias; paper: the query map and the "
+                           "MLP's first map; norms; or roles (q, k, v, o, gate, up, down), suffixes, expressions")
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Bitfit:
-        return Bitfit(self, places(anatomy, self.which), anatomy.task)
+    def attach(self, structure: ModelStructure, *, seed: int) -> Bitfit:
+        return Bitfit(self, find_bias_targets(structure, self.bias_scope), structure.task)
 
 
 @dataclass(frozen=True)
-class Place:
-    """A module and those of its outputs, from `start` up to `end`, that get a bias."""
+class BiasTarget:
+    """A module, and the range of its outputs, `start` to `end`, that gets a bias."""
 
     name: str
     module: nn.Module
@@ -60,57 +59,58 @@ class Place:
     norm: bool = False
 
 
-def places(anatomy: Anatomy, which: str | tuple[str, ...]) -> list[Place]:
-    """What `which` names. Raises `RecipeError` where that is nothing."""
-    biased = [Place(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
-              for name, module in norms(anatomy).items() if (bias := own(module, "bias")) is not None]
-    if which == "norms" and not biased:
-        raise RecipeError("method.which: the norms of this model have no biases",
-                          "use all (biases of the linear maps), or the method ln (weights of the norms)")
-    if which == "paper":
-        maps = [_query(anatomy, site) for site in anatomy.sites if site.role in ("q", "qkv", "up")]
-        if not any(site.role in ("q", "qkv") for site in anatomy.sites):
-            raise RecipeError("method.which: no query was found in this model, as a map of its own or as the first "
-                              "part of one", "use all, or name the maps by their endings")
+def find_bias_targets(structure: ModelStructure, bias_scope: str | tuple[str, ...]) -> list[BiasTarget]:
+    """The modules that `bias_scope` selects. Raises `RecipeError` if there are none."""
+    biased = [BiasTarget(name, module, 0, bias.shape[0], bias.shape[0], norm=True)
+              for name, module in find_norms(structure).items()
+              if (bias := get_own_parameter(module, "bias")) is not None]
+    if bias_scope == "norms" and not biased:
+        raise RecipeError("method.bias_scope: the norms of this model have no biases",
+                          "use all (biases of the linear maps), or the method ln_tuning (weights of the norms)")
+    if bias_scope == "paper":
+        maps = [_find_query_slice(structure, site) for site in structure.linears if site.role in ("q", "qkv", "up")]
+        if not any(site.role in ("q", "qkv") for site in structure.linears):
+            raise RecipeError("method.bias_scope: this model has no query map, neither separate nor fused",
+                              "use all, or name the maps by suffixes")
         return maps
-    maps = [] if which == "norms" else [
-        Place(site.name, site.module, 0, site.outputs, site.outputs)
-        for site in chosen(anatomy.sites, "all-linear" if which == "all" else which)]
-    return maps + (biased if which in ("all", "norms") else [])
+    maps = [] if bias_scope == "norms" else [
+        BiasTarget(site.name, site.module, 0, site.out_features, site.out_features)
+        for site in select_targets(structure.linears, "all-linear" if bias_scope == "all" else bias_scope)]
+    return maps + (biased if bias_scope in ("all", "norms") else [])
 
 
-def _query(anatomy: Anatomy, site: Site) -> Place:
-    """A fused map's query part: its first outputs."""
-    end = anatomy.sizes["heads"] * anatomy.sizes["head_dim"] if site.role == "qkv" else site.outputs
-    return Place(site.name, site.module, 0, end, site.outputs)
+def _find_query_slice(structure: ModelStructure, site: TargetLinear) -> BiasTarget:
+    """The query part of a map: the first outputs of a fused one."""
+    end = structure.sizes["heads"] * structure.sizes["head_dim"] if site.role == "qkv" else site.out_features
+    return BiasTarget(site.name, site.module, 0, end, site.out_features)
 
 
-class Bitfit(Merging):
+class Bitfit(MergeableMethod):
     """BitFit on a model."""
 
-    def __init__(self, config: BitfitConfig, found: list[Place], task: str) -> None:
+    def __init__(self, config: BitfitConfig, found: list[BiasTarget], task: str) -> None:
         super().__init__()
         self.config, self.places, self.task, self.hooks = config, found, task, Hooks()
-        self.scope = self.hooks.scope
+        self.gates = (self.hooks.gate,)
         self._biases = {}
         for place in found:
             like = next(p for p in place.module.parameters())
-            # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
+            # Trained in float32 or wider, whatever the base's dtype: bfloat16 rounds small updates to nothing.
             dtype = torch.promote_types(like.dtype, torch.float32)
             bias = nn.Parameter(torch.zeros(place.end - place.start, dtype=dtype, device=like.device))
-            self._biases[f"{PREFIX}{place.name}.bitfit"] = bias
-            self.hooks.after(place.module, _adding(place, bias))
+            self._biases[f"{PEFT_PREFIX}{place.name}.bitfit"] = bias
+            self.hooks.modify_output(place.module, _build_bias_hook(place, bias))
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return self._biases
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
-    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """Every module's bias with the change in it; one is created where there is none."""
+    def iter_merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+        """Every module's merged bias; a new one where the module had none."""
         for place, change in zip(self.places, self._biases.values(), strict=True):
-            old, weight = own(place.module, "bias"), own(place.module, "weight")
+            old, weight = get_own_parameter(place.module, "bias"), get_own_parameter(place.module, "weight")
             like = old if old is not None else weight
             assert like is not None
             whole = change.new_zeros(place.outputs) if old is None else old.to(change.dtype).clone()
@@ -123,19 +123,19 @@ class Bitfit(Merging):
     def load(self, state: Mapping[str, Tensor]) -> None:
         load_into(self._biases, state)
 
-    def peft(self) -> dict[str, Any] | None:
-        return own_form(self.config, self.task)
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return build_native_config(self.config, self.task)
 
 
-def _adding(place: Place, bias: nn.Parameter) -> Any:
-    """The change of one place: y [..., out] -> y with the bias added."""
-    def whole(_x: Tensor, y: Tensor) -> Tensor:
-        # A linear map's gradient does not need its output, so it may be written into. A norm's output is another
-        # matter: the family may make it again from the norm's input, by its storage.
+def _build_bias_hook(place: BiasTarget, bias: nn.Parameter) -> Any:
+    """The hook of one module: y [..., out] -> y with the bias added."""
+    def add_bias(_x: Tensor, y: Tensor) -> Tensor:
+        # A linear map's gradient does not need its output, so it can be updated in place. A norm's output cannot:
+        # activation recomputation may rebuild it in the same storage from the norm's input.
         return y + bias.to(y.dtype) if place.norm else y.add_(bias.to(y.dtype))
 
-    def part(_x: Tensor, y: Tensor) -> Tensor:
+    def add_partial_bias(_x: Tensor, y: Tensor) -> Tensor:
         y[..., place.start:place.end] += bias.to(y.dtype)
         return y
 
-    return whole if place.end - place.start == place.outputs else part
+    return add_bias if place.end - place.start == place.outputs else add_partial_bias

@@ -1,15 +1,10 @@
-"""Training a part of the base's own weights: some blocks, some names, the embeddings, the head; or the norms alone.
+"""Freeze tuning: some layers, named parameters, the embeddings or the head are trained; all other weights are frozen.
 
-Read `full.py` first: these are full fine-tuning with the rest held still. Where the base is to be switched back to, a
-copy of just the chosen weights is kept. The run folder holds the whole model, as that of full fine-tuning does.
+Read `full.py` first: this is full fine-tuning of a part of the weights. Where the base must be restorable, only the
+trained weights are copied. The run folder holds the whole model, as with full fine-tuning.
 
-`freeze`, learning rate 5e-4: fewer weights must reach the same change as all of them, on top of a stack that stands
-still, so each may move further than under full fine-tuning (2e-5); it stays below LoRA's, since these are real weights.
-
-`ln`, learning rate 1e-3: a norm's weight is about one in size, and Adam moves it by about the rate in a step; a few
-hundred steps at 1e-3 stretch a feature by some ten percent. Smaller rates leave a thousandth of the model's weights
-with nothing to say. Norms alone: Zhao et al. 2023 (arXiv:2312.11420); in convolutional networks, Frankle et al. 2020
-(2003.00152).
+Learning rate 5e-4: fewer weights must reach the same change as all of them, so each may move further than under full
+fine-tuning (2e-5).
 """
 
 from __future__ import annotations
@@ -23,95 +18,72 @@ from torch import nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError
-from luthier.core.protocols import Anatomy
-from luthier.methods.full import EMBEDDING_RATE, KEEP_BASE, Full, of_embeddings
+from luthier.core.protocols import ModelStructure
+from luthier.methods.full import EMBEDDING_LR_HELP, KEEP_BASE_HELP, Full, scale_embedding_lr
 
 
 class FreezeConfig(Config):
-    """Which part of the base trains: all that any of these settings names. Nothing named: the last two blocks."""
+    """Settings of freeze tuning: the union of what these fields select. If none is set: the last two layers."""
 
-    default_rate: ClassVar[float] = 5e-4
+    default_learning_rate: ClassVar[float] = 5e-4
 
     name: Literal["freeze"] = "freeze"
-    last: int | None = Field(None, ge=1, description="the last so many blocks; 2 where nothing at all is chosen")
-    layers: tuple[int, int] | None = Field(None, description="blocks from the first to the second number, both "
-                                                             "included; negative ones count from the end")
-    patterns: tuple[str, ...] = Field((), description="parameters by their names: whole parts between dots "
-                                                      "(mlp.down_proj), or expressions that fit a whole name")
-    embeddings: bool = Field(False, description="the input embeddings (and with them a head that shares their weight)")
-    embedding_rate: float = Field(1.0, gt=0, description=EMBEDDING_RATE)
-    head: bool = Field(False, description="the output projection (and with it embeddings that share its weight)")
-    keep_base: bool | None = Field(None, description=KEEP_BASE)
+    num_trainable_layers: int | None = Field(None, ge=1, description="train the last N layers; 2 if no other "
+                                           "field selects anything")
+    layers: tuple[int, int] | None = Field(None, description="train layers from the first to the second index, "
+                                                             "inclusive; negative indices count from the end")
+    patterns: tuple[str, ...] = Field((), description="parameters by name: whole dotted parts (mlp.down_proj), "
+                                                      "or regular expressions for the whole name")
+    embeddings: bool = Field(False, description="train the input embeddings (and a head tied to them)")
+    embedding_lr_multiplier: float = Field(1.0, gt=0, description=EMBEDDING_LR_HELP)
+    head: bool = Field(False, description="train the output projection (and embeddings tied to it)")
+    keep_base: bool | None = Field(None, description=KEEP_BASE_HELP)
 
     @property
-    def last_blocks(self) -> int | None:
-        """`last`, or what it is where nothing at all is chosen."""
+    def num_trained_layers(self) -> int | None:
+        """`num_trainable_layers`, or its default if no other field selects anything."""
         chosen = self.layers is not None or self.patterns or self.embeddings or self.head
-        return self.last if self.last is not None or chosen else 2
+        return self.num_trainable_layers if self.num_trainable_layers is not None or chosen else 2
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        wanted = {id(p) for module in self._modules(anatomy) for p in module.parameters()}
-        named = dict(anatomy.model.named_parameters())  # tied weights are named once
+    def attach(self, structure: ModelStructure, *, seed: int) -> Full:
+        trained_ids = {id(p) for module in self._select_modules(structure) for p in module.parameters()}
+        named = dict(structure.model.named_parameters())  # tied weights are named once
         for pattern in self.patterns:
-            found = {id(p) for name, p in named.items() if fits(name, pattern)}
+            found = {id(p) for name, p in named.items() if matches_name(name, pattern)}
             if not found:
-                raise RecipeError(f"method.patterns: {pattern!r} fits no parameter of this model",
-                                  "use parts of their names, such as: " + ", ".join(sorted(
+                raise RecipeError(f"method.patterns: {pattern!r} matches no parameter of this model",
+                                  "use parts of parameter names, such as: " + ", ".join(sorted(
                                       {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in named})[:12]))
-            wanted |= found
-        trained = {name: p for name, p in named.items() if id(p) in wanted}
-        return Full(trained, bool(self.keep_base), of_embeddings(anatomy, trained, self.embedding_rate))
+            trained_ids |= found
+        trained = {name: p for name, p in named.items() if id(p) in trained_ids}
+        return Full(trained, bool(self.keep_base), scale_embedding_lr(structure, trained, self.embedding_lr_multiplier))
 
-    def _modules(self, anatomy: Anatomy) -> Iterable[nn.Module]:
-        blocks = [block.module for block in anatomy.blocks]
-        last = self.last_blocks or 0
-        if last > len(blocks) and self.last is not None:
-            raise RecipeError(f"method.last: {last} blocks, and this model has {len(blocks)}",
+    def _select_modules(self, structure: ModelStructure) -> Iterable[nn.Module]:
+        blocks = [block.module for block in structure.layers]
+        last = self.num_trained_layers or 0
+        if last > len(blocks) and self.num_trainable_layers is not None:
+            raise RecipeError(f"method.num_trainable_layers: {last}, but this model has {len(blocks)} layers",
                               f"use {len(blocks)} or fewer")
         yield from blocks[max(0, len(blocks) - last):]
         if self.layers is not None:
-            yield from _range(blocks, *self.layers)
+            yield from _resolve_range(blocks, *self.layers)
         if self.embeddings:
-            yield anatomy.embedding
+            yield structure.embedding
         if self.head:
-            if anatomy.head is None:
-                raise RecipeError("method.head: this model has no output projection", "leave it out")
-            yield anatomy.head
+            if structure.head is None:
+                raise RecipeError("method.head: this model has no output projection", "omit it")
+            yield structure.head
 
 
-def _range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
+def _resolve_range(blocks: list[nn.Module], first: int, last: int) -> list[nn.Module]:
     count = len(blocks)
     start, end = (place + count if place < 0 else place for place in (first, last))
     if not 0 <= start <= end < count:
-        raise RecipeError(f"method.layers: [{first}, {last}] are not blocks of this model, which has 0 to {count - 1}",
-                          "give the first and the last block to train, in this order")
+        raise RecipeError(f"method.layers: [{first}, {last}] is not a range of this model's layers, 0 to {count - 1}",
+                          "give the first and the last layer to train, in this order")
     return blocks[start:end + 1]
 
 
-def fits(name: str, pattern: str) -> bool:
-    """Whether the pattern is some whole parts of the dotted name, or an expression that fits all of it."""
+def matches_name(name: str, pattern: str) -> bool:
+    """Whether the pattern is a sequence of whole dotted parts of the name, or an expression for all of it."""
     return f".{pattern}." in f".{name}." or re.fullmatch(pattern, name) is not None
-
-
-class LnConfig(Config):
-    """Training the norms alone: their weights, and their biases where they have them."""
-
-    default_rate: ClassVar[float] = 1e-3
-
-    name: Literal["ln"] = "ln"
-    biases: bool = Field(True, description="the norms' biases too, where there are any")
-
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Full:
-        named = {f"{path}.{name}": p for path, norm in norms(anatomy).items() for name, p in norm.named_parameters()
-                 if self.biases or name != "bias"}
-        if not named:
-            raise RecipeError("method ln: the norms of this model have no weights", "use another method: bitfit, lora")
-        return Full(named, keep_base=True)
-
-
-def norms(anatomy: Anatomy) -> dict[str, nn.Module]:
-    """Every norm of the model by its path: those of the blocks, and those outside of them that are of the same make."""
-    inner = {id(norm) for block in anatomy.blocks for norm in block.norms}
-    makes = {type(norm) for block in anatomy.blocks for norm in block.norms}
-    return {name: module for name, module in anatomy.model.named_modules()
-            if id(module) in inner or type(module) in makes}

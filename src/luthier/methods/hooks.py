@@ -1,7 +1,7 @@
-"""How a method enters a model: small functions on the inputs or outputs of the modules that it chose, with one switch.
+"""Forward hooks of a method: functions on the inputs or outputs of selected modules, controlled by one gate.
 
-Every method with parameters of its own is built on this. The base's modules, weights and names stay as they are, so
-several methods can sit on one model, and switching one off leaves the base bit for bit.
+Every method that adds parameters is built on this. The base's modules, weights and names are not
+changed. Several methods can therefore share one model, and a disabled method leaves the base's outputs bit for bit.
 """
 
 from __future__ import annotations
@@ -13,98 +13,103 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.core.adapter_gate import AdapterGate
 from luthier.core.errors import NotMergeable, RunError
-from luthier.core.protocols import Scope, Site
+from luthier.core.protocols import TargetLinear
 
-Change = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
+DeltaFunction = Callable[[Tensor, Tensor], Tensor]  # (input, output) of a module -> new output, of the same shape
 
 
 class Hooks:
-    """The hooks of one attached method. `scope` says whether, where and how strongly they act."""
+    """The hooks of one tuner. `gate` decides whether, on which tokens and how strongly they act."""
 
     def __init__(self) -> None:
-        self.scope = Scope()
+        self.gate = AdapterGate()
         self._handles: list[Any] = []
 
-    def after(self, module: nn.Module, change: Change) -> None:
-        """From now on `module` returns ``change(input, output)``. Where it returns a tuple, its first entry changes.
-        `change` may write into the output."""
+    def modify_output(self, module: nn.Module, change: DeltaFunction) -> None:
+        """Make `module` return ``change(input, output)``; of a tuple the first entry is changed. `change` may modify
+        the output in place."""
 
         def hook(_module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if self.scope.off:
+            if self.gate.disabled_depth:
                 return None
             if isinstance(output, tuple):
-                return self._scoped(change, args[0], output[0]), *output[1:]
-            return self._scoped(change, args[0], output)
+                return self._apply_gated(change, args[0], output[0]), *output[1:]
+            return self._apply_gated(change, args[0], output)
 
         self._handles.append(module.register_forward_hook(hook))
 
-    def before(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
-        """From now on `module` gets ``change(input)``, of the same shape, as its first argument. `change` must not
-        write into its argument."""
+    def modify_input(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        """Pass ``change(input)``, of the same shape, to `module` as its first argument. `change` must not modify its
+        argument in place."""
 
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-            if self.scope.off:
+            if self.gate.disabled_depth:
                 return None
-            return self._scoped(lambda x, _: change(x), args[0], args[0]), *args[1:]
+            return self._apply_gated(lambda x, _: change(x), args[0], args[0]), *args[1:]
 
         self._handles.append(module.register_forward_pre_hook(hook))
 
-    def _scoped(self, change: Change, x: Tensor, y: Tensor) -> Tensor:
-        """``change(x, y)``, as strongly as `scope.weight` says, for the tokens of `scope.part` alone."""
-        scope = self.scope
-        if scope.part is None:
-            return change(x, y) if scope.weight == 1 else y + scope.weight * (change(x, y.clone()) - y)
-        index = scope.part[1]
-        dim = _dimension(scope.part[0], scope.among, y.shape)
-        some = y.index_select(dim, index)
-        new = change(x.index_select(dim, index), some if scope.weight == 1 else some.clone())
-        return y.index_copy(dim, index, new if scope.weight == 1 else some + scope.weight * (new - some))
+    def _apply_gated(self, change: DeltaFunction, x: Tensor, y: Tensor) -> Tensor:
+        """``change(x, y)``, scaled by `gate.scale`, for the tokens of `gate.token_index` only."""
+        gate = self.gate
+        if gate.token_index is None:
+            return change(x, y) if gate.scale == 1 else y + gate.scale * (change(x, y.clone()) - y)
+        index = gate.token_index[1]
+        dim = _find_token_dim(gate.token_index[0], gate.dim_size, y.shape)
+        selected = y.index_select(dim, index)  # [..., selected tokens, D]
+        # `change` may modify its argument in place; a scaled change needs the original too.
+        new = change(x.index_select(dim, index), selected if gate.scale == 1 else selected.clone())
+        return y.index_copy(dim, index, new if gate.scale == 1 else selected + gate.scale * (new - selected))
 
     def disabled(self) -> AbstractContextManager[None]:
-        """While open, nothing is changed. Nests."""
-        return self.scope.disabled()
+        """Disable the hooks while the context is open. Contexts nest."""
+        return self.gate.disabled()
 
     def detach(self) -> None:
-        """Take the hooks away for good."""
+        """Remove the hooks permanently."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
 
 
-def _dimension(dim: int, among: int, shape: torch.Size) -> int:
-    """Which dimension of a hidden state holds the tokens of a row (`dim` 1) or the rows of a batch (0), `among` many:
-    some norms see [1, heads, T, d]. Raises `RunError` where that cannot be told: a mixture sorts tokens by expert."""
-    among = among or shape[dim]
-    fitting = [d for d in ((1, 2) if dim == 1 and len(shape) > 3 else (dim,)) if shape[d] == among]
-    if len(shape) < 3 or len(fitting) != 1:
-        raise RunError(f"a part of the model works on {list(shape)}, where it cannot be told which of {among} tokens "
-                       "or rows are which, so they cannot go through different adapters",
-                       "let the method change other parts, or run each adapter's rows by themselves (bank.using)")
-    return fitting[0]
+def _find_token_dim(dim: int, dim_size: int, shape: torch.Size) -> int:
+    """Which dimension of a hidden state holds the tokens of a row (`dim` 1) or the rows of a batch (`dim` 0).
+
+    The dimension has `dim_size` entries. Some norms see [1, heads, T, d], where tokens are dimension 2. Raises
+    `RunError` where the dimension is ambiguous: a mixture of experts sorts tokens by expert.
+    """
+    dim_size = dim_size or shape[dim]
+    candidates = [d for d in ((1, 2) if dim == 1 and len(shape) > 3 else (dim,)) if shape[d] == dim_size]
+    if len(shape) < 3 or len(candidates) != 1:
+        raise RunError(f"cannot find the {dim_size} tokens or rows in a hidden state of shape {list(shape)}, so they "
+                       "cannot use different adapters",
+                       "select other target modules, or run each adapter's rows separately (manager.use_adapter)")
+    return candidates[0]
 
 
-def refuse_quantized(sites: Iterable[Site]) -> None:
-    """Raises `NotMergeable` where a weight that would be written to is kept in few bits."""
-    if any(site.expand is not None for site in sites):
-        raise NotMergeable("the base is kept in few bits, and a merged weight would be rounded to them",
-                           "merge into the whole base: luthier export RUN --to merged opens it so")
+def refuse_quantized(sites: Iterable[TargetLinear]) -> None:
+    """Raises `NotMergeable` if a weight to be merged into is quantized."""
+    if any(site.dequantize is not None for site in sites):
+        raise NotMergeable("the base is quantized, and a merged weight would be rounded to its few bits",
+                           "merge into the unquantized base: luthier export RUN --to merged loads it")
 
 
 def load_into(parameters: Mapping[str, nn.Parameter], state: Mapping[str, Tensor]) -> None:
-    """Copy `state` into `parameters`, bit for bit. Raises `RunError` for missing, unknown or misshapen entries."""
-    refuse_misfits(parameters, state)
+    """Copy `state` into `parameters`. Raises `RunError` for missing, unexpected or mismatched entries."""
+    check_state_shapes(parameters, state)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(state[name])
 
 
-def refuse_misfits(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    """Raises `RunError` where `state` has not the names and shapes of `wanted`."""
-    missing, unknown = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    misshapen = [f"{name} {list(state[name].shape)} instead of {list(t.shape)}"
-                 for name, t in wanted.items() if name in state and state[name].shape != t.shape]
-    for kind, names in (("missing", missing), ("unknown", unknown), ("misshapen", misshapen)):
+def check_state_shapes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Raises `RunError` unless `state` has exactly the names and shapes of `expected`."""
+    missing, unexpected = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    mismatched = [f"{name} {list(state[name].shape)} instead of {list(t.shape)}"
+                 for name, t in expected.items() if name in state and state[name].shape != t.shape]
+    for kind, names in (("missing", missing), ("unexpected", unexpected), ("mismatched", mismatched)):
         if names:
-            raise RunError(f"the saved weights do not fit this method on this base: {len(names)} {kind}, "
-                           f"the first {names[0]!r}", "use the base and the settings that they were trained with")
+            raise RunError(f"the saved weights do not match this method on this base: {len(names)} {kind}, "
+                           f"the first is {names[0]!r}", "use the base and the settings they were trained with")

@@ -1,17 +1,17 @@
-"""(IA)^3: learned scales on the keys, the values and the inside of the MLP.
+"""(IA)^3: trained scales of the keys, the values and the inner features of the MLP.
 
 Read `full.py`, `hooks.py` and `merging.py` first.
 
-    k <- l_k * k      v <- l_v * v      y = W_down (l_ff * x)          l: one number a feature, starts at 1
+    k <- l_k * k      v <- l_v * v      y = W_down (l_ff * x)          l: one scale per feature, starts at 1
 
-The fewest parameters of the methods that change every block. A scale of a linear map's outputs or inputs is a scale of
-its weight's rows or columns (and of its bias), so it merges exactly.
+Of the methods that change every layer it has the fewest parameters. Scaling a linear map's outputs or inputs is scaling
+its weight's rows or columns (and its bias), so it merges exactly.
 
-Liu et al. 2022 (arXiv:2205.05638), section 3.3. Where q, k and v are one map, the paper's choice scales its k and v
-parts; a map that is named in `targets` is scaled whole, as PEFT does.
+Liu et al. 2022 (arXiv:2205.05638), section 3.3. Where q, k and v are one fused map, `target_modules: paper` scales only
+its k and v parts; a map named in `target_modules` is scaled whole, as in PEFT.
 
-Learning rate 2e-2: a scale is about one in size, and must move by tenths to matter. The paper's 3e-3 is for a thousand
-steps; on the demo's rows 40 steps at 3e-3 and 2e-2 brought the perplexity from 94 to 4.19 and 1.43.
+Learning rate 2e-2: a scale is about one in size and must change by tenths to matter. The paper's 3e-3 is for a thousand
+steps; on the demo's rows 40 steps at 3e-3 and 2e-2 reduced the perplexity from 94 to 4.19 and 1.43.
 """
 
 from __future__ import annotations
@@ -26,137 +26,143 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Anatomy, Site
-from luthier.methods.hooks import Hooks, refuse_misfits, refuse_quantized
-from luthier.methods.lora import PREFIX, chosen, matches
-from luthier.methods.merging import Merging, own
-from luthier.methods.peft_settings import MERGE, ORIGIN, refuse_unread, target_expression
+from luthier.core.protocols import ModelStructure, TargetLinear
+from luthier.methods.adapter_format import PEFT_PREFIX
+from luthier.methods.hooks import Hooks, check_state_shapes, refuse_quantized
+from luthier.methods.merging import MergeableMethod, get_own_parameter
+from luthier.methods.peft_settings import MERGE, ORIGIN, build_target_pattern, refuse_unread
+from luthier.methods.targets import matches_target, select_targets
 
-# Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
-PEFT_READ = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out", "init_ia3_weights"}
+# Fields of PEFT's adapter_config.json that are read, or that do not affect what the saved weights compute.
+PEFT_FIELDS = ORIGIN | {"target_modules", "exclude_modules", "feedforward_modules", "fan_in_fan_out",
+                        "init_ia3_weights"}
 
 
 class Ia3Config(Config):
     """Settings of (IA)^3."""
 
-    default_rate: ClassVar[float] = 2e-2
+    default_learning_rate: ClassVar[float] = 2e-2
 
     name: Literal["ia3"] = "ia3"
-    targets: Literal["paper"] | tuple[str, ...] = Field(
-        "paper", description="maps whose outputs are scaled: k and v as in the paper, or roles, endings, expressions")
-    feedforward: tuple[str, ...] = Field(("down",), description="linear maps whose inputs are scaled instead, likewise")
+    target_modules: Literal["paper"] | tuple[str, ...] = Field(
+        "paper", description="maps whose outputs are scaled: paper (k and v), or roles, suffixes, expressions")
+    feedforward_modules: tuple[str, ...] = Field(
+        ("down",), description="maps whose inputs are scaled: roles, suffixes, expressions")
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> Ia3Config:
-        """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        refuse_unread(adapter, PEFT_READ)
-        selected, inner = target_expression(adapter), adapter.get("feedforward_modules") or []
+        """Settings from PEFT's adapter_config.json. Raises `RunError` for a setting that is not supported."""
+        refuse_unread(adapter, PEFT_FIELDS)
+        selected, inner = build_target_pattern(adapter), adapter.get("feedforward_modules") or []
         if selected is None or adapter["target_modules"] == "all-linear":
-            raise RunError(f"the adapter was made with target_modules={adapter.get('target_modules')!r}, which is not "
-                           "read here", MERGE)
-        # PEFT compares the ends of names, whole parts or not.
+            raise RunError(f"the adapter was made with target_modules={adapter.get('target_modules')!r}, which is "
+                           "not supported", MERGE)
+        # PEFT compares suffixes of names, not only whole dotted parts.
         ends = f"(?:{inner})" if isinstance(inner, str) else rf"(?:.*(?:{'|'.join(map(re.escape, sorted(inner)))}))"
         targets = adapter["target_modules"]
         outer = [] if isinstance(targets, list) and set(targets) <= {*inner} else [f"(?!{ends}$){selected}"]
         if not inner:
-            return cls.parse({"targets": [selected], "feedforward": []})
-        return cls.parse({"targets": outer, "feedforward": [f"(?={ends}$){selected}"]})
+            return cls.parse({"target_modules": [selected], "feedforward_modules": []})
+        return cls.parse({"target_modules": outer, "feedforward_modules": [f"(?={ends}$){selected}"]})
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Ia3:
-        if self.targets == "paper":
-            outer = [site for site in anatomy.sites if site.role in ("k", "v", "qkv")]
-            # Where experts share one tensor, the MLP has no map of its own to scale.
-            inner = [site for site in anatomy.sites if any(matches(site, pattern) for pattern in self.feedforward)]
+    def attach(self, structure: ModelStructure, *, seed: int) -> Ia3:
+        if self.target_modules == "paper":
+            outer = [site for site in structure.linears if site.role in ("k", "v", "qkv")]
+            # Where experts share one tensor, the MLP has no separate map to scale.
+            inner = [site for site in structure.linears
+                     if any(matches_target(site, pattern) for pattern in self.feedforward_modules)]
             if not outer:
-                raise RecipeError("method.targets: no keys and values were found in this model, as maps of their own "
-                                  "or one after another in one map", "name the maps to scale: targets: [ending]")
+                raise RecipeError("method.target_modules: this model has no key and value maps, neither separate "
+                                  "nor fused",
+                                  "name the maps to scale: target_modules: [suffix]")
         else:
-            inner = chosen(anatomy.sites, self.feedforward)
-            outer = [site for site in chosen(anatomy.sites, self.targets) if site not in inner]
-        skip = anatomy.sizes["heads"] * anatomy.sizes["head_dim"]
-        layers = [Layer(site, inputs=False, skip=skip if site.role == "qkv" and self.targets == "paper" else 0)
+            inner = select_targets(structure.linears, self.feedforward_modules)
+            outer = [site for site in select_targets(structure.linears, self.target_modules) if site not in inner]
+        skip = structure.sizes["heads"] * structure.sizes["head_dim"]
+        layers = [Ia3Layer(site, inputs=False,
+                           skip=skip if site.role == "qkv" and self.target_modules == "paper" else 0)
                   for site in outer]
-        return Ia3(layers + [Layer(site, inputs=True) for site in inner], anatomy.task)
+        return Ia3(layers + [Ia3Layer(site, inputs=True) for site in inner], structure.task)
 
 
-class Layer:
-    """The scale of one linear map's outputs, all but the first `skip`, or of its inputs."""
+class Ia3Layer:
+    """The scale of one linear map's inputs, or of its outputs except the first `skip`."""
 
-    def __init__(self, site: Site, inputs: bool, skip: int = 0) -> None:
+    def __init__(self, site: TargetLinear, inputs: bool, skip: int = 0) -> None:
         self.site, self.inputs, self.skip = site, inputs, skip
-        # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
+        # Trained in float32 or wider, whatever the base's dtype: bfloat16 rounds small updates to nothing.
         dtype = torch.promote_types(site.weight.dtype, torch.float32)
-        size = site.inputs if inputs else site.outputs - skip
+        size = site.in_features if inputs else site.out_features - skip
         self.l = nn.Parameter(torch.ones(size, dtype=dtype, device=site.weight.device))
 
-    def scaled(self, x: Tensor) -> Tensor:
-        """x [..., features] scaled, as x + x (l - 1): near one, sixteen bits would round l itself away."""
-        change = (self.l - 1).to(x.dtype)
+    def scale_features(self, x: Tensor) -> Tensor:
+        """x * l, [..., features], computed as x + x (l - 1): bfloat16 would round an l near one to one."""
+        delta = (self.l - 1).to(x.dtype)  # [features - skip]
         if self.skip:
-            change = torch.cat([change.new_zeros(self.skip), change])
-        return torch.addcmul(x, x, change)
+            delta = torch.cat([delta.new_zeros(self.skip), delta])  # [features]
+        return torch.addcmul(x, x, delta)
 
-    def after(self, _x: Tensor, y: Tensor) -> Tensor:
-        return self.scaled(y)
+    def scale_output(self, _x: Tensor, y: Tensor) -> Tensor:
+        return self.scale_features(y)
 
-    def whole(self) -> Tensor:
-        """The scale of every feature, [features]."""
-        found = self.l.detach()
-        return torch.cat([found.new_ones(self.skip), found]) if self.skip else found
+    def expand_scale(self) -> Tensor:
+        """The scale of every feature, [features]; ones for the skipped ones."""
+        scale = self.l.detach()
+        return torch.cat([scale.new_ones(self.skip), scale]) if self.skip else scale
 
-    def saved(self) -> Tensor:
-        """As PEFT keeps it: [1, in] or [out, 1]."""
-        return self.whole()[None] if self.inputs else self.whole()[:, None]
+    def to_peft_shape(self) -> Tensor:
+        """The scale in PEFT's shape, [1, in] or [out, 1]."""
+        return self.expand_scale()[None] if self.inputs else self.expand_scale()[:, None]
 
 
-class Ia3(Merging):
+class Ia3(MergeableMethod):
     """(IA)^3 on a model."""
 
-    def __init__(self, layers: list[Layer], task: str) -> None:
+    def __init__(self, layers: list[Ia3Layer], task: str) -> None:
         super().__init__()
         self.layers, self.task, self.hooks = layers, task, Hooks()
-        self.scope = self.hooks.scope
+        self.gates = (self.hooks.gate,)
         for layer in layers:
             if layer.inputs:
-                self.hooks.before(layer.site.module, layer.scaled)
+                self.hooks.modify_input(layer.site.module, layer.scale_features)
             else:
-                self.hooks.after(layer.site.module, layer.after)
+                self.hooks.modify_output(layer.site.module, layer.scale_output)
 
-    def _named(self) -> dict[str, Layer]:
-        return {f"{PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
+    def _map_layers(self) -> dict[str, Ia3Layer]:
+        return {f"{PEFT_PREFIX}{layer.site.name}.ia3_l": layer for layer in self.layers}
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return {name: layer.l for name, layer in self._named().items()}
+        return {name: layer.l for name, layer in self._map_layers().items()}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         return 1.0
 
-    def merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    def iter_merged(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
         """Weights with their rows or columns scaled, and the biases of scaled outputs."""
         refuse_quantized(layer.site for layer in self.layers)
         for layer in self.layers:
-            site, scale = layer.site, layer.whole()
+            site, scale = layer.site, layer.expand_scale()
             rows = layer.inputs == site.transposed
             weight = site.weight.to(scale.dtype) * (scale[:, None] if rows else scale[None])
             yield site.module, "weight", weight.to(site.weight.dtype)
-            if not layer.inputs and (bias := own(site.module, "bias")) is not None:
+            if not layer.inputs and (bias := get_own_parameter(site.module, "bias")) is not None:
                 yield site.module, "bias", (bias.to(scale.dtype) * scale).to(bias.dtype)
 
     def state(self) -> dict[str, Tensor]:
-        """PEFT's names and shapes; the part of a fused map that is not scaled as ones."""
-        return {name: layer.saved() for name, layer in self._named().items()}
+        """Named and shaped as in PEFT's file; the unscaled part of a fused map is saved as ones."""
+        return {name: layer.to_peft_shape() for name, layer in self._map_layers().items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        refuse_misfits(self.state(), state)
-        for name, layer in self._named().items():
+        check_state_shapes(self.state(), state)
+        for name, layer in self._map_layers().items():
             if not bool((state[name].flatten()[:layer.skip] == 1).all()):
-                raise RunError(f"the saved scales of {layer.site.name!r} change its queries too, as the paper's do not",
-                               "name the map to have it scaled whole: method.targets")
-        for name, layer in self._named().items():
+                raise RunError(f"the saved scales of {layer.site.name!r} also scale its queries, unlike the paper's",
+                               "name the map in method.target_modules to scale it whole")
+        for name, layer in self._map_layers().items():
             layer.l.copy_(state[name].flatten()[layer.skip:])
 
-    def peft(self) -> dict[str, Any] | None:
+    def get_peft_config(self) -> dict[str, Any] | None:
         return {
             "peft_type": "IA3", "task_type": self.task, "target_modules": sorted({la.site.name for la in self.layers}),
             "feedforward_modules": sorted({layer.site.name for layer in self.layers if layer.inputs}),

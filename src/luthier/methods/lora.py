@@ -1,26 +1,25 @@
-"""LoRA and its variants: a change of low rank beside each frozen linear map. Read `full.py` and `hooks.py` first.
+"""LoRA and its variants: a low-rank update of each frozen linear map. Read `full.py` and `hooks.py` first.
 
     y = W x + s B A x          A: [R, in]   B: [out, R]   s = alpha / R   (rsLoRA: alpha / sqrt R)
 
-B starts at zero, so the model starts as the base. Variants, each a few lines below:
+B is initialized to zero, so the model starts as the base. Variants, each a few lines below:
 
-    DoRA    y = m / |W + s B A| * (W x + s B A x), the norm of each output row, without a gradient; m starts as |W|
-    PiSSA   A and B start as the largest singular directions A0, B0 of W, and y = W x + s (B A - B0 A0) x, so that the
-            model still starts as the base, and the base's weights are never touched
-    LoRA+   B learns at a multiple of A's rate
-    rsLoRA  keeps the size of the change when the rank grows
+    DoRA    y = m / |W + s B A| * (W x + s B A x); |.| is each output row's norm, without a gradient; m starts as |W|
+    PiSSA   A and B start as the largest singular directions A0, B0 of W, and y = W x + s (B A - B0 A0) x. The model
+            still starts as the base, and the base's weights are not changed
+    LoRA+   B is trained with a multiple of A's learning rate
+    rsLoRA  keeps the size of the update when the rank grows
 
 Papers: LoRA, Hu et al. 2021 (arXiv:2106.09685) eq. 3; rsLoRA, Kalajdzievski 2023 (2312.03732) section 3; DoRA, Liu et
 al. 2024 (2402.09353) eqs. 5, 11; PiSSA, Meng et al. 2024 (2404.02948) eqs. 2-4; LoRA+, Hayou et al. 2024 (2402.12354).
 
-Learning rate 5e-4: A's product with a B that starts at zero moves the weights slowly, so LoRA wants ten to thirty times
-full fine-tuning's rate, whatever its rank. On the demo's rows 40 steps at 2e-4, 5e-4 and 1e-3 brought the perplexity
-from 94 to 4.95, 1.66 and 1.47: small models (below a billion parameters) take 1e-3 and more, large ones often 2e-4.
+Learning rate 5e-4: B starts at zero, so the product B A changes slowly, and LoRA needs 10 to 30 times full
+fine-tuning's rate, whatever its rank. On the demo's rows 40 steps at 2e-4, 5e-4 and 1e-3 reduced the perplexity from 94
+to 4.95, 1.66 and 1.47. Small models (below a billion parameters) work with 1e-3 and more, large ones often with 2e-4.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -32,195 +31,213 @@ from torch import Tensor, nn
 
 from luthier.core.config import Config
 from luthier.core.errors import RecipeError, RunError
-from luthier.core.protocols import Anatomy, Site
-from luthier.methods.experts import ExpertLayer, chosen_experts, expert_layers, named
-from luthier.methods.hooks import Hooks, load_into, refuse_misfits, refuse_quantized
+from luthier.core.expert_layers import ExpertLinears
+from luthier.core.protocols import ModelStructure, TargetLinear
+from luthier.methods.adapter_format import PEFT_PREFIX
+from luthier.methods.expert_lora import ExpertLayer
+from luthier.methods.hooks import Hooks, check_state_shapes, load_into, refuse_quantized
 from luthier.methods.peft_settings import (
     MERGE,
     ORIGIN,
     SELECTION,
-    pattern_expression,
+    build_key_pattern,
+    build_target_pattern,
+    format_unsupported,
     refuse_unread,
-    short_names,
-    target_expression,
-    unread,
+    shorten_names,
 )
+from luthier.methods.targets import is_target, matches_pattern, matches_target, select_experts, select_targets
 
-PREFIX = "base_model.model."  # PEFT's files put this before a module's path
-# Fields of PEFT's adapter_config.json that are read, or that change nothing in what the saved weights compute.
-PEFT_READ = ORIGIN | SELECTION | {
+# Fields of PEFT's adapter_config.json that are read, or that do not affect what the saved weights compute.
+PEFT_FIELDS = ORIGIN | SELECTION | {
     "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "bias", "fan_in_fan_out", "init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "megatron_core", "qalora_group_size", "target_parameters",
 }
-PEFT_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-GENERATES = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks whose models are loaded as what they were trained as
-PEFT_DEFAULT = 8  # of r and of lora_alpha, which files of other tools leave out
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+GENERATIVE_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")  # tasks whose models are saved and loaded with the same class
+PEFT_DEFAULT = 8  # of r and lora_alpha, which other tools may omit from the file
 
 
 class LoraConfig(Config):
     """Settings of LoRA, rsLoRA, DoRA, LoRA+ and PiSSA."""
 
-    default_rate: ClassVar[float] = 5e-4
+    default_learning_rate: ClassVar[float] = 5e-4
 
     name: Literal["lora"] = "lora"
-    rank: int = Field(8, ge=1, description="rank R of the change; more holds more, costs more")
-    alpha: float = Field(16.0, gt=0, description="the change is scaled by alpha / rank")
-    targets: Literal["all-linear"] | tuple[str, ...] = Field(
-        "all-linear", description="roles (q, k, v, o, gate, up, down, experts), endings of names, regular expressions")
+    rank: int = Field(8, ge=1, description="rank R of the update; a larger rank has more parameters")
+    alpha: float = Field(16.0, gt=0, description="the update is scaled by alpha / rank")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="roles (q, k, v, o, gate, up, down, experts), suffixes of module names, or regular "
+                                  "expressions")
     dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the input of A")
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead")
-    dora: bool = Field(False, description="learn each output row's length apart from its direction")
-    init: Literal["default", "gaussian", "pissa"] = Field("default", description="how A starts (with B zero), or PiSSA")
-    plus: float = Field(1.0, gt=0, description="LoRA+: factor on B's learning rate; 16 in the paper")
-    rank_pattern: dict[str, int] = Field({}, description="other ranks: role, ending or expression -> rank")
-    alpha_pattern: dict[str, float] = Field({}, description="other alphas, likewise")
+    use_rslora: bool = Field(False, description="rsLoRA: scale by alpha / sqrt(rank) instead")
+    use_dora: bool = Field(False, description="DoRA: train each output row's magnitude separately from its direction")
+    init_lora_weights: Literal["default", "gaussian", "pissa"] = Field(
+        "default", description="initialization of A (B is zero), or PiSSA")
+    loraplus_lr_ratio: float = Field(1.0, gt=0, description="LoRA+: factor on B's learning rate; the paper uses 16")
+    rank_pattern: dict[str, int] = Field({}, description="exceptions from `rank`: role, suffix or expression -> rank")
+    alpha_pattern: dict[str, float] = Field({}, description="exceptions from `alpha`, with the same keys")
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> LoraConfig:
-        """The settings that PEFT's adapter_config.json describes. Raises `RunError` for what is not read here."""
-        refuse_unread(adapter, PEFT_READ)
+        """Settings from PEFT's adapter_config.json. Raises `RunError` for a setting that is not supported."""
+        refuse_unread(adapter, PEFT_FIELDS)
         if adapter.get("bias", "none") != "none":
-            raise unread("bias", adapter["bias"])
+            raise format_unsupported("bias", adapter["bias"])
         refuse_moved_base(adapter)
         targets = adapter.get("target_modules")
-        selected = "all-linear" if targets == "all-linear" else target_expression(adapter)
+        selected = "all-linear" if targets == "all-linear" else build_target_pattern(adapter)
         parameters = list(adapter.get("target_parameters") or ())
         if selected is None and not parameters:
-            raise RunError("adapter_config.json names no target_modules, so nobody knows what was trained",
-                           "save the adapter again with the PEFT that made it")
+            raise RunError("adapter_config.json has no target_modules, so the trained modules are unknown",
+                           "save the adapter again with the PEFT version that made it")
         return cls.parse({
             "rank": adapter.get("r", PEFT_DEFAULT), "alpha": adapter.get("lora_alpha", PEFT_DEFAULT),
             "dropout": adapter.get("lora_dropout") or 0.0,
-            "targets": selected if selected == "all-linear" and not parameters else
+            "target_modules": selected if selected == "all-linear" and not parameters else
             [*([] if selected is None else [selected]), *parameters],
-            "rslora": adapter.get("use_rslora") or False, "dora": adapter.get("use_dora") or False,
-            "rank_pattern": {pattern_expression(key): r for key, r in (adapter.get("rank_pattern") or {}).items()},
-            "alpha_pattern": {pattern_expression(key): a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
+            "use_rslora": adapter.get("use_rslora") or False, "use_dora": adapter.get("use_dora") or False,
+            "rank_pattern": {build_key_pattern(key): r for key, r in (adapter.get("rank_pattern") or {}).items()},
+            "alpha_pattern": {build_key_pattern(key): a for key, a in (adapter.get("alpha_pattern") or {}).items()}})
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Lora:
-        experts = chosen_experts(anatomy.experts, self.targets)
-        rest = [target for target in self.targets if not any(named(target, e) for e in experts)]
-        sites = chosen(anatomy.sites, self.targets if self.targets == "all-linear" else tuple(rest))
+    def attach(self, structure: ModelStructure, *, seed: int) -> Lora:
+        experts = select_experts(structure.experts, self.target_modules)
+        linear_targets = [target for target in self.target_modules if not any(is_target(target, e) for e in experts)]
+        sites = select_targets(
+            structure.linears, self.target_modules if self.target_modules == "all-linear" else tuple(linear_targets))
         generator = torch.Generator().manual_seed(seed)
-        layers = [Layer(site, self, generator) for site in sites]
-        # Models of other tasks get heads whose maps may have the names of these.
-        every = [name for name, _ in anatomy.model.named_modules()] if anatomy.task in GENERATES else None
-        return Lora(self, [*layers, *expert_layers(experts, self, generator)], anatomy.task, every)
+        layers = [LoraLayer(site, self, generator) for site in sites]
+        # Models of other tasks get heads, and the maps of a head may have the same names.
+        module_names = [name for name,
+                        _ in structure.model.named_modules()] if structure.task in GENERATIVE_TASKS else None
+        return Lora(self, [*layers, *self._build_expert_layers(experts, generator)], structure.task, module_names)
+
+    def compute_scale(self, rank: int, alpha: float) -> float:
+        """s."""
+        return alpha / (rank ** 0.5 if self.use_rslora else rank)
+
+    def _build_expert_layers(self, experts: Sequence[ExpertLinears], generator: torch.Generator) -> list[ExpertLayer]:
+        """Raises `RecipeError` for the variants that have no form for experts."""
+        unsupported = [setting for setting, is_used in (
+            ("use_dora", self.use_dora), ("dropout", self.dropout > 0),
+            ("init_lora_weights: pissa", self.init_lora_weights == "pissa"),
+            ("rank_pattern", any(matches_pattern(key, e) for key in self.rank_pattern for e in experts)),
+            ("alpha_pattern", any(matches_pattern(key, e) for key in self.alpha_pattern for e in experts))) if is_used]
+        if experts and unsupported:
+            raise RecipeError(f"method.target_modules names experts, which do not support {unsupported[0]}",
+                              f"omit {unsupported[0]}, or the experts")
+        modules = [e.name.rpartition(".")[0] for e in experts]
+        # PEFT nests one wrapper for each parameter of a module; the last one is the outermost.
+        return [ExpertLayer(e, self.rank, self.compute_scale(self.rank, self.alpha),
+                            self.init_lora_weights == "gaussian", generator, modules[i + 1:].count(modules[i]))
+                for i, e in enumerate(experts)]
 
 
 def refuse_moved_base(adapter: Mapping[str, Any]) -> None:
-    """Raises `RunError` for a start that changes the base: A and B fit that changed base alone."""
-    if str(adapter.get("init_lora_weights")).startswith(PEFT_MOVES_BASE):
+    """Raises `RunError` for an initialization that changes the base: A and B fit only the changed base."""
+    if str(adapter.get("init_lora_weights")).startswith(BASE_CHANGING_INITS):
         raise RunError(f"the adapter was made with init_lora_weights={adapter['init_lora_weights']!r}, which is not "
                        "read here: its weights fit a base that PEFT changed at the start",
                        "let PEFT convert it to a plain LoRA (save_pretrained with "
                        "path_initial_model_for_weight_conversion), or " + MERGE)
 
 
-def matches(site: Site, pattern: str) -> bool:
-    """Whether `pattern` names the site: its role, the end of its path, or an expression that fits the whole path."""
-    return (pattern == site.role or site.name == pattern or site.name.endswith("." + pattern)
-            or re.fullmatch(pattern, site.name) is not None)
+class LoraLayer:
+    """The update of one linear map."""
 
-
-def chosen(sites: tuple[Site, ...], targets: str | tuple[str, ...]) -> list[Site]:
-    """The sites that `targets` names. A target that matches nothing is an error."""
-    if targets == "all-linear":
-        return [site for site in sites if site.role != "router"]
-    assert not isinstance(targets, str)
-    for target in targets:
-        if not any(matches(site, target) for site in sites):
-            roles = sorted({site.role for site in sites} | {site.name.rsplit(".", 1)[-1] for site in sites})
-            raise RecipeError(f"method.targets: {target!r} matches no linear map of this model",
-                              f"use all-linear, or some of: {', '.join(roles)}")
-    return [site for site in sites if any(matches(site, target) for target in targets)]
-
-
-class Layer:
-    """The change beside one linear map."""
-
-    def __init__(self, site: Site, config: LoraConfig, generator: torch.Generator) -> None:
+    def __init__(self, site: TargetLinear, config: LoraConfig, generator: torch.Generator) -> None:
         self.site, self.p, self.path = site, config.dropout, site.name
-        self.rank = next((r for k, r in config.rank_pattern.items() if matches(site, k)), config.rank)
-        alpha = next((a for k, a in config.alpha_pattern.items() if matches(site, k)), config.alpha)
-        self.scale = alpha / (self.rank ** 0.5 if config.rslora else self.rank)
+        self.rank = next((r for k, r in config.rank_pattern.items() if matches_target(site, k)), config.rank)
+        alpha = next((a for k, a in config.alpha_pattern.items() if matches_target(site, k)), config.alpha)
+        self.scale = config.compute_scale(self.rank, alpha)
         weight = site.weight
-        # Trained in float32 (or wider) whatever the base is kept in: small updates vanish in sixteen bits.
+        # Trained in float32 or wider, whatever the base's dtype: bfloat16 rounds small updates to nothing.
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        a, b = (half.to(weight.device, dtype) for half in self._start(config.init, generator))
+        a, b = (factor.to(weight.device, dtype) for factor in self._init_factors(config.init_lora_weights, generator))
         self.a, self.b = nn.Parameter(a), nn.Parameter(b)
-        self.start = (self.a.detach().clone(), self.b.detach().clone()) if config.init == "pissa" else None
-        self.length = self._norms().sqrt() if config.dora else None  # |W| of each output row
-        self.m = nn.Parameter(self.length.clone()) if self.length is not None else None
+        is_pissa = config.init_lora_weights == "pissa"
+        self.initial_factors = (self.a.detach().clone(), self.b.detach().clone()) if is_pissa else None  # A0, B0
+        # [out] |W| of each output row
+        self.initial_norm = self._compute_squared_norms().sqrt() if config.use_dora else None
+        self.magnitude = nn.Parameter(self.initial_norm.clone()) if self.initial_norm is not None else None
 
-    def _start(self, init: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        shape = (self.rank, self.site.inputs)
+    def _init_factors(self, init: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        shape = (self.rank, self.site.in_features)
         if init == "pissa":
-            u, s, v = torch.linalg.svd(self.matrix().float(), full_matrices=False)
-            root = (s[:self.rank] / self.scale).sqrt()
+            u, s, v = torch.linalg.svd(self.base_weight().float(), full_matrices=False)  # [out, r], [r], [r, in]
+            root = (s[:self.rank] / self.scale).sqrt()  # [R]
             return root[:, None] * v[:self.rank], u[:, :self.rank] * root
         if init == "gaussian":
             a = torch.randn(shape, generator=generator) / self.rank
-        else:  # Kaiming's uniform with a = sqrt 5, as in the paper's code
-            a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.inputs ** 0.5
-        return a, torch.zeros(self.site.outputs, self.rank)
+        else:  # Kaiming uniform with a = sqrt 5, as in the paper's code
+            a = (torch.rand(shape, generator=generator) * 2 - 1) / self.site.in_features ** 0.5
+        return a, torch.zeros(self.site.out_features, self.rank)
 
-    def enter(self, hooks: Hooks) -> None:
-        hooks.after(self.site.module, self.change)
+    def register_hooks(self, hooks: Hooks) -> None:
+        hooks.modify_output(self.site.module, self.delta)
 
-    def matrix(self) -> Tensor:
+    def base_weight(self) -> Tensor:
         """The frozen W, [out, in]."""
-        return self.site.matrix()
+        return self.site.base_weight()
 
-    def change(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [..., out] with the change added, from x [..., in]."""
+    def delta(self, x: Tensor, y: Tensor) -> Tensor:
+        """y [..., out] plus the update of x [..., in]."""
         if self.p:
             x = F.dropout(x, self.p, self.site.module.training)
-        a, b = self.factors()
-        low = F.linear(x, a.to(x.dtype))
-        # Mixed precision turns products to sixteen bits by itself, but nothing that is written where it stands.
-        moved = add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)
-        if self.m is None or self.length is None:
-            return moved
-        # The bias stands outside of the weight's length.
+        a, b = self.get_factors()
+        low = F.linear(x, a.to(x.dtype))  # [..., R]
+        # Autocast does not cast the arguments of in-place operations, so they are cast here.
+        updated = add_product(y, low.to(y.dtype), b.to(y.dtype), self.scale)  # [..., out]
+        if self.magnitude is None or self.initial_norm is None:
+            return updated
+        # The bias is not part of the weight's norm.
         bias: Any = self.site.module.bias
-        stretch = (self.m / self.lengths()).to(y.dtype)
-        return moved * stretch if bias is None else (moved - bias) * stretch + bias
+        ratio = (self.magnitude / self.compute_weight_norm()).to(y.dtype)  # [out]
+        return updated * ratio if bias is None else (updated - bias) * ratio + bias
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """The A and B whose product is the change; PiSSA's start is taken away by a second half."""
-        if self.start is None:
+    def get_factors(self) -> tuple[Tensor, Tensor]:
+        """A [R, in] and B [out, R] whose product is the update. PiSSA subtracts B0 A0, so its factors have rank 2 R."""
+        if self.initial_factors is None:
             return self.a, self.b
-        return torch.cat([self.a, self.start[0]]), torch.cat([self.b, -self.start[1]], dim=1)
+        return torch.cat([self.a, self.initial_factors[0]]), torch.cat([self.b, -self.initial_factors[1]], dim=1)
 
     @torch.no_grad()
-    def lengths(self) -> Tensor:
+    def compute_weight_norm(self) -> Tensor:
         """|W + s B A| of each output row, [out]."""
-        assert self.length is not None
-        a, b = self.factors()
-        cross = (self.matrix().to(a.dtype) @ a.T * b).sum(1)
-        own = (b @ (a @ a.T) * b).sum(1)
-        return (self.length ** 2 + 2 * self.scale * cross + self.scale ** 2 * own).clamp_min(0).sqrt()
+        assert self.initial_norm is not None
+        a, b = self.get_factors()
+        # |W + s B A|^2 = |W|^2 + 2 s <W, B A> + s^2 |B A|^2, without forming the [out, in] product B A.
+        cross = (self.base_weight().to(a.dtype) @ a.T * b).sum(1)  # [out]
+        own = (b @ (a @ a.T) * b).sum(1)  # [out]
+        return (self.initial_norm ** 2 + 2 * self.scale * cross + self.scale ** 2 * own).clamp_min(0).sqrt()
 
-    def _norms(self) -> Tensor:
-        weight = self.matrix()
+    def _compute_squared_norms(self) -> Tensor:
+        weight = self.base_weight()
         return weight.to(torch.promote_types(weight.dtype, torch.float32)).square().sum(1)
 
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """The weight, as the module keeps it, that gives the same outputs alone."""
-        a, b = self.factors()
-        weight = self.matrix().to(a.dtype) + self.scale * (b @ a)
-        if self.m is not None:
-            weight = weight * (self.m / self.lengths())[:, None]
+    def compute_merged_weight(self) -> Tensor:
+        """The merged weight, in the layout of the module's own."""
+        a, b = self.get_factors()
+        weight = self.base_weight().to(a.dtype) + self.scale * (b @ a)  # [out, in]
+        if self.magnitude is not None:
+            weight = weight * (self.magnitude / self.compute_weight_norm())[:, None]
         return (weight.T if self.site.transposed else weight).to(self.site.weight.dtype)
 
 
 def add_product(y: Tensor, low: Tensor, b: Tensor, scale: float) -> Tensor:
-    """y + scale * low b^T, in one matrix product. A single row is added to where it stands: a linear map's gradient
-    does not need its output, and the copy would cost as much as a norm."""
-    # Copied, [R, out] row by row: the gradient of `low` is then twice as fast as by [out, R].
+    """y + scale * low b^T in one matrix product.
+
+    A packed row is updated in place: a linear map's gradient does not need its output, and a copy would cost as much as
+    a norm.
+
+    Args:
+        y: [..., out]
+        low: [..., R]
+        b: [out, R]
+    """
+    # A contiguous [R, out] makes the backward pass of `low` twice as fast as the transposed [out, R].
     b = b.T.contiguous()
     if y.ndim == 3 and y.shape[0] == 1:
         return y.baddbmm_(low, b[None], alpha=scale)
@@ -231,34 +248,34 @@ class Lora:
     """LoRA on a model.
 
     Args:
-        every: paths of all modules of the model, among which the saved `target_modules` name those of `layers`; left
-            out: they are named by their whole paths.
+        module_names: paths of all modules of the model, used to shorten the saved `target_modules`; None: whole paths
+            are saved.
     """
 
-    at_update = None
+    optimizer_hooks = ()
 
-    def __init__(self, config: LoraConfig, layers: Sequence[Layer | ExpertLayer], task: str = "CAUSAL_LM",
-                 every: Sequence[str] | None = None) -> None:
+    def __init__(self, config: LoraConfig, layers: Sequence[LoraLayer | ExpertLayer], task: str = "CAUSAL_LM",
+                 module_names: Sequence[str] | None = None) -> None:
         self.config, self.layers, self.task, self.hooks = config, layers, task, Hooks()
-        paths = [layer.site.name for layer in layers if isinstance(layer, Layer)]
-        self._targets = sorted(set(paths)) if every is None else short_names(paths, every)
-        self.scope = self.hooks.scope
+        paths = [layer.site.name for layer in layers if isinstance(layer, LoraLayer)]
+        self._targets = sorted(set(paths)) if module_names is None else shorten_names(paths, module_names)
+        self.gates = (self.hooks.gate,)
         self._originals: list[Tensor] = []
         for layer in layers:
-            layer.enter(self.hooks)
+            layer.register_hooks(self.hooks)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        found = {}
+        parameters = {}
         for layer in self.layers:
-            path = PREFIX + layer.path
-            found[f"{path}.lora_A.weight"] = layer.a
-            found[f"{path}.lora_B.weight"] = layer.b
-            if layer.m is not None:
-                found[f"{path}.lora_magnitude_vector"] = layer.m
-        return found
+            path = PEFT_PREFIX + layer.path
+            parameters[f"{path}.lora_A.weight"] = layer.a
+            parameters[f"{path}.lora_B.weight"] = layer.b
+            if layer.magnitude is not None:
+                parameters[f"{path}.lora_magnitude_vector"] = layer.magnitude
+        return parameters
 
-    def rate(self, name: str) -> float:
-        return self.config.plus if name.endswith("lora_B.weight") else 1.0
+    def lr_multiplier(self, name: str) -> float:
+        return self.config.loraplus_lr_ratio if name.endswith("lora_B.weight") else 1.0
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -276,11 +293,11 @@ class Lora:
     @torch.no_grad()
     def merge(self) -> None:
         assert not self._originals, "merged already"
-        refuse_quantized(layer.site for layer in self.layers if isinstance(layer, Layer))
+        refuse_quantized(layer.site for layer in self.layers if isinstance(layer, LoraLayer))
         for layer in self.layers:
             self._originals.append(layer.site.weight.detach().clone())
-            layer.site.weight.copy_(layer.merged())
-        self.hooks.scope.off += 1
+            layer.site.weight.copy_(layer.compute_merged_weight())
+        self.hooks.gate.disabled_depth += 1
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -288,49 +305,49 @@ class Lora:
         for layer, weight in zip(self.layers, self._originals, strict=True):
             layer.site.weight.copy_(weight)
         self._originals.clear()
-        self.hooks.scope.off -= 1
+        self.hooks.gate.disabled_depth -= 1
 
     def state(self) -> dict[str, Tensor]:
-        """PEFT's names and shapes; a PiSSA change is written as an ordinary LoRA of twice the rank on the same base."""
+        """Named and shaped as in PEFT's file. A PiSSA update is saved as a LoRA of twice the rank on the same base."""
         state = {name: parameter.detach() for name, parameter in self.parameters().items()}
         for layer in self.layers:
-            if layer.start is not None:
-                a, b = layer.factors()
-                path = PREFIX + layer.path
+            if layer.initial_factors is not None:
+                a, b = layer.get_factors()
+                path = PEFT_PREFIX + layer.path
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a.detach(), b.detach()
         return state
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        refuse_misfits(self.state(), state)
+        check_state_shapes(self.state(), state)
         state = dict(state)
         for layer in self.layers:
-            if layer.start is not None:
-                path = PREFIX + layer.path
+            if layer.initial_factors is not None:
+                path = PEFT_PREFIX + layer.path
                 a, b = state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"]
-                layer.start = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
+                layer.initial_factors = (a[layer.rank:].to(layer.a), -b[:, layer.rank:].to(layer.b))
                 state[f"{path}.lora_A.weight"], state[f"{path}.lora_B.weight"] = a[:layer.rank], b[:, :layer.rank]
         load_into(self.parameters(), state)
 
-    def peft(self) -> dict[str, Any] | None:
-        twice = 2 if self.config.init == "pissa" else 1
-        stretch = twice ** 0.5 if self.config.rslora else twice
-        linear = [layer for layer in self.layers if isinstance(layer, Layer)]
+    def get_peft_config(self) -> dict[str, Any] | None:
+        rank_factor = 2 if self.config.init_lora_weights == "pissa" else 1
+        alpha_factor = rank_factor ** 0.5 if self.config.use_rslora else rank_factor
+        linear = [layer for layer in self.layers if isinstance(layer, LoraLayer)]
         experts = sorted(layer.site.name for layer in self.layers if isinstance(layer, ExpertLayer))
         return {
-            "peft_type": "LORA", "task_type": self.task, "r": self.config.rank * twice,
-            "lora_alpha": self.config.alpha * stretch, "lora_dropout": self.config.dropout,
+            "peft_type": "LORA", "task_type": self.task, "r": self.config.rank * rank_factor,
+            "lora_alpha": self.config.alpha * alpha_factor, "lora_dropout": self.config.dropout,
             "target_modules": self._targets,
             **({"target_parameters": experts} if experts else {}),
-            "use_rslora": self.config.rslora, "use_dora": self.config.dora, "bias": "none",
+            "use_rslora": self.config.use_rslora, "use_dora": self.config.use_dora, "bias": "none",
             "fan_in_fan_out": any(layer.site.transposed for layer in linear),
-            "rank_pattern": {la.site.name: la.rank * twice for la in self.layers if la.rank != self.config.rank},
-            "alpha_pattern": self._alphas(stretch), "init_lora_weights": True, "inference_mode": True,
+            "rank_pattern": {la.site.name: la.rank * rank_factor for la in self.layers if la.rank != self.config.rank},
+            "alpha_pattern": self._build_alpha_pattern(alpha_factor), "init_lora_weights": True, "inference_mode": True,
         }
 
-    def _alphas(self, stretch: float) -> dict[str, float]:
-        found = {}
+    def _build_alpha_pattern(self, alpha_factor: float) -> dict[str, float]:
+        pattern = {}
         for layer in self.layers:
-            alpha = layer.scale * (layer.rank ** 0.5 if self.config.rslora else layer.rank)
+            alpha = layer.scale * (layer.rank ** 0.5 if self.config.use_rslora else layer.rank)
             if alpha != self.config.alpha:
-                found[layer.site.name] = alpha * stretch
-        return found
+                pattern[layer.site.name] = alpha * alpha_factor
+        return pattern

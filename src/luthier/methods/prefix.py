@@ -1,20 +1,21 @@
-"""Prefix tuning: N more keys and values before every text in every layer, which train. Read `ptuning.py` first.
+"""Prefix tuning: N trained keys and values before every text in every layer. Read `ptuning.py` first.
 
-    an attention:  softmax(q [P_k; K]^T) [P_v; V]          P_k, P_v: [G, N, d] for each, trained
+    attention:  softmax(q [P_k; K]^T) [P_v; V]          P_k, P_v: [G, N, d] per layer, trained
 
-Li and Liang 2021 (arXiv:2101.00190), section 4. Keys enter as they are, after the rotation of positions, and every
-token of a text sees all of them, in layers with a sliding window too; the text's positions move on by N. An encoder
-with a decoder has three attentions, each with pairs of its own: what is called a layer below is one attention.
+Shapes: G key heads, N virtual tokens, d head size. Li and Liang 2021 (arXiv:2101.00190), section 4. Keys are added
+after rotary position encoding, and every token of a text attends to all of them, in sliding-window layers too. The
+text's positions are shifted by N. An encoder-decoder has three kinds of attention, each with its own pairs; "layer"
+below means one attention.
 
-They start as the keys and values that the base itself computes for N words (section 7.4: real words start better than
-random numbers do). `projection: true` makes them by an MLP, the paper's re-parameterisation (section 4.3), as a change
-of that start; it is folded away on saving, as `ptuning.py` says.
+The pairs are initialized with the keys and values that the base computes for N tokens (section 7.4: better than random
+numbers). `prefix_projection: true` computes their change by an MLP, the paper's reparameterization (section 4.3); only
+its result is saved, as in `ptuning.py`.
 
-Learning rate 0.02, in units of what stands there: `rate` is the root mean square of the words' keys (or values) in that
-layer, since Adam moves every entry by about the rate at each step. Values are often ten times as small as keys, and
-deep layers' are larger than early ones': one absolute rate would be wrong for most of them. A fiftieth of their size a
-step lets them go far within a hundred steps. The MLP's weights have no such units; at 0.05 of the rate (1e-3) they
-train as any small network. On the demo's rows 40 plain steps brought the held-out loss from 4.54 to 0.53.
+Learning rate 0.02, relative to the pairs: `lr_multiplier` is the root mean square of the initial keys (or values) of
+that layer, since Adam moves every entry by about the learning rate at each step. Values are often ten times smaller
+than keys, and deep layers' are larger, so one absolute rate would fit few of them. The MLP's weights are trained at
+0.05 of the rate (1e-3), as usual for small networks. On the demo's rows 40 steps reduced the held-out loss from 4.54 to
+0.53.
 """
 
 from __future__ import annotations
@@ -27,102 +28,105 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from luthier.core.errors import BaseError, RunError
-from luthier.core.protocols import Anatomy
-from luthier.methods.hooks import refuse_misfits
+from luthier.core.protocols import ModelStructure
+from luthier.methods.hooks import check_state_shapes
 from luthier.methods.prompt import (
     EMBEDDINGS,
-    Standing,
-    Words,
-    noise,
-    peft_form,
-    ports_of,
-    rms,
-    saved_form,
-    starting,
-    wide,
+    VirtualTokenConfig,
+    VirtualTokenMethod,
+    build_peft_config,
+    build_saved_config,
+    choose_init_tokens,
+    compute_rms,
+    draw_normal,
+    get_injector,
+    to_trainable_dtype,
 )
-from luthier.methods.ptuning import Folding, seeded
+from luthier.methods.ptuning import ReparameterizedPrompt, draw_with_seed
 
-NETWORK = 0.05  # factor on the learning rate for the weights of the MLP
+ENCODER_LR_MULTIPLIER = 0.05  # of the MLP's weights
 
 
-class PrefixConfig(Words):
+class PrefixConfig(VirtualTokenConfig):
     """Settings of prefix tuning."""
 
-    default_rate: ClassVar[float] = 0.02
+    default_learning_rate: ClassVar[float] = 0.02
 
     name: Literal["prefix"] = "prefix"
-    projection: bool = Field(False, description="train an MLP that makes the prefix, and fold it away on saving")
-    hidden: int | None = Field(None, ge=1, description="width of that MLP; left out: the base's own")
+    prefix_projection: bool = Field(False, description="train an MLP that computes the prefix; only its result is "
+                                                       "saved")
+    encoder_hidden_size: int | None = Field(None, ge=1, description="width of that MLP; default: the base's hidden "
+                                                                    "size")
 
     @model_validator(mode="after")
-    def _used(self) -> Self:
-        if self.hidden is not None and not self.projection:
-            raise ValueError("hidden is the width of the MLP, and there is none: set projection: true")
+    def _check_projection(self) -> Self:
+        if self.encoder_hidden_size is not None and not self.prefix_projection:
+            raise ValueError("encoder_hidden_size is the width of the MLP: set prefix_projection: true")
         return self
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> PrefixConfig:
-        """The settings that PEFT's adapter_config.json describes; its file holds keys and values alone. Raises
-        `RunError` for one of an encoder-decoder, which is another method."""
+        """Settings from PEFT's adapter_config.json; its file holds only keys and values. Raises `RunError` for a prefix
+        of an encoder-decoder, which PEFT computes differently."""
         if adapter.get("task_type") == "SEQ_2_SEQ_LM":
-            raise RunError("this is PEFT's prefix of an encoder-decoder: it acts on the decoder's own attention alone, "
-                           "and its layers share keys and values, which no method here does",
-                           "use it with PEFT, or train a prefix here, which acts on all three attentions")
-        return cls(tokens=adapter["num_virtual_tokens"])
+            raise RunError("this is PEFT's prefix of an encoder-decoder: it changes only the decoder's self-attention, "
+                           "with shared keys and values, which Luthier does not support",
+                           "use it with PEFT, or train a prefix with Luthier, which changes all three attentions")
+        return cls(num_virtual_tokens=adapter["num_virtual_tokens"])
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> Prefix | ProjectedPrefix:
-        start, scale = starting_pairs(anatomy, self, seed)
-        if not self.projection:
-            return Prefix(anatomy, self, start, scale)
+    def attach(self, structure: ModelStructure, *, seed: int) -> Prefix | ProjectedPrefix:
+        start, scale = init_key_values(structure, self, seed)
+        if not self.prefix_projection:
+            return Prefix(structure, self, start, scale)
         layers, _, heads, tokens, width = start.shape
-        encoder = seeded(seed, lambda: Projection(tokens, self.hidden or anatomy.sizes["hidden"],
-                                                  (layers, 2, heads, width), self.init))
-        return ProjectedPrefix(anatomy, self, encoder.to(start),
-                               torch.zeros_like(start) if self.init == "random" else start, scale)
+        encoder = draw_with_seed(seed, lambda: PrefixProjection(
+            tokens, self.encoder_hidden_size or structure.sizes["hidden"], (layers, 2, heads, width),
+            self.prompt_tuning_init))
+        return ProjectedPrefix(structure, self, encoder.to(start),
+                               torch.zeros_like(start) if self.prompt_tuning_init == "random" else start, scale)
 
 
-def starting_pairs(anatomy: Anatomy, config: Words, seed: int) -> tuple[Tensor, Tensor]:
-    """[layers, 2, G, N, d] keys and values to start from, and their size in each layer, [layers, 2, 1, 1, 1]."""
-    found = ports_of(anatomy).keys_values(starting(anatomy, config, seed))
-    if len({x.shape for pair in found for x in pair}) > 1:
-        raise BaseError("the keys and values of this base's layers differ in shape, and a prefix has one shape for all",
+def init_key_values(structure: ModelStructure, config: VirtualTokenConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """[layers, 2, G, N, d] initial keys and values, and their size in each layer, [layers, 2, 1, 1, 1]."""
+    pairs = get_injector(structure).compute_keys_values(choose_init_tokens(structure, config, seed))
+    if len({x.shape for pair in pairs for x in pair}) > 1:
+        raise BaseError("the keys and values of this base's layers differ in shape, and a prefix needs one shape",
                         "use the method prompt")
-    start = wide(torch.stack([torch.stack(pair) for pair in found]))
-    scale = torch.tensor([[rms(x) for x in layer] for layer in start]).to(start)[:, :, None, None, None]
-    return (start if config.init == "words" else scale * noise(start.shape, seed).to(start)), scale
+    start = to_trainable_dtype(torch.stack([torch.stack(pair) for pair in pairs]))  # [layers, 2, G, N, d]
+    scale = torch.tensor([[compute_rms(x) for x in layer] for layer in start]).to(start)[:, :, None, None, None]
+    return (start if config.prompt_tuning_init == "text" else scale * draw_normal(start.shape, seed).to(start)), scale
 
 
-def flat(pairs: Tensor) -> Tensor:
-    """[layers, 2, G, N, d] as PEFT's file has it: [N, layers * 2 * G * d]."""
+def flatten_key_values(pairs: Tensor) -> Tensor:
+    """[layers, 2, G, N, d] to the shape of PEFT's file, [N, layers * 2 * G * d]."""
     return pairs.permute(3, 0, 1, 2, 4).flatten(1)
 
 
-def unflat(rows: Tensor, like: Tensor) -> Tensor:
-    """`flat` undone."""
+def unflatten_key_values(rows: Tensor, like: Tensor) -> Tensor:
+    """`flatten` undone."""
     layers, two, heads, tokens, width = like.shape
     return rows.view(tokens, layers, two, heads, width).permute(1, 2, 3, 0, 4)
 
 
-def prefix_form(anatomy: Anatomy, pairs: Tensor) -> dict[str, Any]:
-    """What PEFT's adapter_config.json says. Its `token_dim` is that of all key heads together."""
+def build_prefix_config(structure: ModelStructure, pairs: Tensor) -> dict[str, Any]:
+    """The content of PEFT's adapter_config.json. Its `token_dim` is the size of all key heads together."""
     _, _, heads, tokens, width = pairs.shape
-    return {"peft_type": "PREFIX_TUNING", **peft_form(anatomy, tokens), "token_dim": heads * width,
+    return {"peft_type": "PREFIX_TUNING", **build_peft_config(structure, tokens), "token_dim": heads * width,
             "num_attention_heads": heads, "prefix_projection": False, "encoder_hidden_size": heads * width}
 
 
-class Prefix(Standing):
+class Prefix(VirtualTokenMethod):
     """Prefix tuning on a model."""
 
-    def __init__(self, anatomy: Anatomy, config: Words, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, structure: ModelStructure, config: VirtualTokenConfig, start: Tensor, scale: Tensor) -> None:
         super().__init__()
         self._like, self._scale = start, scale
-        # A parameter for each, since each has a rate of its own.
+        # One parameter for each, since each has its own learning rate.
         self.pairs = [(nn.Parameter(key.clone()), nn.Parameter(value.clone())) for key, value in start]
-        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
-        ports_of(anatomy).prefix(lambda: self.pairs, self.scope)
+        self._peft_config = build_saved_config(structure, config, "prefix", build_prefix_config(structure, start))
+        get_injector(structure).add_prefix(lambda: self.pairs, self.gate)
 
-    def virtual(self) -> Tensor:
+    def compute_virtual_tokens(self) -> Tensor:
         """[layers, 2, G, N, d]"""
         return torch.stack([torch.stack(pair) for pair in self.pairs])
 
@@ -130,26 +134,26 @@ class Prefix(Standing):
         return {f"{EMBEDDINGS}.{i}.{kind}": parameter for i, pair in enumerate(self.pairs)
                 for kind, parameter in zip(("key", "value"), pair, strict=True)}
 
-    def rate(self, name: str) -> float:
+    def lr_multiplier(self, name: str) -> float:
         _, layer, kind = name.split(".")
         return float(self._scale[int(layer), int(kind == "value")])
 
     def state(self) -> dict[str, Tensor]:
-        return {EMBEDDINGS: flat(self.virtual().detach()).contiguous()}
+        return {EMBEDDINGS: flatten_key_values(self.compute_virtual_tokens().detach()).contiguous()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        refuse_misfits({EMBEDDINGS: flat(self._like)}, state)
-        for pair, layer in zip(self.pairs, unflat(state[EMBEDDINGS], self._like), strict=True):
+        check_state_shapes({EMBEDDINGS: flatten_key_values(self._like)}, state)
+        for pair, layer in zip(self.pairs, unflatten_key_values(state[EMBEDDINGS], self._like), strict=True):
             for parameter, saved in zip(pair, layer, strict=True):
                 parameter.copy_(saved)
 
-    def peft(self) -> dict[str, Any] | None:
-        return self._form
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self._peft_config
 
 
-class Projection(nn.Module):
-    """[layers, 2, G, N, d] out of an embedding for each virtual token, by PEFT's two maps and their names."""
+class PrefixProjection(nn.Module):
+    """[layers, 2, G, N, d] from an embedding of each virtual token, by two linear maps. Named as in PEFT."""
 
     def __init__(self, tokens: int, hidden: int, shape: tuple[int, int, int, int], init: str) -> None:
         super().__init__()
@@ -157,7 +161,7 @@ class Projection(nn.Module):
         self.embedding = nn.Embedding(tokens, hidden)
         last = nn.Linear(hidden, shape[0] * shape[1] * shape[2] * shape[3])
         self.transform = nn.Sequential(nn.Linear(hidden, hidden), nn.Tanh(), last)
-        if init == "words":
+        if init == "text":
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
@@ -166,21 +170,23 @@ class Projection(nn.Module):
         return rows.view(-1, *self.shape).permute(1, 2, 3, 0, 4)
 
 
-class ProjectedPrefix(Folding):
+class ProjectedPrefix(ReparameterizedPrompt):
     """Prefix tuning through an MLP, on a model."""
 
-    network = NETWORK
+    encoder_lr_multiplier = ENCODER_LR_MULTIPLIER
 
-    def __init__(self, anatomy: Anatomy, config: Words, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
+    def __init__(self, structure: ModelStructure, config: VirtualTokenConfig, encoder: nn.Module, start: Tensor,
+                 scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = saved_form(anatomy, config, "prefix", prefix_form(anatomy, start))
-        ports_of(anatomy).prefix(lambda: [(layer[0], layer[1]) for layer in self.virtual()], self.scope)
+        self._peft_config = build_saved_config(structure, config, "prefix", build_prefix_config(structure, start))
+        get_injector(structure).add_prefix(
+            lambda: [(layer[0], layer[1]) for layer in self.compute_virtual_tokens()], self.gate)
 
-    def flat(self, virtual: Tensor) -> Tensor:
-        return flat(virtual).contiguous()
+    def flatten(self, virtual: Tensor) -> Tensor:
+        return flatten_key_values(virtual).contiguous()
 
-    def unflat(self, rows: Tensor) -> Tensor:
-        return unflat(rows, self.start)
+    def unflatten(self, rows: Tensor) -> Tensor:
+        return unflatten_key_values(rows, self.start)
 
-    def peft(self) -> dict[str, Any] | None:
-        return self._form
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self._peft_config

@@ -1,18 +1,18 @@
-"""P-tuning: a prompt that an encoder makes, so that its virtual tokens move together. Read `prompt.py` first.
+"""P-tuning: virtual tokens computed by a trained encoder. Read `prompt.py` first.
 
-    p = w + s F(z)          z: [N, D] trained   F: an encoder, trained   w: [N, D] words' embeddings, fixed
+    p = w + s F(z)          z: [N, D] trained   F: an encoder, trained   w: [N, D] token embeddings, frozen
 
 F is a bidirectional LSTM with an MLP on it (Liu et al. 2021, arXiv:2103.10385, equation 3), or the MLP of three maps
-that PEFT and NeMo use. Where the paper starts with an untrained F alone (`init: random`, w = 0), here its last map
-starts at zero: p starts as real words, for the reason given in `prompt.py`. s is the size of the base's embeddings, so
-that F's weights have the size that any network's have.
+that PEFT and NeMo use. The paper starts with an untrained F alone (`prompt_tuning_init: random`, w = 0). Here F's last
+map starts at zero, so p starts as real tokens, for the reason given in `prompt.py`. s is the size of the base's
+embeddings; F's weights thus have the usual size of network weights.
 
-Only p counts once training is over: the saved file holds p, as PEFT's does. What training needs besides is kept in
-the checkpoints, under names that begin with `training.`, which are left out of the file.
+Only p is needed after training: the saved file holds p, as PEFT's does. What resuming needs besides is kept in the
+checkpoints under names that begin with `training.`.
 
-Learning rate 1e-2: high for a small network under Adam, since its result must go as far as a bare prompt's; on the
-demo's rows 40 steps at 1e-3, 4e-3 and 1e-2 brought the held-out loss to 2.25, 1.56 and 0.77. The encoder multiplies
-each step, so it is far below a bare prompt's 0.3.
+Learning rate 1e-2: high for a small network under Adam, since its output must move as far as a prompt without an
+encoder. On the demo's rows 40 steps at 1e-3, 4e-3 and 1e-2 reduced the held-out loss to 2.25, 1.56 and 0.77. The
+encoder amplifies each step, so the rate is far below prompt tuning's 0.3.
 """
 
 from __future__ import annotations
@@ -24,53 +24,57 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from luthier.core.protocols import TRAINING, Anatomy
-from luthier.methods.hooks import load_into, refuse_misfits
+from luthier.core.protocols import TRAINING, ModelStructure
+from luthier.methods.hooks import check_state_shapes, load_into
 from luthier.methods.prompt import (
     EMBEDDINGS,
     PromptConfig,
-    Standing,
-    Words,
-    embedded_words,
-    peft_form,
-    ports_of,
-    read_only,
-    saved_form,
+    VirtualTokenConfig,
+    VirtualTokenMethod,
+    build_peft_config,
+    build_saved_config,
+    drop_unused_tokens,
+    embed_init_tokens,
+    get_injector,
 )
 
 
-class PTuningConfig(Words):
+class PTuningConfig(VirtualTokenConfig):
     """Settings of P-tuning."""
 
-    default_rate: ClassVar[float] = 1e-2
+    default_learning_rate: ClassVar[float] = 1e-2
 
     name: Literal["ptuning"] = "ptuning"
-    encoder: Literal["mlp", "lstm"] = Field("mlp", description="what makes the virtual tokens: three maps, or an LSTM")
-    hidden: int | None = Field(None, ge=1, description="width of the encoder; left out: the base's own")
+    encoder_reparameterization_type: Literal["mlp", "lstm"] = Field(
+        "mlp", description="the encoder: three linear maps, or an LSTM")
+    encoder_hidden_size: int | None = Field(None, ge=1, description="width of the encoder; default: the base's "
+                                            "hidden size")
 
     @classmethod
     def from_peft(cls, adapter: Mapping[str, Any]) -> PTuningConfig:
-        """The settings that PEFT's adapter_config.json describes; its file holds the encoder's result alone."""
+        """Settings from PEFT's adapter_config.json; its file holds only the encoder's output."""
         kind = str(adapter.get("encoder_reparameterization_type") or "MLP").rsplit(".", 1)[-1].lower()
-        return cls.parse({"tokens": adapter["num_virtual_tokens"], "encoder": kind,
-                          "hidden": adapter.get("encoder_hidden_size")})
+        return cls.parse({"num_virtual_tokens": adapter["num_virtual_tokens"], "encoder_reparameterization_type": kind,
+                          "encoder_hidden_size": adapter.get("encoder_hidden_size")})
 
-    def attach(self, anatomy: Anatomy, *, seed: int) -> PTuning:
-        words, scale = embedded_words(anatomy, self, seed)
-        encoder = seeded(seed, lambda: Encoder(self.encoder, words.shape, self.hidden or words.shape[1], self.init))
-        return PTuning(anatomy, self, encoder.to(words), torch.zeros_like(words) if self.init == "random" else words,
-                       torch.tensor(scale).to(words))
+    def attach(self, structure: ModelStructure, *, seed: int) -> PTuning:
+        words, scale = embed_init_tokens(structure, self, seed)
+        encoder = draw_with_seed(seed, lambda: PromptEncoder(
+            self.encoder_reparameterization_type, words.shape, self.encoder_hidden_size or words.shape[1],
+            self.prompt_tuning_init))
+        start = torch.zeros_like(words) if self.prompt_tuning_init == "random" else words  # [N, D]
+        return PTuning(structure, self, encoder.to(words), start, torch.tensor(scale).to(words))
 
 
-def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """What `make` draws from the global generator at this seed; the generator itself stays where it was."""
+def draw_with_seed(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+    """Call `make` with the global random generator at this seed; the generator's state is restored."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
 
 
-class Encoder(nn.Module):
-    """F(z): [N, D], with PEFT's names for its parts."""
+class PromptEncoder(nn.Module):
+    """F(z): [N, D]. Its submodules are named as in PEFT."""
 
     def __init__(self, kind: str, shape: torch.Size, hidden: int, init: str) -> None:
         super().__init__()
@@ -83,7 +87,7 @@ class Encoder(nn.Module):
             self.mlp_head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
                                           nn.Linear(hidden, width))
         self.kind = kind
-        if init == "words":
+        if init == "text":
             last = self.mlp_head[-1]
             assert isinstance(last, nn.Linear)
             nn.init.zeros_(last.weight)
@@ -91,94 +95,97 @@ class Encoder(nn.Module):
 
     def forward(self) -> Tensor:
         z: Tensor = self.embedding.weight
-        made: Tensor = self.mlp_head(self.lstm_head(z[None])[0][0] if self.kind == "lstm" else z)
-        return made
+        output: Tensor = self.mlp_head(self.lstm_head(z[None])[0][0] if self.kind == "lstm" else z)  # [N, D]
+        return output
 
 
-class Folding(Standing):
-    """Virtual tokens that a network makes while they train: ``start + scale * encoder()``, any shape.
+class ReparameterizedPrompt(VirtualTokenMethod):
+    """Virtual tokens computed by a network during training: ``start + scale * encoder()``, of any shape.
 
-    After `load` of a saved file, which holds the result alone, that result is all there is, and would train as such.
+    A saved file holds only the result. After loading it, the result is a parameter (`bare_tokens`) without an encoder.
 
     Args:
-        encoder: makes the change.
-        start: what it is added to.
-        scale: broadcasts over the result.
+        encoder: computes the change.
+        start: initial value, to which the change is added.
+        scale: factor on the change; broadcasts over the result.
 
     Attributes:
-        network, bare: factors on the learning rate: of the encoder's weights, and of a bare result in units of `scale`.
+        encoder_lr_multiplier: factor on the learning rate of the encoder's weights.
+        bare_lr_multiplier: factor on the learning rate of `bare_tokens`, in units of `scale`.
     """
 
-    network, bare = 1.0, 1.0
+    encoder_lr_multiplier, bare_lr_multiplier = 1.0, 1.0
 
     def __init__(self, encoder: nn.Module, start: Tensor, scale: Tensor) -> None:
         super().__init__()
         self.encoder, self.start, self.scale = encoder, start, scale
-        self.folded: nn.Parameter | None = None
+        self.bare_tokens: nn.Parameter | None = None
 
-    def virtual(self) -> Tensor:
-        if self.folded is not None:
-            return self.folded
-        made: Tensor = self.start + self.scale * self.encoder()
-        return made
+    def compute_virtual_tokens(self) -> Tensor:
+        if self.bare_tokens is not None:
+            return self.bare_tokens
+        tokens: Tensor = self.start + self.scale * self.encoder()
+        return tokens
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        if self.folded is not None:
-            return {EMBEDDINGS: self.folded}
+        if self.bare_tokens is not None:
+            return {EMBEDDINGS: self.bare_tokens}
         return {TRAINING + name: parameter for name, parameter in self.encoder.named_parameters()}
 
-    def rate(self, name: str) -> float:
-        return self.network if self.folded is None else self.bare * float(self.scale.mean())
+    def lr_multiplier(self, name: str) -> float:
+        if self.bare_tokens is None:
+            return self.encoder_lr_multiplier
+        return self.bare_lr_multiplier * float(self.scale.mean())
 
     def state(self) -> dict[str, Tensor]:
         with torch.no_grad():
-            made = {EMBEDDINGS: self.flat(self.virtual()).detach()}
-        return made if self.folded is not None else made | self._training()
+            state = {EMBEDDINGS: self.flatten(self.compute_virtual_tokens()).detach()}
+        return state if self.bare_tokens is not None else state | self._get_training_state()
 
-    def _training(self) -> dict[str, Tensor]:
-        """What going on needs besides the result."""
-        own = {TRAINING + name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
-        return {**own, f"{TRAINING}start": self.start, f"{TRAINING}scale": self.scale}
+    def _get_training_state(self) -> dict[str, Tensor]:
+        """What resuming needs besides the result."""
+        encoder = {TRAINING + name: parameter.detach() for name, parameter in self.encoder.named_parameters()}
+        return {**encoder, f"{TRAINING}start": self.start, f"{TRAINING}scale": self.scale}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        wanted = {EMBEDDINGS: self.flat(self.start)}
-        if state.keys() == wanted.keys():
-            refuse_misfits(wanted, state)
-            result = self.unflat(state[EMBEDDINGS].to(self.start, copy=True))
-            if self.folded is None:
-                self.folded = nn.Parameter(result)
-            self.folded.data.copy_(result)  # an optimiser may hold it already
+        expected = {EMBEDDINGS: self.flatten(self.start)}
+        if state.keys() == expected.keys():
+            check_state_shapes(expected, state)
+            result = self.unflatten(state[EMBEDDINGS].to(self.start, copy=True))
+            if self.bare_tokens is None:
+                self.bare_tokens = nn.Parameter(result)
+            self.bare_tokens.data.copy_(result)  # in place: an optimizer may hold this parameter
             return
-        refuse_misfits(wanted | self._training(), state)
-        self.folded, self.start, self.scale = None, *(state[TRAINING + n].to(self.start, copy=True)
+        check_state_shapes(expected | self._get_training_state(), state)
+        self.bare_tokens, self.start, self.scale = None, *(state[TRAINING + n].to(self.start, copy=True)
                                                       for n in ("start", "scale"))
         load_into(self.parameters(), {name: state[name] for name in self.parameters()})
 
-    def flat(self, virtual: Tensor) -> Tensor:
-        """As PEFT's file has them: one row for each virtual token."""
+    def flatten(self, virtual: Tensor) -> Tensor:
+        """Reshape to PEFT's file: one row for each virtual token."""
         return virtual
 
-    def unflat(self, rows: Tensor) -> Tensor:
-        """`flat` undone."""
+    def unflatten(self, rows: Tensor) -> Tensor:
+        """The inverse of `flatten`."""
         return rows
 
 
-class PTuning(Folding):
+class PTuning(ReparameterizedPrompt):
     """P-tuning on a model."""
 
-    bare = PromptConfig.default_rate / PTuningConfig.default_rate
+    bare_lr_multiplier = PromptConfig.default_learning_rate / PTuningConfig.default_learning_rate
 
-    def __init__(self, anatomy: Anatomy, config: PTuningConfig, encoder: nn.Module, start: Tensor,
+    def __init__(self, structure: ModelStructure, config: PTuningConfig, encoder: nn.Module, start: Tensor,
                  scale: Tensor) -> None:
         super().__init__(encoder, start, scale)
-        self._form = saved_form(anatomy, config, "prompt", {
-            "peft_type": "P_TUNING", **peft_form(anatomy, len(start)),
-            "encoder_hidden_size": config.hidden or start.shape[1],
-            "encoder_reparameterization_type": config.encoder.upper()})
-        ports_of(anatomy).prompt(self.virtual, self.scope)
+        self._peft_config = build_saved_config(structure, config, "prompt", {
+            "peft_type": "P_TUNING", **build_peft_config(structure, len(start)),
+            "encoder_hidden_size": config.encoder_hidden_size or start.shape[1],
+            "encoder_reparameterization_type": config.encoder_reparameterization_type.upper()})
+        get_injector(structure).add_prompt(self.compute_virtual_tokens, self.gate)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        super().load(read_only(state, len(self.start)))
+        super().load(drop_unused_tokens(state, len(self.start)))
 
-    def peft(self) -> dict[str, Any] | None:
-        return self._form
+    def get_peft_config(self) -> dict[str, Any] | None:
+        return self._peft_config

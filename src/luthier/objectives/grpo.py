@@ -1,15 +1,19 @@
-"""GRPO, RLOO and Dr. GRPO: answers to one prompt are compared with one another, so that no critic is needed.
+"""GRPO, RLOO and Dr. GRPO: the completions of one prompt are compared with one another, which replaces the critic.
 
-    loss of a token = - min(ratio A, clip(ratio) A) + kl_weight k3(policy, reference)
+Read `rl_config.py` first.
 
-| `advantage` | A of answer i to a prompt with rewards r                  | the loss is the mean over          |
-|-------------|-----------------------------------------------------------|------------------------------------|
-| `grpo`      | (r_i - mean r) / (std r + 1e-4)                           | answers, of the mean over its tokens |
-| `rloo`      | r_i - mean of the others                                  | answers, of the sum over its tokens  |
-| `dr_grpo`   | r_i - mean r                                              | answers, of that sum / max_new_tokens |
+    loss of a token = - min(ratio A, clip(ratio) A) + beta KL(policy, reference)
+
+| `advantage_estimator` | A of completion i of a prompt with rewards r | the loss is the mean over                  |
+|-----------------------|----------------------------------------------|--------------------------------------------|
+| `grpo`                | (r_i - mean r) / (std r + 1e-4)              | completions, of the mean over their tokens |
+| `rloo`                | r_i - mean of the others                     | completions, of the sum over their tokens  |
+| `dr_grpo`             | r_i - mean r                                 | completions, of that sum / max_new_tokens  |
 
 Shao et al. 2024 (arXiv:2402.03300), eq. 3 and 4; Ahmadian et al. 2024 (arXiv:2402.14740), eq. 8; Liu et al. 2025
-(arXiv:2503.20783), section 3. Read `rolls.py` first.
+(arXiv:2503.20783), section 3.
+
+Shape letters: as in `rl_config.py`; K completions of each prompt.
 """
 
 from __future__ import annotations
@@ -17,77 +21,93 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
-from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.rolls import Columns, RollsConfig, k3, spread, surrogate
+from luthier.core.types import Loss, LossInputs, Outputs
+from luthier.objectives.rl_config import (
+    OnlineRLConfig,
+    TokenValues,
+    broadcast_to_tokens,
+    compute_clipped_surrogate,
+    estimate_kl,
+)
 
 
-class GrpoConfig(RollsConfig):
-    """Group relative policy optimisation.
+class GrpoConfig(OnlineRLConfig):
+    """Group relative policy optimization.
 
-    Requires: `token_logps`, and `reference_logps` where kl_weight is above 0; of the target the column `advantages`,
-    and `old_logps` where a round has several steps; every answer an item.
-    Metrics: `policy_loss`, `clip_share`, `kl_old`, and `kl_loss` where there is a KL; each a mean over tokens.
+    Requires: `token_logps`, and `reference_logps` with beta above 0; of `target.precomputed` `advantages`, and
+    `old_logps` where a round has several steps; every completion is an item.
+    Metrics: `policy_loss`, `clip_fraction`, `approx_kl`, and `kl_loss` with a KL penalty; each a mean over tokens.
     """
 
     name: Literal["grpo"] = "grpo"
-    answers: int = Field(8, ge=2, description="answers to each prompt, which are compared with one another")
-    advantage: Literal["grpo", "rloo", "dr_grpo"] = Field("grpo", description="how answers are compared")
-    clip: float = Field(0.2, gt=0, description="how far a token's probability may fall by one round")
-    clip_high: float | None = Field(None, gt=0, description="how far it may rise; left out: as far as it may fall")
-    kl_weight: float = Field(0.0, ge=0, description="price of a nat of KL from the reference; 0 needs no reference")
-
-    @model_validator(mode="after")
-    def _groups(self) -> GrpoConfig:
-        if self.answers < 2:
-            raise ValueError("answers are compared with one another, so there must be at least 2 to a prompt")
-        return self
+    num_generations: int = Field(8, ge=2, description="completions of each prompt, which are compared; at least 2")
+    num_iterations: int = Field(1, ge=1, description="passes over the completions of a round")
+    advantage_estimator: Literal["grpo", "rloo", "dr_grpo"] = Field("grpo", description=(
+        "how the completions of a prompt are compared"))
+    epsilon: float = Field(0.2, gt=0, description="maximum relative decrease of a token's probability within a round")
+    epsilon_high: float | None = Field(None, gt=0, description="maximum relative increase; omitted: epsilon")
+    beta: float = Field(0.0, ge=0, description="weight of the KL penalty; 0 needs no reference model")
 
     @property
-    def needs(self) -> frozenset[str]:  # type: ignore[override]
-        return frozenset({"token_logps"}) | ({"reference_logps"} if self.kl_weight else set())
+    def epochs_per_rollout(self) -> int:
+        return self.num_iterations
 
     @property
-    def asks(self) -> frozenset[str]:
-        """What a rollout must know of its answers: nothing where the policy that learns is still the one that spoke."""
-        return ((frozenset() if self.once else frozenset({"token_logps"}))
-                | ({"reference_logps", "token_logps"} if self.kl_weight else set()))
+    def kl_coef(self) -> float:
+        """beta, under the name that it has for PPO."""
+        return self.beta
 
-    def columns(self, rewards: Tensor, lengths: Tensor, found: Columns, kl_weight: float) -> dict[str, Tensor]:
-        """`advantages` [M] of rewards [N]; see the table."""
-        return {"advantages": spread(advantages(rewards.view(-1, self.answers), self.advantage).flatten(), lengths)}
+    @property
+    def required_outputs(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset({"token_logps"}) | ({"reference_logps"} if self.beta else set())
 
-    def steered(self, kl_weight: float, kl: float) -> float:
-        return kl_weight
+    @property
+    def rollout_outputs(self) -> frozenset[str]:
+        """The outputs that a rollout computes for its completions: none if the policy that generated them is the one
+        that every step updates."""
+        return ((frozenset() if self.is_single_step else frozenset({"token_logps"}))
+                | ({"reference_logps", "token_logps"} if self.beta else set()))
 
-    def count(self, target: Target) -> float:
-        longest = self.max_new_tokens if self.advantage == "dr_grpo" else 1
-        return float(target.items.shape[0] * longest)
+    def compute_advantages(self, rewards: Tensor, lengths: Tensor, rollout: TokenValues,
+                           kl_coef: float) -> dict[str, Tensor]:
+        """`advantages` [M] of rewards [N]; see the table above."""
+        advantages = compute_group_advantages(rewards.view(-1, self.num_generations), self.advantage_estimator)
+        return {"advantages": broadcast_to_tokens(advantages.flatten(), lengths)}
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def update_kl_coef(self, kl_coef: float, kl: float) -> float:
+        return kl_coef
+
+    def count(self, target: LossInputs) -> float:
+        longest = self.max_new_tokens if self.advantage_estimator == "dr_grpo" else 1
+        return float(target.labeled_segments.shape[0] * longest)
+
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
-        logps, known = outputs.token_logps, target.known
-        old = known["old_logps"] if "old_logps" in known else logps.detach()
-        high = self.clip if self.clip_high is None else self.clip_high
-        each, clipped, moved = surrogate(logps, old, known["advantages"].to(logps.dtype), self.clip, high)
-        metrics = {"policy_loss": each.detach().sum(), "clip_share": clipped.sum(), "kl_old": moved.sum()}
-        if self.kl_weight:
+        logps, rollout = outputs.token_logps, target.precomputed  # [P], name -> [P]
+        old = rollout["old_logps"] if "old_logps" in rollout else logps.detach()  # [P]
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        losses, clipped, approx_kl = compute_clipped_surrogate(
+            logps, old, rollout["advantages"].to(logps.dtype), self.epsilon, high)  # [P]
+        metrics = {"policy_loss": losses.detach().sum(), "clip_fraction": clipped.sum(), "approx_kl": approx_kl.sum()}
+        if self.beta:
             assert outputs.reference_logps is not None
-            kl = k3(logps, outputs.reference_logps)
-            each = each + self.kl_weight * kl
+            kl = estimate_kl(logps, outputs.reference_logps)  # [P]
+            losses = losses + self.beta * kl
             metrics["kl_loss"] = kl.detach().sum()
-        if self.advantage == "grpo":
-            lengths = torch.bincount(target.item_of, minlength=target.items.shape[0])
-            each = each / lengths[target.item_of]
+        if self.advantage_estimator == "grpo":
+            lengths = torch.bincount(target.item_of, minlength=len(target.labeled_segments))  # [A] tokens of each one
+            losses = losses / lengths[target.item_of]
         n = float(logps.shape[0])
-        return Loss(each.sum(), torch.tensor(self.count(target)), {name: (total, n) for name, total in metrics.items()})
+        return Loss(losses.sum(), torch.tensor(self.count(target)),
+                    {name: (total, n) for name, total in metrics.items()})
 
 
-def advantages(rewards: Tensor, how: str) -> Tensor:
-    """[prompts, K] rewards -> advantages of the same shape; see the table above. The std is the unbiased one."""
-    centred = rewards - rewards.mean(1, keepdim=True)
-    if how == "rloo":
-        return centred * (rewards.shape[1] / (rewards.shape[1] - 1))
-    return centred / (rewards.std(1, keepdim=True) + 1e-4) if how == "grpo" else centred
+def compute_group_advantages(rewards: Tensor, estimator: str) -> Tensor:
+    """[prompts, K] rewards -> [prompts, K] advantages; see the table above. The std is the unbiased one."""
+    centered = rewards - rewards.mean(1, keepdim=True)
+    if estimator == "rloo":  # K / (K - 1) times the distance to the mean is the distance to the mean of the others
+        return centered * (rewards.shape[1] / (rewards.shape[1] - 1))
+    return centered / (rewards.std(1, keepdim=True) + 1e-4) if estimator == "grpo" else centered

@@ -1,14 +1,17 @@
-"""KTO: single answers, each found good or bad. Read `preference.py` first.
+"""KTO: single completions, each labeled desirable or undesirable. Read `preference.py` first.
 
 Ethayarajh et al. 2024 (arXiv:2402.01306), eq. 8. With r = log pi(y | x) - log pi_ref(y | x):
 
-    z0    = max(0, mean of r over mismatched answers)      no gradient; how far the model is from the reference anyway
-    good:   good_weight * (1 - sigmoid(beta (r - z0)))
-    bad:    bad_weight  * (1 - sigmoid(beta (z0 - r)))
+    z0            = max(0, mean of r over mismatched completions), without a gradient
+    desirable:      desirable_weight   * (1 - sigmoid(beta (r - z0)))
+    undesirable:    undesirable_weight * (1 - sigmoid(beta (z0 - r)))
 
-    total = sum over judged answers of weight * that       count = sum of their rows' weights, as in the mean of z0
+    total = sum over labeled completions of weight * that       count = sum of the weights of their rows
 
-z0 is of the whole batch, so its rows are coupled.
+z0 estimates the KL divergence of the policy from the reference, from completions paired with another row's prompt. It
+is a weighted mean over the whole batch, so the rows of a batch interact.
+
+Shape letter: A items (completions).
 """
 
 from __future__ import annotations
@@ -19,50 +22,54 @@ import torch
 from pydantic import Field
 
 from luthier.core.errors import DataError
-from luthier.core.types import Loss, Outputs, Target
-from luthier.objectives.base import PRECOMPUTE, ObjectiveConfig, item_weights, sums
-from luthier.objectives.preference import answer_logps
+from luthier.core.types import Loss, LossInputs, Outputs
+from luthier.objectives.base import PRECOMPUTE_HELP, ObjectiveConfig, get_item_weights, sum_and_count
+from luthier.objectives.preference import compute_completion_logps
 
 
 class KtoConfig(ObjectiveConfig):
-    """Kahneman-Tversky optimisation.
+    """Kahneman-Tversky optimization.
 
-    Requires: `token_logps`, `reference_logps`. Items: answers, labelled 1 good, 0 bad, -1 an answer to another prompt,
-    which serves z0 alone.
-    Metrics: `reward_good`, `reward_bad` (beta r), `logps_good`, `logps_bad`, `kl_estimate` (z0).
-    Raises: `DataError` where a batch has no mismatched answer to take z0 from.
+    Requires: `token_logps`, `reference_logps`. Items: completions, labeled 1 desirable, 0 undesirable, -1 mismatched
+    (a completion of another prompt, which is used for z0 alone).
+    Metrics: `rewards/chosen` and `rewards/rejected` (beta r of desirable and undesirable completions), `logps/chosen`,
+    `logps/rejected`, `kl_estimate` (z0).
+    Raises: `DataError` if a batch has no mismatched completion to estimate z0 from.
     """
 
-    name: Literal["kto"] = "kto"
-    reads: ClassVar[frozenset[str]] = frozenset({"JudgedExample"})
-    needs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
-    coupled: ClassVar[bool] = True
+    example_types: ClassVar[frozenset[str]] = frozenset({"UnpairedPreferenceExample"})
+    required_outputs: ClassVar[frozenset[str]] = frozenset({"token_logps", "reference_logps"})
+    needs_full_batch: ClassVar[bool] = True
     learning_rate_factor: ClassVar[float] = 0.05  # 1e-6 for `full`, TRL's default; the paper has 5e-7 to 5e-6
 
-    beta: float = Field(0.1, gt=0, description="how closely the model is held to the reference: large is close")
-    good_weight: float = Field(1.0, gt=0, description="of good answers; raise it where they are few")
-    bad_weight: float = Field(1.0, gt=0, description="of bad answers; raise it where they are few")
-    precompute_reference: bool = Field(False, description=PRECOMPUTE)
+    name: Literal["kto"] = "kto"
+    beta: float = Field(0.1, gt=0, description="strength of the constraint to the reference; larger stays closer")
+    desirable_weight: float = Field(1.0, gt=0, description=(
+        "loss weight of desirable completions; raise it where they are few"))
+    undesirable_weight: float = Field(1.0, gt=0, description=(
+        "loss weight of undesirable completions; raise it where they are few"))
+    precompute_reference: bool = Field(False, description=PRECOMPUTE_HELP)
 
-    def count(self, target: Target) -> float:
-        return float(item_weights(target)[target.labels >= 0].sum())
+    def count(self, target: LossInputs) -> float:
+        return float(get_item_weights(target)[target.labels >= 0].sum())
 
-    def __call__(self, outputs: Outputs, target: Target) -> Loss:
+    def __call__(self, outputs: Outputs, target: LossInputs) -> Loss:
         assert outputs.token_logps is not None
         assert outputs.reference_logps is not None
-        logps = answer_logps(outputs.token_logps, target, mean=False)
+        logps = compute_completion_logps(outputs.token_logps, target, mean=False)  # [A]
         # Detached: where a batch is computed in parts, the reference's parts have no graph to take a gradient back.
-        reference = answer_logps(outputs.reference_logps.detach(), target, mean=False)
-        ratios = logps - reference
-        good, bad, other = target.labels == 1, target.labels == 0, target.labels < 0
-        if not bool(other.any()):
-            raise DataError("kto: no answer of this batch stands beside another prompt, so the divergence from the "
-                            "reference cannot be estimated", "give at least two rows with different answers")
-        weights = item_weights(target).to(ratios.dtype)
-        z0 = ((weights * ratios.detach())[other].sum() / weights[other].sum()).clamp(min=0)
-        each_good = weights[good] * (1 - torch.sigmoid(self.beta * (ratios[good] - z0)))
-        each_bad = weights[bad] * (1 - torch.sigmoid(self.beta * (z0 - ratios[bad])))
-        total = self.good_weight * each_good.sum() + self.bad_weight * each_bad.sum()
-        metrics = sums(reward_good=self.beta * ratios[good], reward_bad=self.beta * ratios[bad],
-                       logps_good=logps[good], logps_bad=logps[bad], kl_estimate=z0)
-        return Loss(total, item_weights(target)[~other].sum(), metrics)
+        reference = compute_completion_logps(outputs.reference_logps.detach(), target, mean=False)  # [A]
+        ratios = logps - reference  # [A]
+        desirable, undesirable, mismatched = target.labels == 1, target.labels == 0, target.labels < 0  # [A] bool
+        if not bool(mismatched.any()):
+            raise DataError("kto: no completion of this batch is paired with another row's prompt, so the KL "
+                            "divergence from the reference cannot be estimated",
+                            "give at least two rows with different completions")
+        weights = get_item_weights(target).to(ratios.dtype)  # [A]
+        z0 = ((weights * ratios.detach())[mismatched].sum() / weights[mismatched].sum()).clamp(min=0)  # []
+        desirable_losses = weights[desirable] * (1 - torch.sigmoid(self.beta * (ratios[desirable] - z0)))
+        undesirable_losses = weights[undesirable] * (1 - torch.sigmoid(self.beta * (z0 - ratios[undesirable])))
+        total = self.desirable_weight * desirable_losses.sum() + self.undesirable_weight * undesirable_losses.sum()
+        return Loss(total, get_item_weights(target)[~mismatched].sum(), sum_and_count({
+            "rewards/chosen": self.beta * ratios[desirable], "rewards/rejected": self.beta * ratios[undesirable],
+            "logps/chosen": logps[desirable], "logps/rejected": logps[undesirable], "kl_estimate": z0}))

@@ -9,7 +9,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from luthier.core.types import Encoded
+from luthier.core.types import TokenizedExample
 from tiny import CHATML, tiny_tokenizer
 
 LINES = ["What is the capital of France? The capital of France is Paris.", "the answer is yes, the answer is no",
@@ -50,12 +50,12 @@ def write(tmp_path: Path) -> Callable[[str, str | bytes], str]:
 
 
 @pytest.fixture
-def trained() -> Callable[[Encoded, PreTrainedTokenizerFast], list[str]]:
+def trained() -> Callable[[TokenizedExample, PreTrainedTokenizerFast], list[str]]:
     """The runs of words that are predicted with a weight."""
-    def runs(encoded: Encoded, tokenizer: PreTrainedTokenizerFast) -> list[str]:
-        (piece,) = encoded.pieces
+    def runs(encoded: TokenizedExample, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+        (span,) = encoded.spans
         found: list[list[int]] = [[]]
-        for i, (token, weight) in enumerate(zip(piece.ids, piece.weights, strict=True)):
+        for i, (token, weight) in enumerate(zip(span.ids, span.weights, strict=True)):
             if i and weight:
                 found[-1].append(token)
             elif found[-1]:

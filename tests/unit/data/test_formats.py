@@ -6,8 +6,8 @@ import pytest
 
 from luthier.core.errors import DataError
 from luthier.core.examples import ChatExample, CompletionExample, Message, Origin, TextExample
-from luthier.data.formats import FORMATS, Reader, examples
-from luthier.data.rows import Refusal, Row
+from luthier.data.formats.registry import FORMATS, RowReader, read_examples
+from luthier.data.rows import RejectedRow, Row
 
 HERE = Origin("f", 1)
 ASK, ANSWER = Message("user", "q"), Message("assistant", "a")
@@ -16,7 +16,7 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 
 
 def become(*rows: dict, **options: object) -> list:
-    return list(examples([Row(row, Origin("f", line)) for line, row in enumerate(rows, 1)], **options))
+    return list(read_examples([Row(row, Origin("f", line)) for line, row in enumerate(rows, 1)], **options))
 
 
 def chat(*messages: Message, **options: object) -> ChatExample:
@@ -114,7 +114,7 @@ REFUSED = {
 def test_a_wrong_value_is_refused_with_its_reason(name) -> None:
     row, reason = REFUSED[name]
     (found,) = become(row)
-    assert isinstance(found, Refusal)
+    assert isinstance(found, RejectedRow)
     assert (found.reason, str(found.origin)) == (reason, "f:1")
 
 
@@ -151,11 +151,11 @@ def test_a_file_of_strangers_is_given_up_early() -> None:
             yield Row({"x": "y"}, Origin("f", line))
 
     with pytest.raises(DataError, match="fit no known format"):
-        list(examples(rows()))
+        list(read_examples(rows()))
     assert len(met) <= 100
 
 
 def test_preference_pairs_are_not_imitated() -> None:
-    reader = Reader(frozenset({"ChatExample", "TextExample"}), {"dpo": ["ComparedExample"], "sft": ["ChatExample"]})
-    with pytest.raises(DataError, match=r"'sharegpt_pair' \(ComparedExample\).*\n.*an objective that reads them: dpo;"):
+    reader = RowReader(frozenset({"ChatExample", "TextExample"}), {"dpo": ["PreferenceExample"], "sft": ["ChatExample"]})
+    with pytest.raises(DataError, match=r"'sharegpt_pair' \(PreferenceExample\).*\n.*an objective that reads them: dpo;"):
         become({"conversations": [{"from": "human", "value": "q"}], "chosen": "a", "rejected": "b"}, reader=reader)

@@ -11,22 +11,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.core.errors import DataError
-from luthier.core.examples import ComparedExample, JudgedExample, Message, Origin, PromptExample
-from luthier.core.types import Encoded
-from luthier.data import DataConfig, Reader, Refusal, Row, encode, examples, load
-from luthier.data.pack import batch
-from luthier.families import CausalLM
+from luthier.core.examples import Message, Origin, PreferenceExample, PromptExample, UnpairedPreferenceExample
+from luthier.core.types import TokenizedExample
+from luthier.data import DataConfig, RejectedRow, Row, RowReader, encode_example, read_datasets, read_examples
+from luthier.data.packing import build_batch
+from luthier.models import CausalLM
 from tiny import tiny
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 HERE = Origin("f", 1)
 ASK, GOOD, BAD = Message("user", "q"), Message("assistant", "a"), Message("assistant", "b")
-PAIR = ComparedExample((ASK,), ((GOOD,), (BAD,)), (0, 1), HERE)
+PAIR = PreferenceExample((ASK,), ((GOOD,), (BAD,)), (0, 1), HERE)
 
 
 def become(*rows: dict, kinds: str | None = None, **options: object) -> list:
-    reader = Reader(frozenset({f"{kinds}Example"}) if kinds else None)
-    return list(examples([Row(row, Origin("f", line)) for line, row in enumerate(rows, 1)], reader=reader, **options))
+    reader = RowReader(frozenset({f"{kinds}Example"}) if kinds else None)
+    return list(read_examples([Row(row, Origin("f", line)) for line, row in enumerate(rows, 1)], reader=reader, **options))
 
 
 def turn(role: str, content: str) -> dict:
@@ -38,35 +38,35 @@ def config(**options: object) -> DataConfig:
 
 
 CASES = {
-    "strings": ({"prompt": "q", "chosen": "a", "rejected": "b"}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
-    "margin": ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"}, ComparedExample("q", ("a", "b"), (0, 1), HERE, 0.5)),
+    "strings": ({"prompt": "q", "chosen": "a", "rejected": "b"}, PreferenceExample("q", ("a", "b"), (0, 1), HERE)),
+    "margin": ({"prompt": "q", "chosen": "a", "rejected": "b", "margin": "0.5"}, PreferenceExample("q", ("a", "b"), (0, 1), HERE, 0.5)),
     "turns": ({"prompt": [turn("user", "q")], "chosen": [turn("assistant", "a")], "rejected": "b"}, PAIR),
     "a system prompt": ({"prompt": "q", "chosen": "a", "rejected": "b", "system": "s"},
-                        ComparedExample((Message("system", "s"), ASK), ((GOOD,), (BAD,)), (0, 1), HERE)),
+                        PreferenceExample((Message("system", "s"), ASK), ((GOOD,), (BAD,)), (0, 1), HERE)),
     "whole chats behind a prompt": ({"prompt": "q", "chosen": [turn("user", "q"), turn("assistant", "a")],
                                      "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
     "whole chats": ({"chosen": [turn("user", "q"), turn("assistant", "a")], "rejected": [turn("user", "q"), turn("assistant", "b")]}, PAIR),
-    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
+    "implicit_prompt_preference": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, PAIR),
     "transcripts that part early": ({"chosen": "\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"},
-                                    ComparedExample((ASK,), ((GOOD, Message("user", "r"), GOOD), (BAD,)), (0, 1), HERE)),
+                                    PreferenceExample((ASK,), ((GOOD, Message("user", "r"), GOOD), (BAD,)), (0, 1), HERE)),
     "a rejected response": ({"messages": [turn("user", "q"), turn("assistant", "a")], "rejected_response": "b"}, PAIR),
     "sharegpt": ({"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}}, PAIR),
     "openai": ({"input": {"messages": [turn("user", "q")]}, "preferred_output": [turn("assistant", "a")],
                 "non_preferred_output": [turn("assistant", "b")]}, PAIR),
     "ranks": ({"prompt": "q", "answers": [{"text": "c", "rank": 3}, {"content": "a", "rank": 1}, {"text": "b", "rank": 2}]},
-              ComparedExample("q", ("a", "b", "c"), (0, 1, 2), HERE)),
-    "ranks from 0 as JSON": ({"prompt": "q", "answers": '[{"text": "b", "rank": 1}, {"text": "a", "rank": 0}]'}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
-    "best first": ({"prompt": "q", "answers": ["a", "b"]}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
-    "the number of a choice": ({"prompt": "q", "choices": ["b", "a"], "answer": 0}, ComparedExample("q", ("b", "a"), (0, 1), HERE)),
-    "a number in a table's cell": ({"question": "q", "choices": '["b", "a", "c"]', "answer": "3"}, ComparedExample("q", ("c", "b", "a"), (0, 1, 1), HERE)),
-    "the letter of a choice": ({"context": "q", "choices": ["x", "y", "z"], "answer": "C"}, ComparedExample("q", ("z", "x", "y"), (0, 1, 1), HERE)),
-    "a choice's own words come before its number": ({"prompt": "q", "choices": ["1", "0"], "answer": "0"}, ComparedExample("q", ("0", "1"), (0, 1), HERE)),
-    "choices of numbers": ({"prompt": "q", "choices": [4, 2.5], "answer": "2.50"}, ComparedExample("q", ("2.5", "4"), (0, 1), HERE)),
+              PreferenceExample("q", ("a", "b", "c"), (0, 1, 2), HERE)),
+    "ranks from 0 as JSON": ({"prompt": "q", "answers": '[{"text": "b", "rank": 1}, {"text": "a", "rank": 0}]'}, PreferenceExample("q", ("a", "b"), (0, 1), HERE)),
+    "best first": ({"prompt": "q", "answers": ["a", "b"]}, PreferenceExample("q", ("a", "b"), (0, 1), HERE)),
+    "the number of a choice": ({"prompt": "q", "choices": ["b", "a"], "answer": 0}, PreferenceExample("q", ("b", "a"), (0, 1), HERE)),
+    "a number in a table's cell": ({"question": "q", "choices": '["b", "a", "c"]', "answer": "3"}, PreferenceExample("q", ("c", "b", "a"), (0, 1, 1), HERE)),
+    "the letter of a choice": ({"context": "q", "choices": ["x", "y", "z"], "answer": "C"}, PreferenceExample("q", ("z", "x", "y"), (0, 1, 1), HERE)),
+    "a choice's own words come before its number": ({"prompt": "q", "choices": ["1", "0"], "answer": "0"}, PreferenceExample("q", ("0", "1"), (0, 1), HERE)),
+    "choices of numbers": ({"prompt": "q", "choices": [4, 2.5], "answer": "2.50"}, PreferenceExample("q", ("2.5", "4"), (0, 1), HERE)),
     "choices with labels": ({"question": "q", "choices": {"text": ["b", "a"], "label": ["1", "2"]}, "answerKey": "2"},
-                            ComparedExample("q", ("a", "b"), (0, 1), HERE)),
-    "endings": ({"ctx": "q", "endings": ["a", "b"], "label": "0"}, ComparedExample("q", ("a", "b"), (0, 1), HERE)),
-    "a verdict": ({"prompt": "q", "completion": "a", "label": "true"}, JudgedExample("q", "a", True, HERE)),
-    "a judged chat": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": False}, JudgedExample((ASK,), (BAD,), False, HERE)),
+                            PreferenceExample("q", ("a", "b"), (0, 1), HERE)),
+    "endings": ({"ctx": "q", "endings": ["a", "b"], "label": "0"}, PreferenceExample("q", ("a", "b"), (0, 1), HERE)),
+    "a verdict": ({"prompt": "q", "completion": "a", "label": "true"}, UnpairedPreferenceExample("q", "a", True, HERE)),
+    "a judged chat": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": False}, UnpairedPreferenceExample((ASK,), (BAD,), False, HERE)),
 }
 
 
@@ -110,16 +110,16 @@ REFUSED = {
 def test_a_bad_row_is_refused_with_its_reason(name) -> None:
     row, reason = REFUSED[name]
     (found,) = become(row)
-    assert isinstance(found, Refusal)
+    assert isinstance(found, RejectedRow)
     assert (found.reason, str(found.origin)) == (reason, "f:1")
 
 
 PROMPTS = {
     "alone": ({"prompt": "q"}, "q", {}),
-    "with facts": ({"prompt": "q", "answer": "4", "tests": ["x"]}, "q", {"reference": "4", "tests": ["x"]}),
+    "with metadata": ({"prompt": "q", "answer": "4", "tests": ["x"]}, "q", {"reference": "4", "tests": ["x"]}),
     "completion": ({"prompt": "q", "completion": "a"}, "q", {"reference": "a"}),
     "a pair": ({"prompt": "q", "chosen": "a", "rejected": "b"}, "q", {"chosen": "a", "rejected": "b"}),
-    "transcripts": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
+    "implicit_prompt_preference": ({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: q\n\nAssistant: b"}, (ASK,), {"reference": "a"}),
     "a chat": ({"messages": [turn("user", "q"), turn("assistant", "a")], "id": 3}, (ASK,), {"reference": "a", "id": 3}),
     "a bad answer is no reference": ({"messages": [turn("user", "q"), turn("assistant", "b")], "label": 0}, (ASK,), {"label": 0}),
 }
@@ -127,19 +127,19 @@ PROMPTS = {
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_whoever_reads_prompts_gets_them_from_any_row_that_holds_one(name) -> None:
-    row, prompt, facts = PROMPTS[name]
+    row, prompt, metadata = PROMPTS[name]
     (found,) = become(row, kinds="Prompt")
     assert isinstance(found, PromptExample)
     assert found.prompt == prompt
-    assert facts.items() <= found.facts.items()
-    assert ("reference" in found.facts) == ("reference" in facts)
+    assert metadata.items() <= found.metadata.items()
+    assert ("reference" in found.metadata) == ("reference" in metadata)
 
 
 def test_the_kinds_that_are_read_decide_between_formats() -> None:
     row = {"messages": [turn("user", "q"), turn("assistant", "a")], "label": True}
-    assert [type(become(row, kinds=kind)[0]).__name__ for kind in ("Chat", "Judged")] == ["ChatExample", "JudgedExample"]
-    with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads ComparedExample"):
-        become({"text": "t"}, kinds="Compared")
+    assert [type(become(row, kinds=kind)[0]).__name__ for kind in ("Chat", "UnpairedPreference")] == ["ChatExample", "UnpairedPreferenceExample"]
+    with pytest.raises(DataError, match=r"of the format 'text' \(TextExample\), and the objective reads PreferenceExample"):
+        become({"text": "t"}, kinds="Preference")
     with pytest.raises(DataError, match="format: pair: rows with prompt, chosen, rejected"):
         become({"prompt": "q", "chosen": "a", "rejected": "b"}, kinds="Text", format="pair")
 
@@ -147,13 +147,13 @@ def test_the_kinds_that_are_read_decide_between_formats() -> None:
 # ---------------------------------------------------------------- tokens
 
 
-def paths(encoded: Encoded) -> list[tuple[list[int], list[float]]]:
+def paths(encoded: TokenizedExample) -> list[tuple[list[int], list[float]]]:
     """Ids and weights of each answer from its root down."""
     found = []
-    for item in encoded.items:
-        piece = encoded.pieces[item.piece]
-        above = [encoded.pieces[piece.parent]] if piece.parent >= 0 else []
-        found.append(([t for p in (*above, piece) for t in p.ids], [w for p in (*above, piece) for w in p.weights]))
+    for item in encoded.labeled_spans:
+        span = encoded.spans[item.span_index]
+        above = [encoded.spans[span.parent]] if span.parent >= 0 else []
+        found.append(([t for p in (*above, span) for t in p.ids], [w for p in (*above, span) for w in p.weights]))
     return found
 
 
@@ -164,28 +164,28 @@ ANSWERS = st.lists(st.text(st.sampled_from("ab ö"), min_size=1, max_size=12).fi
 @given(st.text(st.sampled_from("ab ö"), max_size=20), ANSWERS, st.booleans(), st.integers(40, 120))
 def test_both_forms_hold_the_same_tokens(letters, words, prompt, answers, bare, most) -> None:
     for tokenizer in (letters, words):
-        given_ = ComparedExample("q" + prompt, tuple(answers), tuple(range(len(answers))), HERE, 0.5)
+        given_ = PreferenceExample("q" + prompt, tuple(answers), tuple(range(len(answers))), HERE, 0.5)
         options = {"max_length": most, **({"format": "completion"} if bare else {})}
-        shared, repeated = (encode(given_, tokenizer, config(share_prompt=share, **options)) for share in (True, False))
-        assert isinstance(shared, Refusal) == isinstance(repeated, Refusal)
-        if isinstance(shared, Refusal):
+        shared, repeated = (encode_example(given_, tokenizer, config(share_prompt=share, **options)) for share in (True, False))
+        assert isinstance(shared, RejectedRow) == isinstance(repeated, RejectedRow)
+        if isinstance(shared, RejectedRow):
             continue
         (tree,), (roots,) = shared, repeated
         assert paths(tree) == paths(roots)
-        assert tree.bytes == roots.bytes
-        assert [p.parent for p in tree.pieces] == [-1] + [0] * len(answers)
-        assert not any(tree.pieces[0].weights)
-        assert all(p.parent == -1 and len(p.ids) <= most for p in roots.pieces)
-        assert [(i.label, i.margin) for i in tree.items] == [(i.label, i.margin) for i in roots.items] == \
+        assert tree.num_bytes == roots.num_bytes
+        assert [p.parent for p in tree.spans] == [-1] + [0] * len(answers)
+        assert not any(tree.spans[0].weights)
+        assert all(p.parent == -1 and len(p.ids) <= most for p in roots.spans)
+        assert [(i.label, i.margin) for i in tree.labeled_spans] == [(i.label, i.margin) for i in roots.labeled_spans] == \
             [(float(rank), 0.5 if rank == 0 else 0.0) for rank in range(len(answers))]
 
 
 def test_both_forms_give_the_same_loss_and_gradients(letters) -> None:
     family = CausalLM(tiny("gpt2"), letters)  # its norms are of float64, Llama's are not
-    example = ComparedExample("a long question", ("aab", "aac and more", "z"), (0, 1, 2), HERE)
+    example = PreferenceExample("a long question", ("aab", "aac and more", "z"), (0, 1, 2), HERE)
     sums, grads = [], []
     for change in ({"share_prompt": True}, {"share_prompt": False}, {"share_prompt": False, "system": "other"}):
-        one = batch(encode(example, letters, config(max_length=200, **change)))
+        one = build_batch(encode_example(example, letters, config(max_length=200, **change)))
         family.model.zero_grad()
         out = family.forward(one.inputs, one.target, frozenset({"token_logps"}))
         each = torch.zeros(3, dtype=torch.float64).index_add(0, one.target.item_of, out.token_logps.double())
@@ -198,57 +198,57 @@ def test_both_forms_give_the_same_loss_and_gradients(letters) -> None:
 
 
 def test_a_prompt_is_shared_where_that_saves_a_sixth(letters) -> None:
-    def pieces(prompt: int, answer: int) -> int:
-        given_ = ComparedExample("q" * prompt, ("a" * answer, "b" * answer), (0, 1), HERE)
-        (found,) = encode(given_, letters, config(format="completion", max_length=10**4))
-        return len(found.pieces)
+    def spans(prompt: int, answer: int) -> int:
+        given_ = PreferenceExample("q" * prompt, ("a" * answer, "b" * answer), (0, 1), HERE)
+        (found,) = encode_example(given_, letters, config(format="completion", max_length=10**4))
+        return len(found.spans)
 
-    assert pieces(128, 64) == 3
-    assert pieces(32, 128) == 2
+    assert spans(128, 64) == 3
+    assert spans(32, 128) == 2
 
 
 def test_too_long_loses_the_prompts_beginning_for_all_answers_alike(letters) -> None:
-    example = ComparedExample("0123456789", ("aaa", "b"), (0, 1), HERE)
+    example = PreferenceExample("0123456789", ("aaa", "b"), (0, 1), HERE)
     bare = {"format": "completion", "max_length": 8}
-    (found,) = encode(example, letters, config(**bare, share_prompt=True))
+    (found,) = encode_example(example, letters, config(**bare, share_prompt=True))
     end = letters.eos_token_id
     assert [bytes(ids[:-1]) for ids, _ in paths(found)] == [b"6789aaa", b"6789b"]
     assert all(ids[-1] == end for ids, _ in paths(found))
-    refused = encode(example, letters, config(**bare, overlong="refuse"))
+    refused = encode_example(example, letters, config(**bare, truncation="refuse"))
     assert (refused.reason, refused.detail) == ("longer than max_length", "14 tokens, at most 8")
-    assert encode(ComparedExample("q", ("a" * 20, "b"), (0, 1), HERE), letters, config(**bare)).reason == "an answer leaves no room for its prompt"
+    assert encode_example(PreferenceExample("q", ("a" * 20, "b"), (0, 1), HERE), letters, config(**bare)).reason == "an answer leaves no room for its prompt"
 
 
 def test_a_verdict_stands_beside_another_rows_answer(write, letters) -> None:
     rows = [{"prompt": "p1", "completion": "a", "label": True}, {"prompt": "p2", "completion": "a", "label": False},
             {"prompt": "p3", "completion": "c", "label": True}]
     path = write("a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    found = load(config(train=path, format="judged", share_prompt=False), letters, seed=0).train
+    found = read_datasets(config(train=path, format="unpaired_preference", share_prompt=False), letters, seed=0).train
     said = [[letters.decode(ids).split("assistant\n")[1].split("<|")[0] for ids, _ in paths(one)] for one in found]
     asked = [{letters.decode(ids).split("user\n")[1].split("<|")[0] for ids, _ in paths(one)} for one in found]
     assert said == [["a", "c"], ["a", "c"], ["c", "a"]]
     assert asked == [{"p1"}, {"p2"}, {"p3"}]
-    assert [[i.label for i in one.items] for one in found] == [[1.0, -1.0], [0.0, -1.0], [1.0, -1.0]]
-    alone = load(config(train=path, test=write("c.jsonl", json.dumps(rows[2])), share_prompt=False), letters, seed=0).test
+    assert [[i.label for i in one.labeled_spans] for one in found] == [[1.0, -1.0], [0.0, -1.0], [1.0, -1.0]]
+    alone = read_datasets(config(train=path, test=write("c.jsonl", json.dumps(rows[2])), share_prompt=False), letters, seed=0).test
     assert letters.decode(paths(alone[0])[1][0]).endswith("p3<|im_end|>\n<|im_start|>assistant\na<|im_end|>")
     with pytest.raises(DataError, match="at least two rows"):
-        load(config(train=write("b.jsonl", json.dumps(rows[0]))), letters, seed=0)
+        read_datasets(config(train=write("b.jsonl", json.dumps(rows[0]))), letters, seed=0)
 
 
-def test_a_prompt_keeps_its_facts_and_must_leave_room(letters) -> None:
+def test_a_prompt_keeps_its_metadata_and_must_leave_room(letters) -> None:
     example = PromptExample("ab", HERE, {"reference": "4"})
-    (found,) = encode(example, letters, config())
-    assert letters.decode(found.pieces[0].ids) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
-    assert found.facts == {"prompt": "ab", "reference": "4"}
-    assert found.pieces[0].predicted == ()
-    size = len(found.pieces[0].ids)
-    assert encode(example, letters, config(max_length=size + 5), 5) == [found]
-    refused = encode(example, letters, config(max_length=size + 4), 5)
+    (found,) = encode_example(example, letters, config())
+    assert letters.decode(found.spans[0].ids) == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
+    assert found.metadata == {"prompt": "ab", "reference": "4"}
+    assert found.spans[0].predicted == ()
+    size = len(found.spans[0].ids)
+    assert encode_example(example, letters, config(max_length=size + 5), 5) == [found]
+    refused = encode_example(example, letters, config(max_length=size + 4), 5)
     assert refused.reason == "the prompt leaves no room to answer"
 
 
-REAL = {"hh_rlhf_harmless.jsonl": ("Compared", 40, {}), "dpo_en_demo.json": ("Compared", 40, {}),
-        "kto_en_demo.json": ("Judged", 40, {})}
+REAL = {"hh_rlhf_harmless.jsonl": ("Preference", 40, {}), "dpo_en_demo.json": ("Preference", 40, {}),
+        "kto_en_demo.json": ("UnpairedPreference", 40, {})}
 
 
 @pytest.mark.parametrize("name", REAL)
@@ -256,7 +256,7 @@ def test_real_files_are_read(name, letters) -> None:
     if not SHARED.is_dir():
         pytest.skip("the shared data is not here")
     kind, count, reasons = REAL[name]
-    found = load(config(train=str(SHARED / name), max_length=10**6, limit=40), letters, seed=0, reads=frozenset({f"{kind}Example"}))
+    found = read_datasets(config(train=str(SHARED / name), max_length=10**6, max_samples=40), letters, seed=0, reads=frozenset({f"{kind}Example"}))
     part = found.report.parts["train"]
     assert (part.read, part.kept, part.reasons) == (count, count - sum(reasons.values()), reasons)
     assert found.kinds == {f"{kind}Example"}

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from luthier.core.errors import DataError
-from luthier.data.rows import Refusal, Row
-from luthier.data.sources import read
+from luthier.data.rows import RejectedRow, Row
+from luthier.data.sources import read_source
 
 ROWS = [{"text": "one"}, {"text": "two, \"quoted\""}, {"text": "dreißig 三十 🙂"}]
 
 
-def every(path: str, **options: object) -> list[Row | Refusal]:
-    return [row for _, rows in read(path, **options) for row in rows]
+def every(path: str, **options: object) -> list[Row | RejectedRow]:
+    return [row for _, rows in read_source(path, **options) for row in rows]
 
 
-def said(found: list[Row | Refusal]) -> list[tuple[object, int]]:
-    return [(row.reason if isinstance(row, Refusal) else row.values, row.origin.line) for row in found]
+def said(found: list[Row | RejectedRow]) -> list[tuple[object, int]]:
+    return [(row.reason if isinstance(row, RejectedRow) else row.values, row.origin.line) for row in found]
 
 
 JSONL = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -118,7 +118,7 @@ def test_a_broken_row_is_refused_and_reading_goes_on(name, write) -> None:
     found = every(write(name, content))
     assert [row.values["text"] for row in found if isinstance(row, Row)] == ["a", "b"]
     assert [row.origin.line for row in found if isinstance(row, Row)] == kept
-    assert {row.origin.line: row.reason for row in found if isinstance(row, Refusal)} == refused
+    assert {row.origin.line: row.reason for row in found if isinstance(row, RejectedRow)} == refused
 
 
 def test_where_reading_cannot_go_on_the_refusal_says_so(write) -> None:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from luthier.core.errors import DataError, RecipeError
 from luthier.data.config import DataConfig, Source
-from luthier.data.load import load
+from luthier.data.load import read_datasets
 from luthier.data.rows import Row
-from luthier.data.sources import read
+from luthier.data.sources import read_source
 from luthier.data.splits import choose_files
 
 Write = Callable[[str, str | bytes], str]
@@ -33,7 +33,7 @@ def make(folder: Path, names: list[str], readme: str = "") -> Path:
 
 
 def texts(folder: Path, **options: str) -> list[str]:
-    return [row.values["text"] for _, rows in read(str(folder), **options) for row in rows if isinstance(row, Row)]
+    return [row.values["text"] for _, rows in read_source(str(folder), **options) for row in rows if isinstance(row, Row)]
 
 
 HUB = ["data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl", "data/test-00000-of-00001.jsonl"]
@@ -205,7 +205,7 @@ def test_a_folder_of_pictures_has_splits_or_classes(name: str, tmp_path: Path) -
         picture(tmp_path / file)
 
     def found() -> list[tuple[str, str | None]]:
-        return [(Path(row.origin.file).name, row.values.get("label")) for _, rows in read(str(tmp_path), **options)
+        return [(Path(row.origin.file).name, row.values.get("label")) for _, rows in read_source(str(tmp_path), **options)
                 for row in rows if isinstance(row, Row)]
     if isinstance(wanted, str):
         with pytest.raises(DataError, match=wanted):
@@ -223,7 +223,7 @@ def config(train: object, **more: object) -> DataConfig:
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_each_source_of_a_mixture_has_its_own_columns(write: Write, letters: PreTrainedTokenizerFast, streaming: bool) -> None:
-    from luthier.data.stream import Stream
+    from luthier.data.streaming import StreamingBatchSource
 
     one = write("one.jsonl", '{"question": "q", "answer": "a"}\n')
     two = write("two.tsv", "why\tbecause\n")
@@ -232,10 +232,10 @@ def test_each_source_of_a_mixture_has_its_own_columns(write: Write, letters: Pre
                    {"path": two, "columns": {"prompt": 0, "completion": 1}, "format": "completion"}, three],
                   columns={"prompt": "ask", "completion": "say"}, shuffle=False)
     if streaming:
-        (batch,) = next(Stream(made, letters, 3, None))
+        (batch,) = next(StreamingBatchSource(made, letters, 3, None))
         found = letters.decode(batch.inputs.tokens.flatten().tolist())
     else:
-        found = "".join(letters.decode(piece.ids) for row in load(made, letters, seed=0).train for piece in row.pieces)
+        found = "".join(letters.decode(span.ids) for row in read_datasets(made, letters, seed=0).train for span in row.spans)
     assert "<|im_start|>user\nq<|im_end|>" in found
     assert "<|im_start|>user\nw<|im_end|>" in found
     assert "whybecause" in found, "its own format joins it bare"
@@ -244,9 +244,9 @@ def test_each_source_of_a_mixture_has_its_own_columns(write: Write, letters: Pre
 def test_a_source_without_columns_has_those_of_all(write: Write, letters: PreTrainedTokenizerFast) -> None:
     path = write("a.jsonl", '{"ask": "w", "say": "y"}\n')
     columns: Mapping[str, str] = {"prompt": "ask", "completion": "say"}
-    assert len(load(config(path, columns=columns), letters, seed=0).train) == 1
+    assert len(read_datasets(config(path, columns=columns), letters, seed=0).train) == 1
     with pytest.raises(DataError, match="fit no known format"):
-        load(config({"path": path, "columns": {}}, columns=columns), letters, seed=0)
+        read_datasets(config({"path": path, "columns": {}}, columns=columns), letters, seed=0)
     for faulty, words in (({"promt": "x"}, "did you mean 'prompt'"), ({"prompt": 0, "completion": "x"}, "or numbers for all")):
         with pytest.raises(RecipeError, match=words):
             config({"path": path, "columns": faulty})
@@ -254,6 +254,6 @@ def test_a_source_without_columns_has_those_of_all(write: Write, letters: PreTra
 
 def test_the_eval_and_the_test_of_a_folder_are_its_own_splits(tmp_path: Path, letters: PreTrainedTokenizerFast) -> None:
     folder = str(make(tmp_path, ["train.jsonl", "dev.jsonl", "test.jsonl"]))
-    found = load(config(folder, eval=folder, test=folder), letters, seed=0)
-    assert [letters.decode(part[0].pieces[0].ids[:4]) for part in (found.train, found.eval, found.test)] == ["trai", "dev.", "test"]
+    found = read_datasets(config(folder, eval=folder, test=folder), letters, seed=0)
+    assert [letters.decode(part[0].spans[0].ids[:4]) for part in (found.train, found.eval, found.test)] == ["trai", "dev.", "test"]
     assert Source.parse({"path": folder}).split is None

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from luthier.build import recipe
+from luthier.assembly import build_recipe
 from luthier.core.errors import DataError, RecipeError
-from luthier.core.examples import JudgedExample, LabelledExample, Origin, TaggedExample
-from luthier.core.labels import label_key, label_name, label_names, parse_number, sort_labels
-from luthier.data import values
+from luthier.core.examples import ClassificationExample, Origin, TokenClassificationExample, UnpairedPreferenceExample
+from luthier.core.labels import collect_label_names, get_label_key, get_label_name, parse_number, sort_labels
+from luthier.data import row_values
 from luthier.data.config import DataConfig
-from luthier.data.formats import examples
-from luthier.data.load import Datasets, load
-from luthier.data.rows import Refusal, Row
+from luthier.data.formats.registry import read_examples
+from luthier.data.load import Datasets, read_datasets
+from luthier.data.rows import RejectedRow, Row
 from luthier.objectives.classify import ClassifyConfig
 from luthier.objectives.contrastive import ContrastiveConfig
 from luthier.objectives.kto import KtoConfig
@@ -49,42 +49,42 @@ SAME = {  # key -> spellings
 
 def test_every_spelling_of_a_value_has_one_key_and_no_two_values_share_one() -> None:
     for key, spellings in SAME.items():
-        assert {label_key(one) for one in spellings} == {key}
+        assert {get_label_key(one) for one in spellings} == {key}
 
 
 def breaches(key: Callable[[Any], str]) -> list[str]:
     return [wanted for wanted, spellings in SAME.items() if {key(one) for one in spellings} != {wanted}]
 
 
-@pytest.mark.parametrize("broken", [str, lambda value: str(value).strip(), lambda value: str(value).lower(), lambda value: label_key(float(value)) if isinstance(value, int) else label_key(value)])
+@pytest.mark.parametrize("broken", [str, lambda value: str(value).strip(), lambda value: str(value).lower(), lambda value: get_label_key(float(value)) if isinstance(value, int) else get_label_key(value)])
 def test_the_table_notices_a_rule_that_is_broken(broken: Callable[[Any], str]) -> None:
-    assert not breaches(label_key)
+    assert not breaches(get_label_key)
     assert breaches(broken)
 
 
 @given(st.one_of(st.integers(-2 ** 63, 2 ** 64 - 1), st.floats(allow_nan=False, allow_infinity=False), st.booleans(), st.text(max_size=6)))
 @settings(max_examples=400, deadline=None)
 def test_a_value_its_text_and_its_json_have_one_key_and_a_key_is_its_own(value: Any) -> None:
-    key = label_key(value)
-    assert label_key(str(value)) == label_key(json.loads(json.dumps(value))) == key == label_key(key)
-    assert label_key(label_name(value)) == key
+    key = get_label_key(value)
+    assert get_label_key(str(value)) == get_label_key(json.loads(json.dumps(value))) == key == get_label_key(key)
+    assert get_label_key(get_label_name(value)) == key
     if isinstance(value, float) and value.is_integer() and abs(value) < 2 ** 63:
-        assert key == label_key(int(value))
+        assert key == get_label_key(int(value))
 
 
 @given(st.lists(st.one_of(st.integers(-99, 99), st.floats(-9, 9).map(lambda x: round(x, 2)), st.booleans(), st.sampled_from(["true", "x", "--5", "-", "\u00b2", "007"]))))
 @settings(max_examples=200, deadline=None)
 def test_classes_are_as_many_as_values_in_an_order_that_spelling_does_not_change(found: list[Any]) -> None:
-    named = label_names(found)
-    ordered = [label_key(name) for name in sort_labels(named.values())]
-    assert len(set(ordered)) == len(ordered) == len(set(map(label_key, found)))
+    named = collect_label_names(found)
+    ordered = [get_label_key(name) for name in sort_labels(named.values())]
+    assert len(set(ordered)) == len(ordered) == len(set(map(get_label_key, found)))
     if all(parse_number(one) is not None for one in found):
         assert [parse_number(key) for key in ordered] == sorted(parse_number(key) for key in ordered)  # type: ignore[type-var]
 
 
 def test_true_keeps_its_word_where_no_row_spells_it_as_a_number() -> None:
-    assert label_names([True, "True", "false"]) == {"1": "true", "0": "false"}
-    assert label_names([True, 1]) == {"1": "1"}
+    assert collect_label_names([True, "True", "false"]) == {"1": "true", "0": "false"}
+    assert collect_label_names([True, 1]) == {"1": "1"}
 
 
 # ---------------------------------------------------------------- across files
@@ -128,40 +128,40 @@ def test_every_file_and_spelling_trains_and_tests_the_same_classes(spelled: str,
     train = write(f"train.{trained}", WRITERS[trained]([{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]))
     for other, (same, _) in KINDS.items():
         test = write(f"{other}.{evaluated}", WRITERS[evaluated]([{"text": f"u{i}", "label": label} for i, label in enumerate(same)]))
-        found = load(config(train=train, test=test), letters, seed=0)
+        found = read_datasets(config(train=train, test=test), letters, seed=0)
         assert found.labels == classes
         assert numbers(found, "train") == numbers(found, "test") == [1, 0, 1, 2], other
 
 
 def numbers(found: Datasets, part: str) -> list[Any]:
-    return [one.items[0].label for one in (found.train if part == "train" else found.test)]
+    return [one.labeled_spans[0].label for one in (found.train if part == "train" else found.test)]
 
 
 @pytest.mark.parametrize("rows", [[True, False, True], ["true", "False", "TRUE"], [True, 0, "1"], [1, "false", True]])
 def test_true_and_1_are_one_class(rows: list[Any], write: Write, letters: Letters) -> None:
     train = write("a.jsonl", jsonl([{"text": f"t{i}", "label": label} for i, label in enumerate(rows)]))
     test = write("b.csv", "text,label\nu,1\nv,True\nw,0.0\n")
-    found = load(config(train=train, test=test), letters, seed=0)
+    found = read_datasets(config(train=train, test=test), letters, seed=0)
     assert (numbers(found, "train"), numbers(found, "test")) == ([1, 0, 1], [1, 1, 0])
     assert set(found.counts.values()) == {1.0, 2.0}
     assert found.report.parts["train"].labels == dict(zip(found.labels, (1, 2), strict=True))
 
 
 def test_mixed_spellings_in_one_file_are_one_class(write: Write, letters: Letters) -> None:
-    found = load(config(train=write("a.csv", "text,label\na,1.0\nb,0\nc,1\n")), letters, seed=0)
+    found = read_datasets(config(train=write("a.csv", "text,label\na,1.0\nb,0\nc,1\n")), letters, seed=0)
     assert (found.labels, numbers(found, "train")) == (("0", "1"), [1, 0, 1])
 
 
 def test_classes_that_are_hard_to_sort_are_names(write: Write, letters: Letters) -> None:
     rows = ["--5", "-", "3", "\u00b2", "007", "7"]
-    found = load(config(train=write("a.jsonl", jsonl([{"text": f"t{i}", "label": label} for i, label in enumerate(rows)]))), letters, seed=0)
+    found = read_datasets(config(train=write("a.jsonl", jsonl([{"text": f"t{i}", "label": label} for i, label in enumerate(rows)]))), letters, seed=0)
     assert found.labels == tuple(sorted(rows))
 
 
 def test_two_spellings_of_a_decimal_are_not_guessed_at(write: Write, letters: Letters) -> None:
     with pytest.raises(DataError, match=r"a.csv:3: the label '1.10' is spelled '1.1' in another row"):
-        load(config(train=write("a.csv", "text,label\na,1.1\nb,1.10\nc,2\n")), letters, seed=0)
-    found = load(config(train=write("b.csv", "text,label\na,1.10\nb,1.10\nc,2\n")), letters, seed=0)
+        read_datasets(config(train=write("a.csv", "text,label\na,1.1\nb,1.10\nc,2\n")), letters, seed=0)
+    found = read_datasets(config(train=write("b.csv", "text,label\na,1.10\nb,1.10\nc,2\n")), letters, seed=0)
     assert found.labels == ("1.1", "2")
 
 
@@ -170,7 +170,7 @@ def test_what_is_no_class_is_refused_and_no_position(label: Any, write: Write, l
     train = write("a.jsonl", jsonl([{"text": "t", "label": "pos"}, {"text": "u", "label": "neg"}]))
     test = write("b.jsonl", jsonl([{"text": "t", "label": "pos"}, {"text": "v", "label": label}]))
     for classes in ((), ("neg", "pos")):
-        found = load(config(train=train, test=test), letters, seed=0, classes=classes)
+        found = read_datasets(config(train=train, test=test), letters, seed=0, classes=classes)
         if label == "pos ":
             assert numbers(found, "test") == [1, 1]
             continue
@@ -182,29 +182,29 @@ def test_what_is_no_class_is_refused_and_no_position(label: Any, write: Write, l
 def test_several_labels_and_tags_follow_the_rule(write: Write, letters: Letters) -> None:
     train = write("a.jsonl", jsonl([{"text": "t", "label": [1, 2.0]}, {"text": "u", "label": ["1.0"]}, {"text": "v", "label": True}]))
     test = write("b.csv", 'text,label\nt,"[2, 1]"\nu,"[""1""]"\nv,1.0\nw,"[3]"\n')
-    found = load(config(train=train, test=test), letters, seed=0)
+    found = read_datasets(config(train=train, test=test), letters, seed=0)
     assert found.labels == ("1", "2")
     assert numbers(found, "train") == numbers(found, "test") == [(1, 1), (1, 0), (1, 0)]
     assert found.report.parts["test"].reasons == {"a label that is none of the classes": 1}
     tagged = write("c.jsonl", jsonl([{"words": ["a", "b", "c"], "tags": [1, "1.0", True]}, {"words": ["a"], "tags": [0]}]))
-    found = load(config(train=tagged), letters, seed=0)
+    found = read_datasets(config(train=tagged), letters, seed=0)
     assert found.labels == ("0", "1")
-    assert [[tag for tag in row.pieces[0].tags if tag >= 0] for row in found.train] == [[1, 1, 1], [0]]
+    assert [[tag for tag in row.spans[0].tags if tag >= 0] for row in found.train] == [[1, 1, 1], [0]]
 
 
 @pytest.mark.parametrize("classes", [[0, 1], [0.0, 1.0], ["0", "1"], ["0.0", "1.0"]])
 def test_the_classes_of_a_recipe_follow_the_rule(classes: list[Any], write: Write, letters: Letters) -> None:
     made = ClassifyConfig.parse({"labels": classes, "class_weights": {classes[1]: 3.0}})
     assert (made.labels, dict(made.class_weights)) == (("0", "1"), {"1": 3.0})  # type: ignore[arg-type]
-    assert ContrastiveConfig.parse({"kind": "labels", "labels": classes}).labels == ("0", "1")
-    found = load(config(train=write("a.csv", "text,label\na,1.0\nb,0\n")), letters, seed=0, classes=made.labels)
+    assert ContrastiveConfig.parse({"loss": "supcon", "labels": classes}).labels == ("0", "1")
+    found = read_datasets(config(train=write("a.csv", "text,label\na,1.0\nb,0\n")), letters, seed=0, classes=made.labels)
     assert numbers(found, "train") == [1, 0]
-    assert made.fitted(found.labels, found.counts).labels == ("0", "1")
+    assert made.with_labels(found.labels, found.counts).labels == ("0", "1")
 
 
 def test_a_class_is_named_once_in_a_recipe() -> None:
     for made in (ClassifyConfig, ContrastiveConfig):
-        with pytest.raises(RecipeError, match="a class is named once"):
+        with pytest.raises(RecipeError, match="a class appears twice"):
             made.parse({"labels": [1, "1.0"]})
     assert ClassifyConfig.parse({"labels": ["yes", "no", True]}).labels == ("yes", "no", "true")
 
@@ -216,13 +216,13 @@ def test_names_that_a_data_set_declares_are_its_classes(tmp_path: Path, letters:
     made.to_parquet(str(tmp_path / "a.parquet"))
     made.save_to_disk(str(tmp_path / "saved"))
     for path in (tmp_path / "a.parquet", tmp_path / "saved"):
-        found = load(config(train=str(path)), letters, seed=0)
+        found = read_datasets(config(train=str(path)), letters, seed=0)
         assert (found.labels, numbers(found, "train"), found.report.parts["train"].reasons) == (("neg", "pos"), [1, 0], {"no label": 1})
         with pytest.raises(DataError, match="a label that is none of the classes"):
-            load(config(train=str(path)), letters, seed=0, classes=("bad", "good"))
+            read_datasets(config(train=str(path)), letters, seed=0, classes=("bad", "good"))
     tags = datasets.Features({"tokens": datasets.List(datasets.Value("string")), "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "PER"]))})
     datasets.Dataset.from_dict({"tokens": [["a", "b"]], "ner_tags": [[0, 1]]}, features=tags).to_parquet(str(tmp_path / "b.parquet"))
-    assert load(config(train=str(tmp_path / "b.parquet")), letters, seed=0).labels == ("O", "PER")
+    assert read_datasets(config(train=str(tmp_path / "b.parquet")), letters, seed=0).labels == ("O", "PER")
 
 
 # ---------------------------------------------------------------- what no value is
@@ -253,20 +253,20 @@ PLACES: dict[str, Callable[[Any], dict[str, Any]]] = {
                                                  isinstance(BAD[name], float) or (place == "choice" and isinstance(BAD[name], int)))])
 def test_what_is_no_finite_number_of_64_bits_is_refused(name: str, place: str) -> None:
     """But for a choice and a reference, which may be any text, and a reference any integer."""
-    (found,) = examples([Row(PLACES[place](BAD[name]), HERE)])
-    assert isinstance(found, Refusal)
+    (found,) = read_examples([Row(PLACES[place](BAD[name]), HERE)])
+    assert isinstance(found, RejectedRow)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_the_rows_of_that_table_are_read_with_a_number_in_that_place(place: str) -> None:
-    (found,) = examples([Row(PLACES[place](0), HERE)])
-    assert not isinstance(found, Refusal)
+    (found,) = read_examples([Row(PLACES[place](0), HERE)])
+    assert not isinstance(found, RejectedRow)
 
 
 def test_json_that_is_not_json_is_refused_with_its_line(write: Write, letters: Letters) -> None:
     rows = '{"text": "a", "label": 1}\n{"text": "b", "label": NaN}\n{"text": "c", "label": -Infinity}\n{"text": "d", "label": 1e999}\n' \
            f'{{"text": "e", "label": {HUGE}}}\n{{"text": "f", "label": 0}}\n'
-    found = load(config(train=write("a.jsonl", rows)), letters, seed=0)
+    found = read_datasets(config(train=write("a.jsonl", rows)), letters, seed=0)
     assert {row["line"]: row["reason"] for row in found.report.parts["train"].refused} == {
         "2": "label is not a finite number", "3": "label is not a finite number", "4": "label is not a finite number",
         "5": "label is an integer beyond 64 bits"}
@@ -279,28 +279,28 @@ VERDICTS = {True: [True, 1, 1.0, "1", "1.0", "true", "True", " good ", "Desirabl
 def test_verdicts_follow_the_rule() -> None:
     for good, spellings in VERDICTS.items():
         for one in spellings:
-            (found,) = examples([Row({"prompt": "q", "completion": "a", "label": one}, HERE)])
-            assert isinstance(found, JudgedExample)
+            (found,) = read_examples([Row({"prompt": "q", "completion": "a", "label": one}, HERE)])
+            assert isinstance(found, UnpairedPreferenceExample)
             assert found.good is good
     for odd in (2, -1, 0.5, "yes", "", [], None, "nan"):
-        with pytest.raises(values.UnfitError, match="neither good nor bad"):
-            values.verdict(odd)
-    assert KtoConfig.reads == {"JudgedExample"}
+        with pytest.raises(row_values.InvalidRowError, match="neither good nor bad"):
+            row_values.read_verdict(odd)
+    assert KtoConfig.example_types == {"UnpairedPreferenceExample"}
 
 
 @pytest.mark.parametrize("text", ["1_000", "\u0663", "1,5", "0x10", "one", "007"])
 def test_text_that_only_pythons_float_reads_is_no_number(text: str) -> None:
-    with pytest.raises(values.UnfitError, match="score is not a number"):
-        values.number(text, "score")
-    assert values.number("true", "score") == values.number(True, "score") == values.weight("1.0") == 1.0
+    with pytest.raises(row_values.InvalidRowError, match="score is not a number"):
+        row_values.read_number(text, "score")
+    assert row_values.read_number("true", "score") == row_values.read_number(True, "score") == row_values.read_weight("1.0") == 1.0
 
 
 def test_what_rows_become_keeps_all_digits() -> None:
-    (found,) = examples([Row({"text": "t", "label": 2 ** 53 + 1}, HERE)])
-    assert isinstance(found, LabelledExample)
+    (found,) = read_examples([Row({"text": "t", "label": 2 ** 53 + 1}, HERE)])
+    assert isinstance(found, ClassificationExample)
     assert found.label == "9007199254740993"
-    (tagged,) = examples([Row({"words": ["a"], "tags": [2 ** 53 + 1]}, HERE)])
-    assert isinstance(tagged, TaggedExample)
+    (tagged,) = read_examples([Row({"words": ["a"], "tags": [2 ** 53 + 1]}, HERE)])
+    assert isinstance(tagged, TokenClassificationExample)
     assert tagged.tags == ("9007199254740993",)
 
 
@@ -310,22 +310,22 @@ def test_what_rows_become_keeps_all_digits() -> None:
 @pytest.mark.parametrize("count", [20, 11, 5, 3])
 def test_decimals_as_classes_propose_a_regression(count: int, write: Write, letters: Letters) -> None:
     rows = [{"text": f"t{i}", "label": 0.11 + 1.37 * i} for i in range(count)]
-    found = load(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0)
+    found = read_datasets(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0)
     with pytest.raises(RecipeError, match=rf"{count} different numbers for labels, such as 0.11 .*\n.*set objective.task to regression"):
-        ClassifyConfig().fitted(found.labels, found.counts)
-    with pytest.raises(RecipeError, match=r"objective.kind: scores"):
-        ContrastiveConfig(kind="labels").fitted(found.labels, found.counts)
+        ClassifyConfig().with_labels(found.labels, found.counts)
+    with pytest.raises(RecipeError, match=r"objective.loss: cosent"):
+        ContrastiveConfig(loss="supcon").with_labels(found.labels, found.counts)
     named = ClassifyConfig(labels=found.labels)
-    assert named.fitted(found.labels, found.counts) == named
-    found = load(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0, classes=None)
+    assert named.with_labels(found.labels, found.counts) == named
+    found = read_datasets(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0, classes=None)
     assert numbers(found, "train") == [row["label"] for row in rows]
 
 
 @pytest.mark.parametrize("labels", [[0.5 * i for i in range(10)], list(range(200)), [f"v{i}.5" for i in range(40)]])
 def test_half_stars_many_classes_and_names_are_classes(labels: list[Any], write: Write, letters: Letters) -> None:
     rows = [{"text": f"t{i}", "label": label} for i, label in enumerate([*labels, *labels])]
-    found = load(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0)
-    assert len(ClassifyConfig().fitted(found.labels, found.counts).labels) == len(labels)
+    found = read_datasets(config(train=write("a.jsonl", jsonl(rows))), letters, seed=0)
+    assert len(ClassifyConfig().with_labels(found.labels, found.counts).labels) == len(labels)
 
 
 # ---------------------------------------------------------------- what else such rows end in
@@ -333,9 +333,9 @@ def test_half_stars_many_classes_and_names_are_classes(labels: list[Any], write:
 
 @pytest.mark.parametrize("objective", ["classify", "contrastive"])
 def test_scores_of_answers_need_rows_that_ask(objective: str) -> None:
-    with pytest.raises(RecipeError, match=rf"evaluate.metrics exact: these score generated answers, and the rows of objective '{objective}' ask for none"):
-        recipe(None, {"data.train": "a.jsonl", "objective": objective, "evaluate.metrics": ["exact"]})
-    recipe(None, {"data.train": "a.jsonl", "objective": "sft", "evaluate.metrics": ["exact"]})
+    with pytest.raises(RecipeError, match=rf"evaluate.metrics exact_match: these score generated answers, and the rows of objective '{objective}' ask for none"):
+        build_recipe(None, {"data.train": "a.jsonl", "objective": objective, "evaluate.metrics": ["exact_match"]})
+    build_recipe(None, {"data.train": "a.jsonl", "objective": "sft", "evaluate.metrics": ["exact_match"]})
 
 
 @pytest.mark.parametrize("silent", ["\u200b", "\ufeff", "\u200d"])
@@ -348,6 +348,6 @@ def test_a_word_that_becomes_no_token_is_the_reason(silent: str, place: int, wri
     words = ["a", "b"]
     words.insert(place, silent)
     rows = [{"words": words, "tags": ["O", "X", "O"]}, {"words": ["a", "b"], "tags": ["O", "X"]}]
-    found = load(config(train=write("a.jsonl", jsonl(rows))), tokenizer, seed=0)
+    found = read_datasets(config(train=write("a.jsonl", jsonl(rows))), tokenizer, seed=0)
     (refused,) = found.report.parts["train"].refused
     assert (refused["line"], refused["reason"], refused["detail"]) == ("1", "the tokenizer makes no tokens of a word", ascii(silent))

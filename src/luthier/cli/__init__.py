@@ -1,0 +1,1 @@
+"""The command line. Read `main.py` first; `commands.py` has the commands, `console.py` prints results."""

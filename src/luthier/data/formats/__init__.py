@@ -1,0 +1,1 @@
+"""Rows to examples. Read `registry.py` first."""

@@ -1,0 +1,1 @@
+"""Several processes that train one model. The only package that imports torch.distributed."""

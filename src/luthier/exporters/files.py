@@ -1,0 +1,60 @@
+"""Writes an export atomically, and refuses settings that have no effect. No simpler file to read first."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from luthier.core.errors import RunError
+
+FORMS = ("merged", "bundle", "adapter", "gguf", "gguf-adapter")
+FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are a single file
+DTYPES = {"merged": ("float32", "bfloat16", "float16"), "bundle": ("float32", "bfloat16", "float16"),
+          "gguf": ("float32", "float16", "q8_0")}
+
+
+@contextmanager
+def write_atomically(out: Path) -> Iterator[Path]:
+    """A temporary path next to `out`, which is renamed to `out` on success and removed on failure."""
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(out)
+    finally:  # already renamed on success
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        temporary.unlink(missing_ok=True)
+
+
+def check_form(form: str) -> None:
+    """Raises `RunError` for a form that is not known."""
+    if form not in FORMS:
+        raise RunError(f"a run cannot be exported to {form!r}", f"one of: {', '.join(FORMS)}")
+
+
+def check_dtype(dtype: str | None, form: str) -> None:
+    """Raises `RunError` for a dtype that this form is not written in."""
+    if dtype is not None and dtype not in DTYPES.get(form, ()):
+        raise RunError(f"dtype {dtype!r} has no effect on {form!r}" if form not in DTYPES else
+                       f"--to {form} does not write {dtype}", f"one of: {', '.join(DTYPES[form])}" if form in DTYPES
+                       else "omit --dtype, or export with --to merged or --to gguf")
+
+
+def check_rank(rank: int | str | None, form: str) -> None:
+    """Raises `RunError` for a rank that has no effect or is no positive integer."""
+    if rank is not None and form != "adapter":
+        raise RunError(f"lora_rank {rank} has no effect on {form!r}", "omit --lora-rank, or export with --to adapter")
+    if rank is not None and rank != "auto" and (not isinstance(rank, int) or rank < 1):
+        raise RunError(f"lora_rank is {rank!r}, and a rank is a whole number of at least 1", "give one, or auto")
+
+
+def check_vacant(out: Path, form: str) -> None:
+    """Raises `RunError` where `out` exists, or has the wrong suffix."""
+    if form in FILES and out.suffix != ".gguf":
+        raise RunError(f"--to {form} writes one file, and {str(out)!r} does not end in .gguf", f"--out {out}.gguf")
+    if out.exists() and (form in FILES or not out.is_dir() or any(out.iterdir())):
+        raise RunError(f"{str(out)!r} already exists and is not empty; nothing is overwritten",
+                       "remove it, or give another name with --out")

@@ -1,0 +1,1 @@
+"""Attention over packed rows. Read `packed.py` first."""

@@ -1,0 +1,1 @@
+"""Operations with a custom backward pass. Read `fused_logprobs.py` first."""

@@ -1,0 +1,139 @@
+"""Requests of OpenAI's protocol to responses, without HTTP. Read `engine.py` and `openai_protocol.py` first."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from luthier.assembly.multi_adapter_loading import ServedModels
+from luthier.core.errors import LuthierError, RecipeError
+from luthier.serving.engine import InferenceEngine, Request, TokenDelta
+from luthier.serving.openai_protocol import (
+    CompletionRequest,
+    EmbeddingRequest,
+    build_response_head,
+    count_usage,
+    encode_embedding,
+    format_error,
+    format_event,
+    parse_request,
+)
+
+DEFAULT_MAX_TOKENS = 1024  # of a completion whose request has none
+
+
+class OpenAIServing:
+    """Answers requests of OpenAI's protocol. Start and close its `engine`.
+
+    Args:
+        served: the models.
+        max_num_seqs: largest number of requests in one batch.
+    """
+
+    def __init__(self, served: ServedModels, max_num_seqs: int = 16) -> None:
+        self.served = served
+        self.engine = InferenceEngine(served.base, served.get_adapter_indices, max_num_seqs)
+        self.created = int(time.time())
+
+    def list_models(self) -> dict[str, Any]:
+        """The response of /v1/models."""
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": self.created,
+                                            "owned_by": "luthier"} for name in self.served.names]}
+
+    async def create_embeddings(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The response of /v1/embeddings: pooled states of length 1."""
+        request = parse_request(EmbeddingRequest, body)
+        texts = [request.input] if isinstance(request.input, str) else request.input
+        if not texts:
+            raise RecipeError("input: there is no text to embed", "send at least one text")
+        work = self.engine.run_exclusive(lambda: self.served.embed_texts(request.model, texts))
+        states = await asyncio.wrap_future(work)  # [texts, D]
+        normalized = states / states.norm(dim=-1, keepdim=True)
+        rows = [encode_embedding(row, request.encoding_format) for row in normalized]
+        used = sum(len(self.served.base.tokenizer(text)["input_ids"]) for text in texts)
+        return {"object": "list", "model": request.model, "usage": {"prompt_tokens": used, "total_tokens": used},
+                "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(rows)]}
+
+    def build_requests(self, body: Mapping[str, Any], chat: bool) -> tuple[CompletionRequest, list[Request]]:
+        """The engine requests of a completion: `n` for each prompt. Raises `RecipeError` for what is not supported."""
+        parsed = parse_request(CompletionRequest, body)
+        adapter = self.served.get_adapter(parsed.model)
+        if not self.served.can_generate:
+            raise RecipeError(f"{parsed.model!r} cannot generate text", "use it with /v1/embeddings")
+        if chat and not parsed.messages:
+            raise RecipeError("messages: a conversation has at least one", "send messages")
+        texts = [parsed.prompt] if isinstance(parsed.prompt, str) else parsed.prompt
+        prompts = ([self.served.encode_chat(parsed.model, [message.to_message() for message in parsed.messages])]
+                   if chat else [self.served.encode_text(parsed.model, text) for text in texts])
+        limit = self.served.context_lengths[parsed.model]
+        for prompt in prompts or [[]]:
+            if not 0 < len(prompt) < limit:
+                raise RecipeError(f"a prompt of {len(prompt)} tokens, and this model reads 1 to {limit - 1}, with "
+                                  "room for an answer", "send another prompt")
+        stop = (parsed.stop,) if isinstance(parsed.stop, str) else tuple(parsed.stop or ())
+        first = Request((), adapter, parsed.max_completion_tokens or parsed.max_tokens or DEFAULT_MAX_TOKENS,
+                        parsed.temperature, parsed.top_p, parsed.seed, uuid.uuid4().hex, tuple(s for s in stop if s))
+        repeated = [prompt for prompt in prompts for _ in range(parsed.n)]
+        return parsed, [replace(first, prompt=prompt, index=index) for index, prompt in enumerate(repeated)]
+
+    async def stream_deltas(self, requests: Sequence[Request]) -> AsyncIterator[tuple[int, TokenDelta]]:
+        """(index of the request, its next delta) until all have finished. If the caller stops, they are cancelled."""
+        loop, deltas = asyncio.get_running_loop(), asyncio.Queue[tuple[int, TokenDelta]]()
+
+        def enqueue(index: int, delta: TokenDelta) -> None:  # called in the engine's thread
+            loop.call_soon_threadsafe(deltas.put_nowait, (index, delta))
+
+        unfinished = set(range(len(requests)))
+        try:
+            for index, request in enumerate(requests):
+                self.engine.submit(request, partial(enqueue, index))
+            while unfinished:
+                index, delta = await deltas.get()
+                if delta.error is not None:
+                    raise delta.error
+                if delta.finish_reason:
+                    unfinished.discard(index)
+                yield index, delta
+        finally:
+            for request in requests:
+                request.cancelled = True
+
+    async def complete(self, body: CompletionRequest, requests: Sequence[Request], chat: bool) -> dict[str, Any]:
+        """The response in one piece."""
+        texts, last = [""] * len(requests), [TokenDelta("")] * len(requests)
+        async for index, delta in self.stream_deltas(requests):
+            texts[index] += delta.text
+            last[index] = delta
+        choices = [{"index": i, "finish_reason": delta.finish_reason, "logprobs": None, **(
+            {"message": {"role": "assistant", "content": text}} if chat else {"text": text})}
+            for i, (text, delta) in enumerate(zip(texts, last, strict=True))]
+        return {**build_response_head(body, chat, ""), "choices": choices, "usage": count_usage(body, requests, last)}
+
+    async def stream_events(self, body: CompletionRequest, requests: Sequence[Request],
+                            chat: bool) -> AsyncIterator[str]:
+        """The response as server-sent events. An error after the first event is sent as an event."""
+        head, last = build_response_head(body, chat, ".chunk" if chat else ""), [TokenDelta("")] * len(requests)
+
+        def build_event(index: int, content: dict[str, Any], finish_reason: str | None) -> str:
+            inner = {"delta": content} if chat else {"text": content.get("content", "")}
+            return format_event({**head, "choices": [{"index": index, **inner, "logprobs": None,
+                                                      "finish_reason": finish_reason}]})
+
+        if chat:
+            for index in range(len(requests)):
+                yield build_event(index, {"role": "assistant", "content": ""}, None)
+        try:
+            async for index, delta in self.stream_deltas(requests):
+                last[index] = delta
+                yield build_event(index, {"content": delta.text} if delta.text else {}, delta.finish_reason or None)
+        except LuthierError as error:
+            yield format_event(format_error(error))
+            return
+        if (body.stream_options or {}).get("include_usage"):
+            yield format_event({**head, "choices": [], "usage": count_usage(body, requests, last)})
+        yield "data: [DONE]\n\n"

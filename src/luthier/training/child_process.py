@@ -1,0 +1,25 @@
+"""A training run in a child process, so that its memory is freed at the end. Read `run_folder.py` first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def train_in_child_process(recipe: Mapping[str, Any], run: Path) -> tuple[int, str]:
+    """Train a resolved recipe into the folder `run`, or resume there. Returns the exit code and the last two lines.
+
+    The recipe is written to `<run>.yaml`, and the output to `<run>.log`.
+    """
+    written, log = run.with_name(f"{run.name}.yaml"), run.with_name(f"{run.name}.log")
+    written.write_text(yaml.safe_dump({**recipe, "output_dir": str(run)}, sort_keys=False, allow_unicode=True),
+                       encoding="utf-8")
+    command = [sys.executable, "-m", "luthier", "train", str(written), *(["--resume"] if run.exists() else [])]
+    with log.open("w", encoding="utf-8") as stream:
+        done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT)
+    return done.returncode, " ".join(log.read_text(encoding="utf-8").strip().splitlines()[-2:])
