@@ -16,8 +16,8 @@ from torch import Tensor
 from luthier import assembly
 from luthier.api.train import train
 from luthier.assembly.factory import attach_heads, load_datasets, load_family
-from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.policy_evaluation import evaluate_policies
+from luthier.assembly.rl_setup import init_rl_policy
 from luthier.assembly.run_io import open_run
 from luthier.core.examples import Origin
 from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, TokenizedExample, TokenSpan

@@ -9,7 +9,7 @@ was forgotten), the trainable fraction, seconds, peak memory and file size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_in_child_process
 from luthier.training.run_folder import Run
+from luthier.training.run_lock import lock_run
 
 AS_IT_IS: dict[str, Any] = {  # for retention data: no generation, and no settings of the recipe's own rows
     "evaluate.metrics": [], "evaluate.max_samples": sys.maxsize, "data.columns": {}, "data.format": "auto",
@@ -53,17 +54,24 @@ def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_dat
     variants = {method: build_variant(config, method) for method in methods}
     retention = _load_retention_data(config, retention_data) if retention_data else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
-    folder.path.mkdir(parents=True, exist_ok=True)
+    with lock_run(folder):
+        _compare_variants(folder, str(recipe), config, variants, retention, quiet)
+    return folder
+
+
+def _compare_variants(folder: Run, recipe: str, config: Recipe, variants: Mapping[str, dict[str, Any]],
+                      retention: _RetentionData | None, quiet: bool) -> None:
+    """Train what is not finished, evaluate all, and write the comparison."""
     rows: list[dict[str, Any]] = []
-    with Progress(len(methods), title="methods", quiet=quiet) as bar:
-        for done, method in enumerate(methods, 1):
+    with Progress(len(variants), title="methods", quiet=quiet) as bar:
+        for done, method in enumerate(variants, 1):
             run = folder.path / method
             if not (run / "README.md").exists():
                 _train_method(variants[method], method, run, before=not rows)
             rows.append(_build_row(method, Run(run), retention, quiet))
             bar.update(done, score=rows[-1]["after"])
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
-    comparison = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
+    comparison = {"recipe": recipe, "metric": rows[0]["metric"], "base": base, "methods": rows}
     if retention:
         comparison |= {"general": retention.metric, "general_before": retention.evaluate_run(config.model.name_or_path,
                                                                                              quiet)}
@@ -74,7 +82,6 @@ def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_dat
         "seconds of training": [row["train_seconds"] for row in rows],
         "peak memory, GB": [row["peak_memory_gb"] for row in rows],
         "file, MB": [row["file_bytes"] / 1e6 for row in rows]}, folder.path / "comparison.png")
-    return folder
 
 
 def _train_method(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:

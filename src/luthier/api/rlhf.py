@@ -21,6 +21,7 @@ from luthier.assembly.recipe import Recipe
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.reporting.plots import plot_rlhf
 from luthier.training.run_folder import Run
+from luthier.training.run_lock import lock_run
 
 STAGES = {"sft": "1-sft", "reward": "2-reward", "ppo": "3-ppo"}
 ROLES = {"base": "bare base", "start": "after SFT", "tuned": "after PPO"}
@@ -38,16 +39,17 @@ def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **setti
         RecipeError: with all errors of all parts, before the first one starts.
     """
     folder, stages = plan_stages(recipe, settings)
-    for stage, one in stages.items():
-        path = folder / STAGES[stage]
-        if not quiet:
-            print(f"stage {stage}: {path}", flush=True)
-        try:
-            train(one, resume=(path / "recipe.yaml").exists(), quiet=quiet)
-        except Interrupted as error:
-            error.remedy = "run the same command again to continue"
-            raise
-    return _write_report(Run(folder), stages, quiet)
+    with lock_run(Run(folder)):
+        for stage, one in stages.items():
+            path = folder / STAGES[stage]
+            if not quiet:
+                print(f"stage {stage}: {path}", flush=True)
+            try:
+                train(one, resume=(path / "recipe.yaml").exists(), quiet=quiet)
+            except Interrupted as error:
+                error.remedy = "run the same command again to continue"
+                raise
+        return _write_report(Run(folder), stages, quiet)
 
 
 def plan_stages(recipe: str | Path | Mapping[str, Any],
