@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -19,6 +20,7 @@ from luthier.assembly.run_io import (
     save_full_model,
     save_tuned,
 )
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
 from luthier.exporters import adapters, files
@@ -32,8 +34,10 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "q8_0"]
 NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+@accepts_consent
 def export(run: Run | Path | str, to: Form = "merged", out: Path | str | None = None, dtype: Dtype | None = None,
-           lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None) -> Path:
+           lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None,
+           allow_code: Sequence[str] = ()) -> Path:
     """Write a run as a folder or file atomically, and return its path.
 
     Args:
@@ -49,6 +53,7 @@ def export(run: Run | Path | str, to: Form = "merged", out: Path | str | None = 
         lora_rank: write `adapter` as a plain LoRA with this rank on every target, for servers that support one rank and
             one alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks are padded with zeros.
             `auto`: the largest rank of the run.
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
 
     No local path is written: the base is named by its hub id, or by the name of its folder.

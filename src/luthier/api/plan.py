@@ -12,11 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from luthier import assembly
+from luthier.assembly.consent import list_code, read_recipe
 from luthier.assembly.factory import select_device
 from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.recipe import Recipe, get_method_name
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
 from luthier.core.locks import staging_folder
 from luthier.planning.advice import build_advice, format_table
@@ -32,14 +33,17 @@ STEPS = 3  # of a trial; the first one is a warm-up and is not timed
 WAYS = ("full", "lora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
 
 
+@accepts_consent
 def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence[str] = WAYS, *, steps: int = STEPS,
-         out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
+         out: Path | str | None = None, quiet: bool = False, allow_code: Sequence[str] = (),
+         **settings: Any) -> Run:
     """Time methods on a recipe. Returns the folder with `plan.json`, `.md` and `.png`.
 
     Args:
         recipe: a YAML file, a mapping, or nothing where `settings` are complete; its method and rate are ignored.
         methods: `a+b` trains both together; `lora@nf4` (or `qlora`) trains on a base quantized to four bits.
         steps: of each trial; the first is not timed.
+        allow_code: files, modules, URLs or base models whose code the recipe may run (`core/consent.py`).
         settings: they override the recipe.
 
     Raises:
@@ -48,7 +52,7 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     """
     if steps < 2:
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
-    config = assembly.build_recipe(recipe, settings)
+    config = read_recipe(recipe, settings)
     variants = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
     available_gb = available_memory_gb(select_device(config))
     folder = Run(out or Path("runs") / f"plan-{display_name(config.model.name_or_path)}")
@@ -89,7 +93,7 @@ def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, ava
     raw["training"] |= {"max_steps": steps, "save_steps": None, "report_to": []}
     raw["data"] |= {"test": None, "eval": None}
     raw["evaluate"] |= {"metrics": [], "before_training": False}
-    code, output = train_in_child_process(raw, run)
+    code, output = train_in_child_process(raw, run, [code.name for code in list_code(recipe)])
     if code:
         killed = code < 0 or code == 137
         reason = "killed by the system, as when memory runs out" if killed else output.removeprefix("error: ")

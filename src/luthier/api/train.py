@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier import assembly
 from luthier.assembly.compatibility import check_dtype
+from luthier.assembly.consent import read_recipe
 from luthier.assembly.factory import (
     build_eval_batches,
     build_eval_prompts,
@@ -28,6 +29,7 @@ from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.provenance import (
     CheckpointRecord,
     check_base,
+    check_data,
     check_resumable,
     check_runs,
     list_changes,
@@ -40,6 +42,7 @@ from luthier.assembly.recipe import (
     compute_default_learning_rate,
     describe_learning_rate,
     get_method_name,
+    list_sources,
     precomputes_reference,
 )
 from luthier.assembly.reference_model import (
@@ -64,6 +67,7 @@ from luthier.assembly.run_warnings import (
     find_unused_settings,
 )
 from luthier.assembly.settings import fill_left_out, list_resolved, make_paths_absolute, make_public, resolve_settings
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Tuner
 from luthier.core.types import TokenizedExample
@@ -93,8 +97,9 @@ from luthier.training.step import Reference
 from luthier.training.trackers import JsonLines, Tracker, check_trackers, open_trackers
 
 
+@accepts_consent
 def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resume: bool = False,
-          quiet: bool = False, base_model: str | None = None, **settings: Any) -> Run:
+          quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (), **settings: Any) -> Run:
     """Fine-tune a model. Returns the run folder.
 
     Args:
@@ -103,13 +108,16 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
         quiet: print no progress.
         base_model: where the base is now, if it was moved since the run that is resumed, or that this one starts from,
             was trained; it must be the same base.
+        allow_code: files, modules, URLs or base models whose code the recipe may run (`core/consent.py`).
         settings: they override the recipe: ``model="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
 
     Raises:
         LuthierError: with all errors, before any work where they can be known.
     """
     end_with_parent_process()
-    config = _apply_base_model(assembly.build_recipe(recipe, settings), base_model, resume)
+    if resume and isinstance(recipe, str | Path) and Path(recipe).name == "recipe.yaml":
+        settings.setdefault("output_dir", str(Path(recipe).parent))  # the folder that is named, wherever it was made
+    config = _apply_base_model(read_recipe(recipe, settings), base_model, resume)
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
@@ -135,6 +143,7 @@ def _start_or_resume(config: Recipe, run: Run, resume: bool, quiet: bool) -> Non
     if resume:
         config = fill_left_out(config, Recipe.parse(run.recipe))
         check_base(run, config.model, report=report)
+        check_data(run, list_sources(config))
     if saved:
         check_resumable(run, saved.state.get("record") or {}, report)
     check_runs(config, report)

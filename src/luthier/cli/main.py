@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 from luthier import __version__
 from luthier.cli import console
 from luthier.cli.commands import COMMANDS
+from luthier.core.consent import allow_code
 from luthier.core.errors import LuthierError, RecipeError, StoppedAtOnce, suggest_nearest
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         options = parse(arguments)
-        code = COMMANDS[options.command].run(options)
+        with allow_code(vars(options).get("allow_code") or ()):
+            code = COMMANDS[options.command].run(options)
         sys.stdout.flush()
         return code
     except LuthierError as error:
