@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,6 +12,7 @@ from pathlib import Path
 from luthier import assembly
 from luthier.assembly.factory import PromptFormat, encode_chat_prompt
 from luthier.assembly.run_io import build_prompt_format, open_run
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
 from luthier.core.examples import Message
 from luthier.core.protocols import SamplingParams, Tuner
@@ -52,13 +53,16 @@ class ChatSession:
         self.messages = []
 
 
+@accepts_consent
 def open_chat(run: Run | Path | str, *, compare: bool = False, system: str | None = None, temperature: float = 0.0,
-              max_new_tokens: int = 256, quiet: bool = False, base_model: str | None = None) -> list[ChatSession]:
+              max_new_tokens: int = 256, quiet: bool = False, base_model: str | None = None,
+              allow_code: Sequence[str] = ()) -> list[ChatSession]:
     """Conversations with a run or a base model: one; with `compare` two, of the base model and of the trained model.
 
     Args:
         system: system prompt; default: that of the run's training data, if any.
         temperature: 0 is greedy decoding.
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         base_model: where the base is now, if it was moved.
     """
     if not 0 <= temperature < math.inf or max_new_tokens < 1:

@@ -9,15 +9,17 @@ was forgotten), the trainable fraction, seconds, peak memory and file size.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from luthier import assembly
 from luthier.api.evaluate import evaluate
+from luthier.assembly.consent import list_code, read_recipe
 from luthier.assembly.method_variants import build_variant
 from luthier.assembly.recipe import Recipe
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.examples import PreferenceExample
 from luthier.reporting.comparison import format_table
@@ -25,6 +27,7 @@ from luthier.reporting.plots import plot_bars
 from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_in_child_process
 from luthier.training.run_folder import Run
+from luthier.training.run_lock import lock_run
 
 AS_IT_IS: dict[str, Any] = {  # for retention data: no generation, and no settings of the recipe's own rows
     "evaluate.metrics": [], "evaluate.max_samples": sys.maxsize, "data.columns": {}, "data.format": "auto",
@@ -32,8 +35,10 @@ AS_IT_IS: dict[str, Any] = {  # for retention data: no generation, and no settin
 COLUMNS = ("after", "general", "trainable_fraction", "train_seconds", "peak_memory_gb", "file_bytes")
 
 
+@accepts_consent
 def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_data: str | None = None,
-                    out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
+                    out: Path | str | None = None, quiet: bool = False, allow_code: Sequence[str] = (),
+                    **settings: Any) -> Run:
     """Train the recipe once with each method. Returns the folder with the runs, `comparison.json`, `.md` and `.png`.
 
     Finished runs are kept, so an interrupted comparison continues where it stopped.
@@ -43,27 +48,35 @@ def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_dat
         methods: `a+b` trains both together; `lora@nf4` (or `qlora`) trains on a base quantized to four bits.
         general: retention data: rows unrelated to the task, which show what was forgotten. Measured are the perplexity
             of texts and chats, the accuracy of multiple-choice questions.
+        allow_code: files, modules, URLs or base models whose code the recipe may run (`core/consent.py`).
         settings: they override the recipe in every run.
 
     Raises:
         RecipeError: an unknown method, or no rows to measure on.
         RunError: a run failed; its output is in `<method>.log`.
     """
-    config = assembly.build_recipe(recipe, settings)
+    config = read_recipe(recipe, settings)
     variants = {method: build_variant(config, method) for method in methods}
     retention = _load_retention_data(config, retention_data) if retention_data else None
     folder = Run(out or Path("runs") / f"compare-{Path(recipe).stem}")
-    folder.path.mkdir(parents=True, exist_ok=True)
+    with lock_run(folder):
+        _compare_variants(folder, str(recipe), config, variants, retention, quiet)
+    return folder
+
+
+def _compare_variants(folder: Run, recipe: str, config: Recipe, variants: Mapping[str, dict[str, Any]],
+                      retention: _RetentionData | None, quiet: bool) -> None:
+    """Train what is not finished, evaluate all, and write the comparison."""
     rows: list[dict[str, Any]] = []
-    with Progress(len(methods), title="methods", quiet=quiet) as bar:
-        for done, method in enumerate(methods, 1):
+    with Progress(len(variants), title="methods", quiet=quiet) as bar:
+        for done, method in enumerate(variants, 1):
             run = folder.path / method
             if not (run / "README.md").exists():
-                _train_method(variants[method], method, run, before=not rows)
+                _train_method(variants[method], method, run, [code.name for code in list_code(config)], before=not rows)
             rows.append(_build_row(method, Run(run), retention, quiet))
             bar.update(done, score=rows[-1]["after"])
     base = next((row["before"] for row in rows if row.get("before") is not None), None)
-    comparison = {"recipe": str(recipe), "metric": rows[0]["metric"], "base": base, "methods": rows}
+    comparison = {"recipe": recipe, "metric": rows[0]["metric"], "base": base, "methods": rows}
     if retention:
         comparison |= {"general": retention.metric, "general_before": retention.evaluate_run(config.model.name_or_path,
                                                                                              quiet)}
@@ -74,13 +87,12 @@ def compare_methods(recipe: str | Path, methods: Sequence[str], *, retention_dat
         "seconds of training": [row["train_seconds"] for row in rows],
         "peak memory, GB": [row["peak_memory_gb"] for row in rows],
         "file, MB": [row["file_bytes"] / 1e6 for row in rows]}, folder.path / "comparison.png")
-    return folder
 
 
-def _train_method(raw: dict[str, Any], method: str, run: Path, before: bool) -> None:
+def _train_method(raw: dict[str, Any], method: str, run: Path, allow_code: Sequence[str], before: bool) -> None:
     """Train one run in its own process; `before`: whether the base is evaluated too, which is needed only once."""
     raw["evaluate"]["before_training"] = before
-    code, output = train_in_child_process(raw, run)
+    code, output = train_in_child_process(raw, run, allow_code)
     if code:
         raise RunError(f"the run with method {method!r} ended with {code}: {output}",
                        f"fix the cause and compare again (finished runs are kept); the output is in {method}.log")

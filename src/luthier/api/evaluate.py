@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from luthier import assembly
+from luthier.assembly.consent import drop_denied_rewards
 from luthier.assembly.factory import build_eval_prompts, load_datasets, resolve_micro_batch_tokens
 from luthier.assembly.initialization import reference_context
 from luthier.assembly.policy_evaluation import evaluate_policy
-from luthier.assembly.recipe import Recipe
+from luthier.assembly.provenance import check_data
+from luthier.assembly.recipe import Recipe, list_sources
 from luthier.assembly.run_io import open_run
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
 from luthier.evaluation.generation_eval import add_perplexity, evaluate_generations
 from luthier.reporting.progress import Progress, print_line, status
@@ -22,9 +25,11 @@ from luthier.training.run_folder import Run
 from luthier.training.step import evaluate_batches
 
 
+@accepts_consent
 def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequence[str] | str = (),
              max_samples: int | None = None, base_model_only: bool = False, max_new_tokens: int | None = None,
-             quiet: bool = False, base_model: str | None = None, **settings: Any) -> dict[str, Any]:
+             quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (),
+             **settings: Any) -> dict[str, Any]:
     """Perplexity, token accuracy and the scores of generated answers on the run's test rows, or on `data`.
 
     Args:
@@ -34,6 +39,7 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         max_samples: only the first so many rows.
         base_model_only: evaluate the base model instead, without the adapter.
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
+        allow_code: files, modules, URLs or base models whose code the run's recipe may run (`core/consent.py`).
         settings: they override the run's recipe, such as ``**{"data.columns": {...}}``.
 
     Returns:
@@ -51,7 +57,12 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         raw["training"]["max_tokens_per_micro_batch"] = None
     if data:
         raw["data"] |= {"train": data, "test": data, "eval": None}
-    recipe = assembly.build_recipe(raw, wanted)
+    recipe, denied = drop_denied_rewards(assembly.build_recipe(raw, wanted), settings)
+    for sentence in denied:
+        print_line(f"note: {sentence}", quiet=quiet)
+    if not data:
+        own = list_sources(recorded)
+        check_data(run, [source for source in list_sources(recipe, "test", "eval") if source in own])
     # Streamed, so that the rows are read once, as test rows: a folder may have no train split.
     once = recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": True})}) if data else recipe
     datasets = load_datasets(once, family)
@@ -72,8 +83,11 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
     family.train(False)
     with tuner.disabled() if base_model_only and tuner else nullcontext():
         batches = assembly.rows.build_eval_batches(encoded, resolve_micro_batch_tokens(recipe, family))
-        results = (evaluate_policy(recipe, family, tuner, datasets, encoded) if recipe.objective.is_online
-                   else add_perplexity(evaluate_batches(family, recipe.objective, batches, reference)))
+        if recipe.objective.is_online:  # without a reward there is nothing to measure of a policy
+            results = ({} if denied and not recipe.objective.reward
+                       else evaluate_policy(recipe, family, tuner, datasets, encoded))
+        else:
+            results = add_perplexity(evaluate_batches(family, recipe.objective, batches, reference))
         if recipe.evaluate.metrics:
             prompts = build_eval_prompts(recipe, family, examples)
             with Progress(len(prompts), title="answering", quiet=quiet) as bar:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -19,6 +20,7 @@ from luthier.assembly.run_io import (
     save_full_model,
     save_tuned,
 )
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
 from luthier.exporters import adapters, files
@@ -27,13 +29,15 @@ from luthier.reporting.model_card import build_model_card
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
 
+Form: TypeAlias = Literal["merged", "bundle", "adapter", "gguf", "gguf-adapter"]
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16", "q8_0"]
 NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def export(run: Run | Path | str, to: Literal["merged", "bundle", "adapter", "gguf", "gguf-adapter"] = "merged",
-           out: Path | str | None = None,
-           dtype: Literal["float32", "bfloat16", "float16", "q8_0"] | None = None,
-           lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None) -> Path:
+@accepts_consent
+def export(run: Run | Path | str, to: Form = "merged", out: Path | str | None = None, dtype: Dtype | None = None,
+           lora_rank: int | Literal["auto"] | None = None, *, base_model: str | None = None,
+           allow_code: Sequence[str] = ()) -> Path:
     """Write a run as a folder or file atomically, and return its path.
 
     Args:
@@ -49,6 +53,7 @@ def export(run: Run | Path | str, to: Literal["merged", "bundle", "adapter", "gg
         lora_rank: write `adapter` as a plain LoRA with this rank on every target, for servers that support one rank and
             one alpha: patterns, rsLoRA and AdaLoRA are folded into the weights, smaller ranks are padded with zeros.
             `auto`: the largest rank of the run.
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         base_model: where the base is now, if it was moved; it must be the one that the run was trained on.
 
     No local path is written: the base is named by its hub id, or by the name of its folder.
@@ -64,6 +69,15 @@ def export(run: Run | Path | str, to: Literal["merged", "bundle", "adapter", "gg
     run = run if isinstance(run, Run) else Run(run)
     out = Path(out) if out else run.path / files.FILES.get(to, to)
     files.check_vacant(out, to)
+    with files.write_atomically(out) as temporary:  # before the model is loaded: the folder may not be writable
+        _write_export(run, to, temporary, out, dtype, lora_rank, base_model)
+    return out
+
+
+def _write_export(run: Run, to: Form, temporary: Path, out: Path, dtype: Dtype | None,
+                  lora_rank: int | Literal["auto"] | None,
+                  base_model: str | None) -> None:
+    """Load the run and write it to `temporary`, which becomes `out`."""
     recipe, base, tuner = open_run(run, to != "adapter", base_model, print_line)
     if to == "adapter" and (tuner is None or tuner.get_peft_config() is None):
         raise RunError(f"{str(run.path)!r} holds a full model, not an adapter", "export it with --to merged")
@@ -75,20 +89,17 @@ def export(run: Run | Path | str, to: Literal["merged", "bundle", "adapter", "gg
         adapters.check_readable_by_transformers(_describe_adapter(run, recipe, tuner))
     if to in ("merged", "gguf") and tuner is not None:
         merge_into_base(base, tuner)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with files.write_atomically(out) as temporary:
-        if to == "gguf":
-            assert dtype != "bfloat16"
-            export_gguf_model(recipe, base, temporary, dtype or "float16", out.stem)
-        elif to == "gguf-adapter":
-            export_gguf_adapter(recipe, base, tuner, temporary, out.stem)
-        else:
-            if to != "adapter":
-                assembly.cast_weights(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(recipe, base))
-            _write_folder(temporary, to, recipe, base, tuner)
-            facts = collect_model_card_facts(Run(temporary), run, recipe, base, title=out.name)
-            Run(temporary).write("README.md", build_model_card(facts))
-    return out
+    if to == "gguf":
+        assert dtype != "bfloat16"
+        export_gguf_model(recipe, base, temporary, dtype or "float16", out.stem)
+    elif to == "gguf-adapter":
+        export_gguf_adapter(recipe, base, tuner, temporary, out.stem)
+    else:
+        if to != "adapter":
+            assembly.cast_weights(base, NUMBERS[dtype] if dtype else resolve_saved_dtype(recipe, base))
+        _write_folder(temporary, to, recipe, base, tuner)
+        facts = collect_model_card_facts(Run(temporary), run, recipe, base, title=out.name)
+        Run(temporary).write("README.md", build_model_card(facts))
 
 
 def _describe_adapter(run: Run, recipe: Recipe, tuner: Tuner | None) -> adapters.AdapterFacts:

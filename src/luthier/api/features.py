@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -24,6 +24,7 @@ from luthier.assembly.factory import load_family, resolve_micro_batch_tokens
 from luthier.assembly.provenance import open_recipe
 from luthier.assembly.recipe import Recipe
 from luthier.assembly.run_io import open_run
+from luthier.core.consent import accepts_consent
 from luthier.core.digests import compute_path_sha256
 from luthier.core.errors import MissingExtra, RecipeError, RunError
 from luthier.core.examples import ClassificationExample, ImageExample
@@ -40,13 +41,16 @@ Labels = list[Any]  # for each row: a class name, several of them, a number, or 
 KINDS = frozenset({"ClassificationExample", "ImageExample"})  # examples with one state and one label
 
 
+@accepts_consent
 def extract_features(model: Run | Path | str, data: str, *, out: Path | str | None = None, quiet: bool = False,
-                     base_model: str | None = None, **settings: Any) -> tuple[np.ndarray, Labels]:
+                     base_model: str | None = None, allow_code: Sequence[str] = (),
+                     **settings: Any) -> tuple[np.ndarray, Labels]:
     """The pooled state of every row, [N, D] float32, in the order of the rows, and the rows' labels.
 
     Args:
         model: an alias, a folder, a hub id, or a run folder (then with what it trained).
         data: rows of texts or images with a label: a class, several, or a number.
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         out: a `.safetensors` file to cache them in; labels and settings go to a `.json` file of the same name. If the
             file holds the features of the same base, rows and settings, it is read and nothing is computed.
         base_model: where the base of a run is now, if it was moved.

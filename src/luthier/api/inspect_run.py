@@ -11,6 +11,7 @@ from luthier import assembly
 from luthier.assembly.factory import attach_method
 from luthier.assembly.recipe import Recipe, get_method_name
 from luthier.assembly.run_io import open_run
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RunError
 from luthier.core.protocols import Family, Tuner
 from luthier.reporting.plots import plot_weight_changes
@@ -21,11 +22,14 @@ from luthier.training.run_folder import Run
 PLOT = "layers.png"
 
 
-def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str | None = None) -> dict[str, Any]:
+@accepts_consent
+def inspect_run(run: Run | Path | str, *, quiet: bool = False, base_model: str | None = None,
+                allow_code: Sequence[str] = ()) -> dict[str, Any]:
     """Nearest vocabulary entries of virtual tokens before and after training; norm and rank of each LoRA update.
 
     Args:
         run: a run folder of `train`, or an adapter of PEFT (whose initial weights are unknown).
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         base_model: where the base is now, if it was moved.
 
     Returns:

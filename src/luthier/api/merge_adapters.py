@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Literal
 
 from luthier.assembly import adapter_merging
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
 from luthier.reporting.progress import print_line
 from luthier.training.run_folder import Run
 
 
+@accepts_consent
 def merge_adapters(runs: Sequence[Run | Path | str], out: Path | str, *, weights: Sequence[float] = (),
                    combination_type: Literal["linear", "cat", "svd"] = "linear", rank: int | None = None,
-                   base_model: str | None = None) -> dict[str, float]:
+                   base_model: str | None = None, allow_code: Sequence[str] = ()) -> dict[str, float]:
     """Write one run whose weight update is the weighted sum of the updates of several runs.
 
     Args:
         runs: LoRA runs of one base.
         out: the new run folder.
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         weights: one for each run; default: 1 for each.
         how: `sum`, exact, at the smallest get_rank that represents it; `concatenation`, exact, the ranks add up; `svd`,
             the best approximation of `get_rank`.

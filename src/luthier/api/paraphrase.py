@@ -17,6 +17,7 @@ from typing import Any
 from luthier import assembly
 from luthier.assembly.factory import PromptFormat, encode_chat_prompt
 from luthier.assembly.run_io import open_run
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import DataError, RecipeError, RunError
 from luthier.core.examples import Message
 from luthier.core.protocols import Family, SamplingParams
@@ -26,14 +27,16 @@ from luthier.training.run_folder import Run
 PROMPT_TEMPLATE = "Say this in other words, in the same language:\n{text}"
 
 
+@accepts_consent
 def paraphrase(file: str, column: str, out: Path | str, *, model: Run | Path | str = "smollm2",
                prompt_template: Sequence[str] | str = PROMPT_TEMPLATE, max_samples: int | None = None,
                temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 128, batch_size: int = 16,
-               quiet: bool = False, base_model: str | None = None) -> dict[str, Any]:
+               quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = ()) -> dict[str, Any]:
     """Write the rows of a file with one column paraphrased. Returns counts: rows read, written, unchanged, empty,
     cut off (longer than `max_new_tokens`), unreadable.
 
     Args:
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         column: the column to paraphrase; all others are copied.
         out: a new `.jsonl` file; the templates and the counts are written to a `.json` file of the same name.
         model: a base model or run that generates text.

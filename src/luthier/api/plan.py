@@ -10,15 +10,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from luthier import assembly
+from luthier.assembly.consent import list_code, read_recipe
 from luthier.assembly.factory import select_device
 from luthier.assembly.method_variants import build_variant, estimate_weight_gb
 from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.recipe import Recipe, get_method_name
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
+from luthier.core.locks import staging_folder
 from luthier.planning.advice import build_advice, format_table
 from luthier.planning.estimates import summarize_trial
 from luthier.reporting.plots import plot_bars
@@ -26,19 +27,23 @@ from luthier.reporting.progress import Progress
 from luthier.training.child_process import train_in_child_process
 from luthier.training.memory import available_memory_gb
 from luthier.training.run_folder import Run
+from luthier.training.run_lock import lock_run
 
 STEPS = 3  # of a trial; the first one is a warm-up and is not timed
 WAYS = ("full", "lora", "qlora", "adapter", "prefix", "prompt", "bitfit", "ia3")
 
 
+@accepts_consent
 def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence[str] = WAYS, *, steps: int = STEPS,
-         out: Path | str | None = None, quiet: bool = False, **settings: Any) -> Run:
+         out: Path | str | None = None, quiet: bool = False, allow_code: Sequence[str] = (),
+         **settings: Any) -> Run:
     """Time methods on a recipe. Returns the folder with `plan.json`, `.md` and `.png`.
 
     Args:
         recipe: a YAML file, a mapping, or nothing where `settings` are complete; its method and rate are ignored.
         methods: `a+b` trains both together; `lora@nf4` (or `qlora`) trains on a base quantized to four bits.
         steps: of each trial; the first is not timed.
+        allow_code: files, modules, URLs or base models whose code the recipe may run (`core/consent.py`).
         settings: they override the recipe.
 
     Raises:
@@ -47,30 +52,36 @@ def plan(recipe: str | Path | Mapping[str, Any] | None = None, methods: Sequence
     """
     if steps < 2:
         raise RecipeError(f"a trial of {steps} steps times nothing: the first is not timed", "give at least 2 steps")
-    config = assembly.build_recipe(recipe, settings)
+    config = read_recipe(recipe, settings)
     variants = {name: build_variant(config, name) for name in dict.fromkeys(methods)}
     available_gb = available_memory_gb(select_device(config))
     folder = Run(out or Path("runs") / f"plan-{display_name(config.model.name_or_path)}")
-    folder.path.mkdir(parents=True, exist_ok=True)
+    with lock_run(folder):
+        report = _time_methods(config, variants, steps, available_gb, folder.path, quiet)
+        folder.write("plan.json", report)
+        folder.write("plan.md", format_table(report))
+        if measured := [row for row in report["methods"] if "seconds" in row]:
+            plot_bars([row["method"] for row in measured], {
+                "minutes, whole run": [row["seconds"] / 60 for row in measured],
+                "peak memory, GB": [row["peak_memory_gb"] for row in measured],
+                "file, MB": [row["file_bytes"] / 1e6 for row in measured]}, folder.path / "plan.png")
+    return folder
+
+
+def _time_methods(recipe: Recipe, variants: Mapping[str, dict[str, Any]], steps: int, available_gb: float,
+                  folder: Path, quiet: bool) -> dict[str, Any]:
+    """The report: one row for each method, and advice. The trials are written to `folder` and deleted."""
     rows: list[dict[str, Any]] = []
     data: dict[str, Any] = {}
-    with TemporaryDirectory() as temporary, Progress(len(variants), title="methods timed", quiet=quiet) as bar:
+    with staging_folder(folder) as temporary, Progress(len(variants), title="methods timed", quiet=quiet) as bar:
         for done, (name, raw) in enumerate(variants.items(), 1):
-            run = Path(temporary) / name
-            rows.append({"method": name, **_time_method(config, raw, run, steps, available_gb)})
+            run = temporary / name
+            rows.append({"method": name, **_time_method(recipe, raw, run, steps, available_gb)})
             data = data or _read_trial(run)
             bar.update(done)
-    report = {"model": config.model.name_or_path, "room_gb": available_gb, "steps": steps, "data": data,
+    report = {"model": recipe.model.name_or_path, "room_gb": available_gb, "steps": steps, "data": data,
               "methods": rows}
-    report |= {"advice": build_advice(report, config.objective.name)}
-    folder.write("plan.json", report)
-    folder.write("plan.md", format_table(report))
-    if measured := [row for row in rows if "seconds" in row]:
-        plot_bars([row["method"] for row in measured], {
-            "minutes, whole run": [row["seconds"] / 60 for row in measured],
-            "peak memory, GB": [row["peak_memory_gb"] for row in measured],
-            "file, MB": [row["file_bytes"] / 1e6 for row in measured]}, folder.path / "plan.png")
-    return folder
+    return report | {"advice": build_advice(report, recipe.objective.name)}
 
 
 def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, available_gb: float) -> dict[str, Any]:
@@ -82,7 +93,7 @@ def _time_method(recipe: Recipe, raw: dict[str, Any], run: Path, steps: int, ava
     raw["training"] |= {"max_steps": steps, "save_steps": None, "report_to": []}
     raw["data"] |= {"test": None, "eval": None}
     raw["evaluate"] |= {"metrics": [], "before_training": False}
-    code, output = train_in_child_process(raw, run)
+    code, output = train_in_child_process(raw, run, [code.name for code in list_code(recipe)])
     if code:
         killed = code < 0 or code == 137
         reason = "killed by the system, as when memory runs out" if killed else output.removeprefix("error: ")

@@ -8,7 +8,7 @@ The same command continues an interrupted run: finished stages are kept, a start
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +16,47 @@ import yaml
 
 from luthier import assembly
 from luthier.api.train import Interrupted, train
+from luthier.assembly.consent import list_code, require_consent
 from luthier.assembly.policy_evaluation import evaluate_policies
 from luthier.assembly.recipe import Recipe
+from luthier.core.consent import accepts_consent
+from luthier.core.consent import allow_code as allow_code_of
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.reporting.plots import plot_rlhf
 from luthier.training.run_folder import Run
+from luthier.training.run_lock import lock_run
 
 STAGES = {"sft": "1-sft", "reward": "2-reward", "ppo": "3-ppo"}
 ROLES = {"base": "bare base", "start": "after SFT", "tuned": "after PPO"}
 
 
-def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, **settings: Any) -> Run:
+@accepts_consent
+def rlhf(recipe: str | Path | Mapping[str, Any], *, quiet: bool = False, allow_code: Sequence[str] = (),
+         **settings: Any) -> Run:
     """Run the stages of a recipe that are not finished yet. Returns the folder, with `report.json` and `.md`.
 
     Args:
         recipe: a YAML file or a mapping with the parts `sft`, `reward` and `ppo`; other settings (base, method, data,
             seed, ...) are the defaults of every part; `output_dir` is the folder.
+        allow_code: files, modules, URLs or base models whose code the recipe may run (`core/consent.py`).
         settings: they override it; ``ppo.objective.kl_coef`` in one part, ``model.name_or_path`` in all.
 
     Raises:
         RecipeError: with all errors of all parts, before the first one starts.
     """
     folder, stages = plan_stages(recipe, settings)
-    for stage, one in stages.items():
-        path = folder / STAGES[stage]
-        if not quiet:
-            print(f"stage {stage}: {path}", flush=True)
-        try:
-            train(one, resume=(path / "recipe.yaml").exists(), quiet=quiet)
-        except Interrupted as error:
-            error.remedy = "run the same command again to continue"
-            raise
-    return _write_report(Run(folder), stages, quiet)
+    trusted = [code.name for one in stages.values() for code in list_code(one)]
+    with lock_run(Run(folder)), allow_code_of(trusted):
+        for stage, one in stages.items():
+            path = folder / STAGES[stage]
+            if not quiet:
+                print(f"stage {stage}: {path}", flush=True)
+            try:
+                train(one, resume=(path / "recipe.yaml").exists(), quiet=quiet)
+            except Interrupted as error:
+                error.remedy = "run the same command again to continue"
+                raise
+        return _write_report(Run(folder), stages, quiet)
 
 
 def plan_stages(recipe: str | Path | Mapping[str, Any],
@@ -78,7 +87,8 @@ def plan_stages(recipe: str | Path | Mapping[str, Any],
             part = {"model": first.get("model", "-"), "method": first.get("method", "lora"), **part,
                     "init_from": str(folder / STAGES["sft"])}
         try:
-            stages[stage] = assembly.build_recipe(shared, {**part, **over})
+            one = assembly.build_recipe(shared, {**part, **over})
+            stages[stage] = require_consent(one, {**shared, **part, **over} if isinstance(recipe, Mapping) else over)
         except RecipeError as error:
             faults.append(f"{stage}:\n  " + error.what.replace("\n", "\n  "))
     if faults:

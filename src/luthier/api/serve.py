@@ -11,19 +11,22 @@ from functools import partial
 from pathlib import Path
 
 from luthier.assembly.multi_adapter_loading import display_name, load_served_models
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError
 from luthier.reporting.progress import print_line, status
 from luthier.serving.http_server import check_installed, open_socket, run_server
 from luthier.serving.openai_serving import OpenAIServing
 
 
+@accepts_consent
 def serve(runs: Sequence[str] | Mapping[str, str], *, host: str = "127.0.0.1", port: int = 8000, max_num_seqs: int = 16,
-          quiet: bool = False, base_model: str | None = None) -> None:
+          quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = ()) -> None:
     """Serve until interrupted.
 
     Args:
         runs: run folders, a base model, or names for them: ``{"law": "runs/law"}`` or ``["law=runs/law"]``; default:
             the name of the folder.
+        allow_code: files, modules, URLs or base models whose code the run may use (`core/consent.py`).
         host: the address to listen on; 0.0.0.0 accepts requests of every machine that can reach this one.
         max_num_seqs: largest number of requests in one batch.
         base_model: where the base of the runs is now, if it was moved.

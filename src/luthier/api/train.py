@@ -13,6 +13,7 @@ from typing import Any
 
 from luthier import assembly
 from luthier.assembly.compatibility import check_dtype
+from luthier.assembly.consent import read_recipe
 from luthier.assembly.factory import (
     build_eval_batches,
     build_eval_prompts,
@@ -28,6 +29,7 @@ from luthier.assembly.multi_adapter_loading import display_name
 from luthier.assembly.provenance import (
     CheckpointRecord,
     check_base,
+    check_data,
     check_resumable,
     check_runs,
     list_changes,
@@ -40,6 +42,7 @@ from luthier.assembly.recipe import (
     compute_default_learning_rate,
     describe_learning_rate,
     get_method_name,
+    list_sources,
     precomputes_reference,
 )
 from luthier.assembly.reference_model import (
@@ -64,6 +67,7 @@ from luthier.assembly.run_warnings import (
     find_unused_settings,
 )
 from luthier.assembly.settings import fill_left_out, list_resolved, make_paths_absolute, make_public, resolve_settings
+from luthier.core.consent import accepts_consent
 from luthier.core.errors import RecipeError, RunError
 from luthier.core.protocols import Tuner
 from luthier.core.types import TokenizedExample
@@ -73,6 +77,7 @@ from luthier.reporting.model_card import build_model_card
 from luthier.reporting.plots import plot_lengths, plot_loss, plot_metrics
 from luthier.reporting.progress import Progress, status
 from luthier.training import checkpoint
+from luthier.training.child_process import end_with_parent_process
 from luthier.training.interrupts import handle_interrupts
 from luthier.training.learning_monitor import LearningMonitor
 from luthier.training.loop import (
@@ -87,12 +92,14 @@ from luthier.training.memory import configure_malloc, measure_peak_gb
 from luthier.training.os_errors import translate_os_errors
 from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
+from luthier.training.run_lock import create_numbered_folder, lock_run
 from luthier.training.step import Reference
 from luthier.training.trackers import JsonLines, Tracker, check_trackers, open_trackers
 
 
+@accepts_consent
 def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resume: bool = False,
-          quiet: bool = False, base_model: str | None = None, **settings: Any) -> Run:
+          quiet: bool = False, base_model: str | None = None, allow_code: Sequence[str] = (), **settings: Any) -> Run:
     """Fine-tune a model. Returns the run folder.
 
     Args:
@@ -101,35 +108,47 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
         quiet: print no progress.
         base_model: where the base is now, if it was moved since the run that is resumed, or that this one starts from,
             was trained; it must be the same base.
+        allow_code: files, modules, URLs or base models whose code the recipe may run (`core/consent.py`).
         settings: they override the recipe: ``model="smollm2", data="mine.jsonl", method={"name": "lora", "rank": 16}``.
 
     Raises:
         LuthierError: with all errors, before any work where they can be known.
     """
-    config = _apply_base_model(assembly.build_recipe(recipe, settings), base_model, resume)
+    end_with_parent_process()
+    if resume and isinstance(recipe, str | Path) and Path(recipe).name == "recipe.yaml":
+        settings.setdefault("output_dir", str(Path(recipe).parent))  # the folder that is named, wherever it was made
+    config = _apply_base_model(read_recipe(recipe, settings), base_model, resume)
     configure_malloc()
     process_group.init_process_group()
     quiet = quiet or process_group.get_rank() > 0
-    run = Run(process_group.broadcast_object(config.output_dir or str(_choose_run_name(config))))
-    if not resume:
-        run.require_vacant() if process_group.get_rank() == 0 else None
-    elif _is_finished(run.require_exists(), config, quiet):
-        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
-        return run
     assembly.rows.check_sources(config.data)
     check_dtype(config.model)
     check_trackers(config.training.report_to)
+    run = Run(config.output_dir or _create_run_folder(config))
+    if resume and _is_finished(run.require_exists(), config, quiet):
+        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
+        return run
+    with lock_run(run) if process_group.get_rank() == 0 else nullcontext():
+        if not resume and process_group.get_rank() == 0:
+            run.require_vacant()
+        _start_or_resume(config, run, resume, quiet)
+        process_group.barrier()
+    return run
+
+
+def _start_or_resume(config: Recipe, run: Run, resume: bool, quiet: bool) -> None:
+    """Check what can be checked before the base is loaded, then train into the run folder."""
+    report = partial(_print_line, quiet)
     saved = _find_checkpoint(run, quiet) if resume else None
     if resume:
         config = fill_left_out(config, Recipe.parse(run.recipe))
-        check_base(run, config.model, report=partial(_print_line, quiet))
+        check_base(run, config.model, report=report)
+        check_data(run, list_sources(config))
     if saved:
-        check_resumable(run, saved.state.get("record") or {}, partial(_print_line, quiet))
-    check_runs(config, partial(_print_line, quiet))
+        check_resumable(run, saved.state.get("record") or {}, report)
+    check_runs(config, report)
     with _open_output_folder(run) as out:
         _run_recipe(config, run, out, saved, resume, quiet)
-    process_group.barrier()
-    return run
 
 
 def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint | None, resume: bool,
@@ -374,11 +393,10 @@ def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
     return saved
 
 
-def _choose_run_name(recipe: Recipe) -> Path:
-    """runs/<method>-<base>, with a number where that exists."""
-    stem = f"{get_method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
-    taken = {p.name for p in Path("runs").glob(f"{stem}*")}
-    return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
+def _create_run_folder(recipe: Recipe) -> str:
+    """runs/<method>-<base>, with a number where that exists; the same folder on all ranks."""
+    stem = Path("runs") / f"{get_method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
+    return process_group.broadcast_object(str(create_numbered_folder(stem)) if process_group.get_rank() == 0 else "")
 
 
 def _print_line(quiet: bool, line: str) -> None:

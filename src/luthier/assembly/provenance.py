@@ -13,7 +13,7 @@ Another base is refused wherever a run is opened. A changed recipe, or another r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 
 from luthier.assembly.recipe import Recipe, collect_provenance, diff_recipes, dump_recipe, load_recipe
 from luthier.assembly.settings import fill_left_out, map_paths
-from luthier.core.digests import compute_file_sha256, compute_json_sha256
+from luthier.core.consent import is_allowed
+from luthier.core.digests import compute_file_sha256, compute_json_sha256, compute_path_sha256
 from luthier.core.errors import BaseError, RecipeError, RunError
+from luthier.data import Source
 from luthier.models import Identity, ModelConfig, get_public_name, identify_base, is_local_path, prepare_folder
 from luthier.models.identity import DECISIVE_DIGESTS
 from luthier.objectives.rl_config import OnlineRLConfig
@@ -104,7 +106,8 @@ def describe_base(base: ModelConfig) -> dict[str, Any]:
 
 
 def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore) -> Recipe:
-    """The recipe of a run, with its base model found and verified by digest.
+    """The recipe of a run, with its base model found and verified by digest. Code that comes with the base is off,
+    unless the present call allows it.
 
     Args:
         base_model: where the base is now, if it was moved.
@@ -121,8 +124,17 @@ def open_recipe(run: Run, base_model: str | None = None, report: Report = ignore
         if base_model is not None:
             raise RunError(f"{str(run.path)!r} holds a whole model, so it has no base that could have moved",
                            "leave the base model out (--base-model)")
-        return recipe
-    return recipe.model_copy(update={"model": check_base(run, recipe.model, base_model, report)})
+        model = recipe.model
+    else:
+        model = check_base(run, recipe.model, base_model, report)
+    return recipe.model_copy(update={"model": deny_remote_code(model, str(run.path))})
+
+
+def deny_remote_code(model: ModelConfig, *names: str) -> ModelConfig:
+    """A stored model config, in which remote code is off unless the present call allows it for this base."""
+    if not model.trust_remote_code or is_allowed(model.name_or_path, *names):
+        return model
+    return model.model_copy(update={"trust_remote_code": False})
 
 
 def check_base(run: Run, base: ModelConfig, base_model: str | None = None, report: Report = ignore) -> ModelConfig:
@@ -185,6 +197,29 @@ def is_same_model(one: ModelConfig, other: ModelConfig) -> bool:
     """Whether both name the same weights; PEFT's files may name the folder of an alias."""
     named = (one.name_or_path, one.surgery) == (other.name_or_path, other.surgery)
     return one.revision == other.revision and (named or prepare_folder(one) == prepare_folder(other))
+
+
+# ---------------------------------------------------------------- the data
+
+
+def check_data(run: Run, sources: Iterable[Source]) -> None:
+    """Compare the data files that a run names with those that it was trained with. Files in its own folder may change.
+
+    This also keeps a stranger's run folder from reading the user's other files: their digests are not known to it.
+
+    Raises:
+        RunError: a file is not the recorded one.
+    """
+    kept = run.provenance.get("data_sha256") or {}
+    for source in sources:
+        path = Path(source.path).expanduser()
+        if not path.exists() or path.resolve().is_relative_to(run.path.resolve()):
+            continue
+        if kept.get(source.path) != compute_path_sha256(path):
+            changed = "has changed since the run began" if source.path in kept else "is not recorded in its provenance"
+            raise RunError(f"{str(run.path)!r} names the rows {source.path!r}, whose content {changed}",
+                           "put the file back as it was; or name the rows yourself: --data FILE for evaluate, or start "
+                           "another run (output_dir=NAME)")
 
 
 # ---------------------------------------------------------------- what has changed

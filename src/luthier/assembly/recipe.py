@@ -21,7 +21,7 @@ from luthier.assembly.peft_adapters import read_method
 from luthier.core.config import NULL, Config
 from luthier.core.digests import compute_path_sha256
 from luthier.core.errors import RecipeError, RunError
-from luthier.data import TYPES_WITH_ANSWER, DataConfig
+from luthier.data import TYPES_WITH_ANSWER, DataConfig, Source
 from luthier.evaluation.generation_eval import EvaluateConfig
 from luthier.methods import METHODS
 from luthier.methods.composite import CompositeConfig, list_parts
@@ -327,13 +327,18 @@ def _flatten(nested: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 def collect_provenance(recipe: Recipe) -> dict[str, Any]:
     """What the recipe alone does not say: versions and the digests of the data files."""
-    named = [*recipe.data.train, recipe.data.eval, recipe.data.test]
-    paths = [Path(s.path) for s in named if s is not None and not isinstance(s, float)]
+    paths = [Path(source.path) for source in list_sources(recipe)]
     packages = ("luthier", "torch", "transformers", "tokenizers", "safetensors", "datasets")
     return {
         "versions": {"python": platform.python_version(), **{name: get_version(name) for name in packages}},
         "data_sha256": {str(path): compute_path_sha256(path) for path in paths if path.exists()},
     }
+
+
+def list_sources(recipe: Recipe, *parts: str) -> list[Source]:
+    """The sources of rows that a recipe names, of these parts (`train`, `eval`, `test`) or of all."""
+    named = {"train": recipe.data.train, "eval": (recipe.data.eval,), "test": (recipe.data.test,)}
+    return [source for part in parts or named for source in named[part] if isinstance(source, Source)]
 
 
 def get_version(package: str) -> str:

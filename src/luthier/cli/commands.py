@@ -249,6 +249,9 @@ QUIET = _option("--quiet", action="store_true", help="print no progress")
 JSON = _option("--json", action="store_true", help="print JSON and nothing else")
 BASE_MODEL = _option("--base-model", metavar="PATH",
                      help="the present path of the base model, if it was moved; must be the one the run was trained on")
+ALLOW_CODE = _option("--allow-code", action="append", default=[], metavar="NAME",
+                     help="let this Python file, module, URL or base model's code be used, which a stored file names; "
+                          "may be repeated")
 MODEL = _option("--model", metavar="MODEL", help="alias, folder, .gguf file or hub id (model.name_or_path)")
 TRAIN_DATA = _option("--data", metavar="FILE", help="training rows (data.train)")
 OBJECTIVE = _option("--objective", help="training objective (objective.name); an unknown name lists all of them")
@@ -265,12 +268,12 @@ COMMANDS: dict[str, Command] = {
         _option("--method", help="training method (method.name); an unknown name lists all of them"),
         OBJECTIVE, OUTPUT_DIR,
         _option("--resume", action="store_true", help="continue a run from its newest checkpoint"),
-        BASE_MODEL, QUIET, JSON)),
+        BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
     "rlhf": Command("SFT, reward model and PPO: three runs in one folder, with a report of what each gained",
                     _run_rlhf, (
         _option("positionals", nargs="*", metavar="RECIPE.yaml | key=value",
                 help="a recipe with the parts sft, reward and ppo; run it again to continue where it was interrupted"),
-        OUTPUT_DIR, QUIET, JSON)),
+        OUTPUT_DIR, ALLOW_CODE, QUIET, JSON)),
     "evaluate": Command("evaluate a run on its test rows, or on other rows", _run_evaluate, (
         _option("positionals", nargs="*", metavar="RUN | key=value",
                 help="a run folder, and settings that override its recipe"),
@@ -278,7 +281,7 @@ COMMANDS: dict[str, Command] = {
         _option("--metric", action="append", default=[], help="metric of generated answers; may be repeated"),
         MAX_SAMPLES, _option("--base-model-only", action="store_true", help="evaluate the base model without the run"),
         _option("--max-new-tokens", type=int, metavar="N", help="maximum length of an answer"),
-        BASE_MODEL, QUIET, JSON)),
+        BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
     "chat": Command("chat with a run or a model", _run_chat, (
         _option("run", metavar="RUN", help="a run folder, or a model"),
         _option("--compare", action="store_true",
@@ -286,13 +289,13 @@ COMMANDS: dict[str, Command] = {
         _option("--message", metavar="TEXT", help="send one message, print the answer and exit"),
         _option("--system", metavar="TEXT", help="system prompt"), TEMPERATURE,
         _option("--max-new-tokens", type=int, default=256, metavar="N", help="maximum length of an answer"),
-        BASE_MODEL, QUIET)),
+        BASE_MODEL, ALLOW_CODE, QUIET)),
     "serve": Command("serve a model, or several runs on one copy of it, by the OpenAI protocol", _run_serve, (
         _option("runs", nargs="+", metavar="RUN | NAME=RUN", help="run folders with the same base model, or one model"),
         _option("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 accepts other machines"),
         _option("--port", type=int, default=8000),
         _option("--max-num-seqs", type=int, default=16, metavar="N", help="maximum number of requests in one batch"),
-        BASE_MODEL, QUIET)),
+        BASE_MODEL, ALLOW_CODE, QUIET)),
     "data": Command("`data check FILE`: report how each row would be used", _run_data, (
         _option("positionals", nargs="*", metavar="check FILE | key=value",
                 help="`check`, a file, and settings of `data`"),
@@ -308,7 +311,7 @@ COMMANDS: dict[str, Command] = {
                 help="prompt with {text} in place of the text; given twice, the second is applied to the first answer"),
         MAX_SAMPLES, TEMPERATURE,
         _option("--seed", type=int, default=0), _option("--max-new-tokens", type=int, default=128, metavar="N"),
-        BASE_MODEL, QUIET, JSON)),
+        BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
     "export": Command("export a run for other tools", _run_export, (
         _option("run", metavar="RUN", help="a run folder"),
         _option("--to", choices=("merged", "bundle", "adapter", "gguf", "gguf-adapter"), default="merged",
@@ -319,37 +322,37 @@ COMMANDS: dict[str, Command] = {
         _option("--lora-rank", metavar="N | auto",
                 help="write a plain LoRA with one rank and one alpha, for servers that do not support patterns"),
         _option("--out", metavar="PATH", help="the folder or file to create; default: inside the run folder"),
-        BASE_MODEL, JSON)),
+        BASE_MODEL, ALLOW_CODE, JSON)),
     "merge": Command("merge the trained weights into the base model: the same as export --to merged", _run_merge, (
         _option("run", metavar="RUN", help="a run folder"),
         _option("--out", metavar="DIR", help="the folder to create; default: `merged` inside the run folder"),
-        BASE_MODEL, JSON)),
+        BASE_MODEL, ALLOW_CODE, JSON)),
     "features": Command("write a frozen model's pooled state of each row to a file", _run_features, (
         _option("positionals", nargs="*", metavar="MODEL | RUN | key=value", help="a model or a run, and settings"),
         _option("--data", metavar="FILE", required=True, help="texts or images, each with a label"),
         _option("--out", metavar="FILE", help="a .safetensors file; an existing one is read, not computed again"),
         _option("--probe", action="store_true", help="fit a linear classifier on the states (scikit-learn)"),
-        _option("--test", metavar="FILE", help="rows to evaluate the probe on"), BASE_MODEL, QUIET, JSON)),
+        _option("--test", metavar="FILE", help="rows to evaluate the probe on"), BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
     "inspect": Command("show what a run learned: nearest tokens of virtual tokens, size and rank of LoRA updates",
                        _run_inspect, (
-        _option("run", metavar="RUN", help="a run folder, or a PEFT adapter"), BASE_MODEL, QUIET, JSON)),
+        _option("run", metavar="RUN", help="a run folder, or a PEFT adapter"), BASE_MODEL, ALLOW_CODE, QUIET, JSON)),
     "compare": Command("train one recipe with several methods and report quality and cost of each", _run_compare, (
         RECIPE,
         _option("--methods", required=True, metavar="A,B,A+B,A@nf4",
                 help="methods to train; a+b combines two, lora@nf4 (or qlora) quantizes the base model to four bits"),
         _option("--retention-data", metavar="FILE", help="unrelated rows, to measure what the model forgets"),
-        _option("--out", metavar="DIR", help="folder for the runs and the comparison"), QUIET, JSON)),
+        _option("--out", metavar="DIR", help="folder for the runs and the comparison"), ALLOW_CODE, QUIET, JSON)),
     "plan": Command("measure a few steps of several methods and report which fit this machine and data", _run_plan, (
         RECIPE, MODEL, TRAIN_DATA, OBJECTIVE,
         _option("--methods", metavar="A,B,A+B,A@nf4", help="methods to measure; default: the common ones"),
-        _option("--out", metavar="DIR", help="folder for the plan"), QUIET, JSON)),
+        _option("--out", metavar="DIR", help="folder for the plan"), ALLOW_CODE, QUIET, JSON)),
     "merge-adapters": Command("merge several LoRA runs of one base model into one", _run_merge_adapters, (
         _option("runs", nargs="+", metavar="RUN", help="run folders"),
         _option("--weights", nargs="+", type=float, default=[], metavar="W", help="one for each run; default: 1"),
         _option("--combination-type", choices=("linear", "cat", "svd"), default="linear",
                 help="linear and cat are exact; svd approximates the sum at a given rank"),
         _option("--rank", type=int, metavar="R", help="rank of the result, for svd"),
-        _option("--out", metavar="DIR", required=True, help="the run folder to create"), BASE_MODEL, JSON)),
+        _option("--out", metavar="DIR", required=True, help="the run folder to create"), BASE_MODEL, ALLOW_CODE, JSON)),
     "demo": Command("train the embedded model on the embedded rows: a few minutes on a laptop", _run_demo, (
         _option("positionals", nargs="*", metavar="key=value", help="settings that override the demo's recipe"),
         OUTPUT_DIR, QUIET, JSON)),

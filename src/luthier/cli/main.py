@@ -2,8 +2,8 @@
 `cli/console.py` prints results.
 
 Results go to stdout, with `--json` as JSON and nothing else; progress and errors go to stderr. Exit codes: 0 success,
-2 an error that the user can fix, 130 and 143 ended by a signal. `luthier.api` is imported where it is called, so that
-`--help` is quick.
+2 an error that the user can fix, 129, 130 and 143 ended by a signal. `luthier.api` is imported where it is called, so
+that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any, NoReturn
 from luthier import __version__
 from luthier.cli import console
 from luthier.cli.commands import COMMANDS
-from luthier.core.errors import LuthierError, RecipeError, suggest_nearest
+from luthier.core.consent import allow_code
+from luthier.core.errors import LuthierError, RecipeError, StoppedAtOnce, suggest_nearest
 
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 COMMAND_NAMES = {"combine": "merge-adapters", "sft": "train", "eval": "evaluate", "predict": "evaluate",
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     as_json = "--json" in arguments
     try:
         options = parse(arguments)
-        code = COMMANDS[options.command].run(options)
+        with allow_code(vars(options).get("allow_code") or ()):
+            code = COMMANDS[options.command].run(options)
         sys.stdout.flush()
         return code
     except LuthierError as error:
@@ -52,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail("DiskFull", f"the disk is full{f': {error.filename}' if error.filename else ''}",
                      "free some space, or write the run to another disk (--output-dir DIR); then --resume", as_json)
+    except StoppedAtOnce as error:
+        return _fail("Interrupted", f"{error}, twice: stopped at once",
+                     "the newest checkpoint is intact; continue with --resume", as_json, error.exit_code)
     except KeyboardInterrupt:
         return _fail("Interrupted", "interrupted", "", as_json, 130)
 

@@ -7,6 +7,7 @@ The command line prints a `LuthierError` without a traceback and exits with its 
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -55,6 +56,14 @@ class MissingExtra(LuthierError):
 
 class NotFinite(LuthierError):
     """A loss or gradient is infinite or NaN; no weight was updated with it."""
+
+
+class StoppedAtOnce(KeyboardInterrupt):
+    """The same signal came twice: the work in progress is abandoned. `exit_code` is the one that a shell expects."""
+
+    def __init__(self, number: int) -> None:
+        self.exit_code = 128 + number
+        super().__init__(signal.Signals(number).name)
 
 
 def suggest_nearest(word: str, known: Iterable[str]) -> str:

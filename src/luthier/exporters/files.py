@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from luthier.core.errors import RunError
+from luthier.core.locks import staging_folder
 
 FORMS = ("merged", "bundle", "adapter", "gguf", "gguf-adapter")
 FILES = {"gguf": "model.gguf", "gguf-adapter": "adapter.gguf"}  # the forms that are a single file
@@ -18,15 +18,19 @@ DTYPES = {"merged": ("float32", "bfloat16", "float16"), "bundle": ("float32", "b
 
 @contextmanager
 def write_atomically(out: Path) -> Iterator[Path]:
-    """A temporary path next to `out`, which is renamed to `out` on success and removed on failure."""
-    temporary = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        yield temporary
+    """A temporary path on the same disk, which is renamed to `out` on success and removed on failure.
+
+    Raises:
+        RunError: the folder that `out` is in cannot be written.
+    """
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(staging_folder(out.parent))
+        except OSError as error:
+            raise RunError(f"{str(out)!r} cannot be written: {error.strerror}",
+                           "free some space, or name a place that can be written with --out") from error
+        yield (temporary := folder / out.name)
         temporary.replace(out)
-    finally:  # already renamed on success
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        temporary.unlink(missing_ok=True)
 
 
 def check_form(form: str) -> None:
@@ -55,6 +59,6 @@ def check_vacant(out: Path, form: str) -> None:
     """Raises `RunError` where `out` exists, or has the wrong suffix."""
     if form in FILES and out.suffix != ".gguf":
         raise RunError(f"--to {form} writes one file, and {str(out)!r} does not end in .gguf", f"--out {out}.gguf")
-    if out.exists() and (form in FILES or not out.is_dir() or any(out.iterdir())):
+    if os.path.exists(out) and (form in FILES or not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{str(out)!r} already exists and is not empty; nothing is overwritten",
                        "remove it, or give another name with --out")

@@ -88,7 +88,13 @@ def list_weight_files(path: Path) -> list[Path]:
     """The safetensors files of a model folder."""
     if (path / WEIGHTS).is_file():
         return [path / WEIGHTS]
-    return [path / name for name in sorted(set(_read_json(path / INDEX)["weight_map"].values()))]
+    named = _read_json(path / INDEX).get("weight_map")
+    names = sorted({str(name) for name in named.values()}) if isinstance(named, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        wrong = next((name for name in names if Path(name).name != name), "nothing")
+        raise BaseError(f"{path / INDEX} names {wrong!r} as a weight file; a weight file lies in that folder",
+                        "copy or download the file again")
+    return [path / name for name in names]
 
 
 def count_parameters(config: ModelConfig) -> int:
@@ -130,4 +136,5 @@ def translate_errors(config: ModelConfig, path: Path) -> Iterator[None]:
 
 def _remote_code_error(name: str) -> BaseError:
     return BaseError(f"base {name!r} brings its own Python code, and remote code is off",
-                     "read that code, then set `trust_remote_code: true`, or choose another base")
+                     f"read that code; if you trust it, set model.trust_remote_code=true, or for a run add "
+                     f"--allow-code {name} (in Python: allow_code=[{name!r}])")

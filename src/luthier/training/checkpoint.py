@@ -12,7 +12,8 @@ either no `step-N` or a complete one. The manifest detects later damage. Hidden 
     .replaced-step-N        complete: the step's former checkpoint, until the new one has its name
     .dropped-step-N         to be deleted, perhaps half deleted
 
-One process writes a run. The next save deletes a `.writing` folder whose process has ended.
+One process writes a run (`run_lock.py`). A `.writing` folder whose process has ended is deleted by the next save or
+resume.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, 
     with _translate_os_errors(place, needed):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _remove_leftovers(folder)
+            remove_leftovers(folder)
             temporary.mkdir()
             _write_checkpoint(temporary, step, tensors, state)
             if place.exists():
@@ -77,7 +78,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Mapping[str, Mapping[str, 
             _sync_path(folder)
         finally:  # already renamed on success; on failure the first error is raised, not one of the cleanup
             shutil.rmtree(temporary, ignore_errors=True)
-        _remove_leftovers(folder)
+        remove_leftovers(folder)
         older = sorted(s for s in _list_steps(folder) if s < step)
         for old in older[:max(0, len(older) - (keep - 1))]:
             if old != protect:
@@ -153,7 +154,7 @@ def _delete_checkpoint(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _remove_leftovers(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Finish the renames and deletions of a writer that was killed."""
     for path in sorted(folder.glob(".*-step-*")):
         if path.name.startswith(".dropped-"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -17,6 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from luthier.core.digests import compute_file_sha256, get_cache_folder
 from luthier.core.errors import BaseError
+from luthier.core.locks import staging_folder
 from luthier.models.hf_logging import check_weights_fit, silence_transformers, summarize_error
 
 # raise it when `convert_gguf` writes something else: folders made by older ones are then left unused
@@ -39,9 +39,8 @@ def build_once(folder: Path, make: Callable[[Path], None]) -> Path:
     if folder.is_dir():
         _check_unchanged(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".making-", ignore_cleanup_errors=True) as temporary:
-        ready = Path(temporary) / "model"
+    with staging_folder(folder.parent) as temporary:
+        ready = temporary / "model"
         make(ready)
         (ready / DIGEST_FILE).write_text(json.dumps(_digest_weights(ready)), encoding="utf-8")
         try:
