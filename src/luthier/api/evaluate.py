@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -52,23 +52,14 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         recorded, family, tuner = open_run(run, False, base_model, partial(print_line, quiet=quiet))
     wanted = {"evaluate.metrics": list([metrics] if isinstance(metrics, str) else metrics) or None,
               "evaluate.max_samples": max_samples, "evaluate.max_new_tokens": max_new_tokens, **settings}
-    raw = assembly.dump_recipe(recorded)
-    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # each machine resolves its own
-        raw["training"]["max_tokens_per_micro_batch"] = None
-    if data:
-        raw["data"] |= {"train": data, "test": data, "eval": None}
-    recipe, denied = drop_denied_rewards(assembly.build_recipe(raw, wanted), settings)
+    recipe, denied = drop_denied_rewards(_build_eval_recipe(run, recorded, data, wanted), settings)
     for sentence in denied:
         print_line(f"note: {sentence}", quiet=quiet)
-    if not data:
-        own = list_sources(recorded)
-        check_data(run, [source for source in list_sources(recipe, "test", "eval") if source in own])
     # Streamed, so that the rows are read once, as test rows: a folder may have no train split.
     once = recipe.model_copy(update={"data": recipe.data.model_copy(update={"streaming": True})}) if data else recipe
     datasets = load_datasets(once, family)
-    part = "test" if datasets.test else "eval"
-    encoded, examples = ((datasets.test, datasets.test_examples) if part == "test"
-                         else (datasets.eval, datasets.eval_examples))
+    part, encoded, examples = (("test", datasets.test, datasets.test_examples) if datasets.test
+                               else ("eval", datasets.eval, datasets.eval_examples))
     if encoded and not quiet:
         _print_report(datasets.report, part, overlap=not data)  # `data` stands for the training rows too
     if not encoded:
@@ -95,6 +86,21 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
             results |= scored.scores
     measured_on = "data" if data else "test" if datasets.test else "validation"
     return results | {"examples": len(encoded), "measured_on": measured_on, "rows": _count_rows(datasets.report, part)}
+
+
+def _build_eval_recipe(run: Run, recorded: Recipe, data: str | None, settings: Mapping[str, Any]) -> Recipe:
+    """The run's recipe with other settings, and with `data` in place of its rows. Raises `RunError` where rows that the
+    run names have changed."""
+    raw = assembly.dump_recipe(recorded)
+    if "training.max_tokens_per_micro_batch" in run.provenance.get("resolved", ()):  # each machine resolves its own
+        raw["training"]["max_tokens_per_micro_batch"] = None
+    if data:
+        raw["data"] |= {"train": data, "test": data, "eval": None}
+    recipe = assembly.build_recipe(raw, settings)
+    if not data:
+        own = list_sources(recorded)
+        check_data(run, [source for source in list_sources(recipe, "test", "eval") if source in own])
+    return recipe
 
 
 def _build_reference(run: Run, recorded: Recipe, recipe: Recipe, family: Any, tuner: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from luthier.assembly.factory import (
     build_eval_batches,
     build_eval_prompts,
     check_loaded_model,
+    count_trainable,
     fit_objective,
     load_datasets,
     load_family,
@@ -94,7 +95,7 @@ from luthier.training.rng import seed_everything
 from luthier.training.run_folder import Run
 from luthier.training.run_lock import create_numbered_folder, lock_run
 from luthier.training.step import Reference
-from luthier.training.trackers import JsonLines, Tracker, check_trackers, open_trackers
+from luthier.training.trackers import JsonLines, Tracker, check_trackers, log_to_all, open_trackers
 
 
 @accepts_consent
@@ -202,7 +203,7 @@ def _run_recipe(recipe: Recipe, run: Run, out: Run, saved: checkpoint.Checkpoint
     job_type: Any = OnlineTrainJob if rollouts else TrainJob
     job = job_type(base, tuner, recipe.objective, feed, build_eval_batches(recipe, base, datasets),
                    recipe.training, recipe.optimizer, rate, run.checkpoints,
-                   reference=reference, log=_log_to_all(*trackers),
+                   reference=reference, log=log_to_all(*trackers),
                    warn=lambda sentence: _print_line(quiet, f"warning: {sentence}"), get_record=CheckpointRecord(out))
     summary = _run_training(job, trackers, saved, quiet)
     if isinstance(feed, assembly.rows.StreamingBatchSource):
@@ -251,19 +252,6 @@ class Interrupted(RunError):
         self.exit_code = 128 + signal.Signals[summary.stopped].value
         super().__init__(f"{summary.stopped} at step {summary.steps}; a checkpoint is in {run.checkpoints}",
                          f"continue with: luthier train --resume {run.path}")
-
-
-def count_trainable(base: Any, tuner: Tuner) -> dict[str, float]:
-    """Number and fraction of trainable parameters, among those of the base and of the method."""
-    trained = tuner.parameters()
-    own = {id(p) for p in base.model.parameters()}
-    whole = sum(p.numel() for p in [*base.model.parameters(), *(p for p in trained.values() if id(p) not in own)])
-    # A quantized weight is one packed parameter; count the weights that it represents.
-    whole += sum(s.in_features * s.out_features - s.weight.numel()
-                 for s in base.structure.linears
-                 if s.dequantize is not None)
-    count = sum(p.numel() for p in trained.values())
-    return {"trainable": count, "parameters": whole, "trainable_fraction": count / whole}
 
 
 def _is_finished(run: Run, recipe: Recipe, quiet: bool) -> bool:
@@ -319,13 +307,6 @@ def _build_trackers(run: Run, recipe: Recipe, saved: checkpoint.Checkpoint | Non
     if not saved:
         log.log(0, share)
     return [log, *open_trackers(recipe.training.report_to, run.path, assembly.dump_recipe(make_public(recipe)), at)]
-
-
-def _log_to_all(*trackers: Tracker) -> Callable[[int, Mapping[str, float]], None]:
-    def log(step: int, metrics: Mapping[str, float]) -> None:
-        for tracker in trackers:
-            tracker.log(step, metrics)
-    return log
 
 
 def _run_training(job: TrainJob, trackers: Sequence[Tracker], saved: checkpoint.Checkpoint | None,

@@ -15,7 +15,7 @@ from luthier import data as rows
 from luthier.assembly.factory import PromptFormat, compute_text_length, encode_chat_prompt, load_family
 from luthier.assembly.initialization import attach_runs
 from luthier.assembly.provenance import Report, describe_model_conflict, ignore, open_recipe
-from luthier.assembly.recipe import Recipe, get_method_name, load_recipe
+from luthier.assembly.recipe import load_recipe
 from luthier.assembly.run_io import build_prompt_format, open_run
 from luthier.core.errors import RecipeError, suggest_nearest
 from luthier.core.examples import ClassificationExample, Message, Origin
@@ -150,10 +150,3 @@ def load_served_models(runs: Mapping[str, Path | str], base_model: str | None = 
                          **{name: build_prompt_format(run, recipes[name]) for name, run in folders.items()}},
                         {plain: base.structure.sizes["context"],
                          **{name: compute_text_length(recipe.method, base) for name, recipe in recipes.items()}})
-
-
-def choose_run_name(recipe: Recipe) -> Path:
-    """runs/<method>-<base>, with a number where that exists."""
-    stem = f"{get_method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
-    taken = {p.name for p in Path("runs").glob(f"{stem}*")}
-    return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)
