@@ -109,10 +109,10 @@ def test_attention_under_autocast_meets_one_type(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_mask_that_generation_made_can_be_kept_for_a_backward_pass() -> None:
-    packed._causal_mask.cache_clear()
+    packed.causal_mask.cache_clear()
     with torch.inference_mode():
-        assert not packed._causal_mask(3, 5, None, torch.device("cpu")).is_inference()
-    packed._causal_mask.cache_clear()
+        assert not packed.causal_mask(3, 5, None, torch.device("cpu")).is_inference()
+    packed.causal_mask.cache_clear()
 
 
 # ---------------------------------------------------------------- to the device and back

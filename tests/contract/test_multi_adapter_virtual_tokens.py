@@ -217,11 +217,6 @@ def test_an_answer_has_the_room_that_its_own_adapter_leaves() -> None:
     prompts, names = [[5] * 240] * 4, ("long", "soft", None, "deep")
     found = {g.index: g.token_ids for g in family.generate(prompts, SamplingParams(max_new_tokens=50), manager.resolve_indices(names))}
     assert [len(found[i]) for i in range(4)] == [10, 13, 16, 12]
-    told: dict[int, tuple[int, ...]] = dict.fromkeys(range(4), ())
-    for index, token in family.stream_batch(prompts, SamplingParams(max_new_tokens=50), manager.resolve_indices(names)):
-        assert token is not None
-        told[index] += (token,)
-    assert told == found
     with pytest.raises(BaseError, match="context of 250"):
         next(family.generate([[5] * 251] * 2, SamplingParams(max_new_tokens=50), manager.resolve_indices(("soft", "long"))))
     row = mixed(manager, documents((251, 251)), ("soft", None))

@@ -1,55 +1,301 @@
-"""Text generation: batched decoding with a cache, in which finished rows are removed. Read `loading.py` first.
+"""Text generation: sequences that join and leave at every step. Read `core/generation.py` and `sampling.py` first.
 
-All generation uses one loop (`_decode`): `generate_outputs` collects its tokens into outputs,
-`stream_tokens` yields
-them one by one. Families differ in how a batch is started and extended (`DecodeBatch`): this file has the version for
-causal
-language models, `families/seq2seq.py` that for an encoder with a decoder. An output depends on its prompt, its
-index and the sampling parameters, never on the other rows of a batch.
+All generation uses one engine (`DecodingEngine`): answers of `evaluate`, `chat`, `serve` and rollouts. It decides which
+sequences a step reads or extends; a `Decoder` computes their logits:
 
-Shape letters: B rows of a batch, L columns so far (left padding, prompt, output), V vocabulary.
+    SequenceDecoder (`sequence_decoder.py`)  sequences join and leave at any step: causal models with packed rows
+    BatchDecoder (`padded_decoder.py`)       one padded batch at a time: all other models
+
+An output depends on its prompt, its index and the sampling parameters, never on other sequences.
+
+Shape letters: B sequences or rows of a batch, L columns (left padding, prompt, output), V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from random import Random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from luthier.core.errors import BaseError, DataError, NotFinite
-from luthier.core.protocols import GenerationOutput, SamplingParams
+from luthier.core.generation import GenerationOutput, SamplingParams, SequenceRequest, TokenOutput
 from luthier.models.hf_attributes import get_optional
-from luthier.models.soft_prompts import causal
+from luthier.models.sampling import SamplingState, compute_token_logprobs, select_tokens
+from luthier.models.sequence_decoder import DecodedSequence, SequenceDecoder
 
-# Finished rows are removed when at most this share of the rows is unfinished: every removal copies the whole cache.
-COMPACTION_THRESHOLD = 0.75
-COMPACTION_THRESHOLD = 0.75
+PREFILL_CHUNK = 512  # prompt tokens that are read between two steps of sequences that are being decoded
+MAX_NUM_BATCHED_TOKENS = 2048  # prompt tokens of one step while nothing is being decoded
 
 
-class DecodeBatch(Protocol):
-    """A batch of outputs that are being generated, one row each."""
+class Decoder(Protocol):
+    """Computes logits of sequences. `can_join`: whether sequences may begin while others are being decoded."""
 
-    def logits(self) -> Tensor:
-        """[B, V] The logits of every row's next token."""
+    can_join: bool
+
+    def begin(self, sequences: Sequence[DecodedSequence], chunk: int) -> Tensor:
+        """Read at least the first `chunk` tokens of new sequences; [B, V] the logits behind them."""
         ...
 
-    def append(self, next_tokens: Tensor, kept_rows: Tensor | None) -> None:
-        """Put `next_tokens` [B] at the end of the rows; those at `kept_rows` stay, None for all."""
+    def extend(self, sequences: Sequence[DecodedSequence], chunk: int) -> Tensor:
+        """Read up to `chunk` more tokens of each sequence; [B, V] the logits behind them."""
+        ...
+
+    def take_prefix(self, sequence: DecodedSequence) -> bool:
+        """Let a new sequence continue from what is cached, if anything is."""
+        ...
+
+    def release(self, sequence: DecodedSequence, keep: bool) -> None:
+        """The sequence has ended; `keep`: its keys and values may be used for others."""
         ...
 
 
-StartBatch = Callable[[Sequence[Sequence[int]]], DecodeBatch]  # prompts -> a batch
-RouteRows = Callable[[Sequence[int]], AbstractContextManager[None]]
+@dataclass(eq=False)
+class _Running:
+    """A sequence that the engine works on. `limit`: the largest number of tokens of its output."""
+
+    state: SamplingState
+    sequence: DecodedSequence
+    limit: int
+    prompt_length: int
+
+    @property
+    def is_read(self) -> bool:
+        """Whether all its tokens have been read, so that the logits behind them give the next one."""
+        return self.sequence.read == len(self.sequence.tokens)
 
 
-def _no_routing(rows: Sequence[int]) -> AbstractContextManager[None]:
-    return nullcontext()
+class DecodingEngine:
+    """Decodes many sequences together. See `core.generation.GenerationEngine`; not for use from several threads.
+
+    Args:
+        decoder: computes logits.
+        stops: tokens that end every output.
+        measure_context: an adapter's index (None: no routing) -> how many tokens prompt and output may have together.
+        max_num_seqs: sequences decoded together.
+        max_cache_bytes: of keys and values; further sequences wait. None: no limit.
+        is_continuous: False: sequences begin only when all others have ended, as in a static batch.
+        versions: adapter -> a number that changes when the adapter is loaded again.
+    """
+
+    def __init__(self, decoder: Decoder, stops: Set[int], measure_context: Callable[[int | None], int], *,
+                 max_num_seqs: int = 16, max_cache_bytes: int | None = None, is_continuous: bool = True,
+                 prefill_chunk: int = PREFILL_CHUNK,
+                 versions: Callable[[int | None], int] = lambda adapter: 0) -> None:
+        assert max_num_seqs > 0, max_num_seqs
+        self.decoder, self.stops, self.max_num_seqs = decoder, stops, max_num_seqs
+        self.max_cache_bytes, self.prefill_chunk = max_cache_bytes, prefill_chunk
+        self._measure_context, self._versions = measure_context, versions
+        self._can_join = is_continuous and decoder.can_join
+        self._waiting: deque[_Running] = deque()
+        self._starting: deque[_Running] = deque()  # admitted, nothing read yet
+        self._running: list[_Running] = []
+        self.tokens_generated = 0
+
+    def add(self, request: SequenceRequest) -> None:
+        sampling = request.sampling
+        assert sampling.max_new_tokens > 0, sampling
+        context = self._measure_context(request.adapter)
+        if not request.prompt:
+            raise DataError(f"prompt {request.index} has no tokens",
+                            "give the prompt at least one token, such as the bos token")
+        if len(request.prompt) >= context:
+            raise BaseError(f"prompt {request.index} has {len(request.prompt)} tokens, and the base's context of "
+                            f"{context} must hold the answer too",
+                            "shorten the prompt, or choose a base with a longer context")
+        sequence = DecodedSequence(list(request.prompt), request.adapter,
+                                   key=(request.adapter, self._versions(request.adapter)))
+        limit = min(sampling.max_new_tokens, context - len(request.prompt))
+        self._waiting.append(_Running(SamplingState(request), sequence, limit, len(request.prompt)))
+
+    def cancel(self, request: SequenceRequest) -> None:
+        for queue in (self._waiting, self._starting, self._running):
+            for one in [one for one in queue if one.state.request is request]:
+                queue.remove(one)
+                self.decoder.release(one.sequence, keep=False)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._starting or self._running)
+
+    @property
+    def statistics(self) -> Mapping[str, float]:
+        buffers = [one.sequence.buffer for one in self._running]
+        found = {"running": len(self._running) + len(self._starting), "waiting": len(self._waiting),
+                 "kv_cache_bytes": sum(buffer.nbytes for buffer in buffers if buffer is not None),
+                 "tokens_generated": self.tokens_generated}
+        if isinstance(self.decoder, SequenceDecoder):
+            cache = self.decoder.prefix_cache
+            found |= {"prefix_cache_queries": cache.queried_tokens, "prefix_cache_hits": cache.hit_tokens,
+                      "prefix_cache_bytes": cache.nbytes}
+        return found
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenOutput]:
+        """At most two forward passes: sequences that were begun are extended, then new ones begin."""
+        self._admit()
+        decoding = [one for one in self._running if one.sequence.read >= one.prompt_length]
+        budget = self.prefill_chunk if decoding else MAX_NUM_BATCHED_TOKENS
+        extended, chunk = list(decoding), 1
+        for one in self._running:
+            if one.sequence.read < one.prompt_length and budget > 0:  # a long prompt, or what the prefix cache lacked
+                extended.append(one)
+                chunk = self.prefill_chunk
+                budget -= min(chunk, one.prompt_length - one.sequence.read)
+        outputs = self._compute(self.decoder.extend, extended, chunk) if extended else []
+        begun = self._take_starting(budget)
+        if begun:
+            self._running += begun
+            outputs += self._compute(self.decoder.begin, begun, self.prefill_chunk)
+        return outputs
+
+    def _admit(self) -> None:
+        """Move waiting sequences to those that start, as far as there is room."""
+        if not self._can_join and (self._running or self._starting):
+            return
+        while self._waiting and len(self._running) + len(self._starting) < self.max_num_seqs:
+            if not self._has_memory(self._waiting[0]):
+                return
+            one = self._waiting.popleft()
+            if one.state.request.use_prefix_cache and self.decoder.take_prefix(one.sequence):
+                self._running.append(one)
+            else:
+                self._starting.append(one)
+
+    def _has_memory(self, candidate: _Running) -> bool:
+        """Whether the keys and values of one more sequence stay within the limit, if all reach their greatest length.
+        One sequence alone always runs."""
+        admitted = [*self._running, *self._starting]
+        buffers = [one.sequence.buffer for one in admitted if one.sequence.buffer is not None]
+        if self.max_cache_bytes is None or not buffers:
+            return not admitted or self.max_cache_bytes is None or len(admitted) < 2
+        longest = sum(one.prompt_length + one.limit for one in [*admitted, candidate])
+        return longest * buffers[0].bytes_per_token <= self.max_cache_bytes
+
+    def _take_starting(self, budget: int) -> list[_Running]:
+        """The sequences that begin in this step: at least one if none has been begun, and others within the budget."""
+        taken: list[_Running] = []
+        known: set[tuple[int | None, tuple[int, ...]]] = set()
+        while self._starting:
+            first = self._starting[0]
+            name = (first.sequence.adapter, tuple(first.sequence.tokens[:self.prefill_chunk]))
+            cost = 0 if name in known else len(name[1])  # equal beginnings are computed once
+            if self.decoder.can_join and cost > budget and (taken or self._running):
+                break
+            budget -= cost
+            known.add(name)
+            taken.append(self._starting.popleft())
+        return taken
+
+    def _compute(self, call: Callable[[Sequence[DecodedSequence], int], Tensor], members: Sequence[_Running],
+                 chunk: int) -> list[TokenOutput]:
+        """One forward pass, and the next token of every sequence whose tokens are all read."""
+        logits = call([one.sequence for one in members], chunk)
+        places = [i for i, one in enumerate(members) if one.is_read]
+        if not places:
+            return []
+        logits = logits if len(places) == len(members) else logits[torch.tensor(places, device=logits.device)]
+        ready = [members[i] for i in places]
+        highest = logits.amax(-1).tolist()
+        states = [one.state for one in ready]
+        tokens = select_tokens(logits.nan_to_num() if any(x != x for x in highest) else logits, states)
+        logprobs = compute_token_logprobs(logits, tokens, states)
+        outputs = [self._push(one, token, logprob, top == top)
+                   for one, token, logprob, top in zip(ready, tokens, logprobs, highest, strict=True)]
+        for one, output in zip(ready, outputs, strict=True):
+            if output.finish_reason:
+                self._running.remove(one)
+                self.decoder.release(one.sequence, keep=output.error is None)
+        return outputs
+
+    def _push(self, one: _Running, token: int, logprob: Any, is_finite: bool) -> TokenOutput:
+        request = one.state.request
+        if not is_finite:
+            error = NotFinite(f"the model's output for prompt {request.index} is not a number, so no next token can be "
+                              "selected",
+                              "set the base's dtype to float32; if it is, the weights or the run are damaged")
+            return TokenOutput(request, None, "error", error=error)
+        one.state.push(token)
+        self.tokens_generated += 1
+        cached = one.sequence.cached_tokens
+        if token in self.stops or token in request.sampling.stop:
+            return TokenOutput(request, token, "stop", logprob, cached_tokens=cached)
+        one.sequence.tokens.append(token)
+        reason = "length" if len(one.state.generated) == one.limit else ""
+        return TokenOutput(request, token, reason, logprob, cached_tokens=cached)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------- whole outputs
+
+
+def run_requests(engine: DecodingEngine, requests: Sequence[SequenceRequest]) -> Iterator[GenerationOutput]:
+    """The output of each request, yielded when it is finished; `index` is the request's place in the call.
+
+    Raises:
+        NotFinite: the model's output is not a number.
+    """
+    places = {id(request): place for place, request in enumerate(requests)}
+    outputs: dict[int, list[int]] = {place: [] for place in places.values()}
+    for request in requests:
+        engine.add(request)
+    try:
+        while engine.has_work:
+            for output in engine.step():
+                place = places[id(output.request)]
+                if output.error is not None:
+                    raise output.error
+                assert output.token is not None
+                if output.finish_reason == "stop":
+                    yield GenerationOutput(place, tuple(outputs[place]), True, output.token)
+                    continue
+                outputs[place].append(output.token)
+                if output.finish_reason == "length":
+                    yield GenerationOutput(place, tuple(outputs[place]), False)
+    finally:
+        for request in requests:
+            engine.cancel(request)
+
+
+def stream_request(engine: DecodingEngine, request: SequenceRequest) -> Iterator[int]:
+    """The output of one request, token by token, without its stop token."""
+    engine.add(request)
+    try:
+        while engine.has_work:
+            for output in engine.step():
+                if output.error is not None:
+                    raise output.error
+                if output.finish_reason != "stop":
+                    assert output.token is not None
+                    yield output.token
+    finally:
+        engine.cancel(request)
+
+
+def build_requests(prompts: Sequence[Sequence[int]], sampling: SamplingParams,
+                   adapters: Sequence[int] = ()) -> list[SequenceRequest]:
+    """One request for each prompt of a call of `generate`."""
+    assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
+    return [SequenceRequest(prompt, sampling, adapters[i] if adapters else None, sampling.first_prompt_index + i)
+            for i, prompt in enumerate(prompts)]
+
+
+def sort_by_length(requests: Iterable[SequenceRequest], groups: Sequence[int] = ()) -> list[SequenceRequest]:
+    """The order in which padded batches have little padding: the longest first, group by group."""
+    listed = list(requests)
+    named = groups or [0] * len(listed)
+    order = sorted(range(len(listed)), key=lambda i: (named[i], -len(listed[i].prompt)))
+    return [listed[i] for i in order]
+
+
+def restore_order(requests: Sequence[SequenceRequest], outputs: Iterable[GenerationOutput],
+                  order: Sequence[SequenceRequest]) -> Iterator[GenerationOutput]:
+    """Outputs with the index of their prompt in the call, of requests that were run in another order."""
+    places = {id(request): i for i, request in enumerate(requests)}
+    for output in outputs:
+        yield GenerationOutput(places[id(order[output.index])], output.token_ids, output.finished, output.stop_token)
 
 
 def find_eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
@@ -58,205 +304,3 @@ def find_eos_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     eos_id = generation_config.eos_token_id if generation_config is not None else None
     eos_ids = eos_id if isinstance(eos_id, list) else [eos_id]
     return {token for token in [*eos_ids, tokenizer.eos_token_id] if token is not None}
-
-
-def generate(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
-             device: torch.device | str, route: RouteRows = _no_routing) -> Iterator[GenerationOutput]:
-    """Generate from every prompt; each output is yielded when it is finished, with the index of its prompt.
-
-    Args:
-        model: a Transformers causal language model in evaluation mode, on `device`.
-        prompts: token ids; prompts of similar length share a batch, the longest first.
-        eos: tokens that end an output, like those of `sampling.stop`; they are not part of the output.
-        pad: any token; it fills positions that are masked.
-        route: prompt indices of a batch's rows -> a context in which each row uses its own adapter.
-
-    Raises:
-        BaseError: a prompt fills the model's context.
-        DataError: a prompt is empty.
-        NotFinite: the model's output is not a number.
-    """
-    start_batch = partial(CausalDecodeBatch, model, pad, device)
-    return generate_outputs(start_batch, prompts, _limit_new_tokens(model, prompts, sampling, route), sampling, eos,
-                            route)
-
-
-def stream_batch(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams, eos: Set[int], pad: int,
-            device: torch.device | str, route: RouteRows = _no_routing) -> Iterator[tuple[int, int | None]]:
-    """`generate` with all prompts in one batch, token by token: yields (index, token), and (index, None) when an output
-    ends with a stop token. Closing the iterator ends the batch."""
-    stops = eos | set(sampling.stop)
-    limits = _limit_new_tokens(model, prompts, sampling, route)
-    for index, token in _decode(partial(CausalDecodeBatch, model, pad, device), dict(enumerate(prompts)), limits,
-                                sampling, stops,
-                                route):
-        yield index, None if token in stops else token
-
-
-def stream_tokens(model: nn.Module, prompt: Sequence[int], sampling: SamplingParams, eos: Set[int]) -> Iterator[int]:
-    """The output for one prompt, token by token: the same tokens as those of `generate` with this prompt alone."""
-    start_batch = partial(CausalDecodeBatch, model, 0, next(model.parameters()).device)
-    return stream_single(start_batch, prompt, _limit_new_tokens(model, [prompt], sampling), sampling, eos)
-
-
-def generate_outputs(start_batch: StartBatch, prompts: Sequence[Sequence[int]], limits: Sequence[int],
-                     sampling: SamplingParams,
-            eos: Set[int], route: RouteRows = _no_routing,
-            batch_groups: Sequence[int] = ()) -> Iterator[GenerationOutput]:
-    """`generate` for any family.
-
-    Args:
-        limits: the maximum number of tokens of each output.
-        batch_groups: a number for each prompt; prompts with different numbers are never in one batch.
-    """
-    stops = eos | set(sampling.stop)
-    groups = batch_groups or [0] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: (groups[index], -len(prompts[index])))
-    while order:
-        members = [index for index in order[:sampling.batch_size] if groups[index] == groups[order[0]]]
-        order = order[len(members):]
-        batch = {index: prompts[index] for index in members}
-        outputs: dict[int, list[int]] = {index: [] for index in batch}
-        for index, token in _decode(start_batch, batch, limits, sampling, stops, route):
-            if token in stops:
-                yield GenerationOutput(index, tuple(outputs[index]), True, token)
-                continue
-            outputs[index].append(token)
-            if len(outputs[index]) == limits[index]:
-                yield GenerationOutput(index, tuple(outputs[index]), False)
-
-
-def stream_single(start_batch: StartBatch, prompt: Sequence[int], limits: Sequence[int], sampling: SamplingParams,
-           eos: Set[int]) -> Iterator[int]:
-    """`stream_tokens` for any family."""
-    stops = eos | set(sampling.stop)
-    for _, token in _decode(start_batch, {0: prompt}, limits, sampling, stops):
-        if token in stops:
-            return
-        yield token
-
-
-def _limit_new_tokens(model: nn.Module, prompts: Sequence[Sequence[int]], sampling: SamplingParams,
-            route: RouteRows = _no_routing) -> list[int]:
-    """The maximum number of tokens of each output: `max_new_tokens`, or what context and virtual tokens leave."""
-    assert sampling.max_new_tokens > 0, sampling
-    assert sampling.batch_size > 0, sampling
-    with route(range(len(prompts))):
-        contexts = _remaining_contexts(model, len(prompts))
-    for index, (prompt, context) in enumerate(zip(prompts, contexts, strict=True)):
-        if not prompt:
-            raise DataError(f"prompt {index} has no tokens",
-                            "give the prompt at least one token, such as the bos token")
-        if len(prompt) >= context:
-            raise BaseError(f"prompt {index} has {len(prompt)} tokens, and the base's context of {context} must hold "
-                            "the answer too", "shorten the prompt, or choose a base with a longer context")
-    return [min(sampling.max_new_tokens, context - len(prompt))
-            for prompt, context in zip(prompts, contexts, strict=True)]
-
-
-def _remaining_contexts(model: nn.Module, rows: int) -> list[int]:
-    """Each row's context length without its virtual tokens; practically unlimited if the config has none."""
-    described: Any = model.config
-    context = int(get_optional(described.get_text_config(), "max_position_embeddings") or 2**62)
-    return [context - count for count in causal.count_virtual_tokens(model, rows)]
-
-
-@torch.inference_mode()
-def _decode(start_batch: StartBatch, prompts: Mapping[int, Sequence[int]], limits: Sequence[int],
-            sampling: SamplingParams,
-            stops: Set[int], route: RouteRows = _no_routing) -> Iterator[tuple[int, int]]:
-    """Yields (index, token) for every prompt of one batch and every step, until a stop token or the limit."""
-    rows = list(prompts)  # rows[i]: the index of the prompt of row i
-    with route(rows):
-        batch = start_batch(list(prompts.values()))
-    remaining = {index: limits[index] for index in rows}
-    uniforms = {index: Random(f"{sampling.seed} {sampling.first_prompt_index + index}") for index in rows}
-    while True:
-        with route(rows):  # not around a `yield`: the consumer's code must run outside of it
-            logits = batch.logits()
-        if not_finite := [index for index, top in zip(rows, logits.amax(-1).tolist(), strict=True) if top != top]:
-            raise NotFinite(f"the model's output for prompts {not_finite[:5]} is not a number, so no next token can "
-                            "be selected",
-                            "set the base's dtype to float32; if it is, the weights or the run are damaged")
-        next_tokens = sample_tokens(logits, sampling, [uniforms[index].random() for index in rows])
-        for index, token in zip(rows, next_tokens.tolist(), strict=True):
-            if index in remaining:
-                remaining[index] -= 1
-                if token in stops or not remaining[index]:
-                    del remaining[index]
-                yield index, token
-        if not remaining:
-            return
-        kept_rows = None
-        if len(remaining) <= COMPACTION_THRESHOLD * len(rows):
-            kept_rows = torch.tensor([i for i, index in enumerate(rows) if index in remaining], device=logits.device)
-            rows = [index for index in rows if index in remaining]
-        batch.append(next_tokens, kept_rows)
-
-
-class CausalDecodeBatch:
-    """Prompts and their outputs so far, with a cache of the keys and values of all tokens but the last."""
-
-    def __init__(self, model: nn.Module, pad: int, device: torch.device | str,
-                 prompts: Sequence[Sequence[int]]) -> None:
-        assert not model.training, "dropout would change the outputs: call model.eval() first"
-        self.model = model
-        self.tokens, self.mask = pad_left(prompts, pad, device)
-        self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        # [B, 1] last position
-        self.last = torch.tensor(_remaining_contexts(model, len(prompts)), device=device)[:, None] - 1
-        described: Any = model.config
-        self.cache = DynamicCache(config=described)
-
-    def logits(self) -> Tensor:
-        outputs: Tensor = self.model(input_ids=self.tokens, attention_mask=self.mask, position_ids=self.positions,
-                                   past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-        return outputs
-
-    def append(self, next_tokens: Tensor, kept_rows: Tensor | None) -> None:
-        if kept_rows is not None:
-            self.cache.batch_select_indices(kept_rows)
-            next_tokens, self.mask = next_tokens[kept_rows], self.mask[kept_rows]
-            self.positions, self.last = self.positions[kept_rows], self.last[kept_rows]
-        self.tokens = next_tokens[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(next_tokens), 1)], dim=1)
-        # Only a finished row that has not been removed yet can reach the end of the context.
-        self.positions = (self.positions[:, -1:] + 1).clamp(max=self.last)
-
-
-def pad_left(prompts: Sequence[Sequence[int]], pad: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """[B, L] token ids with padding on the left, and [B, L] their mask: 1 for a token, 0 for padding."""
-    width = max(map(len, prompts))
-    tokens = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    return tokens, mask
-
-
-def sample_tokens(logits: Tensor, sampling: SamplingParams, uniforms: Sequence[float]) -> Tensor:
-    """[B] The next token of each row.
-
-    Greedy at temperature 0. Otherwise inverse transform sampling: the token at which the cumulative probability exceeds
-    the row's uniform number u in [0, 1), after temperature, then `top_k`, then nucleus filtering by `top_p`.
-
-    Args:
-        logits: [B, V].
-        uniforms: [B] a uniform random number for each row.
-    """
-    if sampling.temperature == 0:
-        return logits.argmax(-1)
-    wide = torch.float32 if logits.device.type == "mps" else torch.float64  # MPS does not support float64
-    logits = logits.to(wide) / sampling.temperature
-    order = None
-    if sampling.top_k:
-        logits, order = logits.topk(min(sampling.top_k, logits.shape[-1]))
-    elif sampling.top_p < 1:
-        logits, order = logits.sort(descending=True)
-    probabilities = logits.softmax(-1)
-    if sampling.top_p < 1:
-        before = probabilities.cumsum(-1) - probabilities
-        before[:, 0] = 0  # exactly 0: rounding must never remove the most probable token
-        probabilities = probabilities.where(before < sampling.top_p, 0)
-    reached = probabilities.cumsum(-1)  # [B, V or top_k]
-    thrown = torch.tensor(uniforms, dtype=wide, device=logits.device)[:, None] * reached[:, -1:]
-    picked = torch.searchsorted(reached, thrown, right=True).clamp(max=logits.shape[-1] - 1)
-    return (picked if order is None else order.gather(-1, picked))[:, 0]

@@ -247,13 +247,13 @@ class PackedHFModel(HFModel):
     def _run(self, inputs: Inputs) -> Tensor:
         return self._run_packed(inputs) if self.layout == "packed" else self._run_padded(inputs)
 
-    def _run_packed(self, inputs: Inputs) -> Tensor:
+    def _run_packed(self, inputs: Inputs, **arguments: Any) -> Tensor:
         # Transformers passes a four-dimensional mask through unchanged. It is empty, so that a model which would use it
         # instead of the segment tree raises an error.
         placeholder = inputs.positions.new_empty(1, 1, 0, 0, dtype=torch.bool)
         columns = {name: column[None] for name, column in self._build_arguments(inputs).items()}
         result = self.structure.backbone(**columns, attention_mask=placeholder, segment_tree=inputs.segment_tree,
-                                         **self.options)
+                                         **arguments, **self.options)
         return result.last_hidden_state[0]  # [T, D]
 
     def _run_padded(self, inputs: Inputs) -> Tensor:

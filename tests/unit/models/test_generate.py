@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Set
+from copy import deepcopy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +15,13 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 
 from luthier.core.errors import BaseError, DataError, NotFinite
 from luthier.core.protocols import GenerationOutput, SamplingParams
-from luthier.models.decoding import find_eos_tokens, generate, sample_tokens, stream_tokens
-from tiny import IM_END, KINDS, tiny
+from luthier.models.decoding import build_requests, find_eos_tokens, run_requests
+from luthier.models.families.causal import CausalLM
+from luthier.models.hf_model import Layout
+from luthier.models.padded_decoder import generate
+from luthier.models.sampling import sample_tokens
+from luthier.models.sequence_decoder import SequenceDecoder
+from tiny import IM_END, KINDS, tiny, tiny_tokenizer
 
 LENGTHS = (3, 17, 1, 30, 9, 12, 5)
 
@@ -30,9 +38,22 @@ def prompts(seed: int = 0) -> list[list[int]]:
 
 def answers(model: nn.Module, sampling: SamplingParams, eos: frozenset[int] = frozenset(), pad: int = 0,
             asked: list[list[int]] | None = None) -> list[GenerationOutput]:
-    found = sorted(generate(model, asked or prompts(), sampling, eos, pad, "cpu"), key=lambda answer: answer.index)
-    assert [answer.index for answer in found] == list(range(len(asked or prompts())))
+    """The outputs of padded batches, which those of sequences that join and leave must equal."""
+    given = asked or prompts()
+    found = sorted(generate(model, given, sampling, eos, pad, "cpu"), key=lambda answer: answer.index)
+    assert [answer.index for answer in found] == list(range(len(given)))
+    other = deepcopy(model)
+    assert sorted(by_sequences(other, given, sampling, eos), key=lambda answer: answer.index) == found
     return found
+
+
+def by_sequences(model: nn.Module, given: list[list[int]], sampling: SamplingParams,
+                 eos: Set[int]) -> Iterator[GenerationOutput]:
+    """With an engine whose sequences join and leave at every step; some prompts are read in chunks."""
+    engine = CausalLM(model, tiny_tokenizer(), "packed").build_engine(sampling.batch_size)
+    assert isinstance(engine.decoder, SequenceDecoder)
+    engine.stops, engine.prefill_chunk = eos, 7
+    return run_requests(engine, build_requests(given, sampling))
 
 
 def by_transformers(model: nn.Module, prompt: list[int], new: int) -> tuple[int, ...]:
@@ -94,14 +115,18 @@ def test_the_same_prompt_gets_different_answers_at_different_places() -> None:
     assert len({answer.token_ids for answer in found}) == 6
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_stream_gives_the_tokens_of_generate(temperature: float) -> None:
-    model, prompt = tiny("qwen2"), prompts()[3]
+def test_stream_gives_the_tokens_of_generate(temperature: float, layout: Layout) -> None:
+    family, prompt = CausalLM(tiny("qwen2"), tiny_tokenizer(), layout), prompts()[3]
+    family.model.generation_config.eos_token_id = None
+    family.tokenizer.eos_token = None
     sampling = SamplingParams(max_new_tokens=20, temperature=temperature, seed=3)
-    whole = answers(model, sampling, asked=[prompt])[0].token_ids
-    assert tuple(stream_tokens(model, prompt, sampling, set())) == whole
-    assert tuple(stream_tokens(model, prompt, sampling, {whole[9]})) == whole[:whole.index(whole[9])]
-    steps = stream_tokens(model, prompt, sampling, set())
+    whole = answers(deepcopy(family.model), sampling, asked=[prompt])[0].token_ids
+    assert tuple(family.stream(prompt, sampling)) == whole
+    stopped = replace(sampling, stop=(whole[9],))
+    assert tuple(family.stream(prompt, stopped)) == whole[:whole.index(whole[9])]
+    steps = family.stream(prompt, sampling)
     next(steps)
     assert not torch.is_inference_mode_enabled(), "between two tokens the caller is in his own mode"
 
@@ -151,7 +176,7 @@ def test_no_token_is_made_of_what_is_not_a_number() -> None:
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     for temperature in (0.0, 1.0):
-        with pytest.raises(NotFinite, match=r"prompts \[0\]"):
+        with pytest.raises(NotFinite, match="prompt 0"):
             list(generate(model, [[1]], SamplingParams(temperature=temperature), set(), 0, "cpu"))
 
 

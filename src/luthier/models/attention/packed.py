@@ -64,9 +64,9 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
               scaling: float | None = None, dropout: float = 0.0, segment_tree: SegmentTree | None = None,
               sliding_window: int | None = None, softcap: float | None = None,
               virtual: VirtualKeyValueSource | None = None,
-              is_causal: bool | None = None, **rest: Any) -> tuple[Tensor, None]:
+              is_causal: bool | None = None, attention_cache: Any = None, **rest: Any) -> tuple[Tensor, None]:
     """The attention function that Transformers' attention modules call. Raises `BaseError` for an additional term of
-    the scores, which would otherwise be ignored silently."""
+    the scores, which would otherwise be ignored. `attention_cache`: an `AttentionCache` (`cached.py`)."""
     if unknown := [name for name in UNSUPPORTED_ARGUMENTS if rest.get(name) is not None]:
         raise BaseError(f"the attention of {type(module).__name__} has an additional term ({unknown[0]}), which is not "
                         "supported", "choose a base without it")
@@ -80,7 +80,9 @@ def packed_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
             key, value, attention_mask = _prepend_rows(before, key, value, attention_mask,
                                                       query.shape[2] if causal else 0)
             causal = False
-        out = _attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
+        out = attend(query, key, value, attention_mask, causal, scale, dropout, softcap)
+    elif attention_cache is not None:
+        out = attention_cache.attend(query, key, value, segment_tree, before, scale, sliding_window, softcap)
     elif sliding_window is not None and not causal:
         raise NotImplementedError("a bidirectional sliding window is not supported in packed rows")
     elif query.is_cuda and softcap is None and dropout == 0 and before is None and query.shape[-1] >= MIN_FLEX_HEAD_DIM:
@@ -101,22 +103,22 @@ def _cast_to_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
-def _prepend(before: KeyValue, key: Tensor, value: Tensor, mask: Tensor | None,
+def prepend(before: KeyValue, key: Tensor, value: Tensor, mask: Tensor | None,
             last: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys [B, G, N + L, d], values and mask of a batch with virtual keys before every row. Without a mask, the `last`
     tokens attend causally; 0: all tokens attend to all."""
     n = before[0].shape[2]
     key, value = (torch.cat([b.expand(len(x), -1, -1, -1), x], 2) for b, x in zip(before, (key, value), strict=True))
     if mask is None:
-        return key, value, _causal_mask(last, key.shape[2], None, key.device) if last else None
+        return key, value, causal_mask(last, key.shape[2], None, key.device) if last else None
     return key, value, F.pad(mask, (n, 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Tensor | None,
                  last: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`_prepend` for rows with different virtual keys: shorter ones are padded, and the padding is masked."""
+    """`prepend` for rows with different virtual keys: shorter ones are padded, and the padding is masked."""
     if len(set(before.assignment)) < 2 and (one := before.get(0)) is not None:
-        return _prepend(one, key, value, mask, last)
+        return prepend(one, key, value, mask, last)
     sizes = tuple(k.shape[2] for k, _ in before.pairs)
     most, device = max(sizes), key.device
     index, seen = _index_pairs(before.assignment, sizes, device)
@@ -125,7 +127,7 @@ def _prepend_rows(before: VirtualKeyValues, key: Tensor, value: Tensor, mask: Te
         padded = [F.pad(x, (0, 0, 0, most - x.shape[2])) for x in each]
         joined.append(torch.cat([*padded, torch.zeros_like(padded[0])]).index_select(0, index))
     own = key.shape[2]
-    key, value, mask = _prepend((joined[0], joined[1]), key, value, mask, last)
+    key, value, mask = prepend((joined[0], joined[1]), key, value, mask, last)
     seen = F.pad(seen, (0, own), value=True)[:, None, None]
     if mask is None or mask.dtype == torch.bool:
         return key, value, seen if mask is None else mask & seen
@@ -153,11 +155,11 @@ def _attend_per_segment(query: Tensor, key: Tensor, value: Tensor, segment_tree:
         path = segment_tree.find_path(i)
         k, v = (keys[i], values[i]) if len(path) == 1 else (torch.cat([keys[a] for a in path], 2),
                                                            torch.cat([values[a] for a in path], 2))
-        mask = _causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
+        mask = causal_mask(q.shape[2], k.shape[2], window, q.device) if causal else None
         own = None if before is None else before.get(i)
         if own is not None:
-            k, v, mask = _prepend(own, k, v, mask, q.shape[2] if causal else 0)
-        outs.append(_attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
+            k, v, mask = prepend(own, k, v, mask, q.shape[2] if causal else 0)
+        outs.append(attend(q, k, v, mask, causal and mask is None, scale, dropout, softcap))
     # The fused kernel writes [L, H, d] and returns it as a view [H, L, d]; concatenating along L avoids a second copy.
     return outs[0] if len(outs) == 1 else torch.cat([out.transpose(1, 2) for out in outs], dim=1).transpose(1, 2)
 
@@ -179,7 +181,7 @@ def _split_long_segments(segment_tree: SegmentTree) -> SegmentTree:
 
 
 @lru_cache(maxsize=256)
-def _causal_mask(q: int, k: int, window: int | None, device: torch.device) -> Tensor | None:
+def causal_mask(q: int, k: int, window: int | None, device: torch.device) -> Tensor | None:
     """[q, k] The causal mask of the last q of k tokens, with a sliding window; None if the causal flag is enough."""
     if q == k and (window is None or k <= window):
         return None
@@ -189,7 +191,7 @@ def _causal_mask(q: int, k: int, window: int | None, device: torch.device) -> Te
         return seen if window is None else seen & (behind < window)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float,
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float,
             softcap: float | None) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
     if softcap is None:

@@ -19,6 +19,7 @@ padded batches.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -33,11 +34,20 @@ from luthier.core.protocols import GenerationOutput, ModelStructure, SamplingPar
 from luthier.core.types import Inputs, LossInputs, Outputs, SegmentTree
 from luthier.models.activation_recompute import ActivationRecomputer
 from luthier.models.adapter_routing import route_indices
-from luthier.models.decoding import find_eos_tokens, generate_outputs, stream_single
+from luthier.models.decoding import (
+    DecodingEngine,
+    build_requests,
+    find_eos_tokens,
+    restore_order,
+    run_requests,
+    sort_by_length,
+    stream_request,
+)
 from luthier.models.hf_attributes import get_optional
 from luthier.models.hf_model import HFModel
 from luthier.models.mixed_embeddings import mix_embeddings
 from luthier.models.ops.fused_logprobs import compute_logprobs
+from luthier.models.padded_decoder import BatchDecoder
 from luthier.models.soft_prompts.seq2seq import Seq2SeqInjector
 from luthier.models.structure import find_linears
 from luthier.models.task_heads import LOG_PROBS, Pooling
@@ -195,17 +205,33 @@ class Seq2Seq(HFModel):
                  adapters: Sequence[int] = ()) -> Iterator[GenerationOutput]:
         """See `Family`. `adapters`: for each prompt an index of the adapter manager, -1 for the base; empty: no
         routing."""
-        assert not adapters or len(adapters) == len(prompts), (len(adapters), len(prompts))
-        sources = [self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)]
-        return generate_outputs(partial(_Seq2SeqDecodeBatch, self), sources, self._limits(len(sources), sampling),
-                                sampling, self.stop_tokens,
-                       lambda rows: route_indices(self.router, 0, [adapters[i] for i in rows] if adapters else ()),
-                       adapters if self._injector.injections else ())
+        requests = build_requests([self._prepare_source(i, prompt) for i, prompt in enumerate(prompts)],
+                                  self._limit(sampling), adapters)
+        # With virtual tokens, all rows of a batch have the same adapter.
+        groups = list(adapters) if self._injector.injections else []
+        order = sort_by_length(requests, groups)
+        parts = [[one for one in order if one.adapter == adapter] for adapter in dict.fromkeys(
+            one.adapter for one in order)] if groups else [order]
+        for part in parts:
+            yield from restore_order(requests, run_requests(self.build_engine(sampling.batch_size), part), part)
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One output, token by token."""
-        return stream_single(partial(_Seq2SeqDecodeBatch, self), self._prepare_source(0, prompt),
-                             self._limits(1, sampling), sampling, self.stop_tokens)
+        return stream_request(self.build_engine(1), build_requests([self._prepare_source(0, prompt)],
+                                                                     self._limit(sampling))[0])
+
+    def build_engine(self, max_num_seqs: int) -> DecodingEngine:
+        """An engine that decodes padded batches with this model."""
+        def route(adapters: Sequence[int | None]) -> AbstractContextManager[None]:
+            routed = any(adapter is not None for adapter in adapters)
+            return route_indices(self.router, 0, [-1 if a is None else a for a in adapters] if routed else ())
+
+        # The source and the output have a context each, so the source takes no room of the output.
+        return DecodingEngine(BatchDecoder(partial(_Seq2SeqDecodeBatch, self), route), self.stop_tokens,
+                              lambda adapter: 2**62, max_num_seqs=max_num_seqs)
+
+    def _limit(self, sampling: SamplingParams) -> SamplingParams:
+        return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, self.structure.sizes["context"]))
 
     def _prepare_source(self, index: int, prompt: Sequence[int]) -> list[int]:
         """A prompt as a source of the encoder: with the eos token."""
@@ -217,11 +243,6 @@ class Seq2Seq(HFModel):
             raise BaseError(f"prompt {index} has {len(found)} tokens, and the base reads at most {context}",
                             "shorten the prompt, or choose a base with a longer context")
         return found
-
-    def _limits(self, count: int, sampling: SamplingParams) -> list[int]:
-        assert sampling.max_new_tokens > 0, sampling
-        assert sampling.batch_size > 0, sampling
-        return [min(sampling.max_new_tokens, self.structure.sizes["context"])] * count
 
     @property
     def stop_tokens(self) -> set[int]:

@@ -20,8 +20,8 @@ Shape letters: B rows, L tokens of a row as the caller knows it, N virtual token
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -54,6 +54,12 @@ def attach_injector(structure: ModelStructure, first: int = 0,
     injector = CausalInjector(structure, first, router)
     _INJECTORS[structure.model] = ref(injector)
     return replace(structure, injector=injector)
+
+
+def suspend_injection(model: nn.Module) -> AbstractContextManager[None]:
+    """A context in which a model's calls insert no virtual tokens: their keys and values are in a cache already."""
+    injector = _INJECTORS[model]() if model in _INJECTORS else None
+    return nullcontext() if injector is None else injector.suspended()
 
 
 def has_sliding_window(model: Any, context: int) -> bool:
@@ -188,7 +194,7 @@ class CausalInjector:
         positions = torch.arange(start, start + tokens.shape[1], device=device).expand(tokens.shape)
         self._backbone.eval()
         try:
-            with self._suspend():
+            with self.suspended():
                 self._backbone(input_ids=tokens, position_ids=positions, virtual=recorder)
         except RecordingComplete:
             pass  # not an error, but the signal that all is recorded
@@ -197,7 +203,8 @@ class CausalInjector:
         return recorder
 
     @contextmanager
-    def _suspend(self) -> Any:
+    def suspended(self) -> Iterator[None]:
+        """A context in which no virtual tokens are inserted."""
         self._suspended = True
         try:
             yield
