@@ -235,12 +235,17 @@ def run_requests(engine: DecodingEngine, requests: Sequence[SequenceRequest]) ->
     """The output of each request, yielded when it is finished; `index` is the request's place in the call.
 
     Raises:
+        DataError, BaseError: at once, for a prompt that cannot be read.
         NotFinite: the model's output is not a number.
     """
-    places = {id(request): place for place, request in enumerate(requests)}
-    outputs: dict[int, list[int]] = {place: [] for place in places.values()}
     for request in requests:
         engine.add(request)
+    return _collect_outputs(engine, requests)
+
+
+def _collect_outputs(engine: DecodingEngine, requests: Sequence[SequenceRequest]) -> Iterator[GenerationOutput]:
+    places = {id(request): place for place, request in enumerate(requests)}
+    outputs: dict[int, list[int]] = {place: [] for place in places.values()}
     try:
         while engine.has_work:
             for output in engine.step():

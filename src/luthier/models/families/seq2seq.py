@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -212,8 +213,8 @@ class Seq2Seq(HFModel):
         order = sort_by_length(requests, groups)
         parts = [[one for one in order if one.adapter == adapter] for adapter in dict.fromkeys(
             one.adapter for one in order)] if groups else [order]
-        for part in parts:
-            yield from restore_order(requests, run_requests(self.build_engine(sampling.batch_size), part), part)
+        engine = self.build_engine(sampling.batch_size)
+        return chain.from_iterable(restore_order(requests, run_requests(engine, part), part) for part in parts)
 
     def stream(self, prompt: Sequence[int], sampling: SamplingParams) -> Iterator[int]:
         """One output, token by token."""
