@@ -79,7 +79,7 @@ no effect is warned of. The run folder keeps the recipe with every setting spelt
 NOTES = {
     "`data`": "The columns that `columns` may name, and what the formats are: [data.md](data.md).",
     "`model`": "Few bits: [QLoRA](methods/lora.md#qlora-the-base-in-four-bits).",
-    "`model.surgery`": "With examples: [adaptation](adaptation.md#another-structure).",
+    "`model.surgery`": "With examples: [adaptation](adaptation.md#change-the-structure).",
     "`objective.reward` of ppo and grpo": "With a function of your own: [PPO](objectives/ppo.md#rewards).",
     "`training`": "`batch_size` changes what is learned; `max_tokens_per_micro_batch`, the "
                   "memory a step takes, never does.",
