@@ -86,10 +86,10 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {  # what is wrong:
     "UTF-16": ("a.jsonl", jsonl([row(1)]).encode("utf-16"), ("UTF-16", "convert it")),
     "no text": ("a.jsonl", jsonl([{"prompt": 3, "completion": ["x"]}]), ("none of the 1 train rows", "a.jsonl:1")),
     "not objects": ("a.jsonl", "3\n[1, 2]\n", ("a.jsonl:1: not an object", "this is int", "a.jsonl:2")),
-    "a missing column": ("a.jsonl", jsonl([{"question": "q", "answer": "a"}]), ("'question', 'answer' fit no known format", "`columns: {prompt: question")),
+    "a missing column": ("a.jsonl", jsonl([{"question": "q", "answer": "a"}]), ("'question', 'answer' match no known format", "`columns: {prompt: question")),
     "a missing column in a table": ("a.csv", "question,answer\nq,a\n", ("a.csv:2", "'question', 'answer'", "columns:")),
     "pairs": ("a.jsonl", jsonl([{"prompt": "q", "chosen": "a", "rejected": "b"}]), ("(PreferenceExample)", "choose an objective that reads them: ")),
-    "no assistant": ("a.jsonl", jsonl([{"messages": [{"role": "user", "content": "q"}]}]), ("a.jsonl:1: no assistant's turn",)),
+    "no assistant": ("a.jsonl", jsonl([{"messages": [{"role": "user", "content": "q"}]}]), ("a.jsonl:1: no assistant turn",)),
     "no weight": ("a.jsonl", jsonl([row(1, weight=0)]), ("a.jsonl:1: nothing to train on",)),
     "all cut off": ("a.jsonl", jsonl([{"prompt": "q" * 300, "completion": "a"}]), ("a.jsonl:1: nothing to train on", "max_length=128")),
     "an unknown suffix": ("a.xls", "x", ("'.xls'", "known: .json .jsonl")),
@@ -99,7 +99,7 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {  # what is wrong:
     "semicolons": ("a.csv", "prompt;completion\nq;a\n", ("a.csv:1: the header line 'prompt;completion' is one column", "parted by ';'", "with commas")),
     "commas in a .tsv": ("a.tsv", "prompt,completion\nq,a\n", ("is one column", "parted by ','")),
     "a header that never closes": ("a.csv", '"prompt,completion\nq,a\n', ("a.csv:1: the header line cannot be read", "close its quotes")),
-    "rows within an object": ("a.json", json.dumps({"data": [row(1)]}), ("the columns 'data'", "the rows seem to lie within 'data'")),
+    "rows within an object": ("a.json", json.dumps({"data": [row(1)]}), ("the columns 'data'", "the rows seem to be inside the column 'data'")),
     "columns in capitals": ("a.jsonl", jsonl([{"Prompt": "q", " Completion": "a"}]), ("`columns: {prompt: 'Prompt', completion: ' Completion'}`",)),
     "old Mac line ends": ("a.jsonl", jsonl([row(1), row(2)]).replace("\n", "\r"), ("a.jsonl:1: broken JSON (Extra data",)),
     "torn Parquet": ("a.parquet", b"PAR1 and no more", ("a.parquet cannot be read as Parquet", "get it anew")),
@@ -136,7 +136,7 @@ def test_a_bad_row_among_good_ones_is_counted_and_named(train: Call, wrong: str)
     code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "--json")
     assert code == 0
     assert f"train: {kept} of {len(rows)} rows kept" in err
-    assert f"train: 1 refused: {words[0]}, the first a.jsonl:{line}\n" in err
+    assert f"train: 1 rejected: {words[0]}, the first a.jsonl:{line}\n" in err
     part = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]
     assert (part["read"], part["kept"]) == (len(rows), kept)
     (found,) = part["refused"]
@@ -153,7 +153,7 @@ def test_rows_that_are_too_long(train: Call) -> None:
     shutil.rmtree("run")
     code, _, err = train("--data", "a.jsonl", "training.max_steps=1", "data.truncation=refuse")
     assert code == 0
-    assert "train: 1 refused: longer than max_length, the first a.jsonl:2" in err
+    assert "train: 1 rejected: longer than max_length, the first a.jsonl:2" in err
     shutil.rmtree("run")
     Path("b.jsonl").write_text(jsonl([{"prompt": "q", "completion": "a" * 300}]))
     refused(train("--data", "b.jsonl", "data.truncation=refuse"), "none of the 1 train rows", "b.jsonl:1: longer than max_length", "at most 128")
@@ -193,8 +193,8 @@ def test_rows_of_a_stream_do_not_disappear_in_silence(train: Call) -> None:
     words = ("data.train=a.jsonl", "data.streaming=true", "training.max_steps=3", "training.batch_size=1", "training.save_steps=1")
     code, _, err = train(*words)
     assert code == 0
-    told = ("train: 3 of 5 rows kept, 1 truncated, the first a.jsonl:4\n", "train: 1 refused: broken JSON, the first a.jsonl:2\n",
-            "train: 1 refused: empty completion, the first a.jsonl:5\n")
+    told = ("train: 3 of 5 rows kept, 1 truncated, the first a.jsonl:4\n", "train: 1 rejected: broken JSON, the first a.jsonl:2\n",
+            "train: 1 rejected: empty completion, the first a.jsonl:5\n")
     assert all(line in err for line in told)
     part = json.loads(Path("run/data_report.json").read_text())["parts"]["train"]
     assert (part["read"], part["kept"], part["truncated_rows"]) == (5, 3, ["a.jsonl:4"])

@@ -202,11 +202,11 @@ def test_evaluate_tells_refused_rows_as_train_does(call: Call, tmp_path: Path, c
     rows = [*CHAT[:3], "not json", {"prompt": "q"}, {"prompt": "q", "completion": 5}]
     code, _, err = call(rows, "sft", "training.max_steps=1", "data.eval=0.3")
     assert code == 0, err
-    told = sorted(line.partition(": ")[2] for line in err.splitlines() if " refused: " in line)
+    told = sorted(line.partition(": ")[2] for line in err.splitlines() if " rejected: " in line)
     assert len(told) >= 2
     assert main(["evaluate", "run", "--data", str(tmp_path / "rows.jsonl"), "--json"]) == 0
     out, err = capsys.readouterr()
-    assert sorted(line.partition(": ")[2] for line in err.splitlines() if " refused: " in line) == told
+    assert sorted(line.partition(": ")[2] for line in err.splitlines() if " rejected: " in line) == told
     found = json.loads(out)
     assert found["measured_on"] == "data"
     assert found["examples"] == found["rows"]["kept"] == 3

@@ -16,8 +16,8 @@ from luthier.core.types import Batch, Inputs, LossInputs, SegmentTree, Tokenized
 def pack_examples(encoded: Sequence[TokenizedExample], max_tokens: int | None) -> list[Batch]:
     """Packs the examples into as few rows of at most `max_tokens` tokens as first-fit decreasing finds; None: one.
 
-    An example longer than `max_tokens` has a row of its own. What is predicted, with which weight, does not depend on
-    `max_tokens`: only how it is cut into rows does. Within a row the examples keep their order.
+    An example longer than `max_tokens` has its own row. `max_tokens` changes only the division into rows, not the
+    predictions and their weights. Within a row the examples keep their order.
     """
     if max_tokens is None:
         return [build_batch(encoded)] if encoded else []
@@ -25,7 +25,7 @@ def pack_examples(encoded: Sequence[TokenizedExample], max_tokens: int | None) -
 
 
 def assign_rows(encoded: Sequence[TokenizedExample], max_tokens: int) -> list[list[int]]:
-    """Which examples share a row; see `pack`."""
+    """The examples of each row; see `pack_examples`."""
     rows: list[list[int]] = []
     room: list[int] = []
     for index in sorted(range(len(encoded)), key=lambda i: (-encoded[i].num_tokens, i)):

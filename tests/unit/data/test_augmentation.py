@@ -103,7 +103,7 @@ def test_copies_are_added_for_training_alone_and_counted(write, letters) -> None
 
 def test_a_change_without_a_meaning_is_refused(write, letters) -> None:
     path = write("a.jsonl", json.dumps({"prompt": "q", "chosen": "a", "rejected": "b"}))
-    with pytest.raises(DataError, match="knows no deletion for PreferenceExample"):
+    with pytest.raises(DataError, match="deletion does not support PreferenceExample"):
         read_datasets(DataConfig.parse({"train": path, "augment": ["deletion"]}), letters, seed=0)
     with pytest.raises(RecipeError, match="augment"):
         DataConfig.parse({"train": path, "augment": ["delete"]})
