@@ -96,13 +96,13 @@ FILES: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {  # what is wrong:
     "a header and no row": ("a.csv", "prompt,completion\n", ("a.csv: there is no row in it", "below the header line")),
     "an empty array": ("a.json", "[]", ("a.json: there is no row in it",)),
     "an array of scalars": ("a.json", '[1, "x"]', ("a.json:1: not an object", "this is int")),
-    "semicolons": ("a.csv", "prompt;completion\nq;a\n", ("a.csv:1: the header line 'prompt;completion' is one column", "parted by ';'", "with commas")),
-    "commas in a .tsv": ("a.tsv", "prompt,completion\nq,a\n", ("is one column", "parted by ','")),
+    "semicolons": ("a.csv", "prompt;completion\nq;a\n", ("a.csv:1: the header line 'prompt;completion' is one column", "separated by ';'", "with commas")),
+    "commas in a .tsv": ("a.tsv", "prompt,completion\nq,a\n", ("is one column", "separated by ','")),
     "a header that never closes": ("a.csv", '"prompt,completion\nq,a\n', ("a.csv:1: the header line cannot be read", "close its quotes")),
     "rows within an object": ("a.json", json.dumps({"data": [row(1)]}), ("the columns 'data'", "the rows seem to be inside the column 'data'")),
     "columns in capitals": ("a.jsonl", jsonl([{"Prompt": "q", " Completion": "a"}]), ("`columns: {prompt: 'Prompt', completion: ' Completion'}`",)),
     "old Mac line ends": ("a.jsonl", jsonl([row(1), row(2)]).replace("\n", "\r"), ("a.jsonl:1: broken JSON (Extra data",)),
-    "torn Parquet": ("a.parquet", b"PAR1 and no more", ("a.parquet cannot be read as Parquet", "get it anew")),
+    "torn Parquet": ("a.parquet", b"PAR1 and no more", ("a.parquet cannot be read as Parquet", "download it again")),
     "an empty archive": ("a.jsonl.gz", b"\x1f\x8b\x08", ("a.jsonl.gz cannot be read",)),
 }
 
@@ -121,7 +121,7 @@ ROWS: dict[str, tuple[list[Any], int, int, tuple[str, ...]]] = {  # rows, kept, 
     "another format": ([row(1), {"messages": [{"role": "user", "content": "q"}]}], 1, 2, ("no prompt", "format is completion")),
     "a stranger first": ([{"q": 1}, row(1), row(2)], 2, 1, ("columns of no known format",)),
     "an empty answer": ([row(1), {"prompt": "q", "completion": " "}], 1, 2, ("empty completion",)),
-    "a key twice": ([row(1), '{"prompt": "a", "prompt": "b", "completion": "c"}'], 1, 2, ("broken JSON", "the key 'prompt' stands twice")),
+    "a key twice": ([row(1), '{"prompt": "a", "prompt": "b", "completion": "c"}'], 1, 2, ("broken JSON", "the key 'prompt' occurs twice")),
     "NaN for an answer": (['{"prompt": "a", "completion": NaN}', row(1)], 1, 1, ("completion is not text",)),
     "a weight of NaN": (['{"prompt": "a", "completion": "b", "weight": NaN}', row(1)], 1, 1, ("weight is not a finite number from 0 up",)),
     "null for a row": (["null", row(1)], 1, 1, ("not an object",)),
@@ -223,7 +223,7 @@ def test_a_hub_that_cannot_be_reached_is_one_message(train: Call, monkeypatch: p
         raise ConnectionError("Couldn't reach 'owner/rows' on the Hub")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    message = refused(train("--data", "owner/rows"), "'owner/rows' is no file or folder here", "Couldn't reach", "the network; or give a file")
+    message = refused(train("--data", "owner/rows"), "'owner/rows' is not a file or folder", "Couldn't reach", "the network connection, or give a file")
     assert "Retrying" not in message
 
 
@@ -325,10 +325,10 @@ def test_a_recipe_that_is_none(call: Call) -> None:
     Path("tabs.yaml").write_text("model: x\nmethod:\n\tname: lora\n")
     refused(call("train", "tabs.yaml"), "line 3", "fix the YAML")
     Path("twice.yaml").write_text("data: rows.jsonl\nmethod: lora\nmethod: full\n")
-    refused(call("train", "twice.yaml"), "the key 'method' stands twice", "line 3")
+    refused(call("train", "twice.yaml"), "the key 'method' occurs twice", "line 3")
     refused(call("train", "rows.jsonl"), "rows.jsonl", "--data")
     refused(call("train", "."), "'.' is a folder", "--resume RUN")
-    refused(call("train", "none.yaml"), "there is no recipe 'none.yaml'", "recipes here: ", "recipe.yaml")
+    refused(call("train", "none.yaml"), "not found 'none.yaml'", "recipes here: ", "recipe.yaml")
     refused(call("train", "--resume", "none"), "'none' is not a run folder (it has no recipe.yaml)")
     assert not Path("runs").exists()
 

@@ -121,7 +121,7 @@ def test_a_run_is_never_written_over(run: Callable[..., Output], home: Path) -> 
     (["train", "recipe.yaml", "evaluate.metrics=exat"], ["did you mean 'exact_match'"]),
     (["train", "recipe.yaml", "training.report_to=[wanbd]"], ["did you mean 'wandb'"]),
     (["train", "recipe.yaml", "seed=[1"], ["is not YAML"]),
-    (["train", "nothing.yaml"], ["there is no recipe 'nothing.yaml'"]),
+    (["train", "nothing.yaml"], ["recipe 'nothing.yaml' not found"]),
     (["train", "recipe.yaml", "--reume"], ["no option '--reume'", "did you mean '--resume'"]),
     (["train", "recipe.yaml", "other.yaml"], ["takes one recipe"]),
     (["train", "--resume"], ["needs a run folder"]),
@@ -188,7 +188,7 @@ def test_a_signal_leaves_a_checkpoint_and_its_code(run: Callable[..., Output], t
     got, out, err = run(*words)
     assert (got, out) == (code, "")
     assert f"luthier train --resume {folder}" in err
-    assert "has not ended" in run("chat", folder, "--message", "x")[2]
+    assert "is not finished" in run("chat", folder, "--message", "x")[2]
     monkeypatch.undo()
     assert run("train", "--resume", folder, "--quiet")[0] == 0
     steps = [m["step"] for m in luthier.Run(folder).metrics if "loss" in m]

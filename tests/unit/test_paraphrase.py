@@ -90,7 +90,7 @@ def test_what_teaches_nothing_new_is_counted(home: Path, monkeypatch: pytest.Mon
     told, rows = said(home, prompt_template=ASKS)
     assert (told["empty"], told["unchanged"], told["cut_off"], told["written"]) == (1, 0, 1, 1)
     assert rows == [{**ROWS[2], "text": "the third"}]
-    assert [len(prompts) for prompts in heard] == [3, 1], "there is no source text about what is not there"
+    assert [len(prompts) for prompts in heard] == [3, 1], "nothing is asked about what is not there"
     assert "And back: der dritte" in heard[1][0]
 
 

@@ -200,7 +200,8 @@ def _read_parquet(file: Path) -> Rows:
             rows = datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
         yield from _number_rows(rows, str(file))
     except (OSError, ValueError) as fault:
-        raise DataError(f"{file} cannot be read as Parquet: {fault}", "the file is damaged; download it again") from fault
+        raise DataError(f"{file} cannot be read as Parquet: {fault}",
+                        "the file is damaged; download it again") from fault
 
 
 @contextmanager

@@ -100,7 +100,8 @@ def _read_card_configs(folder: Path, files: Sequence[Path], subset: str | None) 
     try:
         told = yaml.safe_load(head[1])
     except yaml.YAMLError as fault:
-        raise DataError(f"{readme}: its YAML header cannot be read: {fault}", "fix it, or list the files one by one") from fault
+        raise DataError(f"{readme}: its YAML header cannot be read: {fault}",
+                        "fix it, or list the files one by one") from fault
     configs = told.get("configs") if isinstance(told, Mapping) else None
     if not configs:
         return None

@@ -47,7 +47,8 @@ class StreamingBatchSource:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, batch_size: int, max_tokens: int | None,
                  seed: int = 0, block: int = 4096, use: DatasetSpec = ANY_DATASET) -> None:
         if any(isinstance(change, TextAugmentation | MixupAugmentation) for change in config.augment):
-            raise DataError("data.augment has no effect with data.streaming: streamed rows are not augmented", "omit data.streaming")
+            raise DataError("data.augment has no effect with data.streaming: streamed rows are not augmented",
+                            "omit data.streaming")
         self.config, self.use = use.adapt_config(config), use
         self.tokenizer, self.seed, self.block = tokenizer, seed, block
         self.known = fit_label_encoder((), use.classes or None, config)

@@ -106,7 +106,7 @@ def test_streaming_reads_no_train_rows_and_holds_nothing_out(write, letters) -> 
     path = write("a.txt", "one\ntwo\n")
     found = read_datasets(config(train=path, eval=path, streaming=True), letters, seed=0)
     assert (len(found.train), len(found.eval)) == (0, 2)
-    with pytest.raises(DataError, match="omit data.streaming"):
+    with pytest.raises(DataError, match=r"omit data\.streaming"):
         read_datasets(config(train=path, eval=0.5, streaming=True), letters, seed=0)
 
 

@@ -106,9 +106,9 @@ def test_an_idx_file_finds_its_labels_beside_it(mnist) -> None:
 def test_damaged_idx_files_are_named(mnist, write) -> None:
     with pytest.raises(DataError, match=r"has 6 images, and train-labels-idx1-ubyte\.gz has 5 labels"):
         read_datasets(config(train=mnist(labels=5)), see, seed=0)
-    with pytest.raises(DataError, match="says it holds 6 x 4 x 4 bytes, and holds 95"):
+    with pytest.raises(DataError, match="should have 6 x 4 x 4 bytes by its header, and has 95"):
         read_datasets(config(train=mnist(cut=1)), see, seed=0)
-    with pytest.raises(DataError, match="no IDX file"):
+    with pytest.raises(DataError, match="not an IDX file"):
         read_datasets(config(train=write("a-images-idx3-ubyte", b"words")), see, seed=0)
 
 

@@ -215,7 +215,7 @@ def test_what_needs_all_rows_is_not_streamed(write, letters) -> None:
     path = write("a.jsonl", lines({"text": "t", "label": "b"}, {"text": "u", "label": "x"}))
     (one,) = next(StreamingBatchSource(config(train=path, shuffle=False), letters, 1, None, use=DatasetSpec(classes=("a", "b"))))
     assert one.target.labels.tolist() == [1.0]
-    with pytest.raises(DataError, match="neither changed nor copied"):
+    with pytest.raises(DataError, match="are not augmented"):
         StreamingBatchSource(config(train=path, augment=["deletion"]), letters, 1, None)
 
 

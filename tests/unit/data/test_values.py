@@ -333,7 +333,7 @@ def test_half_stars_many_classes_and_names_are_classes(labels: list[Any], write:
 
 @pytest.mark.parametrize("objective", ["classify", "contrastive"])
 def test_scores_of_answers_need_rows_that_ask(objective: str) -> None:
-    with pytest.raises(RecipeError, match=rf"evaluate.metrics exact_match: these score generated answers, and the rows of objective '{objective}' ask for none"):
+    with pytest.raises(RecipeError, match=rf"evaluate.metrics exact_match: these score generated answers, and the rows of objective '{objective}' have no prompts"):
         build_recipe(None, {"data.train": "a.jsonl", "objective": objective, "evaluate.metrics": ["exact_match"]})
     build_recipe(None, {"data.train": "a.jsonl", "objective": "sft", "evaluate.metrics": ["exact_match"]})
 
