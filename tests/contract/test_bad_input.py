@@ -328,7 +328,7 @@ def test_a_recipe_that_is_none(call: Call) -> None:
     refused(call("train", "twice.yaml"), "the key 'method' occurs twice", "line 3")
     refused(call("train", "rows.jsonl"), "rows.jsonl", "--data")
     refused(call("train", "."), "'.' is a folder", "--resume RUN")
-    refused(call("train", "none.yaml"), "not found 'none.yaml'", "recipes here: ", "recipe.yaml")
+    refused(call("train", "none.yaml"), "recipe 'none.yaml' not found", "recipes here: ", "recipe.yaml")
     refused(call("train", "--resume", "none"), "'none' is not a run folder (it has no recipe.yaml)")
     assert not Path("runs").exists()
 

@@ -297,7 +297,7 @@ def test_several_runs_answer_side_by_side_on_one_base(folder: Path) -> None:
     alone = [tuned.answer([prompt], name, sampling)[0] for prompt, name in zip(prompts, names, strict=True)]
     assert tuned.answer(prompts, names, sampling) == alone
     assert len(set(tuned.answer(prompts[:1] * 3, names, sampling))) == 3
-    with pytest.raises(RecipeError, match="no adapter named 'c'"):
+    with pytest.raises(RecipeError, match="unknown adapter 'c'"):
         tuned.answer(prompts, ["a", "b", "c"])
     with pytest.raises(RecipeError, match="2 adapters"):
         tuned.answer(prompts, ["a", "b"])

@@ -62,12 +62,12 @@ def evaluate(run: Run | Path | str, *, data: str | None = None, metrics: Sequenc
         _print_report(datasets.report, part, overlap=not data)  # `data` stands for the training rows too
     if not encoded:
         raise RecipeError(f"{str(run.path)!r} was trained without test or validation rows",
-                          "name some: luthier evaluate RUN --data FILE")
+                          "give rows: luthier evaluate RUN --data FILE")
     if recipe.evaluate.max_samples:
         encoded = encoded[:recipe.evaluate.max_samples]
     if base_model_only and tuner is None:
         raise RecipeError("the run holds a full model, so it does not contain the base model",
-                          f"evaluate the base by itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
+                          f"evaluate the base model itself: luthier evaluate {recorded.model.name_or_path} --data FILE")
     reference = _build_reference(run, recorded, recipe, family, tuner)
     family.train(False)
     with tuner.disabled() if base_model_only and tuner else nullcontext():

@@ -114,7 +114,7 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe | None = None, *, resu
     if not resume:
         run.require_vacant() if process_group.get_rank() == 0 else None
     elif _is_finished(run.require_exists(), config, quiet):
-        _print_line(quiet, f"{run.path} is finished after {run.results['steps']} steps: nothing to do")
+        _print_line(quiet, f"{run.path} is already finished after {run.results['steps']} steps")
         return run
     assembly.rows.check_sources(config.data)
     check_dtype(config.model)
@@ -263,8 +263,8 @@ def _apply_base_model(recipe: Recipe, base_model: str | None, resume: bool) -> R
     if base_model is None:
         return recipe
     if not resume and recipe.init_from is None:
-        raise RecipeError(f"base_model {base_model!r}: it names a base that was moved after a run was trained, and "
-                          "this run is new", "name its base as model.name_or_path (--model)")
+        raise RecipeError(f"base_model {base_model!r} gives the new path of an existing run's base, and this run is "
+                          f"new", "set its base as model.name_or_path (--model)")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"name_or_path": base_model,
                                                                           "revision": None})})
 
@@ -375,7 +375,7 @@ def _find_checkpoint(run: Run, quiet: bool) -> checkpoint.Checkpoint | None:
 
 
 def _choose_run_name(recipe: Recipe) -> Path:
-    """runs/<method>-<base>, with a number where that exists."""
+    """runs/<method>-<base>, with a number if that exists."""
     stem = f"{get_method_name(recipe)}-{display_name(recipe.model.name_or_path)}"
     taken = {p.name for p in Path("runs").glob(f"{stem}*")}
     return Path("runs") / next(n for n in (stem, *(f"{stem}-{i}" for i in range(2, 10_000))) if n not in taken)

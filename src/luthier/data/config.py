@@ -60,9 +60,9 @@ class DataConfig(Config):
     max_length: int | None = Field(None, ge=2, description=(
         "maximum number of tokens of one example; default: 1024, or the base's context if that is shorter"))
     truncation: Literal["truncate", "refuse", "split"] = Field("truncate", description=(
-        "what happens to longer examples. truncate: cut off the end; for prompts with several answers, the oldest "
-        "words of the prompt's turns (never the opening token, a header or the system prompt). split: divide a "
-        "document into several examples; reject other rows. refuse: reject the row"))
+        "what happens to longer examples. Truncate: cut off the end; with several answers, cut the oldest words of "
+        "the prompt's turns instead (never the opening token, a header or the system prompt). Split: divide a "
+        "document into several examples, and reject other rows. Refuse: reject the row"))
     system: str | None = Field(None, description="system prompt for chats that have none")
     chat: ChatConfig = Field(ChatConfig(), description="how messages and prompts become text")
     loss_on: Literal["assistant", "all", "last"] = Field("assistant", description=(

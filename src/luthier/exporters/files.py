@@ -32,7 +32,7 @@ def write_atomically(out: Path) -> Iterator[Path]:
 def check_form(form: str) -> None:
     """Raises `RunError` for a form that is not known."""
     if form not in FORMS:
-        raise RunError(f"a run cannot be exported to {form!r}", f"one of: {', '.join(FORMS)}")
+        raise RunError(f"unknown export format {form!r}", f"one of: {', '.join(FORMS)}")
 
 
 def check_dtype(dtype: str | None, form: str) -> None:
@@ -57,4 +57,4 @@ def check_vacant(out: Path, form: str) -> None:
         raise RunError(f"--to {form} writes one file, and {str(out)!r} does not end in .gguf", f"--out {out}.gguf")
     if out.exists() and (form in FILES or not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{str(out)!r} already exists and is not empty; nothing is overwritten",
-                       "remove it, or give another name with --out")
+                       "remove it, or give another path with --out")

@@ -120,7 +120,7 @@ class Bottleneck:
     def add_from_stored_input(self, _x: Tensor, h: Tensor) -> Tensor:
         """h + f(the stored input)."""
         x, self._input = self._input, None
-        assert x is not None, "the MLP's output came without an input"
+        assert x is not None, "no MLP input was stored before the MLP output"
         return h + self(x)
 
 

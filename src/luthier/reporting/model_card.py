@@ -119,7 +119,7 @@ def build_model_card(facts: ModelCardFacts) -> str:
         f"# {facts.title}", "",
         f"{kind} made with Luthier from `{facts.base_name}` by the method `{facts.method}` with the objective "
         f"`{facts.objective}` on {names}. {recipe}".rstrip(), "",
-        *_describe_gguf_origin(facts), "## DatasetSpec", "", *_explain_native_loading(facts), "```python", *code,
+        *_describe_gguf_origin(facts), "## Usage", "", *_explain_native_loading(facts), "```python", *code,
         "```", "",
         *_format_results(facts.results), *plot])
 
@@ -187,7 +187,7 @@ def _explain_native_loading(facts: ModelCardFacts) -> list[str]:
                "`luthier export --to merged` writes a model that it loads")
     else:
         return []
-    return [f"This folder is opened by Luthier: {why}.", ""]
+    return [f"Load this folder with Luthier: {why}.", ""]
 
 
 def _write_classifier_code(facts: ModelCardFacts, head: TaskHeadFacts) -> Iterator[str]:
@@ -283,7 +283,7 @@ def _format_results(results: Mapping[str, Any]) -> Iterator[str]:
         yield ""
     shown = [(label, results[name]) for name, label in (
         ("steps", "steps"), ("train_tokens", "trained tokens"), ("train_seconds", "seconds"),
-        ("trainable", "trained parameters"), ("parameters", "parameters"), ("trainable_fraction", "share that trains"),
+        ("trainable", "trained parameters"), ("parameters", "parameters"), ("trainable_fraction", "trainable fraction"),
         ("peak_memory_gb", "peak memory, GB"), ("file_bytes", "bytes of the saved weights"), ("stopped", "ended by"))
         if results.get(name) not in (None, "")]
     if shown:

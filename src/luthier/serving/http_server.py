@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_installed() -> None:
-    """Raises `MissingExtra` where starlette or uvicorn is not installed."""
+    """Raises `MissingExtra` if starlette or uvicorn is not installed."""
     for package in ("starlette", "uvicorn"):
         if find_spec(package) is None:
             raise MissingExtra(package, "serve", "luthier serve")
@@ -40,7 +40,7 @@ def build_app(serving: OpenAIServing) -> Starlette:
         try:
             body = await request.json()
         except ValueError:
-            raise RecipeError("the body is no JSON", "send a JSON object") from None
+            raise RecipeError("the body is not JSON", "send a JSON object") from None
         if not isinstance(body, dict):
             raise RecipeError(f"the body is a {type(body).__name__}", "send a JSON object")
         return body
