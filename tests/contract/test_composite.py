@@ -84,7 +84,7 @@ def test_a_list_that_cannot_be_is_refused(parts: Any, words: str) -> None:
 
 
 def test_a_setting_of_a_list_says_whose_it_is() -> None:
-    with pytest.raises(RecipeError, match=r"method\.rank: this recipe has a list of methods, bitfit, lora") as caught:
+    with pytest.raises(RecipeError, match=r"method\.rank: the recipe has a list of methods, bitfit, lora") as caught:
         assembly.build_recipe({"data": "-", "method": ["bitfit", "lora"]}, {"method.rank": 2})
     assert "method.bitfit.rank" in caught.value.remedy
 

@@ -59,7 +59,7 @@ def build_app(serving: OpenAIServing) -> Starlette:
 
     async def answer_error(request: HTTPRequest, error: Exception) -> Response:
         assert isinstance(error, LuthierError)
-        return JSONResponse(format_error(error), 404 if "there is no model" in error.what else 400)
+        return JSONResponse(format_error(error), 404 if error.what.startswith("unknown model ") else 400)
 
     async def create_chat_completion(request: HTTPRequest) -> Response:
         return await create_completion(request, True)

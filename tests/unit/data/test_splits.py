@@ -92,7 +92,7 @@ UNCLEAR: dict[str, tuple[list[str], dict[str, str], str]] = {
     "a config without files": (MADE, {"readme": "configs: [{config_name: x, data_files: y/*}]"}, r"'y/\*' of the split 'train' matches no data file"),
     "files elsewhere": (MADE, {"readme": "configs: [{data_files: https://x.org/a.jsonl}]"}, r"matches no data file"),
     "files above": (MADE, {"readme": "configs: [{data_files: ../a.jsonl}]"}, r"matches no data file"),
-    "a file in two splits": (MADE, {"readme": "configs: [{data_files: {train: main/*, test: main/b.jsonl}}]"}, r"b.jsonl is of the splits 'train' and 'test'"),
+    "a file in two splits": (MADE, {"readme": "configs: [{data_files: {train: main/*, test: main/b.jsonl}}]"}, r"b.jsonl belongs to the splits 'train' and 'test'"),
     "a broken head": (MADE, {"readme": "configs: ["}, r"YAML header cannot be read"),
     "an odd head": (MADE, {"readme": "configs: main"}, r"configs is not a list of mappings"),
     "an odd path": (MADE, {"readme": "configs: [{data_files: {train: 3}}]"}, r"data_files has no path"),
